@@ -1,0 +1,22 @@
+"""kvfold: GPU kernels for the KV-cache compressor of DeepSeek-V4."""
+
+from . import reference
+from .compress import compress
+from .plan import StepPlan
+from .records import EntryCache
+from .spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
+from .state import FoldState
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "V4_CSA",
+    "V4_HCA",
+    "V4_INDEXER",
+    "CompressorSpec",
+    "EntryCache",
+    "FoldState",
+    "StepPlan",
+    "compress",
+    "reference",
+]

@@ -1,0 +1,266 @@
+"""The torch backend of `compress`: any device, vectorized over work items, written to be read beside DESIGN.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .pack import pack_records
+from .plan import StepPlan
+from .records import EntryCache
+from .spec import CompressorSpec
+from .state import FoldState
+
+
+def fold_step(
+    state: tuple[torch.Tensor, torch.Tensor, torch.Tensor], k: torch.Tensor, s: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Folds value `k` with score `s` (ape added) into `(m, l, a)`; fp32, elementwise. The one definition of this backend."""
+    m, l, a = state
+    d = s - m
+    e = torch.where(s == -torch.inf, 0.0, torch.exp(-d.abs()))
+    rises = d > 0
+    alpha = torch.where(rises, e, 1.0)
+    beta = torch.where(rises, 1.0, e)
+    return torch.maximum(m, s), l * alpha + beta, a * alpha + beta * k
+
+
+def tree_sum(x: torch.Tensor) -> torch.Tensor:
+    """Sum over the last dimension (a power of two) by pairing neighbours, so that the order never depends on a device."""
+    while x.shape[-1] > 1:
+        x = x[..., 0::2] + x[..., 1::2]
+    return x[..., 0]
+
+
+def finish(
+    y: torch.Tensor, spec: CompressorSpec, weight: torch.Tensor, table: torch.Tensor | None, positions: torch.Tensor
+) -> torch.Tensor:
+    """RMSNorm, RoPE and Hadamard of pooled rows: fp32 `[n, head_dim]` and int64 `[n]` to fp32 `[n, head_dim]`, no rounding."""
+    mean = tree_sum(y * y) * (1.0 / spec.head_dim)
+    y = y * (1.0 / torch.sqrt(mean + spec.norm_eps))[:, None] * weight.float()
+    if spec.rope_dim:
+        assert table is not None
+        cos, sin = table[positions].chunk(2, dim=1)
+        x = y[:, -spec.rope_dim :]
+        even, odd = x[:, 0::2], x[:, 1::2]
+        rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(1)
+        y = torch.cat((y[:, : spec.head_dim - spec.rope_dim], rotated), dim=1)
+    if spec.hadamard:
+        half = 1
+        while half < spec.head_dim:
+            low, high = y.view(-1, spec.head_dim // (2 * half), 2, half).unbind(2)
+            y = torch.stack((low + high, low - high), dim=2).flatten(1)
+            half *= 2
+        y = y * spec.head_dim**-0.5
+    return y
+
+
+@dataclass
+class _Items:
+    """The live rows of `plan.items`, as int64 columns."""
+
+    window: torch.Tensor
+    start: torch.Tensor
+    end: torch.Tensor
+    token: torch.Tensor
+    slot: torch.Tensor
+    entry: torch.Tensor
+
+    @classmethod
+    def of(cls, plan: StepPlan) -> _Items:
+        live = plan.items[: int(plan.num_items)].long()
+        return cls(*live.unbind(1)[:6])
+
+    def __getitem__(self, mask: torch.Tensor) -> _Items:
+        return _Items(*(column[mask] for column in vars(self).values()))
+
+
+class _Rows:
+    """The rows and tags of a `FoldState`, flat, and the rules of DESIGN.md that say where a position's row is."""
+
+    def __init__(self, state: FoldState) -> None:
+        self.ring, self.history = state.ring, state.history
+        self.per_slot = self.ring + self.history
+        self.data = state.rows.view(-1, *state.rows.shape[2:])
+        self.tags = state.positions.view(-1)
+
+    def find(self, slot: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """Flat row that holds `position`, or -1."""
+        base = slot * self.per_slot
+        home, spare = base + position % self.ring, base + self.ring + position % self.history
+        found = torch.where(self.tags[spare] == position, spare, -1)
+        return torch.where(self.tags[home] == position, home, found)
+
+    def place(self, slot: torch.Tensor, position: torch.Tensor, h0: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        """Flat row to write `position` to in a step whose history is `[h0, start)`."""
+        base = slot * self.per_slot
+        home = base + position % self.ring
+        read = (self.tags[home] >= h0) & (self.tags[home] < start)
+        return torch.where(read, base + self.ring + position % self.history, home)
+
+    def retire(self, slot: torch.Tensor, h0: torch.Tensor, start: torch.Tensor, end: torch.Tensor) -> None:
+        """Frees spare rows that are of another timeline or out of the ring; one call per sequence, before new tags."""
+        spare = (slot * self.per_slot + self.ring)[:, None] + torch.arange(self.history, device=slot.device)
+        tags = self.tags[spare]
+        stale = (tags >= start[:, None]) | ((tags < (end - self.ring)[:, None]) & (tags < h0[:, None]))
+        self.tags[spare] = torch.where(stale, -1, tags)
+
+
+def history_starts(spec: CompressorSpec, kind: str, start: torch.Tensor) -> torch.Tensor:
+    """`state.history_start` for a tensor of positions."""
+    if kind == "fold":
+        return torch.where(start % spec.ratio == 0, start, start - 1)
+    return (start // spec.ratio - int(spec.overlap)).clamp(min=0) * spec.ratio
+
+
+def compress_torch(
+    kv_score: torch.Tensor,
+    plan: StepPlan,
+    state: FoldState,
+    cache: EntryCache | None,
+    spec: CompressorSpec,
+    ape: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    rope: torch.Tensor | None,
+    rows: torch.Tensor | None,
+) -> None:
+    """`compress` after its arguments were checked."""
+    items = _Items.of(plan)
+    held = _Rows(state)
+    h0 = history_starts(spec, state.kind, items.start)
+    usable = (items.slot < state.num_slots) & (items.token + items.end - items.start <= kv_score.shape[0])
+    slot = torch.where(usable, items.slot, 0)
+    if state.num_slots:
+        for back in range(1, held.history + 1):
+            position = items.start - back
+            usable &= (position < h0) | (held.find(slot, position) >= 0)
+    first = items.window == items.start // spec.ratio
+    plan.errors += (first & ~usable).sum().int()
+    items, h0 = items[usable], h0[usable]
+    if items.window.numel() == 0:
+        return
+    if ape is None:
+        ape = torch.zeros(spec.ratio, spec.channels, device=kv_score.device)
+    fold = _fold_items if state.kind == "fold" else _fold_rows
+    pooled, stores = fold(kv_score, items, h0, held, spec, ape)
+    _store(stores, items, h0, held, spec)
+    _emit(pooled, items, plan, cache, spec, norm_weight, rope, rows)
+
+
+@dataclass
+class _Store:
+    """State rows to be written: `data[i]` for `position[i]` of the sequence of `item[i]`."""
+
+    item: torch.Tensor
+    position: torch.Tensor
+    data: torch.Tensor
+
+
+def _masked(live: torch.Tensor, k: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A token that is not there: -inf weighs nothing, and adding -0 changes no bit, not even the sign of a zero."""
+    return torch.where(live[:, None], k, -0.0), torch.where(live[:, None], s, -torch.inf)
+
+
+def _empty_fold(n: int, spec: CompressorSpec, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    zeros = torch.zeros(n, spec.head_dim, device=device)
+    return torch.full_like(zeros, -torch.inf), zeros, zeros
+
+
+def _fold_items(
+    kv_score: torch.Tensor, items: _Items, h0: torch.Tensor, held: _Rows, spec: CompressorSpec, ape: torch.Tensor
+) -> tuple[torch.Tensor, list[_Store]]:
+    """State of fold rows: resume from the row before the step, fold the new tokens of each window."""
+    position = torch.maximum(items.start, items.window * spec.ratio)
+    count = torch.minimum(items.end, (items.window + 1) * spec.ratio) - position
+    state = _empty_fold(len(position), spec, kv_score.device)
+    resumes = (position == items.start) & (h0 < items.start)
+    if bool(resumes.any()):
+        row = torch.where(resumes, held.find(items.slot, items.start - 1), 0)
+        kept = held.data[row].unbind(1)
+        state = tuple(torch.where(resumes[:, None], old, new) for old, new in zip(kept, state, strict=True))
+    stores = []
+    for i in range(int(count.max())):
+        live, x = i < count, position + i
+        row = torch.where(live, items.token + x - items.start, 0)
+        k, s = kv_score[row].float().split(spec.channels, dim=1)
+        state = fold_step(state, *_masked(live, k, s + ape[x % spec.ratio]))
+        kept = (live & (x >= items.end - held.ring)).nonzero()[:, 0]
+        if kept.numel():
+            stores.append(_Store(kept, x[kept], torch.stack([part[kept] for part in state], dim=1)))
+    return state[2] / state[1], stores
+
+
+def _fold_rows(
+    kv_score: torch.Tensor, items: _Items, h0: torch.Tensor, held: _Rows, spec: CompressorSpec, ape: torch.Tensor
+) -> tuple[torch.Tensor, list[_Store]]:
+    """State of input rows: fold all rows of each window that ends here, old ones from the state and new ones live."""
+    pooled = torch.zeros(len(items.window), spec.head_dim, device=kv_score.device)
+    ends = (items.entry >= 0).nonzero()[:, 0]
+    if ends.numel():
+        done = items[ends]
+        state = _empty_fold(len(ends), spec, kv_score.device)
+        for j in range(spec.window_rows):
+            x = (done.window - int(spec.overlap)) * spec.ratio + j
+            half = slice(0, spec.head_dim) if spec.overlap and j < spec.ratio else slice(-spec.head_dim, None)
+            old = x < done.start
+            live = kv_score[torch.where(old, 0, done.token + x - done.start)].float()
+            kept = held.data[held.find(done.slot, x).clamp(min=0)].float()
+            k, s = torch.where(old[:, None], kept, live).split(spec.channels, dim=1)
+            bias = ape[x % spec.ratio]
+            state = fold_step(state, *_masked(x >= 0, k[:, half], s[:, half] + bias[:, half]))
+        pooled[ends] = state[2] / state[1]
+    stores = []
+    for j in range(spec.ratio):
+        x = items.window * spec.ratio + j
+        kept = ((x >= items.start) & (x < items.end) & (x >= items.end - held.ring)).nonzero()[:, 0]
+        if kept.numel():
+            row = (items.token + x - items.start)[kept]
+            stores.append(_Store(kept, x[kept], kv_score[row].to(held.data.dtype)))
+    return pooled, stores
+
+
+def _store(stores: list[_Store], items: _Items, h0: torch.Tensor, held: _Rows, spec: CompressorSpec) -> None:
+    places = [held.place(items.slot[store.item], store.position, h0[store.item], items.start[store.item]) for store in stores]
+    first = items.window == items.start // spec.ratio
+    held.retire(items.slot[first], h0[first], items.start[first], items.end[first])
+    for store, place in zip(stores, places, strict=True):
+        held.data[place] = store.data
+        held.tags[place] = store.position.int()
+
+
+def _emit(
+    pooled: torch.Tensor,
+    items: _Items,
+    plan: StepPlan,
+    cache: EntryCache | None,
+    spec: CompressorSpec,
+    norm_weight: torch.Tensor | None,
+    rope: torch.Tensor | None,
+    rows: torch.Tensor | None,
+) -> None:
+    if cache is None and rows is None:
+        return
+    entry, position = items.entry, items.window * spec.ratio
+    wrong = entry >= plan.entry_capacity
+    keep = (entry >= 0) & ~wrong
+    slot = torch.zeros_like(entry)
+    if plan.entry_slots is not None:
+        slot = torch.where(keep, plan.entry_slots[torch.where(keep, entry, 0)], -1) if plan.entry_capacity else slot
+        keep &= slot != -1
+    if cache is not None:
+        bad = (slot < -1) | (slot >= cache.num_slots)
+        if spec.rope_dim:
+            assert rope is not None
+            bad |= position >= rope.shape[0]
+        wrong |= keep & bad
+        keep &= ~bad
+    plan.errors += wrong.sum().int()
+    kept = keep.nonzero()[:, 0]
+    if kept.numel() == 0:
+        return
+    if rows is not None:
+        rows[entry[kept]] = pooled[kept].to(rows.dtype)
+    if cache is not None:
+        assert norm_weight is not None
+        pack_records(cache, slot[kept], finish(pooled[kept], spec, norm_weight, rope, position[kept]))

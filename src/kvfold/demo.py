@@ -1,0 +1,379 @@
+"""`kvfold demo`: a small DeepSeek-V4 reads a text through transformers' compressors and through kvfold, compared."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .compress import compress
+from .demo_model import build_model
+from .plan import StepPlan
+from .records import EntryCache
+from .spec import CompressorSpec
+from .state import FoldState
+
+FEWEST_TOKENS = 1500
+MOST_TOKENS = 1536
+DECODED = 96
+# fp32: both sides compute the same sums in another order. Entries have root mean square 1, logits magnitude 2.
+BOUND = 1e-4
+
+Name = tuple[int, str]  # layer and "compressor" or "indexer"
+Advance = Callable[[int], None]
+
+
+@dataclass
+class Pass:
+    """One reading of the text: `logits` `[tokens, vocab]`, entries by compressor, milliseconds of each call."""
+
+    logits: torch.Tensor
+    entries: dict[Name, torch.Tensor]
+    milliseconds: list[float]
+    cache: Any
+
+
+@dataclass
+class Result:
+    """What the demo found; `problems` is empty when all agreed within the stated bounds."""
+
+    tokens: torch.Tensor
+    prefilled: int
+    specs: dict[Name, CompressorSpec]
+    theirs: dict[str, Pass]
+    ours: dict[str, Pass]
+    rows: dict[Name, torch.Tensor]
+    biases: dict[Name, torch.Tensor]
+    bytes_theirs: tuple[int, int]
+    drafted: int = 0
+    rejected: int = 0
+    draft_steps: int = 0
+    draft_logits: float = 0.0
+    identical: dict[Name, tuple[bool, bool]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def read_text(path: Path | None, most: int = MOST_TOKENS) -> tuple[torch.Tensor, Path]:
+    """The first `most` bytes of a file as token ids, int64 `[1, n]`, and the path used.
+
+    Raises:
+        ValueError: no such file, or too short.
+    """
+    if path is None:
+        path = Path(__file__).resolve().parents[2] / "DESIGN.md"
+        if not path.is_file():
+            raise ValueError(
+                "--text FILE is needed: kvfold was installed without its repository, whose DESIGN.md is the default"
+            )
+    if not path.is_file():
+        raise ValueError(f"--text must name a file, got {path}")
+    data = path.read_bytes()[:most]
+    if len(data) < min(FEWEST_TOKENS, most):
+        raise ValueError(
+            f"--text must have at least {FEWEST_TOKENS} bytes, for ten entries at ratio 128; {path} has {len(data)}"
+        )
+    return torch.tensor(list(data))[None], path
+
+
+def schedules(length: int, prefilled: int, seed: int) -> dict[str, list[int]]:
+    """Lengths of the calls of each reading: one prefill, random chunks, a prefill followed by single tokens."""
+    draw = random.Random(seed)
+    chunks = []
+    while (left := length - sum(chunks)) > 0:
+        chunks.append(min(left, draw.choice((draw.randint(1, 8), draw.randint(9, 120), draw.randint(121, 400)))))
+    return {"prefill": [length], "chunks": chunks, "decode": [prefilled] + [1] * (length - prefilled)}
+
+
+def work(length: int) -> int:
+    """Tokens that `run` reports to `advance` in all: three readings on each side, one with drafts, and the replay."""
+    return 8 * length
+
+
+@torch.no_grad()
+def run(tokens: torch.Tensor, *, device: str, drafts: int, seed: int, advance: Advance, decoded: int = DECODED) -> Result:
+    """Reads `tokens` int64 `[1, n]` in three ways through both, then once more with drafts; compares everything.
+
+    Args:
+        device: `"cpu"` or `"cuda"`. drafts: proposed tokens per verification step. decoded: tokens that are decoded one by one.
+        advance: called with the number of tokens done since the last call.
+    """
+    from .integrations.transformers import patch, unpatch
+
+    model = build_model(seed, device)
+    tokens = tokens.to(device)
+    prefilled = tokens.shape[1] - decoded
+    plans = schedules(tokens.shape[1], prefilled, seed)
+    _read(model, tokens[:, :64], [60, 1, 1, 1, 1], _theirs, lambda n: None)  # warm up, not timed
+    theirs = {name: _read(model, tokens, lengths, _theirs, advance) for name, lengths in plans.items()}
+    patch(model, max_new_tokens=1 + drafts)
+    _read(model, tokens[:, :64], [60, 1, 1, 1, 1], _ours, lambda n: None)
+    ours = {name: _read(model, tokens, lengths, _ours, advance) for name, lengths in plans.items() if name != "decode"}
+    with _recorded(model) as recorded:
+        ours["decode"] = _read(model, tokens, plans["decode"], _ours, advance)
+    rows = {name: torch.cat([torch.cat(kv), torch.cat(gate)], dim=1) for name, (kv, gate) in recorded.items()}
+    specs = {name: ours["decode"].cache.layers[name[0]].kvfold.folds[name[1]].spec for name in rows}
+    result = Result(
+        tokens=tokens[0].cpu(),
+        prefilled=prefilled,
+        specs=specs,
+        theirs=theirs,
+        ours=ours,
+        rows=rows,
+        biases={name: part.position_bias.detach() for name, part in _parts(model).items()},
+        bytes_theirs=_bytes_of_transformers(theirs["decode"].cache),
+    )
+    _compare(result)
+    steps = _draft_steps(tokens.shape[1], prefilled, drafts, seed)
+    result.draft_steps = len(steps)
+    result.drafted = sum(new - 1 for _, new, _ in steps)
+    result.rejected = sum(new - accepted for _, new, accepted in steps)
+    _decode_with_drafts(model, tokens, steps, seed, result, advance)
+    for name, part in _parts(model).items():
+        result.identical[name] = _replay(part, rows[name], specs[name], prefilled, drafts, steps, seed, ours["decode"], name)
+        if not all(result.identical[name]):
+            result.problems.append(f"layer {name[0]} {name[1]}: entries or state after drafts are not bit-identical")
+        advance(tokens.shape[1] // len(specs))
+    advance(tokens.shape[1] % len(specs))
+    unpatch(model)
+    return result
+
+
+def _parts(model: Any) -> dict[Name, Any]:
+    parts: dict[Name, Any] = {}
+    for index, layer in enumerate(model.model.layers):
+        compressor = layer.self_attn.compressor
+        parts[index, "compressor"] = compressor
+        if hasattr(compressor, "indexer"):
+            parts[index, "indexer"] = compressor.indexer
+    return parts
+
+
+def _theirs(cache: Any, name: Name) -> torch.Tensor:
+    return cache.layers[name[0]].compressed_kv[name[1]]
+
+
+def _ours(cache: Any, name: Name) -> torch.Tensor:
+    from .integrations.transformers import entries
+
+    return entries(cache, *name)
+
+
+def _read(model: Any, tokens: torch.Tensor, lengths: list[int], get: Callable, advance: Advance) -> Pass:
+    """Feeds `tokens` to `model` in pieces of these lengths, with a new cache."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    logits, milliseconds = [], []
+    for piece in tokens.split(lengths, dim=1):
+        _wait(tokens.device)
+        began = time.perf_counter()
+        out = model(piece, past_key_values=cache).logits[0]
+        _wait(tokens.device)
+        milliseconds.append(1e3 * (time.perf_counter() - began))
+        logits.append(out)
+        advance(piece.shape[1])
+    return Pass(torch.cat(logits), {name: get(cache, name)[0] for name in _parts(model)}, milliseconds, cache)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def _recorded(model: Any) -> Iterator[dict[Name, tuple[list[torch.Tensor], list[torch.Tensor]]]]:
+    """Collects what the projections of every compressor return: `[tokens, channels]` pieces of K and of S."""
+    seen: dict[Name, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+    handles = []
+    for name, part in _parts(model).items():
+        seen[name] = ([], [])
+        for rows, projection in zip(seen[name], (part.kv_proj, part.gate_proj), strict=True):
+            handles.append(projection.register_forward_hook(lambda m, a, out, rows=rows: rows.append(out[0].clone())))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _compare(result: Result) -> None:
+    for name, ours in result.ours.items():
+        theirs = result.theirs[name]
+        for key, mine in ours.entries.items():
+            if mine.shape != theirs.entries[key].shape:
+                result.problems.append(f"{name}, layer {key[0]} {key[1]}: {len(mine)} entries, not {len(theirs.entries[key])}")
+            elif not largest(mine, theirs.entries[key]) <= BOUND:
+                result.problems.append(f"{name}, layer {key[0]} {key[1]}: entries differ by more than {BOUND:g}")
+        if not largest(ours.logits, theirs.logits) <= BOUND:
+            result.problems.append(f"{name}: logits differ by more than {BOUND:g}")
+        if unexcused(ours.logits, theirs.logits):
+            result.problems.append(
+                f"{name}: greedy tokens differ where transformers' best two are further apart than the bound"
+            )
+
+
+def largest(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest absolute difference; NaN if there is one on either side, 0 for empty tensors."""
+    return float((a - b).abs().max()) if a.numel() else 0.0
+
+
+def unexcused(ours: torch.Tensor, theirs: torch.Tensor) -> int:
+    """Greedy tokens that differ although transformers' best two logits are more than twice the bound apart."""
+    best = theirs.topk(2, dim=-1).values
+    return int(((ours.argmax(-1) != theirs.argmax(-1)) & (best[:, 0] - best[:, 1] > 2 * BOUND)).sum())
+
+
+def _bytes_of_transformers(cache: Any) -> tuple[int, int]:
+    """Bytes of compressor state and of entries that transformers keeps for the one sequence."""
+    state = entries = 0
+    for layer in cache.layers:
+        for kind, held in vars(layer).items():
+            if kind in ("buffer_kv", "buffer_gate", "overlap_kv", "overlap_gate"):
+                state += sum(t.numel() * t.element_size() for t in held.values() if t is not None)
+            elif kind == "compressed_kv":
+                entries += sum(t.numel() * t.element_size() for t in held.values() if t is not None)
+    return state, entries
+
+
+def _draft_steps(length: int, prefilled: int, drafts: int, seed: int) -> list[tuple[int, int, int]]:
+    """`(start, new, accepted)` of each verification step: one sure token and up to `drafts` proposals, some rejected."""
+    draw = random.Random(seed + 1)
+    steps, start = [], prefilled
+    while start < length:
+        new = min(1 + drafts, length - start)
+        accepted = new - draw.randint(0, new - 1)
+        steps.append((start, new, accepted))
+        start += accepted
+    return steps
+
+
+def _decode_with_drafts(
+    model: Any, tokens: torch.Tensor, steps: list[tuple[int, int, int]], seed: int, result: Result, advance: Advance
+) -> None:
+    """Decodes through the whole model; rejected drafts are wrong bytes, and kvfold is told only where to go on."""
+    from transformers import DynamicCache
+
+    from .integrations.transformers import rewind
+
+    draw = torch.Generator().manual_seed(seed)
+    cache, want = DynamicCache(config=model.config), result.ours["decode"].logits
+    model(tokens[:, : result.prefilled], past_key_values=cache)
+    advance(result.prefilled)
+    for start, new, accepted in steps:
+        piece = tokens[:, start : start + new].clone()
+        wrong = torch.randint(1, 256, (new - accepted,), generator=draw).to(tokens.device)
+        piece[0, accepted:] = (piece[0, accepted:] + wrong) % 256
+        logits = model(piece, past_key_values=cache).logits[0, :accepted]
+        result.draft_logits = max(result.draft_logits, largest(logits, want[start : start + accepted]))
+        rewind(cache, start + accepted)
+        advance(accepted)
+    if not result.draft_logits <= BOUND:
+        result.problems.append(f"drafts: logits differ from those of plain decoding by more than {BOUND:g}")
+
+
+def _replay(
+    part: Any,
+    rows: torch.Tensor,
+    spec: CompressorSpec,
+    prefilled: int,
+    drafts: int,
+    steps: list[tuple[int, int, int]],
+    seed: int,
+    plain: Pass,
+    name: Name,
+) -> tuple[bool, bool]:
+    """Drafts on the recorded rows of the plain run: are entries and final state the same bits?
+
+    A matrix product rounds differently for different batch shapes, so the bits of a run of the model are promised only from
+    `kv_score` on. Accepted tokens get the rows that the plain run had, rejected ones noise.
+    """
+    from .integrations.transformers import rope_table
+
+    device, length = rows.device, rows.shape[0]
+    state = FoldState.allocate(spec, 1, 1 + drafts, device=device)
+    cache = EntryCache.allocate("fp32", 1, length // spec.ratio + 2, spec, device=device)
+    noise = torch.Generator().manual_seed(seed)
+    weights = {
+        "ape": part.position_bias.detach(),
+        "norm_weight": part.kv_norm.weight.detach(),
+        "rope": rope_table(part.rotary_emb, torch.arange(length + drafts, device=device)),
+    }
+    for start, new, accepted in [(0, prefilled, prefilled), *steps]:
+        step = rows[start : start + new].clone()
+        step[accepted:] = torch.randn(new - accepted, rows.shape[1], generator=noise).to(device)
+        plan = StepPlan.build(
+            spec.ratio,
+            torch.tensor([start], dtype=torch.int32, device=device),
+            torch.tensor([0, new], dtype=torch.int32, device=device),
+            new,
+            state_slots=torch.zeros(1, dtype=torch.int32, device=device),
+            cache_block_table=torch.zeros(1, 1, dtype=torch.int32, device=device),
+            rows_per_page=cache.rows_per_page,
+        )
+        compress(step, plan, state, cache, spec=spec, **weights)
+        if int(plan.errors):
+            return False, False
+    want = plain.entries[name]
+    got = cache.read(torch.arange(len(want), device=device))
+    other = plain.cache.layers[name[0]].kvfold.folds[name[1]].state
+    # At the end of a window an HCA step would read nothing; its last row says as much about the run.
+    kept = state.history_of(length) or range(length - 1, length)
+    same_state = all(torch.equal(_bits(state_row(state, x)), _bits(state_row(other, x))) for x in kept)
+    return torch.equal(_bits(got), _bits(want)), same_state
+
+
+def state_row(state: FoldState, position: int) -> torch.Tensor:
+    """The row of slot 0 that stands for `position`, from its home or its spare row (DESIGN.md, State).
+
+    Raises:
+        LookupError: the state does not hold it.
+    """
+    for row in (position % state.ring, state.ring + position % state.history):
+        if int(state.positions[0, row]) == position:
+            return state.rows[0, row]
+    raise LookupError(f"the state holds no row for position {position}")
+
+
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous().view(torch.int32)
+
+
+def state_bytes(result: Result) -> dict[str, tuple[int, Callable[[int], int]]]:
+    """By system: bytes of compressor state per sequence, and bytes of entries as a function of the context length.
+
+    transformers: measured, fp32 as this model is. The others keep the main entries as fp8_ds_mla and the indexer's as bf16.
+    """
+    decode = result.ours["decode"].cache
+    specs = result.specs
+    raw = sum(spec.window_rows * 2 * spec.channels * 4 for spec in specs.values())
+    folded = sum(decode.layers[i].kvfold.folds[n].state.bytes_per_slot for i, n in specs)
+    page = 64
+
+    def records(context: int) -> int:
+        total = 0
+        for (_, name), spec in specs.items():
+            cache = EntryCache.allocate("bf16" if name == "indexer" else "fp8_ds_mla", 0, page, spec)
+            total += cache.page_bytes * (context // spec.ratio) // page
+        return total
+
+    def plain(context: int) -> int:
+        return sum(4 * spec.head_dim * (context // spec.ratio) for spec in specs.values())
+
+    return {
+        "transformers": (result.bytes_theirs[0], plain),
+        "raw fp32 rows": (raw, records),
+        "kvfold": (folded, records),
+    }
+
+
+def kind(result: Result, name: Name) -> str:
+    """`HCA`, `CSA` or `CSA indexer`."""
+    if name[1] == "indexer":
+        return "CSA indexer"
+    return "CSA" if result.specs[name].overlap else "HCA"

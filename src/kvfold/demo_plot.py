@@ -1,0 +1,116 @@
+"""The demo's picture: which bytes of the text an entry remembers, and what it costs to keep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter
+
+from .demo import Result, state_bytes
+
+SHOWN_WINDOWS = 8
+LONGEST = 1 << 20
+COLOURS = {"transformers": "#b5651d", "raw fp32 rows": "#7a7a7a", "kvfold": "#1f6f8b"}
+
+
+def window_weights(result: Result) -> tuple[torch.Tensor, int]:
+    """Softmax weight of each token in each window of the first HCA layer, in its most selective channel.
+
+    Returns:
+        fp32 `[windows, ratio]` and the channel.
+    """
+    name = next(n for n, spec in result.specs.items() if not spec.overlap)
+    spec = result.specs[name]
+    scores = result.rows[name][:, spec.channels :].float().cpu()
+    windows = len(scores) // spec.ratio
+    weights = (scores[: windows * spec.ratio].view(windows, spec.ratio, -1) + result.biases[name].float().cpu()).softmax(1)
+    # Selective: few tokens share the weight in every window, measured by entropy.
+    entropy = -(weights * weights.clamp(min=1e-30).log()).sum(1).mean(0)
+    channel = int(entropy.argmin())
+    return weights[:, :, channel], channel
+
+
+def draw(result: Result, path: Path) -> None:
+    """Writes the PNG to `path`, whose directory must exist."""
+    with matplotlib.rc_context({"font.family": "DejaVu Sans", "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(15, 8.2), dpi=160, facecolor="white", layout="constrained")
+        grid = figure.add_gridspec(2, 2, height_ratios=(1.0, 1.15), width_ratios=(1.0, 1.0))
+        _draw_text(figure, figure.add_subplot(grid[0, :]), result)
+        _draw_channels(figure, figure.add_subplot(grid[1, 0]), result)
+        _draw_bytes(figure.add_subplot(grid[1, 1]), result)
+        figure.savefig(path)
+
+
+def _draw_text(figure: Figure, axes, result: Result) -> None:  # type: ignore[no-untyped-def]
+    weights, channel = window_weights(result)
+    shown, ratio = weights[:SHOWN_WINDOWS], weights.shape[1]
+    image = axes.imshow(shown, aspect="auto", cmap="YlGnBu", vmin=0, vmax=float(shown.max()))
+    for window in range(len(shown)):
+        for place in range(ratio):
+            value = int(result.tokens[window * ratio + place])
+            text = chr(value) if 32 < value < 127 else {32: "", 10: "↵"}.get(value, "·")
+            dark = float(shown[window, place]) > 0.55 * float(shown.max())
+            axes.text(place, window, text, ha="center", va="center", fontsize=6.3, family="DejaVu Sans Mono",
+                      color="white" if dark else "#222222")  # fmt: skip
+    axes.set_title(
+        f"What an entry remembers: weight of each byte in one channel ({channel}) of an HCA layer; one row is one window of"
+        f" {ratio} tokens and becomes one entry", loc="left", fontsize=11,
+    )  # fmt: skip
+    axes.set_yticks(range(len(shown)), [f"entry {w}" for w in range(len(shown))], fontsize=8)
+    axes.set_xticks([0, 31, 63, 95, 127][: ratio // 32 + 1], labels=["1", "32", "64", "96", "128"][: ratio // 32 + 1])
+    axes.set_xlabel("token in its window")
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    figure.colorbar(image, ax=axes, pad=0.005, fraction=0.012, label="weight (sum 1)")
+
+
+def _draw_channels(figure: Figure, axes, result: Result) -> None:  # type: ignore[no-untyped-def]
+    name = next(n for n, spec in result.specs.items() if not spec.overlap)
+    spec = result.specs[name]
+    scores = result.rows[name][: spec.ratio, spec.channels :].float().cpu() + result.biases[name].float().cpu()
+    weights = scores.softmax(0).T  # [channels, tokens]
+    peak = weights.argmax(1)
+    ordered = weights[peak.argsort()]
+    image = axes.imshow(ordered.clamp(min=1e-4).log10(), aspect="auto", cmap="magma", vmin=-4, vmax=0, interpolation="nearest")
+    axes.set_title(f"Entry 0 in all {spec.head_dim} channels, ordered by the token that each favours", loc="left", fontsize=11)
+    axes.set_xlabel("token in its window")
+    axes.set_ylabel("channel")
+    axes.set_yticks([])
+    bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.04, label="weight")
+    bar.set_ticks([-4, -3, -2, -1, 0], labels=["≤ 0.0001", "0.001", "0.01", "0.1", "1"])
+
+
+def _draw_bytes(axes, result: Result) -> None:  # type: ignore[no-untyped-def]
+    contexts = sorted({int(2 ** (k / 4)) for k in range(4 * 5, 4 * 20 + 1)})
+    ends = []
+    for system, (state, entries) in state_bytes(result).items():
+        total = [state + entries(context) for context in contexts]
+        axes.plot(contexts, total, color=COLOURS[system], linewidth=2.6 if system == "kvfold" else 1.8, label=system)
+        axes.axhline(state, color=COLOURS[system], linewidth=0.9, linestyle=(0, (2, 3)))
+        ends.append((system, state, total))
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator([2**k for k in (5, 8, 11, 14, 17, 20)]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _short(x, 0)))
+    axes.yaxis.set_major_locator(FixedLocator([2**k for k in range(12, 32, 2)]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{_short(y, 0)}B"))
+    axes.set_xlim(32, LONGEST)
+    axes.grid(True, which="major", color="#e6e6e6", linewidth=0.7)
+    axes.set_title("Bytes kept per sequence, state and entries together", loc="left", fontsize=11)
+    axes.set_xlabel("context length (tokens)")
+    labels = [f"{system}: state {_short(state, 0)}B, at 1M tokens {_short(total[-1], 0)}B" for system, state, total in ends]
+    axes.legend(axes.get_lines()[::2], labels, loc="upper left", frameon=False, fontsize=9)
+    axes.text(0.99, 0.03, "dotted: compressor state alone\n(transformers: as measured at the end of this text)",
+              transform=axes.transAxes, ha="right", fontsize=8, color="#555555")  # fmt: skip
+
+
+def _short(value: float, digits: int) -> str:
+    for unit in ("", "K", "M"):
+        if value < 1024:
+            return f"{value:.{digits}f}{unit}"
+        value /= 1024
+    return f"{value:.{digits}f}G"

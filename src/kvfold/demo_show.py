@@ -1,0 +1,104 @@
+"""Prints what the demo found: tables of differences, bytes and milliseconds, and the verdict."""
+
+from __future__ import annotations
+
+import statistics
+
+from rich.console import Console
+from rich.table import Table
+
+from .demo import BOUND, Result, kind, largest, state_bytes, unexcused
+
+READINGS = {"prefill": "one prefill", "chunks": "random chunks", "decode": "prefill + decode"}
+
+
+def show(result: Result, console: Console) -> None:
+    """All tables, then `result.problems` or a line that says there are none."""
+    console.print(_entries(result))
+    console.print(_logits(result))
+    console.print(_bytes(result))
+    console.print(_times(result))
+    _drafts(result, console)
+    if result.problems:
+        for problem in result.problems:
+            console.print(f"[bold red]disagreement[/] {problem}")
+    else:
+        console.print(f"[bold green]all agree[/] within {BOUND:g} (fp32), drafts to the bit")
+
+
+def _number(value: float, bound: float = BOUND) -> str:
+    return f"[{'green' if value <= bound else 'bold red'}]{value:.1e}[/]"
+
+
+def _entries(result: Result) -> Table:
+    table = Table(title=f"Entries: largest difference from transformers (root mean square 1, bound {BOUND:g})")
+    for column in ("layer", "compressor", "ratio", "head_dim", "entries", *READINGS.values()):
+        table.add_column(column, justify="left" if column == "compressor" else "right")
+    for name, spec in result.specs.items():
+        made = len(result.ours["decode"].entries[name])
+        differences = [
+            _number(largest(result.ours[r].entries[name], result.theirs[r].entries[name]))
+            if len(result.ours[r].entries[name]) == len(result.theirs[r].entries[name])
+            else "[bold red]count[/]"
+            for r in READINGS
+        ]
+        layer, ratio, width = str(name[0]), str(spec.ratio), str(spec.head_dim)
+        table.add_row(layer, kind(result, name), ratio, width, str(made), *differences)
+    return table
+
+
+def _logits(result: Result) -> Table:
+    table = Table(title=f"Logits of {len(result.tokens)} tokens (bound {BOUND:g})")
+    for column in ("reading", "calls", "largest difference", "spread of logits", "same greedy token"):
+        table.add_column(column, justify="left" if column == "reading" else "right")
+    for reading, title in READINGS.items():
+        ours, theirs = result.ours[reading], result.theirs[reading]
+        same = float((ours.logits.argmax(-1) == theirs.logits.argmax(-1)).float().mean())
+        excuse = "" if same == 1 or unexcused(ours.logits, theirs.logits) else " (ties)"
+        difference, spread = _number(largest(ours.logits, theirs.logits)), f"{float(theirs.logits.std()):.2f}"
+        table.add_row(title, str(len(ours.milliseconds)), difference, spread, f"{same:.2%}{excuse}")
+    return table
+
+
+def _bytes(result: Result) -> Table:
+    length = len(result.tokens)
+    table = Table(title=f"Bytes per sequence, all compressors, at {length} tokens")
+    for column in ("kept by", "state", "entries", "together", "format"):
+        table.add_column(column, justify="left" if column in ("kept by", "format") else "right")
+    formats = {
+        "transformers": "measured; unpooled rows and entries in fp32",
+        "raw fp32 rows": "as engines keep: a window of K and S rows; fp8_ds_mla, indexer bf16",
+        "kvfold": "fold rows, or a few input rows; fp8_ds_mla, indexer bf16",
+    }
+    for system, (state, entries) in state_bytes(result).items():
+        held = entries(length)
+        table.add_row(system, f"{state:,}", f"{held:,}", f"{state + held:,}", formats[system])
+    return table
+
+
+def _times(result: Result) -> Table:
+    table = Table(title="Milliseconds per call of the whole model (all tokens of a call; decode is the median step)")
+    for column in ("call", "transformers", "kvfold"):
+        table.add_column(column, justify="left" if column == "call" else "right")
+    sides = (result.theirs, result.ours)
+    table.add_row(f"prefill of {len(result.tokens)}", *(f"{side['prefill'].milliseconds[0]:.1f}" for side in sides))
+    table.add_row("random chunks, mean", *(f"{statistics.mean(side['chunks'].milliseconds):.1f}" for side in sides))
+    table.add_row("decode of 1", *(f"{statistics.median(side['decode'].milliseconds[1:]):.2f}" for side in sides))
+    return table
+
+
+def _drafts(result: Result, console: Console) -> None:
+    if not result.drafted:
+        console.print("No drafts asked for.")
+    console.print(
+        f"Drafts: {result.draft_steps} steps, {result.rejected} of {result.drafted} proposals rejected and taken back by going on"
+        f" from a smaller position. Logits of accepted tokens differ from plain decoding by {_number(result.draft_logits)}."
+    )
+    entries = sum(len(result.ours["decode"].entries[name]) for name in result.identical)
+    same = all(entries and state for entries, state in result.identical.values())
+    verdict = "[green]bit-identical[/]" if same else "[bold red]not bit-identical[/]"
+    console.print(
+        f"Bits: {entries} entries of {len(result.identical)} compressors and their final state are {verdict} to the plain run."
+        " (Bits are promised from the projected rows on: a matrix product itself rounds differently for another batch"
+        " shape, so accepted tokens get the rows recorded in the plain run, rejected ones noise.)"
+    )

@@ -1,0 +1,243 @@
+"""What a DeepSeek-V4 layer of a transformers cache carries when kvfold pools for it: state, entries, rewindable keys.
+
+`LayerFold` is attached to the cache layer as its attribute `kvfold`, so a new cache object means new state, and deleting
+the cache frees it. This file knows tensors and positions, not transformers' modules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..compress import compress
+from ..plan import StepPlan
+from ..records import EntryCache
+from ..spec import CompressorSpec
+from ..state import FoldState, state_kind
+
+FIRST_CAPACITY = 64
+_FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+class UnsupportedError(NotImplementedError):
+    """Something that kvfold's transformers integration does not do; the message says what, and what to do instead."""
+
+
+@dataclass
+class _Planned:
+    key: tuple[int, int, int]
+    start: int
+    plan: StepPlan
+
+
+class Plans:
+    """The last `StepPlan` of each ratio and device: built once per step shape, shared by every layer and compressor.
+
+    A decode step differs from the one before only in its start, so it is an `update` in place.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[tuple[int, torch.device], _Planned] = {}
+
+    def get(self, ratio: int, device: torch.device, batch: int, start: int, new: int, capacity: int) -> StepPlan:
+        """Plan of a uniform step: `batch` sequences which all have `start` tokens and get `new` more.
+
+        Slot and page of a sequence are its batch row; a page has `capacity` entries.
+        """
+        key = (batch, new, capacity)
+        last = self._last.get((ratio, device))
+        if last is not None and last.key == key:
+            if last.start != start:
+                last.plan.update(_starts(batch, start, device), last.plan.cu_seqlens)
+                last.start = start
+            return last.plan
+        rows = torch.arange(batch, dtype=torch.int32, device=device)
+        plan = StepPlan.build(
+            ratio,
+            _starts(batch, start, device),
+            torch.arange(batch + 1, dtype=torch.int32, device=device) * new,
+            max(new, 1),
+            state_slots=rows,
+            cache_block_table=rows[:, None].contiguous(),
+            rows_per_page=capacity,
+        )
+        self._last[ratio, device] = _Planned(key, start, plan)
+        return plan
+
+
+def _starts(batch: int, start: int, device: torch.device) -> torch.Tensor:
+    return torch.full((batch,), start, dtype=torch.int32, device=device)
+
+
+class CompressorFold:
+    """State and entries of one compressor (main or indexer) in one cache layer; batch row = state slot = page.
+
+    Attributes:
+        state: the `FoldState`; rows of the fold for HCA, the last input rows in their own dtype for CSA and indexer.
+        storage: `[batch, capacity, head_dim]` in the dtype that the module's norm returns (fp32 or bf16).
+        count: entries that count, in `storage[:, :count]`.
+    """
+
+    def __init__(self, spec: CompressorSpec, batch: int, max_new_tokens: int, like: torch.Tensor, entry: torch.dtype):
+        """`like`: a `kv_score` tensor, for device and dtype; `entry`: dtype of the entries."""
+        if entry not in _FORMATS:
+            raise UnsupportedError(f"entries of dtype {entry}: kvfold keeps torch.float32 or torch.bfloat16 entries")
+        if like.dtype not in _FORMATS:
+            raise UnsupportedError(f"projections of dtype {like.dtype}: kvfold takes torch.float32 or torch.bfloat16")
+        self.spec = spec
+        kept = like.dtype if state_kind(spec) == "rows" else torch.float32
+        self.state = FoldState.allocate(spec, batch, max_new_tokens, device=like.device, dtype=kept)
+        self.storage = torch.empty(batch, 0, spec.head_dim, device=like.device, dtype=entry)
+        self.count = 0
+
+    def advance(
+        self,
+        kv_score: torch.Tensor,
+        start: int,
+        new: int,
+        plans: Plans,
+        *,
+        ape: torch.Tensor,
+        norm_weight: torch.Tensor,
+        rope: torch.Tensor,
+        backend: str | None,
+        check: bool,
+    ) -> None:
+        """Folds `kv_score` `[batch * new, 2 * channels]`, sequence-major, at positions `start .. start + new - 1`.
+
+        Mutates state, storage and count. `check` reads the plan's error counter, which waits for the device.
+
+        Raises:
+            RuntimeError: the state does not hold the rows that a step from `start` needs.
+        """
+        count = (start + new) // self.spec.ratio
+        self._reserve(count)
+        batch, capacity = self.storage.shape[:2]
+        plan = plans.get(self.spec.ratio, self.storage.device, batch, start, new, capacity)
+        if check:
+            plan.errors.zero_()
+        cache = EntryCache(self.storage, _FORMATS[self.storage.dtype], capacity, self.spec)
+        compress(
+            kv_score, plan, self.state, cache, spec=self.spec, ape=ape, norm_weight=norm_weight, rope=rope,
+            backend=backend,
+        )  # fmt: skip
+        if check and (refused := int(plan.errors)):
+            raise RuntimeError(
+                f"kvfold refused {refused} of {batch} sequences: its state cannot continue from position {start}. Rewind"
+                f" further than {self.state.max_new_tokens} tokens? See max_new_tokens of patch()"
+            )
+        self.count = count
+
+    def entries(self) -> torch.Tensor:
+        """`[batch, count, head_dim]`, a view of the storage: later steps write behind it, a rewind lets them write in it."""
+        return self.storage[:, : self.count]
+
+    def select(self, indices: torch.Tensor) -> None:
+        """Makes batch row i what batch row `indices[i]` was; `indices` may repeat rows or leave some out."""
+        indices = indices.to(self.storage.device)
+        self.storage = self.storage.index_select(0, indices)
+        old = self.state
+        rows, positions = old.rows.index_select(0, indices), old.positions.index_select(0, indices)
+        self.state = FoldState(self.spec, rows, positions, old.max_new_tokens)
+
+    def _reserve(self, count: int) -> None:
+        # Doubling: over a whole generation, at most one more copy per entry, however long it gets.
+        batch, capacity, width = self.storage.shape
+        if count <= capacity and capacity:
+            return
+        capacity = max(FIRST_CAPACITY, 1 << (count - 1).bit_length() if count else 0)
+        grown = self.storage.new_zeros(batch, capacity, width)
+        grown[:, : self.count] = self.storage[:, : self.count]
+        self.storage = grown
+
+
+class LayerFold:
+    """All that kvfold keeps for one layer of one cache.
+
+    Attributes:
+        folds: by transformers' names, `"compressor"` and, in CSA layers, `"indexer"`.
+        length: tokens that the layer has seen.
+        step_start: where its last step began.
+    """
+
+    def __init__(self, max_new_tokens: int) -> None:
+        self.max_new_tokens = max_new_tokens
+        self.folds: dict[str, CompressorFold] = {}
+        self.length = 0
+        self.step_start = 0
+        self.rewound = False
+        # The sliding keys before and after the last step. References, not copies: transformers never writes into them.
+        self.keys_before: torch.Tensor | None = None
+        self.keys: torch.Tensor | None = None
+
+    def begin(self, start: int, new: int, keys: torch.Tensor | None) -> None:
+        """A step of `new` tokens begins at `start`; `keys` are the layer's sliding keys after it.
+
+        Raises:
+            UnsupportedError: `start` is beyond what kvfold has seen, or too far back.
+        """
+        if start > self.length:
+            raise UnsupportedError(
+                f"a cache that already holds {start} tokens of which kvfold saw {self.length}: patch() the model before"
+                " its first step on a cache, and start with a new cache"
+            )
+        if start < self.length:
+            self._check_rewind(start)
+            self.rewound = True
+            self.keys = None
+        self.step_start, self.length = start, start + new
+        self.keys_before, self.keys = self.keys, keys
+
+    def rewind(self, length: int, window: int) -> torch.Tensor:
+        """Back to `length` tokens. Returns the sliding keys `[batch, 1, <= window - 1, head_dim]` as they were then.
+
+        Raises:
+            UnsupportedError: more was asked for than the last step.
+        """
+        self._check_rewind(length)
+        keys = self._keys_at(length, window)
+        self.rewound = self.rewound or length != self.length
+        self.length = self.step_start = length
+        for fold in self.folds.values():
+            fold.count = length // fold.spec.ratio
+        self.keys_before, self.keys = None, keys
+        return keys
+
+    def select(self, indices: torch.Tensor, keys: torch.Tensor | None) -> None:
+        """Reorders, repeats or drops batch rows (beam search); `keys` are the layer's keys after the same was done to them."""
+        for fold in self.folds.values():
+            fold.select(indices)
+        if self.keys_before is not None:
+            self.keys_before = self.keys_before.index_select(0, indices.to(self.keys_before.device))
+        self.keys = keys
+
+    def _check_rewind(self, length: int) -> None:
+        back = self.length - length
+        if length == self.step_start or 0 <= back <= self.max_new_tokens:
+            return
+        raise UnsupportedError(
+            f"a rewind from {self.length} to {length} tokens: kvfold can go back to {self.step_start}, where the last step"
+            f" began, or by up to max_new_tokens={self.max_new_tokens}, an argument of patch()"
+        )
+
+    def _keys_at(self, length: int, window: int) -> torch.Tensor:
+        first = max(length - window + 1, 0)
+        if self.keys is None:
+            raise UnsupportedError("a rewind of sliding keys before the layer has made a step")
+        if length == 0:
+            return self.keys[:, :, :0]
+        held = self.length - self.keys.shape[2]
+        if held <= first:
+            return self.keys[:, :, first - held : length - held]
+        before = self.keys_before
+        if before is None or length < self.step_start or (held > self.step_start and length > self.step_start):
+            raise UnsupportedError(
+                f"a rewind from {self.length} to {length} tokens: of the sliding-window keys only those of the last step and"
+                f" the window before it are kept; the last step began at {self.step_start}"
+            )
+        held_before = self.step_start - before.shape[2]
+        older = before[:, :, first - held_before :]
+        if length == self.step_start:
+            return older
+        return torch.cat([older, self.keys[:, :, self.step_start - held : length - held]], dim=2)

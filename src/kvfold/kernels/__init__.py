@@ -1,0 +1,1 @@
+"""Triton kernels; see DESIGN.md for the rules they follow."""

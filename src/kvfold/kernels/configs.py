@@ -1,0 +1,50 @@
+"""How each kernel is launched: the one table that dispatch reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Config:
+    """A row of the table; it serves a call when `kind` and `head_dim` are equal and no earlier row does.
+
+    Attributes:
+        kind: of the state, `"fold"` or `"rows"`.
+        head_dim: widest entry it serves.
+        max_new_tokens: longest step it serves.
+        ahead: tokens whose loads are in flight at once. Any value gives the same bits.
+        num_warps: per program; a program is one window, all channels. Any value gives the same bits.
+    """
+
+    kind: str
+    head_dim: int
+    max_new_tokens: int
+    ahead: int
+    num_warps: int
+
+
+_ANY = (1 << 31) - 1
+
+CONFIGS = (
+    Config("fold", 128, 1, ahead=1, num_warps=1),
+    Config("fold", 128, 4, ahead=4, num_warps=1),
+    Config("fold", 128, _ANY, ahead=8, num_warps=1),
+    Config("fold", 256, 1, ahead=1, num_warps=2),
+    Config("fold", 256, 4, ahead=4, num_warps=2),
+    Config("fold", 256, _ANY, ahead=8, num_warps=2),
+    Config("fold", 4096, 1, ahead=1, num_warps=4),
+    Config("fold", 4096, 4, ahead=4, num_warps=4),
+    Config("fold", 4096, _ANY, ahead=8, num_warps=4),
+    Config("rows", 128, _ANY, ahead=8, num_warps=1),
+    Config("rows", 256, _ANY, ahead=8, num_warps=2),
+    Config("rows", 4096, _ANY, ahead=8, num_warps=4),
+)
+
+
+def choose(kind: str, head_dim: int, max_new_tokens: int) -> Config:
+    """The first row that serves this call. Every spec is served: the last row of each kind has the widest bounds."""
+    for config in CONFIGS:
+        if config.kind == kind and head_dim <= config.head_dim and max_new_tokens <= config.max_new_tokens:
+            return config
+    raise ValueError(f"no configuration for kind={kind!r}, head_dim={head_dim}, max_new_tokens={max_new_tokens}")

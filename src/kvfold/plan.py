@@ -1,0 +1,197 @@
+"""`StepPlan`: what depends on the step and not on the layer, computed once on the device."""
+
+from __future__ import annotations
+
+import torch
+
+from .checks import check_int, check_tensor
+
+ITEM_FIELDS = ("window", "start", "end", "token", "slot", "entry", "sequence", "unused")
+_INT32_MAX = (1 << 31) - 1
+
+
+class StepPlan:
+    """Who adds which tokens in a step, and which windows that touches. Build it with `StepPlan.build`.
+
+    Attributes:
+        start_pos: int32 `[B]`, tokens that each sequence had before the step. The plan's own copy.
+        cu_seqlens: int32 `[B + 1]`, offsets of each sequence's new tokens in `kv_score`. The plan's own copy.
+        state_slots: int32 `[B]`, the caller's tensor.
+        entry_slots: int64 `[E]`, cache slot of each entry: the caller's tensor, or computed from `cache_block_table`; None if
+            neither was given.
+        cu_entries: int32 `[B + 1]`: entry `cu_entries[b] + i` is window `start_pos[b] // ratio + i` of sequence `b`.
+        items: int32 `[I, 8]`, one row for each window touched (`ITEM_FIELDS`); the first `num_items[0]` rows count.
+        errors: int32 `[1]`, sequences and entries refused since the caller last zeroed it (DESIGN.md, Plan).
+        entry_capacity, item_capacity: E and I, known to the host.
+    """
+
+    ratio: int
+    max_new_tokens: int
+    batch: int
+    max_tokens: int
+    entry_capacity: int
+    item_capacity: int
+    rows_per_page: int | None
+    start_pos: torch.Tensor
+    cu_seqlens: torch.Tensor
+    state_slots: torch.Tensor
+    cache_block_table: torch.Tensor | None
+    entry_slots: torch.Tensor | None
+    cu_entries: torch.Tensor
+    items: torch.Tensor
+    num_items: torch.Tensor
+    errors: torch.Tensor
+
+    @classmethod
+    def build(
+        cls,
+        ratio: int,
+        start_pos: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_new_tokens: int,
+        *,
+        state_slots: torch.Tensor,
+        entry_slots: torch.Tensor | None = None,
+        cache_block_table: torch.Tensor | None = None,
+        rows_per_page: int | None = None,
+        max_tokens: int | None = None,
+    ) -> StepPlan:
+        """Plans one step for all layers whose compressor has this ratio.
+
+        Args:
+            ratio: tokens per window.
+            start_pos: int32 `[B]`, tokens that each sequence already has; drafts are rejected by making it smaller.
+            cu_seqlens: int32 `[B + 1]`, from 0, not decreasing. Equal neighbours make a sequence absent from the step.
+            max_new_tokens: host bound on any sequence's new tokens.
+            state_slots: int32 `[B]`, the slot of each sequence in the state; -1 makes it absent. No two sequences share one.
+            entry_slots: int64 `[E]`, the cache slot for each entry of the step, in the order of `cu_entries`; -1 drops it.
+            cache_block_table: int32 `[B, Q]`, instead of `entry_slots`: entry w of a sequence is row `w % rows_per_page` of
+                page `table[b, w // rows_per_page]`; a page of -1 drops the entry.
+            rows_per_page: with `cache_block_table`: entries per page.
+            max_tokens: host bound on the new tokens of all sequences together (default `B * max_new_tokens`); it sizes
+                the plan, so give it when one prompt is long and the rest are short.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+        """
+        check_int("ratio", ratio, 1, 4096)
+        check_int("max_new_tokens", max_new_tokens, 1, _INT32_MAX)
+        if not isinstance(start_pos, torch.Tensor):
+            raise TypeError(f"start_pos must be a torch.Tensor, got {type(start_pos).__name__}")
+        device = start_pos.device
+        check_tensor("start_pos", start_pos, (None,), (torch.int32,), device)
+        batch = start_pos.shape[0]
+        check_tensor("cu_seqlens", cu_seqlens, (batch + 1,), (torch.int32,), device)
+        check_tensor("state_slots", state_slots, (batch,), (torch.int32,), device)
+        if entry_slots is not None and cache_block_table is not None:
+            raise ValueError("entry_slots and cache_block_table exclude each other, got both")
+        if entry_slots is not None:
+            check_tensor("entry_slots", entry_slots, (None,), (torch.int64,), device)
+        if cache_block_table is not None:
+            check_tensor("cache_block_table", cache_block_table, (batch, None), (torch.int32,), device)
+            if rows_per_page is None:
+                raise ValueError("rows_per_page must be given with cache_block_table, got None")
+            check_int("rows_per_page", rows_per_page, 1, 1 << 20)
+        most = min(batch * max_new_tokens, _INT32_MAX)
+        if max_tokens is None:
+            max_tokens = most
+        check_int("max_tokens", max_tokens, 0, _INT32_MAX)
+        max_tokens = min(max_tokens, most)
+
+        plan = cls()
+        plan.ratio, plan.max_new_tokens, plan.batch, plan.max_tokens = ratio, max_new_tokens, batch, max_tokens
+        plan.rows_per_page = rows_per_page
+        plan.item_capacity = plan.items_for(max_tokens)
+        plan.entry_capacity = (
+            min(batch * -(-max_new_tokens // ratio), max_tokens // ratio + batch)
+            if entry_slots is None
+            else entry_slots.shape[0]
+        )
+        plan.state_slots, plan.cache_block_table = state_slots, cache_block_table
+        if cache_block_table is not None:
+            entry_slots = torch.empty(plan.entry_capacity, dtype=torch.int64, device=device)
+        plan.entry_slots = entry_slots
+        plan.start_pos = torch.empty_like(start_pos)
+        plan.cu_seqlens = torch.empty_like(cu_seqlens)
+        plan.cu_entries = torch.zeros_like(cu_seqlens)
+        plan.items = torch.zeros(plan.item_capacity, len(ITEM_FIELDS), dtype=torch.int32, device=device)
+        plan.num_items = torch.zeros(1, dtype=torch.int32, device=device)
+        plan.errors = torch.zeros(1, dtype=torch.int32, device=device)
+        plan.update(start_pos, cu_seqlens)
+        return plan
+
+    def items_for(self, tokens: int) -> int:
+        """Most windows that a step with this many tokens in all can touch; known to the host."""
+        if self.batch == 0 or tokens == 0:
+            return 0
+        per_sequence = (self.max_new_tokens + self.ratio - 2) // self.ratio + 1
+        return min(self.batch * per_sequence, tokens // self.ratio + 2 * self.batch)
+
+    def update(self, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
+        """Plans another step in place: same batch size and bounds, other lengths, slots and pages.
+
+        Runs on the device without synchronizing, so it can be captured in a CUDA graph. Reads `state_slots` and
+        `cache_block_table` again; change their contents before the call. Data that makes no sense is counted in `errors`.
+
+        Args:
+            start_pos: int32 `[B]`; cu_seqlens: int32 `[B + 1]`, as for `build`.
+        """
+        device = self.start_pos.device
+        check_tensor("start_pos", start_pos, (self.batch,), (torch.int32,), device)
+        check_tensor("cu_seqlens", cu_seqlens, (self.batch + 1,), (torch.int32,), device)
+        self.start_pos.copy_(start_pos)
+        self.cu_seqlens.copy_(cu_seqlens)
+        if self.batch == 0:
+            return
+        ratio = self.ratio
+        start, offsets = self.start_pos.long(), self.cu_seqlens.long()
+        token, length = offsets[:-1], offsets[1:] - offsets[:-1]
+        end = start + length
+        absent = (self.state_slots == -1) | (length == 0)
+        wrong = ~absent & (
+            (self.state_slots < -1)
+            | (start < 0)
+            | (length < 0)
+            | (length > self.max_new_tokens)
+            | (token < 0)
+            | (token + length > self.max_tokens)
+            | (end > _INT32_MAX)
+        )
+        live = ~(absent | wrong)
+        first = start.div(ratio, rounding_mode="floor")
+        windows = torch.where(live, (end - 1).div(ratio, rounding_mode="floor") - first + 1, 0)
+        entries = torch.where(live, end.div(ratio, rounding_mode="floor") - first, 0)
+        self.cu_entries[1:] = entries.cumsum(0)
+        cu_items = windows.cumsum(0)
+        self.num_items.copy_(cu_items[-1:].clamp(max=self.item_capacity))
+        self.errors += wrong.sum().int()
+
+        index = torch.arange(self.item_capacity, device=device)
+        sequence = torch.searchsorted(cu_items, index, right=True).clamp(max=self.batch - 1)
+        ordinal = index - (cu_items - windows)[sequence]
+        window = first[sequence] + ordinal
+        entry = torch.where((window + 1) * ratio <= end[sequence], self.cu_entries.long()[sequence] + ordinal, -1)
+        fields = (window, start[sequence], end[sequence], token[sequence], self.state_slots[sequence], entry, sequence)
+        for column, values in enumerate(fields):
+            self.items[:, column] = values.int()
+        if self.cache_block_table is not None:
+            self._fill_entry_slots(first, entries)
+
+    def _fill_entry_slots(self, first: torch.Tensor, entries: torch.Tensor) -> None:
+        table, rows = self.cache_block_table, self.rows_per_page
+        assert table is not None and rows is not None and self.entry_slots is not None
+        if table.shape[1] == 0:
+            self.entry_slots.fill_(-1)
+            self.errors += self.cu_entries[-1:]
+            return
+        ends = self.cu_entries[1:].long()
+        index = torch.arange(self.entry_capacity, device=table.device)
+        sequence = torch.searchsorted(ends, index, right=True)
+        used = sequence < self.batch
+        sequence = sequence.clamp(max=self.batch - 1)
+        window = first[sequence] + index - (ends - entries)[sequence]
+        column = window.div(rows, rounding_mode="floor")
+        held = used & (column < table.shape[1])
+        page = table[sequence, column.clamp(0, table.shape[1] - 1)].long()
+        self.entry_slots.copy_(torch.where(held & (page >= 0), page * rows + window % rows, -1))
+        self.errors += (used & ((column >= table.shape[1]) | (page < -1))).sum().int()

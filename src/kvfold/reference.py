@@ -1,0 +1,216 @@
+"""What the kernels must compute, in plain PyTorch: the mathematics of an entry, and a slow simulator of the state.
+
+Nothing here knows a memory layout or a way to be fast. `pooled`, `rms_norm`, `rope` and `hadamard` are the four stages
+of an entry and `entries` is all of them; `Simulator` says which positions a slot holds after any sequence of steps.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from kvfold.spec import CompressorSpec
+
+
+def pooled(kv_score: Tensor, spec: CompressorSpec, ape: Tensor | None, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The pooled rows of one sequence, from its first token: a softmax-weighted mean per window and channel.
+
+    kv_score: [T, 2*channels], any float dtype, a row is `[K | S]`. ape: [ratio, channels], None for a spec without it.
+    Returns [T // ratio, head_dim] in `dtype` (fp64 or fp32), in which all is computed. Tokens after the last full
+    window make no entry. Raises ValueError for a kv_score of another shape and for an ape that the spec does not have.
+    """
+    if kv_score.dim() != 2 or kv_score.shape[1] != 2 * spec.channels:
+        raise ValueError(f"kv_score must be [T, {2 * spec.channels}], got {list(kv_score.shape)}")
+    if (ape is None) == spec.has_ape:
+        raise ValueError(f"ape must be given exactly when spec.has_ape, which is {spec.has_ape}")
+    windows, hd = kv_score.shape[0] // spec.ratio, spec.head_dim
+    value, score = kv_score.to(dtype)[: windows * spec.ratio].split(spec.channels, dim=1)
+    value = value.reshape(windows, spec.ratio, spec.channels)
+    score = score.reshape(windows, spec.ratio, spec.channels)
+    if ape is not None:
+        score = score + ape.to(dtype)
+    if spec.overlap:
+        # The lo half of a token serves the next window's entry, the hi half its own. Window 0 has no window before it.
+        value = torch.cat([_previous(value[..., :hd], 0.0), value[..., hd:]], dim=1)
+        score = torch.cat([_previous(score[..., :hd], -math.inf), score[..., hd:]], dim=1)
+    return (score.softmax(dim=1) * value).sum(dim=1)
+
+
+def _previous(windows: Tensor, first: float) -> Tensor:
+    """Shift [windows, ratio, hd] by one window; the first is filled with `first`."""
+    return torch.cat([torch.full_like(windows[:1], first), windows[:-1]])
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in the dtype of x. x: [..., hd], weight: [hd]."""
+    return x / (x.square().mean(dim=-1, keepdim=True) + eps).sqrt() * weight.to(x.dtype)
+
+
+def rope(x: Tensor, table: Tensor, positions: Tensor, rope_dim: int) -> Tensor:
+    """Rotate the last `rope_dim` channels of x [n, hd], channels 2i and 2i+1 a pair, by the angles of `positions` [n].
+
+    table: [max_pos, rope_dim], the cosines of all pairs, then their sines. Computes in the dtype of x.
+    """
+    cos, sin = table[positions].to(x.dtype).split(rope_dim // 2, dim=1)
+    still, turned = x[:, : x.shape[1] - rope_dim], x[:, x.shape[1] - rope_dim :]
+    even, odd = turned[:, 0::2], turned[:, 1::2]
+    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=2).flatten(1)
+    return torch.cat([still, turned], dim=1)
+
+
+_rotate = rope  # `entries` takes the table under the name it has in `compress`, which hides the function
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """The orthonormal Walsh-Hadamard transform of the last dimension (a power of two), in natural (Sylvester) order."""
+    hd = x.shape[-1]
+    if hd & (hd - 1):
+        raise ValueError(f"x must have a power of two as its last dimension, got {hd}")
+    matrix = torch.ones(1, 1, dtype=x.dtype, device=x.device)
+    while matrix.shape[0] < hd:
+        matrix = torch.cat([torch.cat([matrix, matrix], dim=1), torch.cat([matrix, -matrix], dim=1)])
+    return (x @ matrix) * hd**-0.5
+
+
+def entries(
+    kv_score: Tensor,
+    spec: CompressorSpec,
+    ape: Tensor | None,
+    norm_weight: Tensor,
+    rope: Tensor,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """The entries of one sequence before quantization: pooled, normed, rotated, and Hadamard if the spec says so.
+
+    kv_score, ape: as for `pooled`. norm_weight: [head_dim]. rope: [max_pos, rope_dim], cosines then sines.
+    The position of an entry is that of its window's first token. Returns [T // ratio, head_dim] in `dtype`.
+    """
+    rows = pooled(kv_score, spec, ape, dtype)
+    rows = rms_norm(rows, norm_weight, spec.norm_eps)
+    if spec.rope_dim:
+        positions = torch.arange(rows.shape[0], device=rows.device) * spec.ratio
+        rows = _rotate(rows, rope, positions, spec.rope_dim)
+    return hadamard(rows) if spec.hadamard else rows
+
+
+def rope_table(
+    max_pos: int,
+    rope_dim: int,
+    theta: float = 160000.0,
+    factor: float = 16.0,
+    original: int = 65536,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+) -> Tensor:
+    """The fp32 table [max_pos, rope_dim] (cosines, then sines) of DeepSeek-V4's compressed layers: RoPE with YaRN.
+
+    A pair that turns more than `beta_fast` times within `original` positions keeps its frequency, one that turns less
+    than `beta_slow` times has it divided by `factor`, those between are blended linearly. `factor=1` is plain RoPE.
+    """
+    pair = torch.arange(rope_dim // 2, dtype=torch.float64)
+    base = theta ** (-2 * pair / rope_dim)
+
+    def pair_that_turns(turns: float) -> float:
+        return rope_dim * math.log(original / (2 * math.pi * turns)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_that_turns(beta_fast)), 0)
+    high = min(math.ceil(pair_that_turns(beta_slow)), rope_dim - 1)
+    ramp = ((pair - low) / max(high - low, 1e-3)).clamp(0, 1)
+    frequency = base / factor * ramp + base * (1 - ramp)
+    angle = torch.arange(max_pos, dtype=torch.float64)[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=1).float()
+
+
+class Held(NamedTuple):
+    """One state row: the position it stands for, and the tokens it stands for.
+
+    A `fold` row is a summary of its window up to its position, so it stands for all those tokens; a `rows` row for one.
+    """
+
+    position: int
+    tokens: Tensor
+
+
+class Simulator:
+    """The state of many slots, one step of one sequence at a time: what a step may read, emits, keeps and forgets.
+
+    The rules are those of DESIGN.md, "State". The memory of a slot is a list of `Held` or None: `ring` rows, then
+    `history` spare rows. Rows hold raw tokens, so that an entry is `pooled` of exactly what the state remembers.
+    """
+
+    def __init__(self, spec: CompressorSpec, num_slots: int, max_new_tokens: int, ape: Tensor | None = None):
+        self.spec, self.ape = spec, ape
+        window_rows = spec.ratio * (2 if spec.overlap else 1)
+        if not spec.overlap and spec.ratio > 8:
+            self.kind, self.history, self.ring = "fold", 1, max_new_tokens + 1
+        else:
+            self.kind, self.history = "rows", 1 << (window_rows - 1).bit_length()
+            self.ring = math.ceil((window_rows - 1 + max_new_tokens) / self.history) * self.history
+        self.slots: list[list[Held | None]] = [[None] * (self.ring + self.history) for _ in range(num_slots)]
+        self.errors = 0
+
+    def tags(self, slot: int) -> list[int]:
+        """The position of each row of a slot, -1 for none: what `FoldState.positions[slot]` must be."""
+        return [-1 if row is None else row.position for row in self.slots[slot]]
+
+    def history_of(self, position: int) -> range:
+        """The positions that a step starting at `position` reads."""
+        window = position // self.spec.ratio
+        if self.kind == "fold":
+            return range(position - 1 if position % self.spec.ratio else position, position)
+        return range(max(window - 1 if self.spec.overlap else window, 0) * self.spec.ratio, position)
+
+    def can_start(self, slot: int, position: int) -> bool:
+        """Whether a step of this slot from `position` would be accepted."""
+        return None not in [self._find(slot, x) for x in self.history_of(position)]
+
+    def step(self, slot: int, start: int, tokens: Tensor) -> dict[int, Tensor] | None:
+        """Fold `tokens` [n, 2*channels], those of positions start, start + 1, ..., into a slot.
+
+        Returns the pooled fp64 row [head_dim] of every window that ends in the step, by window index. An absent
+        sequence (slot -1, or no tokens) does nothing and returns {}; a refused one does nothing, adds to `errors` and
+        returns None.
+        """
+        if slot == -1 or len(tokens) == 0:
+            return {}
+        if slot >= len(self.slots) or start < 0 or not self.can_start(slot, start):
+            self.errors += 1
+            return None
+        memory, ratio, end = self.slots[slot], self.spec.ratio, start + len(tokens)
+
+        read = [self._find(slot, x) for x in self.history_of(start)]
+        known = torch.cat([*(memory[row].tokens for row in read), tokens])
+        first = end - len(known)  # the position of known[0]: always the start of a window
+
+        emitted = {}
+        for window in range(start // ratio, end // ratio):
+            oldest = max(window - 1 if self.spec.overlap else window, 0)
+            seen = known[oldest * ratio - first : (window + 1) * ratio - first]
+            emitted[window] = pooled(seen, self.spec, self.ape)[-1]
+
+        written = []
+        for x in range(max(start, end - self.ring), end):
+            home = x % self.ring
+            row = self.ring + x % self.history if home in read else home  # what this step reads, it does not overwrite
+            since = x - x % ratio if self.kind == "fold" else x
+            memory[row] = Held(x, known[since - first : x + 1 - first])
+            written.append(row)
+
+        for row in range(self.ring, self.ring + self.history):
+            if memory[row] is None or row in read or row in written:
+                continue
+            if memory[row].position >= start or memory[row].position < end - self.ring:
+                memory[row] = None
+        return emitted
+
+    def _find(self, slot: int, position: int) -> int | None:
+        """The row that holds a position: its home if it is there, else its spare row, else None."""
+        for row in (position % self.ring, self.ring + position % self.history):
+            held = self.slots[slot][row]
+            if held is not None and held.position == position:
+                return row
+        return None

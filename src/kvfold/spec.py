@@ -1,0 +1,63 @@
+"""What a compressor computes: `CompressorSpec` and the presets of DeepSeek-V4."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CompressorSpec:
+    """The shape and the mathematics of one compressor; hashable, so it can key a table.
+
+    Args:
+        head_dim: width of an entry, in channels; a power of two from 16 to 4096.
+        ratio: tokens per window, from 1 to 4096.
+        overlap: an entry also takes the `lo` half of every token of the window before (the R = 4 layers of V4).
+        has_ape: a bias `ape[t % ratio]` is added to the score row of token t (V4.1 has none).
+        rope_dim: how many of an entry's last channels are rotated; even, 0 to leave out RoPE.
+        norm_eps: epsilon of RMSNorm, added to the mean square.
+        hadamard: rotate the whole entry by a Hadamard matrix after RoPE (the reference's indexer does).
+
+    Raises:
+        TypeError, ValueError: naming the field.
+    """
+
+    head_dim: int
+    ratio: int
+    overlap: bool = False
+    has_ape: bool = True
+    rope_dim: int = 64
+    norm_eps: float = 1e-6
+    hadamard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("head_dim", "ratio", "rope_dim"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+        for name in ("overlap", "has_ape", "hadamard"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be a bool, got {type(getattr(self, name)).__name__}")
+        if not 16 <= self.head_dim <= 4096 or self.head_dim & (self.head_dim - 1):
+            raise ValueError(f"head_dim must be a power of two from 16 to 4096, got {self.head_dim}")
+        if not 1 <= self.ratio <= 4096:
+            raise ValueError(f"ratio must be from 1 to 4096, got {self.ratio}")
+        if not 0 <= self.rope_dim <= self.head_dim or self.rope_dim % 2:
+            raise ValueError(f"rope_dim must be even and from 0 to head_dim={self.head_dim}, got {self.rope_dim}")
+        if not isinstance(self.norm_eps, (int, float)) or not 0 < self.norm_eps < 1:
+            raise ValueError(f"norm_eps must be a number between 0 and 1, got {self.norm_eps!r}")
+
+    @property
+    def channels(self) -> int:
+        """Width of a value row and of a score row: `head_dim`, or `2 * head_dim` with overlap."""
+        return self.head_dim * (2 if self.overlap else 1)
+
+    @property
+    def window_rows(self) -> int:
+        """Tokens that one entry is made of: `ratio`, or `2 * ratio` with overlap."""
+        return self.ratio * (2 if self.overlap else 1)
+
+
+V4_HCA = CompressorSpec(head_dim=512, ratio=128)
+V4_CSA = CompressorSpec(head_dim=512, ratio=4, overlap=True)
+V4_INDEXER = CompressorSpec(head_dim=128, ratio=4, overlap=True, hadamard=True)

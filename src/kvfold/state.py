@@ -1,0 +1,126 @@
+"""`FoldState`: what a sequence must keep between steps, addressed by absolute position."""
+
+from __future__ import annotations
+
+import torch
+
+from .checks import check_device, check_dtype, check_int, check_shape, check_type
+from .spec import CompressorSpec
+
+# Up to this ratio the input rows of a window are kept instead of fold rows: at ratio 8 a bf16 window is 8 rows of
+# 4 bytes per channel against one fold row of 12, and a step reads the rows it needs in one go.
+MOST_RATIO_OF_ROWS = 8
+
+
+def state_kind(spec: CompressorSpec) -> str:
+    """`"rows"` when the state of `spec` keeps input rows, `"fold"` when it keeps fold rows (DESIGN.md, State)."""
+    return "rows" if spec.overlap or spec.ratio <= MOST_RATIO_OF_ROWS else "fold"
+
+
+class FoldState:
+    """State of up to `num_slots` sequences for one compressor of one layer.
+
+    Attributes:
+        rows: `fold`: fp32 `[num_slots, ring + history, 3, head_dim]`, the running maximum, sum of weights and weighted sum
+            after the token; `rows`: fp32 or bf16 `[num_slots, ring + history, 2 * channels]`, the `kv_score` row as it came.
+        positions: int32 `[num_slots, ring + history]`, the position that each row stands for, -1 for none.
+        ring, history: position x lives in row `x % ring`, or in the spare row `ring + x % history` when its home was
+            being read by the very step that wrote it.
+        max_new_tokens: a step of up to this many tokens can be rewound to any position inside it.
+
+    Copying `rows[slot]` and `positions[slot]` moves a sequence to another slot, state or machine.
+    """
+
+    def __init__(self, spec: CompressorSpec, rows: torch.Tensor, positions: torch.Tensor, max_new_tokens: int) -> None:
+        """Wraps existing tensors; see `allocate` for the usual way. `positions` must be -1 where a row holds nothing.
+
+        Raises:
+            TypeError, ValueError: naming the argument whose type, shape, dtype, device or stride is wrong.
+        """
+        check_type("spec", spec, CompressorSpec)
+        check_int("max_new_tokens", max_new_tokens, 1, 1 << 20)
+        check_type("rows", rows, torch.Tensor)
+        check_type("positions", positions, torch.Tensor)
+        self.spec = spec
+        self.kind = state_kind(spec)
+        self.max_new_tokens = max_new_tokens
+        self.ring, self.history = _ring_and_history(spec, max_new_tokens)
+        per_slot = self.ring + self.history
+        row_shape = (3, spec.head_dim) if self.kind == "fold" else (2 * spec.channels,)
+        check_dtype("rows", rows, (torch.float32,) if self.kind == "fold" else (torch.float32, torch.bfloat16))
+        check_shape("rows", rows, (None, per_slot, *row_shape))
+        check_dtype("positions", positions, (torch.int32,))
+        check_shape("positions", positions, (rows.shape[0], per_slot))
+        check_device("positions", positions, rows.device)
+        for name, tensor in (("rows", rows), ("positions", positions)):
+            if not tensor.is_contiguous():
+                raise ValueError(f"{name} must be contiguous, got strides {tuple(tensor.stride())}")
+        self.rows = rows
+        self.positions = positions
+
+    @classmethod
+    def allocate(
+        cls,
+        spec: CompressorSpec,
+        num_slots: int,
+        max_new_tokens: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> FoldState:
+        """An empty state.
+
+        Args:
+            num_slots: how many sequences it can hold.
+            max_new_tokens: longest step that must be rewindable to any position inside it (drafts + 1). Longer steps
+                are fine; they can be rewound to their start and to their last `ring` positions.
+            dtype: of the kept input rows, for specs that keep them (`kind == "rows"`): fp32 takes bf16 and fp32
+                `kv_score`, both exactly; bf16 takes bf16 only, in half the memory. Fold rows are always fp32.
+        """
+        check_type("spec", spec, CompressorSpec)
+        check_int("num_slots", num_slots, 0, (1 << 31) - 1)
+        check_int("max_new_tokens", max_new_tokens, 1, 1 << 20)
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
+        ring, history = _ring_and_history(spec, max_new_tokens)
+        if state_kind(spec) == "fold":
+            rows = torch.zeros(num_slots, ring + history, 3, spec.head_dim, dtype=torch.float32, device=device)
+        else:
+            rows = torch.zeros(num_slots, ring + history, 2 * spec.channels, dtype=dtype, device=device)
+        positions = torch.full((num_slots, ring + history), -1, dtype=torch.int32, device=device)
+        return cls(spec, rows, positions, max_new_tokens)
+
+    @property
+    def num_slots(self) -> int:
+        return self.rows.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.device
+
+    @property
+    def bytes_per_slot(self) -> int:
+        """Bytes that one sequence occupies: its rows and their positions."""
+        rows, tags = self.rows, self.positions
+        return rows[0:1].numel() * rows.element_size() + tags[0:1].numel() * tags.element_size() if self.num_slots else 0
+
+    def history_of(self, position: int) -> range:
+        """The positions whose rows a step starting at `position` reads; what a prefix cache must keep to resume there."""
+        check_int("position", position, 0, (1 << 31) - 1)
+        return range(history_start(self.spec, position), position)
+
+
+def history_start(spec: CompressorSpec, position: int) -> int:
+    """First position whose state row a step starting at `position` reads; `position` itself when it reads none."""
+    if state_kind(spec) == "fold":
+        return position - 1 if position % spec.ratio else position
+    window = position // spec.ratio
+    return max(window - int(spec.overlap), 0) * spec.ratio
+
+
+def _ring_and_history(spec: CompressorSpec, max_new_tokens: int) -> tuple[int, int]:
+    if state_kind(spec) == "fold":
+        return max_new_tokens + 1, 1
+    history = 1 << (spec.window_rows - 1).bit_length()
+    # A multiple of `history`, so that the rows of one history never share a spare row.
+    return -(-(spec.window_rows - 1 + max_new_tokens) // history) * history, history

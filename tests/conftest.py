@@ -1,0 +1,42 @@
+"""The backends that every test runs on, and the marker of those that need a GPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, so before kvfold is
+
+from helpers import Backend  # noqa: E402
+
+BACKENDS = {
+    "torch": Backend("torch", torch.device("cpu")),
+    "interpreter": Backend("triton", torch.device("cpu")),
+    "cuda": Backend("triton", torch.device("cuda", 0)),
+    "torch-cuda": Backend("torch", torch.device("cuda", 0)),
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA or HIP device")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=pytest.mark.gpu if "cuda" in name else ()) for name in BACKENDS],
+)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Each backend of `compress` in turn; on a GPU machine Triton's interpreter is off, as it cannot be on beside it."""
+    if request.param == "interpreter" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton compiles in this process, so it does not interpret")
+    return BACKENDS[request.param]
