@@ -1,0 +1,132 @@
+"""The benchmark protocol: which cases, how a call is timed, and what other projects cost under the same rules.
+
+A call gets one of several independent buffer sets in turn, so many that a round of them is four times the L2 cache: inputs
+and state are cold, as they are between the layers of a model. One CUDA graph holds all calls of a round; its median replay
+time over 30 replays, divided by the calls, is the figure. `peers_h200.jsonl` holds the figures of other projects, taken on an
+H200 (torch 2.11, CUDA 13) with these cases and this timer: bf16 kv_score, fp32 state, fp32 ape.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+
+HERE = Path(__file__).parent
+MOST_SETS = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the protocol.
+
+    Attributes:
+        kind: "decode" or "prefill".
+        new: new tokens per sequence.
+        mode: decode: "hit" every sequence finishes one window in the step, "miss" none does, "spread" sequence b stands at
+            phase `b * ratio / batch`.
+    """
+
+    kind: str
+    head_dim: int
+    ratio: int
+    batch: int
+    new: int
+    mode: str = ""
+
+    @property
+    def name(self) -> str:
+        """The name that the peers' figures carry."""
+        head = f"{self.kind[:3]} hd{self.head_dim} r{self.ratio} b{self.batch}"
+        return f"{head} n{self.new} {self.mode}" if self.kind == "decode" else f"{head} s{self.new}"
+
+    def start_positions(self) -> list[int]:
+        """Tokens that each sequence has before the step: four windows and what the mode asks for."""
+        if self.kind == "prefill":
+            return [0] * self.batch
+        base = 4 * self.ratio
+        if self.mode == "spread":
+            return [base + b * self.ratio // self.batch for b in range(self.batch)]
+        if self.mode == "hit" and self.new % self.ratio:
+            base += self.ratio - self.new % self.ratio
+        return [base] * self.batch
+
+
+def cases() -> list[Case]:
+    """All cases: real shapes of V4, from one sequence to 256."""
+    found = []
+    for mode in ("hit", "spread", "miss"):
+        for new in (1, 4):
+            found += [Case("decode", 512, 128, batch, new, mode) for batch in (1, 16, 64, 128, 256)]
+    for new, mode in ((1, "hit"), (1, "miss"), (4, "hit")):
+        found += [Case("decode", 512, 4, batch, new, mode) for batch in (1, 16, 64, 128, 256)]
+    for new in (1, 4):
+        found += [Case("decode", 128, 4, batch, new, "hit") for batch in (16, 256)]
+    for ratio in (128, 4):
+        found += [Case("prefill", 512, ratio, b, s) for b, s in ((1, 8192), (1, 65536), (8, 8192), (8, 65536))]
+    return found
+
+
+def buffer_sets(bytes_per_set: int) -> int:
+    """How many buffer sets make a round cold in the L2 cache of this device."""
+    l2 = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(2, min(MOST_SETS, -(-4 * l2 // max(bytes_per_set, 1))))
+
+
+def time_graph(calls: list[Callable[[], None]], replays: int = 30) -> float:
+    """Median microseconds per call; `calls` holds one call for each buffer set."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+        rounds = max(1, 64 // len(calls))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(rounds):
+                for call in calls:
+                    call()
+        graph.replay()
+        torch.cuda.synchronize()
+        times = []
+        for _ in range(replays):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record(stream)
+            graph.replay()
+            end.record(stream)
+            torch.cuda.synchronize()
+            times.append(begin.elapsed_time(end) * 1e3 / (rounds * len(calls)))
+    return statistics.median(times)
+
+
+def best_peer(case: Case) -> tuple[float, str] | None:
+    """The fastest whole pipeline of any other project for this case, in microseconds, and whose it is."""
+    rows = [json.loads(line) for line in (HERE / "peers_h200.jsonl").read_text().splitlines()]
+    found = [
+        (row["us"], f"{row['peer']} {row['variant']}")
+        for row in rows
+        if row["case"] == case.name and row["what"].startswith("pipeline") and row["us"] is not None
+    ]
+    return min(found) if found else None
+
+
+def environment(commit: str | None = None) -> dict[str, str]:
+    """What every result row says about where it was taken."""
+    if commit is None:
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+        commit = git.stdout.strip() or "unknown"
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
+    return {"device": device, "torch": torch.__version__, "triton": triton.__version__, "commit": commit}
+
+
+def append_rows(path: Path, rows: list[dict]) -> None:
+    """Adds JSON lines to a results file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as out:
+        out.writelines(json.dumps(row) + "\n" for row in rows)
