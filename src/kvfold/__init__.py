@@ -6,6 +6,7 @@ from .plan import StepPlan
 from .records import EntryCache
 from .spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
 from .state import FoldState
+from .store import store
 
 __version__ = "0.1.0"
 
@@ -19,4 +20,5 @@ __all__ = [
     "StepPlan",
     "compress",
     "reference",
+    "store",
 ]

@@ -239,14 +239,15 @@ def _emit(
     rope: torch.Tensor | None,
     rows: torch.Tensor | None,
 ) -> None:
+    """Delivers the pooled rows of the items whose window ends: to `rows` and to the cache, either of which may be None."""
     if cache is None and rows is None:
         return
     entry, position = items.entry, items.window * spec.ratio
     wrong = entry >= plan.entry_capacity
     keep = (entry >= 0) & ~wrong
     slot = torch.zeros_like(entry)
-    if plan.entry_slots is not None:
-        slot = torch.where(keep, plan.entry_slots[torch.where(keep, entry, 0)], -1) if plan.entry_capacity else slot
+    if plan.entry_slots is not None and plan.entry_capacity:
+        slot = torch.where(keep, plan.entry_slots[torch.where(keep, entry, 0)], -1)
         keep &= slot != -1
     if cache is not None:
         bad = (slot < -1) | (slot >= cache.num_slots)
@@ -263,4 +264,22 @@ def _emit(
         rows[entry[kept]] = pooled[kept].to(rows.dtype)
     if cache is not None:
         assert norm_weight is not None
-        pack_records(cache, slot[kept], finish(pooled[kept], spec, norm_weight, rope, position[kept]))
+        y = pooled[kept].bfloat16().float() if cache.format.round_rows else pooled[kept]
+        pack_records(cache, slot[kept], finish(y, spec, norm_weight, rope, position[kept]))
+
+
+def store_torch(
+    pooled: torch.Tensor,
+    plan: StepPlan,
+    cache: EntryCache,
+    spec: CompressorSpec,
+    norm_weight: torch.Tensor,
+    rope: torch.Tensor | None,
+) -> None:
+    """`store` after its arguments were checked."""
+    items = _Items.of(plan)
+    items = items[items.entry >= 0]
+    rows = torch.zeros(len(items.entry), spec.head_dim, device=pooled.device)
+    inside = items.entry < plan.entry_capacity
+    rows[inside] = pooled[items.entry[inside]].float()
+    _emit(rows, items, plan, cache, spec, norm_weight, rope, None)

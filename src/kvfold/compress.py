@@ -54,7 +54,8 @@ def compress(
         TypeError, ValueError: naming the argument; nothing has been written then. What depends on data (a slot beyond
             its pool, a state row that is not held) is skipped and counted in `plan.errors`.
     """
-    chosen = _choose_backend(backend, kv_score)
+    check_type("kv_score", kv_score, torch.Tensor)
+    chosen = choose_backend(backend, kv_score)
     _check(kv_score, plan, state, cache, spec, ape, norm_weight, rope, rows)
     if plan.batch == 0 or kv_score.shape[0] == 0:
         return
@@ -66,13 +67,13 @@ def compress(
         compress_triton(kv_score, plan, state, cache, spec, ape, norm_weight, rope, rows)
 
 
-def _choose_backend(backend: str | None, kv_score: torch.Tensor) -> str:
+def choose_backend(backend: str | None, tensor: torch.Tensor) -> str:
+    """The backend to use for inputs like `tensor`; raises ValueError if it cannot take them."""
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS} or None, got {backend!r}")
-    check_type("kv_score", kv_score, torch.Tensor)
     if backend is None:
-        return "torch" if kv_score.device.type == "cpu" else "triton"
-    if backend == "triton" and kv_score.device.type == "cpu":
+        return "torch" if tensor.device.type == "cpu" else "triton"
+    if backend == "triton" and tensor.device.type == "cpu":
         from .kernels.launch import INTERPRETED
 
         if not INTERPRETED:
@@ -116,6 +117,18 @@ def _check(
         raise ValueError("ape must be None, as spec.has_ape is False")
     if rows is not None:
         check_tensor("rows", rows, (plan.entry_capacity, spec.head_dim), _FLOATS, device)
+    check_epilogue(plan, cache, spec, norm_weight, rope, device)
+
+
+def check_epilogue(
+    plan: StepPlan,
+    cache: EntryCache | None,
+    spec: CompressorSpec,
+    norm_weight: torch.Tensor | None,
+    rope: torch.Tensor | None,
+    device: torch.device,
+) -> None:
+    """Checks what everything behind the pooling takes."""
     if norm_weight is not None or cache is not None:
         check_tensor("norm_weight", norm_weight, (spec.head_dim,), _FLOATS, device)
     if rope is not None or (cache is not None and spec.rope_dim):

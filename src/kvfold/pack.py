@@ -1,73 +1,162 @@
-"""Entries to record bytes and back, in plain torch: the torch backend's store and `EntryCache.read` on any device."""
+"""Entries to record bytes and back, in plain torch: the torch backend's store and `EntryCache.read` on any device.
+
+The same rounding as `kernels/record.py`, which has to do with integers what torch has types for.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from .records import EntryCache
+from .records import EntryCache, RecordFormat
 
-E4M3_MAX = 448.0
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+# Between neighbouring codes; a tie goes to the even code, so it goes up behind the odd codes 1, 3 and 5.
+_E2M1_THRESHOLDS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
 
 def pack_records(cache: EntryCache, slots: torch.Tensor, entries: torch.Tensor) -> None:
     """Writes `entries` (fp32 `[n, head_dim]`, after norm, RoPE and Hadamard) into int64 `slots`, all of them valid."""
-    fmt, spec = cache.format, cache.spec
-    page, row = slots // cache.rows_per_page, slots % cache.rows_per_page
-    if fmt.element != "e4m3":
+    fmt, quantized = cache.format, cache.format.quantized(cache.spec)
+    if fmt.element in ("bf16", "fp32"):
         dtype = torch.bfloat16 if fmt.element == "bf16" else torch.float32
-        _scatter(cache, page, row * fmt.row_bytes(spec), entries.to(dtype).contiguous().view(torch.uint8))
+        _scatter(*_record(cache, slots), _bytes(entries.to(dtype)))
         return
-    quantized = spec.head_dim - spec.rope_dim
-    values = entries[:, :quantized].bfloat16().float().unflatten(1, (-1, fmt.group))
-    # A NaN does not choose the scale of its neighbours; an infinity makes it 2**127, under which they become 0.
-    amax = values.abs().nan_to_num(nan=0.0, posinf=float("inf")).amax(-1)
-    code = ue8m0_code((amax / E4M3_MAX).clamp(min=fmt.scale_floor)).clamp(max=254)
-    scaled = (values * inverse_scale(code)[..., None]).clamp(-E4M3_MAX, E4M3_MAX).flatten(1)
-    record = torch.cat(
-        (
-            scaled.to(torch.float8_e4m3fn).view(torch.uint8),
-            entries[:, quantized:].bfloat16().contiguous().view(torch.uint8),
-        ),
-        dim=1,
-    )
-    _scatter(cache, page, row * fmt.row_bytes(spec), record)
-    tail = torch.zeros(len(slots), fmt.tail, dtype=torch.uint8, device=entries.device)
-    tail[:, : code.shape[1]] = code.to(torch.uint8)
-    _scatter(cache, page, cache.rows_per_page * fmt.row_bytes(spec) + row * fmt.tail, tail)
+    values = (entries.bfloat16().float() if fmt.round_values else entries)[:, :quantized]
+    if fmt.scale == "static":
+        values = values * (torch.ones_like(values[:, :1]) / cache.scale)
+    else:
+        grouped = values.unflatten(1, (-1, fmt.group))
+        # A NaN does not choose the scale of its neighbours.
+        amax = grouped.abs().nan_to_num(nan=0.0, posinf=float("inf")).amax(-1)
+        stored, factor = group_scale(amax, fmt, cache.scale)
+        values = (grouped / factor[..., None] if fmt.divide else grouped * factor[..., None]).flatten(1)
+        tail = stored
+        if fmt.pad_written:
+            tail = torch.cat((stored, torch.zeros_like(stored[:, : fmt.pad])), dim=1)
+        _scatter(*_tail(cache, slots), tail)
+    if fmt.element == "e4m3":
+        record = e4m3_bytes(values)
+    else:
+        codes = e2m1_codes(values, fmt.ties_to_zero)
+        record = codes[:, 0::2] | codes[:, 1::2] << 4
+    if fmt.rotated_bf16:
+        record = torch.cat((record, _bytes(entries[:, quantized:].bfloat16())), dim=1)
+    _scatter(*_record(cache, slots), record)
+
+
+def group_scale(amax: torch.Tensor, fmt: RecordFormat, cache_scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tail's bytes, uint8 `[n, groups * scale_bytes]`, and what each group is multiplied by (or divided by)."""
+    if fmt.floor_on == "amax":
+        amax = amax.clamp(min=fmt.floor)
+    scale = amax / fmt.element_max
+    if fmt.floor_on == "scale":
+        scale = scale.clamp(min=fmt.floor)
+    if fmt.scale == "fp32":
+        if fmt.floor == 0:
+            return _bytes(scale), torch.where(amax > 0, fmt.element_max / amax, 1.0)
+        return _bytes(scale), 1.0 / scale
+    if fmt.scale == "e4m3":
+        if fmt.floor_on == "scale":
+            code = e4m3_bytes(scale)
+            return code, code.view(torch.float8_e4m3fn).float()
+        code = e4m3_bytes(amax * cache_scale / fmt.element_max)
+        return code, cache_scale / code.view(torch.float8_e4m3fn).float().clamp(min=1e-12)
+    # The least power of two that is not below the scale; an infinity makes it 2**127, under which its neighbours become 0.
+    code = ((scale.view(torch.int32) + 0x7FFFFF) >> 23).clamp(max=254)
+    factor = ((254 - code) << 23).view(torch.float32)
+    return _bytes((code << 23).view(torch.float32)) if fmt.scale == "pow2" else code.to(torch.uint8), factor
+
+
+def e4m3_bytes(x: torch.Tensor) -> torch.Tensor:
+    """uint8 codes of fp32: nearest even, saturating at 448, NaN as 0x7F."""
+    codes = x.clamp(-448.0, 448.0).to(torch.float8_e4m3fn).view(torch.uint8)
+    return torch.where(x.isnan(), 0x7F, codes)
+
+
+def e2m1_codes(x: torch.Tensor, ties_to_zero: bool) -> torch.Tensor:
+    """uint8 codes 0..15 of fp32, saturating at 6; NaN as 7."""
+    mag, code = x.abs(), torch.zeros_like(x, dtype=torch.uint8)
+    for odd, threshold in enumerate(_E2M1_THRESHOLDS):
+        code += (mag >= threshold) if odd % 2 and not ties_to_zero else (mag > threshold)
+    sign = x.signbit() & (code > 0) if ties_to_zero else x.signbit()
+    return torch.where(x.isnan(), 7, code | sign.to(torch.uint8) << 3)
+
+
+def raw_fields(cache: EntryCache, slots: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The fields of one record; see `EntryCache.raw`."""
+    fmt, spec = cache.format, cache.spec
+    record = _gather(*_record(cache, slots), fmt.row_bytes(spec))[0]
+    if fmt.element in ("bf16", "fp32"):
+        return {"values": record.view(torch.bfloat16 if fmt.element == "bf16" else torch.float32)}
+    size = fmt.quantized(spec) // (1 if fmt.element == "e4m3" else 2)
+    values = record[:size]
+    if fmt.element == "e4m3":
+        fields = {"values": values.view(torch.float8_e4m3fn)}
+    else:
+        fields = {"values": torch.stack((values & 15, values >> 4), dim=1).flatten()}
+    if fmt.rotated_bf16:
+        fields["rotated"] = record[size:].clone().view(torch.bfloat16)
+    if fmt.scale_bytes:
+        tail = _gather(*_tail(cache, slots), fmt.tail_bytes(spec))[0]
+        scales = tail[: fmt.groups(spec) * fmt.scale_bytes].clone()
+        dtype = {"ue8m0": torch.uint8, "e4m3": torch.float8_e4m3fn}.get(fmt.scale, torch.float32)
+        fields["scales"] = scales.view(dtype)
+        if fmt.pad:
+            fields["pad"] = tail[-fmt.pad :].clone()
+    return fields
 
 
 def unpack_records(cache: EntryCache, slots: torch.Tensor) -> torch.Tensor:
     """fp32 `[n, head_dim]` from int64 `slots`, all of them valid."""
-    fmt, spec = cache.format, cache.spec
-    page, row = slots // cache.rows_per_page, slots % cache.rows_per_page
-    record = _gather(cache, page, row * fmt.row_bytes(spec), fmt.row_bytes(spec))
-    if fmt.element != "e4m3":
+    fmt, spec, quantized = cache.format, cache.spec, cache.format.quantized(cache.spec)
+    record = _gather(*_record(cache, slots), fmt.row_bytes(spec))
+    if fmt.element in ("bf16", "fp32"):
         return record.view(torch.bfloat16 if fmt.element == "bf16" else torch.float32).float()
-    quantized = spec.head_dim - spec.rope_dim
-    values = record[:, :quantized].contiguous().view(torch.float8_e4m3fn).float().unflatten(1, (-1, fmt.group))
-    rotated = record[:, quantized:].contiguous().view(torch.bfloat16).float()
-    tail = _gather(cache, page, cache.rows_per_page * fmt.row_bytes(spec) + row * fmt.tail, fmt.tail)
-    scale = (tail[:, : values.shape[1]].int() << 23).view(torch.float32)
-    return torch.cat(((values * scale[..., None]).flatten(1), rotated), dim=1)
+    if fmt.element == "e4m3":
+        values = record[:, :quantized].contiguous().view(torch.float8_e4m3fn).float()
+    else:
+        table = torch.tensor(_E2M1 + tuple(-value for value in _E2M1), device=record.device)
+        values = table[torch.stack((record & 15, record >> 4), dim=2).flatten(1).long()]
+    if fmt.scale == "static":
+        values = values * cache.scale
+    else:
+        tail = _gather(*_tail(cache, slots), fmt.tail_bytes(spec))[:, : fmt.groups(spec) * fmt.scale_bytes].contiguous()
+        if fmt.scale == "ue8m0":
+            scale = (tail.int() << 23).view(torch.float32)
+        elif fmt.scale == "e4m3":
+            scale = tail.view(torch.float8_e4m3fn).float()
+            if fmt.floor_on == "amax":
+                scale = scale / cache.scale
+        else:
+            scale = tail.view(torch.float32)
+        values = (values.unflatten(1, (-1, fmt.group)) * scale[..., None]).flatten(1)
+    if fmt.rotated_bf16:
+        values = torch.cat((values, record[:, quantized:].contiguous().view(torch.bfloat16).float()), dim=1)
+    return values
 
 
-def ue8m0_code(scale: torch.Tensor) -> torch.Tensor:
-    """int32: exponent + 127 of the least power of two that is not below `scale` (fp32, positive, normal)."""
-    return (scale.view(torch.int32) + 0x7FFFFF) >> 23
+def _bytes(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous().view(torch.uint8)
 
 
-def inverse_scale(code: torch.Tensor) -> torch.Tensor:
-    """fp32 `2 ** (127 - code)`, exact for codes 1 to 253, 0 for 254."""
-    return ((254 - code) << 23).view(torch.float32)
+def _record(cache: EntryCache, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pages, page of each slot, and offset of its record."""
+    page, row = slots // cache.rows_per_page, slots % cache.rows_per_page
+    return cache.pages, page, row * cache.format.row_bytes(cache.spec)
 
 
-def _byte_index(page: torch.Tensor, offset: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return page[:, None], offset[:, None] + torch.arange(width, device=page.device)
+def _tail(cache: EntryCache, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same for its tail, which may be in a buffer of its own."""
+    page, row = slots // cache.rows_per_page, slots % cache.rows_per_page
+    offset = row * cache.format.tail_bytes(cache.spec)
+    if cache.scale_pages is not None:
+        return cache.scale_pages, page, offset
+    return cache.pages, page, offset + cache.rows_per_page * cache.format.row_bytes(cache.spec)
 
 
-def _scatter(cache: EntryCache, page: torch.Tensor, offset: torch.Tensor, data: torch.Tensor) -> None:
-    cache.pages[_byte_index(page, offset, data.shape[1])] = data
+def _scatter(pages: torch.Tensor, page: torch.Tensor, offset: torch.Tensor, data: torch.Tensor) -> None:
+    pages[page[:, None], offset[:, None] + torch.arange(data.shape[1], device=page.device)] = data
 
 
-def _gather(cache: EntryCache, page: torch.Tensor, offset: torch.Tensor, width: int) -> torch.Tensor:
-    return cache.pages[_byte_index(page, offset, width)]
+def _gather(pages: torch.Tensor, page: torch.Tensor, offset: torch.Tensor, width: int) -> torch.Tensor:
+    return pages[page[:, None], offset[:, None] + torch.arange(width, device=page.device)]

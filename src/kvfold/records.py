@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,70 +12,153 @@ from .spec import CompressorSpec
 
 @dataclass(frozen=True)
 class RecordFormat:
-    """One record layout, to the byte. Offsets are relative to the page; `N` is the page's number of rows.
+    """One record layout, to the byte: the value that drives every writer, reader and test.
+
+    A page of N rows has N records, then (or in a second buffer) N tails. A record is the quantized channels, then the rotated
+    ones if they stay bf16; a tail is the scales of its record, then pad bytes.
 
     Attributes:
         name: the public name.
-        element: encoding of the quantized (or only) channels: `"bf16"`, `"fp32"` or `"e4m3"`.
-        group: channels that share a scale; 0 when there are no scales.
-        scale_floor: least scale; scales are powers of two, kept as ue8m0 (exponent + 127 in one byte).
-        rotated_bf16: the last `rope_dim` channels are stored as bf16 behind the quantized ones.
-        tail: bytes per row behind the last record of a page, where the scales are: one per group, then zero bytes.
-        page_align: the page is rounded up to a multiple of this many bytes.
-        head_dim, rope_dim: what the layout is defined for; None for any.
         source: whose bytes these are.
+        element: encoding of the quantized (or only) channels: `"bf16"`, `"fp32"`, `"e4m3"` or `"e2m1"` (two to a byte, the even
+            channel in the low nibble).
+        group: channels that share a scale; 0 when there are no scales in the record.
+        scale: `"none"`, `"static"` (one number per cache), or in the tail as `"ue8m0"` (power of two, exponent + 127), `"pow2"` (power of
+            two as fp32), `"fp32"` or `"e4m3"`.
+        floor, floor_on: the least value of the group's largest magnitude (`"amax"`) or of the scale itself (`"scale"`).
+        rotated_bf16: the last `rope_dim` channels are kept as bf16.
+        pad: bytes behind the scales of a tail. pad_written: whether the writer zeroes them or leaves them.
+        page_align: the page is rounded up to a multiple of this many bytes.
+        separate: tails are in a buffer of their own, `EntryCache.scales`.
+        round_rows: pooled rows are rounded to bf16 before the norm. round_values: values are rounded to bf16 before they
+            are quantized.
+        ties_to_zero: e2m1 ties go toward zero and -0 becomes 0, instead of ties to even and -0 kept.
+        divide: values are divided by the scale; otherwise multiplied by its inverse, which differs in the last bit unless the
+            scale is a power of two.
+        head_dims, rope_dim: what the layout is defined for; empty and None for any.
     """
 
     name: str
+    source: str
     element: str
     group: int = 0
-    scale_floor: float = 0.0
+    scale: str = "none"
+    floor: float = 0.0
+    floor_on: str = "amax"
     rotated_bf16: bool = False
-    tail: int = 0
+    pad: int = 0
+    pad_written: bool = False
     page_align: int = 1
-    head_dim: int | None = None
+    separate: bool = False
+    round_rows: bool = False
+    round_values: bool = False
+    ties_to_zero: bool = False
+    divide: bool = False
+    head_dims: tuple[int, ...] = ()
     rope_dim: int | None = None
-    source: str = "kvfold"
 
     def check(self, spec: CompressorSpec) -> None:
         """Raises ValueError when the layout is not defined for `spec`."""
-        for field in ("head_dim", "rope_dim"):
-            want, have = getattr(self, field), getattr(spec, field)
-            if want is not None and have != want:
-                raise ValueError(f"format {self.name!r} is defined for {field}={want}, got spec.{field}={have}")
+        if self.head_dims and spec.head_dim not in self.head_dims:
+            raise ValueError(
+                f"format {self.name!r} is defined for head_dim in {self.head_dims}, got spec.head_dim={spec.head_dim}"
+            )
+        if self.rope_dim is not None and spec.rope_dim != self.rope_dim:
+            raise ValueError(f"format {self.name!r} is defined for rope_dim={self.rope_dim}, got spec.rope_dim={spec.rope_dim}")
+        if self.group and spec.head_dim % self.group:
+            raise ValueError(
+                f"format {self.name!r} needs head_dim in groups of {self.group}, got spec.head_dim={spec.head_dim}"
+            )
+
+    @property
+    def element_max(self) -> float:
+        """Largest magnitude of the element encoding, to which scales map a group's largest; 0 for bf16 and fp32."""
+        return {"e4m3": 448.0, "e2m1": 6.0}.get(self.element, 0.0)
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of one scale in the tail."""
+        return {"ue8m0": 1, "e4m3": 1, "pow2": 4, "fp32": 4}.get(self.scale, 0)
+
+    def quantized(self, spec: CompressorSpec) -> int:
+        """Channels in the element encoding; the rest is bf16."""
+        return spec.head_dim - (spec.rope_dim if self.rotated_bf16 else 0)
+
+    def constants(self, spec: CompressorSpec) -> dict[str, object]:
+        """What the kernels' epilogue is compiled for."""
+        return {
+            "ROUND_ROWS": self.round_rows,
+            "ELEMENT": self.element,
+            "GROUP": self.group,
+            "SCALE": self.scale,
+            "FLOOR": self.floor,
+            "FLOOR_ON_SCALE": self.floor_on == "scale",
+            "DIVIDE": self.divide,
+            "ROTATED_BF16": self.rotated_bf16,
+            "PAD": self.pad if self.pad_written else 0,
+            "ROUND_VALUES": self.round_values,
+            "TIES_TO_ZERO": self.ties_to_zero,
+            "ROW_BYTES": self.row_bytes(spec),
+            "TAIL_BYTES": self.tail_bytes(spec),
+        }
+
+    def groups(self, spec: CompressorSpec) -> int:
+        """Scales in a tail."""
+        return self.quantized(spec) // self.group if self.scale_bytes else 0
 
     def row_bytes(self, spec: CompressorSpec) -> int:
-        """Bytes from one record to the next (without its share of the tail)."""
-        quantized = spec.head_dim - (spec.rope_dim if self.rotated_bf16 else 0)
-        size = {"bf16": 2, "fp32": 4, "e4m3": 1}[self.element]
-        return quantized * size + (2 * spec.rope_dim if self.rotated_bf16 else 0)
+        """Bytes from one record to the next, tails not counted."""
+        bits = {"bf16": 16, "fp32": 32, "e4m3": 8, "e2m1": 4}[self.element]
+        return self.quantized(spec) * bits // 8 + (2 * spec.rope_dim if self.rotated_bf16 else 0)
+
+    def tail_bytes(self, spec: CompressorSpec) -> int:
+        """Bytes from one tail to the next."""
+        return self.groups(spec) * self.scale_bytes + self.pad
+
+    def record_bytes(self, spec: CompressorSpec) -> int:
+        """Bytes that one entry costs, page padding not counted."""
+        return self.row_bytes(spec) + self.tail_bytes(spec)
 
     def page_bytes(self, spec: CompressorSpec, rows_per_page: int) -> int:
-        """Bytes of a page of `rows_per_page` records, padding included."""
-        used = (self.row_bytes(spec) + self.tail) * rows_per_page
+        """Bytes of a page of `rows_per_page` records in the main buffer, padding included."""
+        used = rows_per_page * (self.row_bytes(spec) if self.separate else self.record_bytes(spec))
         return -(-used // self.page_align) * self.page_align
 
 
-FORMATS: dict[str, RecordFormat] = {
-    fmt.name: fmt
-    for fmt in (
-        RecordFormat("bf16", element="bf16", source="plain rows: DeepSeek reference, vLLM, SGLang, transformers"),
-        RecordFormat("fp32", element="fp32", source="plain rows"),
-        # Floor on the scale, not on amax: the smallest code is 114. Page padding as vLLM's allocator has it.
-        RecordFormat(
-            "fp8_ds_mla",
-            element="e4m3",
-            group=64,
-            scale_floor=1e-4,
-            rotated_bf16=True,
-            tail=8,
-            page_align=576,
-            head_dim=512,
-            rope_dim=64,
-            source="vLLM, default CUDA writer",
-        ),
+# The smallest normal fp32 times 6: below it a group of e2m1 would need a scale under 2**-126.
+_E2M1_FLOOR = 6 * 2.0**-126
+
+
+def _mla(name: str, source: str, floor: float, **fields: object) -> RecordFormat:
+    """The 584-byte record of the main cache; engines differ in the floor, the pad byte and the page's padding."""
+    base = RecordFormat(
+        name, source, "e4m3", 64, "ue8m0", floor, rotated_bf16=True, pad=1, round_values=True, head_dims=(512,), rope_dim=64
     )
-}
+    return replace(base, **fields)
+
+
+_TABLE = (
+    RecordFormat("bf16", "plain rows: DeepSeek reference, vLLM, SGLang, transformers", "bf16"),
+    RecordFormat("fp32", "plain rows", "fp32"),
+    RecordFormat("fp8_tensor", "vLLM full cache, TensorRT-LLM, SGLang", "e4m3", scale="static", round_values=True),
+    # Floor on the scale, not on amax: the smallest code is 114 where the others have 105 or 92.
+    _mla("fp8_ds_mla", "vLLM, default CUDA writer", 1e-4, floor_on="scale", page_align=576, pad_written=True),
+    _mla("fp8_ds_mla_vllm_triton", "vLLM, Triton writer", 1e-4, page_align=576, pad_written=True),
+    _mla("fp8_ds_mla_sglang", "SGLang", 1e-4, page_align=576),
+    _mla("fp8_ds_mla_trtllm", "TensorRT-LLM, footer scales", 1e-8, round_rows=True),
+    RecordFormat("fp8_block128", "TensorRT-LLM, blockwise", "e4m3", 128, "fp32", round_rows=True, head_dims=(512, 128)),
+    RecordFormat("mxfp4", "TensorRT-LLM, MXFP4", "e2m1", 32, "ue8m0", _E2M1_FLOOR, separate=True, round_rows=True),
+    RecordFormat("nvfp4_trtllm", "TensorRT-LLM, NVFP4", "e2m1", 16, "e4m3", separate=True, round_rows=True, head_dims=(512,)),
+    RecordFormat("indexer_fp8_vllm", "vLLM", "e4m3", 128, "pow2", 1e-4, round_values=True, head_dims=(128,)),
+    RecordFormat("indexer_fp8_sglang", "SGLang", "e4m3", 128, "fp32", 1e-4, head_dims=(128,)),
+    RecordFormat("indexer_mxfp4", "vLLM", "e2m1", 32, "ue8m0", _E2M1_FLOOR, round_values=True, head_dims=(128,)),
+    RecordFormat("indexer_mxfp4_sglang", "SGLang", "e2m1", 32, "ue8m0", 1e-4, ties_to_zero=True, head_dims=(128,)),
+    RecordFormat("v41_mxfp8", "V4.1, MXFP8", "e4m3", 32, "ue8m0", 1e-4, page_align=512, round_values=True, head_dims=(512,)),
+    RecordFormat(
+        "v41_nvfp4", "V4.1, NVFP4", "e2m1", 16, "e4m3", 2.0**-9, "scale", round_values=True, divide=True, head_dims=(512,)
+    ),
+)
+FORMATS: dict[str, RecordFormat] = {fmt.name: fmt for fmt in _TABLE}
 
 
 def get_format(fmt: str | RecordFormat) -> RecordFormat:
@@ -93,16 +176,29 @@ class EntryCache:
 
     Attributes:
         storage: the tensor given, `[num_pages, ...]`.
-        pages: the same memory as uint8 `[num_pages, page_bytes]`.
+        scales: the second buffer of formats that keep scales apart, uint8 `[num_pages, rows_per_page * tail_bytes]`; else None.
+        pages: the memory of `storage` as uint8 `[num_pages, page_bytes]`.
+        scale: `fp8_tensor`: what values are divided by; `nvfp4_trtllm`: the global factor g. 1 for the others.
         format, spec, rows_per_page, page_bytes.
     """
 
-    def __init__(self, storage: torch.Tensor, fmt: str | RecordFormat, rows_per_page: int, spec: CompressorSpec) -> None:
+    def __init__(
+        self,
+        storage: torch.Tensor,
+        fmt: str | RecordFormat,
+        rows_per_page: int,
+        spec: CompressorSpec,
+        *,
+        scales: torch.Tensor | None = None,
+        scale: float = 1.0,
+    ) -> None:
         """Wraps an engine's page tensor.
 
         Args:
             storage: `[num_pages, ...]` of any dtype. Each page is dense and has at least the format's page bytes; pages
                 may lie further apart than that.
+            scales: `[num_pages, ...]` likewise, if and only if the format keeps scales in a buffer of their own.
+            scale: positive and finite; see the class.
 
         Raises:
             TypeError, ValueError: naming the argument.
@@ -115,13 +211,22 @@ class EntryCache:
         self.spec = spec
         self.rows_per_page = rows_per_page
         self.page_bytes = self.format.page_bytes(spec, rows_per_page)
-        if storage.dim() < 2:
-            raise ValueError(f"storage must have a page dimension and one more, got shape {list(storage.shape)}")
-        self.storage = storage
-        self.pages = _byte_pages(storage, self.page_bytes)
-        unit = {"bf16": 2, "fp32": 4, "e4m3": 2}[self.format.element]
-        if self.pages.data_ptr() % unit or (self.num_pages > 1 and self.pages.stride(0) % unit):
-            raise ValueError(f"storage must have pages that start at a multiple of {unit} bytes")
+        self.storage, self.scales, self.scale = storage, scales, float(scale)
+        if not 0 < self.scale < float("inf"):
+            raise ValueError(f"scale must be positive and finite, got {scale}")
+        unit = 1 if self.format.separate else {"bf16": 2, "fp32": 4}.get(self.format.element, 2)
+        if self.format.scale_bytes == 4:
+            unit = 4
+        self.pages = _byte_pages("storage", storage, self.page_bytes, unit)
+        self.scale_pages: torch.Tensor | None = None
+        if self.format.separate:
+            check_type("scales", scales, torch.Tensor)
+            check_device("scales", scales, storage.device)
+            if scales.shape[:1] != storage.shape[:1]:
+                raise ValueError(f"scales must have {storage.shape[0]} pages like storage, got {list(scales.shape)}")
+            self.scale_pages = _byte_pages("scales", scales, rows_per_page * self.format.tail_bytes(spec), 1)
+        elif scales is not None:
+            raise ValueError(f"scales must be None: format {self.format.name!r} keeps its scales in the page")
 
     @classmethod
     def allocate(
@@ -132,14 +237,19 @@ class EntryCache:
         spec: CompressorSpec,
         *,
         device: torch.device | str | None = None,
+        scale: float = 1.0,
     ) -> EntryCache:
-        """A zeroed cache: uint8 `[num_pages, page_bytes]`."""
+        """A zeroed cache: uint8 `[num_pages, page_bytes]`, and uint8 scales where the format keeps them apart."""
         check_type("spec", spec, CompressorSpec)
         check_int("num_pages", num_pages, 0, (1 << 31) - 1)
         check_int("rows_per_page", rows_per_page, 1, 1 << 20)
-        page_bytes = get_format(fmt).page_bytes(spec, rows_per_page)
+        fmt = get_format(fmt)
+        fmt.check(spec)
+        page_bytes, scales = fmt.page_bytes(spec, rows_per_page), None
         storage = torch.zeros(num_pages, page_bytes, dtype=torch.uint8, device=device)
-        return cls(storage, fmt, rows_per_page, spec)
+        if fmt.separate:
+            scales = torch.zeros(num_pages, rows_per_page * fmt.tail_bytes(spec), dtype=torch.uint8, device=device)
+        return cls(storage, fmt, rows_per_page, spec, scales=scales, scale=scale)
 
     @property
     def num_pages(self) -> int:
@@ -173,20 +283,37 @@ class EntryCache:
 
         return unpack_records(self, slots.long())
 
+    def raw(self, slot: int) -> dict[str, torch.Tensor]:
+        """The named fields of one record, copied, in their own types.
 
-def _byte_pages(storage: torch.Tensor, page_bytes: int) -> torch.Tensor:
+        Returns:
+            `values` (bf16, fp32 or e4m3 `[n]`; e2m1: uint8 codes 0..15, one per channel), then, where the format has them,
+            `rotated` (bf16 `[rope_dim]`), `scales` (fp32, e4m3, or uint8 ue8m0 codes, one per group) and `pad` (uint8).
+        """
+        check_int("slot", slot, 0, self.num_slots - 1)
+        from .pack import raw_fields
+
+        return raw_fields(self, torch.tensor([slot], device=self.device))
+
+
+def _byte_pages(name: str, storage: torch.Tensor, page_bytes: int, unit: int) -> torch.Tensor:
+    """The pages as uint8 `[num_pages, page_bytes]`, checked to be dense, disjoint and aligned to `unit` bytes."""
+    if storage.dim() < 2:
+        raise ValueError(f"{name} must have a page dimension and one more, got shape {list(storage.shape)}")
     num_pages, item = storage.shape[0], storage.element_size()
     have = storage[:1].numel() * item if num_pages else page_bytes
     if have < page_bytes:
-        raise ValueError(f"storage must have at least {page_bytes} bytes per page, got {have}")
+        raise ValueError(f"{name} must have at least {page_bytes} bytes per page, got {have}")
     dense = 1
     for size, stride in zip(reversed(storage.shape[1:]), reversed(storage.stride()[1:]), strict=True):
         if size > 1 and stride != dense:
-            raise ValueError(f"storage must be dense within a page, got strides {tuple(storage.stride())}")
+            raise ValueError(f"{name} must be dense within a page, got strides {tuple(storage.stride())}")
         dense *= size
     if num_pages > 1 and storage.stride(0) < dense:
-        raise ValueError(f"storage must have pages that do not overlap, got strides {tuple(storage.stride())}")
+        raise ValueError(f"{name} must have pages that do not overlap, got strides {tuple(storage.stride())}")
     if num_pages == 0:
         return torch.empty(0, page_bytes, dtype=torch.uint8, device=storage.device)
+    if storage.data_ptr() % unit or (num_pages > 1 and storage.stride(0) * item % unit):
+        raise ValueError(f"{name} must have pages that start at a multiple of {unit} bytes")
     flat = storage.as_strided((num_pages, dense), (storage.stride(0), 1))
     return flat.view(torch.uint8)[:, :page_bytes]

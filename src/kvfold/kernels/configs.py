@@ -10,7 +10,7 @@ class Config:
     """A row of the table; it serves a call when `kind` and `head_dim` are equal and no earlier row does.
 
     Attributes:
-        kind: of the state, `"fold"` or `"rows"`.
+        kind: of the state, `"fold"` or `"rows"`; or `"store"`, which has none.
         head_dim: widest entry it serves.
         max_new_tokens: longest step it serves.
         ahead: tokens whose loads are in flight at once. Any value gives the same bits.
@@ -39,6 +39,9 @@ CONFIGS = (
     Config("rows", 128, _ANY, ahead=8, num_warps=1),
     Config("rows", 256, _ANY, ahead=8, num_warps=2),
     Config("rows", 4096, _ANY, ahead=8, num_warps=4),
+    Config("store", 128, _ANY, ahead=1, num_warps=1),
+    Config("store", 256, _ANY, ahead=1, num_warps=2),
+    Config("store", 4096, _ANY, ahead=1, num_warps=4),
 )
 
 

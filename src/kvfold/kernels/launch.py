@@ -6,11 +6,11 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from ..plan import StepPlan
-from ..records import EntryCache
+from ..records import FORMATS, EntryCache
 from ..spec import CompressorSpec
 from ..state import FoldState
 from .configs import choose
-from .step import fold_kernel, rows_kernel
+from .step import fold_kernel, rows_kernel, store_kernel
 
 INTERPRETED = not isinstance(fold_kernel, JITFunction)
 
@@ -29,8 +29,6 @@ def compress_triton(
     """`compress` after its arguments were checked: one launch on the current stream."""
     config = choose(state.kind, spec.head_dim, min(plan.max_new_tokens, spec.ratio))
     kernel = fold_kernel if state.kind == "fold" else rows_kernel
-    ahead = config.ahead if state.kind == "fold" else min(config.ahead, spec.window_rows)
-    fmt = cache.format if cache is not None else None
     grid = (max(1, min(plan.item_capacity, plan.items_for(kv_score.shape[0]))),)
     kernel[grid](
         kv_score,
@@ -44,31 +42,77 @@ def compress_triton(
         state.num_slots,
         state.ring,
         rows,
-        plan.entry_slots,
-        plan.entry_capacity,
-        norm_weight if cache is not None else None,
-        rope if cache is not None and spec.rope_dim else None,
-        rope.shape[0] if rope is not None else 0,
-        cache.pages if cache is not None else None,
-        cache.pages.stride(0) if cache is not None else 0,
-        cache.rows_per_page if cache is not None else 1,
-        cache.num_slots if cache is not None else 0,
-        plan.errors,
+        *_epilogue_arguments(plan, cache, spec, norm_weight, rope),
         RATIO=spec.ratio,
         OVERLAP=int(spec.overlap),
         HISTORY=state.history,
-        AHEAD=ahead,
-        HEAD_DIM=spec.head_dim,
-        LOG2=spec.head_dim.bit_length() - 1,
-        ROPE_DIM=spec.rope_dim,
-        EPS=spec.norm_eps,
-        HADAMARD=spec.hadamard,
-        ELEMENT=fmt.element if fmt else None,
-        GROUP=fmt.group if fmt else 0,
-        FLOOR=fmt.scale_floor if fmt else 0.0,
-        ROW_BYTES=fmt.row_bytes(spec) if fmt else 0,
-        TAIL=fmt.tail if fmt else 0,
+        AHEAD=config.ahead if state.kind == "fold" else min(config.ahead, spec.window_rows),
+        **_epilogue_constants(cache, spec),
         num_warps=config.num_warps,
         # The bits must not depend on what the compiler fuses; the fused operations are written out.
         enable_fp_fusion=False,
     )
+
+
+def store_triton(
+    pooled: torch.Tensor,
+    plan: StepPlan,
+    cache: EntryCache,
+    spec: CompressorSpec,
+    norm_weight: torch.Tensor,
+    rope: torch.Tensor | None,
+) -> None:
+    """`store` after its arguments were checked: one launch on the current stream."""
+    if plan.item_capacity == 0:
+        return
+    store_kernel[(plan.item_capacity,)](
+        pooled,
+        plan.items,
+        plan.num_items,
+        *_epilogue_arguments(plan, cache, spec, norm_weight, rope),
+        RATIO=spec.ratio,
+        **_epilogue_constants(cache, spec),
+        num_warps=choose("store", spec.head_dim, 1).num_warps,
+        enable_fp_fusion=False,
+    )
+
+
+def _epilogue_arguments(
+    plan: StepPlan,
+    cache: EntryCache | None,
+    spec: CompressorSpec,
+    norm_weight: torch.Tensor | None,
+    rope: torch.Tensor | None,
+) -> tuple[object, ...]:
+    """From `entry_slots` to `errors`, as every kernel takes them."""
+    if cache is None:
+        return (plan.entry_slots, plan.entry_capacity, None, None, 0, None, 0, None, 0, 1, 0, 1.0, plan.errors)
+    rotated = rope if spec.rope_dim else None
+    return (
+        plan.entry_slots,
+        plan.entry_capacity,
+        norm_weight,
+        rotated,
+        rotated.shape[0] if rotated is not None else 0,
+        cache.pages,
+        cache.pages.stride(0),
+        cache.scale_pages,
+        cache.scale_pages.stride(0) if cache.scale_pages is not None else 0,
+        cache.rows_per_page,
+        cache.num_slots,
+        cache.scale,
+        plan.errors,
+    )
+
+
+def _epilogue_constants(cache: EntryCache | None, spec: CompressorSpec) -> dict[str, object]:
+    # Without a cache nothing of a format is compiled in; any value serves, and one value means one kernel.
+    fmt = cache.format if cache is not None else FORMATS["bf16"]
+    return {
+        "HEAD_DIM": spec.head_dim,
+        "LOG2": spec.head_dim.bit_length() - 1,
+        "ROPE_DIM": spec.rope_dim,
+        "EPS": spec.norm_eps,
+        "HADAMARD": spec.hadamard,
+        **fmt.constants(spec),
+    }

@@ -52,10 +52,12 @@ def fold_kernel(
     items, num_items,
     state_rows, state_tags, num_slots, ring,
     rows, entry_slots, entry_capacity, norm_weight, rope, max_position,
-    pages, page_stride, rows_per_page, cache_slots, errors,
+    pages, page_stride, scales, scales_stride, rows_per_page, cache_slots, cache_scale, errors,
     RATIO: tl.constexpr, OVERLAP: tl.constexpr, HISTORY: tl.constexpr, AHEAD: tl.constexpr,
     HEAD_DIM: tl.constexpr, LOG2: tl.constexpr, ROPE_DIM: tl.constexpr, EPS: tl.constexpr, HADAMARD: tl.constexpr,
-    ELEMENT: tl.constexpr, GROUP: tl.constexpr, FLOOR: tl.constexpr, ROW_BYTES: tl.constexpr, TAIL: tl.constexpr,
+    ROUND_ROWS: tl.constexpr, ELEMENT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, FLOOR: tl.constexpr,
+    FLOOR_ON_SCALE: tl.constexpr, DIVIDE: tl.constexpr, ROTATED_BF16: tl.constexpr, PAD: tl.constexpr,
+    ROUND_VALUES: tl.constexpr, TIES_TO_ZERO: tl.constexpr, ROW_BYTES: tl.constexpr, TAIL_BYTES: tl.constexpr,
 ):  # fmt: skip
     """State of fold rows: resume from the row before the step, fold the window's new tokens, store their rows."""
     go, first, window, start, end, token, slot, entry, h0, tags = open_item(
@@ -102,8 +104,9 @@ def fold_kernel(
         if entry >= 0:
             emit(
                 tl.div_rn(a, l), entry, window * RATIO, rows, entry_slots, entry_capacity, norm_weight, rope,
-                max_position, pages, page_stride, rows_per_page, cache_slots, errors,
-                HEAD_DIM, LOG2, ROPE_DIM, EPS, HADAMARD, ELEMENT, GROUP, FLOOR, ROW_BYTES, TAIL,
+                max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots, cache_scale, errors,
+                HEAD_DIM, LOG2, ROPE_DIM, EPS, HADAMARD, ROUND_ROWS, ELEMENT, GROUP, SCALE, FLOOR, FLOOR_ON_SCALE, DIVIDE,
+                ROTATED_BF16, PAD, ROUND_VALUES, TIES_TO_ZERO, ROW_BYTES, TAIL_BYTES,
             )  # fmt: skip
 
 
@@ -113,10 +116,12 @@ def rows_kernel(
     items, num_items,
     state_rows, state_tags, num_slots, ring,
     rows, entry_slots, entry_capacity, norm_weight, rope, max_position,
-    pages, page_stride, rows_per_page, cache_slots, errors,
+    pages, page_stride, scales, scales_stride, rows_per_page, cache_slots, cache_scale, errors,
     RATIO: tl.constexpr, OVERLAP: tl.constexpr, HISTORY: tl.constexpr, AHEAD: tl.constexpr,
     HEAD_DIM: tl.constexpr, LOG2: tl.constexpr, ROPE_DIM: tl.constexpr, EPS: tl.constexpr, HADAMARD: tl.constexpr,
-    ELEMENT: tl.constexpr, GROUP: tl.constexpr, FLOOR: tl.constexpr, ROW_BYTES: tl.constexpr, TAIL: tl.constexpr,
+    ROUND_ROWS: tl.constexpr, ELEMENT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, FLOOR: tl.constexpr,
+    FLOOR_ON_SCALE: tl.constexpr, DIVIDE: tl.constexpr, ROTATED_BF16: tl.constexpr, PAD: tl.constexpr,
+    ROUND_VALUES: tl.constexpr, TIES_TO_ZERO: tl.constexpr, ROW_BYTES: tl.constexpr, TAIL_BYTES: tl.constexpr,
 ):  # fmt: skip
     """State of input rows: fold all rows of a window that ends here, old ones from the state; store the new ones."""
     go, first, window, start, end, token, slot, entry, h0, tags = open_item(
@@ -165,8 +170,9 @@ def rows_kernel(
                     m, l, a = fold_step(m, l, a, ks[i], ss[i])
             emit(
                 tl.div_rn(a, l), entry, window * RATIO, rows, entry_slots, entry_capacity, norm_weight, rope,
-                max_position, pages, page_stride, rows_per_page, cache_slots, errors,
-                HEAD_DIM, LOG2, ROPE_DIM, EPS, HADAMARD, ELEMENT, GROUP, FLOOR, ROW_BYTES, TAIL,
+                max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots, cache_scale, errors,
+                HEAD_DIM, LOG2, ROPE_DIM, EPS, HADAMARD, ROUND_ROWS, ELEMENT, GROUP, SCALE, FLOOR, FLOOR_ON_SCALE, DIVIDE,
+                ROTATED_BF16, PAD, ROUND_VALUES, TIES_TO_ZERO, ROW_BYTES, TAIL_BYTES,
             )  # fmt: skip
         c = tl.arange(0, 2 * CHANNELS)
         oldest = tl.maximum(tl.maximum(start, window * RATIO), end - ring)
@@ -176,3 +182,29 @@ def rows_kernel(
             value = tl.load(live_rows + x.to(tl.int64) * kv_stride + c)
             tl.store(state + place * (2 * CHANNELS) + c, value.to(state_rows.dtype.element_ty))
             tl.store(tags + place, x)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def store_kernel(
+    pooled, items, num_items, entry_slots, entry_capacity, norm_weight, rope, max_position,
+    pages, page_stride, scales, scales_stride, rows_per_page, cache_slots, cache_scale, errors,
+    RATIO: tl.constexpr,
+    HEAD_DIM: tl.constexpr, LOG2: tl.constexpr, ROPE_DIM: tl.constexpr, EPS: tl.constexpr, HADAMARD: tl.constexpr,
+    ROUND_ROWS: tl.constexpr, ELEMENT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, FLOOR: tl.constexpr,
+    FLOOR_ON_SCALE: tl.constexpr, DIVIDE: tl.constexpr, ROTATED_BF16: tl.constexpr, PAD: tl.constexpr,
+    ROUND_VALUES: tl.constexpr, TIES_TO_ZERO: tl.constexpr, ROW_BYTES: tl.constexpr, TAIL_BYTES: tl.constexpr,
+):  # fmt: skip
+    """The second stage alone: pooled rows that somebody else made, one program per work item whose window ends."""
+    item = items + tl.program_id(0) * 8
+    window = tl.load(item)
+    entry = tl.load(item + 5)
+    if (tl.program_id(0) < tl.load(num_items)) & (entry >= 0):
+        y = tl.zeros((HEAD_DIM,), tl.float32)
+        if entry < entry_capacity:
+            y = tl.load(pooled + entry.to(tl.int64) * HEAD_DIM + tl.arange(0, HEAD_DIM)).to(tl.float32)
+        emit(
+            y, entry, window * RATIO, None, entry_slots, entry_capacity, norm_weight, rope,
+            max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots, cache_scale, errors,
+            HEAD_DIM, LOG2, ROPE_DIM, EPS, HADAMARD, ROUND_ROWS, ELEMENT, GROUP, SCALE, FLOOR, FLOOR_ON_SCALE, DIVIDE,
+            ROTATED_BF16, PAD, ROUND_VALUES, TIES_TO_ZERO, ROW_BYTES, TAIL_BYTES,
+        )  # fmt: skip

@@ -1,0 +1,154 @@
+"""From the finished row to the stored record: scales, element encodings, bytes. The layout is `records.RecordFormat`.
+
+Everything is rounded by IEEE operations and integer arithmetic, never by a target's conversion instructions, so that the
+bytes are the same on every GPU and under the interpreter.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def bf16_bits(x):
+    """bf16 of fp32, nearest even, as int16. NaN becomes 0x7FC0. (Triton's interpreter truncates in its own cast.)"""
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return tl.where(x == x, rounded, 0x7FC0).to(tl.int16)
+
+
+@triton.jit
+def bf16_value(bits):
+    """fp32 of `bf16_bits`."""
+    return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def e4m3_bits(x):
+    """e4m3fn of fp32 as int32, nearest even, saturating at 448; NaN becomes 0x7F."""
+    sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
+    mag = tl.minimum(tl.abs(x), 448.0)
+    bits = mag.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+    # Below 2**-6 a code is a multiple of 2**-9, the spacing of fp32 at 2**14: the addition rounds.
+    subnormal = (mag + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+    code = tl.where(mag < 0.015625, subnormal, normal) | sign
+    return tl.where(x == x, code, 0x7F)
+
+
+@triton.jit
+def e4m3_value(code):
+    """fp32 of a non-negative e4m3fn code."""
+    normal = (((code >> 3) + 120) << 23) | ((code & 7) << 20)
+    return tl.where(code < 8, code.to(tl.float32) * 0.001953125, normal.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def e2m1_bits(x, TIES_TO_ZERO: tl.constexpr):
+    """e2m1 of fp32 as int32, saturating at 6: ties to even with the sign of zero kept, or toward zero without it.
+
+    NaN becomes 7 (6.0), as hardware has it: the encoding has no NaN.
+    """
+    mag = tl.abs(x)
+    code = (mag > 0.25).to(tl.int32) + (mag > 1.25).to(tl.int32) + (mag > 2.5).to(tl.int32) + (mag > 5.0).to(tl.int32)
+    # The other three thresholds lie between an odd code and the even one above it.
+    if TIES_TO_ZERO:
+        code += (mag > 0.75).to(tl.int32) + (mag > 1.75).to(tl.int32) + (mag > 3.5).to(tl.int32)
+    else:
+        code += (mag >= 0.75).to(tl.int32) + (mag >= 1.75).to(tl.int32) + (mag >= 3.5).to(tl.int32)
+    sign = (x.to(tl.int32, bitcast=True) >> 28) & 8
+    if TIES_TO_ZERO:
+        sign = tl.where(code > 0, sign, 0)
+    return tl.where(x == x, code | sign, 7)
+
+
+@triton.jit
+def group_scale(amax, cache_scale, MAX: tl.constexpr, SCALE: tl.constexpr, FLOOR: tl.constexpr, FLOOR_ON_SCALE: tl.constexpr):
+    """The stored scale of each group (int32: its byte, or its bits as fp32) and what values are multiplied by or divided by."""
+    if FLOOR_ON_SCALE == 0:
+        amax = tl.maximum(amax, FLOOR)
+    if SCALE == "e4m3":
+        if FLOOR_ON_SCALE:
+            stored = e4m3_bits(tl.maximum(tl.div_rn(amax, MAX), FLOOR))
+            factor = e4m3_value(stored)
+        else:
+            stored = e4m3_bits(tl.div_rn(amax * cache_scale, MAX))
+            factor = tl.div_rn(cache_scale, tl.maximum(e4m3_value(stored), 1e-12))
+    else:
+        scale = tl.div_rn(amax, MAX)
+        if FLOOR_ON_SCALE:
+            scale = tl.maximum(scale, FLOOR)
+        bits = scale.to(tl.int32, bitcast=True)
+        if SCALE == "fp32":
+            stored = bits
+            # TensorRT-LLM, which has no floor, multiplies by 448 / amax; SGLang by 1 / scale.
+            if FLOOR == 0.0:
+                factor = tl.where(amax > 0.0, tl.div_rn(MAX, tl.where(amax > 0.0, amax, 1.0)), 1.0)
+            else:
+                factor = tl.div_rn(1.0, scale)
+        else:
+            code = tl.minimum((bits + 0x7FFFFF) >> 23, 254)
+            factor = ((254 - code) << 23).to(tl.float32, bitcast=True)
+            if SCALE == "pow2":
+                stored = code << 23
+            else:
+                stored = code
+    return stored, factor
+
+
+@triton.jit
+def store_record(
+    y, slot, pages, page_stride, scales, scales_stride, rows_per_page, cache_scale,
+    HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, ELEMENT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr,
+    FLOOR: tl.constexpr, FLOOR_ON_SCALE: tl.constexpr, DIVIDE: tl.constexpr, ROTATED_BF16: tl.constexpr,
+    PAD: tl.constexpr, ROUND_VALUES: tl.constexpr, TIES_TO_ZERO: tl.constexpr,
+    ROW_BYTES: tl.constexpr, TAIL_BYTES: tl.constexpr,
+):  # fmt: skip
+    """Writes one record and its tail. `scales` is None where tails are in the page; PAD is how many pad bytes to zero."""
+    c = tl.arange(0, HEAD_DIM)
+    number = slot // rows_per_page
+    row = slot % rows_per_page
+    page = pages + number * page_stride
+    record = page + row * ROW_BYTES
+    if ELEMENT == "fp32":
+        tl.store(record.to(tl.pointer_type(tl.float32)) + c, y)
+    elif ELEMENT == "bf16":
+        tl.store(record.to(tl.pointer_type(tl.int16)) + c, bf16_bits(y))
+    else:
+        MAX: tl.constexpr = 448.0 if ELEMENT == "e4m3" else 6.0
+        QUANTIZED: tl.constexpr = HEAD_DIM - (ROPE_DIM if ROTATED_BF16 else 0)
+        rounded = bf16_bits(y)
+        v = y
+        if ROUND_VALUES:
+            v = bf16_value(rounded)
+        if SCALE == "static":
+            v = v * tl.div_rn(1.0, cache_scale)
+        else:
+            grouped = tl.reshape(v, (HEAD_DIM // GROUP, GROUP))
+            # A NaN does not choose the scale of its neighbours.
+            amax = tl.max(tl.where(grouped == grouped, tl.abs(grouped), 0.0), axis=1)
+            stored, factor = group_scale(amax, cache_scale, MAX, SCALE, FLOOR, FLOOR_ON_SCALE)
+            if DIVIDE:
+                grouped = tl.div_rn(grouped, factor[:, None])
+            else:
+                grouped = grouped * factor[:, None]
+            v = tl.reshape(grouped, (HEAD_DIM,))
+            tail = page + rows_per_page * ROW_BYTES + row * TAIL_BYTES
+            if scales is not None:
+                tail = scales + number * scales_stride + row * TAIL_BYTES
+            group = tl.arange(0, HEAD_DIM // GROUP)
+            live = group < QUANTIZED // GROUP
+            if SCALE == "fp32" or SCALE == "pow2":
+                tl.store(tail.to(tl.pointer_type(tl.int32)) + group, stored, mask=live)
+            else:
+                tl.store(tail + group, stored.to(tl.uint8), mask=live)
+            if PAD > 0:
+                pad = tail + (TAIL_BYTES - PAD) + tl.arange(0, PAD)
+                tl.store(pad, tl.zeros((PAD,), tl.uint8))
+        if ELEMENT == "e4m3":
+            tl.store(record + c, e4m3_bits(v).to(tl.uint8), mask=c < QUANTIZED)
+        else:
+            low, high = tl.split(tl.reshape(e2m1_bits(v, TIES_TO_ZERO), (HEAD_DIM // 2, 2)))
+            tl.store(record + tl.arange(0, HEAD_DIM // 2), (low | (high << 4)).to(tl.uint8))
+        if ROTATED_BF16:
+            rotated = (record + QUANTIZED).to(tl.pointer_type(tl.int16))
+            tl.store(rotated + (c - QUANTIZED), rounded, mask=c >= QUANTIZED)

@@ -1,0 +1,55 @@
+"""`store`: the second stage alone, for engines that pool in a launch of their own."""
+
+from __future__ import annotations
+
+import torch
+
+from .backend_torch import store_torch
+from .checks import check_device, check_tensor, check_type
+from .compress import check_epilogue, choose_backend
+from .plan import StepPlan
+from .records import EntryCache
+from .spec import CompressorSpec
+
+
+def store(
+    rows: torch.Tensor,
+    plan: StepPlan,
+    cache: EntryCache,
+    *,
+    spec: CompressorSpec,
+    norm_weight: torch.Tensor,
+    rope: torch.Tensor | None,
+    backend: str | None = None,
+) -> None:
+    """RMSNorm, RoPE, Hadamard, quantization and store of pooled rows: all that `compress` does after the pooling, in one launch.
+
+    From fp32 rows that `compress(..., rows=rows)` made, the records have the same bytes as `compress` with the cache.
+
+    Args:
+        rows: bf16 or fp32 `[E, head_dim]`, row e is the pooled row of entry e of the plan. Rows of entries that do not exist are
+            not read.
+        plan: of this step; `plan.entry_slots` says where each entry goes, -1 skips it.
+        cache: mutated: one record per entry.
+        spec, norm_weight, rope, backend: as for `compress`.
+
+    Raises:
+        TypeError, ValueError: naming the argument; nothing has been written then. An entry slot outside the cache, or an entry
+            beyond the RoPE table, is skipped and counted in `plan.errors`.
+    """
+    check_type("rows", rows, torch.Tensor)
+    chosen = choose_backend(backend, rows)
+    check_type("spec", spec, CompressorSpec)
+    check_type("plan", plan, StepPlan)
+    check_type("cache", cache, EntryCache)
+    if plan.ratio != spec.ratio:
+        raise ValueError(f"plan must be for ratio {spec.ratio}, got ratio {plan.ratio}")
+    check_device("plan", plan.items, rows.device)
+    check_tensor("rows", rows, (plan.entry_capacity, spec.head_dim), (torch.bfloat16, torch.float32), rows.device)
+    check_epilogue(plan, cache, spec, norm_weight, rope, rows.device)
+    if chosen == "torch":
+        store_torch(rows, plan, cache, spec, norm_weight, rope)
+    else:
+        from .kernels.launch import store_triton  # imports triton, which the torch backend does not need
+
+        store_triton(rows, plan, cache, spec, norm_weight, rope)
