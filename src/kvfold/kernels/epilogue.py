@@ -36,10 +36,10 @@ def rotate(y, rope, position, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr):
 @triton.jit
 def hadamard(y, HEAD_DIM: tl.constexpr, LOG2: tl.constexpr):
     """Sylvester order, all channels, divided by sqrt(HEAD_DIM) at the end."""
-    for i in tl.static_range(LOG2):
-        pairs = tl.permute(tl.reshape(y, (HEAD_DIM >> (i + 1), 2, 1 << i)), (0, 2, 1))
-        low, high = tl.split(pairs)
-        y = tl.reshape(tl.permute(tl.join(low + high, low - high), (0, 2, 1)), (HEAD_DIM,))
+    # Every round handles the lowest bit of the channel index and moves it to the top; LOG2 rounds bring all bits home.
+    for _ in tl.static_range(LOG2):
+        even, odd = tl.split(tl.reshape(y, (HEAD_DIM // 2, 2)))
+        y = tl.reshape(tl.trans(tl.join(even + odd, even - odd)), (HEAD_DIM,))
     return y * (HEAD_DIM**-0.5)
 
 
