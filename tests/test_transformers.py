@@ -65,9 +65,12 @@ def tiny(dtype=torch.float32, layer_types=None, **changes):
     return model.to(dtype)
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny()
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def model(request):
+    return tiny().to(request.param)
 
 
 @pytest.fixture
@@ -85,7 +88,7 @@ def ids(length, batch=1, seed=1):
 def run(model, tokens, cuts=(), use_cache=True):
     """Logits of every token, the sequence fed in pieces that end at `cuts`, and the cache."""
     cache = DynamicCache(config=model.config) if use_cache else None
-    pieces = torch.tensor_split(tokens, list(cuts), dim=1)
+    pieces = torch.tensor_split(tokens.to(model.device), list(cuts), dim=1)
     logits = [model(piece, past_key_values=cache, use_cache=use_cache).logits for piece in pieces]
     return torch.cat(logits, dim=1), cache
 
@@ -160,7 +163,7 @@ MODES = {
 
 @pytest.mark.parametrize("options", MODES.values(), ids=MODES.keys())
 def test_generate(patched, options):
-    prompt = ids(21, 2)
+    prompt = ids(21, 2).to(patched.device)
     other = copy.deepcopy(patched)
     unpatch(other)
     want_options = dict(options)
@@ -175,9 +178,9 @@ def test_generate(patched, options):
 def test_entries_are_written_in_place(patched):
     cache = DynamicCache(config=patched.config)
     with torch.no_grad():
-        patched(ids(20), past_key_values=cache)
+        patched(ids(20).to(patched.device), past_key_values=cache)
         before = entries(cache, 1).data_ptr()
-        for token in ids(30, seed=2).T:
+        for token in ids(30, seed=2).T.to(patched.device):
             patched(token[None], past_key_values=cache)
     assert entries(cache, 1).data_ptr() == before and entries(cache, 1).shape[1] == 12
 
@@ -197,7 +200,7 @@ def test_one_plan_per_ratio_and_step(patched, monkeypatch):
 
 
 def test_new_cache_is_a_new_sequence_and_reset_too(patched):
-    tokens, other = ids(37), ids(41, seed=5)
+    tokens, other = ids(37).to(patched.device), ids(41, seed=5)
     want, cache = run(patched, tokens, [20])
     run(patched, other, [7])
     assert torch.equal(run(patched, tokens, [20])[0], want)
@@ -206,14 +209,14 @@ def test_new_cache_is_a_new_sequence_and_reset_too(patched):
         cache.reset()
         with torch.no_grad():
             assert torch.equal(patched(tokens[:, :20], past_key_values=cache).logits, want[:, :20])
-    more = ids(6, seed=6)
+    more = ids(6, seed=6).to(patched.device)
     with torch.no_grad():  # the copy went on from where it was, by itself
         got = patched(more, past_key_values=copied).logits
     close(got, run(patched, torch.cat([tokens, more], 1))[0][:, -6:])
 
 
 def test_inference_mode_and_back(patched):
-    tokens = ids(40)
+    tokens = ids(40).to(patched.device)
     cache = DynamicCache(config=patched.config)
     with torch.inference_mode():
         first = patched(tokens[:, :17].clone(), past_key_values=cache).logits
@@ -222,12 +225,13 @@ def test_inference_mode_and_back(patched):
     close(torch.cat([first, second], 1), theirs(patched, tokens)[0])
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("start", [3, 14, 40])
 @pytest.mark.parametrize("accepted", [0, 1, 2, 3, 4, 5])
-def test_rewind(start, accepted):
-    model = tiny(layer_types=LAYERS[:2])
+def test_rewind(device, start, accepted):
+    model = tiny(layer_types=LAYERS[:2]).to(device)
     patch(model, max_new_tokens=5)
-    tokens, drafts = ids(start + 12), ids(5, seed=9)
+    tokens, drafts = ids(start + 12).to(device), ids(5, seed=9).to(device)
     drafts[:, :accepted] = tokens[:, start : start + accepted]
     want, plain = run(model, tokens, range(start, start + 12))
     with torch.no_grad():
@@ -266,12 +270,12 @@ def test_rewind_refuses_a_sliding_layer_that_has_forgotten(patched):
 
 
 def test_sliding_layer_that_records_its_past_is_rewound(patched):
-    tokens = ids(40)
+    tokens = ids(40).to(patched.device)
     cache = DynamicCache(config=patched.config)
     with torch.no_grad():
         patched(tokens[:, :30], past_key_values=cache)
         cache.layers[2].activate_past_recording()
-        patched(torch.cat([tokens[:, 30:31], ids(3, seed=8)], 1), past_key_values=cache)
+        patched(torch.cat([tokens[:, 30:31], ids(3, seed=8).to(patched.device)], 1), past_key_values=cache)
         rewind(cache, 31)
         got = patched(tokens[:, 31:], past_key_values=cache).logits
     close(got, run(patched, tokens)[0][:, 31:])
@@ -353,22 +357,23 @@ def test_copy_of_a_patched_model_is_patched_by_itself(patched):
 
 
 def test_refusals(patched):
+    tokens = ids(20).to(patched.device)
     with pytest.raises(ValueError, match="found none"):
         patch(torch.nn.Linear(2, 2))
     with pytest.raises(UnsupportedError, match="gradients"):
-        patched(ids(20))
+        patched(tokens)
     with torch.no_grad():
         with pytest.raises(UnsupportedError, match="cache layer of type DynamicLayer"):
-            patched(ids(20), past_key_values=DynamicCache())
+            patched(tokens, past_key_values=DynamicCache())
         static = Cache(layers=[StaticLayer(max_cache_len=64) for _ in LAYERS])
         with pytest.raises(UnsupportedError, match="cache layer of type StaticLayer"):
-            patched(ids(20), past_key_values=static)
+            patched(tokens, past_key_values=static)
         with pytest.raises(UnsupportedError, match="position_ids"):
-            patched(ids(20), position_ids=(torch.arange(20)[None] - 3).clamp(min=0))
-        mask = torch.ones(2, 20, dtype=torch.long)
+            patched(tokens, position_ids=(torch.arange(20, device=tokens.device)[None] - 3).clamp(min=0))
+        mask = torch.ones(2, 20, dtype=torch.long, device=tokens.device)
         mask[0, :3] = 0
         with pytest.raises(UnsupportedError, match="padding"):
-            patched.generate(ids(20, 2), attention_mask=mask, max_new_tokens=2)
+            patched.generate(tokens.expand(2, -1), attention_mask=mask, max_new_tokens=2)
 
 
 def test_caches_do_not_cross_over(model):
@@ -376,12 +381,12 @@ def test_caches_do_not_cross_over(model):
     patch(model)
     try:
         with pytest.raises(UnsupportedError, match="already holds 20 tokens of which kvfold saw 0"), torch.no_grad():
-            model(ids(1), past_key_values=theirs_cache)
+            model(ids(1).to(model.device), past_key_values=theirs_cache)
         ours = run(model, ids(20))[1]
     finally:
         unpatch(model)
     with pytest.raises(UnsupportedError, match="start with a new cache"), torch.no_grad():
-        model(ids(1), past_key_values=ours)
+        model(ids(1).to(model.device), past_key_values=ours)
 
 
 def test_wrong_geometry_and_half_precision():

@@ -68,12 +68,14 @@ def info() -> None:
     """Versions, the GPU, and the record formats that entries can be kept in."""
     import torch
 
+    from . import __version__
     from .records import FORMATS
 
     console = Console()
     versions = Table("what", "version", title="Versions")
     versions.add_row("python", platform.python_version())
-    for package in ("kvfold", "torch", "triton", "transformers"):
+    versions.add_row("kvfold", __version__)
+    for package in ("torch", "triton", "transformers"):
         try:
             versions.add_row(package, metadata.version(package))
         except metadata.PackageNotFoundError:

@@ -15,7 +15,7 @@ import torch
 from .compress import compress
 from .demo_model import build_model
 from .plan import StepPlan
-from .records import EntryCache
+from .records import FORMATS, EntryCache
 from .spec import CompressorSpec
 from .state import FoldState
 
@@ -31,12 +31,25 @@ Advance = Callable[[int], None]
 
 @dataclass
 class Pass:
-    """One reading of the text: `logits` `[tokens, vocab]`, entries by compressor, milliseconds of each call."""
+    """One reading of the text: `logits` `[tokens, vocab]`, entries by compressor, milliseconds of each call, and the most
+    bytes of unpooled rows that each layer of transformers' own cache held after a call."""
 
     logits: torch.Tensor
     entries: dict[Name, torch.Tensor]
     milliseconds: list[float]
+    buffered: dict[int, int]
     cache: Any
+
+
+@dataclass
+class Kept:
+    """Bytes that a system keeps per sequence: state by layer, and entries as a function of the context length."""
+
+    state: dict[int, int]
+    entries: Callable[[int], int]
+
+    def total(self, context: int) -> int:
+        return sum(self.state.values()) + self.entries(context)
 
 
 @dataclass
@@ -50,7 +63,6 @@ class Result:
     ours: dict[str, Pass]
     rows: dict[Name, torch.Tensor]
     biases: dict[Name, torch.Tensor]
-    bytes_theirs: tuple[int, int]
     drafted: int = 0
     rejected: int = 0
     draft_steps: int = 0
@@ -95,12 +107,25 @@ def work(length: int) -> int:
     return 8 * length
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    # The matrices are small: a second thread gains little, and threads that wait for each other on shared cores lose tenfold.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@_one_thread()
 @torch.no_grad()
 def run(tokens: torch.Tensor, *, device: str, drafts: int, seed: int, advance: Advance, decoded: int = DECODED) -> Result:
     """Reads `tokens` int64 `[1, n]` in three ways through both, then once more with drafts; compares everything.
 
     Args:
-        device: `"cpu"` or `"cuda"`. drafts: proposed tokens per verification step. decoded: tokens that are decoded one by one.
+        device: `"cpu"` or `"cuda"`; drafts: proposed tokens per verification step; seed: of weights, chunks and drafts.
+        decoded: how many tokens at the end are decoded one by one.
         advance: called with the number of tokens done since the last call.
     """
     from .integrations.transformers import patch, unpatch
@@ -126,7 +151,6 @@ def run(tokens: torch.Tensor, *, device: str, drafts: int, seed: int, advance: A
         ours=ours,
         rows=rows,
         biases={name: part.position_bias.detach() for name, part in _parts(model).items()},
-        bytes_theirs=_bytes_of_transformers(theirs["decode"].cache),
     )
     _compare(result)
     steps = _draft_steps(tokens.shape[1], prefilled, drafts, seed)
@@ -135,7 +159,7 @@ def run(tokens: torch.Tensor, *, device: str, drafts: int, seed: int, advance: A
     result.rejected = sum(new - accepted for _, new, accepted in steps)
     _decode_with_drafts(model, tokens, steps, seed, result, advance)
     for name, part in _parts(model).items():
-        result.identical[name] = _replay(part, rows[name], specs[name], prefilled, drafts, steps, seed, ours["decode"], name)
+        result.identical[name] = _replay(result, name, part, steps, drafts, seed)
         if not all(result.identical[name]):
             result.problems.append(f"layer {name[0]} {name[1]}: entries or state after drafts are not bit-identical")
         advance(tokens.shape[1] // len(specs))
@@ -169,7 +193,7 @@ def _read(model: Any, tokens: torch.Tensor, lengths: list[int], get: Callable, a
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
-    logits, milliseconds = [], []
+    logits, milliseconds, buffered = [], [], dict.fromkeys(range(len(model.model.layers)), 0)
     for piece in tokens.split(lengths, dim=1):
         _wait(tokens.device)
         began = time.perf_counter()
@@ -177,8 +201,11 @@ def _read(model: Any, tokens: torch.Tensor, lengths: list[int], get: Callable, a
         _wait(tokens.device)
         milliseconds.append(1e3 * (time.perf_counter() - began))
         logits.append(out)
+        for index, layer in enumerate(cache.layers):
+            buffered[index] = max(buffered[index], _buffered(layer))
         advance(piece.shape[1])
-    return Pass(torch.cat(logits), {name: get(cache, name)[0] for name in _parts(model)}, milliseconds, cache)
+    made = {name: get(cache, name)[0] for name in _parts(model)}
+    return Pass(torch.cat(logits), made, milliseconds, buffered, cache)
 
 
 def _wait(device: torch.device) -> None:
@@ -194,7 +221,7 @@ def _recorded(model: Any) -> Iterator[dict[Name, tuple[list[torch.Tensor], list[
     for name, part in _parts(model).items():
         seen[name] = ([], [])
         for rows, projection in zip(seen[name], (part.kv_proj, part.gate_proj), strict=True):
-            handles.append(projection.register_forward_hook(lambda m, a, out, rows=rows: rows.append(out[0].clone())))
+            handles.append(projection.register_forward_hook(lambda m, a, out, rows=rows: rows.append(out[0])))
     try:
         yield seen
     finally:
@@ -206,16 +233,15 @@ def _compare(result: Result) -> None:
     for name, ours in result.ours.items():
         theirs = result.theirs[name]
         for key, mine in ours.entries.items():
-            if mine.shape != theirs.entries[key].shape:
-                result.problems.append(f"{name}, layer {key[0]} {key[1]}: {len(mine)} entries, not {len(theirs.entries[key])}")
-            elif not largest(mine, theirs.entries[key]) <= BOUND:
-                result.problems.append(f"{name}, layer {key[0]} {key[1]}: entries differ by more than {BOUND:g}")
+            want, where = theirs.entries[key], f"{name}, layer {key[0]} {key[1]}"
+            if mine.shape != want.shape:
+                result.problems.append(f"{where}: {len(mine)} entries, not {len(want)}")
+            elif not largest(mine, want) <= BOUND:
+                result.problems.append(f"{where}: entries differ by more than {BOUND:g}")
         if not largest(ours.logits, theirs.logits) <= BOUND:
             result.problems.append(f"{name}: logits differ by more than {BOUND:g}")
         if unexcused(ours.logits, theirs.logits):
-            result.problems.append(
-                f"{name}: greedy tokens differ where transformers' best two are further apart than the bound"
-            )
+            result.problems.append(f"{name}: greedy tokens differ where transformers' best two are far apart")
 
 
 def largest(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -229,16 +255,10 @@ def unexcused(ours: torch.Tensor, theirs: torch.Tensor) -> int:
     return int(((ours.argmax(-1) != theirs.argmax(-1)) & (best[:, 0] - best[:, 1] > 2 * BOUND)).sum())
 
 
-def _bytes_of_transformers(cache: Any) -> tuple[int, int]:
-    """Bytes of compressor state and of entries that transformers keeps for the one sequence."""
-    state = entries = 0
-    for layer in cache.layers:
-        for kind, held in vars(layer).items():
-            if kind in ("buffer_kv", "buffer_gate", "overlap_kv", "overlap_gate"):
-                state += sum(t.numel() * t.element_size() for t in held.values() if t is not None)
-            elif kind == "compressed_kv":
-                entries += sum(t.numel() * t.element_size() for t in held.values() if t is not None)
-    return state, entries
+def _buffered(layer: Any) -> int:
+    """Bytes of unpooled rows in a layer of transformers' cache."""
+    held = [getattr(layer, kind, {}) for kind in ("buffer_kv", "buffer_gate", "overlap_kv", "overlap_gate")]
+    return sum(t.numel() * t.element_size() for tensors in held for t in tensors.values() if t is not None)
 
 
 def _draft_steps(length: int, prefilled: int, drafts: int, seed: int) -> list[tuple[int, int, int]]:
@@ -262,7 +282,7 @@ def _decode_with_drafts(
     from .integrations.transformers import rewind
 
     draw = torch.Generator().manual_seed(seed)
-    cache, want = DynamicCache(config=model.config), result.ours["decode"].logits
+    cache, want, differences = DynamicCache(config=model.config), result.ours["decode"].logits, []
     model(tokens[:, : result.prefilled], past_key_values=cache)
     advance(result.prefilled)
     for start, new, accepted in steps:
@@ -270,23 +290,16 @@ def _decode_with_drafts(
         wrong = torch.randint(1, 256, (new - accepted,), generator=draw).to(tokens.device)
         piece[0, accepted:] = (piece[0, accepted:] + wrong) % 256
         logits = model(piece, past_key_values=cache).logits[0, :accepted]
-        result.draft_logits = max(result.draft_logits, largest(logits, want[start : start + accepted]))
+        differences.append(largest(logits, want[start : start + accepted]))
         rewind(cache, start + accepted)
         advance(accepted)
+    result.draft_logits = float(torch.tensor(differences).max())  # unlike Python's max, keeps a NaN
     if not result.draft_logits <= BOUND:
         result.problems.append(f"drafts: logits differ from those of plain decoding by more than {BOUND:g}")
 
 
 def _replay(
-    part: Any,
-    rows: torch.Tensor,
-    spec: CompressorSpec,
-    prefilled: int,
-    drafts: int,
-    steps: list[tuple[int, int, int]],
-    seed: int,
-    plain: Pass,
-    name: Name,
+    result: Result, name: Name, part: Any, steps: list[tuple[int, int, int]], drafts: int, seed: int
 ) -> tuple[bool, bool]:
     """Drafts on the recorded rows of the plain run: are entries and final state the same bits?
 
@@ -295,6 +308,7 @@ def _replay(
     """
     from .integrations.transformers import rope_table
 
+    rows, spec, plain = result.rows[name], result.specs[name], result.ours["decode"]
     device, length = rows.device, rows.shape[0]
     state = FoldState.allocate(spec, 1, 1 + drafts, device=device)
     cache = EntryCache.allocate("fp32", 1, length // spec.ratio + 2, spec, device=device)
@@ -304,7 +318,7 @@ def _replay(
         "norm_weight": part.kv_norm.weight.detach(),
         "rope": rope_table(part.rotary_emb, torch.arange(length + drafts, device=device)),
     }
-    for start, new, accepted in [(0, prefilled, prefilled), *steps]:
+    for start, new, accepted in [(0, result.prefilled, result.prefilled), *steps]:
         step = rows[start : start + new].clone()
         step[accepted:] = torch.randn(new - accepted, rows.shape[1], generator=noise).to(device)
         plan = StepPlan.build(
@@ -344,31 +358,32 @@ def _bits(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous().view(torch.int32)
 
 
-def state_bytes(result: Result) -> dict[str, tuple[int, Callable[[int], int]]]:
-    """By system: bytes of compressor state per sequence, and bytes of entries as a function of the context length.
-
-    transformers: measured, fp32 as this model is. The others keep the main entries as fp8_ds_mla and the indexer's as bf16.
+def kept_bytes(result: Result) -> dict[str, Kept]:
+    """What each system keeps for this model. transformers: measured, in fp32 as this model is, its unpooled rows at their most
+    while decoding. The others keep the main entries as fp8_ds_mla and the indexer's as bf16.
     """
-    decode = result.ours["decode"].cache
-    specs = result.specs
-    raw = sum(spec.window_rows * 2 * spec.channels * 4 for spec in specs.values())
-    folded = sum(decode.layers[i].kvfold.folds[n].state.bytes_per_slot for i, n in specs)
+    cache = result.ours["decode"].cache
+    raw: dict[int, int] = {}
+    folded: dict[int, int] = {}
+    for (layer, name), spec in result.specs.items():
+        raw[layer] = raw.get(layer, 0) + spec.window_rows * 2 * spec.channels * 4
+        folded[layer] = folded.get(layer, 0) + cache.layers[layer].kvfold.folds[name].state.bytes_per_slot
     page = 64
 
     def records(context: int) -> int:
         total = 0
-        for (_, name), spec in specs.items():
-            cache = EntryCache.allocate("bf16" if name == "indexer" else "fp8_ds_mla", 0, page, spec)
-            total += cache.page_bytes * (context // spec.ratio) // page
+        for (_, name), spec in result.specs.items():
+            fmt = FORMATS["bf16" if name == "indexer" else "fp8_ds_mla"]
+            total += fmt.page_bytes(spec, page) * (context // spec.ratio) // page
         return total
 
     def plain(context: int) -> int:
-        return sum(4 * spec.head_dim * (context // spec.ratio) for spec in specs.values())
+        return sum(4 * spec.head_dim * (context // spec.ratio) for spec in result.specs.values())
 
     return {
-        "transformers": (result.bytes_theirs[0], plain),
-        "raw fp32 rows": (raw, records),
-        "kvfold": (folded, records),
+        "transformers": Kept(result.theirs["decode"].buffered, plain),
+        "raw fp32 rows": Kept(raw, records),
+        "kvfold": Kept(folded, records),
     }
 
 

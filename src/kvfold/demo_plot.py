@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
-from .demo import Result, state_bytes
+from .demo import Result, kept_bytes
 
 SHOWN_WINDOWS = 8
 LONGEST = 1 << 20
@@ -47,7 +47,7 @@ def draw(result: Result, path: Path) -> None:
 def _draw_text(figure: Figure, axes, result: Result) -> None:  # type: ignore[no-untyped-def]
     weights, channel = window_weights(result)
     shown, ratio = weights[:SHOWN_WINDOWS], weights.shape[1]
-    image = axes.imshow(shown, aspect="auto", cmap="YlGnBu", vmin=0, vmax=float(shown.max()))
+    image = axes.imshow(shown.numpy(), aspect="auto", cmap="YlGnBu", vmin=0, vmax=float(shown.max()))
     for window in range(len(shown)):
         for place in range(ratio):
             value = int(result.tokens[window * ratio + place])
@@ -75,7 +75,9 @@ def _draw_channels(figure: Figure, axes, result: Result) -> None:  # type: ignor
     weights = scores.softmax(0).T  # [channels, tokens]
     peak = weights.argmax(1)
     ordered = weights[peak.argsort()]
-    image = axes.imshow(ordered.clamp(min=1e-4).log10(), aspect="auto", cmap="magma", vmin=-4, vmax=0, interpolation="nearest")
+    image = axes.imshow(
+        ordered.clamp(min=1e-4).log10().numpy(), aspect="auto", cmap="magma", vmin=-4, vmax=0, interpolation="nearest"
+    )
     axes.set_title(f"Entry 0 in all {spec.head_dim} channels, ordered by the token that each favours", loc="left", fontsize=11)
     axes.set_xlabel("token in its window")
     axes.set_ylabel("channel")
@@ -86,31 +88,35 @@ def _draw_channels(figure: Figure, axes, result: Result) -> None:  # type: ignor
 
 def _draw_bytes(axes, result: Result) -> None:  # type: ignore[no-untyped-def]
     contexts = sorted({int(2 ** (k / 4)) for k in range(4 * 5, 4 * 20 + 1)})
-    ends = []
-    for system, (state, entries) in state_bytes(result).items():
-        total = [state + entries(context) for context in contexts]
-        axes.plot(contexts, total, color=COLOURS[system], linewidth=2.6 if system == "kvfold" else 1.8, label=system)
+    for system, kept in kept_bytes(result).items():
+        state = sum(kept.state.values())
+        axes.plot(
+            contexts,
+            [kept.total(context) for context in contexts],
+            color=COLOURS[system],
+            linewidth=2.6 if system == "kvfold" else 1.8,
+            label=f"{system}: state {_short(state)}B, with entries at 1M tokens {_short(kept.total(LONGEST))}B",
+        )
         axes.axhline(state, color=COLOURS[system], linewidth=0.9, linestyle=(0, (2, 3)))
-        ends.append((system, state, total))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator([2**k for k in (5, 8, 11, 14, 17, 20)]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _short(x, 0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _short(x)))
     axes.yaxis.set_major_locator(FixedLocator([2**k for k in range(12, 32, 2)]))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{_short(y, 0)}B"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{_short(y)}B"))
     axes.set_xlim(32, LONGEST)
+    axes.set_ylim(bottom=axes.get_ylim()[0] / 4)  # room for the note
     axes.grid(True, which="major", color="#e6e6e6", linewidth=0.7)
     axes.set_title("Bytes kept per sequence, state and entries together", loc="left", fontsize=11)
     axes.set_xlabel("context length (tokens)")
-    labels = [f"{system}: state {_short(state, 0)}B, at 1M tokens {_short(total[-1], 0)}B" for system, state, total in ends]
-    axes.legend(axes.get_lines()[::2], labels, loc="upper left", frameon=False, fontsize=9)
-    axes.text(0.99, 0.03, "dotted: compressor state alone\n(transformers: as measured at the end of this text)",
-              transform=axes.transAxes, ha="right", fontsize=8, color="#555555")  # fmt: skip
+    axes.legend(loc="upper left", frameon=False, fontsize=9)
+    note = "dotted: compressor state alone\ntransformers keeps fp32 entries here, the others fp8_ds_mla (indexer bf16)"
+    axes.text(0.99, 0.03, note, transform=axes.transAxes, ha="right", fontsize=8, color="#555555")
 
 
-def _short(value: float, digits: int) -> str:
+def _short(value: float) -> str:
     for unit in ("", "K", "M"):
-        if value < 1024:
-            return f"{value:.{digits}f}{unit}"
+        if value < 1000:
+            return f"{value:.3g}{unit}"
         value /= 1024
-    return f"{value:.{digits}f}G"
+    return f"{value:.3g}G"

@@ -7,9 +7,10 @@ import statistics
 from rich.console import Console
 from rich.table import Table
 
-from .demo import BOUND, Result, kind, largest, state_bytes, unexcused
+from .demo import BOUND, Result, kept_bytes, kind, largest, unexcused
 
-READINGS = {"prefill": "one prefill", "chunks": "random chunks", "decode": "prefill + decode"}
+RECORDS = "entries as fp8_ds_mla, the indexer's as bf16"
+READINGS = {"prefill": "prefill", "chunks": "chunks", "decode": "decode"}
 
 
 def show(result: Result, console: Console) -> None:
@@ -32,8 +33,8 @@ def _number(value: float, bound: float = BOUND) -> str:
 
 def _entries(result: Result) -> Table:
     table = Table(title=f"Entries: largest difference from transformers (root mean square 1, bound {BOUND:g})")
-    for column in ("layer", "compressor", "ratio", "head_dim", "entries", *READINGS.values()):
-        table.add_column(column, justify="left" if column == "compressor" else "right")
+    for column in ("layer", "compressor", "ratio", "width", "entries", *READINGS.values()):
+        table.add_column(column, justify="left" if column == "compressor" else "right", no_wrap=column == "compressor")
     for name, spec in result.specs.items():
         made = len(result.ours["decode"].entries[name])
         differences = [
@@ -49,7 +50,7 @@ def _entries(result: Result) -> Table:
 
 def _logits(result: Result) -> Table:
     table = Table(title=f"Logits of {len(result.tokens)} tokens (bound {BOUND:g})")
-    for column in ("reading", "calls", "largest difference", "spread of logits", "same greedy token"):
+    for column in ("reading", "calls", "difference", "logits' spread", "same greedy token"):
         table.add_column(column, justify="left" if column == "reading" else "right")
     for reading, title in READINGS.items():
         ours, theirs = result.ours[reading], result.theirs[reading]
@@ -63,27 +64,28 @@ def _logits(result: Result) -> Table:
 def _bytes(result: Result) -> Table:
     length = len(result.tokens)
     table = Table(title=f"Bytes per sequence, all compressors, at {length} tokens")
-    for column in ("kept by", "state", "entries", "together", "format"):
-        table.add_column(column, justify="left" if column in ("kept by", "format") else "right")
-    formats = {
-        "transformers": "measured; unpooled rows and entries in fp32",
-        "raw fp32 rows": "as engines keep: a window of K and S rows; fp8_ds_mla, indexer bf16",
-        "kvfold": "fold rows, or a few input rows; fp8_ds_mla, indexer bf16",
-    }
-    for system, (state, entries) in state_bytes(result).items():
-        held = entries(length)
-        table.add_row(system, f"{state:,}", f"{held:,}", f"{state + held:,}", formats[system])
+    for column in ("kept by", "HCA layer", "CSA layer", "all state", "entries", "together"):
+        table.add_column(column, justify="left" if column == "kept by" else "right", no_wrap=True)
+    hca = next(name[0] for name in result.specs if kind(result, name) == "HCA")
+    csa = next(name[0] for name in result.specs if kind(result, name) == "CSA")
+    for system, kept in kept_bytes(result).items():
+        state = (kept.state[hca], kept.state[csa], sum(kept.state.values()))
+        table.add_row(system, *(f"{n:,}" for n in (*state, kept.entries(length), kept.total(length))))
+    table.caption = (
+        "State of one layer, of all layers. transformers: measured, the most in decode, entries in fp32; no rewind. Raw rows: K"
+        f" and S of a window in fp32, as engines keep them, no rewind. kvfold: enough to reject the drafts. Both: {RECORDS}."
+    )
     return table
 
 
 def _times(result: Result) -> Table:
-    table = Table(title="Milliseconds per call of the whole model (all tokens of a call; decode is the median step)")
+    table = Table(title="Milliseconds per call of the whole model")
     for column in ("call", "transformers", "kvfold"):
         table.add_column(column, justify="left" if column == "call" else "right")
     sides = (result.theirs, result.ours)
-    table.add_row(f"prefill of {len(result.tokens)}", *(f"{side['prefill'].milliseconds[0]:.1f}" for side in sides))
-    table.add_row("random chunks, mean", *(f"{statistics.mean(side['chunks'].milliseconds):.1f}" for side in sides))
-    table.add_row("decode of 1", *(f"{statistics.median(side['decode'].milliseconds[1:]):.2f}" for side in sides))
+    table.add_row(f"prefill of {len(result.tokens)} tokens", *(f"{side['prefill'].milliseconds[0]:.1f}" for side in sides))
+    table.add_row("random chunks, mean call", *(f"{statistics.mean(side['chunks'].milliseconds):.1f}" for side in sides))
+    table.add_row("decode of 1 token, median", *(f"{statistics.median(side['decode'].milliseconds[1:]):.2f}" for side in sides))
     return table
 
 
@@ -91,8 +93,9 @@ def _drafts(result: Result, console: Console) -> None:
     if not result.drafted:
         console.print("No drafts asked for.")
     console.print(
-        f"Drafts: {result.draft_steps} steps, {result.rejected} of {result.drafted} proposals rejected and taken back by going on"
-        f" from a smaller position. Logits of accepted tokens differ from plain decoding by {_number(result.draft_logits)}."
+        f"Drafts: {result.draft_steps} steps, {result.rejected} of {result.drafted} proposals rejected: the next step just"
+        " starts at a smaller position. Logits of accepted tokens differ from plain decoding by"
+        f" {_number(result.draft_logits)}."
     )
     entries = sum(len(result.ours["decode"].entries[name]) for name in result.identical)
     same = all(entries and state for entries, state in result.identical.values())

@@ -14,7 +14,8 @@ row, kvfold only the last: 4u. Together, for a norm weight of one (otherwise tim
 
     ||entry_kvfold - entry_transformers|| <= (3 kappa + 4) u ||entry||
 
-If `position_bias` is bf16 too, which from_pretrained avoids, transformers also rounds the scores: a factor `exp(2u max|s|)` on weights.
+If `position_bias` is bf16 too, which from_pretrained avoids, transformers also rounds the scores `s`, which changes weights by
+up to a factor `exp(2u max|s|)`.
 """
 
 from __future__ import annotations
