@@ -1,6 +1,6 @@
 """Times `compress` over FoldState, from kv_score to the stored record, beside the best pipeline of other projects.
 
-python benchmarks/fold.py --out benchmarks/results/fold.jsonl [--only SUBSTRING] [--formats fp8_ds_mla,bf16]
+python benchmarks/fold.py --out benchmarks/results/fold.jsonl [--only SUBSTRING] [--formats fp8_ds_mla,...]
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", default="")
-    parser.add_argument("--formats", default="fp8_ds_mla,bf16")
+    parser.add_argument("--formats", default="bf16,fp8_ds_mla,indexer_fp8_vllm,indexer_mxfp4")
     parser.add_argument("--commit")
     args = parser.parse_args()
     where, rows = protocol.environment(args.commit), []
@@ -73,7 +73,7 @@ def main() -> None:
             continue
         peer = protocol.best_peer(case)
         for fmt in args.formats.split(","):
-            if case.head_dim == 128 and fmt == "fp8_ds_mla":
+            if not protocol.fits(case, kvfold.records.get_format(fmt)):
                 continue
             us = protocol.time_graph(calls_of(case, fmt))
             torch.cuda.empty_cache()

@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 import triton
 
+from kvfold.records import RecordFormat
+
 HERE = Path(__file__).parent
 MOST_SETS = 64
 
@@ -67,10 +69,15 @@ def cases() -> list[Case]:
     for new, mode in ((1, "hit"), (1, "miss"), (4, "hit")):
         found += [Case("decode", 512, 4, batch, new, mode) for batch in (1, 16, 64, 128, 256)]
     for new in (1, 4):
-        found += [Case("decode", 128, 4, batch, new, "hit") for batch in (16, 256)]
+        found += [Case("decode", 128, 4, batch, new, "hit") for batch in (16, 64, 256)]
     for ratio in (128, 4):
         found += [Case("prefill", 512, ratio, b, s) for b, s in ((1, 8192), (1, 65536), (8, 8192), (8, 65536))]
     return found
+
+
+def fits(case: Case, fmt: RecordFormat) -> bool:
+    """Whether a record format is defined for a case's entries."""
+    return not fmt.head_dims or case.head_dim in fmt.head_dims
 
 
 def buffer_sets(bytes_per_set: int) -> int:

@@ -1,0 +1,62 @@
+"""Times `kvfold.store`: pooled rows to stored records, alone.
+
+python benchmarks/store.py --out benchmarks/results/store.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import protocol
+import torch
+
+import kvfold
+
+DEVICE = "cuda"
+
+
+def calls_of(spec: kvfold.CompressorSpec, fmt: str, count: int, dtype: torch.dtype) -> list:
+    """One ready call per buffer set: `count` sequences, each of which finishes one window."""
+    rows_per_page = 64 if spec.ratio == 4 else 2
+    last = spec.ratio * 5
+    weight = torch.ones(spec.head_dim, device=DEVICE)
+    rope = kvfold.reference.rope_table(last, spec.rope_dim).to(DEVICE)
+    plan = kvfold.StepPlan.build(
+        spec.ratio,
+        torch.full((count,), last - 1, dtype=torch.int32, device=DEVICE),
+        torch.arange(count + 1, dtype=torch.int32, device=DEVICE),
+        1,
+        state_slots=torch.arange(count, dtype=torch.int32, device=DEVICE),
+        entry_slots=torch.randperm(count, device=DEVICE) * rows_per_page,
+    )
+    calls = []
+    for _ in range(protocol.buffer_sets(count * spec.head_dim * 4)):
+        rows = torch.randn(count, spec.head_dim, device=DEVICE).to(dtype)
+        cache = kvfold.EntryCache.allocate(fmt, count, rows_per_page, spec, device=DEVICE)
+        calls.append(lambda r=rows, c=cache: kvfold.store(r, plan, c, spec=spec, norm_weight=weight, rope=rope))
+    calls[0]()
+    assert int(plan.errors) == 0, "the benchmark's own rows were refused"
+    return calls
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit")
+    args = parser.parse_args()
+    where, out = protocol.environment(args.commit), []
+    for name, fmt in kvfold.records.FORMATS.items():
+        spec = kvfold.V4_HCA if not fmt.head_dims or 512 in fmt.head_dims else kvfold.V4_INDEXER
+        for dtype in (torch.bfloat16, torch.float32):
+            for count in (16, 64, 256):
+                us = protocol.time_graph(calls_of(spec, name, count, dtype))
+                case = f"store hd{spec.head_dim} {count} rows {str(dtype).removeprefix('torch.')}"
+                print(f"{case:32s} {name:24s} {us:7.2f} us", flush=True)
+                out.append({"bench": "store", "case": case, "variant": f"store:{name}", "us": round(us, 3), **where})
+    if args.out:
+        protocol.append_rows(args.out, out)
+
+
+if __name__ == "__main__":
+    main()
