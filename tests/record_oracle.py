@@ -31,6 +31,7 @@ def _format(head_dims: list[int], bits: int, **kw: Any) -> dict[str, Any]:
     group       channels that share a scale, 0 where there is none
     scale       encoding of the scale: ue8m0 byte, pow2 (a power of two as fp32), fp32, e4m3
     floor       lower bound of amax, or of the scale before it is rounded up where `floor_on` is "scale"
+    divide      whether values are divided by an fp32 scale instead of multiplied by its rounded inverse
     bf16_first  whether entries are rounded to bf16 before anything else
     align       what the page is rounded up to
     pad         the byte behind the scales of an `fp8_ds_mla` row: "zero", or "kept" where the writer leaves it alone
@@ -38,7 +39,7 @@ def _format(head_dims: list[int], bits: int, **kw: Any) -> dict[str, Any]:
     """
     row: dict[str, Any] = {
         "head_dims": head_dims, "needs_rope": False, "group": 0, "scale": None, "floor": 0.0, "floor_on": "amax",
-        "bf16_first": False, "align": 1, "pad": None, "buffers": 1, **kw,
+        "divide": False, "bf16_first": False, "align": 1, "pad": None, "buffers": 1, **kw,
     }  # fmt: skip
     scale_bytes = {None: 0, "ue8m0": 1, "pow2": 4, "fp32": 4, "e4m3": 1}[row["scale"]]
     row["planes"] = {}
@@ -68,7 +69,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "mxfp4": _format(BOTH, 4, element="e2m1", **_MX4, floor=FLOOR_MX, buffers=2),
     "nvfp4_trtllm": _format(MAIN, 4, element="e2m1", group=16, scale="e4m3", buffers=2),
     "indexer_fp8_vllm": _format(INDEXER, 8, element="e4m3", group=128, scale="pow2", floor=FLOOR_1E4, bf16_first=True),
-    "indexer_fp8_sglang": _format(INDEXER, 8, element="e4m3", group=128, scale="fp32", floor=FLOOR_1E4, divide=True),
+    "indexer_fp8_sglang": _format(INDEXER, 8, element="e4m3", group=128, scale="fp32", floor=FLOOR_1E4),
     "indexer_mxfp4": _format(INDEXER, 4, element="e2m1", **_MX4, floor=FLOOR_MX, bf16_first=True),
     "indexer_mxfp4_sglang": _format(INDEXER, 4, element="e2m1_toward_zero", **_MX4, floor=FLOOR_1E4),
     "v41_mxfp8": _format(MAIN, 8, element="e4m3", group=32, scale="ue8m0", floor=FLOOR_1E4, bf16_first=True, align=512),
@@ -138,7 +139,7 @@ def _quantize(
         scales = (amax / F32(E4M3_MAX)).astype("<f4").view(np.uint8)
     elif name == "indexer_fp8_sglang":
         scale = floored / F32(E4M3_MAX)
-        # The layout gives the scale only. Dividing is the plain reading; multiplying by the rounded inverse is the other one.
+        # The layout gives the scale only. The engine's source multiplies by the rounded inverse; dividing would differ.
         v = x / scale[..., None] if f["divide"] else x * (F32(1) / scale)[..., None]
         scales = scale.astype("<f4").view(np.uint8)
     elif name == "nvfp4_trtllm":

@@ -273,7 +273,7 @@ MUTATIONS = {
 
 @pytest.mark.parametrize(("what", "name", "hd"), [(what, *case) for what, cases in MUTATIONS.items() for case in cases])
 def test_cases_tell_packers_apart(what: str, name: str, hd: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A packer that rounds once more or less, or has another floor, other ties or a product for a quotient, is found out."""
+    """A packer that rounds once more or less, or has another floor, other ties or a quotient for a product, is found out."""
     f = FORMATS[name]
     x = threshold_cases(name, hd)
     expected = [buffer for buffer, _ in pack(name, x, list(range(len(x))), len(x))]
@@ -281,7 +281,7 @@ def test_cases_tell_packers_apart(what: str, name: str, hd: int, monkeypatch: py
         "bf16_first": not f["bf16_first"],
         "floor": f["floor"] * 2.5,
         "ties": "e2m1" if f["element"] != "e2m1" else "e2m1_toward_zero",
-        "divide": False,
+        "divide": not f["divide"],
     }
     monkeypatch.setitem(f, "element" if what == "ties" else what, changed[what])
     got = [buffer for buffer, _ in pack(name, x, list(range(len(x))), len(x))]

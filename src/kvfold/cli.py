@@ -64,36 +64,54 @@ def demo(
 
 
 @app.command()
-def info() -> None:
+def info(
+    formats: Annotated[bool, typer.Option("--formats", help="Only the record formats, with every field.")] = False,
+) -> None:
     """Versions, the GPU, and the record formats that entries can be kept in."""
+    console = Console()
+    if not formats:
+        console.print(_versions())
+    console.print(_formats(every_field=formats))
+
+
+def _versions() -> Table:
     import torch
 
     from . import __version__
-    from .records import FORMATS
 
-    console = Console()
-    versions = Table("what", "version", title="Versions")
-    versions.add_row("python", platform.python_version())
-    versions.add_row("kvfold", __version__)
+    table = Table("what", "version", title="Versions")
+    table.add_row("python", platform.python_version())
+    table.add_row("kvfold", __version__)
     for package in ("torch", "triton", "transformers"):
         try:
-            versions.add_row(package, metadata.version(package))
+            table.add_row(package, metadata.version(package))
         except metadata.PackageNotFoundError:
-            versions.add_row(package, "not installed")
+            table.add_row(package, "not installed")
     if torch.cuda.is_available():
-        versions.add_row("GPU", torch.cuda.get_device_name())
+        table.add_row("GPU", torch.cuda.get_device_name())
     else:
-        versions.add_row("GPU", "none found; kvfold runs on its torch backend")
-    console.print(versions)
+        table.add_row("GPU", "none found; kvfold runs on its torch backend")
+    return table
 
-    formats = Table("format", "element", "scales", "rotated channels", "head_dim", "source", title="Record formats")
+
+def _formats(every_field: bool) -> Table:
+    from .records import FORMATS
+    from .spec import V4_HCA, V4_INDEXER
+
+    more = ("page of 64", "tail at", "floor", "pad", "bf16 first", "e2m1 ties") if every_field else ()
+    table = Table("format", "head_dim", "bytes", "element", "scales", *more, "source", title="Record formats")
     for fmt in FORMATS.values():
-        scales = f"2^k per {fmt.group} channels" if fmt.group else "none"
-        rotated, width = "bf16" if fmt.rotated_bf16 else fmt.element, str(fmt.head_dim or "any")
-        formats.add_row(fmt.name, fmt.element, scales, rotated, width, fmt.source)
-    console.print(formats)
-
-
-def main() -> None:
-    """Entry point of the `kvfold` command."""
-    app()
+        spec = V4_HCA if not fmt.head_dims or 512 in fmt.head_dims else V4_INDEXER
+        element = f"{fmt.element}, rotated bf16" if fmt.rotated_bf16 else fmt.element
+        scales = {"none": "none", "static": "one per cache"}.get(fmt.scale, f"{fmt.scale} per {fmt.group}")
+        fields: tuple[str, ...] = ()
+        if every_field:
+            where = "own buffer" if fmt.separate else f"{fmt.row_bytes(spec)}*N" if fmt.scale_bytes else "-"
+            floor = f"{fmt.floor:.3g} on {fmt.floor_on}" if fmt.floor else "-"
+            pad = "-" if not fmt.pad else "zeroed" if fmt.pad_written else "left alone"
+            first = ", ".join(name for name, on in (("rows", fmt.round_rows), ("values", fmt.round_values)) if on) or "-"
+            ties = "-" if fmt.element != "e2m1" else "to zero, no -0" if fmt.ties_to_zero else "to even"
+            fields = (str(fmt.page_bytes(spec, 64)), where, floor, pad, first, ties)
+        width = " or ".join(map(str, fmt.head_dims)) or "any"
+        table.add_row(fmt.name, width, str(fmt.record_bytes(spec)), element, scales, *fields, fmt.source)
+    return table

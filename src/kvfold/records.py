@@ -23,8 +23,8 @@ class RecordFormat:
         element: encoding of the quantized (or only) channels: `"bf16"`, `"fp32"`, `"e4m3"` or `"e2m1"` (two to a byte, the even
             channel in the low nibble).
         group: channels that share a scale; 0 when there are no scales in the record.
-        scale: `"none"`, `"static"` (one number per cache), or in the tail as `"ue8m0"` (power of two, exponent + 127), `"pow2"` (power of
-            two as fp32), `"fp32"` or `"e4m3"`.
+        scale: `"none"`, `"static"` (one number per cache), or in the tail as `"ue8m0"` (power of two, exponent + 127), `"pow2"`
+            (power of two as fp32), `"fp32"` or `"e4m3"`.
         floor, floor_on: the least value of the group's largest magnitude (`"amax"`) or of the scale itself (`"scale"`).
         rotated_bf16: the last `rope_dim` channels are kept as bf16.
         pad: bytes behind the scales of a tail. pad_written: whether the writer zeroes them or leaves them.

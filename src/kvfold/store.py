@@ -22,20 +22,20 @@ def store(
     rope: torch.Tensor | None,
     backend: str | None = None,
 ) -> None:
-    """RMSNorm, RoPE, Hadamard, quantization and store of pooled rows: all that `compress` does after the pooling, in one launch.
+    """RMSNorm, RoPE, Hadamard, quantization and store of pooled rows, in one launch: what `compress` does after pooling.
 
     From fp32 rows that `compress(..., rows=rows)` made, the records have the same bytes as `compress` with the cache.
 
     Args:
-        rows: bf16 or fp32 `[E, head_dim]`, row e is the pooled row of entry e of the plan. Rows of entries that do not exist are
-            not read.
+        rows: bf16 or fp32 `[E, head_dim]`, row e is the pooled row of entry e of the plan. Rows of entries that do not
+            exist are not read.
         plan: of this step; `plan.entry_slots` says where each entry goes, -1 skips it.
         cache: mutated: one record per entry.
         spec, norm_weight, rope, backend: as for `compress`.
 
     Raises:
-        TypeError, ValueError: naming the argument; nothing has been written then. An entry slot outside the cache, or an entry
-            beyond the RoPE table, is skipped and counted in `plan.errors`.
+        TypeError, ValueError: naming the argument; nothing has been written then. An entry slot outside the cache, or an
+            entry beyond the RoPE table, is skipped and counted in `plan.errors`.
     """
     check_type("rows", rows, torch.Tensor)
     chosen = choose_backend(backend, rows)
