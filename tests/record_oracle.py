@@ -122,7 +122,8 @@ def _quantize(
     n, channels = x.shape
     top = E4M3_MAX if f["element"] == "e4m3" else E2M1_MAX
     if not group:
-        return e4m3_bytes(x * (F32(1) / F32(static_scale))), None
+        with np.errstate(over="ignore"):
+            return e4m3_bytes(x * (F32(1) / F32(static_scale))), None
     x = x.reshape(n, channels // group, group)
     amax = np.abs(x).max(axis=-1)
     floored = np.maximum(amax, F32(f["floor"])) if f["floor_on"] == "amax" else amax

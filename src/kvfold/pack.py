@@ -1,6 +1,7 @@
 """Entries to record bytes and back, in plain torch: the torch backend's store and `EntryCache.read` on any device.
 
-The same rounding as `kernels/record.py`, which has to do with integers what torch has types for.
+The same rounding as `kernels/record.py`, which has to do with integers what torch has types for. Quotients are of two
+tensors (`_divide`): torch replaces the quotient of a number and a tensor by a product with the rounded inverse.
 """
 
 from __future__ import annotations
@@ -18,12 +19,11 @@ def pack_records(cache: EntryCache, slots: torch.Tensor, entries: torch.Tensor) 
     """Writes `entries` (fp32 `[n, head_dim]`, after norm, RoPE and Hadamard) into int64 `slots`, all of them valid."""
     fmt, quantized = cache.format, cache.format.quantized(cache.spec)
     if fmt.element in ("bf16", "fp32"):
-        dtype = torch.bfloat16 if fmt.element == "bf16" else torch.float32
-        _scatter(*_record(cache, slots), _bytes(entries.to(dtype)))
+        _scatter(*_record(cache, slots), _bytes(bf16_bits(entries) if fmt.element == "bf16" else entries))
         return
     values = (entries.bfloat16().float() if fmt.round_values else entries)[:, :quantized]
     if fmt.scale == "static":
-        values = values * (torch.ones_like(values[:, :1]) / cache.scale)
+        values = values * _divide(torch.ones_like(values[:, :1]), cache.scale)
     else:
         grouped = values.unflatten(1, (-1, fmt.group))
         # A NaN does not choose the scale of its neighbours.
@@ -40,7 +40,7 @@ def pack_records(cache: EntryCache, slots: torch.Tensor, entries: torch.Tensor) 
         codes = e2m1_codes(values, fmt.ties_to_zero)
         record = codes[:, 0::2] | codes[:, 1::2] << 4
     if fmt.rotated_bf16:
-        record = torch.cat((record, _bytes(entries[:, quantized:].bfloat16())), dim=1)
+        record = torch.cat((record, _bytes(bf16_bits(entries[:, quantized:]))), dim=1)
     _scatter(*_record(cache, slots), record)
 
 
@@ -48,23 +48,28 @@ def group_scale(amax: torch.Tensor, fmt: RecordFormat, cache_scale: float) -> tu
     """The tail's bytes, uint8 `[n, groups * scale_bytes]`, and what each group is multiplied by (or divided by)."""
     if fmt.floor_on == "amax":
         amax = amax.clamp(min=fmt.floor)
-    scale = amax / fmt.element_max
+    scale = _divide(amax, fmt.element_max)
     if fmt.floor_on == "scale":
         scale = scale.clamp(min=fmt.floor)
     if fmt.scale == "fp32":
         if fmt.floor == 0:
-            return _bytes(scale), torch.where(amax > 0, fmt.element_max / amax, 1.0)
-        return _bytes(scale), 1.0 / scale
+            return _bytes(scale), torch.where(amax > 0, _divide(fmt.element_max, amax), 1.0)
+        return _bytes(scale), _divide(1.0, scale)
     if fmt.scale == "e4m3":
         if fmt.floor_on == "scale":
             code = e4m3_bytes(scale)
             return code, code.view(torch.float8_e4m3fn).float()
-        code = e4m3_bytes(amax * cache_scale / fmt.element_max)
-        return code, cache_scale / code.view(torch.float8_e4m3fn).float().clamp(min=1e-12)
+        code = e4m3_bytes(_divide(amax * cache_scale, fmt.element_max))
+        return code, _divide(cache_scale, code.view(torch.float8_e4m3fn).float().clamp(min=1e-12))
     # The least power of two that is not below the scale; an infinity makes it 2**127, under which its neighbours become 0.
     code = ((scale.view(torch.int32) + 0x7FFFFF) >> 23).clamp(max=254)
     factor = ((254 - code) << 23).view(torch.float32)
     return _bytes((code << 23).view(torch.float32)) if fmt.scale == "pow2" else code.to(torch.uint8), factor
+
+
+def bf16_bits(x: torch.Tensor) -> torch.Tensor:
+    """int16 bits of fp32 as bf16: nearest even, NaN as 0x7FC0 (torch's own NaN depends on the device and on vectorization)."""
+    return torch.where(x.isnan(), 0x7FC0, x.bfloat16().view(torch.int16))
 
 
 def e4m3_bytes(x: torch.Tensor) -> torch.Tensor:
@@ -126,13 +131,21 @@ def unpack_records(cache: EntryCache, slots: torch.Tensor) -> torch.Tensor:
         elif fmt.scale == "e4m3":
             scale = tail.view(torch.float8_e4m3fn).float()
             if fmt.floor_on == "amax":
-                scale = scale / cache.scale
+                scale = _divide(scale, cache.scale)
         else:
             scale = tail.view(torch.float32)
         values = (values.unflatten(1, (-1, fmt.group)) * scale[..., None]).flatten(1)
     if fmt.rotated_bf16:
         values = torch.cat((values, record[:, quantized:].contiguous().view(torch.bfloat16).float()), dim=1)
     return values
+
+
+def _divide(a: torch.Tensor | float, b: torch.Tensor | float) -> torch.Tensor:
+    """a / b, correctly rounded on every device; one of the two is a tensor."""
+    like = a if isinstance(a, torch.Tensor) else b
+    assert isinstance(like, torch.Tensor)
+    a, b = (x if isinstance(x, torch.Tensor) else torch.full_like(like, x) for x in (a, b))
+    return a / b
 
 
 def _bytes(x: torch.Tensor) -> torch.Tensor:
