@@ -21,10 +21,7 @@ CASES = [(name, hd) for name in FORMATS for hd in oracle.FORMATS[name]["head_dim
 SPECS = {512: replace(kvfold.V4_HCA, ratio=4), 128: kvfold.V4_INDEXER}
 # What `EntryCache.scale` is tried with: 1, and a number whose inverse is not an fp32 number.
 SCALES = {"fp8_tensor": (1.0, 0.37), "nvfp4_trtllm": (1.0, 2.7)}
-
-
-def scales_of(name: str) -> tuple[float, ...]:
-    return SCALES.get(name, (1.0,))
+SCALED = [(name, hd, scale) for name, hd in CASES for scale in SCALES.get(name, (1.0,))]
 
 
 class Pages:

@@ -109,7 +109,7 @@ def test_all_nan(backend: Backend, name: str, hd: int) -> None:
 
 @pytest.mark.parametrize(("name", "hd"), CASES)
 def test_infinity(backend: Backend, name: str, hd: int) -> None:
-    """An infinity saturates where its group has no scale, or a scale that saturates (e4m3); elsewhere the scale goes to its end.
+    """An infinity saturates where its group has no scale, or an e4m3 scale; elsewhere the scale goes to its end.
 
     Then the group's finite channels become 0 with their sign (where the format keeps it) and the infinite ones the NaN code. A
     NaN beside an infinity changes nothing.

@@ -198,7 +198,7 @@ class EntryCache:
             storage: `[num_pages, ...]` of any dtype. Each page is dense and has at least the format's page bytes; pages
                 may lie further apart than that.
             scales: `[num_pages, ...]` likewise, if and only if the format keeps scales in a buffer of their own.
-            scale: positive and finite; see the class.
+            scale: from 2**-126 to 2**126; see the class.
 
         Raises:
             TypeError, ValueError: naming the argument.
@@ -212,8 +212,8 @@ class EntryCache:
         self.rows_per_page = rows_per_page
         self.page_bytes = self.format.page_bytes(spec, rows_per_page)
         self.storage, self.scales, self.scale = storage, scales, float(scale)
-        if not 0 < self.scale < float("inf"):
-            raise ValueError(f"scale must be positive and finite, got {scale}")
+        if not 2.0**-126 <= self.scale <= 2.0**126:  # both it and its inverse are normal numbers in fp32
+            raise ValueError(f"scale must be from 2**-126 to 2**126, got {scale}")
         unit = 1 if self.format.separate else {"bf16": 2, "fp32": 4}.get(self.format.element, 2)
         if self.format.scale_bytes == 4:
             unit = 4
