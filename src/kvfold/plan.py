@@ -139,11 +139,20 @@ class StepPlan:
         device = self.start_pos.device
         check_tensor("start_pos", start_pos, (self.batch,), (torch.int32,), device)
         check_tensor("cu_seqlens", cu_seqlens, (self.batch + 1,), (torch.int32,), device)
+        if self.batch == 0:
+            self.cu_seqlens.copy_(cu_seqlens)
+        elif device.type == "cpu":
+            self._update(start_pos, cu_seqlens)
+        else:
+            from .kernels.plan import update_on_gpu  # one launch; the same values, see tests/test_plan.py
+
+            update_on_gpu(self, start_pos, cu_seqlens)
+
+    def _update(self, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
+        """`update` in plain torch, which defines what the kernel must compute."""
         self.start_pos.copy_(start_pos)
         self.cu_seqlens.copy_(cu_seqlens)
-        if self.batch == 0:
-            return
-        ratio = self.ratio
+        ratio, device = self.ratio, self.start_pos.device
         start, offsets = self.start_pos.long(), self.cu_seqlens.long()
         token, length = offsets[:-1], offsets[1:] - offsets[:-1]
         end = start + length

@@ -73,25 +73,30 @@ def group_scale(amax, cache_scale, MAX: tl.constexpr, SCALE: tl.constexpr, FLOOR
         else:
             stored = e4m3_bits(tl.div_rn(amax * cache_scale, MAX))
             factor = tl.div_rn(cache_scale, tl.maximum(e4m3_value(stored), 1e-12))
-    else:
+    elif SCALE == "fp32":
         scale = tl.div_rn(amax, MAX)
-        if FLOOR_ON_SCALE:
-            scale = tl.maximum(scale, FLOOR)
-        bits = scale.to(tl.int32, bitcast=True)
-        if SCALE == "fp32":
-            stored = bits
-            # TensorRT-LLM, which has no floor, multiplies by 448 / amax; SGLang by 1 / scale.
-            if FLOOR == 0.0:
-                factor = tl.where(amax > 0.0, tl.div_rn(MAX, tl.where(amax > 0.0, amax, 1.0)), 1.0)
-            else:
-                factor = tl.div_rn(1.0, scale)
+        stored = scale.to(tl.int32, bitcast=True)
+        # TensorRT-LLM, which has no floor, multiplies by 448 / amax; SGLang by 1 / scale.
+        if FLOOR == 0.0:
+            factor = tl.where(amax > 0.0, tl.div_rn(MAX, tl.where(amax > 0.0, amax, 1.0)), 1.0)
         else:
-            code = tl.minimum((bits + 0x7FFFFF) >> 23, 254)
-            factor = ((254 - code) << 23).to(tl.float32, bitcast=True)
-            if SCALE == "pow2":
-                stored = code << 23
-            else:
-                stored = code
+            factor = tl.div_rn(1.0, scale)
+    else:
+        # The least power of two that takes amax to MAX or below: exact, and without a division. MAX is 1.75 * 2**8 or
+        # 1.5 * 2**2, so the exponent goes up by one where the mantissa of amax is above that of MAX.
+        if FLOOR_ON_SCALE:
+            amax = tl.maximum(amax, FLOOR * MAX)
+        bits = amax.to(tl.int32, bitcast=True)
+        if MAX == 448.0:
+            code = ((bits + 0x1FFFFF) >> 23) - 8
+        else:
+            code = ((bits + 0x3FFFFF) >> 23) - 2
+        code = tl.minimum(code, 254)
+        factor = ((254 - code) << 23).to(tl.float32, bitcast=True)
+        if SCALE == "pow2":
+            stored = code << 23
+        else:
+            stored = code
     return stored, factor
 
 
