@@ -91,7 +91,7 @@ def group_scale(amax, cache_scale, MAX: tl.constexpr, SCALE: tl.constexpr, FLOOR
             code = ((bits + 0x1FFFFF) >> 23) - 8
         else:
             code = ((bits + 0x3FFFFF) >> 23) - 2
-        code = tl.minimum(code, 254)
+        code = tl.where(bits == 0x7F800000, 254, code)  # an infinity: the inverse of this scale is 0
         factor = ((254 - code) << 23).to(tl.float32, bitcast=True)
         if SCALE == "pow2":
             stored = code << 23
