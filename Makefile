@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format clean
+.PHONY: demo test aot lint format clean
 
 demo: $(READY)
 	$(BIN)/kvfold demo --out demo-out
 
 test: $(READY)
 	$(BIN)/pytest -n 2 --dist worksteal
+
+# Every kernel for every GPU that Triton knows how to build for; needs none of them, and about half an hour on two cores.
+aot: $(READY)
+	$(BIN)/python -m kvfold.kernels.aot --all
 
 lint: $(READY)
 	$(BIN)/ruff check .

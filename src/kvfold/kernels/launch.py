@@ -6,7 +6,7 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from ..plan import StepPlan
-from ..records import FORMATS, EntryCache
+from ..records import FORMATS, EntryCache, RecordFormat
 from ..spec import CompressorSpec
 from ..state import FoldState
 from .configs import choose
@@ -47,7 +47,7 @@ def compress_triton(
         OVERLAP=int(spec.overlap),
         HISTORY=state.history,
         AHEAD=config.ahead if state.kind == "fold" else min(config.ahead, spec.window_rows),
-        **_epilogue_constants(cache, spec),
+        **epilogue_constants(cache.format if cache is not None else None, spec),
         num_warps=config.num_warps,
         # The bits must not depend on what the compiler fuses; the fused operations are written out.
         enable_fp_fusion=False,
@@ -71,7 +71,7 @@ def store_triton(
         plan.num_items,
         *_epilogue_arguments(plan, cache, spec, norm_weight, rope),
         RATIO=spec.ratio,
-        **_epilogue_constants(cache, spec),
+        **epilogue_constants(cache.format, spec),
         num_warps=choose("store", spec.head_dim, 1).num_warps,
         enable_fp_fusion=False,
     )
@@ -105,9 +105,10 @@ def _epilogue_arguments(
     )
 
 
-def _epilogue_constants(cache: EntryCache | None, spec: CompressorSpec) -> dict[str, object]:
+def epilogue_constants(fmt: RecordFormat | None, spec: CompressorSpec) -> dict[str, object]:
+    """What the epilogue is compiled for."""
     # Without a cache nothing of a format is compiled in; any value serves, and one value means one kernel.
-    fmt = cache.format if cache is not None else FORMATS["bf16"]
+    fmt = fmt or FORMATS["bf16"]
     return {
         "HEAD_DIM": spec.head_dim,
         "LOG2": spec.head_dim.bit_length() - 1,
