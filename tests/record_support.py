@@ -1,4 +1,4 @@
-"""What the tests of records share: pages with a pattern between canaries, and the two writers that must agree on them."""
+"""What the tests of records share: pages with a pattern between canaries, the two writers, and the oracle read back."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import cache as once
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import record_oracle as oracle
 import torch
@@ -133,3 +134,47 @@ def random_entries(n: int, hd: int, seed: int) -> np.ndarray:
 
 def permuted_slots(n: int, num_slots: int, seed: int) -> list[int]:
     return np.random.default_rng(seed).permutation(num_slots)[:n].tolist()
+
+
+def fields(name: str, entries: np.ndarray, scale: float) -> dict[str, np.ndarray]:
+    """The oracle's bytes of entries, cut into the fields of each record as the layout says, [n, ...] each."""
+    f, (n, hd) = oracle.FORMATS[name], entries.shape
+    width, tail = f["planes"][hd]
+    data, *second = (b for b, _ in oracle.pack(name, entries, list(range(n)), n, static_scale=scale, global_scale=scale))
+    records = data[: n * width].reshape(n, width)
+    if f["element"] in ("bf16", "fp32"):
+        return {"values": records.view(ml_dtypes.bfloat16 if f["element"] == "bf16" else "<f4")}
+    found = {}
+    if f["needs_rope"]:
+        found["values"] = records[:, :448].copy().view(ml_dtypes.float8_e4m3fn)
+        found["rotated"] = records[:, 448:].copy().view(ml_dtypes.bfloat16)
+    elif f["element"] == "e4m3":
+        found["values"] = records.view(ml_dtypes.float8_e4m3fn)
+    else:
+        found["values"] = np.stack([records & 15, records >> 4], axis=2).reshape(n, hd)
+    if f["group"]:
+        tails = (second[0] if second else data[n * width : n * (width + tail)]).reshape(n, tail)
+        if f["pad"]:
+            found["pad"], tails = tails[:, -1:], tails[:, :-1].copy()
+        found["scales"] = tails.view({"ue8m0": np.uint8, "e4m3": ml_dtypes.float8_e4m3fn}.get(f["scale"], "<f4"))
+    return found
+
+
+def dequantized(name: str, entries: np.ndarray, scale: float) -> np.ndarray:
+    """What the oracle's bytes stand for, in fp64."""
+    f, found = oracle.FORMATS[name], fields(name, entries, scale)
+    values = found["values"]
+    if f["element"].startswith("e2m1"):
+        values = values.view(ml_dtypes.float4_e2m1fn)
+    values = values.astype(np.float64)
+    if name == "fp8_tensor":
+        values = values * np.float64(np.float32(scale))
+    if "scales" in found:
+        scales = found["scales"]
+        scales = 2.0 ** (scales.astype(np.float64) - 127) if f["scale"] == "ue8m0" else scales.astype(np.float64)
+        values = values * np.repeat(scales, f["group"], axis=1)
+    if name == "nvfp4_trtllm":
+        values = values / np.float64(np.float32(scale))
+    if "rotated" in found:
+        values = np.concatenate([values, found["rotated"].astype(np.float64)], axis=1)
+    return values
