@@ -128,24 +128,35 @@ def store_record(
         if SCALE == "static":
             v = v * tl.div_rn(1.0, cache_scale)
         else:
-            grouped = tl.reshape(v, (HEAD_DIM // GROUP, GROUP))
-            # A NaN does not choose the scale of its neighbours.
-            amax = tl.max(tl.where(grouped == grouped, tl.abs(grouped), 0.0), axis=1)
-            stored, factor = group_scale(amax, cache_scale, MAX, SCALE, FLOOR, FLOOR_ON_SCALE)
-            if DIVIDE:
-                grouped = tl.div_rn(grouped, factor[:, None])
-            else:
-                grouped = grouped * factor[:, None]
-            v = tl.reshape(grouped, (HEAD_DIM,))
             tail = page + rows_per_page * ROW_BYTES + row * TAIL_BYTES
             if scales is not None:
                 tail = scales + number * scales_stride + row * TAIL_BYTES
-            group = tl.arange(0, HEAD_DIM // GROUP)
-            live = group < QUANTIZED // GROUP
             if SCALE == "fp32" or SCALE == "pow2":
-                tl.store(tail.to(tl.pointer_type(tl.int32)) + group, stored, mask=live)
+                tail_scales = tail.to(tl.pointer_type(tl.int32))
             else:
-                tl.store(tail + group, stored.to(tl.uint8), mask=live)
+                tail_scales = tail
+            # A NaN does not choose the scale of its neighbours.
+            magnitude = tl.where(v == v, tl.abs(v), 0.0)
+            if GROUP == HEAD_DIM:
+                # One group is scalars: Triton 3.3 does not compile a reshape to [1, HEAD_DIM] behind the Hadamard transform.
+                stored, factor = group_scale(tl.max(magnitude, axis=0), cache_scale, MAX, SCALE, FLOOR, FLOOR_ON_SCALE)
+                tl.store(tail_scales, stored.to(tail_scales.dtype.element_ty))
+                if DIVIDE:
+                    v = tl.div_rn(v, factor)
+                else:
+                    v = v * factor
+            else:
+                amax = tl.max(tl.reshape(magnitude, (HEAD_DIM // GROUP, GROUP)), axis=1)
+                stored, factor = group_scale(amax, cache_scale, MAX, SCALE, FLOOR, FLOOR_ON_SCALE)
+                group = tl.arange(0, HEAD_DIM // GROUP)
+                live = group < QUANTIZED // GROUP
+                tl.store(tail_scales + group, stored.to(tail_scales.dtype.element_ty), mask=live)
+                grouped = tl.reshape(v, (HEAD_DIM // GROUP, GROUP))
+                if DIVIDE:
+                    grouped = tl.div_rn(grouped, factor[:, None])
+                else:
+                    grouped = grouped * factor[:, None]
+                v = tl.reshape(grouped, (HEAD_DIM,))
             if PAD > 0:
                 pad = tail + (TAIL_BYTES - PAD) + tl.arange(0, PAD)
                 tl.store(pad, tl.zeros((PAD,), tl.uint8))
