@@ -12,6 +12,9 @@ if not torch.cuda.is_available():
 
 from helpers import Backend
 
+# The tensors are small, and pytest-xdist already fills the cores: more threads only spin against each other.
+torch.set_num_threads(1)
+
 BACKENDS = {
     "torch": Backend("torch", torch.device("cpu")),
     "interpreter": Backend("triton", torch.device("cpu")),

@@ -166,7 +166,7 @@ def test_walks_of_long_and_short_steps(backend: Backend, name: str, max_new_toke
         for second, back in ((1, 0), (ring + 1, 0), (2 * ring + 1, 0), (ring + 2, first), (2, first))
         for third in (2, ring + 1)
     ]
-    walks = walks[:: 41 if backend.slow else 5]
+    walks = walks[:: 41 if backend.slow else 7]
     tokens = make_tokens(spec, rows + 8 * ring + 9 * rows, seed=5)
     simulator = Simulator(spec, len(walks), max_new_tokens, Weights.make(spec).ape)
     engine = Engine(spec, backend, num_slots=len(walks), max_new_tokens=max_new_tokens, max_entries=len(tokens))
