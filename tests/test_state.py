@@ -84,7 +84,7 @@ def test_histories(backend: Backend, name: str) -> None:
     weights = Weights.make(spec)
 
     @settings(
-        max_examples=12 if backend.slow else 40,
+        max_examples=8 if backend.slow else 40,
         derandomize=True,
         deadline=None,
         database=None,
@@ -149,6 +149,42 @@ def same_pooled(got: Tensor, want: Tensor, what: str) -> None:
     assert torch.equal(got.isnan(), want.isnan()), what
     if not want.isnan().any():
         assert norm_error(got[None], want[None]) <= 2e-6, what
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 3])
+@pytest.mark.parametrize("name", STATE_SPECS)
+def test_walks_of_long_and_short_steps(backend: Backend, name: str, max_new_tokens: int) -> None:
+    """Steps that outrun the ring, from every phase, one after another and rewound: rows move to spare rows and retire."""
+    spec = STATE_SPECS[name]
+    ring, rows = Simulator(spec, 0, max_new_tokens).ring, spec.ratio * (1 + spec.overlap)
+    phases = [p for p in range(rows + 1) if p < 9 or p > rows - 3]
+    walks = [
+        # (tokens given up first, new tokens) of each step
+        [(0, phase), (0, first), (back, second), (0, 1), (1, third)]
+        for phase in phases
+        for first in (ring - 1, ring, ring + 1, ring + rows)
+        for second, back in ((1, 0), (ring + 1, 0), (2 * ring + 1, 0), (ring + 2, first), (2, first))
+        for third in (2, ring + 1)
+    ]
+    walks = walks[:: 41 if backend.slow else 7]
+    tokens = make_tokens(spec, rows + 8 * ring + 9 * rows, seed=5)
+    simulator = Simulator(spec, len(walks), max_new_tokens, Weights.make(spec).ape)
+    engine = Engine(spec, backend, num_slots=len(walks), max_new_tokens=max_new_tokens, max_entries=len(tokens))
+    at = [0] * len(walks)
+    for number in range(5):
+        batch = []
+        for slot, walk in enumerate(walks):
+            back, new = walk[number]
+            start = at[slot] - back
+            batch.append((slot, start, tokens[start : start + new]))
+            at[slot] = start + new
+        before = simulator.errors
+        errors = engine.step(batch, strict=False).errors
+        for slot, start, new in batch:
+            simulator.step(slot, start, new)
+        assert errors == simulator.errors - before == 0
+        for slot, walk in enumerate(walks):
+            assert engine.tags(slot) == simulator.tags(slot), f"after step {number} of {walk}"
 
 
 @settings(max_examples=150, derandomize=True, deadline=None, database=None)
