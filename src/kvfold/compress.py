@@ -57,7 +57,7 @@ def compress(
     check_type("kv_score", kv_score, torch.Tensor)
     chosen = choose_backend(backend, kv_score)
     _check(kv_score, plan, state, cache, spec, ape, norm_weight, rope, rows)
-    if plan.batch == 0 or kv_score.shape[0] == 0:
+    if plan.batch == 0:
         return
     if chosen == "torch":
         compress_torch(kv_score, plan, state, cache, spec, ape, norm_weight, rope, rows)

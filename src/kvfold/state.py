@@ -73,7 +73,7 @@ class FoldState:
         Args:
             num_slots: how many sequences it can hold.
             max_new_tokens: longest step that must be rewindable to any position inside it (drafts + 1). Longer steps
-                are fine; they can be rewound to their start and to their last `ring` positions.
+                are fine; they can be rewound to their start and to any of their last `max_new_tokens` positions.
             dtype: of the kept input rows, for specs that keep them (`kind == "rows"`): fp32 takes bf16 and fp32
                 `kv_score`, both exactly; bf16 takes bf16 only, in half the memory. Fold rows are always fp32.
         """

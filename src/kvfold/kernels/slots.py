@@ -21,10 +21,10 @@ def history_is_held(tags, h0, start, ring, HISTORY: tl.constexpr):
 
 
 @triton.jit
-def find_row(tags, x, ring, HISTORY: tl.constexpr):
-    """The row of a position that is held."""
+def find_row(tags, x, wanted, ring, HISTORY: tl.constexpr):
+    """The row of a position that is held. Masked by `wanted` and not branched round, so that many can be in flight."""
     home = x % ring
-    return tl.where(tl.load(tags + home) == x, home, ring + x % HISTORY)
+    return tl.where(tl.load(tags + home, mask=wanted, other=x) == x, home, ring + x % HISTORY)
 
 
 @triton.jit

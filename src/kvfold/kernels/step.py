@@ -70,30 +70,30 @@ def fold_kernel(
         stop = tl.minimum(end, (window + 1) * RATIO)
         m, l, a = empty_fold(HEAD_DIM)
         if first & (h0 < start):
-            row = state + find_row(tags, start - 1, ring, HISTORY) * (3 * HEAD_DIM) + c
+            row = state + find_row(tags, start - 1, h0 < start, ring, HISTORY) * (3 * HEAD_DIM) + c
             m = tl.load(row)
             l = tl.load(row + HEAD_DIM)
             a = tl.load(row + 2 * HEAD_DIM)
         if first:
             retire_rows(tags, h0, start, end, ring, HISTORY)
-        live_rows = kv_score + (token - start).to(tl.int64) * kv_stride + c
         for base in range(0, stop - position, AHEAD):
+            x0 = position + base
+            at = kv_score + (token + x0 - start).to(tl.int64) * kv_stride + c
+            left = tl.zeros((HEAD_DIM,), tl.int32) + (stop - x0)
             # All loads of a stretch are issued before its first fold: one memory latency for AHEAD tokens, not AHEAD.
             ks = ()
             ss = ()
             for i in tl.static_range(AHEAD):
-                x = position + base + i
-                live = spread(x < stop, HEAD_DIM)
-                at = live_rows + x.to(tl.int64) * kv_stride
-                k = tl.load(at, mask=live, other=-0.0).to(tl.float32)
-                s = tl.load(at + HEAD_DIM, mask=live, other=float("-inf")).to(tl.float32)
+                live = left > i
+                k = tl.load(at + i * kv_stride, mask=live, other=-0.0).to(tl.float32)
+                s = tl.load(at + (i * kv_stride + HEAD_DIM), mask=live, other=float("-inf")).to(tl.float32)
                 if ape is not None:
-                    s += tl.load(ape + (x % RATIO) * HEAD_DIM + c, mask=live, other=0.0)
+                    s += tl.load(ape + ((x0 % RATIO + i) * HEAD_DIM + c), mask=live, other=0.0)
                 ks = ks + (k,)
                 ss = ss + (s,)
             for i in tl.static_range(AHEAD):
                 m, l, a = fold_step(m, l, a, ks[i], ss[i])
-                x = position + base + i
+                x = x0 + i
                 if (x < stop) & (x >= end - ring):
                     place = place_row(tags, x, h0, start, end, ring, HISTORY)
                     row = state + place * (3 * HEAD_DIM) + c
@@ -146,9 +146,7 @@ def rows_kernel(
                     half = tl.where(j < RATIO * OVERLAP, 0, CHANNELS - HEAD_DIM)
                     c = half + tl.arange(0, HEAD_DIM)
                     there = (x >= 0) & (j < WINDOW_ROWS)
-                    kept = state
-                    if there & (x < start):
-                        kept = state + find_row(tags, x, ring, HISTORY) * (2 * CHANNELS)
+                    kept = state + find_row(tags, x, there & (x < start), ring, HISTORY) * (2 * CHANNELS)
                     old = spread(there & (x < start), HEAD_DIM)
                     new = spread(there & (x >= start), HEAD_DIM)
                     at = live_rows + x.to(tl.int64) * kv_stride + c
