@@ -27,8 +27,11 @@ def compress_triton(
     rows: torch.Tensor | None,
 ) -> None:
     """`compress` after its arguments were checked: one launch on the current stream."""
+    if plan.item_capacity == 0:
+        return
     config = choose(state.kind, spec.head_dim, min(plan.max_new_tokens, spec.ratio))
     kernel = fold_kernel if state.kind == "fold" else rows_kernel
+    # At least one program, to count sequences whose tokens an empty kv_score does not have.
     grid = (max(1, min(plan.item_capacity, plan.items_for(kv_score.shape[0]))),)
     kernel[grid](
         kv_score,

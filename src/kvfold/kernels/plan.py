@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
     from ..plan import StepPlan
 
-BLOCK = 128  # items per program
-CHUNK = 128  # sequences that it looks at together
+BLOCK = 64  # items per program
+CHUNK = 64  # sequences that it looks at together
 
 
 @triton.jit
@@ -33,7 +33,8 @@ def count_sequences(start_pos, cu_seqlens, state_slots, b, batch, max_new_tokens
     first = tl.where(live, start, 0) // RATIO
     windows = tl.where(live, (tl.where(live, end, 1) - 1) // RATIO - first + 1, 0)
     entries = tl.where(live, tl.where(live, end, 0) // RATIO - first, 0)
-    return windows, entries, wrong
+    # Their sums stay below max_tokens / RATIO + 2 * batch.
+    return windows.to(tl.int32), entries.to(tl.int32), wrong
 
 
 COUNTS = ("batch", "max_new_tokens", "max_tokens", "item_capacity", "entry_capacity", "table_width", "rows_per_page")
@@ -48,12 +49,12 @@ def plan_kernel(
 ):  # fmt: skip
     """One program per BLOCK items. Each counts through all sequences, which is cheaper than a second launch."""
     pid = tl.program_id(0)
-    index = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    index = pid * BLOCK + tl.arange(0, BLOCK)
     sequence = tl.zeros((BLOCK,), tl.int32)
-    windows_before = tl.zeros((BLOCK,), tl.int64)
-    entries_before = tl.zeros((BLOCK,), tl.int64)
-    all_windows = tl.full((), 0, tl.int64)
-    all_entries = tl.full((), 0, tl.int64)
+    windows_before = tl.zeros((BLOCK,), tl.int32)
+    entries_before = tl.zeros((BLOCK,), tl.int32)
+    all_windows = tl.full((), 0, tl.int32)
+    all_entries = tl.full((), 0, tl.int32)
     for base in range(0, batch, CHUNK):
         b = base + tl.arange(0, CHUNK)
         windows, entries, wrong = count_sequences(
@@ -66,7 +67,7 @@ def plan_kernel(
         entries_before += tl.sum(tl.where(passed, entries[None, :], 0), axis=1)
         if pid == 0:
             inside = b < batch
-            tl.store(cu_entries + 1 + b, (all_entries + tl.cumsum(entries, axis=0)).to(tl.int32), mask=inside)
+            tl.store(cu_entries + 1 + b, all_entries + tl.cumsum(entries, axis=0), mask=inside)
             tl.store(own_start_pos + b, tl.load(start_pos + b, mask=inside, other=0), mask=inside)
             tl.store(own_cu_seqlens + 1 + b, tl.load(cu_seqlens + 1 + b, mask=inside, other=0), mask=inside)
             refused = tl.sum(wrong.to(tl.int32), axis=0)
@@ -76,7 +77,7 @@ def plan_kernel(
         all_entries += tl.sum(entries, axis=0)
     if pid == 0:
         tl.store(own_cu_seqlens, tl.load(cu_seqlens))
-        tl.store(num_items, tl.minimum(all_windows, item_capacity).to(tl.int32))
+        tl.store(num_items, tl.minimum(all_windows, item_capacity))
     used = (index < all_windows) & (index < item_capacity)
     start = tl.load(start_pos + sequence, mask=used, other=0)
     token = tl.load(cu_seqlens + sequence, mask=used, other=0)
@@ -84,15 +85,15 @@ def plan_kernel(
     slot = tl.load(state_slots + sequence, mask=used, other=-1)
     ordinal = index - windows_before
     window = start // RATIO + ordinal
-    ends = (window + 1) * RATIO <= end
+    ends = (window.to(tl.int64) + 1) * RATIO <= end
     entry = tl.where(ends, entries_before + ordinal, -1)
-    item = items + index * 8
-    tl.store(item, window.to(tl.int32), mask=used)
+    item = items + index.to(tl.int64) * 8
+    tl.store(item, window, mask=used)
     tl.store(item + 1, start, mask=used)
     tl.store(item + 2, end, mask=used)
     tl.store(item + 3, token, mask=used)
     tl.store(item + 4, slot, mask=used)
-    tl.store(item + 5, entry.to(tl.int32), mask=used)
+    tl.store(item + 5, entry, mask=used)
     tl.store(item + 6, sequence, mask=used)
     if table is not None:
         column = window // rows_per_page

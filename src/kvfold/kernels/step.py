@@ -76,24 +76,25 @@ def fold_kernel(
             a = tl.load(row + 2 * HEAD_DIM)
         if first:
             retire_rows(tags, h0, start, end, ring, HISTORY)
+        live_rows = kv_score + (token - start).to(tl.int64) * kv_stride + c
         for base in range(0, stop - position, AHEAD):
-            x0 = position + base
-            at = kv_score + (token + x0 - start).to(tl.int64) * kv_stride + c
-            left = tl.zeros((HEAD_DIM,), tl.int32) + (stop - x0)
             # All loads of a stretch are issued before its first fold: one memory latency for AHEAD tokens, not AHEAD.
+            # Addresses are formed token by token: hoisting them out of the stretch cost 5 us of 23 in a prefill of 8k.
             ks = ()
             ss = ()
             for i in tl.static_range(AHEAD):
-                live = left > i
-                k = tl.load(at + i * kv_stride, mask=live, other=-0.0).to(tl.float32)
-                s = tl.load(at + (i * kv_stride + HEAD_DIM), mask=live, other=float("-inf")).to(tl.float32)
+                x = position + base + i
+                live = spread(x < stop, HEAD_DIM)
+                at = live_rows + x.to(tl.int64) * kv_stride
+                k = tl.load(at, mask=live, other=-0.0).to(tl.float32)
+                s = tl.load(at + HEAD_DIM, mask=live, other=float("-inf")).to(tl.float32)
                 if ape is not None:
-                    s += tl.load(ape + ((x0 % RATIO + i) * HEAD_DIM + c), mask=live, other=0.0)
+                    s += tl.load(ape + (x % RATIO) * HEAD_DIM + c, mask=live, other=0.0)
                 ks = ks + (k,)
                 ss = ss + (s,)
             for i in tl.static_range(AHEAD):
                 m, l, a = fold_step(m, l, a, ks[i], ss[i])
-                x = x0 + i
+                x = position + base + i
                 if (x < stop) & (x >= end - ring):
                     place = place_row(tags, x, h0, start, end, ring, HISTORY)
                     row = state + place * (3 * HEAD_DIM) + c
