@@ -48,14 +48,14 @@ def compress(
         rows: mutated if given: bf16 or fp32 `[E, head_dim]`, row e receives the pooled row of entry e before the norm. Rows of
             entries that do not exist or are dropped stay as they are.
         backend: `"triton"` (CUDA or HIP tensors; CPU tensors under Triton's interpreter) or `"torch"` (any device).
-            Default: torch for CPU tensors, triton for others.
+            Default: triton for CUDA and HIP tensors, torch for others.
 
     Raises:
         TypeError, ValueError: naming the argument; nothing has been written then. What depends on data (a slot beyond
             its pool, a state row that is not held) is skipped and counted in `plan.errors`.
     """
     check_type("kv_score", kv_score, torch.Tensor)
-    chosen = choose_backend(backend, kv_score)
+    chosen = choose_backend(backend, "kv_score", kv_score)
     _check(kv_score, plan, state, cache, spec, ape, norm_weight, rope, rows)
     if plan.batch == 0:
         return
@@ -67,19 +67,21 @@ def compress(
         compress_triton(kv_score, plan, state, cache, spec, ape, norm_weight, rope, rows)
 
 
-def choose_backend(backend: str | None, tensor: torch.Tensor) -> str:
-    """The backend to use for inputs like `tensor`; raises ValueError if it cannot take them."""
+def choose_backend(backend: str | None, name: str, tensor: torch.Tensor) -> str:
+    """The backend to use for inputs like argument `name`; raises ValueError if it cannot take them."""
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS} or None, got {backend!r}")
+    if tensor.device.type == "meta":
+        raise ValueError(f"{name} must be on a CPU or a GPU, got the meta device")
     if backend is None:
-        return "torch" if tensor.device.type == "cpu" else "triton"
-    if backend == "triton" and tensor.device.type == "cpu":
+        return "triton" if tensor.is_cuda else "torch"
+    if backend == "triton" and not tensor.is_cuda:
         from .kernels.launch import INTERPRETED
 
-        if not INTERPRETED:
+        if tensor.device.type != "cpu" or not INTERPRETED:
             raise ValueError(
-                "backend='triton' takes CPU tensors only under Triton's interpreter: set TRITON_INTERPRET=1 before "
-                "importing kvfold, or use backend='torch'"
+                f"backend='triton' takes CUDA or HIP tensors, and CPU tensors under Triton's interpreter (set "
+                f"TRITON_INTERPRET=1 before importing kvfold), got {tensor.device}; or use backend='torch'"
             )
     return backend
 

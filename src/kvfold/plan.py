@@ -141,12 +141,12 @@ class StepPlan:
         check_tensor("cu_seqlens", cu_seqlens, (self.batch + 1,), (torch.int32,), device)
         if self.batch == 0:
             self.cu_seqlens.copy_(cu_seqlens)
-        elif device.type == "cpu":
-            self._update(start_pos, cu_seqlens)
-        else:
+        elif self.start_pos.is_cuda:
             from .kernels.plan import update_on_gpu  # one launch; the same values, see tests/test_plan.py
 
             update_on_gpu(self, start_pos, cu_seqlens)
+        else:
+            self._update(start_pos, cu_seqlens)
 
     def _update(self, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
         """`update` in plain torch, which defines what the kernel must compute."""

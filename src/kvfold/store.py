@@ -38,7 +38,7 @@ def store(
             entry beyond the RoPE table, is skipped and counted in `plan.errors`.
     """
     check_type("rows", rows, torch.Tensor)
-    chosen = choose_backend(backend, rows)
+    chosen = choose_backend(backend, "rows", rows)
     check_type("spec", spec, CompressorSpec)
     check_type("plan", plan, StepPlan)
     check_type("cache", cache, EntryCache)
