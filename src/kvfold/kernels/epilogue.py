@@ -22,14 +22,19 @@ def rms_norm(y, weight, EPS: tl.constexpr, HEAD_DIM: tl.constexpr, LOG2: tl.cons
 
 
 @triton.jit
-def rotate(y, rope, position, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr):
+def load_rotation(rope, position, max_position, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr):
+    """Cosine and sine of each channel pair; 1 and 0 for pairs that are not rotated, and behind the end of the table."""
+    pair = tl.arange(0, HEAD_DIM // 2) - (HEAD_DIM - ROPE_DIM) // 2
+    rotated = pair >= tl.where(position < max_position, 0, HEAD_DIM)
+    row = rope + position.to(tl.int64) * ROPE_DIM + pair
+    return tl.load(row, mask=rotated, other=1.0), tl.load(row + ROPE_DIM // 2, mask=rotated, other=0.0)
+
+
+@triton.jit
+def rotate(y, cos, sin, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr):
     """RoPE on the last ROPE_DIM channels, in interleaved pairs; the others pass untouched, whatever they hold."""
     even, odd = tl.split(tl.reshape(y, (HEAD_DIM // 2, 2)))
-    pair = tl.arange(0, HEAD_DIM // 2) - (HEAD_DIM - ROPE_DIM) // 2
-    rotated = pair >= 0
-    row = rope + position.to(tl.int64) * ROPE_DIM + pair
-    cos = tl.load(row, mask=rotated, other=1.0)
-    sin = tl.load(row + ROPE_DIM // 2, mask=rotated, other=0.0)
+    rotated = tl.arange(0, HEAD_DIM // 2) >= (HEAD_DIM - ROPE_DIM) // 2
     new_even = tl.where(rotated, even * cos - odd * sin, even)
     new_odd = tl.where(rotated, odd * cos + even * sin, odd)
     return tl.reshape(tl.join(new_even, new_odd), (HEAD_DIM,))
@@ -56,6 +61,12 @@ def emit(
     ROUND_VALUES: tl.constexpr, TIES_TO_ZERO: tl.constexpr, ROW_BYTES: tl.constexpr, TAIL_BYTES: tl.constexpr,
 ):  # fmt: skip
     """Delivers pooled row `y` as entry `entry` of the plan: to `rows` and to the cache, either of which may be None."""
+    c = tl.arange(0, HEAD_DIM)
+    if pages is not None:
+        # Loaded before it is known whether they are needed: behind the slot they would wait for it.
+        weight = tl.load(norm_weight + c).to(tl.float32)
+        if ROPE_DIM > 0:
+            cos, sin = load_rotation(rope, position, max_position, HEAD_DIM, ROPE_DIM)
     wrong = entry >= entry_capacity
     slot = entry.to(tl.int64)
     if entry_slots is not None:
@@ -70,7 +81,6 @@ def emit(
     if wrong:
         tl.atomic_add(errors, 1)
     if keep:
-        c = tl.arange(0, HEAD_DIM)
         if rows is not None:
             at = entry.to(tl.int64) * HEAD_DIM + c
             if rows.dtype.element_ty == tl.bfloat16:
@@ -80,9 +90,9 @@ def emit(
         if pages is not None:
             if ROUND_ROWS:
                 y = bf16_value(bf16_bits(y))
-            y = rms_norm(y, tl.load(norm_weight + c).to(tl.float32), EPS, HEAD_DIM, LOG2)
+            y = rms_norm(y, weight, EPS, HEAD_DIM, LOG2)
             if ROPE_DIM > 0:
-                y = rotate(y, rope, position, HEAD_DIM, ROPE_DIM)
+                y = rotate(y, cos, sin, HEAD_DIM, ROPE_DIM)
             if HADAMARD:
                 y = hadamard(y, HEAD_DIM, LOG2)
             store_record(
