@@ -26,6 +26,9 @@ class Config:
 
 _ANY = (1 << 31) - 1
 
+# Warps, by store alone at 16 rows on an H200: 128 channels 1.99 us with one warp, 1.99 with 2, 2.10 with 4 (indexer_mxfp4) and
+# 1.86, 2.04, 2.16 (indexer_fp8_vllm); 512 channels 2.29, 2.11, 1.85 and 1.97 with 1, 2, 4 and 8 (fp8_ds_mla).
+
 CONFIGS = (
     Config("fold", 128, 1, ahead=1, num_warps=1),
     Config("fold", 128, 4, ahead=4, num_warps=1),
