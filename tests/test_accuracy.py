@@ -9,6 +9,7 @@ import torch
 from helpers import SPECS, Backend, Engine, Weights, make_tokens, norm_error
 from torch import Tensor
 
+import kvfold
 from kvfold import CompressorSpec, reference
 
 ULP = 2.0**-24  # half a unit in the last place of a number in [1, 2), fp32
@@ -208,3 +209,21 @@ def test_fp8_ds_mla_bytes(backend: Backend, name: str, scale: float) -> None:
         # Half a step of e4m3: 2^-4 of a normal number, 2^-10 of the scale below that.
         allowed = torch.maximum(half[:448].abs().reshape(7, 64) * 2.0**-4, torch.tensor(step)[:, None] * 2.0**-10)
         assert (error <= allowed).all()
+
+
+def test_bf16_rows_round_to_even_and_have_one_nan(backend: Backend) -> None:
+    """`rows` in bf16 are the fp32 rows rounded once; a NaN is 0x7FC0 on every backend."""
+    spec = CompressorSpec(head_dim=128, ratio=1, has_ape=False)
+    # One token per window with equal weights: the pooled row is the value row itself.
+    tie_down, tie_up = 1 + 2.0**-8, 1 + 3 * 2.0**-8
+    tokens = torch.full((1, 256), 0.0)
+    tokens[0, :4] = torch.tensor([tie_down, tie_up, torch.nan, -torch.inf])
+    ints = {"dtype": torch.int32, "device": backend.device}
+    zero, cu_seqlens = torch.zeros(1, **ints), torch.tensor([0, 1], **ints)
+    plan = kvfold.StepPlan.build(1, zero, cu_seqlens, 1, state_slots=zero)
+    state = kvfold.FoldState.allocate(spec, 1, 1, device=backend.device)
+    rows = torch.zeros(1, 128, dtype=torch.bfloat16, device=backend.device)
+    weights = {"spec": spec, "ape": None, "norm_weight": None, "rope": None}
+    kvfold.compress(tokens.to(backend.device), plan, state, None, rows=rows, backend=backend.name, **weights)
+    got = rows[0, :5].view(torch.int16).tolist()
+    assert got == [0x3F80, 0x3F82, 0x7FC0, 0xFF80 - 0x10000, 0]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .pack import pack_records
+from .pack import bf16_bits, pack_records
 from .plan import StepPlan
 from .records import EntryCache
 from .spec import CompressorSpec
@@ -261,7 +261,8 @@ def _emit(
     if kept.numel() == 0:
         return
     if rows is not None:
-        rows[entry[kept]] = pooled[kept].to(rows.dtype)
+        values = pooled[kept]
+        rows[entry[kept]] = bf16_bits(values).view(torch.bfloat16) if rows.dtype == torch.bfloat16 else values
     if cache is not None:
         assert norm_weight is not None
         y = pooled[kept].bfloat16().float() if cache.format.round_rows else pooled[kept]
