@@ -12,7 +12,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/pytest -n 2 --dist worksteal
 
-# Every kernel for every GPU that Triton knows how to build for; needs none of them, and about half an hour on two cores.
+# Every kernel for every GPU that Triton knows how to build for; needs none of them, and about twenty minutes on two cores.
 aot: $(READY)
 	$(BIN)/python -m kvfold.kernels.aot --all
 
