@@ -105,9 +105,7 @@ def _check(
     check_shape("kv_score", kv_score, (None, 2 * spec.channels))
     if kv_score.shape[0] and kv_score.stride(1) != 1:
         raise ValueError(f"kv_score must be contiguous in its last dimension, got strides {tuple(kv_score.stride())}")
-    if plan.ratio != spec.ratio:
-        raise ValueError(f"plan must be for ratio {spec.ratio}, got ratio {plan.ratio}")
-    check_device("plan", plan.items, device)
+    check_plan(plan, spec, device)
     if state.spec != spec:
         raise ValueError(f"state must be for {spec}, got {state.spec}")
     check_device("state", state.rows, device)
@@ -120,6 +118,13 @@ def _check(
     if rows is not None:
         check_tensor("rows", rows, (plan.entry_capacity, spec.head_dim), _FLOATS, device)
     check_epilogue(plan, cache, spec, norm_weight, rope, device)
+
+
+def check_plan(plan: StepPlan, spec: CompressorSpec, device: torch.device) -> None:
+    """Checks that a plan is for this compressor and on this device."""
+    if plan.ratio != spec.ratio:
+        raise ValueError(f"plan must be for ratio {spec.ratio}, got ratio {plan.ratio}")
+    check_device("plan", plan.items, device)
 
 
 def check_epilogue(

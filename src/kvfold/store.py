@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from .backend_torch import store_torch
-from .checks import check_device, check_tensor, check_type
-from .compress import check_epilogue, choose_backend
+from .checks import check_tensor, check_type
+from .compress import check_epilogue, check_plan, choose_backend
 from .plan import StepPlan
 from .records import EntryCache
 from .spec import CompressorSpec
@@ -42,9 +42,7 @@ def store(
     check_type("spec", spec, CompressorSpec)
     check_type("plan", plan, StepPlan)
     check_type("cache", cache, EntryCache)
-    if plan.ratio != spec.ratio:
-        raise ValueError(f"plan must be for ratio {spec.ratio}, got ratio {plan.ratio}")
-    check_device("plan", plan.items, rows.device)
+    check_plan(plan, spec, rows.device)
     check_tensor("rows", rows, (plan.entry_capacity, spec.head_dim), (torch.bfloat16, torch.float32), rows.device)
     check_epilogue(plan, cache, spec, norm_weight, rope, rows.device)
     if chosen == "torch":
