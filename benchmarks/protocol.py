@@ -8,20 +8,25 @@ H200 (torch 2.11, CUDA 13) with these cases and this timer: bf16 kv_score, fp32 
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 import triton
 
-from kvfold.records import RecordFormat
+import kvfold
 
 HERE = Path(__file__).parent
+PEERS = HERE / "peers_h200.jsonl"
 MOST_SETS = 64
+# Whole pipelines over raw fp32 rows, one per position: what WindowState is to be compared with.
+RAW_FP32 = (("sglang", "compress+normrope"), ("vllm", "pipeline"), ("trtllm", "main+post_fm"))
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,13 @@ class Case:
     batch: int
     new: int
     mode: str = ""
+
+    @property
+    def spec(self) -> kvfold.CompressorSpec:
+        """The compressor of V4 with this shape."""
+        if self.head_dim == 128:
+            return kvfold.V4_INDEXER
+        return kvfold.V4_HCA if self.ratio == 128 else kvfold.V4_CSA
 
     @property
     def name(self) -> str:
@@ -75,9 +87,47 @@ def cases() -> list[Case]:
     return found
 
 
-def fits(case: Case, fmt: RecordFormat) -> bool:
-    """Whether a record format is defined for a case's entries."""
-    return not fmt.head_dims or case.head_dim in fmt.head_dims
+@dataclass(frozen=True)
+class Variant:
+    """What is called, as `state:output`: `fold:fp8_ds_mla`, `window:rows`, `many:fp8_ds_mla+indexer_mxfp4`.
+
+    Attributes:
+        state: "fold" (`FoldState`), "window" (`WindowState`, fp32) or "many" (`compress_many` over two `FoldState`: main and
+            indexer compressor of a ratio-4 layer).
+        outputs: of each compressor, a record format or "rows": bf16 pooled rows and no cache.
+    """
+
+    state: str
+    outputs: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, name: str) -> Variant:
+        state, _, outputs = name.partition(":")
+        variant = cls(state, tuple(outputs.split("+")))
+        if state not in ("fold", "window", "many") or len(variant.outputs) != (2 if state == "many" else 1):
+            raise ValueError(f"variant must be fold:X, window:X or many:X+Y, got {name!r}")
+        for output in variant.outputs:
+            if output != "rows":
+                kvfold.records.get_format(output)
+        return variant
+
+    @property
+    def name(self) -> str:
+        return f"{self.state}:{'+'.join(self.outputs)}"
+
+    def specs(self, case: Case) -> tuple[kvfold.CompressorSpec, ...]:
+        """The compressors of one call, one for each output."""
+        return (kvfold.V4_CSA, kvfold.V4_INDEXER) if self.state == "many" else (case.spec,)
+
+    def fits(self, case: Case) -> bool:
+        """Whether the variant is defined for a case."""
+        if self.state == "many" and case.spec != kvfold.V4_CSA:
+            return False
+        formats = [None if output == "rows" else kvfold.records.get_format(output) for output in self.outputs]
+        return all(
+            fmt is None or not fmt.head_dims or spec.head_dim in fmt.head_dims
+            for spec, fmt in zip(self.specs(case), formats, strict=True)
+        )
 
 
 def buffer_sets(bytes_per_set: int) -> int:
@@ -112,15 +162,35 @@ def time_graph(calls: list[Callable[[], None]], replays: int = 30) -> float:
     return statistics.median(times)
 
 
-def best_peer(case: Case) -> tuple[float, str] | None:
-    """The fastest whole pipeline of any other project for this case, in microseconds, and whose it is."""
-    rows = [json.loads(line) for line in (HERE / "peers_h200.jsonl").read_text().splitlines()]
+@lru_cache
+def peers() -> tuple[dict, ...]:
+    """Every figure of other projects."""
+    return tuple(json.loads(line) for line in PEERS.read_text().splitlines())
+
+
+def best_peer(case: Case, among: tuple[tuple[str, str], ...] | None = None) -> tuple[float, str] | None:
+    """The fastest whole pipeline of any other project for this case, in microseconds, and whose it is.
+
+    Args:
+        among: only these pairs of project and variant, such as `RAW_FP32`.
+    """
     found = [
         (row["us"], f"{row['peer']} {row['variant']}")
-        for row in rows
-        if row["case"] == case.name and row["what"].startswith("pipeline") and row["us"] is not None
+        for row in peers()
+        if row["case"] == case.name
+        and row["what"].startswith("pipeline")
+        and row["us"] is not None
+        and (among is None or (row["peer"], row["variant"]) in among)
     ]
     return min(found) if found else None
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """Options that every benchmark has."""
+    found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--out", type=Path, help="file that the JSON lines are added to")
+    found.add_argument("--commit", help="what the rows give as the commit (default: git's HEAD)")
+    return found
 
 
 def environment(commit: str | None = None) -> dict[str, str]:
@@ -132,8 +202,10 @@ def environment(commit: str | None = None) -> dict[str, str]:
     return {"device": device, "torch": torch.__version__, "triton": triton.__version__, "commit": commit}
 
 
-def append_rows(path: Path, rows: list[dict]) -> None:
-    """Adds JSON lines to a results file."""
+def append_rows(path: Path | None, rows: list[dict]) -> None:
+    """Adds JSON lines to a results file, if there is one."""
+    if path is None:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as out:
         out.writelines(json.dumps(row) + "\n" for row in rows)

@@ -5,9 +5,6 @@ python benchmarks/store.py --out benchmarks/results/store.jsonl
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import protocol
 import torch
 
@@ -41,10 +38,7 @@ def calls_of(spec: kvfold.CompressorSpec, fmt: str, count: int, dtype: torch.dty
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--commit")
-    args = parser.parse_args()
+    args = protocol.parser(__doc__).parse_args()
     where, out = protocol.environment(args.commit), []
     for name, fmt in kvfold.records.FORMATS.items():
         spec = kvfold.V4_HCA if not fmt.head_dims or 512 in fmt.head_dims else kvfold.V4_INDEXER
@@ -54,8 +48,7 @@ def main() -> None:
                 case = f"store hd{spec.head_dim} {count} rows {str(dtype).removeprefix('torch.')}"
                 print(f"{case:32s} {name:24s} {us:7.2f} us", flush=True)
                 out.append({"bench": "store", "case": case, "variant": f"store:{name}", "us": round(us, 3), **where})
-    if args.out:
-        protocol.append_rows(args.out, out)
+    protocol.append_rows(args.out, out)
 
 
 if __name__ == "__main__":

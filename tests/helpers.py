@@ -94,17 +94,19 @@ class Engine:
         self.norm_weight, self.rope = self.weights.norm_weight.to(device), self.weights.rope.to(device)
         self._guarded: list[tuple[str, Tensor]] = []
 
-        like = kvfold.FoldState.allocate(spec, num_slots, max_new_tokens, device="meta", dtype=state_dtype)
-        rows = self._allocate("state.rows", tuple(like.rows.shape), like.rows.dtype)
-        rows.fill_(torch.nan)
-        positions = self._allocate("state.positions", tuple(like.positions.shape), torch.int32)
-        positions.fill_(-1)
-        self.state = kvfold.FoldState(spec, rows, positions, max_new_tokens)
-
+        self.state = self._make_state(num_slots, max_new_tokens, state_dtype)
         pages = -(-num_slots * max_entries // rows_per_page)
         like = kvfold.EntryCache.allocate(fmt, 1, rows_per_page, spec, device="meta")
         storage = self._allocate("cache.storage", (pages, like.storage.shape[1]), torch.uint8)
         self.cache = kvfold.EntryCache(storage, fmt, rows_per_page, spec)
+
+    def _make_state(self, num_slots: int, max_new_tokens: int, dtype: torch.dtype) -> kvfold.FoldState:
+        like = kvfold.FoldState.allocate(self.spec, num_slots, max_new_tokens, device="meta", dtype=dtype)
+        rows = self._allocate("state.rows", tuple(like.rows.shape), like.rows.dtype)
+        rows.fill_(torch.nan)
+        positions = self._allocate("state.positions", tuple(like.positions.shape), torch.int32)
+        positions.fill_(-1)
+        return kvfold.FoldState(self.spec, rows, positions, max_new_tokens)
 
     def _allocate(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         size = torch.Size(shape).numel() * torch.empty(0, dtype=dtype).element_size()

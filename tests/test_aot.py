@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from kvfold.kernels.aot import KERNELS, SPECS, TARGETS, combinations, sample
+from kvfold.kernels.aot import SPECS, TARGETS, combinations, sample
+from kvfold.kernels.build import KERNELS
 from kvfold.kernels.configs import CONFIGS, choose
 from kvfold.records import FORMATS
+
+KINDS = {"fold", "rows", "window", "store", "pair", "plan"}
 
 
 def run(arguments: list[str], tmp_path: Path) -> subprocess.CompletedProcess[str]:
@@ -24,12 +27,17 @@ def run(arguments: list[str], tmp_path: Path) -> subprocess.CompletedProcess[str
 
 def test_every_row_of_the_tables_is_compiled() -> None:
     every = list(combinations())
-    assert len(set(every)) == len(every) and {c.kind for c in every} == set(KERNELS)
+    assert len(set(every)) == len({c.name for c in every}) == len(every)
+    assert {c.kind for c in every} == KINDS and {c.variant().kernel for c in every} == set(KERNELS)
     assert {c.config for c in every} == {*CONFIGS, None}
-    assert {(c.fmt.name, c.kind) for c in every if c.fmt} == {(f, k) for f in FORMATS for k in ("fold", "rows", "store")}
+    with_cache = {(c.fmt.name, c.kind) for c in every if c.fmt and c.other is None}
+    assert with_cache == {(f, k) for f in FORMATS for k in ("fold", "rows", "window", "store")}
+    indexers = {name for name in FORMATS if name.startswith("indexer")}
+    assert {(c.fmt.name, c.other[1].name) for c in every if c.other} == {("fp8_ds_mla", name) for name in indexers}
     for c in every:
         if c.config is not None:
-            assert choose(c.kind, c.spec.head_dim, c.config.max_new_tokens) == c.config
+            assert choose(c.config.kind, c.spec, c.config.max_new_tokens) == c.config
+    assert {dict(c.variant().constants)["ONE_PAGE"] for c in every if c.kind == "window"} == {True, False}
     for fmt in FORMATS.values():  # each preset with each format that it can have
         for spec in SPECS[:3]:
             if not fmt.head_dims or spec.head_dim in fmt.head_dims:
@@ -44,7 +52,7 @@ def test_sample_compiles(tmp_path: Path) -> None:
     assert sorted((target, name) for target, name, _, _ in lines) == sorted((t, c.name) for c, t in sample())
     assert {target for target, *_ in lines} == set(TARGETS)
     words = {word for _, name, *_ in lines for word in name.split()}
-    assert words >= {*FORMATS, *KERNELS, "rows"}
+    assert words >= {*FORMATS, *KINDS}
     for _, name, size, _ in lines:
         assert int(size.split()[0]) > 1000, name
 
@@ -92,7 +100,7 @@ def test_failures_are_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
     monkeypatch.setattr(aot, "ProcessPoolExecutor", Inline)
     monkeypatch.setattr(aot, "compile_one", compile_one)
-    monkeypatch.setattr(aot, "JITFunction", object)
+    monkeypatch.setattr(aot, "INTERPRETED", False)
     assert aot.main([]) == 1
     out = capsys.readouterr().out
     assert "mxfp4" in next(line for line in out.splitlines() if "failed: RuntimeError: no such instruction" in line)

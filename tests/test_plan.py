@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import kvfold
-from kvfold.kernels.plan import BLOCK, update_on_gpu
+from kvfold.kernels.plan import SEQUENCES, update_on_gpu, windows_per_program
+from kvfold.plan import MOST_POSITIONS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -75,14 +76,16 @@ def test_the_kernel_says_what_the_definition_says(seed: int) -> None:
             wrong[ints(0, batch, 1)[0]] = -7
         lengths[ints(0, batch, 1)[0]] = most + 1
         table[0, 0] = -2
+        starts[ints(0, batch, 1)[0]] = MOST_POSITIONS - 3
     plan = build(ratio, starts, lengths, most, slots, cache_block_table=table, rows_per_page=2, max_tokens=sum(lengths))
     if seed >= 8:
         plan.max_tokens -= 1  # the last sequence no longer fits
-    assert seed % 4 > 1 or plan.item_capacity > BLOCK
+    per_program = windows_per_program(plan.windows_per_sequence)
+    assert seed % 4 > 1 or max(plan.batch / SEQUENCES, plan.windows_per_sequence / per_program) > 1
     seen = []
     for update in (plan._update, lambda *args: update_on_gpu(plan, *args)):
         plan.errors.zero_()
-        for tensor in (plan.items, plan.num_items, plan.cu_entries[1:], plan.entry_slots):
+        for tensor in (plan.items, plan.num_items, plan.cu_entries[1:], plan.entry_items, plan.entry_slots):
             assert tensor is not None
             tensor.fill_(-99)
         update(plan.start_pos.clone(), plan.cu_seqlens.clone())

@@ -1,12 +1,14 @@
 """kvfold: GPU kernels for the KV-cache compressor of DeepSeek-V4."""
 
 from . import reference
-from .compress import compress
+from .compress import compress, compress_many
 from .plan import StepPlan
 from .records import EntryCache
 from .spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
 from .state import FoldState
 from .store import store
+from .warmup import warmup
+from .window_state import WindowState
 
 __version__ = "0.1.0"
 
@@ -18,7 +20,10 @@ __all__ = [
     "EntryCache",
     "FoldState",
     "StepPlan",
+    "WindowState",
     "compress",
+    "compress_many",
     "reference",
     "store",
+    "warmup",
 ]

@@ -12,6 +12,9 @@ from .records import EntryCache
 from .spec import CompressorSpec
 from .state import FoldState
 
+LOG2_E = 1.4426950408889634
+LOWEST = torch.finfo(torch.float32).min  # the maximum of no scores: finite, so that a score of -inf needs no guard
+
 
 def fold_step(
     state: tuple[torch.Tensor, torch.Tensor, torch.Tensor], k: torch.Tensor, s: torch.Tensor
@@ -19,7 +22,7 @@ def fold_step(
     """Folds value `k` with score `s` (ape added) into `(m, l, a)`; fp32, elementwise. The one definition of this backend."""
     m, l, a = state
     d = s - m
-    e = torch.where(s == -torch.inf, 0.0, torch.exp(-d.abs()))
+    e = torch.exp2(d.abs() * -LOG2_E)
     rises = d > 0
     alpha = torch.where(rises, e, 1.0)
     beta = torch.where(rises, 1.0, e)
@@ -57,7 +60,7 @@ def finish(
 
 
 @dataclass
-class _Items:
+class Items:
     """The live rows of `plan.items`, as int64 columns."""
 
     window: torch.Tensor
@@ -68,12 +71,12 @@ class _Items:
     entry: torch.Tensor
 
     @classmethod
-    def of(cls, plan: StepPlan) -> _Items:
+    def of(cls, plan: StepPlan) -> Items:
         live = plan.items[: int(plan.num_items)].long()
         return cls(*live.unbind(1)[:6])
 
-    def __getitem__(self, mask: torch.Tensor) -> _Items:
-        return _Items(*(column[mask] for column in vars(self).values()))
+    def __getitem__(self, mask: torch.Tensor) -> Items:
+        return Items(*(column[mask] for column in vars(self).values()))
 
 
 class _Rows:
@@ -126,7 +129,7 @@ def compress_torch(
     rows: torch.Tensor | None,
 ) -> None:
     """`compress` after its arguments were checked."""
-    items = _Items.of(plan)
+    items = Items.of(plan)
     held = _Rows(state)
     h0 = history_starts(spec, state.kind, items.start)
     usable = (items.slot < state.num_slots) & (items.token + items.end - items.start <= kv_score.shape[0])
@@ -145,16 +148,17 @@ def compress_torch(
     fold = _fold_items if state.kind == "fold" else _fold_rows
     pooled, stores = fold(kv_score, items, h0, held, spec, ape)
     _store(stores, items, h0, held, spec)
-    _emit(pooled, items, plan, cache, spec, norm_weight, rope, rows)
+    emit(pooled, items, plan, cache, spec, norm_weight, rope, rows)
 
 
 @dataclass
 class _Store:
-    """State rows to be written: `data[i]` for `position[i]` of the sequence of `item[i]`."""
+    """State rows to be written: `data[i]` for `position[i]` of the sequence of `item[i]`, tagged `tag[i]`."""
 
     item: torch.Tensor
     position: torch.Tensor
     data: torch.Tensor
+    tag: torch.Tensor
 
 
 def _masked(live: torch.Tensor, k: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,11 +168,11 @@ def _masked(live: torch.Tensor, k: torch.Tensor, s: torch.Tensor) -> tuple[torch
 
 def _empty_fold(n: int, spec: CompressorSpec, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     zeros = torch.zeros(n, spec.head_dim, device=device)
-    return torch.full_like(zeros, -torch.inf), zeros, zeros
+    return torch.full_like(zeros, LOWEST), zeros, zeros
 
 
 def _fold_items(
-    kv_score: torch.Tensor, items: _Items, h0: torch.Tensor, held: _Rows, spec: CompressorSpec, ape: torch.Tensor
+    kv_score: torch.Tensor, items: Items, h0: torch.Tensor, held: _Rows, spec: CompressorSpec, ape: torch.Tensor
 ) -> tuple[torch.Tensor, list[_Store]]:
     """State of fold rows: resume from the row before the step, fold the new tokens of each window."""
     position = torch.maximum(items.start, items.window * spec.ratio)
@@ -187,12 +191,14 @@ def _fold_items(
         state = fold_step(state, *_masked(live, k, s + ape[x % spec.ratio]))
         kept = (live & (x >= items.end - held.ring)).nonzero()[:, 0]
         if kept.numel():
-            stores.append(_Store(kept, x[kept], torch.stack([part[kept] for part in state], dim=1)))
+            # No step resumes from the end of a window: that row is not kept, only what stood there is gone.
+            tag = torch.where(x[kept] % spec.ratio == spec.ratio - 1, -1, x[kept])
+            stores.append(_Store(kept, x[kept], torch.stack([part[kept] for part in state], dim=1), tag))
     return state[2] / state[1], stores
 
 
 def _fold_rows(
-    kv_score: torch.Tensor, items: _Items, h0: torch.Tensor, held: _Rows, spec: CompressorSpec, ape: torch.Tensor
+    kv_score: torch.Tensor, items: Items, h0: torch.Tensor, held: _Rows, spec: CompressorSpec, ape: torch.Tensor
 ) -> tuple[torch.Tensor, list[_Store]]:
     """State of input rows: fold all rows of each window that ends here, old ones from the state and new ones live."""
     pooled = torch.zeros(len(items.window), spec.head_dim, device=kv_score.device)
@@ -216,22 +222,22 @@ def _fold_rows(
         kept = ((x >= items.start) & (x < items.end) & (x >= items.end - held.ring)).nonzero()[:, 0]
         if kept.numel():
             row = (items.token + x - items.start)[kept]
-            stores.append(_Store(kept, x[kept], kv_score[row].to(held.data.dtype)))
+            stores.append(_Store(kept, x[kept], kv_score[row].to(held.data.dtype), x[kept]))
     return pooled, stores
 
 
-def _store(stores: list[_Store], items: _Items, h0: torch.Tensor, held: _Rows, spec: CompressorSpec) -> None:
+def _store(stores: list[_Store], items: Items, h0: torch.Tensor, held: _Rows, spec: CompressorSpec) -> None:
     places = [held.place(items.slot[store.item], store.position, h0[store.item], items.start[store.item]) for store in stores]
     first = items.window == items.start // spec.ratio
     held.retire(items.slot[first], h0[first], items.start[first], items.end[first])
     for store, place in zip(stores, places, strict=True):
-        held.data[place] = store.data
-        held.tags[place] = store.position.int()
+        held.tags[place] = store.tag.int()
+        held.data[place[store.tag >= 0]] = store.data[store.tag >= 0]
 
 
-def _emit(
+def emit(
     pooled: torch.Tensor,
-    items: _Items,
+    items: Items,
     plan: StepPlan,
     cache: EntryCache | None,
     spec: CompressorSpec,
@@ -278,9 +284,9 @@ def store_torch(
     rope: torch.Tensor | None,
 ) -> None:
     """`store` after its arguments were checked."""
-    items = _Items.of(plan)
+    items = Items.of(plan)
     items = items[items.entry >= 0]
     rows = torch.zeros(len(items.entry), spec.head_dim, device=pooled.device)
     inside = items.entry < plan.entry_capacity
     rows[inside] = pooled[items.entry[inside]].float()
-    _emit(rows, items, plan, cache, spec, norm_weight, rope, None)
+    emit(rows, items, plan, cache, spec, norm_weight, rope, None)

@@ -25,12 +25,15 @@ def check_dtype(name: str, tensor: torch.Tensor, accepted: tuple[torch.dtype, ..
 
 def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...]) -> None:
     """`None` in `shape` accepts any size there."""
-    fits = tensor.dim() == len(shape) and all(
-        want is None or have == want for have, want in zip(tensor.shape, shape, strict=True)
-    )
+    have = tensor.shape
+    fits = len(have) == len(shape)
+    if fits:
+        for i, want in enumerate(shape):  # every eager call comes here five times: no generators
+            if want is not None and have[i] != want:
+                fits = False
     if not fits:
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} must have shape [{wanted}], got {list(tensor.shape)}")
+        raise ValueError(f"{name} must have shape [{wanted}], got {list(have)}")
 
 
 def check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:

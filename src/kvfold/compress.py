@@ -1,24 +1,41 @@
-"""`compress`: check the arguments, choose the backend, launch once."""
+"""`compress` and `compress_many`: check the arguments, choose the backend, launch once."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from .backend_torch import compress_torch
+from .backend_window import compress_window_torch
 from .checks import check_device, check_dtype, check_shape, check_tensor, check_type
 from .plan import StepPlan
 from .records import EntryCache
 from .spec import CompressorSpec
 from .state import FoldState
+from .window_state import WindowState
 
 BACKENDS = ("triton", "torch")
 _FLOATS = (torch.bfloat16, torch.float32)
 
 
+class Compressor(NamedTuple):
+    """One compressor's part of a step, as `compress_many` takes it; the arguments are those of `compress`."""
+
+    kv_score: torch.Tensor
+    state: FoldState | WindowState
+    cache: EntryCache | None
+    spec: CompressorSpec
+    ape: torch.Tensor | None
+    norm_weight: torch.Tensor | None
+    rope: torch.Tensor | None
+
+
 def compress(
     kv_score: torch.Tensor,
     plan: StepPlan,
-    state: FoldState,
+    state: FoldState | WindowState,
     cache: EntryCache | None,
     *,
     spec: CompressorSpec,
@@ -27,6 +44,7 @@ def compress(
     rope: torch.Tensor | None,
     rows: torch.Tensor | None = None,
     backend: str | None = None,
+    pdl: bool | None = None,
 ) -> None:
     """Folds a step's new tokens into the state and writes the entries of the windows that end in it.
 
@@ -37,8 +55,9 @@ def compress(
         kv_score: bf16 or fp32 `[T, 2 * channels]`, rows `[K | S]` (overlap: `[K.lo K.hi S.lo S.hi]`), sequence-major as
             `plan.cu_seqlens` says. The last dimension is contiguous, the row stride free. Rows behind the last sequence
             are not read.
-        plan: of this step, for `spec.ratio`.
-        state: mutated: the rows of the step's last `state.ring` positions.
+        plan: of this step, for `spec.ratio`, with state slots for a `FoldState` and block tables for a `WindowState`.
+        state: mutated. `FoldState`: the rows of the step's last `state.ring` positions. `WindowState`: the rows of all its
+            positions. One call at a time may use a state object; to use pools on two streams at once, wrap them twice.
         cache: mutated: one record per entry, at `plan.entry_slots`. None leaves out all that follows the pooling.
         spec: the compressor; the one that `state` and `cache` were made for.
         ape: fp32 `[ratio, channels]`; None if and only if `spec.has_ape` is false.
@@ -49,6 +68,9 @@ def compress(
             entries that do not exist or are dropped stay as they are.
         backend: `"triton"` (CUDA or HIP tensors; CPU tensors under Triton's interpreter) or `"torch"` (any device).
             Default: triton for CUDA and HIP tensors, torch for others.
+        pdl: whether the kernel may be launched while the one before it on the stream still runs (programmatic dependent
+            launch, sm_90 and newer); it waits before it reads anything that one can have written but ape, norm_weight,
+            rope and what the plan was built from. Same bits. Default: where it is known to help.
 
     Raises:
         TypeError, ValueError: naming the argument; nothing has been written then. What depends on data (a slot beyond
@@ -56,15 +78,74 @@ def compress(
     """
     check_type("kv_score", kv_score, torch.Tensor)
     chosen = choose_backend(backend, "kv_score", kv_score)
-    _check(kv_score, plan, state, cache, spec, ape, norm_weight, rope, rows)
+    c = Compressor(kv_score, state, cache, spec, ape, norm_weight, rope)
+    _check(c, plan, rows)
     if plan.batch == 0:
         return
     if chosen == "torch":
-        compress_torch(kv_score, plan, state, cache, spec, ape, norm_weight, rope, rows)
+        _compress_torch(c, plan, rows)
     else:
-        from .kernels.launch import compress_triton  # imports triton, which the torch backend does not need
+        from .kernels import launch  # imports triton, which the torch backend does not need
 
-        compress_triton(kv_score, plan, state, cache, spec, ape, norm_weight, rope, rows)
+        run = launch.compress_triton if isinstance(state, FoldState) else launch.compress_window_triton
+        run(c, plan, rows, pdl)
+
+
+def compress_many(
+    compressors: Sequence[Compressor | tuple], plan: StepPlan, *, backend: str | None = None, pdl: bool | None = None
+) -> None:
+    """`compress` for up to two compressors of a layer in one launch: a ratio-4 layer's main one and its indexer.
+
+    The bits are those of one `compress` for each.
+
+    Args:
+        compressors: `(kv_score, state, cache, spec, ape, norm_weight, rope)` for each, states all `FoldState`. They share the
+            plan, and so the ratio, the state slots and the entry slots; no two share a state or a cache.
+        plan, backend, pdl: as for `compress`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, `compressors[i]` before it; nothing has been written then.
+    """
+    if not isinstance(compressors, Sequence):
+        raise TypeError(f"compressors must be a sequence, got {type(compressors).__name__}")
+    if not 1 <= len(compressors) <= 2:
+        raise ValueError(f"compressors must hold one or two, got {len(compressors)}")
+    found, chosen = [], None
+    for i, one in enumerate(compressors):
+        if not isinstance(one, tuple) or len(one) != len(Compressor._fields):
+            raise TypeError(f"compressors[{i}] must be a tuple {Compressor._fields}")
+        c = Compressor(*one)
+        try:
+            check_type("kv_score", c.kv_score, torch.Tensor)
+            chosen = choose_backend(backend, "kv_score", c.kv_score)
+            check_type("state", c.state, FoldState)
+            _check(c, plan, None)
+            if found:
+                check_device("kv_score", c.kv_score, found[0].kv_score.device)
+                if c.state is found[0].state or c.state.rows.data_ptr() == found[0].state.rows.data_ptr() != 0:
+                    raise ValueError("state must not be shared by two compressors")
+                if c.cache is not None and c.cache is found[0].cache:
+                    raise ValueError("cache must not be shared by two compressors")
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"compressors[{i}]: {error}") from None
+        found.append(c)
+    if plan.batch == 0:
+        return
+    if chosen == "torch":
+        for c in found:
+            _compress_torch(c, plan, None)
+    else:
+        from .kernels import launch
+
+        if len(found) == 1:
+            launch.compress_triton(found[0], plan, None, pdl)
+        else:
+            launch.compress_pair_triton((found[0], found[1]), plan, pdl)
+
+
+def _compress_torch(c: Compressor, plan: StepPlan, rows: torch.Tensor | None) -> None:
+    run = compress_torch if isinstance(c.state, FoldState) else compress_window_torch
+    run(c.kv_score, plan, c.state, c.cache, c.spec, c.ape, c.norm_weight, c.rope, rows)
 
 
 def choose_backend(backend: str | None, name: str, tensor: torch.Tensor) -> str:
@@ -76,7 +157,7 @@ def choose_backend(backend: str | None, name: str, tensor: torch.Tensor) -> str:
     if backend is None:
         return "triton" if tensor.is_cuda else "torch"
     if backend == "triton" and not tensor.is_cuda:
-        from .kernels.launch import INTERPRETED
+        from .kernels.build import INTERPRETED
 
         if tensor.device.type != "cpu" or not INTERPRETED:
             raise ValueError(
@@ -86,38 +167,41 @@ def choose_backend(backend: str | None, name: str, tensor: torch.Tensor) -> str:
     return backend
 
 
-def _check(
-    kv_score: torch.Tensor,
-    plan: StepPlan,
-    state: FoldState,
-    cache: EntryCache | None,
-    spec: CompressorSpec,
-    ape: torch.Tensor | None,
-    norm_weight: torch.Tensor | None,
-    rope: torch.Tensor | None,
-    rows: torch.Tensor | None,
-) -> None:
+def _check(c: Compressor, plan: StepPlan, rows: torch.Tensor | None) -> None:
+    kv_score, spec, state = c.kv_score, c.spec, c.state
     check_type("spec", spec, CompressorSpec)
     check_type("plan", plan, StepPlan)
-    check_type("state", state, FoldState)
     device = kv_score.device
     check_dtype("kv_score", kv_score, _FLOATS)
     check_shape("kv_score", kv_score, (None, 2 * spec.channels))
     if kv_score.shape[0] and kv_score.stride(1) != 1:
         raise ValueError(f"kv_score must be contiguous in its last dimension, got strides {tuple(kv_score.stride())}")
     check_plan(plan, spec, device)
-    if state.spec != spec:
-        raise ValueError(f"state must be for {spec}, got {state.spec}")
-    check_device("state", state.rows, device)
-    if state.kind == "rows" and state.rows.dtype == torch.bfloat16 and kv_score.dtype != torch.bfloat16:
-        raise TypeError("kv_score must be torch.bfloat16, as state keeps input rows in bf16, got torch.float32")
+    if isinstance(state, FoldState):
+        if state.spec is not spec and state.spec != spec:
+            raise ValueError(f"state must be for {spec}, got {state.spec}")
+        check_device("state", state.rows, device)
+        if state.rows.dtype is torch.bfloat16 and kv_score.dtype is not torch.bfloat16:
+            raise TypeError("kv_score must be torch.bfloat16, as state keeps input rows in bf16, got torch.float32")
+        if plan.state_slots is None:
+            raise ValueError("plan must have state_slots for a FoldState, got block_tables")
+    elif isinstance(state, WindowState):
+        if state.channels != spec.channels:
+            raise ValueError(f"state must have {spec.channels} channels for {spec}, got {state.channels}")
+        check_device("state", state.kv, device)
+        if plan.block_tables is None:
+            raise ValueError("plan must have block_tables for a WindowState, got state_slots")
+        if plan.page_size != state.page_size:
+            raise ValueError(f"plan must be for pages of {state.page_size} positions like state, got {plan.page_size}")
+    else:
+        raise TypeError(f"state must be a FoldState or a WindowState, got {type(state).__name__}")
     if spec.has_ape:
-        check_tensor("ape", ape, (spec.ratio, spec.channels), (torch.float32,), device)
-    elif ape is not None:
+        check_tensor("ape", c.ape, (spec.ratio, spec.channels), (torch.float32,), device)
+    elif c.ape is not None:
         raise ValueError("ape must be None, as spec.has_ape is False")
     if rows is not None:
         check_tensor("rows", rows, (plan.entry_capacity, spec.head_dim), _FLOATS, device)
-    check_epilogue(plan, cache, spec, norm_weight, rope, device)
+    check_epilogue(plan, c.cache, spec, c.norm_weight, c.rope, device)
 
 
 def check_plan(plan: StepPlan, spec: CompressorSpec, device: torch.device) -> None:
@@ -142,7 +226,7 @@ def check_epilogue(
         check_tensor("rope", rope, (None, spec.rope_dim), (torch.float32,), device)
     if cache is not None:
         check_type("cache", cache, EntryCache)
-        if cache.spec != spec:
+        if cache.spec is not spec and cache.spec != spec:
             raise ValueError(f"cache must be for {spec}, got {cache.spec}")
         check_device("cache", cache.storage, device)
         if plan.entry_slots is None:

@@ -8,6 +8,7 @@ from .checks import check_int, check_tensor
 
 ITEM_FIELDS = ("window", "start", "end", "token", "slot", "entry", "sequence", "unused")
 _INT32_MAX = (1 << 31) - 1
+MOST_POSITIONS = 1 << 30  # of a sequence: what kernels add to a position then stays an int32
 
 
 class StepPlan:
@@ -16,11 +17,15 @@ class StepPlan:
     Attributes:
         start_pos: int32 `[B]`, tokens that each sequence had before the step. The plan's own copy.
         cu_seqlens: int32 `[B + 1]`, offsets of each sequence's new tokens in `kv_score`. The plan's own copy.
-        state_slots: int32 `[B]`, the caller's tensor.
+        state_slots: int32 `[B]`, the caller's tensor; None with block tables.
+        block_tables: the caller's tensors, of value and of score pages; None with state slots.
+        page_size: rows per page of the state; None with state slots.
         entry_slots: int64 `[E]`, cache slot of each entry: the caller's tensor, or computed from `cache_block_table`; None if
             neither was given.
         cu_entries: int32 `[B + 1]`: entry `cu_entries[b] + i` is window `start_pos[b] // ratio + i` of sequence `b`.
-        items: int32 `[I, 8]`, one row for each window touched (`ITEM_FIELDS`); the first `num_items[0]` rows count.
+        items: int32 `[I, 8]`, one row for each window touched (`ITEM_FIELDS`); the first `num_items[0]` rows count. With block
+            tables `slot` is the sequence index, the row of the tables.
+        entry_items: int32 `[E]`, the index in `items` of each entry of the step, -1 behind the last one.
         errors: int32 `[1]`, sequences and entries refused since the caller last zeroed it (DESIGN.md, Plan).
         entry_capacity, item_capacity: E and I, known to the host.
     """
@@ -34,12 +39,16 @@ class StepPlan:
     rows_per_page: int | None
     start_pos: torch.Tensor
     cu_seqlens: torch.Tensor
-    state_slots: torch.Tensor
+    page_size: int | None
+    fresh: bool = False  # no kernel that reads the plan was launched since `update`: kernels/launch.py, use_pdl
+    state_slots: torch.Tensor | None
+    block_tables: tuple[torch.Tensor, torch.Tensor] | None
     cache_block_table: torch.Tensor | None
     entry_slots: torch.Tensor | None
     cu_entries: torch.Tensor
     items: torch.Tensor
     num_items: torch.Tensor
+    entry_items: torch.Tensor
     errors: torch.Tensor
 
     @classmethod
@@ -50,7 +59,9 @@ class StepPlan:
         cu_seqlens: torch.Tensor,
         max_new_tokens: int,
         *,
-        state_slots: torch.Tensor,
+        state_slots: torch.Tensor | None = None,
+        block_tables: tuple[torch.Tensor, torch.Tensor] | None = None,
+        page_size: int | None = None,
         entry_slots: torch.Tensor | None = None,
         cache_block_table: torch.Tensor | None = None,
         rows_per_page: int | None = None,
@@ -58,12 +69,19 @@ class StepPlan:
     ) -> StepPlan:
         """Plans one step for all layers whose compressor has this ratio.
 
+        `start_pos`, `cu_seqlens`, `state_slots`, `block_tables`, `entry_slots` and `cache_block_table` must be written before
+        this call or `update`, and all but the first two, which are copied, left alone until the last call of the step is done.
+
         Args:
             ratio: tokens per window.
             start_pos: int32 `[B]`, tokens that each sequence already has; drafts are rejected by making it smaller.
             cu_seqlens: int32 `[B + 1]`, from 0, not decreasing. Equal neighbours make a sequence absent from the step.
             max_new_tokens: host bound on any sequence's new tokens.
-            state_slots: int32 `[B]`, the slot of each sequence in the state; -1 makes it absent. No two sequences share one.
+            state_slots: int32 `[B]`, the slot of each sequence in a `FoldState`; -1 makes it absent. No two share a slot.
+            block_tables: for a `WindowState`, instead of `state_slots`: int32 `[B, P1]` of value pages and int32 `[B, P2]` of
+                score pages. Position p of a sequence is row `p % page_size` of page `table[b, p // page_size]`; -1 where there
+                is no page.
+            page_size: with `block_tables`: positions per page.
             entry_slots: int64 `[E]`, the cache slot for each entry of the step, in the order of `cu_entries`; -1 drops it.
             cache_block_table: int32 `[B, Q]`, instead of `entry_slots`: entry w of a sequence is row `w % rows_per_page` of
                 page `table[b, w // rows_per_page]`; a page of -1 drops the entry.
@@ -82,7 +100,7 @@ class StepPlan:
         check_tensor("start_pos", start_pos, (None,), (torch.int32,), device)
         batch = start_pos.shape[0]
         check_tensor("cu_seqlens", cu_seqlens, (batch + 1,), (torch.int32,), device)
-        check_tensor("state_slots", state_slots, (batch,), (torch.int32,), device)
+        _check_state(state_slots, block_tables, page_size, batch, device)
         if entry_slots is not None and cache_block_table is not None:
             raise ValueError("entry_slots and cache_block_table exclude each other, got both")
         if entry_slots is not None:
@@ -107,7 +125,8 @@ class StepPlan:
             if entry_slots is None
             else entry_slots.shape[0]
         )
-        plan.state_slots, plan.cache_block_table = state_slots, cache_block_table
+        plan.state_slots, plan.block_tables, plan.page_size = state_slots, block_tables, page_size
+        plan.cache_block_table = cache_block_table
         if cache_block_table is not None:
             entry_slots = torch.empty(plan.entry_capacity, dtype=torch.int64, device=device)
         plan.entry_slots = entry_slots
@@ -116,6 +135,7 @@ class StepPlan:
         plan.cu_entries = torch.zeros_like(cu_seqlens)
         plan.items = torch.zeros(plan.item_capacity, len(ITEM_FIELDS), dtype=torch.int32, device=device)
         plan.num_items = torch.zeros(1, dtype=torch.int32, device=device)
+        plan.entry_items = torch.full((plan.entry_capacity,), -1, dtype=torch.int32, device=device)
         plan.errors = torch.zeros(1, dtype=torch.int32, device=device)
         plan.update(start_pos, cu_seqlens)
         return plan
@@ -124,17 +144,22 @@ class StepPlan:
         """Most windows that a step with this many tokens in all can touch; known to the host."""
         if self.batch == 0 or tokens == 0:
             return 0
-        per_sequence = (self.max_new_tokens + self.ratio - 2) // self.ratio + 1
-        return min(self.batch * per_sequence, tokens // self.ratio + 2 * self.batch)
+        return min(self.batch * self.windows_per_sequence, tokens // self.ratio + 2 * self.batch)
+
+    @property
+    def windows_per_sequence(self) -> int:
+        """Most windows that one sequence can touch in a step."""
+        return (self.max_new_tokens + self.ratio - 2) // self.ratio + 1
 
     def update(self, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
         """Plans another step in place: same batch size and bounds, other lengths, slots and pages.
 
-        Runs on the device without synchronizing, so it can be captured in a CUDA graph. Reads `state_slots` and
-        `cache_block_table` again; change their contents before the call. Data that makes no sense is counted in `errors`.
+        Runs on the device without synchronizing, so it can be captured in a CUDA graph. What `build` was given is read again:
+        write new contents into `state_slots` or `block_tables` and `entry_slots` or `cache_block_table` before the call, and
+        leave them until the last call of the step is done. Data that makes no sense is counted in `errors`.
 
         Args:
-            start_pos: int32 `[B]`; cu_seqlens: int32 `[B + 1]`, as for `build`.
+            start_pos: int32 `[B]`; cu_seqlens: int32 `[B + 1]`, as for `build`. Copied, so free again after the call.
         """
         device = self.start_pos.device
         check_tensor("start_pos", start_pos, (self.batch,), (torch.int32,), device)
@@ -142,6 +167,7 @@ class StepPlan:
         if self.batch == 0:
             self.cu_seqlens.copy_(cu_seqlens)
         elif self.start_pos.is_cuda:
+            self.fresh = True
             from .kernels.plan import update_on_gpu  # one launch; the same values, see tests/test_plan.py
 
             update_on_gpu(self, start_pos, cu_seqlens)
@@ -156,15 +182,17 @@ class StepPlan:
         start, offsets = self.start_pos.long(), self.cu_seqlens.long()
         token, length = offsets[:-1], offsets[1:] - offsets[:-1]
         end = start + length
-        absent = (self.state_slots == -1) | (length == 0)
+        # With block tables a sequence is its own slot, which is never absent and never wrong.
+        slots = torch.arange(self.batch, device=device) if self.state_slots is None else self.state_slots
+        absent = (slots == -1) | (length == 0)
         wrong = ~absent & (
-            (self.state_slots < -1)
+            (slots < -1)
             | (start < 0)
             | (length < 0)
             | (length > self.max_new_tokens)
             | (token < 0)
             | (token + length > self.max_tokens)
-            | (end > _INT32_MAX)
+            | (end > MOST_POSITIONS)
         )
         live = ~(absent | wrong)
         first = start.div(ratio, rounding_mode="floor")
@@ -180,9 +208,15 @@ class StepPlan:
         ordinal = index - (cu_items - windows)[sequence]
         window = first[sequence] + ordinal
         entry = torch.where((window + 1) * ratio <= end[sequence], self.cu_entries.long()[sequence] + ordinal, -1)
-        fields = (window, start[sequence], end[sequence], token[sequence], self.state_slots[sequence], entry, sequence)
+        fields = (window, start[sequence], end[sequence], token[sequence], slots[sequence], entry, sequence)
+        used = index < self.num_items
         for column, values in enumerate(fields):
-            self.items[:, column] = values.int()
+            # Kernels look at an item before they know that it counts.
+            self.items[:, column] = torch.where(used, values, 0).int()
+        known = used & (entry >= 0) & (entry < self.entry_capacity)
+        found = torch.full((self.entry_capacity + 1,), -1, dtype=torch.int32, device=device)  # its last is for the others
+        found[torch.where(known, entry, self.entry_capacity)] = index.int()
+        self.entry_items.copy_(found[:-1])
         if self.cache_block_table is not None:
             self._fill_entry_slots(first, entries)
 
@@ -204,3 +238,30 @@ class StepPlan:
         page = table[sequence, column.clamp(0, table.shape[1] - 1)].long()
         self.entry_slots.copy_(torch.where(held & (page >= 0), page * rows + window % rows, -1))
         self.errors += (used & ((column >= table.shape[1]) | (page < -1))).sum().int()
+
+
+def _check_state(
+    state_slots: torch.Tensor | None,
+    block_tables: tuple[torch.Tensor, torch.Tensor] | None,
+    page_size: int | None,
+    batch: int,
+    device: torch.device,
+) -> None:
+    """Checks that a plan is told, in one way, where the sequences keep their state."""
+    if state_slots is None and block_tables is None:
+        raise ValueError("state_slots or block_tables must be given, got neither")
+    if state_slots is not None and block_tables is not None:
+        raise ValueError("state_slots and block_tables exclude each other, got both")
+    if state_slots is not None:
+        check_tensor("state_slots", state_slots, (batch,), (torch.int32,), device)
+    if block_tables is None:
+        if page_size is not None:
+            raise ValueError(f"page_size must be None without block_tables, got {page_size!r}")
+        return
+    if not isinstance(block_tables, tuple) or len(block_tables) != 2:
+        raise TypeError("block_tables must be a tuple of two tensors, of value pages and of score pages")
+    for i, table in enumerate(block_tables):
+        check_tensor(f"block_tables[{i}]", table, (batch, None), (torch.int32,), device)
+    if page_size is None:
+        raise ValueError("page_size must be given with block_tables, got None")
+    check_int("page_size", page_size, 1, _INT32_MAX)

@@ -197,7 +197,9 @@ class Simulator:
             home = x % self.ring
             row = self.ring + x % self.history if home in read else home  # what this step reads, it does not overwrite
             since = x - x % ratio if self.kind == "fold" else x
-            memory[row] = Held(x, known[since - first : x + 1 - first])
+            # No step resumes from the end of a window, so a fold row of it is not kept; what stood there is gone.
+            ends = self.kind == "fold" and (x + 1) % ratio == 0
+            memory[row] = None if ends else Held(x, known[since - first : x + 1 - first])
             written.append(row)
 
         for row in range(self.ring, self.ring + self.history):

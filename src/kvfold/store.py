@@ -21,6 +21,7 @@ def store(
     norm_weight: torch.Tensor,
     rope: torch.Tensor | None,
     backend: str | None = None,
+    pdl: bool | None = None,
 ) -> None:
     """RMSNorm, RoPE, Hadamard, quantization and store of pooled rows, in one launch: what `compress` does after pooling.
 
@@ -31,7 +32,7 @@ def store(
             exist are not read.
         plan: of this step; `plan.entry_slots` says where each entry goes, -1 skips it.
         cache: mutated: one record per entry.
-        spec, norm_weight, rope, backend: as for `compress`.
+        spec, norm_weight, rope, backend, pdl: as for `compress`.
 
     Raises:
         TypeError, ValueError: naming the argument; nothing has been written then. An entry slot outside the cache, or an
@@ -50,4 +51,4 @@ def store(
     else:
         from .kernels.launch import store_triton  # imports triton, which the torch backend does not need
 
-        store_triton(rows, plan, cache, spec, norm_weight, rope)
+        store_triton(rows, plan, cache, spec, norm_weight, rope, pdl)

@@ -12,17 +12,16 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 
-import triton
+import torch
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
 
 from ..records import FORMATS, RecordFormat
 from ..spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
-from ..state import FoldState
-from . import plan, step
-from .configs import CONFIGS, Config, choose
-from .launch import epilogue_constants
+from ..state import state_kind
+from .build import INTERPRETED, Variant
+from .configs import ANY, CONFIGS, Config, choose
+from .pdl import AVAILABLE
+from .variants import pair_key, plan_key, step_key, store_key, variant_of, window_key
 
 TARGETS = {
     **{f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100, 103, 120)},
@@ -37,32 +36,24 @@ SPECS = (
     CompressorSpec(128, 128),
     CompressorSpec(256, 4, overlap=True, hadamard=True),
 )
-KERNELS = {"fold": step.fold_kernel, "rows": step.rows_kernel, "store": step.store_kernel, "plan": plan.plan_kernel}
-
-# The type of each argument that is no constant, by name, as `launch.py` and `plan.py` pass it. Counts that exceed 32 bits make
-# Triton specialize again; these are the types of ordinary sizes.
-ARGUMENTS = {
-    "kv_score": "*bf16", "kv_stride": "i32", "num_tokens": "i32", "ape": "*fp32", "items": "*i32", "num_items": "*i32",
-    "state_rows": "*fp32", "state_tags": "*i32", "num_slots": "i32", "ring": "i32", "rows": "*fp32", "pooled": "*fp32",
-    "entry_slots": "*i64", "entry_capacity": "i32", "norm_weight": "*fp32", "rope": "*fp32", "max_position": "i32",
-    "pages": "*u8", "page_stride": "i32", "scales": "*u8", "scales_stride": "i32", "rows_per_page": "i32",
-    "cache_slots": "i32", "cache_scale": "fp32", "errors": "*i32",
-    "start_pos": "*i32", "cu_seqlens": "*i32", "state_slots": "*i32", "batch": "i32", "max_new_tokens": "i32",
-    "max_tokens": "i32", "own_start_pos": "*i32", "own_cu_seqlens": "*i32", "cu_entries": "*i32", "item_capacity": "i32",
-    "table": "*i32", "table_width": "i32",
-}  # fmt: skip
-# Multiples of 16 in every engine, which Triton specializes on like pointers.
-_ALIGNED = ("kv_stride", "page_stride", "scales_stride")
 
 
 @dataclass(frozen=True)
 class Combination:
-    """One kernel to compile. Without `fmt` there is no cache, only pooled rows; the plan's kernel has no `config` either."""
+    """One kernel to compile. Without `fmt` there is no cache, only pooled rows; the plan's kernel has no `config` either.
+
+    Attributes:
+        kind: of a row of the table, or `"pair"` for `compress_many`, or `"plan"`.
+        other: of a pair, the second spec and its format.
+        page_size: of a `WindowState`.
+    """
 
     kind: str
     spec: CompressorSpec
     fmt: RecordFormat | None = None
     config: Config | None = None
+    other: tuple[CompressorSpec, RecordFormat] | None = None
+    page_size: int = 1
 
     @property
     def name(self) -> str:
@@ -70,32 +61,33 @@ class Combination:
         if self.config is not None:
             record = self.fmt.name if self.fmt is not None else "rows"
             parts += [record, f"ahead{self.config.ahead}", f"warps{self.config.num_warps}"]
+            parts += [f"n{self.config.max_new_tokens}"] if self.config.max_new_tokens < ANY else []
+        if self.other is not None:
+            parts += [f"hd{self.other[0].head_dim}", self.other[1].name]
+        if self.kind == "window":
+            parts += [f"page{self.page_size}"]
         return " ".join(parts)
 
-    @property
-    def num_warps(self) -> int:
-        return self.config.num_warps if self.config is not None else 4
+    def variant(self, pdl: bool = False) -> Variant:
+        """As dispatch builds it for bf16 input, fp32 state and, without a cache, fp32 rows."""
+        return variant_of(self._key(), True, pdl)
 
-    def constants(self) -> dict[str, object]:
-        """Every compile-time argument, and None for those that this launch leaves out."""
-        spec = self.spec
+    def _key(self) -> tuple:
+        bf16, fp32 = torch.bfloat16, torch.float32
         if self.config is None:
-            return {"RATIO": spec.ratio, "BLOCK": plan.BLOCK, "CHUNK": plan.CHUNK}
-        constants: dict[str, object] = {"RATIO": spec.ratio, **epilogue_constants(self.fmt, spec)}
-        if self.fmt is None:
-            constants |= dict.fromkeys(("norm_weight", "rope", "pages", "scales"))
-        elif not self.fmt.separate:
-            constants["scales"] = None
-        if self.kind != "store":
-            ahead = self.config.ahead if self.kind == "fold" else min(self.config.ahead, spec.window_rows)
-            constants |= {"OVERLAP": int(spec.overlap), "HISTORY": _state(spec).history, "AHEAD": ahead}
-            if self.fmt is not None:
-                constants["rows"] = None
-        return constants
-
-
-def _state(spec: CompressorSpec) -> FoldState:
-    return FoldState.allocate(spec, 1, 1, device="meta")
+            return plan_key(self.spec.ratio, 1, False, False)
+        if self.kind == "store":
+            assert self.fmt is not None
+            return store_key(self.spec, self.fmt, (fp32, fp32))
+        types = (bf16, fp32, fp32 if self.fmt is None else None, fp32, True)
+        bound = self.config.max_new_tokens
+        if self.kind == "window":
+            return window_key(self.spec, self.fmt, bound, types, self.page_size)
+        first = step_key(self.spec, self.fmt, self.config.kind, bound, types)
+        if self.other is None:
+            return first
+        spec, fmt = self.other
+        return pair_key(first, step_key(spec, fmt, state_kind(spec), bound, types))
 
 
 def combinations() -> Iterator[Combination]:
@@ -103,9 +95,9 @@ def combinations() -> Iterator[Combination]:
     for ratio in sorted({spec.ratio for spec in SPECS}):
         yield Combination("plan", next(spec for spec in SPECS if spec.ratio == ratio))
     for config in CONFIGS:
-        specs = [spec for spec in SPECS if config.kind in ("store", _state(spec).kind)]
+        specs = [spec for spec in SPECS if config.kind in ("store", "window", state_kind(spec))]
         for spec in specs:
-            if choose(config.kind, spec.head_dim, config.max_new_tokens) != config:
+            if choose(config.kind, spec, config.max_new_tokens) != config:
                 continue
             if config.kind == "store" and any(s.head_dim == spec.head_dim for s in SPECS[: SPECS.index(spec)]):
                 continue  # the ratio is all that would differ
@@ -116,14 +108,20 @@ def combinations() -> Iterator[Combination]:
                     fmt.check(spec)
                 except ValueError:
                     continue
-                yield Combination(config.kind, spec, fmt, config)
+                yield Combination(config.kind, spec, fmt, config, page_size=spec.ratio if config.kind == "window" else 1)
+            if spec == V4_CSA and config.kind == "rows":
+                for fmt in (fmt for fmt in FORMATS.values() if fmt.name.startswith("indexer")):
+                    yield Combination("pair", spec, FORMATS["fp8_ds_mla"], config, (V4_INDEXER, fmt))
 
 
 def sample() -> list[tuple[Combination, str]]:
     """A combination and a target for each format, and more: every kernel, format and target at least once."""
     every, targets = list(combinations()), list(TARGETS)
-    bare = [c for c in every if c.fmt is None]
-    chosen = [(bare[0], "sm_90"), (bare[0], "gfx942"), (bare[-1], "sm_80"), (bare[-1], "gfx950")]
+    chosen = [(next(c for c in every if c.kind == "fold" and c.fmt is None), "sm_80")]
+    few = {"plan": ("sm_90", "gfx942"), "window": ("sm_90", "sm_80", "gfx950"), "pair": ("sm_90", "gfx942")}
+    for kind, wanted in few.items():
+        some = [c for c in every if c.kind == kind]
+        chosen += [(some[i * (len(some) - 1) // (len(wanted) - 1)], target) for i, target in enumerate(wanted)]
     for i, name in enumerate(FORMATS):
         # Three kernels and eight targets have no common factor, so each kernel comes to meet each target.
         kind = ("fold", "rows", "store")[i % 3]
@@ -134,14 +132,10 @@ def sample() -> list[tuple[Combination, str]]:
 
 def compile_one(combination: Combination, target: str) -> int:
     """Compiles for a name of `TARGETS`; returns the size of the binary in bytes."""
-    kernel, constants = KERNELS[combination.kind], combination.constants()
-    signature = {name: "constexpr" if name in constants else ARGUMENTS[name] for name in kernel.arg_names}
-    aligned = [["tt.divisibility", 16]]
-    attributes = {(i,): aligned for i, (name, kind) in enumerate(signature.items()) if kind.startswith("*") or name in _ALIGNED}
-    options = {"num_warps": combination.num_warps, "enable_fp_fusion": False}
-    source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=TARGETS[target], options=options)
-    return len(compiled.asm["cubin" if TARGETS[target].backend == "cuda" else "hsaco"])
+    gpu = TARGETS[target]
+    dependent = AVAILABLE and gpu.backend == "cuda" and gpu.arch >= 90
+    compiled = combination.variant(pdl=dependent).compile(gpu)
+    return len(compiled.asm["cubin" if gpu.backend == "cuda" else "hsaco"])
 
 
 def _run(job: tuple[Combination, str]) -> tuple[str, str, int, float]:
@@ -152,7 +146,7 @@ def _run(job: tuple[Combination, str]) -> tuple[str, str, int, float]:
 
 def main(arguments: list[str]) -> int:
     """Compiles and prints one line for each; returns how many failed."""
-    if not isinstance(step.fold_kernel, JITFunction):
+    if INTERPRETED:
         sys.exit("unset TRITON_INTERPRET: the interpreter compiles nothing")
     unknown = [argument for argument in arguments if argument != "--all" and argument not in TARGETS]
     if unknown:

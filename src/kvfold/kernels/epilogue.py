@@ -51,52 +51,72 @@ def hadamard(y, HEAD_DIM: tl.constexpr, LOG2: tl.constexpr):
 
 
 @triton.jit
-def emit(
-    y, entry, position,
-    rows, entry_slots, entry_capacity, norm_weight, rope, max_position,
-    pages, page_stride, scales, scales_stride, rows_per_page, cache_slots, cache_scale, errors,
-    HEAD_DIM: tl.constexpr, LOG2: tl.constexpr, ROPE_DIM: tl.constexpr, EPS: tl.constexpr, HADAMARD: tl.constexpr,
-    ROUND_ROWS: tl.constexpr, ELEMENT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, FLOOR: tl.constexpr,
-    FLOOR_ON_SCALE: tl.constexpr, DIVIDE: tl.constexpr, ROTATED_BF16: tl.constexpr, PAD: tl.constexpr,
-    ROUND_VALUES: tl.constexpr, TIES_TO_ZERO: tl.constexpr, ROW_BYTES: tl.constexpr, TAIL_BYTES: tl.constexpr,
+def aim_entry(
+    entry, position, entry_slots, entry_capacity, norm_weight, rope, max_position, pages,
+    HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Delivers pooled row `y` as entry `entry` of the plan: to `rows` and to the cache, either of which may be None."""
+    """Where entry `entry` (-1: none) goes, and what else it needs besides its row: all that may be read before the wait.
+
+    Returns its cache slot (-1: none), norm weight, cosines and sines. What the slot says is judged behind the wait
+    (`judge_slot`): looking at it here would make the wait wait.
+    """
     c = tl.arange(0, HEAD_DIM)
+    weight = tl.zeros((HEAD_DIM,), tl.float32)
+    cos = tl.zeros((HEAD_DIM // 2,), tl.float32)
+    sin = tl.zeros((HEAD_DIM // 2,), tl.float32)
     if pages is not None:
-        # Loaded before it is known whether they are needed: behind the slot they would wait for it.
         weight = tl.load(norm_weight + c).to(tl.float32)
         if ROPE_DIM > 0:
             cos, sin = load_rotation(rope, position, max_position, HEAD_DIM, ROPE_DIM)
-    wrong = entry >= entry_capacity
-    slot = entry.to(tl.int64)
+    inside = (entry >= 0) & (entry < entry_capacity)
     if entry_slots is not None:
-        slot = tl.load(entry_slots + entry, mask=entry < entry_capacity, other=-1)
-    keep = (entry < entry_capacity) & (slot != -1)
+        slot = tl.load(entry_slots + entry, mask=inside, other=-1)
+    else:
+        slot = tl.where(inside, entry, -1).to(tl.int64)
+    return slot, weight, cos, sin
+
+
+@triton.jit
+def judge_slot(entry, slot, position, entry_capacity, max_position, pages, cache_slots, ROPE_DIM: tl.constexpr):
+    """Whether entry `entry` is delivered to cache slot `slot`, and whether it is refused."""
+    keep = slot != -1
+    wrong = entry >= entry_capacity
     if pages is not None:
         bad = (slot < -1) | (slot >= cache_slots)
         if ROPE_DIM > 0:
             bad = bad | (position >= max_position)
         wrong = wrong | (keep & bad)
         keep = keep & (bad == 0)
-    if wrong:
-        tl.atomic_add(errors, 1)
-    if keep:
-        if rows is not None:
-            at = entry.to(tl.int64) * HEAD_DIM + c
-            if rows.dtype.element_ty == tl.bfloat16:
-                tl.store(rows.to(tl.pointer_type(tl.int16)) + at, bf16_bits(y))
-            else:
-                tl.store(rows + at, y)
-        if pages is not None:
-            if ROUND_ROWS:
-                y = bf16_value(bf16_bits(y))
-            y = rms_norm(y, weight, EPS, HEAD_DIM, LOG2)
-            if ROPE_DIM > 0:
-                y = rotate(y, cos, sin, HEAD_DIM, ROPE_DIM)
-            if HADAMARD:
-                y = hadamard(y, HEAD_DIM, LOG2)
-            store_record(
-                y, slot, pages, page_stride, scales, scales_stride, rows_per_page, cache_scale,
-                HEAD_DIM, ROPE_DIM, ELEMENT, GROUP, SCALE, FLOOR, FLOOR_ON_SCALE, DIVIDE, ROTATED_BF16,
-                PAD, ROUND_VALUES, TIES_TO_ZERO, ROW_BYTES, TAIL_BYTES,
-            )  # fmt: skip
+    return keep, wrong
+
+
+@triton.jit
+def emit(
+    y, entry, slot, weight, cos, sin,
+    rows, pages, page_stride, scales, scales_stride, rows_per_page, cache_scale,
+    HEAD_DIM: tl.constexpr, LOG2: tl.constexpr, ROPE_DIM: tl.constexpr, EPS: tl.constexpr, HADAMARD: tl.constexpr,
+    ROUND_ROWS: tl.constexpr, ELEMENT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, FLOOR: tl.constexpr,
+    FLOOR_ON_SCALE: tl.constexpr, DIVIDE: tl.constexpr, ROTATED_BF16: tl.constexpr, PAD: tl.constexpr,
+    ROUND_VALUES: tl.constexpr, TIES_TO_ZERO: tl.constexpr, ROW_BYTES: tl.constexpr, TAIL_BYTES: tl.constexpr,
+    HARDWARE: tl.constexpr,
+):  # fmt: skip
+    """Delivers pooled row `y` as entry `entry` of the plan: to `rows` and to the cache, either of which may be None."""
+    if rows is not None:
+        at = entry.to(tl.int64) * HEAD_DIM + tl.arange(0, HEAD_DIM)
+        if rows.dtype.element_ty == tl.bfloat16:
+            tl.store(rows.to(tl.pointer_type(tl.int16)) + at, bf16_bits(y))
+        else:
+            tl.store(rows + at, y)
+    if pages is not None:
+        if ROUND_ROWS:
+            y = bf16_value(bf16_bits(y))
+        y = rms_norm(y, weight, EPS, HEAD_DIM, LOG2)
+        if ROPE_DIM > 0:
+            y = rotate(y, cos, sin, HEAD_DIM, ROPE_DIM)
+        if HADAMARD:
+            y = hadamard(y, HEAD_DIM, LOG2)
+        store_record(
+            y, slot, pages, page_stride, scales, scales_stride, rows_per_page, cache_scale,
+            HEAD_DIM, ROPE_DIM, ELEMENT, GROUP, SCALE, FLOOR, FLOOR_ON_SCALE, DIVIDE, ROTATED_BF16,
+            PAD, ROUND_VALUES, TIES_TO_ZERO, ROW_BYTES, TAIL_BYTES, HARDWARE,
+        )  # fmt: skip

@@ -2,58 +2,104 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from triton.runtime.jit import JITFunction
 
 from ..plan import StepPlan
-from ..records import FORMATS, EntryCache, RecordFormat
+from ..records import EntryCache
 from ..spec import CompressorSpec
 from ..state import FoldState
-from .configs import choose
-from .step import fold_kernel, rows_kernel, store_kernel
+from .dispatch import launch, supports_pdl
+from .variants import Types, pair_key, step_key, store_key, window_key, window_slices
 
-INTERPRETED = not isinstance(fold_kernel, JITFunction)
+if TYPE_CHECKING:
+    from ..compress import Compressor
+    from ..window_state import WindowState
+
+# Programs of a window step that write rows, and that pool slices: enough to fill the 132 multiprocessors of an H200 several
+# times, few enough that a step with nothing to pool costs little.
+MOST_WRITERS, MOST_POOLERS = 528, 1056
 
 
-def compress_triton(
-    kv_score: torch.Tensor,
-    plan: StepPlan,
-    state: FoldState,
-    cache: EntryCache | None,
-    spec: CompressorSpec,
-    ape: torch.Tensor | None,
-    norm_weight: torch.Tensor | None,
-    rope: torch.Tensor | None,
-    rows: torch.Tensor | None,
-) -> None:
-    """`compress` after its arguments were checked: one launch on the current stream."""
+def compress_triton(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, pdl: bool | None) -> None:
+    """`compress` over a `FoldState`, after its arguments were checked: one launch on the current stream."""
     if plan.item_capacity == 0:
         return
-    config = choose(state.kind, spec.head_dim, min(plan.max_new_tokens, spec.ratio))
-    kernel = fold_kernel if state.kind == "fold" else rows_kernel
-    # At least one program, to count sequences whose tokens an empty kv_score does not have.
-    grid = (max(1, min(plan.item_capacity, plan.items_for(kv_score.shape[0]))),)
-    kernel[grid](
-        kv_score,
-        kv_score.stride(0),
-        kv_score.shape[0],
-        ape,
-        plan.items,
-        plan.num_items,
-        state.rows,
-        state.positions,
-        state.num_slots,
-        state.ring,
+    launch(
+        _step_key(c, plan, rows),
+        c.kv_score.device,
+        _step_grid(plan, c.kv_score),
+        (*_plan_arguments(plan), *_step_arguments(c, rows)),
+        _strides(c),
+        use_pdl(pdl, plan, c.kv_score.device),
+    )
+
+
+def compress_pair_triton(pair: tuple[Compressor, Compressor], plan: StepPlan, pdl: bool | None) -> None:
+    """`compress_many` of two, after their arguments were checked: one launch on the current stream."""
+    if plan.item_capacity == 0:
+        return
+    first, second = pair
+    device = first.kv_score.device
+    launch(
+        pair_key(_step_key(first, plan, None), _step_key(second, plan, None)),
+        device,
+        2 * max(_step_grid(plan, first.kv_score), _step_grid(plan, second.kv_score)),
+        (*_plan_arguments(plan), *_step_arguments(first, None), *_step_arguments(second, None)),
+        _strides(first) | _strides(second),
+        use_pdl(pdl, plan, device),
+    )
+
+
+def compress_window_triton(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, pdl: bool | None) -> None:
+    """`compress` over a `WindowState`, after its arguments were checked: one launch on the current stream."""
+    if plan.item_capacity == 0:
+        return
+    spec, state = c.spec, c.state
+    fmt = c.cache.format if c.cache is not None else None
+    key = window_key(spec, fmt, plan.max_new_tokens, _types(c, state.dtype, plan, rows), state.page_size)
+    writers = min(_step_grid(plan, c.kv_score), MOST_WRITERS)
+    slices = window_slices(spec, key[3])
+    poolers = min(plan.entry_capacity * slices, MOST_POOLERS) if c.cache is not None or rows is not None else 0
+    workspace, arrivals = _workspace(state, plan.entry_capacity, spec.head_dim) if slices > 1 else (None, None)
+    kv, score = state.kv, state.score
+    tables = plan.block_tables
+    values = (
+        *_plan_arguments(plan),
+        plan.entry_items,
+        plan.cu_entries,
+        plan.batch,
+        c.kv_score,
+        c.kv_score.stride(0),
+        c.kv_score.shape[0],
+        c.ape,
+        kv,
+        kv.stride(0),
+        kv.stride(1),
+        kv.shape[0],
+        tables[0],
+        tables[0].shape[1],
+        score,
+        score.stride(0),
+        score.stride(1),
+        score.shape[0],
+        tables[1],
+        tables[1].shape[1],
+        plan.page_size,
+        workspace,
+        arrivals,
+        writers,
         rows,
-        *_epilogue_arguments(plan, cache, spec, norm_weight, rope),
-        RATIO=spec.ratio,
-        OVERLAP=int(spec.overlap),
-        HISTORY=state.history,
-        AHEAD=config.ahead if state.kind == "fold" else min(config.ahead, spec.window_rows),
-        **epilogue_constants(cache.format if cache is not None else None, spec),
-        num_warps=config.num_warps,
-        # The bits must not depend on what the compiler fuses; the fused operations are written out.
-        enable_fp_fusion=False,
+        *_epilogue_arguments(c.cache, spec, c.norm_weight, c.rope),
+    )
+    launch(
+        key,
+        c.kv_score.device,
+        writers + poolers,
+        values,
+        _strides(c) | kv.stride(0) | kv.stride(1) | score.stride(0) | score.stride(1),
+        use_pdl(pdl, plan, c.kv_score.device),
     )
 
 
@@ -64,59 +110,113 @@ def store_triton(
     spec: CompressorSpec,
     norm_weight: torch.Tensor,
     rope: torch.Tensor | None,
+    pdl: bool | None,
 ) -> None:
     """`store` after its arguments were checked: one launch on the current stream."""
     if plan.item_capacity == 0:
         return
-    store_kernel[(plan.item_capacity,)](
-        pooled,
-        plan.items,
-        plan.num_items,
-        *_epilogue_arguments(plan, cache, spec, norm_weight, rope),
-        RATIO=spec.ratio,
-        **epilogue_constants(cache.format, spec),
-        num_warps=choose("store", spec.head_dim, 1).num_warps,
-        enable_fp_fusion=False,
+    launch(
+        store_key(spec, cache.format, (pooled.dtype, norm_weight.dtype)),
+        pooled.device,
+        plan.item_capacity,
+        (*_plan_arguments(plan), pooled, *_epilogue_arguments(cache, spec, norm_weight, rope)),
+        _cache_strides(cache),
+        use_pdl(pdl, plan, pooled.device),
+    )
+
+
+def use_pdl(wanted: bool | None, plan: StepPlan, device: torch.device) -> bool:
+    """Whether to launch as a dependent: what is read before the wait, the plan, must be older than the launch before.
+
+    The first launch after `plan.update` is an ordinary one, so every later one starts when the plan has long been written.
+    """
+    fresh, plan.fresh = plan.fresh, False
+    return wanted is not False and not fresh and supports_pdl(device)
+
+
+def _step_key(c: Compressor, plan: StepPlan, rows: torch.Tensor | None) -> tuple:
+    state = c.state
+    fmt = c.cache.format if c.cache is not None else None
+    return step_key(c.spec, fmt, state.kind, plan.max_new_tokens, _types(c, state.rows.dtype, plan, rows))
+
+
+def _types(c: Compressor, state: torch.dtype, plan: StepPlan, rows: torch.Tensor | None) -> Types:
+    return (
+        c.kv_score.dtype,
+        state,
+        rows.dtype if rows is not None else None,
+        c.norm_weight.dtype if c.cache is not None else None,
+        plan.entry_slots is not None,
+    )
+
+
+def _step_grid(plan: StepPlan, kv_score: torch.Tensor) -> int:
+    # At least one program, to count sequences whose tokens an empty kv_score does not have.
+    return max(1, min(plan.item_capacity, plan.items_for(kv_score.shape[0])))
+
+
+def _plan_arguments(plan: StepPlan) -> tuple[object, ...]:
+    return plan.items, plan.num_items, plan.entry_slots, plan.entry_capacity, plan.errors
+
+
+def _step_arguments(c: Compressor, rows: torch.Tensor | None) -> tuple[object, ...]:
+    kv_score, state = c.kv_score, c.state
+    assert isinstance(state, FoldState)
+    return (
+        kv_score,
+        kv_score.stride(0),
+        kv_score.shape[0],
+        c.ape,
+        state.rows,
+        state.positions,
+        state.rows.shape[0],
+        state.ring,
+        rows,
+        *_epilogue_arguments(c.cache, c.spec, c.norm_weight, c.rope),
     )
 
 
 def _epilogue_arguments(
-    plan: StepPlan,
-    cache: EntryCache | None,
-    spec: CompressorSpec,
-    norm_weight: torch.Tensor | None,
-    rope: torch.Tensor | None,
+    cache: EntryCache | None, spec: CompressorSpec, norm_weight: torch.Tensor | None, rope: torch.Tensor | None
 ) -> tuple[object, ...]:
-    """From `entry_slots` to `errors`, as every kernel takes them."""
+    """From `norm_weight` to `cache_scale`, as every kernel takes them."""
     if cache is None:
-        return (plan.entry_slots, plan.entry_capacity, None, None, 0, None, 0, None, 0, 1, 0, 1.0, plan.errors)
-    rotated = rope if spec.rope_dim else None
+        return (None, None, 0, None, 0, None, 0, 1, 0, 1.0)
+    pages, scales = cache.pages, cache.scale_pages
+    rotated = spec.rope_dim > 0 and rope is not None
     return (
-        plan.entry_slots,
-        plan.entry_capacity,
         norm_weight,
-        rotated,
-        rotated.shape[0] if rotated is not None else 0,
-        cache.pages,
-        cache.pages.stride(0),
-        cache.scale_pages,
-        cache.scale_pages.stride(0) if cache.scale_pages is not None else 0,
+        rope if rotated else None,
+        rope.shape[0] if rotated else 0,
+        pages,
+        pages.stride(0),
+        scales,
+        scales.stride(0) if scales is not None else 0,
         cache.rows_per_page,
-        cache.num_slots,
+        pages.shape[0] * cache.rows_per_page,
         cache.scale,
-        plan.errors,
     )
 
 
-def epilogue_constants(fmt: RecordFormat | None, spec: CompressorSpec) -> dict[str, object]:
-    """What the epilogue is compiled for."""
-    # Without a cache nothing of a format is compiled in; any value serves, and one value means one kernel.
-    fmt = fmt or FORMATS["bf16"]
-    return {
-        "HEAD_DIM": spec.head_dim,
-        "LOG2": spec.head_dim.bit_length() - 1,
-        "ROPE_DIM": spec.rope_dim,
-        "EPS": spec.norm_eps,
-        "HADAMARD": spec.hadamard,
-        **fmt.constants(spec),
-    }
+def _strides(c: Compressor) -> int:
+    return c.kv_score.stride(0) | (_cache_strides(c.cache) if c.cache is not None else 0)
+
+
+def _cache_strides(cache: EntryCache) -> int:
+    scales = cache.scale_pages
+    return cache.pages.stride(0) | (scales.stride(0) if scales is not None else 0)
+
+
+def _workspace(state: WindowState, entries: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pooled rows in the making, and how many slices of each have arrived: zero between calls.
+
+    Made by the first call of a size and kept by the state, outgrown ones too, as a CUDA graph may have recorded them.
+    """
+    if not state._workspaces or state._workspaces[-1][1].shape[0] < entries:
+        rows = torch.empty(entries, head_dim, dtype=torch.float32, device=state.device)
+        made = rows, torch.zeros(entries, dtype=torch.int32, device=state.device)
+        if rows.is_cuda and torch.cuda.is_current_stream_capturing():
+            state._recorded.append(made)  # zeroed by replays of the graph and by nothing else, so for this call in it alone
+            return made
+        state._workspaces.append(made)
+    return state._workspaces[-1]

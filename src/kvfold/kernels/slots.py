@@ -9,22 +9,27 @@ import triton.language as tl
 
 
 @triton.jit
-def history_is_held(tags, h0, start, ring, HISTORY: tl.constexpr):
-    """Whether each position of `[h0, start)` has its row."""
+def load_tags(tags, h0, start, ring, HISTORY: tl.constexpr):
+    """The last HISTORY positions before the step, which of them it reads, and the tags of their homes and spare rows.
+
+    Each spare row belongs to exactly one of these positions, so these are all of them.
+    """
     x = start - 1 - tl.arange(0, HISTORY)
     wanted = x >= h0
-    x = tl.maximum(x, 0)
-    home = tl.load(tags + x % ring, mask=wanted, other=-1)
-    spare = tl.load(tags + ring + x % HISTORY, mask=wanted, other=-1)
-    missing = wanted & (home != x) & (spare != x)
-    return tl.sum(missing.to(tl.int32), axis=0) == 0
+    last = tl.maximum(start - 1, 0) % ring
+    place = last - tl.arange(0, HISTORY)  # the ring is at least as long as the history
+    home = tl.load(tags + tl.where(place < 0, place + ring, place), mask=wanted, other=-1)
+    spare = tl.load(tags + ring + (x + HISTORY) % HISTORY)
+    return x, wanted, home, spare
 
 
 @triton.jit
-def find_row(tags, x, wanted, ring, HISTORY: tl.constexpr):
-    """The row of a position that is held. Masked by `wanted` and not branched round, so that many can be in flight."""
-    home = x % ring
-    return tl.where(tl.load(tags + home, mask=wanted, other=x) == x, home, ring + x % HISTORY)
+def check_tags(x, wanted, home, spare):
+    """Of what `load_tags` returned: whether every wanted position has its row, and whether any has it but not at home."""
+    away = wanted & (home != x)
+    # One reduction for both counts.
+    found = tl.sum(away.to(tl.int32) + (away & (spare != x)).to(tl.int32) * 65536, axis=0)
+    return found < 65536, found > 0
 
 
 @triton.jit
@@ -37,15 +42,13 @@ def place_row(tags, x, h0, start, end, ring, HISTORY: tl.constexpr):
 
 
 @triton.jit
-def retire_rows(tags, h0, start, end, ring, HISTORY: tl.constexpr):
-    """Frees spare rows of another timeline or out of the ring. One program per sequence, any time in the launch."""
-    e = tl.arange(0, HISTORY)
-    tag = tl.load(tags + ring + e)
-    stale = (tag >= start) | ((tag < end - ring) & (tag < h0))
-    # The only position of the history that shares spare row e. If it sits at home and the step comes round to it, a
-    # program of this launch is writing spare row e now: hands off.
-    x = start - 1 - (start - 1 - e + HISTORY) % HISTORY
-    inside = (x >= h0) & (x >= 0)
-    home = tl.load(tags + tl.maximum(x, 0) % ring, mask=inside, other=-1)
-    target = inside & (home == x) & (x + ring < end)
-    tl.store(tags + ring + e, tl.full((HISTORY,), -1, tl.int32), mask=stale & (target == 0))
+def retire_rows(tags, x, wanted, home, spare, h0, start, end, ring, HISTORY: tl.constexpr):
+    """Frees spare rows of another timeline or out of the ring. One program per sequence, any time in the launch.
+
+    Takes what `load_tags` returned.
+    """
+    stale = (spare >= start) | ((spare >= 0) & (spare < end - ring) & (spare < h0))
+    # If x sits at home and the step comes round to it, a program of this launch is writing the spare row now: hands off.
+    target = wanted & (home == x) & (x + ring < end)
+    free = tl.full((HISTORY,), -1, tl.int32)
+    tl.store(tags + ring + (x + HISTORY) % HISTORY, free, mask=stale & (target == 0))

@@ -1,0 +1,187 @@
+"""The floor of a case: how long it takes to move the bytes that a variant must read and write, and nothing else.
+
+`traffic` counts them: each byte once, however many programs want it. `floor_us` measures a kernel that reads and writes as
+many, with the timer and the cold buffers of the protocol.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import protocol
+import torch
+import triton
+import triton.language as tl
+from protocol import Case, Variant
+
+import kvfold
+from kvfold.kernels.pdl import AVAILABLE, wait_for_inputs
+
+PAGE_SIZE = 128  # positions per page of WindowState in every benchmark
+NEVER = tl.constexpr(-1)
+# int32 words per program and its warps: one access of 16 bytes per thread for small sizes, eight for large ones.
+ARRANGEMENTS = ((512, 4), (2048, 4), (8192, 8))
+
+
+class Traffic(NamedTuple):
+    """Bytes that must be read and bytes that must be written."""
+
+    read: int
+    write: int
+
+    @property
+    def total(self) -> int:
+        return self.read + self.write
+
+
+def fold_state(case: Case, spec: kvfold.CompressorSpec, **options: object) -> kvfold.FoldState:
+    """The FoldState that a case is measured with: input rows, where it keeps them, in bf16, as kv_score has them."""
+    return kvfold.FoldState.allocate(spec, max_new_tokens=min(case.new, 8), dtype=torch.bfloat16, **options)
+
+
+def traffic(case: Case, variant: Variant) -> Traffic:
+    """The bytes of one call. Weights and tables count once per call, everything else once per sequence."""
+    starts = Counter(case.start_positions())
+    parts = [_plan(case, starts, records=variant.outputs != ("rows",))]
+    for spec, output in zip(variant.specs(case), variant.outputs, strict=True):
+        parts += _window(case, spec, starts) if variant.state == "window" else _fold(case, spec, starts)
+        parts.append(_entries(case, spec, output, starts))
+    return Traffic(sum(part.read for part in parts), sum(part.write for part in parts))
+
+
+def _ended(case: Case, start: int) -> range:
+    """The windows that end in a step."""
+    return range(start // case.ratio, (start + case.new) // case.ratio)
+
+
+def _plan(case: Case, starts: Counter, records: bool) -> Traffic:
+    """Their number, the work items, and where the entries go."""
+    items = sum(count * ((start + case.new - 1) // case.ratio - start // case.ratio + 1) for start, count in starts.items())
+    entries = sum(count * len(_ended(case, start)) for start, count in starts.items())
+    return Traffic(4 + 32 * items + (8 * entries if records else 0), 0)
+
+
+def _entries(case: Case, spec: kvfold.CompressorSpec, output: str, starts: Counter) -> Traffic:
+    """Norm weight and rotations, and what is stored of every entry."""
+    entries = sum(count * len(_ended(case, start)) for start, count in starts.items())
+    if output == "rows" or not entries:
+        return Traffic(0, entries * spec.head_dim * 2)
+    fmt = kvfold.records.get_format(output)
+    windows = {window for start in starts for window in _ended(case, start)}
+    record = fmt.record_bytes(spec) - (0 if fmt.pad_written else fmt.pad)
+    return Traffic(spec.head_dim * 4 + len(windows) * spec.rope_dim * 4, entries * record)
+
+
+def _tokens(case: Case, spec: kvfold.CompressorSpec) -> Traffic:
+    """Every new row of kv_score, in bf16."""
+    return Traffic(case.batch * case.new * 2 * spec.channels * 2, 0)
+
+
+def _bias_of_tokens(case: Case, spec: kvfold.CompressorSpec, starts: Counter) -> Traffic:
+    """The rows of ape that any new token is biased with."""
+    places = {(start + i) % spec.ratio for start in starts for i in range(min(case.new, spec.ratio))}
+    return Traffic(len(places) * spec.channels * 4, 0)
+
+
+def _old_halves(case: Case, spec: kvfold.CompressorSpec, start: int) -> int:
+    """Half rows (head_dim wide) from before the step that its entries are made of."""
+    count = 0
+    for window in _ended(case, start):
+        first = [window, window - 1] if spec.overlap and window else [window]
+        count += sum(min(max(start - w * spec.ratio, 0), spec.ratio) for w in first)
+    return count
+
+
+def _fold(case: Case, spec: kvfold.CompressorSpec, starts: Counter) -> list[Traffic]:
+    """kv_score, ape, and the rows and tags of a FoldState."""
+    state = fold_state(case, spec, num_slots=1, device="meta")
+    row = state.rows[0, 0].numel() * state.rows.element_size()
+    parts = [_tokens(case, spec)]
+    for start, count in starts.items():
+        end = start + case.new
+        stored = range(max(start, end - state.ring), end)
+        tags = 4 * len(state.history_of(start))
+        if state.kind == "fold":
+            # The row of a window's last token is never read again, so only its tag is written.
+            kept = sum(1 for x in stored if x % spec.ratio != spec.ratio - 1)
+            read = row * len(state.history_of(start))
+        else:
+            kept = len(stored)
+            read = _old_halves(case, spec, start) * 2 * spec.head_dim * state.rows.element_size()
+        parts.append(Traffic(count * (read + tags), count * (kept * row + 4 * len(stored))))
+    if state.kind == "fold":
+        parts.append(_bias_of_tokens(case, spec, starts))
+    else:  # the rows are kept without bias: only entries need it
+        halves = {half for start in starts for w in _ended(case, start) for half in (0, int(spec.overlap and w > 0))}
+        parts.append(Traffic(len(halves) * spec.ratio * spec.head_dim * 4, 0))
+    return parts
+
+
+def _window(case: Case, spec: kvfold.CompressorSpec, starts: Counter) -> list[Traffic]:
+    """kv_score, ape, and the pages and block tables of a WindowState in fp32."""
+    parts = [_tokens(case, spec), _bias_of_tokens(case, spec, starts)]
+    for start, count in starts.items():
+        ended = _ended(case, start)
+        first = max(ended[0] - int(spec.overlap), 0) * spec.ratio if ended else start
+        pages = (start + case.new - 1) // PAGE_SIZE - first // PAGE_SIZE + 1
+        read = _old_halves(case, spec, start) * 2 * spec.head_dim * 4 + pages * 2 * 4
+        parts.append(Traffic(count * read, count * case.new * 2 * spec.channels * 4))
+    return parts
+
+
+@triton.jit
+def move_kernel(src, dst, read_words, write_words, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Reads and writes int32 words, 16 bytes at a time; what is written depends on what was read, as it does in a step."""
+    wait_for_inputs(PDL)
+    lane = tl.arange(0, BLOCK)
+    held = tl.zeros([BLOCK], tl.int32)
+    first = tl.program_id(0) * BLOCK
+    stride = tl.num_programs(0) * BLOCK
+    for at in range(first, read_words, stride):
+        held ^= tl.load(src + at + lane, mask=at + lane < read_words, other=0)
+    for at in range(first, write_words, stride):
+        tl.store(dst + at + lane, held, mask=at + lane < write_words)
+    # Programs that only read must not be optimized away; the words are not negative, so this stores nothing.
+    tl.store(dst + lane, held, mask=held == NEVER)
+
+
+def move(
+    src: torch.Tensor, dst: torch.Tensor, read_bytes: int, write_bytes: int, block: int, warps: int, dependent: bool = False
+) -> Callable[[], None]:
+    """A call that reads and writes so many bytes, rounded up to 64. `src` is int32 and not negative."""
+    read_words, write_words = _words(read_bytes), _words(write_bytes)
+    programs = triton.cdiv(max(read_words, write_words), block)
+    if src.is_cuda:  # as many threads as the device can hold at once, which then stride
+        programs = min(programs, torch.cuda.get_device_properties(src.device).multi_processor_count * 64 // warps)
+    options = {"launch_pdl": True} if dependent else {}
+    grid = (max(programs, 1),)
+    return lambda: move_kernel[grid](src, dst, read_words, write_words, BLOCK=block, PDL=dependent, num_warps=warps, **options)
+
+
+def _words(count: int) -> int:
+    """int32 words of so many bytes, a multiple of 16: a mask then never cuts a 16-byte access."""
+    return -(-count // 64) * 16
+
+
+@lru_cache
+def floor_us(bytes_moved: Traffic, dependent: bool = True) -> float:
+    """Microseconds per call, cold, of the fastest arrangement.
+
+    Args:
+        dependent: also try dependent launch, where there is one; leave it out beside calls that run without.
+    """
+    can = dependent and AVAILABLE and torch.cuda.get_device_capability() >= (9, 0)
+    widest = max(block for block, _ in ARRANGEMENTS)
+    buffers = []
+    for _ in range(protocol.buffer_sets(bytes_moved.total)):
+        src = torch.randint(1 << 30, (_words(bytes_moved.read),), dtype=torch.int32, device="cuda")
+        dst = torch.empty(max(_words(bytes_moved.write), widest), dtype=torch.int32, device="cuda")
+        buffers.append((src, dst))
+    return min(
+        protocol.time_graph([move(src, dst, *bytes_moved, block, warps, launch) for src, dst in buffers])
+        for block, warps in ARRANGEMENTS
+        for launch in ((False, True) if can else (False,))
+    )

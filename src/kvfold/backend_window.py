@@ -1,0 +1,161 @@
+"""The torch backend of `compress` over a `WindowState`: any device, vectorized over work items, written to be read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .backend_torch import Items, emit
+from .pack import bf16_bits
+from .plan import StepPlan
+from .records import EntryCache
+from .spec import CompressorSpec
+from .window_state import WindowState
+
+
+@dataclass
+class _Pages:
+    """A pool and the table that says where a sequence's pages are in it."""
+
+    pool: torch.Tensor
+    table: torch.Tensor
+
+    def find(self, sequence: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The page of each position (not negative), -1 where there is none, and whether the table is wrong there."""
+        width = self.table.shape[1]
+        if width == 0:
+            return torch.full_like(position, -1), torch.ones_like(position, dtype=torch.bool)
+        column = position // self.pool.shape[1]
+        page = self.table[sequence, column.clamp(max=width - 1)].long()
+        wrong = (column >= width) | (page < -1) | (page >= self.pool.shape[0])
+        return torch.where(wrong, -1, page), wrong
+
+    def rows(self, page: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        return self.pool[page, position % self.pool.shape[1]]
+
+
+@dataclass
+class _Tokens:
+    """The step's new tokens, as the rows that the state keeps of them."""
+
+    kv_score: torch.Tensor
+    ape: torch.Tensor | None
+    dtype: torch.dtype
+
+    def rows(self, token: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Value and score rows `[n, channels]` of `kv_score[token]`, which are at `position`, in the dtype of the state."""
+        k, s = self.kv_score[token].float().chunk(2, dim=1)
+        if self.ape is not None:
+            s = s + self.ape[position % self.ape.shape[0]]
+        if self.dtype == torch.float32:
+            return k, s
+        return bf16_bits(k).view(torch.bfloat16), bf16_bits(s).view(torch.bfloat16)
+
+
+def compress_window_torch(
+    kv_score: torch.Tensor,
+    plan: StepPlan,
+    state: WindowState,
+    cache: EntryCache | None,
+    spec: CompressorSpec,
+    ape: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    rope: torch.Tensor | None,
+    rows: torch.Tensor | None,
+) -> None:
+    """`compress` over a `WindowState`, after its arguments were checked.
+
+    An item counts once in `plan.errors` when its tables name a page that cannot be, for a row to read or to write, and
+    otherwise when the entry is wanted and an old row of its window has no page. A new row that has no page is not kept.
+    """
+    items = Items.of(plan)
+    usable = items.token + items.end - items.start <= kv_score.shape[0]
+    plan.errors += (~usable & (items.window == items.start // spec.ratio)).sum().int()
+    items = items[usable]
+    if items.window.numel() == 0:
+        return
+    assert plan.block_tables is not None
+    value, score = _Pages(state.kv, plan.block_tables[0]), _Pages(state.score, plan.block_tables[1])
+    tokens = _Tokens(kv_score, ape, state.dtype)
+
+    ends = items.entry >= 0
+    missing, bad = _check_old_rows(items, value, score, spec)
+    missing, bad = ends & missing, ends & bad
+    made = items[ends & ~missing & ~bad]
+    pooled = _pool(made, tokens, value, score, spec)  # all old rows are read before any is written
+    bad |= _write(items, tokens, value, score, spec)
+    plan.errors += (bad | missing & _wanted(items, plan)).sum().int()
+    emit(pooled, made, plan, cache, spec, norm_weight, rope, rows)
+
+
+def _window(items: Items, spec: CompressorSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions `[n, window_rows]` of which an entry is made, and which of them are old: they must be read from pages."""
+    first = (items.window - int(spec.overlap)) * spec.ratio
+    position = first[:, None] + torch.arange(spec.window_rows, device=first.device)
+    return position, (position >= 0) & (position < items.start[:, None])
+
+
+def _check_old_rows(items: Items, value: _Pages, score: _Pages, spec: CompressorSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whether each item's window has an old row without a page, and one of which a table is wrong."""
+    position, old = _window(items, spec)
+    missing = bad = torch.zeros_like(old)
+    for pages in (value, score):
+        page, wrong = pages.find(items.slot[:, None], position.clamp(min=0))
+        missing, bad = missing | (page < 0), bad | wrong
+    return (old & missing).any(1), (old & bad).any(1)
+
+
+def _pool(items: Items, tokens: _Tokens, value: _Pages, score: _Pages, spec: CompressorSpec) -> torch.Tensor:
+    """fp32 `[n, head_dim]`: the softmax-weighted means of windows of which all old rows are there.
+
+    Maximum and sums run over the rows in position order, elementwise over items, so that no bit depends on the batch.
+    """
+    if items.window.numel() == 0:
+        return torch.zeros(0, spec.head_dim, device=items.window.device)
+    position, old = _window(items, spec)
+    values, scores = [], []
+    for j in range(spec.window_rows):
+        x, kept = position[:, j], old[:, j].nonzero()[:, 0]
+        token = torch.where((x >= 0) & ~old[:, j], items.token + x - items.start, 0)
+        k, s = (row.float() for row in tokens.rows(token, x))
+        for pages, row in ((value, k), (score, s)):
+            page, _ = pages.find(items.slot[kept], x[kept])
+            row[kept] = pages.rows(page, x[kept]).float()
+        half = slice(0, spec.head_dim) if spec.overlap and j < spec.ratio else slice(-spec.head_dim, None)
+        before_first = (x < 0)[:, None]  # window 0 has no window before it
+        values.append(torch.where(before_first, -0.0, k[:, half]))
+        scores.append(torch.where(before_first, -torch.inf, s[:, half]))
+    top = scores[0]
+    for s in scores[1:]:
+        top = torch.maximum(top, s)
+    weight, total = torch.zeros_like(top), torch.zeros_like(top)
+    for k, s in zip(values, scores, strict=True):
+        e = torch.exp(s - top)  # 0 where s is -inf, NaN where all of them are
+        weight, total = weight + e, total + e * k
+    return total / weight
+
+
+def _write(items: Items, tokens: _Tokens, value: _Pages, score: _Pages, spec: CompressorSpec) -> torch.Tensor:
+    """Keeps the new rows of each item where they have a page; whether a table was wrong for one of them."""
+    position = items.window[:, None] * spec.ratio + torch.arange(spec.ratio, device=items.window.device)
+    new = (position >= items.start[:, None]) & (position < items.end[:, None])
+    item, place = new.nonzero(as_tuple=True)
+    x = position[item, place]
+    kept = tokens.rows(items.token[item] + x - items.start[item], x)
+    bad = torch.zeros_like(items.window, dtype=torch.bool)
+    for pages, row in zip((value, score), kept, strict=True):
+        page, wrong = pages.find(items.slot[item], x)
+        there = page >= 0
+        pages.pool[page[there], x[there] % pages.pool.shape[1]] = row[there]
+        bad[item[wrong]] = True
+    return bad
+
+
+def _wanted(items: Items, plan: StepPlan) -> torch.Tensor:
+    """Whether somebody takes the entry of each item: one that its slot drops need not be there."""
+    beyond = items.entry >= plan.entry_capacity
+    if plan.entry_slots is None or plan.entry_capacity == 0:
+        return torch.ones_like(beyond)
+    slot = plan.entry_slots[torch.where((items.entry >= 0) & ~beyond, items.entry, 0)]
+    return beyond | (slot >= 0)

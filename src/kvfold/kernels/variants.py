@@ -1,0 +1,178 @@
+"""What each call's kernel is compiled for: from a spec, a format, a row of the table and dtypes to a `Variant`."""
+
+from __future__ import annotations
+
+import torch
+
+from ..records import FORMATS, RecordFormat
+from ..spec import CompressorSpec
+from ..state import FoldState
+from .build import POINTERS, Variant
+from .configs import Config, choose
+from .plan import plan_variant, windows_per_program
+
+# Of kv_score, state, rows and norm weight (None: absent), and whether the plan has entry slots.
+Types = tuple[torch.dtype, torch.dtype, "torch.dtype | None", "torch.dtype | None", bool]
+
+
+# Keys name a call's kernel: its kind, then what the function of that kind below takes before `aligned` and `pdl`. `launch`
+# makes them of a call's arguments, `warmup` of what calls will be made of.
+
+
+def variant_of(key: tuple, aligned: bool, pdl: bool) -> Variant:
+    return _VARIANTS[key[0]](*key[1:], aligned, pdl)
+
+
+def step_key(spec: CompressorSpec, fmt: RecordFormat | None, kind: str, max_new_tokens: int, types: Types) -> tuple:
+    """`kind`: of the state. `max_new_tokens`: the plan's bound; no item of fold rows is longer than a window."""
+    return "step", spec, fmt, choose(kind, spec, max_new_tokens if kind == "rows" else min(max_new_tokens, spec.ratio)), types
+
+
+def pair_key(first: tuple, second: tuple) -> tuple:
+    """Of two keys of steps."""
+    return "pair", first[1:], second[1:]
+
+
+def window_key(spec: CompressorSpec, fmt: RecordFormat | None, max_new_tokens: int, types: Types, page_size: int) -> tuple:
+    return "window", spec, fmt, choose("window", spec, max_new_tokens), types, page_size % spec.ratio == 0
+
+
+def store_key(spec: CompressorSpec, fmt: RecordFormat, types: tuple[torch.dtype, torch.dtype]) -> tuple:
+    return "store", spec, fmt, choose("store", spec, 1), types
+
+
+def plan_key(ratio: int, windows_per_sequence: int, no_slots: bool, no_table: bool) -> tuple:
+    return "plan", ratio, windows_per_program(windows_per_sequence), no_slots, no_table
+
+
+def step_variant(
+    spec: CompressorSpec, fmt: RecordFormat | None, config: Config, types: Types, aligned: bool = True, pdl: bool = False
+) -> Variant:
+    """One compressor over a `FoldState`."""
+    constants, pointers = _step(spec, fmt, config, types)
+    constants |= {"RATIO": spec.ratio, **({} if types[4] else {"entry_slots": None})}
+    return Variant("step", tuple(constants.items()), config.num_warps, tuple(pointers.items()), aligned, pdl, config.registers)
+
+
+def pair_variant(first: tuple, second: tuple, aligned: bool = True, pdl: bool = False) -> Variant:
+    """Two compressors over FoldStates, each given as the arguments of `step_variant`."""
+    constants: dict[str, object] = {"RATIO": first[0].ratio, **({} if first[3][4] else {"entry_slots": None})}
+    pointers: dict[str, str] = {}
+    for end, one in (("_0", first), ("_1", second)):
+        some, others = _step(*one)
+        constants |= {name + end: value for name, value in some.items()}
+        pointers |= {name + end: value for name, value in others.items()}
+    warps = max(first[2].num_warps, second[2].num_warps)
+    return Variant("pair", tuple(constants.items()), warps, tuple(pointers.items()), aligned, pdl, first[2].registers)
+
+
+def _step(
+    spec: CompressorSpec, fmt: RecordFormat | None, config: Config, types: Types
+) -> tuple[dict[str, object], dict[str, str]]:
+    """Constants and pointer types of one compressor of a step kernel, but for what two of them share."""
+    state = FoldState.allocate(spec, 0, 1, device="meta")
+    constants = {
+        "KIND": state.kind,
+        "OVERLAP": int(spec.overlap),
+        "HISTORY": state.history,
+        "AHEAD": config.ahead if state.kind == "fold" else min(config.ahead, spec.window_rows),
+        "ONCE": config.once,
+        **({} if spec.has_ape else {"ape": None}),
+    }
+    pointers = {"kv_score": POINTERS[types[0]], "state_rows": POINTERS[types[1]]}
+    return _with_epilogue(constants, pointers, spec, fmt, types[2], types[3])
+
+
+def window_variant(
+    spec: CompressorSpec,
+    fmt: RecordFormat | None,
+    config: Config,
+    types: Types,
+    one_page: bool,
+    aligned: bool = True,
+    pdl: bool = False,
+) -> Variant:
+    """One compressor over a `WindowState`. one_page: the page size is a multiple of the ratio."""
+    slices = window_slices(spec, config)
+    constants = {
+        "RATIO": spec.ratio,
+        "OVERLAP": int(spec.overlap),
+        # A power of two that the window fills; two rows at least, as one has nothing to reduce.
+        "TILE": max(2, min(config.tile, spec.window_rows)),
+        "SLICE": spec.head_dim // slices,
+        "AHEAD": config.ahead,
+        "ONE_PAGE": one_page,
+        **({} if spec.has_ape else {"ape": None}),
+        **({} if types[4] else {"entry_slots": None}),
+        **({} if slices > 1 else {"workspace": None, "arrivals": None}),
+    }
+    pointers = {"kv_score": POINTERS[types[0]], "kv_pool": POINTERS[types[1]], "score_pool": POINTERS[types[1]]}
+    constants, pointers = _with_epilogue(constants, pointers, spec, fmt, types[2], types[3])
+    return Variant(
+        "window", tuple(constants.items()), config.num_warps, tuple(pointers.items()), aligned, pdl, config.registers
+    )
+
+
+def window_slices(spec: CompressorSpec, config: Config) -> int:
+    """Programs that share the channels of an entry."""
+    return spec.head_dim // min(config.slice, spec.head_dim) if config.slice else 1
+
+
+def store_variant(
+    spec: CompressorSpec,
+    fmt: RecordFormat,
+    config: Config,
+    types: tuple[torch.dtype, torch.dtype],
+    aligned: bool = True,
+    pdl: bool = False,
+) -> Variant:
+    """The store kernel. `types`: of the pooled rows and the norm weight."""
+    constants, pointers = _with_epilogue({"RATIO": spec.ratio}, {"pooled": POINTERS[types[0]]}, spec, fmt, None, types[1])
+    del constants["rows"]
+    return Variant("store", tuple(constants.items()), config.num_warps, tuple(pointers.items()), aligned, pdl, config.registers)
+
+
+def _with_epilogue(
+    constants: dict[str, object],
+    pointers: dict[str, str],
+    spec: CompressorSpec,
+    fmt: RecordFormat | None,
+    rows: torch.dtype | None,
+    norm_weight: torch.dtype | None,
+) -> tuple[dict[str, object], dict[str, str]]:
+    constants |= epilogue_constants(fmt, spec)
+    if rows is None:
+        constants["rows"] = None
+    else:
+        pointers["rows"] = POINTERS[rows]
+    if fmt is None:
+        constants |= dict.fromkeys(("norm_weight", "rope", "pages", "scales"))
+    else:
+        assert norm_weight is not None
+        pointers["norm_weight"] = POINTERS[norm_weight]
+        constants |= {} if fmt.separate else {"scales": None}
+        constants |= {} if spec.rope_dim else {"rope": None}
+    return constants, pointers
+
+
+_VARIANTS = {
+    "step": step_variant,
+    "pair": pair_variant,
+    "window": window_variant,
+    "store": store_variant,
+    "plan": plan_variant,
+}
+
+
+def epilogue_constants(fmt: RecordFormat | None, spec: CompressorSpec) -> dict[str, object]:
+    """What the epilogue is compiled for."""
+    # Without a cache nothing of a format is compiled in; any value serves, and one value means one kernel.
+    fmt = fmt or FORMATS["bf16"]
+    return {
+        "HEAD_DIM": spec.head_dim,
+        "LOG2": spec.head_dim.bit_length() - 1,
+        "ROPE_DIM": spec.rope_dim,
+        "EPS": spec.norm_eps,
+        "HADAMARD": spec.hadamard,
+        **fmt.constants(spec),
+    }

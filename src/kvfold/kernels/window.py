@@ -1,0 +1,431 @@
+"""A step over `WindowState`: writes the raw rows of new tokens, and pools every window that ends, in parallel.
+
+Two kinds of programs in one launch. Writers take work items in turn and store their new rows. The others take (entry, slice)
+units in turn: one tile of rows by SLICE channels of value and score, all of it in flight at once. Old rows come from the pages,
+new ones live, so nobody waits for a writer. Where an entry has several slices, the program that brings the last one to the
+workspace finishes the entry; which one that is changes no bit.
+"""
+
+import triton
+import triton.language as tl
+
+from .epilogue import aim_entry, emit, judge_slot
+from .fold import LOG2_E, LOWEST, spread
+from .pdl import wait_for_inputs
+from .record import bf16_bits, bf16_value
+
+
+@triton.jit
+def find_pages(table, width, num_pages, sequence, x, wanted, page_size):
+    """Pages of positions `x`, and which of the wanted ones have none (-1) or a bad one (outside the table or the pool)."""
+    column = x // page_size
+    inside = column < width
+    page = tl.load(table + sequence.to(tl.int64) * width + column, mask=wanted & inside, other=-1)
+    bad = wanted & ((inside == 0) | (page < -1) | (page >= num_pages))
+    return page.to(tl.int64), wanted & inside & (page == -1), bad
+
+
+@triton.jit
+def as_stored(x, BF16: tl.constexpr):
+    """fp32 rounded as the state rounds it."""
+    if BF16:
+        x = bf16_value(bf16_bits(x))
+    return x
+
+
+@triton.jit
+def store_rounded(pool, at, x, mask):
+    if pool.dtype.element_ty == tl.bfloat16:
+        tl.store(pool.to(tl.pointer_type(tl.int16)) + at, bf16_bits(x), mask=mask)
+    else:
+        tl.store(pool + at, x, mask=mask)
+
+
+@triton.jit
+def write_rows(
+    kv_score, kv_stride, ape, kv_pool, kv_page_stride, kv_row_stride, kv_pages, kv_table, kv_width,
+    score_pool, score_page_stride, score_row_stride, score_pages, score_table, score_width, page_size,
+    begin, stop, start, token, sequence,
+    RATIO: tl.constexpr, CHANNELS: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Stores the rows of new positions `[begin, stop)`; returns how many have a bad page."""
+    c = tl.arange(0, CHANNELS)
+    refused = tl.zeros((), tl.int32)
+    for base in range(0, stop - begin, AHEAD):
+        ks = ()
+        ss = ()
+        for i in tl.static_range(AHEAD):
+            x = begin + base + i
+            there = spread(x < stop, CHANNELS)
+            at = kv_score + (token + x - start).to(tl.int64) * kv_stride + c
+            k = tl.load(at, mask=there, other=0.0).to(tl.float32)
+            s = tl.load(at + CHANNELS, mask=there, other=0.0).to(tl.float32)
+            if ape is not None:
+                s += tl.load(ape + (x % RATIO) * CHANNELS + c, mask=there, other=0.0)
+            ks = ks + (k,)
+            ss = ss + (s,)
+        for i in tl.static_range(AHEAD):
+            x = begin + base + i
+            kv_page, _, kv_bad = find_pages(kv_table, kv_width, kv_pages, sequence, x, x < stop, page_size)
+            score_page, _, score_bad = find_pages(score_table, score_width, score_pages, sequence, x, x < stop, page_size)
+            row = (x % page_size).to(tl.int64)
+            mask = spread((x < stop) & (kv_bad == 0) & (kv_page >= 0), CHANNELS)
+            store_rounded(kv_pool, kv_page * kv_page_stride + row * kv_row_stride + c, ks[i], mask)
+            mask = spread((x < stop) & (score_bad == 0) & (score_page >= 0), CHANNELS)
+            store_rounded(score_pool, score_page * score_page_stride + row * score_row_stride + c, ss[i], mask)
+            refused += (kv_bad | score_bad).to(tl.int32)
+    return refused
+
+
+@triton.jit
+def check_window(
+    kv_pages, kv_table, kv_width, score_pages, score_table, score_width, page_size, window, start, sequence,
+    RATIO: tl.constexpr, OVERLAP: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """How many old rows of a window have no page, and how many a bad one."""
+    missing = tl.zeros((), tl.int32)
+    bad = tl.zeros((), tl.int32)
+    for j0 in range(0, RATIO * (1 + OVERLAP), TILE):
+        j = j0 + tl.arange(0, TILE)
+        x = (window - OVERLAP) * RATIO + j
+        wanted = (x >= 0) & (x < start) & (j < RATIO * (1 + OVERLAP))
+        x = tl.maximum(x, 0)
+        _, kv_missing, kv_bad = find_pages(kv_table, kv_width, kv_pages, sequence, x, wanted, page_size)
+        _, score_missing, score_bad = find_pages(score_table, score_width, score_pages, sequence, x, wanted, page_size)
+        missing += tl.sum((kv_missing | score_missing).to(tl.int32), axis=0)
+        bad += tl.sum((kv_bad | score_bad).to(tl.int32), axis=0)
+    return missing, bad
+
+
+@triton.jit
+def add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def add_live_rows(
+    k, s, kv_score, kv_stride, ape, j, c0, window, start, token,
+    RATIO: tl.constexpr, AHEAD: tl.constexpr, SLICE: tl.constexpr, HEAD_DIM: tl.constexpr, BF16: tl.constexpr,
+):  # fmt: skip
+    """Puts up to AHEAD new rows, the last of a window, into its tile: a row at a time, where a tile of them would be masked."""
+    c = c0 + tl.arange(0, SLICE)
+    ks = ()
+    ss = ()
+    for i in tl.static_range(AHEAD):
+        row = RATIO - AHEAD + i
+        x = window * RATIO + row
+        there = spread(x >= start, SLICE)
+        at = kv_score + (token + x - start).to(tl.int64) * kv_stride + c
+        new_k = tl.load(at, mask=there, other=0.0).to(tl.float32)
+        new_s = tl.load(at + HEAD_DIM, mask=there, other=0.0).to(tl.float32)
+        if ape is not None:
+            new_s += tl.load(ape + row * HEAD_DIM + c, mask=there, other=0.0)
+        ks = ks + (as_stored(new_k, BF16),)
+        ss = ss + (as_stored(new_s, BF16),)
+    for i in tl.static_range(AHEAD):
+        row = RATIO - AHEAD + i
+        if window * RATIO + row >= start:
+            here = (j == row)[:, None]
+            k = tl.where(here, ks[i][None, :], k)
+            s = tl.where(here, ss[i][None, :], s)
+    return k, s
+
+
+@triton.jit
+def add_live_tile(
+    k, s, kv_score, kv_stride, ape, j, c, new, token, x, start,
+    RATIO: tl.constexpr, CHANNELS: tl.constexpr, BF16: tl.constexpr,
+):  # fmt: skip
+    """Puts the new rows of a tile into it, any number of them."""
+    news = (new.to(tl.int32)[:, None] + c.to(tl.int32) * 0) != 0
+    live = kv_score + ((token + x - start).to(tl.int64) * kv_stride)[:, None] + c
+    new_k = tl.load(live, mask=news, other=0.0).to(tl.float32)
+    new_s = tl.load(live + CHANNELS, mask=news, other=float("-inf")).to(tl.float32)
+    if ape is not None:
+        new_s += tl.load(ape + ((j % RATIO) * CHANNELS)[:, None] + c, mask=news, other=0.0)
+    return tl.where(news, as_stored(new_k, BF16), k), tl.where(news, as_stored(new_s, BF16), s)
+
+
+@triton.jit
+def pool_slice(
+    kv_score, kv_stride, ape, kv_pool, kv_page_stride, kv_row_stride, kv_pages, kv_table, kv_width,
+    score_pool, score_page_stride, score_row_stride, score_pages, score_table, score_width, page_size,
+    window, start, token, sequence, c0, homes,
+    RATIO: tl.constexpr, OVERLAP: tl.constexpr, TILE: tl.constexpr, SLICE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    AHEAD: tl.constexpr, ONE_PAGE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Channels `[c0, c0 + SLICE)` of a pooled row, and how many old rows it needs that are not there.
+
+    Rows are summed in an order that follows from TILE, SLICE and the number of warps: one order for every call of a spec.
+    """
+    BF16: tl.constexpr = kv_pool.dtype.element_ty == tl.bfloat16
+    CHANNELS: tl.constexpr = HEAD_DIM * (1 + OVERLAP)
+    WINDOW_ROWS: tl.constexpr = RATIO * (1 + OVERLAP)
+    m = tl.full((SLICE,), LOWEST, tl.float32)
+    l = tl.zeros((SLICE,), tl.float32)
+    a = tl.zeros((SLICE,), tl.float32)
+    absent = tl.zeros((), tl.int32)
+    if ALIGNED:
+        # Known to be a multiple of 4 and no more, so that a thread has 4 channels of kv_score as it has of an fp32 pool. With
+        # 8, whatever meets the live rows gets 8 too, and one window of 128 rows took twice the shuffles.
+        kv_stride = (kv_stride // 4) * 4
+    for j0 in range(0, WINDOW_ROWS, TILE):
+        j = j0 + tl.arange(0, TILE)
+        x = (window - OVERLAP) * RATIO + j
+        if ONE_PAGE and OVERLAP == 0 and TILE == WINDOW_ROWS:
+            # The common case by far: rows one behind the other on one page. All of them are loaded, new ones too, over which
+            # the live ones are put: without a mask a tile of 128 rows takes half the instructions.
+            kv_before, kv_this, kv_lost, score_before, score_this, score_lost = homes
+            absent = (kv_lost | score_lost).to(tl.int32)
+            k = tl.zeros((TILE, SLICE), tl.float32)
+            s = tl.zeros((TILE, SLICE), tl.float32)
+            c = c0 + tl.arange(0, SLICE)[None, :]
+            if (start > window * RATIO) & (absent == 0):
+                row = (window * RATIO) % page_size
+                kv_rows = kv_pool + kv_this * kv_page_stride + row * kv_row_stride
+                score_rows = score_pool + score_this * score_page_stride + row * score_row_stride
+                # A page spans less than 2**31 elements: one 32-bit offset for each row.
+                k = tl.load(kv_rows + ((j * kv_row_stride.to(tl.int32))[:, None] + c)).to(tl.float32)
+                s = tl.load(score_rows + ((j * score_row_stride.to(tl.int32))[:, None] + c)).to(tl.float32)
+            if start - window * RATIO >= RATIO - AHEAD:
+                k, s = add_live_rows(
+                    k, s, kv_score, kv_stride, ape, j, c0, window, start, token, RATIO, AHEAD, SLICE, HEAD_DIM, BF16
+                )  # fmt: skip
+            else:
+                k, s = add_live_tile(
+                    k, s, kv_score, kv_stride, ape, j, c.to(tl.int64) + (j * 0)[:, None], x >= start, token, x, start,
+                    RATIO, CHANNELS, BF16,
+                )  # fmt: skip
+        else:
+            there = x >= 0
+            if WINDOW_ROWS % TILE != 0:
+                there = there & (j < WINDOW_ROWS)
+            old = there & (x < start)
+            new = there & (x >= start)
+            at = tl.maximum(x, 0)
+            if ONE_PAGE:
+                kv_before, kv_this, kv_lost, score_before, score_this, score_lost = homes
+                before = j < RATIO * OVERLAP
+                kv_page = tl.where(before, kv_before, kv_this)
+                score_page = tl.where(before, score_before, score_this)
+                row = ((window * RATIO) % page_size + j - RATIO * OVERLAP).to(tl.int64)
+                if OVERLAP:
+                    row = tl.where(before, (tl.maximum(window - 1, 0) * RATIO) % page_size + j, row)
+                absent = (kv_lost | score_lost).to(tl.int32)
+                old = old & (absent == 0)
+            else:
+                kv_page, kv_missing, kv_bad = find_pages(kv_table, kv_width, kv_pages, sequence, at, old, page_size)
+                score_page, score_missing, score_bad = find_pages(
+                    score_table, score_width, score_pages, sequence, at, old, page_size
+                )  # fmt: skip
+                lost = kv_missing | kv_bad | score_missing | score_bad
+                absent += tl.sum(lost.to(tl.int32), axis=0)
+                old = old & (lost == 0)
+                row = (at % page_size).to(tl.int64)
+            # Overlap: the window before gives its lo half, this window its hi half.
+            half = tl.where(j < RATIO * OVERLAP, 0, OVERLAP * HEAD_DIM)
+            c = (half[:, None] + (c0 + tl.arange(0, SLICE))[None, :]).to(tl.int64)
+            olds = (old.to(tl.int32)[:, None] + c.to(tl.int32) * 0) != 0
+            k = tl.load(
+                kv_pool + (kv_page * kv_page_stride + row * kv_row_stride)[:, None] + c, mask=olds, other=0.0
+            ).to(tl.float32)  # fmt: skip
+            s = tl.load(
+                score_pool + (score_page * score_page_stride + row * score_row_stride)[:, None] + c,
+                mask=olds,
+                other=float("-inf"),
+            ).to(tl.float32)  # fmt: skip
+            if start - (window - OVERLAP) * RATIO < j0 + TILE:
+                k, s = add_live_tile(
+                    k, s, kv_score, kv_stride, ape, j, c, new, token, x, start, RATIO, CHANNELS, BF16
+                )  # fmt: skip
+        top = tl.maximum(m, tl.max(s, axis=0))
+        # One operation instead of two. What rounding -top * LOG2_E changes, it changes in all weights alike.
+        e = tl.exp2(tl.fma(s, LOG2_E + tl.zeros_like(s), (top * -LOG2_E)[None, :] + tl.zeros_like(s)))
+        tile_l, tile_a = tl.reduce((e, e * k), 0, add_pairs)
+        if TILE < WINDOW_ROWS:
+            before_tile = tl.exp2((m - top) * LOG2_E)
+            l = l * before_tile + tile_l
+            a = a * before_tile + tile_a
+            m = top
+        else:
+            l = tile_l
+            a = tile_a
+    return a / l, absent
+
+
+@triton.jit
+def bring_slice(workspace, arrivals, y, entry, c0, complete, SLICES: tl.constexpr, SLICE: tl.constexpr):
+    """Leaves a slice of a pooled row in the workspace; returns whether it was the last one of its entry."""
+    last = complete
+    if complete:
+        tl.store(workspace + entry.to(tl.int64) * (SLICES * SLICE) + c0 + tl.arange(0, SLICE), y)
+        tl.debug_barrier()  # all threads' channels before the arrival
+        last = tl.atomic_add(arrivals + entry, 1, sem="acq_rel") == SLICES - 1
+    return last
+
+
+@triton.jit
+def find_homes(
+    table, width, num_pages, page_size, window, start, sequence, there, RATIO: tl.constexpr, OVERLAP: tl.constexpr
+):  # fmt: skip
+    """Pages of the window before and of this one, where each has its rows on one page, and whether one that is needed is not
+    there."""
+    x = window * RATIO
+    this, missing, bad = find_pages(table, width, num_pages, sequence, x, there & (start > x), page_size)
+    lost = missing | bad
+    before = this
+    if OVERLAP:
+        x = tl.maximum(window - 1, 0) * RATIO
+        wanted = there & (window > 0) & (start > x)
+        before, missing, bad = find_pages(table, width, num_pages, sequence, x, wanted, page_size)
+        lost = lost | missing | bad
+    return before, this, lost
+
+
+@triton.jit
+def load_unit(
+    items, entry_items, entry_slots, unit, num_units,
+    kv_pages, kv_table, kv_width, score_pages, score_table, score_width, page_size,
+    RATIO: tl.constexpr, OVERLAP: tl.constexpr, SLICES: tl.constexpr, ONE_PAGE: tl.constexpr,
+):  # fmt: skip
+    """All that an (entry, slice) unit must know before it can load its rows. Nothing that a kernel in flight writes."""
+    there = unit < num_units
+    index = tl.load(entry_items + unit // SLICES, mask=there, other=0)
+    slot = (unit // SLICES).to(tl.int64)
+    if entry_slots is not None:
+        slot = tl.load(entry_slots + unit // SLICES, mask=there, other=-1)
+    window, start, end, token, entry, sequence = load_item(items, index, there)
+    homes = ()
+    if ONE_PAGE:
+        kv = find_homes(kv_table, kv_width, kv_pages, page_size, window, start, sequence, there, RATIO, OVERLAP)
+        score = find_homes(score_table, score_width, score_pages, page_size, window, start, sequence, there, RATIO, OVERLAP)
+        homes = kv + score
+    return window, start, end, token, entry, sequence, slot, homes
+
+
+@triton.jit
+def load_item(items, index, there):
+    item = items + index * 8
+    window = tl.load(item, mask=there, other=0)
+    start = tl.load(item + 1, mask=there, other=0)
+    end = tl.load(item + 2, mask=there, other=0)
+    token = tl.load(item + 3, mask=there, other=0)
+    entry = tl.load(item + 5, mask=there, other=-1)
+    sequence = tl.load(item + 6, mask=there, other=0)
+    return window, start, end, token, entry, sequence
+
+
+COUNTS = (
+    "num_tokens", "entry_capacity", "batch", "kv_pages", "kv_width", "score_pages", "score_width", "page_size", "num_writers",
+    "max_position", "rows_per_page", "cache_slots",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def window_kernel(
+    items, num_items, entry_slots, entry_capacity, errors, entry_items, cu_entries, batch,
+    kv_score, kv_stride, num_tokens, ape,
+    kv_pool, kv_page_stride, kv_row_stride, kv_pages, kv_table, kv_width,
+    score_pool, score_page_stride, score_row_stride, score_pages, score_table, score_width, page_size,
+    workspace, arrivals, num_writers,
+    rows, norm_weight, rope, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots, cache_scale,
+    PDL: tl.constexpr, HARDWARE: tl.constexpr, RATIO: tl.constexpr, OVERLAP: tl.constexpr,
+    TILE: tl.constexpr, SLICE: tl.constexpr, AHEAD: tl.constexpr, ONE_PAGE: tl.constexpr, ALIGNED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, LOG2: tl.constexpr, ROPE_DIM: tl.constexpr, EPS: tl.constexpr, HADAMARD: tl.constexpr,
+    ROUND_ROWS: tl.constexpr, ELEMENT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, FLOOR: tl.constexpr,
+    FLOOR_ON_SCALE: tl.constexpr, DIVIDE: tl.constexpr, ROTATED_BF16: tl.constexpr, PAD: tl.constexpr,
+    ROUND_VALUES: tl.constexpr, TIES_TO_ZERO: tl.constexpr, ROW_BYTES: tl.constexpr, TAIL_BYTES: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    total = tl.load(num_items)
+    num_entries = tl.minimum(tl.load(cu_entries + batch), entry_capacity)
+    SLICES: tl.constexpr = HEAD_DIM // SLICE
+    # The first item is read before the wait: the plan and what it was built from are older than the launch before this one.
+    if pid < num_writers:
+        index = pid
+        window, start, end, token, entry, sequence = load_item(items, index, index < total)
+        wait_for_inputs(PDL)
+        while index < total:
+            if token + end - start <= num_tokens:
+                begin = tl.maximum(start, window * RATIO)
+                stop = begin + tl.minimum(end - begin, RATIO - begin % RATIO)
+                refused = write_rows(
+                    kv_score, kv_stride, ape, kv_pool, kv_page_stride, kv_row_stride, kv_pages, kv_table, kv_width,
+                    score_pool, score_page_stride, score_row_stride, score_pages, score_table, score_width, page_size,
+                    begin, stop, start, token, sequence, RATIO, HEAD_DIM * (1 + OVERLAP), AHEAD,
+                )  # fmt: skip
+                count = (refused > 0).to(tl.int32)
+                if entry >= 0:
+                    missing, bad = check_window(
+                        kv_pages, kv_table, kv_width, score_pages, score_table, score_width, page_size,
+                        window, start, sequence, RATIO, OVERLAP, TILE,
+                    )  # fmt: skip
+                    slot = tl.where(entry < entry_capacity, entry, -1).to(tl.int64)
+                    if entry_slots is not None:
+                        slot = tl.load(entry_slots + entry, mask=entry < entry_capacity, other=-1)
+                    deliver, wrong = judge_slot(
+                        entry, slot, window * RATIO, entry_capacity, max_position, pages, cache_slots, ROPE_DIM
+                    )  # fmt: skip
+                    wanted = (entry >= entry_capacity) | (slot != -1)
+                    if bad > 0:
+                        count = bad * 0 + 1
+                    elif missing > 0:
+                        count = tl.maximum(count, wanted.to(tl.int32))
+                    else:
+                        count += wrong.to(tl.int32)
+                if count > 0:
+                    tl.atomic_add(errors, count)
+            else:
+                if window == start // RATIO:
+                    tl.atomic_add(errors, 1)
+            index += num_writers
+            window, start, end, token, entry, sequence = load_item(items, index, index < total)
+    else:
+        unit = pid - num_writers
+        num_units = num_entries * SLICES
+        window, start, end, token, entry, sequence, slot, homes = load_unit(
+            items, entry_items, entry_slots, unit, num_units,
+            kv_pages, kv_table, kv_width, score_pages, score_table, score_width, page_size,
+            RATIO, OVERLAP, SLICES, ONE_PAGE,
+        )  # fmt: skip
+        wait_for_inputs(PDL)
+        while unit < num_units:
+            c0 = (unit % SLICES) * SLICE
+            deliver, refused = judge_slot(
+                entry, slot, window * RATIO, entry_capacity, max_position, pages, cache_slots, ROPE_DIM
+            )  # fmt: skip
+            if deliver & (token + end - start <= num_tokens):
+                y, absent = pool_slice(
+                    kv_score, kv_stride, ape, kv_pool, kv_page_stride, kv_row_stride, kv_pages, kv_table, kv_width,
+                    score_pool, score_page_stride, score_row_stride, score_pages, score_table, score_width, page_size,
+                    window, start, token, sequence, c0, homes,
+                    RATIO, OVERLAP, TILE, SLICE, HEAD_DIM, AHEAD, ONE_PAGE, ALIGNED,
+                )  # fmt: skip
+                # Every slice sees the same rows, so either all of them bring theirs or none.
+                finish = absent == 0
+                if SLICES > 1:
+                    finish = bring_slice(workspace, arrivals, y, entry, c0, finish, SLICES, SLICE)
+                if finish:
+                    _slot, weight, cos, sin = aim_entry(
+                        entry, window * RATIO, None, entry_capacity, norm_weight, rope, max_position, pages,
+                        HEAD_DIM, ROPE_DIM,
+                    )  # fmt: skip
+                    if SLICES > 1:
+                        tl.store(arrivals + entry, 0)
+                        row = workspace + entry.to(tl.int64) * HEAD_DIM
+                        whole = tl.load(row + tl.arange(0, HEAD_DIM), cache_modifier=".cg")
+                    else:
+                        whole = y
+                    emit(
+                        whole, entry, slot, weight, cos, sin,
+                        rows, pages, page_stride, scales, scales_stride, rows_per_page, cache_scale,
+                        HEAD_DIM, LOG2, ROPE_DIM, EPS, HADAMARD, ROUND_ROWS, ELEMENT, GROUP, SCALE, FLOOR, FLOOR_ON_SCALE,
+                        DIVIDE, ROTATED_BF16, PAD, ROUND_VALUES, TIES_TO_ZERO, ROW_BYTES, TAIL_BYTES, HARDWARE,
+                    )  # fmt: skip
+            # Not before the work on this unit: that cost 150 of 1,300 instructions, and other programs hide the latency.
+            unit += tl.num_programs(0) - num_writers
+            window, start, end, token, entry, sequence, slot, homes = load_unit(
+                items, entry_items, entry_slots, unit, num_units,
+                kv_pages, kv_table, kv_width, score_pages, score_table, score_width, page_size,
+                RATIO, OVERLAP, SLICES, ONE_PAGE,
+            )  # fmt: skip

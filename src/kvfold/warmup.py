@@ -1,0 +1,235 @@
+"""`warmup`: compiles beforehand what the calls of an engine will need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import product
+from typing import NamedTuple
+
+import torch
+
+from .checks import check_int, check_type
+from .records import FORMATS, RecordFormat
+from .spec import CompressorSpec
+from .state import state_kind
+
+STATES = ("fold", "window")
+_FLOATS = (torch.bfloat16, torch.float32)
+
+
+def warmup(
+    specs: Iterable[CompressorSpec],
+    formats: Iterable[str | None],
+    *,
+    dtypes: Iterable[torch.dtype] = (torch.bfloat16,),
+    max_new_tokens: Iterable[int] = (1,),
+    states: Iterable[str] = ("fold",),
+    state_dtypes: Iterable[torch.dtype] = (torch.float32,),
+    norm_weight_dtypes: Iterable[torch.dtype] = (torch.float32,),
+    rows: Iterable[torch.dtype | None] = (None,),
+    page_sizes: Iterable[int] | None = None,
+    many: Iterable[tuple[tuple[CompressorSpec, str | None], tuple[CompressorSpec, str | None]]] = (),
+    pdl: bool | None = None,
+    device: torch.device | str | int | None = None,
+) -> int:
+    """Compiles and loads every kernel that calls over these combinations can need, and launches none.
+
+    After it, `compress`, `compress_many`, `store` and `StepPlan.update` compile nothing, whatever their batch sizes, lengths,
+    strides, alignments, slots and pages. An engine that keeps V4's layers in `FoldState`, decodes up to 4 tokens a step and
+    prefills in chunks of 8,192 calls, once for each device and before it captures a graph:
+
+        kvfold.warmup(
+            [kvfold.V4_HCA, kvfold.V4_CSA],
+            ["fp8_ds_mla"],
+            max_new_tokens=(1, 4, 8192),
+            norm_weight_dtypes=(torch.bfloat16,),
+            many=[((kvfold.V4_CSA, "fp8_ds_mla"), (kvfold.V4_INDEXER, "indexer_mxfp4"))],
+        )
+
+    Args:
+        specs: the compressors; every one with every other choice below.
+        formats: names of record formats, or None for calls without a cache. A spec is left out of formats that are not
+            defined for it; a format that is for none of the specs is a mistake.
+        dtypes: of `kv_score`.
+        max_new_tokens: the bounds that plans are built with.
+        states: `"fold"` for `FoldState`, `"window"` for `WindowState`.
+        state_dtypes: of input rows that a `FoldState` keeps, and of a `WindowState`.
+        norm_weight_dtypes: of the norm weight.
+        rows: dtypes of `compress(rows=...)`, None for calls without. `store` is compiled for those that are not None.
+        page_sizes: of `WindowState`s; default: any.
+        many: pairs of (spec, format) that `compress_many` gets together, over `FoldState`s.
+        pdl: as the calls will have it. False leaves out the kernels that are launched as dependents.
+        device: default: the current one.
+
+    Returns:
+        How many kernels were compiled; 0 when all were there.
+
+    Raises:
+        TypeError, ValueError: naming the argument, before anything is compiled; `UnsupportedError` where no kernel is
+            configured for a spec.
+        RuntimeError: there is no GPU, or kernels are interpreted.
+    """
+    specs, names = _all("specs", specs, CompressorSpec), _formats("formats", formats)
+    dtypes, norms = _choices("dtypes", dtypes, _FLOATS), _choices("norm_weight_dtypes", norm_weight_dtypes, _FLOATS)
+    state_dtypes, states = _choices("state_dtypes", state_dtypes, _FLOATS), _choices("states", states, STATES)
+    rows = _choices("rows", rows, (None, *_FLOATS))
+    steps = tuple(max_new_tokens)
+    for bound in steps:
+        check_int("max_new_tokens", bound, 1, (1 << 31) - 1)
+    pages = None if page_sizes is None else tuple(page_sizes)
+    for size in pages or ():
+        check_int("page_sizes", size, 1, (1 << 31) - 1)
+    pairs = [_pair(i, pair) for i, pair in enumerate(many)]
+    chosen = _combinations(specs, names)
+
+    from .kernels import dispatch  # imports triton, which the torch backend does not need
+
+    gpu = _gpu(device, dispatch.INTERPRETED)
+    w = _Wanted(dtypes, steps, state_dtypes, norms)
+    keys = [*_plan_keys({spec.ratio for spec in (*specs, *(one[0] for pair in pairs for one in pair))}, states)]
+    for spec, fmt in chosen:
+        for some in rows:
+            keys += _store_keys(spec, fmt, w, some)
+            keys += _step_keys(spec, fmt, w, some) if "fold" in states else ()
+            keys += _window_keys(spec, fmt, w, some, pages) if "window" in states else ()
+    for pair in pairs:
+        keys += _pair_keys(pair, w)
+    dependent = pdl is not False and dispatch.supports_pdl(gpu)
+    return sum(dispatch.prepare(key, gpu, dependent and key[0] != "plan") for key in dict.fromkeys(keys))
+
+
+class _Wanted(NamedTuple):
+    """What keys of all kinds are made for."""
+
+    dtypes: tuple[torch.dtype, ...]
+    steps: tuple[int, ...]
+    state_dtypes: tuple[torch.dtype, ...]
+    norms: tuple[torch.dtype, ...]
+
+    def epilogues(self, fmt: RecordFormat | None) -> list[tuple[torch.dtype | None, bool]]:
+        """Dtype of the norm weight, and whether the plan has entry slots, without which there can be no cache."""
+        return [(norm, True) for norm in self.norms] if fmt is not None else [(None, True), (None, False)]
+
+
+def _plan_keys(ratios: set[int], states: tuple[str, ...]) -> Iterator[tuple]:
+    """Of `StepPlan.update`, for both widths of the kernel: a plan of any length has one of them."""
+    from .kernels.variants import plan_key
+
+    for ratio, windows, state, no_table in product(sorted(ratios), (1, 1 << 20), states, (False, True)):
+        yield plan_key(ratio, windows, state == "window", no_table)
+
+
+def _store_keys(spec: CompressorSpec, fmt: RecordFormat | None, w: _Wanted, rows: torch.dtype | None) -> Iterator[tuple]:
+    from .kernels.variants import store_key
+
+    if fmt is not None and rows is not None:
+        for norm in w.norms:
+            yield store_key(spec, fmt, (rows, norm))
+
+
+def _step_keys(spec: CompressorSpec, fmt: RecordFormat | None, w: _Wanted, rows: torch.dtype | None) -> Iterator[tuple]:
+    """Of `compress` over a `FoldState`: fold rows are always fp32, and input rows kept in bf16 are bf16 when they come."""
+    from .kernels.variants import step_key
+
+    kind = state_kind(spec)
+    for dtype, state, bound in product(w.dtypes, w.state_dtypes if kind == "rows" else (torch.float32,), w.steps):
+        if dtype == torch.bfloat16 or state == torch.float32:
+            for norm, slots in w.epilogues(fmt):
+                yield step_key(spec, fmt, kind, bound, (dtype, state, rows, norm, slots))
+
+
+def _window_keys(
+    spec: CompressorSpec, fmt: RecordFormat | None, w: _Wanted, rows: torch.dtype | None, pages: tuple[int, ...] | None
+) -> Iterator[tuple]:
+    """Of `compress` over a `WindowState`: what matters of a page size is whether the ratio divides it."""
+    from .kernels.variants import window_key
+
+    for dtype, state, bound, page in product(w.dtypes, w.state_dtypes, w.steps, pages or (spec.ratio, 1)):
+        for norm, slots in w.epilogues(fmt):
+            yield window_key(spec, fmt, bound, (dtype, state, rows, norm, slots), page)
+
+
+def _pair_keys(pair: tuple[tuple[CompressorSpec, RecordFormat | None], ...], w: _Wanted) -> Iterator[tuple]:
+    """Of `compress_many`: the two may differ in dtypes, but their plan is one."""
+    from .kernels.variants import pair_key
+
+    for bound in w.steps:
+        first, second = ([*_step_keys(spec, fmt, w._replace(steps=(bound,)), None)] for spec, fmt in pair)
+        for one, other in product(first, second):
+            if one[-1][-1] == other[-1][-1]:  # entry slots, which the plan has or not
+                yield pair_key(one, other)
+
+
+def _gpu(device: torch.device | str | int | None, interpreted: bool) -> torch.device:
+    if interpreted:
+        raise RuntimeError("warmup compiles for a GPU, but TRITON_INTERPRET is set and kernels are interpreted")
+    if not torch.cuda.is_available():
+        raise RuntimeError("warmup compiles for the GPU of this machine, and torch finds none")
+    found = torch.device("cuda") if device is None else torch.device(device)
+    if found.type != "cuda":
+        raise ValueError(f"device must be a CUDA or HIP device, got {found}")
+    return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
+
+
+def _combinations(
+    specs: tuple[CompressorSpec, ...], formats: tuple[RecordFormat | None, ...]
+) -> list[tuple[CompressorSpec, RecordFormat | None]]:
+    """The specs with the formats that are defined for them."""
+    found = []
+    for fmt in formats:
+        fitting = [spec for spec in specs if fmt is None or _fits(spec, fmt)]
+        if specs and not fitting:
+            assert fmt is not None
+            raise ValueError(f"formats must be defined for one of the specs at least, got {fmt.name!r} for {list(specs)}")
+        found += [(spec, fmt) for spec in fitting]
+    return found
+
+
+def _fits(spec: CompressorSpec, fmt: RecordFormat) -> bool:
+    try:
+        fmt.check(spec)
+    except ValueError:
+        return False
+    return True
+
+
+def _pair(i: int, pair: object) -> tuple[tuple[CompressorSpec, RecordFormat | None], ...]:
+    """One of `many`, with its formats looked up."""
+    name = f"many[{i}]"
+    if not isinstance(pair, tuple) or len(pair) != 2 or not all(isinstance(one, tuple) and len(one) == 2 for one in pair):
+        raise TypeError(f"{name} must be a pair of (spec, format) tuples, got {pair!r}")
+    found = []
+    for spec, fmt in pair:
+        check_type(name, spec, CompressorSpec)
+        (known,) = _formats(name, (fmt,))
+        if known is not None:
+            try:
+                known.check(spec)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        found.append((spec, known))
+    if found[0][0].ratio != found[1][0].ratio:
+        raise ValueError(f"{name} must have one ratio, got {found[0][0].ratio} and {found[1][0].ratio}")
+    return tuple(found)
+
+
+def _formats(name: str, formats: Iterable[str | None]) -> tuple[RecordFormat | None, ...]:
+    names = _choices(name, formats, (None, *FORMATS))
+    return tuple(None if one is None else FORMATS[one] for one in names)
+
+
+def _all(name: str, values: Iterable, kind: type) -> tuple:
+    values = tuple(values)
+    for value in values:
+        check_type(name, value, kind)
+    return values
+
+
+def _choices(name: str, values: Iterable, accepted: tuple) -> tuple:
+    if isinstance(values, (str, torch.dtype)) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be several values, such as a tuple, got {values!r}")
+    values = tuple(values)
+    for value in values:
+        if value not in accepted:
+            raise ValueError(f"{name} must be among {', '.join(map(str, accepted))}, got {value!r}")
+    return values

@@ -1,0 +1,217 @@
+"""What of the benchmarks a CPU can check: cases, byte counts, the calls' tensors, the naive kernel, table and plot."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import Weights, make_tokens, norm_error
+
+import kvfold
+
+# Scripts beside the package: they import one another as a user's `python benchmarks/X.py` does.
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import calls
+import decode
+import floor
+import protocol
+import window_reduction
+from protocol import Case, Variant
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the interpreter takes the kernels where there is no GPU
+HIT = Case("decode", 512, 128, 16, 4, "hit")
+CSA_HIT = Case("decode", 512, 4, 16, 4, "hit")
+
+
+def test_every_peer_figure_belongs_to_a_case() -> None:
+    names = {case.name for case in protocol.cases()}
+    assert {row["case"] for row in protocol.peers()} <= names
+    without = names - {row["case"] for row in protocol.peers()}
+    assert without == {"dec hd128 r4 b64 n1 hit", "dec hd128 r4 b64 n4 hit"}
+
+
+@pytest.mark.parametrize("case", protocol.cases(), ids=lambda case: case.name)
+def test_starts_are_what_the_mode_says(case: Case) -> None:
+    starts = case.start_positions()
+    assert len(starts) == case.batch
+    ended = [(start + case.new) // case.ratio - start // case.ratio for start in starts]
+    if case.kind == "prefill":
+        assert starts == [0] * case.batch
+    elif case.mode == "hit":
+        assert all((start + case.new) % case.ratio == 0 for start in starts) and ended == [1] * case.batch
+    elif case.mode == "miss":
+        assert starts == [4 * case.ratio] * case.batch and ended == [0] * case.batch
+    else:
+        assert starts == [4 * case.ratio + b * case.ratio // case.batch for b in range(case.batch)]
+
+
+def test_raw_fp32_peers_are_there_for_every_ratio_128_case() -> None:
+    for case in protocol.cases():
+        if case.kind == "decode" and case.ratio == 128:
+            assert protocol.best_peer(case, protocol.RAW_FP32) is not None
+    assert protocol.best_peer(HIT) == (6.91, "sglang compress+normrope@s16")
+    assert protocol.best_peer(HIT, protocol.RAW_FP32) == (8.01, "sglang compress+normrope")
+
+
+@pytest.mark.parametrize("name", ["fold", "fold:nothing", "page:bf16", "many:bf16", "fold:bf16+bf16"])
+def test_unknown_variants_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"variant|fmt"):
+        Variant.parse(name)
+
+
+def test_options_choose_cases_and_variants() -> None:
+    args = decode.parse(
+        ["--quick", "--only", "r4", "--variants", "fold:fp8_ds_mla,many:fp8_ds_mla+indexer_mxfp4", "--pdl", "off"]
+    )
+    chosen = decode.chosen(args)
+    assert args.pdl == "off" and {case.batch for case, _ in chosen} == {16, 256}
+    assert all(case.head_dim == 512 for case, _ in chosen)  # neither is defined for the indexer alone
+    assert len(chosen) == 3 * 2 * 2
+    with pytest.raises(SystemExit):
+        decode.parse(["--variants", "fold:nothing"])
+
+
+def test_bytes_of_a_fold_step() -> None:
+    """HCA, 16 sequences at 636: 4 tokens, of which the last ends window 4. One work item each."""
+    fold_row = 3 * 512 * 4
+    plan = 4 + 16 * 32 + 16 * 8
+    shared = 4 * 512 * 4 + 512 * 4 + 64 * 4  # ape of 4 places, norm weight, one rotation
+    read = 16 * (4 * 1024 * 2 + fold_row + 4)
+    write = 16 * (3 * fold_row + 4 * 4 + 584)
+    assert floor.traffic(HIT, Variant.parse("fold:fp8_ds_mla")) == (plan + shared + read, write)
+
+
+def test_bytes_of_a_window_step() -> None:
+    """The same over fp32 pages of 128: 124 old rows, value and score, in one page; pooled rows in bf16 and no cache."""
+    row = 2 * 512 * 4
+    read = 4 + 16 * 32 + 4 * 512 * 4 + 16 * (4 * 1024 * 2 + 124 * row + 2 * 4)
+    assert floor.traffic(HIT, Variant.parse("window:rows")) == (read, 16 * (4 * row + 512 * 2))
+
+
+def test_bytes_of_main_and_indexer() -> None:
+    """CSA, 16 sequences at 16: window 4 ends, and takes the lo halves of positions 12 to 15 from the state; 8 tags or less."""
+
+    def compressor(head_dim: int, record: int) -> tuple[int, int]:
+        row = 2 * 2 * head_dim * 2
+        shared = 4 * 2 * head_dim * 4 + head_dim * 4 + 64 * 4
+        return shared + 16 * (4 * row + 4 * row // 2 + 4 * 4), 16 * (4 * row + 4 * 4 + record)
+
+    main, indexer = compressor(512, 584), compressor(128, 128 + 4)
+    got = floor.traffic(CSA_HIT, Variant.parse("many:fp8_ds_mla+indexer_fp8_vllm"))
+    assert got == (4 + 16 * 32 + 16 * 8 + main[0] + indexer[0], main[1] + indexer[1])
+
+
+def test_a_step_without_an_end_reads_no_window() -> None:
+    miss = Case("decode", 512, 128, 16, 1, "miss")
+    got = floor.traffic(miss, Variant.parse("window:fp8_ds_mla"))
+    assert got == (4 + 16 * 32 + 512 * 4 + 16 * (1024 * 2 + 2 * 4), 16 * 2 * 512 * 4)
+
+
+@pytest.mark.parametrize(("read", "write"), [(64, 64), (10_000, 2_000), (100, 9_000), (9_000, 0)])
+def test_move_writes_as_many_bytes_as_asked(read: int, write: int) -> None:
+    src = torch.randint(1, 1 << 30, (4096,), dtype=torch.int32, device=DEVICE)
+    dst = torch.full((4096,), -1, dtype=torch.int32, device=DEVICE)
+    floor.move(src, dst, read, write, 512, 4)()
+    written = -(-write // 64) * 16
+    assert bool((dst[:written] >= 0).all()) and bool((dst[written:] == -1).all())
+
+
+@pytest.mark.parametrize("mode", ["hit", "spread", "miss"])
+@pytest.mark.parametrize("name", ["fold:fp8_ds_mla", "fold:rows", "window:fp8_ds_mla", "window:rows"])
+def test_calls_are_accepted(name: str, mode: str) -> None:
+    step = calls.Step(Case("decode", 512, 128, 4, 4, mode), Variant.parse(name), DEVICE)
+    step.check(step.call(step.buffers()))
+
+
+@pytest.mark.parametrize("name", ["fold:fp8_ds_mla", "window:fp8_ds_mla", "many:fp8_ds_mla+indexer_mxfp4"])
+def test_calls_with_overlap_are_accepted(name: str) -> None:
+    step = calls.Step(Case("decode", 512, 4, 4, 1, "hit"), Variant.parse(name), DEVICE)
+    step.check(step.call(step.buffers()))
+
+
+def test_pages_that_a_step_touches_are_its_own() -> None:
+    case = Case("decode", 512, 128, 16, 4, "spread")
+    value, score, pages = calls.window_tables(case)
+    assert not torch.equal(value, score)
+    for tables in (value, score):
+        own = []
+        for b, start in enumerate(case.start_positions()):
+            first = (start // 128 - 1) * 128 // floor.PAGE_SIZE
+            own += tables[b, first : (start + case.new - 1) // floor.PAGE_SIZE + 1].tolist()
+        assert len(own) == len(set(own)) == pages - 1 and max(own) < pages
+
+
+@pytest.mark.parametrize("new", [1, 4])
+def test_one_warp_kernel_against_the_reference(new: int) -> None:
+    spec = kvfold.CompressorSpec(head_dim=32, ratio=8, rope_dim=16)
+    page, windows, batch = 4, 3, 2
+    tokens = [make_tokens(spec, windows * spec.ratio, seed=b, dtype=torch.bfloat16) for b in range(batch)]
+    ape = Weights.make(spec).ape
+    assert ape is not None
+    start = windows * spec.ratio - new
+    draw = torch.Generator().manual_seed(1)
+    pages = batch * windows * spec.ratio // page
+    tables = [torch.randperm(pages, generator=draw).view(batch, -1).int() for _ in range(2)]
+    pools = [torch.full((pages, page, spec.head_dim), torch.nan) for _ in range(2)]
+    for b in range(batch):
+        value, score = tokens[b].float().split(spec.channels, dim=1)
+        for pool, table, stored in zip(pools, tables, (value, score + ape.repeat(windows, 1)), strict=True):
+            for x in range(start):
+                pool[table[b, x // page], x % page] = stored[x]
+    live = torch.cat([rows[start:] for rows in tokens]).to(DEVICE)
+    got = torch.full((batch, spec.head_dim), torch.nan, device=DEVICE)
+    starts = torch.full((batch,), start, dtype=torch.int32, device=DEVICE)
+    on_device = [pool.to(DEVICE) for pool in pools]
+    window_reduction.one_warp_kernel[batch, 2](
+        live, ape.to(DEVICE), *on_device, *(table.to(DEVICE) for table in tables), tables[0].shape[1], starts, new, got,
+        RATIO=spec.ratio, PAGE=page, HEAD_DIM=spec.head_dim, COLUMNS=16, num_warps=1,
+    )  # fmt: skip
+    want = torch.stack([kvfold.reference.pooled(rows, spec, ape)[-1] for rows in tokens])
+    assert norm_error(got.cpu(), want) < window_reduction.BOUND
+    pools = [pool.cpu() for pool in on_device]
+    for pool, table, half in zip(pools, tables, (0, spec.channels), strict=True):
+        for b in range(batch):
+            stored = torch.stack([pool[table[b, x // page], x % page] for x in range(start, start + new)])
+            bias = ape[[x % spec.ratio for x in range(start, start + new)]] if half else 0
+            assert torch.equal(stored, tokens[b][start:, half : half + spec.channels].float() + bias)
+
+
+def sample_row(case: Case, variant: str, us: float, **more: object) -> dict:
+    where = {"device": "NVIDIA H200", "torch": "2.11.0", "triton": "3.6.0", "commit": "abc1234"}
+    return {"bench": "decode", "case": case.name, "variant": variant, "us": us, **more, **where}
+
+
+def test_plot_makes_its_files_from_a_sample(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")  # of the demo's extra
+    import plot
+
+    results = tmp_path / "results"
+    results.mkdir()
+    rows = [
+        sample_row(HIT, "fold:fp8_ds_mla", 99.0, floor_us=1.5, bytes=1),
+        sample_row(HIT, "fold:fp8_ds_mla", 2.5, floor_us=1.25, bytes=1),
+        sample_row(HIT, "fold:fp8_ds_mla", 77.0, floor_us=1.5, bytes=1, pdl="off"),
+        sample_row(HIT, "window:fp8_ds_mla", 5.5, floor_us=5.0, bytes=1),
+        sample_row(CSA_HIT, "many:fp8_ds_mla+indexer_fp8_vllm", 3.25, floor_us=2.0, bytes=1),
+    ]
+    old = [sample_row(HIT, "fold:fp8_ds_mla", 88.0), sample_row(HIT, "fold:bf16", 4.5)]
+    for name, lines in (("decode.jsonl", rows), ("fold.jsonl", old)):
+        (results / name).write_text("".join(json.dumps(row) + "\n" for row in lines))
+    made = []
+    for docs in (tmp_path / "once", tmp_path / "twice"):
+        plot.main(["--results", str(results), "--docs", str(docs)])
+        made.append([(docs / "plots/decode.svg").read_bytes(), (docs / "tables/decode.md").read_text()])
+    assert made[0] == made[1], "the same rows must give the same bytes"
+    svg, text = made[0]
+    assert b"</svg>" in svg
+    assert "| 2.50 | 1.25 | 2.00 | 6.91 | 2.76x | sglang compress+normrope@s16 |  |  |  |" in text
+    assert (
+        "| 5.50 | 5.00 | 1.10 | 6.91 | 1.26x | sglang compress+normrope@s16 | 8.01 | 1.46x | sglang compress+normrope |" in text
+    )
+    both = protocol.best_peer(CSA_HIT), protocol.best_peer(Case("decode", 128, 4, 16, 4, "hit"))
+    assert both[0] and both[1] and f"| {both[0][0] + both[1][0]:.2f} |" in text
+    assert "| fold:bf16 | 4.50 |  |  |" in text and not any(number in text for number in ("99.00", "88.00", "77.00"))

@@ -1,0 +1,136 @@
+"""The table of configurations: every row can be chosen and compiles, nothing else can be, and the rest is refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import Backend, make_tokens, norm_error
+from window_support import WindowEngine, run
+
+from kvfold import CompressorSpec, reference
+from kvfold.kernels.configs import ANY, CONFIGS, Config, UnsupportedError, choose
+from kvfold.state import state_kind
+
+RATIOS = (1, 2, 3, 4, 5, 8, 9, 16, 48, 64, 100, 128, 129, 256, 1024, 4095, 4096)
+SPECS = [
+    CompressorSpec(1 << log, ratio, overlap, rope_dim=0) for log, ratio, overlap in product(range(4, 13), RATIOS, (False, True))
+]
+STEPS = (1, 2, 3, 4, 5, 8, 9, 16, 100, 4096, ANY)
+CALLS = [(kind, spec, n) for spec, n in product(SPECS, STEPS) for kind in (state_kind(spec), "window", "store")]
+
+
+def is_served(kind: str, spec: CompressorSpec) -> bool:
+    """What the documentation promises: everything, but paged raw rows of a ratio that is no power of two."""
+    return kind != "window" or spec.ratio & (spec.ratio - 1) == 0
+
+
+def test_a_row_of_the_table_is_chosen_and_the_first_that_serves() -> None:
+    for kind, spec, n in CALLS:
+        if not is_served(kind, spec):
+            continue
+        chosen = choose(kind, spec, n)
+        index = CONFIGS.index(chosen)
+        assert chosen.kind == kind and chosen.serves(kind, spec.head_dim, spec.window_rows, n)
+        assert not any(c.serves(kind, spec.head_dim, spec.window_rows, n) for c in CONFIGS[:index])
+        # What a kernel takes for granted of its row.
+        assert chosen.num_warps in (1, 2, 4, 8) and chosen.ahead >= 1
+        if chosen.once and kind == "fold":
+            assert n <= chosen.ahead
+        if chosen.once and kind == "rows":
+            assert spec.window_rows <= chosen.ahead
+        assert chosen.slice == 0 or (kind == "window" and spec.head_dim % min(chosen.slice, spec.head_dim) == 0)
+
+
+def test_every_row_can_be_chosen() -> None:
+    assert len(set(CONFIGS)) == len(CONFIGS)
+    chosen = {choose(kind, spec, n) for kind, spec, n in CALLS if is_served(kind, spec)}
+    assert chosen == set(CONFIGS)
+
+
+def test_window_sums_do_not_follow_the_number_of_new_tokens() -> None:
+    """The bits of a window's sum follow its row of the table, so one row must serve every step of a spec."""
+    for spec in SPECS:
+        if is_served("window", spec):
+            assert len({choose("window", spec, n) for n in STEPS}) == 1
+
+
+def test_what_is_not_supported_says_what_is() -> None:
+    refused = [(kind, spec) for kind, spec, n in CALLS if n == 1 and not is_served(kind, spec)]
+    assert {spec.ratio for _, spec in refused} == {3, 5, 9, 48, 100, 129, 4095}
+    for kind, spec in refused:
+        with pytest.raises(UnsupportedError, match=r"\bspec\b") as caught:
+            choose(kind, spec, 4)
+        message = str(caught.value)
+        for config in CONFIGS:  # every row of the kind, and of no other
+            row = f"{config.kind}: head_dim {config.head_dims[0]} to {config.head_dims[1]}"
+            assert (row in message) == (config.kind == kind)
+        assert f"ratio={spec.ratio}" in message and "power of two" in message
+    with pytest.raises(UnsupportedError) as caught:
+        choose("ring", SPECS[0], 1)
+    assert all(f"{kind}: " in str(caught.value) for kind in ("fold", "rows", "window", "store"))
+    assert issubclass(UnsupportedError, ValueError)
+
+
+@pytest.mark.parametrize("ratio, overlap", [(3, False), (3, True), (12, False)])
+def test_an_odd_ratio_over_paged_rows(backend: Backend, ratio: int, overlap: bool) -> None:
+    """No kernel is configured for it, which is said before anything is written; the torch backend does it."""
+    spec = CompressorSpec(head_dim=64, ratio=ratio, overlap=overlap)
+    tokens = make_tokens(spec, 3 * ratio + 1, seed=5)
+    engine = WindowEngine(spec, backend, num_sequences=1, length=len(tokens), page_size=5)
+    if backend.name == "torch":
+        pooled = run(engine, 0, tokens, [ratio + 1, 1, len(tokens) - ratio - 2])
+        want = reference.pooled(tokens, spec, engine.weights.ape)
+        for window, row in pooled.items():
+            assert norm_error(row[None], want[window][None]) <= 2e-6
+        assert set(pooled) == {0, 1, 2}
+        return
+    before = engine.snapshot()
+    with pytest.raises(UnsupportedError, match=rf"\bspec\b.*ratio={ratio}\b.*power of two"):
+        engine.step([(0, 0, tokens)])
+    for was, now in zip(before, engine.snapshot(), strict=True):
+        assert torch.equal(was, now)
+
+
+COMPILE = """
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from kvfold.kernels import aot
+
+def size(combination):
+    return aot.compile_one(combination, "sm_90")
+
+if __name__ == "__main__":
+    one_each = {}
+    for c in aot.combinations():
+        if c.config is not None and c.other is None:
+            one_each.setdefault(c.config, c)
+    with ProcessPoolExecutor(2, get_context("fork")) as pool:
+        for c, n in zip(one_each.values(), pool.map(size, one_each.values())):
+            print(aot.CONFIGS.index(c.config), n)
+"""
+
+
+def test_every_row_compiles(tmp_path: Path) -> None:
+    """For Hopper, where no GPU is needed: each row with the first spec and format that it serves."""
+    script = tmp_path / "compile.py"
+    script.write_text(COMPILE)
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    sizes = dict(map(int, line.split()) for line in done.stdout.splitlines())
+    assert sizes.keys() == set(range(len(CONFIGS))) and min(sizes.values()) > 1000
+
+
+def test_a_row_serves_inside_its_bounds() -> None:
+    row = Config("rows", (64, 256), (2, 8), 5, ahead=8, num_warps=2)
+    assert row.serves("rows", 64, 2, 5) and row.serves("rows", 256, 8, 1)
+    for call in [("fold", 64, 2, 5), ("rows", 32, 2, 5), ("rows", 512, 2, 5), ("rows", 64, 1, 5), ("rows", 64, 9, 5)]:
+        assert not row.serves(*call)
+    assert not row.serves("rows", 64, 2, 6)
