@@ -1,4 +1,4 @@
-"""`Chain`: a small model's layers in fixed buffers, stepped over and over, for tests of dependent launches and of CUDA graphs."""
+"""`Chain`: layers of a small model in fixed buffers, stepped over and over, to test dependent launches and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BATCH, SLOTS, MOST, AHEAD = 6, 4, 4, 4  # sequences of a step, slots, longest st
 LENGTH, PAGE, ROWS_PER_PAGE = 400, 16, 16  # where a sequence ends, positions per page of raw rows, entries per page
 WIDE, NARROW = kvfold.V4_HCA, CompressorSpec(head_dim=128, ratio=128)
 MAIN, INDEXER = kvfold.V4_CSA, kvfold.V4_INDEXER
-# Names of layers by the ratio and the kind of state that they share a plan for: what each layer's step calls.
+# By the ratio and the kind of state that share a plan: what each layer calls in a step, and for which compressors.
 LAYERS: dict[tuple[int, str], list[tuple[str, list[tuple[CompressorSpec, str]]]]] = {
     (128, "fold"): [
         ("compress", [(WIDE, "fp8_ds_mla")]),
@@ -61,7 +61,7 @@ def script(rounds: int, seed: int, live: int = BATCH) -> list[list[Step]]:
 
     live: the most sequences of a step that have tokens.
     """
-    rng, at = random.Random(seed), [rng_start for rng_start in (0, 0, 0, 0)]
+    rng, at = random.Random(seed), [0] * SLOTS
     found = []
     for step in range(rounds * AHEAD):
         slots = [*rng.sample(range(SLOTS), SLOTS), -1, -1][:BATCH]
@@ -116,7 +116,9 @@ class Chain:
 
     def _plan(self, ratio: int, kind: str, k: int) -> StepPlan:
         tables = self.tables[k]
-        state = {"state_slots": self.slots[k]} if kind == "fold" else {"block_tables": (tables[0], tables[1]), "page_size": PAGE}
+        state = (
+            {"state_slots": self.slots[k]} if kind == "fold" else {"block_tables": (tables[0], tables[1]), "page_size": PAGE}
+        )
         return StepPlan.build(
             ratio, self.starts[k], self.ends[k], MOST,
             cache_block_table=self.entries[ratio][k], rows_per_page=ROWS_PER_PAGE, **state,
@@ -166,8 +168,11 @@ class Chain:
                 c.kv_score[k].copy_(noise[:, : c.kv_score[k].shape[1]])
 
     def launch(self) -> None:
-        """All launches of the loaded steps. The plans of several steps are made first; then each layer does one step after the
-        other, so that most launches read what the launch right before them wrote."""
+        """All launches of the loaded steps.
+
+        The plans of several steps are made first; then each layer does one step after the other, so that most launches read
+        what the launch right before them wrote.
+        """
         for plans in self.plans.values():
             for k, plan in enumerate(plans):
                 plan.update(self.starts[k], self.ends[k])
@@ -192,6 +197,10 @@ class Chain:
                 kvfold.compress(c.kv_score[k], plan, c.state, None, **{**named(c), "norm_weight": None}, rows=c.rows, **options)
                 rest = {name: value for name, value in named(c).items() if name != "ape"}
                 kvfold.store(c.rows, plan, c.cache, **rest, **options)
+
+    def check_errors(self) -> None:
+        for key, plans in self.plans.items():
+            assert not any(int(plan.errors) for plan in plans), f"refused by layers of {key}"
 
     def contents(self) -> list[Tensor]:
         """Copies of all that calls write, as bytes."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from chain_support import AHEAD, LAYERS, Chain, same, script
+from chain_support import Chain, same, script
 from conftest import BACKENDS
 from helpers import Backend
 
@@ -19,7 +19,7 @@ def run(backend: Backend, rounds: int, pdl: bool | None, seed: int = 0) -> list[
     for steps in script(rounds, seed):
         chain.load(steps)
         chain.launch()
-    assert all(int(plan.errors) == 0 for plans in chain.plans.values() for plan in plans)
+    chain.check_errors()
     return chain.contents()
 
 
@@ -36,6 +36,7 @@ def test_the_order_of_the_layers_changes_nothing(backend: Backend) -> None:
                 plan.update(other.starts[k], other.ends[k])
                 for how, some in other.layers[key]:
                     other.call(how, some, plan, k)
+    one.check_errors()
     same(one.contents(), other.contents())
     assert all(c.cache.storage.any() for c in one.compressors if c.spec.ratio == 4)
 
@@ -44,14 +45,14 @@ def test_the_order_of_the_layers_changes_nothing(backend: Backend) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_a_chain_of_dependent_launches(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """60 rounds of 4 steps over 10 layers; all but the first launch of each plan are dependents."""
-    dependents = []
-    ordinary = dispatch.launch
+    dependents: list[bool] = []
+    rule = launch.use_pdl
 
-    def counted(*args: object) -> None:
-        dependents.append(args[5] if len(args) > 5 else False)
-        ordinary(*args)
+    def counted(*args: object) -> bool:
+        dependents.append(rule(*args))
+        return dependents[-1]
 
-    monkeypatch.setattr(launch, "launch", counted)
+    monkeypatch.setattr(launch, "use_pdl", counted)
     want = run(GPU, 60, False, seed)
     assert not any(dependents)
     dependents.clear()
@@ -77,7 +78,7 @@ def test_a_chain_in_a_cuda_graph() -> None:
             chain.load(steps)
             graph.replay()
         torch.cuda.synchronize()
-        assert all(int(plan.errors) == 0 for plans in chain.plans.values() for plan in plans)
+        chain.check_errors()
         found.append(chain.contents())
     same(*found)
     eager = Chain(GPU, pdl=True)
@@ -122,13 +123,7 @@ def test_every_update_makes_a_plan_fresh() -> None:
     for key, plans in chain.plans.items():
         for k, plan in enumerate(plans):
             assert plan.fresh  # built, and not used
-            chain.call(*LAYERS_CALL(chain, key), plan, k)
+            chain.call(*chain.layers[key][0], plan, k)
             assert not plan.fresh
             plan.update(chain.starts[k], chain.ends[k])
             assert plan.fresh
-    assert AHEAD == len(chain.plans[128, "fold"]) and chain.plans.keys() == LAYERS.keys()
-
-
-def LAYERS_CALL(chain: Chain, key: tuple[int, str]) -> tuple:
-    """The first layer that uses a plan."""
-    return chain.layers[key][0]

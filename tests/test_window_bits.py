@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SPECS, Backend, Engine, Weights, bits, make_tokens
+from helpers import SPECS, Backend, Engine, Weights, bits, make_tokens, norm_error
 from torch import Tensor
 from window_support import WindowEngine, cut, run
 
@@ -251,19 +251,34 @@ def test_pages_on_one_scratch_page(backend: Backend, spec: CompressorSpec) -> No
 
 @pytest.mark.parametrize("spec", [SPECS["indexer"], NARROW], ids=["4-overlap", "128"])
 def test_the_row_strides_are_free(backend: Backend, spec: CompressorSpec) -> None:
-    """kv_score as a column slice of a wider projection, and a step that is repeated: the same bits."""
+    """kv_score as a column slice of a wider projection, and a step that is repeated.
+
+    The rows kept are the same. An entry has the same bits in all calls with aligned tensors and strides, and in all others;
+    between the two its sum may round otherwise (`WindowState`).
+    """
     whole = Whole(spec, backend, make_tokens(spec, spec.ratio + 3, seed=58), torch.float32)
     engine = whole.engine(num_sequences=1, page_size=8)
-    step = engine.step([(0, 0, whole.tokens)])
+    plan = engine.step([(0, 0, whole.tokens)]).plan
     before = engine.snapshot()
-    wide = torch.full((whole.length, 2 * spec.channels + 24), torch.nan, device=backend.device)
-    inner = wide[:, 8 : 8 + 2 * spec.channels]
-    inner.copy_(whole.tokens)
-    engine.cache.storage.fill_(0)
-    engine.compress(inner, step.plan)
-    for was, now in zip(before[:2], engine.snapshot()[:2], strict=True):
-        assert torch.equal(was, now)
-    whole.check(engine, 0, 0, 1)
+
+    def pooled(left: int, right: int) -> Tensor:
+        wide = torch.full((whole.length, left + 2 * spec.channels + right), torch.nan, device=backend.device)
+        inner = wide[:, left : left + 2 * spec.channels]
+        inner.copy_(whole.tokens)
+        rows = torch.full((1, spec.head_dim), torch.nan, device=backend.device)
+        engine.cache.storage.fill_(0)
+        engine.compress(inner, plan, rows=rows)
+        for was, now in zip(before[:2], engine.snapshot()[:2], strict=True):
+            assert torch.equal(was, now)
+        return rows.cpu()
+
+    for left, right in ((0, 16), (16, 0), (32, 48))[: 1 if backend.slow else 3]:
+        whole.check_pooled({0: pooled(left, right)[0]})
+        whole.check(engine, 0, 0, 1)
+    other = pooled(8, 16)
+    assert norm_error(other, engine.reference(whole.tokens)[:1]) <= 2e-6
+    for left, right in ((1, 2), (16, 8), (3, 0))[: 1 if backend.slow else 3]:
+        assert torch.equal(bits(pooled(left, right)), bits(other)), f"{left} columns before, {right} behind"
 
 
 @pytest.mark.parametrize("spec", [SPECS["indexer"], SIXTEEN], ids=["4-overlap", "16"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -168,39 +169,68 @@ def choose_backend(backend: str | None, name: str, tensor: torch.Tensor) -> str:
 
 
 def _check(c: Compressor, plan: StepPlan, rows: torch.Tensor | None) -> None:
-    kv_score, spec, state = c.kv_score, c.spec, c.state
+    kv_score, spec, state, cache = c.kv_score, c.spec, c.state, c.cache
     check_type("spec", spec, CompressorSpec)
     check_type("plan", plan, StepPlan)
     device = kv_score.device
     check_dtype("kv_score", kv_score, _FLOATS)
-    check_shape("kv_score", kv_score, (None, 2 * spec.channels))
-    if kv_score.shape[0] and kv_score.stride(1) != 1:
+    shape = kv_score.shape
+    if len(shape) != 2 or shape[1] != 2 * spec.channels:
+        check_shape("kv_score", kv_score, (None, 2 * spec.channels))
+    if shape[0] and kv_score.stride(1) != 1:
         raise ValueError(f"kv_score must be contiguous in its last dimension, got strides {tuple(kv_score.stride())}")
     check_plan(plan, spec, device)
     if isinstance(state, FoldState):
-        if state.spec is not spec and state.spec != spec:
-            raise ValueError(f"state must be for {spec}, got {state.spec}")
-        check_device("state", state.rows, device)
         if state.rows.dtype is torch.bfloat16 and kv_score.dtype is not torch.bfloat16:
             raise TypeError("kv_score must be torch.bfloat16, as state keeps input rows in bf16, got torch.float32")
         if plan.state_slots is None:
             raise ValueError("plan must have state_slots for a FoldState, got block_tables")
     elif isinstance(state, WindowState):
-        if state.channels != spec.channels:
-            raise ValueError(f"state must have {spec.channels} channels for {spec}, got {state.channels}")
-        check_device("state", state.kv, device)
         if plan.block_tables is None:
             raise ValueError("plan must have block_tables for a WindowState, got state_slots")
         if plan.page_size != state.page_size:
             raise ValueError(f"plan must be for pages of {state.page_size} positions like state, got {plan.page_size}")
     else:
         raise TypeError(f"state must be a FoldState or a WindowState, got {type(state).__name__}")
+    if cache is not None and plan.entry_slots is None:
+        raise ValueError("plan must have entry_slots or a cache_block_table when a cache is given, got neither")
+    # What a layer passes in every step is looked at once; after that it must be the same objects, at the same addresses.
+    fixed = (spec, device, cache, c.ape, c.norm_weight, c.rope)
+    if not state._checked or not all(map(_same, state._checked, fixed)):
+        _check_layer(c, plan, device)
+        state._checked = tuple(map(_remember, fixed))
+    if rows is not None:
+        check_tensor("rows", rows, (plan.entry_capacity, spec.head_dim), _FLOATS, device)
+
+
+def _remember(thing: object) -> tuple:
+    """An argument without keeping it alive: functions keep nothing."""
+    if isinstance(thing, torch.Tensor):
+        return weakref.ref(thing), thing.data_ptr(), thing.shape
+    return (weakref.ref(thing),) if isinstance(thing, EntryCache) else (lambda: thing,)
+
+
+def _same(known: tuple, thing: object) -> bool:
+    if known[0]() is not thing:
+        return known[0]() == thing if isinstance(thing, torch.device) else False
+    return len(known) == 1 or (known[1] == thing.data_ptr() and known[2] == thing.shape)
+
+
+def _check_layer(c: Compressor, plan: StepPlan, device: torch.device) -> None:
+    """Checks what does not change from step to step."""
+    spec, state = c.spec, c.state
+    if isinstance(state, FoldState):
+        if state.spec != spec:
+            raise ValueError(f"state must be for {spec}, got {state.spec}")
+        check_device("state", state.rows, device)
+    else:
+        if state.channels != spec.channels:
+            raise ValueError(f"state must have {spec.channels} channels for {spec}, got {state.channels}")
+        check_device("state", state.kv, device)
     if spec.has_ape:
         check_tensor("ape", c.ape, (spec.ratio, spec.channels), (torch.float32,), device)
     elif c.ape is not None:
         raise ValueError("ape must be None, as spec.has_ape is False")
-    if rows is not None:
-        check_tensor("rows", rows, (plan.entry_capacity, spec.head_dim), _FLOATS, device)
     check_epilogue(plan, c.cache, spec, c.norm_weight, c.rope, device)
 
 

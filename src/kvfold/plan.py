@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from .checks import check_int, check_tensor
@@ -40,6 +42,7 @@ class StepPlan:
     start_pos: torch.Tensor
     cu_seqlens: torch.Tensor
     page_size: int | None
+    _launcher: Callable[..., None] | None = None  # of `update` on a GPU, made by the first one
     fresh: bool = False  # no kernel that reads the plan was launched since `update`: kernels/launch.py, use_pdl
     state_slots: torch.Tensor | None
     block_tables: tuple[torch.Tensor, torch.Tensor] | None

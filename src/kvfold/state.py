@@ -57,6 +57,8 @@ class FoldState:
                 raise ValueError(f"{name} must be contiguous, got strides {tuple(tensor.stride())}")
         self.rows = rows
         self.positions = positions
+        self._last: tuple = (None,)  # what the last call asked for, and its launcher: kernels/launch.py
+        self._checked: tuple = ()  # what the last call's tensors were: compress.py
 
     @classmethod
     def allocate(

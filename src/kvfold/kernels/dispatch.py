@@ -10,74 +10,83 @@ from .build import INTERPRETED, KERNELS
 from .pdl import AVAILABLE
 from .variants import variant_of
 
-# Compiled kernels, and placeholders for their constants, by (device, aligned, pdl, key of the call).
-_compiled: dict[tuple[int, bool, bool, tuple], tuple] = {}
-compilations = 0  # how many were built here
+compilations = 0  # how many kernels were built here
+_launchers: dict[tuple[int | None, tuple], Launcher] = {}
+_PLAIN = (int, float, type(None))
 
 
-def launch(
-    key: tuple[Hashable, ...],
-    device: torch.device,
-    grid: int,
-    values: tuple[object, ...],
-    strides: int = 0,
-    pdl: bool = False,
-) -> None:
-    """Launches on the current stream of `device`.
+class Launcher:
+    """Launches the kernels of one key on one device: the same calls in the four variants of aligned and dependent.
 
-    Args:
-        key: what the kernel depends on, all but `aligned` and `pdl`, as `variants.variant_of` takes it.
-        values: the kernel's run-time arguments in order, tensors among them, None for what is left out.
-        strides: all its strides, or-ed.
-        pdl: as a dependent of the launch before.
+    A state or a plan keeps the launcher of its last call, as to hash a key takes 8 us of host time.
     """
-    if INTERPRETED:
-        made = variant_of(key, True, False)
+
+    __slots__ = ("built", "device", "key")
+
+    def __init__(self, key: tuple[Hashable, ...], device: torch.device) -> None:
+        self.key, self.device = key, device
+        self.built: dict[tuple[bool, bool], tuple] = {}
+
+    def __call__(self, grid: int, values: tuple[object, ...], strides: int = 0, pdl: bool = False) -> None:
+        """Launches on the current stream of the device.
+
+        Args:
+            values: the kernel's run-time arguments in order, tensors among them, None for what is left out.
+            strides: all its strides, or-ed.
+            pdl: as a dependent of the launch before.
+        """
+        if INTERPRETED:
+            self._interpret(grid, values)
+            return
+        if self.device.index != torch._C._cuda_getDevice():
+            with torch.cuda.device(self.device):
+                self(grid, values, strides, pdl)
+            return
+        arguments, bits = [], strides
+        for value in values:
+            if value.__class__ not in _PLAIN:
+                value = value.data_ptr()  # the launcher asks the driver about every tensor, but takes an address as it is
+                bits |= value
+            arguments.append(value)
+        kernel = self.built.get((bits & 15 == 0, pdl)) or self.build(bits & 15 == 0, pdl)
+        kernel[0][(grid, 1, 1)](*arguments, *kernel[1])
+
+    def build(self, aligned: bool, pdl: bool) -> tuple:
+        """Compiles for the current device and loads the kernel, which the capture of a CUDA graph may not do."""
+        global compilations
+        variant = variant_of(self.key, aligned, pdl)
+        compiled = variant.compile()
+        compiled._init_handles()
+        compilations += 1
+        # The compiled kernel, and placeholders for its constants.
+        made = self.built[aligned, pdl] = (compiled, (None,) * len(KERNELS[variant.kernel].constexprs))
+        return made
+
+    def _interpret(self, grid: int, values: tuple[object, ...]) -> None:
+        made = variant_of(self.key, True, False)
         constants = {**dict(made.constants), "PDL": False, "HARDWARE": False, "ALIGNED": False}
         kernel = KERNELS[made.kernel]
         named = kernel.arg_names[len(values) :]
         kernel[(grid,)](*values, **{name: value for name, value in constants.items() if name in named})
-        return
-    index = device.index
-    if index != torch._C._cuda_getDevice():
-        with torch.cuda.device(device):
-            launch(key, device, grid, values, strides, pdl)
-        return
-    arguments, bits = [], strides
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            value = value.data_ptr()  # the launcher asks the driver about every tensor, but takes an address as it is
-            bits |= value
-        arguments.append(value)
-    whole = (index, bits & 15 == 0, pdl, key)
-    kernel = _compiled.get(whole)
-    if kernel is None:
-        kernel = _build(whole)
-    kernel[0][(grid, 1, 1)](*arguments, *kernel[1])
+
+
+def launcher_of(key: tuple[Hashable, ...], device: torch.device) -> Launcher:
+    """The one launcher of a key, which names what a kernel depends on as `variants.variant_of` takes it."""
+    found = _launchers.get((device.index, key))
+    if found is None:
+        found = _launchers[device.index, key] = Launcher(key, device)
+    return found
 
 
 def prepare(key: tuple[Hashable, ...], device: torch.device, pdl: bool) -> int:
-    """Builds what `launch` may need for a key, aligned or not; with `pdl` as a dependent too. Returns how many it built."""
-    before = compilations
+    """Builds what a call may need for a key, aligned or not; with `pdl` as a dependent too. Returns how many it built."""
+    before, launcher = compilations, launcher_of(key, device)
     with torch.cuda.device(device):
         for aligned in (True, False):
             for dependent in (False, True)[: 1 + pdl]:
-                whole = (device.index, aligned, dependent, key)
-                if whole not in _compiled:
-                    _build(whole)
+                if (aligned, dependent) not in launcher.built:
+                    launcher.build(aligned, dependent)
     return compilations - before
-
-
-def _build(whole: tuple[int, bool, bool, tuple]) -> tuple:
-    """Compiles for the current device and loads the kernel, which the capture of a CUDA graph may not do."""
-    global compilations
-    _, aligned, pdl, key = whole
-    variant = variant_of(key, aligned, pdl)
-    compiled = variant.compile()
-    compiled._init_handles()
-    compilations += 1
-    made = _compiled[whole] = (compiled, (None,) * len(KERNELS[variant.kernel].constexprs))
-    return made
 
 
 def supports_pdl(device: torch.device) -> bool:

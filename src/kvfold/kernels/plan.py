@@ -131,7 +131,7 @@ def windows_per_program(windows_per_sequence: int) -> int:
 
 def update_on_gpu(plan: StepPlan, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
     """`StepPlan.update` after its arguments were checked, for a batch that is not empty."""
-    from .dispatch import launch  # which builds this kernel among others
+    from .dispatch import launcher_of  # which builds this kernel among others
     from .variants import plan_key
 
     table, windows = plan.cache_block_table, windows_per_program(plan.windows_per_sequence)
@@ -160,7 +160,9 @@ def update_on_gpu(plan: StepPlan, start_pos: torch.Tensor, cu_seqlens: torch.Ten
         chunks,
     )
     grid = chunks * max(1, -(-plan.windows_per_sequence // windows))
-    launch(key, start_pos.device, grid, values)
+    if plan._launcher is None:
+        plan._launcher = launcher_of(key, start_pos.device)
+    plan._launcher(grid, values)
 
 
 def plan_variant(ratio: int, windows: int, no_slots: bool, no_table: bool, aligned: bool = True, pdl: bool = False) -> Variant:

@@ -1,9 +1,9 @@
 """A step over `WindowState`: writes the raw rows of new tokens, and pools every window that ends, in parallel.
 
-Two kinds of programs in one launch. Writers take work items in turn and store their new rows. The others take (entry, slice)
-units in turn: one tile of rows by SLICE channels of value and score, all of it in flight at once. Old rows come from the pages,
-new ones live, so nobody waits for a writer. Where an entry has several slices, the program that brings the last one to the
-workspace finishes the entry; which one that is changes no bit.
+Two kinds of programs in one launch. Writers take work items in turn and store their new rows. The others take slices of
+entries: a tile of rows by SLICE channels of value and score at a time, all of it in flight at once. Old rows come from the
+pages, new ones live, so nobody waits for a writer. Where several programs share an entry, the one that brings the last slices
+to the workspace finishes it; which one that is changes no bit.
 """
 
 import triton
@@ -288,7 +288,7 @@ def load_unit(
     kv_pages, kv_table, kv_width, score_pages, score_table, score_width, page_size,
     RATIO: tl.constexpr, OVERLAP: tl.constexpr, SLICES: tl.constexpr, ONE_PAGE: tl.constexpr,
 ):  # fmt: skip
-    """All that an (entry, slice) unit must know before it can load its rows. Nothing that a kernel in flight writes."""
+    """What a slice of an entry must know before it can load its rows: nothing that a kernel in flight writes."""
     there = unit < num_units
     index = tl.load(entry_items + unit // SLICES, mask=there, other=0)
     slot = (unit // SLICES).to(tl.int64)
