@@ -5,6 +5,11 @@ Pools of bf16 rows are in test_window_bits.py. Each test also runs with small bu
 
 from __future__ import annotations
 
+import fcntl
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import MAX_POSITIONS, SPECS, Backend, Weights, bits, make_tokens
@@ -28,6 +33,16 @@ def room(backend: Backend, large: bool, size: int) -> None:
         pytest.skip("large buffers are for the kernels on a GPU")
     if large and torch.cuda.mem_get_info()[0] < 1.2 * size:
         pytest.skip(f"needs {size >> 30} GiB of GPU memory")
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    """One process at a time: side by side their buffers may not fit in a GPU."""
+    with (Path(tempfile.gettempdir()) / "kvfold-test-large").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def int32(values: list, backend: Backend) -> Tensor:

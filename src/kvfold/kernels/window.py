@@ -46,14 +46,18 @@ def write_rows(
     kv_score, kv_stride, ape, kv_pool, kv_page_stride, kv_row_stride, kv_pages, kv_table, kv_width,
     score_pool, score_page_stride, score_row_stride, score_pages, score_table, score_width, page_size,
     begin, stop, start, token, sequence,
-    RATIO: tl.constexpr, CHANNELS: tl.constexpr, AHEAD: tl.constexpr,
+    RATIO: tl.constexpr, CHANNELS: tl.constexpr, AHEAD: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Stores the rows of new positions `[begin, stop)`; returns how many have a bad page."""
     c = tl.arange(0, CHANNELS)
+    if ALIGNED:
+        kv_stride = (kv_stride // 16) * 16  # says that it is a multiple, which the signature does not: see `pool_slice`
     refused = tl.zeros((), tl.int32)
     for base in range(0, stop - begin, AHEAD):
+        # Loads first, of rows and of pages; a load behind a store would wait for the load that the store waits for.
         ks = ()
         ss = ()
+        places = ()
         for i in tl.static_range(AHEAD):
             x = begin + base + i
             there = spread(x < stop, CHANNELS)
@@ -62,18 +66,24 @@ def write_rows(
             s = tl.load(at + CHANNELS, mask=there, other=0.0).to(tl.float32)
             if ape is not None:
                 s += tl.load(ape + (x % RATIO) * CHANNELS + c, mask=there, other=0.0)
+            kv_page, _, kv_bad = find_pages(kv_table, kv_width, kv_pages, sequence, x, x < stop, page_size)
+            score_page, _, score_bad = find_pages(
+                score_table, score_width, score_pages, sequence, x, x < stop, page_size
+            )  # fmt: skip
+            refused += (kv_bad | score_bad).to(tl.int32)
             ks = ks + (k,)
             ss = ss + (s,)
+            places = places + (
+                (kv_page, (x < stop) & (kv_bad == 0) & (kv_page >= 0), score_page,
+                 (x < stop) & (score_bad == 0) & (score_page >= 0)),
+            )  # fmt: skip
         for i in tl.static_range(AHEAD):
-            x = begin + base + i
-            kv_page, _, kv_bad = find_pages(kv_table, kv_width, kv_pages, sequence, x, x < stop, page_size)
-            score_page, _, score_bad = find_pages(score_table, score_width, score_pages, sequence, x, x < stop, page_size)
-            row = (x % page_size).to(tl.int64)
-            mask = spread((x < stop) & (kv_bad == 0) & (kv_page >= 0), CHANNELS)
-            store_rounded(kv_pool, kv_page * kv_page_stride + row * kv_row_stride + c, ks[i], mask)
-            mask = spread((x < stop) & (score_bad == 0) & (score_page >= 0), CHANNELS)
-            store_rounded(score_pool, score_page * score_page_stride + row * score_row_stride + c, ss[i], mask)
-            refused += (kv_bad | score_bad).to(tl.int32)
+            kv_page, kv_kept, score_page, score_kept = places[i]
+            row = ((begin + base + i) % page_size).to(tl.int64)
+            at = kv_page * kv_page_stride + row * kv_row_stride + c
+            store_rounded(kv_pool, at, ks[i], spread(kv_kept, CHANNELS))
+            at = score_page * score_page_stride + row * score_row_stride + c
+            store_rounded(score_pool, at, ss[i], spread(score_kept, CHANNELS))
     return refused
 
 
@@ -352,7 +362,7 @@ def window_kernel(
                 refused = write_rows(
                     kv_score, kv_stride, ape, kv_pool, kv_page_stride, kv_row_stride, kv_pages, kv_table, kv_width,
                     score_pool, score_page_stride, score_row_stride, score_pages, score_table, score_width, page_size,
-                    begin, stop, start, token, sequence, RATIO, HEAD_DIM * (1 + OVERLAP), AHEAD,
+                    begin, stop, start, token, sequence, RATIO, HEAD_DIM * (1 + OVERLAP), AHEAD, ALIGNED,
                 )  # fmt: skip
                 count = (refused > 0).to(tl.int32)
                 if entry >= 0:
