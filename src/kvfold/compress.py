@@ -125,7 +125,7 @@ def compress_many(
                 check_device("kv_score", c.kv_score, found[0].kv_score.device)
                 if c.state is found[0].state or c.state.rows.data_ptr() == found[0].state.rows.data_ptr() != 0:
                     raise ValueError("state must not be shared by two compressors")
-                if c.cache is not None and c.cache is found[0].cache:
+                if c.cache is not None and _same_storage(c.cache, found[0].cache):
                     raise ValueError("cache must not be shared by two compressors")
         except (TypeError, ValueError) as error:
             raise type(error)(f"compressors[{i}]: {error}") from None
@@ -142,6 +142,10 @@ def compress_many(
             launch.compress_triton(found[0], plan, None, pdl)
         else:
             launch.compress_pair_triton((found[0], found[1]), plan, pdl)
+
+
+def _same_storage(cache: EntryCache, other: EntryCache | None) -> bool:
+    return other is not None and cache.storage.data_ptr() == other.storage.data_ptr() != 0
 
 
 def _compress_torch(c: Compressor, plan: StepPlan, rows: torch.Tensor | None) -> None:

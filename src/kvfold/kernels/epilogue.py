@@ -70,7 +70,7 @@ def aim_entry(
             cos, sin = load_rotation(rope, position, max_position, HEAD_DIM, ROPE_DIM)
     inside = (entry >= 0) & (entry < entry_capacity)
     if entry_slots is not None:
-        slot = tl.load(entry_slots + entry, mask=inside, other=-1)
+        slot = tl.load(entry_slots + entry, mask=inside, other=-1, cache_modifier=".cg")  # as `pdl.load_plan`
     else:
         slot = tl.where(inside, entry, -1).to(tl.int64)
     return slot, weight, cos, sin

@@ -23,3 +23,12 @@ def wait_for_inputs(PDL: tl.constexpr):
         gdc_wait()
         # Not before the wait: the launch behind this one relies on all before this one being done.
         gdc_launch_dependents()
+
+
+@triton.jit
+def load_plan(pointer):
+    """A number of the plan, past the L1 cache.
+
+    The L1 of a multiprocessor may still hold the plan of the step before: nothing empties it for a kernel that starts early.
+    """
+    return tl.load(pointer, cache_modifier=".cg")

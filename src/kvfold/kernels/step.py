@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .epilogue import aim_entry, emit, judge_slot
 from .fold import empty_fold, fold_step, spread
-from .pdl import wait_for_inputs
+from .pdl import load_plan, wait_for_inputs
 from .slots import check_tags, load_tags, place_row, retire_rows
 
 
@@ -294,15 +294,15 @@ def step_item(
 
     KIND: of the state. ONCE: no item has more than AHEAD new tokens (`fold`) or rows (`rows`), so that all are loaded at once.
     """
-    total = tl.load(num_items)
+    total = load_plan(num_items)
     here = pid < total
     item = items + pid * 8
-    window = tl.load(item)
-    start = tl.load(item + 1)
-    end = tl.load(item + 2)
-    token = tl.load(item + 3)
-    slot = tl.load(item + 4).to(tl.int64)
-    entry = tl.where(here, tl.load(item + 5), -1)
+    window = load_plan(item)
+    start = load_plan(item + 1)
+    end = load_plan(item + 2)
+    token = load_plan(item + 3)
+    slot = load_plan(item + 4).to(tl.int64)
+    entry = tl.where(here, load_plan(item + 5), -1)
     first = here & (window == start // RATIO)
     cache_slot, weight, cos, sin = aim_entry(
         entry, window * RATIO, entry_slots, entry_capacity, norm_weight, rope, max_position, pages, HEAD_DIM, ROPE_DIM
@@ -371,10 +371,10 @@ def count_overflow(items, num_items, programs, errors, RATIO: tl.constexpr):
 
     The grid is sized by the rows of kv_score. More items than that means sequences that end behind them.
     """
-    total = tl.load(num_items)
+    total = load_plan(num_items)
     for i in range(programs, total):
         item = items + i * 8
-        if tl.load(item) == tl.load(item + 1) // RATIO:
+        if load_plan(item) == load_plan(item + 1) // RATIO:
             tl.atomic_add(errors, 1)
 
 

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .epilogue import aim_entry, emit, judge_slot
-from .pdl import wait_for_inputs
+from .pdl import load_plan, wait_for_inputs
 
 
 @triton.jit(do_not_specialize=("entry_capacity", "max_position", "rows_per_page", "cache_slots"))
@@ -19,8 +19,8 @@ def store_kernel(
 ):  # fmt: skip
     """One program per work item whose window ends."""
     item = items + tl.program_id(0) * 8
-    window = tl.load(item)
-    entry = tl.where(tl.program_id(0) < tl.load(num_items), tl.load(item + 5), -1)
+    window = load_plan(item)
+    entry = tl.where(tl.program_id(0) < load_plan(num_items), load_plan(item + 5), -1)
     cache_slot, weight, cos, sin = aim_entry(
         entry, window * RATIO, entry_slots, entry_capacity, norm_weight, rope, max_position, pages, HEAD_DIM, ROPE_DIM
     )  # fmt: skip

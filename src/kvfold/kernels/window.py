@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .epilogue import aim_entry, emit, judge_slot
 from .fold import LOG2_E, LOWEST, spread
-from .pdl import wait_for_inputs
+from .pdl import load_plan, wait_for_inputs
 from .record import bf16_bits, bf16_value
 
 
@@ -20,7 +20,8 @@ def find_pages(table, width, num_pages, sequence, x, wanted, page_size):
     """Pages of positions `x`, and which of the wanted ones have none (-1) or a bad one (outside the table or the pool)."""
     column = x // page_size
     inside = column < width
-    page = tl.load(table + sequence.to(tl.int64) * width + column, mask=wanted & inside, other=-1)
+    at = table + sequence.to(tl.int64) * width + column
+    page = tl.load(at, mask=wanted & inside, other=-1, cache_modifier=".cg")
     bad = wanted & ((inside == 0) | (page < -1) | (page >= num_pages))
     return page.to(tl.int64), wanted & inside & (page == -1), bad
 
@@ -182,7 +183,7 @@ def pool_slice(
     for j0 in range(0, WINDOW_ROWS, TILE):
         j = j0 + tl.arange(0, TILE)
         x = (window - OVERLAP) * RATIO + j
-        if ONE_PAGE and OVERLAP == 0 and TILE == WINDOW_ROWS:
+        if (ONE_PAGE and OVERLAP == 0) and TILE == WINDOW_ROWS:
             # The common case by far: rows one behind the other on one page. All of them are loaded, new ones too, over which
             # the live ones are put: without a mask a tile of 128 rows takes half the instructions.
             kv_before, kv_this, kv_lost, score_before, score_this, score_lost = homes
@@ -300,10 +301,10 @@ def load_unit(
 ):  # fmt: skip
     """What a slice of an entry must know before it can load its rows: nothing that a kernel in flight writes."""
     there = unit < num_units
-    index = tl.load(entry_items + unit // SLICES, mask=there, other=0)
+    index = tl.load(entry_items + unit // SLICES, mask=there, other=0, cache_modifier=".cg")
     slot = (unit // SLICES).to(tl.int64)
     if entry_slots is not None:
-        slot = tl.load(entry_slots + unit // SLICES, mask=there, other=-1)
+        slot = tl.load(entry_slots + unit // SLICES, mask=there, other=-1, cache_modifier=".cg")
     window, start, end, token, entry, sequence = load_item(items, index, there)
     homes = ()
     if ONE_PAGE:
@@ -316,12 +317,12 @@ def load_unit(
 @triton.jit
 def load_item(items, index, there):
     item = items + index * 8
-    window = tl.load(item, mask=there, other=0)
-    start = tl.load(item + 1, mask=there, other=0)
-    end = tl.load(item + 2, mask=there, other=0)
-    token = tl.load(item + 3, mask=there, other=0)
-    entry = tl.load(item + 5, mask=there, other=-1)
-    sequence = tl.load(item + 6, mask=there, other=0)
+    window = tl.load(item, mask=there, other=0, cache_modifier=".cg")
+    start = tl.load(item + 1, mask=there, other=0, cache_modifier=".cg")
+    end = tl.load(item + 2, mask=there, other=0, cache_modifier=".cg")
+    token = tl.load(item + 3, mask=there, other=0, cache_modifier=".cg")
+    entry = tl.load(item + 5, mask=there, other=-1, cache_modifier=".cg")
+    sequence = tl.load(item + 6, mask=there, other=0, cache_modifier=".cg")
     return window, start, end, token, entry, sequence
 
 
@@ -347,8 +348,8 @@ def window_kernel(
     ROUND_VALUES: tl.constexpr, TIES_TO_ZERO: tl.constexpr, ROW_BYTES: tl.constexpr, TAIL_BYTES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    total = tl.load(num_items)
-    num_entries = tl.minimum(tl.load(cu_entries + batch), entry_capacity)
+    total = load_plan(num_items)
+    num_entries = tl.minimum(load_plan(cu_entries + batch), entry_capacity)
     SLICES: tl.constexpr = HEAD_DIM // SLICE
     # The first item is read before the wait: the plan and what it was built from are older than the launch before this one.
     if pid < num_writers:
@@ -372,7 +373,7 @@ def window_kernel(
                     )  # fmt: skip
                     slot = tl.where(entry < entry_capacity, entry, -1).to(tl.int64)
                     if entry_slots is not None:
-                        slot = tl.load(entry_slots + entry, mask=entry < entry_capacity, other=-1)
+                        slot = tl.load(entry_slots + entry, mask=entry < entry_capacity, other=-1, cache_modifier=".cg")
                     deliver, wrong = judge_slot(
                         entry, slot, window * RATIO, entry_capacity, max_position, pages, cache_slots, ROPE_DIM
                     )  # fmt: skip
