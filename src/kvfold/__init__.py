@@ -2,6 +2,7 @@
 
 from . import reference
 from .compress import compress, compress_many
+from .debug import check
 from .plan import StepPlan
 from .records import EntryCache
 from .spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
@@ -21,6 +22,7 @@ __all__ = [
     "FoldState",
     "StepPlan",
     "WindowState",
+    "check",
     "compress",
     "compress_many",
     "reference",

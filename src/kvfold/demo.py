@@ -336,7 +336,7 @@ def _replay(
     want = plain.entries[name]
     got = cache.read(torch.arange(len(want), device=device))
     other = plain.cache.layers[name[0]].kvfold.folds[name[1]].state
-    # At the end of a window an HCA step would read nothing, and that row is not kept; the one before says as much about the run.
+    # At the end of a window an HCA step would read nothing, and that row is not kept; the one before says as much.
     kept = state.history_of(length) or range(length - 2, length - 1)
     same_state = all(torch.equal(_bits(state_row(state, x)), _bits(state_row(other, x))) for x in kept)
     return torch.equal(_bits(got), _bits(want)), same_state

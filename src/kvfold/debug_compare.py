@@ -1,0 +1,133 @@
+"""Comparisons of `check`: what may differ between two backends, and what may not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .pack import _gather, _record, _scatter, _tail, bf16_bits, e2m1_codes, e4m3_bytes, group_scale
+from .records import EntryCache
+
+BOUND = 2e-6  # of a pooled row and of a fold row, norm-wise
+UNWRITTEN = 0x7FAD  # a NaN that no backend writes
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One place where a call is not what it should be; -1 where sequence or window is not known, None for no channel."""
+
+    sequence: int
+    window: int
+    stage: str
+    channel: int | None
+    got: object
+    want: object
+    against: str
+    where: str = ""
+
+    def __str__(self) -> str:
+        place = [f"sequence {self.sequence}"] * (self.sequence >= 0) + [f"window {self.window}"] * (self.window >= 0)
+        place += [] if self.channel is None else [f"channel {self.channel}"]
+        place += [self.where] if self.where else []
+        return f"{self.stage}: {', '.join(place) or 'call'}: got {self.got}, {self.against} has {self.want}"
+
+
+def written(rows: torch.Tensor) -> torch.Tensor:
+    fill = UNWRITTEN << 16 if rows.dtype == torch.float32 else UNWRITTEN
+    return (rows.view(torch.int32 if rows.dtype == torch.float32 else torch.int16) != fill).any(1)
+
+
+def off(got: torch.Tensor, want: torch.Tensor, bound: float) -> torch.Tensor:
+    """bool like `want` `[n, channels]`: channels to blame in the rows that are further apart than `bound` of their norm."""
+    got, want = got.double(), want.double()
+    same = (got == want) | (got.isnan() & want.isnan())
+    wild = ~same & ~(got.isfinite() & want.isfinite())
+    gap = torch.where(same | wild, 0.0, got - want)
+    size = torch.where(want.isfinite(), want, 0.0).norm(dim=1, keepdim=True)
+    far = gap.norm(dim=1, keepdim=True) > bound * size
+    return wild | far & (gap.abs() > bound * size / want.shape[1] ** 0.5)
+
+
+def pooled_differences(
+    got: torch.Tensor, want: torch.Tensor, live: torch.Tensor, bound: float, against: str
+) -> list[Difference]:
+    found, entry = [], live[:, 5]
+    have = written(got)[entry]
+    due = written(want)[entry] if want.dtype == torch.float32 else torch.ones_like(have)
+    for i in (have != due).nonzero()[:, 0].tolist():
+        words = ("made", "not made") if have[i] else ("not made", "made")
+        found.append(Difference(int(live[i, 6]), int(live[i, 0]), "pooled row", None, *words, against))
+    both = (have & due).nonzero()[:, 0]
+    wrong = off(got[entry[both]], want[entry[both]], bound)
+    for i in wrong.any(1).nonzero()[:, 0].tolist():
+        item, channel = live[both[i]], int(wrong[i].nonzero()[0])
+        values = float(got[item[5], channel]), float(want[item[5], channel])
+        found.append(Difference(int(item[6]), int(item[0]), "pooled row", channel, *values, against))
+    return found
+
+
+def bytes_of(cache: EntryCache, slots: torch.Tensor) -> torch.Tensor:
+    """Record and tail of each slot, uint8 `[n, record_bytes]`."""
+    record, tail = (_gather(*f(cache, slots), n(cache.spec)) for f, n in (
+        (_record, cache.format.row_bytes), (_tail, cache.format.tail_bytes)))  # fmt: skip
+    return torch.cat((record, tail), dim=1)
+
+
+def put_bytes(cache: EntryCache, slots: torch.Tensor, data: torch.Tensor) -> None:
+    """The opposite of `bytes_of`."""
+    width = cache.format.row_bytes(cache.spec)
+    _scatter(*_record(cache, slots), data[:, :width])
+    _scatter(*_tail(cache, slots), data[:, width:])
+
+
+def _key(code: torch.Tensor, sign: int) -> torch.Tensor:
+    """Codes of sign and magnitude as integers in the order of their values, -0 before 0."""
+    code = code.long() & (2 * sign - 1)
+    magnitude = code & (sign - 1)
+    return torch.where(code >= sign, ~magnitude, magnitude)
+
+
+def explained(cache: EntryCache, data: torch.Tensor, y: torch.Tensor, slack: torch.Tensor) -> torch.Tensor:
+    """bool `[n, head_dim]`: whether the records `data` are entries between `y - slack` and `y + slack`, scales included."""
+    fmt, spec = cache.format, cache.spec
+    low, high = y - slack, y + slack
+    if fmt.element == "fp32":
+        return _between(data.view(torch.int32), low.view(torch.int32), high.view(torch.int32), 1 << 31)
+    if fmt.element == "bf16":
+        return _between(data.view(torch.int16), bf16_bits(low), bf16_bits(high), 1 << 15)
+    q, width = fmt.quantized(spec), fmt.row_bytes(spec)
+    kept = _between(data[:, :width].contiguous()[:, width - 2 * (spec.head_dim - q) :].contiguous().view(torch.int16),
+                    bf16_bits(low[:, q:]), bf16_bits(high[:, q:]), 1 << 15)  # fmt: skip
+    ends = [(x.bfloat16().float() if fmt.round_values else x)[:, :q] for x in (low, high)]
+    right = torch.ones_like(ends[0], dtype=torch.bool)
+    if fmt.scale == "static":
+        values = [x * (1.0 / torch.full_like(x[:, :1], cache.scale)) for x in ends]
+    else:
+        amax = [e.unflatten(1, (-1, fmt.group)).abs().nan_to_num(nan=0.0, posinf=float("inf")) for e in ends]
+        most = torch.maximum(*amax).amax(-1)
+        least = torch.where((ends[0] < 0) & (ends[1] > 0), 0.0, torch.minimum(*(x.flatten(1) for x in amax)))
+        least = least.unflatten(1, (-1, fmt.group)).amax(-1)
+        (tail0, f0), (tail1, f1) = (group_scale(x, fmt, cache.scale) for x in (least, most))
+        tail = data[:, width : width + tail0.shape[1]].contiguous()
+        if fmt.scale_bytes == 4:
+            tail, tail0, tail1 = (x.view(torch.int32) for x in (tail, tail0, tail1))
+        fine = (tail >= tail0) & (tail <= tail1)
+        a, b = torch.where(tail == tail0, f0, f1)[..., None], torch.where(tail == tail1, f1, f0)[..., None]
+        grouped = [x.unflatten(1, (-1, fmt.group)) for x in ends]
+        both = [[(x / f if fmt.divide else x * f).flatten(1) for f in (a, b)] for x in grouped]
+        values = [torch.minimum(*both[0]), torch.maximum(*both[1])]
+        right = fine[..., None].expand_as(grouped[0]).flatten(1)
+        if fmt.pad_written:
+            right = right & (data[:, -fmt.pad :] == 0).all(1, keepdim=True)
+    if fmt.element == "e4m3":
+        codes = _between(data[:, :q], *map(e4m3_bytes, values), 1 << 7)
+    else:
+        nibbles = torch.stack((data[:, : q // 2] & 15, data[:, : q // 2] >> 4), dim=2).flatten(1)
+        codes = _between(nibbles, *(e2m1_codes(x, fmt.ties_to_zero) for x in values), 1 << 3)
+    return torch.cat((codes & right, kept), dim=1)
+
+
+def _between(code: torch.Tensor, low: torch.Tensor, high: torch.Tensor, sign: int) -> torch.Tensor:
+    code, low, high = (_key(x, sign) for x in (code, low, high))
+    return (code >= low) & (code <= high)
