@@ -3,10 +3,10 @@
 import triton
 import triton.language as tl
 
-from .step import COUNTS, count_overflow, step_item
+from .step import count_overflow, step_item
 
 
-@triton.jit(do_not_specialize=["entry_capacity"] + [name + end for name in COUNTS for end in ("_0", "_1")])
+@triton.jit
 def pair_kernel(
     items, num_items, entry_slots, entry_capacity, errors,
     kv_score_0, kv_stride_0, num_tokens_0, ape_0, state_rows_0, state_tags_0, num_slots_0, ring_0, rows_0, norm_weight_0,

@@ -136,7 +136,6 @@ def update_on_gpu(plan: StepPlan, start_pos: torch.Tensor, cu_seqlens: torch.Ten
 
     table, windows = plan.cache_block_table, windows_per_program(plan.windows_per_sequence)
     chunks = -(-plan.batch // SEQUENCES)
-    key = plan_key(plan.ratio, plan.windows_per_sequence, plan.state_slots is None, table is None)
     values = (
         start_pos,
         cu_seqlens,
@@ -161,6 +160,7 @@ def update_on_gpu(plan: StepPlan, start_pos: torch.Tensor, cu_seqlens: torch.Ten
     )
     grid = chunks * max(1, -(-plan.windows_per_sequence // windows))
     if plan._launcher is None:
+        key = plan_key(plan.ratio, plan.windows_per_sequence, plan.state_slots is None, table is None)
         plan._launcher = launcher_of(key, start_pos.device)
     plan._launcher(grid, values)
 

@@ -378,11 +378,7 @@ def count_overflow(items, num_items, programs, errors, RATIO: tl.constexpr):
             tl.atomic_add(errors, 1)
 
 
-# Counts and capacities that change from step to step or from engine to engine: never part of the compile key.
-COUNTS = ("num_tokens", "num_slots", "ring", "entry_capacity", "max_position", "rows_per_page", "cache_slots")
-
-
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit
 def step_kernel(
     items, num_items, entry_slots, entry_capacity, errors,
     kv_score, kv_stride, num_tokens, ape, state_rows, state_tags, num_slots, ring,

@@ -7,7 +7,7 @@ from .epilogue import aim_entry, emit, judge_slot
 from .pdl import load_plan, wait_for_inputs
 
 
-@triton.jit(do_not_specialize=("entry_capacity", "max_position", "rows_per_page", "cache_slots"))
+@triton.jit
 def store_kernel(
     items, num_items, entry_slots, entry_capacity, errors,
     pooled, norm_weight, rope, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots, cache_scale,

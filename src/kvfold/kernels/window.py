@@ -326,13 +326,7 @@ def load_item(items, index, there):
     return window, start, end, token, entry, sequence
 
 
-COUNTS = (
-    "num_tokens", "entry_capacity", "batch", "kv_pages", "kv_width", "score_pages", "score_width", "page_size", "num_writers",
-    "max_position", "rows_per_page", "cache_slots",
-)  # fmt: skip
-
-
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit
 def window_kernel(
     items, num_items, entry_slots, entry_capacity, errors, entry_items, cu_entries, batch,
     kv_score, kv_stride, num_tokens, ape,
