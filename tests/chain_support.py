@@ -69,7 +69,8 @@ def script(rounds: int, seed: int, live: int = BATCH) -> list[list[Step]]:
         starts, lengths, used = [], [], 0
         for slot in slots:
             if slot == -1:
-                starts.append(rng.randint(0, LENGTH))
+                # Absent, but within the tables: with block tables a position beyond them would be counted.
+                starts.append(rng.randint(0, LENGTH - MOST))
                 lengths.append(rng.randint(0, MOST))
                 continue
             if at[slot] + MOST > LENGTH or rng.random() < 0.01:
