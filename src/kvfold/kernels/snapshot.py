@@ -8,6 +8,7 @@ of snapshots, errors).
 import triton
 import triton.language as tl
 
+from .fold import spread
 from .plan import MOST_POSITIONS
 
 
@@ -101,7 +102,7 @@ def restore_kernel(
         fine = fine & ((reads == 0) | ((page >= 0) & (page < num_snaps)))
         for base in range(0, ROWS, BLOCK):
             j = base + tl.arange(0, BLOCK)
-            looked = (j < ROWS) & fine & wanted & (reads > 0)
+            looked = (j < ROWS) & spread(fine & wanted & (reads > 0), BLOCK)
             tag = tl.load(snap_tags + page * ROWS + j, mask=looked, other=0)
             fine = fine & (tl.sum((looked & (tag != start - ROWS + j)).to(tl.int32), axis=0) == 0)
     if wanted & fine:
