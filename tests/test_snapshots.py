@@ -118,10 +118,14 @@ def test_a_hit_at_every_page_end(backend: Backend, name: str) -> None:
     order = rng.sample(range(1, len(ways) * pages + 1), len(ways) * pages)  # nobody has snapshot 0
     tables = [order[i * pages : (i + 1) * pages] for i in range(len(ways))]
     for i, way in enumerate(ways):
+        reached = 0
         for start, new in steps_of(way, prefix, rng):
             # Absent sequences have table rows that nobody looks at, and padding stands behind the tokens.
             batch = [(-1, case.page_size - 1, prefix.tokens[:1]), (i, start, new), (i - 1, case.page_size, new[:0])]
             engine.step(batch, padding=2, snapshot_table=[[-7] * pages, tables[i], [-7] * pages])
+            reached = max(reached, start + len(new))
+            kept = engine.snapshots.positions[tables[i]].flatten().tolist()
+            assert max(kept, default=-1) < reached, "a row of a position that no step had"
         for end, page in zip(prefix.ends, tables[i], strict=False):
             prefix.check(engine.snapshots, page, end)
     assert not prefix.snapshot(engine.snapshots, 0) and engine.snapshots.rows[0].isnan().all()
