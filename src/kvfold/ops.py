@@ -7,6 +7,7 @@ all its checks. What is mutated is in the schemas; nothing is returned, so a fak
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
@@ -14,7 +15,7 @@ import torch
 
 from .checks import check_type
 from .plan import LIVE, StepPlan
-from .records import FORMATS, EntryCache
+from .records import EntryCache
 from .spec import CompressorSpec
 from .state import FoldState
 from .window_state import WindowState
@@ -22,12 +23,10 @@ from .window_state import WindowState
 # Groups of arguments. A `!` marks what is mutated; `_define` gives each its own alias letter.
 PLAN = (
     "Tensor items", "Tensor num_items", "Tensor? entry_slots", "Tensor! errors", "SymInt entry_capacity", "SymInt batch",
-    "SymInt max_new_tokens", "int plan_ratio",
+    "SymInt max_new_tokens", "SymInt ratio",
 )  # fmt: skip
 WINDOW_PLAN = ("Tensor entry_items", "Tensor cu_entries", "Tensor? kv_table", "Tensor? score_table", "SymInt? page_size")
-SPEC = (
-    "int head_dim", "int ratio", "bool overlap", "bool has_ape", "int rope_dim", "float norm_eps", "bool hadamard",
-)  # fmt: skip
+SPEC = ("str spec",)
 FOLD = ("Tensor kv_score", "Tensor! state_rows", "Tensor! positions", "SymInt rewind")
 WINDOW = ("Tensor kv_score", "Tensor! kv", "Tensor! score")
 CACHE = ("Tensor!? storage", "Tensor!? scales", "str format", "SymInt rows_per_page", "float cache_scale")
@@ -37,13 +36,13 @@ UPDATE = (
     "Tensor start_pos", "Tensor cu_seqlens", "Tensor? state_slots", "Tensor? cache_block_table", "SymInt? rows_per_page",
     "Tensor! own_start_pos", "Tensor! own_cu_seqlens", "Tensor! cu_entries", "Tensor! items", "Tensor! num_items",
     "Tensor! entry_items", "Tensor!? entry_slots", "Tensor! errors", "SymInt batch", "SymInt max_new_tokens",
-    "SymInt max_tokens", "int ratio",
+    "SymInt max_tokens", "SymInt ratio",
 )  # fmt: skip
 
 
 def compress(c, plan: StepPlan, rows: torch.Tensor | None, backend: str | None, pdl: bool | None) -> None:
     """`kvfold.compress` while it is traced; `c` is its `Compressor`."""
-    common = (*_spec(c.spec), *_cache(c.cache, c.spec), c.ape, c.norm_weight, c.rope, rows, backend, pdl)
+    common = (_text(c.spec), *_cache(c.cache, c.spec), c.ape, c.norm_weight, c.rope, rows, backend, pdl)
     if isinstance(c.state, WindowState):
         torch.ops.kvfold.compress_window(*_plan(plan), *_window_plan(plan), *_window_state(c), *common)
     else:
@@ -54,7 +53,7 @@ def compress_many(pair: Sequence, plan: StepPlan, backend: str | None, pdl: bool
     """`kvfold.compress_many` of two while it is traced."""
     flat = []
     for c in pair:
-        flat += [*_fold_state(c), *_spec(c.spec), *_cache(c.cache, c.spec), c.ape, c.norm_weight, c.rope]
+        flat += [*_fold_state(c), _text(c.spec), *_cache(c.cache, c.spec), c.ape, c.norm_weight, c.rope]
     torch.ops.kvfold.compress_many(*_plan(plan), plan.state_slots, *flat, backend, pdl)
 
 
@@ -70,7 +69,7 @@ def store(
 ) -> None:
     """`kvfold.store` while it is traced."""
     check_type("cache", cache, EntryCache)
-    torch.ops.kvfold.store(rows, *_plan(plan), *_spec(spec), *_cache(cache, spec), norm_weight, rope, backend, pdl)
+    torch.ops.kvfold.store(rows, *_plan(plan), _text(spec), *_cache(cache, spec), norm_weight, rope, backend, pdl)
 
 
 def update(plan: StepPlan, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
@@ -117,14 +116,14 @@ def _window_plan(plan: StepPlan) -> tuple:
     return plan.entry_items, plan.cu_entries, kv_table, score_table, plan.page_size
 
 
-def _spec(spec: CompressorSpec) -> tuple:
+def _text(spec: CompressorSpec) -> str:
     check_type("spec", spec, CompressorSpec)
-    return spec.head_dim, spec.ratio, spec.overlap, spec.has_ape, spec.rope_dim, spec.norm_eps, spec.hadamard
+    return spec._text
 
 
 def _fold_state(c) -> tuple:
     check_type("state", c.state, FoldState)
-    if c.state.spec != c.spec:
+    if c.state.spec._text != c.spec._text:
         raise ValueError(f"state must be for {c.spec}, got {c.state.spec}")
     return c.kv_score, c.state.rows, c.state.positions, c.state.max_new_tokens
 
@@ -137,12 +136,11 @@ def _cache(cache: EntryCache | None, spec: CompressorSpec) -> tuple:
     if cache is None:
         return None, None, "", 0, 1.0
     check_type("cache", cache, EntryCache)
-    if cache.spec != spec:
+    if cache.spec._text != spec._text:
         raise ValueError(f"cache must be for {spec}, got {cache.spec}")
-    name = cache.format.name
-    if name not in FORMATS or FORMATS[name] != cache.format:
-        raise ValueError(f"cache must have a format of kvfold.records.FORMATS when it is traced, got {name!r}")
-    return cache.storage, cache.scales, name, cache.rows_per_page, cache.scale
+    if not cache._named:
+        raise ValueError(f"cache must have a format of kvfold.records.FORMATS when it is traced, got {cache.format.name!r}")
+    return cache.storage, cache.scales, cache.format.name, cache.rows_per_page, cache.scale
 
 
 # From arguments to objects, which live for one call.
@@ -157,7 +155,9 @@ def _plan_of(items, num_items, entry_slots, errors, entry_capacity, batch, max_n
     return plan
 
 
-_spec_of = lru_cache(maxsize=256)(CompressorSpec)
+@lru_cache(maxsize=256)
+def _spec_of(text: str) -> CompressorSpec:
+    return CompressorSpec(*json.loads(text))
 
 
 @lru_cache(maxsize=256)
@@ -198,11 +198,11 @@ def _compressor_of(args: Sequence, kind: str):
     from .compress import Compressor
 
     kv_score, *state = args[: -len(SPEC + CACHE + WEIGHTS)]
-    flat_spec, flat_cache, weights = _cut(args[-len(SPEC + CACHE + WEIGHTS) :], SPEC, CACHE, WEIGHTS)
-    spec = _spec_of(*flat_spec)
+    (text,), flat_cache, weights = _cut(args[-len(SPEC + CACHE + WEIGHTS) :], SPEC, CACHE, WEIGHTS)
+    spec = _spec_of(text)
     # A WindowState makes the scratch of its one call, where it needs any: a CUDA graph then has it in its own memory.
     made = FoldState(spec, *state) if kind == "fold" else WindowState(*state)
-    return Compressor(kv_score, made, _cache_of(spec, *flat_cache), spec, *weights), _memory(kind, spec, flat_cache[2])
+    return Compressor(kv_score, made, _cache_of(spec, *flat_cache), spec, *weights), _memory(kind, text, flat_cache[2])
 
 
 def _cut(args: Sequence, *groups: tuple[str, ...]) -> list[Sequence]:
@@ -246,8 +246,8 @@ def _compress_many(*args: object) -> None:
 def _store(rows: torch.Tensor, *args: object) -> None:
     from .store import run_store
 
-    flat, spec, cache, weights, how = _cut(args, PLAN, SPEC, CACHE, WEIGHTS[1:], HOW)
-    plan, spec = _plan_of(*flat), _spec_of(*spec)
+    flat, (text,), cache, weights, how = _cut(args, PLAN, SPEC, CACHE, WEIGHTS[1:], HOW)
+    plan, spec = _plan_of(*flat), _spec_of(text)
     _run(plan, lambda: run_store(rows, plan, _cache_of(spec, *cache), spec, *weights, *how))
 
 
