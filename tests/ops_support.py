@@ -30,7 +30,7 @@ class Layer(nn.Module):
         self.states = {spec: kvfold.FoldState.allocate(spec, slots, MOST, device=device) for spec in SPECS}
         formats = dict(zip(SPECS, ("bf16", "fp32", "bf16"), strict=True))
         self.caches = {spec: kvfold.EntryCache.allocate(fmt, slots, 8, spec, device=device) for spec, fmt in formats.items()}
-        self.rows = torch.zeros(slots, NARROW.head_dim, device=device)
+        self.rows = torch.zeros(slots + 1, NARROW.head_dim, device=device)
         self.weights = {}
         for spec in SPECS:
             made = Weights.make(spec, max_positions=64)

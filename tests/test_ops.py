@@ -36,7 +36,6 @@ def forget_compiled_code() -> None:
     torch._dynamo.utils.counters.clear()
 
 
-@pytest.fixture
 def through_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     """Real calls go through the operators too."""
     for module in ("compress", "store", "plan"):
@@ -44,13 +43,14 @@ def through_operators(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @ON_BOTH
-def test_the_same_as_eager_calls(where: Backend, through_operators: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_as_eager_calls(where: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run for real, the operators write what eager calls write; and each passes torch's own checks of an operator.
 
     Those are: it mutates what its schema says and nothing else, its fake call and autograd registration are in order, and
     a traced graph with sizes as variables gives what the operator gives.
     """
     chain, rounds = Chain(where), script(2, 21)
+    through_operators(monkeypatch)
     with Recorder() as recorder:
         for steps in rounds:
             chain.load(steps)
@@ -188,7 +188,7 @@ def test_wrong_arguments_are_named() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
-def test_the_first_call_after_an_update_is_no_dependent(through_operators: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_call_after_an_update_is_no_dependent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eager or not, and whatever the operator was given: a plan that it does not know may have been updated just now."""
     seen = []
 
@@ -201,6 +201,7 @@ def test_the_first_call_after_an_update_is_no_dependent(through_operators: None,
     layer = Layer(CPU)
     plan, state, cache = layer.plans(1)[1], layer.states[NARROW], layer.caches[NARROW]
     scores = torch.zeros(1, 2 * NARROW.channels)
+    through_operators(monkeypatch)
 
     def compress() -> None:
         kvfold.compress(scores, plan, state, cache, spec=NARROW, **layer.weights[NARROW], backend="triton")
@@ -227,8 +228,8 @@ def test_mark_static_marks_all_that_is_mutated() -> None:
 
     def compiler(graph: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
         meta = TracingContext.get().fw_metadata
-        static = set(meta.static_input_indices)
-        seen.append((len(meta.mutated_inp_runtime_indices), len(set(meta.mutated_inp_runtime_indices) - static)))
+        mutated = {i for i, info in enumerate(meta.input_info) if info.mutates_data}
+        seen.append((len(mutated), len(mutated - set(meta.static_input_indices))))
         return graph
 
     for marked in (False, True):
@@ -241,7 +242,8 @@ def test_mark_static_marks_all_that_is_mutated() -> None:
         with torch.no_grad():
             step(layer.hidden(5, 0), *plans, *lengths_of(CPU, [0, 0], [2, 3]))
     (mutated, left), (mutated_too, none) = seen
-    assert mutated == mutated_too == left > 10 and none == 0
+    # What hangs on a module is known to stay; the 8 buffers of each of the two plans, which are arguments, are not.
+    assert mutated == mutated_too > left == 16 and none == 0
     with pytest.raises(TypeError, match=r"^things must be states"):
         kvfold.ops.mark_static(MAIN)
 

@@ -87,8 +87,9 @@ def mark_static(*things: FoldState | WindowState | EntryCache | StepPlan | torch
     """Says that these live as long as the compiled code: `torch.compile(mode="reduce-overhead")` needs it.
 
     CUDA graphs are left out by torch, with a warning, when a graph mutates an input that may be elsewhere at the next call.
-    Buffers of an `nn.Module` are known to stay; tensors that Python objects hold are not until they are marked. Mark states,
-    caches, plans that are updated in place, and tensors given as `rows`. One that moves all the same costs a new recording.
+    What hangs on the compiled `nn.Module`, its parameters and buffers and also states and caches that are attributes, is known
+    to stay. Arguments are not until they are marked: plans that are updated in place, and states, caches and `rows` that come
+    with a call. One that moves all the same costs a new recording.
     """
     for thing in things:
         if not isinstance(thing, (FoldState, WindowState, EntryCache, StepPlan, torch.Tensor)):
