@@ -1,5 +1,8 @@
 """Times what a step costs beside its kernels: `StepPlan.update` on the device, and every call on the host.
 
+The host's figures are of an eager call, of the same through its operator (`op`), and of that call compiled as a whole by
+`torch.compile(fullgraph=True)`, without CUDA graphs (`compiled`).
+
 python benchmarks/overhead.py --out benchmarks/results/overhead.jsonl [--commit COMMIT]
 """
 
@@ -12,8 +15,11 @@ from collections.abc import Callable
 import protocol
 import table
 import torch
-from calls import Step
+from calls import Buffers, Step
 from protocol import Case, Variant
+
+from kvfold import ops
+from kvfold.compress import Compressor
 
 PLANS = 16  # in turn, so that no update waits for the one before it over the same tensors
 CHUNK, CHUNKS = 200, 10  # few enough calls that the launch queue never fills and the host never waits
@@ -43,6 +49,17 @@ def plan_us(case: Case) -> float:
     return us
 
 
+def through_operator(step: Step, buffers: list[Buffers]) -> Callable[[], None]:
+    """The call as compiled code makes it: by its operator, but without what compiled code has round it."""
+    made = [
+        Compressor(b.kv_score, b.state, b.cache, spec, *weights)
+        for b, spec, weights in zip(buffers, step.specs, step.weights, strict=True)
+    ]
+    if len(made) == 1:
+        return lambda: ops.compress(made[0], step.plan, buffers[0].rows, None, None)
+    return lambda: ops.compress_many(made, step.plan, None, None)
+
+
 def host_us(call: Callable[[], None]) -> float:
     """Median microseconds of host time per eager call; the device is waited for between chunks, outside the timing."""
     call()
@@ -70,9 +87,12 @@ def main() -> None:
     for case, variants in HOST:
         for name in variants:
             step = Step(case, Variant.parse(name))
-            call = step.call(step.buffers())
-            step.check(call)
-            add("host", case.name, name, host_us(call))
+            buffers = step.buffers()
+            call = step.call(buffers)
+            ways = {"": call, " op": through_operator(step, buffers), " compiled": torch.compile(call, fullgraph=True)}
+            for way, made in ways.items():
+                step.check(made)
+                add("host", case.name, name + way, host_us(made))
         add("host", case.name, "update", host_us(lambda s=step: s.plan.update(s.start_pos, s.cu_seqlens)))
     cells = [[row["bench"], row["case"], row["variant"], f"{row['us']:.2f}"] for row in rows]
     table.show("Plan on the device and calls on the host, microseconds", ("bench", "case", "variant", "us"), cells)

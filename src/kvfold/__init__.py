@@ -1,6 +1,6 @@
 """kvfold: GPU kernels for the KV-cache compressor of DeepSeek-V4."""
 
-from . import reference
+from . import ops, reference
 from .compress import compress, compress_many
 from .debug import check
 from .plan import StepPlan
@@ -28,6 +28,7 @@ __all__ = [
     "check",
     "compress",
     "compress_many",
+    "ops",
     "reference",
     "restore",
     "store",

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch._subclasses import FakeTensor
+
+
+def traced(tensor: object) -> bool:
+    """Whether a call is being traced, by torch.compile or over fake tensors: then it must be an operator (ops.py)."""
+    return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
 
 
 def check_type(name: str, value: object, kind: type) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from .backend_torch import compress_torch
 from .backend_window import compress_window_torch
-from .checks import check_device, check_dtype, check_shape, check_tensor, check_type
+from .checks import check_device, check_dtype, check_shape, check_tensor, check_type, traced
 from .plan import StepPlan
 from .records import EntryCache
 from .snapshots import Snapshots
@@ -83,8 +83,18 @@ def compress(
             its pool, a state row that is not held) is skipped and counted in `plan.errors`.
     """
     check_type("kv_score", kv_score, torch.Tensor)
-    chosen = choose_backend(backend, "kv_score", kv_score)
     c = Compressor(kv_score, state, cache, spec, ape, norm_weight, rope, snapshots)
+    if traced(kv_score):
+        from . import ops
+
+        ops.compress(c, plan, rows, backend, pdl)
+    else:
+        run_compress(c, plan, rows, backend, pdl)
+
+
+def run_compress(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, backend: str | None, pdl: bool | None) -> None:
+    """`compress` of real tensors: straight to the launch."""
+    chosen = choose_backend(backend, "kv_score", c.kv_score)
     _check(c, plan, rows)
     if plan.batch == 0:
         return
@@ -93,7 +103,7 @@ def compress(
     else:
         from .kernels import launch  # imports triton, which the torch backend does not need
 
-        run = launch.compress_triton if isinstance(state, FoldState) else launch.compress_window_triton
+        run = launch.compress_triton if isinstance(c.state, FoldState) else launch.compress_window_triton
         run(c, plan, rows, pdl)
 
 
@@ -117,11 +127,26 @@ def compress_many(
         raise TypeError(f"compressors must be a sequence, got {type(compressors).__name__}")
     if not 1 <= len(compressors) <= 2:
         raise ValueError(f"compressors must hold one or two, got {len(compressors)}")
-    found, chosen = [], None
+    made = []
     for i, one in enumerate(compressors):
         if not isinstance(one, tuple) or len(one) not in (len(Compressor._fields) - 1, len(Compressor._fields)):
             raise TypeError(f"compressors[{i}] must be a tuple {Compressor._fields}, the last of which may be missing")
-        c = Compressor(*one)
+        made.append(Compressor(*one))
+    if not traced(made[0].kv_score):
+        run_many(made, plan, backend, pdl)
+        return
+    from . import ops
+
+    if len(made) == 1:
+        ops.compress(made[0], plan, None, backend, pdl)
+    else:
+        ops.compress_many(made, plan, backend, pdl)
+
+
+def run_many(compressors: Sequence[Compressor], plan: StepPlan, backend: str | None, pdl: bool | None) -> None:
+    """`compress_many` of real tensors: straight to the launch."""
+    found, chosen = [], None
+    for i, c in enumerate(compressors):
         try:
             check_type("kv_score", c.kv_score, torch.Tensor)
             chosen = choose_backend(backend, "kv_score", c.kv_score)

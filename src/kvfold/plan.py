@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import torch
 
-from .checks import check_int, check_tensor
+from .checks import check_int, check_tensor, traced
 from .snapshots import MOST_PAGE
 
 ITEM_FIELDS = ("window", "start", "end", "token", "slot", "entry", "sequence", "unused")
 _INT32_MAX = (1 << 31) - 1
 MOST_POSITIONS = 1 << 30  # of a sequence: what kernels add to a position then stays an int32
+
+# Plans in use by the address of their items, so that an operator (ops.py) can tell whose plan it was given the tensors of.
+LIVE: weakref.WeakValueDictionary[int, StepPlan] = weakref.WeakValueDictionary()
 
 
 class StepPlan:
@@ -155,6 +159,8 @@ class StepPlan:
         plan.entry_items = torch.full((plan.entry_capacity,), -1, dtype=torch.int32, device=device)
         plan.errors = torch.zeros(1, dtype=torch.int32, device=device)
         plan.update(start_pos, cu_seqlens)
+        if not traced(plan.items):
+            LIVE[plan.items.data_ptr()] = plan
         return plan
 
     def items_for(self, tokens: int) -> int:
@@ -179,6 +185,15 @@ class StepPlan:
         Args:
             start_pos: int32 `[B]`; cu_seqlens: int32 `[B + 1]`, as for `build`. Copied, so free again after the call.
         """
+        if traced(start_pos):
+            from . import ops
+
+            ops.update(self, start_pos, cu_seqlens)
+        else:
+            self.run_update(start_pos, cu_seqlens)
+
+    def run_update(self, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
+        """`update` of real tensors: straight to the launch."""
         device = self.start_pos.device
         check_tensor("start_pos", start_pos, (self.batch,), (torch.int32,), device)
         check_tensor("cu_seqlens", cu_seqlens, (self.batch + 1,), (torch.int32,), device)

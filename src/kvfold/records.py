@@ -208,6 +208,7 @@ class EntryCache:
         check_int("rows_per_page", rows_per_page, 1, 1 << 20)
         self.format = get_format(fmt)
         self.format.check(spec)
+        self._named = FORMATS.get(self.format.name) == self.format  # so an operator (ops.py) can be told it by its name
         self.spec = spec
         self.rows_per_page = rows_per_page
         self.page_bytes = self.format.page_bytes(spec, rows_per_page)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import astuple, dataclass
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class CompressorSpec:
             raise ValueError(f"rope_dim must be even and from 0 to head_dim={self.head_dim}, got {self.rope_dim}")
         if not isinstance(self.norm_eps, (int, float)) or not 0 < self.norm_eps < 1:
             raise ValueError(f"norm_eps must be a number between 0 and 1, got {self.norm_eps!r}")
+        # What an operator is told of the spec (ops.py): a string, as torch.compile would make variables of its numbers.
+        object.__setattr__(self, "_text", json.dumps(astuple(self)))
 
     @property
     def channels(self) -> int:

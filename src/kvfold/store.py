@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .backend_torch import store_torch
-from .checks import check_tensor, check_type
+from .checks import check_tensor, check_type, traced
 from .compress import check_epilogue, check_plan, choose_backend
 from .plan import StepPlan
 from .records import EntryCache
@@ -39,6 +39,25 @@ def store(
             entry beyond the RoPE table, is skipped and counted in `plan.errors`.
     """
     check_type("rows", rows, torch.Tensor)
+    if traced(rows):
+        from . import ops
+
+        ops.store(rows, plan, cache, spec, norm_weight, rope, backend, pdl)
+    else:
+        run_store(rows, plan, cache, spec, norm_weight, rope, backend, pdl)
+
+
+def run_store(
+    rows: torch.Tensor,
+    plan: StepPlan,
+    cache: EntryCache,
+    spec: CompressorSpec,
+    norm_weight: torch.Tensor,
+    rope: torch.Tensor | None,
+    backend: str | None,
+    pdl: bool | None,
+) -> None:
+    """`store` of real tensors: straight to the launch."""
     chosen = choose_backend(backend, "rows", rows)
     check_type("spec", spec, CompressorSpec)
     check_type("plan", plan, StepPlan)

@@ -1,0 +1,296 @@
+"""The calls as operators of torch, `torch.ops.kvfold.*`: what `torch.compile` and `FakeTensor`s see of them.
+
+User code calls `kvfold.compress` and the others; while they are traced they come here, at all other times they go straight
+to the launch. An operator takes tensors and plain values, builds the light objects round them and makes the eager call, with
+all its checks. What is mutated is in the schemas; nothing is returned, so a fake call has nothing to do.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import torch
+
+from .checks import check_type
+from .plan import LIVE, StepPlan
+from .records import EntryCache
+from .spec import CompressorSpec
+from .state import FoldState
+from .window_state import WindowState
+
+# Groups of arguments. A `!` marks what is mutated; `_define` gives each its own alias letter.
+PLAN = (
+    "Tensor items", "Tensor num_items", "Tensor? entry_slots", "Tensor! errors", "SymInt entry_capacity", "SymInt batch",
+    "SymInt max_new_tokens", "SymInt ratio",
+)  # fmt: skip
+WINDOW_PLAN = ("Tensor entry_items", "Tensor cu_entries", "Tensor? kv_table", "Tensor? score_table", "SymInt? page_size")
+SPEC = ("str spec",)
+FOLD = ("Tensor kv_score", "Tensor! state_rows", "Tensor! positions", "SymInt rewind")
+WINDOW = ("Tensor kv_score", "Tensor! kv", "Tensor! score")
+CACHE = ("Tensor!? storage", "Tensor!? scales", "str format", "SymInt rows_per_page", "float cache_scale")
+WEIGHTS = ("Tensor? ape", "Tensor? norm_weight", "Tensor? rope")
+HOW = ("str? backend", "bool? pdl")
+UPDATE = (
+    "Tensor start_pos", "Tensor cu_seqlens", "Tensor? state_slots", "Tensor? cache_block_table", "SymInt? rows_per_page",
+    "Tensor! own_start_pos", "Tensor! own_cu_seqlens", "Tensor! cu_entries", "Tensor! items", "Tensor! num_items",
+    "Tensor! entry_items", "Tensor!? entry_slots", "Tensor! errors", "SymInt batch", "SymInt max_new_tokens",
+    "SymInt max_tokens", "SymInt ratio",
+)  # fmt: skip
+
+
+def compress(c, plan: StepPlan, rows: torch.Tensor | None, backend: str | None, pdl: bool | None) -> None:
+    """`kvfold.compress` while it is traced; `c` is its `Compressor`."""
+    common = (_text(c.spec), *_cache(c.cache, c.spec), c.ape, c.norm_weight, c.rope, rows, backend, pdl)
+    if isinstance(c.state, WindowState):
+        torch.ops.kvfold.compress_window(*_plan(plan), *_window_plan(plan), *_window_state(c), *common)
+    else:
+        torch.ops.kvfold.compress(*_plan(plan), plan.state_slots, *_fold_state(c), *common)
+
+
+def compress_many(pair: Sequence, plan: StepPlan, backend: str | None, pdl: bool | None) -> None:
+    """`kvfold.compress_many` of two while it is traced."""
+    flat = []
+    for c in pair:
+        flat += [*_fold_state(c), _text(c.spec), *_cache(c.cache, c.spec), c.ape, c.norm_weight, c.rope]
+    torch.ops.kvfold.compress_many(*_plan(plan), plan.state_slots, *flat, backend, pdl)
+
+
+def store(
+    rows: torch.Tensor,
+    plan: StepPlan,
+    cache: EntryCache,
+    spec: CompressorSpec,
+    norm_weight: torch.Tensor,
+    rope: torch.Tensor | None,
+    backend: str | None,
+    pdl: bool | None,
+) -> None:
+    """`kvfold.store` while it is traced."""
+    check_type("cache", cache, EntryCache)
+    torch.ops.kvfold.store(rows, *_plan(plan), _text(spec), *_cache(cache, spec), norm_weight, rope, backend, pdl)
+
+
+def update(plan: StepPlan, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
+    """`StepPlan.update` while it is traced."""
+    table = plan.cache_block_table
+    torch.ops.kvfold.update(
+        start_pos, cu_seqlens, plan.state_slots, table, plan.rows_per_page, plan.start_pos, plan.cu_seqlens, plan.cu_entries,
+        plan.items, plan.num_items, plan.entry_items,
+        plan.entry_slots if table is not None else None,  # otherwise it is the caller's, and only read
+        plan.errors, plan.batch, plan.max_new_tokens, plan.max_tokens, plan.ratio,
+    )  # fmt: skip
+
+
+def mark_static(*things: FoldState | WindowState | EntryCache | StepPlan | torch.Tensor) -> None:
+    """Says that these live as long as the compiled code: `torch.compile(mode="reduce-overhead")` needs it.
+
+    CUDA graphs are left out by torch, with a warning, when a graph mutates an input that may be elsewhere at the next call.
+    What hangs on the compiled `nn.Module`, its parameters and buffers and also states and caches that are attributes, is known
+    to stay. Arguments are not until they are marked: plans that are updated in place, and states, caches and `rows` that come
+    with a call. One that moves all the same costs a new recording.
+    """
+    for thing in things:
+        if not isinstance(thing, (FoldState, WindowState, EntryCache, StepPlan, torch.Tensor)):
+            raise TypeError(f"things must be states, caches, plans or tensors, got {type(thing).__name__}")
+        held = [thing] if isinstance(thing, torch.Tensor) else vars(thing).values()
+        for value in held:
+            for tensor in value if isinstance(value, tuple) else (value,):
+                if isinstance(tensor, torch.Tensor):
+                    torch._dynamo.mark_static_address(tensor, guard=False)
+
+
+# From objects to arguments. This much is traced: attribute reads, and the checks of what an operator cannot see.
+
+
+def _plan(plan: StepPlan) -> tuple:
+    check_type("plan", plan, StepPlan)
+    return (
+        plan.items, plan.num_items, plan.entry_slots, plan.errors, plan.entry_capacity, plan.batch, plan.max_new_tokens,
+        plan.ratio,
+    )  # fmt: skip
+
+
+def _window_plan(plan: StepPlan) -> tuple:
+    kv_table, score_table = plan.block_tables if plan.block_tables is not None else (None, None)
+    return plan.entry_items, plan.cu_entries, kv_table, score_table, plan.page_size
+
+
+def _text(spec: CompressorSpec) -> str:
+    check_type("spec", spec, CompressorSpec)
+    return spec._text
+
+
+def _fold_state(c) -> tuple:
+    check_type("state", c.state, FoldState)
+    if c.snapshots is not None:
+        raise ValueError("snapshots must be None when the call is traced: no operator takes them yet")
+    if c.state.spec._text != c.spec._text:
+        raise ValueError(f"state must be for {c.spec}, got {c.state.spec}")
+    return c.kv_score, c.state.rows, c.state.positions, c.state.max_new_tokens
+
+
+def _window_state(c) -> tuple:
+    if c.snapshots is not None:
+        raise ValueError("snapshots must be None for a WindowState, whose pages are shared as they are")
+    return c.kv_score, c.state.kv, c.state.score
+
+
+def _cache(cache: EntryCache | None, spec: CompressorSpec) -> tuple:
+    if cache is None:
+        return None, None, "", 0, 1.0
+    check_type("cache", cache, EntryCache)
+    if cache.spec._text != spec._text:
+        raise ValueError(f"cache must be for {spec}, got {cache.spec}")
+    if not cache._named:
+        raise ValueError(f"cache must have a format of kvfold.records.FORMATS when it is traced, got {cache.format.name!r}")
+    return cache.storage, cache.scales, cache.format.name, cache.rows_per_page, cache.scale
+
+
+# From arguments to objects, which live for one call.
+
+
+def _plan_of(items, num_items, entry_slots, errors, entry_capacity, batch, max_new_tokens, ratio) -> StepPlan:
+    plan = StepPlan()
+    plan.ratio, plan.max_new_tokens, plan.batch = ratio, max_new_tokens, batch
+    plan.items, plan.num_items, plan.entry_slots, plan.errors = items, num_items, entry_slots, errors
+    plan.item_capacity, plan.entry_capacity = items.shape[0], entry_capacity
+    plan.state_slots = plan.block_tables = plan.page_size = None
+    return plan
+
+
+@lru_cache(maxsize=256)
+def _spec_of(text: str) -> CompressorSpec:
+    return CompressorSpec(*json.loads(text))
+
+
+@lru_cache(maxsize=256)
+def _memory(*asked: object) -> list[tuple]:
+    """Where the launcher of the last call of this kind is kept, as a state of the user's would keep it; no tensors."""
+    return [(None,)]
+
+
+def _cache_of(spec: CompressorSpec, storage, scales, fmt: str, rows_per_page: int, scale: float) -> EntryCache | None:
+    return None if storage is None else EntryCache(storage, fmt, rows_per_page, spec, scales=scales, scale=scale)
+
+
+def _run(plan: StepPlan, call: Callable[[], None]) -> None:
+    """Makes a call with a plan of one call, which is as fresh as the user's plan over the same items; see `use_pdl`."""
+    user = LIVE.get(plan.items.data_ptr())
+    plan.fresh = user is None or user.fresh
+    call()
+    if user is not None:
+        user.fresh = plan.fresh
+
+
+def _call_compress(plan: StepPlan, states: list, made: Sequence, backend: str | None, pdl: bool | None, rows=None) -> None:
+    """The eager call for compressors whose states remember their launchers in `states`."""
+    from .compress import run_compress, run_many
+
+    for c, memory in zip(made, states, strict=True):
+        c.state._last = memory[0]
+    if len(made) == 1:
+        _run(plan, lambda: run_compress(made[0], plan, rows, backend, pdl))
+    else:
+        _run(plan, lambda: run_many(made, plan, backend, pdl))
+    for c, memory in zip(made, states, strict=True):
+        memory[0] = c.state._last
+
+
+def _compressor_of(args: Sequence, kind: str):
+    """A `Compressor` from the arguments of its state, spec, cache and weights, and the memory of its launcher."""
+    from .compress import Compressor
+
+    kv_score, *state = args[: -len(SPEC + CACHE + WEIGHTS)]
+    (text,), flat_cache, weights = _cut(args[-len(SPEC + CACHE + WEIGHTS) :], SPEC, CACHE, WEIGHTS)
+    spec = _spec_of(text)
+    # A WindowState makes the scratch of its one call, where it needs any: a CUDA graph then has it in its own memory.
+    made = FoldState(spec, *state) if kind == "fold" else WindowState(*state)
+    return Compressor(kv_score, made, _cache_of(spec, *flat_cache), spec, *weights), _memory(kind, text, flat_cache[2])
+
+
+def _cut(args: Sequence, *groups: tuple[str, ...]) -> list[Sequence]:
+    found, at = [], 0
+    for group in groups:
+        found.append(args[at : at + len(group)])
+        at += len(group)
+    return found
+
+
+ONE = SPEC + CACHE + WEIGHTS
+SLOTS = ("Tensor? state_slots",)
+ROWS = ("Tensor!? rows",)
+
+
+def _compress(*args: object) -> None:
+    flat, (slots,), c, (rows,), how = _cut(args, PLAN, SLOTS, FOLD + ONE, ROWS, HOW)
+    plan = _plan_of(*flat)
+    plan.state_slots = slots
+    made, memory = _compressor_of(c, "fold")
+    _call_compress(plan, [memory], [made], *how, rows=rows)
+
+
+def _compress_window(*args: object) -> None:
+    flat, more, c, (rows,), how = _cut(args, PLAN, WINDOW_PLAN, WINDOW + ONE, ROWS, HOW)
+    plan = _plan_of(*flat)
+    plan.entry_items, plan.cu_entries, kv_table, score_table, plan.page_size = more
+    plan.block_tables = None if kv_table is None else (kv_table, score_table)
+    made, memory = _compressor_of(c, "window")
+    _call_compress(plan, [memory], [made], *how, rows=rows)
+
+
+def _compress_many(*args: object) -> None:
+    flat, (slots,), first, second, how = _cut(args, PLAN, SLOTS, FOLD + ONE, FOLD + ONE, HOW)
+    plan = _plan_of(*flat)
+    plan.state_slots = slots
+    made, memories = zip(*(_compressor_of(c, "fold") for c in (first, second)), strict=True)
+    _call_compress(plan, [_memory("pair", *(c.spec for c in made)), memories[1]], made, *how)
+
+
+def _store(rows: torch.Tensor, *args: object) -> None:
+    from .store import run_store
+
+    flat, (text,), cache, weights, how = _cut(args, PLAN, SPEC, CACHE, WEIGHTS[1:], HOW)
+    plan, spec = _plan_of(*flat), _spec_of(text)
+    _run(plan, lambda: run_store(rows, plan, _cache_of(spec, *cache), spec, *weights, *how))
+
+
+def _update(
+    start_pos, cu_seqlens, state_slots, table, rows_per_page, own_start_pos, own_cu_seqlens, cu_entries, items, num_items,
+    entry_items, entry_slots, errors, batch, max_new_tokens, max_tokens, ratio,
+) -> None:  # fmt: skip
+    plan = _plan_of(items, num_items, entry_slots, errors, entry_items.shape[0], batch, max_new_tokens, ratio)
+    plan.state_slots, plan.cache_block_table, plan.rows_per_page, plan.max_tokens = (
+        state_slots,
+        table,
+        rows_per_page,
+        max_tokens,
+    )
+    plan.start_pos, plan.cu_seqlens, plan.cu_entries, plan.entry_items = own_start_pos, own_cu_seqlens, cu_entries, entry_items
+    user = LIVE.get(items.data_ptr())
+    if user is not None:
+        user.fresh, plan._launcher = True, user._launcher
+    plan.run_update(start_pos, cu_seqlens)
+
+
+def _define(name: str, arguments: tuple[str, ...], run: Callable[..., None]) -> None:
+    schema, letters = [], iter("abcdefghijklmnopqrstuvwxyz")
+    for argument in arguments:
+        schema.append(argument.replace("!", f"({next(letters)}!)") if "!" in argument else argument)
+    name = f"kvfold::{name}"
+    torch.library.define(name, f"({', '.join(schema)}) -> ()", tags=(torch.Tag.pt2_compliant_tag,), lib=_LIBRARY)
+    torch.library.impl(name, "CompositeExplicitAutograd", run, lib=_LIBRARY)
+    torch.library.register_fake(name, lambda *args: None, lib=_LIBRARY)
+
+
+def _named(group: tuple[str, ...], i: int) -> tuple[str, ...]:
+    return tuple(f"{argument}_{i}" for argument in group)
+
+
+_LIBRARY = torch.library.Library("kvfold", "FRAGMENT")
+_define("compress", PLAN + SLOTS + FOLD + ONE + ROWS + HOW, _compress)
+_define("compress_window", PLAN + WINDOW_PLAN + WINDOW + ONE + ROWS + HOW, _compress_window)
+_define("compress_many", PLAN + SLOTS + _named(FOLD + ONE, 0) + _named(FOLD + ONE, 1) + HOW, _compress_many)
+_define("store", ("Tensor rows", *PLAN, *SPEC, *CACHE, *WEIGHTS[1:], *HOW), _store)
+_define("update", UPDATE, _update)
