@@ -103,7 +103,7 @@ class Lab:
 
     @property
     def batch(self) -> int:
-        return 16 if self.real else 3
+        return 16 if self.real else 2
 
     def spec(self, spec: CompressorSpec) -> CompressorSpec:
         """V4's compressor, with shorter windows on a CPU: of the same kind of state, and a tile of raw rows per entry."""
