@@ -138,7 +138,9 @@ def explain(
     return Explanation(spec, kind, start, new, ring, history, entries, reads, writes, emptied, starts, any_window)
 
 
-def _step(narrow: CompressorSpec, state: FoldState | WindowState, start: int, new: int, fill: float, plan: StepPlan) -> StepPlan:
+def _step(
+    narrow: CompressorSpec, state: FoldState | WindowState, start: int, new: int, fill: float, plan: StepPlan
+) -> StepPlan:
     """Takes the step, its tokens all `fill`."""
     rows = torch.full((1, 2 * narrow.channels), fill).expand(new, -1)  # one row in memory, however many tokens
     ape = torch.zeros(narrow.ratio, narrow.channels) if narrow.has_ape else None

@@ -175,7 +175,9 @@ def _equivalence_cases(lab: Lab) -> Iterator[Case]:
             ways = {
                 "chunks": partial(check_cut, chunks),
                 "decode": partial(check_cut, partial(drafts, new=1, first=spec.ratio - 1)),
-                f"{DRAFTS} tokens, 0 to {DRAFTS} accepted": partial(check_cut, partial(drafts, new=DRAFTS, first=spec.ratio + 1)),
+                f"{DRAFTS} tokens, 0 to {DRAFTS} accepted": partial(
+                    check_cut, partial(drafts, new=DRAFTS, first=spec.ratio + 1)
+                ),
                 "padding": partial(check_cut, chunks, padding=True),
                 "slots of an owner that left NaN": partial(check_cut, chunks, reused=True),
             }
@@ -224,7 +226,7 @@ def check_store(lab: Lab, config: Config, dtype: torch.dtype) -> str:
 
 
 def check_format(lab: Lab, spec: CompressorSpec, fmt: str) -> str:
-    """The bytes of one record format: packed from kvfold's own pooled rows, the same by `store`, and none outside of records."""
+    """The bytes of one record format: packed from kvfold's own pooled rows, the same by `store`, none outside of records."""
     streams = lab.streams(lab.spec(spec), BF16)
     engine = lab.engine(streams, "fold", fmt=fmt)
     schedule = chunks(streams.batch, streams.length)
@@ -249,7 +251,13 @@ def check_format(lab: Lab, spec: CompressorSpec, fmt: str) -> str:
 
 
 def check_cut(
-    cut: Callable[[int, int], Schedule], lab: Lab, spec: CompressorSpec, kind: str, *, padding: bool = False, reused: bool = False
+    cut: Callable[[int, int], Schedule],
+    lab: Lab,
+    spec: CompressorSpec,
+    kind: str,
+    *,
+    padding: bool = False,
+    reused: bool = False,
 ) -> str:
     """A sequence cut in some way has the bits of one prefill.
 
@@ -327,7 +335,7 @@ def compare_bits(got: Engine, want: Engine, against: str, *, pooled: bool = True
 
 
 def explain_records(engine: Engine, pooled: Tensor) -> str:
-    """Whether the records are what `pooled` `[batch, windows, head_dim]` packs to, by the torch packer; how nearly, in words."""
+    """Raises unless the records are what the torch packer makes of `pooled` `[batch, windows, head_dim]`; how nearly, in words."""
     s, cache = engine.streams, engine.cache
     rows = pooled.flatten(0, 1)
     rows = rows.bfloat16().float() if cache.format.round_rows else rows

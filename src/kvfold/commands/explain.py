@@ -77,8 +77,8 @@ def _show(said: Explanation, fmt: str | None, console: Console) -> None:
     console.print(f"{kept}: {said.new} tokens, positions {said.start} to {end - 1}", soft_wrap=True, highlight=False)
     bytes_of = [f"bytes as {fmt}"] if fmt else []
     overlap = ["lo half of"] if spec.overlap else []
-    title = f"Entries: {len(said.entries)}"
-    table = Table("entry", *overlap, "hi half of" if spec.overlap else "positions", "RoPE at", "page, row", *bytes_of, title=title)
+    console.print(f"Entries: {len(said.entries)}", highlight=False)
+    table = Table("entry", *overlap, "hi half of" if spec.overlap else "positions", "RoPE at", "page, row", *bytes_of)
     cells = []
     for e in said.entries:
         lo = [_span(e.lo) if e.lo else "none"] if spec.overlap else []
@@ -87,7 +87,8 @@ def _show(said: Explanation, fmt: str | None, console: Console) -> None:
     _print(console, table, cells)
     for title, rows in (("reads", said.reads), ("writes", said.writes), ("empties", said.emptied)):
         if rows or title != "empties":
-            _print(console, Table("position", "state row", title=f"State rows that it {title}: {len(rows)}"), _places(rows))
+            console.print(f"State rows that it {title}: {len(rows)}", highlight=False)
+            _print(console, Table("position", "state row"), _places(rows))
     starts = ", ".join(_runs(said.starts)) + (", or the first position of any window before" if said.any_window else "")
     console.print(f"The next step can start at: {starts}", soft_wrap=True, highlight=False)
 
@@ -116,6 +117,8 @@ def _runs(positions: Iterable[int]) -> list[str]:
 
 def _print(console: Console, table: Table, cells: list[list[str]]) -> None:
     half = SHOWN // 2
+    if not cells:
+        return
     if len(cells) > SHOWN:
         left = [f"... {len(cells) - SHOWN} more", *[""] * (len(cells[0]) - 1)]
         cells = [*cells[:half], left, *cells[-half:]]
