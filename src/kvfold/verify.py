@@ -335,7 +335,7 @@ def compare_bits(got: Engine, want: Engine, against: str, *, pooled: bool = True
 
 
 def explain_records(engine: Engine, pooled: Tensor) -> str:
-    """Raises unless the records are what the torch packer makes of `pooled` `[batch, windows, head_dim]`; how nearly, in words."""
+    """Raises unless the torch packer makes the records of `pooled` `[batch, windows, head_dim]`; says how nearly it does."""
     s, cache = engine.streams, engine.cache
     rows = pooled.flatten(0, 1)
     rows = rows.bfloat16().float() if cache.format.round_rows else rows

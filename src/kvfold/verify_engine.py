@@ -170,7 +170,7 @@ class Engine:
         return torch.cat(found)
 
     def plan(self, parts: list[Part], bound: int | None = None, padding: bool = False) -> StepPlan:
-        """The step's plan. padding: an absent sequence of two tokens and one of none behind it, as captured graphs have them."""
+        """The step's plan. padding: behind it an absent sequence of two tokens and one of none, as in graphs."""
         device = self.pooled.device
         starts, lengths = [p.start for p in parts], [p.new for p in parts]
         cache_table, missing = self.cache_table, torch.full_like(self.cache_table[:1], -1)
