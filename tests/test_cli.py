@@ -167,6 +167,9 @@ def test_bench_needs_a_gpu_and_runs_the_scripts(tmp_path, monkeypatch):
     assert call("bench", "decode", "--quick", "--out", out, "--plot", picture).exit_code == 0
     assert ran == [("decode.py", "--quick", "--out", str(out)), ("plot.py", "--rows", str(out), "--picture", str(picture))]
     assert call("bench", "plan").exit_code == 1 and ran[-1] == ("overhead.py",)
+    monkeypatch.setattr(bench, "PACKAGE", bench.folder().parent)  # as in a wheel, whose rows name the version
+    call("bench", "store")
+    assert ran[-1][:2] == ("store.py", "--commit") and ran[-1][2].startswith("kvfold 0.")
 
 
 def test_bench_draws_rows_and_hands_on_the_exit_code(tmp_path):

@@ -36,6 +36,8 @@ def bench(
     """Times kvfold on this GPU, under the protocol that the recorded figures of other projects were taken by."""
     import torch
 
+    from .. import __version__
+
     console = Console(stderr=True)
     if plot is not None and (what is not What.decode or out is None):
         raise typer.BadParameter("--plot is drawn from decode rows: it needs `bench decode --out FILE`")
@@ -48,6 +50,8 @@ def bench(
         console.print("kvfold bench needs a GPU, and torch finds none", style="red")
         raise typer.Exit(2)
     arguments = list(QUICK[what]) if quick else []
+    if folder().parent == PACKAGE:  # installed: git would name the commit of whatever repository the user stands in
+        arguments += ["--commit", f"kvfold {__version__}"]
     code = run(SCRIPTS[what], *arguments, *(["--out", str(out)] if out else []))
     if code == 0 and plot is not None:
         code = run("plot.py", "--rows", str(out), "--picture", str(plot))
