@@ -1,6 +1,7 @@
 """Draws benchmarks/results/*.jsonl beside the other projects' figures: docs/plots/decode.svg and docs/tables/decode.md.
 
 python benchmarks/plot.py [--results benchmarks/results] [--docs docs]
+python benchmarks/plot.py --rows FILE.jsonl --picture FILE.png     only the picture, of one file's rows
 
 The last row of a case and variant counts; rows of fold.jsonl, from before decode.py, count where there is no other. The same
 rows give the same bytes.
@@ -37,10 +38,11 @@ STYLES = {
 }
 
 
-def newest(folder: Path) -> dict[tuple[str, str], dict]:
-    """The decode row that counts of each case and variant; rows with dependent launch forced on or off do not."""
+def newest(source: Path) -> dict[tuple[str, str], dict]:
+    """The decode row that counts of each case and variant, in a folder or a file; rows with dependent launch forced do not."""
     found = {}
-    for path in sorted(folder.glob("*.jsonl"), key=lambda p: (p.name != HISTORY, p.name)):
+    paths = source.glob("*.jsonl") if source.is_dir() else [source]
+    for path in sorted(paths, key=lambda p: (p.name != HISTORY, p.name)):
         for line in path.read_text().splitlines():
             row = json.loads(line)
             if row["bench"] == "decode" and row["case"] in table.CASES and "pdl" not in row:
@@ -120,7 +122,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=protocol.HERE / "results")
     parser.add_argument("--docs", type=Path, default=protocol.HERE.parent / "docs")
+    parser.add_argument("--rows", type=Path)
+    parser.add_argument("--picture", type=Path)
     args = parser.parse_args(arguments)
+    if (args.rows is None) != (args.picture is None):
+        parser.error("--rows and --picture go together")
+    if args.picture is not None:
+        args.picture.parent.mkdir(parents=True, exist_ok=True)
+        draw(newest(args.rows), args.picture)
+        print(args.picture)
+        return
     rows = newest(args.results)
     for path, write in ((args.docs / "plots/decode.svg", draw), (args.docs / "tables/decode.md", write_table)):
         path.parent.mkdir(parents=True, exist_ok=True)

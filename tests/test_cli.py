@@ -1,7 +1,10 @@
 """The command line from end to end, on a short text: what it prints, what it draws, and when it fails."""
 
+import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +14,9 @@ pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
 from typer.testing import CliRunner
 
-from kvfold import demo
+from kvfold import backend_torch, demo
 from kvfold.cli import app
+from kvfold.commands import bench
 from kvfold.integrations import transformers_cache
 from kvfold.records import FORMATS
 
@@ -92,4 +96,96 @@ def test_python_m_kvfold_and_missing_extras():
     assert "demo" in subprocess.run([*run, "--help"], capture_output=True, text=True, check=True).stdout
     hide = "import sys; sys.modules['typer'] = None; from kvfold.__main__ import main; main()"
     missing = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True)
-    assert missing.returncode == 1 and "pip install 'kvfold[demo]'" in missing.stderr and "Traceback" not in missing.stderr
+    assert missing.returncode == 1 and "pip install 'kvfold[cli]'" in missing.stderr and "Traceback" not in missing.stderr
+
+
+def test_info_shows_the_kernels_table():
+    from kvfold.kernels.configs import CONFIGS
+
+    output = call("info").output
+    assert all(
+        output.count(f"│ {kind} ") == sum(c.kind == kind for c in CONFIGS) for kind in ("fold", "rows", "window", "store")
+    )
+
+
+def test_verify_passes_and_fails(tmp_path, monkeypatch):
+    out = tmp_path / "new" / "verify.json"
+    arguments = ["verify", "--device", "cpu", "--backend", "torch", "--only", "indexer FoldState", "--json", out]
+    result = call(*arguments)
+    assert result.exit_code == 0 and "all 5 passed" in result.output, result.output
+    rows = json.loads(out.read_text())
+    assert rows["failed"] == 0 and len(rows["results"]) == 5 and all(row["passed"] for row in rows["results"])
+    real = backend_torch.fold_step
+    monkeypatch.setattr(backend_torch, "fold_step", lambda *args: (*real(*args)[:2], real(*args)[2] * 1.01))
+    result = call(*arguments)
+    assert result.exit_code == 1 and "5 of 5 failed" in result.output
+    assert "FAIL" in result.output and "sequence 0, window 0, channel" in result.output
+    assert json.loads(out.read_text())["failed"] == 5
+
+
+def test_verify_refuses_wrong_arguments():
+    for args, words in (
+        (["--device", "tpu"], "--device"),
+        (["--only", "no such case"], "--only"),
+        (["--backend", "c"], "backend"),
+    ):
+        result = call("verify", *args)
+        assert result.exit_code == 2 and words in result.output, result.output
+
+
+def test_explain_prints_entries_rows_and_bytes():
+    result = call("explain", "csa", "--start", 9, "--new", 4, "--format", "fp8_ds_mla")
+    assert result.exit_code == 0, result.output
+    for words in ("4..7", "8..11", "page 0: values 1152..1599", "page 0: scales 36880..36886", "can start at: 0 to 13"):
+        assert words in result.output
+    result = call("explain", "ratio=16,head_dim=64,rope_dim=16", "--start", 0, "--new", 900, "--state", "window")
+    assert result.exit_code == 0 and "more" in result.output and "page 7, row 3" in result.output, result.output
+    for spec, words in (
+        ("cca", "SPEC"),
+        ("ratio=4", "head_dim"),
+        ("ratio=x,head_dim=64", "ratio"),
+        ("ratio=4,head_dim=60", "head_dim"),
+        ("ratio=4,head_dim=64,overlap=1", "overlap"),
+    ):
+        result = call("explain", spec, "--start", 0, "--new", 1)
+        assert result.exit_code == 2 and words in result.output, result.output
+    assert call("explain", "hca", "--start", -1, "--new", 1).exit_code == 2
+
+
+def test_bench_needs_a_gpu_and_runs_the_scripts(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = call("bench", "decode")
+    assert result.exit_code == 2 and "needs a GPU" in result.output
+    assert call("bench", "fly").exit_code == 2
+    assert "--out" in call("bench", "decode", "--plot", tmp_path / "x.png").output
+    assert "--quick is for" in call("bench", "store", "--quick").output
+    assert all((bench.folder() / name).is_file() for name in bench.SCRIPTS.values())
+    ran = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench, "run", lambda *args: ran.append(args) or len(ran) // 3)
+    out, picture = tmp_path / "x.jsonl", tmp_path / "x.png"
+    assert call("bench", "decode", "--quick", "--out", out, "--plot", picture).exit_code == 0
+    assert ran == [("decode.py", "--quick", "--out", str(out)), ("plot.py", "--rows", str(out), "--picture", str(picture))]
+    assert call("bench", "plan").exit_code == 1 and ran[-1] == ("overhead.py",)
+    monkeypatch.setattr(bench, "PACKAGE", bench.folder().parent)  # as in a wheel, whose rows name the version
+    call("bench", "store")
+    assert ran[-1][:2] == ("store.py", "--commit") and ran[-1][2].startswith("kvfold 0.")
+
+
+def test_bench_draws_rows_and_hands_on_the_exit_code(tmp_path):
+    results = bench.folder() / "results" / "decode.jsonl"
+    assert bench.run("plot.py", "--rows", str(results), "--picture", str(tmp_path / "a" / "x.png")) == 0
+    assert (tmp_path / "a" / "x.png").read_bytes().startswith(b"\x89PNG")
+    assert bench.run("plot.py", "--rows", str(results)) == 2
+
+
+def test_the_wheel_carries_what_the_scripts_import():
+    """The list in pyproject.toml has each script and all that it takes from its folder."""
+    text = (Path(bench.__file__).parents[3] / "pyproject.toml").read_text()
+    carried = set(re.findall(r'^"benchmarks/(\S+)" = "kvfold/benchmarks/\1"$', text, re.MULTILINE))
+    assert carried >= {*bench.SCRIPTS.values(), "plot.py", "peers_h200.jsonl"}
+    beside = {path.stem for path in bench.folder().glob("*.py")}
+    for name in carried:
+        if name.endswith(".py"):
+            imports = re.findall(r"^(?:import|from) (\w+)", (bench.folder() / name).read_text(), re.MULTILINE)
+            assert {f"{module}.py" for module in imports if module in beside} <= carried, name

@@ -20,7 +20,7 @@ from .spec import CompressorSpec
 from .state import FoldState
 from .window_state import WindowState
 
-_EPILOGUE = 5e-7  # of an entry, of its norm: what the order of fp32 operations behind the pooling can change
+EPILOGUE = 5e-7  # of an entry, of its norm: what the order of fp32 operations behind the pooling can change
 STAGES = ("plan", "errors", "pooled row", "record bytes", "read-back value", "state row")
 
 
@@ -172,7 +172,7 @@ def _record_differences(
         pooled = rows[item[:, 5]]
         pooled = pooled.bfloat16().float() if got.format.round_rows else pooled
         y = finish(pooled, c.spec, c.norm_weight, c.rope, item[:, 0] * c.spec.ratio)
-        fine = explained(got, have[other], y, _EPILOGUE * y.norm(dim=1, keepdim=True))
+        fine = explained(got, have[other], y, EPILOGUE * y.norm(dim=1, keepdim=True))
         for i in (~fine).any(1).nonzero()[:, 0].tolist():
             byte = int((have[other[i]] != due[other[i]]).nonzero()[0])
             where = f"slot {int(slots[other[i]])}, {f'record byte {byte}' if byte < size else f'tail byte {byte - size}'}"
@@ -202,16 +202,22 @@ def _exact(
         skip = max(int(made[mine[0], 0]) - int(spec.overlap), 0)
         tokens = (before[skip * spec.ratio :].to(c.kv_score), c.kv_score[offsets[b] : offsets[b + 1]])
         tokens = torch.cat(tokens)[-(starts[b] + offsets[b + 1] - offsets[b] - skip * spec.ratio) :].float()
-        bias, shape = ape, spec
-        if isinstance(c.state, WindowState) and c.state.dtype == torch.bfloat16:
-            k, s = tokens.split(spec.channels, dim=1)
-            s = s if ape is None else s + ape[torch.arange(len(s), device=s.device) % spec.ratio]
-            tokens, bias, shape = torch.cat((k, s), dim=1).bfloat16(), None, replace(spec, has_ape=False)
-        found.append(reference.pooled(tokens, shape, bias)[made[mine, 0] - skip])
+        found.append(exact_rows(tokens, spec, ape, c.state)[made[mine, 0] - skip])
         known.append(mine)
     if not known:
         return torch.zeros(0, spec.head_dim, device=made.device), torch.zeros(0, dtype=torch.int64, device=made.device)
     return torch.cat(found), torch.cat(known)
+
+
+def exact_rows(
+    tokens: torch.Tensor, spec: CompressorSpec, ape: torch.Tensor | None, state: FoldState | WindowState
+) -> torch.Tensor:
+    """fp64 pooled rows `[windows, head_dim]` of tokens from the start of a window, of the rows as `state` keeps them."""
+    if isinstance(state, WindowState) and state.dtype == torch.bfloat16:
+        k, s = tokens.float().split(spec.channels, dim=1)
+        s = s if ape is None else s + ape[torch.arange(len(s), device=s.device) % spec.ratio]
+        tokens, ape, spec = torch.cat((k, s), dim=1).bfloat16(), None, replace(spec, has_ape=False)
+    return reference.pooled(tokens, spec, ape)
 
 
 def _value_differences(
@@ -223,7 +229,7 @@ def _value_differences(
     if spec.rope_dim:
         y = reference.rope(y, c.rope, made[:, 0] * spec.ratio, spec.rope_dim)
     y = reference.hadamard(y) if spec.hadamard else y
-    slack = 2 * BOUND * spec.head_dim**0.5 * c.norm_weight.abs().max().double() + _EPILOGUE * y.norm(dim=1, keepdim=True)
+    slack = 2 * BOUND * spec.head_dim**0.5 * c.norm_weight.abs().max().double() + EPILOGUE * y.norm(dim=1, keepdim=True)
     if cache.format.round_rows:
         slack = slack + 2.0**-8 * y.norm(dim=1, keepdim=True)  # the pooled row was rounded to bf16 before the norm
     fine = explained(cache, bytes_of(cache, slots), y.float(), slack.float())

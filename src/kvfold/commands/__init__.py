@@ -1,0 +1,1 @@
+"""The commands of `kvfold`, one module each; `cli.py` registers them."""

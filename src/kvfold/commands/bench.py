@@ -1,0 +1,76 @@
+"""`kvfold bench`: runs the scripts of benchmarks/, which a wheel carries as they are in the repository."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from enum import Enum
+from importlib import util
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+PACKAGE = Path(__file__).parents[1]
+
+
+class What(str, Enum):
+    decode = "decode"
+    prefill = "prefill"
+    store = "store"
+    plan = "plan"
+
+
+SCRIPTS = {What.decode: "decode.py", What.prefill: "prefill.py", What.store: "store.py", What.plan: "overhead.py"}
+# What is left out of a first look. The others have few cases, or none to spare.
+QUICK = {What.decode: ("--quick",), What.prefill: ("--only", "b1 s8192")}
+
+
+def bench(
+    what: Annotated[What, typer.Argument(help="What to time; plan: StepPlan.update and the host's part of a call.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer cases (decode and prefill).")] = False,
+    out: Annotated[Path | None, typer.Option(help="File that result rows are added to, as JSON lines.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture beside other projects' figures (decode; needs --out).")] = None,
+) -> None:
+    """Times kvfold on this GPU, under the protocol that the recorded figures of other projects were taken by."""
+    import torch
+
+    from .. import __version__
+
+    console = Console(stderr=True)
+    if plot is not None and (what is not What.decode or out is None):
+        raise typer.BadParameter("--plot is drawn from decode rows: it needs `bench decode --out FILE`")
+    if plot is not None and util.find_spec("matplotlib") is None:
+        console.print("--plot needs matplotlib: pip install 'kvfold\\[demo]'", style="red", soft_wrap=True)
+        raise typer.Exit(2)
+    if quick and what not in QUICK:
+        raise typer.BadParameter(f"--quick is for {' and '.join(QUICK)}, got {what.value}")
+    if not torch.cuda.is_available():
+        console.print("kvfold bench needs a GPU, and torch finds none", style="red")
+        raise typer.Exit(2)
+    arguments = list(QUICK[what]) if quick else []
+    if folder().parent == PACKAGE:  # installed: git would name the commit of whatever repository the user stands in
+        arguments += ["--commit", f"kvfold {__version__}"]
+    code = run(SCRIPTS[what], *arguments, *(["--out", str(out)] if out else []))
+    if code == 0 and plot is not None:
+        code = run("plot.py", "--rows", str(out), "--picture", str(plot))
+    if code:
+        raise typer.Exit(code)
+
+
+def folder() -> Path:
+    """Where the scripts are: in an installed package beside the modules, in a checkout where they are kept.
+
+    Raises:
+        FileNotFoundError: in neither place.
+    """
+    for place in (PACKAGE / "benchmarks", PACKAGE.parents[1] / "benchmarks"):
+        if (place / "protocol.py").is_file():
+            return place
+    raise FileNotFoundError("kvfold's benchmarks are missing from this installation")
+
+
+def run(script: str, *arguments: str) -> int:
+    """Runs a script as a user would; its exit code."""
+    return subprocess.run([sys.executable, str(folder() / script), *arguments], check=False).returncode

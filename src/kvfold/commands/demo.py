@@ -1,0 +1,54 @@
+"""`kvfold demo`: a small DeepSeek-V4 reads a text, through transformers and through kvfold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+
+def demo(
+    text: Annotated[Path | None, typer.Option(help="File to read as bytes; default: the repository's DESIGN.md.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    drafts: Annotated[int, typer.Option(min=0, max=64, help="Proposed tokens per step in the draft run.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of weights, chunk sizes and rejected drafts.")] = 0,
+    out: Annotated[Path, typer.Option(help="Directory for the picture.")] = Path("demo-out"),
+    tokens: Annotated[int | None, typer.Option(hidden=True, min=64, help="Most bytes to read.")] = None,
+    decode: Annotated[int | None, typer.Option(hidden=True, min=1, help="Of these, decoded one by one.")] = None,
+) -> None:
+    """Runs a small DeepSeek-V4 on a text, with transformers' compressors and with kvfold, and compares everything."""
+    console = Console()
+    try:
+        from .. import demo as job
+        from ..demo_plot import draw
+        from ..demo_show import show
+    except ImportError as error:
+        console.print(f"kvfold demo needs {error.name}: pip install 'kvfold\\[demo]'", style="red", soft_wrap=True)
+        raise typer.Exit(2) from None
+    import torch
+
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        have = "cpu or cuda" if torch.cuda.is_available() else "cpu (no GPU here)"
+        raise typer.BadParameter(f"--device must be {have}, got {device!r}")
+    try:
+        ids, path = job.read_text(text, tokens or job.MOST_TOKENS)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    out.mkdir(parents=True, exist_ok=True)
+    console.print(f"{ids.shape[1]} bytes of {path.name} through 2 HCA and 2 CSA layers, fp32 on {device}, seed {seed}")
+    columns = (TextColumn("reading"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("reading", total=job.work(ids.shape[1]))
+        result = job.run(
+            ids, device=device, drafts=drafts, seed=seed, decoded=decode or job.DECODED,
+            advance=lambda done: progress.advance(task, done),
+        )  # fmt: skip
+    show(result, console)
+    picture = out / "kvfold-demo.png"
+    draw(result, picture)
+    console.print(f"Picture: {picture}", soft_wrap=True)
+    if result.problems:
+        raise typer.Exit(1)

@@ -1,0 +1,127 @@
+"""`kvfold explain`: what a step reads, makes and keeps, to the row and the byte."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ..explain import Explanation, Row
+    from ..spec import CompressorSpec
+
+SHOWN = 12  # rows of a table before its middle is left out
+
+
+def explain(
+    spec: Annotated[str, typer.Argument(help="hca, csa, indexer, or fields: ratio=4,head_dim=512,overlap=true")],
+    start: Annotated[int, typer.Option(help="Tokens that the sequence has, which came in one step.")],
+    new: Annotated[int, typer.Option(help="Tokens of the step.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Longest step that can be rewound to anywhere (FoldState).")] = 4,
+    fmt: Annotated[str | None, typer.Option("--format", help="Record format of the cache; default: no bytes.")] = None,
+    rows_per_page: Annotated[int, typer.Option(help="Entries per page of the cache.")] = 64,
+    state: Annotated[str, typer.Option(help="fold or window.")] = "fold",
+    page_size: Annotated[int, typer.Option(help="Positions per page of a WindowState.")] = 128,
+) -> None:
+    """Which positions make which entry, which state rows and bytes a step touches, and where one can rewind to."""
+    from ..explain import explain as find
+
+    try:
+        parsed = parse_spec(spec)
+        said = find(
+            parsed, start, new, max_new_tokens=max_new_tokens, fmt=fmt, rows_per_page=rows_per_page, state=state,
+            page_size=page_size,
+        )  # fmt: skip
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from None
+    _show(said, fmt, Console())
+
+
+def parse_spec(text: str) -> CompressorSpec:
+    """A preset's name, or fields of `CompressorSpec`. Raises ValueError or TypeError naming what is wrong."""
+    from ..spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
+
+    presets = {"hca": V4_HCA, "csa": V4_CSA, "indexer": V4_INDEXER}
+    if text in presets:
+        return presets[text]
+    kinds = {"head_dim": int, "ratio": int, "overlap": _flag, "has_ape": _flag, "rope_dim": int, "norm_eps": float}
+    kinds["hadamard"] = _flag
+    fields: dict = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name not in kinds:
+            raise ValueError(f"SPEC must be one of {sorted(presets)}, or fields among {sorted(kinds)}, got {part!r}")
+        try:
+            fields[name] = kinds[name](value)
+        except ValueError:
+            raise ValueError(f"{name} cannot be {value!r}") from None
+    missing = {"head_dim", "ratio"} - fields.keys()
+    if missing:
+        raise ValueError(f"SPEC must give {' and '.join(sorted(missing))}, got {text!r}")
+    return CompressorSpec(**fields)
+
+
+def _flag(value: str) -> bool:
+    if value not in ("true", "false"):
+        raise ValueError(value)
+    return value == "true"
+
+
+def _show(said: Explanation, fmt: str | None, console: Console) -> None:
+    end, spec = said.start + said.new, said.spec
+    console.print(f"{spec}", soft_wrap=True, highlight=False)
+    kept = "WindowState" if said.kind == "window" else f"FoldState of {said.kind}, ring {said.ring}, {said.history} spare"
+    console.print(f"{kept}: {said.new} tokens, positions {said.start} to {end - 1}", soft_wrap=True, highlight=False)
+    bytes_of = [f"bytes as {fmt}"] if fmt else []
+    overlap = ["lo half of"] if spec.overlap else []
+    console.print(f"Entries: {len(said.entries)}", highlight=False)
+    table = Table("entry", *overlap, "hi half of" if spec.overlap else "positions", "RoPE at", "page, row", *bytes_of)
+    cells = []
+    for e in said.entries:
+        lo = [_span(e.lo) if e.lo else "none"] if spec.overlap else []
+        spans = ["\n".join(f"{s.buffer} {s.page}: {s.what} {s.start}..{s.stop - 1}" for s in e.spans)] if fmt else []
+        cells.append([str(e.window), *lo, _span(e.hi), str(e.position), f"{e.page}, {e.row}", *spans])
+    _print(console, table, cells)
+    for title, rows in (("reads", said.reads), ("writes", said.writes), ("empties", said.emptied)):
+        if rows or title != "empties":
+            console.print(f"State rows that it {title}: {len(rows)}", highlight=False)
+            _print(console, Table("position", "state row"), _places(rows))
+    starts = ", ".join(_runs(said.starts)) + (", or the first position of any window before" if said.any_window else "")
+    console.print(f"The next step can start at: {starts}", soft_wrap=True, highlight=False)
+
+
+def _places(rows: tuple[Row, ...]) -> list[list[str]]:
+    return [
+        [str(r.position), f"page {r.page}, row {r.row}" if r.page is not None else f"{r.row}{' (spare)' if r.spare else ''}"]
+        for r in rows
+    ]
+
+
+def _span(positions: range) -> str:
+    return f"{positions.start}..{positions.stop - 1}"
+
+
+def _runs(positions: Iterable[int]) -> list[str]:
+    """Neighbours as one."""
+    found: list[list[int]] = []
+    for p in positions:
+        if found and found[-1][1] == p - 1:
+            found[-1][1] = p
+        else:
+            found.append([p, p])
+    return [str(a) if a == b else f"{a} to {b}" for a, b in found]
+
+
+def _print(console: Console, table: Table, cells: list[list[str]]) -> None:
+    half = SHOWN // 2
+    if not cells:
+        return
+    if len(cells) > SHOWN:
+        left = [f"... {len(cells) - SHOWN} more", *[""] * (len(cells[0]) - 1)]
+        cells = [*cells[:half], left, *cells[-half:]]
+    for row in cells:
+        table.add_row(*row)
+    console.print(table)

@@ -1,0 +1,361 @@
+"""Is kvfold right on this machine: every configuration against fp64, and every equivalence it promises, as a list of cases."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .backend_torch import finish
+from .compress import choose_backend, compress_many
+from .debug import EPILOGUE, exact_rows
+from .debug_compare import BOUND, Difference, bytes_of, explained, pooled_differences
+from .kernels.configs import CONFIGS, Config, choose
+from .plan import ITEM_FIELDS
+from .records import FORMATS
+from .spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
+from .store import store
+from .verify_engine import Engine, Part, Schedule, Streams, chunks, drafts, prefill
+
+BF16, FP32 = torch.bfloat16, torch.float32
+# (state, kv_score) for each kind of kernel; the first is what engines use, and all that `quick` looks at.
+DTYPES = {
+    "fold": ((FP32, BF16), (FP32, FP32)),
+    "rows": ((FP32, BF16), (FP32, FP32), (BF16, BF16)),
+    "window": ((FP32, BF16), (FP32, FP32), (BF16, BF16), (BF16, FP32)),
+    "store": ((FP32, BF16), (FP32, FP32)),
+}
+DRAFTS = 4  # tokens of a step in the equivalences
+LONG = 4096  # the bound of a step that no row for short steps serves
+
+
+class Mismatch(Exception):
+    """Something is not what it must be; the text says what and where."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration or promise. `run` returns the figure to show, and raises if it does not hold."""
+
+    group: str
+    name: str
+    run: Callable[[], str]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a case. `problem` is "" when it passed, otherwise the first difference or the error."""
+
+    group: str
+    name: str
+    figure: str
+    seconds: float
+    problem: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return not self.problem
+
+
+def verify(cases: Iterable[Case]) -> Iterator[Result]:
+    """Runs cases one by one. An error in one is its result, and the others run all the same."""
+    for case in cases:
+        begin, figure, problem = time.perf_counter(), "", ""
+        try:
+            figure = case.run()
+        except Mismatch as error:
+            problem = str(error)
+        except Exception as error:  # a kernel that does not compile here is what the user wants to know
+            problem = f"{type(error).__name__}: {error}"
+        yield Result(case.group, case.name, figure, time.perf_counter() - begin, problem)
+
+
+def list_cases(device: torch.device | str = "cpu", *, backend: str | None = None, quick: bool = False) -> list[Case]:
+    """What there is to verify: each row of the kernels' table and dtype, each record format, each equivalence.
+
+    Args:
+        device: of all tensors. On a CPU shapes are small; on a GPU they are V4's, with 16 sequences.
+        backend: as for `compress`.
+        quick: one pair of dtypes for each row of the table.
+
+    Raises:
+        ValueError: naming the argument, for a backend that cannot run there.
+    """
+    device = torch.device(device)
+    lab = Lab(device, choose_backend(backend, "device", torch.empty(0, device=device)))
+    return [*_table_cases(lab, quick), *_format_cases(lab), *_equivalence_cases(lab)]
+
+
+@dataclass(frozen=True)
+class Lab:
+    """Where cases run, and how large they are."""
+
+    device: torch.device
+    backend: str
+
+    @property
+    def real(self) -> bool:
+        return self.device.type != "cpu"
+
+    @property
+    def batch(self) -> int:
+        return 16 if self.real else 2
+
+    def spec(self, spec: CompressorSpec) -> CompressorSpec:
+        """V4's compressor, with shorter windows on a CPU: of the same kind of state, and a tile of raw rows per entry."""
+        return spec if self.real or spec.ratio <= 32 else replace(spec, ratio=32)
+
+    def streams(self, spec: CompressorSpec, dtype: torch.dtype) -> Streams:
+        length = max(2 * spec.ratio + spec.ratio // 2 + 1, 5 * spec.ratio if spec.ratio <= 8 else 0)
+        return Streams.make(spec, self.batch, length, dtype, self.device)
+
+    def engine(self, streams: Streams, kind: str, **options: object) -> Engine:
+        options = {"fmt": _format_for(streams.spec)} | options
+        return Engine(streams, kind="window" if kind == "window" else "fold", backend=self.backend, **options)  # type: ignore[arg-type]
+
+
+def representative(config: Config) -> tuple[CompressorSpec, int]:
+    """A spec and a bound of new tokens that this row of the table serves, as like V4 as its bounds allow.
+
+    Raises:
+        LookupError: there is none among the usual shapes.
+    """
+    low, high = config.head_dims
+    widths = [width for width in (512, 128, 256, low) if low <= width <= high]
+    bound = min(config.max_new_tokens, LONG)
+    for width in widths:
+        base = replace(V4_INDEXER if width == 128 else V4_CSA, head_dim=width, rope_dim=min(64, width))
+        for ratio, overlap in ((4, True), (32, False), (128, False), (16, True), (4, False), (config.window_rows[0], False)):
+            spec = replace(base, ratio=ratio, overlap=overlap, hadamard=base.hadamard and overlap)
+            kinds = {"fold": not overlap and ratio > 8, "rows": overlap or ratio <= 8}
+            serves = config.serves(config.kind, width, spec.window_rows, bound) and kinds.get(config.kind, True)
+            if serves and choose(config.kind, spec, bound) is config:
+                return spec, bound
+    raise LookupError(f"no usual shape is served by {config}")
+
+
+def _format_for(spec: CompressorSpec) -> str:
+    return {512: "fp8_ds_mla", 128: "indexer_mxfp4"}.get(spec.head_dim, "bf16")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return {BF16: "bf16", FP32: "fp32"}[dtype]
+
+
+def _table_cases(lab: Lab, quick: bool) -> Iterator[Case]:
+    for index, config in enumerate(CONFIGS):
+        some = DTYPES.get(config.kind, DTYPES["fold"])
+        for state, rows in some[:1] if quick else some:
+            limit = "any" if config.max_new_tokens > LONG else str(config.max_new_tokens)
+            name = f"{index}: {config.kind} hd {config.head_dims[0]}-{config.head_dims[1]}, "
+            name += f"{config.window_rows[0]}-{config.window_rows[1]} rows, new <= {limit}; "
+            if config.kind == "store":
+                yield Case("table", name + f"rows {_name(rows)}", partial(check_store, lab, config, rows))
+            else:
+                name += f"state {_name(state)}, kv_score {_name(rows)}"
+                yield Case("table", name, partial(check_config, lab, config, state, rows))
+
+
+def _format_cases(lab: Lab) -> Iterator[Case]:
+    for fmt in FORMATS.values():
+        for spec in (V4_CSA, V4_INDEXER):
+            if not fmt.head_dims or spec.head_dim in fmt.head_dims:
+                yield Case("format", f"{fmt.name} hd {spec.head_dim}", partial(check_format, lab, spec, fmt.name))
+
+
+def _equivalence_cases(lab: Lab) -> Iterator[Case]:
+    for label, preset in (("hca", V4_HCA), ("csa", V4_CSA), ("indexer", V4_INDEXER)):
+        spec = lab.spec(preset)
+        for kind in ("fold", "window"):
+            state = {"fold": "FoldState", "window": "WindowState"}[kind]
+            ways = {
+                "chunks": partial(check_cut, chunks),
+                "decode": partial(check_cut, partial(drafts, new=1, first=spec.ratio - 1)),
+                f"{DRAFTS} tokens, 0 to {DRAFTS} accepted": partial(
+                    check_cut, partial(drafts, new=DRAFTS, first=spec.ratio + 1)
+                ),
+                "padding": partial(check_cut, chunks, padding=True),
+                "slots of an owner that left NaN": partial(check_cut, chunks, reused=True),
+            }
+            for way, run in ways.items():
+                yield Case("same bits as prefill", f"{label} {state}: {way}", partial(run, lab, spec, kind))
+        yield Case("equivalence", f"{label}: WindowState against FoldState", partial(check_states, lab, spec))
+    yield Case("equivalence", "csa and indexer: one launch against two", partial(check_many, lab))
+
+
+def check_config(lab: Lab, config: Config, state: torch.dtype, rows: torch.dtype) -> str:
+    """One row of the table: its entries against fp64, against one prefill to the bit, and its last step by `kvfold.check`."""
+    spec, bound = representative(config)
+    streams = lab.streams(lab.spec(spec) if config.kind == "window" or spec.ratio > 32 else spec, rows)
+    if choose(config.kind, streams.spec, bound) is not config:
+        raise LookupError(f"{streams.spec} is not served by {config}")
+    short = bound < streams.length
+    if short:
+        schedule = drafts(streams.batch, streams.length, bound, streams.spec.ratio - 1)
+    else:
+        schedule = chunks(streams.batch, streams.length)
+    whole = lab.engine(streams, config.kind, dtype=state)
+    whole.run(prefill(streams.batch, streams.length))
+    cut = lab.engine(streams, config.kind, dtype=state, most=bound if short else DRAFTS)
+    cut.run(schedule[:-1], bound=bound)
+    report = cut.check(schedule[-1], bound)
+    if report.first is not None or report.errors:
+        raise Mismatch(str(report))
+    cut.run(schedule[-1:], bound=bound)
+    error = compare_exact(cut)
+    compare_bits(cut, whole, "one prefill")
+    return f"{error:.1e}, bits equal"
+
+
+def check_store(lab: Lab, config: Config, dtype: torch.dtype) -> str:
+    """`kvfold.store` of this row of the table: records that its rows explain."""
+    spec, _ = representative(config)
+    streams = lab.streams(spec, dtype)
+    engine = lab.engine(streams, "fold")
+    parts = [Part(0, streams.length, streams.length)] * streams.batch
+    plan = engine.plan(parts)
+    rows = streams.tokens.flatten(0, 1)[: plan.entry_capacity, : spec.head_dim].contiguous()
+    weights = {name: value for name, value in streams.weights.items() if name != "ape"}
+    store(rows, plan, engine.cache, **weights, backend=lab.backend)  # type: ignore[arg-type]
+    pooled = rows[: streams.batch * streams.windows].view(streams.batch, streams.windows, -1).float()
+    return explain_records(engine, pooled)
+
+
+def check_format(lab: Lab, spec: CompressorSpec, fmt: str) -> str:
+    """The bytes of one record format: packed from kvfold's own pooled rows, the same by `store`, none outside of records."""
+    streams = lab.streams(lab.spec(spec), BF16)
+    engine = lab.engine(streams, "fold", fmt=fmt)
+    schedule = chunks(streams.batch, streams.length)
+    engine.run(schedule[:-1])
+    report = engine.check(schedule[-1])
+    if report.first is not None or report.errors:
+        raise Mismatch(str(report))
+    engine.run(schedule[-1:])
+    figure = explain_records(engine, engine.pooled)
+    apart = lab.engine(streams, "fold", fmt=fmt)
+    plan = apart.plan([Part(0, streams.length, streams.length)] * streams.batch)
+    rows = torch.zeros(plan.entry_capacity, streams.spec.head_dim, device=lab.device)
+    rows[: streams.batch * streams.windows] = engine.pooled.flatten(0, 1)
+    weights = {name: value for name, value in streams.weights.items() if name != "ape"}
+    store(rows, plan, apart.cache, **weights, backend=lab.backend)  # type: ignore[arg-type]
+    compare_bits(apart, engine, "compress", pooled=False)
+    for name, ours, theirs in _pages(engine, apart):
+        if not torch.equal(ours, theirs):
+            page, byte = (ours != theirs).nonzero()[0].tolist()
+            raise Mismatch(f"{name} {page}, byte {byte}: outside of all records, yet written")
+    return figure
+
+
+def check_cut(
+    cut: Callable[[int, int], Schedule],
+    lab: Lab,
+    spec: CompressorSpec,
+    kind: str,
+    *,
+    padding: bool = False,
+    reused: bool = False,
+) -> str:
+    """A sequence cut in some way has the bits of one prefill.
+
+    padding: absent sequences and rows of NaN behind the batch. reused: the slots or pages had an owner whose tokens were NaN.
+    """
+    streams = lab.streams(spec, BF16)
+    whole, other = lab.engine(streams, kind), lab.engine(streams, kind)
+    whole.run(prefill(streams.batch, streams.length))
+    if reused:
+        other.run(drafts(streams.batch, streams.length, DRAFTS, spec.ratio), wrong=True)
+    other.run(cut(streams.batch, streams.length), padding=padding)
+    error = compare_exact(other)
+    compare_bits(other, whole, "one prefill")
+    return f"{error:.1e}, bits equal"
+
+
+def check_states(lab: Lab, spec: CompressorSpec) -> str:
+    """Both states give the same entries up to fp32 rounding."""
+    streams = lab.streams(spec, BF16)
+    fold, window = lab.engine(streams, "fold"), lab.engine(streams, "window")
+    for engine in (fold, window):
+        engine.run(chunks(streams.batch, streams.length))
+        compare_exact(engine)
+    return f"{compare_within(window.pooled, fold.pooled.double(), 2 * BOUND, 'FoldState'):.1e}"
+
+
+def check_many(lab: Lab) -> str:
+    """`compress_many` writes the records of two calls of `compress`."""
+    both = [lab.streams(spec, BF16) for spec in (V4_CSA, V4_INDEXER)]
+    alone, together = ([lab.engine(streams, "fold") for streams in both] for _ in range(2))
+    schedule = drafts(both[0].batch, both[0].length, DRAFTS, V4_CSA.ratio + 1)
+    for engine in alone:
+        engine.run(schedule)
+    for parts in schedule:
+        plan = together[0].plan(parts)
+        compress_many([engine.compressor(parts) for engine in together], plan, backend=lab.backend)
+        if int(plan.errors):
+            raise RuntimeError(f"{int(plan.errors)} sequences or entries were refused")
+    for one, other in zip(together, alone, strict=True):
+        compare_bits(one, other, "compress", pooled=False)
+    return "bits equal"
+
+
+def compare_exact(engine: Engine) -> float:
+    """The largest relative error of a pooled row against fp64. Raises Mismatch where it is beyond the bound."""
+    s = engine.streams
+    exact = torch.stack([exact_rows(tokens, s.spec, s.ape, engine.state) for tokens in s.tokens])
+    return compare_within(engine.pooled, exact, BOUND, "fp64")
+
+
+def compare_within(got: Tensor, want: Tensor, bound: float, against: str) -> float:
+    """The largest relative distance of two rows `[batch, windows, head_dim]`; raises Mismatch if it is over `bound`."""
+    sequences, windows, width = got.shape
+    live = torch.zeros(sequences * windows, len(ITEM_FIELDS), dtype=torch.int64, device=got.device)
+    at = torch.arange(len(live), device=got.device)
+    live[:, 0], live[:, 5], live[:, 6] = at % windows, at, at // windows
+    found = pooled_differences(got.reshape(-1, width), want.reshape(-1, width), live, bound, against)
+    if found:
+        raise Mismatch(str(found[0]))
+    return float(((got.double() - want).norm(dim=-1) / want.norm(dim=-1)).max())
+
+
+def compare_bits(got: Engine, want: Engine, against: str, *, pooled: bool = True) -> None:
+    """Pooled rows and records of two engines, to the bit."""
+    stages = [("pooled row", got.pooled.view(torch.int32), want.pooled.view(torch.int32))] if pooled else []
+    for stage, a, b in [*stages, ("record bytes", got.records(), want.records())]:
+        if not torch.equal(a, b):
+            sequence, window, place = (a != b).nonzero()[0].tolist()
+            if stage == "record bytes":
+                values, channel, where = (a, b), None, f"record byte {place}"
+            else:
+                values, channel, where = (got.pooled, want.pooled), place, "bits"
+            found = (x[sequence, window, place].item() for x in values)
+            raise Mismatch(str(Difference(sequence, window, stage, channel, *found, against, where)))
+
+
+def explain_records(engine: Engine, pooled: Tensor) -> str:
+    """Raises unless the torch packer makes the records of `pooled` `[batch, windows, head_dim]`; says how nearly it does."""
+    s, cache = engine.streams, engine.cache
+    rows = pooled.flatten(0, 1)
+    rows = rows.bfloat16().float() if cache.format.round_rows else rows
+    position = torch.arange(s.windows, device=rows.device).repeat(s.batch) * s.spec.ratio
+    y = finish(rows, s.spec, s.norm_weight, s.rope, position)
+    data = bytes_of(cache, engine.entry_slots)
+    if bool(explained(cache, data, y, torch.zeros_like(y[:, :1])).all()):
+        return "bytes equal"
+    fine = explained(cache, data, y, EPILOGUE * y.norm(dim=1, keepdim=True))
+    if not bool(fine.all()):
+        entry, channel = (~fine).nonzero()[0].tolist()
+        value = float(cache.read(engine.entry_slots[entry : entry + 1])[0, channel])
+        place = entry // s.windows, entry % s.windows
+        raise Mismatch(str(Difference(*place, "record bytes", channel, value, float(y[entry, channel]), "the packer")))
+    return "bytes equal but for roundings of the norm"
+
+
+def _pages(*engines: Engine) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """The pages of two engines, and scale pages where there are."""
+    one, other = (engine.cache for engine in engines)
+    yield "page", one.pages, other.pages
+    if one.scale_pages is not None and other.scale_pages is not None:
+        yield "scale page", one.scale_pages, other.scale_pages
