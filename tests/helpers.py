@@ -93,6 +93,7 @@ class Engine:
         self.ape = None if self.weights.ape is None else self.weights.ape.to(device)
         self.norm_weight, self.rope = self.weights.norm_weight.to(device), self.weights.rope.to(device)
         self._guarded: list[tuple[str, Tensor]] = []
+        self.snapshots: kvfold.Snapshots | None = None  # a test's own; then `step` takes their table
 
         self.state = self._make_state(num_slots, max_new_tokens, state_dtype)
         pages = -(-num_slots * max_entries // rows_per_page)
@@ -108,6 +109,15 @@ class Engine:
         positions.fill_(-1)
         return kvfold.FoldState(self.spec, rows, positions, max_new_tokens)
 
+    def make_snapshots(self, num_pages: int, page_size: int) -> None:
+        """Snapshots of the state, full of NaN and between canaries as well."""
+        like = kvfold.Snapshots.allocate(self.spec, num_pages, page_size, device="meta", dtype=self.state.rows.dtype)
+        rows = self._allocate("snapshots.rows", tuple(like.rows.shape), like.rows.dtype)
+        rows.fill_(torch.nan)
+        positions = self._allocate("snapshots.positions", tuple(like.positions.shape), torch.int32)
+        positions.fill_(-1)
+        self.snapshots = kvfold.Snapshots(self.spec, rows, positions, page_size)
+
     def _allocate(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         size = torch.Size(shape).numel() * torch.empty(0, dtype=dtype).element_size()
         whole = torch.full((size + 2 * MARGIN,), CANARY, dtype=torch.uint8, device=self.backend.device)
@@ -122,10 +132,18 @@ class Engine:
     def cache_slot(self, slot: int, window: int) -> int:
         return slot * self.max_entries + window
 
-    def step(self, batch: list[tuple[int, int, Tensor]], *, strict: bool = True, padding: int = 0) -> Step:
+    def step(
+        self,
+        batch: list[tuple[int, int, Tensor]],
+        *,
+        strict: bool = True,
+        padding: int = 0,
+        snapshot_table: list[list[int]] | None = None,
+    ) -> Step:
         """One call of `compress` for sequences (state slot, start position, new kv_score rows).
 
         `padding` appends that many rows of NaN to kv_score, beyond the last sequence. With `strict`, refusals fail.
+        `snapshot_table`: a row for each sequence, where there are snapshots.
         """
         ratio, device = self.spec.ratio, self.backend.device
         tokens = [new for _, _, new in batch]
@@ -146,6 +164,8 @@ class Engine:
             max([1, *lengths]),
             state_slots=torch.tensor([slot for slot, _, _ in batch], dtype=torch.int32, device=device),
             entry_slots=torch.tensor(targets, dtype=torch.int64, device=device),
+            snapshot_table=None if snapshot_table is None else torch.tensor(snapshot_table, dtype=torch.int32, device=device),
+            snapshot_page_size=None if snapshot_table is None else self.snapshots.page_size,
         )
         pooled = torch.full((len(targets), self.spec.head_dim), torch.nan, device=device)
         before = self.snapshot()
@@ -168,6 +188,7 @@ class Engine:
             norm_weight=self.norm_weight,
             rope=self.rope,
             rows=rows,
+            snapshots=self.snapshots,
             backend=self.backend.name,
         )
 

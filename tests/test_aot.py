@@ -14,7 +14,7 @@ from kvfold.kernels.build import KERNELS
 from kvfold.kernels.configs import CONFIGS, choose
 from kvfold.records import FORMATS
 
-KINDS = {"fold", "rows", "window", "store", "pair", "plan"}
+KINDS = {"fold", "rows", "window", "store", "pair", "plan", "restore"}
 
 
 def run(arguments: list[str], tmp_path: Path) -> subprocess.CompletedProcess[str]:

@@ -5,6 +5,8 @@ from .compress import compress, compress_many
 from .debug import check
 from .plan import StepPlan
 from .records import EntryCache
+from .restore import restore
+from .snapshots import Snapshots
 from .spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
 from .state import FoldState
 from .store import store
@@ -20,12 +22,14 @@ __all__ = [
     "CompressorSpec",
     "EntryCache",
     "FoldState",
+    "Snapshots",
     "StepPlan",
     "WindowState",
     "check",
     "compress",
     "compress_many",
     "reference",
+    "restore",
     "store",
     "warmup",
 ]

@@ -10,6 +10,7 @@ import torch
 from .pack import bf16_bits, pack_records
 from .plan import StepPlan
 from .records import EntryCache
+from .snapshots import Snapshots
 from .spec import CompressorSpec
 from .state import FoldState
 
@@ -88,11 +89,12 @@ class Items:
     token: torch.Tensor
     slot: torch.Tensor
     entry: torch.Tensor
+    sequence: torch.Tensor
 
     @classmethod
     def of(cls, plan: StepPlan) -> Items:
         live = plan.items[: int(plan.num_items)].long()
-        return cls(*live.unbind(1)[:6])
+        return cls(*live.unbind(1)[:7])
 
     def __getitem__(self, mask: torch.Tensor) -> Items:
         return Items(*(column[mask] for column in vars(self).values()))
@@ -146,6 +148,7 @@ def compress_torch(
     norm_weight: torch.Tensor | None,
     rope: torch.Tensor | None,
     rows: torch.Tensor | None,
+    snapshots: Snapshots | None = None,
 ) -> None:
     """`compress` after its arguments were checked."""
     items = Items.of(plan)
@@ -165,19 +168,25 @@ def compress_torch(
     if ape is None:
         ape = torch.zeros(spec.ratio, spec.channels, device=kv_score.device)
     fold = _fold_items if state.kind == "fold" else _fold_rows
-    pooled, stores = fold(kv_score, items, h0, held, spec, ape)
+    pooled, stores = fold(kv_score, items, h0, held, spec, ape, snapshots)
+    if snapshots is not None:
+        for store in stores:
+            _store_snapshots(store, items, plan, snapshots)
     _store(stores, items, h0, held, spec)
     emit(pooled, items, plan, cache, spec, norm_weight, rope, rows)
 
 
 @dataclass
 class _Store:
-    """State rows to be written: `data[i]` for `position[i]` of the sequence of `item[i]`, tagged `tag[i]`."""
+    """Rows for the state, snapshots or both: `data[i]` for `position[i]` of the sequence of `item[i]`, tagged `tag[i]`."""
 
     item: torch.Tensor
     position: torch.Tensor
     data: torch.Tensor
     tag: torch.Tensor
+
+    def __getitem__(self, mask: torch.Tensor) -> _Store:
+        return _Store(*(column[mask] for column in vars(self).values()))
 
 
 def _masked(live: torch.Tensor, k: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -191,7 +200,13 @@ def _empty_fold(n: int, spec: CompressorSpec, device: torch.device) -> tuple[tor
 
 
 def _fold_items(
-    kv_score: torch.Tensor, items: Items, h0: torch.Tensor, held: _Rows, spec: CompressorSpec, ape: torch.Tensor
+    kv_score: torch.Tensor,
+    items: Items,
+    h0: torch.Tensor,
+    held: _Rows,
+    spec: CompressorSpec,
+    ape: torch.Tensor,
+    snapshots: Snapshots | None,
 ) -> tuple[torch.Tensor, list[_Store]]:
     """State of fold rows: resume from the row before the step, fold the new tokens of each window."""
     position = torch.maximum(items.start, items.window * spec.ratio)
@@ -208,7 +223,7 @@ def _fold_items(
         row = torch.where(live, items.token + x - items.start, 0)
         k, s = kv_score[row].float().split(spec.channels, dim=1)
         state = fold_step(state, *_masked(live, k, s + ape[x % spec.ratio]))
-        kept = (live & (x >= items.end - held.ring)).nonzero()[:, 0]
+        kept = (live & ((x >= items.end - held.ring) | _has_snapshot(snapshots, x))).nonzero()[:, 0]
         if kept.numel():
             # No step resumes from the end of a window: that row is not kept, only what stood there is gone.
             tag = torch.where(x[kept] % spec.ratio == spec.ratio - 1, -1, x[kept])
@@ -217,7 +232,13 @@ def _fold_items(
 
 
 def _fold_rows(
-    kv_score: torch.Tensor, items: Items, h0: torch.Tensor, held: _Rows, spec: CompressorSpec, ape: torch.Tensor
+    kv_score: torch.Tensor,
+    items: Items,
+    h0: torch.Tensor,
+    held: _Rows,
+    spec: CompressorSpec,
+    ape: torch.Tensor,
+    snapshots: Snapshots | None,
 ) -> tuple[torch.Tensor, list[_Store]]:
     """State of input rows: fold all rows of each window that ends here, old ones from the state and new ones live."""
     pooled = torch.zeros(len(items.window), spec.head_dim, device=kv_score.device)
@@ -238,14 +259,36 @@ def _fold_rows(
     stores = []
     for j in range(spec.ratio):
         x = items.window * spec.ratio + j
-        kept = ((x >= items.start) & (x < items.end) & (x >= items.end - held.ring)).nonzero()[:, 0]
+        live = (x >= items.start) & (x < items.end)
+        kept = (live & ((x >= items.end - held.ring) | _has_snapshot(snapshots, x))).nonzero()[:, 0]
         if kept.numel():
             row = (items.token + x - items.start)[kept]
             stores.append(_Store(kept, x[kept], kv_score[row].to(held.data.dtype), x[kept]))
     return pooled, stores
 
 
+def _has_snapshot(snapshots: Snapshots | None, position: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(position, dtype=torch.bool) if snapshots is None else snapshots.of(position)
+
+
+def _store_snapshots(store: _Store, items: Items, plan: StepPlan, snapshots: Snapshots) -> None:
+    """Writes those of the rows that belong to the snapshot of a page, each where the plan's table says."""
+    table, size, ratio = plan.snapshot_table, snapshots.page_size, plan.ratio
+    assert table is not None
+    page = store.position // size
+    kept = (snapshots.of(store.position) & (page < table.shape[1])).nonzero()[:, 0]
+    item, position, page = store.item[kept], store.position[kept], page[kept]
+    target = table[items.sequence[item], page].long()
+    wrong = (target < -1) | (target >= snapshots.num_pages)
+    plan.errors += (wrong & ((position + 1) % size == 0)).sum().int()
+    inside = ~wrong & (target >= 0)
+    at = target[inside], position[inside] % ratio % snapshots.rows_per_page
+    snapshots.rows[at] = store.data[kept][inside].flatten(1)
+    snapshots.positions[at] = position[inside].int()
+
+
 def _store(stores: list[_Store], items: Items, h0: torch.Tensor, held: _Rows, spec: CompressorSpec) -> None:
+    stores = [store[store.position >= items.end[store.item] - held.ring] for store in stores]
     places = [held.place(items.slot[store.item], store.position, h0[store.item], items.start[store.item]) for store in stores]
     first = items.window == items.start // spec.ratio
     held.retire(items.slot[first], h0[first], items.start[first], items.end[first])

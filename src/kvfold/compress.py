@@ -13,6 +13,7 @@ from .backend_window import compress_window_torch
 from .checks import check_device, check_dtype, check_shape, check_tensor, check_type
 from .plan import StepPlan
 from .records import EntryCache
+from .snapshots import Snapshots
 from .spec import CompressorSpec
 from .state import FoldState
 from .window_state import WindowState
@@ -31,6 +32,7 @@ class Compressor(NamedTuple):
     ape: torch.Tensor | None
     norm_weight: torch.Tensor | None
     rope: torch.Tensor | None
+    snapshots: Snapshots | None = None
 
 
 def compress(
@@ -44,6 +46,7 @@ def compress(
     norm_weight: torch.Tensor | None,
     rope: torch.Tensor | None,
     rows: torch.Tensor | None = None,
+    snapshots: Snapshots | None = None,
     backend: str | None = None,
     pdl: bool | None = None,
 ) -> None:
@@ -67,6 +70,8 @@ def compress(
             token. May be None without a cache or with `rope_dim` 0.
         rows: mutated if given: bf16 or fp32 `[E, head_dim]`, row e receives the pooled row of entry e before the norm. Rows of
             entries that do not exist or are dropped stay as they are.
+        snapshots: mutated if given, for a `FoldState` and a plan with a `snapshot_table`: new rows of this step that belong to
+            the snapshot of a page are written there too. A page whose end several steps reach gets its rows from all of them.
         backend: `"triton"` (CUDA or HIP tensors; CPU tensors under Triton's interpreter) or `"torch"` (any device).
             Default: triton for CUDA and HIP tensors, torch for others.
         pdl: whether the kernel may be launched while the one before it on the stream still runs (programmatic dependent
@@ -79,7 +84,7 @@ def compress(
     """
     check_type("kv_score", kv_score, torch.Tensor)
     chosen = choose_backend(backend, "kv_score", kv_score)
-    c = Compressor(kv_score, state, cache, spec, ape, norm_weight, rope)
+    c = Compressor(kv_score, state, cache, spec, ape, norm_weight, rope, snapshots)
     _check(c, plan, rows)
     if plan.batch == 0:
         return
@@ -100,8 +105,9 @@ def compress_many(
     The bits are those of one `compress` for each.
 
     Args:
-        compressors: `(kv_score, state, cache, spec, ape, norm_weight, rope)` for each, states all `FoldState`. They share the
-            plan, and so the ratio, the state slots and the entry slots; no two share a state or a cache.
+        compressors: `(kv_score, state, cache, spec, ape, norm_weight, rope)` for each, and `snapshots` behind them where there
+            are any; states all `FoldState`. They share the plan, and so the ratio, the state slots, the entry slots and the
+            snapshot table; no two share a state, a cache or snapshots.
         plan, backend, pdl: as for `compress`.
 
     Raises:
@@ -113,8 +119,8 @@ def compress_many(
         raise ValueError(f"compressors must hold one or two, got {len(compressors)}")
     found, chosen = [], None
     for i, one in enumerate(compressors):
-        if not isinstance(one, tuple) or len(one) != len(Compressor._fields):
-            raise TypeError(f"compressors[{i}] must be a tuple {Compressor._fields}")
+        if not isinstance(one, tuple) or len(one) not in (len(Compressor._fields) - 1, len(Compressor._fields)):
+            raise TypeError(f"compressors[{i}] must be a tuple {Compressor._fields}, the last of which may be missing")
         c = Compressor(*one)
         try:
             check_type("kv_score", c.kv_score, torch.Tensor)
@@ -127,6 +133,8 @@ def compress_many(
                     raise ValueError("state must not be shared by two compressors")
                 if c.cache is not None and _same_storage(c.cache, found[0].cache):
                     raise ValueError("cache must not be shared by two compressors")
+                if c.snapshots is not None and c.snapshots is found[0].snapshots:
+                    raise ValueError("snapshots must not be shared by two compressors")
         except (TypeError, ValueError) as error:
             raise type(error)(f"compressors[{i}]: {error}") from None
         found.append(c)
@@ -149,8 +157,11 @@ def _same_storage(cache: EntryCache, other: EntryCache | None) -> bool:
 
 
 def _compress_torch(c: Compressor, plan: StepPlan, rows: torch.Tensor | None) -> None:
-    run = compress_torch if isinstance(c.state, FoldState) else compress_window_torch
-    run(c.kv_score, plan, c.state, c.cache, c.spec, c.ape, c.norm_weight, c.rope, rows)
+    arguments = (c.kv_score, plan, c.state, c.cache, c.spec, c.ape, c.norm_weight, c.rope, rows)
+    if isinstance(c.state, FoldState):
+        compress_torch(*arguments, c.snapshots)
+    else:
+        compress_window_torch(*arguments)
 
 
 def choose_backend(backend: str | None, name: str, tensor: torch.Tensor) -> str:
@@ -199,10 +210,13 @@ def _check(c: Compressor, plan: StepPlan, rows: torch.Tensor | None) -> None:
     if cache is not None and plan.entry_slots is None:
         raise ValueError("plan must have entry_slots or a cache_block_table when a cache is given, got neither")
     # What a layer passes in every step is looked at once; after that it must be the same objects, at the same addresses.
-    fixed = (spec, device, cache, c.ape, c.norm_weight, c.rope)
+    fixed = (spec, device, cache, c.ape, c.norm_weight, c.rope, c.snapshots)
     if not state._checked or not all(map(_same, state._checked, fixed)):
         _check_layer(c, plan, device)
         state._checked = tuple(map(_remember, fixed))
+    if c.snapshots is not None and plan.snapshot_page_size != c.snapshots.page_size:
+        have, want = plan.snapshot_page_size, c.snapshots.page_size
+        raise ValueError(f"plan must have a snapshot_table with snapshot_page_size={want} for snapshots, got {have}")
     if rows is not None:
         check_tensor("rows", rows, (plan.entry_capacity, spec.head_dim), _FLOATS, device)
 
@@ -211,7 +225,7 @@ def _remember(thing: object) -> tuple:
     """An argument without keeping it alive: functions keep nothing."""
     if isinstance(thing, torch.Tensor):
         return weakref.ref(thing), thing.data_ptr(), thing.shape
-    return (weakref.ref(thing),) if isinstance(thing, EntryCache) else (lambda: thing,)
+    return (weakref.ref(thing),) if isinstance(thing, (EntryCache, Snapshots)) else (lambda: thing,)
 
 
 def _same(known: tuple, thing: object) -> bool:
@@ -236,6 +250,18 @@ def _check_layer(c: Compressor, plan: StepPlan, device: torch.device) -> None:
     elif c.ape is not None:
         raise ValueError("ape must be None, as spec.has_ape is False")
     check_epilogue(plan, c.cache, spec, c.norm_weight, c.rope, device)
+    if c.snapshots is not None:
+        check_type("state", state, FoldState)  # the pages of a WindowState are shared as they are
+        check_snapshots(c.snapshots, state)
+
+
+def check_snapshots(snapshots: Snapshots, state: FoldState) -> None:
+    """Checks that snapshots are of this state."""
+    check_type("snapshots", snapshots, Snapshots)
+    if snapshots.spec != state.spec:
+        raise ValueError(f"snapshots must be for {state.spec}, got {snapshots.spec}")
+    check_dtype("snapshots", snapshots.rows, (state.rows.dtype,))
+    check_device("snapshots", snapshots.rows, state.device)
 
 
 def check_plan(plan: StepPlan, spec: CompressorSpec, device: torch.device) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from .checks import check_int, check_tensor
+from .snapshots import MOST_PAGE
 
 ITEM_FIELDS = ("window", "start", "end", "token", "slot", "entry", "sequence", "unused")
 _INT32_MAX = (1 << 31) - 1
@@ -22,6 +23,8 @@ class StepPlan:
         state_slots: int32 `[B]`, the caller's tensor; None with block tables.
         block_tables: the caller's tensors, of value and of score pages; None with state slots.
         page_size: rows per page of the state; None with state slots.
+        snapshot_table: int32 `[B, S]`, the caller's tensor, or None: where the snapshots of pages go.
+        snapshot_page_size: positions per page of `snapshot_table`; None without one.
         entry_slots: int64 `[E]`, cache slot of each entry: the caller's tensor, or computed from `cache_block_table`; None if
             neither was given.
         cu_entries: int32 `[B + 1]`: entry `cu_entries[b] + i` is window `start_pos[b] // ratio + i` of sequence `b`.
@@ -48,6 +51,8 @@ class StepPlan:
     block_tables: tuple[torch.Tensor, torch.Tensor] | None
     cache_block_table: torch.Tensor | None
     entry_slots: torch.Tensor | None
+    snapshot_table: torch.Tensor | None
+    snapshot_page_size: int | None
     cu_entries: torch.Tensor
     items: torch.Tensor
     num_items: torch.Tensor
@@ -69,11 +74,14 @@ class StepPlan:
         cache_block_table: torch.Tensor | None = None,
         rows_per_page: int | None = None,
         max_tokens: int | None = None,
+        snapshot_table: torch.Tensor | None = None,
+        snapshot_page_size: int | None = None,
     ) -> StepPlan:
         """Plans one step for all layers whose compressor has this ratio.
 
-        `start_pos`, `cu_seqlens`, `state_slots`, `block_tables`, `entry_slots` and `cache_block_table` must be written before
-        this call or `update`, and all but the first two, which are copied, left alone until the last call of the step is done.
+        `start_pos`, `cu_seqlens`, `state_slots`, `block_tables`, `entry_slots`, `cache_block_table` and `snapshot_table` must
+        be written before this call or `update`, and all but the first two, which are copied, left alone until the last call of
+        the step is done.
 
         Args:
             ratio: tokens per window.
@@ -91,6 +99,10 @@ class StepPlan:
             rows_per_page: with `cache_block_table`: entries per page.
             max_tokens: host bound on the new tokens of all sequences together (default `B * max_new_tokens`); it sizes
                 the plan, so give it when one prompt is long and the rest are short.
+            snapshot_table: int32 `[B, S]`: page k of a sequence, which has positions `[k, k + 1) * snapshot_page_size`, leaves
+                its snapshot in row `table[b, k]` of the `Snapshots` that a call gets; -1 or a page beyond S leaves none. No two
+                pages of a step leave it in the same row.
+            snapshot_page_size: with `snapshot_table`: positions per page.
 
         Raises:
             TypeError, ValueError: naming the argument.
@@ -113,6 +125,7 @@ class StepPlan:
             if rows_per_page is None:
                 raise ValueError("rows_per_page must be given with cache_block_table, got None")
             check_int("rows_per_page", rows_per_page, 1, 1 << 20)
+        _check_snapshots(snapshot_table, snapshot_page_size, block_tables, batch, device)
         most = min(batch * max_new_tokens, _INT32_MAX)
         if max_tokens is None:
             max_tokens = most
@@ -130,6 +143,7 @@ class StepPlan:
         )
         plan.state_slots, plan.block_tables, plan.page_size = state_slots, block_tables, page_size
         plan.cache_block_table = cache_block_table
+        plan.snapshot_table, plan.snapshot_page_size = snapshot_table, snapshot_page_size
         if cache_block_table is not None:
             entry_slots = torch.empty(plan.entry_capacity, dtype=torch.int64, device=device)
         plan.entry_slots = entry_slots
@@ -158,8 +172,9 @@ class StepPlan:
         """Plans another step in place: same batch size and bounds, other lengths, slots and pages.
 
         Runs on the device without synchronizing, so it can be captured in a CUDA graph. What `build` was given is read again:
-        write new contents into `state_slots` or `block_tables` and `entry_slots` or `cache_block_table` before the call, and
-        leave them until the last call of the step is done. Data that makes no sense is counted in `errors`.
+        write new contents into `state_slots` or `block_tables`, `entry_slots` or `cache_block_table`, and `snapshot_table`
+        before the call, and leave them until the last call of the step is done. Data that makes no sense is counted in
+        `errors`.
 
         Args:
             start_pos: int32 `[B]`; cu_seqlens: int32 `[B + 1]`, as for `build`. Copied, so free again after the call.
@@ -268,3 +283,22 @@ def _check_state(
     if page_size is None:
         raise ValueError("page_size must be given with block_tables, got None")
     check_int("page_size", page_size, 1, _INT32_MAX)
+
+
+def _check_snapshots(
+    table: torch.Tensor | None,
+    page_size: int | None,
+    block_tables: tuple[torch.Tensor, torch.Tensor] | None,
+    batch: int,
+    device: torch.device,
+) -> None:
+    if table is None:
+        if page_size is not None:
+            raise ValueError(f"snapshot_page_size must be None without snapshot_table, got {page_size!r}")
+        return
+    if block_tables is not None:
+        raise ValueError("snapshot_table must be None with block_tables, whose pages are shared as they are")
+    check_tensor("snapshot_table", table, (batch, None), (torch.int32,), device)
+    if page_size is None:
+        raise ValueError("snapshot_page_size must be given with snapshot_table, got None")
+    check_int("snapshot_page_size", page_size, 1, MOST_PAGE)

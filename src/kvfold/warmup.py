@@ -29,14 +29,15 @@ def warmup(
     rows: Iterable[torch.dtype | None] = (None,),
     page_sizes: Iterable[int] | None = None,
     many: Iterable[tuple[tuple[CompressorSpec, str | None], tuple[CompressorSpec, str | None]]] = (),
+    snapshots: Iterable[bool] = (False,),
     pdl: bool | None = None,
     device: torch.device | str | int | None = None,
 ) -> int:
     """Compiles and loads every kernel that calls over these combinations can need, and launches none.
 
-    After it, `compress`, `compress_many`, `store` and `StepPlan.update` compile nothing, whatever their batch sizes, lengths,
-    strides, alignments, slots and pages. An engine that keeps V4's layers in `FoldState`, decodes up to 4 tokens a step and
-    prefills in chunks of 8,192 calls, once for each device and before it captures a graph:
+    After it, `compress`, `compress_many`, `store`, `restore` and `StepPlan.update` compile nothing, whatever their batch sizes,
+    lengths, strides, alignments, slots and pages. An engine that keeps V4's layers in `FoldState`, decodes up to 4 tokens a step
+    and prefills in chunks of 8,192 calls, once for each device and before it captures a graph:
 
         kvfold.warmup(
             [kvfold.V4_HCA, kvfold.V4_CSA],
@@ -58,6 +59,7 @@ def warmup(
         rows: dtypes of `compress(rows=...)`, None for calls without. `store` is compiled for those that are not None.
         page_sizes: of `WindowState`s; default: any.
         many: pairs of (spec, format) that `compress_many` gets together, over `FoldState`s.
+        snapshots: whether calls over `FoldState`s leave snapshots; with True, `restore` is compiled too.
         pdl: as the calls will have it. False leaves out the kernels that are launched as dependents.
         device: default: the current one.
 
@@ -73,6 +75,7 @@ def warmup(
     dtypes, norms = _choices("dtypes", dtypes, _FLOATS), _choices("norm_weight_dtypes", norm_weight_dtypes, _FLOATS)
     state_dtypes, states = _choices("state_dtypes", state_dtypes, _FLOATS), _choices("states", states, STATES)
     rows = _choices("rows", rows, (None, *_FLOATS))
+    snapshots = _choices("snapshots", snapshots, (False, True))
     steps = tuple(max_new_tokens)
     for bound in steps:
         check_int("max_new_tokens", bound, 1, (1 << 31) - 1)
@@ -85,7 +88,7 @@ def warmup(
     from .kernels import dispatch  # imports triton, which the torch backend does not need
 
     gpu = _gpu(device, dispatch.INTERPRETED)
-    w = _Wanted(dtypes, steps, state_dtypes, norms)
+    w = _Wanted(dtypes, steps, state_dtypes, norms, snapshots)
     keys = [*_plan_keys({spec.ratio for spec in (*specs, *(one[0] for pair in pairs for one in pair))}, states)]
     for spec, fmt in chosen:
         for some in rows:
@@ -94,8 +97,11 @@ def warmup(
             keys += _window_keys(spec, fmt, w, some, pages) if "window" in states else ()
     for pair in pairs:
         keys += _pair_keys(pair, w)
+    if True in snapshots:
+        for spec in dict.fromkeys((*(specs if "fold" in states else ()), *(one[0] for pair in pairs for one in pair))):
+            keys += _restore_keys(spec, w)
     dependent = pdl is not False and dispatch.supports_pdl(gpu)
-    return sum(dispatch.prepare(key, gpu, dependent and key[0] != "plan") for key in dict.fromkeys(keys))
+    return sum(dispatch.prepare(key, gpu, dependent and key[0] not in ("plan", "restore")) for key in dict.fromkeys(keys))
 
 
 class _Wanted(NamedTuple):
@@ -105,6 +111,7 @@ class _Wanted(NamedTuple):
     steps: tuple[int, ...]
     state_dtypes: tuple[torch.dtype, ...]
     norms: tuple[torch.dtype, ...]
+    snapshots: tuple[bool, ...]
 
     def epilogues(self, fmt: RecordFormat | None) -> list[tuple[torch.dtype | None, bool]]:
         """Dtype of the norm weight, and whether the plan has entry slots, without which there can be no cache."""
@@ -132,10 +139,30 @@ def _step_keys(spec: CompressorSpec, fmt: RecordFormat | None, w: _Wanted, rows:
     from .kernels.variants import step_key
 
     kind = state_kind(spec)
-    for dtype, state, bound in product(w.dtypes, w.state_dtypes if kind == "rows" else (torch.float32,), w.steps):
+    # A page may end with nothing to keep, which the call without snapshots serves.
+    leaves = sorted({snap and count > 0 for snap in w.snapshots for count in _snapshot_rows(spec)})
+    for dtype, state, bound in product(w.dtypes, _state_dtypes(kind, w), w.steps):
         if dtype == torch.bfloat16 or state == torch.float32:
-            for norm, slots in w.epilogues(fmt):
-                yield step_key(spec, fmt, kind, bound, (dtype, state, rows, norm, slots))
+            for (norm, slots), snap in product(w.epilogues(fmt), leaves):
+                yield step_key(spec, fmt, kind, bound, (dtype, state, rows, norm, slots), snap)
+
+
+def _restore_keys(spec: CompressorSpec, w: _Wanted) -> Iterator[tuple]:
+    from .kernels.variants import restore_key
+
+    for state, count in product(_state_dtypes(state_kind(spec), w), _snapshot_rows(spec)):
+        yield restore_key(spec, state, count)
+
+
+def _snapshot_rows(spec: CompressorSpec) -> tuple[int, ...]:
+    """Rows that a snapshot can have: of fold rows, with a page size that is a multiple of the ratio, and with any other."""
+    if state_kind(spec) == "fold":
+        return (0, 1)
+    return (spec.ratio * int(spec.overlap),)
+
+
+def _state_dtypes(kind: str, w: _Wanted) -> tuple[torch.dtype, ...]:
+    return w.state_dtypes if kind == "rows" else (torch.float32,)
 
 
 def _window_keys(
@@ -156,7 +183,7 @@ def _pair_keys(pair: tuple[tuple[CompressorSpec, RecordFormat | None], ...], w: 
     for bound in w.steps:
         first, second = ([*_step_keys(spec, fmt, w._replace(steps=(bound,)), None)] for spec, fmt in pair)
         for one, other in product(first, second):
-            if one[-1][-1] == other[-1][-1]:  # entry slots, which the plan has or not
+            if one[4][-1] == other[4][-1]:  # entry slots, which the plan has or not
                 yield pair_key(one, other)
 
 

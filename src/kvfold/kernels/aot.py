@@ -16,12 +16,13 @@ import torch
 from triton.backends.compiler import GPUTarget
 
 from ..records import FORMATS, RecordFormat
+from ..snapshots import Snapshots
 from ..spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
 from ..state import state_kind
 from .build import INTERPRETED, Variant
 from .configs import ANY, CONFIGS, Config, choose
 from .pdl import AVAILABLE
-from .variants import pair_key, plan_key, step_key, store_key, variant_of, window_key
+from .variants import pair_key, plan_key, restore_key, step_key, store_key, variant_of, window_key
 
 TARGETS = {
     **{f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100, 103, 120)},
@@ -40,12 +41,13 @@ SPECS = (
 
 @dataclass(frozen=True)
 class Combination:
-    """One kernel to compile. Without `fmt` there is no cache, only pooled rows; the plan's kernel has no `config` either.
+    """One kernel to compile. Without `fmt` there is no cache, only pooled rows; "plan" and "restore" have no `config` either.
 
     Attributes:
-        kind: of a row of the table, or `"pair"` for `compress_many`, or `"plan"`.
+        kind: of a row of the table, or `"pair"` for `compress_many`, or `"plan"` or `"restore"`.
         other: of a pair, the second spec and its format.
         page_size: of a `WindowState`.
+        snapshots: whether the call leaves any.
     """
 
     kind: str
@@ -54,6 +56,7 @@ class Combination:
     config: Config | None = None
     other: tuple[CompressorSpec, RecordFormat] | None = None
     page_size: int = 1
+    snapshots: bool = False
 
     @property
     def name(self) -> str:
@@ -64,8 +67,9 @@ class Combination:
             parts += [f"n{self.config.max_new_tokens}"] if self.config.max_new_tokens < ANY else []
         if self.other is not None:
             parts += [f"hd{self.other[0].head_dim}", self.other[1].name]
-        if self.kind == "window":
+        if self.kind in ("window", "restore"):
             parts += [f"page{self.page_size}"]
+        parts += ["snapshots"] * self.snapshots
         return " ".join(parts)
 
     def variant(self, pdl: bool = False) -> Variant:
@@ -74,6 +78,8 @@ class Combination:
 
     def _key(self) -> tuple:
         bf16, fp32 = torch.bfloat16, torch.float32
+        if self.kind == "restore":
+            return restore_key(self.spec, fp32, Snapshots.allocate(self.spec, 0, self.page_size, device="meta").rows_per_page)
         if self.config is None:
             return plan_key(self.spec.ratio, 1, False, False)
         if self.kind == "store":
@@ -83,17 +89,20 @@ class Combination:
         bound = self.config.max_new_tokens
         if self.kind == "window":
             return window_key(self.spec, self.fmt, bound, types, self.page_size)
-        first = step_key(self.spec, self.fmt, self.config.kind, bound, types)
+        first = step_key(self.spec, self.fmt, self.config.kind, bound, types, self.snapshots)
         if self.other is None:
             return first
         spec, fmt = self.other
-        return pair_key(first, step_key(spec, fmt, state_kind(spec), bound, types))
+        return pair_key(first, step_key(spec, fmt, state_kind(spec), bound, types, self.snapshots))
 
 
 def combinations() -> Iterator[Combination]:
     """Every kernel, format, spec and configuration that dispatch can choose, but for dtypes."""
     for ratio in sorted({spec.ratio for spec in SPECS}):
         yield Combination("plan", next(spec for spec in SPECS if spec.ratio == ratio))
+    for spec in SPECS:
+        for page_size in (64, 128):
+            yield Combination("restore", spec, page_size=page_size)
     for config in CONFIGS:
         specs = [spec for spec in SPECS if config.kind in ("store", "window", state_kind(spec))]
         for spec in specs:
@@ -103,6 +112,8 @@ def combinations() -> Iterator[Combination]:
                 continue  # the ratio is all that would differ
             if config.kind != "store":
                 yield Combination(config.kind, spec, None, config)
+            if config.kind in ("fold", "rows"):
+                yield Combination(config.kind, spec, None, config, snapshots=True)
             for fmt in FORMATS.values():
                 try:
                     fmt.check(spec)
@@ -112,13 +123,19 @@ def combinations() -> Iterator[Combination]:
             if spec == V4_CSA and config.kind == "rows":
                 for fmt in (fmt for fmt in FORMATS.values() if fmt.name.startswith("indexer")):
                     yield Combination("pair", spec, FORMATS["fp8_ds_mla"], config, (V4_INDEXER, fmt))
+                yield Combination("pair", spec, FORMATS["fp8_ds_mla"], config, (V4_INDEXER, fmt), snapshots=True)
 
 
 def sample() -> list[tuple[Combination, str]]:
     """A combination and a target for each format, and more: every kernel, format and target at least once."""
     every, targets = list(combinations()), list(TARGETS)
     chosen = [(next(c for c in every if c.kind == "fold" and c.fmt is None), "sm_80")]
-    few = {"plan": ("sm_90", "gfx942"), "window": ("sm_90", "sm_80", "gfx950"), "pair": ("sm_90", "gfx942")}
+    few = {
+        "plan": ("sm_90", "gfx942"),
+        "window": ("sm_90", "sm_80", "gfx950"),
+        "pair": ("sm_90", "gfx942"),
+        "restore": ("sm_80", "gfx950"),
+    }
     for kind, wanted in few.items():
         some = [c for c in every if c.kind == kind]
         chosen += [(some[i * (len(some) - 1) // (len(wanted) - 1)], target) for i, target in enumerate(wanted)]

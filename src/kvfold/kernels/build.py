@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from . import pair, plan, step, store_rows, window
+from . import pair, plan, snapshot, step, store_rows, window
 
 KERNELS = {
     "step": step.step_kernel,
@@ -22,6 +22,7 @@ KERNELS = {
     "window": window.window_kernel,
     "store": store_rows.store_kernel,
     "plan": plan.plan_kernel,
+    "restore": snapshot.restore_kernel,
 }
 
 # The type of each argument that is no constant, by name. Strides and row counts of pools are 64-bit.
@@ -38,6 +39,8 @@ TYPES = {
     "kv_width": "i32",
     "score_pool": "*fp32", "score_page_stride": "i64", "score_row_stride": "i64", "score_pages": "i32", "score_table": "*i32",
     "score_width": "i32", "page_size": "i32", "workspace": "*fp32", "arrivals": "*i32", "num_writers": "i32",
+    "snap_table": "*i32", "snap_width": "i32", "snap_page_size": "i32", "snap_rows": "*fp32", "snap_tags": "*i32",
+    "num_snaps": "i32", "snap_ids": "*i32", "slots": "*i32",
 }  # fmt: skip
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 

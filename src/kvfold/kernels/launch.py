@@ -8,10 +8,11 @@ import torch
 
 from ..plan import StepPlan
 from ..records import EntryCache, RecordFormat
+from ..snapshots import Snapshots
 from ..spec import CompressorSpec
 from ..state import FoldState
 from .dispatch import launcher_of, supports_pdl
-from .variants import Types, pair_key, step_key, store_key, window_key, window_slices
+from .variants import Types, pair_key, restore_key, step_key, store_key, window_key, window_slices
 
 if TYPE_CHECKING:
     from ..compress import Compressor
@@ -27,12 +28,12 @@ def compress_triton(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, pd
     if plan.item_capacity == 0:
         return
     device = c.kv_score.device
-    asked = (plan.max_new_tokens, _format(c), *_types(c, c.state.rows.dtype, plan, rows))
+    asked = (plan.max_new_tokens, _format(c), _snapshots(c) is not None, *_types(c, c.state.rows.dtype, plan, rows))
     if c.state._last[0] != asked:
         c.state._last = asked, launcher_of(_step_key(c, plan, rows), device)
     c.state._last[1](
         _step_grid(plan, c.kv_score),
-        (*_plan_arguments(plan), *_step_arguments(c, rows)),
+        (*_plan_arguments(plan), *_table_arguments(plan, c), *_step_arguments(c, rows)),
         _strides(c),
         use_pdl(pdl, plan, device),
     )
@@ -45,13 +46,18 @@ def compress_pair_triton(pair: tuple[Compressor, Compressor], plan: StepPlan, pd
     first, second = pair
     device = first.kv_score.device
     asked = (plan.max_new_tokens, second.spec)
-    asked += tuple(x for c in pair for x in (_format(c), *_types(c, c.state.rows.dtype, plan, None)))
+    asked += tuple(x for c in pair for x in (_format(c), _snapshots(c) is not None, *_types(c, c.state.rows.dtype, plan, None)))
     if first.state._last[0] != asked:
         key = pair_key(_step_key(first, plan, None), _step_key(second, plan, None))
         first.state._last = asked, launcher_of(key, device)
     first.state._last[1](
         2 * max(_step_grid(plan, first.kv_score), _step_grid(plan, second.kv_score)),
-        (*_plan_arguments(plan), *_step_arguments(first, None), *_step_arguments(second, None)),
+        (
+            *_plan_arguments(plan),
+            *_table_arguments(plan, first if _snapshots(first) is not None else second),
+            *_step_arguments(first, None),
+            *_step_arguments(second, None),
+        ),
         _strides(first) | _strides(second),
         use_pdl(pdl, plan, device),
     )
@@ -124,6 +130,26 @@ def store_triton(
     )
 
 
+def restore_triton(
+    state: FoldState,
+    snapshots: Snapshots,
+    slots: torch.Tensor,
+    pages: torch.Tensor,
+    start_pos: torch.Tensor,
+    errors: torch.Tensor,
+) -> None:
+    """`restore` after its arguments were checked: one launch on the current stream, ordinary and not a dependent."""
+    count = snapshots.rows_per_page
+    kept = (snapshots.rows, snapshots.positions, snapshots.num_pages) if count else (None, None, None)
+    launcher_of(restore_key(state.spec, state.rows.dtype, count), state.device)(
+        slots.shape[0] * max(count, 1),
+        (
+            state.rows, state.positions, state.num_slots, state.ring, *kept, snapshots.page_size,
+            slots, pages if count else None, start_pos, errors,
+        ),
+    )  # fmt: skip
+
+
 def use_pdl(wanted: bool | None, plan: StepPlan, device: torch.device) -> bool:
     """Whether to launch as a dependent: what is read before the wait, the plan, must be older than the launch before.
 
@@ -139,7 +165,8 @@ def _format(c: Compressor) -> RecordFormat | None:
 
 def _step_key(c: Compressor, plan: StepPlan, rows: torch.Tensor | None) -> tuple:
     state = c.state
-    return step_key(c.spec, _format(c), state.kind, plan.max_new_tokens, _types(c, state.rows.dtype, plan, rows))
+    types = _types(c, state.rows.dtype, plan, rows)
+    return step_key(c.spec, _format(c), state.kind, plan.max_new_tokens, types, _snapshots(c) is not None)
 
 
 def _types(c: Compressor, state: torch.dtype, plan: StepPlan, rows: torch.Tensor | None) -> Types:
@@ -152,6 +179,18 @@ def _types(c: Compressor, state: torch.dtype, plan: StepPlan, rows: torch.Tensor
     )
 
 
+def _snapshots(c: Compressor) -> Snapshots | None:
+    """Those of a call, unless no page of theirs has anything to keep: then the kernel is the one without."""
+    return c.snapshots if c.snapshots is not None and c.snapshots.rows_per_page else None
+
+
+def _table_arguments(plan: StepPlan, c: Compressor) -> tuple[object, ...]:
+    if _snapshots(c) is None:
+        return None, None, None
+    assert plan.snapshot_table is not None
+    return plan.snapshot_table, plan.snapshot_table.shape[1], plan.snapshot_page_size
+
+
 def _step_grid(plan: StepPlan, kv_score: torch.Tensor) -> int:
     # At least one program, to count sequences whose tokens an empty kv_score does not have.
     return max(1, min(plan.item_capacity, plan.items_for(kv_score.shape[0])))
@@ -162,7 +201,7 @@ def _plan_arguments(plan: StepPlan) -> tuple[object, ...]:
 
 
 def _step_arguments(c: Compressor, rows: torch.Tensor | None) -> tuple[object, ...]:
-    kv_score, state = c.kv_score, c.state
+    kv_score, state, snapshots = c.kv_score, c.state, _snapshots(c)
     assert isinstance(state, FoldState)
     return (
         kv_score,
@@ -173,6 +212,7 @@ def _step_arguments(c: Compressor, rows: torch.Tensor | None) -> tuple[object, .
         state.positions,
         state.rows.shape[0],
         state.ring,
+        *((None, None, None) if snapshots is None else (snapshots.rows, snapshots.positions, snapshots.num_pages)),
         rows,
         *_epilogue_arguments(c.cache, c.spec, c.norm_weight, c.rope),
     )

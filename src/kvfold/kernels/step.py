@@ -13,6 +13,7 @@ from .epilogue import aim_entry, emit, judge_slot
 from .fold import empty_fold, fold_step, spread
 from .pdl import load_plan, wait_for_inputs
 from .slots import check_tags, load_tags, place_row, retire_rows
+from .snapshot import next_page_end, snapshot_fold, snapshot_rows
 
 
 @triton.jit
@@ -37,14 +38,16 @@ def load_tokens(live, kv_stride, ape, x0, stop, RATIO: tl.constexpr, AHEAD: tl.c
 
 @triton.jit
 def fold_tokens(
-    m, l, a, ks, ss, x0, stop, state, tags, h0, start, end, ring,
+    m, l, a, ks, ss, x0, stop, state, tags, h0, start, end, ring, snap,
     RATIO: tl.constexpr, HISTORY: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Folds a stretch and stores the state rows of those of its positions that the state keeps."""
+    """Folds a stretch and stores the rows of those of its positions that the state keeps, or a snapshot."""
     c = tl.arange(0, HEAD_DIM)
+    due = next_page_end(snap, x0)
     for i in tl.static_range(AHEAD):
         m, l, a = fold_step(m, l, a, ks[i], ss[i])
         x = x0 + i
+        due = snapshot_fold(m, l, a, x, due, stop, snap, RATIO, HEAD_DIM)
         if (x < stop) & (x >= end - ring):
             place = place_row(tags, x, h0, start, end, ring, HISTORY)
             # No step resumes from the end of a window: that row is not kept, only what stood there is gone.
@@ -60,7 +63,7 @@ def fold_tokens(
 
 @triton.jit
 def fold_item(
-    live, kv_stride, ape, state, tags, ring, window, start, end, begin, stop, first, h0,
+    live, kv_stride, ape, state, tags, ring, window, start, end, begin, stop, first, h0, snap,
     PDL: tl.constexpr, RATIO: tl.constexpr, HISTORY: tl.constexpr, AHEAD: tl.constexpr, ONCE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
@@ -88,7 +91,7 @@ def fold_item(
             a = tl.load(row + 2 * HEAD_DIM)
         if ONCE:
             m, l, a = fold_tokens(
-                m, l, a, ks, ss, begin, stop, state, tags, h0, start, end, ring, RATIO, HISTORY, AHEAD, HEAD_DIM
+                m, l, a, ks, ss, begin, stop, state, tags, h0, start, end, ring, snap, RATIO, HISTORY, AHEAD, HEAD_DIM
             )  # fmt: skip
         else:
             for base in range(0, stop - begin, AHEAD):
@@ -97,7 +100,8 @@ def fold_item(
                     live, kv_stride, ape, begin + base + AHEAD, stop, RATIO, AHEAD, HEAD_DIM
                 )  # fmt: skip
                 m, l, a = fold_tokens(
-                    m, l, a, ks, ss, begin + base, stop, state, tags, h0, start, end, ring, RATIO, HISTORY, AHEAD, HEAD_DIM
+                    m, l, a, ks, ss, begin + base, stop, state, tags, h0, start, end, ring, snap,
+                    RATIO, HISTORY, AHEAD, HEAD_DIM,
                 )  # fmt: skip
                 ks = next_ks
                 ss = next_ss
@@ -280,8 +284,8 @@ def rows_item(
 
 @triton.jit
 def step_item(
-    pid, items, num_items, entry_slots, entry_capacity, errors,
-    kv_score, kv_stride, num_tokens, ape, state_rows, state_tags, num_slots, ring,
+    pid, items, num_items, entry_slots, entry_capacity, errors, snap_table, snap_width, snap_page_size,
+    kv_score, kv_stride, num_tokens, ape, state_rows, state_tags, num_slots, ring, snap_rows, snap_tags, num_snaps,
     rows, norm_weight, rope, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots, cache_scale,
     PDL: tl.constexpr, HARDWARE: tl.constexpr, RATIO: tl.constexpr,
     KIND: tl.constexpr, OVERLAP: tl.constexpr, HISTORY: tl.constexpr, AHEAD: tl.constexpr, ONCE: tl.constexpr,
@@ -303,6 +307,10 @@ def step_item(
     token = load_plan(item + 3)
     slot = load_plan(item + 4).to(tl.int64)
     entry = tl.where(here, load_plan(item + 5), -1)
+    snap = None
+    if snap_rows is not None:
+        table = snap_table + load_plan(item + 6).to(tl.int64) * snap_width
+        snap = (table, snap_width, snap_page_size, snap_rows, snap_tags, num_snaps, errors)
     first = here & (window == start // RATIO)
     cache_slot, weight, cos, sin = aim_entry(
         entry, window * RATIO, entry_slots, entry_capacity, norm_weight, rope, max_position, pages, HEAD_DIM, ROPE_DIM
@@ -320,7 +328,7 @@ def step_item(
             h0 = tl.where(start % RATIO == 0, start, start - 1)
             state = state_rows + slot * (ring + HISTORY) * (3 * HEAD_DIM)
             y, held = fold_item(
-                live, kv_stride, ape, state, tags, ring, window, start, end, begin, stop, first, h0,
+                live, kv_stride, ape, state, tags, ring, window, start, end, begin, stop, first, h0, snap,
                 PDL, RATIO, HISTORY, AHEAD, ONCE, HEAD_DIM,
             )  # fmt: skip
         else:
@@ -356,6 +364,7 @@ def step_item(
                         keep_each(live, kv_stride, state, tags, oldest, h0, start, stop, end, ring, HISTORY, CHANNELS)
                 else:
                     keep_each(live, kv_stride, state, tags, oldest, h0, start, stop, end, ring, HISTORY, CHANNELS)
+                snapshot_rows(live, kv_stride, window, begin, stop, snap, RATIO, CHANNELS)
                 if first:
                     retire_rows(tags, x, wanted, home, spare, h0, start, end, ring, HISTORY)
     else:
@@ -380,8 +389,8 @@ def count_overflow(items, num_items, programs, errors, RATIO: tl.constexpr):
 
 @triton.jit
 def step_kernel(
-    items, num_items, entry_slots, entry_capacity, errors,
-    kv_score, kv_stride, num_tokens, ape, state_rows, state_tags, num_slots, ring,
+    items, num_items, entry_slots, entry_capacity, errors, snap_table, snap_width, snap_page_size,
+    kv_score, kv_stride, num_tokens, ape, state_rows, state_tags, num_slots, ring, snap_rows, snap_tags, num_snaps,
     rows, norm_weight, rope, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots, cache_scale,
     PDL: tl.constexpr, HARDWARE: tl.constexpr, RATIO: tl.constexpr,
     KIND: tl.constexpr, OVERLAP: tl.constexpr, HISTORY: tl.constexpr, AHEAD: tl.constexpr, ONCE: tl.constexpr,
@@ -393,8 +402,8 @@ def step_kernel(
     """`compress`: one program per work item."""
     pid = tl.program_id(0)
     step_item(
-        pid, items, num_items, entry_slots, entry_capacity, errors,
-        kv_score, kv_stride, num_tokens, ape, state_rows, state_tags, num_slots, ring,
+        pid, items, num_items, entry_slots, entry_capacity, errors, snap_table, snap_width, snap_page_size,
+        kv_score, kv_stride, num_tokens, ape, state_rows, state_tags, num_slots, ring, snap_rows, snap_tags, num_snaps,
         rows, norm_weight, rope, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots,
         cache_scale,
         PDL, HARDWARE, RATIO, KIND, OVERLAP, HISTORY, AHEAD, ONCE, HEAD_DIM, LOG2, ROPE_DIM, EPS, HADAMARD, ROUND_ROWS,

@@ -23,9 +23,12 @@ def variant_of(key: tuple, aligned: bool, pdl: bool) -> Variant:
     return _VARIANTS[key[0]](*key[1:], aligned, pdl)
 
 
-def step_key(spec: CompressorSpec, fmt: RecordFormat | None, kind: str, max_new_tokens: int, types: Types) -> tuple:
+def step_key(
+    spec: CompressorSpec, fmt: RecordFormat | None, kind: str, max_new_tokens: int, types: Types, snapshots: bool = False
+) -> tuple:
     """`kind`: of the state. `max_new_tokens`: the plan's bound; no item of fold rows is longer than a window."""
-    return "step", spec, fmt, choose(kind, spec, max_new_tokens if kind == "rows" else min(max_new_tokens, spec.ratio)), types
+    config = choose(kind, spec, max_new_tokens if kind == "rows" else min(max_new_tokens, spec.ratio))
+    return "step", spec, fmt, config, types, snapshots
 
 
 def pair_key(first: tuple, second: tuple) -> tuple:
@@ -41,22 +44,35 @@ def store_key(spec: CompressorSpec, fmt: RecordFormat, types: tuple[torch.dtype,
     return "store", spec, fmt, choose("store", spec, 1), types
 
 
+def restore_key(spec: CompressorSpec, state: torch.dtype, rows_per_page: int) -> tuple:
+    """`state`: dtype of its rows."""
+    return "restore", spec, state, rows_per_page
+
+
 def plan_key(ratio: int, windows_per_sequence: int, no_slots: bool, no_table: bool) -> tuple:
     return "plan", ratio, windows_per_program(windows_per_sequence), no_slots, no_table
 
 
 def step_variant(
-    spec: CompressorSpec, fmt: RecordFormat | None, config: Config, types: Types, aligned: bool = True, pdl: bool = False
+    spec: CompressorSpec,
+    fmt: RecordFormat | None,
+    config: Config,
+    types: Types,
+    snapshots: bool,
+    aligned: bool = True,
+    pdl: bool = False,
 ) -> Variant:
-    """One compressor over a `FoldState`."""
-    constants, pointers = _step(spec, fmt, config, types)
+    """One compressor over a `FoldState`. snapshots: whether it leaves any."""
+    constants, pointers = _step(spec, fmt, config, types, snapshots)
     constants |= {"RATIO": spec.ratio, **({} if types[4] else {"entry_slots": None})}
+    constants |= {} if snapshots else dict.fromkeys(_SNAPSHOT_TABLE)
     return Variant("step", tuple(constants.items()), config.num_warps, tuple(pointers.items()), aligned, pdl, config.registers)
 
 
 def pair_variant(first: tuple, second: tuple, aligned: bool = True, pdl: bool = False) -> Variant:
     """Two compressors over FoldStates, each given as the arguments of `step_variant`."""
     constants: dict[str, object] = {"RATIO": first[0].ratio, **({} if first[3][4] else {"entry_slots": None})}
+    constants |= {} if first[4] or second[4] else dict.fromkeys(_SNAPSHOT_TABLE)
     pointers: dict[str, str] = {}
     for end, one in (("_0", first), ("_1", second)):
         some, others = _step(*one)
@@ -67,7 +83,7 @@ def pair_variant(first: tuple, second: tuple, aligned: bool = True, pdl: bool = 
 
 
 def _step(
-    spec: CompressorSpec, fmt: RecordFormat | None, config: Config, types: Types
+    spec: CompressorSpec, fmt: RecordFormat | None, config: Config, types: Types, snapshots: bool
 ) -> tuple[dict[str, object], dict[str, str]]:
     """Constants and pointer types of one compressor of a step kernel, but for what two of them share."""
     state = FoldState.allocate(spec, 0, 1, device="meta")
@@ -80,6 +96,10 @@ def _step(
         **({} if spec.has_ape else {"ape": None}),
     }
     pointers = {"kv_score": POINTERS[types[0]], "state_rows": POINTERS[types[1]]}
+    if snapshots:
+        pointers["snap_rows"] = POINTERS[types[1]]
+    else:
+        constants |= dict.fromkeys(("snap_rows", "snap_tags", "num_snaps"))
     return _with_epilogue(constants, pointers, spec, fmt, types[2], types[3])
 
 
@@ -132,6 +152,25 @@ def store_variant(
     return Variant("store", tuple(constants.items()), config.num_warps, tuple(pointers.items()), aligned, pdl, config.registers)
 
 
+def restore_variant(
+    spec: CompressorSpec, state: torch.dtype, rows_per_page: int, aligned: bool = True, pdl: bool = False
+) -> Variant:
+    """`restore`. `state`: dtype of its rows."""
+    like = FoldState.allocate(spec, 0, 1, device="meta")
+    constants = {
+        "KIND": like.kind,
+        "RATIO": spec.ratio,
+        "HISTORY": like.history,
+        "ROWS": rows_per_page,
+        "PARTS": 3 if like.kind == "fold" else 2 * spec.channels // spec.head_dim,
+        "PART": spec.head_dim,
+        "BLOCK": 32,
+        **({} if rows_per_page else dict.fromkeys(("snap_rows", "snap_tags", "num_snaps", "snap_ids"))),
+    }
+    pointers = {"state_rows": POINTERS[state], **({"snap_rows": POINTERS[state]} if rows_per_page else {})}
+    return Variant("restore", tuple(constants.items()), 4, tuple(pointers.items()), aligned, pdl)
+
+
 def _with_epilogue(
     constants: dict[str, object],
     pointers: dict[str, str],
@@ -155,12 +194,14 @@ def _with_epilogue(
     return constants, pointers
 
 
+_SNAPSHOT_TABLE = ("snap_table", "snap_width", "snap_page_size")  # of the plan, left out where no compressor needs it
 _VARIANTS = {
     "step": step_variant,
     "pair": pair_variant,
     "window": window_variant,
     "store": store_variant,
     "plan": plan_variant,
+    "restore": restore_variant,
 }
 
 

@@ -1,0 +1,87 @@
+"""`restore`: a prefix hit; snapshots become the state of slots."""
+
+from __future__ import annotations
+
+import torch
+
+from .backend_torch import history_starts
+from .checks import check_tensor, check_type
+from .compress import check_snapshots, choose_backend
+from .plan import MOST_POSITIONS
+from .snapshots import Snapshots
+from .state import FoldState
+
+
+def restore(
+    state: FoldState,
+    snapshots: Snapshots,
+    slots: torch.Tensor,
+    pages: torch.Tensor,
+    start_pos: torch.Tensor,
+    errors: torch.Tensor,
+    *,
+    backend: str | None = None,
+) -> None:
+    """Copies snapshot `pages[i]` into slot `slots[i]`, so that the slot's next step can start at `start_pos[i]`; one launch.
+
+    `compress` from there gives the same bits as if the slot had seen the whole sequence. What else the slot held is forgotten:
+    it need not be cleared before. Does not synchronize with the host.
+
+    Args:
+        state: mutated: the rows and tags of the slots.
+        snapshots: of the same spec and dtype as `state`.
+        slots: int32 `[n]`, no two the same; -1 for nothing to do.
+        pages: int32 `[n]`, the snapshot of the page that ends at `start_pos[i]`. Not looked at where a step that starts there
+            reads nothing, which is at the end of a window without overlap.
+        start_pos: int32 `[n]`, multiples of `snapshots.page_size`; 0 for nothing to do.
+        errors: int32 `[1]`, mutated: grows by one for each i that is refused: a slot, page or start that cannot be, or a
+            snapshot that is not of this start. The slot is left as it was then, with the rows of its former owner.
+        backend: as for `compress`.
+
+    Raises:
+        TypeError, ValueError: naming the argument; nothing has been written then.
+    """
+    check_type("state", state, FoldState)
+    chosen = choose_backend(backend, "state", state.rows)
+    device = state.device
+    check_snapshots(snapshots, state)
+    check_tensor("slots", slots, (None,), (torch.int32,), device)
+    check_tensor("pages", pages, tuple(slots.shape), (torch.int32,), device)
+    check_tensor("start_pos", start_pos, tuple(slots.shape), (torch.int32,), device)
+    check_tensor("errors", errors, (1,), (torch.int32,), device)
+    if slots.shape[0] == 0:
+        return
+    if chosen == "torch":
+        _restore_torch(state, snapshots, slots.long(), pages.long(), start_pos.long(), errors)
+    else:
+        from .kernels.launch import restore_triton  # imports triton, which the torch backend does not need
+
+        restore_triton(state, snapshots, slots, pages, start_pos, errors)
+
+
+def _restore_torch(
+    state: FoldState,
+    snapshots: Snapshots,
+    slots: torch.Tensor,
+    pages: torch.Tensor,
+    start: torch.Tensor,
+    errors: torch.Tensor,
+) -> None:
+    """`restore` after its arguments were checked."""
+    wanted = (slots != -1) & (start != 0)
+    fine = (slots >= 0) & (slots < state.num_slots) & (start > 0) & (start <= MOST_POSITIONS)
+    fine &= start % snapshots.page_size == 0
+    h0 = history_starts(state.spec, state.kind, start)
+    reads = fine & (h0 < start)
+    fine &= ~reads | ((pages >= 0) & (pages < snapshots.num_pages))
+    for row in range(snapshots.rows_per_page):
+        known = fine & reads
+        fine[known] = snapshots.positions[pages[known], row] == h0[known] + row
+    errors += (wanted & ~fine).sum().int()
+    fine &= wanted
+    state.positions[slots[fine]] = -1
+    for row in range(snapshots.rows_per_page):
+        known = fine & reads
+        slot, x = slots[known], h0[known] + row
+        state.rows[slot, x % state.ring] = snapshots.rows[pages[known], row].view(-1, *state.rows.shape[2:])
+        state.positions[slot, x % state.ring] = x.int()

@@ -1,0 +1,108 @@
+"""`Snapshots`: what a prefix cache keeps of a compressor's state, so that a sequence can start at the end of any page."""
+
+from __future__ import annotations
+
+import torch
+
+from .checks import check_device, check_dtype, check_int, check_shape, check_type
+from .spec import CompressorSpec
+from .state import history_start, state_kind
+
+MOST_PAGE = 1 << 30  # positions per page: the end of the page of any position then is an int32
+
+
+class Snapshots:
+    """The snapshots of one compressor of one layer, one for each page of an engine's prefix cache.
+
+    Page k of a sequence has positions `[k * page_size, (k + 1) * page_size)`. Its snapshot is what a step that starts at its
+    end reads from a `FoldState`: for fold rows the row of its last position, unless that ends a window; for input rows with
+    overlap those of its last `ratio` positions, position x in row `x % ratio`; otherwise nothing.
+
+    Attributes:
+        rows: fp32 `[num_pages, rows_per_page, 3 * head_dim]`, fold rows `(m, l, a)`, or `[num_pages, rows_per_page,
+            2 * channels]`, input rows in the dtype of the state. Mutated by `compress`.
+        positions: int32 `[num_pages, rows_per_page]`, the position that each row stands for, -1 for none. Mutated with `rows`.
+        page_size: positions per page.
+        rows_per_page: 0 where every page ends with nothing to keep, as with ratio 128 and pages of 128: no step writes then.
+
+    Copying `rows[page]` and `positions[page]` moves a snapshot to another page, pool or machine.
+    """
+
+    def __init__(self, spec: CompressorSpec, rows: torch.Tensor, positions: torch.Tensor, page_size: int) -> None:
+        """Wraps existing tensors; see `allocate` for the usual way. `positions` must be -1 where a row holds nothing.
+
+        Raises:
+            TypeError, ValueError: naming the argument whose type, shape, dtype, device or stride is wrong.
+        """
+        check_type("spec", spec, CompressorSpec)
+        self.rows_per_page, width = _shape(spec, page_size)
+        check_type("rows", rows, torch.Tensor)
+        check_type("positions", positions, torch.Tensor)
+        fold = state_kind(spec) == "fold"
+        check_dtype("rows", rows, (torch.float32,) if fold else (torch.float32, torch.bfloat16))
+        check_shape("rows", rows, (None, self.rows_per_page, width))
+        check_dtype("positions", positions, (torch.int32,))
+        check_shape("positions", positions, (rows.shape[0], self.rows_per_page))
+        check_device("positions", positions, rows.device)
+        for name, tensor in (("rows", rows), ("positions", positions)):
+            if not tensor.is_contiguous():
+                raise ValueError(f"{name} must be contiguous, got strides {tuple(tensor.stride())}")
+        self.spec, self.rows, self.positions, self.page_size = spec, rows, positions, page_size
+
+    @classmethod
+    def allocate(
+        cls,
+        spec: CompressorSpec,
+        num_pages: int,
+        page_size: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Snapshots:
+        """An empty pool.
+
+        Args:
+            num_pages: how many snapshots it can hold.
+            page_size: positions per page, at most 2^30; where the state keeps input rows, a multiple of the ratio.
+            dtype: that of the `FoldState`, for specs that keep input rows. Fold rows are always fp32.
+        """
+        check_type("spec", spec, CompressorSpec)
+        check_int("num_pages", num_pages, 0, (1 << 31) - 1)
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
+        count, width = _shape(spec, page_size)
+        dtype = torch.float32 if state_kind(spec) == "fold" else dtype
+        rows = torch.zeros(num_pages, count, width, dtype=dtype, device=device)
+        return cls(spec, rows, torch.full((num_pages, count), -1, dtype=torch.int32, device=device), page_size)
+
+    @property
+    def num_pages(self) -> int:
+        return self.rows.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.device
+
+    @property
+    def bytes_per_page(self) -> int:
+        """Bytes that one snapshot occupies: its rows and their positions."""
+        return self.rows_per_page * (self.rows.shape[2] * self.rows.element_size() + self.positions.element_size())
+
+    def of(self, positions: torch.Tensor) -> torch.Tensor:
+        """Whether each of `positions` has a row in the snapshot of its page; any integer dtype, bool of the same shape."""
+        ratio = self.spec.ratio
+        if self.rows_per_page == 0:
+            return torch.zeros_like(positions, dtype=torch.bool)
+        if state_kind(self.spec) == "fold":
+            return ((positions + 1) % self.page_size == 0) & ((positions + 1) % ratio != 0)
+        return (positions // ratio + 1) * ratio % self.page_size == 0
+
+
+def _shape(spec: CompressorSpec, page_size: int) -> tuple[int, int]:
+    """Rows per page, and elements per row."""
+    check_int("page_size", page_size, 1, MOST_PAGE)
+    if state_kind(spec) == "fold":
+        return int(page_size % spec.ratio != 0), 3 * spec.head_dim
+    if page_size % spec.ratio:
+        raise ValueError(f"page_size must be a multiple of the ratio {spec.ratio} where input rows are kept, got {page_size}")
+    return page_size - history_start(spec, page_size), 2 * spec.channels
