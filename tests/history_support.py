@@ -1,229 +1,32 @@
-"""Whole histories of a serving engine as plain data, what each step of one must do, and `run`, which plays one on a backend.
-
-A history prints as Python. `History.program` makes it a program that replays it, which is how a failing one is reported.
-"""
+"""`run` plays a history of `history_steps.py` on a backend, and checks all of state and cache after every step."""
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass, field
-from typing import NamedTuple
-
 import torch
-from helpers import Backend, Engine, Weights, bits, make_tokens, norm_error
+from helpers import Backend, Engine, bits, make_tokens, norm_error
+from history_steps import (
+    CASES,
+    ROWS_PER_PAGE,
+    SLOTS,
+    Call,
+    Case,
+    End,
+    History,
+    Hit,
+    Move,
+    Outcome,
+    Share,
+    Simulation,
+    Taken,
+    weights,
+)
 from torch import Tensor
 from window_support import WindowEngine
 
 import kvfold
-from kvfold import CompressorSpec, reference
+from kvfold import reference
 
-SLOTS = 3  # sequences that an engine has at most
-ROWS_PER_PAGE = 2  # entries per page of the cache
 BOUNDS = (1, 4, 8, 1024)  # what plans are told of the longest step: it chooses a kernel, and there shall be few
-
-
-class Case(NamedTuple):
-    """A compressor, its dtypes and its cache. `limit`: tokens of the longest sequence. `page_size`: of a `WindowState`."""
-
-    spec: CompressorSpec
-    limit: int
-    fmt: str = "fp32"
-    dtype: torch.dtype = torch.float32
-    state_dtype: torch.dtype = torch.float32
-    page_size: int = 0
-
-    @property
-    def columns(self) -> int:
-        """Cache pages of the longest sequence."""
-        return -(-self.limit // (self.spec.ratio * ROWS_PER_PAGE))
-
-
-_BF16 = torch.bfloat16
-_CSA = CompressorSpec(head_dim=32, ratio=4, overlap=True, rope_dim=16, hadamard=True)
-_SIXTEEN = CompressorSpec(head_dim=32, ratio=16, rope_dim=16)
-CASES = {
-    "fold-16": Case(_SIXTEEN, 84),
-    "fold-32-bf16": Case(CompressorSpec(head_dim=16, ratio=32, rope_dim=4, has_ape=False), 130, "fp8_tensor", _BF16),
-    "fold-128": Case(CompressorSpec(head_dim=16, ratio=128, rope_dim=16), 290, "bf16"),
-    "csa": Case(_CSA, 40),
-    "csa-bf16-state": Case(_CSA, 40, "fp8_tensor", _BF16, _BF16),
-    "csa-bf16-input": Case(CompressorSpec(head_dim=128, ratio=4, overlap=True), 40, "indexer_fp8_vllm", _BF16),
-    "overlap-3": Case(CompressorSpec(head_dim=16, ratio=3, overlap=True, rope_dim=0), 36),
-    "rows-8": Case(CompressorSpec(head_dim=16, ratio=8, rope_dim=4), 60, "bf16"),
-    "window-csa": Case(_CSA, 40, page_size=6),
-    "window-csa-bf16-state": Case(_CSA, 40, "bf16", _BF16, _BF16, page_size=4),
-    "window-16": Case(_SIXTEEN, 84, "bf16", state_dtype=_BF16, page_size=16),
-    "window-128": Case(CompressorSpec(head_dim=16, ratio=128, rope_dim=16), 290, dtype=_BF16, page_size=48),
-}
-
-
-def _short(step: tuple) -> str:
-    """The Python that makes a step again, without the fields that have their default."""
-    given = [f"{n}={v!r}" for n, v in step._asdict().items() if n not in step._field_defaults or v != step._field_defaults[n]]
-    return f"{type(step).__name__}({', '.join(given)})"
-
-
-class Feed(NamedTuple):
-    """A place in a call's batch: `count` new tokens for the sequence of `slot`, whose first one is at position `start`.
-
-    The first one of an empty slot is a sequence that arrives. A smaller `start` than the sequence has tokens rejects drafts.
-    Slot -1 is padding. `hole`: the column of the sequence's table of cache pages that is -1 in this call.
-    """
-
-    slot: int
-    start: int
-    count: int
-    hole: int | None = None
-    __repr__ = _short
-
-
-class Call(NamedTuple):
-    """One call of `compress`, or the same one `times` over, with `padding` rows behind the last token."""
-
-    feeds: tuple[Feed, ...]
-    times: int = 1
-    padding: int = 0
-    __repr__ = _short
-
-
-class End(NamedTuple):
-    """A sequence ends: its cache pages and its slot, with whatever they hold, are for others."""
-
-    slot: int
-    __repr__ = _short
-
-
-class Move(NamedTuple):
-    """Preemption: state row and tags are copied to an empty slot, where the sequence goes on. `FoldState` only."""
-
-    source: int
-    target: int
-    __repr__ = _short
-
-
-class Share(NamedTuple):
-    """A sequence arrives in an empty slot that shares the pages of the first `end` positions of another. `WindowState` only."""
-
-    source: int
-    target: int
-    end: int
-    __repr__ = _short
-
-
-Step = Call | End | Move | Share
-
-
-@dataclass(frozen=True)
-class History:
-    """`steps` of an engine with `SLOTS` slots; `max_new_tokens` is the state's."""
-
-    case: str
-    max_new_tokens: int
-    steps: tuple[Step, ...]
-
-    def __repr__(self) -> str:
-        steps = "".join(f"    {step!r},\n" for step in self.steps)
-        return f"History({self.case!r}, {self.max_new_tokens}, (\n{steps}))"
-
-    def program(self, backend: str = "torch") -> str:
-        """Python that replays this history, to be run in the directory of the tests. `backend`: a key of `conftest.BACKENDS`."""
-        names = ", ".join(sorted({type(step).__name__ for step in self.steps} | {"Feed", "History", "run"}))
-        return f"import conftest\nfrom history_support import {names}\n\nrun({self!r}, conftest.BACKENDS[{backend!r}])\n"
-
-
-@dataclass
-class Sequence:
-    """A sequence: the text that it is now, how much of it is there, and its cache pages."""
-
-    text: int
-    length: int = 0
-    pages: list[int] = field(default_factory=list)
-    starts: list[int] = field(default_factory=list)  # where its next step may be relied on to start
-    floor: int = 0  # the pages of earlier positions are shared, so nobody writes them
-
-
-class Outcome(NamedTuple):
-    """What a feed must do. `text` -1: nothing. `refused`: nothing, and it is counted."""
-
-    text: int = -1
-    end: int = 0
-    refused: bool = False
-    starts: tuple[int, ...] = ()
-    pages: tuple[int, ...] = ()
-
-
-class Simulation:
-    """What an engine knows: the tokens of each sequence, as `texts`, where it may start next, and its cache pages.
-
-    A text only grows. Where a sequence turns back it gets a new one, so that all that was ever to be seen is a prefix of a text.
-    Which starts beyond those that may be relied on are refused is `reference.Simulator`'s verdict.
-    """
-
-    def __init__(self, name: str, max_new_tokens: int) -> None:
-        self.case, self.max_new_tokens = CASES[name], max_new_tokens
-        self.texts: list[Tensor] = []
-        self.slots: list[Sequence | None] = [None] * SLOTS
-        self.verdict = reference.Simulator(self.case.spec, SLOTS, max_new_tokens, weights(self.case.spec).ape)
-        self.free = list(range(SLOTS * self.case.columns))
-        self.calls = 0
-
-    def apply(self, step: Step) -> list[Outcome]:
-        """Does a step; the outcome of each feed if it is a call."""
-        match step:
-            case Call():
-                self.calls += 1
-                return [self._feed(feed, 1000 * self.calls + place) for place, feed in enumerate(step.feeds)]
-            case End():
-                self.free += self.slots[step.slot].pages
-                self.slots[step.slot] = None
-            case Move():
-                self.slots[step.target], self.slots[step.source] = self.slots[step.source], None
-                self.verdict.slots[step.target] = list(self.verdict.slots[step.source])
-            case Share():
-                source = self.slots[step.source]
-                self.texts.append(self.texts[source.text][: step.end])
-                shared = step.end // self.case.page_size * self.case.page_size
-                source.floor = max(source.floor, shared)
-                self.slots[step.target] = Sequence(len(self.texts) - 1, step.end, starts=[step.end], floor=shared)
-                self._give_pages(self.slots[step.target], step.end)
-        return []
-
-    def tokens(self, feed: Feed, seed: int) -> Tensor:
-        return make_tokens(self.case.spec, feed.count, seed, self.case.dtype)
-
-    def _feed(self, feed: Feed, seed: int) -> Outcome:
-        if feed.slot == -1 or feed.count == 0:
-            return Outcome()
-        end, new = feed.start + feed.count, self.tokens(feed, seed)
-        if feed.start < 0 or feed.slot >= SLOTS:
-            return Outcome(refused=True)
-        sequence = self.slots[feed.slot] or Sequence(-1)
-        accepted = self.case.page_size > 0 or self.verdict.step(feed.slot, feed.start, new.float()) is not None
-        assert accepted or feed.start not in sequence.starts, f"{feed} may be relied on"
-        self.slots[feed.slot] = sequence
-        self._give_pages(sequence, end)
-        pages = tuple(-1 if column == feed.hole else page for column, page in enumerate(sequence.pages))
-        if not accepted:
-            return Outcome(refused=True, pages=pages)
-        old = self.texts[sequence.text] if sequence.length else new[:0]
-        if not 0 < len(old) == feed.start:
-            self.texts.append(old[:0])
-            sequence.text = len(self.texts) - 1
-        self.texts[sequence.text] = torch.cat([old[: feed.start], new])
-        sequence.length = end
-        # DESIGN.md, "What may be relied on".
-        late = feed.start if feed.count <= self.max_new_tokens else end - self.max_new_tokens
-        sequence.starts = [feed.start, *range(max(late, feed.start + 1), end + 1)]
-        return Outcome(sequence.text, end, starts=tuple(sequence.starts), pages=pages)
-
-    def _give_pages(self, sequence: Sequence, end: int) -> None:
-        while len(sequence.pages) * ROWS_PER_PAGE < end // self.case.spec.ratio:
-            sequence.pages.append(self.free.pop())
-
-
-@functools.cache
-def weights(spec: CompressorSpec) -> Weights:
-    return Weights.make(spec)
 
 
 def make_engine(case: Case, backend: Backend, slots: int, max_new_tokens: int, pages: int, length: int) -> Engine:
@@ -286,8 +89,10 @@ class SlotPlayer:
         self.case, self.truth, self.calls = case, truth, 0
         self.engine = make_engine(case, backend, SLOTS, max_new_tokens, case.columns, case.limit)
         self.cache = self.engine.cache.storage.clone()  # what the cache must be, byte for byte
+        if case.prefix:
+            self.engine.make_snapshots(SLOTS * case.snapshots, case.prefix)
 
-    def play(self, step: Step, outcomes: list[Outcome]) -> None:
+    def play(self, step: Call | End | Move | Hit, outcomes: list[Outcome] | Taken | None) -> None:
         state = self.engine.state
         match step:
             case Call():
@@ -298,6 +103,18 @@ class SlotPlayer:
             case Move():
                 state.rows[step.target], state.positions[step.target] = state.rows[step.source], state.positions[step.source]
                 state.rows[step.source] = torch.nan
+            case Hit():
+                self._hit(step, outcomes)
+
+    def _hit(self, hit: Hit, taken: Taken) -> None:
+        engine, errors = self.engine, torch.zeros(1, dtype=torch.int32, device=self.engine.backend.device)
+        before = engine.snapshot()
+        arguments = [torch.tensor([x], dtype=torch.int32, device=errors.device) for x in (hit.target, taken.page, taken.start)]
+        kvfold.restore(engine.state, engine.snapshots, *arguments, errors, backend=engine.backend.name)
+        assert int(errors) == 0, f"{int(errors)} errors counted"
+        engine.check_canaries()
+        engine.check_untouched(before, [hit.target], [])
+        self._check_rows(hit.target, Outcome(taken.text, taken.start, starts=(taken.start,)))
 
     def _call(self, call: Call, outcomes: list[Outcome]) -> None:
         engine, case, device = self.engine, self.case, self.engine.backend.device
@@ -306,6 +123,12 @@ class SlotPlayer:
         for b, outcome in enumerate(outcomes):
             tables[b, : len(outcome.pages)] = torch.tensor(outcome.pages, dtype=torch.int32)
         ints = {"dtype": torch.int32, "device": device}
+        pages = {}
+        if case.prefix:
+            table = torch.full((len(call.feeds), case.snapshots), -1, dtype=torch.int32)
+            for b, outcome in enumerate(outcomes):
+                table[b, : len(outcome.snapshots)] = torch.tensor(outcome.snapshots, dtype=torch.int32)
+            pages = {"snapshot_table": table.to(device), "snapshot_page_size": case.prefix}
         plan = kvfold.StepPlan.build(
             case.spec.ratio,
             torch.tensor([feed.start for feed in call.feeds], **ints),
@@ -315,10 +138,11 @@ class SlotPlayer:
             cache_block_table=tables.to(device),
             rows_per_page=ROWS_PER_PAGE,
             max_tokens=sum(lengths),
+            **pages,
         )
         kv_score = new_tokens(case, call, self.calls).to(device)
-        before = engine.snapshot()
-        for repetition in range(call.times):
+        before, kept, after = engine.snapshot(), self._kept(), []
+        for _ in range(call.times):
             plan.errors.zero_()
             pooled = torch.full((plan.entry_capacity, case.spec.head_dim), torch.nan, device=device)
             engine.compress(kv_score, plan, pooled)
@@ -327,10 +151,9 @@ class SlotPlayer:
             engine.check_canaries()
             self._check_entries(call, outcomes, plan, pooled.cpu())
             self._check_state(call, outcomes, before)
-            after = engine.snapshot()
-            if repetition:
-                assert all(map(torch.equal, after, first)), "the same call again changed something"
-            first = after
+            self._check_snapshots(outcomes, kept)
+            after.append(engine.snapshot() + self._kept())
+            assert all(map(torch.equal, after[-1], after[0])), "the same call again changed something"
 
     def _check_entries(self, call: Call, outcomes: list[Outcome], plan: kvfold.StepPlan, pooled: Tensor) -> None:
         """The pooled rows and, byte for byte, the cache: the entries of this call and nothing else."""
@@ -355,20 +178,48 @@ class SlotPlayer:
 
     def _check_state(self, call: Call, outcomes: list[Outcome], before: tuple[Tensor, Tensor, Tensor]) -> None:
         """What a slot holds of its sequence has the right bits, all that may be relied on is there, others are as before."""
-        state, rows, tags = self.engine.state, bits(self.engine.state.rows), self.engine.state.positions
+        rows, tags = bits(self.engine.state.rows), self.engine.state.positions
         done = {feed.slot: outcome for feed, outcome in zip(call.feeds, outcomes, strict=True) if outcome.text != -1}
         for slot in range(SLOTS):
             if slot not in done:
                 same = torch.equal(rows[slot], before[0][slot]) and torch.equal(tags[slot], before[1][slot])
                 assert same, f"slot {slot} is not of the call, and changed"
                 continue
-            held, outcome = self.engine.held(slot, done[slot].end), done[slot]
-            for position, row in held.items():
-                same = torch.equal(row, self.truth.rows[outcome.text][position])
-                assert same, f"slot {slot}: the row of position {position} differs"
-            for start in outcome.starts:
-                missing = set(state.history_of(start)) - set(held)
-                assert not missing, f"slot {slot} cannot go on at {start}: no rows of {sorted(missing)}"
+            self._check_rows(slot, done[slot])
+
+    def _check_rows(self, slot: int, outcome: Outcome) -> None:
+        state, held = self.engine.state, self.engine.held(slot, outcome.end)
+        for position, row in held.items():
+            same = torch.equal(row, self.truth.rows[outcome.text][position])
+            assert same, f"slot {slot}: the row of position {position} differs"
+        for start in outcome.starts:
+            missing = set(state.history_of(start)) - set(held)
+            assert not missing, f"slot {slot} cannot go on at {start}: no rows of {sorted(missing)}"
+
+    def _kept(self) -> tuple[Tensor, ...]:
+        """Copies of the bits of the snapshots."""
+        snapshots = self.engine.snapshots
+        return (bits(snapshots.rows).clone(), snapshots.positions.clone()) if snapshots else ()
+
+    def _check_snapshots(self, outcomes: list[Outcome], before: tuple[Tensor, ...]) -> None:
+        """The snapshots of page ends in the call hold the bits of the rows that they are of; others are as before."""
+        if not before:
+            return
+        rows, tags = self._kept()
+        others = torch.ones(len(tags), dtype=torch.bool)
+        for outcome in outcomes:
+            others[list(outcome.snapshots)] = False
+        others = others.to(tags.device)
+        same = torch.equal(rows[others], before[0][others]) and torch.equal(tags[others], before[1][others])
+        assert same, "a snapshot of a sequence that is not of the call changed"
+        for outcome in outcomes:
+            for k in range(outcome.seen // self.case.prefix, outcome.end // self.case.prefix):
+                page, end = outcome.snapshots[k], (k + 1) * self.case.prefix
+                for x, position in enumerate(self.engine.state.history_of(end)):
+                    at = f"the snapshot of {end}, page {page}, position {position}"
+                    assert int(tags[page, x]) == position, f"{at}: not there"
+                    want = self.truth.rows[outcome.text][position].reshape(-1)
+                    assert torch.equal(rows[page, x].cpu(), want), f"{at}: differs"
 
 
 class PagePlayer:
@@ -378,7 +229,7 @@ class PagePlayer:
         self.case, self.truth, self.calls = case, truth, 0
         self.engine = make_engine(case, backend, SLOTS, max_new_tokens, case.columns, case.limit)
 
-    def play(self, step: Step, outcomes: list[Outcome]) -> None:
+    def play(self, step: Call | End | Share, outcomes: list[Outcome] | None) -> None:
         match step:
             case Call():
                 self.calls += 1
