@@ -37,10 +37,10 @@ def histories(draw: st.DrawFn, name: str, most_steps: int = 12) -> History:
 def next_steps(draw: st.DrawFn, simulation: Simulation) -> Step:
     living = [slot for slot, sequence in enumerate(simulation.slots) if sequence]
     empty = [slot for slot in range(SLOTS) if slot not in living]
-    what = draw(st.sampled_from(["call"] * 7 + ["end", "other slot"])) if living else "call"
-    if what == "end":
+    what = draw(st.sampled_from(["call"] * 5 + ["end", "other slot", "other slot"])) if living else "call"
+    if what == "end" or (what == "other slot" and not empty):
         return End(draw(st.sampled_from(living)))
-    if what == "other slot" and empty:
+    if what == "other slot":
         source, target = draw(st.sampled_from(living)), draw(st.sampled_from(empty))
         hits = simulation.hits(source)
         if hits and draw(st.booleans()):
