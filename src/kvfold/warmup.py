@@ -36,8 +36,8 @@ def warmup(
     """Compiles and loads every kernel that calls over these combinations can need, and launches none.
 
     After it, `compress`, `compress_many`, `store`, `restore` and `StepPlan.update` compile nothing, whatever their batch sizes,
-    lengths, strides, alignments, slots and pages. An engine that keeps V4's layers in `FoldState`, decodes up to 4 tokens a step
-    and prefills in chunks of 8,192 calls, once for each device and before it captures a graph:
+    lengths, strides, alignments, slots and pages. An engine that keeps V4's layers in `FoldState`, decodes up to 4 tokens a
+    step and prefills in chunks of 8,192 calls, once for each device and before it captures a graph:
 
         kvfold.warmup(
             [kvfold.V4_HCA, kvfold.V4_CSA],
@@ -59,7 +59,7 @@ def warmup(
         rows: dtypes of `compress(rows=...)`, None for calls without. `store` is compiled for those that are not None.
         page_sizes: of `WindowState`s; default: any.
         many: pairs of (spec, format) that `compress_many` gets together, over `FoldState`s.
-        snapshots: whether calls over `FoldState`s leave snapshots; with True, `restore` is compiled too.
+        snapshots: whether calls over `FoldState`s get `snapshots`: True, False or both. With True `restore` is compiled too.
         pdl: as the calls will have it. False leaves out the kernels that are launched as dependents.
         device: default: the current one.
 

@@ -42,7 +42,7 @@ def snapshot_fold(m, l, a, x, due, stop, snap, RATIO: tl.constexpr, HEAD_DIM: tl
     if snap is not None:
         _, _, page_size, rows, tags, _, _ = snap
         if (x == due) & (x < stop) & (x % RATIO != RATIO - 1):
-            page = find_snapshot(snap, x // page_size, x == due)
+            page = find_snapshot(snap, x // page_size, x < stop)
             if page >= 0:
                 row = rows + page * (3 * HEAD_DIM) + tl.arange(0, HEAD_DIM)
                 tl.store(row, m)
