@@ -11,9 +11,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, so before kvfold is
 
 from helpers import Backend
+from hypothesis import HealthCheck, settings
 
 # The tensors are small, and pytest-xdist already fills the cores: more threads only spin against each other.
 torch.set_num_threads(1)
+
+# Drawn tests are the same in every run; `pytest --hypothesis-profile=long` draws others every time, and many.
+_SLOW = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("short", max_examples=24, derandomize=True, database=None, **_SLOW)
+settings.register_profile("long", max_examples=2000, print_blob=True, **_SLOW)
+settings.load_profile("short")
 
 BACKENDS = {
     "torch": Backend("torch", torch.device("cpu")),

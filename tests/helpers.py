@@ -214,10 +214,11 @@ class Engine:
         n = self.cache.rows_per_page
         index = torch.tensor(slots, dtype=torch.int64, device=self.backend.device)[:, None]
         page, row = index // n, index % n
-        width = {"fp32": 4 * self.spec.head_dim, "bf16": 2 * self.spec.head_dim, "fp8_ds_mla": 576}[self.fmt]
-        byte = row * width + torch.arange(width, device=index.device)
-        if self.fmt == "fp8_ds_mla":
-            byte = torch.cat([byte, 576 * n + row * 8 + torch.arange(8, device=index.device)], dim=1)
+        fmt = self.cache.format
+        assert not fmt.separate, "the tails of this format are not in cache.storage"
+        width, tail = fmt.row_bytes(self.spec), fmt.tail_bytes(self.spec)
+        body = row * width + torch.arange(width, device=index.device)
+        byte = torch.cat([body, n * width + row * tail + torch.arange(tail, device=index.device)], dim=1)
         return page, byte
 
     def records(self, slot: int, windows: int) -> Tensor:

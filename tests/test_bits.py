@@ -14,6 +14,7 @@ from helpers import SPECS, Backend, Engine, Weights, make_tokens
 from torch import Tensor
 
 from kvfold import CompressorSpec
+from kvfold.backend_torch import exp2
 
 # Both formats of a 512-wide entry, and both input dtypes: bf16 rows are exact in an fp32 state, and in a bf16 one.
 CASES = [
@@ -230,3 +231,14 @@ def test_a_column_slice_of_a_wider_projection(backend: Backend, name: str) -> No
     wide[:, 8 : 8 + 2 * spec.channels] = runs.tokens.to(backend.device)
     engine.compress(wide[:, 8 : 8 + 2 * spec.channels], plan)
     runs.check(engine, 0, runs.length)
+
+
+@pytest.mark.parametrize("n", [1, 5, 16, 33])
+def test_the_weights_of_the_torch_backend_do_not_depend_on_their_neighbours(n: int) -> None:
+    """`torch.exp2` on a CPU gives a row of 16 channels alone other bits than among others: it ends in a partial vector."""
+    x = -40 * torch.rand(1 << 14, generator=torch.Generator().manual_seed(21))
+    whole = exp2(x)
+    assert torch.equal(whole, torch.cat([exp2(some) for some in x.split(n)]))
+    assert float((whole.double() / torch.exp2(x.double()) - 1).abs().max()) <= 2**-24  # rounded once
+    extremes = exp2(torch.tensor([0.0, -1.0, -126.0, -3e38, -torch.inf, torch.nan]))
+    assert extremes[:5].tolist() == [1, 0.5, 2**-126, 0, 0] and bool(extremes[5].isnan())

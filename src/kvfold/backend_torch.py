@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,24 @@ from .state import FoldState
 LOG2_E = 1.4426950408889634
 LOWEST = torch.finfo(torch.float32).min  # the maximum of no scores: finite, so that a score of -inf needs no guard
 
+_EXP2 = [math.log(2) ** k / math.factorial(k) for k in range(10)]  # Taylor: 7e-12 off at most for |x| <= 1/2
+
+
+def exp2(x: torch.Tensor) -> torch.Tensor:
+    """2 ** x for x <= 0, fp32 to fp32, in operations of which IEEE fixes every bit.
+
+    `torch.exp2` on a CPU gives the elements behind a thread's last full vector other last bits than the same elements
+    elsewhere, and so an entry other bits in another batch.
+    """
+    x = x.double().clamp(min=-1000.0)
+    whole = x.round()
+    part = x - whole
+    power = torch.full_like(part, _EXP2[-1])
+    for coefficient in _EXP2[-2::-1]:
+        power = power * part + coefficient
+    # A NaN is one in `power` already, whatever integer is made of it here.
+    return (power * ((whole.long() + 1023) << 52).view(torch.float64)).float()
+
 
 def fold_step(
     state: tuple[torch.Tensor, torch.Tensor, torch.Tensor], k: torch.Tensor, s: torch.Tensor
@@ -23,7 +42,7 @@ def fold_step(
     """Folds value `k` with score `s` (ape added) into `(m, l, a)`; fp32, elementwise. The one definition of this backend."""
     m, l, a = state
     d = s - m
-    e = torch.exp2(d.abs() * -LOG2_E)
+    e = exp2(d.abs() * -LOG2_E)
     rises = d > 0
     alpha = torch.where(rises, e, 1.0)
     beta = torch.where(rises, 1.0, e)
