@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import floor
@@ -34,13 +35,18 @@ class Buffers(NamedTuple):
 class Step:
     """One step of a case: its plan and weights, and any number of buffer sets for them."""
 
-    def __init__(self, case: Case, variant: Variant, device: str = "cuda") -> None:
+    def __init__(
+        self, case: Case, variant: Variant, device: str = "cuda", parts: Sequence[tuple[int, int]] | None = None
+    ) -> None:
+        """parts: start and new tokens of each sequence, where they are not those of the case; over FoldStates only."""
         self.case, self.variant, self.device = case, variant, device
         self.specs = variant.specs(case)
-        self.starts = case.start_positions()
+        parts = parts or [(start, case.new) for start in case.start_positions()]
+        self.starts, lengths = [start for start, _ in parts], [new for _, new in parts]
+        self.batch, self.tokens, self.longest = len(parts), sum(lengths), max(lengths)
         self.start_pos = torch.tensor(self.starts, dtype=torch.int32, device=device)
-        self.cu_seqlens = torch.arange(case.batch + 1, dtype=torch.int32, device=device) * case.new
-        end = max(self.starts) + case.new
+        self.cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        end = max(start + new for start, new in parts)
         self.rows_per_page = 64 if case.ratio == 4 else 2
         self.cache_pages = -(-(end // case.ratio + 1) // self.rows_per_page)
         self.plan = self.make_plan()
@@ -56,26 +62,28 @@ class Step:
     def make_plan(self) -> kvfold.StepPlan:
         """A plan of this step; sequences have their cache pages one behind the other."""
         case, device = self.case, self.device
-        cache = torch.arange(case.batch * self.cache_pages, dtype=torch.int32, device=device).view(case.batch, -1)
+        cache = torch.arange(self.batch * self.cache_pages, dtype=torch.int32, device=device).view(self.batch, -1)
         options: dict = {"cache_block_table": cache, "rows_per_page": self.rows_per_page}
         if self.variant.state == "window":
             *tables, self.state_pages = window_tables(case)
             options |= {"block_tables": tuple(table.to(device) for table in tables), "page_size": PAGE_SIZE}
         else:
-            options["state_slots"] = torch.arange(case.batch, dtype=torch.int32, device=device)
-        return kvfold.StepPlan.build(case.ratio, self.start_pos, self.cu_seqlens, case.new, **options)
+            options["state_slots"] = torch.arange(self.batch, dtype=torch.int32, device=device)
+        return kvfold.StepPlan.build(
+            case.ratio, self.start_pos, self.cu_seqlens, self.longest, max_tokens=self.tokens, **options
+        )
 
     def buffers(self, rows_dtype: torch.dtype = torch.bfloat16) -> list[Buffers]:
         """A new buffer set: one `Buffers` for each compressor of the call."""
         found = []
         for spec, output in zip(self.specs, self.variant.outputs, strict=True):
-            kv_score = torch.randn(self.case.batch * self.case.new, 2 * spec.channels, device=self.device).bfloat16()
+            kv_score = torch.randn(self.tokens, 2 * spec.channels, dtype=torch.bfloat16, device=self.device)
             state = self._window_state(spec) if self.variant.state == "window" else self._fold_state(spec)
             cache = rows = None
             if output == "rows":
                 rows = torch.empty(self.plan.entry_capacity, spec.head_dim, dtype=rows_dtype, device=self.device)
             else:
-                pages = self.case.batch * self.cache_pages
+                pages = self.batch * self.cache_pages
                 cache = kvfold.EntryCache.allocate(output, pages, self.rows_per_page, spec, device=self.device)
             found.append(Buffers(kv_score, state, cache, rows))
         return found
@@ -101,7 +109,7 @@ class Step:
 
     def _fold_state(self, spec: kvfold.CompressorSpec) -> kvfold.FoldState:
         """Every slot holds the last `ring` positions before its start, with finite rows."""
-        state = floor.fold_state(self.case, spec, num_slots=self.case.batch, device=self.device)
+        state = floor.fold_state(self.case, spec, num_slots=self.batch, device=self.device)
         state.rows.normal_().abs_()
         held = self.start_pos[:, None] - 1 - torch.arange(state.ring, dtype=torch.int32, device=self.device)
         state.positions.scatter_(1, held.remainder(state.ring).long(), held.clamp(min=-1))

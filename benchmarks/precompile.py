@@ -13,6 +13,7 @@ import torch
 
 import kvfold
 from kvfold.kernels.aot import TARGETS
+from kvfold.kernels.configs import FEW_ITEMS
 from kvfold.kernels.variants import pair_key, step_key, variant_of, window_key
 from kvfold.records import FORMATS
 from kvfold.state import state_kind
@@ -28,7 +29,9 @@ def keys() -> list[tuple]:
         layer = []
         for spec, fmt in ((kvfold.V4_HCA, main), (kvfold.V4_CSA, main), (kvfold.V4_INDEXER, indexer)):
             kind = state_kind(spec)
-            layer.append(step_key(spec, fmt, kind, new, (BF16, FP32 if kind == "fold" else BF16, None, FP32, True)))
+            types = (BF16, FP32 if kind == "fold" else BF16, None, FP32, True)
+            layer.append(step_key(spec, fmt, kind, new, types))
+            found.append(step_key(spec, fmt, kind, new, types, items=FEW_ITEMS))
             if new < 8192 and spec is not kvfold.V4_INDEXER:
                 found.append(window_key(spec, fmt, new, (BF16, FP32, None, FP32, True), PAGE_SIZE))
                 found += [window_key(spec, None, new, (BF16, FP32, rows, None, True), PAGE_SIZE) for rows in (BF16, FP32)]

@@ -27,12 +27,12 @@ def peer_of(case: Case, variant: str, raw_fp32: bool = False) -> tuple[float, st
 
 def cells(row: dict) -> list[str]:
     """The cells under HEADER of one result row."""
-    case, us, floor_us = CASES[row["case"]], row["us"], row.get("floor_us")
+    case, us, floor_us = CASES.get(row["case"]), row["us"], row.get("floor_us")
     pdl = f" (pdl {row['pdl']})" if "pdl" in row else ""
     found = [row["case"], row["variant"] + pdl, f"{us:.2f}"]
     found += [f"{floor_us:.2f}", f"{us / floor_us:.2f}"] if floor_us else ["", ""]
     for raw_fp32 in (False, True):
-        peer = peer_of(case, row["variant"], raw_fp32)
+        peer = peer_of(case, row["variant"], raw_fp32) if case else None
         found += [f"{peer[0]:.2f}", f"{peer[0] / us:.2f}x", peer[1]] if peer else ["", "", ""]
     return found
 

@@ -36,7 +36,7 @@ def test_every_row_of_the_tables_is_compiled() -> None:
     assert {(c.fmt.name, c.other[1].name) for c in every if c.other} == {("fp8_ds_mla", name) for name in indexers}
     for c in every:
         if c.config is not None:
-            assert choose(c.config.kind, c.spec, c.config.max_new_tokens) == c.config
+            assert choose(c.config.kind, c.spec, c.config.max_new_tokens, c.config.most_items) == c.config
     assert {dict(c.variant().constants)["ONE_PAGE"] for c in every if c.kind == "window"} == {True, False}
     for fmt in FORMATS.values():  # each preset with each format that it can have
         for spec in SPECS[:3]:

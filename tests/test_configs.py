@@ -14,7 +14,7 @@ from helpers import Backend, make_tokens, norm_error
 from window_support import WindowEngine, run
 
 from kvfold import CompressorSpec, reference
-from kvfold.kernels.configs import ANY, CONFIGS, Config, UnsupportedError, choose
+from kvfold.kernels.configs import ANY, CONFIGS, FEW_ITEMS, Config, UnsupportedError, choose
 from kvfold.state import state_kind
 
 RATIOS = (1, 2, 3, 4, 5, 8, 9, 16, 48, 64, 100, 128, 129, 256, 1024, 4095, 4096)
@@ -22,6 +22,7 @@ SPECS = [
     CompressorSpec(1 << log, ratio, overlap, rope_dim=0) for log, ratio, overlap in product(range(4, 13), RATIOS, (False, True))
 ]
 STEPS = (1, 2, 3, 4, 5, 8, 9, 16, 100, 4096, ANY)
+ITEMS = (1, FEW_ITEMS, FEW_ITEMS + 1, ANY)
 CALLS = [(kind, spec, n) for spec, n in product(SPECS, STEPS) for kind in (state_kind(spec), "window", "store")]
 
 
@@ -34,22 +35,26 @@ def test_a_row_of_the_table_is_chosen_and_the_first_that_serves() -> None:
     for kind, spec, n in CALLS:
         if not is_served(kind, spec):
             continue
-        chosen = choose(kind, spec, n)
-        index = CONFIGS.index(chosen)
-        assert chosen.kind == kind and chosen.serves(kind, spec.head_dim, spec.window_rows, n)
-        assert not any(c.serves(kind, spec.head_dim, spec.window_rows, n) for c in CONFIGS[:index])
-        # What a kernel takes for granted of its row.
-        assert chosen.num_warps in (1, 2, 4, 8) and chosen.ahead >= 1
-        if chosen.once and kind == "fold":
-            assert n <= chosen.ahead
-        if chosen.once and kind == "rows":
-            assert spec.window_rows <= chosen.ahead
+        for items in ITEMS:
+            chosen = choose(kind, spec, n, items)
+            index = CONFIGS.index(chosen)
+            assert chosen.kind == kind and chosen.serves(kind, spec.head_dim, spec.window_rows, n, items)
+            assert not any(c.serves(kind, spec.head_dim, spec.window_rows, n, items) for c in CONFIGS[:index])
+            # What a kernel takes for granted of its row.
+            assert chosen.num_warps in (1, 2, 4, 8) and chosen.ahead >= 1
+            if not chosen.programs and kind == "fold":
+                assert n <= chosen.ahead
+            if not chosen.programs and kind == "rows":
+                assert spec.window_rows <= chosen.ahead
+            assert chosen.together == 1 or (kind == "fold" and chosen.programs)
+            # Launches tell few windows from many and nothing in between.
+            assert chosen.most_items in (FEW_ITEMS, ANY)
         assert chosen.slice == 0 or (kind == "window" and spec.head_dim % min(chosen.slice, spec.head_dim) == 0)
 
 
 def test_every_row_can_be_chosen() -> None:
     assert len(set(CONFIGS)) == len(CONFIGS)
-    chosen = {choose(kind, spec, n) for kind, spec, n in CALLS if is_served(kind, spec)}
+    chosen = {choose(kind, spec, n, items) for kind, spec, n in CALLS if is_served(kind, spec) for items in ITEMS}
     assert chosen == set(CONFIGS)
 
 
@@ -57,7 +62,7 @@ def test_window_sums_do_not_follow_the_number_of_new_tokens() -> None:
     """The bits of a window's sum follow its row of the table, so one row must serve every step of a spec."""
     for spec in SPECS:
         if is_served("window", spec):
-            assert len({choose("window", spec, n) for n in STEPS}) == 1
+            assert len({choose("window", spec, n, items) for n in STEPS for items in ITEMS}) == 1
 
 
 def test_what_is_not_supported_says_what_is() -> None:

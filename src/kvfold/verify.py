@@ -14,7 +14,7 @@ from .backend_torch import finish
 from .compress import choose_backend, compress_many
 from .debug import EPILOGUE, exact_rows
 from .debug_compare import BOUND, Difference, bytes_of, explained, pooled_differences
-from .kernels.configs import CONFIGS, Config, choose
+from .kernels.configs import CONFIGS, FEW_ITEMS, Config, choose
 from .plan import ITEM_FIELDS
 from .records import FORMATS
 from .spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
@@ -109,9 +109,9 @@ class Lab:
         """V4's compressor, with shorter windows on a CPU: of the same kind of state, and a tile of raw rows per entry."""
         return spec if self.real or spec.ratio <= 32 else replace(spec, ratio=32)
 
-    def streams(self, spec: CompressorSpec, dtype: torch.dtype) -> Streams:
+    def streams(self, spec: CompressorSpec, dtype: torch.dtype, batch: int | None = None) -> Streams:
         length = max(2 * spec.ratio + spec.ratio // 2 + 1, 5 * spec.ratio if spec.ratio <= 8 else 0)
-        return Streams.make(spec, self.batch, length, dtype, self.device)
+        return Streams.make(spec, batch or self.batch, length, dtype, self.device)
 
     def engine(self, streams: Streams, kind: str, **options: object) -> Engine:
         options = {"fmt": _format_for(streams.spec)} | options
@@ -132,8 +132,10 @@ def representative(config: Config) -> tuple[CompressorSpec, int]:
         for ratio, overlap in ((4, True), (32, False), (128, False), (16, True), (4, False), (config.window_rows[0], False)):
             spec = replace(base, ratio=ratio, overlap=overlap, hadamard=base.hadamard and overlap)
             kinds = {"fold": not overlap and ratio > 8, "rows": overlap or ratio <= 8}
-            serves = config.serves(config.kind, width, spec.window_rows, bound) and kinds.get(config.kind, True)
-            if serves and choose(config.kind, spec, bound) is config:
+            serves = config.serves(config.kind, width, spec.window_rows, bound, config.most_items) and kinds.get(
+                config.kind, True
+            )
+            if serves and choose(config.kind, spec, bound, config.most_items) is config:
                 return spec, bound
     raise LookupError(f"no usual shape is served by {config}")
 
@@ -152,7 +154,8 @@ def _table_cases(lab: Lab, quick: bool) -> Iterator[Case]:
         for state, rows in some[:1] if quick else some:
             limit = "any" if config.max_new_tokens > LONG else str(config.max_new_tokens)
             name = f"{index}: {config.kind} hd {config.head_dims[0]}-{config.head_dims[1]}, "
-            name += f"{config.window_rows[0]}-{config.window_rows[1]} rows, new <= {limit}; "
+            name += f"{config.window_rows[0]}-{config.window_rows[1]} rows, new <= {limit}"
+            name += f", windows <= {config.most_items}; " if config.most_items <= LONG else "; "
             if config.kind == "store":
                 yield Case("table", name + f"rows {_name(rows)}", partial(check_store, lab, config, rows))
             else:
@@ -190,8 +193,11 @@ def _equivalence_cases(lab: Lab) -> Iterator[Case]:
 def check_config(lab: Lab, config: Config, state: torch.dtype, rows: torch.dtype) -> str:
     """One row of the table: its entries against fp64, against one prefill to the bit, and its last step by `kvfold.check`."""
     spec, bound = representative(config)
-    streams = lab.streams(lab.spec(spec) if config.kind == "window" or spec.ratio > 32 else spec, rows)
-    if choose(config.kind, streams.spec, bound) is not config:
+    # A row for many windows is taken when there are many.
+    many = choose(config.kind, spec, bound, FEW_ITEMS) is not config and lab.real
+    batch = FEW_ITEMS // 2 + 4 if many else lab.batch
+    streams = lab.streams(lab.spec(spec) if config.kind == "window" or spec.ratio > 32 else spec, rows, batch)
+    if choose(config.kind, streams.spec, bound, config.most_items) is not config:
         raise LookupError(f"{streams.spec} is not served by {config}")
     short = bound < streams.length
     if short:

@@ -57,15 +57,16 @@ def _kernels() -> Table:
     from ..kernels.configs import ANY, CONFIGS
 
     table = Table(
-        "state", "head_dim", "tokens of an entry", "new tokens", "warps", "in flight", "slice", "registers",
+        "state", "head_dim", "tokens of an entry", "new tokens", "windows", "warps", "in flight", "slice", "registers", "programs",
         title="Kernels: of the rows that serve a call, the first",
     )  # fmt: skip
     for c in CONFIGS:
         bounds = (f"{low} to {high}" if low != high else str(low) for low, high in (c.head_dims, c.window_rows))
         most = "any" if c.max_new_tokens == ANY else f"up to {c.max_new_tokens}"
         table.add_row(
-            c.kind, *bounds, most, str(c.num_warps), str(c.ahead), str(c.slice or "whole"), str(c.registers or "unbound")
-        )
+            c.kind, *bounds, most, "any" if c.most_items == ANY else f"up to {c.most_items}", str(c.num_warps), str(c.ahead),
+            str(c.slice or "whole"), str(c.registers or "unbound"), str(c.programs or "one each"),
+        )  # fmt: skip
     return table
 
 

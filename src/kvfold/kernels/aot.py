@@ -65,6 +65,7 @@ class Combination:
             record = self.fmt.name if self.fmt is not None else "rows"
             parts += [record, f"ahead{self.config.ahead}", f"warps{self.config.num_warps}"]
             parts += [f"n{self.config.max_new_tokens}"] if self.config.max_new_tokens < ANY else []
+            parts += [f"items{self.config.most_items}"] if self.config.most_items < ANY else []
         if self.other is not None:
             parts += [f"hd{self.other[0].head_dim}", self.other[1].name]
         if self.kind in ("window", "restore"):
@@ -89,11 +90,12 @@ class Combination:
         bound = self.config.max_new_tokens
         if self.kind == "window":
             return window_key(self.spec, self.fmt, bound, types, self.page_size)
-        first = step_key(self.spec, self.fmt, self.config.kind, bound, types, self.snapshots)
+        items = self.config.most_items
+        first = step_key(self.spec, self.fmt, self.config.kind, bound, types, self.snapshots, items)
         if self.other is None:
             return first
         spec, fmt = self.other
-        return pair_key(first, step_key(spec, fmt, state_kind(spec), bound, types, self.snapshots))
+        return pair_key(first, step_key(spec, fmt, state_kind(spec), bound, types, self.snapshots, items))
 
 
 def combinations() -> Iterator[Combination]:
@@ -106,7 +108,7 @@ def combinations() -> Iterator[Combination]:
     for config in CONFIGS:
         specs = [spec for spec in SPECS if config.kind in ("store", "window", state_kind(spec))]
         for spec in specs:
-            if choose(config.kind, spec, config.max_new_tokens) != config:
+            if choose(config.kind, spec, config.max_new_tokens, config.most_items) != config:
                 continue
             if config.kind == "store" and any(s.head_dim == spec.head_dim for s in SPECS[: SPECS.index(spec)]):
                 continue  # the ratio is all that would differ

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ..spec import CompressorSpec
 
 ANY = (1 << 31) - 1
+FEW_ITEMS = 264  # two windows to each of the 132 multiprocessors of an H200
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,10 @@ class Config:
         slice: `"window"`: channels per program; 0 for whole rows, as all other kinds have.
         tile: `"window"`: rows in flight at once, at most.
         registers: bound on registers per thread, so that more programs share a multiprocessor; 0 for none.
-        once: `"fold"`, `"rows"`: a step fits in one stretch of `ahead` tokens; all its loads are issued before the first use.
+        programs: `"fold"`, `"rows"`: most programs, each of which takes work items in turn; 0 for a program each, which has all
+            its loads under way before the first use, so that `ahead` holds a step.
+        together: with `programs`, `"fold"`: windows that a program folds side by side.
+        most_items: most windows of a call.
     """
 
     kind: str
@@ -35,14 +39,17 @@ class Config:
     slice: int = 0
     tile: int = 128
     registers: int = 0
-    once: bool = False
+    programs: int = 0
+    together: int = 1
+    most_items: int = ANY
 
-    def serves(self, kind: str, head_dim: int, window_rows: int, max_new_tokens: int) -> bool:
+    def serves(self, kind: str, head_dim: int, window_rows: int, max_new_tokens: int, items: int) -> bool:
         return (
             kind == self.kind
             and self.head_dims[0] <= head_dim <= self.head_dims[1]
             and self.window_rows[0] <= window_rows <= self.window_rows[1]
             and max_new_tokens <= self.max_new_tokens
+            and items <= self.most_items
         )
 
 
@@ -55,26 +62,33 @@ _ALL = (1, 8192)
 CONFIGS = (
     # Ratio 128, 4 against 8 warps at batch 16/64/256: one token 1.91/2.21/3.06 against 2.00/2.33/3.16 us, four 2.64/3.16/4.85
     # against 2.82/3.30/5.18.
-    Config("fold", _NARROW, _ALL, 1, ahead=1, num_warps=1, once=True),
-    Config("fold", _NARROW, _ALL, 4, ahead=4, num_warps=1, once=True),
-    Config("fold", _NARROW, _ALL, 8, ahead=8, num_warps=1, once=True),
-    Config("fold", _NARROW, _ALL, ANY, ahead=8, num_warps=1),
-    Config("fold", _MIDDLE, _ALL, 1, ahead=1, num_warps=2, once=True),
-    Config("fold", _MIDDLE, _ALL, 4, ahead=4, num_warps=2, once=True),
-    Config("fold", _MIDDLE, _ALL, 8, ahead=8, num_warps=2, once=True),
-    Config("fold", _MIDDLE, _ALL, ANY, ahead=8, num_warps=2),
-    Config("fold", _WIDE, _ALL, 1, ahead=1, num_warps=4, once=True),
-    Config("fold", _WIDE, _ALL, 4, ahead=4, num_warps=4, once=True),
-    Config("fold", _WIDE, _ALL, 8, ahead=8, num_warps=4, once=True),
-    Config("fold", _WIDE, _ALL, ANY, ahead=8, num_warps=4),
-    Config("rows", _NARROW, (1, 8), 8, ahead=8, num_warps=2, once=True),
-    Config("rows", _NARROW, _ALL, ANY, ahead=8, num_warps=1),
-    Config("rows", _MIDDLE, (1, 8), 8, ahead=8, num_warps=4, once=True),
-    Config("rows", _MIDDLE, _ALL, ANY, ahead=8, num_warps=2),
+    Config("fold", _NARROW, _ALL, 1, ahead=1, num_warps=1),
+    Config("fold", _NARROW, _ALL, 4, ahead=4, num_warps=1),
+    Config("fold", _NARROW, _ALL, 8, ahead=8, num_warps=1),
+    Config("fold", _NARROW, _ALL, ANY, ahead=8, num_warps=1, programs=2112),
+    Config("fold", _MIDDLE, _ALL, 1, ahead=1, num_warps=2),
+    Config("fold", _MIDDLE, _ALL, 4, ahead=4, num_warps=2),
+    Config("fold", _MIDDLE, _ALL, 8, ahead=8, num_warps=2),
+    Config("fold", _MIDDLE, _ALL, ANY, ahead=8, num_warps=2, programs=1056),
+    Config("fold", _WIDE, _ALL, 1, ahead=1, num_warps=4),
+    Config("fold", _WIDE, _ALL, 4, ahead=4, num_warps=4),
+    Config("fold", _WIDE, _ALL, 8, ahead=8, num_warps=4),
+    # Few windows, a prompt of 8k: each is a chain of 128 tokens, so many loads ahead and 2 channels per thread. 8 warps with 8,
+    # 12 and 16 tokens ahead: 18.1, 17.0 and 15.6 us; 4 warps with 8, 16 and 32: 20.3, 17.6 and 29.9 (which spills).
+    Config("fold", _WIDE, _ALL, ANY, ahead=16, num_warps=8, programs=FEW_ITEMS, most_items=FEW_ITEMS),
+    # Many windows are as fast as their instructions. 1 and 8 prompts of 64k: 38.9 and 263 us; windows one by one 39.8 and 285;
+    # 3 programs to a multiprocessor with 8 tokens ahead 47.9 and 277; 5 with 96 registers 42.0 and 268.
+    Config("fold", _WIDE, _ALL, ANY, ahead=4, num_warps=4, registers=128, programs=528, together=2),
+    Config("rows", _NARROW, (1, 8), 8, ahead=8, num_warps=2),
+    Config("rows", _NARROW, _ALL, ANY, ahead=8, num_warps=1, programs=2112),
+    Config("rows", _MIDDLE, (1, 8), 8, ahead=8, num_warps=4),
+    Config("rows", _MIDDLE, _ALL, ANY, ahead=8, num_warps=1, programs=1584),
     # 4 against 8 warps, main and indexer in one launch: one token 2.83/3.75/5.32 against 3.09/3.88/8.56 us, four tokens
     # 3.47/4.16/6.54 against 3.58/4.68/9.11; without the bound on registers 512 programs did not fit at once.
-    Config("rows", _WIDE, (1, 8), 8, ahead=8, num_warps=4, registers=128, once=True),
-    Config("rows", _WIDE, _ALL, ANY, ahead=8, num_warps=4),
+    Config("rows", _WIDE, (1, 8), 8, ahead=8, num_warps=4, registers=128),
+    # 1 and 8 prompts of 64k: 87.6 and 676 us; all 8 rows ahead, with 168 registers, 94.7 and 695; 96 registers 91.0 and 703; one
+    # warp, of 16 channels per thread, 115 and 824; 4 warps, which all decode the item and finish the entry, 105 and 804.
+    Config("rows", _WIDE, _ALL, ANY, ahead=4, num_warps=2, registers=128, programs=1056),
     # One row of the table serves every number of new tokens: the order of the sums, and so the bits, must not follow it.
     Config("window", _NARROW, (1, 16), ANY, ahead=4, num_warps=1),
     Config("window", _NARROW, _ALL, ANY, ahead=4, num_warps=4, slice=16),
@@ -93,14 +107,14 @@ class UnsupportedError(ValueError):
     """No kernel is configured for what was asked; the message lists what there is."""
 
 
-def choose(kind: str, spec: CompressorSpec, max_new_tokens: int) -> Config:
-    """The first row of the table that serves a call.
+def choose(kind: str, spec: CompressorSpec, max_new_tokens: int, items: int = ANY) -> Config:
+    """The first row of the table that serves a call; `items`: the windows that it may touch.
 
     Raises:
         UnsupportedError: there is none.
     """
     for config in CONFIGS:
-        if config.serves(kind, spec.head_dim, spec.window_rows, max_new_tokens) and not _odd_window(kind, spec):
+        if config.serves(kind, spec.head_dim, spec.window_rows, max_new_tokens, items) and not _odd_window(kind, spec):
             return config
     rows = [config for config in CONFIGS if config.kind == kind] or list(CONFIGS)
     listed = "; ".join(

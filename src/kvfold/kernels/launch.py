@@ -11,6 +11,7 @@ from ..records import EntryCache, RecordFormat
 from ..snapshots import Snapshots
 from ..spec import CompressorSpec
 from ..state import FoldState
+from .configs import ANY, FEW_ITEMS
 from .dispatch import launcher_of, supports_pdl
 from .variants import Types, pair_key, restore_key, step_key, store_key, window_key, window_slices
 
@@ -18,9 +19,10 @@ if TYPE_CHECKING:
     from ..compress import Compressor
     from ..window_state import WindowState
 
-# Programs of a window step that write rows, and that pool slices: 4 and 8 to each of the 132 multiprocessors of an H200, few
-# enough that a step with nothing to pool costs little. At batch 256, pooling with 528, 1056 and 4096: 49.3, 47.4 and 48.7 us.
-MOST_WRITERS, MOST_POOLERS = 528, 1056
+# Programs of a window step that write rows, and that pool slices: 2 and 8 to each of the 132 multiprocessors of an H200, few
+# enough that a step with nothing to pool costs little. At batch 256, pooling with 528, 1056 and 4096: 49.3, 47.4 and 48.7 us;
+# ratio 4, four tokens, writing with 132, 264 and 528: 11.0, 7.7 and 8.1 us.
+MOST_WRITERS, MOST_POOLERS = 264, 1056
 
 
 def compress_triton(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, pdl: bool | None) -> None:
@@ -28,11 +30,15 @@ def compress_triton(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, pd
     if plan.item_capacity == 0:
         return
     device = c.kv_score.device
-    asked = (plan.max_new_tokens, _format(c), _snapshots(c) is not None, *_types(c, c.state.rows.dtype, plan, rows))
+    grid = _step_grid(plan, c.kv_score)
+    few = grid <= FEW_ITEMS
+    asked = (plan.max_new_tokens, few, _format(c), _snapshots(c) is not None, *_types(c, c.state.rows.dtype, plan, rows))
     if c.state._last[0] != asked:
-        c.state._last = asked, launcher_of(_step_key(c, plan, rows), device)
-    c.state._last[1](
-        _step_grid(plan, c.kv_score),
+        key = _step_key(c, plan, rows, few)
+        c.state._last = asked, launcher_of(key, device), key[3].programs or ANY
+    _, launcher, most = c.state._last
+    launcher(
+        min(grid, most),
         (*_plan_arguments(plan), *_table_arguments(plan, c), *_step_arguments(c, rows)),
         _strides(c),
         use_pdl(pdl, plan, device),
@@ -45,13 +51,17 @@ def compress_pair_triton(pair: tuple[Compressor, Compressor], plan: StepPlan, pd
         return
     first, second = pair
     device = first.kv_score.device
-    asked = (plan.max_new_tokens, second.spec)
+    grid = max(_step_grid(plan, first.kv_score), _step_grid(plan, second.kv_score))
+    few = grid <= FEW_ITEMS
+    asked = (plan.max_new_tokens, few, second.spec)
     asked += tuple(x for c in pair for x in (_format(c), _snapshots(c) is not None, *_types(c, c.state.rows.dtype, plan, None)))
     if first.state._last[0] != asked:
-        key = pair_key(_step_key(first, plan, None), _step_key(second, plan, None))
-        first.state._last = asked, launcher_of(key, device)
-    first.state._last[1](
-        2 * max(_step_grid(plan, first.kv_score), _step_grid(plan, second.kv_score)),
+        key = pair_key(_step_key(first, plan, None, few), _step_key(second, plan, None, few))
+        programs = key[1][2].programs, key[2][2].programs
+        first.state._last = asked, launcher_of(key, device), programs[0] if all(programs) else ANY
+    _, launcher, most = first.state._last
+    launcher(
+        2 * min(grid, most),
         (
             *_plan_arguments(plan),
             *_table_arguments(plan, first if _snapshots(first) is not None else second),
@@ -163,10 +173,11 @@ def _format(c: Compressor) -> RecordFormat | None:
     return c.cache.format if c.cache is not None else None
 
 
-def _step_key(c: Compressor, plan: StepPlan, rows: torch.Tensor | None) -> tuple:
+def _step_key(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, few: bool) -> tuple:
     state = c.state
     types = _types(c, state.rows.dtype, plan, rows)
-    return step_key(c.spec, _format(c), state.kind, plan.max_new_tokens, types, _snapshots(c) is not None)
+    items = FEW_ITEMS if few else ANY
+    return step_key(c.spec, _format(c), state.kind, plan.max_new_tokens, types, _snapshots(c) is not None, items)
 
 
 def _types(c: Compressor, state: torch.dtype, plan: StepPlan, rows: torch.Tensor | None) -> Types:

@@ -8,7 +8,7 @@ from ..records import FORMATS, RecordFormat
 from ..spec import CompressorSpec
 from ..state import FoldState
 from .build import POINTERS, Variant
-from .configs import Config, choose
+from .configs import ANY, Config, choose
 from .plan import plan_variant, windows_per_program
 
 # Of kv_score, state, rows and norm weight (None: absent), and whether the plan has entry slots.
@@ -24,10 +24,18 @@ def variant_of(key: tuple, aligned: bool, pdl: bool) -> Variant:
 
 
 def step_key(
-    spec: CompressorSpec, fmt: RecordFormat | None, kind: str, max_new_tokens: int, types: Types, snapshots: bool = False
+    spec: CompressorSpec,
+    fmt: RecordFormat | None,
+    kind: str,
+    max_new_tokens: int,
+    types: Types,
+    snapshots: bool = False,
+    items: int = ANY,
 ) -> tuple:
-    """`kind`: of the state. `max_new_tokens`: the plan's bound; no item of fold rows is longer than a window."""
-    config = choose(kind, spec, max_new_tokens if kind == "rows" else min(max_new_tokens, spec.ratio))
+    """`kind`: of the state. `max_new_tokens`: the plan's bound; no item of fold rows is longer than a window. `items`: how many
+    there may be.
+    """
+    config = choose(kind, spec, max_new_tokens if kind == "rows" else min(max_new_tokens, spec.ratio), items)
     return "step", spec, fmt, config, types, snapshots
 
 
@@ -92,7 +100,7 @@ def _step(
         "OVERLAP": int(spec.overlap),
         "HISTORY": state.history,
         "AHEAD": config.ahead if state.kind == "fold" else min(config.ahead, spec.window_rows),
-        "ONCE": config.once,
+        "TOGETHER": config.together if config.programs else 0,
         **({} if spec.has_ape else {"ape": None}),
     }
     pointers = {"kv_score": POINTERS[types[0]], "state_rows": POINTERS[types[1]]}

@@ -1,0 +1,163 @@
+"""Windows of input rows, as a `FoldState` keeps them where that is cheaper: pooling one, and keeping new rows."""
+
+import triton
+import triton.language as tl
+
+from .fold import empty_fold, fold_step, spread
+from .slots import place_row
+
+
+@triton.jit
+def load_biases(ape, j0, wanted, RATIO: tl.constexpr, OVERLAP: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """ape of rows `[j0, j0 + AHEAD)` of a window. With overlap the window before gives its lo half, this one its hi half."""
+    biases = ()
+    for i in tl.static_range(AHEAD):
+        bias = tl.zeros((HEAD_DIM,), tl.float32)
+        if ape is not None:
+            j = wanted.to(tl.int32) * 0 + j0 + i  # a tensor also where the interpreter has an int for j0
+            half = tl.where(j < RATIO * OVERLAP, 0, OVERLAP * HEAD_DIM)
+            at = ape + (j % RATIO) * (HEAD_DIM * (1 + OVERLAP)) + half + tl.arange(0, HEAD_DIM)
+            bias = tl.load(at, mask=spread(wanted & (j < RATIO * (1 + OVERLAP)), HEAD_DIM), other=0.0)
+        biases = biases + (bias,)
+    return biases
+
+
+@triton.jit
+def load_window(
+    live, kv_stride, state, tags, window, start, ring, j0, SOURCE: tl.constexpr, SAME: tl.constexpr,
+    RATIO: tl.constexpr, OVERLAP: tl.constexpr, HISTORY: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Values and raw scores of rows `[j0, j0 + AHEAD)` of a window that ends here: old ones from the state, new ones live.
+
+    SOURCE: "home" takes it that old rows are at home, "find" looks for each, "live" knows of none. SAME: one dtype for both.
+    """
+    CHANNELS: tl.constexpr = HEAD_DIM * (1 + OVERLAP)
+    WINDOW_ROWS: tl.constexpr = RATIO * (1 + OVERLAP)
+    ks = ()
+    ss = ()
+    x0 = (window - OVERLAP) * RATIO
+    c = tl.arange(0, HEAD_DIM)
+    # Pointers go from row to row: a multiplication for each was a third of a decode step's instructions.
+    at = live + (x0 + j0).to(tl.int64) * kv_stride + c
+    # Where the ring is a multiple of the ratio, the rows of a window stand one behind the other.
+    this = (window * RATIO) % ring
+    before = tl.where(this >= RATIO, this, this + ring) - RATIO
+    this_rows = state + (this - RATIO * OVERLAP) * (2 * CHANNELS) + c
+    rows_before = state + before * (2 * CHANNELS) + c
+    for i in tl.static_range(AHEAD):
+        x = x0 + j0 + i
+        j = x - x0  # a tensor also where the interpreter has an int for j0
+        # Overlap: the window before gives its lo half, this window its hi half.
+        half = tl.where(j < RATIO * OVERLAP, 0, OVERLAP * HEAD_DIM)
+        there = x >= 0
+        if WINDOW_ROWS % AHEAD != 0:
+            there = there & (j < WINDOW_ROWS)
+        if SOURCE == "live":
+            there = spread(there, HEAD_DIM)
+            k = tl.load(at + half, mask=there, other=-0.0).to(tl.float32)
+            s = tl.load(at + half + CHANNELS, mask=there, other=float("-inf")).to(tl.float32)
+        else:
+            if SOURCE == "home" and HISTORY % RATIO == 0:
+                kept = tl.where(j < RATIO * OVERLAP, rows_before, this_rows) + j * (2 * CHANNELS)
+            else:
+                place = tl.maximum(x, 0) % ring
+                if SOURCE == "find":
+                    home = tl.load(tags + place, mask=there & (x < start), other=x)
+                    place = tl.where(home == x, place, ring + x % HISTORY)
+                kept = state + place * (2 * CHANNELS) + c
+            if SAME:
+                row = tl.where(x < start, kept, at) + half
+                there = spread(there, HEAD_DIM)
+                k = tl.load(row, mask=there, other=-0.0).to(tl.float32)
+                s = tl.load(row + CHANNELS, mask=there, other=float("-inf")).to(tl.float32)
+            else:
+                old = spread(there & (x < start), HEAD_DIM)
+                new = spread(there & (x >= start), HEAD_DIM)
+                k_old = tl.load(kept + half, mask=old, other=0.0).to(tl.float32)
+                k_new = tl.load(at + half, mask=new, other=-0.0).to(tl.float32)
+                s_old = tl.load(kept + half + CHANNELS, mask=old, other=0.0).to(tl.float32)
+                s_new = tl.load(at + half + CHANNELS, mask=new, other=float("-inf")).to(tl.float32)
+                k = tl.where(old, k_old, k_new)
+                s = tl.where(old, s_old, s_new)
+        ks = ks + (k,)
+        ss = ss + (s,)
+        at += kv_stride
+    return ks, ss
+
+
+@triton.jit
+def fold_part(
+    m, l, a, live, kv_stride, ape, biases, state, tags, window, start, ring, j0, SOURCE: tl.constexpr, SAME: tl.constexpr,
+    RATIO: tl.constexpr, OVERLAP: tl.constexpr, HISTORY: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Folds rows `[j0, j0 + AHEAD)` of a window."""
+    own = biases
+    if AHEAD < RATIO * (1 + OVERLAP):
+        own = load_biases(ape, j0, window >= 0, RATIO, OVERLAP, AHEAD, HEAD_DIM)
+    ks, ss = load_window(
+        live, kv_stride, state, tags, window, start, ring, j0, SOURCE, SAME, RATIO, OVERLAP, HISTORY, AHEAD, HEAD_DIM
+    )  # fmt: skip
+    for i in tl.static_range(AHEAD):
+        m, l, a = fold_step(m, l, a, ks[i], ss[i] + own[i])
+    return m, l, a
+
+
+@triton.jit
+def pool_window(
+    live, kv_stride, ape, biases, state, tags, window, start, ring, SOURCE: tl.constexpr, SAME: tl.constexpr,
+    RATIO: tl.constexpr, OVERLAP: tl.constexpr, HISTORY: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """The pooled row of a window. `biases` are those of its rows, where it has no more than AHEAD."""
+    m, l, a = empty_fold(HEAD_DIM)
+    ROWS: tl.constexpr = RATIO * (1 + OVERLAP)
+    if ROWS <= 2 * AHEAD:
+        for j0 in tl.static_range(0, ROWS, AHEAD):
+            m, l, a = fold_part(
+                m, l, a, live, kv_stride, ape, biases, state, tags, window, start, ring, j0, SOURCE, SAME,
+                RATIO, OVERLAP, HISTORY, AHEAD, HEAD_DIM,
+            )  # fmt: skip
+    else:
+        for j0 in range(0, ROWS, AHEAD):
+            m, l, a = fold_part(
+                m, l, a, live, kv_stride, ape, biases, state, tags, window, start, ring, j0, SOURCE, SAME,
+                RATIO, OVERLAP, HISTORY, AHEAD, HEAD_DIM,
+            )  # fmt: skip
+    return a / l
+
+
+@triton.jit
+def load_rows(live, kv_stride, window, oldest, stop, RATIO: tl.constexpr, CHANNELS: tl.constexpr):
+    """Input rows of `[oldest, stop)`, as they came, one for each position of the window."""
+    at = live + (window * RATIO).to(tl.int64) * kv_stride + tl.arange(0, 2 * CHANNELS)
+    copies = ()
+    for i in tl.static_range(RATIO):
+        x = window * RATIO + i
+        copies = copies + (tl.load(at, mask=spread((x >= oldest) & (x < stop), 2 * CHANNELS), other=0.0),)
+        at += kv_stride
+    return copies
+
+
+@triton.jit
+def keep_together(copies, state, tags, window, oldest, stop, ring, RATIO: tl.constexpr, CHANNELS: tl.constexpr):
+    """Stores the input rows of `[oldest, stop)`, loaded before, in one run of homes."""
+    c = tl.arange(0, 2 * CHANNELS)
+    place = (window * RATIO) % ring
+    for i in tl.static_range(RATIO):
+        at = window * RATIO + i
+        if (at >= oldest) & (at < stop):
+            tl.store(state + (place + i) * (2 * CHANNELS) + c, copies[i].to(state.dtype.element_ty))
+            tl.store(tags + place + i, at)
+
+
+@triton.jit
+def keep_each(
+    live, kv_stride, state, tags, oldest, h0, start, stop, end, ring, HISTORY: tl.constexpr, CHANNELS: tl.constexpr
+):  # fmt: skip
+    """Stores the input rows of `[oldest, stop)`, each where there is room for it."""
+    c = tl.arange(0, 2 * CHANNELS)
+    for n in range(0, stop - oldest):
+        x = oldest + n
+        place = place_row(tags, x, h0, start, end, ring, HISTORY)
+        value = tl.load(live + x.to(tl.int64) * kv_stride + c)
+        tl.store(state + place * (2 * CHANNELS) + c, value.to(state.dtype.element_ty))
+        tl.store(tags + place, x)
