@@ -63,12 +63,13 @@ def mixed_parts(prompt: Case) -> list[tuple[int, int]]:
     return [*parts[:half], (0, prompt.new), *parts[half:]]
 
 
-def measure(calls: Callable[[], list[Callable[[], None]]], traffic: Traffic, tokens: int) -> dict:
-    us = protocol.time_graph(calls(), replays=3 if tokens > LONG else 30)
+def measure(calls: list[Callable[[], None]], traffic: Traffic, tokens: int) -> dict:
+    us = protocol.time_graph(calls, replays=3 if tokens > LONG else 30)
     torch.cuda.empty_cache()
     floor_us = floor.floor_us(traffic)
     torch.cuda.empty_cache()
-    return {"us": round(us, 3), "floor_us": round(floor_us, 3), "bytes": traffic.total, "ns_per_token": round(us * 1e3 / tokens, 3)}
+    row = {"us": round(us, 3), "floor_us": round(floor_us, 3), "bytes": traffic.total}
+    return row | {"ns_per_token": round(us * 1e3 / tokens, 3)}
 
 
 def mixed(args: argparse.Namespace) -> Iterator[dict]:
@@ -85,14 +86,12 @@ def mixed(args: argparse.Namespace) -> Iterator[dict]:
             both = [floor.traffic(case, variant) for case in (prompt, decoding)]
             traffic = Traffic(*(sum(column) for column in zip(*both, strict=True)))
 
-            def calls(prompt: Case = prompt, variant: Variant = variant, traffic: Traffic = traffic) -> list[Callable[[], None]]:
-                step = Step(prompt, variant, parts=mixed_parts(prompt))
-                made = [step.call(step.buffers()) for _ in range(protocol.buffer_sets(traffic.total))]
-                step.check(made[0])
-                return made
+            step = Step(prompt, variant, parts=mixed_parts(prompt))
+            made = [step.call(step.buffers()) for _ in range(protocol.buffer_sets(traffic.total))]
+            step.check(made[0])
 
             tokens = prompt.new + decoding.batch * decoding.new
-            row = {"case": name, "variant": variant.name} | measure(calls, traffic, tokens)
+            row = {"case": name, "variant": variant.name} | measure(made, traffic, tokens)
             for key, case in (("prompt_us", prompt), ("decode_us", decoding)):
                 row[key] = round(protocol.time_graph(calls_of(case, variant)), 3)
                 torch.cuda.empty_cache()
@@ -112,7 +111,7 @@ def main() -> int:
     for case, variant in chosen(args):
         traffic, tokens = floor.traffic(case, variant), case.batch * case.new
         try:
-            row = measure(lambda c=case, v=variant: calls_of(c, v), traffic, tokens)
+            row = measure(calls_of(case, variant), traffic, tokens)
         except Exception:  # the other cases are worth having: device time is scarce
             traceback.print_exc()
             failed += 1

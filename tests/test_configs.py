@@ -135,7 +135,7 @@ def test_every_row_compiles(tmp_path: Path) -> None:
 
 def test_a_row_serves_inside_its_bounds() -> None:
     row = Config("rows", (64, 256), (2, 8), 5, ahead=8, num_warps=2)
-    assert row.serves("rows", 64, 2, 5) and row.serves("rows", 256, 8, 1)
+    assert row.serves("rows", 64, 2, 5, ANY) and row.serves("rows", 256, 8, 1, 1)
     for call in [("fold", 64, 2, 5), ("rows", 32, 2, 5), ("rows", 512, 2, 5), ("rows", 64, 1, 5), ("rows", 64, 9, 5)]:
-        assert not row.serves(*call)
-    assert not row.serves("rows", 64, 2, 6)
+        assert not row.serves(*call, 1)
+    assert not row.serves("rows", 64, 2, 6, 1)

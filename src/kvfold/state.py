@@ -59,6 +59,8 @@ class FoldState:
         self.positions = positions
         self._last: tuple = (None,)  # what the last call asked for, and its launcher: kernels/launch.py
         self._checked: tuple = ()  # what the last call's tensors were: compress.py
+        self._workspaces: list = []  # scratch of the kernels, made once and kept for the next call: kernels/launch.py
+        self._recorded: list = []  # the same for calls that made theirs while they were recorded in a CUDA graph
 
     @classmethod
     def allocate(

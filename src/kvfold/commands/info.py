@@ -57,7 +57,8 @@ def _kernels() -> Table:
     from ..kernels.configs import ANY, CONFIGS
 
     table = Table(
-        "state", "head_dim", "tokens of an entry", "new tokens", "windows", "warps", "in flight", "slice", "registers", "programs",
+        "state", "head_dim", "tokens of an entry", "new tokens", "windows", "warps", "in flight", "slice", "registers",
+        "programs",
         title="Kernels: of the rows that serve a call, the first",
     )  # fmt: skip
     for c in CONFIGS:

@@ -21,7 +21,7 @@ class Config:
         max_new_tokens: longest step of a sequence, by the plan's bound.
         ahead: tokens whose loads are in flight at once. Any value gives the same bits.
         num_warps: per program. Any value gives the same bits, but for `"window"`, whose sums follow it.
-        slice: `"window"`: channels per program; 0 for whole rows, as all other kinds have.
+        slice: channels per program; 0 for whole rows. `"window"`, and `"fold"` with `programs`.
         tile: `"window"`: rows in flight at once, at most.
         registers: bound on registers per thread, so that more programs share a multiprocessor; 0 for none.
         programs: `"fold"`, `"rows"`: most programs, each of which takes work items in turn; 0 for a program each, which has all
@@ -86,8 +86,8 @@ CONFIGS = (
     # 4 against 8 warps, main and indexer in one launch: one token 2.83/3.75/5.32 against 3.09/3.88/8.56 us, four tokens
     # 3.47/4.16/6.54 against 3.58/4.68/9.11; without the bound on registers 512 programs did not fit at once.
     Config("rows", _WIDE, (1, 8), 8, ahead=8, num_warps=4, registers=128),
-    # 1 and 8 prompts of 64k: 87.6 and 676 us; all 8 rows ahead, with 168 registers, 94.7 and 695; 96 registers 91.0 and 703; one
-    # warp, of 16 channels per thread, 115 and 824; 4 warps, which all decode the item and finish the entry, 105 and 804.
+    # 1 and 8 prompts of 64k: 87.6 and 676 us; all 8 rows ahead, with 168 registers, 94.7 and 695; 96 registers 91.0 and 703;
+    # one warp, of 16 channels per thread, 115 and 824; 4 warps, which all decode the item and finish the entry, 105 and 804.
     Config("rows", _WIDE, _ALL, ANY, ahead=4, num_warps=2, registers=128, programs=1056),
     # One row of the table serves every number of new tokens: the order of the sums, and so the bits, must not follow it.
     Config("window", _NARROW, (1, 16), ANY, ahead=4, num_warps=1),

@@ -48,7 +48,7 @@ def fold_tokens(
         x = x0 + i
         due = snapshot_fold(m, l, a, x, due, stop, snap, RATIO, HEAD_DIM)
         if (x < stop) & (x >= end - ring):
-            keep_fold(m, l, a, x, state, tags, h0, start, end, ring, RATIO, HISTORY, HEAD_DIM)
+            keep_fold(m, l, a, x, state, tags, h0, start, end, ring, RATIO, HISTORY, HEAD_DIM, HEAD_DIM)
     return m, l, a
 
 

@@ -13,7 +13,7 @@ from ..spec import CompressorSpec
 from ..state import FoldState
 from .configs import ANY, FEW_ITEMS
 from .dispatch import launcher_of, supports_pdl
-from .variants import Types, pair_key, restore_key, step_key, store_key, window_key, window_slices
+from .variants import Types, pair_key, restore_key, slices_of, step_key, store_key, window_key
 
 if TYPE_CHECKING:
     from ..compress import Compressor
@@ -35,11 +35,12 @@ def compress_triton(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, pd
     asked = (plan.max_new_tokens, few, _format(c), _snapshots(c) is not None, *_types(c, c.state.rows.dtype, plan, rows))
     if c.state._last[0] != asked:
         key = _step_key(c, plan, rows, few)
-        c.state._last = asked, launcher_of(key, device), key[3].programs or ANY
-    _, launcher, most = c.state._last
+        c.state._last = asked, launcher_of(key, device), key[3].programs or ANY, slices_of(c.spec, key[3])
+    _, launcher, most, slices = c.state._last
+    shared = _workspace(c.state, plan.entry_capacity, c.spec.head_dim) if slices > 1 else (None, None)
     launcher(
-        min(grid, most),
-        (*_plan_arguments(plan), *_table_arguments(plan, c), *_step_arguments(c, rows)),
+        min(grid * slices, most),
+        (*_plan_arguments(plan), *_table_arguments(plan, c), *_step_arguments(c, rows, shared)),
         _strides(c),
         use_pdl(pdl, plan, device),
     )
@@ -52,11 +53,10 @@ def compress_pair_triton(pair: tuple[Compressor, Compressor], plan: StepPlan, pd
     first, second = pair
     device = first.kv_score.device
     grid = max(_step_grid(plan, first.kv_score), _step_grid(plan, second.kv_score))
-    few = grid <= FEW_ITEMS
-    asked = (plan.max_new_tokens, few, second.spec)
+    asked = (plan.max_new_tokens, second.spec)
     asked += tuple(x for c in pair for x in (_format(c), _snapshots(c) is not None, *_types(c, c.state.rows.dtype, plan, None)))
     if first.state._last[0] != asked:
-        key = pair_key(_step_key(first, plan, None, few), _step_key(second, plan, None, few))
+        key = pair_key(_step_key(first, plan, None, False), _step_key(second, plan, None, False))
         programs = key[1][2].programs, key[2][2].programs
         first.state._last = asked, launcher_of(key, device), programs[0] if all(programs) else ANY
     _, launcher, most = first.state._last
@@ -81,7 +81,7 @@ def compress_window_triton(c: Compressor, plan: StepPlan, rows: torch.Tensor | N
     asked = (plan.max_new_tokens, spec, _format(c), *_types(c, state.dtype, plan, rows))
     if state._last[0] != asked:
         key = window_key(spec, asked[2], plan.max_new_tokens, asked[3:], state.page_size)
-        state._last = asked, launcher_of(key, device), window_slices(spec, key[3])
+        state._last = asked, launcher_of(key, device), slices_of(spec, key[3])
     _, launcher, slices = state._last
     writers = min(_step_grid(plan, c.kv_score), MOST_WRITERS)
     poolers = min(plan.entry_capacity * slices, MOST_POOLERS) if c.cache is not None or rows is not None else 0
@@ -211,7 +211,8 @@ def _plan_arguments(plan: StepPlan) -> tuple[object, ...]:
     return plan.items, plan.num_items, plan.entry_slots, plan.entry_capacity, plan.errors
 
 
-def _step_arguments(c: Compressor, rows: torch.Tensor | None) -> tuple[object, ...]:
+def _step_arguments(c: Compressor, rows: torch.Tensor | None, shared: tuple = ()) -> tuple[object, ...]:
+    """shared: workspace and arrivals, which the kernel of a pair has not."""
     kv_score, state, snapshots = c.kv_score, c.state, _snapshots(c)
     assert isinstance(state, FoldState)
     return (
@@ -224,6 +225,7 @@ def _step_arguments(c: Compressor, rows: torch.Tensor | None) -> tuple[object, .
         state.rows.shape[0],
         state.ring,
         *((None, None, None) if snapshots is None else (snapshots.rows, snapshots.positions, snapshots.num_pages)),
+        *shared,
         rows,
         *_epilogue_arguments(c.cache, c.spec, c.norm_weight, c.rope),
     )
@@ -260,7 +262,7 @@ def _cache_strides(cache: EntryCache) -> int:
     return cache.pages.stride(0) | (scales.stride(0) if scales is not None else 0)
 
 
-def _workspace(state: WindowState, entries: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _workspace(state: FoldState | WindowState, entries: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Pooled rows in the making, and how many slices of each have arrived: zero between calls.
 
     Made by the first call of a size and kept by the state, outgrown ones too, as a CUDA graph may have recorded them.

@@ -1,8 +1,8 @@
 """A long step over `FoldState`: programs that fit the device, each of which takes work items in turn.
 
-Fold rows are folded token by token, so a window is as long as the instructions per token: no masks, the next stretch on its way,
-and two windows side by side, which share the rows of ape. Of input rows a window is short, and all warps of it decode the item
-and finish the entry, so fewer warps are faster.
+Fold rows are folded token by token, so a window is as long as the instructions per token: no masks, the next stretch on its
+way, and two windows side by side, which share the rows of ape. Where windows are few, several programs share one. A window of
+input rows is short, and all its warps decode the item and finish the entry, so fewer warps are faster.
 """
 
 import triton
@@ -12,6 +12,7 @@ from .epilogue import aim_entry, emit, judge_slot
 from .fold import empty_fold, fold_step, spread
 from .pdl import load_plan, wait_for_inputs
 from .rows import keep_each, load_biases, pool_window
+from .slices import bring_slice, take_slices
 from .slots import check_tags, keep_fold, load_tags, retire_rows
 from .snapshot import next_page_end, snapshot_fold, snapshot_rows
 
@@ -34,11 +35,11 @@ def load_item(items, index, there):
 
 @triton.jit
 def open_window(
-    items, index, there, errors, kv_score, kv_stride, num_tokens, state_rows, state_tags, num_slots, ring,
-    RATIO: tl.constexpr, HISTORY: tl.constexpr, HEAD_DIM: tl.constexpr,
+    items, index, there, c0, errors, kv_score, kv_stride, num_tokens, state_rows, state_tags, num_slots, ring,
+    RATIO: tl.constexpr, HISTORY: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
-    """A window to fold: `(m, l, a)` before its first new token, where these stand, and whose they are."""
-    c = tl.arange(0, HEAD_DIM)
+    """Channels `[c0, c0 + SLICE)` of a window to fold: `(m, l, a)` before its first new token, where these stand, and whose."""
+    c = c0 + tl.arange(0, SLICE)
     window, start, end, token, slot, entry, sequence = load_item(items, index, there)
     x0 = window * RATIO
     first = there & (window == start // RATIO)
@@ -47,7 +48,7 @@ def open_window(
     tags = state_tags + slot * (ring + HISTORY)
     state = state_rows + slot * (ring + HISTORY) * (3 * HEAD_DIM)
     h0 = tl.where(start % RATIO == 0, start, start - 1)
-    m, l, a = empty_fold(HEAD_DIM)
+    m, l, a = empty_fold(SLICE)
     if held & (h0 < start):
         x, wanted, home, spare = load_tags(tags, h0, start, ring, HISTORY)
         held, moved = check_tags(x, wanted, home, spare)
@@ -57,7 +58,7 @@ def open_window(
             m = tl.load(row)
             l = tl.load(row + HEAD_DIM)
             a = tl.load(row + 2 * HEAD_DIM)
-    if first & (held == 0):
+    if first & (held == 0) & (c0 == 0):
         tl.atomic_add(errors, 1)
     # Tokens of the window by their place in it; none, where the sequence cannot go on.
     begin = tl.where(held, tl.maximum(start - x0, 0), RATIO)
@@ -69,21 +70,22 @@ def open_window(
 
 @triton.jit
 def load_stretch(
-    lives, begins, stops, kv_stride, ape, j0, W: tl.constexpr, RATIO: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr
-):
+    lives, begins, stops, kv_stride, ape, j0,
+    W: tl.constexpr, RATIO: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
     """Biases of rows `[j0, j0 + AHEAD)` of a window, and their values and scores in each of W windows, as they came."""
-    c = tl.arange(0, HEAD_DIM)
+    c = tl.arange(0, SLICE)
     biases = ()
     ks = ()
     ss = ()
     for i in tl.static_range(AHEAD):
         j = j0 + i
-        bias = tl.zeros((HEAD_DIM,), tl.float32)
+        bias = tl.zeros((SLICE,), tl.float32)
         if ape is not None:
-            bias = tl.load(ape + j * HEAD_DIM + c, mask=spread(j < RATIO, HEAD_DIM), other=0.0)
+            bias = tl.load(ape + j * HEAD_DIM + c, mask=spread(j < RATIO, SLICE), other=0.0)
         biases = biases + (bias,)
         for w in tl.static_range(W):
-            there = spread((j >= begins[w]) & (j < stops[w]), HEAD_DIM)
+            there = spread((j >= begins[w]) & (j < stops[w]), SLICE)
             at = lives[w] + j.to(tl.int64) * kv_stride
             ks = ks + (tl.load(at, mask=there, other=-0.0),)
             ss = ss + (tl.load(at + HEAD_DIM, mask=there, other=float("-inf")),)
@@ -91,15 +93,17 @@ def load_stretch(
 
 
 @triton.jit
-def load_tokens_ahead(ats, kv_stride, ape, j0, W: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr):
+def load_tokens_ahead(
+    ats, kv_stride, ape, j0, W: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr
+):  # fmt: skip
     """As `load_stretch`, of tokens that are all there: without masks, which were half of a long prompt's instructions."""
     biases = ()
     ks = ()
     ss = ()
     for i in tl.static_range(AHEAD):
-        bias = tl.zeros((HEAD_DIM,), tl.float32)
+        bias = tl.zeros((SLICE,), tl.float32)
         if ape is not None:
-            bias = tl.load(ape + j0 * HEAD_DIM + (i * HEAD_DIM + tl.arange(0, HEAD_DIM)))
+            bias = tl.load(ape + j0 * HEAD_DIM + (i * HEAD_DIM + tl.arange(0, SLICE)))
         biases = biases + (bias,)
         new_ats = ()
         for w in tl.static_range(W):
@@ -113,13 +117,13 @@ def load_tokens_ahead(ats, kv_stride, ape, j0, W: tl.constexpr, AHEAD: tl.conste
 @triton.jit
 def fold_stretches(
     ms, ls, as_, lives, lo, stretches, kv_stride, ape,
-    W: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr,
+    W: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """Folds `stretches` (not 0) of AHEAD tokens from place `lo` on, in W windows side by side: a row of ape is loaded once."""
     ats = ()
     for w in tl.static_range(W):
         ats = ats + (lives[w] + lo.to(tl.int64) * kv_stride,)
-    biases, ks, ss = load_tokens_ahead(ats, kv_stride, ape, lo, W, AHEAD, HEAD_DIM)
+    biases, ks, ss = load_tokens_ahead(ats, kv_stride, ape, lo, W, AHEAD, HEAD_DIM, SLICE)
     for n in range(1, stretches + 1):
         # The next stretch is on its way while this one is folded; it stays as it came till then, or the loop would wait for it.
         # Behind the last one comes the last one again, which is cheaper than a mask.
@@ -127,7 +131,7 @@ def fold_stretches(
         next_ats = ()
         for w in tl.static_range(W):
             next_ats = next_ats + (ats[w] + ahead.to(tl.int64) * kv_stride,)
-        next_biases, next_ks, next_ss = load_tokens_ahead(next_ats, kv_stride, ape, lo + ahead, W, AHEAD, HEAD_DIM)
+        next_biases, next_ks, next_ss = load_tokens_ahead(next_ats, kv_stride, ape, lo + ahead, W, AHEAD, HEAD_DIM, SLICE)
         for i in tl.static_range(AHEAD):
             new_ms = ()
             new_ls = ()
@@ -151,43 +155,49 @@ def fold_stretches(
 @triton.jit
 def fold_rest(
     m, l, a, live, begin, stop, state, tags, x0, h0, start, end, kv_stride, ape, ring, snap,
-    RATIO: tl.constexpr, HISTORY: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr,
+    RATIO: tl.constexpr, HISTORY: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
-    """Folds the tokens from place `begin` on, and stores the rows that the state or a snapshot keeps; returns the pooled row."""
+    """Folds tokens from place `begin` on, and stores the rows that the state or a snapshot keeps; returns the pooled row."""
     due = next_page_end(snap, x0 + begin)
     for j0 in range(begin, stop, AHEAD):
-        biases, ks, ss = load_stretch((live,), (begin,), (stop,), kv_stride, ape, j0, 1, RATIO, AHEAD, HEAD_DIM)
+        biases, ks, ss = load_stretch((live,), (begin,), (stop,), kv_stride, ape, j0, 1, RATIO, AHEAD, HEAD_DIM, SLICE)
         for i in tl.static_range(AHEAD):
             m, l, a = fold_step(m, l, a, ks[i].to(tl.float32), ss[i].to(tl.float32) + biases[i])
             x = x0 + j0 + i
-            due = snapshot_fold(m, l, a, x, due, x0 + stop, snap, RATIO, HEAD_DIM)
+            due = snapshot_fold(m, l, a, x, due, x0 + stop, snap, RATIO, HEAD_DIM)  # of whole rows: step_key
             if (j0 + i < stop) & (x >= end - ring):
-                keep_fold(m, l, a, x, state, tags, h0, start, end, ring, RATIO, HISTORY, HEAD_DIM)
+                keep_fold(m, l, a, x, state, tags, h0, start, end, ring, RATIO, HISTORY, HEAD_DIM, SLICE)
     return a / l
 
 
 @triton.jit
 def deliver_entry(
-    y, entry, position, entry_slots, entry_capacity, errors,
-    rows, norm_weight, rope, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots, cache_scale,
-    HARDWARE: tl.constexpr, HEAD_DIM: tl.constexpr, LOG2: tl.constexpr, ROPE_DIM: tl.constexpr, EPS: tl.constexpr, HADAMARD: tl.constexpr,
+    y, entry, position, aim, c0, workspace, arrivals, entry_capacity, errors,
+    rows, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots, cache_scale,
+    HARDWARE: tl.constexpr, SLICE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, LOG2: tl.constexpr, ROPE_DIM: tl.constexpr, EPS: tl.constexpr, HADAMARD: tl.constexpr,
     ROUND_ROWS: tl.constexpr, ELEMENT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, FLOOR: tl.constexpr,
     FLOOR_ON_SCALE: tl.constexpr, DIVIDE: tl.constexpr, ROTATED_BF16: tl.constexpr, PAD: tl.constexpr,
     ROUND_VALUES: tl.constexpr, TIES_TO_ZERO: tl.constexpr, ROW_BYTES: tl.constexpr, TAIL_BYTES: tl.constexpr,
 ):  # fmt: skip
-    """Finishes and stores an entry that is there and wanted, and counts one that is refused."""
-    cache_slot, weight, cos, sin = aim_entry(
-        entry, position, entry_slots, entry_capacity, norm_weight, rope, max_position, pages, HEAD_DIM, ROPE_DIM
-    )  # fmt: skip
+    """Finishes and stores an entry that is there and wanted, and counts one that is refused. `aim`: of `aim_entry`."""
+    cache_slot, weight, cos, sin = aim
     deliver, refused = judge_slot(entry, cache_slot, position, entry_capacity, max_position, pages, cache_slots, ROPE_DIM)
-    if (entry >= 0) & deliver:
+    finish = (entry >= 0) & deliver
+    if SLICE < HEAD_DIM:
+        finish = bring_slice(workspace, arrivals, y, entry, c0, finish, HEAD_DIM // SLICE, SLICE)
+    if finish:
+        if SLICE < HEAD_DIM:
+            whole = take_slices(workspace, arrivals, entry, HEAD_DIM)
+        else:
+            whole = y
         emit(
-            y, entry, cache_slot, weight, cos, sin,
+            whole, entry, cache_slot, weight, cos, sin,
             rows, pages, page_stride, scales, scales_stride, rows_per_page, cache_scale,
             HEAD_DIM, LOG2, ROPE_DIM, EPS, HADAMARD, ROUND_ROWS, ELEMENT, GROUP, SCALE, FLOOR, FLOOR_ON_SCALE, DIVIDE,
             ROTATED_BF16, PAD, ROUND_VALUES, TIES_TO_ZERO, ROW_BYTES, TAIL_BYTES, HARDWARE,
         )  # fmt: skip
-    if (entry >= 0) & refused:
+    if (entry >= 0) & refused & (c0 == 0):
         tl.atomic_add(errors, 1)
 
 
@@ -195,28 +205,35 @@ def deliver_entry(
 def prefill_fold(
     pid, programs, items, num_items, entry_slots, entry_capacity, errors, snap_table, snap_width, snap_page_size,
     kv_score, kv_stride, num_tokens, ape, state_rows, state_tags, num_slots, ring, snap_rows, snap_tags, num_snaps,
-    rows, norm_weight, rope, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots, cache_scale,
+    workspace, arrivals, rows, norm_weight, rope, max_position, pages, page_stride, scales, scales_stride, rows_per_page,
+    cache_slots, cache_scale,
     PDL: tl.constexpr, HARDWARE: tl.constexpr, RATIO: tl.constexpr, TOGETHER: tl.constexpr, HISTORY: tl.constexpr,
-    AHEAD: tl.constexpr,
+    AHEAD: tl.constexpr, SLICE: tl.constexpr,
     HEAD_DIM: tl.constexpr, LOG2: tl.constexpr, ROPE_DIM: tl.constexpr, EPS: tl.constexpr, HADAMARD: tl.constexpr,
     ROUND_ROWS: tl.constexpr, ELEMENT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, FLOOR: tl.constexpr,
     FLOOR_ON_SCALE: tl.constexpr, DIVIDE: tl.constexpr, ROTATED_BF16: tl.constexpr, PAD: tl.constexpr,
     ROUND_VALUES: tl.constexpr, TIES_TO_ZERO: tl.constexpr, ROW_BYTES: tl.constexpr, TAIL_BYTES: tl.constexpr,
 ):  # fmt: skip
-    """Program `pid` of `programs` over fold rows."""
+    """Program `pid` of `programs` over fold rows, in units of SLICE channels of a window."""
+    SLICES: tl.constexpr = HEAD_DIM // SLICE
     total = load_plan(num_items)
     wait_for_inputs(PDL)
-    for index in range(pid, total, TOGETHER * programs):
+    for unit in range(pid, total * SLICES, TOGETHER * programs):
+        index = unit // SLICES
+        c0 = unit % SLICES * SLICE
+        biases = ape
+        if ape is not None:
+            biases = ape + c0
         m, l, a, live, begin, stop, slot, x0, start, end, entry, sequence, first = open_window(
-            items, index, index < total, errors, kv_score, kv_stride, num_tokens, state_rows, state_tags, num_slots, ring,
-            RATIO, HISTORY, HEAD_DIM,
+            items, index, index < total, c0, errors, kv_score, kv_stride, num_tokens, state_rows, state_tags, num_slots, ring,
+            RATIO, HISTORY, HEAD_DIM, SLICE,
         )  # fmt: skip
         both = 0
         count = 1
         if TOGETHER == 2:
             m_1, l_1, a_1, live_1, begin_1, stop_1, slot_1, x0_1, start_1, end_1, entry_1, sequence_1, first_1 = open_window(
-                items, index + programs, index + programs < total, errors, kv_score, kv_stride, num_tokens, state_rows,
-                state_tags, num_slots, ring, RATIO, HISTORY, HEAD_DIM,
+                items, index + programs, index + programs < total, c0, errors, kv_score, kv_stride, num_tokens, state_rows,
+                state_tags, num_slots, ring, RATIO, HISTORY, HEAD_DIM, SLICE,
             )  # fmt: skip
             count = tl.where(index + programs < total, 2, 1)
             if snap_rows is None:
@@ -225,7 +242,7 @@ def prefill_fold(
                 both = tl.where(begin == begin_1, tl.maximum(limit - begin, 0) // AHEAD, 0)
                 if both > 0:
                     ms, ls, as_ = fold_stretches(
-                        (m, m_1), (l, l_1), (a, a_1), (live, live_1), begin, both, kv_stride, ape, 2, AHEAD, HEAD_DIM
+                        (m, m_1), (l, l_1), (a, a_1), (live, live_1), begin, both, kv_stride, biases, 2, AHEAD, HEAD_DIM, SLICE
                     )  # fmt: skip
                     m, m_1 = ms
                     l, l_1 = ls
@@ -237,6 +254,10 @@ def prefill_fold(
                         m_1, l_1, a_1, live_1, begin_1, stop_1, slot_1, x0_1, start_1, end_1, entry_1, sequence_1, first_1
                     )  # fmt: skip
             place = begin + both * AHEAD
+            if SLICE < HEAD_DIM:  # under way while the window is folded; whole windows have no registers to spare
+                aim = aim_entry(
+                    entry, x0, entry_slots, entry_capacity, norm_weight, rope, max_position, pages, HEAD_DIM, ROPE_DIM
+                )  # fmt: skip
             snap = None
             if snap_rows is not None:
                 table = snap_table + sequence.to(tl.int64) * snap_width
@@ -245,25 +266,28 @@ def prefill_fold(
                 alone = tl.maximum(tl.minimum(stop, end - ring - x0) - place, 0) // AHEAD
                 if alone > 0:
                     one_m, one_l, one_a = fold_stretches(
-                        (m,), (l,), (a,), (live,), place, alone, kv_stride, ape, 1, AHEAD, HEAD_DIM
+                        (m,), (l,), (a,), (live,), place, alone, kv_stride, biases, 1, AHEAD, HEAD_DIM, SLICE
                     )  # fmt: skip
                     m = one_m[0]
                     l = one_l[0]
                     a = one_a[0]
                     place += alone * AHEAD
             tags = state_tags + slot * (ring + HISTORY)
-            state = state_rows + slot * (ring + HISTORY) * (3 * HEAD_DIM)
+            state = state_rows + slot * (ring + HISTORY) * (3 * HEAD_DIM) + c0
             h0 = tl.where(start % RATIO == 0, start, start - 1)
             # Snapshots inside a window are rare (pages that are no multiple of the ratio): all their tokens are the rest.
             y = fold_rest(
-                m, l, a, live, place, stop, state, tags, x0, h0, start, end, kv_stride, ape, ring, snap,
-                RATIO, HISTORY, REST, HEAD_DIM,
+                m, l, a, live, place, stop, state, tags, x0, h0, start, end, kv_stride, biases, ring, snap,
+                RATIO, HISTORY, REST, HEAD_DIM, SLICE,
             )  # fmt: skip
+            if SLICE == HEAD_DIM:
+                aim = aim_entry(
+                    entry, x0, entry_slots, entry_capacity, norm_weight, rope, max_position, pages, HEAD_DIM, ROPE_DIM
+                )  # fmt: skip
             deliver_entry(
-                y, entry, x0, entry_slots, entry_capacity, errors,
-                rows, norm_weight, rope, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots,
-                cache_scale,
-                HARDWARE, HEAD_DIM, LOG2, ROPE_DIM, EPS, HADAMARD, ROUND_ROWS, ELEMENT, GROUP, SCALE, FLOOR,
+                y, entry, x0, aim, c0, workspace, arrivals, entry_capacity, errors,
+                rows, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots, cache_scale,
+                HARDWARE, SLICE, HEAD_DIM, LOG2, ROPE_DIM, EPS, HADAMARD, ROUND_ROWS, ELEMENT, GROUP, SCALE, FLOOR,
                 FLOOR_ON_SCALE, DIVIDE, ROTATED_BF16, PAD, ROUND_VALUES, TIES_TO_ZERO, ROW_BYTES, TAIL_BYTES,
             )  # fmt: skip
             if first:
@@ -302,7 +326,7 @@ def prefill_rows(
         h0 = tl.maximum(start // RATIO - OVERLAP, 0) * RATIO
         if held & (h0 < start):
             x, wanted, home, spare = load_tags(tags, h0, start, ring, HISTORY)
-            held, moved = check_tags(x, wanted, home, spare)
+            held, _moved = check_tags(x, wanted, home, spare)
         if first & (held == 0):
             tl.atomic_add(errors, 1)
         if held:
@@ -317,11 +341,14 @@ def prefill_rows(
                         live, kv_stride, ape, biases, state, tags, window, start, ring, "live", SAME,
                         RATIO, OVERLAP, HISTORY, AHEAD, HEAD_DIM,
                     )  # fmt: skip
+                aim = aim_entry(
+                    entry, window * RATIO, entry_slots, entry_capacity, norm_weight, rope, max_position, pages,
+                    HEAD_DIM, ROPE_DIM,
+                )  # fmt: skip
                 deliver_entry(
-                    y, entry, window * RATIO, entry_slots, entry_capacity, errors,
-                    rows, norm_weight, rope, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots,
-                    cache_scale,
-                    HARDWARE, HEAD_DIM, LOG2, ROPE_DIM, EPS, HADAMARD, ROUND_ROWS, ELEMENT, GROUP, SCALE, FLOOR,
+                    y, entry, window * RATIO, aim, 0, None, None, entry_capacity, errors,
+                    rows, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots, cache_scale,
+                    HARDWARE, HEAD_DIM, HEAD_DIM, LOG2, ROPE_DIM, EPS, HADAMARD, ROUND_ROWS, ELEMENT, GROUP, SCALE, FLOOR,
                     FLOOR_ON_SCALE, DIVIDE, ROTATED_BF16, PAD, ROUND_VALUES, TIES_TO_ZERO, ROW_BYTES, TAIL_BYTES,
                 )  # fmt: skip
             begin = tl.maximum(start, window * RATIO)

@@ -56,14 +56,15 @@ def retire_rows(tags, x, wanted, home, spare, h0, start, end, ring, HISTORY: tl.
 
 @triton.jit
 def keep_fold(
-    m, l, a, x, state, tags, h0, start, end, ring, RATIO: tl.constexpr, HISTORY: tl.constexpr, HEAD_DIM: tl.constexpr
+    m, l, a, x, state, tags, h0, start, end, ring,
+    RATIO: tl.constexpr, HISTORY: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
-    """Stores the fold row after position `x`."""
+    """Stores the fold row after position `x`, SLICE channels of it from where `state` points."""
     place = place_row(tags, x, h0, start, end, ring, HISTORY)
     # No step resumes from the end of a window: that row is not kept, only what stood there is gone.
     kept = x % RATIO != RATIO - 1
     if kept:
-        row = state + place * (3 * HEAD_DIM) + tl.arange(0, HEAD_DIM)
+        row = state + place * (3 * HEAD_DIM) + tl.arange(0, SLICE)
         tl.store(row, m)
         tl.store(row + HEAD_DIM, l)
         tl.store(row + 2 * HEAD_DIM, a)

@@ -33,8 +33,9 @@ def step_key(
     items: int = ANY,
 ) -> tuple:
     """`kind`: of the state. `max_new_tokens`: the plan's bound; no item of fold rows is longer than a window. `items`: how many
-    there may be.
+    there may be; snapshots take the row for many, which has whole rows.
     """
+    items = ANY if snapshots else items
     config = choose(kind, spec, max_new_tokens if kind == "rows" else min(max_new_tokens, spec.ratio), items)
     return "step", spec, fmt, config, types, snapshots
 
@@ -74,6 +75,8 @@ def step_variant(
     constants, pointers = _step(spec, fmt, config, types, snapshots)
     constants |= {"RATIO": spec.ratio, **({} if types[4] else {"entry_slots": None})}
     constants |= {} if snapshots else dict.fromkeys(_SNAPSHOT_TABLE)
+    slices = slices_of(spec, config)
+    constants |= {"SLICE": spec.head_dim // slices, **({} if slices > 1 else {"workspace": None, "arrivals": None})}
     return Variant("step", tuple(constants.items()), config.num_warps, tuple(pointers.items()), aligned, pdl, config.registers)
 
 
@@ -121,7 +124,7 @@ def window_variant(
     pdl: bool = False,
 ) -> Variant:
     """One compressor over a `WindowState`. one_page: the page size is a multiple of the ratio."""
-    slices = window_slices(spec, config)
+    slices = slices_of(spec, config)
     constants = {
         "RATIO": spec.ratio,
         "OVERLAP": int(spec.overlap),
@@ -141,7 +144,7 @@ def window_variant(
     )
 
 
-def window_slices(spec: CompressorSpec, config: Config) -> int:
+def slices_of(spec: CompressorSpec, config: Config) -> int:
     """Programs that share the channels of an entry."""
     return spec.head_dim // min(config.slice, spec.head_dim) if config.slice else 1
 

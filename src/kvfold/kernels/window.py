@@ -13,6 +13,7 @@ from .epilogue import aim_entry, emit, judge_slot
 from .fold import LOG2_E, LOWEST, spread
 from .pdl import load_plan, wait_for_inputs
 from .record import bf16_bits, bf16_value
+from .slices import bring_slice, take_slices
 
 
 @triton.jit
@@ -265,17 +266,6 @@ def pool_slice(
 
 
 @triton.jit
-def bring_slice(workspace, arrivals, y, entry, c0, complete, SLICES: tl.constexpr, SLICE: tl.constexpr):
-    """Leaves a slice of a pooled row in the workspace; returns whether it was the last one of its entry."""
-    last = complete
-    if complete:
-        tl.store(workspace + entry.to(tl.int64) * (SLICES * SLICE) + c0 + tl.arange(0, SLICE), y)
-        tl.debug_barrier()  # all threads' channels before the arrival
-        last = tl.atomic_add(arrivals + entry, 1, sem="acq_rel") == SLICES - 1
-    return last
-
-
-@triton.jit
 def find_homes(
     table, width, num_pages, page_size, window, start, sequence, there, RATIO: tl.constexpr, OVERLAP: tl.constexpr
 ):  # fmt: skip
@@ -416,9 +406,7 @@ def window_kernel(
                         HEAD_DIM, ROPE_DIM,
                     )  # fmt: skip
                     if SLICES > 1:
-                        tl.store(arrivals + entry, 0)
-                        row = workspace + entry.to(tl.int64) * HEAD_DIM
-                        whole = tl.load(row + tl.arange(0, HEAD_DIM), cache_modifier=".cg")
+                        whole = take_slices(workspace, arrivals, entry, HEAD_DIM)
                     else:
                         whole = y
                     emit(
