@@ -232,15 +232,15 @@ class _PagedStep:
 
 
 def _entries(spec: CompressorSpec, plan: StepPlan, fmt: RecordFormat | None, rows_per_page: int) -> tuple[Entry, ...]:
-    items = plan.items[: int(plan.num_items)].long()
-    made = items[items[:, 5] >= 0]
+    items = Items.of(plan)
+    made = items[items.entry >= 0]
     assert plan.entry_slots is not None
-    slots, found = plan.entry_slots[made[:, 5]], []
-    position, _ = _window(Items(*made.unbind(1)[:6]), spec)
+    slots, found = plan.entry_slots[made.entry], []
+    position, _ = _window(made, spec)
     cache = None
     if fmt is not None and len(slots):
         cache = EntryCache.allocate(fmt, int(slots.max()) // rows_per_page + 1, rows_per_page, spec, device="meta")
-    for window, slot, positions in zip(made[:, 0].tolist(), slots.tolist(), position.tolist(), strict=True):
+    for window, slot, positions in zip(made.window.tolist(), slots.tolist(), position.tolist(), strict=True):
         cut = spec.window_rows - spec.ratio
         lo, hi = positions[:cut], positions[cut:]
         earlier = range(lo[0], lo[-1] + 1) if lo and lo[0] >= 0 else range(0)
