@@ -1,26 +1,25 @@
-"""Draws benchmarks/results/*.jsonl beside the other projects' figures: docs/plots/decode.svg and docs/tables/decode.md.
+"""Pictures of result rows: decode beside the other projects' figures, and prefill.
 
-python benchmarks/plot.py [--results benchmarks/results] [--docs docs]
-python benchmarks/plot.py --rows FILE.jsonl --picture FILE.png     only the picture, of one file's rows
+python benchmarks/plot.py --rows FILE.jsonl --picture FILE.png     decode, of one file's rows
 
-The last row of a case and variant counts; rows of fold.jsonl, from before decode.py, count where there is no other. The same
-rows give the same bytes.
+`documents.py` makes the pictures of docs/plots by these functions. The same rows give the same panels, and a picture carries the
+fingerprint of its panels, by which it is compared: its bytes follow the version of matplotlib.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
+from typing import NamedTuple
 
-import matplotlib
+import measured
 import protocol
 import table
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+from measured import PEERS_DEVICE, Rows
 from protocol import Case
 
-HISTORY = "fold.jsonl"
 PANELS = (
     *((512, 128, new, mode) for new in (1, 4) for mode in ("hit", "spread", "miss")),
     *((512, 4, new, mode) for new, mode in ((1, "hit"), (1, "miss"), (4, "hit"))),
@@ -36,107 +35,142 @@ STYLES = {
     "window:fp8_ds_mla": {"color": "#b5651d", "marker": "^"},
     "window:indexer_fp8_vllm": {"color": "#b5651d", "marker": "^"},
 }
+GREY = {"marker": "x", "linestyle": "--"}
 
 
-def newest(source: Path) -> dict[tuple[str, str], dict]:
-    """The decode row that counts of each case and variant, in a folder or a file; rows with dependent launch forced do not."""
-    found = {}
-    paths = source.glob("*.jsonl") if source.is_dir() else [source]
-    for path in sorted(paths, key=lambda p: (p.name != HISTORY, p.name)):
-        for line in path.read_text().splitlines():
-            row = json.loads(line)
-            if row["bench"] == "decode" and row["case"] in table.CASES and "pdl" not in row:
-                found[row["case"], row["variant"]] = row
+class Series(NamedTuple):
+    """A line: points of (place on the x axis, microseconds), and how matplotlib draws it."""
+
+    label: str
+    points: list[tuple[float, float]]
+    style: dict
+
+
+class Panel(NamedTuple):
+    """ticks: places on the x axis, and their names."""
+
+    title: str
+    xlabel: str
+    ylabel: str
+    ticks: list[tuple[float, str]]
+    series: list[Series]
+
+
+def decode_panels(rows: Rows, device: str, peers: bool) -> list[Panel]:
+    """Latency against batch, one panel for each layer, number of new tokens and mode."""
+    ours = measured.of(rows, "decode", device)
+    found = []
+    for head_dim, ratio, new, mode in PANELS:
+        wanted = ("decode", head_dim, ratio, new, mode)
+        cases = [c for c in protocol.cases() if (c.kind, c.head_dim, c.ratio, c.new, c.mode) == wanted]
+        places = {case.name: float(case.batch) for case in cases}
+        title = f"{LAYERS[head_dim, ratio]}: {'1 token' if new == 1 else f'{new} tokens'}, {MODES[mode]}"
+        ticks = [(float(case.batch), str(case.batch)) for case in cases]
+        series = _ours(ours, places) + (_peers(cases, list(places.values())) if peers else [])
+        found.append(Panel(title, "sequences", "microseconds", ticks, series))
     return found
 
 
-def draw(rows: dict[tuple[str, str], dict], path: Path) -> None:
-    """Latency against batch, one panel for each layer, number of new tokens and mode."""
+def prefill_panels(rows: Rows, device: str, peers: bool) -> list[Panel]:
+    """Nanoseconds per token, one panel for each ratio; cases by their number of tokens."""
+    ours, found = measured.of(rows, "prefill", device), []
+    for ratio in (128, 4):
+        cases = [Case("prefill", 512, ratio, batch, new) for batch, new in _shapes(ours)]
+        cases = [case for case in cases if any(name == case.name for name, _ in ours)]
+        places = {case.name: float(i) for i, case in enumerate(cases)}
+        series = _ours(ours, places) + (_peers(cases, list(places.values())) if peers else [])
+        tokens = {places[case.name]: case.batch * case.new for case in cases}
+        series = [s._replace(points=[(x, round(us * 1e3 / tokens[x], 4)) for x, us in s.points]) for s in series]
+        ticks = [(places[case.name], f"{case.batch} x {case.new >> 10}k") for case in cases]
+        found.append(Panel(LAYERS[512, ratio], "sequences x tokens", "nanoseconds per token", ticks, series))
+    return found
+
+
+def _shapes(ours: dict[tuple[str, str], dict]) -> list[tuple[int, int]]:
+    """Sequences and tokens of each, of the cases that are not mixed."""
+    ends = {tuple(case.split()[-2:]) for case, _ in ours if case.startswith("pre ")}
+    shapes = {(int(batch.removeprefix("b")), int(new.removeprefix("s"))) for batch, new in ends}
+    return sorted(shapes, key=lambda shape: (shape[0] * shape[1], shape[0]))
+
+
+def _ours(ours: dict[tuple[str, str], dict], places: dict[str, float]) -> list[Series]:
+    found = []
+    for variant, style in STYLES.items():
+        own = [(place, ours[name, variant]) for name, place in places.items() if (name, variant) in ours]
+        found.append(Series(f"kvfold {variant}", [(x, row["us"]) for x, row in own], {"linewidth": 2, **style}))
+        floors = [(x, row["floor_us"]) for x, row in own if "floor_us" in row]
+        found.append(Series(f"floor of {variant}", floors, {"linewidth": 1, "linestyle": ":", "color": style["color"]}))
+    return [series for series in found if series.points]
+
+
+def _peers(cases: list[Case], places: list[float]) -> list[Series]:
+    kinds = (("best of other projects, one compressor", None, "#555555"), ("with raw fp32 state", protocol.RAW_FP32, "#aaaaaa"))
+    found = []
+    for words, among, color in kinds:
+        best = [(x, protocol.best_peer(case, among)) for x, case in zip(places, cases, strict=True)]
+        label = f"{words} ({PEERS_DEVICE.removeprefix('NVIDIA ')})"
+        found.append(Series(label, [(x, peer[0]) for x, peer in best if peer], {"color": color, **GREY}))
+    return [series for series in found if series.points]
+
+
+def fingerprint(panels: list[Panel]) -> str:
+    """Of all that is drawn."""
+    return "sha256 of panels: " + hashlib.sha256(json.dumps(panels, sort_keys=True).encode()).hexdigest()
+
+
+def draw(panels: list[Panel], path: Path) -> None:
+    """One grid of panels, with the legend behind the last."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
     style = {"svg.hashsalt": "kvfold", "font.family": "DejaVu Sans", "axes.spines.top": False, "axes.spines.right": False}
+    down = -(-(len(panels) + 1) // 3)
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(15, 17), layout="constrained")
-        grid = figure.subplots(4, 3)
+        figure = Figure(figsize=(15, 4.25 * down), layout="constrained")
+        grid = list(figure.subplots(down, 3).flat)
         labelled = {}
-        for axes, panel in zip(grid.flat, PANELS, strict=False):
-            _draw_panel(axes, rows, *panel)
+        for axes, panel in zip(grid, panels, strict=False):
+            _draw_panel(axes, panel)
             handles, labels = axes.get_legend_handles_labels()
             labelled |= dict(zip(labels, handles, strict=True))
-        last = grid.flat[len(PANELS)]
-        last.axis("off")
-        last.legend(labelled.values(), labelled.keys(), loc="center", frameon=False, fontsize=9)
-        figure.savefig(path, metadata={"Date": None, "Creator": None})
+        for axes in grid[len(panels) :]:
+            axes.axis("off")
+        grid[len(panels)].legend(labelled.values(), labelled.keys(), loc="center", frameon=False, fontsize=9)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, metadata={"Date": None, "Creator": None, "Description": fingerprint(panels)})
 
 
-def _draw_panel(axes, rows: dict[tuple[str, str], dict], head_dim: int, ratio: int, new: int, mode: str) -> None:  # type: ignore[no-untyped-def]
-    cases = [
-        c for c in protocol.cases() if (c.kind, c.head_dim, c.ratio, c.new, c.mode) == ("decode", head_dim, ratio, new, mode)
-    ]
-    for variant, line in STYLES.items():
-        ours = [(c.batch, rows[c.name, variant]) for c in cases if (c.name, variant) in rows]
-        _line(axes, [(batch, row["us"]) for batch, row in ours], label=f"kvfold {variant}", linewidth=2, **line)
-        floors = [(batch, row["floor_us"]) for batch, row in ours if "floor_us" in row]
-        _line(axes, floors, label=f"floor of {variant}", linewidth=1, linestyle=":", color=line["color"])
-    grey = {"marker": "x", "linestyle": "--"}
-    _line(axes, _peers(cases, None), label="best peer pipeline, one compressor", color="#555555", **grey)
-    _line(axes, _peers(cases, protocol.RAW_FP32), label="best of them with raw fp32 state", color="#aaaaaa", **grey)
-    axes.set_xscale("log", base=2)
+def _draw_panel(axes, panel: Panel) -> None:  # type: ignore[no-untyped-def]
+    from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+
+    for series in panel.series:
+        axes.plot(*zip(*series.points, strict=True), label=series.label, **series.style)
     axes.set_yscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator([case.batch for case in cases]))
-    axes.yaxis.set_major_locator(FixedLocator([2.0**k for k in range(-1, 9)]))
+    if panel.xlabel == "sequences":
+        axes.set_xscale("log", base=2)
+    axes.yaxis.set_major_locator(FixedLocator([2.0**k for k in range(-4, 14)]))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.set_xticks([x for x, _ in panel.ticks], [name for _, name in panel.ticks])
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_minor_locator(NullLocator())
-        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.grid(True, color="#e6e6e6", linewidth=0.7)
-    axes.set_xlabel("sequences")
-    axes.set_ylabel("microseconds")
-    tokens = "1 token" if new == 1 else f"{new} tokens"
-    axes.set_title(f"{LAYERS[head_dim, ratio]}: {tokens}, {MODES[mode]}", loc="left", fontsize=10)
-
-
-def _peers(cases: list[Case], among: tuple[tuple[str, str], ...] | None) -> list[tuple[int, float]]:
-    found = [(case.batch, protocol.best_peer(case, among)) for case in cases]
-    return [(batch, best[0]) for batch, best in found if best]
-
-
-def _line(axes, points: list[tuple[int, float]], **style: object) -> None:  # type: ignore[no-untyped-def]
-    if points:
-        axes.plot(*zip(*points, strict=True), **style)
-
-
-def write_table(rows: dict[tuple[str, str], dict], path: Path) -> None:
-    """The same figures as a Markdown table, in the order of the cases."""
-    order = list(table.CASES)
-    ours = sorted(rows.values(), key=lambda row: (order.index(row["case"]), row["variant"]))
-    taken = sorted({f"{row['device']}, torch {row['torch']}, triton {row['triton']}, commit {row['commit']}" for row in ours})
-    lines = ["# Decode, microseconds per call", "", "Made by benchmarks/plot.py. " + "; ".join(taken) + ".", ""]
-    lines += [_markdown(table.HEADER), _markdown(["---"] * len(table.HEADER))]
-    lines += [_markdown(table.cells(row)) for row in ours]
-    path.write_text("\n".join(lines) + "\n")
-
-
-def _markdown(cells: list[str] | tuple[str, ...]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    axes.set_xlabel(panel.xlabel)
+    axes.set_ylabel(panel.ylabel)
+    axes.set_title(panel.title, loc="left", fontsize=10)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=protocol.HERE / "results")
-    parser.add_argument("--docs", type=Path, default=protocol.HERE.parent / "docs")
-    parser.add_argument("--rows", type=Path)
-    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--rows", type=Path, required=True)
+    parser.add_argument("--picture", type=Path, required=True)
     args = parser.parse_args(arguments)
-    if (args.rows is None) != (args.picture is None):
-        parser.error("--rows and --picture go together")
-    if args.picture is not None:
-        args.picture.parent.mkdir(parents=True, exist_ok=True)
-        draw(newest(args.rows), args.picture)
-        print(args.picture)
-        return
-    rows = newest(args.results)
-    for path, write in ((args.docs / "plots/decode.svg", draw), (args.docs / "tables/decode.md", write_table)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(rows, path)
-        print(path)
+    rows = measured.newest(args.rows)
+    found = measured.devices(rows, "decode")
+    if not found:
+        parser.error(f"--rows must have decode rows, {args.rows} has none")
+    known = [row for row in rows if row["case"] in table.CASES]
+    draw(decode_panels(known, found[0], peers=True), args.picture)
+    print(args.picture)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""What of the benchmarks a CPU can check: cases, byte counts, the calls' tensors, the naive kernel, table and plot."""
+"""What of the benchmarks a CPU can check: cases, byte counts, the calls' tensors, and the naive kernel."""
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -178,40 +177,3 @@ def test_one_warp_kernel_against_the_reference(new: int) -> None:
             stored = torch.stack([pool[table[b, x // page], x % page] for x in range(start, start + new)])
             bias = ape[[x % spec.ratio for x in range(start, start + new)]] if half else 0
             assert torch.equal(stored, tokens[b][start:, half : half + spec.channels].float() + bias)
-
-
-def sample_row(case: Case, variant: str, us: float, **more: object) -> dict:
-    where = {"device": "NVIDIA H200", "torch": "2.11.0", "triton": "3.6.0", "commit": "abc1234"}
-    return {"bench": "decode", "case": case.name, "variant": variant, "us": us, **more, **where}
-
-
-def test_plot_makes_its_files_from_a_sample(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")  # of the demo's extra
-    import plot
-
-    results = tmp_path / "results"
-    results.mkdir()
-    rows = [
-        sample_row(HIT, "fold:fp8_ds_mla", 99.0, floor_us=1.5, bytes=1),
-        sample_row(HIT, "fold:fp8_ds_mla", 2.5, floor_us=1.25, bytes=1),
-        sample_row(HIT, "fold:fp8_ds_mla", 77.0, floor_us=1.5, bytes=1, pdl="off"),
-        sample_row(HIT, "window:fp8_ds_mla", 5.5, floor_us=5.0, bytes=1),
-        sample_row(CSA_HIT, "many:fp8_ds_mla+indexer_fp8_vllm", 3.25, floor_us=2.0, bytes=1),
-    ]
-    old = [sample_row(HIT, "fold:fp8_ds_mla", 88.0), sample_row(HIT, "fold:bf16", 4.5)]
-    for name, lines in (("decode.jsonl", rows), ("fold.jsonl", old)):
-        (results / name).write_text("".join(json.dumps(row) + "\n" for row in lines))
-    made = []
-    for docs in (tmp_path / "once", tmp_path / "twice"):
-        plot.main(["--results", str(results), "--docs", str(docs)])
-        made.append([(docs / "plots/decode.svg").read_bytes(), (docs / "tables/decode.md").read_text()])
-    assert made[0] == made[1], "the same rows must give the same bytes"
-    svg, text = made[0]
-    assert b"</svg>" in svg
-    assert "| 2.50 | 1.25 | 2.00 | 6.91 | 2.76x | sglang compress+normrope@s16 |  |  |  |" in text
-    assert (
-        "| 5.50 | 5.00 | 1.10 | 6.91 | 1.26x | sglang compress+normrope@s16 | 8.01 | 1.46x | sglang compress+normrope |" in text
-    )
-    both = protocol.best_peer(CSA_HIT), protocol.best_peer(Case("decode", 128, 4, 16, 4, "hit"))
-    assert both[0] and both[1] and f"| {both[0][0] + both[1][0]:.2f} |" in text
-    assert "| fold:bf16 | 4.50 |  |  |" in text and not any(number in text for number in ("99.00", "88.00", "77.00"))

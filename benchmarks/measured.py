@@ -1,0 +1,233 @@
+"""Result rows that count, and the Markdown tables that the documents show of them.
+
+Of each bench, case, variant and device the last row of its file counts. Tables never have rows of two devices, and the figures
+of other projects stand only beside those of the device that they were taken on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import protocol
+import table
+from protocol import Case
+
+PEERS_DEVICE = "NVIDIA H200"  # of peers_h200.jsonl
+HISTORY = "fold.jsonl"  # of kernels that are no more
+BATCHES = (16, 64, 256)
+# What the summaries have of decode: the layer and the step in words, (head_dim, ratio, new, mode), variant, raw fp32 peers.
+DECODE = (
+    ("ratio 128, 1 token, all end a window", (512, 128, 1, "hit"), "fold:fp8_ds_mla", False),
+    ("ratio 128, 4 tokens, all end a window", (512, 128, 4, "hit"), "fold:fp8_ds_mla", False),
+    ("ratio 128, 1 token, at all phases", (512, 128, 1, "spread"), "fold:fp8_ds_mla", False),
+    ("ratio 128, 4 tokens, at all phases", (512, 128, 4, "spread"), "fold:fp8_ds_mla", False),
+    ("ratio 4, 1 token, main and indexer", (512, 4, 1, "hit"), "many:fp8_ds_mla+indexer_fp8_vllm", False),
+    ("ratio 4, 4 tokens, main and indexer", (512, 4, 4, "hit"), "many:fp8_ds_mla+indexer_fp8_vllm", False),
+    ("ratio 128, 1 token, raw fp32 rows", (512, 128, 1, "hit"), "window:fp8_ds_mla", True),
+    ("ratio 128, 4 tokens, raw fp32 rows", (512, 128, 4, "hit"), "window:fp8_ds_mla", True),
+)
+PREFILL = ((1, 8192), (1, 65536), (8, 8192), (8, 65536))  # sequences, tokens of each: the cases that other projects have
+LAYERS = (
+    ("ratio 128", 128, "fold:fp8_ds_mla", False),
+    ("ratio 4, main alone", 4, "fold:fp8_ds_mla", False),
+    ("ratio 4, main and indexer", 4, "many:fp8_ds_mla+indexer_fp8_vllm", False),
+    ("ratio 128, raw fp32 rows", 128, "window:fp8_ds_mla", True),
+)
+Rows = list[dict]
+
+
+def newest(source: Path) -> Rows:
+    """The rows that count, of a folder or of one file; those with dependent launch forced on or off do not."""
+    found: dict[tuple, dict] = {}
+    for path in sorted(source.glob("*.jsonl")) if source.is_dir() else [source]:
+        if path.name == HISTORY:
+            continue
+        for line in path.read_text().splitlines():
+            row = json.loads(line) if line.strip() else {}
+            if "case" in row and "pdl" not in row:
+                found[row["bench"], row["case"], row["variant"], row["device"]] = row
+    return list(found.values())
+
+
+def devices(rows: Rows, *benches: str) -> list[str]:
+    """Those that any of the benches ran on; the peers' first."""
+    return sorted({row["device"] for row in rows if row["bench"] in benches}, key=lambda name: (name != PEERS_DEVICE, name))
+
+
+def of(rows: Rows, bench: str, device: str) -> dict[tuple[str, str], dict]:
+    """By case and variant."""
+    return {(row["case"], row["variant"]): row for row in rows if (row["bench"], row["device"]) == (bench, device)}
+
+
+def slug(device: str) -> str:
+    """For file names: h200 of NVIDIA H200, h100 of NVIDIA H100 80GB HBM3."""
+    return device.removeprefix("NVIDIA ").split()[0].lower()
+
+
+def markdown(header: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
+    """A table; columns of numbers stand right."""
+    numbers = [bool(lines) and all(_is_number(line[i]) for line in lines) for i in range(len(header))]
+    made = [header, tuple("---:" if number else "---" for number in numbers), *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in made) + "\n"
+
+
+def _is_number(cell: str) -> bool:
+    return not cell or cell[0].isdigit()
+
+
+def taken(rows: Rows) -> str:
+    """Where rows were taken, of which versions and commits."""
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
+    versions = sorted({f"torch {row['torch']}, triton {row['triton']}" for row in rows})
+    return f"{rows[0]['device']}; {'; '.join(versions)}; commit {commits}."
+
+
+def sections(rows: Rows, benches: tuple[str, ...], body: Callable[[str], tuple[str, Rows]]) -> str:
+    """A part for each device, with where its rows were taken; empty where there are none."""
+    parts = []
+    for device in devices(rows, *benches):
+        text, used = body(device)
+        if used:
+            parts.append(f"{taken(used)}\n\n{text}")
+    return "\n".join(parts)
+
+
+def decode_summary(rows: Rows) -> str:
+    """Microseconds, and behind them those of the best pipeline of another project."""
+
+    def body(device: str) -> tuple[str, Rows]:
+        ours, lines, used = of(rows, "decode", device), [], []
+        for words, (head_dim, ratio, new, mode), variant, raw in DECODE:
+            cases = [Case("decode", head_dim, ratio, batch, new, mode) for batch in BATCHES]
+            found = [ours.get((case.name, variant)) for case in cases]
+            if any(found):
+                cells = [_beside(case, row, device, raw) for case, row in zip(cases, found, strict=True)]
+                lines.append((words, *cells))
+                used += [row for row in found if row]
+        return markdown(("step", *(f"{batch} sequences" for batch in BATCHES)), lines), used
+
+    return sections(rows, ("decode",), body)
+
+
+def _beside(case: Case, row: dict | None, device: str, raw: bool) -> str:
+    if row is None:
+        return ""
+    peer = table.peer_of(case, row["variant"], raw) if device == PEERS_DEVICE else None
+    return f"{row['us']:.1f}" + (f" ({peer[0]:.1f})" if peer else "")
+
+
+def prefill_summary(rows: Rows) -> str:
+
+    def body(device: str) -> tuple[str, Rows]:
+        ours, lines, used = of(rows, "prefill", device), [], []
+        for words, ratio, variant, raw in LAYERS:
+            cases = [Case("prefill", 512, ratio, batch, new) for batch, new in PREFILL]
+            found = [ours.get((case.name, variant)) for case in cases]
+            if any(found):
+                cells = [_beside(case, row, device, raw) for case, row in zip(cases, found, strict=True)]
+                lines.append((words, *cells))
+                used += [row for row in found if row]
+        return markdown(("layer", *(f"{batch} x {new >> 10}k tokens" for batch, new in PREFILL)), lines), used
+
+    return sections(rows, ("prefill",), body)
+
+
+def mixed_summary(rows: Rows) -> str:
+    """A prompt among sequences that decode, and each of the two alone."""
+
+    def body(device: str) -> tuple[str, Rows]:
+        used = [row for row in of(rows, "prefill", device).values() if "prompt_us" in row]
+        names = ("us", "prompt_us", "decode_us")
+        lines = [(row["case"], row["variant"], *(f"{row[name]:.1f}" for name in names)) for row in used]
+        return markdown(("batch", "variant", "together", "prompt alone", "decode alone"), lines), used
+
+    return sections(rows, ("prefill",), body)
+
+
+def full(rows: Rows, bench: str, title: str) -> str:
+    """Every row of decode or prefill, as the script prints it."""
+
+    def body(device: str) -> tuple[str, Rows]:
+        order = list(table.CASES)
+        used = [row for row in of(rows, bench, device).values() if "prompt_us" not in row]
+        used.sort(key=lambda r: (order.index(r["case"]) if r["case"] in order else len(order), r["case"], r["variant"]))
+        width = len(table.HEADER) if device == PEERS_DEVICE else 5
+        lines = [(*table.cells(row)[:width], row["commit"]) for row in used]
+        return markdown((*table.HEADER[:width], "commit"), lines), used
+
+    return f"# {title}, microseconds per call\n\nMade by benchmarks/documents.py.\n\n" + sections(rows, (bench,), body)
+
+
+def plan_summary(rows: Rows) -> str:
+    """`StepPlan.update` on the device, by the number of sequences."""
+
+    def body(device: str) -> tuple[str, Rows]:
+        used = [row for row in rows if (row["bench"], row["device"]) == ("plan", device)]
+        lines = [(row["case"].removeprefix("plan "), f"{row['us']:.2f}") for row in used]
+        return markdown(("plan", "us"), lines), used
+
+    return sections(rows, ("plan",), body)
+
+
+def host_summary(rows: Rows) -> str:
+    """The host's part of a call: eager, through its operator, compiled."""
+
+    def body(device: str) -> tuple[str, Rows]:
+        ours = of(rows, "host", device)
+        plain = [key for key in ours if not key[1].endswith((" op", " compiled"))]
+        cells = [[ours.get((case, variant + way)) for way in ("", " op", " compiled")] for case, variant in plain]
+        lines = [
+            (case, variant, *(f"{row['us']:.1f}" if row else "" for row in found))
+            for (case, variant), found in zip(plain, cells, strict=True)
+        ]
+        return markdown(("case", "call", "eager", "operator", "compiled"), lines), list(ours.values())
+
+    return sections(rows, ("host",), body)
+
+
+def store_summary(rows: Rows) -> str:
+    """`kvfold.store` alone: of each format, by the number of rows and their dtype."""
+
+    def body(device: str) -> tuple[str, Rows]:
+        ours = of(rows, "store", device)
+        counts, dtypes = (16, 64, 256), ("bfloat16", "float32")
+        lines = []
+        for width, variant in dict.fromkeys((case.split()[1], variant) for case, variant in ours):
+            found = [ours.get((f"store {width} {count} rows {dtype}", variant)) for dtype in dtypes for count in counts]
+            cells = (f"{row['us']:.2f}" if row else "" for row in found)
+            lines.append((variant.removeprefix("store:"), width.removeprefix("hd"), *cells))
+        header = ("format", "head_dim", *(f"{count} rows {dtype}" for dtype in ("bf16", "fp32") for count in counts))
+        return markdown(header, lines), list(ours.values())
+
+    return sections(rows, ("store",), body)
+
+
+def window_reduction(rows: Rows) -> str:
+
+    def body(device: str) -> tuple[str, Rows]:
+        ours, lines = of(rows, "window_reduction", device), []
+        for case in dict.fromkeys(case for case, _ in ours):
+            naive, shipped = (ours.get((case, name)) for name in ("one_warp", "shipped"))
+            if naive and shipped:
+                times = (naive["us"], shipped["us"], shipped["floor_us"])
+                lines.append((case, *(f"{us:.2f}" for us in times), f"{naive['us'] / shipped['us']:.1f}x"))
+        return markdown(("case", "one warp", "shipped", "floor", "speed-up"), lines), list(ours.values())
+
+    return sections(rows, ("window_reduction",), body)
+
+
+def representations(rows: Rows) -> str:
+
+    def body(device: str) -> tuple[str, Rows]:
+        ours, lines = of(rows, "representations", device), []
+        for case, variant in ours:
+            if variant.startswith("rows:"):
+                pair = [ours.get((case, f"{name}:{variant.partition(':')[2]}")) for name in ("rows", "fold-rows")]
+                if all(pair):
+                    cells = [f"{row[key]:{form}}" for key, form in (("us", ".2f"), ("bytes", ",")) for row in pair if row]
+                    lines.append((case, *cells))
+        return markdown(("case", "rows us", "fold rows us", "rows bytes", "fold rows bytes"), lines), list(ours.values())
+
+    return sections(rows, ("representations",), body)
