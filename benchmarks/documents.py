@@ -49,7 +49,7 @@ def parts(rows: Rows) -> dict[str, str]:
         "pages": layouts.pages(),
         "configs": layouts.configs_table(),
         "states": layouts.states_table(),
-        "speed": measured.decode_summary(rows),
+        "speed": measured.decode_summary([row for row in rows if row["device"] == measured.PEERS_DEVICE]),  # README is short
         "decode": measured.decode_summary(rows) + _links(rows, "decode"),
         "prefill": measured.prefill_summary(rows) + _links(rows, "prefill"),
         "mixed": measured.mixed_summary(rows),

@@ -31,7 +31,8 @@ def formats_table() -> str:
             )
         )  # fmt: skip
     header = (
-        "format", "whose bytes", "head_dim", "bytes", "channels", "scales", "floor", "rounded to bf16 first", "pad byte", "ties",
+        "format", "whose bytes", "head_dim", "bytes", "channels", "scales", "floor", "rounded to bf16 first", "pad byte",
+        "ties",
     )  # fmt: skip
     return markdown(header, lines)
 
@@ -143,14 +144,14 @@ def states_table() -> str:
     lines = []
     for words, spec in presets:
         for dtype in (torch.float32, torch.bfloat16):
-            name, item = str(dtype).removeprefix("torch."), torch.empty(0, dtype=dtype).element_size()
+            name, item = ("fp32", 4) if dtype == torch.float32 else ("bf16", 2)
             states = [FoldState.allocate(spec, 1, most, device="meta", dtype=dtype) for most in (1, 2, 4, 8)]
             fold = [f"{state.bytes_per_slot:,}" for state in states]
             if states[0].rows.dtype != dtype:  # fold rows are fp32, whatever is asked for
                 fold = ["-"] * len(fold)
             pages = [Snapshots.allocate(spec, 0, size, device="meta", dtype=dtype).bytes_per_page for size in (64, 256)]
             kept = [f"{count:,}" for count in pages] if fold[0] != "-" else ["-", "-"]
-            lines.append((words, name.replace("bfloat", "bf").replace("float", "fp"), *fold, f"{2 * spec.channels * item:,}", *kept))
+            lines.append((words, name, *fold, f"{2 * spec.channels * item:,}", *kept))
     header = (
         "compressor", "rows in", *(f"FoldState, {most} new" for most in (1, 2, 4, 8)), "WindowState, per position",
         "snapshot, pages of 64", "pages of 256",

@@ -2,8 +2,8 @@
 
 python benchmarks/plot.py --rows FILE.jsonl --picture FILE.png     decode, of one file's rows
 
-`documents.py` makes the pictures of docs/plots by these functions. The same rows give the same panels, and a picture carries the
-fingerprint of its panels, by which it is compared: its bytes follow the version of matplotlib.
+`documents.py` makes the pictures of docs/plots by these functions. The same rows give the same panels, and a picture carries
+the fingerprint of its panels, by which it is compared: its bytes follow the version of matplotlib.
 """
 
 from __future__ import annotations
@@ -66,8 +66,10 @@ def decode_panels(rows: Rows, device: str, peers: bool) -> list[Panel]:
         places = {case.name: float(case.batch) for case in cases}
         title = f"{LAYERS[head_dim, ratio]}: {'1 token' if new == 1 else f'{new} tokens'}, {MODES[mode]}"
         ticks = [(float(case.batch), str(case.batch)) for case in cases]
-        series = _ours(ours, places) + (_peers(cases, list(places.values())) if peers else [])
-        found.append(Panel(title, "sequences", "microseconds", ticks, series))
+        series = _ours(ours, places)
+        if series:
+            series += _peers(cases, list(places.values())) if peers else []
+            found.append(Panel(title, "sequences", "microseconds", ticks, series))
     return found
 
 

@@ -102,10 +102,11 @@ def test_the_rows_that_count(tmp_path: Path) -> None:
 
 def test_devices_never_share_a_table(tmp_path: Path) -> None:
     rows = measured.newest(sample(tmp_path / "results"))
-    for text in (documents.tables(rows)["decode.md"], documents.parts(rows)["speed"]):
+    for text in (documents.tables(rows)["decode.md"], measured.decode_summary(rows)):
         ours, other = text.split("NVIDIA H100")
         assert "2.5" in ours and "4.1" not in ours
         assert "4.1" in other and "2.5" not in other and "6.9" not in other and "sglang" not in other
+    assert "H100" in documents.parts(rows)["decode"] and "H100" not in documents.parts(rows)["speed"]
     drawn = documents.pictures(rows)
     assert set(drawn) == {"decode-h200.svg", "decode-h100.svg", "prefill-h200.svg"}
     labels = {name: {s.label for panel in panels for s in panel.series} for name, panels in drawn.items()}

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -248,16 +246,6 @@ def test_mark_static_marks_all_that_is_mutated() -> None:
     assert mutated == mutated_too > left == 16 and none == 0
     with pytest.raises(TypeError, match=r"^things must be states"):
         kvfold.ops.mark_static(MAIN)
-
-
-def test_the_example_of_the_documentation(capsys: pytest.CaptureFixture[str]) -> None:
-    text = (Path(__file__).parents[1] / "docs" / "compile.md").read_text()
-    scope: dict = {}
-    exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0], scope)
-    assert "tensor(" in capsys.readouterr().out
-    made, absent = scope["layer"].cache.read(torch.tensor([0, 8]))
-    assert made.any() and not absent.any() and int(scope["plan"].errors) == 0
-    assert scope["layer"].state.positions[1].max() == 2
 
 
 @pytest.mark.gpu
