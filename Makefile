@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test aot lint format clean
+.PHONY: demo test aot docs lint format clean
 
 demo: $(READY)
 	$(BIN)/kvfold demo --out demo-out
@@ -15,6 +15,10 @@ test: $(READY)
 # Every kernel for every GPU that Triton knows how to build for; needs none of them, and about twenty minutes on two cores.
 aot: $(READY)
 	$(BIN)/python -m kvfold.kernels.aot --all
+
+# Tables, pictures and marked parts of the documents, from results, formats and configurations.
+docs: $(READY)
+	$(BIN)/python benchmarks/documents.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -7,10 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner
-
-from kvfold.cli import app
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -23,21 +19,17 @@ def blocks(page: Path, *languages: str) -> list[str]:
     return [text for language, text in re.findall(r"```(\w+)\n(.*?)```", page.read_text(), re.DOTALL) if language in languages]
 
 
-def run(page: Path) -> dict:
-    """The namespace that the Python blocks of a page leave, one after the other."""
+def run(page: Path, of_transformers: bool = False) -> dict:
+    """The namespace that the Python blocks of a page leave, one after the other; those that need transformers apart."""
     scope: dict = {"__name__": page.stem}
+    if of_transformers:
+        from test_transformers import tiny
+
+        scope["model"] = tiny()
     for number, text in enumerate(blocks(page, "python"), 1):
-        if page == README and "kvfold.integrations" in text:
-            scope["model"] = tiny_model()
-        exec(compile(text, f"{page.name}, block {number}", "exec"), scope)
+        if ("kvfold.integrations" in text) == of_transformers:
+            exec(compile(text, f"{page.name}, block {number}", "exec"), scope)
     return scope
-
-
-def tiny_model() -> torch.nn.Module:
-    pytest.importorskip("transformers", minversion="5.17")
-    from test_transformers import tiny
-
-    return tiny()
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
@@ -57,8 +49,25 @@ def test_python_runs_as_pasted(page: Path, capsys: pytest.CaptureFixture[str]) -
         assert scope["layer"].state.positions[1].max() == 2
 
 
+def test_a_model_is_patched_as_the_readme_says() -> None:
+    pytest.importorskip("transformers", minversion="5.17")
+    scope = run(README, of_transformers=True)
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        patched = scope["model"](tokens).logits
+        from kvfold.integrations.transformers import unpatch
+
+        unpatch(scope["model"])
+        torch.testing.assert_close(patched, scope["model"](tokens).logits, rtol=0, atol=1e-4)  # as in test_transformers.py
+
+
 @pages
 def test_commands_are_there(page: Path) -> None:
+    typer = pytest.importorskip("typer")
+    from typer.testing import CliRunner
+
+    from kvfold.cli import app
+
     for line in "".join(blocks(page, "console", "sh")).splitlines():
         words = line.partition("#")[0].split()
         if words[:1] != ["kvfold"]:
