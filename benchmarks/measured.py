@@ -73,7 +73,7 @@ def markdown(header: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
 
 
 def _is_number(cell: str) -> bool:
-    return not cell or cell[0].isdigit()
+    return cell in ("", "-") or cell[0].isdigit()
 
 
 def taken(rows: Rows) -> str:
