@@ -35,7 +35,8 @@ def restore(
             reads nothing, which is at the end of a window without overlap.
         start_pos: int32 `[n]`, multiples of `snapshots.page_size`; 0 for nothing to do.
         errors: int32 `[1]`, mutated: grows by one for each i that is refused: a slot, page or start that cannot be, or a
-            snapshot that is not of this start. The slot is left as it was then, with the rows of its former owner.
+            snapshot that is not of this start. The slot has forgotten its former owner then, so that a step which needs a row
+            of it is refused as well; a slot that cannot be leaves all slots as they were.
         backend: as for `compress`.
 
     Raises:
@@ -69,7 +70,8 @@ def _restore_torch(
 ) -> None:
     """`restore` after its arguments were checked."""
     wanted = (slots != -1) & (start != 0)
-    fine = (slots >= 0) & (slots < state.num_slots) & (start > 0) & (start <= MOST_POSITIONS)
+    there = (slots >= 0) & (slots < state.num_slots)
+    fine = there & (start > 0) & (start <= MOST_POSITIONS)
     fine &= start % snapshots.page_size == 0
     h0 = history_starts(state.spec, state.kind, start)
     reads = fine & (h0 < start)
@@ -79,7 +81,7 @@ def _restore_torch(
         fine[known] = snapshots.positions[pages[known], row] == h0[known] + row
     errors += (wanted & ~fine).sum().int()
     fine &= wanted
-    state.positions[slots[fine]] = -1
+    state.positions[slots[wanted & there]] = -1
     for row in range(snapshots.rows_per_page):
         known = fine & reads
         slot, x = slots[known], h0[known] + row
