@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .backend_torch import history_starts
-from .checks import check_tensor, check_type
+from .checks import check_tensor, check_type, traced
 from .compress import check_snapshots, choose_backend
 from .plan import MOST_POSITIONS
 from .snapshots import Snapshots
@@ -43,6 +43,24 @@ def restore(
         TypeError, ValueError: naming the argument; nothing has been written then.
     """
     check_type("state", state, FoldState)
+    if traced(state.rows):
+        from . import ops
+
+        ops.restore(state, snapshots, slots, pages, start_pos, errors, backend)
+    else:
+        run_restore(state, snapshots, slots, pages, start_pos, errors, backend)
+
+
+def run_restore(
+    state: FoldState,
+    snapshots: Snapshots,
+    slots: torch.Tensor,
+    pages: torch.Tensor,
+    start_pos: torch.Tensor,
+    errors: torch.Tensor,
+    backend: str | None,
+) -> None:
+    """`restore` of real tensors: straight to the launch."""
     chosen = choose_backend(backend, "state", state.rows)
     device = state.device
     check_snapshots(snapshots, state)
