@@ -49,7 +49,7 @@ def test_the_interpreter_is_compared_with_torch() -> None:
     assert report.equal and report.backend == "triton", report
 
 
-SNAPPED = {"rows": (SPECS["indexer"], 8), "fold": (kvfold.CompressorSpec(head_dim=64, ratio=16), 5)}
+SNAPPED = {"rows": (SPECS["indexer"], 4), "fold": (kvfold.CompressorSpec(head_dim=64, ratio=16), 5)}
 
 
 @pytest.mark.parametrize("kind", SNAPPED)

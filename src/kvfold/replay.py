@@ -49,7 +49,8 @@ def dump(
     the numbers that it has in the caller's tensors: the state slots of the plan, the pages of a `WindowState` that have the
     step's positions or the rows that it reads, cache pages and snapshots that it writes to, and the rows of `rope` for the
     windows of the step. So its size is that of `kv_score` and the plan, `state.bytes_per_slot` for each sequence, and a page
-    for each entry at most. For 4 tokens of 64 sequences of a ratio-4 layer of V4 with a bf16 state and pages of 37 KB that is 10 MB.
+    for each entry at most. For 4 tokens of 64 sequences of a ratio-4 layer of V4, with a bf16 state and pages of 37 KB,
+    that is 10 MB.
 
     Args:
         path: of the file. It is replaced when the new one is whole.
