@@ -68,13 +68,13 @@ def store(device: torch.device) -> Made:
 
 
 def window(device: torch.device) -> Made:
-    """Pools that are one bf16 tensor, kv_score that is columns of a projection, pages among those of other layers."""
+    """Pools that are one bf16 tensor, kv_score that is columns of a projection, pages among those of other layers; unaligned."""
     weights, ints = Weights.make(ROWS), {"dtype": torch.int32, "device": device}
     pool = torch.zeros(12, 8, 2 * ROWS.channels, dtype=torch.bfloat16, device=device)
     state = WindowState(pool[..., : ROWS.channels], pool[..., ROWS.channels :])
     table = torch.tensor([[9, 2, 5], [0, 7, -1]], **ints)
     size = FORMATS["fp8_tensor"].page_bytes(ROWS, 4)
-    storage = torch.full((6, 3, size + 32), 7, dtype=torch.uint8, device=device)[:, 1]
+    storage = torch.full((6, 3, size + 34), 7, dtype=torch.uint8, device=device)[:, 1]
     cache = EntryCache(storage, "fp8_tensor", 4, ROWS, scale=0.02)
     named = {"spec": ROWS, "ape": weights.ape, "norm_weight": weights.norm_weight.bfloat16(), "rope": weights.rope}
     named = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in named.items()}
@@ -86,8 +86,9 @@ def window(device: torch.device) -> Made:
             page_size=8, entry_slots=slots,
         )  # fmt: skip
 
-    projected = make_tokens(CompressorSpec(head_dim=32, ratio=4, overlap=True, rope_dim=8), 26, 5).to(device).bfloat16()
-    kv_score = projected[:, 16 : 16 + 2 * ROWS.channels]
+    projected = torch.zeros(26, 2 * ROWS.channels + 9, dtype=torch.bfloat16, device=device)
+    kv_score = projected[:, 3:-6]
+    kv_score.copy_(make_tokens(ROWS, 26, 5))
     kvfold.compress(kv_score, plan([0, 0], [0, 13, 20]), state, cache, **named)
     return Made(kvfold.compress, kv_score, plan([11, 7], [0, 4, 12]), state, cache, **named)
 
