@@ -31,7 +31,8 @@ class Report:
 
     Attributes:
         errors: sequences and entries that the call refused; `notes` says why where that is known.
-        entries, referenced: entries that were made, and those of them that were compared with the fp64 reference.
+        entries, referenced: entries that were made, and those of them that were compared with the fp64 reference; of
+            `compress_many` those of both compressors.
     """
 
     backend: str
