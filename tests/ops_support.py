@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
+import pytest
 import torch
+from conftest import BACKENDS
 from helpers import Backend, Weights
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,6 +19,9 @@ MAIN = CompressorSpec(head_dim=16, ratio=4, overlap=True, rope_dim=8)
 INDEXER = CompressorSpec(head_dim=32, ratio=4, overlap=True, rope_dim=8, hadamard=True)
 NARROW = CompressorSpec(head_dim=16, ratio=16, rope_dim=8)
 SPECS = (MAIN, INDEXER, NARROW)
+ON_BOTH = pytest.mark.parametrize(
+    "where", [BACKENDS["torch"], pytest.param(BACKENDS["cuda"], marks=pytest.mark.gpu)], ids=("cpu", "cuda")
+)
 
 
 class Layer(nn.Module):
@@ -77,6 +84,12 @@ class Layer(nn.Module):
             assert torch.equal(x.view(torch.uint8), y.view(torch.uint8)), f"buffer {i} differs"
         assert all(bool((state.positions >= 0).any()) for state in self.states.values())
         assert self.caches[MAIN].storage.any() and self.caches[INDEXER].storage.any()
+
+
+def through_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real calls go through the operators too."""
+    for module in ("compress", "store", "plan", "restore"):
+        monkeypatch.setattr(sys.modules[f"kvfold.{module}"], "traced", lambda tensor: True)
 
 
 class Recorder(TorchDispatchMode):

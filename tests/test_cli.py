@@ -12,8 +12,10 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
+from debug_support import Call
 from typer.testing import CliRunner
 
+import kvfold
 from kvfold import backend_torch, demo
 from kvfold.cli import app
 from kvfold.commands import bench
@@ -150,6 +152,29 @@ def test_explain_prints_entries_rows_and_bytes():
         result = call("explain", spec, "--start", 0, "--new", 1)
         assert result.exit_code == 2 and words in result.output, result.output
     assert call("explain", "hca", "--start", -1, "--new", 1).exit_code == 2
+
+
+def test_replay_says_what_a_call_was(tmp_path, monkeypatch):
+    made, path = Call("csa", "fp8_ds_mla"), tmp_path / "call.safetensors"
+    kvfold.dump(path, made.new, made.plan, made.state, made.cache, **made.weights, full_history=made.history)
+    result = call("replay", path, "--device", "cpu", "--check")
+    assert result.exit_code == 0, result.output
+    for words in (
+        "compress, dumped on cpu", f"torch {torch.__version__}",
+        "2 of 2 sequences, 12 tokens, 4 to 8 each; 4 windows, 3 entries",
+        "head_dim=512, ratio=4", "kv_score: float32 [12, 2048], strides [2048, 1]", "fp8_ds_mla, 8 rows per page",
+        "made again on cpu, backend torch: 0 refused", "equal", "3 of them against fp64",
+    ):  # fmt: skip
+        assert words in result.output, result.output
+    real = backend_torch.fold_step
+    monkeypatch.setattr(backend_torch, "fold_step", lambda *args: (*real(*args)[:2], real(*args)[2] * 1.01))
+    result = call("replay", path, "--device", "cpu", "--check")
+    assert result.exit_code == 1 and "DIFFERENT" in result.output and "sequence 0, window 1, channel" in result.output
+    assert call("replay", path, "--device", "cpu").exit_code == 0
+    path.write_bytes(path.read_bytes()[:-1])
+    for args, words in (([path], "is damaged"), ([tmp_path / "none"], "none"), ([path, "--device", "tpu"], "tpu")):
+        result = call("replay", *args)
+        assert result.exit_code == 2 and words in result.output, result.output
 
 
 def test_bench_needs_a_gpu_and_runs_the_scripts(tmp_path, monkeypatch):

@@ -2,50 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
-from helpers import SPECS, Weights, bits, make_tokens
+from debug_support import Call, Snapped, two, wrong
+from helpers import SPECS, Backend, bits
 
 import kvfold
-from kvfold import debug_copies
+from kvfold import debug_call
 from kvfold.debug import check
+from kvfold.kernels import launch
 from kvfold.records import FORMATS
 
 HD = {"indexer": "indexer_mxfp4", "csa": "fp8_ds_mla", "hca": "fp8_ds_mla"}
-
-
-class Call:
-    """A step of two sequences, of which the first has a history; `args` are those of `compress`."""
-
-    def __init__(self, name: str, fmt: str, *, window: bool = False, dtype: torch.dtype = torch.float32) -> None:
-        spec = self.spec = SPECS[name]
-        self.old, self.new = make_tokens(spec, spec.ratio + 2, 1), make_tokens(spec, 3 * spec.ratio, 2)
-        w = Weights.make(spec)
-        self.weights = {"spec": spec, "ape": w.ape, "norm_weight": w.norm_weight, "rope": w.rope}
-        self.cache = kvfold.EntryCache.allocate(fmt, 3, 8, spec)
-        if window:
-            self.state: kvfold.FoldState | kvfold.WindowState = kvfold.WindowState.allocate(spec, 40, spec.ratio, dtype=dtype)
-            table = torch.arange(20, dtype=torch.int32).view(2, 10)
-            self.where = {"block_tables": (table, table + 20), "page_size": spec.ratio}
-        else:
-            self.state = kvfold.FoldState.allocate(spec, 3, 4, dtype=dtype)
-            self.where = {"state_slots": torch.tensor([2, 0], dtype=torch.int32)}
-        kvfold.compress(self.old, self.step([0, 0], [len(self.old), 0]), self.state, self.cache, **self.weights)
-        self.plan = self.step([len(self.old), 0], [2 * spec.ratio, spec.ratio])
-
-    def step(self, starts: list[int], lengths: list[int]) -> kvfold.StepPlan:
-        cu = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32)
-        start, pages = torch.tensor(starts, dtype=torch.int32), torch.tensor([[1], [2]], dtype=torch.int32)
-        return kvfold.StepPlan.build(
-            self.spec.ratio, start, cu, max(lengths), **self.where, cache_block_table=pages, rows_per_page=8
-        )
-
-    def check(self, **options: object) -> kvfold.debug.Report:
-        return check(self.new, self.plan, self.state, self.cache, **self.weights, **options)
-
-    @property
-    def history(self) -> list[torch.Tensor | None]:
-        return [self.old, None]
 
 
 @pytest.mark.parametrize("fmt", sorted(FORMATS))
@@ -79,6 +49,77 @@ def test_the_interpreter_is_compared_with_torch() -> None:
     assert report.equal and report.backend == "triton", report
 
 
+SNAPPED = {"rows": (SPECS["indexer"], 4), "fold": (kvfold.CompressorSpec(head_dim=64, ratio=16), 5)}
+
+
+@pytest.mark.parametrize("kind", SNAPPED)
+def test_snapshots_are_compared(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = Snapped(*SNAPPED[kind])
+    before = [call.snapshots.rows.clone(), call.snapshots.positions.clone()]
+    report = call.check(backend=None if torch.cuda.is_available() else "triton")
+    assert report.equal and report.errors == 0, report
+    assert torch.equal(before[0], call.snapshots.rows) and torch.equal(before[1], call.snapshots.positions)
+    last = call.snapshots.rows_per_page - 1
+
+    def row(state, cache, rows, snapshots) -> None:
+        snapshots.rows[3, last, 70] += 1
+
+    def tag(state, cache, rows, snapshots) -> None:
+        snapshots.positions[4, last] += 1
+
+    ends, part, channel = 3 * call.snapshots.page_size, ", l" if kind == "fold" else "", 6 if kind == "fold" else 70
+    for spoil, *place, where in (
+        (row, 0, (ends - 1) // call.spec.ratio, channel, f"page 3, snapshots.rows row {last}, position {ends - 1}{part}"),
+        (tag, 1, -1, None, f"page 4, snapshots.positions row {last}"),
+    ):  # fmt: skip
+        with monkeypatch.context() as patch:
+            wrong(patch, spoil)
+            first = call.check(backend="triton").first
+        assert first is not None and first.stage == "snapshot row"
+        assert [first.sequence, first.window, first.channel, first.where] == [*place, where]
+
+
+def test_snapshots_of_pages_that_keep_nothing() -> None:
+    assert Snapped(SNAPPED["fold"][0], 16).check().equal
+
+
+def test_two_compressors_are_compared(backend: Backend) -> None:
+    calls, plan = two(backend.device)
+    report = check(calls, plan, backend=backend.name)
+    assert report.equal and (report.entries, report.referenced, report.errors) == (2 * 3, 2 * 1, 0), report
+
+
+def test_the_wrong_one_of_two_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, plan = two("cpu")
+    real = debug_call.compress_many
+
+    def compress_many(compressors, plan, **how) -> None:
+        real(compressors, plan, **how)
+        compressors[1].cache.pages[3, 128 * 2 + 3] ^= 128  # the sign of window 2 of sequence 0
+        compressors[1].snapshots.positions[5] = -1
+        plan.errors += 1
+
+    monkeypatch.setattr(debug_call, "compress_many", compress_many)
+    report = check(calls, plan)
+    assert report.errors == 1 and "errors: call: got 1" in str(report)
+    found = [(d.stage, d.sequence, d.window) for d in report.differences]
+    assert found == [("errors", -1, -1), *[("snapshot row", 0, -1)] * 3, ("record bytes", 0, 2)]
+    assert all(d.where.startswith("compressors[1], ") for d in report.differences[1:])
+
+
+def test_a_store_is_compared(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = Snapped(SPECS["indexer"], 4, backend.device)
+    pooled = torch.randn(call.plan.entry_capacity, 128, device=backend.device)
+    weights = {name: call.weights[name] for name in ("spec", "norm_weight", "rope")}
+    report = check(pooled, call.plan, call.cache, **weights, backend=backend.name)
+    assert report.equal and (report.entries, report.referenced, report.errors) == (3, 0, 0), report
+    monkeypatch.setattr(sys.modules["kvfold.store"], "choose_backend", lambda backend, *_: backend)
+    monkeypatch.setattr(launch, "store_triton", lambda *_: None)
+    report = check(pooled, call.plan, call.cache, **weights, backend="triton")
+    found = [(d.stage, d.sequence, d.window) for d in report.differences]
+    assert found == [("record bytes", 0, 1), ("record bytes", 0, 2), ("record bytes", 1, 0)], report
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [False, True])
 def test_a_gpu_is_compared_with_torch(window: bool) -> None:
@@ -108,41 +149,28 @@ def test_nothing_of_the_caller_is_written(window: bool) -> None:
         assert same
 
 
-def wrong(monkeypatch: pytest.MonkeyPatch, spoil) -> None:
-    """A triton backend that is the torch backend, spoiled by `spoil(state, cache, rows)` after the call."""
-    real = debug_copies.compress
-
-    def compress(kv_score, plan, state, cache, *, rows, backend, **weights):
-        real(kv_score, plan, state, cache, rows=rows, backend="torch", **weights)
-        if backend == "triton":
-            spoil(state, cache, rows)
-
-    monkeypatch.setattr(debug_copies, "compress", compress)
-    monkeypatch.setattr("kvfold.debug.choose_backend", lambda backend, *_: backend)
-
-
-def spoil_row(state, cache, rows) -> None:
+def spoil_row(state, cache, rows, _) -> None:
     if rows is not None:
         rows[1, 77] += 1
 
 
-def spoil_record(state, cache, rows) -> None:
+def spoil_record(state, cache, rows, _) -> None:
     cache.pages[1, 576 + 5] ^= 1  # row 1 of page 1: window 1 of sequence 0
 
 
-def spoil_scale(state, cache, rows) -> None:
+def spoil_scale(state, cache, rows, _) -> None:
     cache.pages[1, 8 * 576 + 8 + 3] += 1  # its fourth scale, twice as large
 
 
-def spoil_page(state, cache, rows) -> None:
+def spoil_page(state, cache, rows, _) -> None:
     cache.pages[0, 9] = 1
 
 
-def spoil_tag(state, cache, rows) -> None:
+def spoil_tag(state, cache, rows, _) -> None:
     state.positions[0, 1] = 99  # the slot of sequence 1
 
 
-def spoil_state(state, cache, rows) -> None:
+def spoil_state(state, cache, rows, _) -> None:
     held = int((state.positions[2] == 13).nonzero()[0])  # the last position of sequence 0
     state.rows[2, held, 5] += 1
 
@@ -206,3 +234,14 @@ def test_errors_name_the_argument() -> None:
         call.check(full_history=[3, None])
     with pytest.raises(ValueError, match=r"^backend must be"):
         call.check(backend="cuda")
+    one = (call.new, call.state, call.cache, *call.weights.values())
+    for args, options, message in (
+        (([one], call.plan, call.state), {}, r"^state must be left out when compressors are given"),
+        (([one], call.plan), {"rope": call.weights["rope"]}, r"^rope must be left out"),
+        (([one], call.plan), {"full_history": [None, None]}, r"^full_history must be left out for compress_many"),
+        (([one[1:]], call.plan), {}, r"^compressors\[0\] must be a tuple"),
+        ((call.new, call.plan, call.cache), {"ape": one[4]}, r"^ape must be left out for a store"),
+        ((call.new, call.plan, call.state, call.cache), {}, r"^spec must be a CompressorSpec"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            check(*args, **options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from chain_support import Chain, same, script
 from conftest import BACKENDS
 from helpers import Backend
-from ops_support import MAIN, MOST, NARROW, Layer, Recorder, lengths_of
+from ops_support import MAIN, MOST, NARROW, ON_BOTH, Layer, Recorder, lengths_of, through_operators
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
@@ -21,8 +20,7 @@ from kvfold import EntryCache, FoldState, StepPlan
 from kvfold.kernels import launch
 
 CPU = BACKENDS["torch"]
-OPERATORS = ("compress", "compress_window", "compress_many", "store", "update")
-ON_BOTH = pytest.mark.parametrize("where", [CPU, pytest.param(BACKENDS["cuda"], marks=pytest.mark.gpu)], ids=("cpu", "cuda"))
+OPERATORS = ("compress", "compress_window", "compress_many", "store", "update")  # of `Chain`; `restore`: test_ops_snapshots
 NO_COMPILER = pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
 INDUCTOR = [
     pytest.param(CPU, marks=NO_COMPILER, id="cpu"),
@@ -34,12 +32,6 @@ INDUCTOR = [
 def forget_compiled_code() -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-
-
-def through_operators(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real calls go through the operators too."""
-    for module in ("compress", "store", "plan"):
-        monkeypatch.setattr(sys.modules[f"kvfold.{module}"], "traced", lambda tensor: True)
 
 
 @ON_BOTH

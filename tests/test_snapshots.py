@@ -247,6 +247,7 @@ def test_a_bad_id_where_nothing_is_kept(backend: Backend) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_restore_refuses_what_cannot_be(backend: Backend, name: str) -> None:
+    """A refused slot forgets what it held and nothing else changes; one that cannot be changes nothing."""
     case = SMALL[name]
     prefix, size = Prefix(backend, case), case.page_size
     engine = prefix.engine(4)
@@ -254,23 +255,29 @@ def test_restore_refuses_what_cannot_be(backend: Backend, name: str) -> None:
     engine.step([(0, 0, prefix.tokens)], snapshot_table=[[2, 1]])
     engine.step([(1, 0, prefix.tokens[:3])], snapshot_table=[[-1]])
     before = contents(engine)
-    wrong = [
-        (4, 2, size), (-2, 2, size), (2**31 - 1, 2, size),  # slots
-        (1, -1, size), (1, 3, size), (1, -(2**31), size), (1, 2**31 - 1, size),  # pages
-        (1, 2, size - 1), (1, 2, size + 1), (1, 2, -size), (1, 2, 2**31 - size - 2**31 % size),  # starts
-        (1, 2, 2 * size), (1, 1, size), (1, 0, size),  # snapshots of another page, and of none
-    ]  # fmt: skip
-    for one in wrong:
-        assert call_restore(engine, engine.snapshots, *([x] for x in one)) == 1, one
+    held, gone = engine.state.positions[1].clone(), [x.clone() for x in before]
+    gone[1][1] = -1
+    for slot in (4, -2, 2**31 - 1, -(2**31)):
+        assert call_restore(engine, engine.snapshots, [slot], [2], [size]) == 1, slot
         same(contents(engine), before)
-    nothing = [(-1, 99, 7), (3, -5, 0), (-1, 2, size), (17, 2, 0)]
+    wrong = [
+        (-1, size), (3, size), (-(2**31), size), (2**31 - 1, size),  # pages
+        (2, size - 1), (2, size + 1), (2, -size), (2, -(2**31)), (2, 2**31 - size - 2**31 % size),  # starts
+        (2, 2 * size), (1, size), (0, size),  # snapshots of another page, and of none
+    ]  # fmt: skip
+    for page, start in wrong:
+        engine.state.positions[1] = held
+        assert call_restore(engine, engine.snapshots, [1], [page], [start]) == 1, (page, start)
+        same(contents(engine), gone)
+    engine.state.positions[1] = held
+    nothing = [(-1, 99, 7), (3, -5, 0), (-1, 2, size), (17, 2, 0), (1, 99, 0)]
     assert call_restore(engine, engine.snapshots, *map(list, zip(*nothing, strict=True))) == 0
     same(contents(engine), before)
-    if engine.snapshots.rows_per_page > 1:  # one row of a snapshot is of another page
+    if engine.snapshots.rows_per_page > 1:  # one row of a snapshot is of another page: no program copies its own
         engine.snapshots.positions[1, -1] -= size
         assert call_restore(engine, engine.snapshots, [1], [1], [2 * size]) == 1
         engine.snapshots.positions[1, -1] += size
-        same(contents(engine), before)
+        same(contents(engine), gone)
     # Good ones beside bad ones are restored.
     batch = [(4, 2, size), (3, 1, 2 * size), (1, 1, size), (2, 2, size), (-1, 0, 3)]
     assert call_restore(engine, engine.snapshots, *map(list, zip(*batch, strict=True))) == 2
@@ -278,8 +285,26 @@ def test_restore_refuses_what_cannot_be(backend: Backend, name: str) -> None:
         assert {x for x in engine.tags(slot) if x >= 0} == set(prefix.needed(end))
         for x, row in engine.held(slot, end).items():
             assert torch.equal(row, prefix.rows[x])
-    same([x[:2] for x in engine.snapshot()[:2]], [x[:2] for x in before[:2]])
+    same([x[:2] for x in engine.snapshot()[:2]], [x[:2] for x in gone[:2]])
     assert call_restore(engine, engine.snapshots, [], [], []) == 0
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_step_behind_a_refused_restore_is_refused(backend: Backend, name: str) -> None:
+    """Also where the former owner had come to the same position, so that its rows would do."""
+    case = SMALL[name]
+    prefix, size = Prefix(backend, case), case.page_size
+    engine = prefix.engine(2)
+    engine.make_snapshots(2, size)
+    for slot in (0, 1):
+        engine.step([(slot, 0, prefix.tokens[:size])], snapshot_table=[[-1, slot]])  # neither page has a snapshot
+    assert set(engine.state.history_of(size)) <= set(engine.tags(0))
+    assert call_restore(engine, engine.snapshots, [0], [0], [size]) == 1
+    batch = [(slot, size, prefix.tokens[size : size + case.spec.ratio]) for slot in (0, 1)]
+    before = engine.records(0, 3)
+    step = engine.step(batch, strict=False, snapshot_table=[[-1], [-1]])
+    assert step.errors == 1 and set(engine.tags(0)) == {-1} and torch.equal(engine.records(0, 3), before)
+    assert size + case.spec.ratio - 1 in engine.tags(1) and engine.records(1, 2).any()
 
 
 @pytest.mark.parametrize("which", [(True, True), (True, False), (False, True)])

@@ -5,6 +5,7 @@ from .compress import compress, compress_many
 from .debug import check
 from .plan import StepPlan
 from .records import EntryCache
+from .replay import dump, replay
 from .restore import restore
 from .snapshots import Snapshots
 from .spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
@@ -28,8 +29,10 @@ __all__ = [
     "check",
     "compress",
     "compress_many",
+    "dump",
     "ops",
     "reference",
+    "replay",
     "restore",
     "store",
     "warmup",

@@ -94,8 +94,7 @@ def compress(
 
 def run_compress(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, backend: str | None, pdl: bool | None) -> None:
     """`compress` of real tensors: straight to the launch."""
-    chosen = choose_backend(backend, "kv_score", c.kv_score)
-    _check(c, plan, rows)
+    chosen = check_compress(c, plan, rows, backend)
     if plan.batch == 0:
         return
     if chosen == "torch":
@@ -105,6 +104,14 @@ def run_compress(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, backe
 
         run = launch.compress_triton if isinstance(c.state, FoldState) else launch.compress_window_triton
         run(c, plan, rows, pdl)
+
+
+def check_compress(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, backend: str | None) -> str:
+    """Checks the arguments of `compress` and returns the backend to use."""
+    check_type("kv_score", c.kv_score, torch.Tensor)
+    chosen = choose_backend(backend, "kv_score", c.kv_score)
+    _check(c, plan, rows)
+    return chosen
 
 
 def compress_many(
@@ -123,15 +130,7 @@ def compress_many(
     Raises:
         TypeError, ValueError: naming the argument, `compressors[i]` before it; nothing has been written then.
     """
-    if not isinstance(compressors, Sequence):
-        raise TypeError(f"compressors must be a sequence, got {type(compressors).__name__}")
-    if not 1 <= len(compressors) <= 2:
-        raise ValueError(f"compressors must hold one or two, got {len(compressors)}")
-    made = []
-    for i, one in enumerate(compressors):
-        if not isinstance(one, tuple) or len(one) not in (len(Compressor._fields) - 1, len(Compressor._fields)):
-            raise TypeError(f"compressors[{i}] must be a tuple {Compressor._fields}, the last of which may be missing")
-        made.append(Compressor(*one))
+    made = compressors_of(compressors)
     if not traced(made[0].kv_score):
         run_many(made, plan, backend, pdl)
         return
@@ -143,15 +142,44 @@ def compress_many(
         ops.compress_many(made, plan, backend, pdl)
 
 
+def compressors_of(compressors: Sequence[Compressor | tuple]) -> list[Compressor]:
+    """What `compress_many` is given, by name."""
+    if not isinstance(compressors, Sequence):
+        raise TypeError(f"compressors must be a sequence, got {type(compressors).__name__}")
+    if not 1 <= len(compressors) <= 2:
+        raise ValueError(f"compressors must hold one or two, got {len(compressors)}")
+    made = []
+    for i, one in enumerate(compressors):
+        if not isinstance(one, tuple) or len(one) not in (len(Compressor._fields) - 1, len(Compressor._fields)):
+            raise TypeError(f"compressors[{i}] must be a tuple {Compressor._fields}, the last of which may be missing")
+        made.append(Compressor(*one))
+    return made
+
+
 def run_many(compressors: Sequence[Compressor], plan: StepPlan, backend: str | None, pdl: bool | None) -> None:
     """`compress_many` of real tensors: straight to the launch."""
-    found, chosen = [], None
+    chosen = check_many(compressors, plan, backend)
+    if plan.batch == 0:
+        return
+    if chosen == "torch":
+        for c in compressors:
+            _compress_torch(c, plan, None)
+    else:
+        from .kernels import launch
+
+        if len(compressors) == 1:
+            launch.compress_triton(compressors[0], plan, None, pdl)
+        else:
+            launch.compress_pair_triton((compressors[0], compressors[1]), plan, pdl)
+
+
+def check_many(compressors: Sequence[Compressor], plan: StepPlan, backend: str | None) -> str:
+    """Checks the arguments of `compress_many` and returns the backend to use."""
+    found, chosen = [], ""
     for i, c in enumerate(compressors):
         try:
-            check_type("kv_score", c.kv_score, torch.Tensor)
-            chosen = choose_backend(backend, "kv_score", c.kv_score)
             check_type("state", c.state, FoldState)
-            _check(c, plan, None)
+            chosen = check_compress(c, plan, None, backend)
             if found:
                 check_device("kv_score", c.kv_score, found[0].kv_score.device)
                 if c.state is found[0].state or c.state.rows.data_ptr() == found[0].state.rows.data_ptr() != 0:
@@ -163,18 +191,7 @@ def run_many(compressors: Sequence[Compressor], plan: StepPlan, backend: str | N
         except (TypeError, ValueError) as error:
             raise type(error)(f"compressors[{i}]: {error}") from None
         found.append(c)
-    if plan.batch == 0:
-        return
-    if chosen == "torch":
-        for c in found:
-            _compress_torch(c, plan, None)
-    else:
-        from .kernels import launch
-
-        if len(found) == 1:
-            launch.compress_triton(found[0], plan, None, pdl)
-        else:
-            launch.compress_pair_triton((found[0], found[1]), plan, pdl)
+    return chosen
 
 
 def _same_storage(cache: EntryCache, other: EntryCache | None) -> bool:

@@ -10,18 +10,19 @@ import torch
 from . import reference
 from .backend_torch import Items, _Rows, finish, history_starts
 from .checks import check_type
-from .compress import Compressor, _check, choose_backend
+from .compress import Compressor
+from .debug_call import Call
 from .debug_compare import BOUND, Difference, bytes_of, explained, off, pooled_differences, put_bytes, written
-from .debug_copies import run_on_copies
 from .pack import unpack_records
 from .plan import StepPlan
 from .records import EntryCache
+from .snapshots import Snapshots
 from .spec import CompressorSpec
-from .state import FoldState
+from .state import FoldState, state_kind
 from .window_state import WindowState
 
 EPILOGUE = 5e-7  # of an entry, of its norm: what the order of fp32 operations behind the pooling can change
-STAGES = ("plan", "errors", "pooled row", "record bytes", "read-back value", "state row")
+STAGES = ("plan", "errors", "pooled row", "record bytes", "read-back value", "state row", "snapshot row")
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Report:
 
     Attributes:
         errors: sequences and entries that the call refused; `notes` says why where that is known.
-        entries, referenced: entries that were made, and those of them that were compared with the fp64 reference.
+        entries, referenced: entries that were made, and those of them that were compared with the fp64 reference; of
+            `compress_many` those of both compressors.
     """
 
     backend: str
@@ -58,73 +60,121 @@ class Report:
 
 
 def check(
-    kv_score: torch.Tensor,
+    kv_score: torch.Tensor | Sequence[Compressor | tuple],
     plan: StepPlan,
-    state: FoldState | WindowState,
-    cache: EntryCache | None,
+    state: FoldState | WindowState | EntryCache | None = None,
+    cache: EntryCache | None = None,
     *,
-    spec: CompressorSpec,
-    ape: torch.Tensor | None,
-    norm_weight: torch.Tensor | None,
-    rope: torch.Tensor | None,
+    spec: CompressorSpec | None = None,
+    ape: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None,
+    rope: torch.Tensor | None = None,
     rows: torch.Tensor | None = None,
+    snapshots: Snapshots | None = None,
     backend: str | None = None,
     full_history: Sequence[torch.Tensor | None] | None = None,
 ) -> Report:
-    """Runs a `compress` on copies of state, cache and plan, and says where it first differs from the torch backend.
+    """Makes a call on copies of what it writes, and says where it first differs from the torch backend.
 
-    Sequences that start at 0, or whose history is given, are compared with the fp64 reference too. Nothing of the caller's is
-    written. Takes two or three times the memory of state and cache, and synchronizes with the host.
+    Takes the arguments of `compress`, as named here, of `compress_many`, `check(compressors, plan)`, or of `store`,
+    `check(rows, plan, cache, spec=..., norm_weight=..., rope=...)`.
+
+    Entries of sequences that start at 0, or whose history is given, are compared with the fp64 reference too. Nothing of the
+    caller's is written. Takes two or three times the memory of what the call writes, and synchronizes with the host.
 
     Differences within the bounds are none: a pooled or fold row may differ by 2e-6 of its norm, and a record by codes that the
-    rounding of fp32 operations behind the pooling explains, given the pooled row of this very call.
+    rounding of fp32 operations behind the pooling explains, given the pooled row of this very call. Input rows are copied, and
+    so are compared to the bit, in snapshots too.
 
     Args:
-        full_history: for each sequence of the plan the `kv_score` rows `[start_pos[b], 2 * channels]` of its positions before
-            this step, or None where they are not known.
-        The others are those of `compress`.
+        full_history: of `compress`: for each sequence of the plan the `kv_score` rows `[start_pos[b], 2 * channels]` of its
+            positions before this step, or None where they are not known.
+        The others are those of the call.
 
     Raises:
-        TypeError, ValueError: as `compress` does, and naming `full_history`.
+        TypeError, ValueError: as the call does, and naming `full_history`.
     """
-    check_type("kv_score", kv_score, torch.Tensor)
-    chosen = choose_backend(backend, "kv_score", kv_score)
-    c = Compressor(kv_score, state, cache, spec, ape, norm_weight, rope)
-    _check(c, plan, rows)
-    _check_history(full_history, plan, spec)
-    want = run_on_copies(c, plan, torch.float32, "torch")
-    got = run_on_copies(c, plan, None if rows is None else rows.dtype, chosen)
-    probe = got if rows is not None and rows.dtype == torch.float32 else run_on_copies(c, plan, torch.float32, chosen)
-    found = _plan_differences(plan)
-    if got.errors != want.errors:
-        found.append(Difference(-1, -1, "errors", None, got.errors, want.errors, "torch"))
+    weights = {"spec": spec, "ape": ape, "norm_weight": norm_weight, "rope": rope}
+    call = Call.of(kv_score, plan, state, cache, **weights, rows=rows, snapshots=snapshots, backend=backend)
+    check_history(full_history, call)
+    return compare(call, full_history)
+
+
+def compare(call: Call, full_history: Sequence[torch.Tensor | None] | None = None) -> Report:
+    """`check` of a call whose arguments were checked."""
+    plan, backend, fp32 = call.plan, call.backend, torch.float32
     items = plan.items[: int(plan.num_items)].long()
     live = items[(items[:, 5] >= 0) & (items[:, 5] < plan.entry_capacity)]
+    found, notes, entries, referenced, errors = _plan_differences(plan), [], 0, 0, 0
+    got = call.on_copies(None if call.rows is None else call.rows.dtype, backend)
+    for i, (c, done) in enumerate(zip(call.compressors, got.compressors, strict=True)):
+        if call.name == "store":
+            want = call.on_copies(None, "torch")
+            made = live[_slots(plan, c.cache, live) >= 0]
+            made = made if c.rope is None else made[made[:, 0] * c.spec.ratio < len(c.rope)]
+            here, exact = _record_differences(c, done.cache, want.compressors[0].cache, c.kv_score.float(), made, plan), 0
+        else:
+            want = call.alone(i).on_copies(fp32, "torch")
+            probe = got if call.rows is not None and call.rows.dtype == fp32 else call.alone(i).on_copies(fp32, backend)
+            here, made, exact = _step_differences(c, done, want, probe, got.rows, live, items, plan, full_history)
+        entries, referenced, errors = entries + len(made), referenced + exact, errors + int(want.plan.errors)
+        which = f"compressors[{i}]" if len(call.compressors) > 1 else ""
+        found += [replace(d, where=", ".join(filter(None, (which, d.where)))) for d in here]
+        notes += [f"{which}: {note}" if which else note for note in _notes(c, plan)] if int(got.plan.errors) else []
+    if int(got.plan.errors) != errors:
+        found.append(Difference(-1, -1, "errors", None, int(got.plan.errors), errors, "torch"))
+    found.sort(key=lambda d: (d.sequence, d.window, STAGES.index(d.stage)))
+    return Report(backend, entries, referenced, int(got.plan.errors), tuple(found), tuple(notes))
+
+
+def _step_differences(
+    c: Compressor,
+    got: Compressor,
+    want: Call,
+    probe: Call,
+    rows: torch.Tensor | None,
+    live: torch.Tensor,
+    items: torch.Tensor,
+    plan: StepPlan,
+    history: Sequence[torch.Tensor | None] | None,
+) -> tuple[list[Difference], torch.Tensor, int]:
+    """Of one compressor: what differs, the items whose entries were made, and how many of them fp64 was there for.
+
+    want, probe: `compress` with fp32 pooled rows, by the torch backend and by the one that is checked. rows: those of the call.
+    """
     assert probe.rows is not None and want.rows is not None
+    due = want.compressors[0]
     there = written(want.rows)[live[:, 5]]
-    found += pooled_differences(probe.rows, want.rows, live, BOUND, "torch")
+    found = pooled_differences(probe.rows, want.rows, live, BOUND, "torch")
     if rows is not None and rows.dtype == torch.bfloat16:
-        found += pooled_differences(got.rows, want.rows, live, BOUND + 2.0**-8, "torch")
-    made, expected = live[there], None
-    if cache is not None:
-        found += _record_differences(c, got.cache, want.cache, probe.rows, made, plan)
-    exact, known = _exact(c, plan, made, full_history)
+        found += pooled_differences(rows, want.rows, live, BOUND + 2.0**-8, "torch")
+    made = live[there]
+    if got.cache is not None:
+        found += _record_differences(c, got.cache, due.cache, probe.rows, made, plan)
+    exact, known = _exact(c, plan, made, history)
     if known.numel():
         expected = made[known]
         truth = torch.zeros_like(want.rows, dtype=torch.float64)
         truth[expected[:, 5]] = exact
         found += pooled_differences(probe.rows, truth, expected, BOUND, "fp64")
-        if cache is not None:
+        if got.cache is not None:
             found += _value_differences(c, got.cache, exact, expected, plan)
-    found += _state_differences(c, got.state, want.state, plan, items)
-    found.sort(key=lambda d: (d.sequence, d.window, STAGES.index(d.stage)))
-    notes = _notes(c, plan) if got.errors else []
-    return Report(chosen, len(made), known.numel(), got.errors, tuple(found), tuple(notes))
+    if isinstance(got.state, WindowState):
+        return found + _page_differences(got.state, due.state), made, known.numel()
+    owner = dict(zip(items[:, 4].tolist(), items[:, 6].tolist(), strict=True))
+    found += _row_differences(got.state, due.state, "state", owner)
+    if got.snapshots is not None:
+        found += _row_differences(got.snapshots, due.snapshots, "snapshot", _owners(plan, items))
+    return found, made, known.numel()
 
 
-def _check_history(history: Sequence[torch.Tensor | None] | None, plan: StepPlan, spec: CompressorSpec) -> None:
+def check_history(history: Sequence[torch.Tensor | None] | None, call: Call) -> None:
+    """Checks `full_history`, of a call whose other arguments were checked."""
     if history is None:
         return
+    if call.name != "compress":
+        raise TypeError(f"full_history must be left out for {call.name}, got {type(history).__name__}")
+    plan, spec = call.plan, call.compressors[0].spec
     if isinstance(history, torch.Tensor) or not isinstance(history, Sequence) or len(history) != plan.batch:
         raise ValueError(f"full_history must have a tensor or None for each of the plan's {plan.batch} sequences")
     for b, (start, one) in enumerate(zip(plan.start_pos.tolist(), history, strict=True)):
@@ -140,7 +190,8 @@ def _plan_differences(plan: StepPlan) -> list[Difference]:
     now = StepPlan.build(
         plan.ratio, plan.start_pos, plan.cu_seqlens, plan.max_new_tokens, state_slots=plan.state_slots,
         block_tables=plan.block_tables, page_size=plan.page_size, entry_slots=slots, max_tokens=plan.max_tokens,
-        cache_block_table=plan.cache_block_table, rows_per_page=plan.rows_per_page,
+        cache_block_table=plan.cache_block_table, rows_per_page=plan.rows_per_page, snapshot_table=plan.snapshot_table,
+        snapshot_page_size=plan.snapshot_page_size,
     )  # fmt: skip
     n, entries = int(now.num_items), min(int(now.cu_entries[-1]), now.entry_capacity)
     for name, count in (("num_items", 1), ("items", n), ("entry_slots", entries)):
@@ -241,35 +292,49 @@ def _value_differences(
     return found
 
 
-def _state_differences(
-    c: Compressor, got: FoldState | WindowState, want: FoldState | WindowState, plan: StepPlan, items: torch.Tensor
-) -> list[Difference]:
+def _page_differences(got: WindowState, want: WindowState) -> list[Difference]:
     found: list[Difference] = []
-    if isinstance(got, WindowState):
-        for name in ("kv", "score"):
-            a, b = getattr(got, name), getattr(want, name)
-            integers = torch.int16 if a.dtype == torch.bfloat16 else torch.int32
-            same = (a.contiguous().view(integers) == b.contiguous().view(integers)) | (a.isnan() & b.isnan())
-            for page, row, channel in _first_channels(~same):
-                values = float(a[page, row, channel]), float(b[page, row, channel])
-                where = f"page {page}, row {row} of state.{name}"
-                found.append(Difference(-1, -1, "state row", channel, *values, "torch", where))
-        return found
-    owner = dict(zip(items[:, 4].tolist(), items[:, 6].tolist(), strict=True))
+    for name in ("kv", "score"):
+        a, b = getattr(got, name), getattr(want, name)
+        integers = torch.int16 if a.dtype == torch.bfloat16 else torch.int32
+        same = (a.contiguous().view(integers) == b.contiguous().view(integers)) | (a.isnan() & b.isnan())
+        for page, row, channel in _first_channels(~same):
+            values = float(a[page, row, channel]), float(b[page, row, channel])
+            where = f"page {page}, row {row} of state.{name}"
+            found.append(Difference(-1, -1, "state row", channel, *values, "torch", where))
+    return found
+
+
+def _row_differences(
+    got: FoldState | Snapshots, want: FoldState | Snapshots, what: str, owner: dict[int, int]
+) -> list[Difference]:
+    """Tags, and rows that have one, of state slots or of the snapshots of pages. `owner`: whose sequence's each of them is."""
+    place, name = ("slot", "state") if what == "state" else ("page", "snapshots")
+    fold, found = state_kind(got.spec) == "fold", []
     tags = got.positions != want.positions
-    for slot, row in tags.nonzero().tolist():
-        values, where = (int(x.positions[slot, row]) for x in (got, want)), f"slot {slot}, state.positions row {row}"
-        found.append(Difference(owner.get(slot, -1), -1, "state row", None, *values, "torch", where))
+    for index, row in tags.nonzero().tolist():
+        values, where = (int(x.positions[index, row]) for x in (got, want)), f"{place} {index}, {name}.positions row {row}"
+        found.append(Difference(owner.get(index, -1), -1, f"{what} row", None, *values, "torch", where))
     held = ~tags & (want.positions >= 0)
-    a, b = (x.rows[held].flatten(0, -2) if x.kind == "fold" else x.rows[held] for x in (got, want))
-    wrong = off(a, b, BOUND if got.kind == "fold" else 0.0).view(int(held.sum()), -1, b.shape[-1])
-    slots = held.nonzero()
+    a, b = (x.rows.flatten(2).unflatten(2, (3 if fold else 1, -1))[held] for x in (got, want))
+    wrong = off(a.flatten(0, 1), b.flatten(0, 1), BOUND if fold else 0.0).view(a.shape)
+    indices = held.nonzero()
     for i, part, channel in _first_channels(wrong):
-        slot, row = slots[i].tolist()
-        position, values = int(want.positions[slot, row]), (x.view(wrong.shape)[i, part, channel].item() for x in (a, b))
-        place = (owner.get(slot, -1), position // c.spec.ratio) if slot in owner else (-1, -1)
-        where = f"slot {slot}, row {row}, position {position}" + (f", {'mla'[part]}" if got.kind == "fold" else "")
-        found.append(Difference(*place, "state row", channel, *values, "torch", where))
+        index, row = indices[i].tolist()
+        position = int(want.positions[index, row])
+        where = f"{place} {index}, {name}.rows row {row}, position {position}" + (f", {'mla'[part]}" if fold else "")
+        whose = (owner.get(index, -1), position // got.spec.ratio) if index in owner else (-1, -1)
+        values = (x[i, part, channel].item() for x in (a, b))
+        found.append(Difference(*whose, f"{what} row", channel, *values, "torch", where))
+    return found
+
+
+def _owners(plan: StepPlan, items: torch.Tensor) -> dict[int, int]:
+    """Whose sequence's each snapshot of the step is."""
+    found: dict[int, int] = {}
+    for b, start, end in items[:, [6, 1, 2]].unique(dim=0).tolist():
+        ended = plan.snapshot_table[b, start // plan.snapshot_page_size : -(-end // plan.snapshot_page_size)]
+        found |= dict.fromkeys(ended.tolist(), b)
     return found
 
 

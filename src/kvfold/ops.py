@@ -16,6 +16,7 @@ import torch
 from .checks import check_type
 from .plan import LIVE, StepPlan
 from .records import EntryCache
+from .snapshots import Snapshots
 from .spec import CompressorSpec
 from .state import FoldState
 from .window_state import WindowState
@@ -25,13 +26,18 @@ PLAN = (
     "Tensor items", "Tensor num_items", "Tensor? entry_slots", "Tensor! errors", "SymInt entry_capacity", "SymInt batch",
     "SymInt max_new_tokens", "SymInt ratio",
 )  # fmt: skip
+FOLD_PLAN = ("Tensor? state_slots", "Tensor? snapshot_table", "SymInt? snapshot_page_size")
 WINDOW_PLAN = ("Tensor entry_items", "Tensor cu_entries", "Tensor? kv_table", "Tensor? score_table", "SymInt? page_size")
 SPEC = ("str spec",)
-FOLD = ("Tensor kv_score", "Tensor! state_rows", "Tensor! positions", "SymInt rewind")
+STATE = ("Tensor! state_rows", "Tensor! positions", "SymInt rewind")
+SNAPSHOTS = ("Tensor!? snapshot_rows", "Tensor!? snapshot_positions", "SymInt? page_size")
+FOLD = ("Tensor kv_score", *STATE, *SNAPSHOTS)
 WINDOW = ("Tensor kv_score", "Tensor! kv", "Tensor! score")
 CACHE = ("Tensor!? storage", "Tensor!? scales", "str format", "SymInt rows_per_page", "float cache_scale")
 WEIGHTS = ("Tensor? ape", "Tensor? norm_weight", "Tensor? rope")
 HOW = ("str? backend", "bool? pdl")
+KEPT = ("Tensor snapshot_rows", "Tensor snapshot_positions", "SymInt page_size")  # SNAPSHOTS that are there, and only read
+HITS = ("Tensor slots", "Tensor pages", "Tensor start_pos", "Tensor! errors", "str? backend")
 UPDATE = (
     "Tensor start_pos", "Tensor cu_seqlens", "Tensor? state_slots", "Tensor? cache_block_table", "SymInt? rows_per_page",
     "Tensor! own_start_pos", "Tensor! own_cu_seqlens", "Tensor! cu_entries", "Tensor! items", "Tensor! num_items",
@@ -46,15 +52,15 @@ def compress(c, plan: StepPlan, rows: torch.Tensor | None, backend: str | None, 
     if isinstance(c.state, WindowState):
         torch.ops.kvfold.compress_window(*_plan(plan), *_window_plan(plan), *_window_state(c), *common)
     else:
-        torch.ops.kvfold.compress(*_plan(plan), plan.state_slots, *_fold_state(c), *common)
+        torch.ops.kvfold.compress(*_plan(plan), *_fold_plan(plan), *_fold(c), *common)
 
 
 def compress_many(pair: Sequence, plan: StepPlan, backend: str | None, pdl: bool | None) -> None:
     """`kvfold.compress_many` of two while it is traced."""
     flat = []
     for c in pair:
-        flat += [*_fold_state(c), _text(c.spec), *_cache(c.cache, c.spec), c.ape, c.norm_weight, c.rope]
-    torch.ops.kvfold.compress_many(*_plan(plan), plan.state_slots, *flat, backend, pdl)
+        flat += [*_fold(c), _text(c.spec), *_cache(c.cache, c.spec), c.ape, c.norm_weight, c.rope]
+    torch.ops.kvfold.compress_many(*_plan(plan), *_fold_plan(plan), *flat, backend, pdl)
 
 
 def store(
@@ -72,6 +78,21 @@ def store(
     torch.ops.kvfold.store(rows, *_plan(plan), _text(spec), *_cache(cache, spec), norm_weight, rope, backend, pdl)
 
 
+def restore(
+    state: FoldState,
+    snapshots: Snapshots,
+    slots: torch.Tensor,
+    pages: torch.Tensor,
+    start_pos: torch.Tensor,
+    errors: torch.Tensor,
+    backend: str | None,
+) -> None:
+    """`kvfold.restore` while it is traced."""
+    check_type("snapshots", snapshots, Snapshots)
+    kept = _snapshots(snapshots, state.spec)
+    torch.ops.kvfold.restore(_text(state.spec), *_state(state), *kept, slots, pages, start_pos, errors, backend)
+
+
 def update(plan: StepPlan, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
     """`StepPlan.update` while it is traced."""
     table = plan.cache_block_table
@@ -83,17 +104,17 @@ def update(plan: StepPlan, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) ->
     )  # fmt: skip
 
 
-def mark_static(*things: FoldState | WindowState | EntryCache | StepPlan | torch.Tensor) -> None:
+def mark_static(*things: FoldState | WindowState | EntryCache | Snapshots | StepPlan | torch.Tensor) -> None:
     """Says that these live as long as the compiled code: `torch.compile(mode="reduce-overhead")` needs it.
 
     CUDA graphs are left out by torch, with a warning, when a graph mutates an input that may be elsewhere at the next call.
     What hangs on the compiled `nn.Module`, its parameters and buffers and also states and caches that are attributes, is known
-    to stay. Arguments are not until they are marked: plans that are updated in place, and states, caches and `rows` that come
-    with a call. One that moves all the same costs a new recording.
+    to stay. Arguments are not until they are marked: plans that are updated in place, and states, caches, snapshots and
+    `rows` that come with a call. One that moves all the same costs a new recording.
     """
     for thing in things:
-        if not isinstance(thing, (FoldState, WindowState, EntryCache, StepPlan, torch.Tensor)):
-            raise TypeError(f"things must be states, caches, plans or tensors, got {type(thing).__name__}")
+        if not isinstance(thing, (FoldState, WindowState, EntryCache, Snapshots, StepPlan, torch.Tensor)):
+            raise TypeError(f"things must be states, caches, snapshots, plans or tensors, got {type(thing).__name__}")
         held = [thing] if isinstance(thing, torch.Tensor) else vars(thing).values()
         for value in held:
             for tensor in value if isinstance(value, tuple) else (value,):
@@ -112,6 +133,10 @@ def _plan(plan: StepPlan) -> tuple:
     )  # fmt: skip
 
 
+def _fold_plan(plan: StepPlan) -> tuple:
+    return plan.state_slots, plan.snapshot_table, plan.snapshot_page_size
+
+
 def _window_plan(plan: StepPlan) -> tuple:
     kv_table, score_table = plan.block_tables if plan.block_tables is not None else (None, None)
     return plan.entry_items, plan.cu_entries, kv_table, score_table, plan.page_size
@@ -122,13 +147,25 @@ def _text(spec: CompressorSpec) -> str:
     return spec._text
 
 
-def _fold_state(c) -> tuple:
+def _fold(c) -> tuple:
     check_type("state", c.state, FoldState)
-    if c.snapshots is not None:
-        raise ValueError("snapshots must be None when the call is traced: no operator takes them yet")
+    check_type("spec", c.spec, CompressorSpec)
     if c.state.spec._text != c.spec._text:
         raise ValueError(f"state must be for {c.spec}, got {c.state.spec}")
-    return c.kv_score, c.state.rows, c.state.positions, c.state.max_new_tokens
+    return c.kv_score, *_state(c.state), *_snapshots(c.snapshots, c.spec)
+
+
+def _state(state: FoldState) -> tuple:
+    return state.rows, state.positions, state.max_new_tokens
+
+
+def _snapshots(snapshots: Snapshots | None, spec: CompressorSpec) -> tuple:
+    if snapshots is None:
+        return None, None, None
+    check_type("snapshots", snapshots, Snapshots)
+    if snapshots.spec._text != spec._text:
+        raise ValueError(f"snapshots must be for {spec}, got {snapshots.spec}")
+    return snapshots.rows, snapshots.positions, snapshots.page_size
 
 
 def _window_state(c) -> tuple:
@@ -156,7 +193,7 @@ def _plan_of(items, num_items, entry_slots, errors, entry_capacity, batch, max_n
     plan.ratio, plan.max_new_tokens, plan.batch = ratio, max_new_tokens, batch
     plan.items, plan.num_items, plan.entry_slots, plan.errors = items, num_items, entry_slots, errors
     plan.item_capacity, plan.entry_capacity = items.shape[0], entry_capacity
-    plan.state_slots = plan.block_tables = plan.page_size = None
+    plan.state_slots = plan.block_tables = plan.page_size = plan.snapshot_table = plan.snapshot_page_size = None
     return plan
 
 
@@ -202,12 +239,16 @@ def _compressor_of(args: Sequence, kind: str):
     """A `Compressor` from the arguments of its state, spec, cache and weights, and the memory of its launcher."""
     from .compress import Compressor
 
-    kv_score, *state = args[: -len(SPEC + CACHE + WEIGHTS)]
-    (text,), flat_cache, weights = _cut(args[-len(SPEC + CACHE + WEIGHTS) :], SPEC, CACHE, WEIGHTS)
+    kv_score, *held = args[: -len(ONE)]
+    (text,), flat_cache, weights = _cut(args[-len(ONE) :], SPEC, CACHE, WEIGHTS)
     spec = _spec_of(text)
-    # A WindowState makes the scratch of its one call, where it needs any: a CUDA graph then has it in its own memory.
-    made = FoldState(spec, *state) if kind == "fold" else WindowState(*state)
-    return Compressor(kv_score, made, _cache_of(spec, *flat_cache), spec, *weights), _memory(kind, text, flat_cache[2])
+    cache, memory = _cache_of(spec, *flat_cache), _memory(kind, text, flat_cache[2])
+    if kind == "window":
+        # It makes the scratch of its one call, where it needs any: a CUDA graph then has it in its own memory.
+        return Compressor(kv_score, WindowState(*held), cache, spec, *weights), memory
+    state, (rows, positions, page_size) = _cut(held, STATE, SNAPSHOTS)
+    snapshots = None if rows is None else Snapshots(spec, rows, positions, page_size)
+    return Compressor(kv_score, FoldState(spec, *state), cache, spec, *weights, snapshots), memory
 
 
 def _cut(args: Sequence, *groups: tuple[str, ...]) -> list[Sequence]:
@@ -219,14 +260,13 @@ def _cut(args: Sequence, *groups: tuple[str, ...]) -> list[Sequence]:
 
 
 ONE = SPEC + CACHE + WEIGHTS
-SLOTS = ("Tensor? state_slots",)
 ROWS = ("Tensor!? rows",)
 
 
 def _compress(*args: object) -> None:
-    flat, (slots,), c, (rows,), how = _cut(args, PLAN, SLOTS, FOLD + ONE, ROWS, HOW)
+    flat, more, c, (rows,), how = _cut(args, PLAN, FOLD_PLAN, FOLD + ONE, ROWS, HOW)
     plan = _plan_of(*flat)
-    plan.state_slots = slots
+    plan.state_slots, plan.snapshot_table, plan.snapshot_page_size = more
     made, memory = _compressor_of(c, "fold")
     _call_compress(plan, [memory], [made], *how, rows=rows)
 
@@ -241,9 +281,9 @@ def _compress_window(*args: object) -> None:
 
 
 def _compress_many(*args: object) -> None:
-    flat, (slots,), first, second, how = _cut(args, PLAN, SLOTS, FOLD + ONE, FOLD + ONE, HOW)
+    flat, more, first, second, how = _cut(args, PLAN, FOLD_PLAN, FOLD + ONE, FOLD + ONE, HOW)
     plan = _plan_of(*flat)
-    plan.state_slots = slots
+    plan.state_slots, plan.snapshot_table, plan.snapshot_page_size = more
     made, memories = zip(*(_compressor_of(c, "fold") for c in (first, second)), strict=True)
     _call_compress(plan, [_memory("pair", *(c.spec for c in made)), memories[1]], made, *how)
 
@@ -254,6 +294,14 @@ def _store(rows: torch.Tensor, *args: object) -> None:
     flat, (text,), cache, weights, how = _cut(args, PLAN, SPEC, CACHE, WEIGHTS[1:], HOW)
     plan, spec = _plan_of(*flat), _spec_of(text)
     _run(plan, lambda: run_store(rows, plan, _cache_of(spec, *cache), spec, *weights, *how))
+
+
+def _restore(*args: object) -> None:
+    from .restore import run_restore
+
+    (text,), state, kept, hits = _cut(args, SPEC, STATE, KEPT, HITS)
+    spec = _spec_of(text)
+    run_restore(FoldState(spec, *state), Snapshots(spec, *kept), *hits)
 
 
 def _update(
@@ -289,8 +337,9 @@ def _named(group: tuple[str, ...], i: int) -> tuple[str, ...]:
 
 
 _LIBRARY = torch.library.Library("kvfold", "FRAGMENT")
-_define("compress", PLAN + SLOTS + FOLD + ONE + ROWS + HOW, _compress)
+_define("compress", PLAN + FOLD_PLAN + FOLD + ONE + ROWS + HOW, _compress)
 _define("compress_window", PLAN + WINDOW_PLAN + WINDOW + ONE + ROWS + HOW, _compress_window)
-_define("compress_many", PLAN + SLOTS + _named(FOLD + ONE, 0) + _named(FOLD + ONE, 1) + HOW, _compress_many)
+_define("compress_many", PLAN + FOLD_PLAN + _named(FOLD + ONE, 0) + _named(FOLD + ONE, 1) + HOW, _compress_many)
 _define("store", ("Tensor rows", *PLAN, *SPEC, *CACHE, *WEIGHTS[1:], *HOW), _store)
+_define("restore", SPEC + STATE + KEPT + HITS, _restore)
 _define("update", UPDATE, _update)

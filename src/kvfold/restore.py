@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .backend_torch import history_starts
-from .checks import check_tensor, check_type
+from .checks import check_tensor, check_type, traced
 from .compress import check_snapshots, choose_backend
 from .plan import MOST_POSITIONS
 from .snapshots import Snapshots
@@ -35,13 +35,32 @@ def restore(
             reads nothing, which is at the end of a window without overlap.
         start_pos: int32 `[n]`, multiples of `snapshots.page_size`; 0 for nothing to do.
         errors: int32 `[1]`, mutated: grows by one for each i that is refused: a slot, page or start that cannot be, or a
-            snapshot that is not of this start. The slot is left as it was then, with the rows of its former owner.
+            snapshot that is not of this start. The slot has forgotten its former owner then, so that a step which needs a row
+            of it is refused as well; a slot that cannot be leaves all slots as they were.
         backend: as for `compress`.
 
     Raises:
         TypeError, ValueError: naming the argument; nothing has been written then.
     """
     check_type("state", state, FoldState)
+    if traced(state.rows):
+        from . import ops
+
+        ops.restore(state, snapshots, slots, pages, start_pos, errors, backend)
+    else:
+        run_restore(state, snapshots, slots, pages, start_pos, errors, backend)
+
+
+def run_restore(
+    state: FoldState,
+    snapshots: Snapshots,
+    slots: torch.Tensor,
+    pages: torch.Tensor,
+    start_pos: torch.Tensor,
+    errors: torch.Tensor,
+    backend: str | None,
+) -> None:
+    """`restore` of real tensors: straight to the launch."""
     chosen = choose_backend(backend, "state", state.rows)
     device = state.device
     check_snapshots(snapshots, state)
@@ -69,7 +88,8 @@ def _restore_torch(
 ) -> None:
     """`restore` after its arguments were checked."""
     wanted = (slots != -1) & (start != 0)
-    fine = (slots >= 0) & (slots < state.num_slots) & (start > 0) & (start <= MOST_POSITIONS)
+    there = (slots >= 0) & (slots < state.num_slots)
+    fine = there & (start > 0) & (start <= MOST_POSITIONS)
     fine &= start % snapshots.page_size == 0
     h0 = history_starts(state.spec, state.kind, start)
     reads = fine & (h0 < start)
@@ -79,7 +99,7 @@ def _restore_torch(
         fine[known] = snapshots.positions[pages[known], row] == h0[known] + row
     errors += (wanted & ~fine).sum().int()
     fine &= wanted
-    state.positions[slots[fine]] = -1
+    state.positions[slots[wanted & there]] = -1
     for row in range(snapshots.rows_per_page):
         known = fine & reads
         slot, x = slots[known], h0[known] + row

@@ -58,6 +58,26 @@ def run_store(
     pdl: bool | None,
 ) -> None:
     """`store` of real tensors: straight to the launch."""
+    chosen = check_store(rows, plan, cache, spec, norm_weight, rope, backend)
+    if chosen == "torch":
+        store_torch(rows, plan, cache, spec, norm_weight, rope)
+    else:
+        from .kernels.launch import store_triton  # imports triton, which the torch backend does not need
+
+        store_triton(rows, plan, cache, spec, norm_weight, rope, pdl)
+
+
+def check_store(
+    rows: torch.Tensor,
+    plan: StepPlan,
+    cache: EntryCache,
+    spec: CompressorSpec,
+    norm_weight: torch.Tensor,
+    rope: torch.Tensor | None,
+    backend: str | None,
+) -> str:
+    """Checks the arguments of `store` and returns the backend to use."""
+    check_type("rows", rows, torch.Tensor)
     chosen = choose_backend(backend, "rows", rows)
     check_type("spec", spec, CompressorSpec)
     check_type("plan", plan, StepPlan)
@@ -65,9 +85,4 @@ def run_store(
     check_plan(plan, spec, rows.device)
     check_tensor("rows", rows, (plan.entry_capacity, spec.head_dim), (torch.bfloat16, torch.float32), rows.device)
     check_epilogue(plan, cache, spec, norm_weight, rope, rows.device)
-    if chosen == "torch":
-        store_torch(rows, plan, cache, spec, norm_weight, rope)
-    else:
-        from .kernels.launch import store_triton  # imports triton, which the torch backend does not need
-
-        store_triton(rows, plan, cache, spec, norm_weight, rope, pdl)
+    return chosen

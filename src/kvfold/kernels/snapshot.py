@@ -78,10 +78,10 @@ def restore_kernel(
     KIND: tl.constexpr, RATIO: tl.constexpr, HISTORY: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
     PART: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`restore`: one program for each row of each snapshot; the first of them sets the slot's tags.
+    """`restore`: one program for each row of each snapshot; the first of them sets the slot's tags, to -1 if it is refused.
 
-    ROWS: of a snapshot, each PARTS * PART elements. All programs of a snapshot come to the same verdict: none of them writes
-    what another one reads.
+    ROWS: of a snapshot, each PARTS * PART elements. All programs of a snapshot come to the same verdict, as they judge by
+    arguments and tags of the snapshot, which none of them writes. The slot's tags are written by one and read by none.
     """
     i = tl.program_id(0)
     r = tl.program_id(0) * 0
@@ -91,7 +91,8 @@ def restore_kernel(
     slot = tl.load(slots + i).to(tl.int64)
     start = tl.load(start_pos + i)
     wanted = (slot != -1) & (start != 0)
-    fine = (slot >= 0) & (slot < num_slots) & (start > 0) & (start <= MOST_POSITIONS) & (start % snap_page_size == 0)
+    there = (slot >= 0) & (slot < num_slots)
+    fine = there & (start > 0) & (start <= MOST_POSITIONS) & (start % snap_page_size == 0)
     # A step that starts at the end of a window without overlap reads nothing.
     reads = start * 0
     if ROWS > 0:
@@ -105,20 +106,21 @@ def restore_kernel(
             looked = (j < ROWS) & spread(fine & wanted & (reads > 0), BLOCK)
             tag = tl.load(snap_tags + page * ROWS + j, mask=looked, other=0)
             fine = fine & (tl.sum((looked & (tag != start - ROWS + j)).to(tl.int32), axis=0) == 0)
-    if wanted & fine:
-        row = slot * (ring + HISTORY)
-        if ROWS > 0:
-            if reads > 0:
-                to = state_rows + (row + (start - ROWS + r) % ring) * (PARTS * PART) + tl.arange(0, PART)
-                at = snap_rows + (page * ROWS + r) * (PARTS * PART) + tl.arange(0, PART)
-                for p in tl.static_range(PARTS):
-                    tl.store(to + p * PART, tl.load(at + p * PART))
-        if r == 0:
-            # Home h belongs to the last position before the start that lives there, and holds it if the step reads it.
-            for base in range(0, ring + HISTORY, BLOCK):
-                home = base + tl.arange(0, BLOCK)
-                back = ((start - 1) % ring - home + ring) % ring
-                tag = tl.where((home < ring) & (back < reads), start - 1 - back, -1)
-                tl.store(state_tags + row + home, tag, mask=home < ring + HISTORY)
+    reads = tl.where(fine, reads, 0)
+    row = slot * (ring + HISTORY)
+    if ROWS > 0:
+        if wanted & (reads > 0):
+            to = state_rows + (row + (start - ROWS + r) % ring) * (PARTS * PART) + tl.arange(0, PART)
+            at = snap_rows + (page * ROWS + r) * (PARTS * PART) + tl.arange(0, PART)
+            for p in tl.static_range(PARTS):
+                tl.store(to + p * PART, tl.load(at + p * PART))
+    if wanted & there & (r == 0):
+        # Home h belongs to the last position before the start that lives there, and holds it if the step reads it.
+        last = tl.maximum(start, 1) - 1
+        for base in range(0, ring + HISTORY, BLOCK):
+            home = base + tl.arange(0, BLOCK)
+            back = (last % ring - home + ring) % ring
+            tag = tl.where((home < ring) & (back < reads), last - back, -1)
+            tl.store(state_tags + row + home, tag, mask=home < ring + HISTORY)
     if wanted & (fine == 0) & (r == 0):
         tl.atomic_add(errors, 1)

@@ -1,0 +1,37 @@
+"""`kvfold replay`: a call from a file, made again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+def replay(
+    file: Annotated[Path, typer.Argument(help="A file that kvfold.dump wrote.")],
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: cuda where there is one.")] = None,
+    backend: Annotated[str | None, typer.Option(help="triton or torch; default: as dumped, or the device's own.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare with the torch backend and fp64; exit code 1 if wrong.")
+    ] = False,
+) -> None:
+    """Makes a dumped call again and says what it was, and with --check whether and where it is wrong."""
+    import torch
+
+    from ..replay import replay as again
+
+    console = Console()
+    try:
+        if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"--device must be cpu (no GPU here), got {device!r}")
+        made = again(file, device=device, backend=backend)
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from None
+    console.print(str(made), soft_wrap=True, highlight=False, markup=False)
+    if check:
+        report = made.check()
+        console.print(str(report), soft_wrap=True, highlight=False, markup=False)
+        if not report.equal:
+            raise typer.Exit(1)

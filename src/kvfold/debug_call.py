@@ -1,0 +1,149 @@
+"""A call as a value: its arguments, checked; copies of what it writes, which kernels cannot tell from the originals."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from .compress import Compressor, check_compress, check_many, compress, compress_many, compressors_of
+from .debug_compare import UNWRITTEN
+from .plan import StepPlan
+from .records import EntryCache
+from .snapshots import Snapshots
+from .spec import CompressorSpec
+from .state import FoldState
+from .store import check_store, store
+from .window_state import WindowState
+
+PLAN_TENSORS = (
+    "start_pos", "cu_seqlens", "state_slots", "cache_block_table", "entry_slots", "snapshot_table", "cu_entries", "items",
+    "num_items", "entry_items", "errors",
+)  # fmt: skip
+
+
+@dataclass
+class Call:
+    """One call of `compress`, `compress_many` or `store`.
+
+    Attributes:
+        name: of the function.
+        compressors: of `store` it is one without state, whose `kv_score` are the pooled rows.
+        rows: of `compress`: where the pooled rows go, or None.
+        backend: the chosen one.
+    """
+
+    name: str
+    compressors: tuple[Compressor, ...]
+    plan: StepPlan
+    rows: torch.Tensor | None
+    backend: str
+    pdl: bool | None = None
+
+    @classmethod
+    def of(
+        cls,
+        kv_score: torch.Tensor | Sequence[Compressor | tuple],
+        plan: StepPlan,
+        state: FoldState | WindowState | EntryCache | None,
+        cache: EntryCache | None,
+        *,
+        spec: CompressorSpec | None,
+        ape: torch.Tensor | None,
+        norm_weight: torch.Tensor | None,
+        rope: torch.Tensor | None,
+        rows: torch.Tensor | None,
+        snapshots: Snapshots | None,
+        backend: str | None,
+    ) -> Call:
+        """From the arguments of any of the three, which tell them apart. Raises what the call itself would."""
+        if isinstance(kv_score, Sequence):
+            given = {"state": state, "cache": cache, "spec": spec, "ape": ape, "norm_weight": norm_weight, "rope": rope}
+            _leave_out(given | {"rows": rows, "snapshots": snapshots}, "when compressors are given")
+            made = compressors_of(kv_score)
+            return cls("compress_many", tuple(made), plan, None, check_many(made, plan, backend))
+        if isinstance(state, EntryCache):
+            _leave_out({"cache": cache, "ape": ape, "rows": rows, "snapshots": snapshots}, "for a store")
+            chosen = check_store(kv_score, plan, state, spec, norm_weight, rope, backend)
+            return cls("store", (Compressor(kv_score, None, state, spec, None, norm_weight, rope),), plan, None, chosen)
+        c = Compressor(kv_score, state, cache, spec, ape, norm_weight, rope, snapshots)
+        return cls("compress", (c,), plan, rows, check_compress(c, plan, rows, backend))
+
+    def run(self) -> None:
+        """Makes the call."""
+        how, c = {"backend": self.backend, "pdl": self.pdl}, self.compressors[0]
+        weights = {"spec": c.spec, "norm_weight": c.norm_weight, "rope": c.rope}
+        if self.name == "compress_many":
+            compress_many(self.compressors, self.plan, **how)
+        elif self.name == "store":
+            store(c.kv_score, self.plan, c.cache, **weights, **how)
+        else:
+            weights |= {"ape": c.ape, "rows": self.rows, "snapshots": c.snapshots}
+            compress(c.kv_score, self.plan, c.state, c.cache, **weights, **how)
+
+    def on_copies(self, rows: torch.dtype | None, backend: str) -> Call:
+        """The call, made on copies; its `plan.errors` count from 0, and rows of entries that are not made keep `UNWRITTEN`."""
+        made, plan, out = tuple(map(_copy, self.compressors)), _copy_plan(self.plan), None
+        plan.errors.zero_()
+        if rows is not None:
+            shape, device = (plan.entry_capacity, self.compressors[0].spec.head_dim), plan.items.device
+            whole = torch.full(shape, UNWRITTEN, dtype=torch.int32, device=device)
+            out = (whole << 16).view(rows) if rows == torch.float32 else whole.short().view(rows)
+        new = replace(self, compressors=made, plan=plan, rows=out, backend=backend)
+        new.run()
+        return new
+
+    def alone(self, i: int) -> Call:
+        """`compress` of compressor i by itself, which has the same bits."""
+        return replace(self, name="compress", compressors=(self.compressors[i],), rows=None)
+
+
+def _leave_out(arguments: dict[str, object], why: str) -> None:
+    for name, value in arguments.items():
+        if value is not None:
+            raise TypeError(f"{name} must be left out {why}, got {type(value).__name__}")
+
+
+def _copy(c: Compressor) -> Compressor:
+    state, cache, snapshots = c.state, c.cache, c.snapshots
+    if isinstance(state, FoldState):
+        state = FoldState(state.spec, _twin(state.rows), _twin(state.positions), state.max_new_tokens)
+    elif isinstance(state, WindowState):
+        state = WindowState(_twin(state.kv), _twin(state.score))
+    if cache is not None:
+        scales = None if cache.scale_pages is None else _twin(cache.scale_pages)
+        cache = EntryCache(_twin(cache.pages), cache.format, cache.rows_per_page, cache.spec, scales=scales, scale=cache.scale)
+    if snapshots is not None:
+        copies = _twin(snapshots.rows), _twin(snapshots.positions)
+        snapshots = Snapshots(snapshots.spec, *copies, snapshots.page_size)
+    return c._replace(state=state, cache=cache, snapshots=snapshots)
+
+
+def _copy_plan(plan: StepPlan) -> StepPlan:
+    new = copy.copy(plan)
+    for name in PLAN_TENSORS:
+        tensor = getattr(plan, name)
+        setattr(new, name, None if tensor is None else tensor.clone())
+    new.block_tables = None if plan.block_tables is None else tuple(table.clone() for table in plan.block_tables)
+    new._launcher, new.fresh = None, True
+    return new
+
+
+def _twin(x: torch.Tensor) -> torch.Tensor:
+    return laid_out(x.shape, x.stride(), x.data_ptr() % 16, x.dtype, x.device).copy_(x)
+
+
+def laid_out(
+    shape: Sequence[int], stride: Sequence[int], address: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Zeros of which address and strides are, mod 16, what kernels are chosen by; gaps between pages shrink."""
+    if 0 in shape:
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    outer, *inner = stride
+    span = 1 + sum((n - 1) * s for n, s in zip(shape[1:], inner, strict=True))
+    outer = span + (outer - span) % 16 if outer >= span else outer
+    size = (span + (shape[0] - 1) * outer) * dtype.itemsize
+    flat = torch.zeros(size + 16, dtype=torch.uint8, device=device)
+    return flat[address : address + size].view(dtype).as_strided(shape, (outer, *inner))
