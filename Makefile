@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test aot lint format clean
+.PHONY: demo test aot hub lint format clean
 
 demo: $(READY)
 	$(BIN)/kvfold demo --out demo-out
@@ -15,6 +15,10 @@ test: $(READY)
 # Every kernel for every GPU that Triton knows how to build for; needs none of them, and about twenty minutes on two cores.
 aot: $(READY)
 	$(BIN)/python -m kvfold.kernels.aot --all
+
+# kvfold as a repository of the Hugging Face Hub, in hub/; standard library only.
+hub:
+	$(PYTHON) packaging/hub.py hub
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -31,4 +35,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) demo-out
+	rm -rf $(VENV) demo-out hub
