@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test aot hub lint format clean
+.PHONY: demo test aot wheel hub lint format clean
 
 demo: $(READY)
 	$(BIN)/kvfold demo --out demo-out
@@ -15,6 +15,12 @@ test: $(READY)
 # Every kernel for every GPU that Triton knows how to build for; needs none of them, and about twenty minutes on two cores.
 aot: $(READY)
 	$(BIN)/python -m kvfold.kernels.aot --all
+
+# The wheel, by way of the source distribution, and a new user's first steps with it in an environment of its own.
+wheel: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build --quiet
+	$(PYTHON) packaging/smoke.py dist/*.whl dist/environment
 
 # kvfold as a repository of the Hugging Face Hub, in hub/; standard library only.
 hub:
@@ -35,4 +41,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) demo-out hub
+	rm -rf $(VENV) demo-out dist hub

@@ -1,6 +1,6 @@
 """Writes kvfold as a kernel repository of the Hugging Face Hub: `python packaging/hub.py FOLDER`, or `make hub`.
 
-    README.md                    the repository's card
+    README.md, LICENSE           the repository's card
     build.toml                   for kernel-builder, with
     torch-ext/kvfold/            the package it builds from, and
     build/torch-cpu/, -cuda/, -rocm/    what `kernels.get_kernel` loads, ready to upload: the package itself and
@@ -116,6 +116,7 @@ def layout() -> dict[str, bytes]:
         made |= {f"build/torch-{backend}/{name}": data for name, data in variant(files, backend, version).items()}
     backends = ", ".join(f'"{backend}"' for backend in BACKENDS)
     made["build.toml"] = BUILD.format(version=version, backends=backends).encode()
+    made["LICENSE"] = (ROOT / "LICENSE").read_bytes()
     made["README.md"] = CARD.format(version=version, release=release).encode()
     return made
 
