@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test aot docs lint format clean
+.PHONY: demo test aot docs wheel hub lint format clean
 
 demo: $(READY)
 	$(BIN)/kvfold demo --out demo-out
@@ -19,6 +19,16 @@ aot: $(READY)
 # Tables, pictures and marked parts of the documents, from results, formats and configurations.
 docs: $(READY)
 	$(BIN)/python benchmarks/documents.py
+
+# The wheel, by way of the source distribution, and a new user's first steps with it in an environment of its own.
+wheel: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build --quiet
+	$(PYTHON) packaging/smoke.py dist/*.whl dist/environment
+
+# kvfold as a repository of the Hugging Face Hub, in hub/; standard library only.
+hub:
+	$(PYTHON) packaging/hub.py hub
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -35,4 +45,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) demo-out
+	rm -rf $(VENV) demo-out dist hub

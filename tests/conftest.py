@@ -10,8 +10,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, so before kvfold is
 
+import fast_interpreter
 from helpers import Backend
 from hypothesis import HealthCheck, settings
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    fast_interpreter.install()
 
 # The tensors are small, and pytest-xdist already fills the cores: more threads only spin against each other.
 torch.set_num_threads(1)

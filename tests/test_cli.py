@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import kvfold
 from kvfold import backend_torch, demo
 from kvfold.cli import app
-from kvfold.commands import bench
+from kvfold.commands import bench, show
 from kvfold.integrations import transformers_cache
 from kvfold.records import FORMATS
 
@@ -32,8 +32,8 @@ def text(tmp_path):
     return path
 
 
-def call(*args):
-    return CliRunner().invoke(app, [str(arg) for arg in args], env={"COLUMNS": "140"})
+def call(*args, columns=140):
+    return CliRunner().invoke(app, [str(arg) for arg in args], env={"COLUMNS": str(columns)})
 
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -76,6 +76,17 @@ def test_default_text_is_the_design():
     assert path.name == "DESIGN.md" and tokens.shape == (1, demo.MOST_TOKENS)
 
 
+def test_default_text_where_the_repository_is_not(tmp_path, monkeypatch):
+    """A wheel has no DESIGN.md; one that lies where a wheel is installed is not ours."""
+    installed = tmp_path / "lib" / "site-packages" / "kvfold" / "demo.py"
+    installed.parent.mkdir(parents=True)
+    installed.write_bytes(Path(demo.__file__).read_bytes())
+    (tmp_path / "lib" / "DESIGN.md").write_text("not ours " * 1000)
+    monkeypatch.setattr(demo, "__file__", str(installed))
+    tokens, path = demo.read_text(None)
+    assert path == installed and tokens.shape == (1, demo.MOST_TOKENS)
+
+
 def test_differences_do_not_hide_a_nan():
     assert not demo.largest(torch.tensor([0.0, float("nan")]), torch.zeros(2)) <= demo.BOUND
     assert demo.largest(torch.empty(0), torch.empty(0)) == 0
@@ -91,6 +102,27 @@ def test_info_names_every_format():
     result = call("info")
     assert result.exit_code == 0
     assert all(name in result.output for name in FORMATS) and torch.__version__.split("+")[0] in result.output
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+@pytest.mark.parametrize("arguments", [("info",), ("info", "--formats")])
+def test_tables_are_whole_at_any_width(arguments, columns):
+    output = call(*arguments, columns=columns).output
+    assert "\u2026" not in output and max(map(len, output.splitlines())) <= columns
+    words = set(output.split())
+    assert {*FORMATS} <= words and "TensorRT-LLM," in words
+
+
+def test_a_pipe_has_no_width(capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    cells = ["word " * 20, "word " * 15]
+    show.print_table(show.make_console(), "", ("first", "second"), [cells])
+    assert cells[0].strip() in capsys.readouterr().out  # in one line
+
+
+def test_version():
+    result = call("--version")
+    assert (result.exit_code, result.output) == (0, f"kvfold {kvfold.__version__}\n")
 
 
 def test_python_m_kvfold_and_missing_extras():
@@ -151,7 +183,10 @@ def test_explain_prints_entries_rows_and_bytes():
     ):
         result = call("explain", spec, "--start", 0, "--new", 1)
         assert result.exit_code == 2 and words in result.output, result.output
-    assert call("explain", "hca", "--start", -1, "--new", 1).exit_code == 2
+    step = ("explain", "hca", "--start", 0, "--new", 1)
+    for option, value in (("--start", -1), ("--new", 0), ("--format", "nope"), ("--state", "x"), ("--rows-per-page", 0)):
+        result = call(*step, option, value)
+        assert result.exit_code == 2 and f"{option} must be" in result.output, result.output
 
 
 def test_replay_says_what_a_call_was(tmp_path, monkeypatch):

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 try:
     import typer
 
+    from . import __version__
     from .commands import bench, demo, explain, info, replay, verify
 except ImportError as error:
     if (error.name or "").partition(".")[0] not in ("typer", "rich"):
         raise
     raise ImportError(f"kvfold's command line needs {error.name}: pip install 'kvfold[cli]'") from error
 
-app = typer.Typer(help="GPU kernels for DeepSeek-V4's KV-cache compressor.", no_args_is_help=True, add_completion=False)
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"kvfold {__version__}")
+        raise typer.Exit
+
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
 for command in (info.info, verify.verify, explain.explain, replay.replay, bench.bench, demo.demo):
     app.command()(command)
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it and exit.")] = False,
+) -> None:
+    """GPU kernels for DeepSeek-V4's KV-cache compressor."""

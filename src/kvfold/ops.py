@@ -21,6 +21,10 @@ from .spec import CompressorSpec
 from .state import FoldState
 from .window_state import WindowState
 
+# Operators are global to a process: each copy of the package, loaded under a name of its own, has its own.
+NAMESPACE = __package__.replace(".", "_")
+OPS = getattr(torch.ops, NAMESPACE)
+
 # Groups of arguments. A `!` marks what is mutated; `_define` gives each its own alias letter.
 PLAN = (
     "Tensor items", "Tensor num_items", "Tensor? entry_slots", "Tensor! errors", "SymInt entry_capacity", "SymInt batch",
@@ -50,9 +54,9 @@ def compress(c, plan: StepPlan, rows: torch.Tensor | None, backend: str | None, 
     """`kvfold.compress` while it is traced; `c` is its `Compressor`."""
     common = (_text(c.spec), *_cache(c.cache, c.spec), c.ape, c.norm_weight, c.rope, rows, backend, pdl)
     if isinstance(c.state, WindowState):
-        torch.ops.kvfold.compress_window(*_plan(plan), *_window_plan(plan), *_window_state(c), *common)
+        OPS.compress_window(*_plan(plan), *_window_plan(plan), *_window_state(c), *common)
     else:
-        torch.ops.kvfold.compress(*_plan(plan), *_fold_plan(plan), *_fold(c), *common)
+        OPS.compress(*_plan(plan), *_fold_plan(plan), *_fold(c), *common)
 
 
 def compress_many(pair: Sequence, plan: StepPlan, backend: str | None, pdl: bool | None) -> None:
@@ -60,7 +64,7 @@ def compress_many(pair: Sequence, plan: StepPlan, backend: str | None, pdl: bool
     flat = []
     for c in pair:
         flat += [*_fold(c), _text(c.spec), *_cache(c.cache, c.spec), c.ape, c.norm_weight, c.rope]
-    torch.ops.kvfold.compress_many(*_plan(plan), *_fold_plan(plan), *flat, backend, pdl)
+    OPS.compress_many(*_plan(plan), *_fold_plan(plan), *flat, backend, pdl)
 
 
 def store(
@@ -75,7 +79,7 @@ def store(
 ) -> None:
     """`kvfold.store` while it is traced."""
     check_type("cache", cache, EntryCache)
-    torch.ops.kvfold.store(rows, *_plan(plan), _text(spec), *_cache(cache, spec), norm_weight, rope, backend, pdl)
+    OPS.store(rows, *_plan(plan), _text(spec), *_cache(cache, spec), norm_weight, rope, backend, pdl)
 
 
 def restore(
@@ -90,13 +94,13 @@ def restore(
     """`kvfold.restore` while it is traced."""
     check_type("snapshots", snapshots, Snapshots)
     kept = _snapshots(snapshots, state.spec)
-    torch.ops.kvfold.restore(_text(state.spec), *_state(state), *kept, slots, pages, start_pos, errors, backend)
+    OPS.restore(_text(state.spec), *_state(state), *kept, slots, pages, start_pos, errors, backend)
 
 
 def update(plan: StepPlan, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
     """`StepPlan.update` while it is traced."""
     table = plan.cache_block_table
-    torch.ops.kvfold.update(
+    OPS.update(
         start_pos, cu_seqlens, plan.state_slots, table, plan.rows_per_page, plan.start_pos, plan.cu_seqlens, plan.cu_entries,
         plan.items, plan.num_items, plan.entry_items,
         plan.entry_slots if table is not None else None,  # otherwise it is the caller's, and only read
@@ -326,7 +330,7 @@ def _define(name: str, arguments: tuple[str, ...], run: Callable[..., None]) -> 
     schema, letters = [], iter("abcdefghijklmnopqrstuvwxyz")
     for argument in arguments:
         schema.append(argument.replace("!", f"({next(letters)}!)") if "!" in argument else argument)
-    name = f"kvfold::{name}"
+    name = f"{NAMESPACE}::{name}"
     torch.library.define(name, f"({', '.join(schema)}) -> ()", tags=(torch.Tag.pt2_compliant_tag,), lib=_LIBRARY)
     torch.library.impl(name, "CompositeExplicitAutograd", run, lib=_LIBRARY)
     torch.library.register_fake(name, lambda *args: None, lib=_LIBRARY)
@@ -336,7 +340,7 @@ def _named(group: tuple[str, ...], i: int) -> tuple[str, ...]:
     return tuple(f"{argument}_{i}" for argument in group)
 
 
-_LIBRARY = torch.library.Library("kvfold", "FRAGMENT")
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _define("compress", PLAN + FOLD_PLAN + FOLD + ONE + ROWS + HOW, _compress)
 _define("compress_window", PLAN + WINDOW_PLAN + WINDOW + ONE + ROWS + HOW, _compress_window)
 _define("compress_many", PLAN + FOLD_PLAN + _named(FOLD + ONE, 0) + _named(FOLD + ONE, 1) + HOW, _compress_many)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from kvfold.spec import CompressorSpec
+    from .spec import CompressorSpec
 
 
 def pooled(kv_score: Tensor, spec: CompressorSpec, ape: Tensor | None, dtype: torch.dtype = torch.float64) -> Tensor:

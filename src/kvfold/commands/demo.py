@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from .show import make_console
 
 
 def demo(
-    text: Annotated[Path | None, typer.Option(help="File to read as bytes; default: the repository's DESIGN.md.")] = None,
+    text: Annotated[Path | None, typer.Option(help="File to read as bytes; default: kvfold's DESIGN.md, or a module.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     drafts: Annotated[int, typer.Option(min=0, max=64, help="Proposed tokens per step in the draft run.")] = 4,
     seed: Annotated[int, typer.Option(help="Of weights, chunk sizes and rejected drafts.")] = 0,
@@ -20,7 +21,7 @@ def demo(
     decode: Annotated[int | None, typer.Option(hidden=True, min=1, help="Of these, decoded one by one.")] = None,
 ) -> None:
     """Runs a small DeepSeek-V4 on a text, with transformers' compressors and with kvfold, and compares everything."""
-    console = Console()
+    console = make_console()
     try:
         from .. import demo as job
         from ..demo_plot import draw

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+
+from .show import make_console, print_table
 
 if TYPE_CHECKING:
     from ..explain import Explanation, Row
     from ..spec import CompressorSpec
 
+# What `kvfold.explain` calls its arguments, as the options are called here.
+OPTIONS = {
+    name: "--" + name.replace("_", "-") for name in ("start", "new", "max_new_tokens", "rows_per_page", "state", "page_size")
+}
+OPTIONS["fmt"] = "--format"
 SHOWN = 12  # rows of a table before its middle is left out
 
 
@@ -36,8 +42,9 @@ def explain(
             page_size=page_size,
         )  # fmt: skip
     except (TypeError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from None
-    _show(said, fmt, Console())
+        name, _, rest = str(error).partition(" ")
+        raise typer.BadParameter(f"{OPTIONS.get(name, name)} {rest}") from None
+    _show(said, fmt, make_console())
 
 
 def parse_spec(text: str) -> CompressorSpec:
@@ -77,18 +84,16 @@ def _show(said: Explanation, fmt: str | None, console: Console) -> None:
     console.print(f"{kept}: {said.new} tokens, positions {said.start} to {end - 1}", soft_wrap=True, highlight=False)
     bytes_of = [f"bytes as {fmt}"] if fmt else []
     overlap = ["lo half of"] if spec.overlap else []
-    console.print(f"Entries: {len(said.entries)}", highlight=False)
-    table = Table("entry", *overlap, "hi half of" if spec.overlap else "positions", "RoPE at", "page, row", *bytes_of)
+    columns = ("entry", *overlap, "hi half of" if spec.overlap else "positions", "RoPE at", "page, row", *bytes_of)
     cells = []
     for e in said.entries:
         lo = [_span(e.lo) if e.lo else "none"] if spec.overlap else []
         spans = ["\n".join(f"{s.buffer} {s.page}: {s.what} {s.start}..{s.stop - 1}" for s in e.spans)] if fmt else []
         cells.append([str(e.window), *lo, _span(e.hi), str(e.position), f"{e.page}, {e.row}", *spans])
-    _print(console, table, cells)
+    _print(console, f"Entries: {len(said.entries)}", columns, cells)
     for title, rows in (("reads", said.reads), ("writes", said.writes), ("empties", said.emptied)):
         if rows or title != "empties":
-            console.print(f"State rows that it {title}: {len(rows)}", highlight=False)
-            _print(console, Table("position", "state row"), _places(rows))
+            _print(console, f"State rows that it {title}: {len(rows)}", ("position", "state row"), _places(rows))
     starts = ", ".join(_runs(said.starts)) + (", or the first position of any window before" if said.any_window else "")
     console.print(f"The next step can start at: {starts}", soft_wrap=True, highlight=False)
 
@@ -115,13 +120,11 @@ def _runs(positions: Iterable[int]) -> list[str]:
     return [str(a) if a == b else f"{a} to {b}" for a, b in found]
 
 
-def _print(console: Console, table: Table, cells: list[list[str]]) -> None:
+def _print(console: Console, title: str, columns: Sequence[str], cells: list[list[str]]) -> None:
     half = SHOWN // 2
-    if not cells:
-        return
+    console.print(title, highlight=False)
     if len(cells) > SHOWN:
-        left = [f"... {len(cells) - SHOWN} more", *[""] * (len(cells[0]) - 1)]
+        left = [f"... {len(cells) - SHOWN} more", *[""] * (len(columns) - 1)]
         cells = [*cells[:half], left, *cells[-half:]]
-    for row in cells:
-        table.add_row(*row)
-    console.print(table)
+    if cells:
+        print_table(console, "", columns, cells)
