@@ -23,6 +23,12 @@ def check_int(name: str, value: object, low: int, high: int) -> None:
         raise ValueError(f"{name} must be from {low} to {high}, got {value}")
 
 
+def check_switch(name: str, value: object) -> None:
+    """True, False or None."""
+    if value is not None and value is not True and value is not False:
+        raise TypeError(f"{name} must be a bool or None, got {type(value).__name__}")
+
+
 def check_dtype(name: str, tensor: torch.Tensor, accepted: tuple[torch.dtype, ...]) -> None:
     if tensor.dtype not in accepted:
         names = " or ".join(str(dtype) for dtype in accepted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .checks import check_device, check_dtype, check_int, check_shape, check_type
+from .overlap import Place, check_apart
 from .spec import CompressorSpec
 from .state import history_start, state_kind
 
@@ -47,6 +48,7 @@ class Snapshots:
         for name, tensor in (("rows", rows), ("positions", positions)):
             if not tensor.is_contiguous():
                 raise ValueError(f"{name} must be contiguous, got strides {tuple(tensor.stride())}")
+        check_apart((Place("rows", rows, written=True), Place("positions", positions, written=True)))
         self.spec, self.rows, self.positions, self.page_size = spec, rows, positions, page_size
 
     @classmethod

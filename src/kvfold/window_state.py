@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .checks import check_device, check_dtype, check_int, check_shape, check_type
+from .overlap import Place, check_apart
 from .spec import CompressorSpec
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -53,10 +54,12 @@ class WindowState:
         check_device("score", score, kv.device)
         _check_strides("kv", kv)
         _check_strides("score", score)
+        check_apart((Place("score", score, written=True), Place("kv", kv, written=True)))
         self.kv = kv
         self.score = score
         self._last: tuple = (None,)  # what the last call asked for, and its launcher: kernels/launch.py
         self._checked: tuple = ()  # what the last call's tensors were: compress.py
+        self._bounds: list[int] = []  # of those in memory
         self._workspaces: list = []  # scratch of the kernels, made once and kept for the next call
         self._recorded: list = []  # the same for calls that made theirs while they were recorded in a CUDA graph
 
