@@ -35,6 +35,17 @@ def check_dtype(name: str, tensor: torch.Tensor, accepted: tuple[torch.dtype, ..
         raise TypeError(f"{name} must be {names}, got {tensor.dtype}")
 
 
+def check_dense(name: str, tensor: torch.Tensor) -> None:
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+
+
+def check_contiguous(name: str, tensor: torch.Tensor) -> None:
+    check_dense(name, tensor)
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {tuple(tensor.stride())}")
+
+
 def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...]) -> None:
     """`None` in `shape` accepts any size there."""
     have = tensor.shape
@@ -66,5 +77,4 @@ def check_tensor(
     check_dtype(name, tensor, accepted)
     check_shape(name, tensor, shape)
     check_device(name, tensor, device)
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got strides {tuple(tensor.stride())}")
+    check_contiguous(name, tensor)

@@ -10,7 +10,7 @@ import torch
 
 from .backend_torch import compress_torch
 from .backend_window import compress_window_torch
-from .checks import check_device, check_dtype, check_shape, check_switch, check_tensor, check_type, traced
+from .checks import check_dense, check_device, check_dtype, check_shape, check_switch, check_tensor, check_type, traced
 from .overlap import Place, check_apart, is_outside
 from .plan import StepPlan
 from .records import EntryCache
@@ -234,6 +234,7 @@ def _check(c: Compressor, plan: StepPlan, rows: torch.Tensor | None) -> None:
         check_shape("kv_score", kv_score, (None, 2 * spec.channels))
     if shape[0] > MOST_TOKENS:
         raise ValueError(f"kv_score must have at most {MOST_TOKENS} rows, got {shape[0]}")
+    check_dense("kv_score", kv_score)
     if shape[0] and kv_score.stride(1) != 1:
         raise ValueError(f"kv_score must be contiguous in its last dimension, got strides {tuple(kv_score.stride())}")
     check_plan(plan, spec, device)

@@ -154,8 +154,8 @@ class StepPlan:
                 plan.item_capacity = max(plan.item_capacity, enough)
         if batch * plan.windows_per_sequence > _INT32_MAX or plan.item_capacity > MOST_ITEMS:
             raise ValueError(
-                f"max_new_tokens={max_new_tokens} and max_tokens={max_tokens} must allow at most {MOST_ITEMS} windows of {ratio} "
-                f"in {batch} sequences"
+                f"max_new_tokens={max_new_tokens} and max_tokens={max_tokens} must mean at most {MOST_ITEMS} windows "
+                f"of {ratio} in {batch} sequences"
             )
         plan.state_slots, plan.block_tables, plan.page_size = state_slots, block_tables, page_size
         plan.cache_block_table = cache_block_table

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .checks import check_device, check_int, check_type
+from .checks import check_dense, check_device, check_int, check_type
 from .overlap import Place, check_apart
 from .spec import CompressorSpec
 
@@ -315,6 +315,7 @@ def _number(name: str, value: object) -> float:
 
 def _byte_pages(name: str, storage: torch.Tensor, page_bytes: int, unit: int) -> torch.Tensor:
     """The pages as uint8 `[num_pages, page_bytes]`, checked to be dense, disjoint and aligned to `unit` bytes."""
+    check_dense(name, storage)
     if storage.dim() < 2:
         raise ValueError(f"{name} must have a page dimension and one more, got shape {list(storage.shape)}")
     num_pages, item = storage.shape[0], storage.element_size()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .checks import check_device, check_dtype, check_int, check_shape, check_type
+from .checks import check_contiguous, check_device, check_dtype, check_int, check_shape, check_type
 from .overlap import Place, check_apart
 from .spec import CompressorSpec
 
@@ -55,8 +55,7 @@ class FoldState:
         check_shape("positions", positions, (rows.shape[0], per_slot))
         check_device("positions", positions, rows.device)
         for name, tensor in (("rows", rows), ("positions", positions)):
-            if not tensor.is_contiguous():
-                raise ValueError(f"{name} must be contiguous, got strides {tuple(tensor.stride())}")
+            check_contiguous(name, tensor)
         check_apart((Place("rows", rows, written=True), Place("positions", positions, written=True)))
         self.rows = rows
         self.positions = positions

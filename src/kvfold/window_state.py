@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .checks import check_device, check_dtype, check_int, check_shape, check_type
+from .checks import check_dense, check_device, check_dtype, check_int, check_shape, check_type
 from .overlap import Place, check_apart
 from .spec import CompressorSpec
 
@@ -21,6 +21,8 @@ class WindowState:
     A row is kept until it is overwritten, so drafts are rejected by calling again with a smaller `start_pos`, and a prefix is
     shared by sharing its pages. Nothing is read that a call did not write: old contents do not matter, not even NaN. There are
     no tags: only the engine knows whether the row of an earlier position is still there; -1 in its tables says "no page".
+    The pages of an `EntryCache` may be of the same allocation: whose page is which only the engine's tables say, so that a
+    shared byte is no mistake there, as it is between any two other tensors of a call.
 
     The bits of an entry depend on no cut of its sequence, batch, order, table or page size. The rows of a window are summed in
     an order that the compiler makes of the width of memory accesses, so on a GPU there is one such promise for calls in which
@@ -115,6 +117,7 @@ class WindowState:
 
 def _check_strides(name: str, pool: torch.Tensor) -> None:
     """Channels side by side, rows and pages anywhere but on top of one another."""
+    check_dense(name, pool)
     if pool.numel() == 0:
         return
     if pool.shape[2] > 1 and pool.stride(2) != 1:
