@@ -16,7 +16,7 @@ from torch import Tensor
 
 import kvfold
 from kvfold import EntryCache, FoldState, Snapshots, StepPlan, WindowState
-from kvfold.overlap import extent, is_outside, share_bytes
+from kvfold.overlap import extent, find_room, share_bytes
 
 SPEC = KINDS["rows"][0]
 
@@ -52,16 +52,13 @@ def test_share_bytes_is_exact(one: Any, other: Any) -> None:
 
 
 def test_bounds() -> None:
-    for start, end, outside in (
-        (0, 10, True),
-        (5, 11, False),
-        (10, 20, False),
-        (12, 13, False),
-        (20, 30, True),
-        (20, 31, False),
-    ):
-        assert is_outside([10, 20, 30, 40], start, end) is outside
-    assert is_outside([10, 20], 40, 50) and is_outside([], 1, 2)
+    top = 1 << 64
+    for start, end, room in (
+        (0, 10, (0, 10)), (5, 11, None), (10, 20, None), (12, 13, None), (20, 30, (20, 30)), (21, 25, (20, 30)),
+        (20, 31, None), (25, 50, None), (40, 99, (40, top)), (39, 40, None),
+    ):  # fmt: skip
+        assert find_room([10, 20, 30, 40], start, end) == (room or (0, 0))
+    assert find_room([], 1, 2) == (0, top)
 
 
 # What a call writes, and what else it is given. Of a plan `update` alone looks at tensors that are not here.

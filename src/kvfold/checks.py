@@ -41,8 +41,8 @@ def check_dense(name: str, tensor: torch.Tensor) -> None:
 
 
 def check_contiguous(name: str, tensor: torch.Tensor) -> None:
-    check_dense(name, tensor)
-    if not tensor.is_contiguous():
+    if tensor.layout is not torch.strided or not tensor.is_contiguous():
+        check_dense(name, tensor)
         raise ValueError(f"{name} must be contiguous, got strides {tuple(tensor.stride())}")
 
 

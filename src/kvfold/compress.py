@@ -11,7 +11,7 @@ import torch
 from .backend_torch import compress_torch
 from .backend_window import compress_window_torch
 from .checks import check_dense, check_device, check_dtype, check_shape, check_switch, check_tensor, check_type, traced
-from .overlap import Place, check_apart, is_outside
+from .overlap import Place, check_apart, extent, find_room
 from .plan import StepPlan
 from .records import EntryCache
 from .snapshots import Snapshots
@@ -21,6 +21,7 @@ from .window_state import WindowState
 
 BACKENDS = ("triton", "torch")
 _FLOATS = (torch.bfloat16, torch.float32)
+_NO_ROOM = (0, 0)
 MOST_TOKENS = (1 << 31) - 1
 PLANNED = ("items", "num_items", "entry_items", "cu_entries", "entry_slots", "state_slots", "snapshot_table")
 
@@ -192,7 +193,10 @@ def _check_pair(first: Compressor, second: Compressor, plan: StepPlan) -> None:
         check_apart([*theirs, *(place._replace(paged=False) for place in _places(second))])
         first.state._pair = states[0]._checked, states[1]._checked
     for c, other in ((first, second), (second, first)):
-        _check_outside("the other kv_score", c.kv_score, other, plan)
+        start, end = extent(c.kv_score)
+        low, high = other.state._rooms[2]
+        if start < low or end > high:
+            other.state._rooms[2] = _check_apart("the other kv_score", c.kv_score, start, end, other, plan)
 
 
 @torch.no_grad()
@@ -234,9 +238,11 @@ def _check(c: Compressor, plan: StepPlan, rows: torch.Tensor | None) -> None:
         check_shape("kv_score", kv_score, (None, 2 * spec.channels))
     if shape[0] > MOST_TOKENS:
         raise ValueError(f"kv_score must have at most {MOST_TOKENS} rows, got {shape[0]}")
-    check_dense("kv_score", kv_score)
-    if shape[0] and kv_score.stride(1) != 1:
-        raise ValueError(f"kv_score must be contiguous in its last dimension, got strides {tuple(kv_score.stride())}")
+    if kv_score.layout is not torch.strided:
+        check_dense("kv_score", kv_score)
+    stride, side_by_side = kv_score.stride()
+    if shape[0] and side_by_side != 1:
+        raise ValueError(f"kv_score must be contiguous in its last dimension, got strides {(stride, side_by_side)}")
     check_plan(plan, spec, device)
     if isinstance(state, FoldState):
         if state.rows.dtype is torch.bfloat16 and kv_score.dtype is not torch.bfloat16:
@@ -256,14 +262,22 @@ def _check(c: Compressor, plan: StepPlan, rows: torch.Tensor | None) -> None:
     fixed = (spec, device, cache, c.ape, c.norm_weight, c.rope, c.snapshots)
     if not state._checked or not all(map(_same, state._checked, fixed)):
         state._bounds = _check_layer(c, plan, device)
-        state._checked = tuple(map(_remember, fixed))
-    start, end = _check_outside("kv_score", kv_score, c, plan)
+        state._checked, state._rooms = tuple(map(_remember, fixed)), [_NO_ROOM, _NO_ROOM, _NO_ROOM]
+    # In every step kv_score is elsewhere, but mostly in the same room between the tensors of the layer.
+    start = kv_score.data_ptr()
+    end = start + ((shape[0] - 1) * stride + shape[1]) * (2 if kv_score.dtype is torch.bfloat16 else 4)
+    low, high = state._rooms[0]
+    if start < low or end > high:
+        state._rooms[0] = _check_apart("kv_score", kv_score, start, end, c, plan)
     if c.snapshots is not None and plan.snapshot_page_size != c.snapshots.page_size:
         have, want = plan.snapshot_page_size, c.snapshots.page_size
         raise ValueError(f"plan must have a snapshot_table with snapshot_page_size={want} for snapshots, got {have}")
     if rows is not None:
         check_tensor("rows", rows, (plan.entry_capacity, spec.head_dim), _FLOATS, device)
-        first, behind = _check_outside("rows", rows, c, plan)
+        first = rows.data_ptr()
+        behind, (low, high) = first + rows.nbytes, state._rooms[1]
+        if first < low or behind > high:
+            state._rooms[1] = _check_apart("rows", rows, first, behind, c, plan)
         if first < end and start < behind:
             check_apart((Place("kv_score", kv_score), Place("rows", rows, written=True)))
 
@@ -328,13 +342,12 @@ def plan_places(plan: StepPlan) -> list[Place]:
     return [Place("plan", plan.errors, True)] + [Place("plan", x) for x in (*read, *(plan.block_tables or ())) if x is not None]
 
 
-def _check_outside(name: str, tensor: torch.Tensor, c: Compressor, plan: StepPlan) -> tuple[int, int]:
-    """Checks that what is elsewhere in every step shares nothing with the tensors of a layer; returns its extent."""
-    start, (rows, width) = tensor.data_ptr(), tensor.shape
-    end = start + ((rows - 1) * tensor.stride(0) + width) * tensor.itemsize if rows else start
-    if start < end and not is_outside(c.state._bounds, start, end):
+def _check_apart(name: str, tensor: torch.Tensor, start: int, end: int, c: Compressor, plan: StepPlan) -> tuple[int, int]:
+    """Checks that a tensor, from `start` to `end`, shares nothing with those of a layer; returns the room between them."""
+    room = find_room(c.state._bounds, start, end)
+    if room == _NO_ROOM:
         check_apart([*_places(c), *plan_places(plan), Place(name, tensor, written=name == "rows")])
-    return start, end
+    return room
 
 
 def check_snapshots(snapshots: Snapshots, state: FoldState) -> None:

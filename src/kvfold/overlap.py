@@ -88,7 +88,7 @@ def check_apart(places: Sequence[Place]) -> list[int]:
     """ValueError where a written tensor shares a byte with another one; two paged ones may (see `WindowState`).
 
     It names the later of the two first. Returns the bounds of what the tensors span, ascending: a first byte and the one behind
-    the last in turn, as `is_outside` takes them.
+    the last in turn, as `find_room` takes them.
     """
     if traced(places[0].tensor) or places[0].tensor.device.type == "meta":
         return []
@@ -114,7 +114,8 @@ def _check_two(one: Place, other: Place) -> None:
         raise ValueError(f"{other.name} must not share memory with {one.name}: {written} written")
 
 
-def is_outside(bounds: list[int], start: int, end: int) -> bool:
-    """Whether `[start, end)` meets none of what `check_apart` gave the bounds of."""
+def find_room(bounds: list[int], start: int, end: int) -> tuple[int, int]:
+    """The room between bounds of `check_apart` in which `[start, end)` lies; `(0, 0)` where it meets what is between them."""
     at = bisect_right(bounds, start)
-    return at % 2 == 0 and (at == len(bounds) or end <= bounds[at])
+    low, high = bounds[at - 1] if at else 0, bounds[at] if at < len(bounds) else 1 << 64
+    return (low, high) if at % 2 == 0 and end <= high else (0, 0)

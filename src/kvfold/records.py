@@ -210,7 +210,7 @@ class EntryCache:
         check_int("rows_per_page", rows_per_page, 1, 1 << 20)
         self.format = get_format(fmt)
         self.format.check(spec)
-        self._stored, self._bounds = (), []  # what the last `store` had, and its bounds in memory: store.py
+        self._stored: tuple = (None, 0, 0)  # what the last `store` had, and the room that its rows were in: store.py
         self._named = FORMATS.get(self.format.name) == self.format  # so an operator (ops.py) can be told it by its name
         self.spec = spec
         self.rows_per_page = rows_per_page

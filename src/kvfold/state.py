@@ -61,7 +61,8 @@ class FoldState:
         self.positions = positions
         self._last: tuple = (None,)  # what the last call asked for, and its launcher: kernels/launch.py
         self._checked: tuple = ()  # what the last call's tensors were: compress.py
-        self._bounds: list[int] = []  # of those in memory
+        self._bounds: list[int] = []  # of those in memory, and the room between them in which kv_score and rows were
+        self._rooms: list[tuple[int, int]] = []
         self._pair: tuple = (None, None)  # `_checked` of both states of the last launch of two
         self._workspaces: list = []  # scratch of the kernels, made once and kept for the next call: kernels/launch.py
         self._recorded: list = []  # the same for calls that made theirs while they were recorded in a CUDA graph

@@ -7,7 +7,7 @@ import torch
 from .backend_torch import store_torch
 from .checks import check_switch, check_tensor, check_type, traced
 from .compress import cache_places, check_epilogue, check_plan, choose_backend, plan_places
-from .overlap import Place, check_apart, is_outside
+from .overlap import Place, check_apart, find_room
 from .plan import StepPlan
 from .records import EntryCache
 from .spec import CompressorSpec
@@ -82,10 +82,14 @@ def _check_memory(
 ) -> None:
     """Checks that nothing shares a byte with the pages; what is where it was in the call before is not compared again."""
     start = rows.data_ptr()
-    known = plan.items.data_ptr(), norm_weight.data_ptr(), None if rope is None else (rope.data_ptr(), rope.shape)
-    if cache._stored == known and is_outside(cache._bounds, start, start + rows.nbytes):
+    known = plan.items.data_ptr(), norm_weight.data_ptr(), 0 if rope is None else rope.data_ptr()
+    stored, low, high = cache._stored
+    if stored == known and low <= start and start + rows.nbytes <= high:
         return
     places = [*cache_places(cache), *plan_places(plan), Place("norm_weight", norm_weight)]
     places += [] if rope is None else [Place("rope", rope)]
-    check_apart([*places, Place("rows", rows)])
-    cache._stored, cache._bounds = known, check_apart(places)
+    bounds = check_apart(places)
+    room = find_room(bounds, start, start + rows.nbytes)
+    if room == (0, 0):
+        check_apart([*places, Place("rows", rows)])
+    cache._stored = known, *room
