@@ -5,6 +5,10 @@ Drawn are good calls of which one to three arguments are spoiled; `pytest --hypo
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from conftest import BACKENDS
@@ -12,6 +16,9 @@ from fuzz_support import BOTTOM, CALLS, KINDS, LONG_BOTTOM, LONG_TOP, TOP, TRANS
 from helpers import Backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import kvfold
+from kvfold.explain import explain
 
 WORLDS = {
     (call, kind): World(kind, call, BACKENDS["torch"])
@@ -100,3 +107,41 @@ def test_spoiled_calls(backend: Backend) -> None:
         run(case, backend)
 
     check()
+
+
+PLAIN = KINDS["rows"][0]
+GOOD: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
+    "spec": (kvfold.CompressorSpec, {"head_dim": 64, "ratio": 4, "overlap": True, "has_ape": True, "rope_dim": 16,
+                                     "norm_eps": 1e-6, "hadamard": False}),
+    "state": (kvfold.FoldState.allocate, {"spec": PLAIN, "num_slots": 2, "max_new_tokens": 4, "dtype": torch.float32}),
+    "window": (kvfold.WindowState.allocate, {"spec": PLAIN, "num_pages": 2, "page_size": 4, "dtype": torch.bfloat16}),
+    "cache": (kvfold.EntryCache.allocate, {"fmt": "mxfp4", "num_pages": 2, "rows_per_page": 4, "spec": PLAIN, "scale": 1.0}),
+    "snapshots": (kvfold.Snapshots.allocate, {"spec": PLAIN, "num_pages": 2, "page_size": 8, "dtype": torch.float32}),
+    "history": (kvfold.FoldState.allocate(PLAIN, 1, 1).history_of, {"position": 5}),
+    "explain": (explain, {"spec": PLAIN, "start": 5, "new": 4, "max_new_tokens": 4, "fmt": "mxfp4", "rows_per_page": 4,
+                          "state": "fold", "page_size": 4}),
+    "warmup": (kvfold.warmup, {"specs": [PLAIN], "formats": ["mxfp4"], "dtypes": (torch.bfloat16,), "max_new_tokens": (1,),
+                               "states": ("fold",), "state_dtypes": (torch.float32,), "norm_weight_dtypes": (torch.float32,),
+                               "rows": (None,), "page_sizes": (4,), "many": (), "snapshots": (False,), "pdl": None}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", GOOD)
+def test_numbers_and_names(what: str) -> None:
+    """Constructors on the meta device, and functions without tensors: each argument in turn is each of `SCALARS`."""
+    call, good = GOOD[what]
+    if what in ("state", "window", "cache", "snapshots"):
+        good = {**good, "device": "meta"}
+    accepted = 0
+    for name in good:
+        for bad in SCALARS if name != "device" else ():
+            try:
+                call(**{**good, name: bad})
+                accepted += 1
+            except (TypeError, ValueError) as error:
+                words = set(re.findall(r"\w+", str(error)))
+                assert words & set(good), f"{name}={bad!r}: {type(error).__name__}: {error}"
+            except RuntimeError as error:
+                assert what == "warmup" and "warmup compiles for a GPU" in str(error)  # all its arguments were accepted
+                accepted += 1
+    assert accepted  # None, numbers within bounds

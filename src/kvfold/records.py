@@ -281,7 +281,10 @@ class EntryCache:
         check_type("slots", slots, torch.Tensor)
         if slots.dtype not in (torch.int32, torch.int64) or slots.dim() != 1:
             raise ValueError(f"slots must be int32 or int64 [n], got {slots.dtype} {list(slots.shape)}")
+        check_dense("slots", slots)
         check_device("slots", slots, self.device)
+        if self.device.type == "meta":
+            raise ValueError("slots must be of a cache on a CPU or a GPU, got the meta device")
         if slots.numel() and (int(slots.min()) < 0 or int(slots.max()) >= self.num_slots):
             raise ValueError(f"slots must be from 0 to {self.num_slots - 1}, got {int(slots.min())}..{int(slots.max())}")
         from .pack import unpack_records  # pack.py needs this module's types
