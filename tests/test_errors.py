@@ -274,3 +274,49 @@ def test_cache() -> None:
     ):
         with raises(name):
             call()
+
+
+def test_what_is_no_dense_tensor_or_no_number(backend: Backend) -> None:
+    """Sparse tensors, switches that are no bool, and numbers of any kind that are none or out of range."""
+    call = Call(backend)
+    before, rows = call.engine.snapshot(), call.arguments["rows"]
+    for name, bad in (
+        ("kv_score", call.arguments["kv_score"].to_sparse()),
+        ("rows", rows.to_sparse()),
+        ("norm_weight", call.engine.norm_weight.to_sparse()),
+        ("pdl", "no"),
+        ("pdl", 1),
+    ):
+        with raises(name, TypeError):
+            call.spoiled(**{name: bad})
+    for was, now in zip(before, call.engine.snapshot(), strict=True):
+        assert torch.equal(was, now)
+    state, cache = FoldState.allocate(SPEC, 1, 4), EntryCache.allocate("bf16", 1, 4, SPEC)
+    for name, make in (
+        ("rows", lambda: FoldState(SPEC, state.rows.to_sparse(), state.positions, 4)),
+        ("kv", lambda: kvfold.WindowState(torch.zeros(2, 2, 16).to_sparse(), torch.zeros(2, 2, 16))),
+        ("storage", lambda: EntryCache(cache.storage.to_sparse(), "bf16", 4, SPEC)),
+        ("scale", lambda: EntryCache(cache.storage, "bf16", 4, SPEC, scale="one")),
+        ("scale", lambda: EntryCache(cache.storage, "bf16", 4, SPEC, scale="1.0")),
+        ("scale", lambda: EntryCache(cache.storage, "bf16", 4, SPEC, scale=torch.ones(2))),
+        ("scale", lambda: EntryCache(cache.storage, "bf16", 4, SPEC, scale=None)),
+    ):
+        with raises(name, TypeError):
+            make()
+    for scale in (10**400, -(10**400), float("nan"), float("inf"), 0):
+        with raises("scale", ValueError):
+            EntryCache(cache.storage, "bf16", 4, SPEC, scale=scale)
+    assert EntryCache(cache.storage, "bf16", 4, SPEC, scale=torch.tensor(2.0)).scale == 2.0
+
+
+def test_more_than_kernels_can_count() -> None:
+    """Bounds that an int32 of a kernel cannot take; nothing is allocated for them."""
+    for bounds in ({"max_new_tokens": 1 << 30}, {"max_new_tokens": 1 << 30, "max_tokens": 1 << 29}):
+        with raises("max_new_tokens", ValueError):
+            StepPlan.build(1, int32(0), int32(0, 4), **bounds, state_slots=int32(0))
+    starts = torch.zeros(1 << 12, dtype=torch.int32)
+    with raises("max_new_tokens", ValueError):
+        StepPlan.build(1, starts, torch.zeros((1 << 12) + 1, dtype=torch.int32), 1 << 20, state_slots=starts, max_tokens=64)
+    call = Call(Backend("torch", torch.device("cpu")))
+    with raises("kv_score", ValueError):
+        call.spoiled(kv_score=torch.zeros(1, 2048).expand(1 << 31, -1))

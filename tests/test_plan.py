@@ -9,7 +9,7 @@ import torch
 
 import kvfold
 from kvfold.kernels.plan import SEQUENCES, update_on_gpu, windows_per_program
-from kvfold.plan import MOST_POSITIONS
+from kvfold.plan import LIVE, MOST_POSITIONS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -106,3 +106,29 @@ def test_update_reads_slots_and_pages_again() -> None:
     assert plan.entry_slots.tolist() == [7, -1]
     assert plan.items[0, :7].tolist() == [1, 4, 8, 0, 1, 0, 0]
     assert int(plan.num_items) == 1
+
+
+def test_every_entry_with_a_place_has_an_item() -> None:
+    """Offsets that go back give several sequences the same tokens, and so more windows than `max_tokens` has.
+
+    What does not fit into the plan is left out; but a kernel that takes an entry must find its item.
+    """
+    ints = {"dtype": torch.int32, "device": DEVICE}
+    starts, offsets = torch.zeros(4, **ints), torch.tensor([0, 64, 0, 64, 0], **ints)
+    for entries in (5, 20, 32, 100):
+        plan = kvfold.StepPlan.build(
+            4, starts, offsets, 64, max_tokens=64, state_slots=torch.arange(4, **ints),
+            entry_slots=torch.arange(entries, device=DEVICE),
+        )  # fmt: skip
+        made = min(int(plan.cu_entries[-1]), entries)
+        items = plan.entry_items[:made].long()
+        assert made == min(32, entries) and int(items.min()) >= 0
+        assert torch.equal(plan.items[items, 5].cpu(), torch.arange(made).int())
+        assert int(plan.errors) == 2
+
+
+def test_plans_without_items_are_not_looked_up() -> None:
+    """Their tensors have no address by which an operator could find them."""
+    zero = torch.zeros(1, dtype=torch.int32)
+    plan = kvfold.StepPlan.build(4, zero, torch.zeros(2, dtype=torch.int32), 4, max_tokens=0, state_slots=zero)
+    assert plan.item_capacity == 0 and plan not in LIVE.values()

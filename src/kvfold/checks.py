@@ -23,10 +23,27 @@ def check_int(name: str, value: object, low: int, high: int) -> None:
         raise ValueError(f"{name} must be from {low} to {high}, got {value}")
 
 
+def check_switch(name: str, value: object) -> None:
+    """True, False or None."""
+    if value is not None and value is not True and value is not False:
+        raise TypeError(f"{name} must be a bool or None, got {type(value).__name__}")
+
+
 def check_dtype(name: str, tensor: torch.Tensor, accepted: tuple[torch.dtype, ...]) -> None:
     if tensor.dtype not in accepted:
         names = " or ".join(str(dtype) for dtype in accepted)
         raise TypeError(f"{name} must be {names}, got {tensor.dtype}")
+
+
+def check_dense(name: str, tensor: torch.Tensor) -> None:
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+
+
+def check_contiguous(name: str, tensor: torch.Tensor) -> None:
+    if tensor.layout is not torch.strided or not tensor.is_contiguous():
+        check_dense(name, tensor)
+        raise ValueError(f"{name} must be contiguous, got strides {tuple(tensor.stride())}")
 
 
 def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...]) -> None:
@@ -60,5 +77,4 @@ def check_tensor(
     check_dtype(name, tensor, accepted)
     check_shape(name, tensor, shape)
     check_device(name, tensor, device)
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got strides {tuple(tensor.stride())}")
+    check_contiguous(name, tensor)

@@ -10,7 +10,8 @@ import torch
 
 from .backend_torch import compress_torch
 from .backend_window import compress_window_torch
-from .checks import check_device, check_dtype, check_shape, check_tensor, check_type, traced
+from .checks import check_dense, check_device, check_dtype, check_shape, check_switch, check_tensor, check_type, traced
+from .overlap import Place, check_apart, extent, find_room
 from .plan import StepPlan
 from .records import EntryCache
 from .snapshots import Snapshots
@@ -20,6 +21,9 @@ from .window_state import WindowState
 
 BACKENDS = ("triton", "torch")
 _FLOATS = (torch.bfloat16, torch.float32)
+_NO_ROOM = (0, 0)
+MOST_TOKENS = (1 << 31) - 1
+PLANNED = ("items", "num_items", "entry_items", "cu_entries", "entry_slots", "state_slots", "snapshot_table")
 
 
 class Compressor(NamedTuple):
@@ -54,6 +58,7 @@ def compress(
 
     Prefill, chunks, decode with any number of new tokens, mixtures of these and padding are all this one call, and give
     the same bits. Everything after the projection happens here: pooling, RMSNorm, RoPE, Hadamard, quantization and store.
+    There is no gradient: tensors that require one are taken as they are. What is mutated shares no byte with another argument.
 
     Args:
         kv_score: bf16 or fp32 `[T, 2 * channels]`, rows `[K | S]` (overlap: `[K.lo K.hi S.lo S.hi]`), sequence-major as
@@ -94,6 +99,7 @@ def compress(
 
 def run_compress(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, backend: str | None, pdl: bool | None) -> None:
     """`compress` of real tensors: straight to the launch."""
+    check_switch("pdl", pdl)
     chosen = check_compress(c, plan, rows, backend)
     if plan.batch == 0:
         return
@@ -158,6 +164,7 @@ def compressors_of(compressors: Sequence[Compressor | tuple]) -> list[Compressor
 
 def run_many(compressors: Sequence[Compressor], plan: StepPlan, backend: str | None, pdl: bool | None) -> None:
     """`compress_many` of real tensors: straight to the launch."""
+    check_switch("pdl", pdl)
     chosen = check_many(compressors, plan, backend)
     if plan.batch == 0:
         return
@@ -175,29 +182,41 @@ def run_many(compressors: Sequence[Compressor], plan: StepPlan, backend: str | N
 
 def check_many(compressors: Sequence[Compressor], plan: StepPlan, backend: str | None) -> str:
     """Checks the arguments of `compress_many` and returns the backend to use."""
-    found, chosen = [], ""
+    found: list[Compressor] = []
+    chosen = ""
     for i, c in enumerate(compressors):
         try:
             check_type("state", c.state, FoldState)
             chosen = check_compress(c, plan, None, backend)
             if found:
                 check_device("kv_score", c.kv_score, found[0].kv_score.device)
-                if c.state is found[0].state or c.state.rows.data_ptr() == found[0].state.rows.data_ptr() != 0:
-                    raise ValueError("state must not be shared by two compressors")
-                if c.cache is not None and _same_storage(c.cache, found[0].cache):
-                    raise ValueError("cache must not be shared by two compressors")
-                if c.snapshots is not None and c.snapshots is found[0].snapshots:
-                    raise ValueError("snapshots must not be shared by two compressors")
+                _check_pair(found[0], c, plan)
         except (TypeError, ValueError) as error:
             raise type(error)(f"compressors[{i}]: {error}") from None
         found.append(c)
     return chosen
 
 
-def _same_storage(cache: EntryCache, other: EntryCache | None) -> bool:
-    return other is not None and cache.storage.data_ptr() == other.storage.data_ptr() != 0
+def _check_pair(first: Compressor, second: Compressor, plan: StepPlan) -> None:
+    """Checks that two compressors of one launch share nothing that it writes; again only when their tensors are others."""
+    for name in ("state", "cache", "snapshots"):
+        mine = getattr(second, name)
+        if mine is not None and mine is getattr(first, name):
+            raise ValueError(f"{name} must not be shared by two compressors")
+    states = first.state, second.state
+    known = first.state._pair
+    if known[0] is not states[0]._checked or known[1] is not states[1]._checked:
+        theirs = [place._replace(name=f"{place.name} of compressors[0]", paged=False) for place in _places(first)]
+        check_apart([*theirs, *(place._replace(paged=False) for place in _places(second))])
+        first.state._pair = states[0]._checked, states[1]._checked
+    for c, other in ((first, second), (second, first)):
+        start, end = extent(c.kv_score)
+        low, high = other.state._rooms[2]
+        if start < low or end > high:
+            other.state._rooms[2] = _check_apart("the other kv_score", c.kv_score, start, end, other, plan)
 
 
+@torch.no_grad()
 def _compress_torch(c: Compressor, plan: StepPlan, rows: torch.Tensor | None) -> None:
     arguments = (c.kv_score, plan, c.state, c.cache, c.spec, c.ape, c.norm_weight, c.rope, rows)
     if isinstance(c.state, FoldState):
@@ -234,8 +253,13 @@ def _check(c: Compressor, plan: StepPlan, rows: torch.Tensor | None) -> None:
     shape = kv_score.shape
     if len(shape) != 2 or shape[1] != 2 * spec.channels:
         check_shape("kv_score", kv_score, (None, 2 * spec.channels))
-    if shape[0] and kv_score.stride(1) != 1:
-        raise ValueError(f"kv_score must be contiguous in its last dimension, got strides {tuple(kv_score.stride())}")
+    if shape[0] > MOST_TOKENS:
+        raise ValueError(f"kv_score must have at most {MOST_TOKENS} rows, got {shape[0]}")
+    if kv_score.layout is not torch.strided:
+        check_dense("kv_score", kv_score)
+    stride, side_by_side = kv_score.stride()
+    if shape[0] and side_by_side != 1:
+        raise ValueError(f"kv_score must be contiguous in its last dimension, got strides {(stride, side_by_side)}")
     check_plan(plan, spec, device)
     if isinstance(state, FoldState):
         if state.rows.dtype is torch.bfloat16 and kv_score.dtype is not torch.bfloat16:
@@ -254,13 +278,25 @@ def _check(c: Compressor, plan: StepPlan, rows: torch.Tensor | None) -> None:
     # What a layer passes in every step is looked at once; after that it must be the same objects, at the same addresses.
     fixed = (spec, device, cache, c.ape, c.norm_weight, c.rope, c.snapshots)
     if not state._checked or not all(map(_same, state._checked, fixed)):
-        _check_layer(c, plan, device)
-        state._checked = tuple(map(_remember, fixed))
+        state._bounds = _check_layer(c, plan, device)
+        state._checked, state._rooms = tuple(map(_remember, fixed)), [_NO_ROOM, _NO_ROOM, _NO_ROOM]
+    # In every step kv_score is elsewhere, but mostly in the same room between the tensors of the layer.
+    start = kv_score.data_ptr()
+    end = start + ((shape[0] - 1) * stride + shape[1]) * (2 if kv_score.dtype is torch.bfloat16 else 4)
+    low, high = state._rooms[0]
+    if start < low or end > high:
+        state._rooms[0] = _check_apart("kv_score", kv_score, start, end, c, plan)
     if c.snapshots is not None and plan.snapshot_page_size != c.snapshots.page_size:
         have, want = plan.snapshot_page_size, c.snapshots.page_size
         raise ValueError(f"plan must have a snapshot_table with snapshot_page_size={want} for snapshots, got {have}")
     if rows is not None:
         check_tensor("rows", rows, (plan.entry_capacity, spec.head_dim), _FLOATS, device)
+        first = rows.data_ptr()
+        behind, (low, high) = first + rows.nbytes, state._rooms[1]
+        if first < low or behind > high:
+            state._rooms[1] = _check_apart("rows", rows, first, behind, c, plan)
+        if first < end and start < behind:
+            check_apart((Place("kv_score", kv_score), Place("rows", rows, written=True)))
 
 
 def _remember(thing: object) -> tuple:
@@ -276,8 +312,8 @@ def _same(known: tuple, thing: object) -> bool:
     return len(known) == 1 or (known[1] == thing.data_ptr() and known[2] == thing.shape)
 
 
-def _check_layer(c: Compressor, plan: StepPlan, device: torch.device) -> None:
-    """Checks what does not change from step to step."""
+def _check_layer(c: Compressor, plan: StepPlan, device: torch.device) -> list[int]:
+    """Checks what does not change from step to step; returns its bounds in memory, as `check_apart`."""
     spec, state = c.spec, c.state
     if isinstance(state, FoldState):
         if state.spec != spec:
@@ -295,6 +331,40 @@ def _check_layer(c: Compressor, plan: StepPlan, device: torch.device) -> None:
     if c.snapshots is not None:
         check_type("state", state, FoldState)  # the pages of a WindowState are shared as they are
         check_snapshots(c.snapshots, state)
+    return check_apart([*_places(c), *plan_places(plan)])
+
+
+def _places(c: Compressor) -> list[Place]:
+    """What a layer passes in every step."""
+    state, places = c.state, []
+    if isinstance(state, FoldState):
+        places += [Place("state", state.rows, written=True), Place("state", state.positions, written=True)]
+    else:
+        places += [Place("state", state.kv, written=True, paged=True), Place("state", state.score, written=True, paged=True)]
+    if c.cache is not None:
+        places += cache_places(c.cache)
+    if c.snapshots is not None:
+        places += [Place("snapshots", x, written=True) for x in (c.snapshots.rows, c.snapshots.positions)]
+    weights = (("ape", c.ape), ("norm_weight", c.norm_weight), ("rope", c.rope))
+    return places + [Place(name, weight) for name, weight in weights if weight is not None]
+
+
+def cache_places(cache: EntryCache) -> list[Place]:
+    return [Place("cache", x, written=True, paged=True) for x in (cache.pages, cache.scale_pages) if x is not None]
+
+
+def plan_places(plan: StepPlan) -> list[Place]:
+    """What calls read of a plan, the work items above all: nothing checks again what stands in them."""
+    read = [getattr(plan, name, None) for name in PLANNED]  # the plans of operators have not all of them
+    return [Place("plan", plan.errors, True)] + [Place("plan", x) for x in (*read, *(plan.block_tables or ())) if x is not None]
+
+
+def _check_apart(name: str, tensor: torch.Tensor, start: int, end: int, c: Compressor, plan: StepPlan) -> tuple[int, int]:
+    """Checks that a tensor, from `start` to `end`, shares nothing with those of a layer; returns the room between them."""
+    room = find_room(c.state._bounds, start, end)
+    if room == _NO_ROOM:
+        check_apart([*_places(c), *plan_places(plan), Place(name, tensor, written=name == "rows")])
+    return room
 
 
 def check_snapshots(snapshots: Snapshots, state: FoldState) -> None:

@@ -8,10 +8,12 @@ from collections.abc import Callable
 import torch
 
 from .checks import check_int, check_tensor, traced
+from .overlap import Place, check_apart
 from .snapshots import MOST_PAGE
 
 ITEM_FIELDS = ("window", "start", "end", "token", "slot", "entry", "sequence", "unused")
 _INT32_MAX = (1 << 31) - 1
+MOST_ITEMS = (1 << 28) - 1  # kernels find an item by an int32 of its numbers
 MOST_POSITIONS = 1 << 30  # of a sequence: what kernels add to a position then stays an int32
 
 # Plans in use by the address of their items, so that an operator (ops.py) can tell whose plan it was given the tensors of.
@@ -50,6 +52,7 @@ class StepPlan:
     cu_seqlens: torch.Tensor
     page_size: int | None
     _launcher: Callable[..., None] | None = None  # of `update` on a GPU, made by the first one
+    _came: tuple[int, int] | None = None  # the addresses of what the last `update` was given
     fresh: bool = False  # no kernel that reads the plan was launched since `update`: kernels/launch.py, use_pdl
     state_slots: torch.Tensor | None
     block_tables: tuple[torch.Tensor, torch.Tensor] | None
@@ -140,11 +143,20 @@ class StepPlan:
         plan.ratio, plan.max_new_tokens, plan.batch, plan.max_tokens = ratio, max_new_tokens, batch, max_tokens
         plan.rows_per_page = rows_per_page
         plan.item_capacity = plan.items_for(max_tokens)
-        plan.entry_capacity = (
-            min(batch * -(-max_new_tokens // ratio), max_tokens // ratio + batch)
-            if entry_slots is None
-            else entry_slots.shape[0]
-        )
+        if entry_slots is None:
+            plan.entry_capacity = min(batch * -(-max_new_tokens // ratio), max_tokens // ratio + batch)
+        else:
+            plan.entry_capacity = entry_slots.shape[0]
+            if plan.item_capacity:
+                # Lengths that overlap in kv_score, as with offsets that go back, end more windows than max_tokens can: every
+                # entry that has a place then still has an item, which comes at most B behind it.
+                enough = min(batch * plan.windows_per_sequence, plan.entry_capacity + batch)
+                plan.item_capacity = max(plan.item_capacity, enough)
+        if batch * plan.windows_per_sequence > _INT32_MAX or plan.item_capacity > MOST_ITEMS:
+            raise ValueError(
+                f"max_new_tokens={max_new_tokens} and max_tokens={max_tokens} must mean at most {MOST_ITEMS} windows "
+                f"of {ratio} in {batch} sequences"
+            )
         plan.state_slots, plan.block_tables, plan.page_size = state_slots, block_tables, page_size
         plan.cache_block_table = cache_block_table
         plan.snapshot_table, plan.snapshot_page_size = snapshot_table, snapshot_page_size
@@ -159,7 +171,7 @@ class StepPlan:
         plan.entry_items = torch.full((plan.entry_capacity,), -1, dtype=torch.int32, device=device)
         plan.errors = torch.zeros(1, dtype=torch.int32, device=device)
         plan.update(start_pos, cu_seqlens)
-        if not traced(plan.items):
+        if plan.item_capacity and not traced(plan.items):  # without items there is no address
             LIVE[plan.items.data_ptr()] = plan
         return plan
 
@@ -197,6 +209,10 @@ class StepPlan:
         device = self.start_pos.device
         check_tensor("start_pos", start_pos, (self.batch,), (torch.int32,), device)
         check_tensor("cu_seqlens", cu_seqlens, (self.batch + 1,), (torch.int32,), device)
+        came = start_pos.data_ptr(), cu_seqlens.data_ptr()
+        if came != self._came:
+            self._check_apart(start_pos, cu_seqlens)
+            self._came = came
         if self.batch == 0:
             self.cu_seqlens.copy_(cu_seqlens)
         elif self.start_pos.is_cuda:
@@ -206,6 +222,15 @@ class StepPlan:
             update_on_gpu(self, start_pos, cu_seqlens)
         else:
             self._update(start_pos, cu_seqlens)
+
+    def _check_apart(self, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
+        """What `update` reads must not be what it writes, but for the plan's own copies under their names."""
+        own = [("start_pos", start_pos), ("cu_seqlens", cu_seqlens)]
+        places = [Place(name, x) for name, x in own if x.data_ptr() != getattr(self, name).data_ptr()]
+        written = [self.start_pos, self.cu_seqlens, self.cu_entries, self.items, self.num_items, self.entry_items, self.errors]
+        if self.cache_block_table is not None and self.entry_slots is not None:
+            written.append(self.entry_slots)
+        check_apart([*(Place("plan", x, written=True) for x in written), *places])
 
     def _update(self, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
         """`update` in plain torch, which defines what the kernel must compute."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 
-from .checks import check_device, check_int, check_type
+from .checks import check_dense, check_device, check_int, check_type
+from .overlap import Place, check_apart
 from .spec import CompressorSpec
 
 
@@ -208,11 +210,12 @@ class EntryCache:
         check_int("rows_per_page", rows_per_page, 1, 1 << 20)
         self.format = get_format(fmt)
         self.format.check(spec)
+        self._stored: tuple = (None, 0, 0)  # what the last `store` had, and the room that its rows were in: store.py
         self._named = FORMATS.get(self.format.name) == self.format  # so an operator (ops.py) can be told it by its name
         self.spec = spec
         self.rows_per_page = rows_per_page
         self.page_bytes = self.format.page_bytes(spec, rows_per_page)
-        self.storage, self.scales, self.scale = storage, scales, float(scale)
+        self.storage, self.scales, self.scale = storage, scales, _number("scale", scale)
         if not 2.0**-126 <= self.scale <= 2.0**126:  # both it and its inverse are normal numbers in fp32
             raise ValueError(f"scale must be from 2**-126 to 2**126, got {scale}")
         unit = 1 if self.format.separate else {"bf16": 2, "fp32": 4}.get(self.format.element, 2)
@@ -226,6 +229,7 @@ class EntryCache:
             if scales.shape[:1] != storage.shape[:1]:
                 raise ValueError(f"scales must have {storage.shape[0]} pages like storage, got {list(scales.shape)}")
             self.scale_pages = _byte_pages("scales", scales, rows_per_page * self.format.tail_bytes(spec), 1)
+            check_apart((Place("scales", self.scale_pages, written=True), Place("storage", self.pages, written=True)))
         elif scales is not None:
             raise ValueError(f"scales must be None: format {self.format.name!r} keeps its scales in the page")
 
@@ -277,7 +281,10 @@ class EntryCache:
         check_type("slots", slots, torch.Tensor)
         if slots.dtype not in (torch.int32, torch.int64) or slots.dim() != 1:
             raise ValueError(f"slots must be int32 or int64 [n], got {slots.dtype} {list(slots.shape)}")
+        check_dense("slots", slots)
         check_device("slots", slots, self.device)
+        if self.device.type == "meta":
+            raise ValueError("slots must be of a cache on a CPU or a GPU, got the meta device")
         if slots.numel() and (int(slots.min()) < 0 or int(slots.max()) >= self.num_slots):
             raise ValueError(f"slots must be from 0 to {self.num_slots - 1}, got {int(slots.min())}..{int(slots.max())}")
         from .pack import unpack_records  # pack.py needs this module's types
@@ -297,8 +304,21 @@ class EntryCache:
         return raw_fields(self, torch.tensor([slot], device=self.device))
 
 
+def _number(name: str, value: object) -> float:
+    """A float, from anything that is one number but its text."""
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
+        return float(value)  # type: ignore[arg-type]
+    except OverflowError:
+        return math.inf  # an int beyond fp64
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
+
+
 def _byte_pages(name: str, storage: torch.Tensor, page_bytes: int, unit: int) -> torch.Tensor:
     """The pages as uint8 `[num_pages, page_bytes]`, checked to be dense, disjoint and aligned to `unit` bytes."""
+    check_dense(name, storage)
     if storage.dim() < 2:
         raise ValueError(f"{name} must have a page dimension and one more, got shape {list(storage.shape)}")
     num_pages, item = storage.shape[0], storage.element_size()
@@ -316,5 +336,5 @@ def _byte_pages(name: str, storage: torch.Tensor, page_bytes: int, unit: int) ->
         return torch.empty(0, page_bytes, dtype=torch.uint8, device=storage.device)
     if storage.data_ptr() % unit or (num_pages > 1 and storage.stride(0) * item % unit):
         raise ValueError(f"{name} must have pages that start at a multiple of {unit} bytes")
-    flat = storage.as_strided((num_pages, dense), (storage.stride(0), 1))
+    flat = storage.detach().as_strided((num_pages, dense), (storage.stride(0), 1))
     return flat.view(torch.uint8)[:, :page_bytes]

@@ -7,6 +7,7 @@ import torch
 from .backend_torch import history_starts
 from .checks import check_tensor, check_type, traced
 from .compress import check_snapshots, choose_backend
+from .overlap import Place, check_apart
 from .plan import MOST_POSITIONS
 from .snapshots import Snapshots
 from .state import FoldState
@@ -68,6 +69,10 @@ def run_restore(
     check_tensor("pages", pages, tuple(slots.shape), (torch.int32,), device)
     check_tensor("start_pos", start_pos, tuple(slots.shape), (torch.int32,), device)
     check_tensor("errors", errors, (1,), (torch.int32,), device)
+    written = (("state", state.rows), ("state", state.positions), ("errors", errors))
+    read = (("snapshots", snapshots.rows), ("snapshots", snapshots.positions))
+    read += (("slots", slots), ("pages", pages), ("start_pos", start_pos))
+    check_apart([*(Place(name, x, written=True) for name, x in written), *(Place(name, x) for name, x in read)])
     if slots.shape[0] == 0:
         return
     if chosen == "torch":
@@ -78,6 +83,7 @@ def run_restore(
         restore_triton(state, snapshots, slots, pages, start_pos, errors)
 
 
+@torch.no_grad()
 def _restore_torch(
     state: FoldState,
     snapshots: Snapshots,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .checks import check_device, check_dtype, check_int, check_shape, check_type
+from .checks import check_contiguous, check_device, check_dtype, check_int, check_shape, check_type
+from .overlap import Place, check_apart
 from .spec import CompressorSpec
 from .state import history_start, state_kind
 
@@ -45,8 +46,8 @@ class Snapshots:
         check_shape("positions", positions, (rows.shape[0], self.rows_per_page))
         check_device("positions", positions, rows.device)
         for name, tensor in (("rows", rows), ("positions", positions)):
-            if not tensor.is_contiguous():
-                raise ValueError(f"{name} must be contiguous, got strides {tuple(tensor.stride())}")
+            check_contiguous(name, tensor)
+        check_apart((Place("rows", rows, written=True), Place("positions", positions, written=True)))
         self.spec, self.rows, self.positions, self.page_size = spec, rows, positions, page_size
 
     @classmethod

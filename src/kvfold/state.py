@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .checks import check_device, check_dtype, check_int, check_shape, check_type
+from .checks import check_contiguous, check_device, check_dtype, check_int, check_shape, check_type
+from .overlap import Place, check_apart
 from .spec import CompressorSpec
 
 # Up to this ratio the input rows of a window are kept instead of fold rows: at ratio 8 a bf16 window is 8 rows of
@@ -35,7 +36,8 @@ class FoldState:
         """Wraps existing tensors; see `allocate` for the usual way. `positions` must be -1 where a row holds nothing.
 
         Raises:
-            TypeError, ValueError: naming the argument whose type, shape, dtype, device or stride is wrong.
+            TypeError, ValueError: naming the argument whose type, shape, dtype, device or stride is wrong, or which shares
+                memory with the other.
         """
         check_type("spec", spec, CompressorSpec)
         check_int("max_new_tokens", max_new_tokens, 1, 1 << 20)
@@ -53,12 +55,15 @@ class FoldState:
         check_shape("positions", positions, (rows.shape[0], per_slot))
         check_device("positions", positions, rows.device)
         for name, tensor in (("rows", rows), ("positions", positions)):
-            if not tensor.is_contiguous():
-                raise ValueError(f"{name} must be contiguous, got strides {tuple(tensor.stride())}")
+            check_contiguous(name, tensor)
+        check_apart((Place("rows", rows, written=True), Place("positions", positions, written=True)))
         self.rows = rows
         self.positions = positions
         self._last: tuple = (None,)  # what the last call asked for, and its launcher: kernels/launch.py
         self._checked: tuple = ()  # what the last call's tensors were: compress.py
+        self._bounds: list[int] = []  # of those in memory, and the room between them in which kv_score and rows were
+        self._rooms: list[tuple[int, int]] = []
+        self._pair: tuple = (None, None)  # `_checked` of both states of the last launch of two
         self._workspaces: list = []  # scratch of the kernels, made once and kept for the next call: kernels/launch.py
         self._recorded: list = []  # the same for calls that made theirs while they were recorded in a CUDA graph
 

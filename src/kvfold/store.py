@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from .backend_torch import store_torch
-from .checks import check_tensor, check_type, traced
-from .compress import check_epilogue, check_plan, choose_backend
+from .checks import check_switch, check_tensor, check_type, traced
+from .compress import cache_places, check_epilogue, check_plan, choose_backend, plan_places
+from .overlap import Place, check_apart, find_room
 from .plan import StepPlan
 from .records import EntryCache
 from .spec import CompressorSpec
@@ -58,9 +59,11 @@ def run_store(
     pdl: bool | None,
 ) -> None:
     """`store` of real tensors: straight to the launch."""
+    check_switch("pdl", pdl)
     chosen = check_store(rows, plan, cache, spec, norm_weight, rope, backend)
     if chosen == "torch":
-        store_torch(rows, plan, cache, spec, norm_weight, rope)
+        with torch.no_grad():
+            store_torch(rows, plan, cache, spec, norm_weight, rope)
     else:
         from .kernels.launch import store_triton  # imports triton, which the torch backend does not need
 
@@ -85,4 +88,23 @@ def check_store(
     check_plan(plan, spec, rows.device)
     check_tensor("rows", rows, (plan.entry_capacity, spec.head_dim), (torch.bfloat16, torch.float32), rows.device)
     check_epilogue(plan, cache, spec, norm_weight, rope, rows.device)
+    _check_memory(rows, plan, cache, norm_weight, rope)
     return chosen
+
+
+def _check_memory(
+    rows: torch.Tensor, plan: StepPlan, cache: EntryCache, norm_weight: torch.Tensor, rope: torch.Tensor | None
+) -> None:
+    """Checks that nothing shares a byte with the pages; what is where it was in the call before is not compared again."""
+    start = rows.data_ptr()
+    known = plan.items.data_ptr(), norm_weight.data_ptr(), 0 if rope is None else rope.data_ptr()
+    stored, low, high = cache._stored
+    if stored == known and low <= start and start + rows.nbytes <= high:
+        return
+    places = [*cache_places(cache), *plan_places(plan), Place("norm_weight", norm_weight)]
+    places += [] if rope is None else [Place("rope", rope)]
+    bounds = check_apart(places)
+    room = find_room(bounds, start, start + rows.nbytes)
+    if room == (0, 0):
+        check_apart([*places, Place("rows", rows)])
+    cache._stored = known, *room

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .checks import check_int, check_type
+from .checks import check_int, check_switch, check_type
 from .records import FORMATS, RecordFormat
 from .spec import CompressorSpec
 from .state import state_kind
@@ -76,13 +76,14 @@ def warmup(
     state_dtypes, states = _choices("state_dtypes", state_dtypes, _FLOATS), _choices("states", states, STATES)
     rows = _choices("rows", rows, (None, *_FLOATS))
     snapshots = _choices("snapshots", snapshots, (False, True))
-    steps = tuple(max_new_tokens)
+    steps = _several("max_new_tokens", max_new_tokens)
     for bound in steps:
         check_int("max_new_tokens", bound, 1, (1 << 31) - 1)
-    pages = None if page_sizes is None else tuple(page_sizes)
+    pages = None if page_sizes is None else _several("page_sizes", page_sizes)
     for size in pages or ():
         check_int("page_sizes", size, 1, (1 << 31) - 1)
-    pairs = [_pair(i, pair) for i, pair in enumerate(many)]
+    pairs = [_pair(i, pair) for i, pair in enumerate(_several("many", many))]
+    check_switch("pdl", pdl)
     chosen = _combinations(specs, names)
 
     from .kernels import dispatch  # imports triton, which the torch backend does not need
@@ -247,16 +248,20 @@ def _formats(name: str, formats: Iterable[str | None]) -> tuple[RecordFormat | N
 
 
 def _all(name: str, values: Iterable, kind: type) -> tuple:
-    values = tuple(values)
+    values = _several(name, values)
     for value in values:
         check_type(name, value, kind)
     return values
 
 
-def _choices(name: str, values: Iterable, accepted: tuple) -> tuple:
-    if isinstance(values, (str, torch.dtype)) or not isinstance(values, Iterable):
+def _several(name: str, values: Iterable) -> tuple:
+    if isinstance(values, (str, torch.dtype, torch.Tensor)) or not isinstance(values, Iterable):
         raise TypeError(f"{name} must be several values, such as a tuple, got {values!r}")
-    values = tuple(values)
+    return tuple(values)
+
+
+def _choices(name: str, values: Iterable, accepted: tuple) -> tuple:
+    values = _several(name, values)
     for value in values:
         if value not in accepted:
             raise ValueError(f"{name} must be among {', '.join(map(str, accepted))}, got {value!r}")

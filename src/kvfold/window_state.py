@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .checks import check_device, check_dtype, check_int, check_shape, check_type
+from .checks import check_dense, check_device, check_dtype, check_int, check_shape, check_type
+from .overlap import Place, check_apart
 from .spec import CompressorSpec
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -20,6 +21,8 @@ class WindowState:
     A row is kept until it is overwritten, so drafts are rejected by calling again with a smaller `start_pos`, and a prefix is
     shared by sharing its pages. Nothing is read that a call did not write: old contents do not matter, not even NaN. There are
     no tags: only the engine knows whether the row of an earlier position is still there; -1 in its tables says "no page".
+    The pages of an `EntryCache` may be of the same allocation: whose page is which only the engine's tables say, so that a
+    shared byte is no mistake there, as it is between any two other tensors of a call.
 
     The bits of an entry depend on no cut of its sequence, batch, order, table or page size. The rows of a window are summed in
     an order that the compiler makes of the width of memory accesses, so on a GPU there is one such promise for calls in which
@@ -53,10 +56,13 @@ class WindowState:
         check_device("score", score, kv.device)
         _check_strides("kv", kv)
         _check_strides("score", score)
+        check_apart((Place("score", score, written=True), Place("kv", kv, written=True)))
         self.kv = kv
         self.score = score
         self._last: tuple = (None,)  # what the last call asked for, and its launcher: kernels/launch.py
         self._checked: tuple = ()  # what the last call's tensors were: compress.py
+        self._bounds: list[int] = []  # of those in memory, and the room between them in which kv_score and rows were
+        self._rooms: list[tuple[int, int]] = []
         self._workspaces: list = []  # scratch of the kernels, made once and kept for the next call
         self._recorded: list = []  # the same for calls that made theirs while they were recorded in a CUDA graph
 
@@ -112,6 +118,7 @@ class WindowState:
 
 def _check_strides(name: str, pool: torch.Tensor) -> None:
     """Channels side by side, rows and pages anywhere but on top of one another."""
+    check_dense(name, pool)
     if pool.numel() == 0:
         return
     if pool.shape[2] > 1 and pool.stride(2) != 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Hashable
 
 import torch
@@ -13,6 +14,8 @@ from .variants import variant_of
 compilations = 0  # how many kernels were built here
 _launchers: dict[tuple[int | None, tuple], Launcher] = {}
 _PLAIN = (int, float, type(None))
+# Compiling is for one thread at a time, and so is interpreting: Triton's interpreter keeps the place in the grid in a global.
+_one_thread = threading.RLock()
 
 
 class Launcher:
@@ -54,39 +57,44 @@ class Launcher:
     def build(self, aligned: bool, pdl: bool) -> tuple:
         """Compiles for the current device and loads the kernel, which the capture of a CUDA graph may not do."""
         global compilations
-        variant = variant_of(self.key, aligned, pdl)
-        compiled = variant.compile()
-        compiled._init_handles()
-        compilations += 1
-        # The compiled kernel, and placeholders for its constants.
-        made = self.built[aligned, pdl] = (compiled, (None,) * len(KERNELS[variant.kernel].constexprs))
-        return made
+        with _one_thread:
+            if (aligned, pdl) in self.built:  # by another thread, since this one looked
+                return self.built[aligned, pdl]
+            variant = variant_of(self.key, aligned, pdl)
+            compiled = variant.compile()
+            compiled._init_handles()
+            compilations += 1
+            # The compiled kernel, and placeholders for its constants.
+            made = self.built[aligned, pdl] = (compiled, (None,) * len(KERNELS[variant.kernel].constexprs))
+            return made
 
     def _interpret(self, grid: int, values: tuple[object, ...]) -> None:
         made = variant_of(self.key, True, False)
         constants = {**dict(made.constants), "PDL": False, "HARDWARE": False, "ALIGNED": False}
         kernel = KERNELS[made.kernel]
         named = kernel.arg_names[len(values) :]
-        kernel[(grid,)](*values, **{name: value for name, value in constants.items() if name in named})
+        with _one_thread:
+            kernel[(grid,)](*values, **{name: value for name, value in constants.items() if name in named})
 
 
 def launcher_of(key: tuple[Hashable, ...], device: torch.device) -> Launcher:
     """The one launcher of a key, which names what a kernel depends on as `variants.variant_of` takes it."""
     found = _launchers.get((device.index, key))
     if found is None:
-        found = _launchers[device.index, key] = Launcher(key, device)
+        found = _launchers.setdefault((device.index, key), Launcher(key, device))  # one for all threads
     return found
 
 
 def prepare(key: tuple[Hashable, ...], device: torch.device, pdl: bool) -> int:
     """Builds what a call may need for a key, aligned or not; with `pdl` as a dependent too. Returns how many it built."""
-    before, launcher = compilations, launcher_of(key, device)
-    with torch.cuda.device(device):
+    launcher, built = launcher_of(key, device), 0
+    with torch.cuda.device(device), _one_thread:
         for aligned in (True, False):
             for dependent in (False, True)[: 1 + pdl]:
                 if (aligned, dependent) not in launcher.built:
                     launcher.build(aligned, dependent)
-    return compilations - before
+                    built += 1
+    return built
 
 
 def supports_pdl(device: torch.device) -> bool:
