@@ -28,6 +28,7 @@ HUB = ROOT / "packaging" / "hub.py"
 EVERYWHERE = {"torch", "triton"}
 EXTRAS = {
     "cli.py": {"typer"},
+    "debug_file.py": {"numpy", "safetensors"},
     "commands": {"typer", "rich"},
     "demo.py": {"transformers"},
     "demo_model.py": {"transformers"},
@@ -147,8 +148,7 @@ def test_hub_layout(hub: Path) -> None:
         source = {path.relative_to(hub / "torch-ext/kvfold").as_posix() for path in (hub / "torch-ext/kvfold").rglob("*.py")}
         assert set(files) == source | {"kvfold/__init__.py"}
         for name, path in files.items():
-            optional = {"transformers"} if name.startswith("integrations/") else set()
-            assert imports(path) - sys.stdlib_module_names <= {"torch", "triton"} | optional, name
+            assert imports(path) - sys.stdlib_module_names <= EVERYWHERE | EXTRAS.get(name.partition("/")[0], set()), name
     assert len(ids) == 3
 
 
