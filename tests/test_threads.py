@@ -131,8 +131,8 @@ def test_first_use_in_two_threads() -> None:
     tokens = {name: make_tokens(SPECS[name], 2 * SPECS[name].ratio + 1, seed=3) for name in ("csa", "hca")}
 
     def step(name: str, eps: float) -> list[torch.Tensor]:
-        engine = Engine(replace(SPECS[name], norm_eps=eps), GPU, num_slots=1, max_new_tokens=1)
         with torch.cuda.stream(torch.cuda.Stream(GPU.device)):
+            engine = Engine(replace(SPECS[name], norm_eps=eps), GPU, num_slots=1, max_new_tokens=1)
             engine.step([(0, 0, tokens[name])])
             torch.cuda.synchronize()
             return [x.cpu() for x in engine.snapshot()]
