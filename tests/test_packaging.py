@@ -48,7 +48,7 @@ def check_metadata(metadata: email.message.Message) -> None:
     needed = metadata.get_all("Requires-Dist")
     always = sorted(re.match(r"\w+", requirement)[0] for requirement in needed if "extra ==" not in requirement)
     assert always == ["torch", "triton"], "everything else is an extra"
-    assert set(metadata.get_all("Provides-Extra")) == {"cli", "demo", "dev", "test", "transformers"}
+    assert set(metadata.get_all("Provides-Extra")) == {"cli", "debug", "demo", "dev", "test", "transformers"}
     assert metadata["Version"] == kvfold.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"

@@ -208,7 +208,7 @@ def _spec_of(text: str) -> CompressorSpec:
 
 @lru_cache(maxsize=256)
 def _memory(*asked: object) -> list[tuple]:
-    """Where the launcher of the last call of this kind is kept, as a state of the user's would keep it; no tensors."""
+    """Where the launcher of the last call of this kind, on a device, is kept, as a state of the user's would keep it; no tensors."""
     return [(None,)]
 
 
@@ -246,7 +246,7 @@ def _compressor_of(args: Sequence, kind: str):
     kv_score, *held = args[: -len(ONE)]
     (text,), flat_cache, weights = _cut(args[-len(ONE) :], SPEC, CACHE, WEIGHTS)
     spec = _spec_of(text)
-    cache, memory = _cache_of(spec, *flat_cache), _memory(kind, text, flat_cache[2])
+    cache, memory = _cache_of(spec, *flat_cache), _memory(kind, text, flat_cache[2], kv_score.device)
     if kind == "window":
         # It makes the scratch of its one call, where it needs any: a CUDA graph then has it in its own memory.
         return Compressor(kv_score, WindowState(*held), cache, spec, *weights), memory
@@ -289,7 +289,7 @@ def _compress_many(*args: object) -> None:
     plan = _plan_of(*flat)
     plan.state_slots, plan.snapshot_table, plan.snapshot_page_size = more
     made, memories = zip(*(_compressor_of(c, "fold") for c in (first, second)), strict=True)
-    _call_compress(plan, [_memory("pair", *(c.spec for c in made)), memories[1]], made, *how)
+    _call_compress(plan, [_memory("pair", *(c.spec for c in made), made[0].kv_score.device), memories[1]], made, *how)
 
 
 def _store(rows: torch.Tensor, *args: object) -> None:
