@@ -10,16 +10,34 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
+from protocol import Case, Variant
 
 import kvfold
 from kvfold.kernels.aot import TARGETS
-from kvfold.kernels.configs import FEW_ITEMS
+from kvfold.kernels.configs import ANY, FEW_ITEMS
 from kvfold.kernels.variants import pair_key, step_key, variant_of, window_key
 from kvfold.records import FORMATS
 from kvfold.state import state_kind
 
 BF16, FP32 = torch.bfloat16, torch.float32
 PAGE_SIZE = 128  # of raw rows, as floor.py has it
+
+
+def key_of(case: Case, variant: Variant) -> tuple:
+    """Of the call that a benchmark makes of a case."""
+    specs = variant.specs(case)
+    formats = [None if output == "rows" else FORMATS[output] for output in variant.outputs]
+    rows, weight = (BF16, None) if formats[0] is None else (None, FP32)
+    if variant.state == "window":
+        return window_key(specs[0], formats[0], case.new, (BF16, FP32, rows, weight, True), PAGE_SIZE)
+    windows = sum((start + case.new - 1) // case.ratio - start // case.ratio + 1 for start in case.start_positions())
+    items = FEW_ITEMS if len(specs) == 1 and windows <= FEW_ITEMS else ANY
+    found = []
+    for spec, fmt in zip(specs, formats, strict=True):
+        kind = state_kind(spec)
+        types = (BF16, FP32 if kind == "fold" else BF16, rows, weight, True)
+        found.append(step_key(spec, fmt, kind, case.new, types, items=items))
+    return found[0] if len(found) == 1 else pair_key(*found)
 
 
 def keys() -> list[tuple]:

@@ -22,7 +22,8 @@ class Config:
         ahead: tokens whose loads are in flight at once. Any value gives the same bits.
         num_warps: per program. Any value gives the same bits, but for `"window"`, whose sums follow it.
         slice: channels per program; 0 for whole rows. `"window"`, and `"fold"` with `programs`.
-        tile: `"window"`: rows in flight at once, at most.
+        tile: `"window"`: rows that are summed side by side, at most; a longer window is several tiles, one after the other.
+        stages: `"window"`: of several tiles, as many but one are in flight at once.
         registers: bound on registers per thread, so that more programs share a multiprocessor; 0 for none.
         programs: `"fold"`, `"rows"`: most programs, each of which takes work items in turn; 0 for a program each, which has all
             its loads under way before the first use, so that `ahead` holds a step.
@@ -37,7 +38,8 @@ class Config:
     ahead: int
     num_warps: int
     slice: int = 0
-    tile: int = 128
+    tile: int = 16
+    stages: int = 5
     registers: int = 0
     programs: int = 0
     together: int = 1

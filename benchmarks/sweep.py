@@ -1,0 +1,127 @@
+"""Times a call with other rows of the configuration table than the one that serves it: what a new row must be chosen by.
+
+python benchmarks/sweep.py "dec hd512 r128 b256 n1 hit" window:fp8_ds_mla --try tile=32,slice=32 --try stages=3
+                           [--out benchmarks/results/sweep.jsonl]
+
+Each `--try` names what differs from the row of the table (of the first compressor, where there are two; `poolers` is
+`launch.MOST_POOLERS`). Everything is compiled on all cores first. After a timing the records are compared with those of
+the table's own row: the same bits, or for a WindowState, whose sums follow the row, the largest difference in units of the
+entry's largest value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing import get_context
+
+import floor
+import protocol
+import torch
+from calls import Buffers, Step
+from precompile import build, key_of
+from protocol import Case, Variant
+
+from kvfold.kernels import configs, launch
+from kvfold.kernels.configs import Config
+
+
+def parse() -> argparse.Namespace:
+    parser = protocol.parser(__doc__)
+    parser.add_argument("case", help="its name, as the results have it")
+    parser.add_argument("variant", type=Variant.parse)
+    parser.add_argument("--try", dest="tries", action="append", default=[], metavar="NAME=NUMBER,...")
+    args = parser.parse_args()
+    known = {case.name: case for case in protocol.cases()}
+    if args.case not in known:
+        parser.error(f"case must be one of {', '.join(known)}, got {args.case!r}")
+    args.case = known[args.case]
+    return args
+
+
+def changes_of(text: str) -> dict[str, int]:
+    return {name: int(number) for name, number in (part.split("=") for part in text.split(",") if part)}
+
+
+def own_row(case: Case, variant: Variant) -> Config:
+    """The row of the table that serves the call, or its first compressor."""
+    key = key_of(case, variant)
+    return key[1][2] if key[0] == "pair" else key[3]
+
+
+@contextmanager
+def table_with(row: Config, changes: dict[str, int]) -> Iterator[None]:
+    """The table with another row in the place of one."""
+    table, poolers = configs.CONFIGS, launch.MOST_POOLERS
+    changes = dict(changes)
+    launch.MOST_POOLERS = changes.pop("poolers", poolers)
+    configs.CONFIGS = tuple(replace(config, **changes) if config == row else config for config in table)
+    try:
+        yield
+    finally:
+        configs.CONFIGS, launch.MOST_POOLERS = table, poolers
+
+
+def compile_try(job: tuple[Case, Variant, str]) -> None:
+    case, variant, text = job
+    with table_with(own_row(case, variant), changes_of(text)):
+        for pdl in (False, True):
+            build((key_of(case, variant), pdl, "sm_90"))
+
+
+def entries(buffers: list[Buffers], step: Step) -> list[torch.Tensor]:
+    """What the call stored: records as they are, or for a WindowState what they or the pooled rows say."""
+    if step.variant.state != "window":
+        return [b.cache.storage.clone() for b in buffers if b.cache is not None]
+    found = []
+    for b in buffers:
+        used = step.plan.entry_slots[: int(step.plan.cu_entries[-1])]
+        found.append(b.rows[: len(used)].float() if b.cache is None else b.cache.read(used))
+    return found
+
+
+def differences(have: list[torch.Tensor], want: list[torch.Tensor]) -> str:
+    if have[0].dtype == torch.uint8:
+        return "equal" if all(map(torch.equal, have, want)) else "DIFFERENT"
+    size = max(float(w.abs().amax()) for w in want)
+    return f"{max(float((h - w).abs().amax()) for h, w in zip(have, want, strict=True)) / size:.1e}"
+
+
+def main() -> int:
+    args = parse()
+    case, variant, where = args.case, args.variant, protocol.environment(args.commit)
+    row, failed = own_row(case, variant), 0
+    tries = ["", *args.tries]
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        list(pool.map(compile_try, [(case, variant, text) for text in tries]))
+    step = Step(case, variant)
+    sets = [step.buffers() for _ in range(protocol.buffer_sets(floor.traffic(case, variant).total))]
+    torch.cuda.synchronize()
+    calls, want = [step.call(buffers) for buffers in sets], None
+    for text in tries:
+        for buffers in sets:
+            for b in buffers:
+                b.state._last = (None,)  # it knows the kernel of its last call
+        try:
+            with table_with(row, changes_of(text)):
+                step.check(calls[0])
+                us = protocol.time_graph(calls)
+        except Exception:
+            traceback.print_exc()
+            failed += 1
+            continue
+        have = entries(sets[0], step)
+        want = want or have
+        result = {"bench": "sweep", "case": case.name, "variant": variant.name, "row": text, "us": round(us, 3)}
+        result["entries"] = differences(have, want)
+        print(*result.values(), flush=True)
+        protocol.append_rows(args.out, [result | where])
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
