@@ -38,7 +38,7 @@ class Config:
     ahead: int
     num_warps: int
     slice: int = 0
-    tile: int = 16
+    tile: int = 32
     stages: int = 5
     registers: int = 0
     programs: int = 0
@@ -93,12 +93,12 @@ CONFIGS = (
     Config("rows", _WIDE, _ALL, ANY, ahead=4, num_warps=2, registers=128, programs=1056),
     # One row of the table serves every number of new tokens: the order of the sums, and so the bits, must not follow it.
     Config("window", _NARROW, (1, 16), ANY, ahead=4, num_warps=1),
-    Config("window", _NARROW, _ALL, ANY, ahead=4, num_warps=4, slice=16),
+    Config("window", _NARROW, _ALL, ANY, ahead=4, num_warps=4, slice=32),
     Config("window", _MIDDLE, (1, 16), ANY, ahead=4, num_warps=2),
     Config("window", _MIDDLE, _ALL, ANY, ahead=4, num_warps=4, slice=32),
     Config("window", _WIDE, (1, 16), ANY, ahead=4, num_warps=4, registers=128),
     # Four programs to a multiprocessor; batch 16/64/256 one token: 6.9/15.5/47 us with 128 registers, 7.7/19.8/68 unbound.
-    Config("window", _WIDE, _ALL, ANY, ahead=4, num_warps=4, slice=32, registers=128),
+    Config("window", _WIDE, _ALL, ANY, ahead=4, num_warps=4, slice=32, registers=96),
     Config("store", _NARROW, _ALL, ANY, ahead=1, num_warps=1),
     Config("store", _MIDDLE, _ALL, ANY, ahead=1, num_warps=2),
     Config("store", _WIDE, _ALL, ANY, ahead=1, num_warps=4),

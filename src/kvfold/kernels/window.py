@@ -115,18 +115,22 @@ def add_pairs(a, b, c, d):
 
 
 @triton.jit
-def load_live_rows(
-    kv_score, kv_stride, ape, j, c, new, token,
-    RATIO: tl.constexpr, CHANNELS: tl.constexpr, BF16: tl.constexpr,
-):  # fmt: skip
-    """Values and scores of those rows `j` of a window that are new, rounded as stored; the others weigh nothing."""
+def load_live_rows(kv_score, kv_stride, ape, j, c, new, token, RATIO: tl.constexpr, CHANNELS: tl.constexpr):
+    """Values, scores and ape of those rows `j` of a window that are new, as they come; the others weigh nothing."""
     news = (new.to(tl.int32)[:, None] + c.to(tl.int32) * 0) != 0
     live = kv_score + (token.to(tl.int64) * kv_stride)[:, None] + c
-    k = tl.load(live, mask=news, other=-0.0).to(tl.float32)
-    s = tl.load(live + CHANNELS, mask=news, other=float("-inf")).to(tl.float32)
+    k = tl.load(live, mask=news, other=-0.0)
+    s = tl.load(live + CHANNELS, mask=news, other=float("-inf"))
+    bias = tl.zeros(c.shape, tl.float32)
     if ape is not None:
-        s += tl.load(ape + ((j % RATIO) * CHANNELS)[:, None] + c, mask=news, other=0.0)
-    return as_stored(k, BF16), as_stored(s, BF16)
+        bias = tl.load(ape + ((j % RATIO) * CHANNELS)[:, None] + c, mask=news, other=0.0)
+    return k, s, bias
+
+
+@triton.jit
+def round_live_rows(k, s, bias, BF16: tl.constexpr):
+    """Of what `load_live_rows` returned: values and scores as they are stored."""
+    return as_stored(k.to(tl.float32), BF16), as_stored(s.to(tl.float32) + bias, BF16)
 
 
 @triton.jit
@@ -194,7 +198,8 @@ def pool_short(
     c = (half[:, None] + (c0 + tl.arange(0, SLICE))[None, :]).to(tl.int64)
     k, s = load_old_rows(kv_pool, score_pool, kv_at[:, None] + c, score_at[:, None] + c, old)
     new = there & (x >= start)
-    live_k, live_s = load_live_rows(kv_score, kv_stride, ape, j, c, new, token + x - start, RATIO, CHANNELS, BF16)
+    live = load_live_rows(kv_score, kv_stride, ape, j, c, new, token + x - start, RATIO, CHANNELS)
+    live_k, live_s = round_live_rows(live[0], live[1], live[2], BF16)
     news = (new.to(tl.int32)[:, None] + c.to(tl.int32) * 0) != 0
     k = tl.where(news, live_k, k)
     s = tl.where(news, live_s, s)
@@ -231,12 +236,13 @@ def pool_long(
     if ONE_PAGE:
         kv_before, kv_this, kv_lost, score_before, score_this, score_lost = homes
         lost = (kv_lost | score_lost).to(tl.int32)
-    # The first new rows come while the old ones are folded. A tile is of one window: with overlap, of one half.
+    # The first new rows come while the old ones are folded, and are looked at behind them. A tile is of one window, so that
+    # with overlap it has one half.
     first_new = (olds // TILE) * TILE
     j = first_new + i
     c_new = c0 + tl.where(first_new < RATIO * OVERLAP, 0, OVERLAP * HEAD_DIM) + c
-    new_k, new_s = load_live_rows(
-        kv_score, kv_stride, ape, j, c_new, (j >= olds) & (j < WINDOW_ROWS), token + x0 + j - start, RATIO, CHANNELS, BF16
+    new_k, new_s, bias = load_live_rows(
+        kv_score, kv_stride, ape, j, c_new, (j >= olds) & (j < WINDOW_ROWS), token + x0 + j - start, RATIO, CHANNELS
     )  # fmt: skip
     m = tl.full((TILE, SLICE), LOWEST, tl.float32)
     l = tl.zeros((TILE, SLICE), tl.float32)
@@ -267,11 +273,15 @@ def pool_long(
             lost += missing
             k, s = load_old_rows(kv_pool, score_pool, kv_at[:, None] + at + c, score_at[:, None] + at + c, there)
         m, l, a = fold_step(m, l, a, k, s)
-    m, l, a = fold_step(m, l, a, new_k, new_s)
+    k, s = round_live_rows(new_k, new_s, bias, BF16)
+    m, l, a = fold_step(m, l, a, k, s)
     for j0 in range(first_new + TILE, WINDOW_ROWS, TILE):
         j = j0 + i
         c_new = c0 + tl.where(j0 < RATIO * OVERLAP, 0, OVERLAP * HEAD_DIM) + c
-        k, s = load_live_rows(kv_score, kv_stride, ape, j, c_new, j >= 0, token + x0 + j - start, RATIO, CHANNELS, BF16)
+        new_k, new_s, bias = load_live_rows(
+            kv_score, kv_stride, ape, j, c_new, j >= 0, token + x0 + j - start, RATIO, CHANNELS
+        )  # fmt: skip
+        k, s = round_live_rows(new_k, new_s, bias, BF16)
         m, l, a = fold_step(m, l, a, k, s)
     top = tl.max(m, axis=0)
     weight = tl.exp2((m - top[None, :]) * LOG2_E)
