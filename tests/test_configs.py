@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import Backend, make_tokens, norm_error
+from helpers import Backend, Engine, make_tokens, norm_error
 from window_support import WindowEngine, run
 
 from kvfold import CompressorSpec, reference
+from kvfold.kernels import configs
 from kvfold.kernels.configs import ANY, CONFIGS, FEW_ITEMS, Config, UnsupportedError, choose
 from kvfold.state import state_kind
 
@@ -49,7 +51,10 @@ def test_a_row_of_the_table_is_chosen_and_the_first_that_serves() -> None:
             assert chosen.together == 1 or (kind == "fold" and chosen.programs)
             # Launches tell few windows from many and nothing in between.
             assert chosen.most_items in (FEW_ITEMS, ANY)
-        assert chosen.slice == 0 or (kind == "window" and spec.head_dim % min(chosen.slice, spec.head_dim) == 0)
+            # Slices cut a row evenly; over fold rows only programs that take items in turn, one window each, can share one.
+            assert chosen.slice == 0 or spec.head_dim % min(chosen.slice, spec.head_dim) == 0
+            shared = kind == "fold" and chosen.programs and chosen.together == 1
+            assert chosen.slice == 0 or kind == "window" or shared
 
 
 def test_every_row_can_be_chosen() -> None:
@@ -131,6 +136,24 @@ def test_every_row_compiles(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     sizes = dict(map(int, line.split()) for line in done.stdout.splitlines())
     assert sizes.keys() == set(range(len(CONFIGS))) and min(sizes.values()) > 1000
+
+
+def test_programs_that_share_a_window_give_its_bits(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prefill that resumes inside a window beside a long one: the same records and state rows in slices as whole."""
+    if backend.name == "torch":
+        pytest.skip("the torch backend has no table")
+    spec = CompressorSpec(head_dim=32, ratio=16, rope_dim=16)
+    tokens = make_tokens(spec, 36, seed=3)
+    row = choose("fold", spec, 16)
+    found = []
+    for config in (row, replace(row, slice=8, programs=6)):
+        monkeypatch.setattr(configs, "CONFIGS", tuple(config if c == row else c for c in CONFIGS))
+        engine = Engine(spec, backend, num_slots=2, max_new_tokens=20)
+        engine.step([(1, 0, tokens[:5]), (0, 0, tokens[:1])])
+        for _ in range(2):  # a repeated call finds the workspace as the first did
+            engine.step([(1, 5, tokens[5:]), (0, 1, tokens[1:16])])
+        found.append((engine.records(1, 2), engine.records(0, 1), *engine.snapshot()))
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
 
 
 def test_a_row_serves_inside_its_bounds() -> None:
