@@ -208,7 +208,7 @@ def _spec_of(text: str) -> CompressorSpec:
 
 @lru_cache(maxsize=256)
 def _memory(*asked: object) -> list[tuple]:
-    """Where the launcher of the last call of a kind, on a device, is kept, as a state of the user's would keep it; no tensors."""
+    """Where the launcher of the last call of a kind, on a device, is kept, as a user's state would keep it; no tensors."""
     return [(None,)]
 
 

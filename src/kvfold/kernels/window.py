@@ -2,9 +2,9 @@
 
 Two kinds of programs in one launch. Writers take work items in turn and store their new rows. The others take slices of
 entries, SLICE channels of value and score of all rows of a window. A short window is one tile. A long one comes through shared
-memory, tile by tile, with several on their way: with a whole window in registers, four programs fit a multiprocessor, too few to
-hide what a slice costs beside its loads. Old rows come from the pages, new ones live, so nobody waits for a writer. Where
-several programs share an entry, the one that brings the last slice to the workspace finishes it; which one that is changes no bit.
+memory, tile by tile, with several on their way: with a whole window in registers, four programs fit a multiprocessor, too few
+to hide what a slice costs beside its loads. Old rows come from the pages, new ones live, so nobody waits for a writer. Where
+several programs share an entry, the one that brings the last slice finishes it; which one that is changes no bit.
 """
 
 import triton
