@@ -97,9 +97,9 @@ def explained(cache: EntryCache, data: torch.Tensor, y: torch.Tensor, slack: tor
     if fmt.element == "bf16":
         return _between(data.view(torch.int16), bf16_bits(low), bf16_bits(high), 1 << 15)
     q, width = fmt.quantized(spec), fmt.row_bytes(spec)
-    # A copy of one row must not keep its odd length as a stride, or it has no view.
-    rotated = data[:, width - 2 * (spec.head_dim - q) : width].clone(memory_format=torch.contiguous_format)
-    kept = _between(rotated.view(torch.int16), bf16_bits(low[:, q:]), bf16_bits(high[:, q:]), 1 << 15)
+    # As one row of its own, since a copy of a single row or of none of its bytes may keep an odd stride, and then has no view.
+    rotated = data[:, width - 2 * (spec.head_dim - q) : width].reshape(-1).view(torch.int16).view(len(data), spec.head_dim - q)
+    kept = _between(rotated, bf16_bits(low[:, q:]), bf16_bits(high[:, q:]), 1 << 15)
     ends = [(x.bfloat16().float() if fmt.round_values else x)[:, :q] for x in (low, high)]
     right = torch.ones_like(ends[0], dtype=torch.bool)
     if fmt.scale == "static":

@@ -22,8 +22,7 @@ class Config:
         ahead: tokens whose loads are in flight at once. Any value gives the same bits.
         num_warps: per program. Any value gives the same bits, but for `"window"`, whose sums follow it.
         slice: channels per program; 0 for whole rows. `"window"`, and `"fold"` with `programs`.
-        tile: `"window"`: rows that are summed side by side, at most; a longer window is several tiles, one after the other.
-        stages: `"window"`: of several tiles, as many but one are in flight at once.
+        tile: `"window"`: rows in flight at once, at most.
         registers: bound on registers per thread, so that more programs share a multiprocessor; 0 for none.
         programs: `"fold"`, `"rows"`: most programs, each of which takes work items in turn; 0 for a program each, which has all
             its loads under way before the first use, so that `ahead` holds a step.
@@ -38,8 +37,7 @@ class Config:
     ahead: int
     num_warps: int
     slice: int = 0
-    tile: int = 32
-    stages: int = 5
+    tile: int = 128
     registers: int = 0
     programs: int = 0
     together: int = 1
@@ -76,7 +74,8 @@ CONFIGS = (
     Config("fold", _WIDE, _ALL, 4, ahead=4, num_warps=4),
     Config("fold", _WIDE, _ALL, 8, ahead=8, num_warps=4),
     # Few windows, a prompt of 8k: each is a chain of 128 tokens, so many loads ahead and 2 channels per thread. 8 warps with 8,
-    # 12 and 16 tokens ahead: 18.1, 17.0 and 15.6 us; 4 warps with 8, 16 and 32: 20.3, 17.6 and 29.9 (which spills).
+    # 12 and 16 tokens ahead: 18.1, 17.0 and 15.6 us; 4 warps with 8, 16 and 32: 20.3, 17.6 and 29.9 (which spills). Programs
+    # that share a window, 32 to 256 channels each: 15.2 (128, with 4 warps) to 17.6; not worth a workspace.
     Config("fold", _WIDE, _ALL, ANY, ahead=16, num_warps=8, programs=FEW_ITEMS, most_items=FEW_ITEMS),
     # Many windows are as fast as their instructions. 1 and 8 prompts of 64k: 38.9 and 263 us; windows one by one 39.8 and 285;
     # 3 programs to a multiprocessor with 8 tokens ahead 47.9 and 277; 5 with 96 registers 42.0 and 268.
@@ -90,15 +89,18 @@ CONFIGS = (
     Config("rows", _WIDE, (1, 8), 8, ahead=8, num_warps=4, registers=128),
     # 1 and 8 prompts of 64k: 87.6 and 676 us; all 8 rows ahead, with 168 registers, 94.7 and 695; 96 registers 91.0 and 703;
     # one warp, of 16 channels per thread, 115 and 824; 4 warps, which all decode the item and finish the entry, 105 and 804.
+    # A program for each window 90.8 and 696, with all 8 rows ahead 104 and 779; 2112 programs 86.8 and 701.
     Config("rows", _WIDE, _ALL, ANY, ahead=4, num_warps=2, registers=128, programs=1056),
     # One row of the table serves every number of new tokens: the order of the sums, and so the bits, must not follow it.
     Config("window", _NARROW, (1, 16), ANY, ahead=4, num_warps=1),
-    Config("window", _NARROW, _ALL, ANY, ahead=4, num_warps=4, slice=32),
+    Config("window", _NARROW, _ALL, ANY, ahead=4, num_warps=4, slice=16),
     Config("window", _MIDDLE, (1, 16), ANY, ahead=4, num_warps=2),
     Config("window", _MIDDLE, _ALL, ANY, ahead=4, num_warps=4, slice=32),
     Config("window", _WIDE, (1, 16), ANY, ahead=4, num_warps=4, registers=128),
     # Four programs to a multiprocessor; batch 16/64/256 one token: 6.9/15.5/47 us with 128 registers, 7.7/19.8/68 unbound.
-    Config("window", _WIDE, _ALL, ANY, ahead=4, num_warps=4, slice=32, registers=96),
+    # Tiles of 16 rows by 64 channels that come through shared memory, folded one after the other (commit 3e5aeb6): 7.7/15.4/43,
+    # but 6.2 instead of 4.9 us where two of 64 sequences end a window, as in most steps of an engine.
+    Config("window", _WIDE, _ALL, ANY, ahead=4, num_warps=4, slice=32, registers=128),
     Config("store", _NARROW, _ALL, ANY, ahead=1, num_warps=1),
     Config("store", _MIDDLE, _ALL, ANY, ahead=1, num_warps=2),
     Config("store", _WIDE, _ALL, ANY, ahead=1, num_warps=4),

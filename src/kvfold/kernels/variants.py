@@ -130,7 +130,6 @@ def window_variant(
         "OVERLAP": int(spec.overlap),
         # A power of two that the window fills; two rows at least, as one has nothing to reduce.
         "TILE": max(2, min(config.tile, spec.window_rows)),
-        "STAGES": config.stages if one_page else 1,
         "SLICE": spec.head_dim // slices,
         "AHEAD": config.ahead,
         "ONE_PAGE": one_page,
