@@ -18,6 +18,7 @@ import calls
 import decode
 import floor
 import protocol
+import record
 import window_reduction
 from protocol import Case, Variant
 
@@ -177,3 +178,23 @@ def test_one_warp_kernel_against_the_reference(new: int) -> None:
             stored = torch.stack([pool[table[b, x // page], x % page] for x in range(start, start + new)])
             bias = ape[[x % spec.ratio for x in range(start, start + new)]] if half else 0
             assert torch.equal(stored, tokens[b][start:, half : half + spec.channels].float() + bias)
+
+
+def test_record_runs_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for stage in record.STAGES:
+        command = stage.line(tmp_path, "abc")
+        assert Path(command[1]).is_file() and command.count("--out") == command.count("abc") == (stage.name != "precompile")
+        if "--out" in command:
+            assert command[command.index("--out") + 1] == str(tmp_path / f"{stage.name.split('-')[0]}.jsonl")
+            assert command.index("abc") < (command.index("--") if "--" in command else len(command))
+    args = record.parse(["--into", str(tmp_path), "--only", "decode,suite", "--logs", str(tmp_path)])
+    assert [stage.name for stage in args.stages] == ["decode", "suite"]
+    with pytest.raises(SystemExit):
+        record.parse(["--into", str(tmp_path), "--only", "decod"])
+    assert "decod" in capsys.readouterr().err
+    for code, seconds, said in (
+        ("raise SystemExit(3)", 60, "failed with 3"),
+        ("1", 60, "done"),
+        ("import time; time.sleep(9)", 1, "cut off"),
+    ):
+        assert record.run(record.Stage("x", ("-c", code), seconds), args, 60.0).startswith(said)

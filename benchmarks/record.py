@@ -1,0 +1,103 @@
+"""Everything that is measured and checked on a GPU, in one go: kernels compiled on all cores, the test suite, the sanitizers,
+every benchmark. What comes of it is added to the results of one folder; `documents.py` makes the documents of them.
+
+python benchmarks/record.py --into benchmarks/results [--logs FOLDER] [--only decode,prefill] [--seconds 900] [--commit COMMIT]
+
+Stages run one after the other, so that nothing disturbs a timing, and the ones that are cheap and most wanted come first. None
+starts that the time left does not hold, and none runs longer than its share; which those were is said at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command. seconds: what it may take, about twice what it took on an H200 with 16 cores."""
+
+    name: str
+    command: tuple[str, ...]
+    seconds: int
+
+    def line(self, into: Path, commit: str | None) -> list[str]:
+        found = [sys.executable, *self.command]
+        if "{out}" in found:
+            at = found.index("{out}")
+            found[at : at + 1] = [str(into / f"{self.name.partition('-')[0]}.jsonl"), *(("--commit", commit) if commit else ())]
+        return found
+
+
+def _bench(name: str, seconds: int, *options: str, script: str = "") -> Stage:
+    return Stage(name, (str(HERE / f"{script or name.partition('-')[0]}.py"), "--out", "{out}", *options), seconds)
+
+
+STAGES = (
+    Stage("precompile", (str(HERE / "precompile.py"),), 90),
+    _bench("decode", 120),
+    _bench("prefill", 90, "--parts", "protocol,mixed"),
+    _bench("overhead", 60),
+    _bench("window_reduction", 30),
+    _bench("store", 60),
+    _bench("sanitizer", 300, "--timeout", "290", script="sanitize"),
+    # An illegal access spoils a process for all tests behind it, and this file provokes what would be one.
+    _bench("suite-fuzz", 180, "--", "-m", "gpu", "tests/test_fuzz.py", script="suite"),
+    _bench("suite", 400, "--", "-n", "12", "--dist", "worksteal", "--ignore", "tests/test_fuzz.py", script="suite"),
+    _bench("prefill-scaling", 120, "--parts", "scaling"),
+    _bench("representations", 60),
+)
+
+
+def run(stage: Stage, args: argparse.Namespace, left: float) -> str:
+    """Runs a stage; returns how it ended."""
+    start = time.monotonic()
+    with (args.logs / f"{stage.name}.log").open("w") as log:
+        try:
+            code = subprocess.run(
+                stage.line(args.into, args.commit), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+                timeout=min(stage.seconds, left), check=False,
+            ).returncode  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return f"cut off after {time.monotonic() - start:.0f} s"
+    return f"{'done' if code == 0 else f'failed with {code}'} in {time.monotonic() - start:.0f} s"
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--into", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--logs", type=Path, help="folder of what the stages print (default: logs, inside that of the results)")
+    parser.add_argument("--only", default="", help=f"of {','.join(stage.name for stage in STAGES)}")
+    parser.add_argument("--seconds", type=float, default=1800, help="for all stages together (default: %(default)s)")
+    parser.add_argument("--commit", help="what the rows give as the commit (default: git's HEAD)")
+    args = parser.parse_args(arguments)
+    wanted = [name for name in args.only.split(",") if name]
+    unknown = set(wanted) - {stage.name for stage in STAGES}
+    if unknown:
+        parser.error(f"--only must be of {', '.join(stage.name for stage in STAGES)}, got {', '.join(sorted(unknown))}")
+    args.stages = [stage for stage in STAGES if not wanted or stage.name in wanted]
+    args.logs = args.logs or args.into / "logs"
+    return args
+
+
+def main() -> int:
+    args = parse()
+    args.into.mkdir(parents=True, exist_ok=True)
+    args.logs.mkdir(parents=True, exist_ok=True)
+    deadline, ends = time.monotonic() + args.seconds, []
+    for stage in args.stages:
+        left = deadline - time.monotonic()
+        ends.append(run(stage, args, left) if left > stage.seconds / 2 else f"not started, {max(left, 0):.0f} s were left")
+        print(f"{stage.name}: {ends[-1]}", flush=True)
+    return 0 if all(end.startswith("done") for end in ends) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
