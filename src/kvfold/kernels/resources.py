@@ -35,9 +35,10 @@ def _nvidia(compiled: CompiledKernel) -> Resources:
 
 
 def _stored(sass: str) -> int:
-    """Bytes that instructions store to the stack: 4, or what a suffix says (STL.64). Of fewer, ptxas too counts 4."""
+    """Bytes that instructions store to the stack: of 32 bits, or what a suffix says (STL.64, STL.S16)."""
     found = re.findall(r"\bSTL((?:\.\w+)*) \[", sass)
-    return sum(16 if ".128" in suffix else 8 if ".64" in suffix else 4 for suffix in found)
+    widths = [re.search(r"\.[SU]?(8|16|64|128)\b", suffix) for suffix in found]
+    return sum(int(width[1]) if width else 32 for width in widths) // 8
 
 
 def _cuobjdump(option: str, cubin: Path) -> str:
