@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .kernels.aot import Combination
 
 JSON, TABLE = "kernels.json", "kernels.txt"
+MOST_WORKERS = 16  # each has torch and Triton in memory, about half a gigabyte
 MEASURED = "sm_90"  # where rows of the table were chosen by measurement, and so what they spill
 
 
@@ -37,7 +38,7 @@ def aot(
     workers: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> AotReport:
-    """Compiles every kernel that calls over these can choose, writes the binaries with a report, and checks them for spills.
+    """Compiles every kernel of the table that calls over these can choose, writes the binaries with a report, and checks them for spills.
 
     For looking into kernels (`cuobjdump -sass`, `nvdisasm`), for comparing versions of kvfold and Triton, and for knowing
     before deployment that all compile and none spills. They are not for loading: kvfold compiles what it launches through
@@ -67,7 +68,7 @@ def aot(
         dtypes: of `kv_score`: bf16, fp32 or both.
         strict: whether all spills are failures; see above.
         workers: processes that compile at once, from 1 to 256; with 1 it is this one. Default: the cores that this process may
-            use. They are spawned: a script calls this under `if __name__ == "__main__"`.
+            use, 16 at most. They are spawned: a script calls this under `if __name__ == "__main__"`.
         progress: called after each kernel with how many are done, of how many, and a name.
 
     Returns:
@@ -123,7 +124,7 @@ def _compile(
     """What each became, in order."""
     allowed = [_allowed(one, target, strict) for one in wanted]
     attempt = partial(_attempt, target, folder)
-    workers = min(workers or len(os.sched_getaffinity(0)), len(wanted))
+    workers = min(workers or min(len(os.sched_getaffinity(0)), MOST_WORKERS), len(wanted))
     if workers == 1:
         yield from map(attempt, wanted, allowed)
         return

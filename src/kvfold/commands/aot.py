@@ -31,7 +31,7 @@ def aot(
             "--strict/--no-strict", help="Any spill fails, or none; default: on sm_90 what is not in the table fails."
         ),
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that compile; default: one for each core.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that compile; default: one for each core, 16 at most.")] = None,
 ) -> None:
     """Compiles kernels to files, with registers, spills and shared memory of each; exit code 1 on spills and failures."""
     import torch
