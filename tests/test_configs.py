@@ -113,7 +113,7 @@ from multiprocessing import get_context
 from kvfold.kernels import aot
 
 def size(combination):
-    return aot.compile_one(combination, "sm_90")
+    return len(aot.compile_one(combination, "sm_90").asm["cubin"])
 
 if __name__ == "__main__":
     one_each = {}
@@ -122,7 +122,7 @@ if __name__ == "__main__":
             one_each.setdefault(c.config, c)
     with ProcessPoolExecutor(2, get_context("fork")) as pool:
         for c, n in zip(one_each.values(), pool.map(size, one_each.values())):
-            print(aot.CONFIGS.index(c.config), n)
+            print(aot.configs.CONFIGS.index(c.config), n)
 """
 
 

@@ -1,6 +1,8 @@
 """kvfold: GPU kernels for the KV-cache compressor of DeepSeek-V4."""
 
 from . import ops, reference
+from .aot import aot
+from .aot_report import AotReport
 from .compress import compress, compress_many
 from .debug import check
 from .plan import StepPlan
@@ -20,12 +22,14 @@ __all__ = [
     "V4_CSA",
     "V4_HCA",
     "V4_INDEXER",
+    "AotReport",
     "CompressorSpec",
     "EntryCache",
     "FoldState",
     "Snapshots",
     "StepPlan",
     "WindowState",
+    "aot",
     "check",
     "compress",
     "compress_many",

@@ -8,7 +8,7 @@ try:
     import typer
 
     from . import __version__
-    from .commands import bench, demo, explain, info, replay, verify
+    from .commands import aot, bench, demo, explain, info, replay, verify
 except ImportError as error:
     if (error.name or "").partition(".")[0] not in ("typer", "rich"):
         raise
@@ -22,7 +22,7 @@ def _version(asked: bool) -> None:
 
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
-for command in (info.info, verify.verify, explain.explain, replay.replay, bench.bench, demo.demo):
+for command in (info.info, verify.verify, explain.explain, replay.replay, bench.bench, aot.aot, demo.demo):
     app.command()(command)
 
 

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 
 from .checks import check_int, check_switch, check_type
-from .records import FORMATS, RecordFormat
+from .records import RecordFormat
+from .selection import FLOATS, check_all, check_choices, check_formats, defined_for, several
 from .spec import CompressorSpec
 from .state import state_kind
 
 STATES = ("fold", "window")
-_FLOATS = (torch.bfloat16, torch.float32)
 
 
 def warmup(
@@ -71,20 +71,20 @@ def warmup(
             configured for a spec.
         RuntimeError: there is no GPU, or kernels are interpreted.
     """
-    specs, names = _all("specs", specs, CompressorSpec), _formats("formats", formats)
-    dtypes, norms = _choices("dtypes", dtypes, _FLOATS), _choices("norm_weight_dtypes", norm_weight_dtypes, _FLOATS)
-    state_dtypes, states = _choices("state_dtypes", state_dtypes, _FLOATS), _choices("states", states, STATES)
-    rows = _choices("rows", rows, (None, *_FLOATS))
-    snapshots = _choices("snapshots", snapshots, (False, True))
-    steps = _several("max_new_tokens", max_new_tokens)
+    specs, names = check_all("specs", specs, CompressorSpec), check_formats("formats", formats)
+    dtypes, norms = check_choices("dtypes", dtypes, FLOATS), check_choices("norm_weight_dtypes", norm_weight_dtypes, FLOATS)
+    state_dtypes, states = check_choices("state_dtypes", state_dtypes, FLOATS), check_choices("states", states, STATES)
+    rows = check_choices("rows", rows, (None, *FLOATS))
+    snapshots = check_choices("snapshots", snapshots, (False, True))
+    steps = several("max_new_tokens", max_new_tokens)
     for bound in steps:
         check_int("max_new_tokens", bound, 1, (1 << 31) - 1)
-    pages = None if page_sizes is None else _several("page_sizes", page_sizes)
+    pages = None if page_sizes is None else several("page_sizes", page_sizes)
     for size in pages or ():
         check_int("page_sizes", size, 1, (1 << 31) - 1)
-    pairs = [_pair(i, pair) for i, pair in enumerate(_several("many", many))]
+    pairs = [_pair(i, pair) for i, pair in enumerate(several("many", many))]
     check_switch("pdl", pdl)
-    chosen = _combinations(specs, names)
+    chosen = defined_for(specs, names)
 
     from .kernels import dispatch  # imports triton, which the torch backend does not need
 
@@ -200,28 +200,6 @@ def _gpu(device: torch.device | str | int | None, interpreted: bool) -> torch.de
     return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
 
 
-def _combinations(
-    specs: tuple[CompressorSpec, ...], formats: tuple[RecordFormat | None, ...]
-) -> list[tuple[CompressorSpec, RecordFormat | None]]:
-    """The specs with the formats that are defined for them."""
-    found = []
-    for fmt in formats:
-        fitting = [spec for spec in specs if fmt is None or _fits(spec, fmt)]
-        if specs and not fitting:
-            assert fmt is not None
-            raise ValueError(f"formats must be defined for one of the specs at least, got {fmt.name!r} for {list(specs)}")
-        found += [(spec, fmt) for spec in fitting]
-    return found
-
-
-def _fits(spec: CompressorSpec, fmt: RecordFormat) -> bool:
-    try:
-        fmt.check(spec)
-    except ValueError:
-        return False
-    return True
-
-
 def _pair(i: int, pair: object) -> tuple[tuple[CompressorSpec, RecordFormat | None], ...]:
     """One of `many`, with its formats looked up."""
     name = f"many[{i}]"
@@ -230,7 +208,7 @@ def _pair(i: int, pair: object) -> tuple[tuple[CompressorSpec, RecordFormat | No
     found = []
     for spec, fmt in pair:
         check_type(name, spec, CompressorSpec)
-        (known,) = _formats(name, (fmt,))
+        (known,) = check_formats(name, (fmt,))
         if known is not None:
             try:
                 known.check(spec)
@@ -240,29 +218,3 @@ def _pair(i: int, pair: object) -> tuple[tuple[CompressorSpec, RecordFormat | No
     if found[0][0].ratio != found[1][0].ratio:
         raise ValueError(f"{name} must have one ratio, got {found[0][0].ratio} and {found[1][0].ratio}")
     return tuple(found)
-
-
-def _formats(name: str, formats: Iterable[str | None]) -> tuple[RecordFormat | None, ...]:
-    names = _choices(name, formats, (None, *FORMATS))
-    return tuple(None if one is None else FORMATS[one] for one in names)
-
-
-def _all(name: str, values: Iterable, kind: type) -> tuple:
-    values = _several(name, values)
-    for value in values:
-        check_type(name, value, kind)
-    return values
-
-
-def _several(name: str, values: Iterable) -> tuple:
-    if isinstance(values, (str, torch.dtype, torch.Tensor)) or not isinstance(values, Iterable):
-        raise TypeError(f"{name} must be several values, such as a tuple, got {values!r}")
-    return tuple(values)
-
-
-def _choices(name: str, values: Iterable, accepted: tuple) -> tuple:
-    values = _several(name, values)
-    for value in values:
-        if value not in accepted:
-            raise ValueError(f"{name} must be among {', '.join(map(str, accepted))}, got {value!r}")
-    return values

@@ -1,27 +1,33 @@
-"""Ahead-of-time compilation of every kernel, for GPUs that need not be there: `python -m kvfold.kernels.aot --all`.
+"""Ahead-of-time compilation, for GPUs that need not be there: which kernels there are, and one of them to a file.
 
-What is compiled follows the tables: every row of `configs.CONFIGS`, for a spec that it serves, with every format defined for
-that spec. Without `--all`, a sample in which every kernel, format and target occurs.
+What is compiled follows the tables: every row of `configs.CONFIGS`, for each spec that it serves, with every format defined
+for that spec.
 """
 
 from __future__ import annotations
 
-import sys
-import time
+import hashlib
+import re
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 
+from ..aot_report import AotKernel
 from ..records import FORMATS, RecordFormat
+from ..selection import fits
 from ..snapshots import Snapshots
 from ..spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
 from ..state import state_kind
-from .build import INTERPRETED, Variant
-from .configs import ANY, CONFIGS, Config, choose
+from . import configs
+from .build import KERNELS, Variant
+from .configs import ANY, Config, UnsupportedError, choose
 from .pdl import AVAILABLE
+from .resources import resources
 from .variants import pair_key, plan_key, restore_key, step_key, store_key, variant_of, window_key
 
 TARGETS = {
@@ -38,6 +44,8 @@ SPECS = (
     CompressorSpec(256, 4, overlap=True, hadamard=True),
 )
 
+OPTIONS = ("num_warps", "maxnreg", "launch_pdl", "enable_fp_fusion")  # that kernels are compiled with, by Triton's names
+
 
 @dataclass(frozen=True)
 class Combination:
@@ -48,6 +56,7 @@ class Combination:
         other: of a pair, the second spec and its format.
         page_size: of a `WindowState`.
         snapshots: whether the call leaves any.
+        dtype: of kv_score.
     """
 
     kind: str
@@ -57,28 +66,37 @@ class Combination:
     other: tuple[CompressorSpec, RecordFormat] | None = None
     page_size: int = 1
     snapshots: bool = False
+    dtype: torch.dtype = torch.bfloat16
 
     @property
     def name(self) -> str:
-        parts = [self.kind, f"hd{self.spec.head_dim}", f"R{self.spec.ratio}"]
+        """Says all that kernels of one selection can differ in, so no two have the same."""
+        parts = [self.kind, *_spec_words(self.spec)]
         if self.config is not None:
             record = self.fmt.name if self.fmt is not None else "rows"
             parts += [record, f"ahead{self.config.ahead}", f"warps{self.config.num_warps}"]
             parts += [f"n{self.config.max_new_tokens}"] if self.config.max_new_tokens < ANY else []
             parts += [f"items{self.config.most_items}"] if self.config.most_items < ANY else []
         if self.other is not None:
-            parts += [f"hd{self.other[0].head_dim}", self.other[1].name]
+            parts += [*_spec_words(self.other[0]), self.other[1].name]
         if self.kind in ("window", "restore"):
             parts += [f"page{self.page_size}"]
-        parts += ["snapshots"] * self.snapshots
+        parts += ["snapshots"] * self.snapshots + ["kv_fp32"] * (self.dtype == torch.float32)
         return " ".join(parts)
 
-    def variant(self, pdl: bool = False) -> Variant:
-        """As dispatch builds it for bf16 input, fp32 state and, without a cache, fp32 rows."""
-        return variant_of(self._key(), True, pdl)
+    @property
+    def spills(self) -> int:
+        """Bytes that a thread may spill on sm_90, by the row of the table."""
+        if self.config is None:
+            return 0
+        return self.config.spills if self.other is None else self.config.pair_spills
 
-    def _key(self) -> tuple:
-        bf16, fp32 = torch.bfloat16, torch.float32
+    def variant(self, pdl: bool = False) -> Variant:
+        """As dispatch builds it for fp32 state, weights and, without a cache, rows."""
+        return variant_of(self.key(), True, pdl)
+
+    def key(self) -> tuple:
+        fp32 = torch.float32
         if self.kind == "restore":
             return restore_key(self.spec, fp32, Snapshots.allocate(self.spec, 0, self.page_size, device="meta").rows_per_page)
         if self.config is None:
@@ -86,7 +104,7 @@ class Combination:
         if self.kind == "store":
             assert self.fmt is not None
             return store_key(self.spec, self.fmt, (fp32, fp32))
-        types = (bf16, fp32, fp32 if self.fmt is None else None, fp32, True)
+        types = (self.dtype, fp32, fp32 if self.fmt is None else None, fp32, True)
         bound = self.config.max_new_tokens
         if self.kind == "window":
             return window_key(self.spec, self.fmt, bound, types, self.page_size)
@@ -98,95 +116,123 @@ class Combination:
         return pair_key(first, step_key(spec, fmt, state_kind(spec), bound, types, self.snapshots, items))
 
 
-def combinations() -> Iterator[Combination]:
-    """Every kernel, format, spec and configuration that dispatch can choose, but for dtypes."""
-    for ratio in sorted({spec.ratio for spec in SPECS}):
-        yield Combination("plan", next(spec for spec in SPECS if spec.ratio == ratio))
-    for spec in SPECS:
-        for page_size in (64, 128):
+def _spec_words(spec: CompressorSpec) -> list[str]:
+    """What it is; of what V4 compressors have in common, only what is otherwise."""
+    words = [f"hd{spec.head_dim}", f"R{spec.ratio}"]
+    words += ["overlap"] * spec.overlap + ["hadamard"] * spec.hadamard + ["no_ape"] * (not spec.has_ape)
+    words += [f"rope{spec.rope_dim}"] * (spec.rope_dim != V4_HCA.rope_dim)
+    return words + [f"eps{spec.norm_eps}"] * (spec.norm_eps != V4_HCA.norm_eps)
+
+
+def combinations(
+    specs: tuple[CompressorSpec, ...] = SPECS,
+    formats: tuple[RecordFormat | None, ...] = (None, *FORMATS.values()),
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,),
+) -> Iterator[Combination]:
+    """Every kernel that dispatch can choose for these, but for the dtypes of state and weights: each once."""
+    seen: set[tuple] = set()
+    for found in _all(specs, formats, dtypes):
+        key = found.key()
+        if key not in seen:
+            seen.add(key)
+            yield found
+
+
+def _all(
+    specs: tuple[CompressorSpec, ...], formats: tuple[RecordFormat | None, ...], dtypes: tuple[torch.dtype, ...]
+) -> Iterator[Combination]:
+    for ratio in sorted({spec.ratio for spec in specs}):
+        yield Combination("plan", next(spec for spec in specs if spec.ratio == ratio))
+    for spec in specs:
+        # Pages of fold rows may end inside windows.
+        for page_size in (spec.ratio, 1) if state_kind(spec) == "fold" else (spec.ratio,):
             yield Combination("restore", spec, page_size=page_size)
-    for config in CONFIGS:
-        specs = [spec for spec in SPECS if config.kind in ("store", "window", state_kind(spec))]
-        for spec in specs:
-            if choose(config.kind, spec, config.max_new_tokens, config.most_items) != config:
+    for config in configs.CONFIGS:
+        for i, spec in enumerate(specs):
+            if not _reaches(config, spec):
                 continue
-            if config.kind == "store" and any(s.head_dim == spec.head_dim for s in SPECS[: SPECS.index(spec)]):
-                continue  # the ratio is all that would differ
-            if config.kind != "store":
-                yield Combination(config.kind, spec, None, config)
-            if config.kind in ("fold", "rows"):
-                yield Combination(config.kind, spec, None, config, snapshots=True)
-            for fmt in FORMATS.values():
-                try:
-                    fmt.check(spec)
-                except ValueError:
-                    continue
-                yield Combination(config.kind, spec, fmt, config, page_size=spec.ratio if config.kind == "window" else 1)
-            if spec == V4_CSA and config.kind == "rows":
-                for fmt in (fmt for fmt in FORMATS.values() if fmt.name.startswith("indexer")):
-                    yield Combination("pair", spec, FORMATS["fp8_ds_mla"], config, (V4_INDEXER, fmt))
-                yield Combination("pair", spec, FORMATS["fp8_ds_mla"], config, (V4_INDEXER, fmt), snapshots=True)
+            fitting = [fmt for fmt in formats if fmt is None or fits(spec, fmt)]
+            if config.kind == "store":
+                if not any(_stores_alike(spec, other) for other in specs[:i]):
+                    for fmt in filter(None, fitting):
+                        yield Combination("store", spec, fmt, config)
+                continue
+            for dtype in dtypes:
+                for fmt in fitting:
+                    page_size = spec.ratio if config.kind == "window" and fmt is not None else 1
+                    yield Combination(config.kind, spec, fmt, config, page_size=page_size, dtype=dtype)
+                # With snapshots a call takes the row for many windows (`step_key`).
+                for fmt in (None,) if None in fitting else fitting:
+                    if config.kind != "window" and config.most_items == ANY:
+                        yield Combination(config.kind, spec, fmt, config, snapshots=True, dtype=dtype)
+                if (config.kind, spec) == ("rows", V4_CSA) and V4_INDEXER in specs:
+                    yield from _pairs(config, formats, dtype)
 
 
-def sample() -> list[tuple[Combination, str]]:
-    """A combination and a target for each format, and more: every kernel, format and target at least once."""
-    every, targets = list(combinations()), list(TARGETS)
-    chosen = [(next(c for c in every if c.kind == "fold" and c.fmt is None), "sm_80")]
-    few = {
-        "plan": ("sm_90", "gfx942"),
-        "window": ("sm_90", "sm_80", "gfx950"),
-        "pair": ("sm_90", "gfx942"),
-        "restore": ("sm_80", "gfx950"),
-    }
-    for kind, wanted in few.items():
-        some = [c for c in every if c.kind == kind]
-        chosen += [(some[i * (len(some) - 1) // (len(wanted) - 1)], target) for i, target in enumerate(wanted)]
-    for i, name in enumerate(FORMATS):
-        # Three kernels and eight targets have no common factor, so each kernel comes to meet each target.
-        kind = ("fold", "rows", "store")[i % 3]
-        fitting = [c for c in every if c.kind == kind and c.fmt is not None and c.fmt.name == name]
-        chosen.append((fitting[i % len(fitting)], targets[i % len(targets)]))
-    return chosen
+def _pairs(config: Config, formats: tuple[RecordFormat | None, ...], dtype: torch.dtype) -> Iterator[Combination]:
+    """Main compressor and indexer: each indexer format with `fp8_ds_mla`, or where that is not asked for with each main one."""
+    known = [fmt for fmt in formats if fmt is not None]
+    seconds = [fmt for fmt in known if fmt.name.startswith("indexer")] or [fmt for fmt in known if fits(V4_INDEXER, fmt)]
+    firsts = [fmt for fmt in known if fmt.name == "fp8_ds_mla"] or [fmt for fmt in known if fits(V4_CSA, fmt)]
+    for first in firsts:
+        for second in seconds:
+            yield Combination("pair", V4_CSA, first, config, (V4_INDEXER, second), dtype=dtype)
+    if firsts and seconds:
+        yield Combination("pair", V4_CSA, firsts[-1], config, (V4_INDEXER, seconds[-1]), snapshots=True, dtype=dtype)
 
 
-def compile_one(combination: Combination, target: str) -> int:
-    """Compiles for a name of `TARGETS`; returns the size of the binary in bytes."""
+def _reaches(config: Config, spec: CompressorSpec) -> bool:
+    """Whether some call of the spec gets this row of the table."""
+    if config.kind not in ("store", "window", state_kind(spec)):
+        return False
+    try:
+        return choose(config.kind, spec, config.max_new_tokens, config.most_items) == config
+    except UnsupportedError:
+        return False
+
+
+def _stores_alike(spec: CompressorSpec, other: CompressorSpec) -> bool:
+    """Whether the ratio is all that their store kernels differ in."""
+    return spec == replace(other, ratio=spec.ratio, overlap=spec.overlap, has_ape=spec.has_ape)
+
+
+def compile_one(combination: Combination, target: str) -> CompiledKernel:
+    """For a name of `TARGETS`; as a dependent launch where there are such, which all but the first of a step are."""
     gpu = TARGETS[target]
-    dependent = AVAILABLE and gpu.backend == "cuda" and gpu.arch >= 90
-    compiled = combination.variant(pdl=dependent).compile(gpu)
-    return len(compiled.asm["cubin" if gpu.backend == "cuda" else "hsaco"])
+    return combination.variant(pdl=AVAILABLE and gpu.backend == "cuda" and gpu.arch >= 90).compile(gpu)
 
 
-def _run(job: tuple[Combination, str]) -> tuple[str, str, int, float]:
-    start = time.perf_counter()
-    size = compile_one(*job)
-    return job[1], job[0].name, size, time.perf_counter() - start
+def build(combination: Combination, target: str, folder: Path, allowed: int | None) -> AotKernel:
+    """Compiles, writes the binary under the kernel's name into `folder`, and says all about it."""
+    gpu, compiled = TARGETS[target], compile_one(combination, target)
+    end = "cubin" if gpu.backend == "cuda" else "hsaco"
+    binary, path = compiled.asm[end], folder / f"{combination.name.replace(' ', '-')}.{end}"
+    path.write_bytes(binary)
+    variant = combination.variant()
+    names = KERNELS[variant.kernel].arg_names
+    return AotKernel(
+        name=combination.name,
+        file=path.name,
+        sha256=hashlib.sha256(binary).hexdigest(),
+        bytes=len(binary),
+        entry=compiled.metadata.name,
+        resources=resources(compiled, gpu),
+        allowed=allowed,
+        constants={names[i]: value for (i,), value in sorted(compiled.src.constants.items())},
+        signature={name: kind for name, kind in compiled.src.signature.items() if kind != "constexpr"},
+        options={name: getattr(compiled.metadata, name, None) for name in OPTIONS} | {"aligned": variant.aligned},
+    )
 
 
-def main(arguments: list[str]) -> int:
-    """Compiles and prints one line for each; returns how many failed."""
-    if INTERPRETED:
-        sys.exit("unset TRITON_INTERPRET: the interpreter compiles nothing")
-    unknown = [argument for argument in arguments if argument != "--all" and argument not in TARGETS]
-    if unknown:
-        sys.exit(f"usage: python -m kvfold.kernels.aot [--all] [target ...]; targets are {', '.join(TARGETS)}, got {unknown}")
-    jobs = [(c, target) for c in combinations() for target in TARGETS] if "--all" in arguments else sample()
-    wanted = [argument for argument in arguments if argument in TARGETS] or list(TARGETS)
-    jobs = [job for job in jobs if job[1] in wanted]
-    failed, start = 0, time.perf_counter()
-    with ProcessPoolExecutor() as pool:
-        pending = {pool.submit(_run, job): job for job in jobs}
-        for done in as_completed(pending):
-            combination, target = pending[done]
-            try:
-                _, name, size, seconds = done.result()
-                print(f"{target}\t{name}\t{size} bytes\t{seconds:.1f} s", flush=True)
-            except Exception as error:
-                failed += 1
-                print(f"{target}\t{combination.name}\tfailed: {type(error).__name__}: {error}", flush=True)
-    print(f"{len(jobs) - failed} of {len(jobs)} compiled in {time.perf_counter() - start:.0f} s")
-    return failed
+def versions(target: str) -> dict[str, str]:
+    """Of all that has a hand in the binaries."""
+    from .. import __version__
 
+    found = {"kvfold": __version__, "torch": torch.__version__, "triton": triton.__version__}
+    if TARGETS[target].backend == "cuda":
+        from triton.backends.nvidia.compiler import get_ptxas_version
 
-if __name__ == "__main__":
-    sys.exit(1 if main(sys.argv[1:]) else 0)
+        said = get_ptxas_version(TARGETS[target].arch)
+        match = re.search(r"V(\d+\.\d+\.\d+)", said)
+        found["ptxas"] = match[1] if match else said.strip()
+    return found

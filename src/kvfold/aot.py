@@ -1,0 +1,168 @@
+"""`aot`: compiles kernels for a GPU that need not be there, into files, and says what each takes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from .aot_report import AotKernel, AotReport
+from .checks import check_int, check_switch, check_type
+from .records import FORMATS
+from .selection import FLOATS, check_all, check_choices, check_formats, defined_for
+from .spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
+
+if TYPE_CHECKING:
+    from .kernels.aot import Combination
+
+JSON, TABLE = "kernels.json", "kernels.txt"
+MOST_WORKERS = 16  # each has torch and Triton in memory, about half a gigabyte
+MEASURED = "sm_90"  # where rows of the table were chosen by measurement, and so what they spill
+
+
+def aot(
+    target: str,
+    out_dir: str | os.PathLike[str],
+    specs: Iterable[CompressorSpec] = (V4_HCA, V4_CSA, V4_INDEXER),
+    formats: Iterable[str | None] = (None, *FORMATS),
+    *,
+    dtypes: Iterable[torch.dtype] = (torch.bfloat16,),
+    strict: bool | None = None,
+    workers: int | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> AotReport:
+    """Compiles every kernel of the table that calls over these can choose, writes the binaries with a report, and checks them for spills.
+
+    For looking into kernels (`cuobjdump -sass`, `nvdisasm`), for comparing versions of kvfold and Triton, and for knowing
+    before deployment that all compile and none spills. They are not for loading: kvfold compiles what it launches through
+    Triton's cache, which this fills on the way for the same Triton on the same machine, and `warmup` loads it. Without a GPU.
+
+    Which kernels: every row of the table of configurations that a spec can reach, so any `max_new_tokens` and number of
+    windows, over `FoldState` and `WindowState`, `store`, `restore` and `StepPlan.update`; `compress_many` where `specs` has
+    both `V4_CSA` and `V4_INDEXER`: each indexer format with `fp8_ds_mla`, or where `formats` has not that one, with every main
+    format. Steps that leave snapshots are compiled without a cache if None is among the formats, else with each. All of it with
+    fp32 state, weights and pooled rows, addresses that are multiples of 16 and, on sm_90 and newer, as dependent launches.
+    Not compiled: other dtypes of those and other launches, and `store` again for a spec that differs in the ratio alone.
+    Default: what DeepSeek-V4 has, about 200 kernels and several minutes of two cores. An engine names its formats.
+
+    Spills are what `Resources.spilled` counts. On sm_90 a kernel may spill what its row of the table was measured with and
+    chosen all the same (`Config.spills`; 0 for most), whatever Triton compiles it now. On other targets no row was measured, so
+    spills are reported and fail nothing. `strict=True` allows none on any target, `strict=False` allows all.
+
+    Args:
+        target: sm_80, sm_89, sm_90, sm_100, sm_103, sm_120, gfx942 or gfx950.
+        out_dir: the folder for the files, made if it is not there. Files of an earlier report for this target are replaced.
+            Written are a `.cubin` or `.hsaco` for each kernel, under its name, `kernels.json` (`AotReport.to_json`: of each
+            kernel its file with sha256 and size, constants, signature, options, resources; and versions) and `kernels.txt`,
+            the table. Names and numbers are stable. A cubin has in it, for profilers, the lines and the folder of kvfold's
+            sources: its sha256 is the same only for the same ones.
+        specs: the compressors.
+        formats: names of record formats, or None for pooled rows without a cache, each for every spec that it is defined for.
+        dtypes: of `kv_score`: bf16, fp32 or both.
+        strict: whether all spills are failures; see above.
+        workers: processes that compile at once, from 1 to 256; with 1 it is this one. Default: the cores that this process may
+            use, 16 at most. They are spawned: a script calls this under `if __name__ == "__main__"`.
+        progress: called after each kernel with how many are done, of how many, and a name.
+
+    Returns:
+        The report: `passed`, `spilling`, `failed`, and all kernels. A kernel that does not compile is in `failed`; the
+        others are written.
+
+    Raises:
+        TypeError, ValueError: naming the argument, before anything is compiled or written.
+        RuntimeError: kernels are interpreted, or a process that compiled was ended from outside, as for want of memory.
+    """
+    check_type("target", target, str)
+    specs, names = check_all("specs", specs, CompressorSpec), check_formats("formats", formats)
+    dtypes = check_choices("dtypes", dtypes, FLOATS)
+    for name, given in (("specs", specs), ("formats", names), ("dtypes", dtypes)):
+        if not given:
+            raise ValueError(f"{name} must have one at least, got none")
+    defined_for(specs, names)
+    check_switch("strict", strict)
+    if workers is not None:
+        check_int("workers", workers, 1, 256)
+
+    from .kernels import aot as kernels  # imports triton, which the torch backend does not need
+    from .kernels.build import INTERPRETED
+
+    if target not in kernels.TARGETS:
+        raise ValueError(f"target must be one of {', '.join(kernels.TARGETS)}, got {target!r}")
+    if INTERPRETED:
+        raise RuntimeError("aot compiles for a GPU, but TRITON_INTERPRET is set and kernels are interpreted")
+    folder = Path(out_dir)
+    old = _earlier(folder, target)
+    wanted = list(kernels.combinations(tuple(dict.fromkeys(specs)), tuple(dict.fromkeys(names)), tuple(dict.fromkeys(dtypes))))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (*old, JSON, TABLE):
+        (folder / name).unlink(missing_ok=True)
+    made: list[AotKernel] = []
+    failed: dict[str, str] = {}
+    for one, found in zip(wanted, _compile(wanted, target, folder, strict, workers), strict=True):
+        if isinstance(found, AotKernel):
+            made.append(found)
+        else:
+            failed[one.name] = found
+        if progress is not None:
+            progress(len(made) + len(failed), len(wanted), one.name)
+    report = AotReport(target, folder, kernels.versions(target), tuple(made), failed)
+    (folder / TABLE).write_text(report.table() + "\n")
+    (folder / JSON).write_text(json.dumps(report.to_json(), indent=1) + "\n")
+    return report
+
+
+def _compile(
+    wanted: list[Combination], target: str, folder: Path, strict: bool | None, workers: int | None
+) -> Iterator[AotKernel | str]:
+    """What each became, in order."""
+    allowed = [_allowed(one, target, strict) for one in wanted]
+    attempt = partial(_attempt, target, folder)
+    workers = min(workers or min(len(os.sched_getaffinity(0)), MOST_WORKERS), len(wanted))
+    if workers == 1:
+        yield from map(attempt, wanted, allowed)
+        return
+    # Forked, they would have the locks of a caller's threads, and its CUDA.
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        yield from pool.map(attempt, wanted, allowed)
+
+
+def _attempt(target: str, folder: Path, one: Combination, allowed: int | None) -> AotKernel | str:
+    """The kernel, or why it did not compile."""
+    from .kernels import aot as kernels
+
+    try:
+        return kernels.build(one, target, folder, allowed)
+    except Exception as error:  # whatever a compiler raises: the others shall be compiled
+        return f"{type(error).__name__}: {error}"
+
+
+def _allowed(one: Combination, target: str, strict: bool | None) -> int | None:
+    """Bytes that a kernel may spill; None for any."""
+    if strict is None:
+        return one.spills if target == MEASURED else None
+    return 0 if strict else None
+
+
+def _earlier(folder: Path, target: str) -> list[str]:
+    """The files of the report that is there."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out_dir must be a folder, got the file {folder}")
+    if not (folder / JSON).is_file():
+        return []
+    try:
+        report = json.loads((folder / JSON).read_text())
+        was, files = report["target"], [kernel["file"] for kernel in report["kernels"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"out_dir must be a folder without other {JSON}, got {folder} with one that aot did not write"
+        ) from error
+    if was != target:
+        raise ValueError(f"out_dir must be another for each target, got {folder}, where the kernels of {was} are")
+    return [Path(name).name for name in files]

@@ -1,0 +1,80 @@
+"""`kvfold aot`: compiles the kernels for a GPU that need not be here, and says what they take of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from .explain import parse_spec
+from .show import make_console, print_table
+
+
+def aot(
+    target: Annotated[str, typer.Argument(help="sm_80, sm_89, sm_90, sm_100, sm_103, sm_120, gfx942 or gfx950.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the binaries, kernels.json and kernels.txt.")],
+    spec: Annotated[
+        list[str] | None,
+        typer.Option(help="Repeated: hca, csa, indexer, fields, or table for one of each width; default: hca, csa, indexer."),
+    ] = None,
+    fmt: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="Repeated: a record format, or rows for pooled rows without a cache; default: all."),
+    ] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="Repeated: of kv_score, bf16 or fp32; default: bf16.")] = None,
+    strict: Annotated[
+        bool | None,
+        typer.Option(
+            "--strict/--no-strict", help="Any spill fails, or none; default: on sm_90 what is not in the table fails."
+        ),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that compile; default: one for each core, 16 at most.")] = None,
+) -> None:
+    """Compiles kernels to files, with registers, spills and shared memory of each; exit code 1 on spills and failures."""
+    import torch
+
+    from ..aot import aot as compile_all
+    from ..aot_report import COLUMNS
+    from ..records import FORMATS
+
+    console = make_console()
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    wrong = [name for name in dtype or () if name not in dtypes]
+    if wrong:
+        raise typer.BadParameter(f"--dtype must be bf16 or fp32, got {wrong[0]!r}")
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=None)
+        try:
+            report = compile_all(
+                target,
+                out,
+                [one for text in spec or ("hca", "csa", "indexer") for one in _specs(text)],
+                [None if name == "rows" else name for name in fmt or ("rows", *FORMATS)],
+                dtypes=[dtypes[name] for name in dtype or ("bf16",)],
+                strict=strict,
+                workers=workers,
+                progress=lambda done, total, name: progress.update(task, completed=done, total=total, description=escape(name)),
+            )
+        except (TypeError, ValueError) as error:
+            raise typer.BadParameter(str(error)) from None
+        except (ImportError, RuntimeError) as error:
+            console.print(str(error), style="red", soft_wrap=True, markup=False)
+            raise typer.Exit(2) from None
+    print_table(console, f"Kernels for {report.target}", COLUMNS, [kernel.cells() for kernel in report.kernels])
+    console.print(str(report), style=None if report.passed else "red", soft_wrap=True, highlight=False, markup=False)
+    console.print(f"Files: {report.folder}", soft_wrap=True, highlight=False, markup=False)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+def _specs(text: str) -> list:
+    """One, or those of the table."""
+    if text == "table":
+        from ..kernels.aot import SPECS
+
+        return list(SPECS)
+    return [parse_spec(text)]

@@ -1,0 +1,61 @@
+"""What `warmup` and `aot` are asked to compile: their arguments, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from .checks import check_type
+from .records import FORMATS, RecordFormat
+from .spec import CompressorSpec
+
+FLOATS = (torch.bfloat16, torch.float32)
+
+
+def defined_for(
+    specs: tuple[CompressorSpec, ...], formats: tuple[RecordFormat | None, ...]
+) -> list[tuple[CompressorSpec, RecordFormat | None]]:
+    """The specs with the formats that are defined for them."""
+    found = []
+    for fmt in formats:
+        fitting = [spec for spec in specs if fmt is None or fits(spec, fmt)]
+        if specs and not fitting:
+            assert fmt is not None
+            raise ValueError(f"formats must be defined for one of the specs at least, got {fmt.name!r} for {list(specs)}")
+        found += [(spec, fmt) for spec in fitting]
+    return found
+
+
+def fits(spec: CompressorSpec, fmt: RecordFormat) -> bool:
+    try:
+        fmt.check(spec)
+    except ValueError:
+        return False
+    return True
+
+
+def check_formats(name: str, formats: Iterable[str | None]) -> tuple[RecordFormat | None, ...]:
+    names = check_choices(name, formats, (None, *FORMATS))
+    return tuple(None if one is None else FORMATS[one] for one in names)
+
+
+def check_all(name: str, values: Iterable, kind: type) -> tuple:
+    values = several(name, values)
+    for value in values:
+        check_type(name, value, kind)
+    return values
+
+
+def several(name: str, values: Iterable) -> tuple:
+    if isinstance(values, (str, torch.dtype, torch.Tensor)) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be several values, such as a tuple, got {values!r}")
+    return tuple(values)
+
+
+def check_choices(name: str, values: Iterable, accepted: tuple) -> tuple:
+    values = several(name, values)
+    for value in values:
+        if value not in accepted:
+            raise ValueError(f"{name} must be among {', '.join(map(str, accepted))}, got {value!r}")
+    return values
