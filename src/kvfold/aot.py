@@ -38,7 +38,7 @@ def aot(
     workers: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> AotReport:
-    """Compiles every kernel of the table that calls over these can choose, writes the binaries with a report, and checks them for spills.
+    """Compiles every kernel that calls over these can choose, writes the binaries with a report, and checks them for spills.
 
     For looking into kernels (`cuobjdump -sass`, `nvdisasm`), for comparing versions of kvfold and Triton, and for knowing
     before deployment that all compile and none spills. They are not for loading: kvfold compiles what it launches through
