@@ -263,7 +263,15 @@ if __name__ == "__main__":
     print(json.dumps({k.name: (k.resources.spilled, k.allowed) for k in aot("sm_90", sys.argv[1]).kernels}))
 """
 # Of each row that may spill the kernel that spills most, alone and in a pair.
-MOST = ()
+_PAIR = "pair hd512 R4 overlap fp8_ds_mla {} hd128 R4 overlap hadamard {}"
+MOST = (
+    "fold hd512 R128 bf16 ahead4 warps4",
+    "rows hd512 R4 overlap bf16 ahead8 warps4 n8 snapshots",
+    _PAIR.format("ahead8 warps4 n8", "indexer_mxfp4_sglang snapshots"),
+    "rows hd512 R4 overlap fp8_block128 ahead4 warps2",
+    _PAIR.format("ahead4 warps2", "indexer_fp8_vllm"),
+    "window hd512 R128 rows ahead4 warps4 page1",
+)
 
 
 @pytest.mark.skipif(not EXACT, reason=f"rows of the table say what Triton {SPILLS_TRITON} spills")

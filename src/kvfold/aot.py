@@ -38,7 +38,7 @@ def aot(
     workers: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> AotReport:
-    """Compiles every kernel that calls over these can choose, writes the binaries with a report, and checks them for spills.
+    """Compiles every kernel of the table that calls over these can get, writes the binaries and a report, and finds spills.
 
     For looking into kernels (`cuobjdump -sass`, `nvdisasm`), for comparing versions of kvfold and Triton, and for knowing
     before deployment that all compile and none spills. They are not for loading: kvfold compiles what it launches through
@@ -53,8 +53,8 @@ def aot(
     Default: what DeepSeek-V4 has, about 200 kernels and several minutes of two cores. An engine names its formats.
 
     Spills are what `Resources.spilled` counts. On sm_90 a kernel may spill what its row of the table was measured with and
-    chosen all the same (`Config.spills`; 0 for most), whatever Triton compiles it now. On other targets no row was measured, so
-    spills are reported and fail nothing. `strict=True` allows none on any target, `strict=False` allows all.
+    chosen all the same (`Config.spills`; 0 for most), whatever the dtype and whatever Triton compiles it now. On other targets
+    no row was measured: spills are reported and fail nothing. `strict=True` allows none on any target, `strict=False` all.
 
     Args:
         target: sm_80, sm_89, sm_90, sm_100, sm_103, sm_120, gfx942 or gfx950.

@@ -30,7 +30,7 @@ class Config:
         together: with `programs`, `"fold"`: windows that a program folds side by side.
         most_items: most windows of a call.
         spills, pair_spills: bytes that a thread may spill on sm_90, alone and as the first of two in one launch: what the worst
-            format does under `SPILLS_TRITON`. Only of rows with a bound on registers, which were the fastest as they are.
+            format does, kv_score in bf16, under `SPILLS_TRITON`. Only of rows with a bound on registers, which were fastest so.
     """
 
     kind: str

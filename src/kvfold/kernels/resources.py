@@ -16,11 +16,10 @@ from ..aot_report import Resources
 
 def resources(compiled: CompiledKernel, target: GPUTarget) -> Resources:
     """Raises RuntimeError where the assembler's or Triton's output is not as known: a number is never guessed."""
-    read = _nvidia if target.backend == "cuda" else _amd
-    return read(compiled)
+    return _nvidia(compiled, target) if target.backend == "cuda" else _amd(compiled)
 
 
-def _nvidia(compiled: CompiledKernel) -> Resources:
+def _nvidia(compiled: CompiledKernel, target: GPUTarget) -> Resources:
     """By cuobjdump, which every Triton brings along: what is in the cubin, whichever options made it."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
@@ -30,7 +29,14 @@ def _nvidia(compiled: CompiledKernel) -> Resources:
         if len(found) != 1:
             raise RuntimeError(f"cuobjdump -res-usage must name one kernel with REG and STACK, said {usage!r}")
         registers, stack = map(int, found[0])
-        spilled = _stored(_cuobjdump("-sass", cubin)) if stack else 0  # without a stack there is nothing to store to
+        spilled = 0
+        if stack:  # without one there is nothing to store to
+            try:
+                spilled = _stored(_cuobjdump("-sass", cubin))
+            except RuntimeError as error:
+                if "Cannot decode architecture" not in str(error):  # sm_103, of the disassembler in Triton 3.6
+                    raise
+                spilled = _assembled_again(compiled, target, (registers, stack), Path(folder))
     return Resources(registers, spilled, stack, compiled.metadata.shared, compiled.metadata.num_warps)
 
 
@@ -39,6 +45,23 @@ def _stored(sass: str) -> int:
     found = re.findall(r"\bSTL((?:\.\w+)*) \[", sass)
     widths = [re.search(r"\.[SU]?(8|16|64|128)\b", suffix) for suffix in found]
     return sum(int(width[1]) if width else 32 for width in widths) // 8
+
+
+def _assembled_again(compiled: CompiledKernel, target: GPUTarget, known: tuple[int, int], folder: Path) -> int:
+    """What ptxas says of it when it is made again. `known`: registers and stack of the one that is there."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    tool, ptx, source = get_ptxas(target.arch), compiled.asm["ptx"], folder / "kernel.ptx"
+    source.write_text(ptx)
+    path = tool[0] if isinstance(tool, tuple) else tool.path
+    (arch,) = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)
+    fused = [] if compiled.metadata.enable_fp_fusion else ["--fmad=false"]
+    command = [path, "-lineinfo", *fused, "-v", f"--gpu-name={arch}", str(source), "-o", str(folder / "again.cubin")]
+    said = subprocess.run(command, capture_output=True, text=True).stderr
+    found = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers", said, re.DOTALL)
+    if found is None or (int(found[3]), int(found[1])) != known:
+        raise RuntimeError(f"ptxas must make a binary with registers and stack of {known} again, said {said!r}")
+    return int(found[2])
 
 
 def _cuobjdump(option: str, cubin: Path) -> str:
