@@ -10,11 +10,12 @@ starts that the time left does not hold, and none runs longer than its share; wh
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+import bounded
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -60,14 +61,9 @@ def run(stage: Stage, args: argparse.Namespace, left: float) -> str:
     """Runs a stage; returns how it ended."""
     start = time.monotonic()
     with (args.logs / f"{stage.name}.log").open("w") as log:
-        try:
-            code = subprocess.run(
-                stage.line(args.into, args.commit), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
-                timeout=min(stage.seconds, left), check=False,
-            ).returncode  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return f"cut off after {time.monotonic() - start:.0f} s"
-    return f"{'done' if code == 0 else f'failed with {code}'} in {time.monotonic() - start:.0f} s"
+        code, _ = bounded.run(stage.line(args.into, args.commit), min(stage.seconds, left), cwd=ROOT, log=log)
+    how = {0: "done in", None: "cut off after"}.get(code, f"failed with {code} in")
+    return f"{how} {time.monotonic() - start:.0f} s"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

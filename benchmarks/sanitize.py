@@ -9,11 +9,11 @@ A tool that did not finish in time has "errors": null, which is no verdict.
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import bounded
 import protocol
 
 TOOLS = "memcheck,racecheck,initcheck,synccheck"
@@ -29,11 +29,7 @@ def run(tool: str, tests: list[str], only: str, timeout: float) -> dict:
     command = ["compute-sanitizer", "--tool", tool, "--target-processes", "all", "--print-limit", "3"]
     command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", only, *tests]
     start = time.monotonic()
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-        output = done.stdout + done.stderr
-    except subprocess.TimeoutExpired as late:
-        output = (late.stdout or b"").decode(errors="replace")
+    _, output = bounded.run(command, timeout)
     found = SUMMARY.findall(output)
     counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|deselected|error)", output)}
     row = {"bench": "sanitizer", "tool": tool, "tests": " ".join(tests), "only": only, "passed": counts.get("passed", 0)}

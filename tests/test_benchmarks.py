@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ import kvfold
 # Scripts beside the package: they import one another as a user's `python benchmarks/X.py` does.
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+import bounded
 import calls
 import decode
 import floor
+import precompile
 import protocol
 import record
 import window_reduction
@@ -198,3 +201,22 @@ def test_record_runs_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture
         ("import time; time.sleep(9)", 1, "cut off"),
     ):
         assert record.run(record.Stage("x", ("-c", code), seconds), args, 60.0).startswith(said)
+
+
+def test_what_outlives_its_time_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
+    child = f"import time, pathlib; time.sleep(2); pathlib.Path({str(tmp_path / 'late')!r}).touch()"
+    parent = f"import subprocess, sys; print('here', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
+    assert bounded.run([sys.executable, "-c", parent], 1.0) == (None, "here\n")
+    assert bounded.run([sys.executable, "-c", "print(1); raise SystemExit(3)"], 60) == (3, "1\n")
+    time.sleep(2.5)
+    assert not (tmp_path / "late").exists()
+
+
+def test_every_timed_call_has_its_kernel_compiled_before() -> None:
+    keys = precompile.keys()
+    assert len(set(keys)) == len(keys)
+    asked = [(case, variant) for case, variant in decode.chosen(decode.parse([])) if case.kind == "decode"]
+    assert asked and {precompile.key_of(case, variant) for case, variant in asked} <= set(keys)
+    step = calls.Step(HIT, Variant.parse("window:fp8_ds_mla"), device="cpu")
+    (buffers,) = step.buffers()
+    assert precompile.key_of(HIT, step.variant)[2] is buffers.cache.format
