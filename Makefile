@@ -47,4 +47,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) demo-out dist hub
+	rm -rf $(VENV) demo-out dist hub build

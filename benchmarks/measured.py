@@ -94,20 +94,26 @@ def sections(rows: Rows, benches: tuple[str, ...], body: Callable[[str], tuple[s
 
 
 def decode_summary(rows: Rows) -> str:
-    """Microseconds, and behind them those of the best pipeline of another project."""
+    wanted = [
+        (words, [Case("decode", head_dim, ratio, batch, new, mode) for batch in BATCHES], variant, raw)
+        for words, (head_dim, ratio, new, mode), variant, raw in DECODE
+    ]
+    return _summary(rows, "decode", ("step", *(f"{batch} sequences" for batch in BATCHES)), wanted)
+
+
+def _summary(rows: Rows, bench: str, header: tuple[str, ...], wanted: list[tuple[str, list[Case], str, bool]]) -> str:
+    """Microseconds, and behind them those of the best pipeline of another project; a line for each of `wanted` with rows."""
 
     def body(device: str) -> tuple[str, Rows]:
-        ours, lines, used = of(rows, "decode", device), [], []
-        for words, (head_dim, ratio, new, mode), variant, raw in DECODE:
-            cases = [Case("decode", head_dim, ratio, batch, new, mode) for batch in BATCHES]
+        ours, lines, used = of(rows, bench, device), [], []
+        for words, cases, variant, raw in wanted:
             found = [ours.get((case.name, variant)) for case in cases]
             if any(found):
-                cells = [_beside(case, row, device, raw) for case, row in zip(cases, found, strict=True)]
-                lines.append((words, *cells))
+                lines.append((words, *(_beside(case, row, device, raw) for case, row in zip(cases, found, strict=True))))
                 used += [row for row in found if row]
-        return markdown(("step", *(f"{batch} sequences" for batch in BATCHES)), lines), used
+        return markdown(header, lines), used
 
-    return sections(rows, ("decode",), body)
+    return sections(rows, (bench,), body)
 
 
 def _beside(case: Case, row: dict | None, device: str, raw: bool) -> str:
@@ -118,19 +124,11 @@ def _beside(case: Case, row: dict | None, device: str, raw: bool) -> str:
 
 
 def prefill_summary(rows: Rows) -> str:
-
-    def body(device: str) -> tuple[str, Rows]:
-        ours, lines, used = of(rows, "prefill", device), [], []
-        for words, ratio, variant, raw in LAYERS:
-            cases = [Case("prefill", 512, ratio, batch, new) for batch, new in PREFILL]
-            found = [ours.get((case.name, variant)) for case in cases]
-            if any(found):
-                cells = [_beside(case, row, device, raw) for case, row in zip(cases, found, strict=True)]
-                lines.append((words, *cells))
-                used += [row for row in found if row]
-        return markdown(("layer", *(f"{batch} x {new >> 10}k tokens" for batch, new in PREFILL)), lines), used
-
-    return sections(rows, ("prefill",), body)
+    wanted = [
+        (words, [Case("prefill", 512, ratio, batch, new) for batch, new in PREFILL], variant, raw)
+        for words, ratio, variant, raw in LAYERS
+    ]
+    return _summary(rows, "prefill", ("layer", *(f"{batch} x {new >> 10}k tokens" for batch, new in PREFILL)), wanted)
 
 
 def mixed_summary(rows: Rows) -> str:

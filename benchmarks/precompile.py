@@ -9,7 +9,11 @@ import argparse
 import time
 from concurrent.futures import ProcessPoolExecutor
 
+import decode
+import prefill
+import protocol
 import torch
+from floor import PAGE_SIZE
 from protocol import Case, Variant
 
 import kvfold
@@ -20,7 +24,6 @@ from kvfold.records import FORMATS
 from kvfold.state import state_kind
 
 BF16, FP32 = torch.bfloat16, torch.float32
-PAGE_SIZE = 128  # of raw rows, as floor.py has it
 
 
 def key_of(case: Case, variant: Variant) -> tuple:
@@ -41,19 +44,10 @@ def key_of(case: Case, variant: Variant) -> tuple:
 
 
 def keys() -> list[tuple]:
-    """Of the calls that `decode.py`, `window_reduction.py` and `prefill.py` make: bf16 kv_score and kept rows, fp32 pools."""
-    main, indexer, found = FORMATS["fp8_ds_mla"], FORMATS["indexer_fp8_vllm"], []
-    for new in (1, 4, 8192):
-        layer = []
-        for spec, fmt in ((kvfold.V4_HCA, main), (kvfold.V4_CSA, main), (kvfold.V4_INDEXER, indexer)):
-            kind = state_kind(spec)
-            types = (BF16, FP32 if kind == "fold" else BF16, None, FP32, True)
-            layer.append(step_key(spec, fmt, kind, new, types))
-            found.append(step_key(spec, fmt, kind, new, types, items=FEW_ITEMS))
-            if new < 8192 and spec is not kvfold.V4_INDEXER:
-                found.append(window_key(spec, fmt, new, (BF16, FP32, None, FP32, True), PAGE_SIZE))
-                found += [window_key(spec, None, new, (BF16, FP32, rows, None, True), PAGE_SIZE) for rows in (BF16, FP32)]
-        found += [*layer, pair_key(layer[1], layer[2])]
+    """Of the calls that `decode.py`, `prefill.py` and `window_reduction.py` make, which pools rows in fp32."""
+    variants = {bench.__name__: [Variant.parse(name) for name in bench.DEFAULT.split(",")] for bench in (decode, prefill)}
+    found = [key_of(case, variant) for case in protocol.cases() for variant in variants[case.kind] if variant.fits(case)]
+    found.append(window_key(kvfold.V4_HCA, None, 4, (BF16, FP32, FP32, None, True), PAGE_SIZE))
     return list(dict.fromkeys(found))
 
 

@@ -1,6 +1,6 @@
 """Times a call with other rows of the configuration table than the one that serves it: what a new row must be chosen by.
 
-python benchmarks/sweep.py "dec hd512 r128 b256 n1 hit" window:fp8_ds_mla --try tile=32,slice=32 --try stages=3
+python benchmarks/sweep.py "dec hd512 r128 b256 n1 hit" window:fp8_ds_mla --try slice=64,registers=96 --try tile=64
                            [--out benchmarks/results/sweep.jsonl]
 
 Each `--try` names what differs from the row of the table (of the first compressor, where there are two; `poolers` is
@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from multiprocessing import get_context
 
 import floor
@@ -40,6 +40,12 @@ def parse() -> argparse.Namespace:
     if args.case not in known:
         parser.error(f"case must be one of {', '.join(known)}, got {args.case!r}")
     args.case = known[args.case]
+    names = {field.name for field in fields(Config)} | {"poolers"}
+    for text in args.tries:
+        for part in text.split(","):
+            name, _, number = part.partition("=")
+            if name not in names or not number.isdigit():
+                parser.error(f"--try must be NAME=NUMBER,... with names of {', '.join(sorted(names))}, got {text!r}")
     return args
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from .show import make_console
 
 
 def replay(
@@ -22,7 +23,7 @@ def replay(
 
     from ..replay import replay as again
 
-    console = Console()
+    console = make_console()
     try:
         if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"--device must be cpu (no GPU here), got {device!r}")
