@@ -151,3 +151,15 @@ def test_rows_in_bf16(backend: Backend, name: str) -> None:
     engine.compress(tokens.to(backend.device), step.plan, rows=rounded)
     assert torch.equal(rounded.cpu(), got.bfloat16())
     assert torch.equal(cache.storage, storage)
+
+
+def test_large_scores_close_together_in_different_rows(backend: Backend) -> None:
+    """Weights are of differences: what rounding 50,000 * log2(e) loses, 0.3 %, must be lost alike by every row of a channel."""
+    spec = MORE_SPECS["128-narrow"]
+    tokens, weights = make_tokens(spec, 3 * spec.ratio, seed=45), Weights.make(spec)
+    weights = Weights(torch.zeros(spec.ratio, spec.channels), weights.norm_weight, weights.rope)
+    score = tokens[:, spec.channels :]
+    score.copy_(50_000 + torch.rand(score.shape, generator=torch.Generator().manual_seed(46)))
+    for steps in ([len(tokens)], cut(len(tokens), spec.ratio // 2 + 1)):
+        engine = WindowEngine(spec, backend, num_sequences=1, length=len(tokens), page_size=128, weights=weights)
+        check(engine, tokens, run(engine, 0, tokens, steps))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from .checks import check_int, check_tensor, traced
+from .memory import Remembering
 from .overlap import Place, check_apart
 from .snapshots import MOST_PAGE
 
@@ -20,7 +21,7 @@ MOST_POSITIONS = 1 << 30  # of a sequence: what kernels add to a position then s
 LIVE: weakref.WeakValueDictionary[int, StepPlan] = weakref.WeakValueDictionary()
 
 
-class StepPlan:
+class StepPlan(Remembering):
     """Who adds which tokens in a step, and which windows that touches. Build it with `StepPlan.build`.
 
     Attributes:
@@ -51,8 +52,6 @@ class StepPlan:
     start_pos: torch.Tensor
     cu_seqlens: torch.Tensor
     page_size: int | None
-    _launcher: Callable[..., None] | None = None  # of `update` on a GPU, made by the first one
-    _came: tuple[int, int] | None = None  # the addresses of what the last `update` was given
     fresh: bool = False  # no kernel that reads the plan was launched since `update`: kernels/launch.py, use_pdl
     state_slots: torch.Tensor | None
     block_tables: tuple[torch.Tensor, torch.Tensor] | None
@@ -65,6 +64,13 @@ class StepPlan:
     num_items: torch.Tensor
     entry_items: torch.Tensor
     errors: torch.Tensor
+
+    def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
+        self._launcher: Callable[..., None] | None = None  # of `update` on a GPU, made by the first one
+        self._came: tuple[int, int] | None = None  # the addresses of what the last `update` was given
 
     @classmethod
     def build(

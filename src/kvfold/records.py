@@ -233,6 +233,10 @@ class EntryCache:
         elif scales is not None:
             raise ValueError(f"scales must be None: format {self.format.name!r} keeps its scales in the page")
 
+    def __reduce__(self) -> tuple:
+        """Copies and pickles are made anew, as `pages` must be a view of their own storage."""
+        return _made_again, (self.storage, self.format, self.rows_per_page, self.spec, self.scales, self.scale)
+
     @classmethod
     def allocate(
         cls,
@@ -338,3 +342,14 @@ def _byte_pages(name: str, storage: torch.Tensor, page_bytes: int, unit: int) ->
         raise ValueError(f"{name} must have pages that start at a multiple of {unit} bytes")
     flat = storage.detach().as_strided((num_pages, dense), (storage.stride(0), 1))
     return flat.view(torch.uint8)[:, :page_bytes]
+
+
+def _made_again(
+    storage: torch.Tensor,
+    fmt: RecordFormat,
+    rows_per_page: int,
+    spec: CompressorSpec,
+    scales: torch.Tensor | None,
+    scale: float,
+) -> EntryCache:
+    return EntryCache(storage, fmt, rows_per_page, spec, scales=scales, scale=scale)

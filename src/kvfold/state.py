@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .checks import check_contiguous, check_device, check_dtype, check_int, check_shape, check_type
+from .memory import RememberingState
 from .overlap import Place, check_apart
 from .spec import CompressorSpec
 
@@ -18,7 +19,7 @@ def state_kind(spec: CompressorSpec) -> str:
     return "rows" if spec.overlap or spec.ratio <= MOST_RATIO_OF_ROWS else "fold"
 
 
-class FoldState:
+class FoldState(RememberingState):
     """State of up to `num_slots` sequences for one compressor of one layer.
 
     Attributes:
@@ -59,13 +60,7 @@ class FoldState:
         check_apart((Place("rows", rows, written=True), Place("positions", positions, written=True)))
         self.rows = rows
         self.positions = positions
-        self._last: tuple = (None,)  # what the last call asked for, and its launcher: kernels/launch.py
-        self._checked: tuple = ()  # what the last call's tensors were: compress.py
-        self._bounds: list[int] = []  # of those in memory, and the room between them in which kv_score and rows were
-        self._rooms: list[tuple[int, int]] = []
-        self._pair: tuple = (None, None)  # `_checked` of both states of the last launch of two
-        self._workspaces: list = []  # scratch of the kernels, made once and kept for the next call: kernels/launch.py
-        self._recorded: list = []  # the same for calls that made theirs while they were recorded in a CUDA graph
+        self._forget()
 
     @classmethod
     def allocate(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 
 from .checks import check_dense, check_device, check_dtype, check_int, check_shape, check_type
+from .memory import RememberingState
 from .overlap import Place, check_apart
 from .spec import CompressorSpec
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
-class WindowState:
+class WindowState(RememberingState):
     """The raw rows of many sequences for one compressor of one layer, in an engine's pages.
 
     Position p of sequence b is row `p % page_size` of page `kv_table[b, p // page_size]` of `kv`, and of page
@@ -59,12 +60,7 @@ class WindowState:
         check_apart((Place("score", score, written=True), Place("kv", kv, written=True)))
         self.kv = kv
         self.score = score
-        self._last: tuple = (None,)  # what the last call asked for, and its launcher: kernels/launch.py
-        self._checked: tuple = ()  # what the last call's tensors were: compress.py
-        self._bounds: list[int] = []  # of those in memory, and the room between them in which kv_score and rows were
-        self._rooms: list[tuple[int, int]] = []
-        self._workspaces: list = []  # scratch of the kernels, made once and kept for the next call
-        self._recorded: list = []  # the same for calls that made theirs while they were recorded in a CUDA graph
+        self._forget()
 
     @classmethod
     def allocate(

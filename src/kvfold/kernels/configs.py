@@ -24,6 +24,7 @@ class Config:
         num_warps: per program. Any value gives the same bits, but for `"window"`, whose sums follow it.
         slice: channels per program; 0 for whole rows. `"window"`, and `"fold"` with `programs`.
         tile: `"window"`: rows in flight at once, at most.
+        lanes: `"window"`: rows side by side, each of which is summed with every `lanes`-th one behind it before the lanes are.
         registers: bound on registers per thread, so that more programs share a multiprocessor; 0 for none.
         programs: `"fold"`, `"rows"`: most programs, each of which takes work items in turn; 0 for a program each, which has all
             its loads under way before the first use, so that `ahead` holds a step.
@@ -41,6 +42,7 @@ class Config:
     num_warps: int
     slice: int = 0
     tile: int = 128
+    lanes: int = 16
     registers: int = 0
     programs: int = 0
     together: int = 1
@@ -98,14 +100,16 @@ CONFIGS = (
     Config("rows", _WIDE, _ALL, ANY, ahead=4, num_warps=2, registers=128, programs=1056, spills=152, pair_spills=152),
     # One row of the table serves every number of new tokens: the order of the sums, and so the bits, must not follow it.
     Config("window", _NARROW, (1, 16), ANY, ahead=4, num_warps=1),
-    Config("window", _NARROW, _ALL, ANY, ahead=4, num_warps=4, slice=16),
+    Config("window", _NARROW, _ALL, ANY, ahead=4, num_warps=4, slice=32, registers=128),
     Config("window", _MIDDLE, (1, 16), ANY, ahead=4, num_warps=2),
-    Config("window", _MIDDLE, _ALL, ANY, ahead=4, num_warps=4, slice=32),
+    Config("window", _MIDDLE, _ALL, ANY, ahead=4, num_warps=4, slice=32, registers=128),
     Config("window", _WIDE, (1, 16), ANY, ahead=4, num_warps=4, registers=128),
-    # Four programs to a multiprocessor; batch 16/64/256 one token: 6.9/15.5/47 us with 128 registers, 7.7/19.8/68 unbound.
-    # Tiles of 16 rows by 64 channels that come through shared memory, folded one after the other (commit 3e5aeb6): 7.7/15.4/43,
-    # but 6.2 instead of 4.9 us where two of 64 sequences end a window, as in most steps of an engine.
-    Config("window", _WIDE, _ALL, ANY, ahead=4, num_warps=4, slice=32, registers=128, spills=24),
+    # Four programs to a multiprocessor. One token, batch 16/64/256, and batch 64 where 2 of 64 sequences end a window, as in
+    # most steps of an engine: 6.8/16.1/48.1 and 4.7 us. 2 warps, 8 lanes and tiles of 64 rows: 7.0/14.9/42.7 and 5.5; slices of
+    # 64 channels, 8 lanes, tiles of 64: 7.8/15.1/41.4 and 6.8; of 128 channels 9.5/18.0/45.2; 8 warps 9.7 to 12/20 to 24/68 to
+    # 80. Lanes that are reduced with each tile (commit 5fee6bc), 27 instructions per row and channel and not 10: 6.8/16.6/48.7
+    # and 4.9. Slices of an entry in one program, so that it looks up pages once: 7.6/15.5/43.4 and 5.1.
+    Config("window", _WIDE, _ALL, ANY, ahead=4, num_warps=4, slice=32, registers=128),
     Config("store", _NARROW, _ALL, ANY, ahead=1, num_warps=1),
     Config("store", _MIDDLE, _ALL, ANY, ahead=1, num_warps=2),
     Config("store", _WIDE, _ALL, ANY, ahead=1, num_warps=4),

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Hashable
 
 import torch
+import triton
+from triton.compiler import CompiledKernel
 
 from .build import INTERPRETED, KERNELS
 from .pdl import AVAILABLE
@@ -14,8 +16,31 @@ from .variants import variant_of
 compilations = 0  # how many kernels were built here
 _launchers: dict[tuple[int | None, tuple], Launcher] = {}
 _PLAIN = (int, float, type(None))
+# Who listens to launches, such as Triton's profiler; before Triton 3.4 hooks were attributes of the class.
+_HOOKS = triton.knobs.runtime if hasattr(triton, "knobs") else CompiledKernel
 # Compiling is for one thread at a time, and so is interpreting: Triton's interpreter keeps the place in the grid in a global.
 _one_thread = threading.RLock()
+
+
+def pack(*values: object) -> tuple[tuple[object, ...], int]:
+    """Run-time arguments of a kernel as a launch takes them, and their addresses or-ed.
+
+    The launcher asks the driver about every tensor, but takes an address as it is.
+    """
+    if INTERPRETED:
+        return values, 0
+    found, bits = [], 0
+    for value in values:
+        if value.__class__ not in _PLAIN:
+            value = value.data_ptr()  # type: ignore[attr-defined]
+            bits |= value
+        found.append(value)
+    return tuple(found), bits
+
+
+def _hooked() -> bool:
+    enter, leave = _HOOKS.launch_enter_hook, _HOOKS.launch_exit_hook
+    return (enter is not None and getattr(enter, "calls", True)) or (leave is not None and getattr(leave, "calls", True))
 
 
 class Launcher:
@@ -30,29 +55,30 @@ class Launcher:
         self.key, self.device = key, device
         self.built: dict[tuple[bool, bool], tuple] = {}
 
-    def __call__(self, grid: int, values: tuple[object, ...], strides: int = 0, pdl: bool = False) -> None:
+    def __call__(self, grid: int, values: tuple[object, ...], bits: int, pdl: bool = False) -> None:
         """Launches on the current stream of the device.
 
         Args:
-            values: the kernel's run-time arguments in order, tensors among them, None for what is left out.
-            strides: all its strides, or-ed.
+            values: the kernel's run-time arguments in order, tensors as `pack` makes them, None for what is left out.
+            bits: all their addresses and all strides, or-ed.
             pdl: as a dependent of the launch before.
         """
         if INTERPRETED:
             self._interpret(grid, values)
             return
-        if self.device.index != torch._C._cuda_getDevice():
+        index = torch._C._cuda_getDevice()
+        if self.device.index != index:
             with torch.cuda.device(self.device):
-                self(grid, values, strides, pdl)
+                self(grid, values, bits, pdl)
             return
-        arguments, bits = [], strides
-        for value in values:
-            if value.__class__ not in _PLAIN:
-                value = value.data_ptr()  # the launcher asks the driver about every tensor, but takes an address as it is
-                bits |= value
-            arguments.append(value)
-        kernel = self.built.get((bits & 15 == 0, pdl)) or self.build(bits & 15 == 0, pdl)
-        kernel[0][(grid, 1, 1)](*arguments, *kernel[1])
+        aligned = bits & 15 == 0
+        built = self.built.get((aligned, pdl)) or self.build(aligned, pdl)
+        compiled, run, function, metadata, constants = built
+        if _hooked():
+            compiled[grid, 1, 1](*values, *constants)
+        else:  # what that does where nobody listens
+            stream = torch._C._cuda_getCurrentRawStream(index)
+            run(grid, 1, 1, stream, function, metadata, None, None, None, *values, *constants)
 
     def build(self, aligned: bool, pdl: bool) -> tuple:
         """Compiles for the current device and loads the kernel, which the capture of a CUDA graph may not do."""
@@ -64,8 +90,9 @@ class Launcher:
             compiled = variant.compile()
             compiled._init_handles()
             compilations += 1
-            # The compiled kernel, and placeholders for its constants.
-            made = self.built[aligned, pdl] = (compiled, (None,) * len(KERNELS[variant.kernel].constexprs))
+            constants = (None,) * len(KERNELS[variant.kernel].constexprs)  # placeholders
+            made = compiled, compiled.run, compiled.function, compiled.packed_metadata, constants
+            self.built[aligned, pdl] = made
             return made
 
     def _interpret(self, grid: int, values: tuple[object, ...]) -> None:

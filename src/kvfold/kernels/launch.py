@@ -12,7 +12,7 @@ from ..snapshots import Snapshots
 from ..spec import CompressorSpec
 from ..state import FoldState
 from .configs import ANY, FEW_ITEMS
-from .dispatch import launcher_of, supports_pdl
+from .dispatch import launcher_of, pack, supports_pdl
 from .variants import Types, pair_key, restore_key, slices_of, step_key, store_key, window_key
 
 if TYPE_CHECKING:
@@ -38,12 +38,9 @@ def compress_triton(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, pd
         c.state._last = asked, launcher_of(key, device), key[3].programs or ANY, slices_of(c.spec, key[3])
     _, launcher, most, slices = c.state._last
     shared = _workspace(c.state, plan.entry_capacity, c.spec.head_dim) if slices > 1 else (None, None)
-    launcher(
-        min(grid * slices, most),
-        (*_plan_arguments(plan), *_table_arguments(plan, c), *_step_arguments(c, rows, shared)),
-        _strides(c),
-        use_pdl(pdl, plan, device),
-    )
+    own, bits = pack(*_plan_arguments(plan), *_table_arguments(plan, c))
+    step, more = _step_arguments(c, rows, shared)
+    launcher(min(grid * slices, most), own + step, bits | more, use_pdl(pdl, plan, device))
 
 
 def compress_pair_triton(pair: tuple[Compressor, Compressor], plan: StepPlan, pdl: bool | None) -> None:
@@ -60,17 +57,9 @@ def compress_pair_triton(pair: tuple[Compressor, Compressor], plan: StepPlan, pd
         programs = key[1][2].programs, key[2][2].programs
         first.state._last = asked, launcher_of(key, device), programs[0] if all(programs) else ANY
     _, launcher, most = first.state._last
-    launcher(
-        2 * min(grid, most),
-        (
-            *_plan_arguments(plan),
-            *_table_arguments(plan, first if _snapshots(first) is not None else second),
-            *_step_arguments(first, None),
-            *_step_arguments(second, None),
-        ),
-        _strides(first) | _strides(second),
-        use_pdl(pdl, plan, device),
-    )
+    own, bits = pack(*_plan_arguments(plan), *_table_arguments(plan, first if _snapshots(first) is not None else second))
+    (one, more), (other, most_bits) = _step_arguments(first, None), _step_arguments(second, None)
+    launcher(2 * min(grid, most), own + one + other, bits | more | most_bits, use_pdl(pdl, plan, device))
 
 
 def compress_window_triton(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, pdl: bool | None) -> None:
@@ -86,38 +75,14 @@ def compress_window_triton(c: Compressor, plan: StepPlan, rows: torch.Tensor | N
     writers = min(_step_grid(plan, c.kv_score), MOST_WRITERS)
     poolers = min(plan.entry_capacity * slices, MOST_POOLERS) if c.cache is not None or rows is not None else 0
     workspace, arrivals = _workspace(state, plan.entry_capacity, spec.head_dim) if slices > 1 else (None, None)
-    kv, score = state.kv, state.score
     kv_table, score_table = plan.block_tables
-    values = (
-        *_plan_arguments(plan),
-        plan.entry_items,
-        plan.cu_entries,
-        plan.batch,
-        c.kv_score,
-        c.kv_score.stride(0),
-        c.kv_score.shape[0],
-        c.ape,
-        kv,
-        kv.stride(0),
-        kv.stride(1),
-        kv.shape[0],
-        kv_table,
-        kv_table.shape[1],
-        score,
-        score.stride(0),
-        score.stride(1),
-        score.shape[0],
-        score_table,
-        score_table.shape[1],
-        plan.page_size,
-        workspace,
-        arrivals,
-        writers,
-        rows,
-        *_epilogue_arguments(c.cache, spec, c.norm_weight, c.rope),
-    )
-    strides = _strides(c) | kv.stride(0) | kv.stride(1) | score.stride(0) | score.stride(1)
-    launcher(writers + poolers, values, strides, use_pdl(pdl, plan, device))
+    kept, score, behind, fixed = _layer(c, state.kv, state.score)
+    values, bits = pack(
+        *_plan_arguments(plan), plan.entry_items, plan.cu_entries, plan.batch,
+        c.kv_score, c.kv_score.stride(0), c.kv_score.shape[0], *kept, kv_table, kv_table.shape[1],
+        *score, score_table, score_table.shape[1], plan.page_size, workspace, arrivals, writers, rows,
+    )  # fmt: skip
+    launcher(writers + poolers, values + behind, bits | fixed | c.kv_score.stride(0), use_pdl(pdl, plan, device))
 
 
 def store_triton(
@@ -132,12 +97,9 @@ def store_triton(
     """`store` after its arguments were checked: one launch on the current stream."""
     if plan.item_capacity == 0:
         return
-    launcher_of(store_key(spec, cache.format, (pooled.dtype, norm_weight.dtype)), pooled.device)(
-        plan.item_capacity,
-        (*_plan_arguments(plan), pooled, *_epilogue_arguments(cache, spec, norm_weight, rope)),
-        _cache_strides(cache),
-        use_pdl(pdl, plan, pooled.device),
-    )
+    values, bits = pack(*_plan_arguments(plan), pooled, *_epilogue_arguments(cache, spec, norm_weight, rope))
+    launcher = launcher_of(store_key(spec, cache.format, (pooled.dtype, norm_weight.dtype)), pooled.device)
+    launcher(plan.item_capacity, values, bits | _cache_strides(cache), use_pdl(pdl, plan, pooled.device))
 
 
 def restore_triton(
@@ -151,13 +113,11 @@ def restore_triton(
     """`restore` after its arguments were checked: one launch on the current stream, ordinary and not a dependent."""
     count = snapshots.rows_per_page
     kept = (snapshots.rows, snapshots.positions, snapshots.num_pages) if count else (None, None, None)
-    launcher_of(restore_key(state.spec, state.rows.dtype, count), state.device)(
-        slots.shape[0] * max(count, 1),
-        (
-            state.rows, state.positions, state.num_slots, state.ring, *kept, snapshots.page_size,
-            slots, pages if count else None, start_pos, errors,
-        ),
+    values, bits = pack(
+        state.rows, state.positions, state.num_slots, state.ring, *kept, snapshots.page_size,
+        slots, pages if count else None, start_pos, errors,
     )  # fmt: skip
+    launcher_of(restore_key(state.spec, state.rows.dtype, count), state.device)(slots.shape[0] * max(count, 1), values, bits)
 
 
 def use_pdl(wanted: bool | None, plan: StepPlan, device: torch.device) -> bool:
@@ -211,24 +171,44 @@ def _plan_arguments(plan: StepPlan) -> tuple[object, ...]:
     return plan.items, plan.num_items, plan.entry_slots, plan.entry_capacity, plan.errors
 
 
-def _step_arguments(c: Compressor, rows: torch.Tensor | None, shared: tuple = ()) -> tuple[object, ...]:
-    """shared: workspace and arrivals, which the kernel of a pair has not."""
-    kv_score, state, snapshots = c.kv_score, c.state, _snapshots(c)
+def _step_arguments(c: Compressor, rows: torch.Tensor | None, shared: tuple = ()) -> tuple[tuple[object, ...], int]:
+    """Of one compressor over a `FoldState`, packed, and the bits of its addresses and strides.
+
+    shared: workspace and arrivals, which the kernel of a pair has not.
+    """
+    kv_score, state = c.kv_score, c.state
     assert isinstance(state, FoldState)
-    return (
-        kv_score,
-        kv_score.stride(0),
-        kv_score.shape[0],
-        c.ape,
-        state.rows,
-        state.positions,
-        state.rows.shape[0],
-        state.ring,
-        *((None, None, None) if snapshots is None else (snapshots.rows, snapshots.positions, snapshots.num_pages)),
-        *shared,
-        rows,
-        *_epilogue_arguments(c.cache, c.spec, c.norm_weight, c.rope),
-    )
+    kept, snapshots, behind, fixed = _layer(c, state.rows, state.positions)
+    stride = kv_score.stride(0)
+    values, bits = pack(kv_score, stride, kv_score.shape[0], *kept, *snapshots, *shared, rows)
+    return values + behind, bits | fixed | stride
+
+
+def _layer(c: Compressor, one: torch.Tensor, other: torch.Tensor) -> tuple[tuple, tuple, tuple, int]:
+    """What a layer passes in every step, packed once for as long as its objects are the same (`compress._check` looks).
+
+    ape with the state's tensors `one`, then either snapshots or the score pool, then all that the epilogue takes; and the bits
+    of their addresses and strides.
+    """
+    state = c.state
+    known = state._packed
+    if known is not None and known[0] is state._checked and known[1] is one and known[2] is other:
+        return known[3]
+    strides = _cache_strides(c.cache) if c.cache is not None else 0
+    if isinstance(state, FoldState):
+        snapshots = _snapshots(c)
+        kept, bits = pack(c.ape, one, other, one.shape[0], state.ring)
+        between, more = (
+            pack(None, None, None) if snapshots is None else pack(snapshots.rows, snapshots.positions, snapshots.num_pages)
+        )
+    else:
+        kept, bits = pack(c.ape, one, one.stride(0), one.stride(1), one.shape[0])
+        between, more = pack(other, other.stride(0), other.stride(1), other.shape[0])
+        strides |= one.stride(0) | one.stride(1) | other.stride(0) | other.stride(1)
+    behind, most = pack(*_epilogue_arguments(c.cache, c.spec, c.norm_weight, c.rope))
+    made = kept, between, behind, bits | more | most | strides
+    state._packed = state._checked, one, other, made
+    return made
 
 
 def _epilogue_arguments(
@@ -251,10 +231,6 @@ def _epilogue_arguments(
         pages.shape[0] * cache.rows_per_page,
         cache.scale,
     )
-
-
-def _strides(c: Compressor) -> int:
-    return c.kv_score.stride(0) | (_cache_strides(c.cache) if c.cache is not None else 0)
 
 
 def _cache_strides(cache: EntryCache) -> int:

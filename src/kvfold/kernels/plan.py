@@ -131,12 +131,12 @@ def windows_per_program(windows_per_sequence: int) -> int:
 
 def update_on_gpu(plan: StepPlan, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
     """`StepPlan.update` after its arguments were checked, for a batch that is not empty."""
-    from .dispatch import launcher_of  # which builds this kernel among others
+    from .dispatch import launcher_of, pack  # which builds this kernel among others
     from .variants import plan_key
 
     table, windows = plan.cache_block_table, windows_per_program(plan.windows_per_sequence)
     chunks = -(-plan.batch // SEQUENCES)
-    values = (
+    values, bits = pack(
         start_pos,
         cu_seqlens,
         plan.state_slots,
@@ -162,7 +162,7 @@ def update_on_gpu(plan: StepPlan, start_pos: torch.Tensor, cu_seqlens: torch.Ten
     if plan._launcher is None:
         key = plan_key(plan.ratio, plan.windows_per_sequence, plan.state_slots is None, table is None)
         plan._launcher = launcher_of(key, start_pos.device)
-    plan._launcher(grid, values)
+    plan._launcher(grid, values, bits)
 
 
 def plan_variant(ratio: int, windows: int, no_slots: bool, no_table: bool, aligned: bool = True, pdl: bool = False) -> Variant:

@@ -12,11 +12,9 @@ from .epilogue import aim_entry, emit, judge_slot
 from .fold import empty_fold, fold_step, spread
 from .pdl import load_plan, wait_for_inputs
 from .rows import keep_each, load_biases, pool_window
-from .slices import bring_slice, take_slices
-from .slots import check_tags, keep_fold, load_tags, retire_rows
+from .slices import bring_slices, leave_slice, take_slices
+from .slots import check_tags, keep_fold, load_tags, place_row, retire_rows
 from .snapshot import next_page_end, snapshot_fold, snapshot_rows
-
-REST = tl.constexpr(4)  # tokens in flight where rows are kept
 
 
 @triton.jit
@@ -161,12 +159,15 @@ def fold_rest(
     due = next_page_end(snap, x0 + begin)
     for j0 in range(begin, stop, AHEAD):
         biases, ks, ss = load_stretch((live,), (begin,), (stop,), kv_stride, ape, j0, 1, RATIO, AHEAD, HEAD_DIM, SLICE)
+        places = ()
+        for i in tl.static_range(AHEAD):
+            places = places + (place_row(tags, x0 + j0 + i, h0, start, end, ring, HISTORY),)
         for i in tl.static_range(AHEAD):
             m, l, a = fold_step(m, l, a, ks[i].to(tl.float32), ss[i].to(tl.float32) + biases[i])
             x = x0 + j0 + i
             due = snapshot_fold(m, l, a, x, due, x0 + stop, snap, RATIO, HEAD_DIM)  # of whole rows: step_key
-            if (j0 + i < stop) & (x >= end - ring):
-                keep_fold(m, l, a, x, state, tags, h0, start, end, ring, RATIO, HISTORY, HEAD_DIM, SLICE)
+            kept = (j0 + i < stop) & (x >= end - ring)
+            keep_fold(m, l, a, x, places[i], kept, state, tags, RATIO, HEAD_DIM, SLICE)
     return a / l
 
 
@@ -185,7 +186,9 @@ def deliver_entry(
     deliver, refused = judge_slot(entry, cache_slot, position, entry_capacity, max_position, pages, cache_slots, ROPE_DIM)
     finish = (entry >= 0) & deliver
     if SLICE < HEAD_DIM:
-        finish = bring_slice(workspace, arrivals, y, entry, c0, finish, HEAD_DIM // SLICE, SLICE)
+        if finish:
+            leave_slice(workspace, y, entry, c0, HEAD_DIM // SLICE, SLICE)
+            finish = bring_slices(arrivals, entry, 1, HEAD_DIM // SLICE)
     if finish:
         if SLICE < HEAD_DIM:
             whole = take_slices(workspace, arrivals, entry, HEAD_DIM)
@@ -278,7 +281,7 @@ def prefill_fold(
             # Snapshots inside a window are rare (pages that are no multiple of the ratio): all their tokens are the rest.
             y = fold_rest(
                 m, l, a, live, place, stop, state, tags, x0, h0, start, end, kv_stride, biases, ring, snap,
-                RATIO, HISTORY, REST, HEAD_DIM, SLICE,
+                RATIO, HISTORY, AHEAD, HEAD_DIM, SLICE,
             )  # fmt: skip
             if SLICE == HEAD_DIM:
                 aim = aim_entry(

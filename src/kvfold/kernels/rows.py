@@ -6,6 +6,8 @@ import triton.language as tl
 from .fold import empty_fold, fold_step, spread
 from .slots import place_row
 
+KEPT = tl.constexpr(4)  # rows in flight where a long step keeps them; a ratio of 4 has no more in a window
+
 
 @triton.jit
 def load_biases(ape, j0, wanted, RATIO: tl.constexpr, OVERLAP: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr):
@@ -153,11 +155,18 @@ def keep_together(copies, state, tags, window, oldest, stop, ring, RATIO: tl.con
 def keep_each(
     live, kv_stride, state, tags, oldest, h0, start, stop, end, ring, HISTORY: tl.constexpr, CHANNELS: tl.constexpr
 ):  # fmt: skip
-    """Stores the input rows of `[oldest, stop)`, each where there is room for it."""
+    """Stores the input rows of `[oldest, stop)`, each where there is room for it, KEPT at a time."""
     c = tl.arange(0, 2 * CHANNELS)
-    for n in range(0, stop - oldest):
-        x = oldest + n
-        place = place_row(tags, x, h0, start, end, ring, HISTORY)
-        value = tl.load(live + x.to(tl.int64) * kv_stride + c)
-        tl.store(state + place * (2 * CHANNELS) + c, value.to(state.dtype.element_ty))
-        tl.store(tags + place, x)
+    for base in range(oldest, stop, KEPT):
+        places = ()
+        copies = ()
+        for i in tl.static_range(KEPT):
+            x = base + i
+            places = places + (place_row(tags, tl.minimum(x, stop - 1), h0, start, end, ring, HISTORY),)
+            there = spread(x < stop, 2 * CHANNELS)
+            copies = copies + (tl.load(live + x.to(tl.int64) * kv_stride + c, mask=there, other=0.0),)
+        for i in tl.static_range(KEPT):
+            x = base + i
+            there = spread(x < stop, 2 * CHANNELS)
+            tl.store(state + places[i] * (2 * CHANNELS) + c, copies[i].to(state.dtype.element_ty), mask=there)
+            tl.store(tags + places[i], x, mask=x < stop)

@@ -7,6 +7,8 @@ at the same time; every predicate here depends only on tags that no program of t
 import triton
 import triton.language as tl
 
+from .fold import spread
+
 
 @triton.jit
 def load_tags(tags, h0, start, ring, HISTORY: tl.constexpr):
@@ -34,7 +36,11 @@ def check_tags(x, wanted, home, spare):
 
 @triton.jit
 def place_row(tags, x, h0, start, end, ring, HISTORY: tl.constexpr):
-    """The row to write position `x` to: its home, or a spare row if this step reads what is there."""
+    """The row to write position `x` to: its home, or a spare row if this step reads what is there.
+
+    What it reads is no tag that the launch writes, so that it may be asked for many rows before the first is stored: each
+    store would otherwise wait for a load of its own, a memory latency for every row at the end of a prompt.
+    """
     home = x % ring
     # A step of up to max_new_tokens cannot reach round to its own history, and need not look.
     there = tl.load(tags + home, mask=end - h0 > ring, other=-1)
@@ -55,17 +61,16 @@ def retire_rows(tags, x, wanted, home, spare, h0, start, end, ring, HISTORY: tl.
 
 
 @triton.jit
-def keep_fold(
-    m, l, a, x, state, tags, h0, start, end, ring,
-    RATIO: tl.constexpr, HISTORY: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr,
-):  # fmt: skip
-    """Stores the fold row after position `x`, SLICE channels of it from where `state` points."""
-    place = place_row(tags, x, h0, start, end, ring, HISTORY)
+def keep_fold(m, l, a, x, place, wanted, state, tags, RATIO: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr):
+    """Stores the fold row after position `x` where it is `wanted`, SLICE channels of it from where `state` points.
+
+    By masks and not by branches, between which nothing of two tokens can overlap. `place`: of `place_row`, looked up before.
+    """
     # No step resumes from the end of a window: that row is not kept, only what stood there is gone.
-    kept = x % RATIO != RATIO - 1
-    if kept:
-        row = state + place * (3 * HEAD_DIM) + tl.arange(0, SLICE)
-        tl.store(row, m)
-        tl.store(row + HEAD_DIM, l)
-        tl.store(row + 2 * HEAD_DIM, a)
-    tl.store(tags + place, tl.where(kept, x, -1))
+    kept = wanted & (x % RATIO != RATIO - 1)
+    row = state + place * (3 * HEAD_DIM) + tl.arange(0, SLICE)
+    there = spread(kept, SLICE)
+    tl.store(row, m, mask=there)
+    tl.store(row + HEAD_DIM, l, mask=there)
+    tl.store(row + 2 * HEAD_DIM, a, mask=there)
+    tl.store(tags + place, tl.where(kept, x, -1), mask=wanted)

@@ -125,11 +125,13 @@ def window_variant(
 ) -> Variant:
     """One compressor over a `WindowState`. one_page: the page size is a multiple of the ratio."""
     slices = slices_of(spec, config)
+    # Powers of two that the window fills; two rows at least, as one has nothing to reduce.
+    tile = max(2, min(config.tile, spec.window_rows))
     constants = {
         "RATIO": spec.ratio,
         "OVERLAP": int(spec.overlap),
-        # A power of two that the window fills; two rows at least, as one has nothing to reduce.
-        "TILE": max(2, min(config.tile, spec.window_rows)),
+        "TILE": tile,
+        "LANES": min(config.lanes, tile),
         "SLICE": spec.head_dim // slices,
         "AHEAD": config.ahead,
         "ONE_PAGE": one_page,

@@ -1,38 +1,19 @@
 """A step over `WindowState`: writes the raw rows of new tokens, and pools every window that ends, in parallel.
 
 Two kinds of programs in one launch. Writers take work items in turn and store their new rows. The others take slices of
-entries: a tile of rows by SLICE channels of value and score at a time, all of it in flight at once. Old rows come from the
-pages, new ones live, so nobody waits for a writer. Where several programs share an entry, the one that brings the last slices
-to the workspace finishes it; which one that is changes no bit.
+entries (`pool_slice`): old rows come from the pages, new ones live, so nobody waits for a writer. Where several programs share
+an entry, the one that brings the last slice to the workspace finishes it; which one that is changes no bit.
 """
 
 import triton
 import triton.language as tl
 
 from .epilogue import aim_entry, emit, judge_slot
-from .fold import LOG2_E, LOWEST, spread
+from .fold import spread
 from .pdl import load_plan, wait_for_inputs
-from .record import bf16_bits, bf16_value
-from .slices import bring_slice, take_slices
-
-
-@triton.jit
-def find_pages(table, width, num_pages, sequence, x, wanted, page_size):
-    """Pages of positions `x`, and which of the wanted ones have none (-1) or a bad one (outside the table or the pool)."""
-    column = x // page_size
-    inside = column < width
-    at = table + sequence.to(tl.int64) * width + column
-    page = tl.load(at, mask=wanted & inside, other=-1, cache_modifier=".cg")
-    bad = wanted & ((inside == 0) | (page < -1) | (page >= num_pages))
-    return page.to(tl.int64), wanted & inside & (page == -1), bad
-
-
-@triton.jit
-def as_stored(x, BF16: tl.constexpr):
-    """fp32 rounded as the state rounds it."""
-    if BF16:
-        x = bf16_value(bf16_bits(x))
-    return x
+from .record import bf16_bits
+from .slices import bring_slices, leave_slice, take_slices
+from .window_rows import find_pages, pool_slice
 
 
 @triton.jit
@@ -110,162 +91,6 @@ def check_window(
 
 
 @triton.jit
-def add_pairs(a, b, c, d):
-    return a + c, b + d
-
-
-@triton.jit
-def add_live_rows(
-    k, s, kv_score, kv_stride, ape, j, c0, window, start, token,
-    RATIO: tl.constexpr, AHEAD: tl.constexpr, SLICE: tl.constexpr, HEAD_DIM: tl.constexpr, BF16: tl.constexpr,
-):  # fmt: skip
-    """Puts up to AHEAD new rows, the last of a window, into its tile: a row at a time, where a tile of them would be masked."""
-    c = c0 + tl.arange(0, SLICE)
-    ks = ()
-    ss = ()
-    for i in tl.static_range(AHEAD):
-        row = RATIO - AHEAD + i
-        x = window * RATIO + row
-        there = spread(x >= start, SLICE)
-        at = kv_score + (token + x - start).to(tl.int64) * kv_stride + c
-        new_k = tl.load(at, mask=there, other=0.0).to(tl.float32)
-        new_s = tl.load(at + HEAD_DIM, mask=there, other=0.0).to(tl.float32)
-        if ape is not None:
-            new_s += tl.load(ape + row * HEAD_DIM + c, mask=there, other=0.0)
-        ks = ks + (as_stored(new_k, BF16),)
-        ss = ss + (as_stored(new_s, BF16),)
-    for i in tl.static_range(AHEAD):
-        row = RATIO - AHEAD + i
-        if window * RATIO + row >= start:
-            here = (j == row)[:, None]
-            k = tl.where(here, ks[i][None, :], k)
-            s = tl.where(here, ss[i][None, :], s)
-    return k, s
-
-
-@triton.jit
-def add_live_tile(
-    k, s, kv_score, kv_stride, ape, j, c, new, token, x, start,
-    RATIO: tl.constexpr, CHANNELS: tl.constexpr, BF16: tl.constexpr,
-):  # fmt: skip
-    """Puts the new rows of a tile into it, any number of them."""
-    news = (new.to(tl.int32)[:, None] + c.to(tl.int32) * 0) != 0
-    live = kv_score + ((token + x - start).to(tl.int64) * kv_stride)[:, None] + c
-    new_k = tl.load(live, mask=news, other=0.0).to(tl.float32)
-    new_s = tl.load(live + CHANNELS, mask=news, other=float("-inf")).to(tl.float32)
-    if ape is not None:
-        new_s += tl.load(ape + ((j % RATIO) * CHANNELS)[:, None] + c, mask=news, other=0.0)
-    return tl.where(news, as_stored(new_k, BF16), k), tl.where(news, as_stored(new_s, BF16), s)
-
-
-@triton.jit
-def pool_slice(
-    kv_score, kv_stride, ape, kv_pool, kv_page_stride, kv_row_stride, kv_pages, kv_table, kv_width,
-    score_pool, score_page_stride, score_row_stride, score_pages, score_table, score_width, page_size,
-    window, start, token, sequence, c0, homes,
-    RATIO: tl.constexpr, OVERLAP: tl.constexpr, TILE: tl.constexpr, SLICE: tl.constexpr, HEAD_DIM: tl.constexpr,
-    AHEAD: tl.constexpr, ONE_PAGE: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """Channels `[c0, c0 + SLICE)` of a pooled row, and how many old rows it needs that are not there.
-
-    Rows are summed in an order that follows from TILE, SLICE and the number of warps: one order for every call of a spec.
-    """
-    BF16: tl.constexpr = kv_pool.dtype.element_ty == tl.bfloat16
-    CHANNELS: tl.constexpr = HEAD_DIM * (1 + OVERLAP)
-    WINDOW_ROWS: tl.constexpr = RATIO * (1 + OVERLAP)
-    m = tl.full((SLICE,), LOWEST, tl.float32)
-    l = tl.zeros((SLICE,), tl.float32)
-    a = tl.zeros((SLICE,), tl.float32)
-    absent = tl.zeros((), tl.int32)
-    if ALIGNED:
-        # Known to be a multiple of 4 and no more, so that a thread has 4 channels of kv_score as it has of an fp32 pool. With
-        # 8, whatever meets the live rows gets 8 too, and one window of 128 rows took twice the shuffles.
-        kv_stride = (kv_stride // 4) * 4
-    for j0 in range(0, WINDOW_ROWS, TILE):
-        j = j0 + tl.arange(0, TILE)
-        x = (window - OVERLAP) * RATIO + j
-        if (ONE_PAGE and OVERLAP == 0) and TILE == WINDOW_ROWS:
-            # The common case by far: rows one behind the other on one page. All of them are loaded, new ones too, over which
-            # the live ones are put: without a mask a tile of 128 rows takes half the instructions.
-            kv_before, kv_this, kv_lost, score_before, score_this, score_lost = homes
-            absent = (kv_lost | score_lost).to(tl.int32)
-            k = tl.zeros((TILE, SLICE), tl.float32)
-            s = tl.zeros((TILE, SLICE), tl.float32)
-            c = c0 + tl.arange(0, SLICE)[None, :]
-            if (start > window * RATIO) & (absent == 0):
-                row = (window * RATIO) % page_size
-                kv_rows = kv_pool + kv_this * kv_page_stride + row * kv_row_stride
-                score_rows = score_pool + score_this * score_page_stride + row * score_row_stride
-                # A page spans less than 2**31 elements: one 32-bit offset for each row.
-                k = tl.load(kv_rows + ((j * kv_row_stride.to(tl.int32))[:, None] + c)).to(tl.float32)
-                s = tl.load(score_rows + ((j * score_row_stride.to(tl.int32))[:, None] + c)).to(tl.float32)
-            if start - window * RATIO >= RATIO - AHEAD:
-                k, s = add_live_rows(
-                    k, s, kv_score, kv_stride, ape, j, c0, window, start, token, RATIO, AHEAD, SLICE, HEAD_DIM, BF16
-                )  # fmt: skip
-            else:
-                k, s = add_live_tile(
-                    k, s, kv_score, kv_stride, ape, j, c.to(tl.int64) + (j * 0)[:, None], x >= start, token, x, start,
-                    RATIO, CHANNELS, BF16,
-                )  # fmt: skip
-        else:
-            there = x >= 0
-            if WINDOW_ROWS % TILE != 0:
-                there = there & (j < WINDOW_ROWS)
-            old = there & (x < start)
-            new = there & (x >= start)
-            at = tl.maximum(x, 0)
-            if ONE_PAGE:
-                kv_before, kv_this, kv_lost, score_before, score_this, score_lost = homes
-                before = j < RATIO * OVERLAP
-                kv_page = tl.where(before, kv_before, kv_this)
-                score_page = tl.where(before, score_before, score_this)
-                row = ((window * RATIO) % page_size + j - RATIO * OVERLAP).to(tl.int64)
-                if OVERLAP:
-                    row = tl.where(before, (tl.maximum(window - 1, 0) * RATIO) % page_size + j, row)
-                absent = (kv_lost | score_lost).to(tl.int32)
-                old = old & (absent == 0)
-            else:
-                kv_page, kv_missing, kv_bad = find_pages(kv_table, kv_width, kv_pages, sequence, at, old, page_size)
-                score_page, score_missing, score_bad = find_pages(
-                    score_table, score_width, score_pages, sequence, at, old, page_size
-                )  # fmt: skip
-                lost = kv_missing | kv_bad | score_missing | score_bad
-                absent += tl.sum(lost.to(tl.int32), axis=0)
-                old = old & (lost == 0)
-                row = (at % page_size).to(tl.int64)
-            # Overlap: the window before gives its lo half, this window its hi half.
-            half = tl.where(j < RATIO * OVERLAP, 0, OVERLAP * HEAD_DIM)
-            c = (half[:, None] + (c0 + tl.arange(0, SLICE))[None, :]).to(tl.int64)
-            olds = (old.to(tl.int32)[:, None] + c.to(tl.int32) * 0) != 0
-            k = tl.load(
-                kv_pool + (kv_page * kv_page_stride + row * kv_row_stride)[:, None] + c, mask=olds, other=0.0
-            ).to(tl.float32)  # fmt: skip
-            s = tl.load(
-                score_pool + (score_page * score_page_stride + row * score_row_stride)[:, None] + c,
-                mask=olds,
-                other=float("-inf"),
-            ).to(tl.float32)  # fmt: skip
-            if start - (window - OVERLAP) * RATIO < j0 + TILE:
-                k, s = add_live_tile(
-                    k, s, kv_score, kv_stride, ape, j, c, new, token, x, start, RATIO, CHANNELS, BF16
-                )  # fmt: skip
-        top = tl.maximum(m, tl.max(s, axis=0))
-        # One operation instead of two. What rounding -top * LOG2_E changes, it changes in all weights alike.
-        e = tl.exp2(tl.fma(s, LOG2_E + tl.zeros_like(s), (top * -LOG2_E)[None, :] + tl.zeros_like(s)))
-        tile_l, tile_a = tl.reduce((e, e * k), 0, add_pairs)
-        if TILE < WINDOW_ROWS:
-            before_tile = tl.exp2((m - top) * LOG2_E)
-            l = l * before_tile + tile_l
-            a = a * before_tile + tile_a
-            m = top
-        else:
-            l = tile_l
-            a = tile_a
-    return a / l, absent
-
-
-@triton.jit
 def find_homes(
     table, width, num_pages, page_size, window, start, sequence, there, RATIO: tl.constexpr, OVERLAP: tl.constexpr
 ):  # fmt: skip
@@ -324,8 +149,8 @@ def window_kernel(
     score_pool, score_page_stride, score_row_stride, score_pages, score_table, score_width, page_size,
     workspace, arrivals, num_writers,
     rows, norm_weight, rope, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots, cache_scale,
-    PDL: tl.constexpr, HARDWARE: tl.constexpr, RATIO: tl.constexpr, OVERLAP: tl.constexpr,
-    TILE: tl.constexpr, SLICE: tl.constexpr, AHEAD: tl.constexpr, ONE_PAGE: tl.constexpr, ALIGNED: tl.constexpr,
+    PDL: tl.constexpr, HARDWARE: tl.constexpr, RATIO: tl.constexpr, OVERLAP: tl.constexpr, TILE: tl.constexpr,
+    LANES: tl.constexpr, SLICE: tl.constexpr, AHEAD: tl.constexpr, ONE_PAGE: tl.constexpr, ALIGNED: tl.constexpr,
     HEAD_DIM: tl.constexpr, LOG2: tl.constexpr, ROPE_DIM: tl.constexpr, EPS: tl.constexpr, HADAMARD: tl.constexpr,
     ROUND_ROWS: tl.constexpr, ELEMENT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, FLOOR: tl.constexpr,
     FLOOR_ON_SCALE: tl.constexpr, DIVIDE: tl.constexpr, ROTATED_BF16: tl.constexpr, PAD: tl.constexpr,
@@ -394,12 +219,14 @@ def window_kernel(
                     kv_score, kv_stride, ape, kv_pool, kv_page_stride, kv_row_stride, kv_pages, kv_table, kv_width,
                     score_pool, score_page_stride, score_row_stride, score_pages, score_table, score_width, page_size,
                     window, start, token, sequence, c0, homes,
-                    RATIO, OVERLAP, TILE, SLICE, HEAD_DIM, AHEAD, ONE_PAGE, ALIGNED,
+                    RATIO, OVERLAP, TILE, LANES, SLICE, HEAD_DIM, ONE_PAGE, ALIGNED,
                 )  # fmt: skip
                 # Every slice sees the same rows, so either all of them bring theirs or none.
                 finish = absent == 0
                 if SLICES > 1:
-                    finish = bring_slice(workspace, arrivals, y, entry, c0, finish, SLICES, SLICE)
+                    if finish:
+                        leave_slice(workspace, y, entry, c0, SLICES, SLICE)
+                        finish = bring_slices(arrivals, entry, 1, SLICES)
                 if finish:
                     _slot, weight, cos, sin = aim_entry(
                         entry, window * RATIO, None, entry_capacity, norm_weight, rope, max_position, pages,

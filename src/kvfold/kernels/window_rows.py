@@ -1,0 +1,257 @@
+"""Pooling a window of raw rows: where its rows come from, and the order in which they are summed."""
+
+import triton
+import triton.language as tl
+
+from .fold import LOG2_E, LOWEST
+from .record import bf16_bits, bf16_value
+
+
+@triton.jit
+def find_pages(table, width, num_pages, sequence, x, wanted, page_size):
+    """Pages of positions `x`, and which of the wanted ones have none (-1) or a bad one (outside the table or the pool)."""
+    column = x // page_size
+    inside = column < width
+    at = table + sequence.to(tl.int64) * width + column
+    page = tl.load(at, mask=wanted & inside, other=-1, cache_modifier=".cg")
+    bad = wanted & ((inside == 0) | (page < -1) | (page >= num_pages))
+    return page.to(tl.int64), wanted & inside & (page == -1), bad
+
+
+@triton.jit
+def as_stored(x, BF16: tl.constexpr):
+    """fp32 rounded as the state rounds it."""
+    if BF16:
+        x = bf16_value(bf16_bits(x))
+    return x
+
+
+@triton.jit
+def add_live_tile(
+    k, s, kv_score, kv_stride, ape, j, c, new, token, x, start,
+    RATIO: tl.constexpr, CHANNELS: tl.constexpr, BF16: tl.constexpr,
+):  # fmt: skip
+    """Puts the new rows of a tile into it, any number of them."""
+    news = (new.to(tl.int32)[:, None] + c.to(tl.int32) * 0) != 0
+    live = kv_score + ((token + x - start).to(tl.int64) * kv_stride)[:, None] + c
+    new_k = tl.load(live, mask=news, other=0.0).to(tl.float32)
+    new_s = tl.load(live + CHANNELS, mask=news, other=float("-inf")).to(tl.float32)
+    if ape is not None:
+        new_s += tl.load(ape + ((j % RATIO) * CHANNELS)[:, None] + c, mask=news, other=0.0)
+    return tl.where(news, as_stored(new_k, BF16), k), tl.where(news, as_stored(new_s, BF16), s)
+
+
+@triton.jit
+def load_page_rows(
+    kv_score, kv_stride, ape, kv_pool, kv_page_stride, kv_row_stride, score_pool, score_page_stride, score_row_stride,
+    page_size, window, start, token, c0, j0, homes,
+    RATIO: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, SLICE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BF16: tl.constexpr,
+):  # fmt: skip
+    """Rows `[j0, j0 + TILE)` of a window of which all but some of the last LANES rows are old, one behind the other on a page.
+
+    The common case by far in decoding. All are loaded, new ones too, over which the live ones are put: a tile that knows no
+    masks takes half the instructions.
+    """
+    c = c0 + tl.arange(0, SLICE)[None, :]
+    lane = tl.arange(0, LANES)
+    first = (window * RATIO) % page_size + j0
+    kv_rows = kv_pool + homes[1] * kv_page_stride + first * kv_row_stride
+    score_rows = score_pool + homes[4] * score_page_stride + first * score_row_stride
+    # A page spans less than 2**31 elements: one 32-bit offset for each row.
+    kv_at = (lane * kv_row_stride.to(tl.int32))[:, None] + c
+    score_at = (lane * score_row_stride.to(tl.int32))[:, None] + c
+    ks = ()
+    ss = ()
+    for i in tl.static_range(TILE // LANES):
+        k = tl.load(kv_rows + kv_at).to(tl.float32)
+        s = tl.load(score_rows + score_at).to(tl.float32)
+        if i == TILE // LANES - 1:
+            j = lane + j0 + i * LANES  # a tensor first: the interpreter has numbers for the others
+            x = window * RATIO + j
+            k, s = add_live_tile(
+                k, s, kv_score, kv_stride, ape, j, c.to(tl.int64) + (j * 0)[:, None], x >= start, token, x, start,
+                RATIO, HEAD_DIM, BF16,
+            )  # fmt: skip
+        ks = ks + (k,)
+        ss = ss + (s,)
+        kv_rows += LANES * kv_row_stride
+        score_rows += LANES * score_row_stride
+    return ks, ss
+
+
+@triton.jit
+def load_live_rows(
+    kv_score, kv_stride, ape, window, start, token, c0, j0,
+    RATIO: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, SLICE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BF16: tl.constexpr,
+):  # fmt: skip
+    """Rows `[j0, j0 + TILE)` of a window without overlap that is all new: the common case in a prompt."""
+    c = c0 + tl.arange(0, SLICE)[None, :]
+    lane = tl.arange(0, LANES)
+    live = kv_score + (token + window * RATIO + j0 - start).to(tl.int64) * kv_stride
+    at = lane.to(tl.int64)[:, None] * kv_stride + c
+    ks = ()
+    ss = ()
+    for i in tl.static_range(TILE // LANES):
+        k = tl.load(live + at).to(tl.float32)
+        s = tl.load(live + HEAD_DIM + at).to(tl.float32)
+        if ape is not None:
+            s += tl.load(ape + ((lane + j0 + i * LANES) * HEAD_DIM)[:, None] + c)
+        ks = ks + (as_stored(k, BF16),)
+        ss = ss + (as_stored(s, BF16),)
+        live += LANES * kv_stride
+    return ks, ss
+
+
+@triton.jit
+def load_any_rows(
+    kv_score, kv_stride, ape, kv_pool, kv_page_stride, kv_row_stride, kv_pages, kv_table, kv_width,
+    score_pool, score_page_stride, score_row_stride, score_pages, score_table, score_width, page_size,
+    window, start, token, sequence, c0, j0, homes,
+    RATIO: tl.constexpr, OVERLAP: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, SLICE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, ONE_PAGE: tl.constexpr, BF16: tl.constexpr,
+):  # fmt: skip
+    """Rows `[j0, j0 + TILE)` of a window, wherever they are, and how many old ones are not there."""
+    CHANNELS: tl.constexpr = HEAD_DIM * (1 + OVERLAP)
+    absent = tl.zeros((), tl.int32)
+    ks = ()
+    ss = ()
+    for i in tl.static_range(TILE // LANES):
+        j = tl.arange(0, LANES) + j0 + i * LANES
+        x = (window - OVERLAP) * RATIO + j
+        old = (x >= 0) & (x < start)
+        at = tl.maximum(x, 0)
+        if ONE_PAGE:
+            kv_before, kv_this, kv_lost, score_before, score_this, score_lost = homes
+            before = j < RATIO * OVERLAP
+            kv_page = tl.where(before, kv_before, kv_this)
+            score_page = tl.where(before, score_before, score_this)
+            row = ((window * RATIO) % page_size + j - RATIO * OVERLAP).to(tl.int64)
+            if OVERLAP:
+                row = tl.where(before, (tl.maximum(window - 1, 0) * RATIO) % page_size + j, row)
+            absent = (kv_lost | score_lost).to(tl.int32)
+            old = old & (absent == 0)
+        else:
+            kv_page, kv_missing, kv_bad = find_pages(kv_table, kv_width, kv_pages, sequence, at, old, page_size)
+            score_page, score_missing, score_bad = find_pages(
+                score_table, score_width, score_pages, sequence, at, old, page_size
+            )  # fmt: skip
+            lost = kv_missing | kv_bad | score_missing | score_bad
+            absent += tl.sum(lost.to(tl.int32), axis=0)
+            old = old & (lost == 0)
+            row = (at % page_size).to(tl.int64)
+        # Overlap: the window before gives its lo half, this window its hi half.
+        half = tl.where(j < RATIO * OVERLAP, 0, OVERLAP * HEAD_DIM)
+        c = (half[:, None] + (c0 + tl.arange(0, SLICE))[None, :]).to(tl.int64)
+        olds = (old.to(tl.int32)[:, None] + c.to(tl.int32) * 0) != 0
+        k = tl.load(
+            kv_pool + (kv_page * kv_page_stride + row * kv_row_stride)[:, None] + c, mask=olds, other=0.0
+        ).to(tl.float32)  # fmt: skip
+        s = tl.load(
+            score_pool + (score_page * score_page_stride + row * score_row_stride)[:, None] + c,
+            mask=olds,
+            other=float("-inf"),
+        ).to(tl.float32)  # fmt: skip
+        if start < (window - OVERLAP) * RATIO + j0 + (i + 1) * LANES:
+            k, s = add_live_tile(
+                k, s, kv_score, kv_stride, ape, j, c, (x >= 0) & (x >= start), token, x, start, RATIO, CHANNELS, BF16
+            )  # fmt: skip
+        ks = ks + (k,)
+        ss = ss + (s,)
+    return ks, ss, absent
+
+
+@triton.jit
+def weigh_rows(r, l, a, ks, ss, G: tl.constexpr):
+    """Takes G rows, one behind the other, into each lane's sums: `l` of weights `exp2(s * LOG2_E - r)`, `a` of weighted values.
+
+    `r`, the largest score in units of the exponent, is rounded; that changes nothing, as lanes are compared by it as it is.
+    """
+    top = ss[0]
+    for i in tl.static_range(1, G):
+        top = tl.maximum(top, ss[i])
+    new_r = tl.maximum(r, top * LOG2_E)
+    before = tl.exp2(r - new_r)
+    l *= before
+    a *= before
+    for i in tl.static_range(G):
+        e = tl.exp2(tl.fma(ss[i], LOG2_E + tl.zeros_like(r), -new_r))
+        l += e
+        a = tl.fma(e, ks[i], a)
+    return new_r, l, a
+
+
+@triton.jit
+def add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def pool_slice(
+    kv_score, kv_stride, ape, kv_pool, kv_page_stride, kv_row_stride, kv_pages, kv_table, kv_width,
+    score_pool, score_page_stride, score_row_stride, score_pages, score_table, score_width, page_size,
+    window, start, token, sequence, c0, homes,
+    RATIO: tl.constexpr, OVERLAP: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, SLICE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, ONE_PAGE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Channels `[c0, c0 + SLICE)` of a pooled row, and how many old rows it needs that are not there.
+
+    Row j belongs to lane j % LANES, which sums its rows one after the other; then the lanes are summed. With a row's slice
+    to each warp nothing crosses threads before that. Lanes, and what TILE takes together, make one order for every call of a
+    spec.
+    """
+    BF16: tl.constexpr = kv_pool.dtype.element_ty == tl.bfloat16
+    WINDOW_ROWS: tl.constexpr = RATIO * (1 + OVERLAP)
+    G: tl.constexpr = TILE // LANES
+    r = tl.full((LANES, SLICE), LOWEST, tl.float32)
+    l = tl.zeros((LANES, SLICE), tl.float32)
+    a = tl.zeros((LANES, SLICE), tl.float32)
+    absent = tl.zeros((), tl.int32)
+    if ALIGNED:
+        # Known to be a multiple of 4 and no more, so that a thread has 4 channels of kv_score as it has of an fp32 pool.
+        kv_stride = (kv_stride // 4) * 4
+    x0 = window * RATIO
+    way = tl.zeros((), tl.int32)
+    if (ONE_PAGE and OVERLAP == 0) and G > 1:
+        absent = (homes[2] | homes[5]).to(tl.int32)
+        way = tl.where((start >= x0 + RATIO - LANES) & (absent == 0), 1, tl.where(start <= x0, 2, 0))
+    if way == 1:
+        if (ONE_PAGE and OVERLAP == 0) and G > 1:
+            for j0 in range(0, WINDOW_ROWS, TILE):
+                ks, ss = load_page_rows(
+                    kv_score, kv_stride, ape, kv_pool, kv_page_stride, kv_row_stride, score_pool, score_page_stride,
+                    score_row_stride, page_size, window, start, token, c0, j0, homes,
+                    RATIO, TILE, LANES, SLICE, HEAD_DIM, BF16,
+                )  # fmt: skip
+                r, l, a = weigh_rows(r, l, a, ks, ss, G)
+    elif way == 2:
+        if (ONE_PAGE and OVERLAP == 0) and G > 1:
+            for j0 in range(0, WINDOW_ROWS, TILE):
+                ks, ss = load_live_rows(
+                    kv_score, kv_stride, ape, window, start, token, c0, j0, RATIO, TILE, LANES, SLICE, HEAD_DIM, BF16
+                )  # fmt: skip
+                r, l, a = weigh_rows(r, l, a, ks, ss, G)
+    else:
+        for j0 in range(0, WINDOW_ROWS, TILE):
+            ks, ss, lost = load_any_rows(
+                kv_score, kv_stride, ape, kv_pool, kv_page_stride, kv_row_stride, kv_pages, kv_table, kv_width,
+                score_pool, score_page_stride, score_row_stride, score_pages, score_table, score_width, page_size,
+                window, start, token, sequence, c0, j0, homes,
+                RATIO, OVERLAP, TILE, LANES, SLICE, HEAD_DIM, ONE_PAGE, BF16,
+            )  # fmt: skip
+            absent += lost
+            if G > 1:
+                r, l, a = weigh_rows(r, l, a, ks, ss, G)
+            else:
+                r = ss[0]
+                a = ks[0]
+    if G > 1:
+        e = tl.exp2(r - tl.max(r, axis=0)[None, :])
+        l, a = tl.reduce((l * e, a * e), 0, add_pairs)
+    else:  # the window is one tile
+        top = tl.maximum(tl.max(r, axis=0), LOWEST)
+        # One operation instead of two. What rounding -top * LOG2_E changes, it changes in all weights alike.
+        e = tl.exp2(tl.fma(r, LOG2_E + tl.zeros_like(r), (top * -LOG2_E)[None, :] + tl.zeros_like(r)))
+        l, a = tl.reduce((e, e * a), 0, add_pairs)
+    return a / l, absent
