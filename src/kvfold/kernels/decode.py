@@ -47,10 +47,10 @@ def fold_tokens(
         m, l, a = fold_step(m, l, a, ks[i], ss[i])
         x = x0 + i
         due = snapshot_fold(m, l, a, x, due, stop, snap, RATIO, HEAD_DIM)
-        place = place_row(tags, x, h0, start, end, ring, HISTORY)
         kept = (x < stop) & (x >= end - ring)
-        # One token overlaps with no other: by a branch it is 0.05 us faster at batch 16.
+        # Masks let the tokens of a step overlap; one has no other, and by a branch takes 1.79 instead of 1.84 us at batch 16.
         if AHEAD > 1 or kept:
+            place = place_row(tags, x, h0, start, end, ring, HISTORY)
             keep_fold(m, l, a, x, place, kept, state, tags, RATIO, HEAD_DIM, HEAD_DIM)
     return m, l, a
 
