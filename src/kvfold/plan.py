@@ -71,6 +71,7 @@ class StepPlan(Remembering):
     def _forget(self) -> None:
         self._launcher: Callable[..., None] | None = None  # of `update` on a GPU, made by the first one
         self._came: tuple[int, int] | None = None  # the addresses of what the last `update` was given
+        self._packed: dict[bool, tuple] = {}  # what launches take of it: kernels/launch.py
 
     @classmethod
     def build(

@@ -38,9 +38,10 @@ def compress_triton(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, pd
         c.state._last = asked, launcher_of(key, device), key[3].programs or ANY, slices_of(c.spec, key[3])
     _, launcher, most, slices = c.state._last
     shared = _workspace(c.state, plan.entry_capacity, c.spec.head_dim) if slices > 1 else (None, None)
-    own, bits = pack(*_plan_arguments(plan), *_table_arguments(plan, c))
-    step, more = _step_arguments(c, rows, shared)
-    launcher(min(grid * slices, most), own + step, bits | more, use_pdl(pdl, plan, device))
+    own, bits = _plan(plan, False)
+    table, more = _table(plan, c)
+    step, most_bits = _step_arguments(c, rows, shared)
+    launcher(min(grid * slices, most), own + table + step, bits | more | most_bits, use_pdl(pdl, plan, device))
 
 
 def compress_pair_triton(pair: tuple[Compressor, Compressor], plan: StepPlan, pdl: bool | None) -> None:
@@ -57,9 +58,15 @@ def compress_pair_triton(pair: tuple[Compressor, Compressor], plan: StepPlan, pd
         programs = key[1][2].programs, key[2][2].programs
         first.state._last = asked, launcher_of(key, device), programs[0] if all(programs) else ANY
     _, launcher, most = first.state._last
-    own, bits = pack(*_plan_arguments(plan), *_table_arguments(plan, first if _snapshots(first) is not None else second))
-    (one, more), (other, most_bits) = _step_arguments(first, None), _step_arguments(second, None)
-    launcher(2 * min(grid, most), own + one + other, bits | more | most_bits, use_pdl(pdl, plan, device))
+    parts = (
+        _plan(plan, False),
+        _table(plan, first if _snapshots(first) is not None else second),
+        _step_arguments(first, None),
+        _step_arguments(second, None),
+    )
+    values = parts[0][0] + parts[1][0] + parts[2][0] + parts[3][0]
+    bits = parts[0][1] | parts[1][1] | parts[2][1] | parts[3][1]
+    launcher(2 * min(grid, most), values, bits, use_pdl(pdl, plan, device))
 
 
 def compress_window_triton(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, pdl: bool | None) -> None:
@@ -76,13 +83,14 @@ def compress_window_triton(c: Compressor, plan: StepPlan, rows: torch.Tensor | N
     poolers = min(plan.entry_capacity * slices, MOST_POOLERS) if c.cache is not None or rows is not None else 0
     workspace, arrivals = _workspace(state, plan.entry_capacity, spec.head_dim) if slices > 1 else (None, None)
     kv_table, score_table = plan.block_tables
+    own, bits = _plan(plan, True)
     kept, score, behind, fixed = _layer(c, state.kv, state.score)
-    values, bits = pack(
-        *_plan_arguments(plan), plan.entry_items, plan.cu_entries, plan.batch,
-        c.kv_score, c.kv_score.stride(0), c.kv_score.shape[0], *kept, kv_table, kv_table.shape[1],
+    stride = c.kv_score.stride(0)
+    values, more = pack(
+        c.kv_score, stride, c.kv_score.shape[0], *kept, kv_table, kv_table.shape[1],
         *score, score_table, score_table.shape[1], plan.page_size, workspace, arrivals, writers, rows,
     )  # fmt: skip
-    launcher(writers + poolers, values + behind, bits | fixed | c.kv_score.stride(0), use_pdl(pdl, plan, device))
+    launcher(writers + poolers, own + values + behind, bits | more | fixed | stride, use_pdl(pdl, plan, device))
 
 
 def store_triton(
@@ -97,9 +105,10 @@ def store_triton(
     """`store` after its arguments were checked: one launch on the current stream."""
     if plan.item_capacity == 0:
         return
-    values, bits = pack(*_plan_arguments(plan), pooled, *_epilogue_arguments(cache, spec, norm_weight, rope))
+    own, bits = _plan(plan, False)
+    values, more = pack(pooled, *_epilogue_arguments(cache, spec, norm_weight, rope))
     launcher = launcher_of(store_key(spec, cache.format, (pooled.dtype, norm_weight.dtype)), pooled.device)
-    launcher(plan.item_capacity, values, bits | _cache_strides(cache), use_pdl(pdl, plan, pooled.device))
+    launcher(plan.item_capacity, own + values, bits | more | _cache_strides(cache), use_pdl(pdl, plan, pooled.device))
 
 
 def restore_triton(
@@ -155,11 +164,12 @@ def _snapshots(c: Compressor) -> Snapshots | None:
     return c.snapshots if c.snapshots is not None and c.snapshots.rows_per_page else None
 
 
-def _table_arguments(plan: StepPlan, c: Compressor) -> tuple[object, ...]:
+def _table(plan: StepPlan, c: Compressor) -> tuple[tuple[object, ...], int]:
+    """The snapshot table of a plan, packed, where the call leaves snapshots."""
     if _snapshots(c) is None:
-        return None, None, None
+        return (None, None, None), 0
     assert plan.snapshot_table is not None
-    return plan.snapshot_table, plan.snapshot_table.shape[1], plan.snapshot_page_size
+    return pack(plan.snapshot_table, plan.snapshot_table.shape[1], plan.snapshot_page_size)
 
 
 def _step_grid(plan: StepPlan, kv_score: torch.Tensor) -> int:
@@ -167,8 +177,20 @@ def _step_grid(plan: StepPlan, kv_score: torch.Tensor) -> int:
     return max(1, min(plan.item_capacity, plan.items_for(kv_score.shape[0])))
 
 
-def _plan_arguments(plan: StepPlan) -> tuple[object, ...]:
-    return plan.items, plan.num_items, plan.entry_slots, plan.entry_capacity, plan.errors
+def _plan(plan: StepPlan, more: bool) -> tuple[tuple[object, ...], int]:
+    """What a launch takes of a plan, packed, and its bits; with `more`, what the kernel over raw rows takes behind that too.
+
+    Packed once for as long as its tensors are the same: an engine has one plan for all layers and steps.
+    """
+    known = plan._packed.get(more)
+    if known is not None and known[0] is plan.items and known[1] is plan.entry_slots:
+        return known[2]
+    values: tuple[object, ...] = plan.items, plan.num_items, plan.entry_slots, plan.entry_capacity, plan.errors
+    if more:
+        values += plan.entry_items, plan.cu_entries, plan.batch
+    made = pack(*values)
+    plan._packed[more] = plan.items, plan.entry_slots, made
+    return made
 
 
 def _step_arguments(c: Compressor, rows: torch.Tensor | None, shared: tuple = ()) -> tuple[tuple[object, ...], int]:

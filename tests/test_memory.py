@@ -1,4 +1,4 @@
-"""A copy of a state, a cache or a plan goes on by itself: nothing that the original remembers of its calls is the copy's."""
+"""What states and plans remember of their calls: not for calls with other tensors, and not in copies of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from helpers import SPECS, Backend, Weights, make_tokens
 
 import kvfold
+from kvfold.records import FORMATS
 
 STEPS = ((0, 9), (9, 3), (12, 4))
 
@@ -66,3 +67,43 @@ def test_a_copy_goes_on_by_itself(backend: Backend, window: bool, copied) -> Non
     assert not torch.equal(mine[1].storage, want[1].storage)
     play(*mine, STEPS[2:])
     assert torch.equal(mine[1].storage, want[1].storage)
+
+
+@pytest.mark.parametrize("window", [False, True], ids=["fold", "window"])
+def test_other_tensors_in_the_next_call(backend: Backend, window: bool) -> None:
+    """Another cache, other formats over the same memory, weights replaced or moved, entry slots and pools replaced."""
+    spec, device = SPECS["indexer"], backend.device
+    tokens = make_tokens(spec, 8, 2).to(device)
+    plan = make_plan(spec, window, 0, 8, device)
+    state = window_state(spec, device) if window else kvfold.FoldState.allocate(spec, 1, 8, device=device)
+    weights = {k: v.to(device) for k, v in vars(Weights.make(spec)).items()}
+    storage = torch.zeros(1, 64 * 1024, dtype=torch.uint8, device=device)
+
+    def cache_of(fmt: str) -> kvfold.EntryCache:
+        return kvfold.EntryCache(storage[:, : FORMATS[fmt].page_bytes(spec, 64)], fmt, 64, spec)
+
+    def check(fmt: str) -> None:
+        storage.zero_()
+        kvfold.compress(tokens, plan, state, cache_of(fmt), spec=spec, backend=backend.name, **weights)
+        got = storage.clone()
+        fresh = window_state(spec, device) if window else kvfold.FoldState.allocate(spec, 1, 8, device=device)
+        like = make_plan(spec, window, 0, 8, device)
+        like.entry_slots.copy_(plan.entry_slots)
+        storage.zero_()
+        kvfold.compress(tokens, like, fresh, cache_of(fmt), spec=spec, backend=backend.name, **weights)
+        assert torch.equal(got, storage)
+        assert bool(got.any())
+
+    check("indexer_fp8_vllm")
+    check("bf16")
+    check("fp32")
+    weights = {k: v.clone() for k, v in vars(Weights.make(spec, seed=3)).items()}
+    weights = {k: v.to(device) for k, v in weights.items()}
+    check("fp32")
+    plan.entry_slots = torch.where(plan.entry_slots >= 0, plan.entry_slots + 5, -1)
+    check("fp32")
+    if window:
+        state.kv = state.kv.clone()
+    else:
+        state.rows = state.rows.clone()
+    check("fp32")
