@@ -103,7 +103,7 @@ def test_one_thread_builds_what_both_need(monkeypatch: pytest.MonkeyPatch) -> No
     def compile_slowly(aligned: bool, pdl: bool) -> object:
         compiled.append((aligned, pdl))
         time.sleep(0.02)
-        return SimpleNamespace(_init_handles=lambda: None)
+        return SimpleNamespace(_init_handles=lambda: None, run=None, function=None, packed_metadata=None)
 
     def variant(key: tuple, aligned: bool, pdl: bool) -> object:
         return SimpleNamespace(kernel="store", compile=lambda: compile_slowly(aligned, pdl))

@@ -195,9 +195,9 @@ def decode_item(
                     if end - h0 <= ring:
                         keep_together(copies, state, tags, window, oldest, stop, ring, RATIO, CHANNELS)
                     else:
-                        keep_each(live, kv_stride, state, tags, oldest, h0, start, stop, end, ring, HISTORY, CHANNELS)
+                        keep_each(live, kv_stride, state, tags, oldest, h0, start, stop, end, ring, HISTORY, CHANNELS, 1)
                 else:
-                    keep_each(live, kv_stride, state, tags, oldest, h0, start, stop, end, ring, HISTORY, CHANNELS)
+                    keep_each(live, kv_stride, state, tags, oldest, h0, start, stop, end, ring, HISTORY, CHANNELS, 1)
                 snapshot_rows(live, kv_stride, window, begin, stop, snap, RATIO, CHANNELS)
                 if first:
                     retire_rows(tags, x, wanted, home, spare, h0, start, end, ring, HISTORY)

@@ -358,7 +358,9 @@ def prefill_rows(
             stop = tl.minimum(end, window * RATIO + RATIO)
             oldest = tl.maximum(begin, end - ring)
             if oldest < stop:
-                keep_each(live, kv_stride, state, tags, oldest, h0, start, stop, end, ring, HISTORY, CHANNELS)
+                # All that a window of ratio 4 has: its program is the last one of a prompt. With snapshots, 4 would spill.
+                KEPT: tl.constexpr = 4 if snap_rows is None else 2
+                keep_each(live, kv_stride, state, tags, oldest, h0, start, stop, end, ring, HISTORY, CHANNELS, KEPT)
             if snap_rows is not None:
                 table = snap_table + sequence.to(tl.int64) * snap_width
                 snap = (table, snap_width, snap_page_size, snap_rows, snap_tags, num_snaps, errors)

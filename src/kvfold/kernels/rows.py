@@ -6,8 +6,6 @@ import triton.language as tl
 from .fold import empty_fold, fold_step, spread
 from .slots import place_row
 
-KEPT = tl.constexpr(4)  # rows in flight where a long step keeps them; a ratio of 4 has no more in a window
-
 
 @triton.jit
 def load_biases(ape, j0, wanted, RATIO: tl.constexpr, OVERLAP: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr):
@@ -153,9 +151,10 @@ def keep_together(copies, state, tags, window, oldest, stop, ring, RATIO: tl.con
 
 @triton.jit
 def keep_each(
-    live, kv_stride, state, tags, oldest, h0, start, stop, end, ring, HISTORY: tl.constexpr, CHANNELS: tl.constexpr
+    live, kv_stride, state, tags, oldest, h0, start, stop, end, ring,
+    HISTORY: tl.constexpr, CHANNELS: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """Stores the input rows of `[oldest, stop)`, each where there is room for it, KEPT at a time."""
+    """Stores the input rows of `[oldest, stop)`, each where there is room for it; KEPT of them are in flight at once."""
     c = tl.arange(0, 2 * CHANNELS)
     for base in range(oldest, stop, KEPT):
         places = ()
