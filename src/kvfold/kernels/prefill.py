@@ -12,7 +12,7 @@ from .epilogue import aim_entry, emit, judge_slot
 from .fold import empty_fold, fold_step, spread
 from .pdl import load_plan, wait_for_inputs
 from .rows import keep_each, load_biases, pool_window
-from .slices import bring_slices, leave_slice, take_slices
+from .slices import bring_slice, take_slices
 from .slots import check_tags, keep_fold, load_tags, place_row, retire_rows
 from .snapshot import next_page_end, snapshot_fold, snapshot_rows
 
@@ -186,9 +186,7 @@ def deliver_entry(
     deliver, refused = judge_slot(entry, cache_slot, position, entry_capacity, max_position, pages, cache_slots, ROPE_DIM)
     finish = (entry >= 0) & deliver
     if SLICE < HEAD_DIM:
-        if finish:
-            leave_slice(workspace, y, entry, c0, HEAD_DIM // SLICE, SLICE)
-            finish = bring_slices(arrivals, entry, 1, HEAD_DIM // SLICE)
+        finish = bring_slice(workspace, arrivals, y, entry, c0, finish, HEAD_DIM // SLICE, SLICE)
     if finish:
         if SLICE < HEAD_DIM:
             whole = take_slices(workspace, arrivals, entry, HEAD_DIM)

@@ -5,16 +5,14 @@ import triton.language as tl
 
 
 @triton.jit
-def leave_slice(workspace, y, entry, c0, SLICES: tl.constexpr, SLICE: tl.constexpr):
-    """Puts channels `[c0, c0 + SLICE)` of a pooled row into the workspace."""
-    tl.store(workspace + entry.to(tl.int64) * (SLICES * SLICE) + c0 + tl.arange(0, SLICE), y)
-
-
-@triton.jit
-def bring_slices(arrivals, entry, count, SLICES: tl.constexpr):
-    """Says that `count` slices, all that a program leaves of an entry, are there; returns whether they were the last ones."""
-    tl.debug_barrier()  # all threads' channels before the arrival
-    return tl.atomic_add(arrivals + entry, count, sem="acq_rel") == SLICES - count
+def bring_slice(workspace, arrivals, y, entry, c0, complete, SLICES: tl.constexpr, SLICE: tl.constexpr):
+    """Leaves a slice of a pooled row in the workspace; returns whether it was the last one of its entry."""
+    last = complete
+    if complete:
+        tl.store(workspace + entry.to(tl.int64) * (SLICES * SLICE) + c0 + tl.arange(0, SLICE), y)
+        tl.debug_barrier()  # all threads' channels before the arrival
+        last = tl.atomic_add(arrivals + entry, 1, sem="acq_rel") == SLICES - 1
+    return last
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from .epilogue import aim_entry, emit, judge_slot
 from .fold import spread
 from .pdl import load_plan, wait_for_inputs
 from .record import bf16_bits
-from .slices import bring_slices, leave_slice, take_slices
+from .slices import bring_slice, take_slices
 from .window_rows import find_pages, pool_slice
 
 
@@ -224,9 +224,7 @@ def window_kernel(
                 # Every slice sees the same rows, so either all of them bring theirs or none.
                 finish = absent == 0
                 if SLICES > 1:
-                    if finish:
-                        leave_slice(workspace, y, entry, c0, SLICES, SLICE)
-                        finish = bring_slices(arrivals, entry, 1, SLICES)
+                    finish = bring_slice(workspace, arrivals, y, entry, c0, finish, SLICES, SLICE)
                 if finish:
                     _slot, weight, cos, sin = aim_entry(
                         entry, window * RATIO, None, entry_capacity, norm_weight, rope, max_position, pages,

@@ -197,9 +197,8 @@ def pool_slice(
 ):  # fmt: skip
     """Channels `[c0, c0 + SLICE)` of a pooled row, and how many old rows it needs that are not there.
 
-    Row j belongs to lane j % LANES, which sums its rows one after the other; then the lanes are summed. With a row's slice
-    to each warp nothing crosses threads before that. Lanes, and what TILE takes together, make one order for every call of a
-    spec.
+    Row j belongs to lane j % LANES, which sums its rows one after the other; then the lanes are summed, and nothing crosses
+    threads before that. Lanes, and what TILE takes together, make one order for every call of a spec.
     """
     BF16: tl.constexpr = kv_pool.dtype.element_ty == tl.bfloat16
     WINDOW_ROWS: tl.constexpr = RATIO * (1 + OVERLAP)
