@@ -115,16 +115,15 @@ def _bytes(title: str, fields: list[tuple[int, str, str]]) -> str:
 def configs_table() -> str:
     """The rows of `kernels/configs.py`, in order."""
     header = (
-        "kind", "head_dim", "rows of a window", "new tokens", "windows", "ahead", "warps", "slice", "tile", "lanes",
+        "kind", "head_dim", "rows of a window", "new tokens", "windows", "ahead", "warps", "slice", "tile",
         "registers", "programs", "together", "may spill",
     )  # fmt: skip
     lines = [
         (
             c.kind, _range(c.head_dims), _range(c.window_rows), _most(c.max_new_tokens), _most(c.most_items), str(c.ahead),
-            str(c.num_warps), str(c.slice or "whole"), *((str(c.tile), str(c.lanes)) if c.kind == "window" else "--"),
-            str(c.registers or "-"),
-            str(c.programs or "one each") if c.kind in ("fold", "rows") else "-", str(c.together) if c.programs else "-",
-            _spills(c),
+            str(c.num_warps), str(c.slice or "whole"), str(c.tile) if c.kind == "window" else "-",
+            str(c.registers or "-"), "-" if c.kind == "store" else str(c.programs or "one each"),
+            str(c.together) if c.programs else "-", _spills(c),
         )
         for c in CONFIGS
     ]  # fmt: skip

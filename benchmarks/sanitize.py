@@ -1,13 +1,15 @@
 """Runs GPU tests under compute-sanitizer's four tools, side by side, and appends one line for each.
 
 python benchmarks/sanitize.py --out benchmarks/results/sanitizer.jsonl [--tools memcheck,racecheck] [--timeout SECONDS]
-                              [--tests tests/test_padding.py,...] [--only cuda]
+                              [--tests tests/test_padding.py,...] [--only cuda] [--processes 4]
 
-A tool that did not finish in time has "errors": null, which is no verdict.
+The tests of a tool are dealt out to several processes. A tool of which one did not finish in time has "errors": null, which
+is no verdict.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 import time
@@ -25,18 +27,35 @@ TESTS = (
 SUMMARY = re.compile(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+)")
 
 
-def run(tool: str, tests: list[str], only: str, timeout: float) -> dict:
+def collect(tests: list[str], only: str) -> list[str]:
+    """The tests that pytest chooses, each by its own name."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    _, output = bounded.run([*command, "-k", only, *tests], 120)
+    return [line for line in output.splitlines() if "::" in line]
+
+
+def part(tool: str, names: list[str], timeout: float) -> tuple[dict[str, int], int | None, str]:
+    """What pytest counted in one process, how many errors the tool saw (None: no verdict), and what was printed."""
     command = ["compute-sanitizer", "--tool", tool, "--target-processes", "all", "--print-limit", "3"]
-    command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", only, *tests]
-    start = time.monotonic()
+    command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *names]
     _, output = bounded.run(command, timeout)
     found = SUMMARY.findall(output)
     counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|deselected|error)", output)}
-    row = {"bench": "sanitizer", "tool": tool, "tests": " ".join(tests), "only": only, "passed": counts.get("passed", 0)}
-    row |= {"failed": counts.get("failed", 0), "errors": sum(map(int, found)) if found else None}
+    return counts, sum(map(int, found)) if found else None, output
+
+
+def run(tool: str, tests: list[str], names: list[str], args: argparse.Namespace) -> dict:
+    start, count = time.monotonic(), min(args.processes, len(names))
+    with ThreadPoolExecutor(count) as pool:
+        parts = list(pool.map(lambda i: part(tool, names[i::count], args.timeout), range(count)))
+    row = {"bench": "sanitizer", "tool": tool, "tests": " ".join(tests), "only": args.only}
+    row |= {word: sum(counts.get(word, 0) for counts, _, _ in parts) for word in ("passed", "failed")}
+    errors = [found for _, found, _ in parts]
+    row["errors"] = None if None in errors else sum(errors)
     row["seconds"] = round(time.monotonic() - start, 1)
-    if row["errors"] != 0 or row["failed"]:
-        print(f"--- {tool}\n{output[-3000:]}", flush=True)
+    for counts, found, output in parts:
+        if found != 0 or counts.get("failed"):
+            print(f"--- {tool}\n{output[-3000:]}", flush=True)
     return row
 
 
@@ -45,15 +64,19 @@ def main() -> int:
     parser.add_argument("--tools", default=TOOLS)
     parser.add_argument("--tests", default=TESTS)
     parser.add_argument("--only", default="cuda and not torch-cuda", help="pytest's -k (default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=4, help="of each tool (default: %(default)s)")
     parser.add_argument("--timeout", type=float, default=600)
     args = parser.parse_args()
-    where, tools = protocol.environment(args.commit), args.tools.split(",")
+    where, tools, tests = protocol.environment(args.commit), args.tools.split(","), args.tests.split(",")
+    names = collect(tests, args.only)
+    if not names:
+        parser.error(f"--tests and --only choose no test, got {args.tests!r} and {args.only!r}")
     with ThreadPoolExecutor(len(tools)) as pool:
-        rows = list(pool.map(lambda tool: run(tool, args.tests.split(","), args.only, args.timeout), tools))
+        rows = list(pool.map(lambda tool: run(tool, tests, names, args), tools))
     for row in rows:
         print(row)
         protocol.append_rows(args.out, [row | where])
-    return 0 if all(row["errors"] == 0 and row["passed"] and not row["failed"] for row in rows) else 1
+    return 0 if all(row["errors"] == 0 and row["passed"] == len(names) for row in rows) else 1
 
 
 if __name__ == "__main__":

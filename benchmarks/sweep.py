@@ -3,10 +3,9 @@
 python benchmarks/sweep.py "dec hd512 r128 b256 n1 hit" window:fp8_ds_mla --try slice=64,registers=96 --try tile=64
                            [--out benchmarks/results/sweep.jsonl]
 
-Each `--try` names what differs from the row of the table (of the first compressor, where there are two; `poolers` and
-`writers` are `launch.MOST_POOLERS` and `MOST_WRITERS`). Everything is compiled on all cores first. After a timing the
-records are compared with those of the table's own row: the same bits, or for a WindowState, whose sums follow the row, the
-largest difference in units of the entry's largest value.
+Each `--try` names what differs from the row of the table (of the first compressor, where there are two). Everything is
+compiled on all cores first. After a timing the records are compared with those of the table's own row: the same bits, or for
+a WindowState, whose sums follow `lanes`, the largest difference in units of the entry's largest value.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from calls import Buffers, Step
 from precompile import build, key_of
 from protocol import Case, Variant
 
-from kvfold.kernels import configs, launch
+from kvfold.kernels import configs
 from kvfold.kernels.configs import Config
 
 
@@ -40,7 +39,7 @@ def parse() -> argparse.Namespace:
     if args.case not in known:
         parser.error(f"case must be one of {', '.join(known)}, got {args.case!r}")
     args.case = known[args.case]
-    names = {field.name for field in fields(Config)} | {"poolers", "writers"}
+    names = {field.name for field in fields(Config)}
     for text in args.tries:
         for part in text.split(","):
             name, _, number = part.partition("=")
@@ -62,14 +61,12 @@ def own_row(case: Case, variant: Variant) -> Config:
 @contextmanager
 def table_with(row: Config, changes: dict[str, int]) -> Iterator[None]:
     """The table with another row in the place of one."""
-    table, poolers, writers = configs.CONFIGS, launch.MOST_POOLERS, launch.MOST_WRITERS
-    changes = dict(changes)
-    launch.MOST_POOLERS, launch.MOST_WRITERS = changes.pop("poolers", poolers), changes.pop("writers", writers)
+    table = configs.CONFIGS
     configs.CONFIGS = tuple(replace(config, **changes) if config == row else config for config in table)
     try:
         yield
     finally:
-        configs.CONFIGS, launch.MOST_POOLERS, launch.MOST_WRITERS = table, poolers, writers
+        configs.CONFIGS = table
 
 
 def compile_try(job: tuple[Case, Variant, str]) -> None:

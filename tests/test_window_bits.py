@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from window_support import WindowEngine, cut, run
 
 import kvfold
 from kvfold import CompressorSpec
+from kvfold.kernels import configs
+from kvfold.kernels.configs import CONFIGS
 
 NARROW = CompressorSpec(head_dim=128, ratio=128)
 SIXTEEN = CompressorSpec(head_dim=128, ratio=16)
@@ -156,6 +159,66 @@ def test_any_page_size_batch_and_order(backend: Backend, spec: CompressorSpec, p
                 whole.check_pooled({window: row}, f"start {steps[b][1]}, batch of {len(batch)}")
         for i, start in enumerate(starts):
             whole.check(engine, i, start // spec.ratio, whole.windows, f"start {start}")
+
+
+ROWS = {
+    "all rows in flight": {"tile": 128},
+    "narrow slices": {"slice": 16, "num_warps": 2},
+    "whole rows": {"slice": 0, "num_warps": 8},
+    "one program": {"programs": 1, "slice": 32},
+}
+
+
+@pytest.mark.parametrize("changes", ROWS.values(), ids=ROWS)
+def test_any_row_of_the_table(backend: Backend, changes: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """However programs share the work, whether they also write what they pool, and however long a step may be."""
+    if backend.name == "torch":
+        pytest.skip("the torch backend has no table")
+    ratio = 32 if backend.slow else 128
+    spec = CompressorSpec(head_dim=64, ratio=ratio, rope_dim=32)
+    length = 3 * ratio + 5
+    tokens = make_tokens(spec, length, seed=55, dtype=torch.bfloat16)
+    whole = Whole(spec, backend, tokens, torch.bfloat16)
+    for prompt in (False, True):
+        rows = tuple(replace(c, **changes, prompt=prompt) if c.kind == "window" else c for c in CONFIGS)
+        monkeypatch.setattr(configs, "CONFIGS", rows)
+        engine = whole.engine(num_sequences=3, page_size=ratio)
+        # A prompt; one that starts inside a window, and one at the start of it, go on; and both end a window in a short step.
+        for batch in (
+            [(0, 0, length)],
+            [(1, 0, ratio - 4), (2, 0, ratio)],
+            [(2, ratio, ratio + 3), (1, ratio - 4, ratio)],
+            [(1, 2 * ratio - 4, 7), (2, 2 * ratio + 3, ratio + 2)],
+        ):
+            step = engine.step([(i, start, tokens[start : start + n]) for i, start, n in batch])
+            for (b, window), row in step.pooled.items():
+                whole.check_pooled({window: row}, f"prompt={prompt}, {batch[b]}")
+        for sequence, windows in ((0, 3), (1, 2), (2, 3)):
+            whole.check(engine, sequence, 0, windows)
+
+
+@pytest.mark.parametrize("page_size", [48, 128])
+@cases
+def test_rows_of_odd_strides_and_addresses(
+    backend: Backend, spec: CompressorSpec, dtype: torch.dtype, state_dtype: torch.dtype, page_size: int
+) -> None:
+    """kv_score as a slice of a wider tensor, from an odd column on, in a prompt and in decoding: the same bits."""
+    if backend.slow and page_size == 48:
+        pytest.skip("the interpreter does one page size")
+    whole = Whole(spec, backend, make_tokens(spec, 2 * spec.ratio + 2, seed=56, dtype=dtype), state_dtype)
+    engine = whole.engine(num_sequences=2, page_size=page_size)
+    compress = engine.compress
+
+    def odd(kv_score: Tensor, *args: object, **options: object) -> None:
+        rows, width = kv_score.shape
+        wide = torch.full((rows, width + 3), torch.nan, dtype=kv_score.dtype, device=kv_score.device)
+        wide[:, 1 : width + 1] = kv_score
+        compress(wide[:, 1 : width + 1], *args, **options)
+
+    engine.compress = odd  # type: ignore[method-assign]
+    for sequence, steps in ((0, [whole.length]), (1, [2 * spec.ratio - 1, 1, 2])):
+        whole.check_pooled(run(engine, sequence, whole.tokens, steps))
+        whole.check(engine, sequence, 0, whole.windows)
 
 
 # (batch, ratio, head_dim, new tokens per step), as the public tests of this operation have them

@@ -25,7 +25,7 @@ def info(
 
 
 KERNELS = (
-    "state", "head_dim", "tokens of an entry", "new tokens", "windows", "warps", "in flight", "slice", "tile", "lanes",
+    "state", "head_dim", "tokens of an entry", "new tokens", "windows", "warps", "in flight", "slice", "tile",
     "registers", "programs", "together",
 )  # fmt: skip
 FORMATS = ("format", "head_dim", "bytes", "element", "scales", "source")
@@ -70,7 +70,7 @@ def _kernels() -> Rows:
         most = "any" if c.max_new_tokens == ANY else f"up to {c.max_new_tokens}"
         rows.append((
             c.kind, *bounds, most, "any" if c.most_items == ANY else f"up to {c.most_items}", str(c.num_warps), str(c.ahead),
-            str(c.slice or "whole"), *((str(c.tile), str(c.lanes)) if c.kind == "window" else "--"),
+            str(c.slice or "whole"), str(c.tile) if c.kind == "window" else "-",
             str(c.registers or "unbound"), str(c.programs or "one each"), str(c.together) if c.programs else "-",
         ))  # fmt: skip
     return rows

@@ -8,6 +8,9 @@ from ..spec import CompressorSpec
 
 ANY = (1 << 31) - 1
 SPILLS_TRITON = "3.6"  # that rows were measured with; another may spill more, which `kvfold aot` then says
+# The order of the sums of a WindowState's entries, which is all that their bits follow: rows side by side, each of which is
+# summed with every LANES-th one behind it before the lanes are; and rows of a lane that are taken with one maximum.
+LANES, ROWS_OF_A_LANE = 8, 8
 FEW_ITEMS = 264  # two windows to each of the 132 multiprocessors of an H200
 
 
@@ -21,15 +24,15 @@ class Config:
         window_rows: fewest and most tokens per entry (`spec.window_rows`).
         max_new_tokens: longest step of a sequence, by the plan's bound.
         ahead: tokens whose loads are in flight at once. Any value gives the same bits.
-        num_warps: per program. Any value gives the same bits, but for `"window"`, whose sums follow it.
+        num_warps: per program. Any value gives the same bits.
         slice: channels per program; 0 for whole rows. `"window"`, and `"fold"` with `programs`.
-        tile: `"window"`: rows in flight at once, at most.
-        lanes: `"window"`: rows side by side, each of which is summed with every `lanes`-th one behind it before the lanes are.
+        tile: `"window"`: rows in flight at once. Any value gives the same bits.
         registers: bound on registers per thread, so that more programs share a multiprocessor; 0 for none.
-        programs: `"fold"`, `"rows"`: most programs, each of which takes work items in turn; 0 for a program each, which has all
-            its loads under way before the first use, so that `ahead` holds a step.
+        programs: most programs, each of which takes work in turn; 0 for one per work item, which has all its loads under way
+            before the first use, so that `ahead` holds a step.
         together: with `programs`, `"fold"`: windows that a program folds side by side.
         most_items: most windows of a call.
+        prompt: `"window"`: whoever pools rows that are all new also writes them. Any value gives the same bits.
         spills, pair_spills: bytes that a thread may spill on sm_90, alone and as the first of two in one launch: what the worst
             format does, kv_score in bf16, under `SPILLS_TRITON`. Only of rows with a bound on registers, which were fastest so.
     """
@@ -42,11 +45,11 @@ class Config:
     num_warps: int
     slice: int = 0
     tile: int = 128
-    lanes: int = 16
     registers: int = 0
     programs: int = 0
     together: int = 1
     most_items: int = ANY
+    prompt: bool = False
     spills: int = 0
     pair_spills: int = 0
 
@@ -98,18 +101,26 @@ CONFIGS = (
     # one warp, of 16 channels per thread, 115 and 824; 4 warps, which all decode the item and finish the entry, 105 and 804.
     # A program for each window 90.8 and 696, with all 8 rows ahead 104 and 779; 2112 programs 86.8 and 701.
     Config("rows", _WIDE, _ALL, ANY, ahead=4, num_warps=2, registers=128, programs=1056, spills=140, pair_spills=124),
-    # One row of the table serves every number of new tokens: the order of the sums, and so the bits, must not follow it.
-    Config("window", _NARROW, (1, 16), ANY, ahead=4, num_warps=1),
-    Config("window", _NARROW, _ALL, ANY, ahead=4, num_warps=4, slice=32, registers=128),
-    Config("window", _MIDDLE, (1, 16), ANY, ahead=4, num_warps=2),
-    Config("window", _MIDDLE, _ALL, ANY, ahead=4, num_warps=4, slice=32, registers=128),
-    Config("window", _WIDE, (1, 16), ANY, ahead=4, num_warps=4, registers=128),
-    # Four programs to a multiprocessor. One token, batch 16/64/256, and batch 64 where 2 of 64 sequences end a window, as in
-    # most steps of an engine: 6.8/16.1/48.1 and 4.7 us. 2 warps, 8 lanes and tiles of 64 rows: 7.0/14.9/42.7 and 5.5; slices of
-    # 64 channels, 8 lanes, tiles of 64: 7.8/15.1/41.4 and 6.8; of 128 channels 9.5/18.0/45.2; 8 warps 9.7 to 12/20 to 24/68 to
-    # 80. Lanes that are reduced with each tile (commit 5fee6bc), 27 instructions per row and channel and not 10: 6.8/16.6/48.7
-    # and 4.9. Slices of an entry in one program, so that it looks up pages once: 7.6/15.5/43.4 and 5.1.
-    Config("window", _WIDE, _ALL, ANY, ahead=4, num_warps=4, slice=32, registers=128),
+    Config("window", _NARROW, (1, 16), 8, ahead=4, num_warps=1, programs=2112),
+    Config("window", _NARROW, (1, 16), ANY, ahead=4, num_warps=1, programs=2112, prompt=True),
+    Config("window", _NARROW, _ALL, 8, ahead=4, num_warps=4, slice=32, tile=64, registers=96, programs=660),
+    Config("window", _NARROW, _ALL, ANY, ahead=4, num_warps=4, slice=64, tile=64, registers=128, programs=1056, prompt=True),
+    Config("window", _MIDDLE, (1, 16), 8, ahead=4, num_warps=2, programs=1056),
+    Config("window", _MIDDLE, (1, 16), ANY, ahead=4, num_warps=2, programs=1056, prompt=True),
+    Config("window", _MIDDLE, _ALL, 8, ahead=4, num_warps=4, slice=32, tile=64, registers=96, programs=660),
+    Config("window", _MIDDLE, _ALL, ANY, ahead=4, num_warps=4, slice=64, tile=64, registers=128, programs=1056, prompt=True),
+    Config("window", _WIDE, (1, 16), 8, ahead=4, num_warps=4, registers=128, programs=528),
+    Config("window", _WIDE, (1, 16), ANY, ahead=4, num_warps=4, registers=128, programs=528, prompt=True),
+    # One and four new tokens at batch 16, one at 64 and 256, and four where 2 of 64 sequences end a window, as in most steps of
+    # an engine: 6.6/7.0/15.4/43.6 and 4.7 us. 128 registers and 4 programs to a multiprocessor: 7.6/7.9/14.6/44.2 and 4.9; all
+    # 128 rows in flight 7.2/8.1/15.4/45.8 and 5.0; 80 registers 6.8/7.4/18.9/53.1 and 5.0; slices of 64 with 8 warps
+    # 9.0/9.3/16.5/50.3 and 5.8; 2 warps with slices of 32 7.6/7.7/15.6/41.6 and 5.5. Parts of an entry that are not side by
+    # side read memory at 3.1 instead of 3.5 TB/s (134 MB in 43.4 and 38.9 us, by a kernel that only reads).
+    Config("window", _WIDE, _ALL, 8, ahead=4, num_warps=4, slice=32, tile=64, registers=96, programs=660),
+    # Prompts of 8k and 64k: 18.7 and 121 us. Slices of 32 channels 20.2 and 156, as memory is written best in long pieces: a
+    # kernel that only moves the bytes takes 150, 121 and 114 us with pieces of 32, 64 and 128 channels. 4 lanes, tiles of 32
+    # rows and slices of 128: 18.9 and 115, but decoding wants 8 lanes.
+    Config("window", _WIDE, _ALL, ANY, ahead=4, num_warps=4, slice=64, tile=64, registers=128, programs=1056, prompt=True),
     Config("store", _NARROW, _ALL, ANY, ahead=1, num_warps=1),
     Config("store", _MIDDLE, _ALL, ANY, ahead=1, num_warps=2),
     Config("store", _WIDE, _ALL, ANY, ahead=1, num_warps=4),

@@ -12,6 +12,7 @@ import triton.language as tl
 from .epilogue import aim_entry, emit, judge_slot
 from .fold import empty_fold, fold_step, spread
 from .pdl import load_plan, wait_for_inputs
+from .prefetch import prefetch_fold, prefetch_rows
 from .rows import keep_each, keep_together, load_biases, load_rows, pool_window
 from .slots import check_tags, keep_fold, load_tags, place_row, retire_rows
 from .snapshot import next_page_end, snapshot_fold, snapshot_rows
@@ -163,6 +164,10 @@ def decode_item(
         if KIND == "fold":
             h0 = tl.where(start % RATIO == 0, start, start - 1)
             state = state_rows + slot * (ring + HISTORY) * (3 * HEAD_DIM)
+            if PDL:
+                prefetch_fold(
+                    live, kv_stride, state, tags, ring, start, begin, stop, first & (h0 < start), HISTORY, AHEAD, HEAD_DIM
+                )  # fmt: skip
             y, held = fold_item(
                 live, kv_stride, ape, state, tags, ring, window, start, end, begin, stop, first, h0, snap,
                 PDL, RATIO, HISTORY, AHEAD, HEAD_DIM,
@@ -171,6 +176,10 @@ def decode_item(
             SAME: tl.constexpr = state_rows.dtype.element_ty == kv_score.dtype.element_ty
             h0 = tl.maximum(start // RATIO - OVERLAP, 0) * RATIO
             state = state_rows + slot * (ring + HISTORY) * (2 * CHANNELS)
+            if PDL:
+                prefetch_rows(
+                    live, kv_stride, state, window, start, begin, stop, ring, entry >= 0, RATIO, OVERLAP, HEAD_DIM
+                )  # fmt: skip
             y, held, x, wanted, home, spare = rows_item(
                 live, kv_stride, ape, state, tags, ring, window, start, entry >= 0, h0,
                 PDL, SAME, RATIO, OVERLAP, HISTORY, AHEAD, HEAD_DIM,

@@ -19,11 +19,6 @@ if TYPE_CHECKING:
     from ..compress import Compressor
     from ..window_state import WindowState
 
-# Programs of a window step that write rows, and that pool slices: 2 and 8 to each of the 132 multiprocessors of an H200, few
-# enough that a step with nothing to pool costs little. At batch 256, pooling with 528, 1056 and 4096: 49.3, 47.4 and 48.7 us;
-# ratio 4, four tokens, writing with 132, 264 and 528: 11.0, 7.7 and 8.1 us.
-MOST_WRITERS, MOST_POOLERS = 264, 1056
-
 
 def compress_triton(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, pdl: bool | None) -> None:
     """`compress` over a `FoldState`, after its arguments were checked: one launch on the current stream."""
@@ -77,10 +72,10 @@ def compress_window_triton(c: Compressor, plan: StepPlan, rows: torch.Tensor | N
     asked = (plan.max_new_tokens, spec, _format(c), *_types(c, state.dtype, plan, rows))
     if state._last[0] != asked:
         key = window_key(spec, asked[2], plan.max_new_tokens, asked[3:], state.page_size)
-        state._last = asked, launcher_of(key, device), slices_of(spec, key[3])
-    _, launcher, slices = state._last
-    writers = min(_step_grid(plan, c.kv_score), MOST_WRITERS)
-    poolers = min(plan.entry_capacity * slices, MOST_POOLERS) if c.cache is not None or rows is not None else 0
+        state._last = asked, launcher_of(key, device), key[3].programs, slices_of(spec, key[3])
+    _, launcher, most, slices = state._last
+    pooled = plan.entry_capacity * slices if c.cache is not None or rows is not None else 0
+    programs = min(_step_grid(plan, c.kv_score) + pooled, most)
     workspace, arrivals = _workspace(state, plan.entry_capacity, spec.head_dim) if slices > 1 else (None, None)
     kv_table, score_table = plan.block_tables
     own, bits = _plan(plan, True)
@@ -88,9 +83,9 @@ def compress_window_triton(c: Compressor, plan: StepPlan, rows: torch.Tensor | N
     stride = c.kv_score.stride(0)
     values, more = pack(
         c.kv_score, stride, c.kv_score.shape[0], *kept, kv_table, kv_table.shape[1],
-        *score, score_table, score_table.shape[1], plan.page_size, workspace, arrivals, writers, rows,
+        *score, score_table, score_table.shape[1], plan.page_size, workspace, arrivals, rows,
     )  # fmt: skip
-    launcher(writers + poolers, own + values + behind, bits | more | fixed | stride, use_pdl(pdl, plan, device))
+    launcher(programs, own + values + behind, bits | more | fixed | stride, use_pdl(pdl, plan, device))
 
 
 def store_triton(

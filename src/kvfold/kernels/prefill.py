@@ -12,7 +12,7 @@ from .epilogue import aim_entry, emit, judge_slot
 from .fold import empty_fold, fold_step, spread
 from .pdl import load_plan, wait_for_inputs
 from .rows import keep_each, load_biases, pool_window
-from .slices import bring_slice, take_slices
+from .slices import arrive, leave_slice, take_slices
 from .slots import check_tags, keep_fold, load_tags, place_row, retire_rows
 from .snapshot import next_page_end, snapshot_fold, snapshot_rows
 
@@ -33,12 +33,12 @@ def load_item(items, index, there):
 
 @triton.jit
 def open_window(
-    items, index, there, c0, errors, kv_score, kv_stride, num_tokens, state_rows, state_tags, num_slots, ring,
+    item, there, c0, errors, kv_score, kv_stride, num_tokens, state_rows, state_tags, num_slots, ring,
     RATIO: tl.constexpr, HISTORY: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """Channels `[c0, c0 + SLICE)` of a window to fold: `(m, l, a)` before its first new token, where these stand, and whose."""
     c = c0 + tl.arange(0, SLICE)
-    window, start, end, token, slot, entry, sequence = load_item(items, index, there)
+    window, start, end, token, slot, entry, sequence = item
     x0 = window * RATIO
     first = there & (window == start // RATIO)
     held = there & (slot < num_slots) & (token + end - start <= num_tokens)
@@ -186,7 +186,9 @@ def deliver_entry(
     deliver, refused = judge_slot(entry, cache_slot, position, entry_capacity, max_position, pages, cache_slots, ROPE_DIM)
     finish = (entry >= 0) & deliver
     if SLICE < HEAD_DIM:
-        finish = bring_slice(workspace, arrivals, y, entry, c0, finish, HEAD_DIM // SLICE, SLICE)
+        if finish:
+            leave_slice(workspace, y, entry, c0, HEAD_DIM, SLICE)
+        finish = arrive(arrivals, entry, finish, HEAD_DIM // SLICE)
     if finish:
         if SLICE < HEAD_DIM:
             whole = take_slices(workspace, arrivals, entry, HEAD_DIM)
@@ -218,22 +220,26 @@ def prefill_fold(
     """Program `pid` of `programs` over fold rows, in units of SLICE channels of a window."""
     SLICES: tl.constexpr = HEAD_DIM // SLICE
     total = load_plan(num_items)
+    # The first items are read before the wait: the plan is older than the launch before this one.
+    index = pid // SLICES
+    item = load_item(items, index, index < total)
+    if TOGETHER == 2:
+        item_1 = load_item(items, index + programs, index + programs < total)
     wait_for_inputs(PDL)
     for unit in range(pid, total * SLICES, TOGETHER * programs):
-        index = unit // SLICES
         c0 = unit % SLICES * SLICE
         biases = ape
         if ape is not None:
             biases = ape + c0
         m, l, a, live, begin, stop, slot, x0, start, end, entry, sequence, first = open_window(
-            items, index, index < total, c0, errors, kv_score, kv_stride, num_tokens, state_rows, state_tags, num_slots, ring,
+            item, index < total, c0, errors, kv_score, kv_stride, num_tokens, state_rows, state_tags, num_slots, ring,
             RATIO, HISTORY, HEAD_DIM, SLICE,
         )  # fmt: skip
         both = 0
         count = 1
         if TOGETHER == 2:
             m_1, l_1, a_1, live_1, begin_1, stop_1, slot_1, x0_1, start_1, end_1, entry_1, sequence_1, first_1 = open_window(
-                items, index + programs, index + programs < total, c0, errors, kv_score, kv_stride, num_tokens, state_rows,
+                item_1, index + programs < total, c0, errors, kv_score, kv_stride, num_tokens, state_rows,
                 state_tags, num_slots, ring, RATIO, HISTORY, HEAD_DIM, SLICE,
             )  # fmt: skip
             count = tl.where(index + programs < total, 2, 1)
@@ -294,6 +300,10 @@ def prefill_fold(
             if first:
                 x, wanted, home, spare = load_tags(tags, h0, start, ring, HISTORY)
                 retire_rows(tags, x, wanted, home, spare, h0, start, end, ring, HISTORY)
+        index = (unit + TOGETHER * programs) // SLICES
+        item = load_item(items, index, index < total)
+        if TOGETHER == 2:
+            item_1 = load_item(items, index + programs, index + programs < total)
 
 
 @triton.jit

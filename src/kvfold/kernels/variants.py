@@ -8,7 +8,7 @@ from ..records import FORMATS, RecordFormat
 from ..spec import CompressorSpec
 from ..state import FoldState
 from .build import POINTERS, Variant
-from .configs import ANY, Config, choose
+from .configs import ANY, LANES, ROWS_OF_A_LANE, Config, choose
 from .plan import plan_variant, windows_per_program
 
 # Of kv_score, state, rows and norm weight (None: absent), and whether the plan has entry slots.
@@ -126,15 +126,19 @@ def window_variant(
     """One compressor over a `WindowState`. one_page: the page size is a multiple of the ratio."""
     slices = slices_of(spec, config)
     # Powers of two that the window fills; two rows at least, as one has nothing to reduce.
-    tile = max(2, min(config.tile, spec.window_rows))
+    rows = max(2, spec.window_rows)
+    lanes = min(LANES, rows)
+    together = min(ROWS_OF_A_LANE, rows // lanes)
     constants = {
         "RATIO": spec.ratio,
         "OVERLAP": int(spec.overlap),
-        "TILE": tile,
-        "LANES": min(config.lanes, tile),
+        "TILE": max(lanes * together, min(config.tile, rows)),
+        "LANES": lanes,
+        "TOGETHER": together,
         "SLICE": spec.head_dim // slices,
         "AHEAD": config.ahead,
         "ONE_PAGE": one_page,
+        "PROMPT": config.prompt and one_page and (fmt is not None or types[2] is not None),
         **({} if spec.has_ape else {"ape": None}),
         **({} if types[4] else {"entry_slots": None}),
         **({} if slices > 1 else {"workspace": None, "arrivals": None}),

@@ -1,8 +1,12 @@
 """A step over `WindowState`: writes the raw rows of new tokens, and pools every window that ends, in parallel.
 
-Two kinds of programs in one launch. Writers take work items in turn and store their new rows. The others take slices of
-entries (`pool_slice`): old rows come from the pages, new ones live, so nobody waits for a writer. Where several programs share
-an entry, the one that brings the last slice to the workspace finishes it; which one that is changes no bit.
+Every program has two kinds of work. It takes entries, or parts of them: some slices of channels, pooled one after the other
+(`pool_slice`), with old rows from the pages and new ones live, so that nobody waits for what another program writes. And it
+takes work items, whose new rows it writes to their pages. It counts from the first program for the one and from the last for
+the other, so that a program has both only where there is much of both. Where several programs share an entry, the one that
+brings the last part to the workspace finishes it; which one that is changes no bit.
+
+In a long step (PROMPT) a window whose rows are all new is read once: who pools a row writes it (`claims`), and nobody else.
 """
 
 import triton
@@ -11,27 +15,22 @@ import triton.language as tl
 from .epilogue import aim_entry, emit, judge_slot
 from .fold import spread
 from .pdl import load_plan, wait_for_inputs
-from .record import bf16_bits
-from .slices import bring_slice, take_slices
-from .window_rows import find_pages, pool_slice
-
-
-@triton.jit
-def store_rounded(pool, at, x, mask):
-    if pool.dtype.element_ty == tl.bfloat16:
-        tl.store(pool.to(tl.pointer_type(tl.int16)) + at, bf16_bits(x), mask=mask)
-    else:
-        tl.store(pool + at, x, mask=mask)
+from .prefetch import prefetch_tokens, prefetch_window
+from .slices import arrive, leave_slice, take_slices
+from .window_rows import find_pages, pool_slice, store_rounded
 
 
 @triton.jit
 def write_rows(
     kv_score, kv_stride, ape, kv_pool, kv_page_stride, kv_row_stride, kv_pages, kv_table, kv_width,
     score_pool, score_page_stride, score_row_stride, score_pages, score_table, score_width, page_size,
-    begin, stop, start, token, sequence,
+    begin, stop, start, token, sequence, halves,
     RATIO: tl.constexpr, CHANNELS: tl.constexpr, AHEAD: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Stores the rows of new positions `[begin, stop)`; returns how many have a bad page."""
+    """Stores the rows of new positions `[begin, stop)`; returns how many have a bad page.
+
+    halves: of rows with overlap, the lo ones (0), the hi ones (1) or both (2); None is both too.
+    """
     c = tl.arange(0, CHANNELS)
     if ALIGNED:
         kv_stride = (kv_stride // 16) * 16  # says that it is a multiple, which the signature does not: see `pool_slice`
@@ -44,6 +43,8 @@ def write_rows(
         for i in tl.static_range(AHEAD):
             x = begin + base + i
             there = spread(x < stop, CHANNELS)
+            if halves is not None:
+                there = there & (spread(halves == 2, CHANNELS) | (c // (CHANNELS // 2) == halves))
             at = kv_score + (token + x - start).to(tl.int64) * kv_stride + c
             k = tl.load(at, mask=there, other=0.0).to(tl.float32)
             s = tl.load(at + CHANNELS, mask=there, other=0.0).to(tl.float32)
@@ -62,24 +63,31 @@ def write_rows(
             )  # fmt: skip
         for i in tl.static_range(AHEAD):
             kv_page, kv_kept, score_page, score_kept = places[i]
+            kv_kept = spread(kv_kept, CHANNELS)
+            score_kept = spread(score_kept, CHANNELS)
+            if halves is not None:
+                kv_kept = kv_kept & (spread(halves == 2, CHANNELS) | (c // (CHANNELS // 2) == halves))
+                score_kept = score_kept & (spread(halves == 2, CHANNELS) | (c // (CHANNELS // 2) == halves))
             row = ((begin + base + i) % page_size).to(tl.int64)
             at = kv_page * kv_page_stride + row * kv_row_stride + c
-            store_rounded(kv_pool, at, ks[i], spread(kv_kept, CHANNELS))
+            store_rounded(kv_pool, at, ks[i], kv_kept)
             at = score_page * score_page_stride + row * score_row_stride + c
-            store_rounded(score_pool, at, ss[i], spread(score_kept, CHANNELS))
+            store_rounded(score_pool, at, ss[i], score_kept)
     return refused
 
 
 @triton.jit
 def check_window(
     kv_pages, kv_table, kv_width, score_pages, score_table, score_width, page_size, window, start, sequence,
-    RATIO: tl.constexpr, OVERLAP: tl.constexpr, TILE: tl.constexpr,
+    RATIO: tl.constexpr, OVERLAP: tl.constexpr, TILE: tl.constexpr, ONE_PAGE: tl.constexpr,
 ):  # fmt: skip
-    """How many old rows of a window have no page, and how many a bad one."""
+    """How many old rows of a window have no page, and how many a bad one; of a window on one page, whether it has any such."""
     missing = tl.zeros((), tl.int32)
     bad = tl.zeros((), tl.int32)
-    for j0 in range(0, RATIO * (1 + OVERLAP), TILE):
-        j = j0 + tl.arange(0, TILE)
+    STEP: tl.constexpr = RATIO if ONE_PAGE else 1
+    ROWS: tl.constexpr = (1 + OVERLAP) if ONE_PAGE else TILE
+    for j0 in range(0, RATIO * (1 + OVERLAP), ROWS * STEP):
+        j = j0 + tl.arange(0, ROWS) * STEP
         x = (window - OVERLAP) * RATIO + j
         wanted = (x >= 0) & (x < start) & (j < RATIO * (1 + OVERLAP))
         x = tl.maximum(x, 0)
@@ -91,42 +99,16 @@ def check_window(
 
 
 @triton.jit
-def find_homes(
-    table, width, num_pages, page_size, window, start, sequence, there, RATIO: tl.constexpr, OVERLAP: tl.constexpr
-):  # fmt: skip
-    """Pages of the window before and of this one, where each has its rows on one page, and whether one that is needed is not
-    there."""
+def find_home(table, width, num_pages, page_size, window, start, sequence, there, RATIO: tl.constexpr, ALWAYS: tl.constexpr):
+    """The page of a window that has its rows on one: -1 where there is none, or it is not needed; whether an old row lacks it;
+    and whether it is a bad one.
+
+    ALWAYS: needed for new rows too.
+    """
     x = window * RATIO
-    this, missing, bad = find_pages(table, width, num_pages, sequence, x, there & (start > x), page_size)
-    lost = missing | bad
-    before = this
-    if OVERLAP:
-        x = tl.maximum(window - 1, 0) * RATIO
-        wanted = there & (window > 0) & (start > x)
-        before, missing, bad = find_pages(table, width, num_pages, sequence, x, wanted, page_size)
-        lost = lost | missing | bad
-    return before, this, lost
-
-
-@triton.jit
-def load_unit(
-    items, entry_items, entry_slots, unit, num_units,
-    kv_pages, kv_table, kv_width, score_pages, score_table, score_width, page_size,
-    RATIO: tl.constexpr, OVERLAP: tl.constexpr, SLICES: tl.constexpr, ONE_PAGE: tl.constexpr,
-):  # fmt: skip
-    """What a slice of an entry must know before it can load its rows: nothing that a kernel in flight writes."""
-    there = unit < num_units
-    index = tl.load(entry_items + unit // SLICES, mask=there, other=0, cache_modifier=".cg")
-    slot = (unit // SLICES).to(tl.int64)
-    if entry_slots is not None:
-        slot = tl.load(entry_slots + unit // SLICES, mask=there, other=-1, cache_modifier=".cg")
-    window, start, end, token, entry, sequence = load_item(items, index, there)
-    homes = ()
-    if ONE_PAGE:
-        kv = find_homes(kv_table, kv_width, kv_pages, page_size, window, start, sequence, there, RATIO, OVERLAP)
-        score = find_homes(score_table, score_width, score_pages, page_size, window, start, sequence, there, RATIO, OVERLAP)
-        homes = kv + score
-    return window, start, end, token, entry, sequence, slot, homes
+    old = there & (start > x)
+    page, missing, bad = find_pages(table, width, num_pages, sequence, x, there if ALWAYS else old, page_size)
+    return tl.where(bad, -1, page), old & (missing | bad), bad
 
 
 @triton.jit
@@ -142,94 +124,275 @@ def load_item(items, index, there):
 
 
 @triton.jit
+def load_entry(
+    items, entry_items, entry_slots, number, there,
+    kv_pages, kv_table, kv_width, score_pages, score_table, score_width, page_size,
+    RATIO: tl.constexpr, OVERLAP: tl.constexpr, ONE_PAGE: tl.constexpr, PROMPT: tl.constexpr,
+):  # fmt: skip
+    """Its work item, its cache slot, and the pages of its rows: nothing that a kernel in flight writes.
+
+    The pages, if a window has its rows on one: of values before and in this window, then of scores; whether an old row has
+    none, and whether a row of this window has a bad one.
+    """
+    index = tl.load(entry_items + number, mask=there, other=0, cache_modifier=".cg")
+    slot = number.to(tl.int64)
+    if entry_slots is not None:
+        slot = tl.load(entry_slots + number, mask=there, other=-1, cache_modifier=".cg")
+    item = load_item(items, index, there)
+    homes = ()
+    if ONE_PAGE:
+        window, start, _, _, _, sequence = item
+        kv, kv_lost, kv_bad = find_home(
+            kv_table, kv_width, kv_pages, page_size, window, start, sequence, there, RATIO, PROMPT
+        )  # fmt: skip
+        score, score_lost, score_bad = find_home(
+            score_table, score_width, score_pages, page_size, window, start, sequence, there, RATIO, PROMPT
+        )  # fmt: skip
+        kv_before = kv
+        score_before = score
+        lost = kv_lost | score_lost
+        if OVERLAP:
+            before = tl.maximum(window - 1, 0)
+            kv_before, kv_lost, _ = find_home(
+                kv_table, kv_width, kv_pages, page_size, before, start, sequence, there & (window > 0), RATIO, PROMPT
+            )  # fmt: skip
+            score_before, score_lost, _ = find_home(
+                score_table, score_width, score_pages, page_size, before, start, sequence, there & (window > 0), RATIO, PROMPT
+            )  # fmt: skip
+            lost = lost | kv_lost | score_lost
+        homes = (kv_before, kv, score_before, score, lost, kv_bad | score_bad)
+    return item, slot, homes
+
+
+@triton.jit
+def claims(window, start, entry, entry_capacity, RATIO: tl.constexpr, OVERLAP: tl.constexpr):
+    """Whether all rows that the entry of a window is pooled of are new, so that the program that pools it writes them."""
+    return (entry >= 0) & (entry < entry_capacity) & (start <= tl.maximum(window - OVERLAP, 0) * RATIO)
+
+
+@triton.jit
+def unclaimed(window, start, end, entry, entry_capacity, RATIO: tl.constexpr, OVERLAP: tl.constexpr):
+    """Whether the rows of a window that are new, or the hi halves of them, and whether the lo halves, are left to be written.
+
+    The lo halves belong to the window behind it.
+    """
+    own = claims(window, start, entry, entry_capacity, RATIO, OVERLAP) == 0
+    lo = own
+    if OVERLAP:
+        behind = tl.where((entry >= 0) & (end >= (window + 2) * RATIO), entry + 1, -1)
+        lo = claims(window + 1, start, behind, entry_capacity, RATIO, OVERLAP) == 0
+    return own, lo
+
+
+@triton.jit
+def next_item(
+    items, index, total, programs, entry_capacity, num_tokens,
+    RATIO: tl.constexpr, OVERLAP: tl.constexpr, PROMPT: tl.constexpr,
+):  # fmt: skip
+    """The first work item from `index` on, in steps of `programs`, that has rows left to write; `total` or more: none."""
+    if PROMPT:
+        # Of a long prompt hardly any: 32 are looked at in the latency of one.
+        found = total
+        while (index < total) & (found == total):
+            i = index + tl.arange(0, 32) * programs
+            window, start, end, token, entry, _sequence = load_item(items, i, i < total)
+            own, lo = unclaimed(window, start, end, entry, entry_capacity, RATIO, OVERLAP)
+            left = own | lo | (token + end - start > num_tokens)
+            found = tl.min(tl.where(left & (i < total), i, total), axis=0)
+            index += 32 * programs
+        index = found
+    return index
+
+
+@triton.jit
+def judge_item(
+    item, there, entry_slots, entry_capacity, kv_pages, kv_table, kv_width, score_pages, score_table, score_width, page_size,
+    max_position, pages, cache_slots,
+    RATIO: tl.constexpr, OVERLAP: tl.constexpr, TILE: tl.constexpr, ROPE_DIM: tl.constexpr, ONE_PAGE: tl.constexpr,
+):  # fmt: skip
+    """What is wrong with the entry of a work item, if it has one: old rows with a bad page, old rows with none, whether it is
+    wanted, and whether it is refused. Before the wait, as nothing of it is written by a kernel in flight.
+    """
+    window, start, _end, _token, entry, sequence = item
+    missing = tl.zeros((), tl.int32)
+    bad = tl.zeros((), tl.int32)
+    wanted = entry < 0
+    wrong = entry < -1
+    if there & (entry >= 0):
+        missing, bad = check_window(
+            kv_pages, kv_table, kv_width, score_pages, score_table, score_width, page_size,
+            window, start, sequence, RATIO, OVERLAP, TILE, ONE_PAGE,
+        )  # fmt: skip
+        slot = tl.where(entry < entry_capacity, entry, -1).to(tl.int64)
+        if entry_slots is not None:
+            slot = tl.load(entry_slots + entry, mask=entry < entry_capacity, other=-1, cache_modifier=".cg")
+        _deliver, wrong = judge_slot(
+            entry, slot, window * RATIO, entry_capacity, max_position, pages, cache_slots, ROPE_DIM
+        )  # fmt: skip
+        wanted = (entry >= entry_capacity) | (slot != -1)
+    return bad, missing, wanted, wrong
+
+
+@triton.jit
+def write_item(
+    item, verdict, num_tokens, entry_capacity, errors,
+    kv_score, kv_stride, ape, kv_pool, kv_page_stride, kv_row_stride, kv_pages, kv_table, kv_width,
+    score_pool, score_page_stride, score_row_stride, score_pages, score_table, score_width, page_size,
+    RATIO: tl.constexpr, OVERLAP: tl.constexpr, AHEAD: tl.constexpr, ALIGNED: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PROMPT: tl.constexpr,
+):  # fmt: skip
+    """Writes the new rows of a work item that nobody claims, and counts what is wrong with it. verdict: of `judge_item`."""
+    window, start, end, token, entry, sequence = item
+    count = tl.zeros((), tl.int32)
+    if token + end - start <= num_tokens:
+        begin = tl.maximum(start, window * RATIO)
+        stop = begin + tl.minimum(end - begin, RATIO - begin % RATIO)
+        halves = None
+        own = window >= 0
+        if PROMPT:
+            own, lo = unclaimed(window, start, end, entry, entry_capacity, RATIO, OVERLAP)
+            if OVERLAP:
+                halves = tl.where(own & lo, 2, own.to(tl.int32))
+        refused = write_rows(
+            kv_score, kv_stride, ape, kv_pool, kv_page_stride, kv_row_stride, kv_pages, kv_table, kv_width,
+            score_pool, score_page_stride, score_row_stride, score_pages, score_table, score_width, page_size,
+            begin, stop, start, token, sequence, halves, RATIO, HEAD_DIM * (1 + OVERLAP), AHEAD, ALIGNED,
+        )  # fmt: skip
+        if own:  # who pools a claimed window counts what is wrong with it
+            bad, missing, wanted, wrong = verdict
+            count = (refused > 0).to(tl.int32)
+            if bad > 0:
+                count = bad * 0 + 1
+            elif missing > 0:
+                count = tl.maximum(count, wanted.to(tl.int32))
+            else:
+                count += wrong.to(tl.int32)
+    elif window == start // RATIO:
+        count += 1
+    if count > 0:
+        tl.atomic_add(errors, count)
+
+
+@triton.jit
 def window_kernel(
     items, num_items, entry_slots, entry_capacity, errors, entry_items, cu_entries, batch,
     kv_score, kv_stride, num_tokens, ape,
     kv_pool, kv_page_stride, kv_row_stride, kv_pages, kv_table, kv_width,
     score_pool, score_page_stride, score_row_stride, score_pages, score_table, score_width, page_size,
-    workspace, arrivals, num_writers,
+    workspace, arrivals,
     rows, norm_weight, rope, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots, cache_scale,
     PDL: tl.constexpr, HARDWARE: tl.constexpr, RATIO: tl.constexpr, OVERLAP: tl.constexpr, TILE: tl.constexpr,
-    LANES: tl.constexpr, SLICE: tl.constexpr, AHEAD: tl.constexpr, ONE_PAGE: tl.constexpr, ALIGNED: tl.constexpr,
+    LANES: tl.constexpr, TOGETHER: tl.constexpr, SLICE: tl.constexpr, AHEAD: tl.constexpr, ONE_PAGE: tl.constexpr,
+    PROMPT: tl.constexpr, ALIGNED: tl.constexpr,
     HEAD_DIM: tl.constexpr, LOG2: tl.constexpr, ROPE_DIM: tl.constexpr, EPS: tl.constexpr, HADAMARD: tl.constexpr,
     ROUND_ROWS: tl.constexpr, ELEMENT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, FLOOR: tl.constexpr,
     FLOOR_ON_SCALE: tl.constexpr, DIVIDE: tl.constexpr, ROTATED_BF16: tl.constexpr, PAD: tl.constexpr,
     ROUND_VALUES: tl.constexpr, TIES_TO_ZERO: tl.constexpr, ROW_BYTES: tl.constexpr, TAIL_BYTES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
+    programs = tl.num_programs(0)
     total = load_plan(num_items)
-    num_entries = tl.minimum(load_plan(cu_entries + batch), entry_capacity)
     SLICES: tl.constexpr = HEAD_DIM // SLICE
-    # The first item is read before the wait: the plan and what it was built from are older than the launch before this one.
-    if pid < num_writers:
-        index = pid
-        window, start, end, token, entry, sequence = load_item(items, index, index < total)
-        wait_for_inputs(PDL)
-        while index < total:
-            if token + end - start <= num_tokens:
-                begin = tl.maximum(start, window * RATIO)
-                stop = begin + tl.minimum(end - begin, RATIO - begin % RATIO)
-                refused = write_rows(
-                    kv_score, kv_stride, ape, kv_pool, kv_page_stride, kv_row_stride, kv_pages, kv_table, kv_width,
-                    score_pool, score_page_stride, score_row_stride, score_pages, score_table, score_width, page_size,
-                    begin, stop, start, token, sequence, RATIO, HEAD_DIM * (1 + OVERLAP), AHEAD, ALIGNED,
-                )  # fmt: skip
-                count = (refused > 0).to(tl.int32)
-                if entry >= 0:
-                    missing, bad = check_window(
-                        kv_pages, kv_table, kv_width, score_pages, score_table, score_width, page_size,
-                        window, start, sequence, RATIO, OVERLAP, TILE,
-                    )  # fmt: skip
-                    slot = tl.where(entry < entry_capacity, entry, -1).to(tl.int64)
-                    if entry_slots is not None:
-                        slot = tl.load(entry_slots + entry, mask=entry < entry_capacity, other=-1, cache_modifier=".cg")
-                    deliver, wrong = judge_slot(
-                        entry, slot, window * RATIO, entry_capacity, max_position, pages, cache_slots, ROPE_DIM
-                    )  # fmt: skip
-                    wanted = (entry >= entry_capacity) | (slot != -1)
-                    if bad > 0:
-                        count = bad * 0 + 1
-                    elif missing > 0:
-                        count = tl.maximum(count, wanted.to(tl.int32))
-                    else:
-                        count += wrong.to(tl.int32)
-                if count > 0:
-                    tl.atomic_add(errors, count)
-            else:
-                if window == start // RATIO:
-                    tl.atomic_add(errors, 1)
-            index += num_writers
-            window, start, end, token, entry, sequence = load_item(items, index, index < total)
-    else:
-        unit = pid - num_writers
-        num_units = num_entries * SLICES
-        window, start, end, token, entry, sequence, slot, homes = load_unit(
-            items, entry_items, entry_slots, unit, num_units,
+    POOLS: tl.constexpr = (pages is not None) or (rows is not None)
+    # What is read before the wait, the plan and what it was built from, is older than the launch before this one.
+    # Programs start in order: those with the longer way first, which is pooling where it has slices.
+    front = programs - 1 - pid if SLICES > 1 else pid
+    index = next_item(items, front, total, programs, entry_capacity, num_tokens, RATIO, OVERLAP, PROMPT)
+    next_up = load_item(items, index, index < total)
+    verdict = judge_item(
+        next_up, index < total, entry_slots, entry_capacity,
+        kv_pages, kv_table, kv_width, score_pages, score_table, score_width, page_size, max_position, pages, cache_slots,
+        RATIO, OVERLAP, TILE, ROPE_DIM, ONE_PAGE,
+    )  # fmt: skip
+    if POOLS:
+        num_entries = tl.minimum(load_plan(cu_entries + batch), entry_capacity)
+        # As many programs to an entry as leave one part to each of them: one that has several looks up its rows once.
+        parts = num_entries * 0 + SLICES
+        span = num_entries * 0 + 1
+        while (parts > 1) & (num_entries * parts > programs):
+            parts = parts // 2
+            span = span * 2
+        task = programs - 1 - front
+        item, slot, homes = load_entry(
+            items, entry_items, entry_slots, task // parts, task < num_entries * parts,
             kv_pages, kv_table, kv_width, score_pages, score_table, score_width, page_size,
-            RATIO, OVERLAP, SLICES, ONE_PAGE,
+            RATIO, OVERLAP, ONE_PAGE, PROMPT,
         )  # fmt: skip
-        wait_for_inputs(PDL)
-        while unit < num_units:
-            c0 = (unit % SLICES) * SLICE
-            deliver, refused = judge_slot(
+        if PDL and ONE_PAGE:
+            if (task < num_entries * parts) & (homes[4] == 0):
+                c0 = task % parts * SLICE
+                prefetch_window(
+                    kv_pool, kv_page_stride, kv_row_stride, page_size, item[0], item[1], c0, homes[0], homes[1],
+                    RATIO, OVERLAP, SLICE, HEAD_DIM,
+                )  # fmt: skip
+                prefetch_window(
+                    score_pool, score_page_stride, score_row_stride, page_size, item[0], item[1], c0, homes[2], homes[3],
+                    RATIO, OVERLAP, SLICE, HEAD_DIM,
+                )  # fmt: skip
+    if PDL:
+        window, start, end, token, _entry, _sequence = next_up
+        if (index < total) & (token + end - start <= num_tokens):
+            live = kv_score + (token - start).to(tl.int64) * kv_stride
+            prefetch_tokens(live, kv_stride, tl.maximum(start, window * RATIO), end, AHEAD, HEAD_DIM * (1 + OVERLAP))
+    wait_for_inputs(PDL)
+    if index < total:
+        while index < total:
+            write_item(
+                next_up, verdict, num_tokens, entry_capacity, errors,
+                kv_score, kv_stride, ape, kv_pool, kv_page_stride, kv_row_stride, kv_pages, kv_table, kv_width,
+                score_pool, score_page_stride, score_row_stride, score_pages, score_table, score_width, page_size,
+                RATIO, OVERLAP, AHEAD, ALIGNED, HEAD_DIM, PROMPT,
+            )  # fmt: skip
+            index = next_item(items, index + programs, total, programs, entry_capacity, num_tokens, RATIO, OVERLAP, PROMPT)
+            next_up = load_item(items, index, index < total)
+            verdict = judge_item(
+                next_up, index < total, entry_slots, entry_capacity,
+                kv_pages, kv_table, kv_width, score_pages, score_table, score_width, page_size,
+                max_position, pages, cache_slots, RATIO, OVERLAP, TILE, ROPE_DIM, ONE_PAGE,
+            )  # fmt: skip
+        if POOLS:
+            # Again: kept in registers meanwhile, these would spill.
+            item, slot, homes = load_entry(
+                items, entry_items, entry_slots, task // parts, task < num_entries * parts,
+                kv_pages, kv_table, kv_width, score_pages, score_table, score_width, page_size,
+                RATIO, OVERLAP, ONE_PAGE, PROMPT,
+            )  # fmt: skip
+    if POOLS:
+        # Slices are turns of this loop and not of one inside it, out of which the compiler would take the addresses of all
+        # ways to load rows: 400 instructions more for each entry.
+        turn = task * 0
+        while task < num_entries * parts:
+            window, start, end, token, entry, sequence = item
+            deliver, wrong = judge_slot(
                 entry, slot, window * RATIO, entry_capacity, max_position, pages, cache_slots, ROPE_DIM
             )  # fmt: skip
-            if deliver & (token + end - start <= num_tokens):
+            mine = entry < 0
+            if PROMPT:
+                mine = claims(window, start, entry, entry_capacity, RATIO, OVERLAP)
+                if mine & (turn + task % parts == 0) & (token + end - start <= num_tokens):
+                    count = homes[5].to(tl.int32) + wrong.to(tl.int32)
+                    if count > 0:
+                        tl.atomic_add(errors, count)
+            if (deliver | mine) & (token + end - start <= num_tokens):
+                # The parts of an entry side by side: memory has rows of 1 KiB open, and gives them slower slice by slice.
+                c0 = (task % parts + turn * parts) * SLICE
                 y, absent = pool_slice(
                     kv_score, kv_stride, ape, kv_pool, kv_page_stride, kv_row_stride, kv_pages, kv_table, kv_width,
                     score_pool, score_page_stride, score_row_stride, score_pages, score_table, score_width, page_size,
-                    window, start, token, sequence, c0, homes,
-                    RATIO, OVERLAP, TILE, LANES, SLICE, HEAD_DIM, ONE_PAGE, ALIGNED,
+                    window, start, token, sequence, c0, homes, mine,
+                    RATIO, OVERLAP, TILE, LANES, TOGETHER, SLICE, HEAD_DIM, ONE_PAGE, PROMPT, ALIGNED,
                 )  # fmt: skip
                 # Every slice sees the same rows, so either all of them bring theirs or none.
-                finish = absent == 0
+                finish = deliver & (absent == 0)
+                # Loads that the last of the parts needs are under way while it arrives.
+                _slot, weight, cos, sin = aim_entry(
+                    entry, window * RATIO, None, entry_capacity, norm_weight, rope, max_position, pages, HEAD_DIM, ROPE_DIM
+                )  # fmt: skip
                 if SLICES > 1:
-                    finish = bring_slice(workspace, arrivals, y, entry, c0, finish, SLICES, SLICE)
+                    if finish:
+                        leave_slice(workspace, y, entry, c0, HEAD_DIM, SLICE)
+                    finish = arrive(arrivals, entry, finish & (turn == span - 1), parts)
                 if finish:
-                    _slot, weight, cos, sin = aim_entry(
-                        entry, window * RATIO, None, entry_capacity, norm_weight, rope, max_position, pages,
-                        HEAD_DIM, ROPE_DIM,
-                    )  # fmt: skip
                     if SLICES > 1:
                         whole = take_slices(workspace, arrivals, entry, HEAD_DIM)
                     else:
@@ -240,10 +403,13 @@ def window_kernel(
                         HEAD_DIM, LOG2, ROPE_DIM, EPS, HADAMARD, ROUND_ROWS, ELEMENT, GROUP, SCALE, FLOOR, FLOOR_ON_SCALE,
                         DIVIDE, ROTATED_BF16, PAD, ROUND_VALUES, TIES_TO_ZERO, ROW_BYTES, TAIL_BYTES, HARDWARE,
                     )  # fmt: skip
-            # Not before the work on this unit: that cost 150 of 1,300 instructions, and other programs hide the latency.
-            unit += tl.num_programs(0) - num_writers
-            window, start, end, token, entry, sequence, slot, homes = load_unit(
-                items, entry_items, entry_slots, unit, num_units,
-                kv_pages, kv_table, kv_width, score_pages, score_table, score_width, page_size,
-                RATIO, OVERLAP, SLICES, ONE_PAGE,
-            )  # fmt: skip
+            turn += 1
+            if turn >= span:
+                # Not before the work on this one: that cost 150 of 1,300 instructions, and other programs hide the latency.
+                turn = turn * 0
+                task += programs
+                item, slot, homes = load_entry(
+                    items, entry_items, entry_slots, task // parts, task < num_entries * parts,
+                    kv_pages, kv_table, kv_width, score_pages, score_table, score_width, page_size,
+                    RATIO, OVERLAP, ONE_PAGE, PROMPT,
+                )  # fmt: skip

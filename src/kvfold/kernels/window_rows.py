@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .fold import LOG2_E, LOWEST
+from .fold import LOG2_E, LOWEST, spread
 from .record import bf16_bits, bf16_value
 
 
@@ -57,7 +57,7 @@ def load_page_rows(
     lane = tl.arange(0, LANES)
     first = (window * RATIO) % page_size + j0
     kv_rows = kv_pool + homes[1] * kv_page_stride + first * kv_row_stride
-    score_rows = score_pool + homes[4] * score_page_stride + first * score_row_stride
+    score_rows = score_pool + homes[3] * score_page_stride + first * score_row_stride
     # A page spans less than 2**31 elements: one 32-bit offset for each row.
     kv_at = (lane * kv_row_stride.to(tl.int32))[:, None] + c
     score_at = (lane * score_row_stride.to(tl.int32))[:, None] + c
@@ -83,25 +83,72 @@ def load_page_rows(
 @triton.jit
 def load_live_rows(
     kv_score, kv_stride, ape, window, start, token, c0, j0,
-    RATIO: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, SLICE: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BF16: tl.constexpr,
+    RATIO: tl.constexpr, OVERLAP: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, SLICE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
-    """Rows `[j0, j0 + TILE)` of a window without overlap that is all new: the common case in a prompt."""
+    """Rows `[j0, j0 + TILE)` of a window that is all new: the common case in a prompt."""
+    CHANNELS: tl.constexpr = HEAD_DIM * (1 + OVERLAP)
     c = c0 + tl.arange(0, SLICE)[None, :]
     lane = tl.arange(0, LANES)
-    live = kv_score + (token + window * RATIO + j0 - start).to(tl.int64) * kv_stride
-    at = lane.to(tl.int64)[:, None] * kv_stride + c
+    live = kv_score + (token + (window - OVERLAP) * RATIO + j0 - start).to(tl.int64) * kv_stride
     ks = ()
     ss = ()
     for i in tl.static_range(TILE // LANES):
-        k = tl.load(live + at).to(tl.float32)
-        s = tl.load(live + HEAD_DIM + at).to(tl.float32)
+        j = lane + j0 + i * LANES
+        bias = c + ((j % RATIO) * CHANNELS)[:, None]
+        at = lane.to(tl.int64)[:, None] * kv_stride + c
+        if OVERLAP:
+            # The window before gives its lo half, this window its hi half; before window 0 there is nothing.
+            half = tl.where(j < RATIO, 0, HEAD_DIM)[:, None]
+            at += half
+            bias += half
+            there = ((window * RATIO + j >= RATIO).to(tl.int32)[:, None] + c * 0) != 0
+            k = tl.load(live + at, mask=there, other=0.0).to(tl.float32)
+            s = tl.load(live + CHANNELS + at, mask=there, other=float("-inf")).to(tl.float32)
+        else:
+            k = tl.load(live + at).to(tl.float32)
+            s = tl.load(live + CHANNELS + at).to(tl.float32)
         if ape is not None:
-            s += tl.load(ape + ((lane + j0 + i * LANES) * HEAD_DIM)[:, None] + c)
+            s += tl.load(ape + bias)
         ks = ks + (as_stored(k, BF16),)
         ss = ss + (as_stored(s, BF16),)
         live += LANES * kv_stride
     return ks, ss
+
+
+@triton.jit
+def store_rounded(pool, at, x, mask):
+    if pool.dtype.element_ty == tl.bfloat16:
+        tl.store(pool.to(tl.pointer_type(tl.int16)) + at, bf16_bits(x), mask=mask)
+    else:
+        tl.store(pool + at, x, mask=mask)
+
+
+@triton.jit
+def store_live_rows(
+    pool, page_stride, row_stride, page_size, before, this, xs, window, c0, j0,
+    RATIO: tl.constexpr, OVERLAP: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, SLICE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Writes what `load_live_rows` loaded to its pages, `this` and that of the window `before`, of which either may be -1."""
+    c = c0 + tl.arange(0, SLICE)[None, :]
+    lane = tl.arange(0, LANES)
+    if OVERLAP == 0:
+        there = (spread(this >= 0, LANES).to(tl.int32)[:, None] + c * 0) != 0
+        rows = pool + this * page_stride + ((window * RATIO) % page_size + j0).to(tl.int64) * row_stride
+        at = (lane * row_stride.to(tl.int32))[:, None] + c  # a page spans less than 2**31 elements
+        for i in tl.static_range(TILE // LANES):
+            store_rounded(rows, at, xs[i], there)
+            rows += LANES * row_stride
+    else:
+        for i in tl.static_range(TILE // LANES):
+            j = lane + j0 + i * LANES
+            x = window * RATIO + j - RATIO
+            lo = j < RATIO
+            page = tl.where(lo, before, this)
+            at = page * page_stride + (tl.maximum(x, 0) % page_size).to(tl.int64) * row_stride + tl.where(lo, 0, HEAD_DIM)
+            there = (((x >= 0) & (page >= 0)).to(tl.int32)[:, None] + c * 0) != 0
+            store_rounded(pool, at[:, None] + c, xs[i], there)
 
 
 @triton.jit
@@ -123,14 +170,14 @@ def load_any_rows(
         old = (x >= 0) & (x < start)
         at = tl.maximum(x, 0)
         if ONE_PAGE:
-            kv_before, kv_this, kv_lost, score_before, score_this, score_lost = homes
+            kv_before, kv_this, score_before, score_this, lost, _bad = homes
             before = j < RATIO * OVERLAP
             kv_page = tl.where(before, kv_before, kv_this)
             score_page = tl.where(before, score_before, score_this)
             row = ((window * RATIO) % page_size + j - RATIO * OVERLAP).to(tl.int64)
             if OVERLAP:
                 row = tl.where(before, (tl.maximum(window - 1, 0) * RATIO) % page_size + j, row)
-            absent = (kv_lost | score_lost).to(tl.int32)
+            absent = lost.to(tl.int32)
             old = old & (absent == 0)
         else:
             kv_page, kv_missing, kv_bad = find_pages(kv_table, kv_width, kv_pages, sequence, at, old, page_size)
@@ -163,23 +210,25 @@ def load_any_rows(
 
 
 @triton.jit
-def weigh_rows(r, l, a, ks, ss, G: tl.constexpr):
-    """Takes G rows, one behind the other, into each lane's sums: `l` of weights `exp2(s * LOG2_E - r)`, `a` of weighted values.
+def weigh_rows(r, l, a, ks, ss, GROUP: tl.constexpr):
+    """Takes rows, GROUP at a time, into each lane's sums: `l` of weights `exp2(s * LOG2_E - r)`, `a` of weighted values.
 
     `r`, the largest score in units of the exponent, is rounded; that changes nothing, as lanes are compared by it as it is.
     """
-    top = ss[0]
-    for i in tl.static_range(1, G):
-        top = tl.maximum(top, ss[i])
-    new_r = tl.maximum(r, top * LOG2_E)
-    before = tl.exp2(r - new_r)
-    l *= before
-    a *= before
-    for i in tl.static_range(G):
-        e = tl.exp2(tl.fma(ss[i], LOG2_E + tl.zeros_like(r), -new_r))
-        l += e
-        a = tl.fma(e, ks[i], a)
-    return new_r, l, a
+    for first in tl.static_range(0, len(ks), GROUP):
+        top = ss[first]
+        for i in tl.static_range(1, GROUP):
+            top = tl.maximum(top, ss[first + i])
+        new_r = tl.maximum(r, top * LOG2_E)
+        before = tl.exp2(r - new_r)
+        l *= before
+        a *= before
+        for i in tl.static_range(GROUP):
+            e = tl.exp2(tl.fma(ss[first + i], LOG2_E + tl.zeros_like(r), -new_r))
+            l += e
+            a = tl.fma(e, ks[first + i], a)
+        r = new_r
+    return r, l, a
 
 
 @triton.jit
@@ -188,21 +237,34 @@ def add_pairs(a, b, c, d):
 
 
 @triton.jit
+def sum_lanes(l, a, LANES: tl.constexpr, SLICE: tl.constexpr):
+    """Sums of `[LANES, SLICE]` over lanes, by pairing neighbours: the same bits however threads share the work."""
+    for i in tl.static_range(10):
+        if (LANES >> i) > 1:
+            l = tl.reshape(l, (LANES >> (i + 1), 2, SLICE))
+            a = tl.reshape(a, (LANES >> (i + 1), 2, SLICE))
+            l, a = tl.reduce((l, a), 1, add_pairs)
+    return tl.reshape(l, (SLICE,)), tl.reshape(a, (SLICE,))
+
+
+@triton.jit
 def pool_slice(
     kv_score, kv_stride, ape, kv_pool, kv_page_stride, kv_row_stride, kv_pages, kv_table, kv_width,
     score_pool, score_page_stride, score_row_stride, score_pages, score_table, score_width, page_size,
-    window, start, token, sequence, c0, homes,
-    RATIO: tl.constexpr, OVERLAP: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, SLICE: tl.constexpr,
-    HEAD_DIM: tl.constexpr, ONE_PAGE: tl.constexpr, ALIGNED: tl.constexpr,
+    window, start, token, sequence, c0, homes, mine,
+    RATIO: tl.constexpr, OVERLAP: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    SLICE: tl.constexpr, HEAD_DIM: tl.constexpr, ONE_PAGE: tl.constexpr, PROMPT: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Channels `[c0, c0 + SLICE)` of a pooled row, and how many old rows it needs that are not there.
 
-    Row j belongs to lane j % LANES, which sums its rows one after the other; then the lanes are summed, and nothing crosses
-    threads before that. Lanes, and what TILE takes together, make one order for every call of a spec.
+    Row j belongs to lane j % LANES, which sums its rows one after the other, GROUP of them with one maximum; then the lanes
+    are summed, and nothing crosses threads before that. LANES and GROUP are the order of the sums, one for every call of a
+    spec; TILE, rows that are in flight at once, SLICE and the number of warps change no bit.
+
+    mine: all rows are new and are written here.
     """
     BF16: tl.constexpr = kv_pool.dtype.element_ty == tl.bfloat16
     WINDOW_ROWS: tl.constexpr = RATIO * (1 + OVERLAP)
-    G: tl.constexpr = TILE // LANES
     r = tl.full((LANES, SLICE), LOWEST, tl.float32)
     l = tl.zeros((LANES, SLICE), tl.float32)
     a = tl.zeros((LANES, SLICE), tl.float32)
@@ -212,25 +274,40 @@ def pool_slice(
         kv_stride = (kv_stride // 4) * 4
     x0 = window * RATIO
     way = tl.zeros((), tl.int32)
-    if (ONE_PAGE and OVERLAP == 0) and G > 1:
-        absent = (homes[2] | homes[5]).to(tl.int32)
-        way = tl.where((start >= x0 + RATIO - LANES) & (absent == 0), 1, tl.where(start <= x0, 2, 0))
+    if (ONE_PAGE and OVERLAP == 0) and GROUP > 1:
+        absent = homes[4].to(tl.int32)
+        way = tl.where((start >= x0 + RATIO - LANES) & (absent == 0), 1, 0)
+    if PROMPT:
+        way = tl.where(mine, 2, way)
     if way == 1:
-        if (ONE_PAGE and OVERLAP == 0) and G > 1:
+        if (ONE_PAGE and OVERLAP == 0) and GROUP > 1:
             for j0 in range(0, WINDOW_ROWS, TILE):
                 ks, ss = load_page_rows(
                     kv_score, kv_stride, ape, kv_pool, kv_page_stride, kv_row_stride, score_pool, score_page_stride,
                     score_row_stride, page_size, window, start, token, c0, j0, homes,
                     RATIO, TILE, LANES, SLICE, HEAD_DIM, BF16,
                 )  # fmt: skip
-                r, l, a = weigh_rows(r, l, a, ks, ss, G)
+                r, l, a = weigh_rows(r, l, a, ks, ss, GROUP)
     elif way == 2:
-        if (ONE_PAGE and OVERLAP == 0) and G > 1:
+        if PROMPT:
             for j0 in range(0, WINDOW_ROWS, TILE):
                 ks, ss = load_live_rows(
-                    kv_score, kv_stride, ape, window, start, token, c0, j0, RATIO, TILE, LANES, SLICE, HEAD_DIM, BF16
+                    kv_score, kv_stride, ape, window, start, token, c0, j0,
+                    RATIO, OVERLAP, TILE, LANES, SLICE, HEAD_DIM, BF16,
                 )  # fmt: skip
-                r, l, a = weigh_rows(r, l, a, ks, ss, G)
+                store_live_rows(
+                    kv_pool, kv_page_stride, kv_row_stride, page_size, homes[0], homes[1], ks, window, c0, j0,
+                    RATIO, OVERLAP, TILE, LANES, SLICE, HEAD_DIM,
+                )  # fmt: skip
+                store_live_rows(
+                    score_pool, score_page_stride, score_row_stride, page_size, homes[2], homes[3], ss, window, c0, j0,
+                    RATIO, OVERLAP, TILE, LANES, SLICE, HEAD_DIM,
+                )  # fmt: skip
+                if GROUP > 1:
+                    r, l, a = weigh_rows(r, l, a, ks, ss, GROUP)
+                else:
+                    r = ss[0]
+                    a = ks[0]
     else:
         for j0 in range(0, WINDOW_ROWS, TILE):
             ks, ss, lost = load_any_rows(
@@ -240,17 +317,17 @@ def pool_slice(
                 RATIO, OVERLAP, TILE, LANES, SLICE, HEAD_DIM, ONE_PAGE, BF16,
             )  # fmt: skip
             absent += lost
-            if G > 1:
-                r, l, a = weigh_rows(r, l, a, ks, ss, G)
+            if GROUP > 1:
+                r, l, a = weigh_rows(r, l, a, ks, ss, GROUP)
             else:
                 r = ss[0]
                 a = ks[0]
-    if G > 1:
+    if GROUP > 1:
         e = tl.exp2(r - tl.max(r, axis=0)[None, :])
-        l, a = tl.reduce((l * e, a * e), 0, add_pairs)
+        l, a = sum_lanes(l * e, a * e, LANES, SLICE)
     else:  # the window is one tile
         top = tl.maximum(tl.max(r, axis=0), LOWEST)
         # One operation instead of two. What rounding -top * LOG2_E changes, it changes in all weights alike.
         e = tl.exp2(tl.fma(r, LOG2_E + tl.zeros_like(r), (top * -LOG2_E)[None, :] + tl.zeros_like(r)))
-        l, a = tl.reduce((e, e * a), 0, add_pairs)
+        l, a = sum_lanes(e, e * a, LANES, SLICE)
     return a / l, absent

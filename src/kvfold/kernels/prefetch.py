@@ -1,0 +1,83 @@
+"""Lines on their way to the L2 cache while the launch before still runs.
+
+A dependent launch may read nothing before its wait that a kernel in flight may write; but a prefetch reads nothing. The L2
+cache is where all multiprocessors meet, so what is written after a line was fetched is what a load finds there. Only lines are
+fetched that the program will load, so every address is inside the tensors given.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def prefetch_lines(at, wanted):
+    """Fetches the lines of 128 bytes that the addresses `at`, int64, lie in, where they are `wanted`."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
+        "=r,l,r", [at, wanted.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def prefetch_fold(
+    live, kv_stride, state, tags, ring, start, begin, stop, resumes,
+    HISTORY: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """What a short step over fold rows loads of the state and of kv_score: at most AHEAD tokens, from `begin` on."""
+    LINES: tl.constexpr = (HEAD_DIM * 4 + 127) // 128
+    e = tl.arange(0, 4 * LINES)
+    row = (state + (tl.maximum(start - 1, 0) % ring) * (3 * HEAD_DIM)).to(tl.int64, bitcast=True)
+    prefetch_lines(row + e * 128, (e < 3 * LINES) & resumes)
+    first = tags.to(tl.int64, bitcast=True)
+    e = tl.arange(0, 2)
+    prefetch_lines(first + e * ((ring + HISTORY - 1) * 4), e >= 0)
+    prefetch_tokens(live, kv_stride, begin, stop, AHEAD, HEAD_DIM)
+
+
+@triton.jit
+def prefetch_tokens(live, kv_stride, begin, stop, AHEAD: tl.constexpr, CHANNELS: tl.constexpr):
+    """Rows of kv_score at positions `[begin, stop)`, AHEAD at most; `live` points at position 0."""
+    BYTES: tl.constexpr = live.dtype.element_ty.primitive_bitwidth // 8
+    LINES: tl.constexpr = (2 * CHANNELS * BYTES + 127) // 128
+    e = tl.arange(0, AHEAD * LINES)
+    x = begin + e // LINES
+    at = live.to(tl.int64, bitcast=True) + x.to(tl.int64) * (kv_stride * BYTES) + (e % LINES) * 128
+    prefetch_lines(at, x < stop)
+
+
+@triton.jit
+def prefetch_rows(
+    live, kv_stride, state, window, start, begin, stop, ring, ends,
+    RATIO: tl.constexpr, OVERLAP: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """What a short step over input rows loads: the new rows of a window, and where it `ends` the old ones, from their homes."""
+    CHANNELS: tl.constexpr = HEAD_DIM * (1 + OVERLAP)
+    BYTES: tl.constexpr = state.dtype.element_ty.primitive_bitwidth // 8
+    LINES: tl.constexpr = (HEAD_DIM * BYTES + 127) // 128
+    e = tl.arange(0, RATIO * (1 + OVERLAP) * 2 * LINES)
+    j = e // (2 * LINES)
+    x = (window - OVERLAP) * RATIO + j
+    # Values lie before scores; of either, the window before gives its lo half.
+    part = (e // LINES) % 2 * CHANNELS + tl.where(j < RATIO * OVERLAP, 0, OVERLAP * HEAD_DIM)
+    row = (tl.maximum(x, 0) % ring) * (2 * CHANNELS) + part
+    at = state.to(tl.int64, bitcast=True) + row.to(tl.int64) * BYTES + (e % LINES) * 128
+    prefetch_lines(at, ends & (x >= 0) & (x < start))
+    prefetch_tokens(live, kv_stride, begin, stop, RATIO, CHANNELS)
+
+
+@triton.jit
+def prefetch_window(
+    pool, page_stride, row_stride, page_size, window, start, c0, before, this,
+    RATIO: tl.constexpr, OVERLAP: tl.constexpr, SLICE: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Channels `[c0, c0 + SLICE)` of the old rows of a window that has page `this`, and `before` for the window before."""
+    BYTES: tl.constexpr = pool.dtype.element_ty.primitive_bitwidth // 8
+    LINES: tl.constexpr = (SLICE * BYTES + 127) // 128
+    e = tl.arange(0, RATIO * (1 + OVERLAP) * LINES)
+    j = e // LINES
+    x = (window - OVERLAP) * RATIO + j
+    first = j < RATIO * OVERLAP
+    row = (tl.maximum(x, 0) % page_size).to(tl.int64)
+    c = c0 + tl.where(first, 0, OVERLAP * HEAD_DIM)
+    at = pool.to(tl.int64, bitcast=True) + (tl.where(first, before, this) * page_stride + row * row_stride + c) * BYTES
+    prefetch_lines(at + (e % LINES) * 128, (x >= 0) & (x < start))
