@@ -18,7 +18,7 @@ from protocol import Case, Variant
 
 import kvfold
 from kvfold.kernels.aot import TARGETS
-from kvfold.kernels.configs import ANY, FEW_ITEMS
+from kvfold.kernels.configs import ANY, item_bound
 from kvfold.kernels.variants import pair_key, step_key, variant_of, window_key
 from kvfold.records import FORMATS
 from kvfold.state import state_kind
@@ -34,7 +34,7 @@ def key_of(case: Case, variant: Variant) -> tuple:
     if variant.state == "window":
         return window_key(specs[0], formats[0], case.new, (BF16, FP32, rows, weight, True), PAGE_SIZE)
     windows = sum((start + case.new - 1) // case.ratio - start // case.ratio + 1 for start in case.start_positions())
-    items = FEW_ITEMS if len(specs) == 1 and windows <= FEW_ITEMS else ANY
+    items = item_bound(windows) if len(specs) == 1 else ANY
     found = []
     for spec, fmt in zip(specs, formats, strict=True):
         kind = state_kind(spec)

@@ -16,7 +16,7 @@ from window_support import WindowEngine, run
 
 from kvfold import CompressorSpec, reference
 from kvfold.kernels import configs
-from kvfold.kernels.configs import ANY, CONFIGS, FEW_ITEMS, Config, UnsupportedError, choose
+from kvfold.kernels.configs import ANY, CONFIGS, ITEM_BOUNDS, Config, UnsupportedError, choose
 from kvfold.kernels.variants import variant_of
 from kvfold.state import state_kind
 
@@ -25,7 +25,7 @@ SPECS = [
     CompressorSpec(1 << log, ratio, overlap, rope_dim=0) for log, ratio, overlap in product(range(4, 13), RATIOS, (False, True))
 ]
 STEPS = (1, 2, 3, 4, 5, 8, 9, 16, 100, 4096, ANY)
-ITEMS = (1, FEW_ITEMS, FEW_ITEMS + 1, ANY)
+ITEMS = (1, *(items for bound in ITEM_BOUNDS[:-1] for items in (bound, bound + 1)), ANY)
 CALLS = [(kind, spec, n) for spec, n in product(SPECS, STEPS) for kind in (state_kind(spec), "window", "store")]
 
 
@@ -50,8 +50,8 @@ def test_a_row_of_the_table_is_chosen_and_the_first_that_serves() -> None:
             if not chosen.programs and kind == "rows":
                 assert spec.window_rows <= chosen.ahead
             assert chosen.together == 1 or (kind == "fold" and chosen.programs)
-            # Launches tell few windows from many and nothing in between.
-            assert chosen.most_items in (FEW_ITEMS, ANY)
+            # Launches tell these numbers of windows apart and no others.
+            assert chosen.most_items in ITEM_BOUNDS
             # Slices cut a row evenly; over fold rows only programs that take items in turn, one window each, can share one.
             assert chosen.slice == 0 or spec.head_dim % min(chosen.slice, spec.head_dim) == 0
             shared = kind == "fold" and chosen.programs and chosen.together == 1

@@ -14,7 +14,7 @@ from .backend_torch import finish
 from .compress import choose_backend, compress_many
 from .debug import EPILOGUE, exact_rows
 from .debug_compare import BOUND, Difference, bytes_of, explained, pooled_differences
-from .kernels.configs import CONFIGS, FEW_ITEMS, Config, choose
+from .kernels.configs import CONFIGS, ITEM_BOUNDS, Config, choose
 from .plan import ITEM_FIELDS
 from .records import FORMATS
 from .spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
@@ -194,8 +194,8 @@ def check_config(lab: Lab, config: Config, state: torch.dtype, rows: torch.dtype
     """One row of the table: its entries against fp64, against one prefill to the bit, and its last step by `kvfold.check`."""
     spec, bound = representative(config)
     # A row for many windows is taken when there are many.
-    many = choose(config.kind, spec, bound, FEW_ITEMS) is not config and lab.real
-    batch = FEW_ITEMS // 2 + 4 if many else lab.batch
+    others = [n for n in ITEM_BOUNDS if n < config.most_items and choose(config.kind, spec, bound, n) is not config]
+    batch = max(others) // 2 + 4 if others and lab.real else lab.batch
     streams = lab.streams(lab.spec(spec) if config.kind == "window" or spec.ratio > 32 else spec, rows, batch)
     if choose(config.kind, streams.spec, bound, config.most_items) is not config:
         raise LookupError(f"{streams.spec} is not served by {config}")

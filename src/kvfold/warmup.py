@@ -137,7 +137,7 @@ def _store_keys(spec: CompressorSpec, fmt: RecordFormat | None, w: _Wanted, rows
 
 def _step_keys(spec: CompressorSpec, fmt: RecordFormat | None, w: _Wanted, rows: torch.dtype | None) -> Iterator[tuple]:
     """Of `compress` over a `FoldState`: fold rows are always fp32, and input rows kept in bf16 are bf16 when they come."""
-    from .kernels.configs import ANY, FEW_ITEMS
+    from .kernels.configs import ITEM_BOUNDS
     from .kernels.variants import step_key
 
     kind = state_kind(spec)
@@ -145,7 +145,7 @@ def _step_keys(spec: CompressorSpec, fmt: RecordFormat | None, w: _Wanted, rows:
     leaves = sorted({snap and count > 0 for snap in w.snapshots for count in _snapshot_rows(spec)})
     for dtype, state, bound in product(w.dtypes, _state_dtypes(kind, w), w.steps):
         if dtype == torch.bfloat16 or state == torch.float32:
-            for (norm, slots), snap, items in product(w.epilogues(fmt), leaves, (FEW_ITEMS, ANY)):
+            for (norm, slots), snap, items in product(w.epilogues(fmt), leaves, ITEM_BOUNDS):
                 yield step_key(spec, fmt, kind, bound, (dtype, state, rows, norm, slots), snap, items)
 
 

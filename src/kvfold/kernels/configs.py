@@ -11,7 +11,9 @@ SPILLS_TRITON = "3.6"  # that rows were measured with; another may spill more, w
 # The order of the sums of a WindowState's entries, which is all that their bits follow: rows side by side, each of which is
 # summed with every LANES-th one behind it before the lanes are; and rows of a lane that are taken with one maximum.
 LANES, ROWS_OF_A_LANE = 8, 8
-FEW_ITEMS = 264  # two windows to each of the 132 multiprocessors of an H200
+# Numbers of windows up to which a call is told from one of more: half a window, and two, to each of the 132 multiprocessors of
+# an H200.
+ITEM_BOUNDS = (66, 264, ANY)
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,12 @@ CONFIGS = (
     Config("fold", _WIDE, _ALL, 1, ahead=1, num_warps=4),
     Config("fold", _WIDE, _ALL, 4, ahead=4, num_warps=4),
     Config("fold", _WIDE, _ALL, 8, ahead=8, num_warps=4),
-    # Few windows, a prompt of 8k: each is a chain of 128 tokens, so many loads ahead and 2 channels per thread. 8 warps with 8,
-    # 12 and 16 tokens ahead: 18.1, 17.0 and 15.6 us; 4 warps with 8, 16 and 32: 20.3, 17.6 and 29.9 (which spills). Programs
-    # that share a window, 32 to 256 channels each: 15.2 (128, with 4 warps) to 17.6; not worth a workspace.
-    Config("fold", _WIDE, _ALL, ANY, ahead=16, num_warps=8, programs=FEW_ITEMS, most_items=FEW_ITEMS),
+    # A window for every second multiprocessor, a prompt of 8k: 12.1 us with half a window to a program, 12.3 with a quarter and
+    # 4 warps, 13.8 whole. Programs that share a window fetch its tokens before the wait; without that, 13.8, 13.7 and 13.9.
+    Config("fold", _WIDE, _ALL, ANY, ahead=16, num_warps=8, slice=256, programs=264, most_items=66),
+    # Few windows: each is a chain of 128 tokens, so many loads ahead and 2 channels per thread. 64 windows, 8 warps with 8, 12
+    # and 16 tokens ahead: 18.1, 17.0 and 15.6 us; 4 warps with 8, 16 and 32: 20.3, 17.6 and 29.9 (which spills).
+    Config("fold", _WIDE, _ALL, ANY, ahead=16, num_warps=8, programs=264, most_items=264),
     # Many windows are as fast as their instructions. 1 and 8 prompts of 64k: 38.9 and 263 us; windows one by one 39.8 and 285;
     # 3 programs to a multiprocessor with 8 tokens ahead 47.9 and 277; 5 with 96 registers 42.0 and 268.
     Config("fold", _WIDE, _ALL, ANY, ahead=4, num_warps=4, registers=128, programs=528, together=2, spills=48),
@@ -129,6 +133,11 @@ CONFIGS = (
 
 class UnsupportedError(ValueError):
     """No kernel is configured for what was asked; the message lists what there is."""
+
+
+def item_bound(items: int) -> int:
+    """The number of windows that a call of `items` is taken for, so that few kernels serve all of them."""
+    return next(bound for bound in ITEM_BOUNDS if items <= bound)
 
 
 def choose(kind: str, spec: CompressorSpec, max_new_tokens: int, items: int = ANY) -> Config:

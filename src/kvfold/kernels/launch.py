@@ -11,7 +11,7 @@ from ..records import EntryCache, RecordFormat
 from ..snapshots import Snapshots
 from ..spec import CompressorSpec
 from ..state import FoldState
-from .configs import ANY, FEW_ITEMS
+from .configs import ANY, item_bound
 from .dispatch import launcher_of, pack, supports_pdl
 from .variants import Types, pair_key, restore_key, slices_of, step_key, store_key, window_key
 
@@ -26,10 +26,10 @@ def compress_triton(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, pd
         return
     device = c.kv_score.device
     grid = _step_grid(plan, c.kv_score)
-    few = grid <= FEW_ITEMS
-    asked = (plan.max_new_tokens, few, _format(c), _snapshots(c) is not None, *_types(c, c.state.rows.dtype, plan, rows))
+    items = item_bound(grid)
+    asked = (plan.max_new_tokens, items, _format(c), _snapshots(c) is not None, *_types(c, c.state.rows.dtype, plan, rows))
     if c.state._last[0] != asked:
-        key = _step_key(c, plan, rows, few)
+        key = _step_key(c, plan, rows, items)
         c.state._last = asked, launcher_of(key, device), key[3].programs or ANY, slices_of(c.spec, key[3])
     _, launcher, most, slices = c.state._last
     shared = _workspace(c.state, plan.entry_capacity, c.spec.head_dim) if slices > 1 else (None, None)
@@ -49,7 +49,7 @@ def compress_pair_triton(pair: tuple[Compressor, Compressor], plan: StepPlan, pd
     asked = (plan.max_new_tokens, second.spec)
     asked += tuple(x for c in pair for x in (_format(c), _snapshots(c) is not None, *_types(c, c.state.rows.dtype, plan, None)))
     if first.state._last[0] != asked:
-        key = pair_key(_step_key(first, plan, None, False), _step_key(second, plan, None, False))
+        key = pair_key(_step_key(first, plan, None, ANY), _step_key(second, plan, None, ANY))
         programs = key[1][2].programs, key[2][2].programs
         first.state._last = asked, launcher_of(key, device), programs[0] if all(programs) else ANY
     _, launcher, most = first.state._last
@@ -137,10 +137,9 @@ def _format(c: Compressor) -> RecordFormat | None:
     return c.cache.format if c.cache is not None else None
 
 
-def _step_key(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, few: bool) -> tuple:
+def _step_key(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, items: int) -> tuple:
     state = c.state
     types = _types(c, state.rows.dtype, plan, rows)
-    items = FEW_ITEMS if few else ANY
     return step_key(c.spec, _format(c), state.kind, plan.max_new_tokens, types, _snapshots(c) is not None, items)
 
 

@@ -81,3 +81,20 @@ def prefetch_window(
     c = c0 + tl.where(first, 0, OVERLAP * HEAD_DIM)
     at = pool.to(tl.int64, bitcast=True) + (tl.where(first, before, this) * page_stride + row * row_stride + c) * BYTES
     prefetch_lines(at + (e % LINES) * 128, (x >= 0) & (x < start))
+
+
+@triton.jit
+def prefetch_item(
+    item, there, c0, kv_score, kv_stride, num_tokens, RATIO: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr
+):  # fmt: skip
+    """Channels `[c0, c0 + SLICE)` of the new tokens of a work item without overlap, of its first 128."""
+    window, start, end, token, _slot, _entry, _sequence = item
+    BYTES: tl.constexpr = kv_score.dtype.element_ty.primitive_bitwidth // 8
+    LINES: tl.constexpr = (SLICE * BYTES + 127) // 128
+    TOKENS: tl.constexpr = RATIO if RATIO <= 128 else 128
+    begin = tl.maximum(start, window * RATIO)
+    e = tl.arange(0, TOKENS * 2 * LINES)
+    x = begin + e // (2 * LINES)
+    c = c0 + (e // LINES) % 2 * HEAD_DIM
+    at = kv_score.to(tl.int64, bitcast=True) + ((token + x - start).to(tl.int64) * kv_stride + c) * BYTES + (e % LINES) * 128
+    prefetch_lines(at, there & (x < end) & (x < window * RATIO + RATIO) & (token + end - start <= num_tokens))

@@ -11,6 +11,7 @@ import triton.language as tl
 from .epilogue import aim_entry, emit, judge_slot
 from .fold import empty_fold, fold_step, spread
 from .pdl import load_plan, wait_for_inputs
+from .prefetch import prefetch_item
 from .rows import keep_each, load_biases, pool_window
 from .slices import arrive, leave_slice, take_slices
 from .slots import check_tags, keep_fold, load_tags, place_row, retire_rows
@@ -225,6 +226,8 @@ def prefill_fold(
     item = load_item(items, index, index < total)
     if TOGETHER == 2:
         item_1 = load_item(items, index + programs, index + programs < total)
+    if PDL and SLICE < HEAD_DIM:
+        prefetch_item(item, index < total, pid % SLICES * SLICE, kv_score, kv_stride, num_tokens, RATIO, HEAD_DIM, SLICE)
     wait_for_inputs(PDL)
     for unit in range(pid, total * SLICES, TOGETHER * programs):
         c0 = unit % SLICES * SLICE
