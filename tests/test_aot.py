@@ -265,11 +265,19 @@ if __name__ == "__main__":
 # Of each row that may spill the kernel that spills most, alone and in a pair.
 _PAIR = "pair hd512 R4 overlap fp8_ds_mla {} hd128 R4 overlap hadamard {}"
 MOST = (
-    "fold hd512 R128 bf16 ahead4 warps4",
-    "rows hd512 R4 overlap bf16 ahead8 warps4 n8 snapshots",
+    "fold hd512 R128 fp8_block128 ahead4 warps4",
+    "rows hd512 R4 overlap bf16 ahead8 warps4 n8",
     _PAIR.format("ahead8 warps4 n8", "indexer_mxfp4_sglang snapshots"),
     "rows hd512 R4 overlap fp8_block128 ahead4 warps2",
     _PAIR.format("ahead4 warps2", "indexer_fp8_vllm"),
+    "window hd128 R4 overlap hadamard bf16 ahead4 warps1 n8 page4",
+    "window hd128 R4 overlap hadamard bf16 ahead4 warps1 page4",
+    "window hd128 R128 rows ahead4 warps4 n8 page1",
+    "window hd128 R128 rows ahead4 warps4 page1",
+    "window hd256 R4 overlap hadamard bf16 ahead4 warps2 page4",
+    "window hd256 R128 rows ahead4 warps4 n8 page1",
+    "window hd256 R128 rows ahead4 warps4 page1",
+    "window hd512 R128 rows ahead4 warps4 n8 page1",
     "window hd512 R128 rows ahead4 warps4 page1",
 )
 
@@ -281,6 +289,34 @@ def test_rows_spill_what_the_table_says(tmp_path: Path) -> None:
     assert sorted(allowed for _, allowed in found.values()) == sorted(
         spills for config in CONFIGS for spills in (config.spills, config.pair_spills) if spills
     )
+
+
+DEPENDENT = """
+import torch
+from kvfold import CompressorSpec
+from kvfold.kernels.aot import TARGETS
+from kvfold.kernels.configs import ANY
+from kvfold.kernels.variants import step_key, variant_of
+from kvfold.records import FORMATS
+from kvfold.state import state_kind
+
+types = (torch.bfloat16, torch.float32, None, torch.float32, True)
+for head_dim, ratio, overlap, new, items in (
+    (128, 1, False, 1, ANY), (128, 3, True, 4, ANY), (128, 5, False, 8, ANY), (128, 7, False, 64, ANY),
+    (512, 48, False, 4, ANY), (512, 129, False, 129, 1),
+):
+    spec = CompressorSpec(head_dim, ratio, overlap)
+    key = step_key(spec, FORMATS["bf16"], state_kind(spec), new, types, False, items)
+    found = variant_of(key, True, True).compile(TARGETS["sm_90"]).asm["ptx"]
+    print(found.count("griddepcontrol.wait") > 0, "prefetch.global.L2" in found)
+"""
+
+
+def test_dependent_launches_compile_for_any_ratio(tmp_path: Path) -> None:
+    """What they fetch before they wait is counted by the ratio, and Triton's ranges are powers of two."""
+    lines = [line.split() for line in python(tmp_path, DEPENDENT).splitlines()]
+    assert [waits for waits, _ in lines] == ["True"] * 6
+    assert [fetches for _, fetches in lines] == ["True", "True", "True", "False", "True", "True"]
 
 
 def test_files_of_an_earlier_report_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..spec import CompressorSpec
 
@@ -36,7 +37,8 @@ class Config:
         most_items: most windows of a call.
         prompt: `"window"`: whoever pools rows that are all new also writes them. Any value gives the same bits.
         spills, pair_spills: bytes that a thread may spill on sm_90, alone and as the first of two in one launch: what the worst
-            format does, kv_score in bf16, under `SPILLS_TRITON`. Only of rows with a bound on registers, which were fastest so.
+            format does, kv_score in bf16, under `SPILLS_TRITON`. Rows with a bound on registers were fastest so; of
+            raw rows, pages that are smaller than a window spill most.
     """
 
     kind: str
@@ -67,6 +69,8 @@ class Config:
 
 _NARROW, _MIDDLE, _WIDE = (16, 128), (256, 256), (512, 4096)
 _ALL = (1, 8192)
+_SHORT_WINDOWS: dict[str, Any] = {"ahead": 4, "num_warps": 4, "slice": 32, "tile": 64, "registers": 96, "programs": 660}
+_LONG_WINDOWS: dict[str, Any] = _SHORT_WINDOWS | {"slice": 64, "registers": 128, "programs": 1056, "prompt": True}
 
 # Warps of "store", alone at 16 rows on an H200: 128 channels 1.99 us with one warp, 1.99 with 2, 2.10 with 4 (indexer_mxfp4)
 # and 1.86, 2.04, 2.16 (indexer_fp8_vllm); 512 channels 2.29, 2.11, 1.85 and 1.97 with 1, 2, 4 and 8 (fp8_ds_mla).
@@ -100,19 +104,19 @@ CONFIGS = (
     Config("rows", _MIDDLE, _ALL, ANY, ahead=8, num_warps=1, programs=1584),
     # 4 against 8 warps, main and indexer in one launch: one token 2.83/3.75/5.32 against 3.09/3.88/8.56 us, four tokens
     # 3.47/4.16/6.54 against 3.58/4.68/9.11; without the bound on registers 512 programs did not fit at once.
-    Config("rows", _WIDE, (1, 8), 8, ahead=8, num_warps=4, registers=128, spills=4, pair_spills=48),
+    Config("rows", _WIDE, (1, 8), 8, ahead=8, num_warps=4, registers=128, spills=48, pair_spills=48),
     # 1 and 8 prompts of 64k: 87.6 and 676 us; all 8 rows ahead, with 168 registers, 94.7 and 695; 96 registers 91.0 and 703;
     # one warp, of 16 channels per thread, 115 and 824; 4 warps, which all decode the item and finish the entry, 105 and 804.
     # A program for each window 90.8 and 696, with all 8 rows ahead 104 and 779; 2112 programs 86.8 and 701.
     Config("rows", _WIDE, _ALL, ANY, ahead=4, num_warps=2, registers=128, programs=1056, spills=140, pair_spills=124),
-    Config("window", _NARROW, (1, 16), 8, ahead=4, num_warps=1, programs=2112),
-    Config("window", _NARROW, (1, 16), ANY, ahead=4, num_warps=1, programs=2112, prompt=True),
-    Config("window", _NARROW, _ALL, 8, ahead=4, num_warps=4, slice=32, tile=64, registers=96, programs=660),
-    Config("window", _NARROW, _ALL, ANY, ahead=4, num_warps=4, slice=64, tile=64, registers=128, programs=1056, prompt=True),
+    Config("window", _NARROW, (1, 16), 8, ahead=4, num_warps=1, programs=2112, spills=8),
+    Config("window", _NARROW, (1, 16), ANY, ahead=4, num_warps=1, programs=2112, prompt=True, spills=24),
+    Config("window", _NARROW, _ALL, 8, **_SHORT_WINDOWS, spills=164),
+    Config("window", _NARROW, _ALL, ANY, **_LONG_WINDOWS, spills=212),
     Config("window", _MIDDLE, (1, 16), 8, ahead=4, num_warps=2, programs=1056),
-    Config("window", _MIDDLE, (1, 16), ANY, ahead=4, num_warps=2, programs=1056, prompt=True),
-    Config("window", _MIDDLE, _ALL, 8, ahead=4, num_warps=4, slice=32, tile=64, registers=96, programs=660),
-    Config("window", _MIDDLE, _ALL, ANY, ahead=4, num_warps=4, slice=64, tile=64, registers=128, programs=1056, prompt=True),
+    Config("window", _MIDDLE, (1, 16), ANY, ahead=4, num_warps=2, programs=1056, prompt=True, spills=24),
+    Config("window", _MIDDLE, _ALL, 8, **_SHORT_WINDOWS, spills=164),
+    Config("window", _MIDDLE, _ALL, ANY, **_LONG_WINDOWS, spills=204),
     Config("window", _WIDE, (1, 16), 8, ahead=4, num_warps=4, registers=128, programs=528),
     Config("window", _WIDE, (1, 16), ANY, ahead=4, num_warps=4, registers=128, programs=528, prompt=True),
     # One and four new tokens at batch 16, one at 64 and 256, and four where 2 of 64 sequences end a window, as in most steps of
@@ -120,11 +124,11 @@ CONFIGS = (
     # 128 rows in flight 7.2/8.1/15.4/45.8 and 5.0; 80 registers 6.8/7.4/18.9/53.1 and 5.0; slices of 64 with 8 warps
     # 9.0/9.3/16.5/50.3 and 5.8; 2 warps with slices of 32 7.6/7.7/15.6/41.6 and 5.5. Parts of an entry that are not side by
     # side read memory at 3.1 instead of 3.5 TB/s (134 MB in 43.4 and 38.9 us, by a kernel that only reads).
-    Config("window", _WIDE, _ALL, 8, ahead=4, num_warps=4, slice=32, tile=64, registers=96, programs=660),
+    Config("window", _WIDE, _ALL, 8, **_SHORT_WINDOWS, spills=164),
     # Prompts of 8k and 64k: 18.7 and 121 us. Slices of 32 channels 20.2 and 156, as memory is written best in long pieces: a
     # kernel that only moves the bytes takes 150, 121 and 114 us with pieces of 32, 64 and 128 channels. 4 lanes, tiles of 32
     # rows and slices of 128: 18.9 and 115, but decoding wants 8 lanes.
-    Config("window", _WIDE, _ALL, ANY, ahead=4, num_warps=4, slice=64, tile=64, registers=128, programs=1056, prompt=True),
+    Config("window", _WIDE, _ALL, ANY, **_LONG_WINDOWS, spills=204),
     Config("store", _NARROW, _ALL, ANY, ahead=1, num_warps=1),
     Config("store", _MIDDLE, _ALL, ANY, ahead=1, num_warps=2),
     Config("store", _WIDE, _ALL, ANY, ahead=1, num_warps=4),

@@ -25,9 +25,10 @@ def prefetch_fold(
 ):  # fmt: skip
     """What a short step over fold rows loads of the state and of kv_score: at most AHEAD tokens, from `begin` on."""
     LINES: tl.constexpr = (HEAD_DIM * 4 + 127) // 128
+    STEP: tl.constexpr = 128 if HEAD_DIM >= 32 else HEAD_DIM * 4
     e = tl.arange(0, 4 * LINES)
     row = (state + (tl.maximum(start - 1, 0) % ring) * (3 * HEAD_DIM)).to(tl.int64, bitcast=True)
-    prefetch_lines(row + e * 128, (e < 3 * LINES) & resumes)
+    prefetch_lines(row + e * STEP, (e < 3 * LINES) & resumes)
     first = tags.to(tl.int64, bitcast=True)
     e = tl.arange(0, 2)
     prefetch_lines(first + e * ((ring + HISTORY - 1) * 4), e >= 0)
@@ -54,15 +55,17 @@ def prefetch_rows(
     CHANNELS: tl.constexpr = HEAD_DIM * (1 + OVERLAP)
     BYTES: tl.constexpr = state.dtype.element_ty.primitive_bitwidth // 8
     LINES: tl.constexpr = (HEAD_DIM * BYTES + 127) // 128
-    e = tl.arange(0, RATIO * (1 + OVERLAP) * 2 * LINES)
+    # Of a short step, whose windows have up to 8 rows; ranges are powers of two.
+    NEW: tl.constexpr = RATIO if RATIO <= 2 else 4 if RATIO <= 4 else 8
+    e = tl.arange(0, NEW * (1 + OVERLAP) * 2 * LINES)
     j = e // (2 * LINES)
     x = (window - OVERLAP) * RATIO + j
     # Values lie before scores; of either, the window before gives its lo half.
     part = (e // LINES) % 2 * CHANNELS + tl.where(j < RATIO * OVERLAP, 0, OVERLAP * HEAD_DIM)
     row = (tl.maximum(x, 0) % ring) * (2 * CHANNELS) + part
     at = state.to(tl.int64, bitcast=True) + row.to(tl.int64) * BYTES + (e % LINES) * 128
-    prefetch_lines(at, ends & (x >= 0) & (x < start))
-    prefetch_tokens(live, kv_stride, begin, stop, RATIO, CHANNELS)
+    prefetch_lines(at, ends & (x >= 0) & (x < start) & (j < RATIO * (1 + OVERLAP)))
+    prefetch_tokens(live, kv_stride, begin, stop, NEW, CHANNELS)
 
 
 @triton.jit
@@ -91,7 +94,7 @@ def prefetch_item(
     window, start, end, token, _slot, _entry, _sequence = item
     BYTES: tl.constexpr = kv_score.dtype.element_ty.primitive_bitwidth // 8
     LINES: tl.constexpr = (SLICE * BYTES + 127) // 128
-    TOKENS: tl.constexpr = RATIO if RATIO <= 128 else 128
+    TOKENS: tl.constexpr = 16 if RATIO <= 16 else 32 if RATIO <= 32 else 64 if RATIO <= 64 else 128
     begin = tl.maximum(start, window * RATIO)
     e = tl.arange(0, TOKENS * 2 * LINES)
     x = begin + e // (2 * LINES)
