@@ -109,12 +109,12 @@ CONFIGS = (
     # one warp, of 16 channels per thread, 115 and 824; 4 warps, which all decode the item and finish the entry, 105 and 804.
     # A program for each window 90.8 and 696, with all 8 rows ahead 104 and 779; 2112 programs 86.8 and 701.
     Config("rows", _WIDE, _ALL, ANY, ahead=4, num_warps=2, registers=128, programs=1056, spills=140, pair_spills=124),
-    Config("window", _NARROW, (1, 16), 8, ahead=4, num_warps=1, programs=2112, spills=8),
-    Config("window", _NARROW, (1, 16), ANY, ahead=4, num_warps=1, programs=2112, prompt=True, spills=24),
+    Config("window", _NARROW, (1, 16), 8, ahead=4, num_warps=1, registers=128, programs=2112),
+    Config("window", _NARROW, (1, 16), ANY, ahead=4, num_warps=1, registers=128, programs=2112, prompt=True),
     Config("window", _NARROW, _ALL, 8, **_SHORT_WINDOWS, spills=164),
     Config("window", _NARROW, _ALL, ANY, **_LONG_WINDOWS, spills=212),
     Config("window", _MIDDLE, (1, 16), 8, ahead=4, num_warps=2, programs=1056),
-    Config("window", _MIDDLE, (1, 16), ANY, ahead=4, num_warps=2, programs=1056, prompt=True, spills=24),
+    Config("window", _MIDDLE, (1, 16), ANY, ahead=4, num_warps=2, registers=128, programs=1056, prompt=True),
     Config("window", _MIDDLE, _ALL, 8, **_SHORT_WINDOWS, spills=164),
     Config("window", _MIDDLE, _ALL, ANY, **_LONG_WINDOWS, spills=204),
     Config("window", _WIDE, (1, 16), 8, ahead=4, num_warps=4, registers=128, programs=528),
