@@ -19,6 +19,7 @@ import bounded
 import calls
 import decode
 import floor
+import pages
 import precompile
 import protocol
 import record
@@ -220,3 +221,17 @@ def test_every_timed_call_has_its_kernel_compiled_before() -> None:
     step = calls.Step(HIT, Variant.parse("window:fp8_ds_mla"), device="cpu")
     (buffers,) = step.buffers()
     assert precompile.key_of(HIT, step.variant)[2] is buffers.cache.format
+
+
+@pytest.mark.parametrize(("piece", "lanes"), pages.PIECES)
+def test_the_pages_that_are_read_are_those_of_the_entries(piece: int, lanes: int) -> None:
+    parts, pool = 512 // piece // 2 or 1, torch.full((6, 128, 512), float("nan"), device=DEVICE)
+    kv, score = pool.clone(), pool.clone()
+    kv[[4, 1]] = float("inf")
+    score[[0, 3]] = float("inf")
+    out = torch.zeros(128, 512, device=DEVICE)
+    table = torch.tensor([4, 1, 0, 3], dtype=torch.int32, device=DEVICE)
+    args = (kv, score, table, out, 2, parts, 512 // piece // parts, piece, lanes, pages.LOADS, False)
+    pages.read_kernel[(3,)](*args)
+    assert out[:lanes, :piece].isinf().all()  # a NaN among them would not be stored
+    assert not out[lanes:].any() and not out[:, piece:].any()

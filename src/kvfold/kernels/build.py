@@ -38,7 +38,7 @@ TYPES = {
     "kv_pool": "*fp32", "kv_page_stride": "i64", "kv_row_stride": "i64", "kv_pages": "i32", "kv_table": "*i32",
     "kv_width": "i32",
     "score_pool": "*fp32", "score_page_stride": "i64", "score_row_stride": "i64", "score_pages": "i32", "score_table": "*i32",
-    "score_width": "i32", "page_size": "i32", "workspace": "*fp32", "arrivals": "*i32",
+    "score_width": "i32", "page_size": "i32", "workspace": "*i64", "arrivals": "*i32",
     "snap_table": "*i32", "snap_width": "i32", "snap_page_size": "i32", "snap_rows": "*fp32", "snap_tags": "*i32",
     "num_snaps": "i32", "snap_ids": "*i32", "slots": "*i32",
 }  # fmt: skip

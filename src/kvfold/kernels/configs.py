@@ -69,8 +69,8 @@ class Config:
 
 _NARROW, _MIDDLE, _WIDE = (16, 128), (256, 256), (512, 4096)
 _ALL = (1, 8192)
-_SHORT_WINDOWS: dict[str, Any] = {"ahead": 4, "num_warps": 4, "slice": 32, "tile": 64, "registers": 96, "programs": 660}
-_LONG_WINDOWS: dict[str, Any] = _SHORT_WINDOWS | {"slice": 64, "registers": 128, "programs": 1056, "prompt": True}
+_SHORT_WINDOWS: dict[str, Any] = {"ahead": 4, "num_warps": 4, "slice": 32, "tile": 128, "registers": 128, "programs": 528}
+_LONG_WINDOWS: dict[str, Any] = _SHORT_WINDOWS | {"slice": 64, "tile": 64, "programs": 1056, "prompt": True}
 
 # Warps of "store", alone at 16 rows on an H200: 128 channels 1.99 us with one warp, 1.99 with 2, 2.10 with 4 (indexer_mxfp4)
 # and 1.86, 2.04, 2.16 (indexer_fp8_vllm); 512 channels 2.29, 2.11, 1.85 and 1.97 with 1, 2, 4 and 8 (fp8_ds_mla).

@@ -255,12 +255,12 @@ def _cache_strides(cache: EntryCache) -> int:
 
 
 def _workspace(state: FoldState | WindowState, entries: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pooled rows in the making, and how many slices of each have arrived: zero between calls.
+    """Pooled rows in the making, as words of 8 bytes, and tickets drawn for each (kernels/slices.py): zero between calls.
 
     Made by the first call of a size and kept by the state, outgrown ones too, as a CUDA graph may have recorded them.
     """
     if not state._workspaces or state._workspaces[-1][1].shape[0] < entries:
-        rows = torch.empty(entries, head_dim, dtype=torch.float32, device=state.device)
+        rows = torch.zeros(entries, head_dim, dtype=torch.int64, device=state.device)
         made = rows, torch.zeros(entries, dtype=torch.int32, device=state.device)
         if rows.is_cuda and torch.cuda.is_current_stream_capturing():
             state._recorded.append(made)  # zeroed by replays of the graph and by nothing else, so for this call in it alone

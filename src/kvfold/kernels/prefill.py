@@ -13,7 +13,7 @@ from .fold import empty_fold, fold_step, spread
 from .pdl import load_plan, wait_for_inputs
 from .prefetch import prefetch_item
 from .rows import keep_each, load_biases, pool_window
-from .slices import arrive, leave_slice, take_slices
+from .slices import draw_ticket, is_last, leave_slice, take_slices
 from .slots import check_tags, keep_fold, load_tags, place_row, retire_rows
 from .snapshot import next_page_end, snapshot_fold, snapshot_rows
 
@@ -174,7 +174,7 @@ def fold_rest(
 
 @triton.jit
 def deliver_entry(
-    y, entry, position, aim, c0, workspace, arrivals, entry_capacity, errors,
+    y, entry, position, aim, ticket, c0, workspace, arrivals, entry_capacity, errors,
     rows, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots, cache_scale,
     HARDWARE: tl.constexpr, SLICE: tl.constexpr,
     HEAD_DIM: tl.constexpr, LOG2: tl.constexpr, ROPE_DIM: tl.constexpr, EPS: tl.constexpr, HADAMARD: tl.constexpr,
@@ -188,8 +188,8 @@ def deliver_entry(
     finish = (entry >= 0) & deliver
     if SLICE < HEAD_DIM:
         if finish:
-            leave_slice(workspace, y, entry, c0, HEAD_DIM, SLICE)
-        finish = arrive(arrivals, entry, finish, HEAD_DIM // SLICE)
+            leave_slice(workspace, y, entry, c0, HEAD_DIM, SLICE, HARDWARE)
+            finish = is_last(ticket, HEAD_DIM // SLICE)
     if finish:
         if SLICE < HEAD_DIM:
             whole = take_slices(workspace, arrivals, entry, HEAD_DIM)
@@ -268,6 +268,8 @@ def prefill_fold(
                 aim = aim_entry(
                     entry, x0, entry_slots, entry_capacity, norm_weight, rope, max_position, pages, HEAD_DIM, ROPE_DIM
                 )  # fmt: skip
+                due, _refused = judge_slot(entry, aim[0], x0, entry_capacity, max_position, pages, cache_slots, ROPE_DIM)
+                ticket = draw_ticket(arrivals, entry, (entry >= 0) & due)
             snap = None
             if snap_rows is not None:
                 table = snap_table + sequence.to(tl.int64) * snap_width
@@ -291,11 +293,12 @@ def prefill_fold(
                 RATIO, HISTORY, AHEAD, HEAD_DIM, SLICE,
             )  # fmt: skip
             if SLICE == HEAD_DIM:
+                ticket = None
                 aim = aim_entry(
                     entry, x0, entry_slots, entry_capacity, norm_weight, rope, max_position, pages, HEAD_DIM, ROPE_DIM
                 )  # fmt: skip
             deliver_entry(
-                y, entry, x0, aim, c0, workspace, arrivals, entry_capacity, errors,
+                y, entry, x0, aim, ticket, c0, workspace, arrivals, entry_capacity, errors,
                 rows, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots, cache_scale,
                 HARDWARE, SLICE, HEAD_DIM, LOG2, ROPE_DIM, EPS, HADAMARD, ROUND_ROWS, ELEMENT, GROUP, SCALE, FLOOR,
                 FLOOR_ON_SCALE, DIVIDE, ROTATED_BF16, PAD, ROUND_VALUES, TIES_TO_ZERO, ROW_BYTES, TAIL_BYTES,
@@ -360,7 +363,7 @@ def prefill_rows(
                     HEAD_DIM, ROPE_DIM,
                 )  # fmt: skip
                 deliver_entry(
-                    y, entry, window * RATIO, aim, 0, None, None, entry_capacity, errors,
+                    y, entry, window * RATIO, aim, None, 0, None, None, entry_capacity, errors,
                     rows, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots, cache_scale,
                     HARDWARE, HEAD_DIM, HEAD_DIM, LOG2, ROPE_DIM, EPS, HADAMARD, ROUND_ROWS, ELEMENT, GROUP, SCALE, FLOOR,
                     FLOOR_ON_SCALE, DIVIDE, ROTATED_BF16, PAD, ROUND_VALUES, TIES_TO_ZERO, ROW_BYTES, TAIL_BYTES,

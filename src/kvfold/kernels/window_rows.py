@@ -27,6 +27,14 @@ def as_stored(x, BF16: tl.constexpr):
 
 
 @triton.jit
+def store_rounded(pool, at, x, mask):
+    if pool.dtype.element_ty == tl.bfloat16:
+        tl.store(pool.to(tl.pointer_type(tl.int16)) + at, bf16_bits(x), mask=mask)
+    else:
+        tl.store(pool + at, x, mask=mask)
+
+
+@triton.jit
 def add_live_tile(
     k, s, kv_score, kv_stride, ape, j, c, new, token, x, start,
     RATIO: tl.constexpr, CHANNELS: tl.constexpr, BF16: tl.constexpr,
@@ -44,14 +52,14 @@ def add_live_tile(
 @triton.jit
 def load_page_rows(
     kv_score, kv_stride, ape, kv_pool, kv_page_stride, kv_row_stride, score_pool, score_page_stride, score_row_stride,
-    page_size, window, start, token, c0, j0, homes,
+    page_size, window, start, token, c0, j0, homes, mine,
     RATIO: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, SLICE: tl.constexpr, HEAD_DIM: tl.constexpr,
     BF16: tl.constexpr,
 ):  # fmt: skip
     """Rows `[j0, j0 + TILE)` of a window of which all but some of the last LANES rows are old, one behind the other on a page.
 
     The common case by far in decoding. All are loaded, new ones too, over which the live ones are put: a tile that knows no
-    masks takes half the instructions.
+    masks takes half the instructions. mine: the new ones are written.
     """
     c = c0 + tl.arange(0, SLICE)[None, :]
     lane = tl.arange(0, LANES)
@@ -67,12 +75,18 @@ def load_page_rows(
         k = tl.load(kv_rows + kv_at).to(tl.float32)
         s = tl.load(score_rows + score_at).to(tl.float32)
         if i == TILE // LANES - 1:
-            j = lane + j0 + i * LANES  # a tensor first: the interpreter has numbers for the others
-            x = window * RATIO + j
-            k, s = add_live_tile(
-                k, s, kv_score, kv_stride, ape, j, c.to(tl.int64) + (j * 0)[:, None], x >= start, token, x, start,
-                RATIO, HEAD_DIM, BF16,
-            )  # fmt: skip
+            # A branch, behind the loads of a tile: new rows waited for earlier held up the loads that no register was free for.
+            if start < window * RATIO + j0 + TILE:
+                j = lane + j0 + i * LANES  # a tensor first: the interpreter has numbers for the others
+                x = window * RATIO + j
+                k, s = add_live_tile(
+                    k, s, kv_score, kv_stride, ape, j, c.to(tl.int64) + (j * 0)[:, None], x >= start, token, x, start,
+                    RATIO, HEAD_DIM, BF16,
+                )  # fmt: skip
+                if mine:
+                    news = ((x >= start).to(tl.int32)[:, None] + c * 0) != 0
+                    store_rounded(kv_rows, kv_at, k, news)
+                    store_rounded(score_rows, score_at, s, news)
         ks = ks + (k,)
         ss = ss + (s,)
         kv_rows += LANES * kv_row_stride
@@ -114,14 +128,6 @@ def load_live_rows(
         ss = ss + (as_stored(s, BF16),)
         live += LANES * kv_stride
     return ks, ss
-
-
-@triton.jit
-def store_rounded(pool, at, x, mask):
-    if pool.dtype.element_ty == tl.bfloat16:
-        tl.store(pool.to(tl.pointer_type(tl.int16)) + at, bf16_bits(x), mask=mask)
-    else:
-        tl.store(pool + at, x, mask=mask)
 
 
 @triton.jit
@@ -237,8 +243,29 @@ def add_pairs(a, b, c, d):
 
 
 @triton.jit
-def sum_lanes(l, a, LANES: tl.constexpr, SLICE: tl.constexpr):
+def add_lanes(r, l, a, r_1, l_1, a_1):
+    """Two lanes in one. Which is which changes no bit, as products are not fused into sums."""
+    top = tl.maximum(r, r_1)
+    e = tl.exp2(r - top)
+    e_1 = tl.exp2(r_1 - top)
+    return top, l * e + l_1 * e_1, a * e + a_1 * e_1
+
+
+@triton.jit
+def sum_lanes(r, l, a, LANES: tl.constexpr, SLICE: tl.constexpr):
     """Sums of `[LANES, SLICE]` over lanes, by pairing neighbours: the same bits however threads share the work."""
+    for i in tl.static_range(10):
+        if (LANES >> i) > 1:
+            r = tl.reshape(r, (LANES >> (i + 1), 2, SLICE))
+            l = tl.reshape(l, (LANES >> (i + 1), 2, SLICE))
+            a = tl.reshape(a, (LANES >> (i + 1), 2, SLICE))
+            r, l, a = tl.reduce((r, l, a), 1, add_lanes)
+    return tl.reshape(l, (SLICE,)), tl.reshape(a, (SLICE,))
+
+
+@triton.jit
+def sum_rows(l, a, LANES: tl.constexpr, SLICE: tl.constexpr):
+    """As `sum_lanes`, of lanes that have the same maximum."""
     for i in tl.static_range(10):
         if (LANES >> i) > 1:
             l = tl.reshape(l, (LANES >> (i + 1), 2, SLICE))
@@ -261,7 +288,7 @@ def pool_slice(
     are summed, and nothing crosses threads before that. LANES and GROUP are the order of the sums, one for every call of a
     spec; TILE, rows that are in flight at once, SLICE and the number of warps change no bit.
 
-    mine: all rows are new and are written here.
+    mine: the new rows are written here. Not here, where some are old, unless these are all that `is_joined` asks.
     """
     BF16: tl.constexpr = kv_pool.dtype.element_ty == tl.bfloat16
     WINDOW_ROWS: tl.constexpr = RATIO * (1 + OVERLAP)
@@ -284,7 +311,7 @@ def pool_slice(
             for j0 in range(0, WINDOW_ROWS, TILE):
                 ks, ss = load_page_rows(
                     kv_score, kv_stride, ape, kv_pool, kv_page_stride, kv_row_stride, score_pool, score_page_stride,
-                    score_row_stride, page_size, window, start, token, c0, j0, homes,
+                    score_row_stride, page_size, window, start, token, c0, j0, homes, mine,
                     RATIO, TILE, LANES, SLICE, HEAD_DIM, BF16,
                 )  # fmt: skip
                 r, l, a = weigh_rows(r, l, a, ks, ss, GROUP)
@@ -323,11 +350,10 @@ def pool_slice(
                 r = ss[0]
                 a = ks[0]
     if GROUP > 1:
-        e = tl.exp2(r - tl.max(r, axis=0)[None, :])
-        l, a = sum_lanes(l * e, a * e, LANES, SLICE)
+        l, a = sum_lanes(r, l, a, LANES, SLICE)
     else:  # the window is one tile
         top = tl.maximum(tl.max(r, axis=0), LOWEST)
         # One operation instead of two. What rounding -top * LOG2_E changes, it changes in all weights alike.
         e = tl.exp2(tl.fma(r, LOG2_E + tl.zeros_like(r), (top * -LOG2_E)[None, :] + tl.zeros_like(r)))
-        l, a = sum_lanes(e, e * a, LANES, SLICE)
+        l, a = sum_rows(e, e * a, LANES, SLICE)
     return a / l, absent
