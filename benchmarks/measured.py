@@ -157,6 +157,22 @@ def full(rows: Rows, bench: str, title: str) -> str:
     return f"# {title}, microseconds per call\n\nMade by benchmarks/documents.py.\n\n" + sections(rows, (bench,), body)
 
 
+def page_reads(rows: Rows) -> str:
+    """Pages of raw rows read by programs that do nothing else, by the width of the pieces; beside them the step over them."""
+
+    def body(device: str) -> tuple[str, Rows]:
+        ours, steps = of(rows, "pages", device), of(rows, "decode", device)
+        pieces, lines, used = list(dict.fromkeys(piece for _, piece in ours)), [], list(ours.values())
+        for windows in dict.fromkeys(case for case, _ in ours):
+            step = steps.get((f"dec hd512 r128 b{windows.split()[0]} n1 hit", "window:fp8_ds_mla"))
+            used += [step] if step else []
+            found = [ours.get((windows, piece)) for piece in pieces] + [step]
+            lines.append((windows, *(f"{row['us']:.1f}" if row else "" for row in found)))
+        return markdown(("read", *pieces, "pooled and stored"), lines), used
+
+    return sections(rows, ("pages",), body)
+
+
 def plan_summary(rows: Rows) -> str:
     """`StepPlan.update` on the device, by the number of sequences."""
 
