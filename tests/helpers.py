@@ -125,6 +125,8 @@ class Engine:
         return whole[MARGIN : MARGIN + size].view(dtype).view(shape)
 
     def check_canaries(self) -> None:
+        """Bytes beside tensors are as they were, and the scratch of slices is as the next call needs it."""
+        assert not any(scratch.any() for made in self.state._workspaces for scratch in made), "words or tickets were left"
         for name, whole in self._guarded:
             intact = bool((whole[:MARGIN] == CANARY).all()) and bool((whole[-MARGIN:] == CANARY).all())
             assert intact, f"bytes beside {name} were overwritten"

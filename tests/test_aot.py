@@ -33,6 +33,8 @@ def sample() -> list[tuple[Combination, str]]:
     """A combination and a target for each format, and more: every kernel, format and target at least once."""
     every, targets = list(combinations()), list(TARGETS)
     chosen = [(next(c for c in every if c.kind == "fold" and c.fmt is None), "sm_80")]
+    # Slices of fold rows take 20 s of a core: once is enough.
+    chosen.append((next(c for c in every if c.kind == "fold" and c.fmt is not None and c.config.slice), "sm_100"))
     few = {
         "plan": ("sm_90", "gfx942"),
         "window": ("sm_90", "sm_80", "gfx950"),
@@ -46,6 +48,7 @@ def sample() -> list[tuple[Combination, str]]:
         # Three kernels and eight targets have no common factor, so each kernel comes to meet each target.
         kind = ("fold", "rows", "store")[i % 3]
         fitting = [c for c in every if c.kind == kind and c.fmt is not None and c.fmt.name == name]
+        fitting = [c for c in fitting if kind != "fold" or not c.config.slice]
         chosen.append((fitting[i % len(fitting)], targets[i % len(targets)]))
     return chosen
 

@@ -90,6 +90,8 @@ def test_every_cut_point(
     cuts = [c for c in range(begin, begin + ratio) if 1 <= c <= 3 * ratio + 2]
     if ratio > 8 and fmt != "fp32":  # all of them are run in fp32; here those round the window's ends
         cuts = [c for c in cuts if c % ratio in (0, 1, 2, ratio - 1)]
+    elif backend.slow and ratio > 8 and window:  # nothing but the window's number is new: every eighth, and round its ends
+        cuts = [c for c in cuts if c % 8 == 5 or c % ratio in (0, 1, 2, ratio - 1)]
     engine, first = runs.engine(num_slots=len(cuts) + 1), 0
     if backend.slow and ratio > 8:
         # A token takes the interpreter milliseconds: begin with copies of one sequence that has reached the window, and
@@ -111,7 +113,7 @@ def test_every_cut_point(
 def test_random_chunks(backend: Backend, name: str, fmt: str, dtype: torch.dtype, state_dtype: torch.dtype) -> None:
     spec = SPECS[name]
     runs = Runs(backend, name, fmt, dtype, state_dtype, length_for(spec))
-    rng, ways = random.Random(5), 6
+    rng, ways = random.Random(5), 3 if backend.slow and spec.ratio > 8 else 6
     engine, at = runs.engine(num_slots=ways), [0] * ways
     while min(at) < runs.length:
         sizes = [min(rng.choice((1, 2, 3, 7, spec.ratio, rng.randint(1, 2 * spec.ratio))), runs.length - p) for p in at]
@@ -131,9 +133,11 @@ def test_decode_of_one_to_eight_tokens(
     spec = SPECS[name]
     runs = Runs(backend, name, fmt, dtype, state_dtype, min(length_for(spec), spec.ratio + 12))
     engine = runs.engine(num_slots=8)
+    # The interpreter does all of them in fp32: what is stored of an entry has no part in how it is cut.
+    sizes = (1, 3, 8) if backend.slow and spec.ratio > 8 and fmt != "fp32" else range(1, 9)
     for start in range(0, runs.length):
         # Slot n - 1 decodes n tokens at a time; those whose turn it is not are absent from the step.
-        batch = [(n - 1, start, runs.tokens[start : start + n]) for n in range(1, 9) if start % n == 0]
+        batch = [(n - 1, start, runs.tokens[start : start + n]) for n in sizes if start % n == 0]
         engine.step(batch[::-1])
         for slot, _, new in batch:
             runs.check(engine, slot, start + len(new))
@@ -152,6 +156,7 @@ def test_every_accepted_count(backend: Backend, name: str, fmt: str, dtype: torc
     ways = [(first + phase, n, k) for phase in phases for n, k in wanted]
     if backend.slow:  # each (n, k) from one phase, each phase for a quarter of them
         ways = [way for i, way in enumerate(ways) if (i % len(wanted)) % 4 == i // len(wanted)]
+        ways = ways if fmt == "fp32" else ways[::2]
     engine = runs.engine(num_slots=len(ways) + 1)
     at = []
     for slot, (start, _, _) in enumerate(ways):
@@ -203,11 +208,12 @@ def test_any_batch_and_any_order(backend: Backend, name: str, fmt: str, dtype: t
 
     alone = run([[i] for i in range(5)], slots=[0, 1, 2, 3, 4], absent=False)
     shuffled = rng.sample(range(5), 5)
-    for batches, slots, absent in (
-        ([[0, 1, 2, 3, 4]], [0, 1, 2, 3, 4], False),
+    together = (
         ([shuffled], rng.sample(range(11), 5), True),
         ([shuffled[:2], shuffled[2:]], rng.sample(range(11), 5), False),
-    ):
+        ([[0, 1, 2, 3, 4]], [0, 1, 2, 3, 4], False),
+    )
+    for batches, slots, absent in together[: 1 if backend.slow and spec.ratio > 8 and fmt != "fp32" else 3]:
         records, held = run(batches, slots, absent)
         for i in range(5):
             assert torch.equal(records[i], alone[0][i]), f"entries of sequence {i} differ"
