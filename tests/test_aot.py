@@ -38,12 +38,12 @@ def sample() -> list[tuple[Combination, str]]:
     few = {
         "plan": ("sm_90", "gfx942"),
         "window": ("sm_90", "sm_80", "gfx950"),
-        "pair": ("sm_90", "gfx942"),
+        "pair": ("sm_90",),
         "restore": ("sm_80", "gfx950"),
     }
     for kind, wanted in few.items():
         some = [c for c in every if c.kind == kind]
-        chosen += [(some[i * (len(some) - 1) // (len(wanted) - 1)], target) for i, target in enumerate(wanted)]
+        chosen += [(some[i * (len(some) - 1) // max(len(wanted) - 1, 1)], target) for i, target in enumerate(wanted)]
     for i, name in enumerate(FORMATS):
         # Three kernels and eight targets have no common factor, so each kernel comes to meet each target.
         kind = ("fold", "rows", "store")[i % 3]

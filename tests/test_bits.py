@@ -90,7 +90,7 @@ def test_every_cut_point(
     cuts = [c for c in range(begin, begin + ratio) if 1 <= c <= 3 * ratio + 2]
     if ratio > 8 and fmt != "fp32":  # all of them are run in fp32; here those round the window's ends
         cuts = [c for c in cuts if c % ratio in (0, 1, 2, ratio - 1)]
-    elif backend.slow and ratio > 8 and window:  # nothing but the window's number is new: every eighth, and round its ends
+    elif backend.slow and ratio > 8:  # every eighth, and round the window's ends
         cuts = [c for c in cuts if c % 8 == 5 or c % ratio in (0, 1, 2, ratio - 1)]
     engine, first = runs.engine(num_slots=len(cuts) + 1), 0
     if backend.slow and ratio > 8:

@@ -63,6 +63,10 @@ def sample(folder: Path) -> Path:
             row("window_reduction", HIT.name, "one_warp", 30.0, floor_us=3.0),
             row("window_reduction", HIT.name, "shipped", 6.0, floor_us=3.0),
         ],
+        "pages": [
+            row("pages", "16 windows of 128 rows, fp32", f"pieces of {piece} channels", us)
+            for piece, us in ((32, 3.9), (64, 4.0))
+        ],
         "representations": [
             row("representations", CSA_HIT.name, "rows:fp8_ds_mla", 3.5, bytes=23456),
             row("representations", CSA_HIT.name, "fold-rows:fp8_ds_mla", 4.5, bytes=34567),
@@ -124,6 +128,7 @@ def test_every_bench_has_its_part(tmp_path: Path) -> None:
         "plan": "| r4 b16 n4 | 2.88 |",
         "host": "| fold:fp8_ds_mla | 20.5 | 60.2 | 70.8 |",
         "store": "| bf16 | 512 | 1.75 |  |  |  |  |  |",
+        "page_reads": "| 16 windows of 128 rows, fp32 | 3.9 | 4.0 |",
         "window_reduction": "| 30.00 | 6.00 | 3.00 | 5.0x |",
         "representations": "| 3.50 | 4.50 | 23,456 | 34,567 |",
     }.items():

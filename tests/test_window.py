@@ -73,7 +73,7 @@ def check(engine: WindowEngine, tokens: Tensor, pooled: dict[int, Tensor], seque
 def test_a_prefill_and_a_decode(backend: Backend, name: str, dtype: torch.dtype, state_dtype: torch.dtype) -> None:
     """Entries of live rows, of old rows and of both; the engine checks that every token's row is kept as defined."""
     spec = MORE_SPECS[name]
-    if backend.slow and spec.ratio == 128 and dtype != state_dtype:
+    if backend.slow and spec.ratio == 128 and (dtype != state_dtype or (name == "hca" and dtype == torch.bfloat16)):
         pytest.skip("the interpreter takes seconds for this, and the other ratios show the same")
     engine = WindowEngine(
         spec, backend, num_sequences=2, length=5 * spec.ratio, page_size=6, state_dtype=state_dtype, one_pool=spec.overlap
@@ -93,6 +93,8 @@ SCORES = ("scale 1e4", "scale 1e4 and ties", "all equal", "ties at the top", "ri
 @pytest.mark.parametrize("name", ["indexer", "16", "128-narrow"])
 def test_hard_scores(backend: Backend, name: str, kind: str) -> None:
     spec = MORE_SPECS[name]
+    if backend.slow and spec.ratio == 128 and kind in ("scale 1e4", "ties at the top", "rising", "falling"):
+        pytest.skip("the interpreter takes seconds for this, and the other ratios show the same")
     tokens, weights = make_tokens(spec, 3 * spec.ratio, seed=42, score_scale=1e4), Weights.make(spec)
     weights = Weights(torch.zeros(spec.ratio, spec.channels), weights.norm_weight, weights.rope)
     score, draw = tokens[:, spec.channels :], torch.Generator().manual_seed(43)
