@@ -35,6 +35,8 @@ class Runs:
         self, backend: Backend, name: str, fmt: str, dtype: torch.dtype, state_dtype: torch.dtype, length: int
     ) -> None:
         self.spec: CompressorSpec = SPECS[name]
+        if backend.slow and self.spec.ratio > 8 and fmt != "fp32":
+            pytest.skip("the interpreter does this in fp32: what is stored of an entry has no part in how it is cut")
         self.backend, self.fmt, self.state_dtype = backend, fmt, state_dtype
         self.weights = Weights.make(self.spec)
         self.tokens = make_tokens(self.spec, length, seed=17, dtype=dtype)
@@ -133,11 +135,9 @@ def test_decode_of_one_to_eight_tokens(
     spec = SPECS[name]
     runs = Runs(backend, name, fmt, dtype, state_dtype, min(length_for(spec), spec.ratio + 12))
     engine = runs.engine(num_slots=8)
-    # The interpreter does all of them in fp32: what is stored of an entry has no part in how it is cut.
-    sizes = (1, 3, 8) if backend.slow and spec.ratio > 8 and fmt != "fp32" else range(1, 9)
     for start in range(0, runs.length):
         # Slot n - 1 decodes n tokens at a time; those whose turn it is not are absent from the step.
-        batch = [(n - 1, start, runs.tokens[start : start + n]) for n in sizes if start % n == 0]
+        batch = [(n - 1, start, runs.tokens[start : start + n]) for n in range(1, 9) if start % n == 0]
         engine.step(batch[::-1])
         for slot, _, new in batch:
             runs.check(engine, slot, start + len(new))
@@ -208,12 +208,11 @@ def test_any_batch_and_any_order(backend: Backend, name: str, fmt: str, dtype: t
 
     alone = run([[i] for i in range(5)], slots=[0, 1, 2, 3, 4], absent=False)
     shuffled = rng.sample(range(5), 5)
-    together = (
+    for batches, slots, absent in (
+        ([[0, 1, 2, 3, 4]], [0, 1, 2, 3, 4], False),
         ([shuffled], rng.sample(range(11), 5), True),
         ([shuffled[:2], shuffled[2:]], rng.sample(range(11), 5), False),
-        ([[0, 1, 2, 3, 4]], [0, 1, 2, 3, 4], False),
-    )
-    for batches, slots, absent in together[: 1 if backend.slow and spec.ratio > 8 and fmt != "fp32" else 3]:
+    ):
         records, held = run(batches, slots, absent)
         for i in range(5):
             assert torch.equal(records[i], alone[0][i]), f"entries of sequence {i} differ"
