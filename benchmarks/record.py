@@ -47,12 +47,14 @@ STAGES = (
     _bench("prefill", 90, "--parts", "protocol,mixed"),
     _bench("overhead", 60),
     _bench("window_reduction", 30),
+    _bench("pages", 20),
     _bench("store", 60),
     # racecheck and memcheck side by side, with 7 processes each, took 175 s; racecheck with one did not end in 380 s.
     _bench("sanitizer", 500, "--timeout", "490", script="sanitize"),
     # An illegal access spoils a process for all tests behind it, and this file provokes what would be one.
     _bench("suite-fuzz", 180, "--", "-m", "gpu", "tests/test_fuzz.py", script="suite"),
-    _bench("suite", 400, "--", "-n", "12", "--dist", "worksteal", "--ignore", "tests/test_fuzz.py", script="suite"),
+    # Cut off after 525 s, ten tests before its end, where every kernel had to be compiled first.
+    _bench("suite", 700, "--", "-n", "12", "--dist", "worksteal", "--ignore", "tests/test_fuzz.py", script="suite"),
     _bench("prefill-scaling", 120, "--parts", "scaling"),
     _bench("representations", 60),
 )

@@ -2,8 +2,9 @@
 
 A program draws a ticket before its last slice of an entry, and leaves its channels as words that say of themselves that they
 are there. Who drew the last ticket takes the words of all as they come, having nothing to wait for but programs that are
-already at work. So nobody fences, and no arrival follows the work: a fence, an atomic and a barrier behind the last slice
-took 1 to 1.5 us.
+already at work. So nobody fences, and no arrival follows the work. Beside a fence, an atomic and a barrier behind the last
+slice, a prompt of 8k tokens at ratio 128 takes 11.7 instead of 12.2 us, and 16, 64 and 256 raw windows that end 6.8, 13.7 and
+41.1 instead of 7.4, 14.3 and 44.4 (with tiles of 64 rows; with 96 registers no less than before).
 """
 
 import triton

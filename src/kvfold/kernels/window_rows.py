@@ -288,7 +288,7 @@ def pool_slice(
     are summed, and nothing crosses threads before that. LANES and GROUP are the order of the sums, one for every call of a
     spec; TILE, rows that are in flight at once, SLICE and the number of warps change no bit.
 
-    mine: the new rows are written here. Not here, where some are old, unless these are all that `is_joined` asks.
+    mine: the new rows are written here, of a window that `claims` or `joins` says that of (window.py).
     """
     BF16: tl.constexpr = kv_pool.dtype.element_ty == tl.bfloat16
     WINDOW_ROWS: tl.constexpr = RATIO * (1 + OVERLAP)
