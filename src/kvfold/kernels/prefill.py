@@ -185,7 +185,9 @@ def deliver_entry(
     """Finishes and stores an entry that is there and wanted, and counts one that is refused. `aim`: of `aim_entry`."""
     cache_slot, weight, cos, sin = aim
     deliver, refused = judge_slot(entry, cache_slot, position, entry_capacity, max_position, pages, cache_slots, ROPE_DIM)
-    finish = (entry >= 0) & deliver
+    # A step that only moves the state on finishes nothing; Triton 3.6 fails on slices that nobody has a use for.
+    FINISHES: tl.constexpr = (rows is not None) or (pages is not None)
+    finish = (entry >= 0) & deliver & FINISHES
     if SLICE < HEAD_DIM:
         if finish:
             leave_slice(workspace, y, entry, c0, HEAD_DIM, SLICE, HARDWARE)
@@ -220,6 +222,7 @@ def prefill_fold(
 ):  # fmt: skip
     """Program `pid` of `programs` over fold rows, in units of SLICE channels of a window."""
     SLICES: tl.constexpr = HEAD_DIM // SLICE
+    FINISHES: tl.constexpr = (rows is not None) or (pages is not None)  # as in `deliver_entry`
     total = load_plan(num_items)
     # The first items are read before the wait: the plan is older than the launch before this one.
     index = pid // SLICES
@@ -269,7 +272,7 @@ def prefill_fold(
                     entry, x0, entry_slots, entry_capacity, norm_weight, rope, max_position, pages, HEAD_DIM, ROPE_DIM
                 )  # fmt: skip
                 due, _refused = judge_slot(entry, aim[0], x0, entry_capacity, max_position, pages, cache_slots, ROPE_DIM)
-                ticket = draw_ticket(arrivals, entry, (entry >= 0) & due)
+                ticket = draw_ticket(arrivals, entry, (entry >= 0) & due & FINISHES)
             snap = None
             if snap_rows is not None:
                 table = snap_table + sequence.to(tl.int64) * snap_width
