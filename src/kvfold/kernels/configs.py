@@ -12,9 +12,9 @@ SPILLS_TRITON = "3.6"  # that rows were measured with; another may spill more, w
 # The order of the sums of a WindowState's entries, which is all that their bits follow: rows side by side, each of which is
 # summed with every LANES-th one behind it before the lanes are; and rows of a lane that are taken with one maximum.
 LANES, ROWS_OF_A_LANE = 8, 8
-# Numbers of windows up to which a call is told from one of more: half a window, and two, to each of the 132 multiprocessors of
-# an H200.
-ITEM_BOUNDS = (66, 264, ANY)
+# Numbers of windows up to which a call is told from one of more: half a window, one and two to each of the 132 multiprocessors
+# of an H200; and what 8k tokens beside 64 sequences that decode may come to.
+ITEM_BOUNDS = (66, 132, 200, 264, ANY)
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,14 @@ CONFIGS = (
     # 4 warps, 13.8 whole. Programs that share a window fetch its tokens before the wait; without that, 13.8, 13.7 and 13.9.
     Config("fold", _WIDE, _ALL, ANY, ahead=16, num_warps=8, slice=256, programs=264, most_items=66),
     # Few windows: each is a chain of 128 tokens, so many loads ahead and 2 channels per thread. 64 windows, 8 warps with 8, 12
-    # and 16 tokens ahead: 18.1, 17.0 and 15.6 us; 4 warps with 8, 16 and 32: 20.3, 17.6 and 29.9 (which spills).
-    Config("fold", _WIDE, _ALL, ANY, ahead=16, num_warps=8, programs=264, most_items=264),
+    # and 16 tokens ahead: 18.1, 17.0 and 15.6 us; 4 warps with 8, 16 and 32: 20.3, 17.6 and 29.9 (which spills). 128 windows,
+    # a prompt of 16k: 14.7 us; half windows with 4 and 8 warps 16.5 and 20.4.
+    Config("fold", _WIDE, _ALL, ANY, ahead=16, num_warps=8, programs=264, most_items=132),
+    # That many may be 64 long windows and as many that get a token or two, which must find programs beside the long ones: 8k
+    # tokens beside 64 sequences that decode 4 each take 12.4 us (11.4 without these), and 13.5 by the row above.
+    Config("fold", _WIDE, _ALL, ANY, ahead=16, num_warps=4, slice=256, programs=264, most_items=200),
+    # Two windows to a multiprocessor, so two programs: a prompt of 32k in 22.9 us, and with all registers for one in 27.0.
+    Config("fold", _WIDE, _ALL, ANY, ahead=8, num_warps=8, registers=128, programs=264, most_items=264),
     # Many windows are as fast as their instructions. 1 and 8 prompts of 64k: 38.9 and 263 us; windows one by one 39.8 and 285;
     # 3 programs to a multiprocessor with 8 tokens ahead 47.9 and 277; 5 with 96 registers 42.0 and 268.
     Config("fold", _WIDE, _ALL, ANY, ahead=4, num_warps=4, registers=128, programs=528, together=2, spills=48),

@@ -95,7 +95,10 @@ def load_stretch(
 def load_tokens_ahead(
     ats, kv_stride, ape, j0, W: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr
 ):  # fmt: skip
-    """As `load_stretch`, of tokens that are all there: without masks, which were half of a long prompt's instructions."""
+    """As `load_stretch`, of tokens that are all there: without masks, which were half of a long prompt's instructions.
+
+    Past the L1 cache, which is better used for rows of ape: 37.6 instead of 38.2 us for a prompt of 64k tokens.
+    """
     biases = ()
     ks = ()
     ss = ()
@@ -106,8 +109,8 @@ def load_tokens_ahead(
         biases = biases + (bias,)
         new_ats = ()
         for w in tl.static_range(W):
-            ks = ks + (tl.load(ats[w]),)
-            ss = ss + (tl.load(ats[w] + HEAD_DIM),)
+            ks = ks + (tl.load(ats[w], cache_modifier=".cg"),)
+            ss = ss + (tl.load(ats[w] + HEAD_DIM, cache_modifier=".cg"),)
             new_ats = new_ats + (ats[w] + kv_stride,)
         ats = new_ats
     return biases, ks, ss
@@ -119,6 +122,11 @@ def fold_stretches(
     W: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """Folds `stretches` (not 0) of AHEAD tokens from place `lo` on, in W windows side by side: a row of ape is loaded once."""
+    # 1, which the compiler may know of short stretches only. Prompts of 8k, 16k and 64k: 11.4, 14.7 and 40.0 us where it knows
+    # of none, 11.7, 15.7 and 38.2 where it knows of all.
+    once = 1
+    if AHEAD >= 16:
+        once = (kv_stride >= 0).to(tl.int32)
     ats = ()
     for w in tl.static_range(W):
         ats = ats + (lives[w] + lo.to(tl.int64) * kv_stride,)
@@ -131,20 +139,22 @@ def fold_stretches(
         for w in tl.static_range(W):
             next_ats = next_ats + (ats[w] + ahead.to(tl.int64) * kv_stride,)
         next_biases, next_ks, next_ss = load_tokens_ahead(next_ats, kv_stride, ape, lo + ahead, W, AHEAD, HEAD_DIM, SLICE)
-        for i in tl.static_range(AHEAD):
-            new_ms = ()
-            new_ls = ()
-            new_as = ()
-            for w in tl.static_range(W):
-                m, l, a = fold_step(
-                    ms[w], ls[w], as_[w], ks[i * W + w].to(tl.float32), ss[i * W + w].to(tl.float32) + biases[i]
-                )
-                new_ms = new_ms + (m,)
-                new_ls = new_ls + (l,)
-                new_as = new_as + (a,)
-            ms = new_ms
-            ls = new_ls
-            as_ = new_as
+        # One turn, behind which the compiler cannot move the loads above, as it else does when registers are short.
+        for _ in range(0, once):
+            for i in tl.static_range(AHEAD):
+                new_ms = ()
+                new_ls = ()
+                new_as = ()
+                for w in tl.static_range(W):
+                    m, l, a = fold_step(
+                        ms[w], ls[w], as_[w], ks[i * W + w].to(tl.float32), ss[i * W + w].to(tl.float32) + biases[i]
+                    )
+                    new_ms = new_ms + (m,)
+                    new_ls = new_ls + (l,)
+                    new_as = new_as + (a,)
+                ms = new_ms
+                ls = new_ls
+                as_ = new_as
         biases = next_biases
         ks = next_ks
         ss = next_ss
