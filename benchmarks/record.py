@@ -53,7 +53,7 @@ STAGES = (
     _bench("sanitizer", 500, "--timeout", "490", script="sanitize"),
     # An illegal access spoils a process for all tests behind it, and this file provokes what would be one.
     _bench("suite-fuzz", 180, "--", "-m", "gpu", "tests/test_fuzz.py", script="suite"),
-    # Cut off after 525 s, ten tests before its end, where every kernel had to be compiled first.
+    # 600 s where every kernel has to be compiled first.
     _bench("suite", 700, "--", "-n", "12", "--dist", "worksteal", "--ignore", "tests/test_fuzz.py", script="suite"),
     _bench("prefill-scaling", 120, "--parts", "scaling"),
     _bench("representations", 60),

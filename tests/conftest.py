@@ -34,7 +34,12 @@ BACKENDS = {
 }
 
 
+# Which compile for minutes: begun last, they would run alone for as long.
+LONGEST = ("test_recorded_before_anything_ran", "test_every_row_compiles", "test_sample_compiles")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.name.startswith(LONGEST))  # stable, the same in every worker
     if torch.cuda.is_available():
         return
     for item in items:

@@ -271,6 +271,7 @@ MOST = (
     "fold hd512 R128 fp8_block128 ahead4 warps4",
     "rows hd512 R4 overlap bf16 ahead8 warps4 n8",
     _PAIR.format("ahead8 warps4 n8", "indexer_mxfp4_sglang snapshots"),
+    "rows hd512 R4 overlap fp32 ahead4 warps2 items2376",
     "rows hd512 R4 overlap fp8_block128 ahead4 warps2",
     _PAIR.format("ahead4 warps2", "indexer_fp8_vllm"),
     "window hd128 R128 rows ahead4 warps4 n8 page1",

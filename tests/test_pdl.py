@@ -25,7 +25,9 @@ def run(backend: Backend, rounds: int, pdl: bool | None, seed: int = 0) -> list[
 
 def test_the_order_of_the_layers_changes_nothing(backend: Backend) -> None:
     """Each layer doing several steps, as here, or each step doing all layers, as an engine does."""
-    rounds = script(1 if backend.slow else 20, 5)
+    if backend.slow:
+        pytest.skip("the interpreter runs one launch after the other, and takes 40 s for a round; the torch backend does 20")
+    rounds = script(20, 5)
     one, other = Chain(backend), Chain(backend)
     for steps in rounds:
         one.load(steps)

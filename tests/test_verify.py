@@ -49,14 +49,24 @@ def test_every_row_of_the_table_has_a_shape() -> None:
         representative(Config("fold", (16, 16), (3, 3), 1, ahead=1, num_warps=1))
 
 
-@pytest.mark.parametrize("only", ["0: fold", "14: rows", "21: window", "store hd 512", "format: fp8_ds_mla hd", "indexer"])
+@pytest.mark.parametrize(
+    "only",
+    [
+        "0: fold",
+        "rows hd 16-128, 1-8 rows",
+        "window hd 16-128, 1-16 rows, new <= any",
+        "store hd 512",
+        "format: fp8_ds_mla hd",
+        "indexer",
+    ],
+)
 def test_what_is_right_passes(only: str) -> None:
     for result in run(only):
         assert result.passed, result
         assert "e-0" in result.figure or "equal" in result.figure
 
 
-@pytest.mark.parametrize("only", ["14: rows", "20: window", "store hd 16"])
+@pytest.mark.parametrize("only", ["rows hd 16-128, 1-8 rows", "window hd 16-128, 1-16 rows, new <= 8", "store hd 16"])
 def test_the_kernels_pass(only: str) -> None:
     """Triton's interpreter, or a GPU."""
     assert all(result.passed for result in run(only, backend="triton", device=DEVICE))

@@ -165,7 +165,8 @@ def _all(
                 for fmt in (None,) if None in fitting else fitting:
                     if config.kind != "window" and config.most_items == ANY:
                         yield Combination(config.kind, spec, fmt, config, snapshots=True, dtype=dtype)
-                if (config.kind, spec) == ("rows", V4_CSA) and V4_INDEXER in specs:
+                # A pair takes the row for many windows too (`launch.compress_pair_triton`).
+                if (config.kind, spec, config.most_items) == ("rows", V4_CSA, ANY) and V4_INDEXER in specs:
                     yield from _pairs(config, formats, dtype)
 
 

@@ -13,8 +13,8 @@ SPILLS_TRITON = "3.6"  # that rows were measured with; another may spill more, w
 # summed with every LANES-th one behind it before the lanes are; and rows of a lane that are taken with one maximum.
 LANES, ROWS_OF_A_LANE = 8, 8
 # Numbers of windows up to which a call is told from one of more: half a window, one and two to each of the 132 multiprocessors
-# of an H200; and what 8k tokens beside 64 sequences that decode may come to.
-ITEM_BOUNDS = (66, 132, 200, 264, ANY)
+# of an H200; what 8k tokens beside 64 sequences that decode may come to at ratio 128; and two to each program at ratio 4.
+ITEM_BOUNDS = (66, 132, 200, 264, 2376, ANY)
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,9 @@ CONFIGS = (
     # 4 against 8 warps, main and indexer in one launch: one token 2.83/3.75/5.32 against 3.09/3.88/8.56 us, four tokens
     # 3.47/4.16/6.54 against 3.58/4.68/9.11; without the bound on registers 512 programs did not fit at once.
     Config("rows", _WIDE, (1, 8), 8, ahead=8, num_warps=4, registers=128, spills=48, pair_spills=48),
+    # 9 programs to a multiprocessor, so that 8k tokens are two windows to each, beside 64 sequences that decode 4 too:
+    # 15.5 and 17.6 us; 8 programs 16.1 and 22.0, 10 with 96 registers 17.8 and 19.4.
+    Config("rows", _WIDE, _ALL, ANY, ahead=4, num_warps=2, registers=112, programs=1188, most_items=2376, spills=252),
     # 1 and 8 prompts of 64k: 87.6 and 676 us; all 8 rows ahead, with 168 registers, 94.7 and 695; 96 registers 91.0 and 703;
     # one warp, of 16 channels per thread, 115 and 824; 4 warps, which all decode the item and finish the entry, 105 and 804.
     # A program for each window 90.8 and 696, with all 8 rows ahead 104 and 779; 2112 programs 86.8 and 701.

@@ -54,8 +54,10 @@ def load_window(
             there = there & (j < WINDOW_ROWS)
         if SOURCE == "live":
             there = spread(there, HEAD_DIM)
-            k = tl.load(at + half, mask=there, other=-0.0).to(tl.float32)
-            s = tl.load(at + half + CHANNELS, mask=there, other=float("-inf")).to(tl.float32)
+            # Past the L1 cache, which rows of ape then have to themselves: 8 prompts of 64k in 636 instead of 668 us. The mask
+            # hides nothing but window 0, but without it the compiler moves each load to its use: 143 instead of 87 us for 64k.
+            k = tl.load(at + half, mask=there, other=-0.0, cache_modifier=".cg").to(tl.float32)
+            s = tl.load(at + half + CHANNELS, mask=there, other=float("-inf"), cache_modifier=".cg").to(tl.float32)
         else:
             if SOURCE == "home" and HISTORY % RATIO == 0:
                 kept = tl.where(j < RATIO * OVERLAP, rows_before, this_rows) + j * (2 * CHANNELS)
