@@ -48,7 +48,7 @@ def sample() -> list[tuple[Combination, str]]:
         # Three kernels and eight targets have no common factor, so each kernel comes to meet each target.
         kind = ("fold", "rows", "store")[i % 3]
         fitting = [c for c in every if c.kind == kind and c.fmt is not None and c.fmt.name == name]
-        fitting = [c for c in fitting if kind != "fold" or not c.config.slice]
+        fitting = [c for c in fitting if kind != "fold" or c.config.ahead < 16]  # which take as long; test_configs.py has them
         chosen.append((fitting[i % len(fitting)], targets[i % len(targets)]))
     return chosen
 

@@ -101,6 +101,8 @@ def arguments(engine: Engine, rows: Tensor) -> tuple:
 @pytest.mark.parametrize("name", PAIRS)
 def test_prefill_decode_absent_and_rejected(backend: Backend, name: str) -> None:
     """Sequences that start at different times, in steps of any size, with absent ones beside them and drafts rejected."""
+    if backend.slow and name in ("fp32", "bf16"):
+        pytest.skip("the interpreter does the pair with dtypes of both, and the one of ratio 128")
     two, rng = Two(backend, name), random.Random(3)
     ratio = two.ratio
     length = (2 if ratio == 128 else 8) * ratio + 3
@@ -160,8 +162,8 @@ def test_without_a_cache(backend: Backend, without: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("name", PAIRS)
 def test_refused_as_often_as_by_two_calls(backend: Backend, name: str) -> None:
     """Each compressor counts what it refuses, so a sequence without its state is counted twice; the others go on."""
-    if backend.slow and name == "128":
-        pytest.skip("the interpreter does it for ratio 4")
+    if backend.slow and name != "mixed":
+        pytest.skip("the interpreter does the pair with dtypes of both")
     two = Two(backend, name)
     n = two.ratio + 1
     new = two.tokens(3 * n, seed=7)

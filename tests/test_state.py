@@ -84,7 +84,7 @@ def test_histories(backend: Backend, name: str) -> None:
     weights = Weights.make(spec)
 
     @settings(
-        max_examples=5 if backend.slow else 40,
+        max_examples=3 if backend.slow else 40,
         derandomize=True,
         deadline=None,
         database=None,

@@ -113,7 +113,7 @@ def test_every_accepted_count(
     whole = Whole(spec, backend, make_tokens(spec, end, seed=52, dtype=dtype), state_dtype)
     wrong = make_tokens(spec, end + 8, seed=53, dtype=dtype)
     ways = [(start, n, k) for n in range(1, 9) for k in range(n + 1) for start in phases(spec, 5)]
-    ways = ways[:: 11 if backend.slow else 2]
+    ways = ways[:: 21 if backend.slow else 2]
     engine = whole.engine(num_sequences=len(ways), page_size=page_size)
     for i, (start, _, _) in enumerate(ways):  # what the step can need, and no page for anything before it
         engine.put(i, whole.tokens[:start])
@@ -266,7 +266,7 @@ SINGLE: dict[tuple, Decode] = {}  # one token at a time, which several cases com
 @pytest.mark.parametrize("batch, ratio, head_dim, next_n", PUBLIC)
 def test_the_public_cases(backend: Backend, batch: int, ratio: int, head_dim: int, next_n: int) -> None:
     """In steps of next_n tokens, and one token at a time: the same bits."""
-    if backend.slow and ratio == 128 and next_n in (3, 5, 6, 7):
+    if backend.slow and ratio == 128 and (batch == 2 or next_n in (3, 4, 5, 6, 7)):
         pytest.skip("the interpreter does some of these")
     case = (backend, batch, ratio, head_dim)
     single = SINGLE[case] = SINGLE.get(case) or Decode(*case, 1)
