@@ -41,12 +41,20 @@ def rotate(y, cos, sin, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr):
 
 
 @triton.jit
+def _add_both(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
 def hadamard(y, HEAD_DIM: tl.constexpr, LOG2: tl.constexpr):
     """Sylvester order, all channels, divided by sqrt(HEAD_DIM) at the end."""
-    # Every round handles the lowest bit of the channel index and moves it to the top; LOG2 rounds bring all bits home.
-    for _ in tl.static_range(LOG2):
-        even, odd = tl.split(tl.reshape(y, (HEAD_DIM // 2, 2)))
-        y = tl.reshape(tl.trans(tl.join(even + odd, even - odd)), (HEAD_DIM,))
+    # By reductions of two elements each, which are shuffles inside a warp: to move every bit of the channel index into a thread
+    # in turn went through shared memory LOG2 times.
+    second = tl.arange(0, 2)[None, :, None] == 1
+    for i in tl.static_range(LOG2):
+        pairs = tl.reshape(y, (HEAD_DIM >> (i + 1), 2, 1 << i))
+        plus, minus = tl.reduce((pairs, tl.where(second, -pairs, pairs)), 1, _add_both, keep_dims=True)
+        y = tl.reshape(tl.where(second, minus, plus), (HEAD_DIM,))
     return y * (HEAD_DIM**-0.5)
 
 
@@ -60,6 +68,13 @@ def aim_entry(
     Returns its cache slot (-1: none), norm weight, cosines and sines. What the slot says is judged behind the wait
     (`judge_slot`): looking at it here would make the wait wait.
     """
+    weight, cos, sin = load_finish(position, norm_weight, rope, max_position, pages, HEAD_DIM, ROPE_DIM)
+    return aim_slot(entry, entry_slots, entry_capacity), weight, cos, sin
+
+
+@triton.jit
+def load_finish(position, norm_weight, rope, max_position, pages, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr):
+    """Norm weight, cosines and sines of an entry; of no meaning where there is no cache."""
     c = tl.arange(0, HEAD_DIM)
     weight = tl.zeros((HEAD_DIM,), tl.float32)
     cos = tl.zeros((HEAD_DIM // 2,), tl.float32)
@@ -68,12 +83,18 @@ def aim_entry(
         weight = tl.load(norm_weight + c).to(tl.float32)
         if ROPE_DIM > 0:
             cos, sin = load_rotation(rope, position, max_position, HEAD_DIM, ROPE_DIM)
+    return weight, cos, sin
+
+
+@triton.jit
+def aim_slot(entry, entry_slots, entry_capacity):
+    """The cache slot of entry `entry` of the plan; -1 where there is none."""
     inside = (entry >= 0) & (entry < entry_capacity)
     if entry_slots is not None:
         slot = tl.load(entry_slots + entry, mask=inside, other=-1, cache_modifier=".cg")  # as `pdl.load_plan`
     else:
         slot = tl.where(inside, entry, -1).to(tl.int64)
-    return slot, weight, cos, sin
+    return slot
 
 
 @triton.jit
@@ -104,12 +125,12 @@ def emit(
     if rows is not None:
         at = entry.to(tl.int64) * HEAD_DIM + tl.arange(0, HEAD_DIM)
         if rows.dtype.element_ty == tl.bfloat16:
-            tl.store(rows.to(tl.pointer_type(tl.int16)) + at, bf16_bits(y))
+            tl.store(rows.to(tl.pointer_type(tl.int16)) + at, bf16_bits(y, HARDWARE))
         else:
             tl.store(rows + at, y)
     if pages is not None:
         if ROUND_ROWS:
-            y = bf16_value(bf16_bits(y))
+            y = bf16_value(bf16_bits(y, HARDWARE))
         y = rms_norm(y, weight, EPS, HEAD_DIM, LOG2)
         if ROPE_DIM > 0:
             y = rotate(y, cos, sin, HEAD_DIM, ROPE_DIM)

@@ -23,6 +23,14 @@ def fold_step(m, l, a, k, s):
 
 
 @triton.jit
+def widen(x):
+    """fp32 of bf16 or fp32. By integers, as the compiler then takes each of the two in a register with one instruction."""
+    if x.dtype == tl.bfloat16:
+        x = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit
 def empty_fold(HEAD_DIM: tl.constexpr):
     # The lowest finite number and not -inf: a score of -inf then needs no guard against -inf - -inf.
     m = tl.full((HEAD_DIM,), LOWEST, tl.float32)

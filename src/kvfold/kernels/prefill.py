@@ -1,8 +1,7 @@
-"""A long step over `FoldState`: programs that fit the device, each of which takes work items in turn.
+"""A long step over fold rows of a `FoldState`: programs that fit the device, each of which takes work items in turn.
 
-Fold rows are folded token by token, so a window is as long as the instructions per token: no masks, the next stretch on its
-way, and two windows side by side, which share the rows of ape. Where windows are few, several programs share one. A window of
-input rows is short, and all its warps decode the item and finish the entry, so fewer warps are faster.
+They are folded token by token, so a window is as long as the instructions per token: no masks, the next stretch on its way, and
+two windows side by side, which share the rows of ape. Where windows are few, several programs share one.
 """
 
 import triton
@@ -12,10 +11,9 @@ from .epilogue import aim_entry, emit, judge_slot
 from .fold import empty_fold, fold_step, spread
 from .pdl import load_plan, wait_for_inputs
 from .prefetch import prefetch_item
-from .rows import keep_each, load_biases, pool_window
 from .slices import draw_ticket, is_last, leave_slice, take_slices
 from .slots import check_tags, keep_fold, load_tags, place_row, retire_rows
-from .snapshot import next_page_end, snapshot_fold, snapshot_rows
+from .snapshot import next_page_end, snapshot_fold
 
 
 @triton.jit
@@ -323,75 +321,3 @@ def prefill_fold(
         item = load_item(items, index, index < total)
         if TOGETHER == 2:
             item_1 = load_item(items, index + programs, index + programs < total)
-
-
-@triton.jit
-def prefill_rows(
-    pid, programs, items, num_items, entry_slots, entry_capacity, errors, snap_table, snap_width, snap_page_size,
-    kv_score, kv_stride, num_tokens, ape, state_rows, state_tags, num_slots, ring, snap_rows, snap_tags, num_snaps,
-    rows, norm_weight, rope, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots, cache_scale,
-    PDL: tl.constexpr, HARDWARE: tl.constexpr, RATIO: tl.constexpr, OVERLAP: tl.constexpr, HISTORY: tl.constexpr,
-    AHEAD: tl.constexpr,
-    HEAD_DIM: tl.constexpr, LOG2: tl.constexpr, ROPE_DIM: tl.constexpr, EPS: tl.constexpr, HADAMARD: tl.constexpr,
-    ROUND_ROWS: tl.constexpr, ELEMENT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, FLOOR: tl.constexpr,
-    FLOOR_ON_SCALE: tl.constexpr, DIVIDE: tl.constexpr, ROTATED_BF16: tl.constexpr, PAD: tl.constexpr,
-    ROUND_VALUES: tl.constexpr, TIES_TO_ZERO: tl.constexpr, ROW_BYTES: tl.constexpr, TAIL_BYTES: tl.constexpr,
-):  # fmt: skip
-    """Program `pid` of `programs` over input rows."""
-    CHANNELS: tl.constexpr = HEAD_DIM * (1 + OVERLAP)
-    WINDOW_ROWS: tl.constexpr = RATIO * (1 + OVERLAP)
-    SAME: tl.constexpr = state_rows.dtype.element_ty == kv_score.dtype.element_ty
-    total = load_plan(num_items)
-    biases = ()
-    if AHEAD >= WINDOW_ROWS:
-        biases = load_biases(ape, 0, total > 0, RATIO, OVERLAP, AHEAD, HEAD_DIM)
-    wait_for_inputs(PDL)
-    for index in range(pid, total, programs):
-        window, start, end, token, slot, entry, sequence = load_item(items, index, index < total)
-        first = window == start // RATIO
-        held = (slot < num_slots) & (token + end - start <= num_tokens)
-        tags = state_tags + slot * (ring + HISTORY)
-        state = state_rows + slot * (ring + HISTORY) * (2 * CHANNELS)
-        live = kv_score + (token - start).to(tl.int64) * kv_stride
-        h0 = tl.maximum(start // RATIO - OVERLAP, 0) * RATIO
-        if held & (h0 < start):
-            x, wanted, home, spare = load_tags(tags, h0, start, ring, HISTORY)
-            held, _moved = check_tags(x, wanted, home, spare)
-        if first & (held == 0):
-            tl.atomic_add(errors, 1)
-        if held:
-            if entry >= 0:
-                if (window - OVERLAP) * RATIO < start:
-                    y = pool_window(
-                        live, kv_stride, ape, biases, state, tags, window, start, ring, "find", SAME,
-                        RATIO, OVERLAP, HISTORY, AHEAD, HEAD_DIM,
-                    )  # fmt: skip
-                else:
-                    y = pool_window(
-                        live, kv_stride, ape, biases, state, tags, window, start, ring, "live", SAME,
-                        RATIO, OVERLAP, HISTORY, AHEAD, HEAD_DIM,
-                    )  # fmt: skip
-                aim = aim_entry(
-                    entry, window * RATIO, entry_slots, entry_capacity, norm_weight, rope, max_position, pages,
-                    HEAD_DIM, ROPE_DIM,
-                )  # fmt: skip
-                deliver_entry(
-                    y, entry, window * RATIO, aim, None, 0, None, None, entry_capacity, errors,
-                    rows, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots, cache_scale,
-                    HARDWARE, HEAD_DIM, HEAD_DIM, LOG2, ROPE_DIM, EPS, HADAMARD, ROUND_ROWS, ELEMENT, GROUP, SCALE, FLOOR,
-                    FLOOR_ON_SCALE, DIVIDE, ROTATED_BF16, PAD, ROUND_VALUES, TIES_TO_ZERO, ROW_BYTES, TAIL_BYTES,
-                )  # fmt: skip
-            begin = tl.maximum(start, window * RATIO)
-            stop = tl.minimum(end, window * RATIO + RATIO)
-            oldest = tl.maximum(begin, end - ring)
-            if oldest < stop:
-                # All that a window of ratio 4 has: its program is the last one of a prompt. With snapshots, 4 would spill.
-                KEPT: tl.constexpr = 4 if snap_rows is None else 2
-                keep_each(live, kv_stride, state, tags, oldest, h0, start, stop, end, ring, HISTORY, CHANNELS, KEPT)
-            if snap_rows is not None:
-                table = snap_table + sequence.to(tl.int64) * snap_width
-                snap = (table, snap_width, snap_page_size, snap_rows, snap_tags, num_snaps, errors)
-                snapshot_rows(live, kv_stride, window, begin, stop, snap, RATIO, CHANNELS)
-            if first:
-                x, wanted, home, spare = load_tags(tags, h0, start, ring, HISTORY)
-                retire_rows(tags, x, wanted, home, spare, h0, start, end, ring, HISTORY)

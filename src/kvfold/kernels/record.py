@@ -1,7 +1,7 @@
 """From the finished row to the stored record: scales, element encodings, bytes. The layout is `records.RecordFormat`.
 
 Everything is rounded by IEEE operations and integer arithmetic, so that the bytes are the same on every GPU and under the
-interpreter. Only e4m3 also has a target's own conversion (HARDWARE, sm_89 and newer), which gives the same bytes.
+interpreter. bf16 and e4m3 also have a target's own conversion (HARDWARE, sm_89 and newer), which gives the same bytes.
 """
 
 import triton
@@ -9,10 +9,13 @@ import triton.language as tl
 
 
 @triton.jit
-def bf16_bits(x):
+def bf16_bits(x, HARDWARE: tl.constexpr = False):
     """bf16 of fp32, nearest even, as int16. NaN becomes 0x7FC0. (Triton's interpreter truncates in its own cast.)"""
-    bits = x.to(tl.int32, bitcast=True)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    if HARDWARE:
+        rounded = x.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return tl.where(x == x, rounded, 0x7FC0).to(tl.int16)
 
 
@@ -117,11 +120,11 @@ def store_record(
     if ELEMENT == "fp32":
         tl.store(record.to(tl.pointer_type(tl.float32)) + c, y)
     elif ELEMENT == "bf16":
-        tl.store(record.to(tl.pointer_type(tl.int16)) + c, bf16_bits(y))
+        tl.store(record.to(tl.pointer_type(tl.int16)) + c, bf16_bits(y, HARDWARE))
     else:
         MAX: tl.constexpr = 448.0 if ELEMENT == "e4m3" else 6.0
         QUANTIZED: tl.constexpr = HEAD_DIM - (ROPE_DIM if ROTATED_BF16 else 0)
-        rounded = bf16_bits(y)
+        rounded = bf16_bits(y, HARDWARE)
         v = y
         if ROUND_VALUES:
             v = bf16_value(rounded)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .fold import empty_fold, fold_step, spread
+from .fold import empty_fold, fold_step, spread, widen
 from .slots import place_row
 
 
@@ -56,8 +56,8 @@ def load_window(
             there = spread(there, HEAD_DIM)
             # Past the L1 cache, which rows of ape then have to themselves: 8 prompts of 64k in 636 instead of 668 us. The mask
             # is true up to the last row, but without it the compiler moves each load to its use: 64k in 143 instead of 87 us.
-            k = tl.load(at + half, mask=there, other=-0.0, cache_modifier=".cg").to(tl.float32)
-            s = tl.load(at + half + CHANNELS, mask=there, other=float("-inf"), cache_modifier=".cg").to(tl.float32)
+            k = widen(tl.load(at + half, mask=there, other=-0.0, cache_modifier=".cg"))
+            s = widen(tl.load(at + half + CHANNELS, mask=there, other=float("-inf"), cache_modifier=".cg"))
         else:
             if SOURCE == "home" and HISTORY % RATIO == 0:
                 kept = tl.where(j < RATIO * OVERLAP, rows_before, this_rows) + j * (2 * CHANNELS)
@@ -94,7 +94,7 @@ def fold_part(
 ):  # fmt: skip
     """Folds rows `[j0, j0 + AHEAD)` of a window."""
     own = biases
-    if AHEAD < RATIO * (1 + OVERLAP):
+    if biases is None:
         own = load_biases(ape, j0, window >= 0, RATIO, OVERLAP, AHEAD, HEAD_DIM)
     ks, ss = load_window(
         live, kv_stride, state, tags, window, start, ring, j0, SOURCE, SAME, RATIO, OVERLAP, HISTORY, AHEAD, HEAD_DIM
@@ -109,7 +109,7 @@ def pool_window(
     live, kv_stride, ape, biases, state, tags, window, start, ring, SOURCE: tl.constexpr, SAME: tl.constexpr,
     RATIO: tl.constexpr, OVERLAP: tl.constexpr, HISTORY: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """The pooled row of a window. `biases` are those of its rows, where it has no more than AHEAD."""
+    """The pooled row of a window. `biases`: those of its rows, where it has no more than AHEAD; None: not loaded yet."""
     m, l, a = empty_fold(HEAD_DIM)
     ROWS: tl.constexpr = RATIO * (1 + OVERLAP)
     if ROWS <= 2 * AHEAD:

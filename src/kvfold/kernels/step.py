@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 from .decode import count_overflow, decode_item
-from .prefill import prefill_fold, prefill_rows
+from .prefill import prefill_fold
+from .prefill_rows import prefill_rows
 
 
 @triton.jit
