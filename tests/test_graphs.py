@@ -235,6 +235,9 @@ BAD = {
     "norm_weight_dtypes": {"norm_weight_dtypes": (torch.float64,)},
     "rows": {"rows": (torch.float16,)},
     "page_sizes": {"page_sizes": (0,)},
+    "workers": {"workers": 0},
+    "workers: too many": {"workers": 257},
+    "workers as a switch": {"workers": True},
     "many": {"many": [(MAIN, INDEXER)]},
     "many: a format": {"many": [((MAIN, "fp8_ds_mla"), (INDEXER, "fp8_ds_mla"))]},
     "many: ratios": {"many": [((MAIN, "fp8_ds_mla"), (NARROW, "bf16"))]},
@@ -252,7 +255,7 @@ def test_warmup_names_what_is_wrong(what: str) -> None:
 def test_the_keys_are_those_of_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU: what `warmup` would prepare holds every key that the interpreter's launches of a chain ask for."""
     prepared, asked = set(), set()
-    monkeypatch.setattr(dispatch, "prepare", lambda key, device, pdl: prepared.add(key) or 1)
+    monkeypatch.setattr(dispatch, "prepare", lambda keys, device, dependent, workers: prepared.update(keys) or 1)
     # Its module has the name of the function, which hides it.
     monkeypatch.setattr(sys.modules["kvfold.warmup"], "_gpu", lambda device, interpreted: torch.device("cuda", 0))
     monkeypatch.setattr(dispatch, "supports_pdl", lambda device: True)
