@@ -122,7 +122,8 @@ GOOD: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
                           "state": "fold", "page_size": 4}),
     "warmup": (kvfold.warmup, {"specs": [PLAIN], "formats": ["mxfp4"], "dtypes": (torch.bfloat16,), "max_new_tokens": (1,),
                                "states": ("fold",), "state_dtypes": (torch.float32,), "norm_weight_dtypes": (torch.float32,),
-                               "rows": (None,), "page_sizes": (4,), "many": (), "snapshots": (False,), "pdl": None}),
+                               "rows": (None,), "page_sizes": (4,), "many": (), "snapshots": (False,), "pdl": None,
+                               "workers": None}),
 }  # fmt: skip
 
 

@@ -4,32 +4,40 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import product
+from typing import NamedTuple
 
 import pytest
 import torch
-from chain_support import AHEAD, BATCH, INDEXER, LAYERS, MAIN, MOST, NARROW, WIDE, Chain, same, script
+from chain_support import AHEAD, BATCH, INDEXER, LAYERS, MAIN, MOST, NARROW, PAGE, WIDE, Chain, same, script
 from conftest import BACKENDS
-from helpers import Weights, make_tokens
 
 import kvfold
 from kvfold import CompressorSpec, StepPlan
 from kvfold.kernels import dispatch, launch
 from kvfold.kernels.configs import UnsupportedError
+from kvfold.kernels.plan import update_on_gpu
 
 GPU = BACKENDS["cuda"]
 
 
 def warm_the_chain() -> int:
-    """For all that `Chain` calls."""
-    options = {"max_new_tokens": (MOST,), "states": ("fold", "window"), "rows": (None, torch.float32)}
+    """For all that `Chain` calls, and for little else, as whoever warms it compiles all of it."""
     count = 0
-    for layers in LAYERS.values():
-        for _, some in layers:
+    for (_, kind), layers in LAYERS.items():
+        options = {"max_new_tokens": (MOST,), "states": (kind,), "page_sizes": (PAGE,)}
+        for how, some in layers:
+            if how == "many":
+                count += kvfold.warmup([], [], max_new_tokens=(MOST,), many=[tuple(some)])
+                continue
             for spec, fmt in some:
-                count += kvfold.warmup([spec], [fmt, None], **options)
-    pairs = [tuple(some) for layers in LAYERS.values() for how, some in layers if how == "many"]
-    return count + kvfold.warmup([], [], max_new_tokens=(MOST,), many=pairs)
+                if how == "compress":
+                    count += kvfold.warmup([spec], [fmt], **options)
+                else:
+                    count += kvfold.warmup([spec], [None], rows=(torch.float32,), **options)
+                    count += kvfold.warmup([spec], [fmt], rows=(torch.float32,), states=())  # `store` alone
+    return count
 
 
 @pytest.mark.gpu
@@ -109,90 +117,126 @@ def test_the_plan_outside_of_the_graph() -> None:
     same(chain.contents(), eager.contents())
 
 
-class Workload:
-    """Random calls of everything: batch sizes, lengths, strides and alignments of all tensors, plan sizes, pages."""
+class Warmed(NamedTuple):
+    """What a run of `Workload` is warmed for, and draws from: few kernels each, and together all that calls differ in."""
 
-    def __init__(self, seed: int, spec: CompressorSpec, fmt: str) -> None:
-        self.rng, self.spec, self.fmt, self.device = random.Random(seed), spec, fmt, GPU.device
-        self.weights = Weights.make(spec)
+    spec: CompressorSpec
+    kind: str
+    formats: tuple[str | None, ...]
+    rows: tuple[torch.dtype | None, ...]
+    pages: tuple[int, ...] | None = None  # of a WindowState
+    pdl: bool | None = None
+    bounds: tuple[int, ...] = (1, 4, 8, 200)
+
+    def warm(self) -> int:
+        return kvfold.warmup(
+            [self.spec], self.formats,
+            max_new_tokens=self.bounds, states=(self.kind,), rows=self.rows, page_sizes=self.pages, pdl=self.pdl,
+        )  # fmt: skip
+
+
+FP32, SEEDS = torch.float32, 300
+WARMED = {
+    "wide fold": Warmed(WIDE, "fold", ("fp8_ds_mla",), (None,)),
+    "wide window": Warmed(WIDE, "window", (None,), (FP32,), (128, 256, 5, 48)),
+    "main fold": Warmed(MAIN, "fold", ("fp8_ds_mla",), (None, FP32)),
+    "main window": Warmed(MAIN, "window", ("fp8_ds_mla",), (None,), (4, 8, 5, 48)),
+    "indexer fold": Warmed(INDEXER, "fold", ("indexer_mxfp4", None), (None, FP32), pdl=False),
+    "indexer window": Warmed(INDEXER, "window", ("indexer_mxfp4", None), (FP32,), (4, 8, 48)),
+    "narrow fold": Warmed(NARROW, "fold", ("bf16", None), (None, FP32), pdl=False, bounds=(1, 200)),
+    "narrow window": Warmed(NARROW, "window", ("bf16", None), (None,), (128, 256, 5, 48), pdl=False),
+}
+
+
+class Workload:
+    """Random calls of all that was warmed: batch sizes, lengths, strides and alignments of all tensors, plan sizes, pages."""
+
+    def __init__(self, seed: int, warmed: Warmed, device: torch.device) -> None:
+        self.rng, self.warmed, self.device = random.Random(seed), warmed, device
+        self.aligned = self.rng.random() < 0.5  # drawn one by one, all of them seldom are
 
     def shifted(self, *shape: int, dtype: torch.dtype, fill: int = 0) -> torch.Tensor:
         """A contiguous tensor that may begin at any element of an allocation."""
-        by, n = self.rng.choice((0, 0, 1, 3, 4, 8)), torch.Size(shape).numel()
+        by, n = self.rng.choice((0, 8) if self.aligned else (0, 0, 1, 3, 4, 8)), torch.Size(shape).numel()
         return torch.full((n + by,), fill, dtype=dtype, device=self.device)[by:].view(shape)
 
     def tokens(self, n: int) -> torch.Tensor:
         """`kv_score` as columns of something wider."""
-        left, right = self.rng.choice((0, 8, 16, 24, 1)), self.rng.choice((0, 8, 16, 5))
-        width = 2 * self.spec.channels
-        wide = torch.zeros(n, left + width + right, dtype=torch.bfloat16, device=self.device)
-        wide[:, left : left + width] = make_tokens(self.spec, n, seed=self.rng.randint(0, 99)).to(wide)
+        left = self.rng.choice((0, 16) if self.aligned else (0, 8, 16, 24, 1))
+        right = self.rng.choice((0, 16) if self.aligned else (0, 8, 16, 5))
+        width = 2 * self.warmed.spec.channels
+        wide = torch.empty(n, left + width + right, dtype=torch.bfloat16, device=self.device)
         return wide[:, left : left + width]
 
-    def call(self, states: tuple[str, ...]) -> None:
-        rng, spec = self.rng, self.spec
-        batch, most = rng.choice((1, 2, 3, 17, 40)), rng.choice((1, 3, 4, 200))
-        lengths = [rng.randint(0, most) for _ in range(batch)]
+    def plan(self, lengths: list[int], bound: int, where: dict[str, object], slots: str) -> StepPlan:
+        """`slots`: how it knows where entries go."""
+        ratio, batch = self.warmed.spec.ratio, len(lengths)
         ends = self.shifted(batch + 1, dtype=torch.int32)
         ends.copy_(torch.tensor([0, *lengths]).cumsum(0))
-        page = rng.choice((spec.ratio, 2 * spec.ratio, 5, 48))
-        kind = rng.choice(states)
+        if slots == "slots":
+            where["entry_slots"] = self.shifted(sum(lengths) // ratio + 1, dtype=torch.int64, fill=-1)
+        elif slots == "table":
+            where["cache_block_table"] = self.shifted(batch, -(-bound // ratio), dtype=torch.int32)
+            where["rows_per_page"] = self.rng.choice((1, 64))
+        return StepPlan.build(ratio, self.shifted(batch, dtype=torch.int32), ends, bound, **where)
+
+    def call(self) -> None:
+        rng, (spec, kind, formats, rows_of, pages, _, bounds) = self.rng, self.warmed
+        # Up to as many windows as tell all kernels of the table apart, which long steps have.
+        batch, bound = rng.choice((1, 2, 3, 17, 40, 60, 90, 300)), rng.choice((*bounds, bounds[-1]))
+        lengths = [rng.randint(0, bound) for _ in range(batch)]
         if kind == "fold":
             slots = self.shifted(batch, dtype=torch.int32)
             slots.copy_(torch.randperm(batch))
-            where = {"state_slots": slots}
+            where: dict[str, object] = {"state_slots": slots}
             state = kvfold.FoldState.allocate(spec, batch, rng.choice((1, 4, 9)), device=self.device)
         else:
-            tables = tuple(self.shifted(batch, -(-most // page) + i, dtype=torch.int32) for i in (0, 1))
+            page = rng.choice(pages)
+            tables = tuple(self.shifted(batch, -(-bound // page) + i, dtype=torch.int32) for i in (0, 1))
             where = {"block_tables": tables, "page_size": page}
             state = kvfold.WindowState.allocate(spec, 3, page, device=self.device)
-        entries = rng.choice(("slots", "table"))
-        if entries == "slots":
-            where["entry_slots"] = self.shifted(sum(lengths) // spec.ratio + 1, dtype=torch.int64, fill=-1)
-        else:
-            where["cache_block_table"] = self.shifted(batch, -(-most // spec.ratio), dtype=torch.int32)
-            where["rows_per_page"] = rng.choice((1, 64))
         # One page for all that has one, so what is written does not matter here; only what is compiled does.
-        plan = StepPlan.build(spec.ratio, self.shifted(batch, dtype=torch.int32), ends, bound(most), **where)
-        cache = kvfold.EntryCache.allocate(self.fmt, 4, 64, spec, device=self.device)
-        rows = self.shifted(plan.entry_capacity, spec.head_dim, dtype=torch.float32) if rng.random() < 0.5 else None
-        ape, norm, rope = (
-            self.shifted(*x.shape, dtype=torch.float32).copy_(x)
-            for x in (self.weights.ape, self.weights.norm_weight, self.weights.rope)
+        cached, stored = rng.choice(formats), formats[0]
+        plan = self.plan(lengths, bound, where, rng.choice(("slots", "table") if cached else ("slots", "table", "none")))
+        cache, target = (
+            kvfold.EntryCache.allocate(fmt, 4, 64, spec, device=self.device) if fmt is not None else None
+            for fmt in (cached, stored)
         )
-        for _ in range(2):  # the second as a dependent, where there are such
+        dtype = rng.choice(rows_of)
+        rows = None if dtype is None else self.shifted(plan.entry_capacity, spec.head_dim, dtype=dtype)
+        ape = self.shifted(spec.ratio, spec.channels, dtype=FP32)
+        norm, rope = self.shifted(spec.head_dim, dtype=FP32), self.shifted(512, spec.rope_dim, dtype=FP32)
+        for _ in range(2):  # the second as dependents, where there are such
+            pdl = rng.choice((self.warmed.pdl, False))
             new = self.tokens(sum(lengths))
             kvfold.compress(
-                new, plan, state, cache if rows is None or rng.random() < 0.7 else None,
-                spec=spec, ape=ape, norm_weight=norm, rope=rope, rows=rows, pdl=rng.choice((None, False)),
+                new, plan, state, cache,
+                spec=spec, ape=ape, norm_weight=norm, rope=rope, rows=rows, backend="triton", pdl=pdl,
             )  # fmt: skip
-            if rows is not None:
-                kvfold.store(rows, plan, cache, spec=spec, norm_weight=norm, rope=rope)
-            if kind == "fold":
-                kvfold.compress_many([(new, state, cache, spec, ape, norm, rope)], plan)
-        plan.update(plan.start_pos, ends)
-
-
-def bound(most: int) -> int:
-    """The plan's bound, of those that `warmup` was told."""
-    return next(n for n in (1, 4, 8, 200) if n >= most)
+            if rows is not None and target is not None and plan.entry_slots is not None:
+                kvfold.store(rows, plan, target, spec=spec, norm_weight=norm, rope=rope, backend="triton", pdl=pdl)
+            if kind == "fold" and None in rows_of:
+                kvfold.compress_many([(new, state, cache, spec, ape, norm, rope)], plan, backend="triton", pdl=pdl)
+        plan.update(plan.start_pos, plan.cu_seqlens)
 
 
 @pytest.mark.gpu
-def test_nothing_compiles_after_warmup() -> None:
-    cases = [(WIDE, "fp8_ds_mla"), (MAIN, "fp8_ds_mla"), (INDEXER, "indexer_mxfp4"), (NARROW, "bf16")]
-    states = ("fold", "window")
-    options = {"max_new_tokens": (1, 4, 8, 200), "states": states, "rows": (None, torch.float32)}
-    for spec, fmt in cases:
-        kvfold.warmup([spec], [fmt, None], **options)
-        assert kvfold.warmup([spec], [fmt, None], **options) == 0
-        before = dispatch.compilations
-        for seed in range(40):
-            Workload(seed, spec, fmt).call(states)
-        assert dispatch.compilations == before
-    warm_the_chain()
+@pytest.mark.parametrize("what", WARMED)
+def test_nothing_compiles_after_warmup(what: str) -> None:
+    warmed = WARMED[what]
+    warmed.warm()
+    assert warmed.warm() == 0
     before = dispatch.compilations
-    chain = Chain(GPU)
+    for seed in range(SEEDS):
+        Workload(seed, warmed, GPU.device).call()
+    assert dispatch.compilations == before
+    torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+def test_nothing_compiles_for_a_chain() -> None:
+    warm_the_chain()
+    before, chain = dispatch.compilations, Chain(GPU)
     for steps in script(3, 16):
         chain.load(steps)
         chain.launch()
@@ -235,6 +279,9 @@ BAD = {
     "norm_weight_dtypes": {"norm_weight_dtypes": (torch.float64,)},
     "rows": {"rows": (torch.float16,)},
     "page_sizes": {"page_sizes": (0,)},
+    "workers": {"workers": 0},
+    "workers: too many": {"workers": 257},
+    "workers as a switch": {"workers": True},
     "many": {"many": [(MAIN, INDEXER)]},
     "many: a format": {"many": [((MAIN, "fp8_ds_mla"), (INDEXER, "fp8_ds_mla"))]},
     "many: ratios": {"many": [((MAIN, "fp8_ds_mla"), (NARROW, "bf16"))]},
@@ -249,31 +296,63 @@ def test_warmup_names_what_is_wrong(what: str) -> None:
         kvfold.warmup(arguments.pop("specs"), arguments.pop("formats"), **arguments)
 
 
-def test_the_keys_are_those_of_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU: what `warmup` would prepare holds every key that the interpreter's launches of a chain ask for."""
-    prepared, asked = set(), set()
-    monkeypatch.setattr(dispatch, "prepare", lambda key, device, pdl: prepared.add(key) or 1)
+Calls = set[tuple[tuple, bool, bool]]  # keys, each with whether it is launched as a dependent, and with aligned arguments
+
+
+@pytest.fixture
+def prepared(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """Without a GPU: what `warmup` would compile."""
+    found: Calls = set()
+
+    def prepare(keys: Iterable[tuple], device: torch.device, dependent: Callable[[tuple], bool], workers: int) -> int:
+        before = len(found)
+        found.update((key, *how) for key in keys for how in product((False, True)[: 1 + dependent(key)], (True, False)))
+        return len(found) - before
+
+    monkeypatch.setattr(dispatch, "prepare", prepare)
     # Its module has the name of the function, which hides it.
     monkeypatch.setattr(sys.modules["kvfold.warmup"], "_gpu", lambda device, interpreted: torch.device("cuda", 0))
-    monkeypatch.setattr(dispatch, "supports_pdl", lambda device: True)
-    warm_the_chain()
+    for module in (dispatch, launch):
+        monkeypatch.setattr(module, "supports_pdl", lambda device: True)
+    return found
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """Without a GPU: what calls would launch; they launch nothing. Plans are updated by a kernel, as on a GPU."""
+    found: Calls = set()
 
     def launcher_of(key: tuple, device: torch.device) -> Callable[..., None]:
-        asked.add(key)
-        return lambda *arguments: None
+        return lambda grid, values, bits, pdl=False: found.add((key, pdl, bits & 15 == 0))
 
-    monkeypatch.setattr(launch, "launcher_of", launcher_of)
-    monkeypatch.setattr(dispatch, "launcher_of", launcher_of)
-    backend = BACKENDS["interpreter" if not torch.cuda.is_available() else "cuda"]
-    chain = Chain(backend, pdl=False)
-    chain.launch()
-    if backend.device.type == "cpu":
-        from kvfold.kernels.plan import update_on_gpu
+    def update(plan: StepPlan, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
+        plan.fresh = True
+        update_on_gpu(plan, start_pos, cu_seqlens)
 
-        for plans in chain.plans.values():
-            update_on_gpu(plans[0], plans[0].start_pos, plans[0].cu_seqlens)
-    assert {key[0] for key in asked} == {"step", "pair", "window", "store", "plan"}
+    for module in (dispatch, launch):
+        monkeypatch.setattr(module, "launcher_of", launcher_of)
+    monkeypatch.setattr(StepPlan, "_update", update)
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)  # so that addresses count
+    return found
+
+
+def test_the_keys_are_those_of_launches(prepared: Calls, asked: Calls) -> None:
+    """What `warmup` would prepare holds all that a chain launches."""
+    warm_the_chain()
+    backend = BACKENDS["cuda" if torch.cuda.is_available() else "interpreter"]
+    Chain(backend).launch()
+    assert {key[0] for key, *_ in asked} == {"step", "pair", "window", "store", "plan"}
     assert asked <= prepared
     with pytest.raises(UnsupportedError, match="power of two"):
         kvfold.warmup([CompressorSpec(head_dim=64, ratio=3)], [None], states=("window",))
     assert kvfold.warmup([CompressorSpec(head_dim=64, ratio=3)], [None], states=("fold",)) > 0
+
+
+@pytest.mark.parametrize("what", WARMED)
+def test_workloads_launch_what_was_warmed(what: str, prepared: Calls, asked: Calls) -> None:
+    """And all of it, so that nothing is compiled in vain: but for plans, as this ratio's are not as long as they may be."""
+    assert 0 < WARMED[what].warm() <= 60  # which a test on a GPU compiles
+    for seed in range(SEEDS):
+        Workload(seed, WARMED[what], torch.device("cuda" if torch.cuda.is_available() else "cpu")).call()
+    assert asked <= prepared
+    assert {key[0] for key, *_ in prepared - asked} <= {"plan"}

@@ -106,7 +106,7 @@ def test_one_thread_builds_what_both_need(monkeypatch: pytest.MonkeyPatch) -> No
         return SimpleNamespace(_init_handles=lambda: None, run=None, function=None, packed_metadata=None)
 
     def variant(key: tuple, aligned: bool, pdl: bool) -> object:
-        return SimpleNamespace(kernel="store", compile=lambda: compile_slowly(aligned, pdl))
+        return SimpleNamespace(kernel="store", aligned=aligned, pdl=pdl, compile=lambda: compile_slowly(aligned, pdl))
 
     monkeypatch.setattr(dispatch, "variant_of", variant)
     monkeypatch.setattr(dispatch, "KERNELS", {"store": SimpleNamespace(constexprs=())})

@@ -14,16 +14,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from .aot_report import AotKernel, AotReport
-from .checks import check_int, check_switch, check_type
+from .checks import check_switch, check_type
 from .records import FORMATS
-from .selection import FLOATS, check_all, check_choices, check_formats, defined_for
+from .selection import FLOATS, check_all, check_choices, check_formats, check_workers, defined_for
 from .spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
 
 if TYPE_CHECKING:
     from .kernels.aot import Combination
 
 JSON, TABLE = "kernels.json", "kernels.txt"
-MOST_WORKERS = 16  # each has torch and Triton in memory, about half a gigabyte
 MEASURED = "sm_90"  # where rows of the table were chosen by measurement, and so what they spill
 
 
@@ -87,8 +86,7 @@ def aot(
             raise ValueError(f"{name} must have one at least, got none")
     defined_for(specs, names)
     check_switch("strict", strict)
-    if workers is not None:
-        check_int("workers", workers, 1, 256)
+    workers = check_workers(workers)
 
     from .kernels import aot as kernels  # imports triton, which the torch backend does not need
     from .kernels.build import INTERPRETED
@@ -119,12 +117,12 @@ def aot(
 
 
 def _compile(
-    wanted: list[Combination], target: str, folder: Path, strict: bool | None, workers: int | None
+    wanted: list[Combination], target: str, folder: Path, strict: bool | None, workers: int
 ) -> Iterator[AotKernel | str]:
     """What each became, in order."""
     allowed = [_allowed(one, target, strict) for one in wanted]
     attempt = partial(_attempt, target, folder)
-    workers = min(workers or min(len(os.sched_getaffinity(0)), MOST_WORKERS), len(wanted))
+    workers = min(workers, len(wanted))
     if workers == 1:
         yield from map(attempt, wanted, allowed)
         return

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 import torch
 
-from .checks import check_type
+from .checks import check_int, check_type
 from .records import FORMATS, RecordFormat
 from .spec import CompressorSpec
 
 FLOATS = (torch.bfloat16, torch.float32)
+MOST_WORKERS = 16  # unless more are asked for: each process of `aot` has torch and Triton in memory, about half a gigabyte
 
 
 def defined_for(
@@ -59,3 +61,12 @@ def check_choices(name: str, values: Iterable, accepted: tuple) -> tuple:
         if value not in accepted:
             raise ValueError(f"{name} must be among {', '.join(map(str, accepted))}, got {value!r}")
     return values
+
+
+def check_workers(workers: int | None) -> int:
+    """How many compile at once; None: as many as there are cores for this process, `MOST_WORKERS` at most."""
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(cores, MOST_WORKERS)
+    check_int("workers", workers, 1, 256)
+    return workers

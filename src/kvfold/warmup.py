@@ -10,7 +10,7 @@ import torch
 
 from .checks import check_int, check_switch, check_type
 from .records import RecordFormat
-from .selection import FLOATS, check_all, check_choices, check_formats, defined_for, several
+from .selection import FLOATS, check_all, check_choices, check_formats, check_workers, defined_for, several
 from .spec import CompressorSpec
 from .state import state_kind
 
@@ -32,6 +32,7 @@ def warmup(
     snapshots: Iterable[bool] = (False,),
     pdl: bool | None = None,
     device: torch.device | str | int | None = None,
+    workers: int | None = None,
 ) -> int:
     """Compiles and loads every kernel that calls over these combinations can need, and launches none.
 
@@ -62,11 +63,14 @@ def warmup(
         snapshots: whether calls over `FoldState`s get `snapshots`: True, False or both. With True `restore` is compiled too.
         pdl: as the calls will have it. False leaves out the kernels that are launched as dependents.
         device: default: the current one.
+        workers: threads that compile at once, from 1 to 256; with 1 one kernel after the other. Default: the cores that this
+            process may use, 16 at most. With a Triton that compiles in one thread only (before 3.5), and for AMD, it is one.
 
     Returns:
         How many kernels were compiled; 0 when all were there.
 
     Raises:
+        Whatever Triton does for a kernel that does not compile. Those that were loaded before stay, and nothing is begun after.
         TypeError, ValueError: naming the argument, before anything is compiled; `UnsupportedError` where no kernel is
             configured for a spec.
         RuntimeError: there is no GPU, or kernels are interpreted.
@@ -84,6 +88,7 @@ def warmup(
         check_int("page_sizes", size, 1, (1 << 31) - 1)
     pairs = [_pair(i, pair) for i, pair in enumerate(several("many", many))]
     check_switch("pdl", pdl)
+    workers = check_workers(workers)
     chosen = defined_for(specs, names)
 
     from .kernels import dispatch  # imports triton, which the torch backend does not need
@@ -102,7 +107,7 @@ def warmup(
         for spec in dict.fromkeys((*(specs if "fold" in states else ()), *(one[0] for pair in pairs for one in pair))):
             keys += _restore_keys(spec, w)
     dependent = pdl is not False and dispatch.supports_pdl(gpu)
-    return sum(dispatch.prepare(key, gpu, dependent and key[0] not in ("plan", "restore")) for key in dict.fromkeys(keys))
+    return dispatch.prepare(keys, gpu, lambda key: dependent and key[0] not in ("plan", "restore"), workers)
 
 
 class _Wanted(NamedTuple):

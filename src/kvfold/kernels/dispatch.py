@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager, nullcontext
+from itertools import product
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
-from .build import INTERPRETED, KERNELS
+from .build import INTERPRETED, KERNELS, Variant
 from .pdl import AVAILABLE
 from .variants import variant_of
 
@@ -18,8 +22,13 @@ _launchers: dict[tuple[int | None, tuple], Launcher] = {}
 _PLAIN = (int, float, type(None))
 # Who listens to launches, such as Triton's profiler; before Triton 3.4 hooks were attributes of the class.
 _HOOKS = triton.knobs.runtime if hasattr(triton, "knobs") else CompiledKernel
-# Compiling is for one thread at a time, and so is interpreting: Triton's interpreter keeps the place in the grid in a global.
+# What calls compile is for one thread at a time, so that none compiles what another is at; and so is interpreting: Triton's
+# interpreter keeps the place in the grid in a global.
 _one_thread = threading.RLock()
+# Whether Triton compiles in several threads at once: since it has a mode for that (3.5) it locks what it knows of functions.
+# Not for AMD: there two threads that begin together may end the process (facebookexperimental/triton, pull request 3586).
+# 11 kernels for long steps took two cores 56.8 s in one thread, 33.6 in two (Triton 3.6): only its Python part takes turns.
+THREADED = hasattr(triton.runtime, "_async_compile") and torch.version.hip is None
 
 
 def pack(*values: object) -> tuple[tuple[object, ...], int]:
@@ -82,18 +91,24 @@ class Launcher:
 
     def build(self, aligned: bool, pdl: bool) -> tuple:
         """Compiles for the current device and loads the kernel, which the capture of a CUDA graph may not do."""
+        with _one_thread:
+            if (aligned, pdl) not in self.built:  # by another thread, since this one looked
+                variant = variant_of(self.key, aligned, pdl)
+                self.load(variant, variant.compile())
+            return self.built[aligned, pdl]
+
+    def load(self, variant: Variant, compiled: CompiledKernel) -> bool:
+        """Loads a compiled kernel on the current device and keeps it, unless one is there. Returns whether it did."""
         global compilations
         with _one_thread:
-            if (aligned, pdl) in self.built:  # by another thread, since this one looked
-                return self.built[aligned, pdl]
-            variant = variant_of(self.key, aligned, pdl)
-            compiled = variant.compile()
+            if (variant.aligned, variant.pdl) in self.built:
+                return False
             compiled._init_handles()
             compilations += 1
             constants = (None,) * len(KERNELS[variant.kernel].constexprs)  # placeholders
             made = compiled, compiled.run, compiled.function, compiled.packed_metadata, constants
-            self.built[aligned, pdl] = made
-            return made
+            self.built[variant.aligned, variant.pdl] = made
+            return True
 
     def _interpret(self, grid: int, values: tuple[object, ...]) -> None:
         made = variant_of(self.key, True, False)
@@ -112,16 +127,37 @@ def launcher_of(key: tuple[Hashable, ...], device: torch.device) -> Launcher:
     return found
 
 
-def prepare(key: tuple[Hashable, ...], device: torch.device, pdl: bool) -> int:
-    """Builds what a call may need for a key, aligned or not; with `pdl` as a dependent too. Returns how many it built."""
-    launcher, built = launcher_of(key, device), 0
-    with torch.cuda.device(device), _one_thread:
-        for aligned in (True, False):
-            for dependent in (False, True)[: 1 + pdl]:
-                if (aligned, dependent) not in launcher.built:
-                    launcher.build(aligned, dependent)
-                    built += 1
+def prepare(
+    keys: Iterable[tuple[Hashable, ...]], device: torch.device, dependent: Callable[[tuple], bool], workers: int
+) -> int:
+    """Builds what calls may need for each key, aligned or not; as a dependent too where `dependent` says so of the key.
+
+    They are compiled in `workers` threads, and loaded in this one as they come. When one does not compile, those that were
+    loaded can be launched, and what was not begun is left. Returns how many were built here.
+    """
+    wanted: dict[Variant, list[Launcher]] = {}  # some keys differ in what their kernels do not depend on
+    for launcher in (launcher_of(key, device) for key in dict.fromkeys(keys)):
+        for aligned, pdl in product((True, False), (False, True)[: 1 + dependent(launcher.key)]):
+            if (aligned, pdl) not in launcher.built:
+                wanted.setdefault(variant_of(launcher.key, aligned, pdl), []).append(launcher)
+    if not wanted:
+        return 0
+    built = 0
+    with torch.cuda.device(device), ThreadPoolExecutor(workers if THREADED else 1) as pool:
+        target = triton.runtime.driver.active.get_current_target()  # of this thread's device, which others do not share
+        jobs = {pool.submit(_compile, variant, target): variant for variant in wanted}
+        try:
+            for job in as_completed(jobs):
+                built += sum(launcher.load(jobs[job], job.result()) for launcher in wanted[jobs[job]])
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error or an interrupt nobody waits for the rest
     return built
+
+
+def _compile(variant: Variant, target: GPUTarget) -> CompiledKernel:
+    alone: AbstractContextManager = nullcontext() if THREADED else _one_thread
+    with alone:
+        return variant.compile(target)
 
 
 def supports_pdl(device: torch.device) -> bool:
