@@ -7,12 +7,12 @@ two windows side by side, which share the rows of ape. Where windows are few, se
 import triton
 import triton.language as tl
 
-from .epilogue import aim_entry, emit, judge_slot
+from .epilogue import aim_entry, aim_slot, emit, judge_slot, load_finish
 from .fold import empty_fold, fold_step, spread
 from .pdl import load_plan, wait_for_inputs
 from .prefetch import prefetch_item
 from .slices import draw_ticket, is_last, leave_slice, take_slices
-from .slots import check_tags, keep_fold, load_tags, place_row, retire_rows
+from .slots import check_tags, keep_fold, load_tags, place_at, retire_rows
 from .snapshot import next_page_end, snapshot_fold
 
 
@@ -67,25 +67,21 @@ def open_window(
 
 @triton.jit
 def load_stretch(
-    lives, begins, stops, kv_stride, ape, j0,
-    W: tl.constexpr, RATIO: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr,
+    at, kv_stride, ape, left, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr
 ):  # fmt: skip
-    """Biases of rows `[j0, j0 + AHEAD)` of a window, and their values and scores in each of W windows, as they came."""
-    c = tl.arange(0, SLICE)
+    """Rows of ape, values and scores, as they came, of the first `left` of AHEAD tokens; `at` and `ape` point at the first."""
     biases = ()
     ks = ()
     ss = ()
     for i in tl.static_range(AHEAD):
-        j = j0 + i
+        there = spread(i < left, SLICE)
         bias = tl.zeros((SLICE,), tl.float32)
         if ape is not None:
-            bias = tl.load(ape + j * HEAD_DIM + c, mask=spread(j < RATIO, SLICE), other=0.0)
+            bias = tl.load(ape + (i * HEAD_DIM + tl.arange(0, SLICE)), mask=there, other=0.0)
         biases = biases + (bias,)
-        for w in tl.static_range(W):
-            there = spread((j >= begins[w]) & (j < stops[w]), SLICE)
-            at = lives[w] + j.to(tl.int64) * kv_stride
-            ks = ks + (tl.load(at, mask=there, other=-0.0),)
-            ss = ss + (tl.load(at + HEAD_DIM, mask=there, other=float("-inf")),)
+        ks = ks + (tl.load(at, mask=there, other=-0.0),)
+        ss = ss + (tl.load(at + HEAD_DIM, mask=there, other=float("-inf")),)
+        at += kv_stride
     return biases, ks, ss
 
 
@@ -167,16 +163,24 @@ def fold_rest(
     """Folds tokens from place `begin` on, and stores the rows that the state or a snapshot keeps; returns the pooled row."""
     due = next_page_end(snap, x0 + begin)
     for j0 in range(begin, stop, AHEAD):
-        biases, ks, ss = load_stretch((live,), (begin,), (stop,), kv_stride, ape, j0, 1, RATIO, AHEAD, HEAD_DIM, SLICE)
+        # Numbers of tokens from j0 on: positions of each would be compared in 64 bits, as the compiler widens the loop's index.
+        left = stop - j0
+        forgotten = end - ring - x0 - j0
+        j = stop - left  # a tensor also where the interpreter has an int for j0
+        row = ape
+        if ape is not None:
+            row = ape + j * HEAD_DIM
+        biases, ks, ss = load_stretch(live + j.to(tl.int64) * kv_stride, kv_stride, row, left, AHEAD, HEAD_DIM, SLICE)
         places = ()
+        home = (x0 + j0) % ring
         for i in tl.static_range(AHEAD):
-            places = places + (place_row(tags, x0 + j0 + i, h0, start, end, ring, HISTORY),)
+            places = places + (place_at(tags, x0 + j0 + i, home, h0, start, end, ring, HISTORY),)
+            home = tl.where(home + 1 == ring, 0, home + 1)
         for i in tl.static_range(AHEAD):
             m, l, a = fold_step(m, l, a, ks[i].to(tl.float32), ss[i].to(tl.float32) + biases[i])
             x = x0 + j0 + i
             due = snapshot_fold(m, l, a, x, due, x0 + stop, snap, RATIO, HEAD_DIM)  # of whole rows: step_key
-            kept = (j0 + i < stop) & (x >= end - ring)
-            keep_fold(m, l, a, x, places[i], kept, state, tags, RATIO, HEAD_DIM, SLICE)
+            keep_fold(m, l, a, x, places[i], (i < left) & (i >= forgotten), state, tags, RATIO, HEAD_DIM, SLICE)
     return a / l
 
 
@@ -237,6 +241,9 @@ def prefill_fold(
     item = load_item(items, index, index < total)
     if TOGETHER == 2:
         item_1 = load_item(items, index + programs, index + programs < total)
+    if SLICE < HEAD_DIM:
+        # Ahead of the lines below, behind which it would come 2 us later, and with it the first tokens.
+        cache_slot = aim_slot(item[5], entry_slots, entry_capacity)
     if PDL and SLICE < HEAD_DIM:
         prefetch_item(item, index < total, pid % SLICES * SLICE, kv_score, kv_stride, num_tokens, RATIO, HEAD_DIM, SLICE)
     wait_for_inputs(PDL)
@@ -276,10 +283,9 @@ def prefill_fold(
                     )  # fmt: skip
             place = begin + both * AHEAD
             if SLICE < HEAD_DIM:  # under way while the window is folded; whole windows have no registers to spare
-                aim = aim_entry(
-                    entry, x0, entry_slots, entry_capacity, norm_weight, rope, max_position, pages, HEAD_DIM, ROPE_DIM
-                )  # fmt: skip
-                due, _refused = judge_slot(entry, aim[0], x0, entry_capacity, max_position, pages, cache_slots, ROPE_DIM)
+                weight, cos, sin = load_finish(x0, norm_weight, rope, max_position, pages, HEAD_DIM, ROPE_DIM)
+                aim = (cache_slot, weight, cos, sin)
+                due, _refused = judge_slot(entry, cache_slot, x0, entry_capacity, max_position, pages, cache_slots, ROPE_DIM)
                 ticket = draw_ticket(arrivals, entry, (entry >= 0) & due & FINISHES)
             snap = None
             if snap_rows is not None:
@@ -319,5 +325,7 @@ def prefill_fold(
                 retire_rows(tags, x, wanted, home, spare, h0, start, end, ring, HISTORY)
         index = (unit + TOGETHER * programs) // SLICES
         item = load_item(items, index, index < total)
+        if SLICE < HEAD_DIM:
+            cache_slot = aim_slot(item[5], entry_slots, entry_capacity)
         if TOGETHER == 2:
             item_1 = load_item(items, index + programs, index + programs < total)

@@ -39,11 +39,12 @@ def load_window(
     c = tl.arange(0, HEAD_DIM)
     # Pointers go from row to row: a multiplication for each was a third of a decode step's instructions.
     at = live + (x0 + j0).to(tl.int64) * kv_stride + c
-    # Where the ring is a multiple of the ratio, the rows of a window stand one behind the other.
-    this = (window * RATIO) % ring
-    before = tl.where(this >= RATIO, this, this + ring) - RATIO
-    this_rows = state + (this - RATIO * OVERLAP) * (2 * CHANNELS) + c
-    rows_before = state + before * (2 * CHANNELS) + c
+    if SOURCE == "home":
+        # Where the ring is a multiple of the ratio, the rows of a window stand one behind the other.
+        this = (window * RATIO) % ring
+        before = tl.where(this >= RATIO, this, this + ring) - RATIO
+        this_rows = state + (this - RATIO * OVERLAP) * (2 * CHANNELS) + c
+        rows_before = state + before * (2 * CHANNELS) + c
     for i in tl.static_range(AHEAD):
         x = x0 + j0 + i
         j = x - x0  # a tensor also where the interpreter has an int for j0

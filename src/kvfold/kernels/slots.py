@@ -41,7 +41,12 @@ def place_row(tags, x, h0, start, end, ring, HISTORY: tl.constexpr):
     What it reads is no tag that the launch writes, so that it may be asked for many rows before the first is stored: each
     store would otherwise wait for a load of its own, a memory latency for every row at the end of a prompt.
     """
-    home = x % ring
+    return place_at(tags, x, x % ring, h0, start, end, ring, HISTORY)
+
+
+@triton.jit
+def place_at(tags, x, home, h0, start, end, ring, HISTORY: tl.constexpr):
+    """`place_row` where the home `x % ring` is known: of many rows, one division is enough, and the next home follows."""
     # A step of up to max_new_tokens cannot reach round to its own history, and need not look.
     there = tl.load(tags + home, mask=end - h0 > ring, other=-1)
     return tl.where((there >= h0) & (there < start), ring + x % HISTORY, home)
