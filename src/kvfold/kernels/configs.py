@@ -89,35 +89,38 @@ CONFIGS = (
     Config("fold", _WIDE, _ALL, 1, ahead=1, num_warps=4),
     Config("fold", _WIDE, _ALL, 4, ahead=4, num_warps=4),
     Config("fold", _WIDE, _ALL, 8, ahead=8, num_warps=4),
-    # A window for every second multiprocessor, a prompt of 8k: 12.1 us with half a window to a program, 12.3 with a quarter and
-    # 4 warps, 13.8 whole. Programs that share a window fetch its tokens before the wait; without that, 13.8, 13.7 and 13.9.
+    # A window for every second multiprocessor, a prompt of 8k: 10.0 us with half a window to a program; before its last stretch
+    # was shortened 11.3, with a quarter and 4 warps 12.1, with an eighth and 2 warps 12.4, 13.8 whole. Programs that share a
+    # window fetch its tokens before the wait; without that, 1.7 us more.
     Config("fold", _WIDE, _ALL, ANY, ahead=16, num_warps=8, slice=256, programs=264, most_items=66),
     # Few windows: each is a chain of 128 tokens, so many loads ahead and 2 channels per thread. 64 windows, 8 warps with 8, 12
     # and 16 tokens ahead: 18.1, 17.0 and 15.6 us; 4 warps with 8, 16 and 32: 20.3, 17.6 and 29.9 (which spills). 128 windows,
     # a prompt of 16k: 14.7 us; half windows with 4 and 8 warps 16.5 and 20.4.
     Config("fold", _WIDE, _ALL, ANY, ahead=16, num_warps=8, programs=264, most_items=132),
     # That many may be 64 long windows and as many that get a token or two, which must find programs beside the long ones: 8k
-    # tokens beside 64 sequences that decode 4 each take 12.4 us (11.4 without these), and 13.5 by the row above.
+    # tokens beside 64 sequences that decode 4 each take 11.2 us (10.0 without these); at 12.4, the row above took 13.5.
     Config("fold", _WIDE, _ALL, ANY, ahead=16, num_warps=4, slice=256, programs=264, most_items=200),
     # Two windows to a multiprocessor, so two programs: a prompt of 32k in 22.9 us, and with all registers for one in 27.0.
     Config("fold", _WIDE, _ALL, ANY, ahead=8, num_warps=8, registers=128, programs=264, most_items=264),
     # Many windows are as fast as their instructions. 1 and 8 prompts of 64k: 38.9 and 263 us; windows one by one 39.8 and 285;
     # 3 programs to a multiprocessor with 8 tokens ahead 47.9 and 277; 5 with 96 registers 42.0 and 268.
-    Config("fold", _WIDE, _ALL, ANY, ahead=4, num_warps=4, registers=128, programs=528, together=2, spills=48),
+    Config("fold", _WIDE, _ALL, ANY, ahead=4, num_warps=4, registers=128, programs=528, together=2, spills=32),
     Config("rows", _NARROW, (1, 8), 8, ahead=8, num_warps=2),
     Config("rows", _NARROW, _ALL, ANY, ahead=8, num_warps=1, programs=2112),
     Config("rows", _MIDDLE, (1, 8), 8, ahead=8, num_warps=4),
     Config("rows", _MIDDLE, _ALL, ANY, ahead=8, num_warps=1, programs=1584),
     # 4 against 8 warps, main and indexer in one launch: one token 2.83/3.75/5.32 against 3.09/3.88/8.56 us, four tokens
     # 3.47/4.16/6.54 against 3.58/4.68/9.11; without the bound on registers 512 programs did not fit at once.
-    Config("rows", _WIDE, (1, 8), 8, ahead=8, num_warps=4, registers=128, spills=48, pair_spills=48),
+    Config("rows", _WIDE, (1, 8), 8, ahead=8, num_warps=4, registers=128, spills=48, pair_spills=56),
     # 9 programs to a multiprocessor, so that 8k tokens are two windows to each, beside 64 sequences that decode 4 too:
-    # 15.5 and 17.6 us; 8 programs 16.1 and 22.0, 10 with 96 registers 17.8 and 19.4.
-    Config("rows", _WIDE, _ALL, ANY, ahead=4, num_warps=2, registers=112, programs=1188, most_items=2376, spills=252),
-    # 1 and 8 prompts of 64k: 87.6 and 676 us; all 8 rows ahead, with 168 registers, 94.7 and 695; 96 registers 91.0 and 703;
-    # one warp, of 16 channels per thread, 115 and 824; 4 warps, which all decode the item and finish the entry, 105 and 804.
-    # A program for each window 90.8 and 696, with all 8 rows ahead 104 and 779; 2112 programs 86.8 and 701.
-    Config("rows", _WIDE, _ALL, ANY, ahead=4, num_warps=2, registers=128, programs=1056, spills=140, pair_spills=124),
+    # 14.9 and 16.5 us; 8 programs 15.3 and, when these took 15.5 and 17.6, 22.0; 10 with 96 registers 17.8 and 19.4.
+    Config("rows", _WIDE, _ALL, ANY, ahead=4, num_warps=2, registers=112, programs=1188, most_items=2376, spills=276),
+    # 1 and 8 prompts of 64k: 78.0 and 593 us; 112 and 144 registers, 9 and 7 programs to a multiprocessor, 117 for one. When
+    # these took 87.6 and 676: all 8 rows ahead, with 168 registers, 94.7 and 695; 96 registers 91.0 and 703; one warp, of 16
+    # channels per thread, 115 and 824; 4 warps, which all decode the item and finish the entry, 105 and 804. A program for
+    # each window 90.8 and 696, with all 8 rows ahead 104 and 779; 2112 programs 86.8 and 701. The rows of the next window on
+    # their way to shared memory (6 programs, 160 registers), when these took 84.1 and 648: 101 and 736.
+    Config("rows", _WIDE, _ALL, ANY, ahead=4, num_warps=2, registers=128, programs=1056, spills=208, pair_spills=164),
     Config("window", _NARROW, (1, 16), 8, ahead=4, num_warps=1, registers=128, programs=2112),
     Config("window", _NARROW, (1, 16), ANY, ahead=4, num_warps=1, registers=128, programs=2112, prompt=True),
     Config("window", _NARROW, _ALL, 8, **_SHORT_WINDOWS, spills=288),

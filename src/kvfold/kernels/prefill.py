@@ -86,6 +86,17 @@ def load_stretch(
 
 
 @triton.jit
+def no_tokens(kv_score, AHEAD: tl.constexpr, SLICE: tl.constexpr):
+    """A stretch of zeros, of the types of `load_stretch`."""
+    biases = ()
+    rows = ()
+    for _ in tl.static_range(AHEAD):
+        biases = biases + (tl.zeros((SLICE,), tl.float32),)
+        rows = rows + (tl.zeros((SLICE,), kv_score.dtype.element_ty),)
+    return biases, rows, rows
+
+
+@triton.jit
 def load_tokens_ahead(
     ats, kv_stride, ape, j0, W: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr
 ):  # fmt: skip
@@ -112,10 +123,13 @@ def load_tokens_ahead(
 
 @triton.jit
 def fold_stretches(
-    ms, ls, as_, lives, lo, stretches, kv_stride, ape,
+    ms, ls, as_, lives, lo, stretches, more, kv_stride, ape,
     W: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
-    """Folds `stretches` (not 0) of AHEAD tokens from place `lo` on, in W windows side by side: a row of ape is loaded once."""
+    """Folds `stretches` (not 0) of AHEAD tokens from place `lo` on, in W windows side by side: a row of ape is loaded once.
+
+    Returns what it came to, and the stretch behind the last, which is loaded where there are `more` tokens.
+    """
     # 1, which the compiler may know of short stretches only. Prompts of 8k, 16k and 64k: 11.4, 14.7 and 40.0 us where it knows
     # of none, 11.7, 15.7 and 38.2 where it knows of all.
     once = 1
@@ -128,7 +142,7 @@ def fold_stretches(
     for n in range(1, stretches + 1):
         # The next stretch is on its way while this one is folded; it stays as it came till then, or the loop would wait for it.
         # Behind the last one comes the last one again, which is cheaper than a mask.
-        ahead = tl.minimum(n, stretches - 1) * AHEAD
+        ahead = tl.minimum(n, stretches - 1 + more) * AHEAD
         next_ats = ()
         for w in tl.static_range(W):
             next_ats = next_ats + (ats[w] + ahead.to(tl.int64) * kv_stride,)
@@ -152,15 +166,18 @@ def fold_stretches(
         biases = next_biases
         ks = next_ks
         ss = next_ss
-    return ms, ls, as_
+    return ms, ls, as_, (biases, ks, ss)
 
 
 @triton.jit
 def fold_rest(
-    m, l, a, live, begin, stop, state, tags, x0, h0, start, end, kv_stride, ape, ring, snap,
+    m, l, a, loaded, early, live, begin, stop, state, tags, x0, h0, start, end, kv_stride, ape, ring, snap,
     RATIO: tl.constexpr, HISTORY: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
-    """Folds tokens from place `begin` on, and stores the rows that the state or a snapshot keeps; returns the pooled row."""
+    """Folds tokens from place `begin` on, and stores the rows that the state or a snapshot keeps; returns the pooled row.
+
+    loaded: the first stretch, if it is there `early`; or None.
+    """
     due = next_page_end(snap, x0 + begin)
     for j0 in range(begin, stop, AHEAD):
         # Numbers of tokens from j0 on: positions of each would be compared in 64 bits, as the compiler widens the loop's index.
@@ -170,7 +187,13 @@ def fold_rest(
         row = ape
         if ape is not None:
             row = ape + j * HEAD_DIM
-        biases, ks, ss = load_stretch(live + j.to(tl.int64) * kv_stride, kv_stride, row, left, AHEAD, HEAD_DIM, SLICE)
+        at = live + j.to(tl.int64) * kv_stride
+        if loaded is None:
+            biases, ks, ss = load_stretch(at, kv_stride, row, left, AHEAD, HEAD_DIM, SLICE)
+        else:
+            biases, ks, ss = loaded
+            if (early == 0) | (j > begin):
+                biases, ks, ss = load_stretch(at, kv_stride, row, left, AHEAD, HEAD_DIM, SLICE)
         places = ()
         home = (x0 + j0) % ring
         for i in tl.static_range(AHEAD):
@@ -269,8 +292,9 @@ def prefill_fold(
                 limit = tl.minimum(tl.minimum(stop, end - ring - x0), tl.minimum(stop_1, end_1 - ring - x0_1))
                 both = tl.where(begin == begin_1, tl.maximum(limit - begin, 0) // AHEAD, 0)
                 if both > 0:
-                    ms, ls, as_ = fold_stretches(
-                        (m, m_1), (l, l_1), (a, a_1), (live, live_1), begin, both, kv_stride, biases, 2, AHEAD, HEAD_DIM, SLICE
+                    ms, ls, as_, _loaded = fold_stretches(
+                        (m, m_1), (l, l_1), (a, a_1), (live, live_1), begin, both, 0, kv_stride, biases,
+                        2, AHEAD, HEAD_DIM, SLICE,
                     )  # fmt: skip
                     m, m_1 = ms
                     l, l_1 = ls
@@ -282,6 +306,8 @@ def prefill_fold(
                         m_1, l_1, a_1, live_1, begin_1, stop_1, slot_1, x0_1, start_1, end_1, entry_1, sequence_1, first_1
                     )  # fmt: skip
             place = begin + both * AHEAD
+            early = 0
+            loaded = None
             if SLICE < HEAD_DIM:  # under way while the window is folded; whole windows have no registers to spare
                 weight, cos, sin = load_finish(x0, norm_weight, rope, max_position, pages, HEAD_DIM, ROPE_DIM)
                 aim = (cache_slot, weight, cos, sin)
@@ -293,10 +319,15 @@ def prefill_fold(
                 snap = (table, snap_width, snap_page_size, snap_rows, snap_tags, num_snaps, errors)
             else:
                 alone = tl.maximum(tl.minimum(stop, end - ring - x0) - place, 0) // AHEAD
+                if SLICE < HEAD_DIM:
+                    early = ((alone > 0) & (place + (alone + 1) * AHEAD <= stop)).to(tl.int32)
+                    loaded = no_tokens(kv_score, AHEAD, SLICE)
                 if alone > 0:
-                    one_m, one_l, one_a = fold_stretches(
-                        (m,), (l,), (a,), (live,), place, alone, kv_stride, biases, 1, AHEAD, HEAD_DIM, SLICE
+                    one_m, one_l, one_a, behind = fold_stretches(
+                        (m,), (l,), (a,), (live,), place, alone, early, kv_stride, biases, 1, AHEAD, HEAD_DIM, SLICE
                     )  # fmt: skip
+                    if SLICE < HEAD_DIM:
+                        loaded = behind
                     m = one_m[0]
                     l = one_l[0]
                     a = one_a[0]
@@ -306,7 +337,7 @@ def prefill_fold(
             h0 = tl.where(start % RATIO == 0, start, start - 1)
             # Snapshots inside a window are rare (pages that are no multiple of the ratio): all their tokens are the rest.
             y = fold_rest(
-                m, l, a, live, place, stop, state, tags, x0, h0, start, end, kv_stride, biases, ring, snap,
+                m, l, a, loaded, early, live, place, stop, state, tags, x0, h0, start, end, kv_stride, biases, ring, snap,
                 RATIO, HISTORY, AHEAD, HEAD_DIM, SLICE,
             )  # fmt: skip
             if SLICE == HEAD_DIM:
