@@ -141,7 +141,7 @@ def fold_stretches(
     biases, ks, ss = load_tokens_ahead(ats, kv_stride, ape, lo, W, AHEAD, HEAD_DIM, SLICE)
     for n in range(1, stretches + 1):
         # The next stretch is on its way while this one is folded; it stays as it came till then, or the loop would wait for it.
-        # Behind the last one comes the last one again, which is cheaper than a mask.
+        # Behind the last one comes the last one again where there are no more, which is cheaper than a mask.
         ahead = tl.minimum(n, stretches - 1 + more) * AHEAD
         next_ats = ()
         for w in tl.static_range(W):
