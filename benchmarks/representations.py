@@ -4,7 +4,8 @@ python benchmarks/representations.py --out benchmarks/results/representations.js
 
 A fold row is the state after a position: the fold of the entry that its window makes (`cur`) and, begun by the lo halves of its
 window, that of the next entry (`next`). After the last position of a window `next` has become `cur`, and that is all there is.
-Both states give the same records, to the bit; that is checked before anything is timed.
+Input rows are folded in groups of 4, fold rows token by token, so both give the same entries up to fp32 rounding: of the values
+stored at most one in a thousand is another, by one step of e4m3. That is checked before anything is timed.
 """
 
 from __future__ import annotations
@@ -161,15 +162,19 @@ def compress_fold_rows(
     )  # fmt: skip
 
 
-def check_bits(spec: kvfold.CompressorSpec, warps: int, device: str = "cuda") -> int:
-    """How many records of three sequences, from their start on, both states give; raises RuntimeError if they differ."""
+def check_records(spec: kvfold.CompressorSpec, warps: int, device: str = "cuda") -> int:
+    """How many records of three sequences, from their start on, both states give; raises RuntimeError if they differ.
+
+    A value may be a step of e4m3 off, which is at most an eighth of it, or near zero 2^-9 of a scale that is at most
+    amax / 224. Pooled rows differ by about 1e-7, and so cross a threshold once in 1e5 values.
+    """
     ape, norm_weight = torch.randn(spec.ratio, spec.channels), torch.rand(spec.head_dim) + 0.5
     weights = Weights(*(t.to(device) for t in (ape, norm_weight, kvfold.reference.rope_table(64, spec.rope_dim))))
     rows = kvfold.FoldState.allocate(spec, 3, 4, device=device, dtype=torch.bfloat16)
     folds = FoldRows.allocate(spec, 3, 4, device)
     caches = [kvfold.EntryCache.allocate(FORMATS[spec.head_dim], 3, 8, spec, device=device) for _ in range(2)]
     slots = torch.tensor([2, 0, 1], dtype=torch.int32, device=device)
-    start, equal = torch.zeros(3, dtype=torch.int32), 0
+    start, made = torch.zeros(3, dtype=torch.int32), 0
     for i, new in enumerate(CHECKED):
         offsets = torch.tensor([0, *new]).cumsum(0).int()
         options = {"state_slots": slots, "cache_block_table": slots[:, None].contiguous(), "rows_per_page": 8}
@@ -179,12 +184,15 @@ def check_bits(spec: kvfold.CompressorSpec, warps: int, device: str = "cuda") ->
             cache.storage.fill_(0xA5)
         kvfold.compress(kv_score, plan, rows, caches[0], spec=spec, **weights._asdict(), backend="triton")
         compress_fold_rows(kv_score, plan, folds, caches[1], weights, warps)
-        if int(plan.errors) or not torch.equal(caches[0].storage, caches[1].storage):
+        one, two = (cache.read(torch.arange(24, device=device)) for cache in caches)
+        step = torch.maximum(one.abs(), two.abs()) / 8 + one.abs().amax(dim=1, keepdim=True) / (224 * 512)
+        within = ((one - two).abs() <= step).all() and (one != two).sum() * 1000 <= one.numel()
+        if int(plan.errors) or not bool(within):
             raise RuntimeError(f"the two states differ at {start.tolist()} with {new} new tokens ({int(plan.errors)} refused)")
-        equal += int(plan.cu_entries[-1])
+        made += int(plan.cu_entries[-1])
         # After every other step all tokens but one are rejected.
         start += 1 if i % 2 else torch.tensor(new, dtype=torch.int32)
-    return equal
+    return made
 
 
 def traffic(case: Case, variant: Variant) -> floor.Traffic:
@@ -234,8 +242,8 @@ def main() -> None:
     where, cells = protocol.environment(args.commit), []
     for head_dim, all_warps in WARPS.items():
         for warps in all_warps:
-            equal = check_bits(Case("decode", head_dim, 4, 1, 1).spec, warps)
-            print(f"head_dim {head_dim}, {warps} warps: {equal} records equal", flush=True)
+            made = check_records(Case("decode", head_dim, 4, 1, 1).spec, warps)
+            print(f"head_dim {head_dim}, {warps} warps: {made} records agree", flush=True)
         for (new, mode), batch in product(((1, "hit"), (1, "miss"), (4, "hit")), (16, 64, 256)):
             rows = measure(Case("decode", head_dim, 4, batch, new, mode))
             torch.cuda.empty_cache()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import kvfold
 from kvfold import CompressorSpec, reference
+from kvfold.state import state_kind
 
 ULP = 2.0**-24  # half a unit in the last place of a number in [1, 2), fp32
 SHAPES = [(ratio, head_dim) for ratio in (1, 2, 4, 8, 128) for head_dim in (128, 256, 512)]
@@ -114,6 +115,21 @@ def test_a_nan_stays_in_its_channel_and_window(backend: Backend, name: str) -> N
     assert (~got.isfinite()).nonzero().tolist() == [[1, spec.head_dim - c] for c in (5, 2, 1)]
     clean = torch.where(want.isfinite(), want, 0)
     assert norm_error(torch.where(got.isfinite(), got, 0), clean) <= 2e-6
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_an_infinite_score(backend: Backend, name: str) -> None:
+    """Over input rows its channel is NaN, as in the reference; a fold row goes on with that token's value."""
+    spec = SPECS[name]
+    tokens, weights = make_tokens(spec, 3 * spec.ratio, seed=35), Weights.make(spec)
+    tokens[spec.ratio, -3] = torch.inf
+    got, want = pooled_rows(spec, backend, tokens, weights)
+    assert want.isnan().nonzero().tolist() == [[1, spec.head_dim - 3]]
+    if state_kind(spec) == "fold":
+        assert got[1, -3] == tokens[spec.ratio, spec.channels - 3]
+        want[1, -3] = got[1, -3]
+    assert torch.equal(got.isnan(), want.isnan())
+    assert norm_error(got.nan_to_num(), want.nan_to_num()) <= 2e-6
 
 
 def entry_bound(spec: CompressorSpec, weights: Weights) -> float:

@@ -149,8 +149,8 @@ def test_verify_passes_and_fails(tmp_path, monkeypatch):
     assert result.exit_code == 0 and "all 5 passed" in result.output, result.output
     rows = json.loads(out.read_text())
     assert rows["failed"] == 0 and len(rows["results"]) == 5 and all(row["passed"] for row in rows["results"])
-    real = backend_torch.fold_step
-    monkeypatch.setattr(backend_torch, "fold_step", lambda *args: (*real(*args)[:2], real(*args)[2] * 1.01))
+    real = backend_torch.fold_group
+    monkeypatch.setattr(backend_torch, "fold_group", lambda *args: (*real(*args)[:2], real(*args)[2] * 1.01))
     result = call(*arguments)
     assert result.exit_code == 1 and "5 of 5 failed" in result.output
     assert "FAIL" in result.output and "sequence 0, window 0, channel" in result.output
@@ -201,8 +201,8 @@ def test_replay_says_what_a_call_was(tmp_path, monkeypatch):
         "made again on cpu, backend torch: 0 refused", "equal", "3 of them against fp64",
     ):  # fmt: skip
         assert words in result.output, result.output
-    real = backend_torch.fold_step
-    monkeypatch.setattr(backend_torch, "fold_step", lambda *args: (*real(*args)[:2], real(*args)[2] * 1.01))
+    real = backend_torch.fold_group
+    monkeypatch.setattr(backend_torch, "fold_group", lambda *args: (*real(*args)[:2], real(*args)[2] * 1.01))
     result = call("replay", path, "--device", "cpu", "--check")
     assert result.exit_code == 1 and "DIFFERENT" in result.output and "sequence 0, window 1, channel" in result.output
     assert call("replay", path, "--device", "cpu").exit_code == 0

@@ -78,8 +78,9 @@ def test_drafts_accept_every_number_of_tokens() -> None:
     assert {part.kept for step in drafts(2, 9, 1, 5)[1:] for part in step if part.new} == {1}
 
 
-def test_a_wrong_fold_fails_against_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = backend_torch.fold_step
+@pytest.mark.parametrize(("name", "case"), [("fold_step", "table: 0: fold"), ("fold_group", "csa FoldState: chunks")])
+def test_a_wrong_fold_fails_against_fp64(monkeypatch: pytest.MonkeyPatch, name: str, case: str) -> None:
+    real = getattr(backend_torch, name)
 
     def wrong(state, k, s):
         m, l, a = real(state, k, s)
@@ -87,9 +88,9 @@ def test_a_wrong_fold_fails_against_fp64(monkeypatch: pytest.MonkeyPatch) -> Non
         a[:, 77] *= 1 + 1e-3
         return m, l, a
 
-    monkeypatch.setattr(backend_torch, "fold_step", wrong)
-    assert problem_of("csa FoldState: chunks").startswith("pooled row: sequence 0, window 0, channel 77: got")
-    assert "fp64 has" in problem_of("table: 0: fold")
+    monkeypatch.setattr(backend_torch, name, wrong)
+    problem = problem_of(case)
+    assert problem.startswith("pooled row: sequence 0, window 0, channel 77: got") and "fp64 has" in problem
 
 
 def test_a_cut_that_changes_a_bit_fails(monkeypatch: pytest.MonkeyPatch) -> None:

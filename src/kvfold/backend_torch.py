@@ -39,7 +39,7 @@ def exp2(x: torch.Tensor) -> torch.Tensor:
 def fold_step(
     state: tuple[torch.Tensor, torch.Tensor, torch.Tensor], k: torch.Tensor, s: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Folds value `k` with score `s` (ape added) into `(m, l, a)`; fp32, elementwise. The one definition of this backend."""
+    """Folds value `k` with score `s` (ape added) into `(m, l, a)`, which is kept; fp32, elementwise."""
     m, l, a = state
     d = s - m
     e = exp2(d.abs() * -LOG2_E)
@@ -47,6 +47,25 @@ def fold_step(
     alpha = torch.where(rises, e, 1.0)
     beta = torch.where(rises, 1.0, e)
     return torch.maximum(m, s), l * alpha + beta, a * alpha + beta * k
+
+
+ROWS_AT_ONCE = 4  # rows of a window of input rows that are folded against one maximum; as in kernels/fold.py
+
+
+def fold_group(
+    state: tuple[torch.Tensor, torch.Tensor, torch.Tensor], ks: list[torch.Tensor], ss: list[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Folds rows with values `ks` and scores `ss` (ape added) into `(m, l, a)` at once; fp32, elementwise."""
+    m, l, a = state
+    top = m
+    for s in ss:
+        top = torch.where(s > top, s, top)  # a NaN is no maximum, as on a GPU
+    alpha = exp2((m - top) * LOG2_E)
+    l, a = l * alpha, a * alpha
+    for k, s in zip(ks, ss, strict=True):
+        e = exp2((s - top) * LOG2_E)
+        l, a = l + e, a + e * k
+    return top, l, a
 
 
 def tree_sum(x: torch.Tensor) -> torch.Tensor:
@@ -245,7 +264,10 @@ def _fold_rows(
     ends = (items.entry >= 0).nonzero()[:, 0]
     if ends.numel():
         done = items[ends]
-        state = _empty_fold(len(ends), spec, kv_score.device)
+        m, l, zeros = _empty_fold(len(ends), spec, kv_score.device)
+        state = m, l, -zeros  # -0: the first product is then what it is without a sum
+        ks: list[torch.Tensor] = []
+        ss: list[torch.Tensor] = []
         for j in range(spec.window_rows):
             x = (done.window - int(spec.overlap)) * spec.ratio + j
             half = slice(0, spec.head_dim) if spec.overlap and j < spec.ratio else slice(-spec.head_dim, None)
@@ -254,7 +276,12 @@ def _fold_rows(
             kept = held.data[held.find(done.slot, x).clamp(min=0)].float()
             k, s = torch.where(old[:, None], kept, live).split(spec.channels, dim=1)
             bias = ape[x % spec.ratio]
-            state = fold_step(state, *_masked(x >= 0, k[:, half], s[:, half] + bias[:, half]))
+            k, s = _masked(x >= 0, k[:, half], s[:, half] + bias[:, half])
+            ks.append(k)
+            ss.append(s)
+            if len(ks) == ROWS_AT_ONCE or j == spec.window_rows - 1:
+                state = fold_group(state, ks, ss)
+                ks, ss = [], []
         pooled[ends] = state[2] / state[1]
     stores = []
     for j in range(spec.ratio):

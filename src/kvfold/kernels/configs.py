@@ -111,16 +111,16 @@ CONFIGS = (
     Config("rows", _MIDDLE, _ALL, ANY, ahead=8, num_warps=1, programs=1584),
     # 4 against 8 warps, main and indexer in one launch: one token 2.83/3.75/5.32 against 3.09/3.88/8.56 us, four tokens
     # 3.47/4.16/6.54 against 3.58/4.68/9.11; without the bound on registers 512 programs did not fit at once.
-    Config("rows", _WIDE, (1, 8), 8, ahead=8, num_warps=4, registers=128, spills=48, pair_spills=56),
-    # 9 programs to a multiprocessor, so that 8k tokens are two windows to each, beside 64 sequences that decode 4 too:
-    # 14.9 and 16.5 us; 8 programs 15.3 and, when these took 15.5 and 17.6, 22.0; 10 with 96 registers 17.8 and 19.4.
+    Config("rows", _WIDE, (1, 8), 8, ahead=8, num_warps=4, registers=128, spills=32, pair_spills=52),
+    # 8 programs fit a multiprocessor, but with 1188 in all 8k tokens beside 64 sequences that decode 4 are two windows to each,
+    # where 1056 have three: 15.7 us, and 19.8. 8k tokens alone 14.3 and 14.4; with all 8 rows ahead 14.7.
     Config("rows", _WIDE, _ALL, ANY, ahead=4, num_warps=2, registers=112, programs=1188, most_items=2376, spills=276),
-    # 1 and 8 prompts of 64k: 78.0 and 593 us; 112 and 144 registers, 9 and 7 programs to a multiprocessor, 117 for one. When
-    # these took 87.6 and 676: all 8 rows ahead, with 168 registers, 94.7 and 695; 96 registers 91.0 and 703; one warp, of 16
-    # channels per thread, 115 and 824; 4 warps, which all decode the item and finish the entry, 105 and 804. A program for
-    # each window 90.8 and 696, with all 8 rows ahead 104 and 779; 2112 programs 86.8 and 701. The rows of the next window on
-    # their way to shared memory (6 programs, 160 registers), when these took 84.1 and 648: 101 and 736.
-    Config("rows", _WIDE, _ALL, ANY, ahead=4, num_warps=2, registers=128, programs=1056, spills=208, pair_spills=164),
+    # 1 and 8 prompts of 64k: 73.8 and 538 us, 8 programs to a multiprocessor, 4 warps to each quarter of its registers. When
+    # one took 75 to 78: with 168 registers, 6 programs, 77.5; 96 and 10 programs 94; 4 warps 88. What is between fits no more
+    # programs, and those that do not fit come last: 109 with 112 or 144. Rows by halves, the second when there is room, 86.6.
+    # The rows of the next window under way while this one is finished: in registers 76.4 and 572; in shared memory, when these
+    # took 84 and 648, 101 and 736.
+    Config("rows", _WIDE, _ALL, ANY, ahead=8, num_warps=2, registers=128, programs=1056, spills=196, pair_spills=188),
     Config("window", _NARROW, (1, 16), 8, ahead=4, num_warps=1, registers=128, programs=2112),
     Config("window", _NARROW, (1, 16), ANY, ahead=4, num_warps=1, registers=128, programs=2112, prompt=True),
     Config("window", _NARROW, _ALL, 8, **_SHORT_WINDOWS, spills=288),

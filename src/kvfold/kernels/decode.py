@@ -95,7 +95,7 @@ def fold_item(
 def rows_item(
     live, kv_stride, ape, state, tags, ring, window, start, ends, h0,
     PDL: tl.constexpr, SAME: tl.constexpr, RATIO: tl.constexpr, OVERLAP: tl.constexpr, HISTORY: tl.constexpr,
-    AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr,
+    AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """State of input rows: fold all rows of a window that ends here, old ones from the state.
 
@@ -108,13 +108,13 @@ def rows_item(
     if ends:
         y = pool_window(
             live, kv_stride, ape, biases, state, tags, window, start, ring, "home", SAME,
-            RATIO, OVERLAP, HISTORY, AHEAD, HEAD_DIM,
+            RATIO, OVERLAP, HISTORY, AHEAD, HEAD_DIM, HARDWARE,
         )  # fmt: skip
     held, moved = check_tags(x, wanted, home, spare)
     if held & ends & moved:
         y = pool_window(
             live, kv_stride, ape, biases, state, tags, window, start, ring, "find", SAME,
-            RATIO, OVERLAP, HISTORY, AHEAD, HEAD_DIM,
+            RATIO, OVERLAP, HISTORY, AHEAD, HEAD_DIM, HARDWARE,
         )  # fmt: skip
     return y, held, x, wanted, home, spare
 
@@ -182,7 +182,7 @@ def decode_item(
                 )  # fmt: skip
             y, held, x, wanted, home, spare = rows_item(
                 live, kv_stride, ape, state, tags, ring, window, start, entry >= 0, h0,
-                PDL, SAME, RATIO, OVERLAP, HISTORY, AHEAD, HEAD_DIM,
+                PDL, SAME, RATIO, OVERLAP, HISTORY, AHEAD, HEAD_DIM, HARDWARE,
             )  # fmt: skip
             oldest = tl.maximum(begin, end - ring)
             # Loaded before the entry is finished, stored after.

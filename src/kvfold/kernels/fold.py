@@ -1,10 +1,14 @@
-"""The fold step: the one definition that every kernel calls."""
+"""The fold: of a token into a state that is kept, and of rows that are at hand together. Every kernel calls these."""
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import libdevice
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
+# Rows of a window of input rows that are folded against one maximum: row j of the window is of group j // 4. Two groups are a
+# window of ratio 4 with overlap; with one of 8, all its scores stand in registers at once.
+ROWS_AT_ONCE = tl.constexpr(4)
 
 
 @triton.jit
@@ -20,6 +24,51 @@ def fold_step(m, l, a, k, s):
     alpha = tl.where(rises, e, 1.0)
     beta = tl.where(rises, 1.0, e)
     return tl.maximum(m, s), tl.fma(l, alpha, beta), tl.fma(a, alpha, beta * k)
+
+
+@triton.jit
+def fold_group(m, l, a, ks, ss, COUNT: tl.constexpr, FIRST: tl.constexpr):
+    """Folds COUNT rows of a group into `(m, l, a)` at once: 9 operations a row where `fold_step` takes 13.
+
+    For rows that are always folded from the exact inputs, in the same groups. A row with `k = -0` and `s = -inf` changes no
+    bit, so a group may be filled up with such. FIRST: into `empty_group()`, which saves scaling it.
+    """
+    top = tl.maximum(ss[0], LOWEST)
+    for i in tl.static_range(1, COUNT):
+        top = tl.maximum(top, ss[i])
+    if not FIRST:
+        top = tl.maximum(top, m)
+        alpha = tl.exp2((m - top) * LOG2_E)
+        l *= alpha
+        a *= alpha
+    for i in tl.static_range(COUNT):
+        e = tl.exp2((ss[i] - top) * LOG2_E)
+        if FIRST and i == 0:
+            l = e
+            a = e * ks[i]
+        else:
+            l += e
+            a = tl.fma(e, ks[i], a)
+    return top, l, a
+
+
+@triton.jit
+def empty_group(HEAD_DIM: tl.constexpr):
+    """Of no rows. -0, as the first product is then what it is without a sum."""
+    m = tl.full((HEAD_DIM,), LOWEST, tl.float32)
+    l = tl.zeros((HEAD_DIM,), tl.float32)
+    a = tl.full((HEAD_DIM,), -0.0, tl.float32)
+    return m, l, a
+
+
+@triton.jit
+def quotient(a, l, HARDWARE: tl.constexpr):
+    """`a / l` for a sum of weights of which one is 1: 2 instructions instead of 8, which are for divisors beyond 2**126."""
+    if HARDWARE:
+        y = libdevice.fast_dividef(a, l)
+    else:
+        y = a / l
+    return y
 
 
 @triton.jit

@@ -15,6 +15,23 @@ from .snapshot import snapshot_rows
 
 
 @triton.jit
+def item_after(item, items, index, programs, total, RATIO: tl.constexpr):
+    """Item `index` of `total`, by its being `programs` behind `item`.
+
+    The plan has the windows of a sequence one behind the other, so within one there is nothing to read: the 7 numbers of the
+    next item need no registers while a window is folded, and nobody waits for them. 8 prompts of 64k in 552 instead of 567 us.
+    """
+    window, start, end, token, slot, entry, sequence = item
+    after = window + programs
+    if (after * RATIO < end) & (index < total):
+        ends = after * RATIO + RATIO <= end
+        found = (after, start, end, token, slot, tl.where(ends, entry + programs, -1), sequence)
+    else:
+        found = load_item(items, index, index < total)
+    return found
+
+
+@triton.jit
 def prefill_rows(
     pid, programs, items, num_items, entry_slots, entry_capacity, errors, snap_table, snap_width, snap_page_size,
     kv_score, kv_stride, num_tokens, ape, state_rows, state_tags, num_slots, ring, snap_rows, snap_tags, num_snaps,
@@ -29,15 +46,20 @@ def prefill_rows(
     """Program `pid` of `programs`."""
     CHANNELS: tl.constexpr = HEAD_DIM * (1 + OVERLAP)
     SAME: tl.constexpr = state_rows.dtype.element_ty == kv_score.dtype.element_ty
+    # Where not all rows of a window are under way at once there are registers for the next item: sequences of a window or two,
+    # beside a prompt, then find theirs there.
+    ITEM_AHEAD: tl.constexpr = AHEAD < RATIO * (1 + OVERLAP)
     total = load_plan(num_items)
     biases = None
-    if AHEAD >= RATIO * (1 + OVERLAP):
+    # Wider, they would take 64 registers of 128, and are read from the L1 cache for each window instead.
+    if AHEAD >= RATIO * (1 + OVERLAP) and HEAD_DIM <= 256:
         biases = load_biases(ape, 0, total > 0, RATIO, OVERLAP, AHEAD, HEAD_DIM)
     wait_for_inputs(PDL)
-    next_item = load_item(items, pid, pid < total)
+    item = load_item(items, pid, pid < total)
     for index in range(pid, total, programs):
-        window, start, end, token, slot, entry, sequence = next_item
-        next_item = load_item(items, index + programs, index + programs < total)
+        window, start, end, token, slot, entry, sequence = item
+        if ITEM_AHEAD:
+            next_item = load_item(items, index + programs, index + programs < total)
         first = window == start // RATIO
         held = (slot < num_slots) & (token + end - start <= num_tokens)
         tags = state_tags + slot * (ring + HISTORY)
@@ -56,12 +78,12 @@ def prefill_rows(
                 if (window - OVERLAP) * RATIO < start:
                     y = pool_window(
                         live, kv_stride, ape, biases, state, tags, window, start, ring, "find", SAME,
-                        RATIO, OVERLAP, HISTORY, AHEAD, HEAD_DIM,
+                        RATIO, OVERLAP, HISTORY, AHEAD, HEAD_DIM, HARDWARE,
                     )  # fmt: skip
                 else:
                     y = pool_window(
                         live, kv_stride, ape, biases, state, tags, window, start, ring, "live", SAME,
-                        RATIO, OVERLAP, HISTORY, AHEAD, HEAD_DIM,
+                        RATIO, OVERLAP, HISTORY, AHEAD, HEAD_DIM, HARDWARE,
                     )  # fmt: skip
                 weight, cos, sin = load_finish(window * RATIO, norm_weight, rope, max_position, pages, HEAD_DIM, ROPE_DIM)
                 deliver_entry(
@@ -84,3 +106,7 @@ def prefill_rows(
             if first:
                 x, wanted, home, spare = load_tags(tags, h0, start, ring, HISTORY)
                 retire_rows(tags, x, wanted, home, spare, h0, start, end, ring, HISTORY)
+        if ITEM_AHEAD:
+            item = next_item
+        else:
+            item = item_after(item, items, index + programs, programs, total, RATIO)
