@@ -54,6 +54,7 @@ def parts(rows: Rows) -> dict[str, str]:
         "prefill": measured.prefill_summary(rows) + _links(rows, "prefill"),
         "mixed": measured.mixed_summary(rows),
         "page_reads": measured.page_reads(rows),
+        "prompt_parts": measured.prompt_parts(rows),
         "plan": measured.plan_summary(rows),
         "host": measured.host_summary(rows),
         "store": measured.store_summary(rows),

@@ -173,6 +173,24 @@ def page_reads(rows: Rows) -> str:
     return sections(rows, ("pages",), body)
 
 
+def prompt_parts(rows: Rows) -> str:
+    """Parts of what a prompt of ratio 4 costs, by programs that do nothing else; beside them the whole call."""
+
+    def body(device: str) -> tuple[str, Rows]:
+        ours, calls = of(rows, "parts", device), of(rows, "prefill", device)
+        variants, lines, used = list(dict.fromkeys(variant for _, variant in ours)), [], list(ours.values())
+        for case in dict.fromkeys(case for case, _ in ours):
+            tokens = int(case.split()[0])
+            batch = max(1, tokens // 65536)
+            call = calls.get((f"pre hd512 r4 b{batch} s{tokens // batch}", "fold:fp8_ds_mla"))
+            used += [call] if call else []
+            found = [ours.get((case, variant)) for variant in variants] + [call]
+            lines.append((case, *(f"{row['us']:.1f}" if row else "" for row in found)))
+        return markdown(("prompt", *variants, "the whole call"), lines), used
+
+    return sections(rows, ("parts",), body)
+
+
 def plan_summary(rows: Rows) -> str:
     """`StepPlan.update` on the device, by the number of sequences."""
 

@@ -48,6 +48,7 @@ STAGES = (
     _bench("overhead", 60),
     _bench("window_reduction", 30),
     _bench("pages", 20),
+    _bench("parts", 40),
     _bench("store", 60),
     # racecheck and memcheck side by side, with 7 processes each, took 175 s; racecheck with one did not end in 380 s.
     _bench("sanitizer", 500, "--timeout", "490", script="sanitize"),

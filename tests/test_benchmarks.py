@@ -20,6 +20,7 @@ import calls
 import decode
 import floor
 import pages
+import parts
 import precompile
 import protocol
 import record
@@ -221,6 +222,30 @@ def test_every_timed_call_has_its_kernel_compiled_before() -> None:
     step = calls.Step(HIT, Variant.parse("window:fp8_ds_mla"), device="cpu")
     (buffers,) = step.buffers()
     assert precompile.key_of(HIT, step.variant)[2] is buffers.cache.format
+
+
+@pytest.mark.parametrize(("fold", "write"), parts.PARTS.values(), ids=parts.PARTS)
+def test_the_parts_of_a_prompt(fold: bool, write: bool) -> None:
+    """Three windows by two programs: what is folded is the pooled row, and window 0 is left out."""
+    torch.manual_seed(0)
+    tokens, ape = torch.randn(16, 2048, device=DEVICE).bfloat16(), torch.randn(4, 1024, device=DEVICE)
+    records = torch.full((4 * 144,), -7.0, device=DEVICE)
+    if not write:
+        tokens[:, :1024] = torch.inf  # the sum of what was read is written where it is infinite
+    parts.parts_kernel[(2,)](tokens, ape, records, 4, *parts.SHAPE, fold, write, False, False, enable_fp_fusion=False)
+    if not write:
+        assert records[:512].isinf().all() and (records[512:] == -7).all()
+        return
+    if fold:
+        want = kvfold.reference.pooled(tokens.cpu().float(), kvfold.V4_CSA, ape.cpu())[1:].float()
+    else:
+        k_lo, k_hi, s_lo, s_hi = tokens.cpu().float().view(4, 4, 4, 512).unbind(2)
+        want = ((k_lo + s_lo).sum(1)[:-1] + (k_hi + s_hi).sum(1)[1:]).view(3, 512)
+    words = want.view(3, 128, 4).amax(2)
+    got = records.cpu().view(4, 144)
+    assert (got[0] == -7).all()
+    torch.testing.assert_close(got[1:, :128], words, rtol=0, atol=1e-5)
+    torch.testing.assert_close(got[1:, 128:], words[:, :16], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("piece", "lanes"), pages.PIECES)

@@ -67,6 +67,10 @@ def sample(folder: Path) -> Path:
             row("pages", "16 windows of 128 rows, fp32", f"pieces of {piece} channels", us)
             for piece, us in ((32, 3.9), (64, 4.0))
         ],
+        "parts": [
+            row("parts", "65536 tokens, ratio 4, head_dim 512", variant, us)
+            for variant, us in (("read", 62.9), ("read, write", 68.1))
+        ],
         "representations": [
             row("representations", CSA_HIT.name, "rows:fp8_ds_mla", 3.5, bytes=23456),
             row("representations", CSA_HIT.name, "fold-rows:fp8_ds_mla", 4.5, bytes=34567),
@@ -129,6 +133,7 @@ def test_every_bench_has_its_part(tmp_path: Path) -> None:
         "host": "| fold:fp8_ds_mla | 20.5 | 60.2 | 70.8 |",
         "store": "| bf16 | 512 | 1.75 |  |  |  |  |  |",
         "page_reads": "| 16 windows of 128 rows, fp32 | 3.9 | 4.0 |",
+        "prompt_parts": "| 65536 tokens, ratio 4, head_dim 512 | 62.9 | 68.1 |  |",
         "window_reduction": "| 30.00 | 6.00 | 3.00 | 5.0x |",
         "representations": "| 3.50 | 4.50 | 23,456 | 34,567 |",
     }.items():

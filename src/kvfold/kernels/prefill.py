@@ -9,25 +9,12 @@ import triton.language as tl
 
 from .epilogue import aim_entry, aim_slot, emit, judge_slot, load_finish
 from .fold import empty_fold, fold_step, spread
+from .items import load_item
 from .pdl import load_plan, wait_for_inputs
 from .prefetch import prefetch_item
 from .slices import draw_ticket, is_last, leave_slice, take_slices
 from .slots import check_tags, keep_fold, load_tags, place_at, retire_rows
 from .snapshot import next_page_end, snapshot_fold
-
-
-@triton.jit
-def load_item(items, index, there):
-    """Window, start, end, token, slot, entry and sequence of a work item; no tokens and no entry where it is not there."""
-    item = items + index * 8
-    window = tl.load(item, mask=there, other=0, cache_modifier=".cg")
-    start = tl.load(item + 1, mask=there, other=0, cache_modifier=".cg")
-    end = tl.load(item + 2, mask=there, other=0, cache_modifier=".cg")
-    token = tl.load(item + 3, mask=there, other=0, cache_modifier=".cg")
-    slot = tl.load(item + 4, mask=there, other=0, cache_modifier=".cg").to(tl.int64)
-    entry = tl.load(item + 5, mask=there, other=-1, cache_modifier=".cg")
-    sequence = tl.load(item + 6, mask=there, other=0, cache_modifier=".cg")
-    return window, start, end, token, slot, entry, sequence
 
 
 @triton.jit

@@ -7,28 +7,12 @@ import triton
 import triton.language as tl
 
 from .epilogue import aim_slot, load_finish
+from .items import item_after, load_item
 from .pdl import load_plan, wait_for_inputs
-from .prefill import deliver_entry, load_item
+from .prefill import deliver_entry
 from .rows import keep_each, load_biases, pool_window
 from .slots import check_tags, load_tags, retire_rows
 from .snapshot import snapshot_rows
-
-
-@triton.jit
-def item_after(item, items, index, programs, total, RATIO: tl.constexpr):
-    """Item `index` of `total`, by its being `programs` behind `item`.
-
-    The plan has the windows of a sequence one behind the other, so within one there is nothing to read: the 7 numbers of the
-    next item need no registers while a window is folded, and nobody waits for them. 8 prompts of 64k in 552 instead of 567 us.
-    """
-    window, start, end, token, slot, entry, sequence = item
-    after = window + programs
-    if (after * RATIO < end) & (index < total):
-        ends = after * RATIO + RATIO <= end
-        found = (after, start, end, token, slot, tl.where(ends, entry + programs, -1), sequence)
-    else:
-        found = load_item(items, index, index < total)
-    return found
 
 
 @triton.jit

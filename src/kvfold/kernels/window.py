@@ -15,6 +15,7 @@ import triton.language as tl
 
 from .epilogue import aim_entry, emit, judge_slot
 from .fold import spread
+from .items import load_item
 from .pdl import load_plan, wait_for_inputs
 from .prefetch import prefetch_tokens, prefetch_window
 from .slices import draw_ticket, is_last, leave_slice, take_slices
@@ -113,18 +114,6 @@ def find_home(table, width, num_pages, page_size, window, start, sequence, there
 
 
 @triton.jit
-def load_item(items, index, there):
-    item = items + index * 8
-    window = tl.load(item, mask=there, other=0, cache_modifier=".cg")
-    start = tl.load(item + 1, mask=there, other=0, cache_modifier=".cg")
-    end = tl.load(item + 2, mask=there, other=0, cache_modifier=".cg")
-    token = tl.load(item + 3, mask=there, other=0, cache_modifier=".cg")
-    entry = tl.load(item + 5, mask=there, other=-1, cache_modifier=".cg")
-    sequence = tl.load(item + 6, mask=there, other=0, cache_modifier=".cg")
-    return window, start, end, token, entry, sequence
-
-
-@triton.jit
 def load_entry(
     items, entry_items, entry_slots, number, there,
     kv_pages, kv_table, kv_width, score_pages, score_table, score_width, page_size,
@@ -140,10 +129,10 @@ def load_entry(
     if entry_slots is not None:
         slot = tl.load(entry_slots + number, mask=there, other=-1, cache_modifier=".cg")
     # Where every window of a step ends, entry and item have one number: that item is not waited for twice.
-    window, start, end, token, entry, sequence = load_item(items, number, there)
+    window, start, end, token, state_slot, entry, sequence = load_item(items, number, there)
     if there & (entry != number):
-        window, start, end, token, entry, sequence = load_item(items, index, there)
-    item = (window, start, end, token, entry, sequence)
+        window, start, end, token, state_slot, entry, sequence = load_item(items, index, there)
+    item = (window, start, end, token, state_slot, entry, sequence)
     homes = ()
     if ONE_PAGE:
         kv, kv_lost, kv_bad = find_home(
@@ -208,7 +197,7 @@ def next_item(
         found = total
         while (index < total) & (found == total):
             i = index + tl.arange(0, 32) * programs
-            window, start, end, token, entry, _sequence = load_item(items, i, i < total)
+            window, start, end, token, _slot, entry, _sequence = load_item(items, i, i < total)
             own, lo = unclaimed(window, start, end, entry, entry_capacity, RATIO, OVERLAP)
             left = own | lo | (token + end - start > num_tokens)
             found = tl.min(tl.where(left & (i < total), i, total), axis=0)
@@ -226,7 +215,7 @@ def judge_item(
     """What is wrong with the entry of a work item, if it has one: old rows with a bad page, old rows with none, whether it is
     wanted, and whether it is refused. Before the wait, as nothing of it is written by a kernel in flight.
     """
-    window, start, _end, _token, entry, sequence = item
+    window, start, _end, _token, _slot, entry, sequence = item
     missing = tl.zeros((), tl.int32)
     bad = tl.zeros((), tl.int32)
     wanted = entry < 0
@@ -255,7 +244,7 @@ def write_item(
     PROMPT: tl.constexpr, JOIN: tl.constexpr,
 ):  # fmt: skip
     """Writes the new rows of a work item that nobody claims, and counts what is wrong with it. verdict: of `judge_item`."""
-    window, start, end, token, entry, sequence = item
+    window, start, end, token, _slot, entry, sequence = item
     bad, missing, wanted, wrong = verdict
     count = tl.zeros((), tl.int32)
     if token + end - start <= num_tokens:
@@ -350,7 +339,7 @@ def window_kernel(
         RATIO, OVERLAP, TILE, ROPE_DIM, ONE_PAGE,
     )  # fmt: skip
     if PDL:
-        window, start, end, token, _entry, _sequence = next_up
+        window, start, end, token, _slot, _entry, _sequence = next_up
         if (index < total) & (token + end - start <= num_tokens):
             live = kv_score + (token - start).to(tl.int64) * kv_stride
             prefetch_tokens(live, kv_stride, tl.maximum(start, window * RATIO), end, AHEAD, HEAD_DIM * (1 + OVERLAP))
@@ -385,7 +374,7 @@ def window_kernel(
         turn = task * 0
         while task < num_entries * parts:
             wait_for_inputs(PDL)
-            window, start, end, token, entry, sequence = item
+            window, start, end, token, _slot, entry, sequence = item
             deliver, wrong = judge_slot(
                 entry, slot, window * RATIO, entry_capacity, max_position, pages, cache_slots, ROPE_DIM
             )  # fmt: skip
