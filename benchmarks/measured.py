@@ -160,35 +160,36 @@ def full(rows: Rows, bench: str, title: str) -> str:
 def page_reads(rows: Rows) -> str:
     """Pages of raw rows read by programs that do nothing else, by the width of the pieces; beside them the step over them."""
 
-    def body(device: str) -> tuple[str, Rows]:
-        ours, steps = of(rows, "pages", device), of(rows, "decode", device)
-        pieces, lines, used = list(dict.fromkeys(piece for _, piece in ours)), [], list(ours.values())
-        for windows in dict.fromkeys(case for case, _ in ours):
-            step = steps.get((f"dec hd512 r128 b{windows.split()[0]} n1 hit", "window:fp8_ds_mla"))
-            used += [step] if step else []
-            found = [ours.get((windows, piece)) for piece in pieces] + [step]
-            lines.append((windows, *(f"{row['us']:.1f}" if row else "" for row in found)))
-        return markdown(("read", *pieces, "pooled and stored"), lines), used
+    def step(case: str) -> tuple[str, str]:
+        return f"dec hd512 r128 b{case.split()[0]} n1 hit", "window:fp8_ds_mla"
 
-    return sections(rows, ("pages",), body)
+    return _with_whole(rows, "pages", "read", "decode", step, "pooled and stored")
 
 
 def prompt_parts(rows: Rows) -> str:
     """Parts of what a prompt of ratio 4 costs, by programs that do nothing else; beside them the whole call."""
 
+    def call(case: str) -> tuple[str, str]:
+        tokens = int(case.split()[0])
+        batch = max(1, tokens // 65536)
+        return f"pre hd512 r4 b{batch} s{tokens // batch}", "fold:fp8_ds_mla"
+
+    return _with_whole(rows, "parts", "prompt", "prefill", call, "the whole call")
+
+
+def _with_whole(rows: Rows, bench: str, first: str, other: str, whole: Callable[[str], tuple[str, str]], last: str) -> str:
+    """A line for each case of a bench, a column for each variant, and in the `last` one the row that `whole` names for it."""
+
     def body(device: str) -> tuple[str, Rows]:
-        ours, calls = of(rows, "parts", device), of(rows, "prefill", device)
+        ours, wholes = of(rows, bench, device), of(rows, other, device)
         variants, lines, used = list(dict.fromkeys(variant for _, variant in ours)), [], list(ours.values())
         for case in dict.fromkeys(case for case, _ in ours):
-            tokens = int(case.split()[0])
-            batch = max(1, tokens // 65536)
-            call = calls.get((f"pre hd512 r4 b{batch} s{tokens // batch}", "fold:fp8_ds_mla"))
-            used += [call] if call else []
-            found = [ours.get((case, variant)) for variant in variants] + [call]
+            found = [ours.get((case, variant)) for variant in variants] + [wholes.get(whole(case))]
+            used += [found[-1]] if found[-1] else []
             lines.append((case, *(f"{row['us']:.1f}" if row else "" for row in found)))
-        return markdown(("prompt", *variants, "the whole call"), lines), used
+        return markdown((first, *variants, last), lines), used
 
-    return sections(rows, ("parts",), body)
+    return sections(rows, (bench,), body)
 
 
 def plan_summary(rows: Rows) -> str:
