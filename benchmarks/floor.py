@@ -18,7 +18,8 @@ import triton.language as tl
 from protocol import Case, Variant
 
 import kvfold
-from kvfold.kernels.pdl import AVAILABLE, wait_for_inputs
+from kvfold.kernels.dispatch import supports_pdl
+from kvfold.kernels.pdl import wait_for_inputs
 
 PAGE_SIZE = 128  # positions per page of WindowState in every benchmark
 NEVER = tl.constexpr(-1)
@@ -173,7 +174,7 @@ def floor_us(bytes_moved: Traffic, dependent: bool = True) -> float:
     Args:
         dependent: also try dependent launch, where there is one; leave it out beside calls that run without.
     """
-    can = dependent and AVAILABLE and torch.cuda.get_device_capability() >= (9, 0)
+    can = dependent and supports_pdl(torch.device("cuda"))
     widest = max(block for block, _ in ARRANGEMENTS)
     buffers = []
     for _ in range(protocol.buffer_sets(bytes_moved.total)):

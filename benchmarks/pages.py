@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from floor import PAGE_SIZE
 
-from kvfold.kernels.pdl import AVAILABLE, wait_for_inputs
+from kvfold.kernels.dispatch import supports_pdl
+from kvfold.kernels.pdl import wait_for_inputs
 
 HEAD_DIM = tl.constexpr(512)
 ROWS = tl.constexpr(PAGE_SIZE)
@@ -57,7 +58,7 @@ def calls_of(entries: int, piece: int, lanes: int) -> list[Callable[[], None]]:
     while entries * parts > PROGRAMS and parts > 1:
         parts //= 2
     out = torch.empty(ROWS.value, HEAD_DIM.value, device="cuda")
-    options = {"launch_pdl": True} if AVAILABLE and torch.cuda.get_device_capability() >= (9, 0) else {}
+    options = {"launch_pdl": True} if supports_pdl(torch.device("cuda")) else {}
     calls = []
     for _ in range(protocol.buffer_sets(entries * 2 * ROWS.value * HEAD_DIM.value * 4)):
         kv, score = (torch.randn(2 * entries, ROWS.value, HEAD_DIM.value, device="cuda") for _ in range(2))

@@ -14,8 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
+from kvfold.kernels.dispatch import supports_pdl
 from kvfold.kernels.fold import empty_group, quotient, widen
-from kvfold.kernels.pdl import AVAILABLE, wait_for_inputs
+from kvfold.kernels.pdl import wait_for_inputs
 from kvfold.kernels.rows import fold_part, load_live
 
 SHAPE = (512, 4, 144)  # head_dim, ratio, and words of a record of 576 bytes, without its tail
@@ -59,7 +60,7 @@ def calls_of(tokens: int, fold: bool, write: bool) -> list[Callable[[], None]]:
     head_dim, ratio, words = SHAPE
     windows, width = tokens // ratio, 4 * head_dim
     ape = torch.randn(ratio, 2 * head_dim, device="cuda")
-    options = {"launch_pdl": True} if AVAILABLE and torch.cuda.get_device_capability() >= (9, 0) else {}
+    options = {"launch_pdl": True} if supports_pdl(torch.device("cuda")) else {}
     calls = []
     for _ in range(protocol.buffer_sets(tokens * width * 2)):
         kv_score = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)

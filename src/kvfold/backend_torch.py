@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .kernels.configs import ROWS_AT_ONCE
 from .pack import bf16_bits, pack_records
 from .plan import StepPlan
 from .records import EntryCache
@@ -47,9 +48,6 @@ def fold_step(
     alpha = torch.where(rises, e, 1.0)
     beta = torch.where(rises, 1.0, e)
     return torch.maximum(m, s), l * alpha + beta, a * alpha + beta * k
-
-
-ROWS_AT_ONCE = 4  # rows of a window of input rows that are folded against one maximum; as in kernels/fold.py
 
 
 def fold_group(

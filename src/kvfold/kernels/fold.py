@@ -4,11 +4,11 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import libdevice
 
+from . import configs
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
-# Rows of a window of input rows that are folded against one maximum: row j of the window is of group j // 4. Two groups are a
-# window of ratio 4 with overlap; with one of 8, all its scores stand in registers at once.
-ROWS_AT_ONCE = tl.constexpr(4)
+ROWS_AT_ONCE = tl.constexpr(configs.ROWS_AT_ONCE)
 
 
 @triton.jit

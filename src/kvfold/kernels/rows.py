@@ -167,7 +167,7 @@ def pool_window(
     elif ROWS <= 2 * AHEAD:
         for j0 in tl.static_range(0, ROWS, AHEAD):
             own = biases
-            if biases is None:
+            if biases is None:  # ahead of the rows, so that nobody waits for both in turn
                 own = load_biases(ape, j0, None, RATIO, OVERLAP, AHEAD, HEAD_DIM)
             ks, ss = load_window(
                 live, kv_stride, state, tags, window, start, ring, j0, SOURCE, SAME,
