@@ -17,7 +17,7 @@ from window_support import WindowEngine, run
 from kvfold import CompressorSpec, reference
 from kvfold.kernels import configs
 from kvfold.kernels.configs import ANY, CONFIGS, ITEM_BOUNDS, Config, UnsupportedError, choose
-from kvfold.kernels.variants import variant_of
+from kvfold.kernels.variants import draws_items, variant_of
 from kvfold.state import state_kind
 
 RATIOS = (1, 2, 3, 4, 5, 8, 9, 16, 48, 64, 100, 128, 129, 256, 1024, 4095, 4096)
@@ -49,7 +49,10 @@ def test_a_row_of_the_table_is_chosen_and_the_first_that_serves() -> None:
                 assert n <= chosen.ahead
             if not chosen.programs and kind == "rows":
                 assert spec.window_rows <= chosen.ahead
-            assert chosen.together == 1 or (kind == "fold" and chosen.programs)
+            assert chosen.together == 1 or (kind in ("fold", "rows") and chosen.programs)
+            # A ticket is drawn by one of 64 threads (kernels/items.py).
+            assert not draws_items(spec, chosen) or chosen.num_warps <= 2
+            assert chosen.pair_programs == 0 or (kind == "rows" and chosen.pair_programs <= chosen.programs)
             # Launches tell these numbers of windows apart and no others.
             assert chosen.most_items in ITEM_BOUNDS
             # Slices cut a row evenly; over fold rows only programs that take items in turn, one window each, can share one.

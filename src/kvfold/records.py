@@ -222,6 +222,8 @@ class EntryCache:
         if self.format.scale_bytes == 4:
             unit = 4
         self.pages = _byte_pages("storage", storage, self.page_bytes, unit)
+        if self.num_slots >= 1 << 32:  # kernels find the page of a slot in 32 bits (kernels/record.py)
+            raise ValueError(f"storage must have fewer than 2**32 slots, got {self.num_slots}")
         self.scale_pages: torch.Tensor | None = None
         if self.format.separate:
             check_type("scales", scales, torch.Tensor)

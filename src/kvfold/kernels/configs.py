@@ -36,7 +36,10 @@ class Config:
         registers: bound on registers per thread, so that more programs share a multiprocessor; 0 for none.
         programs: most programs, each of which takes work in turn; 0 for one per work item, which has all its loads under way
             before the first use, so that `ahead` holds a step.
-        together: with `programs`, `"fold"`: windows that a program folds side by side.
+        together: with `programs`, `"fold"` and `"rows"`: windows that a program folds side by side; of `"rows"`, where all rows
+            of a window are ahead.
+        pair_programs: most programs of each of two compressors in one launch, of which this is the first one's row, where that
+            makes no more than two windows and a bit to each; 0 for `programs`.
         most_items: most windows of a call.
         prompt: `"window"`: whoever pools rows that are all new also writes them. Any value gives the same bits.
         spills, pair_spills: bytes that a thread may spill on sm_90, alone and as the first of two in one launch: what the worst
@@ -55,6 +58,7 @@ class Config:
     registers: int = 0
     programs: int = 0
     together: int = 1
+    pair_programs: int = 0
     most_items: int = ANY
     prompt: bool = False
     spills: int = 0
@@ -109,7 +113,9 @@ CONFIGS = (
     # 3 programs to a multiprocessor with 8 tokens ahead 47.9 and 277; 5 with 96 registers 42.0 and 268.
     Config("fold", _WIDE, _ALL, ANY, ahead=4, num_warps=4, registers=128, programs=528, together=2, spills=32),
     Config("rows", _NARROW, (1, 8), 8, ahead=8, num_warps=2),
-    Config("rows", _NARROW, _ALL, ANY, ahead=8, num_warps=1, programs=2112),
+    # The indexer alone, 1 and 8 prompts of 64k: two windows to a warp 25.8 and 150 us; four to two warps 28.3 and 150; one to a
+    # warp 36.5 and 184, two to two warps 177; with 80, 96 or 168 registers 195, 174 and 160.
+    Config("rows", _NARROW, _ALL, ANY, ahead=8, num_warps=1, registers=128, programs=2112, together=2, spills=156),
     Config("rows", _MIDDLE, (1, 8), 8, ahead=8, num_warps=4),
     Config("rows", _MIDDLE, _ALL, ANY, ahead=8, num_warps=1, programs=1584),
     # 4 against 8 warps, main and indexer in one launch: one token 2.83/3.75/5.32 against 3.09/3.88/8.56 us, four tokens
@@ -123,7 +129,19 @@ CONFIGS = (
     # programs, and those that do not fit come last: 109 with 112 or 144. Rows by halves, the second when there is room, 86.6.
     # The rows of the next window under way while this one is finished: in registers 76.4 and 572; in shared memory, when these
     # took 84 and 648, 101 and 736.
-    Config("rows", _WIDE, _ALL, ANY, ahead=8, num_warps=2, registers=128, programs=1056, spills=196, pair_spills=188),
+    Config(
+        "rows",
+        _WIDE,
+        _ALL,
+        ANY,
+        ahead=8,
+        num_warps=2,
+        registers=128,
+        programs=1056,
+        pair_programs=924,
+        spills=216,
+        pair_spills=316,
+    ),
     Config("window", _NARROW, (1, 16), 8, ahead=4, num_warps=1, registers=128, programs=2112),
     Config("window", _NARROW, (1, 16), ANY, ahead=4, num_warps=1, registers=128, programs=2112, prompt=True),
     Config("window", _NARROW, _ALL, 8, **_SHORT_WINDOWS, spills=288),

@@ -1,60 +1,66 @@
-"""From a pooled row in registers to a finished entry: RMSNorm, RoPE, Hadamard; and its delivery."""
+"""From a pooled row in registers to a finished entry: RMSNorm, RoPE, Hadamard; and its delivery.
+
+COUNT entries of one sequence in a row can go side by side; abreast.py says how.
+"""
 
 import triton
 import triton.language as tl
 
+from .abreast import abreast, channels, flat, numbers, span
 from .record import bf16_bits, bf16_value, store_record
 
 
 @triton.jit
-def tree_sum(x, LENGTH: tl.constexpr, LOG2: tl.constexpr):
-    """Sum of `[LENGTH]` by pairing neighbours LOG2 times: the same bits for every number of warps."""
+def tree_sum(x, LENGTH: tl.constexpr, LOG2: tl.constexpr, COUNT: tl.constexpr):
+    """Sum of `[LENGTH]`, COUNT times, by pairing neighbours LOG2 times: the same bits for every number of warps."""
     for i in tl.static_range(LOG2):
-        x = tl.sum(tl.reshape(x, (LENGTH >> (i + 1), 2)), axis=1)
-    return tl.sum(x, axis=0)  # of one element
+        x = tl.sum(tl.reshape(x, ((COUNT * LENGTH) >> (i + 1), 2)), axis=1)
+    if COUNT == 1:
+        x = tl.sum(x, axis=0)  # of one element
+    else:
+        x = tl.reshape(x, (COUNT, 1))
+    return x
 
 
 @triton.jit
-def rms_norm(y, weight, EPS: tl.constexpr, HEAD_DIM: tl.constexpr, LOG2: tl.constexpr):
-    mean = tree_sum(y * y, HEAD_DIM, LOG2) * (1.0 / HEAD_DIM)
+def rms_norm(y, weight, EPS: tl.constexpr, HEAD_DIM: tl.constexpr, LOG2: tl.constexpr, COUNT: tl.constexpr):
+    mean = tree_sum(y * y, HEAD_DIM, LOG2, COUNT) * (1.0 / HEAD_DIM)
     inverse = tl.div_rn(1.0, tl.sqrt_rn(mean + EPS))
-    return y * inverse * weight
+    return y * flat(inverse, HEAD_DIM, COUNT) * weight
 
 
 @triton.jit
-def load_rotation(rope, position, max_position, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr):
+def load_rotation(rope, position, max_position, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, COUNT: tl.constexpr):
     """Cosine and sine of each channel pair; 1 and 0 for pairs that are not rotated, and behind the end of the table."""
-    pair = tl.arange(0, HEAD_DIM // 2) - (HEAD_DIM - ROPE_DIM) // 2
+    pair = span(HEAD_DIM // 2, COUNT) - (HEAD_DIM - ROPE_DIM) // 2
     rotated = pair >= tl.where(position < max_position, 0, HEAD_DIM)
     row = rope + position.to(tl.int64) * ROPE_DIM + pair
-    return tl.load(row, mask=rotated, other=1.0), tl.load(row + ROPE_DIM // 2, mask=rotated, other=0.0)
+    cos = tl.load(row, mask=rotated, other=1.0)
+    sin = tl.load(row + ROPE_DIM // 2, mask=rotated, other=0.0)
+    return flat(cos, HEAD_DIM // 2, COUNT), flat(sin, HEAD_DIM // 2, COUNT)
 
 
 @triton.jit
-def rotate(y, cos, sin, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr):
+def rotate(y, cos, sin, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, COUNT: tl.constexpr):
     """RoPE on the last ROPE_DIM channels, in interleaved pairs; the others pass untouched, whatever they hold."""
-    even, odd = tl.split(tl.reshape(y, (HEAD_DIM // 2, 2)))
-    rotated = tl.arange(0, HEAD_DIM // 2) >= (HEAD_DIM - ROPE_DIM) // 2
+    even, odd = tl.split(tl.reshape(y, (COUNT * HEAD_DIM // 2, 2)))
+    rotated = channels(HEAD_DIM // 2, COUNT) >= (HEAD_DIM - ROPE_DIM) // 2
     new_even = tl.where(rotated, even * cos - odd * sin, even)
     new_odd = tl.where(rotated, odd * cos + even * sin, odd)
-    return tl.reshape(tl.join(new_even, new_odd), (HEAD_DIM,))
+    return tl.reshape(tl.join(new_even, new_odd), (COUNT * HEAD_DIM,))
 
 
 @triton.jit
-def _add_both(a, b, c, d):
-    return a + c, b + d
-
-
-@triton.jit
-def hadamard(y, HEAD_DIM: tl.constexpr, LOG2: tl.constexpr):
+def hadamard(y, HEAD_DIM: tl.constexpr, LOG2: tl.constexpr, COUNT: tl.constexpr):
     """Sylvester order, all channels, divided by sqrt(HEAD_DIM) at the end."""
-    # By reductions of two elements each, which are shuffles inside a warp: to move every bit of the channel index into a thread
-    # in turn went through shared memory LOG2 times.
-    second = tl.arange(0, 2)[None, :, None] == 1
+    # The other one of two elements is what is left of both of them by exclusive or, and that reduction is one shuffle inside a
+    # warp; to move every bit of the channel index into a thread in turn went through shared memory LOG2 times.
+    sign = tl.where(tl.arange(0, 2)[None, :, None] == 1, -1.0, 1.0)
     for i in tl.static_range(LOG2):
-        pairs = tl.reshape(y, (HEAD_DIM >> (i + 1), 2, 1 << i))
-        plus, minus = tl.reduce((pairs, tl.where(second, -pairs, pairs)), 1, _add_both, keep_dims=True)
-        y = tl.reshape(tl.where(second, minus, plus), (HEAD_DIM,))
+        own = tl.reshape(y, ((COUNT * HEAD_DIM) >> (i + 1), 2, 1 << i))
+        bits = own.to(tl.int32, bitcast=True)
+        other = (tl.xor_sum(bits, axis=1, keep_dims=True) ^ bits).to(tl.float32, bitcast=True)
+        y = tl.reshape(tl.fma(own, tl.broadcast_to(sign, own.shape), other), (COUNT * HEAD_DIM,))
     return y * (HEAD_DIM**-0.5)
 
 
@@ -73,16 +79,18 @@ def aim_entry(
 
 
 @triton.jit
-def load_finish(position, norm_weight, rope, max_position, pages, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr):
+def load_finish(
+    position, norm_weight, rope, max_position, pages, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, COUNT: tl.constexpr = 1
+):  # fmt: skip
     """Norm weight, cosines and sines of an entry; of no meaning where there is no cache."""
-    c = tl.arange(0, HEAD_DIM)
-    weight = tl.zeros((HEAD_DIM,), tl.float32)
-    cos = tl.zeros((HEAD_DIM // 2,), tl.float32)
-    sin = tl.zeros((HEAD_DIM // 2,), tl.float32)
+    c = channels(HEAD_DIM, COUNT)
+    weight = tl.zeros((COUNT * HEAD_DIM,), tl.float32)
+    cos = tl.zeros((COUNT * HEAD_DIM // 2,), tl.float32)
+    sin = tl.zeros((COUNT * HEAD_DIM // 2,), tl.float32)
     if pages is not None:
         weight = tl.load(norm_weight + c).to(tl.float32)
         if ROPE_DIM > 0:
-            cos, sin = load_rotation(rope, position, max_position, HEAD_DIM, ROPE_DIM)
+            cos, sin = load_rotation(rope, position, max_position, HEAD_DIM, ROPE_DIM, COUNT)
     return weight, cos, sin
 
 
@@ -119,25 +127,30 @@ def emit(
     ROUND_ROWS: tl.constexpr, ELEMENT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, FLOOR: tl.constexpr,
     FLOOR_ON_SCALE: tl.constexpr, DIVIDE: tl.constexpr, ROTATED_BF16: tl.constexpr, PAD: tl.constexpr,
     ROUND_VALUES: tl.constexpr, TIES_TO_ZERO: tl.constexpr, ROW_BYTES: tl.constexpr, TAIL_BYTES: tl.constexpr,
-    HARDWARE: tl.constexpr,
+    HARDWARE: tl.constexpr, COUNT: tl.constexpr = 1, wanted=None,
 ):  # fmt: skip
-    """Delivers pooled row `y` as entry `entry` of the plan: to `rows` and to the cache, either of which may be None."""
+    """Delivers pooled row `y` as entry `entry` of the plan to `rows` and the cache, if any; or COUNT of them, as `wanted`."""
     if rows is not None:
-        at = entry.to(tl.int64) * HEAD_DIM + tl.arange(0, HEAD_DIM)
+        at = rows + entry.to(tl.int64) * HEAD_DIM + span(HEAD_DIM, COUNT)
+        there = None
+        if COUNT > 1:
+            at += numbers(COUNT) * HEAD_DIM
+            there = wanted
         if rows.dtype.element_ty == tl.bfloat16:
-            tl.store(rows.to(tl.pointer_type(tl.int16)) + at, bf16_bits(y, HARDWARE))
+            bits = abreast(bf16_bits(y, HARDWARE), HEAD_DIM, COUNT)
+            tl.store(at.to(tl.pointer_type(tl.int16)), bits, mask=there)
         else:
-            tl.store(rows + at, y)
+            tl.store(at, abreast(y, HEAD_DIM, COUNT), mask=there)
     if pages is not None:
         if ROUND_ROWS:
             y = bf16_value(bf16_bits(y, HARDWARE))
-        y = rms_norm(y, weight, EPS, HEAD_DIM, LOG2)
+        y = rms_norm(y, weight, EPS, HEAD_DIM, LOG2, COUNT)
         if ROPE_DIM > 0:
-            y = rotate(y, cos, sin, HEAD_DIM, ROPE_DIM)
+            y = rotate(y, cos, sin, HEAD_DIM, ROPE_DIM, COUNT)
         if HADAMARD:
-            y = hadamard(y, HEAD_DIM, LOG2)
+            y = hadamard(y, HEAD_DIM, LOG2, COUNT)
         store_record(
             y, slot, pages, page_stride, scales, scales_stride, rows_per_page, cache_scale,
             HEAD_DIM, ROPE_DIM, ELEMENT, GROUP, SCALE, FLOOR, FLOOR_ON_SCALE, DIVIDE, ROTATED_BF16,
-            PAD, ROUND_VALUES, TIES_TO_ZERO, ROW_BYTES, TAIL_BYTES, HARDWARE,
+            PAD, ROUND_VALUES, TIES_TO_ZERO, ROW_BYTES, TAIL_BYTES, HARDWARE, COUNT, wanted,
         )  # fmt: skip

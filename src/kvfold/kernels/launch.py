@@ -13,7 +13,16 @@ from ..spec import CompressorSpec
 from ..state import FoldState
 from .configs import ANY, item_bound
 from .dispatch import launcher_of, pack, supports_pdl
-from .variants import Types, pair_key, restore_key, slices_of, step_key, store_key, window_key
+from .variants import (
+    Types,
+    draws_items,
+    pair_key,
+    restore_key,
+    slices_of,
+    step_key,
+    store_key,
+    window_key,
+)
 
 if TYPE_CHECKING:
     from ..compress import Compressor
@@ -30,9 +39,13 @@ def compress_triton(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, pd
     asked = (plan.max_new_tokens, items, _format(c), _snapshots(c) is not None, *_types(c, c.state.rows.dtype, plan, rows))
     if c.state._last[0] != asked:
         key = _step_key(c, plan, rows, items)
-        c.state._last = asked, launcher_of(key, device), key[3].programs or ANY, slices_of(c.spec, key[3])
-    _, launcher, most, slices = c.state._last
-    shared = _workspace(c.state, plan.entry_capacity, c.spec.head_dim) if slices > 1 else (None, None)
+        draws = draws_items(c.spec, key[3])
+        c.state._last = asked, launcher_of(key, device), key[3].programs or ANY, slices_of(c.spec, key[3]), draws
+    _, launcher, most, slices, draws = c.state._last
+    if slices > 1:
+        shared = _workspace(c.state, plan.entry_capacity, c.spec.head_dim)
+    else:
+        shared = (None, _arrivals(c.state) if draws else None)
     own, bits = _plan(plan, False)
     table, more = _table(plan, c)
     step, most_bits = _step_arguments(c, rows, shared)
@@ -50,14 +63,19 @@ def compress_pair_triton(pair: tuple[Compressor, Compressor], plan: StepPlan, pd
     asked += tuple(x for c in pair for x in (_format(c), _snapshots(c) is not None, *_types(c, c.state.rows.dtype, plan, None)))
     if first.state._last[0] != asked:
         key = pair_key(_step_key(first, plan, None, ANY), _step_key(second, plan, None, ANY))
-        programs = key[1][2].programs, key[2][2].programs
-        first.state._last = asked, launcher_of(key, device), programs[0] if all(programs) else ANY
-    _, launcher, most = first.state._last
+        configs = key[1][2], key[2][2]
+        long = all(config.programs for config in configs)
+        draws = tuple(draws_items(c.spec, config) for c, config in zip(pair, configs, strict=True))
+        most = configs[0].programs if long else ANY
+        few = configs[0].pair_programs if long else 0
+        first.state._last = asked, launcher_of(key, device), most, few, draws
+    _, launcher, most, few, draws = first.state._last
+    if few and grid <= 2 * most:
+        most = few
     parts = (
         _plan(plan, False),
         _table(plan, first if _snapshots(first) is not None else second),
-        _step_arguments(first, None),
-        _step_arguments(second, None),
+        *(_step_arguments(c, None, (_arrivals(c.state) if drawn else None,)) for c, drawn in zip(pair, draws, strict=True)),
     )
     values = parts[0][0] + parts[1][0] + parts[2][0] + parts[3][0]
     bits = parts[0][1] | parts[1][1] | parts[2][1] | parts[3][1]
@@ -190,7 +208,7 @@ def _plan(plan: StepPlan, more: bool) -> tuple[tuple[object, ...], int]:
 def _step_arguments(c: Compressor, rows: torch.Tensor | None, shared: tuple = ()) -> tuple[tuple[object, ...], int]:
     """Of one compressor over a `FoldState`, packed, and the bits of its addresses and strides.
 
-    shared: workspace and arrivals, which the kernel of a pair has not.
+    shared: workspace and arrivals; the kernel of a pair has no workspace.
     """
     kv_score, state = c.kv_score, c.state
     assert isinstance(state, FoldState)
@@ -252,6 +270,11 @@ def _epilogue_arguments(
 def _cache_strides(cache: EntryCache) -> int:
     scales = cache.scale_pages
     return cache.pages.stride(0) | (scales.stride(0) if scales is not None else 0)
+
+
+def _arrivals(state: FoldState | WindowState) -> torch.Tensor:
+    """The count of the items that were drawn (kernels/items.py): zero between calls."""
+    return _workspace(state, 1, 0)[1]
 
 
 def _workspace(state: FoldState | WindowState, entries: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:

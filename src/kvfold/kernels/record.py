@@ -7,6 +7,8 @@ interpreter. bf16 and e4m3 also have a target's own conversion (HARDWARE, sm_89 
 import triton
 import triton.language as tl
 
+from .abreast import abreast, span, wherever
+
 
 @triton.jit
 def bf16_bits(x, HARDWARE: tl.constexpr = False):
@@ -109,18 +111,24 @@ def store_record(
     HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, ELEMENT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr,
     FLOOR: tl.constexpr, FLOOR_ON_SCALE: tl.constexpr, DIVIDE: tl.constexpr, ROTATED_BF16: tl.constexpr,
     PAD: tl.constexpr, ROUND_VALUES: tl.constexpr, TIES_TO_ZERO: tl.constexpr,
-    ROW_BYTES: tl.constexpr, TAIL_BYTES: tl.constexpr, HARDWARE: tl.constexpr = False,
+    ROW_BYTES: tl.constexpr, TAIL_BYTES: tl.constexpr, HARDWARE: tl.constexpr = False, COUNT: tl.constexpr = 1, wanted=None,
 ):  # fmt: skip
-    """Writes one record and its tail. `scales` is None where tails are in the page; PAD is how many pad bytes to zero."""
-    c = tl.arange(0, HEAD_DIM)
-    number = slot // rows_per_page
-    row = slot % rows_per_page
+    """Writes one record and its tail, or those of COUNT slots, as they are `wanted`, whose rows stand side by side in `y`.
+
+    `scales` is None where tails are in the page; PAD is how many pad bytes to zero.
+    """
+    c = span(HEAD_DIM, COUNT)
+    # In 32 bits, which all slots of a cache fit: a division of 64 is 100 instructions and a branch.
+    index = slot.to(tl.uint32)
+    number = (index // rows_per_page.to(tl.uint32)).to(tl.int64)
+    row = slot - number * rows_per_page
     page = pages + number * page_stride
     record = page + row * ROW_BYTES
     if ELEMENT == "fp32":
-        tl.store(record.to(tl.pointer_type(tl.float32)) + c, y)
+        tl.store(record.to(tl.pointer_type(tl.float32)) + c, abreast(y, HEAD_DIM, COUNT), mask=wanted)
     elif ELEMENT == "bf16":
-        tl.store(record.to(tl.pointer_type(tl.int16)) + c, bf16_bits(y, HARDWARE))
+        bits = abreast(bf16_bits(y, HARDWARE), HEAD_DIM, COUNT)
+        tl.store(record.to(tl.pointer_type(tl.int16)) + c, bits, mask=wanted)
     else:
         MAX: tl.constexpr = 448.0 if ELEMENT == "e4m3" else 6.0
         QUANTIZED: tl.constexpr = HEAD_DIM - (ROPE_DIM if ROTATED_BF16 else 0)
@@ -140,7 +148,7 @@ def store_record(
                 tail_scales = tail
             # A NaN does not choose the scale of its neighbours.
             magnitude = tl.where(v == v, tl.abs(v), 0.0)
-            if GROUP == HEAD_DIM:
+            if GROUP == COUNT * HEAD_DIM:
                 # One group is scalars: Triton 3.3 does not compile a reshape to [1, HEAD_DIM] behind the Hadamard transform.
                 stored, factor = group_scale(tl.max(magnitude, axis=0), cache_scale, MAX, SCALE, FLOOR, FLOOR_ON_SCALE)
                 tl.store(tail_scales, stored.to(tail_scales.dtype.element_ty))
@@ -149,30 +157,38 @@ def store_record(
                 else:
                     v = v * factor
             else:
-                amax = tl.max(tl.reshape(magnitude, (HEAD_DIM // GROUP, GROUP)), axis=1)
+                GROUPS: tl.constexpr = HEAD_DIM // GROUP
+                amax = tl.max(tl.reshape(magnitude, (COUNT * GROUPS, GROUP)), axis=1)
                 stored, factor = group_scale(amax, cache_scale, MAX, SCALE, FLOOR, FLOOR_ON_SCALE)
-                group = tl.arange(0, HEAD_DIM // GROUP)
-                live = group < QUANTIZED // GROUP
-                tl.store(tail_scales + group, stored.to(tail_scales.dtype.element_ty), mask=live)
-                grouped = tl.reshape(v, (HEAD_DIM // GROUP, GROUP))
+                codes = abreast(stored.to(tail_scales.dtype.element_ty), GROUPS, COUNT)
+                # A value for each of some threads that all have it: for one alone it went through shared memory.
+                SAME: tl.constexpr = 16 if COUNT > 1 and GROUPS == 1 else GROUPS
+                group = span(SAME, COUNT)
+                live = wherever(group < QUANTIZED // GROUP, wanted, COUNT)
+                if SAME > GROUPS:
+                    codes = tl.broadcast_to(codes, (COUNT, SAME))
+                tl.store(tail_scales + group, codes, mask=live)
+                grouped = tl.reshape(v, (COUNT * GROUPS, GROUP))
                 if DIVIDE:
                     grouped = tl.div_rn(grouped, factor[:, None])
                 else:
                     grouped = grouped * factor[:, None]
-                v = tl.reshape(grouped, (HEAD_DIM,))
+                v = tl.reshape(grouped, (COUNT * HEAD_DIM,))
             if PAD > 0:
-                pad = tail + (TAIL_BYTES - PAD) + tl.arange(0, PAD)
-                tl.store(pad, tl.zeros((PAD,), tl.uint8))
+                pad = tail + (TAIL_BYTES - PAD) + span(PAD, COUNT)
+                tl.store(pad, abreast(tl.zeros((COUNT * PAD,), tl.uint8), PAD, COUNT), mask=wanted)
         if ELEMENT == "e4m3":
             if HARDWARE:
                 # One instruction for two channels where e4m3_bits takes fifteen for one; the same bytes, NaN and all.
                 code = v.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
             else:
                 code = e4m3_bits(v).to(tl.uint8)
-            tl.store(record + c, code, mask=c < QUANTIZED)
+            tl.store(record + c, abreast(code, HEAD_DIM, COUNT), mask=wherever(c < QUANTIZED, wanted, COUNT))
         else:
-            low, high = tl.split(tl.reshape(e2m1_bits(v, TIES_TO_ZERO), (HEAD_DIM // 2, 2)))
-            tl.store(record + tl.arange(0, HEAD_DIM // 2), (low | (high << 4)).to(tl.uint8))
+            low, high = tl.split(tl.reshape(e2m1_bits(v, TIES_TO_ZERO), (COUNT * HEAD_DIM // 2, 2)))
+            pairs = abreast((low | (high << 4)).to(tl.uint8), HEAD_DIM // 2, COUNT)
+            tl.store(record + span(HEAD_DIM // 2, COUNT), pairs, mask=wanted)
         if ROTATED_BF16:
             rotated = (record + QUANTIZED).to(tl.pointer_type(tl.int16))
-            tl.store(rotated + (c - QUANTIZED), rounded, mask=c >= QUANTIZED)
+            there = wherever(c >= QUANTIZED, wanted, COUNT)
+            tl.store(rotated + (c - QUANTIZED), abreast(rounded, HEAD_DIM, COUNT), mask=there)

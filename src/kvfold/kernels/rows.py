@@ -3,12 +3,16 @@
 import triton
 import triton.language as tl
 
+from .abreast import channels
 from .fold import ROWS_AT_ONCE, empty_group, fold_group, quotient, spread, widen
 from .slots import place_row
 
 
 @triton.jit
-def load_biases(ape, j0, wanted, RATIO: tl.constexpr, OVERLAP: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr):
+def load_biases(
+    ape, j0, wanted, RATIO: tl.constexpr, OVERLAP: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr,
+    COUNT: tl.constexpr = 1,
+):  # fmt: skip
     """ape of rows `[j0, j0 + AHEAD)` of a window. With overlap the window before gives its lo half, this one its hi half.
 
     wanted: nothing is read where it is false; None: it is read.
@@ -16,15 +20,15 @@ def load_biases(ape, j0, wanted, RATIO: tl.constexpr, OVERLAP: tl.constexpr, AHE
     ROWS: tl.constexpr = RATIO * (1 + OVERLAP)
     biases = ()
     for i in tl.static_range(AHEAD):
-        bias = tl.zeros((HEAD_DIM,), tl.float32)
+        bias = tl.zeros((COUNT * HEAD_DIM,), tl.float32)
         if ape is not None:
             j = tl.full((), i, tl.int32) + j0  # a tensor also where j0 is a number
             half = tl.where(j < RATIO * OVERLAP, 0, OVERLAP * HEAD_DIM)
-            at = ape + (j % RATIO) * (HEAD_DIM * (1 + OVERLAP)) + half + tl.arange(0, HEAD_DIM)
+            at = ape + (j % RATIO) * (HEAD_DIM * (1 + OVERLAP)) + half + channels(HEAD_DIM, COUNT)
             if wanted is not None:
-                bias = tl.load(at, mask=spread(wanted & (j < ROWS), HEAD_DIM), other=0.0)
+                bias = tl.load(at, mask=spread(wanted & (j < ROWS), COUNT * HEAD_DIM), other=0.0)
             elif ROWS // AHEAD * AHEAD != ROWS:  # the interpreter has no % of a number and a constant of a module
-                bias = tl.load(at, mask=spread(j < ROWS, HEAD_DIM), other=0.0)
+                bias = tl.load(at, mask=spread(j < ROWS, COUNT * HEAD_DIM), other=0.0)
             else:
                 bias = tl.load(at)
         biases = biases + (bias,)
@@ -100,12 +104,17 @@ def load_window(
 @triton.jit
 def load_live(
     live, kv_stride, window,
-    RATIO: tl.constexpr, OVERLAP: tl.constexpr, HEAD_DIM: tl.constexpr, HARDWARE: tl.constexpr,
+    RATIO: tl.constexpr, OVERLAP: tl.constexpr, HEAD_DIM: tl.constexpr, HARDWARE: tl.constexpr, COUNT: tl.constexpr = 1,
 ):  # fmt: skip
-    """Values and raw scores, as they came, of all rows of a window that is live as a whole: all are under way at once."""
+    """Values and raw scores, as they came, of all rows of a window that is live as a whole: all are under way at once.
+
+    COUNT: of windows in a row, the first of which is `window`, side by side.
+    """
     ks = ()
     ss = ()
-    at = live + ((window - OVERLAP) * RATIO).to(tl.int64) * kv_stride + tl.arange(0, HEAD_DIM)
+    at = live + ((window - OVERLAP) * RATIO).to(tl.int64) * kv_stride + channels(HEAD_DIM, COUNT)
+    if COUNT > 1:
+        at += (tl.arange(0, COUNT * HEAD_DIM) // HEAD_DIM * RATIO).to(tl.int64) * kv_stride
     for j in tl.static_range(RATIO * (1 + OVERLAP)):
         half = 0 if j < RATIO * OVERLAP else OVERLAP * HEAD_DIM
         # Past the L1 cache, which rows of ape then have to themselves: 8 prompts of 64k in 636 instead of 668 us.
@@ -123,31 +132,31 @@ def load_live(
 
 @triton.jit
 def fold_some(
-    m, l, a, ks, ss, ape, biases, j0, FIRST: tl.constexpr, AT: tl.constexpr, COUNT: tl.constexpr,
-    RATIO: tl.constexpr, OVERLAP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    m, l, a, ks, ss, ape, biases, j0, FIRST: tl.constexpr, AT: tl.constexpr, ROWS: tl.constexpr,
+    RATIO: tl.constexpr, OVERLAP: tl.constexpr, HEAD_DIM: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """Folds the group of rows `[AT, AT + COUNT)` of those that stand in `ks` and `ss`, which are a window's from `j0` on."""
+    """Folds the group of rows `[AT, AT + ROWS)` of those that stand in `ks` and `ss`, which are a window's from `j0` on."""
     if biases is None:
-        own = load_biases(ape, j0 + AT, None, RATIO, OVERLAP, COUNT, HEAD_DIM)
+        own = load_biases(ape, j0 + AT, None, RATIO, OVERLAP, ROWS, HEAD_DIM, COUNT)
     group_ks = ()
     group_ss = ()
-    for i in tl.static_range(COUNT):
+    for i in tl.static_range(ROWS):
         bias = own[i] if biases is None else biases[AT + i]
         group_ks = group_ks + (widen(ks[AT + i]),)
         group_ss = group_ss + (widen(ss[AT + i]) + bias,)
-    return fold_group(m, l, a, group_ks, group_ss, COUNT, FIRST)
+    return fold_group(m, l, a, group_ks, group_ss, ROWS, FIRST)
 
 
 @triton.jit
 def fold_part(
     m, l, a, ks, ss, ape, biases, j0, FIRST: tl.constexpr,
-    RATIO: tl.constexpr, OVERLAP: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr,
+    RATIO: tl.constexpr, OVERLAP: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr, COUNT: tl.constexpr = 1,
 ):  # fmt: skip
     """Folds rows `[j0, j0 + AHEAD)` of a window, a group at a time. FIRST: no row was folded yet."""
     for g in tl.static_range(0, AHEAD, ROWS_AT_ONCE):
         m, l, a = fold_some(
             m, l, a, ks, ss, ape, biases, j0, FIRST and g == 0, g,
-            ROWS_AT_ONCE if g + ROWS_AT_ONCE <= AHEAD else AHEAD - g, RATIO, OVERLAP, HEAD_DIM,
+            ROWS_AT_ONCE if g + ROWS_AT_ONCE <= AHEAD else AHEAD - g, RATIO, OVERLAP, HEAD_DIM, COUNT,
         )  # fmt: skip
     return m, l, a
 

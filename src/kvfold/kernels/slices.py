@@ -14,12 +14,12 @@ from .fold import spread
 
 
 @triton.jit
-def draw_ticket(arrivals, entry, drawn):
+def draw_ticket(arrivals, entry, drawn, THREADS: tl.constexpr = 256):
     """A ticket for one part of an entry; `is_last` reads it, after the work that hides its latency."""
     # Elements, not a number, which all threads would wait for here. As many as the threads of up to 8 warps, so that each
     # element has one owner.
-    first = (tl.arange(0, 256) == 0) & spread(drawn, 256)
-    ticket = tl.atomic_add(arrivals + entry + tl.arange(0, 256) * 0, 1, mask=first, sem="relaxed")
+    first = (tl.arange(0, THREADS) == 0) & spread(drawn, THREADS)
+    ticket = tl.atomic_add(arrivals + entry + tl.arange(0, THREADS) * 0, 1, mask=first, sem="relaxed")
     return tl.where(first, ticket, 0)
 
 

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from .decode import count_overflow, decode_item
 from .prefill import prefill_fold
+from .prefill_abreast import prefill_abreast
 from .prefill_rows import prefill_rows
 
 
@@ -48,12 +49,22 @@ def run_step(
             ELEMENT, GROUP, SCALE, FLOOR, FLOOR_ON_SCALE, DIVIDE, ROTATED_BF16, PAD, ROUND_VALUES, TIES_TO_ZERO, ROW_BYTES,
             TAIL_BYTES,
         )  # fmt: skip
+    elif TOGETHER > 1 and snap_rows is None:
+        prefill_abreast(
+            pid, programs, items, num_items, entry_slots, entry_capacity, errors, snap_table, snap_width, snap_page_size,
+            kv_score, kv_stride, num_tokens, ape, state_rows, state_tags, num_slots, ring, snap_rows, snap_tags, num_snaps,
+            arrivals, rows, norm_weight, rope, max_position, pages, page_stride, scales, scales_stride, rows_per_page,
+            cache_slots, cache_scale,
+            PDL, HARDWARE, RATIO, OVERLAP, HISTORY, AHEAD, TOGETHER, HEAD_DIM, LOG2, ROPE_DIM, EPS, HADAMARD, ROUND_ROWS,
+            ELEMENT, GROUP, SCALE, FLOOR, FLOOR_ON_SCALE, DIVIDE, ROTATED_BF16, PAD, ROUND_VALUES, TIES_TO_ZERO, ROW_BYTES,
+            TAIL_BYTES,
+        )  # fmt: skip
     else:
         prefill_rows(
             pid, programs, items, num_items, entry_slots, entry_capacity, errors, snap_table, snap_width, snap_page_size,
             kv_score, kv_stride, num_tokens, ape, state_rows, state_tags, num_slots, ring, snap_rows, snap_tags, num_snaps,
-            rows, norm_weight, rope, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots,
-            cache_scale,
+            arrivals, rows, norm_weight, rope, max_position, pages, page_stride, scales, scales_stride, rows_per_page,
+            cache_slots, cache_scale,
             PDL, HARDWARE, RATIO, OVERLAP, HISTORY, AHEAD, HEAD_DIM, LOG2, ROPE_DIM, EPS, HADAMARD, ROUND_ROWS,
             ELEMENT, GROUP, SCALE, FLOOR, FLOOR_ON_SCALE, DIVIDE, ROTATED_BF16, PAD, ROUND_VALUES, TIES_TO_ZERO, ROW_BYTES,
             TAIL_BYTES,

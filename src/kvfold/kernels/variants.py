@@ -76,7 +76,8 @@ def step_variant(
     constants |= {"RATIO": spec.ratio, **({} if types[4] else {"entry_slots": None})}
     constants |= {} if snapshots else dict.fromkeys(_SNAPSHOT_TABLE)
     slices = slices_of(spec, config)
-    constants |= {"SLICE": spec.head_dim // slices, **({} if slices > 1 else {"workspace": None, "arrivals": None})}
+    constants |= {"SLICE": spec.head_dim // slices, **({} if slices > 1 else {"workspace": None})}
+    constants |= {} if slices > 1 or draws_items(spec, config) else {"arrivals": None}
     return Variant("step", tuple(constants.items()), config.num_warps, tuple(pointers.items()), aligned, pdl, config.registers)
 
 
@@ -87,6 +88,7 @@ def pair_variant(first: tuple, second: tuple, aligned: bool = True, pdl: bool = 
     pointers: dict[str, str] = {}
     for end, one in (("_0", first), ("_1", second)):
         some, others = _step(*one)
+        some |= {} if draws_items(one[0], one[2]) else {"arrivals": None}
         constants |= {name + end: value for name, value in some.items()}
         pointers |= {name + end: value for name, value in others.items()}
     warps = max(first[2].num_warps, second[2].num_warps)
@@ -103,7 +105,7 @@ def _step(
         "OVERLAP": int(spec.overlap),
         "HISTORY": state.history,
         "AHEAD": config.ahead if state.kind == "fold" else min(config.ahead, spec.window_rows),
-        "TOGETHER": config.together if config.programs else 0,
+        "TOGETHER": windows_together(spec, config),
         **({} if spec.has_ape else {"ape": None}),
     }
     pointers = {"kv_score": POINTERS[types[0]], "state_rows": POINTERS[types[1]]}
@@ -148,6 +150,18 @@ def window_variant(
     return Variant(
         "window", tuple(constants.items()), config.num_warps, tuple(pointers.items()), aligned, pdl, config.registers
     )
+
+
+def draws_items(spec: CompressorSpec, config: Config) -> bool:
+    """Whether programs draw the last of their items (kernels/items.py): in long steps over rows that are all ahead."""
+    return config.kind == "rows" and config.programs > 0 and config.ahead >= spec.window_rows
+
+
+def windows_together(spec: CompressorSpec, config: Config) -> int:
+    """Windows that a program of a long step folds side by side; 0 for a short step."""
+    if not config.programs:
+        return 0
+    return config.together if config.kind == "fold" or draws_items(spec, config) else 1
 
 
 def slices_of(spec: CompressorSpec, config: Config) -> int:
