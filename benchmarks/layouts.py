@@ -122,7 +122,7 @@ def configs_table() -> str:
         (
             c.kind, _range(c.head_dims), _range(c.window_rows), _most(c.max_new_tokens), _most(c.most_items), str(c.ahead),
             str(c.num_warps), str(c.slice or "whole"), str(c.tile) if c.kind == "window" else "-",
-            str(c.registers or "-"), "-" if c.kind == "store" else str(c.programs or "one each"),
+            str(c.registers or "-"), "-" if c.kind == "store" else c.most_programs,
             str(c.together) if c.programs else "-", _spills(c),
         )
         for c in CONFIGS

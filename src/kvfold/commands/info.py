@@ -71,7 +71,7 @@ def _kernels() -> Rows:
         rows.append((
             c.kind, *bounds, most, "any" if c.most_items == ANY else f"up to {c.most_items}", str(c.num_warps), str(c.ahead),
             str(c.slice or "whole"), str(c.tile) if c.kind == "window" else "-",
-            str(c.registers or "unbound"), str(c.programs or "one each"), str(c.together) if c.programs else "-",
+            str(c.registers or "unbound"), c.most_programs, str(c.together) if c.programs else "-",
         ))  # fmt: skip
     return rows
 

@@ -38,8 +38,8 @@ class Config:
             before the first use, so that `ahead` holds a step.
         together: with `programs`, `"fold"` and `"rows"`: windows that a program folds side by side; of `"rows"`, where all rows
             of a window are ahead.
-        pair_programs: most programs of each of two compressors in one launch, of which this is the first one's row, where that
-            makes no more than two windows and a bit to each; 0 for `programs`.
+        pair_programs: most programs of each of two compressors in one launch, of which this is the first one's row, where
+            `programs` would have two windows each or less; 0 for `programs`.
         most_items: most windows of a call.
         prompt: `"window"`: whoever pools rows that are all new also writes them. Any value gives the same bits.
         spills, pair_spills: bytes that a thread may spill on sm_90, alone and as the first of two in one launch: what the worst
@@ -63,6 +63,12 @@ class Config:
     prompt: bool = False
     spills: int = 0
     pair_spills: int = 0
+
+    @property
+    def most_programs(self) -> str:
+        """`programs` in words; in brackets, `pair_programs`."""
+        most = str(self.programs or "one each")
+        return f"{most} ({self.pair_programs})" if self.pair_programs else most
 
     def serves(self, kind: str, head_dim: int, window_rows: int, max_new_tokens: int, items: int) -> bool:
         return (
@@ -124,11 +130,12 @@ CONFIGS = (
     # 8 programs fit a multiprocessor, but with 1188 in all 8k tokens beside 64 sequences that decode 4 are two windows to each,
     # where 1056 have three: 15.7 us, and 19.8. 8k tokens alone 14.3 and 14.4; with all 8 rows ahead 14.7.
     Config("rows", _WIDE, _ALL, ANY, ahead=4, num_warps=2, registers=112, programs=1188, most_items=2376, spills=276),
-    # 1 and 8 prompts of 64k: 73.8 and 538 us, 8 programs to a multiprocessor, 4 warps to each quarter of its registers. When
+    # 1 and 8 prompts of 64k: 71.8 and 527 us, 8 programs to a multiprocessor, 4 warps to each quarter of its registers. When
     # one took 75 to 78: with 168 registers, 6 programs, 77.5; 96 and 10 programs 94; 4 warps 88. What is between fits no more
     # programs, and those that do not fit come last: 109 with 112 or 144. Rows by halves, the second when there is room, 86.6.
     # The rows of the next window under way while this one is finished: in registers 76.4 and 572; in shared memory, when these
-    # took 84 and 648, 101 and 736.
+    # took 84 and 648, 101 and 736. In a pair, 8k tokens: 17.6 us with 792 programs for each, 18.1 with 858, 18.3 with 924, 18.5
+    # with 990 and 20.5 with 1056, which leave the other no room until they end.
     Config(
         "rows",
         _WIDE,
@@ -138,7 +145,7 @@ CONFIGS = (
         num_warps=2,
         registers=128,
         programs=1056,
-        pair_programs=924,
+        pair_programs=792,
         spills=216,
         pair_spills=316,
     ),
