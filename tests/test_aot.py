@@ -270,10 +270,10 @@ _PAIR = "pair hd512 R4 overlap fp8_ds_mla {} hd128 R4 overlap hadamard {}"
 MOST = (
     "fold hd512 R128 fp8_block128 ahead4 warps4",
     "rows hd512 R4 overlap bf16 ahead8 warps4 n8",
-    _PAIR.format("ahead8 warps4 n8", "indexer_mxfp4"),
     "rows hd512 R4 overlap v41_mxfp8 ahead4 warps2 items2376",
-    "rows hd512 R4 overlap fp8_block128 ahead4 warps2 snapshots",
-    _PAIR.format("ahead4 warps2", "indexer_fp8_sglang"),
+    "rows hd512 R4 overlap fp8_ds_mla ahead8 warps2 snapshots",
+    _PAIR.format("ahead8 warps2", "indexer_mxfp4"),
+    "rows hd128 R4 overlap hadamard mxfp4 ahead8 warps1",
     "window hd128 R128 rows ahead4 warps4 n8 page1",
     "window hd128 R128 rows ahead4 warps4 page1",
     "window hd256 R128 rows ahead4 warps4 n8 page1",

@@ -126,7 +126,7 @@ CONFIGS = (
     Config("rows", _MIDDLE, _ALL, ANY, ahead=8, num_warps=1, programs=1584),
     # 4 against 8 warps, main and indexer in one launch: one token 2.83/3.75/5.32 against 3.09/3.88/8.56 us, four tokens
     # 3.47/4.16/6.54 against 3.58/4.68/9.11; without the bound on registers 512 programs did not fit at once.
-    Config("rows", _WIDE, (1, 8), 8, ahead=8, num_warps=4, registers=128, spills=32, pair_spills=52),
+    Config("rows", _WIDE, (1, 8), 8, ahead=8, num_warps=4, registers=128, spills=16),
     # 8 programs fit a multiprocessor, but with 1188 in all 8k tokens beside 64 sequences that decode 4 are two windows to each,
     # where 1056 have three: 15.7 us, and 19.8. 8k tokens alone 14.3 and 14.4; with all 8 rows ahead 14.7.
     Config("rows", _WIDE, _ALL, ANY, ahead=4, num_warps=2, registers=112, programs=1188, most_items=2376, spills=276),
@@ -146,8 +146,8 @@ CONFIGS = (
         registers=128,
         programs=1056,
         pair_programs=792,
-        spills=216,
-        pair_spills=316,
+        spills=252,
+        pair_spills=328,
     ),
     Config("window", _NARROW, (1, 16), 8, ahead=4, num_warps=1, registers=128, programs=2112),
     Config("window", _NARROW, (1, 16), ANY, ahead=4, num_warps=1, registers=128, programs=2112, prompt=True),
