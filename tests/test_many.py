@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from window_support import WindowEngine
 
 import kvfold
 from kvfold import CompressorSpec, EntryCache, FoldState, StepPlan
+from kvfold.kernels import configs
 
 MAIN, INDEXER = SPECS["csa"], SPECS["indexer"]
 # (spec, format, kv_score, state) of both compressors
@@ -185,6 +187,20 @@ def test_refused_as_often_as_by_two_calls(backend: Backend, name: str) -> None:
     assert two.errors == 0
     two.step([(i, 0, [rows[:n] for rows in new]) for i in range(3)])
     assert two.errors == 0
+
+
+@pytest.mark.parametrize("lengths", [(13,), (45, 9)])
+def test_programs_take_windows_in_turn(backend: Backend, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for 3 programs of each compressor, or for 2 where windows are few, most take more than one, some by lot."""
+    if backend.name != "triton":
+        pytest.skip("other backends have no programs")
+    few = {"programs": 3, "pair_programs": 2}
+    rows = tuple(replace(c, **few) if c.kind == "rows" and c.programs else c for c in configs.CONFIGS)
+    monkeypatch.setattr(configs, "CONFIGS", rows)
+    two = Two(backend, "bf16")
+    two.step([(slot, 0, two.tokens(n, seed=20 + 2 * slot)) for slot, n in enumerate(lengths)])
+    assert two.errors == 0
+    assert all(engine.state._workspaces for engine in two.together)  # the counts, which are back at zero: check_canaries
 
 
 def test_one_compressor(backend: Backend) -> None:

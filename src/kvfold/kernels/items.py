@@ -52,7 +52,7 @@ def dealt_items(total, programs):
 def draw_item(arrivals, index, dealt, total, programs):
     """Whether the item behind `index` is one to be drawn, and the ticket for it, which `next_index` reads."""
     drawn = (index + programs >= dealt) & (dealt < total)
-    return drawn, draw_ticket(arrivals, 0, drawn, 64)  # of 2 warps at most, as all rows that draw have
+    return drawn, draw_ticket(arrivals, 0, drawn, 128)  # 2 warps at most, of 64 threads on AMD
 
 
 @triton.jit
