@@ -50,6 +50,14 @@ def test_get_format() -> None:
         get_format(8)  # type: ignore[arg-type]
 
 
+def test_slots_fit_32_bits() -> None:
+    """By which kernels find the page of a slot; 4096 pages of 2**20 rows have one slot too many."""
+    spec = CompressorSpec(16, 4, rope_dim=0)
+    assert EntryCache.allocate("bf16", 4095, 1 << 20, spec, device="meta").num_slots == (1 << 32) - (1 << 20)
+    with pytest.raises(ValueError, match=rf"\bstorage\b.*{1 << 32}"):
+        EntryCache.allocate("bf16", 4096, 1 << 20, spec, device="meta")
+
+
 @pytest.mark.parametrize(("name", "hd", "scale"), SCALED)
 def test_thresholds(backend: Backend, name: str, hd: int, scale: float) -> None:
     """Every place where bytes change: scale thresholds, ties, signs, zeros, floors, saturation, 1e-45 to 1e38."""

@@ -13,16 +13,7 @@ from ..spec import CompressorSpec
 from ..state import FoldState
 from .configs import ANY, item_bound
 from .dispatch import launcher_of, pack, supports_pdl
-from .variants import (
-    Types,
-    draws_items,
-    pair_key,
-    restore_key,
-    slices_of,
-    step_key,
-    store_key,
-    window_key,
-)
+from .variants import Types, draws_items, pair_key, restore_key, slices_of, step_key, store_key, window_key
 
 if TYPE_CHECKING:
     from ..compress import Compressor
@@ -70,7 +61,7 @@ def compress_pair_triton(pair: tuple[Compressor, Compressor], plan: StepPlan, pd
         few = configs[0].pair_programs if long else 0
         first.state._last = asked, launcher_of(key, device), most, few, draws
     _, launcher, most, few, draws = first.state._last
-    if few and grid <= 2 * most:
+    if few and grid <= 2 * most:  # so that the second compressor need not wait for the first one's last windows
         most = few
     parts = (
         _plan(plan, False),
