@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
 import kvfold
 from kvfold import CompressorSpec, reference
+from kvfold.kernels import configs
 
 CANARY = 0xA5
 MARGIN = 4096  # canary bytes on each side of a buffer; keeps the buffer aligned
@@ -28,6 +30,12 @@ class Backend(NamedTuple):
     def slow(self) -> bool:
         """Whether this is Triton's interpreter: tests then draw fewer examples, of the same kind."""
         return self.name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def change_long_rows(monkeypatch: pytest.MonkeyPatch, **changed: object) -> None:
+    """Another table of kernels: its rows for long steps over input rows have these values."""
+    rows = (replace(c, **changed) if c.kind == "rows" and c.programs else c for c in configs.CONFIGS)
+    monkeypatch.setattr(configs, "CONFIGS", tuple(rows))
 
 
 def make_tokens(

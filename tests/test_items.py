@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from helpers import SPECS, Backend, Engine, Step, make_tokens
+from helpers import SPECS, Backend, Engine, Step, change_long_rows, make_tokens
 from torch import Tensor
-
-from kvfold.kernels import configs
 
 FORMATS = {"csa": "fp8_ds_mla", "indexer": "indexer_fp8_vllm"}
 # What another table would have. With 3 programs most windows are dealt out and some are drawn, as of a prompt of 64k.
@@ -54,9 +51,7 @@ def test_no_bit_follows_the_table(backend: Backend, name: str, table: str, monke
         pytest.skip("its row has one window to a program")
     steps, engine = serve(backend, name)
     assert [step.errors for step in steps] == [0, 0, REFUSED]
-    changed = TABLES[table]
-    rows = tuple(replace(c, **changed) if c.kind == "rows" and c.programs else c for c in configs.CONFIGS)
-    monkeypatch.setattr(configs, "CONFIGS", rows)
+    change_long_rows(monkeypatch, **TABLES[table])
     others, other = serve(backend, name)
     assert [step.errors for step in others] == [0, 0, REFUSED]
     for step, again in zip(steps, others, strict=True):
@@ -69,8 +64,7 @@ def test_what_is_drawn_is_counted_and_the_count_put_back(backend: Backend, monke
     """Steps of any number of windows, up to some rounds of 3 programs, one behind the other over one count."""
     if backend.name != "triton":
         pytest.skip("other backends draw nothing")
-    rows = tuple(replace(c, programs=3) if c.kind == "rows" and c.programs else c for c in configs.CONFIGS)
-    monkeypatch.setattr(configs, "CONFIGS", rows)
+    change_long_rows(monkeypatch, programs=3)
     spec = SPECS["indexer"]
     counts = (3, 7, 13, 22) if backend.slow else range(3, 49)
     engine = Engine(spec, backend, fmt="bf16", num_slots=len(counts), max_new_tokens=4, max_entries=48)

@@ -5,18 +5,16 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from helpers import SPECS, Backend, Engine, make_tokens
+from helpers import SPECS, Backend, Engine, change_long_rows, make_tokens
 from torch import Tensor
 from window_support import WindowEngine
 
 import kvfold
 from kvfold import CompressorSpec, EntryCache, FoldState, StepPlan
-from kvfold.kernels import configs
 
 MAIN, INDEXER = SPECS["csa"], SPECS["indexer"]
 # (spec, format, kv_score, state) of both compressors
@@ -194,9 +192,7 @@ def test_programs_take_windows_in_turn(backend: Backend, lengths: tuple[int, ...
     """With room for 3 programs of each compressor, or for 2 where windows are few, most take more than one, some by lot."""
     if backend.name != "triton":
         pytest.skip("other backends have no programs")
-    few = {"programs": 3, "pair_programs": 2}
-    rows = tuple(replace(c, **few) if c.kind == "rows" and c.programs else c for c in configs.CONFIGS)
-    monkeypatch.setattr(configs, "CONFIGS", rows)
+    change_long_rows(monkeypatch, programs=3, pair_programs=2)
     two = Two(backend, "bf16")
     two.step([(slot, 0, two.tokens(n, seed=20 + 2 * slot)) for slot, n in enumerate(lengths)])
     assert two.errors == 0

@@ -132,15 +132,13 @@ def emit(
     """Delivers pooled row `y` as entry `entry` of the plan to `rows` and the cache, if any; or COUNT of them, as `wanted`."""
     if rows is not None:
         at = rows + entry.to(tl.int64) * HEAD_DIM + span(HEAD_DIM, COUNT)
-        there = None
         if COUNT > 1:
             at += numbers(COUNT) * HEAD_DIM
-            there = wanted
         if rows.dtype.element_ty == tl.bfloat16:
             bits = abreast(bf16_bits(y, HARDWARE), HEAD_DIM, COUNT)
-            tl.store(at.to(tl.pointer_type(tl.int16)), bits, mask=there)
+            tl.store(at.to(tl.pointer_type(tl.int16)), bits, mask=wanted)
         else:
-            tl.store(at, abreast(y, HEAD_DIM, COUNT), mask=there)
+            tl.store(at, abreast(y, HEAD_DIM, COUNT), mask=wanted)
     if pages is not None:
         if ROUND_ROWS:
             y = bf16_value(bf16_bits(y, HARDWARE))

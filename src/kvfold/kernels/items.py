@@ -49,19 +49,18 @@ def dealt_items(total, programs):
 
 
 @triton.jit
-def draw_item(arrivals, index, dealt, total, programs):
-    """Whether the item behind `index` is one to be drawn, and the ticket for it, which `next_index` reads."""
-    drawn = (index + programs >= dealt) & (dealt < total)
+def draw_item(arrivals, after, dealt, total):
+    """Whether, for item `after`, a program draws another, and the ticket for it, which `next_index` reads."""
+    drawn = (after >= dealt) & (dealt < total)
     return drawn, draw_ticket(arrivals, 0, drawn, 128)  # 2 warps at most, of 64 threads on AMD
 
 
 @triton.jit
-def next_index(arrivals, drawn, ticket, index, dealt, total, programs):
-    """The item behind `index`; `total` or more where there is none.
+def next_index(arrivals, drawn, ticket, after, dealt, total, programs):
+    """Item `after`, or the one that was drawn for it; `total` or more where there is none.
 
     Every program draws one ticket too many. The last of these puts the count back to 0, for the next call.
     """
-    after = index + programs
     if drawn:
         number = tl.sum(ticket, axis=0)
         if number == total - dealt + programs - 1:

@@ -77,41 +77,6 @@ def rows_items(
 
 
 @triton.jit
-def rows_block(
-    item, index, total, items, entry_slots, entry_capacity, errors, snap_table, snap_width, snap_page_size,
-    kv_score, kv_stride, num_tokens, ape, state_rows, state_tags, num_slots, ring, snap_rows, snap_tags, num_snaps,
-    rows, norm_weight, rope, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots, cache_scale,
-    HARDWARE: tl.constexpr, RATIO: tl.constexpr, OVERLAP: tl.constexpr, HISTORY: tl.constexpr,
-    AHEAD: tl.constexpr, COUNT: tl.constexpr,
-    HEAD_DIM: tl.constexpr, LOG2: tl.constexpr, ROPE_DIM: tl.constexpr, EPS: tl.constexpr, HADAMARD: tl.constexpr,
-    ROUND_ROWS: tl.constexpr, ELEMENT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, FLOOR: tl.constexpr,
-    FLOOR_ON_SCALE: tl.constexpr, DIVIDE: tl.constexpr, ROTATED_BF16: tl.constexpr, PAD: tl.constexpr,
-    ROUND_VALUES: tl.constexpr, TIES_TO_ZERO: tl.constexpr, ROW_BYTES: tl.constexpr, TAIL_BYTES: tl.constexpr,
-):  # fmt: skip
-    """The COUNT items, of `total`, from `item`, which is number `index`, on: abreast, or one by one."""
-    if go_abreast(item, entry_capacity, num_tokens, state_tags, num_slots, ring, RATIO, OVERLAP, HISTORY, COUNT):
-        rows_items(
-            item, entry_slots, entry_capacity, errors, kv_score, kv_stride, ape, state_rows, state_tags, ring,
-            rows, norm_weight, rope, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots,
-            cache_scale,
-            HARDWARE, RATIO, OVERLAP, HISTORY, COUNT, HEAD_DIM, LOG2, ROPE_DIM, EPS, HADAMARD, ROUND_ROWS, ELEMENT, GROUP,
-            SCALE, FLOOR, FLOOR_ON_SCALE, DIVIDE, ROTATED_BF16, PAD, ROUND_VALUES, TIES_TO_ZERO, ROW_BYTES, TAIL_BYTES,
-        )  # fmt: skip
-    else:
-        for number in range(index, tl.minimum(index + COUNT, total)):
-            rows_item(
-                item, None, entry_slots, entry_capacity, errors, snap_table, snap_width, snap_page_size,
-                kv_score, kv_stride, num_tokens, ape, state_rows, state_tags, num_slots, ring, snap_rows, snap_tags,
-                num_snaps, rows, norm_weight, rope, max_position, pages, page_stride, scales, scales_stride, rows_per_page,
-                cache_slots, cache_scale,
-                False, HARDWARE, RATIO, OVERLAP, HISTORY, AHEAD, HEAD_DIM, LOG2, ROPE_DIM, EPS, HADAMARD, ROUND_ROWS,
-                ELEMENT, GROUP, SCALE, FLOOR, FLOOR_ON_SCALE, DIVIDE, ROTATED_BF16, PAD, ROUND_VALUES, TIES_TO_ZERO,
-                ROW_BYTES, TAIL_BYTES,
-            )  # fmt: skip
-            item = item_after(item, items, number + 1, 1, total, RATIO)
-
-
-@triton.jit
 def prefill_abreast(
     pid, programs, items, num_items, entry_slots, entry_capacity, errors, snap_table, snap_width, snap_page_size,
     kv_score, kv_stride, num_tokens, ape, state_rows, state_tags, num_slots, ring, snap_rows, snap_tags, num_snaps,
@@ -132,15 +97,29 @@ def prefill_abreast(
     index = pid
     item = load_item(items, pid * COUNT, pid < blocks)
     while index < blocks:
-        drawn, ticket = draw_item(arrivals, index, dealt, blocks, programs)
-        rows_block(
-            item, index * COUNT, total, items, entry_slots, entry_capacity, errors, snap_table, snap_width, snap_page_size,
-            kv_score, kv_stride, num_tokens, ape, state_rows, state_tags, num_slots, ring, snap_rows, snap_tags, num_snaps,
-            rows, norm_weight, rope, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots,
-            cache_scale,
-            HARDWARE, RATIO, OVERLAP, HISTORY, AHEAD, COUNT, HEAD_DIM, LOG2, ROPE_DIM, EPS, HADAMARD, ROUND_ROWS, ELEMENT,
-            GROUP, SCALE, FLOOR, FLOOR_ON_SCALE, DIVIDE, ROTATED_BF16, PAD, ROUND_VALUES, TIES_TO_ZERO, ROW_BYTES, TAIL_BYTES,
-        )  # fmt: skip
-        after = next_index(arrivals, drawn, ticket, index, dealt, blocks, programs)
+        after = index + programs
+        drawn, ticket = draw_item(arrivals, after, dealt, blocks)
+        if go_abreast(item, entry_capacity, num_tokens, state_tags, num_slots, ring, RATIO, OVERLAP, HISTORY, COUNT):
+            rows_items(
+                item, entry_slots, entry_capacity, errors, kv_score, kv_stride, ape, state_rows, state_tags, ring,
+                rows, norm_weight, rope, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots,
+                cache_scale,
+                HARDWARE, RATIO, OVERLAP, HISTORY, COUNT, HEAD_DIM, LOG2, ROPE_DIM, EPS, HADAMARD, ROUND_ROWS, ELEMENT, GROUP,
+                SCALE, FLOOR, FLOOR_ON_SCALE, DIVIDE, ROTATED_BF16, PAD, ROUND_VALUES, TIES_TO_ZERO, ROW_BYTES, TAIL_BYTES,
+            )  # fmt: skip
+        else:
+            single = item
+            for number in range(index * COUNT, tl.minimum(index * COUNT + COUNT, total)):
+                rows_item(
+                    single, None, entry_slots, entry_capacity, errors, snap_table, snap_width, snap_page_size,
+                    kv_score, kv_stride, num_tokens, ape, state_rows, state_tags, num_slots, ring, snap_rows, snap_tags,
+                    num_snaps, rows, norm_weight, rope, max_position, pages, page_stride, scales, scales_stride, rows_per_page,
+                    cache_slots, cache_scale,
+                    False, HARDWARE, RATIO, OVERLAP, HISTORY, AHEAD, HEAD_DIM, LOG2, ROPE_DIM, EPS, HADAMARD, ROUND_ROWS,
+                    ELEMENT, GROUP, SCALE, FLOOR, FLOOR_ON_SCALE, DIVIDE, ROTATED_BF16, PAD, ROUND_VALUES, TIES_TO_ZERO,
+                    ROW_BYTES, TAIL_BYTES,
+                )  # fmt: skip
+                single = item_after(single, items, number + 1, 1, total, RATIO)
+        after = next_index(arrivals, drawn, ticket, after, dealt, blocks, programs)
         item = item_after(item, items, after * COUNT, (after - index) * COUNT, total, RATIO)
         index = after

@@ -110,7 +110,7 @@ def prefill_rows(
         if ITEM_AHEAD:
             next_item = load_item(items, after, after < total)
         if arrivals is not None:
-            drawn, ticket = draw_item(arrivals, index, dealt, total, programs)
+            drawn, ticket = draw_item(arrivals, after, dealt, total)
         rows_item(
             item, biases, entry_slots, entry_capacity, errors, snap_table, snap_width, snap_page_size,
             kv_score, kv_stride, num_tokens, ape, state_rows, state_tags, num_slots, ring, snap_rows, snap_tags, num_snaps,
@@ -120,7 +120,7 @@ def prefill_rows(
             SCALE, FLOOR, FLOOR_ON_SCALE, DIVIDE, ROTATED_BF16, PAD, ROUND_VALUES, TIES_TO_ZERO, ROW_BYTES, TAIL_BYTES,
         )  # fmt: skip
         if arrivals is not None:
-            after = next_index(arrivals, drawn, ticket, index, dealt, total, programs)
+            after = next_index(arrivals, drawn, ticket, after, dealt, total, programs)
         if ITEM_AHEAD:
             item = next_item
         else:
