@@ -13,12 +13,14 @@ import decode
 import prefill
 import protocol
 import torch
+import triton
 from floor import PAGE_SIZE
 from protocol import Case, Variant
 
 import kvfold
 from kvfold.kernels.aot import TARGETS
 from kvfold.kernels.configs import ANY, item_bound
+from kvfold.kernels.pdl import AVAILABLE
 from kvfold.kernels.variants import pair_key, step_key, variant_of, window_key
 from kvfold.records import FORMATS
 from kvfold.state import state_kind
@@ -60,10 +62,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", choices=TARGETS, default="sm_90")
     target, start = parser.parse_args().target, time.perf_counter()
-    jobs = [(key, pdl, target) for key in keys() for pdl in (False, True)]
+    ways = (False, True) if AVAILABLE else (False,)
+    jobs = [(key, pdl, target) for key in keys() for pdl in ways]
     with ProcessPoolExecutor() as pool:
         list(pool.map(build, jobs))
-    print(f"{len(jobs)} kernels in {time.perf_counter() - start:.0f} s")
+    print(f"{len(jobs)} kernels by Triton {triton.__version__} in {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":

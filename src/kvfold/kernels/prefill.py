@@ -153,7 +153,7 @@ def fold_stretches(
         biases = next_biases
         ks = next_ks
         ss = next_ss
-    return ms, ls, as_, (biases, ks, ss)
+    return ms, ls, as_, biases, ks, ss  # flat, as tuples in tuples in a tuple are beyond Triton 3.3
 
 
 @triton.jit
@@ -279,7 +279,7 @@ def prefill_fold(
                 limit = tl.minimum(tl.minimum(stop, end - ring - x0), tl.minimum(stop_1, end_1 - ring - x0_1))
                 both = tl.where(begin == begin_1, tl.maximum(limit - begin, 0) // AHEAD, 0)
                 if both > 0:
-                    ms, ls, as_, _loaded = fold_stretches(
+                    ms, ls, as_, _biases, _ks, _ss = fold_stretches(
                         (m, m_1), (l, l_1), (a, a_1), (live, live_1), begin, both, 0, kv_stride, biases,
                         2, AHEAD, HEAD_DIM, SLICE,
                     )  # fmt: skip
@@ -310,15 +310,15 @@ def prefill_fold(
                     early = ((alone > 0) & (place + (alone + 1) * AHEAD <= stop)).to(tl.int32)
                     loaded = no_tokens(kv_score, AHEAD, SLICE)
                 if alone > 0:
-                    one_m, one_l, one_a, behind = fold_stretches(
+                    one_m, one_l, one_a, behind, behind_ks, behind_ss = fold_stretches(
                         (m,), (l,), (a,), (live,), place, alone, early, kv_stride, biases, 1, AHEAD, HEAD_DIM, SLICE
                     )  # fmt: skip
                     if SLICE < HEAD_DIM:
-                        loaded = behind
+                        loaded = (behind, behind_ks, behind_ss)
                     m = one_m[0]
                     l = one_l[0]
                     a = one_a[0]
-                    place += alone * AHEAD
+                place += alone * AHEAD  # not under the condition, which Triton 3.3 fails on: a loop begins at `place`
             tags = state_tags + slot * (ring + HISTORY)
             state = state_rows + slot * (ring + HISTORY) * (3 * HEAD_DIM) + c0
             h0 = tl.where(start % RATIO == 0, start, start - 1)

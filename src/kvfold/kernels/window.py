@@ -299,7 +299,7 @@ def window_kernel(
     SLICES: tl.constexpr = HEAD_DIM // SLICE
     POOLS: tl.constexpr = (pages is not None) or (rows is not None)
     # Of 64 sequences whose windows end, programs that first wrote a row and then pooled came last: 13.6 us, and 13.2 so.
-    JOIN: tl.constexpr = LANES if POOLS and ONE_PAGE and OVERLAP == 0 and TOGETHER > 1 and not PROMPT else 0
+    JOIN: tl.constexpr = LANES if (POOLS and ONE_PAGE) and ((OVERLAP == 0 and TOGETHER > 1) and not PROMPT) else 0
     # What is read before the wait, the plan and what it was built from, is older than the launch before this one. Loads that
     # do not need each other stand side by side: one behind the other, they take longer than a short step.
     total = load_plan(num_items)
