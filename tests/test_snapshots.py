@@ -194,6 +194,42 @@ def same(one: list[Tensor], other: list[Tensor]) -> None:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*SMALL, "hca-64", "csa-8"])
+def test_in_a_graph(name: str) -> None:
+    """Replayed with other slots, pages and starts, good and bad, a recorded `restore` does what eager calls do."""
+    case, where = CASES[name], BACKENDS["cuda"]
+    prefix, size = Prefix(where, case), case.page_size
+    recorded, eager = prefix.engine(4), prefix.engine(4)
+    for engine in (recorded, eager):
+        engine.make_snapshots(4, size)
+        engine.step([(0, 0, prefix.tokens)], snapshot_table=[[2, 1, *[-1] * len(prefix.ends)]])
+    slots, pages, ends, errors = (torch.zeros(n, dtype=torch.int32, device=where.device) for n in (3, 3, 3, 1))
+    rounds = [
+        ([1, 2, 3], [2, -1, 1], [size, 0, 2 * size]), ([3, -1, 1], [2, 9, 2], [size, size, size]),
+        ([2, 4, 1], [1, 2, 3], [2 * size, size, size]), ([-1, -1, -1], [0, 1, 2], [0, 0, 0]),
+        ([1, 3, 2], [2, 2, 0], [2 * size, size + 1, size]),
+    ]  # fmt: skip
+    graph, counts = torch.cuda.CUDAGraph(), []
+    slots.fill_(-1)
+    call_restore(recorded, recorded.snapshots, [-1], [0], [0])  # compiled before
+    with torch.cuda.graph(graph):
+        kvfold.restore(recorded.state, recorded.snapshots, slots, pages, ends, errors)
+    for one in rounds:
+        for tensor, values in zip((slots, pages, ends), one, strict=True):
+            tensor.copy_(torch.tensor(values))
+        graph.replay()
+        counts.append(call_restore(eager, eager.snapshots, *one))
+        assert int(errors) == sum(counts)
+        same(contents(recorded), contents(eager))
+    assert len(prefix.ends) > 1 and sum(counts) > 2
+    for slot, end in ((3, size), (1, 2 * size)):
+        step, none = [(slot, end, prefix.tokens[end : end + 2])], [[-1] * (len(prefix.ends) + 1)]
+        one, other = (x.step(step, strict=False, snapshot_table=none).errors for x in (recorded, eager))
+        assert one == other
+        same(contents(recorded), contents(eager))
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_pages_that_leave_none(backend: Backend, name: str) -> None:
     """-1 and what is beyond the table leave no snapshot; state and entries are those of a run that knows of none."""

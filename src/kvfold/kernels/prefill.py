@@ -299,7 +299,7 @@ def prefill_fold(
                 weight, cos, sin = load_finish(x0, norm_weight, rope, max_position, pages, HEAD_DIM, ROPE_DIM)
                 aim = (cache_slot, weight, cos, sin)
                 due, _refused = judge_slot(entry, cache_slot, x0, entry_capacity, max_position, pages, cache_slots, ROPE_DIM)
-                ticket = draw_ticket(arrivals, entry, (entry >= 0) & due & FINISHES)
+                ticket = draw_ticket(arrivals, entry, (entry >= 0) & due & FINISHES, 256 if HARDWARE else 512)
             snap = None
             if snap_rows is not None:
                 table = snap_table + sequence.to(tl.int64) * snap_width

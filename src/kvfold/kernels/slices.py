@@ -16,8 +16,8 @@ from .fold import spread
 @triton.jit
 def draw_ticket(arrivals, entry, drawn, THREADS: tl.constexpr = 256):
     """A ticket for one part of an entry; `is_last` reads it, after the work that hides its latency."""
-    # Elements, not a number, which all threads would wait for here. As many as the threads of up to 8 warps, so that each
-    # element has one owner.
+    # Elements, not a number, which all threads would wait for here. As many as the program has threads, or more, so that each
+    # element has one owner: 8 warps, or 4 of AMD's, which have 64 threads.
     first = (tl.arange(0, THREADS) == 0) & spread(drawn, THREADS)
     ticket = tl.atomic_add(arrivals + entry + tl.arange(0, THREADS) * 0, 1, mask=first, sem="relaxed")
     return tl.where(first, ticket, 0)
