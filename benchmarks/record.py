@@ -41,6 +41,7 @@ def _bench(name: str, seconds: int, *options: str, script: str = "") -> Stage:
     return Stage(name, (str(HERE / f"{script or name.partition('-')[0]}.py"), "--out", "{out}", *options), seconds)
 
 
+PARALLEL = ("-n", "12", "--dist", "worksteal")
 STAGES = (
     Stage("precompile", (str(HERE / "precompile.py"),), 90),
     _bench("decode", 120),
@@ -53,9 +54,9 @@ STAGES = (
     # racecheck and memcheck side by side, with 7 processes each, took 175 s; racecheck with one did not end in 380 s.
     _bench("sanitizer", 500, "--timeout", "490", script="sanitize"),
     # An illegal access spoils a process for all tests behind it, and this file provokes what would be one.
-    _bench("suite-fuzz", 180, "--", "-m", "gpu", "tests/test_fuzz.py", script="suite"),
+    _bench("suite-fuzz", 180, "--seconds", "170", "--", "-m", "gpu", "tests/test_fuzz.py", script="suite"),
     # 600 s where every kernel has to be compiled first.
-    _bench("suite", 700, "--", "-n", "12", "--dist", "worksteal", "--ignore", "tests/test_fuzz.py", script="suite"),
+    _bench("suite", 700, "--seconds", "680", "--", *PARALLEL, "--ignore", "tests/test_fuzz.py", script="suite"),
     _bench("prefill-scaling", 120, "--parts", "scaling"),
     _bench("representations", 60),
 )

@@ -1,42 +1,65 @@
 """Runs the test suite here and appends one line of what came of it: the proof that it is green on a GPU.
 
-python benchmarks/suite.py --out benchmarks/results/suite.jsonl [-- PYTEST ARGUMENTS]
+python benchmarks/suite.py --out benchmarks/results/suite.jsonl [--seconds 400] [-- PYTEST ARGUMENTS]
+
+A failure is named when it happens. A run that is ended by its time or from outside (SIGTERM) still says what came before that:
+"exit" is null then, which is no verdict.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
+import signal
 import sys
-import tempfile
-import xml.etree.ElementTree as ET
+import time
+from collections import Counter
 from pathlib import Path
 
 import protocol
+import pytest
+
+
+class Recorder:
+    """A plugin of pytest that counts tests as they end."""
+
+    def __init__(self) -> None:
+        self.counts, self.ran, self.failed = Counter(), Counter(), []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            outcome = {"failed": "failures" if report.when == "call" else "errors"}.get(report.outcome, report.outcome)
+            self.counts[outcome] += 1
+            if report.outcome != "skipped" and report.when == "call":
+                self.ran[Path(report.nodeid.partition("::")[0]).stem] += 1
+            if report.outcome == "failed":
+                self.failed.append(report.nodeid)
+                print(f"\n{outcome}: {report.nodeid}\n{str(report.longrepr)[-1500:]}", flush=True)
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--commit")
+    parser.add_argument("--seconds", type=int, default=0, help="end the run after so many")
     parser.add_argument("pytest", nargs="*")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", f"--junit-xml={report}", *args.pytest]
-        code = subprocess.run(command, check=False).returncode
-        suite = ET.parse(report).getroot().find("testsuite")
-    assert suite is not None
-    count = {key: int(suite.get(key, "0")) for key in ("tests", "failures", "errors", "skipped")}
-    per_file: dict[str, int] = {}
-    for test in suite.iter("testcase"):
-        if test.find("skipped") is None:
-            name = (test.get("classname") or "").split(".")[-1]
-            per_file[name] = per_file.get(name, 0) + 1
-    row = {"bench": "suite", **count, "seconds": round(float(suite.get("time", "0")), 1), "exit": code, "ran": per_file}
+    recorder, start = Recorder(), time.monotonic()
+    for number in (signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, interrupt)
+    signal.alarm(args.seconds)
+    code = pytest.main(["-q", *args.pytest], plugins=[recorder])
+    signal.alarm(0)
+    count = {key: recorder.counts[key] for key in ("failures", "errors", "skipped")}
+    row = {"bench": "suite", "tests": recorder.counts.total(), **count, "seconds": round(time.monotonic() - start, 1)}
+    row |= {"exit": None if code == pytest.ExitCode.INTERRUPTED else int(code), "ran": dict(recorder.ran)}
+    row |= {"failed": recorder.failed} if recorder.failed else {}
     protocol.append_rows(args.out, [row | protocol.environment(args.commit)])
     print(row)
-    return code
+    return int(code)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -203,6 +204,27 @@ def test_record_runs_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture
         ("import time; time.sleep(9)", 1, "cut off"),
     ):
         assert record.run(record.Stage("x", ("-c", code), seconds), args, 60.0).startswith(said)
+
+
+@pytest.mark.parametrize("seconds", [0, 5], ids=["whole", "cut off"])
+def test_a_run_of_the_suite_says_what_failed_and_whether_it_came_to_its_end(tmp_path: Path, seconds: int) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "import time, pytest\n"
+        "def test_good(): pass\n"
+        "def test_bad(): assert 3 == 4, 'three'\n"
+        "def test_absent(): pytest.skip()\n"
+        "@pytest.fixture\ndef broken(): raise ValueError\n"
+        "def test_broken(broken): pass\n"
+        f"def test_long(): time.sleep({12 * bool(seconds)})\n"
+    )
+    out, script = tmp_path / "suite.jsonl", Path(protocol.__file__).parent / "suite.py"
+    command = [sys.executable, str(script), "--out", str(out), "--commit", "abc", "--seconds", str(seconds), "--"]
+    code, said = bounded.run([*command, "-p", "no:cacheprovider", "-p", "no:xdist", "test_it.py"], 60, cwd=tmp_path)
+    assert code == (2 if seconds else 1) and "failures: test_it.py::test_bad" in said
+    (row,) = map(json.loads, out.read_text().splitlines())
+    assert row["failed"] == ["test_it.py::test_bad", "test_it.py::test_broken"]
+    assert [row[key] for key in ("tests", "failures", "errors", "skipped")] == [5 - bool(seconds), 1, 1, 1]
+    assert row["ran"] == {"test_it": 3 - bool(seconds)} and row["exit"] == (None if seconds else 1)
 
 
 def test_what_outlives_its_time_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
