@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test aot floor docs wheel hub lint format clean
+.PHONY: demo test aot tritons docs wheel hub lint format clean
 
 demo: $(READY)
 	$(BIN)/kvfold demo --out demo-out
@@ -18,13 +18,18 @@ TARGETS := sm_80 sm_89 sm_90 sm_100 sm_103 sm_120 gfx942 gfx950
 aot: $(READY)
 	failed=; for target in $(TARGETS); do $(BIN)/kvfold aot $$target build/aot/$$target --spec table --no-strict || failed=1; done; [ -z "$$failed" ]
 
-# What the benchmarks call, compiled by the oldest Triton that the package takes; the rest is of the development set-up. 5 minutes.
-floor: $(READY)
-	$(PYTHON) -m venv build/floor
-	build/floor/bin/python -m pip install --quiet --disable-pip-version-check "triton==3.3.*"
-	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
-		> "$$(build/floor/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/development.pth"
-	PYTHONPATH=src TRITON_CACHE_DIR=build/floor/cache build/floor/bin/python benchmarks/precompile.py
+# What the benchmarks call, compiled by every older Triton that the package takes, each in an environment with nothing else of its
+# own; 1 to 4 minutes each.
+OLDER := 3.3 3.4 3.5
+tritons: $(READY)
+	for version in $(OLDER); do \
+		place=build/triton-$$version; \
+		$(PYTHON) -m venv $$place && \
+		$$place/bin/python -m pip install --quiet --disable-pip-version-check "triton==$$version.*" && \
+		$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+			> "$$($$place/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/development.pth" && \
+		PYTHONPATH=src TRITON_CACHE_DIR=$$place/cache $$place/bin/python benchmarks/precompile.py || exit 1; \
+	done
 
 # Tables, pictures and marked parts of the documents, from results, formats and configurations.
 docs: $(READY)

@@ -57,7 +57,7 @@ def _dependent_launch() -> str:
 
     from ..kernels.dispatch import supports_pdl
 
-    return "yes" if supports_pdl(torch.device("cuda", torch.cuda.current_device())) else "no: needs sm_90 and triton 3.4"
+    return "yes" if supports_pdl(torch.device("cuda", torch.cuda.current_device())) else "no: needs sm_90 and triton 3.5"
 
 
 def _kernels() -> Rows:
