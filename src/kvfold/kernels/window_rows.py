@@ -253,24 +253,19 @@ def add_lanes(r, l, a, r_1, l_1, a_1):
 
 @triton.jit
 def sum_lanes(r, l, a, LANES: tl.constexpr, SLICE: tl.constexpr):
-    """Sums of `[LANES, SLICE]` over lanes, by pairing neighbours: the same bits however threads share the work."""
-    for i in tl.static_range(10):
-        if (LANES >> i) > 1:
-            r = tl.reshape(r, (LANES >> (i + 1), 2, SLICE))
-            l = tl.reshape(l, (LANES >> (i + 1), 2, SLICE))
-            a = tl.reshape(a, (LANES >> (i + 1), 2, SLICE))
-            r, l, a = tl.reduce((r, l, a), 1, add_lanes)
-    return tl.reshape(l, (SLICE,)), tl.reshape(a, (SLICE,))
+    """Sums of `[LANES, SLICE]` over lanes, by pairing neighbours: the same bits however threads share the work.
 
-
-@triton.jit
-def sum_rows(l, a, LANES: tl.constexpr, SLICE: tl.constexpr):
-    """As `sum_lanes`, of lanes that have the same maximum."""
+    r: as in `weigh_rows`; None where all lanes have the same.
+    """
     for i in tl.static_range(10):
         if (LANES >> i) > 1:
             l = tl.reshape(l, (LANES >> (i + 1), 2, SLICE))
             a = tl.reshape(a, (LANES >> (i + 1), 2, SLICE))
-            l, a = tl.reduce((l, a), 1, add_pairs)
+            if r is None:
+                l, a = tl.reduce((l, a), 1, add_pairs)
+            else:
+                r = tl.reshape(r, (LANES >> (i + 1), 2, SLICE))
+                r, l, a = tl.reduce((r, l, a), 1, add_lanes)
     return tl.reshape(l, (SLICE,)), tl.reshape(a, (SLICE,))
 
 
@@ -355,5 +350,5 @@ def pool_slice(
         top = tl.maximum(tl.max(r, axis=0), LOWEST)
         # One operation instead of two. What rounding -top * LOG2_E changes, it changes in all weights alike.
         e = tl.exp2(tl.fma(r, LOG2_E + tl.zeros_like(r), (top * -LOG2_E)[None, :] + tl.zeros_like(r)))
-        l, a = sum_rows(e, e * a, LANES, SLICE)
+        l, a = sum_lanes(None, e, e * a, LANES, SLICE)
     return a / l, absent
