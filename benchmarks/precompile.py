@@ -26,6 +26,7 @@ from kvfold.records import FORMATS
 from kvfold.state import state_kind
 
 BF16, FP32 = torch.bfloat16, torch.float32
+WAYS = (False, True) if AVAILABLE else (False,)  # a call is launched in: as a dependent or not
 
 
 def key_of(case: Case, variant: Variant) -> tuple:
@@ -62,8 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", choices=TARGETS, default="sm_90")
     target, start = parser.parse_args().target, time.perf_counter()
-    ways = (False, True) if AVAILABLE else (False,)
-    jobs = [(key, pdl, target) for key in keys() for pdl in ways]
+    jobs = [(key, pdl, target) for key in keys() for pdl in WAYS]
     with ProcessPoolExecutor() as pool:
         list(pool.map(build, jobs))
     print(f"{len(jobs)} kernels by Triton {triton.__version__} in {time.perf_counter() - start:.0f} s")

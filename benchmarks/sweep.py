@@ -21,7 +21,7 @@ import floor
 import protocol
 import torch
 from calls import Buffers, Step
-from precompile import build, key_of
+from precompile import WAYS, build, key_of
 from protocol import Case, Variant
 
 from kvfold.kernels import configs
@@ -71,7 +71,7 @@ def table_with(row: Config, changes: dict[str, int]) -> Iterator[None]:
 def compile_try(job: tuple[Case, Variant, str]) -> None:
     case, variant, text = job
     with table_with(own_row(case, variant), changes_of(text)):
-        for pdl in (False, True):
+        for pdl in WAYS:
             build((key_of(case, variant), pdl, "sm_90"))
 
 
