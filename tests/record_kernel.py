@@ -6,7 +6,7 @@ import triton.language as tl
 from kvfold.kernels.record import store_record
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_per_page"])  # as kvfold builds kernels: a page of one row is a number like any other
 def write_records(
     entries, slots, pages, page_stride, scales, scales_stride, rows_per_page, cache_scale,
     HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, ELEMENT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr,
