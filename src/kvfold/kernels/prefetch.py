@@ -19,6 +19,20 @@ def prefetch_lines(at, wanted):
 
 
 @triton.jit
+def prefetch_pieces(at, wanted, SIZE: tl.constexpr):
+    """Fetches SIZE bytes, a multiple of 16, from each of the addresses `at`, int64, that is `wanted`.
+
+    By the engine of bulk copies, past the units that load: 16 windows of 128 raw rows in 5.4 us, by lines in 5.9. A single line
+    is there later than by `prefetch_lines`: fold rows, of which a step has few, take 0.4 us more by it.
+    """
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b64 a; and.b64 a, $1, -16; setp.ne.b32 p, $2, 0;"
+        " @p cp.async.bulk.prefetch.L2.global [a], $3; mov.b32 $0, 0; }",
+        "=r,l,r,r", [at, wanted.to(tl.int32), tl.full(at.shape, SIZE, tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def prefetch_fold(
     live, kv_stride, state, tags, ring, start, begin, stop, resumes,
     HISTORY: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -71,19 +85,28 @@ def prefetch_rows(
 @triton.jit
 def prefetch_window(
     pool, page_stride, row_stride, page_size, window, start, c0, before, this,
-    RATIO: tl.constexpr, OVERLAP: tl.constexpr, SLICE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    RATIO: tl.constexpr, OVERLAP: tl.constexpr, SLICE: tl.constexpr, HEAD_DIM: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Channels `[c0, c0 + SLICE)` of the old rows of a window that has page `this`, and `before` for the window before."""
+    """Channels `[c0, c0 + SLICE)` of the old rows of a window that has page `this`, and `before` for the window before.
+
+    PIECES: of each row as one piece.
+    """
     BYTES: tl.constexpr = pool.dtype.element_ty.primitive_bitwidth // 8
-    LINES: tl.constexpr = (SLICE * BYTES + 127) // 128
-    e = tl.arange(0, RATIO * (1 + OVERLAP) * LINES)
-    j = e // LINES
+    SIZE: tl.constexpr = SLICE * BYTES if PIECES else 128
+    PARTS: tl.constexpr = (SLICE * BYTES + SIZE - 1) // SIZE
+    e = tl.arange(0, RATIO * (1 + OVERLAP) * PARTS)
+    j = e // PARTS
     x = (window - OVERLAP) * RATIO + j
     first = j < RATIO * OVERLAP
     row = (tl.maximum(x, 0) % page_size).to(tl.int64)
     c = c0 + tl.where(first, 0, OVERLAP * HEAD_DIM)
     at = pool.to(tl.int64, bitcast=True) + (tl.where(first, before, this) * page_stride + row * row_stride + c) * BYTES
-    prefetch_lines(at + (e % LINES) * 128, (x >= 0) & (x < start))
+    at += (e % PARTS) * SIZE
+    wanted = (x >= 0) & (x < start)
+    if PIECES:
+        prefetch_pieces(at, wanted, SIZE)
+    else:
+        prefetch_lines(at, wanted)
 
 
 @triton.jit
@@ -93,11 +116,10 @@ def prefetch_item(
     """Channels `[c0, c0 + SLICE)` of the new tokens of a work item without overlap, of its first 128."""
     window, start, end, token, _slot, _entry, _sequence = item
     BYTES: tl.constexpr = kv_score.dtype.element_ty.primitive_bitwidth // 8
-    LINES: tl.constexpr = (SLICE * BYTES + 127) // 128
     TOKENS: tl.constexpr = 16 if RATIO <= 16 else 32 if RATIO <= 32 else 64 if RATIO <= 64 else 128
     begin = tl.maximum(start, window * RATIO)
-    e = tl.arange(0, TOKENS * 2 * LINES)
-    x = begin + e // (2 * LINES)
-    c = c0 + (e // LINES) % 2 * HEAD_DIM
-    at = kv_score.to(tl.int64, bitcast=True) + ((token + x - start).to(tl.int64) * kv_stride + c) * BYTES + (e % LINES) * 128
-    prefetch_lines(at, there & (x < end) & (x < window * RATIO + RATIO) & (token + end - start <= num_tokens))
+    e = tl.arange(0, TOKENS * 2)
+    x = begin + e // 2
+    at = (token + x - start).to(tl.int64) * kv_stride + c0 + e % 2 * HEAD_DIM
+    wanted = there & (x < end) & (x < window * RATIO + RATIO) & (token + end - start <= num_tokens)
+    prefetch_pieces(kv_score.to(tl.int64, bitcast=True) + at * BYTES, wanted, SLICE * BYTES)
