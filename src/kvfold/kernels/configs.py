@@ -161,17 +161,18 @@ CONFIGS = (
     Config("window", _WIDE, (1, 16), 8, ahead=4, num_warps=4, registers=128, programs=528),
     Config("window", _WIDE, (1, 16), ANY, ahead=4, num_warps=4, registers=128, programs=528, prompt=True),
     # One new token at batch 1, 16, 64 and 256, and four where 2 of 64 sequences end a window, as in most steps of an engine:
-    # 3.7/5.9/13.2/41.0 and 3.9 us. Tiles of 64 rows 4.1/6.4/13.6/41.5 and 4.3, and with 96 registers and 5 programs to a
-    # multiprocessor 4.2/6.3/14.7/43.4 and 4.3; slices of 64, tiles of 64, 4.6/6.5/15.0/40.3 and 4.8; 2 warps with slices of 32
-    # 4.5/6.4/14.9/43.0 and 4.5; half as many programs, so that the next launch finds room, 57 at batch 256; one program for
-    # each slice 17.4 at 64 and 53.8 at 256.
-    # Rows by way of shared memory, three tiles of 64 ahead, whose loads take no registers: 4.6/6.7/14.7/40.3 and 5.1 with 2
-    # warps; with slices of 64, 4 warps and 264 programs 5.1/6.7/15.4/41.8 and 5.4. Programs that do nothing but pool are 15 to
-    # 20 % faster so (10.7 and 34.8 us at 64 and 256), which does not come through here: why is not known.
+    # 3.4/5.4/11.9/35.0 and 4.0 us. When these took 3.7/5.9/13.2/41.0 and 3.9: tiles of 64 rows 4.1/6.4/13.6/41.5 and 4.3, and
+    # with 96 registers and 5 programs to a multiprocessor 4.2/6.3/14.7/43.4 and 4.3; slices of 64, tiles of 64,
+    # 4.6/6.5/15.0/40.3 and 4.8; 2 warps with slices of 32 4.5/6.4/14.9/43.0 and 4.5; half as many programs, so that the next
+    # launch finds room, 57 at batch 256; one program for each slice 17.4 at 64 and 53.8 at 256. Rows by way of shared memory,
+    # three tiles of 64 ahead, whose loads take no registers: 4.6/6.7/14.7/40.3 and 5.1 with 2 warps; with slices of 64, 4 warps
+    # and 264 programs 5.1/6.7/15.4/41.8 and 5.4. Programs that do nothing but pool are 15 to 20 % faster so (10.7 and 34.8 us
+    # at 64 and 256), which does not come through here: why is not known. Rows of the next slice in registers while this one is
+    # summed: 3.7/6.3/13.2/39.2 and 4.1; where that spilled 400 bytes, 16.6 at 64 and 46.8 at 256.
     Config("window", _WIDE, _ALL, 8, **_SHORT_WINDOWS, spills=284),
-    # Prompts of 8k and 64k: 18.7 and 121 us. Slices of 32 channels 20.2 and 156, as memory is written best in long pieces: a
-    # kernel that only moves the bytes takes 150, 121 and 114 us with pieces of 32, 64 and 128 channels. 4 lanes, tiles of 32
-    # rows and slices of 128: 18.9 and 115, but decoding wants 8 lanes.
+    # Prompts of 8k and 64k: 17.0 and 119 us; when these took 18.7 and 121, slices of 32 channels 20.2 and 156, as memory is
+    # written best in long pieces: a kernel that only moves the bytes takes 150, 121 and 114 us with pieces of 32, 64 and 128
+    # channels. 4 lanes, tiles of 32 rows and slices of 128: 18.9 and 115, but decoding wants 8 lanes.
     Config("window", _WIDE, _ALL, ANY, **_LONG_WINDOWS, spills=220),
     Config("store", _NARROW, _ALL, ANY, ahead=1, num_warps=1),
     Config("store", _MIDDLE, _ALL, ANY, ahead=1, num_warps=2),

@@ -14,26 +14,42 @@ from .fold import empty_fold, fold_step, spread
 from .pdl import load_plan, wait_for_inputs
 from .prefetch import prefetch_fold, prefetch_rows
 from .rows import keep_each, keep_together, load_biases, load_rows, pool_window
-from .slots import check_tags, keep_fold, load_tags, place_row, retire_rows
+from .slots import aim_tags, check_tags, keep_fold, load_tags, place_row, retire_rows
 from .snapshot import next_page_end, snapshot_fold, snapshot_rows
 
 
 @triton.jit
-def load_tokens(live, kv_stride, ape, x0, stop, RATIO: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Values and scores (ape added) of positions `[x0, x0 + AHEAD)`, masked from `stop` on; `live` points at position 0."""
+def aim_tokens(live, kv_stride, ape, x0, stop, RATIO: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Where values of positions `[x0, x0 + AHEAD)` are, and from `stop` on that they are not there, and the positions' ape.
+
+    `live` points at position 0. For before the wait: 16 and 256 sequences of 4 tokens, all of which end a window, take 1.95 and
+    3.68 us, and 2.04 and 3.85 with all of it, and ape, behind the wait.
+    """
     c = tl.arange(0, HEAD_DIM)
-    ks = ()
-    ss = ()
+    ats = ()
+    wanted = ()
+    biases = ()
     for i in tl.static_range(AHEAD):
         x = x0 + i
         there = spread(x < stop, HEAD_DIM)
-        at = live + x.to(tl.int64) * kv_stride + c
-        k = tl.load(at, mask=there, other=-0.0).to(tl.float32)
-        s = tl.load(at + HEAD_DIM, mask=there, other=float("-inf")).to(tl.float32)
+        bias = tl.zeros((HEAD_DIM,), tl.float32)
         if ape is not None:
-            s += tl.load(ape + (x % RATIO) * HEAD_DIM + c, mask=there, other=0.0)
-        ks = ks + (k,)
-        ss = ss + (s,)
+            bias = tl.load(ape + (x % RATIO) * HEAD_DIM + c, mask=there, other=0.0)
+        ats = ats + (live + x.to(tl.int64) * kv_stride + c,)
+        wanted = wanted + (there,)
+        biases = biases + (bias,)
+    return ats, wanted, biases
+
+
+@triton.jit
+def load_tokens(ats, wanted, biases, HEAD_DIM: tl.constexpr):
+    """Values and scores, with ape, of what `aim_tokens` found."""
+    ks = ()
+    ss = ()
+    for i in tl.static_range(len(ats)):
+        ks = ks + (tl.load(ats[i], mask=wanted[i], other=-0.0).to(tl.float32),)
+        s = tl.load(ats[i] + HEAD_DIM, mask=wanted[i], other=float("-inf")).to(tl.float32)
+        ss = ss + (s + biases[i],)
     return ks, ss
 
 
@@ -70,12 +86,15 @@ def fold_item(
     row = state + (tl.maximum(start - 1, 0) % ring) * (3 * HEAD_DIM) + c
     old = spread(resumes, HEAD_DIM)
     m, l, a = empty_fold(HEAD_DIM)
+    ats, theres, biases = aim_tokens(live, kv_stride, ape, begin, stop, RATIO, AHEAD, HEAD_DIM)
+    x, wanted, home_at, spare_at = aim_tags(tags, h0, start, ring, HISTORY)
     wait_for_inputs(PDL)
-    x, wanted, home, spare = load_tags(tags, h0, start, ring, HISTORY)
+    home = tl.load(home_at, mask=wanted, other=-1)
+    spare = tl.load(spare_at)
     m = tl.load(row, mask=old, other=m)
     l = tl.load(row + HEAD_DIM, mask=old, other=0.0)
     a = tl.load(row + 2 * HEAD_DIM, mask=old, other=0.0)
-    ks, ss = load_tokens(live, kv_stride, ape, begin, stop, RATIO, AHEAD, HEAD_DIM)
+    ks, ss = load_tokens(ats, theres, biases, HEAD_DIM)
     held, moved = check_tags(x, wanted, home, spare)
     if held:
         if resumes & moved:

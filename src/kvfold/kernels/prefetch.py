@@ -94,7 +94,8 @@ def prefetch_window(
     BYTES: tl.constexpr = pool.dtype.element_ty.primitive_bitwidth // 8
     SIZE: tl.constexpr = SLICE * BYTES if PIECES else 128
     PARTS: tl.constexpr = (SLICE * BYTES + SIZE - 1) // SIZE
-    e = tl.arange(0, RATIO * (1 + OVERLAP) * PARTS)
+    ALL: tl.constexpr = RATIO * (1 + OVERLAP) * PARTS
+    e = tl.arange(0, ALL if ALL > 128 else 128)  # no fewer than threads, or several of them would have the same one
     j = e // PARTS
     x = (window - OVERLAP) * RATIO + j
     first = j < RATIO * OVERLAP
@@ -102,7 +103,7 @@ def prefetch_window(
     c = c0 + tl.where(first, 0, OVERLAP * HEAD_DIM)
     at = pool.to(tl.int64, bitcast=True) + (tl.where(first, before, this) * page_stride + row * row_stride + c) * BYTES
     at += (e % PARTS) * SIZE
-    wanted = (x >= 0) & (x < start)
+    wanted = (x >= 0) & (x < start) & (e < ALL)
     if PIECES:
         prefetch_pieces(at, wanted, SIZE)
     else:
@@ -111,15 +112,17 @@ def prefetch_window(
 
 @triton.jit
 def prefetch_item(
-    item, there, c0, kv_score, kv_stride, num_tokens, RATIO: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr
+    item, there, c0, kv_score, kv_stride, num_tokens,
+    RATIO: tl.constexpr, OVERLAP: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
-    """Channels `[c0, c0 + SLICE)` of the new tokens of a work item without overlap, of its first 128."""
+    """The new tokens of a work item, of its first 128: channels `[c0, c0 + SLICE)` without overlap, or whole rows."""
     window, start, end, token, _slot, _entry, _sequence = item
     BYTES: tl.constexpr = kv_score.dtype.element_ty.primitive_bitwidth // 8
-    TOKENS: tl.constexpr = 16 if RATIO <= 16 else 32 if RATIO <= 32 else 64 if RATIO <= 64 else 128
+    PARTS: tl.constexpr = 2 if SLICE < HEAD_DIM else 1  # values and scores, or both at once
+    SIZE: tl.constexpr = SLICE * BYTES if SLICE < HEAD_DIM else 2 * HEAD_DIM * (1 + OVERLAP) * BYTES
     begin = tl.maximum(start, window * RATIO)
-    e = tl.arange(0, TOKENS * 2)
-    x = begin + e // 2
-    at = (token + x - start).to(tl.int64) * kv_stride + c0 + e % 2 * HEAD_DIM
+    e = tl.arange(0, 128 * PARTS)  # as in `prefetch_window`
+    x = begin + e // PARTS
+    at = (token + x - start).to(tl.int64) * kv_stride + c0 + e % PARTS * HEAD_DIM
     wanted = there & (x < end) & (x < window * RATIO + RATIO) & (token + end - start <= num_tokens)
-    prefetch_pieces(kv_score.to(tl.int64, bitcast=True) + at * BYTES, wanted, SLICE * BYTES)
+    prefetch_pieces(kv_score.to(tl.int64, bitcast=True) + at * BYTES, wanted, SIZE)

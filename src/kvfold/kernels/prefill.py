@@ -255,7 +255,7 @@ def prefill_fold(
         # Ahead of the lines below, behind which it would come 2 us later, and with it the first tokens.
         cache_slot = aim_slot(item[5], entry_slots, entry_capacity)
     if PDL and SLICE < HEAD_DIM:
-        prefetch_item(item, index < total, pid % SLICES * SLICE, kv_score, kv_stride, num_tokens, RATIO, HEAD_DIM, SLICE)
+        prefetch_item(item, index < total, pid % SLICES * SLICE, kv_score, kv_stride, num_tokens, RATIO, 0, HEAD_DIM, SLICE)
     wait_for_inputs(PDL)
     for unit in range(pid, total * SLICES, TOGETHER * programs):
         c0 = unit % SLICES * SLICE

@@ -11,18 +11,22 @@ from .fold import spread
 
 
 @triton.jit
-def load_tags(tags, h0, start, ring, HISTORY: tl.constexpr):
-    """The last HISTORY positions before the step, which of them it reads, and the tags of their homes and spare rows.
+def aim_tags(tags, h0, start, ring, HISTORY: tl.constexpr):
+    """The last HISTORY positions before the step, which of them it reads, and where the tags of their homes and spare rows are.
 
     Each spare row belongs to exactly one of these positions, so these are all of them.
     """
     x = start - 1 - tl.arange(0, HISTORY)
-    wanted = x >= h0
     last = tl.maximum(start - 1, 0) % ring
     place = last - tl.arange(0, HISTORY)  # the ring is at least as long as the history
-    home = tl.load(tags + tl.where(place < 0, place + ring, place), mask=wanted, other=-1)
-    spare = tl.load(tags + ring + (x + HISTORY) % HISTORY)
-    return x, wanted, home, spare
+    return x, x >= h0, tags + tl.where(place < 0, place + ring, place), tags + ring + (x + HISTORY) % HISTORY
+
+
+@triton.jit
+def load_tags(tags, h0, start, ring, HISTORY: tl.constexpr):
+    """The positions of `aim_tags`, which of them the step reads, and the tags of their homes and spare rows."""
+    x, wanted, home, spare = aim_tags(tags, h0, start, ring, HISTORY)
+    return x, wanted, tl.load(home, mask=wanted, other=-1), tl.load(spare)
 
 
 @triton.jit

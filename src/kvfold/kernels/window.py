@@ -1,10 +1,10 @@
 """A step over `WindowState`: writes the raw rows of new tokens, and pools every window that ends, in parallel.
 
-Every program has two kinds of work. It takes entries, or parts of them: some slices of channels, pooled one after the other
+A program has two kinds of work. It takes entries, or parts of them: some slices of channels, pooled one after the other
 (`pool_slice`), with old rows from the pages and new ones live, so that nobody waits for what another program writes. And it
-takes work items, whose new rows it writes to their pages. It counts from the first program for the one and from the last for
-the other, so that a program has both only where there is much of both. Where several programs share an entry, one of them
-finishes it (slices.py); which one that is changes no bit.
+takes work items, whose new rows it writes to their pages. Who begins with the one comes last with the other, so that a program
+has both only where there is much of both. Where several programs share an entry, one of them finishes it (slices.py); which one
+that is changes no bit.
 
 Who pools a row that is new writes it, and nobody else, where that is simple: in a long step (PROMPT) in a window whose rows are
 all new (`claims`), which is so read once; in a short one (JOIN) in a window that lies on one page (`joins`).
@@ -332,19 +332,20 @@ def window_kernel(
             kv_pages, kv_table, kv_width, score_pages, score_table, score_width, page_size,
             RATIO, OVERLAP, ONE_PAGE, PROMPT,
         )  # fmt: skip
-        if PDL and (PROMPT and (SLICES > 1 and OVERLAP == 0)):  # a prompt of 8k in 16.9 instead of 18.3 us
+        if PDL and (PROMPT and (SLICES == 1 or OVERLAP == 0)):  # ratio 128, a prompt of 8k in 16.9 instead of 18.3 us
             there = task < num_entries * parts
-            prefetch_item(item, there, task % parts * SLICE, kv_score, kv_stride, num_tokens, RATIO, HEAD_DIM, SLICE)
+            c0 = task % parts * SLICE
+            prefetch_item(item, there, c0, kv_score, kv_stride, num_tokens, RATIO, OVERLAP, HEAD_DIM, SLICE)
         if PDL and ONE_PAGE:
             if (task < num_entries * parts) & (homes[4] == 0):
                 c0 = task % parts * SLICE
                 prefetch_window(
                     kv_pool, kv_page_stride, kv_row_stride, page_size, item[0], item[1], c0, homes[0], homes[1],
-                    RATIO, OVERLAP, SLICE, HEAD_DIM, SLICES > 1,
+                    RATIO, OVERLAP, SLICE, HEAD_DIM, SLICES > 1 or PROMPT,
                 )  # fmt: skip
                 prefetch_window(
                     score_pool, score_page_stride, score_row_stride, page_size, item[0], item[1], c0, homes[2], homes[3],
-                    RATIO, OVERLAP, SLICE, HEAD_DIM, SLICES > 1,
+                    RATIO, OVERLAP, SLICE, HEAD_DIM, SLICES > 1 or PROMPT,
                 )  # fmt: skip
     verdict = judge_item(
         next_up, index < total, entry_slots, entry_capacity,
