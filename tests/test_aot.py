@@ -309,7 +309,8 @@ for head_dim, ratio, overlap, new, items in (
     spec = CompressorSpec(head_dim, ratio, overlap)
     key = step_key(spec, FORMATS["bf16"], state_kind(spec), new, types, False, items)
     found = variant_of(key, True, True).compile(TARGETS["sm_90"]).asm["ptx"]
-    print(found.count("griddepcontrol.wait") > 0, "prefetch.global.L2" in found)
+    fetches = "prefetch.global.L2" in found or "bulk.prefetch.L2" in found  # lines, or pieces
+    print(found.count("griddepcontrol.wait") > 0, fetches)
 """
 
 
