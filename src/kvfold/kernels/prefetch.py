@@ -1,8 +1,8 @@
 """Lines on their way to the L2 cache while the launch before still runs.
 
 A dependent launch may read nothing before its wait that a kernel in flight may write; but a prefetch reads nothing. The L2
-cache is where all multiprocessors meet, so what is written after a line was fetched is what a load finds there. Only lines are
-fetched that the program will load, so every address is inside the tensors given.
+cache is where all multiprocessors meet, so what is written after a line was fetched is what a load finds there. Only what the
+launch will load is fetched, so every address is inside the tensors given.
 """
 
 import triton
