@@ -104,9 +104,9 @@ def prefill_rows(
         biases = load_biases(ape, 0, total > 0, RATIO, OVERLAP, AHEAD, HEAD_DIM)
     item = load_item(items, pid, pid < total)
     if PDL and ITEM_AHEAD:
-        # Where the next launch finds room: 1k and 2k tokens in 4.5 and 5.6 us, and without it in 5.2 and 6.2; 4k, of which a
-        # program has one window too, in 9.6 instead of 8.7.
-        if 2 * total <= programs:
+        # Where they leave half of an H200 to the next launch: 1k and 2k tokens in 4.5 and 5.6 us, and without it in 5.2 and
+        # 6.2; 4k, of which a program has one window too, in 9.6 instead of 8.7.
+        if total <= 594:
             prefetch_item(item, pid < total, 0, kv_score, kv_stride, num_tokens, RATIO, OVERLAP, HEAD_DIM, HEAD_DIM)
     wait_for_inputs(PDL)
     dealt = dealt_items(total, programs)
