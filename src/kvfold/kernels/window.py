@@ -304,7 +304,6 @@ def window_kernel(
     # do not need each other stand side by side: one behind the other, they take longer than a short step.
     total = load_plan(num_items)
     front = pid
-    idle = front >= total
     if POOLS:
         num_entries = tl.minimum(load_plan(cu_entries + batch), entry_capacity)
         # As many programs to an entry as leave one part to each of them: one that has several looks up its rows once.
@@ -319,7 +318,9 @@ def window_kernel(
             task = pid
             behind = pid - tl.minimum(num_entries * parts, programs)
             front = tl.where(behind < 0, behind + programs, behind)
-        idle = (front >= total) & (task >= num_entries * parts)
+    idle = front >= total
+    if POOLS:
+        idle = idle & (task >= num_entries * parts)
     # Programs with nothing to do make room for the next launch, which starts sooner: 64 sequences, one token each, of which no
     # window ends, 1.8 instead of 2.2 us. One that waits is enough for a launch that ends behind the one before it.
     if idle & (pid > 0):
