@@ -162,7 +162,7 @@ CONFIGS = (
     # A prompt fetches the first windows' tokens before it waits: 8k in 32.9 instead of 33.6 us, 64k in 230 instead of 229.
     Config("window", _WIDE, (1, 16), ANY, ahead=4, num_warps=4, registers=128, programs=528, prompt=True, spills=8),
     # One new token at batch 1, 16, 64 and 256, and four where 2 of 64 sequences end a window, as in most steps of an engine:
-    # 3.4/5.4/11.9/35.0 and 4.0 us. When these took 3.7/5.9/13.2/41.0 and 3.9: tiles of 64 rows 4.1/6.4/13.6/41.5 and 4.3, and
+    # 3.1/5.1/11.9/35.5 and 3.5 us. When these took 3.7/5.9/13.2/41.0 and 3.9: tiles of 64 rows 4.1/6.4/13.6/41.5 and 4.3, and
     # with 96 registers and 5 programs to a multiprocessor 4.2/6.3/14.7/43.4 and 4.3; slices of 64, tiles of 64,
     # 4.6/6.5/15.0/40.3 and 4.8; 2 warps with slices of 32 4.5/6.4/14.9/43.0 and 4.5; half as many programs, so that the next
     # launch finds room, 57 at batch 256; one program for each slice 17.4 at 64 and 53.8 at 256. Rows by way of shared memory,

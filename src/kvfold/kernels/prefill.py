@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .epilogue import aim_entry, aim_slot, emit, judge_slot, load_finish
-from .fold import empty_fold, fold_step, spread
+from .fold import empty_fold, fold_step, quotient, spread
 from .items import load_item
 from .pdl import load_plan, wait_for_inputs
 from .prefetch import prefetch_item
@@ -159,7 +159,8 @@ def fold_stretches(
 @triton.jit
 def fold_rest(
     m, l, a, loaded, early, live, begin, stop, state, tags, x0, h0, start, end, kv_stride, ape, ring, snap,
-    RATIO: tl.constexpr, HISTORY: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr,
+    HARDWARE: tl.constexpr, RATIO: tl.constexpr, HISTORY: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr,
+    SLICE: tl.constexpr,
 ):  # fmt: skip
     """Folds tokens from place `begin` on, and stores the rows that the state or a snapshot keeps; returns the pooled row.
 
@@ -191,7 +192,7 @@ def fold_rest(
             x = x0 + j0 + i
             due = snapshot_fold(m, l, a, x, due, x0 + stop, snap, RATIO, HEAD_DIM)  # of whole rows: step_key
             keep_fold(m, l, a, x, places[i], (i < left) & (i >= forgotten), state, tags, RATIO, HEAD_DIM, SLICE)
-    return a / l
+    return quotient(a, l, HARDWARE)
 
 
 @triton.jit
@@ -325,7 +326,7 @@ def prefill_fold(
             # Snapshots inside a window are rare (pages that are no multiple of the ratio): all their tokens are the rest.
             y = fold_rest(
                 m, l, a, loaded, early, live, place, stop, state, tags, x0, h0, start, end, kv_stride, biases, ring, snap,
-                RATIO, HISTORY, AHEAD, HEAD_DIM, SLICE,
+                HARDWARE, RATIO, HISTORY, AHEAD, HEAD_DIM, SLICE,
             )  # fmt: skip
             if SLICE == HEAD_DIM:
                 ticket = None

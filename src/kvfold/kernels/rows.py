@@ -37,12 +37,13 @@ def load_biases(
 
 @triton.jit
 def load_window(
-    live, kv_stride, state, tags, window, start, ring, j0, SOURCE: tl.constexpr, SAME: tl.constexpr,
+    live, kv_stride, state, tags, window, start, ring, this, j0, SOURCE: tl.constexpr, SAME: tl.constexpr,
     RATIO: tl.constexpr, OVERLAP: tl.constexpr, HISTORY: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """Values and raw scores of rows `[j0, j0 + AHEAD)` of a window that ends here: old ones from the state, new ones live.
 
-    SOURCE: "home" takes it that old rows are at home, "find" looks for each, "live" knows of none. SAME: one dtype for both.
+    SOURCE: "home" takes it that old rows are at home, and that of the window's first position is `this`; "find" looks for each,
+    "live" knows of none. SAME: one dtype for both.
     """
     CHANNELS: tl.constexpr = HEAD_DIM * (1 + OVERLAP)
     WINDOW_ROWS: tl.constexpr = RATIO * (1 + OVERLAP)
@@ -54,7 +55,6 @@ def load_window(
     at = live + (x0 + j0).to(tl.int64) * kv_stride + c
     if SOURCE == "home":
         # Where the ring is a multiple of the ratio, the rows of a window stand one behind the other.
-        this = (window * RATIO) % ring
         before = tl.where(this >= RATIO, this, this + ring) - RATIO
         this_rows = state + (this - RATIO * OVERLAP) * (2 * CHANNELS) + c
         rows_before = state + before * (2 * CHANNELS) + c
@@ -163,11 +163,14 @@ def fold_part(
 
 @triton.jit
 def pool_window(
-    live, kv_stride, ape, biases, state, tags, window, start, ring, SOURCE: tl.constexpr, SAME: tl.constexpr,
+    live, kv_stride, ape, biases, state, tags, window, start, ring, this, SOURCE: tl.constexpr, SAME: tl.constexpr,
     RATIO: tl.constexpr, OVERLAP: tl.constexpr, HISTORY: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr,
     HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """The pooled row of a window. `biases`: those of its rows, where it has no more than AHEAD; None: not loaded yet."""
+    """The pooled row of a window. `biases`: those of its rows, where it has no more than AHEAD; None: not loaded yet.
+
+    this: as in `load_window`.
+    """
     m, l, a = empty_group(HEAD_DIM)
     ROWS: tl.constexpr = RATIO * (1 + OVERLAP)
     if SOURCE == "live" and ROWS == AHEAD:
@@ -179,14 +182,14 @@ def pool_window(
             if biases is None:  # ahead of the rows, so that nobody waits for both in turn
                 own = load_biases(ape, j0, None, RATIO, OVERLAP, AHEAD, HEAD_DIM)
             ks, ss = load_window(
-                live, kv_stride, state, tags, window, start, ring, j0, SOURCE, SAME,
+                live, kv_stride, state, tags, window, start, ring, this, j0, SOURCE, SAME,
                 RATIO, OVERLAP, HISTORY, AHEAD, HEAD_DIM,
             )  # fmt: skip
             m, l, a = fold_part(m, l, a, ks, ss, ape, own, j0, j0 == 0, RATIO, OVERLAP, AHEAD, HEAD_DIM)
     else:
         for j0 in range(0, ROWS, AHEAD):
             ks, ss = load_window(
-                live, kv_stride, state, tags, window, start, ring, j0, SOURCE, SAME,
+                live, kv_stride, state, tags, window, start, ring, this, j0, SOURCE, SAME,
                 RATIO, OVERLAP, HISTORY, AHEAD, HEAD_DIM,
             )  # fmt: skip
             m, l, a = fold_part(m, l, a, ks, ss, ape, biases, j0, False, RATIO, OVERLAP, AHEAD, HEAD_DIM)
@@ -206,10 +209,9 @@ def load_rows(live, kv_stride, window, oldest, stop, RATIO: tl.constexpr, CHANNE
 
 
 @triton.jit
-def keep_together(copies, state, tags, window, oldest, stop, ring, RATIO: tl.constexpr, CHANNELS: tl.constexpr):
-    """Stores the input rows of `[oldest, stop)`, loaded before, in one run of homes."""
+def keep_together(copies, state, tags, window, oldest, stop, place, RATIO: tl.constexpr, CHANNELS: tl.constexpr):
+    """Stores the input rows of `[oldest, stop)`, loaded before, in the run of homes that begins at `place`."""
     c = tl.arange(0, 2 * CHANNELS)
-    place = (window * RATIO) % ring
     for i in tl.static_range(RATIO):
         at = window * RATIO + i
         if (at >= oldest) & (at < stop):

@@ -11,13 +11,13 @@ from .fold import spread
 
 
 @triton.jit
-def aim_tags(tags, h0, start, ring, HISTORY: tl.constexpr):
+def aim_tags(tags, h0, start, last, ring, HISTORY: tl.constexpr):
     """The last HISTORY positions before the step, which of them it reads, and where the tags of their homes and spare rows are.
 
-    Each spare row belongs to exactly one of these positions, so these are all of them.
+    Each spare row belongs to exactly one of these positions, so these are all of them. last: the home of the last position
+    before the step, or of any if there is none.
     """
     x = start - 1 - tl.arange(0, HISTORY)
-    last = tl.maximum(start - 1, 0) % ring
     place = last - tl.arange(0, HISTORY)  # the ring is at least as long as the history
     return x, x >= h0, tags + tl.where(place < 0, place + ring, place), tags + ring + (x + HISTORY) % HISTORY
 
@@ -25,7 +25,8 @@ def aim_tags(tags, h0, start, ring, HISTORY: tl.constexpr):
 @triton.jit
 def load_tags(tags, h0, start, ring, HISTORY: tl.constexpr):
     """The positions of `aim_tags`, which of them the step reads, and the tags of their homes and spare rows."""
-    x, wanted, home, spare = aim_tags(tags, h0, start, ring, HISTORY)
+    last = tl.maximum(start - 1, 0) % ring
+    x, wanted, home, spare = aim_tags(tags, h0, start, last, ring, HISTORY)
     return x, wanted, tl.load(home, mask=wanted, other=-1), tl.load(spare)
 
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .fold import LOG2_E, LOWEST, spread
+from .fold import LOG2_E, LOWEST, quotient, spread
 from .record import bf16_bits, bf16_value
 
 
@@ -278,6 +278,7 @@ def pool_slice(
     window, start, token, sequence, c0, homes, mine,
     RATIO: tl.constexpr, OVERLAP: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
     SLICE: tl.constexpr, HEAD_DIM: tl.constexpr, ONE_PAGE: tl.constexpr, PROMPT: tl.constexpr, ALIGNED: tl.constexpr,
+    HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """Channels `[c0, c0 + SLICE)` of a pooled row, and how many old rows it needs that are not there.
 
@@ -357,4 +358,4 @@ def pool_slice(
         # One operation instead of two. What rounding -top * LOG2_E changes, it changes in all weights alike.
         e = tl.exp2(tl.fma(r, LOG2_E + tl.zeros_like(r), (top * -LOG2_E)[None, :] + tl.zeros_like(r)))
         l, a = sum_lanes(None, e, e * a, LANES, SLICE)
-    return a / l, absent
+    return quotient(a, l, HARDWARE), absent
