@@ -126,7 +126,7 @@ CONFIGS = (
     Config("rows", _MIDDLE, _ALL, ANY, ahead=8, num_warps=1, programs=1584),
     # 4 against 8 warps, main and indexer in one launch: one token 2.83/3.75/5.32 against 3.09/3.88/8.56 us, four tokens
     # 3.47/4.16/6.54 against 3.58/4.68/9.11; without the bound on registers 512 programs did not fit at once.
-    Config("rows", _WIDE, (1, 8), 8, ahead=8, num_warps=4, registers=128, spills=16),
+    Config("rows", _WIDE, (1, 8), 8, ahead=8, num_warps=4, registers=128, spills=8),
     # 8 programs fit a multiprocessor, but with 1188 in all 8k tokens beside 64 sequences that decode 4 are two windows to each,
     # where 1056 have three: 15.7 us, and 19.8. 8k tokens alone 14.3 and 14.4; with all 8 rows ahead 14.7.
     Config("rows", _WIDE, _ALL, ANY, ahead=4, num_warps=2, registers=112, programs=1188, most_items=2376, spills=248),
@@ -150,14 +150,14 @@ CONFIGS = (
         pair_spills=328,
     ),
     Config("window", _NARROW, (1, 16), 8, ahead=4, num_warps=1, registers=128, programs=2112),
-    Config("window", _NARROW, (1, 16), ANY, ahead=4, num_warps=1, registers=128, programs=2112, prompt=True, spills=8),
-    Config("window", _NARROW, _ALL, 8, **_SHORT_WINDOWS, spills=288),
-    Config("window", _NARROW, _ALL, ANY, **_LONG_WINDOWS, spills=220),
+    Config("window", _NARROW, (1, 16), ANY, ahead=4, num_warps=1, registers=128, programs=2112, prompt=True),
+    Config("window", _NARROW, _ALL, 8, **_SHORT_WINDOWS, spills=300),
+    Config("window", _NARROW, _ALL, ANY, **_LONG_WINDOWS, spills=216),
     # Without the bound it takes 128 registers too, and spills 4 bytes.
     Config("window", _MIDDLE, (1, 16), 8, ahead=4, num_warps=2, registers=128, programs=1056),
-    Config("window", _MIDDLE, (1, 16), ANY, ahead=4, num_warps=2, registers=128, programs=1056, prompt=True, spills=20),
-    Config("window", _MIDDLE, _ALL, 8, **_SHORT_WINDOWS, spills=288),
-    Config("window", _MIDDLE, _ALL, ANY, **_LONG_WINDOWS, spills=220),
+    Config("window", _MIDDLE, (1, 16), ANY, ahead=4, num_warps=2, registers=128, programs=1056, prompt=True, spills=16),
+    Config("window", _MIDDLE, _ALL, 8, **_SHORT_WINDOWS, spills=300),
+    Config("window", _MIDDLE, _ALL, ANY, **_LONG_WINDOWS, spills=216),
     Config("window", _WIDE, (1, 16), 8, ahead=4, num_warps=4, registers=128, programs=528),
     # A prompt fetches the first windows' tokens before it waits: 8k in 32.9 instead of 33.6 us, 64k in 230 instead of 229.
     Config("window", _WIDE, (1, 16), ANY, ahead=4, num_warps=4, registers=128, programs=528, prompt=True, spills=8),
@@ -170,11 +170,11 @@ CONFIGS = (
     # and 264 programs 5.1/6.7/15.4/41.8 and 5.4. Programs that do nothing but pool are 15 to 20 % faster so (10.7 and 34.8 us
     # at 64 and 256), which does not come through here: why is not known. Rows of the next slice in registers while this one is
     # summed: 3.7/6.3/13.2/39.2 and 4.1; where that spilled 400 bytes, 16.6 at 64 and 46.8 at 256.
-    Config("window", _WIDE, _ALL, 8, **_SHORT_WINDOWS, spills=284),
+    Config("window", _WIDE, _ALL, 8, **_SHORT_WINDOWS, spills=292),
     # Prompts of 8k and 64k: 17.0 and 119 us; when these took 18.7 and 121, slices of 32 channels 20.2 and 156, as memory is
     # written best in long pieces: a kernel that only moves the bytes takes 150, 121 and 114 us with pieces of 32, 64 and 128
     # channels. 4 lanes, tiles of 32 rows and slices of 128: 18.9 and 115, but decoding wants 8 lanes.
-    Config("window", _WIDE, _ALL, ANY, **_LONG_WINDOWS, spills=220),
+    Config("window", _WIDE, _ALL, ANY, **_LONG_WINDOWS, spills=216),
     Config("store", _NARROW, _ALL, ANY, ahead=1, num_warps=1),
     Config("store", _MIDDLE, _ALL, ANY, ahead=1, num_warps=2),
     Config("store", _WIDE, _ALL, ANY, ahead=1, num_warps=4),
