@@ -63,7 +63,7 @@ def empty_group(HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def quotient(a, l, HARDWARE: tl.constexpr):
-    """`a / l` for a sum of weights of which one is 1: 2 instructions instead of 8, which are for divisors beyond 2**126."""
+    """`a / l` for a sum of weights of which one is about 1: 2 instructions, not 8, which divisors beyond 2**126 need."""
     if HARDWARE:
         y = libdevice.fast_dividef(a, l)
     else:
