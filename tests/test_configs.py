@@ -146,21 +146,26 @@ def test_every_row_compiles(tmp_path: Path) -> None:
     assert sizes.keys() == set(range(len(CONFIGS))) and min(sizes.values()) > 1000
 
 
-def test_programs_that_share_a_window_give_its_bits(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A prefill that resumes inside a window beside a long one: the same records and state rows in slices as whole."""
+@pytest.mark.parametrize("rewindable", [20, 3, 2])
+def test_programs_that_share_a_window_give_its_bits(backend: Backend, monkeypatch: pytest.MonkeyPatch, rewindable: int) -> None:
+    """Prefills that begin and end inside a window or with it: the same records and state rows in slices as whole.
+
+    With stretches of 4 tokens, all rows of a window are kept where 20 tokens can be rewound; where 3 or 2 can, only rows of its
+    last stretch, which programs that share it store when they have left their slices (`fold_last`).
+    """
     if backend.name == "torch":
         pytest.skip("the torch backend has no table")
     spec = CompressorSpec(head_dim=32, ratio=16, rope_dim=16)
     tokens = make_tokens(spec, 36, seed=3)
     row = choose("fold", spec, 16)
     found = []
-    for config in (row, replace(row, slice=8, programs=6)):
+    for config in (row, replace(row, ahead=4, slice=8, programs=12)):
         monkeypatch.setattr(configs, "CONFIGS", tuple(config if c == row else c for c in CONFIGS))
-        engine = Engine(spec, backend, num_slots=2, max_new_tokens=20)
+        engine = Engine(spec, backend, num_slots=3, max_new_tokens=rewindable)
         engine.step([(1, 0, tokens[:5]), (0, 0, tokens[:1])])
         for _ in range(2):  # a repeated call finds the workspace as the first did
-            engine.step([(1, 5, tokens[5:]), (0, 1, tokens[1:16])])
-        found.append((engine.records(1, 2), engine.records(0, 1), *engine.snapshot()))
+            engine.step([(1, 5, tokens[5:]), (0, 1, tokens[1:16]), (2, 0, tokens[:32])])
+        found.append((engine.records(1, 2), engine.records(0, 1), engine.records(2, 2), *engine.snapshot()))
     assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
 
 

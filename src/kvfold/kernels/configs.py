@@ -102,9 +102,11 @@ CONFIGS = (
     Config("fold", _WIDE, _ALL, 1, ahead=1, num_warps=4),
     Config("fold", _WIDE, _ALL, 4, ahead=4, num_warps=4),
     Config("fold", _WIDE, _ALL, 8, ahead=8, num_warps=4),
-    # A window for every second multiprocessor, a prompt of 8k: 10.0 us with half a window to a program; before its last stretch
+    # A window for every second multiprocessor, a prompt of 8k: 9.8 us with half a window to a program; before its last stretch
     # was shortened 11.3, with a quarter and 4 warps 12.1, with an eighth and 2 warps 12.4, 13.8 whole. Programs that share a
-    # window fetch its tokens before the wait; without that, 1.7 us more.
+    # window fetch its tokens before the wait; without that, 1.7 us more. When it took 9.95: half windows with 4 warps 12.2; two
+    # windows side by side, a quarter of each, 15.1; 128 registers and 8 tokens ahead, so that the next launch finds room, 16.5;
+    # tokens and ape by way of shared memory, 16 to 20 tokens ahead at all times, 10.0, or 13.2 with room for the next launch.
     Config("fold", _WIDE, _ALL, ANY, ahead=16, num_warps=8, slice=256, programs=264, most_items=66),
     # Few windows: each is a chain of 128 tokens, so many loads ahead and 2 channels per thread. 64 windows, 8 warps with 8, 12
     # and 16 tokens ahead: 18.1, 17.0 and 15.6 us; 4 warps with 8, 16 and 32: 20.3, 17.6 and 29.9 (which spills). 128 windows,

@@ -196,6 +196,39 @@ def fold_rest(
 
 
 @triton.jit
+def fold_last(
+    m, l, a, loaded, leaves, workspace, entry, c0, begin, state, tags, x0, h0, start, end, ring,
+    HARDWARE: tl.constexpr, RATIO: tl.constexpr, HISTORY: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr,
+    SLICE: tl.constexpr,
+):  # fmt: skip
+    """Folds the loaded stretch with which a window ends, from place `begin` on, and leaves the slice where it `leaves`.
+
+    Then come the rows that the state keeps, which nobody waits for: their programs ended 1.2 us behind the others of a prompt,
+    and 0.5 so. 4k and 8k tokens in 8.5 and 9.8 instead of 8.85 and 9.95 us.
+    """
+    biases, ks, ss = loaded
+    ms = ()
+    ls = ()
+    as_ = ()
+    for i in tl.static_range(AHEAD):
+        m, l, a = fold_step(m, l, a, ks[i].to(tl.float32), ss[i].to(tl.float32) + biases[i])
+        ms = ms + (m,)
+        ls = ls + (l,)
+        as_ = as_ + (a,)
+    if leaves:
+        leave_slice(workspace, quotient(a, l, HARDWARE), entry, c0, HEAD_DIM, SLICE, HARDWARE)
+    forgotten = end - ring - x0 - begin
+    places = ()
+    home = (x0 + begin) % ring
+    for i in tl.static_range(AHEAD):
+        places = places + (place_at(tags, x0 + begin + i, home, h0, start, end, ring, HISTORY),)
+        home = tl.where(home + 1 == ring, 0, home + 1)
+    for i in tl.static_range(AHEAD):
+        if i >= forgotten:
+            keep_fold(ms[i], ls[i], as_[i], x0 + begin + i, places[i], i >= forgotten, state, tags, RATIO, HEAD_DIM, SLICE)
+
+
+@triton.jit
 def deliver_entry(
     y, entry, position, aim, ticket, c0, workspace, arrivals, entry_capacity, errors,
     rows, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots, cache_scale,
@@ -205,7 +238,10 @@ def deliver_entry(
     FLOOR_ON_SCALE: tl.constexpr, DIVIDE: tl.constexpr, ROTATED_BF16: tl.constexpr, PAD: tl.constexpr,
     ROUND_VALUES: tl.constexpr, TIES_TO_ZERO: tl.constexpr, ROW_BYTES: tl.constexpr, TAIL_BYTES: tl.constexpr,
 ):  # fmt: skip
-    """Finishes and stores an entry that is there and wanted, and counts one that is refused. `aim`: of `aim_entry`."""
+    """Finishes and stores an entry that is there and wanted, and counts one that is refused. `aim`: of `aim_entry`.
+
+    y: the pooled row; None where programs that share it have left their slices.
+    """
     cache_slot, weight, cos, sin = aim
     deliver, refused = judge_slot(entry, cache_slot, position, entry_capacity, max_position, pages, cache_slots, ROPE_DIM)
     # A step that only moves the state on finishes nothing; Triton 3.6 fails on slices that nobody has a use for.
@@ -213,7 +249,6 @@ def deliver_entry(
     finish = (entry >= 0) & deliver & FINISHES
     if SLICE < HEAD_DIM:
         if finish:
-            leave_slice(workspace, y, entry, c0, HEAD_DIM, SLICE, HARDWARE)
             finish = is_last(ticket, HEAD_DIM // SLICE)
     if finish:
         if SLICE < HEAD_DIM:
@@ -324,11 +359,26 @@ def prefill_fold(
             state = state_rows + slot * (ring + HISTORY) * (3 * HEAD_DIM) + c0
             h0 = tl.where(start % RATIO == 0, start, start - 1)
             # Snapshots inside a window are rare (pages that are no multiple of the ratio): all their tokens are the rest.
-            y = fold_rest(
-                m, l, a, loaded, early, live, place, stop, state, tags, x0, h0, start, end, kv_stride, biases, ring, snap,
-                HARDWARE, RATIO, HISTORY, AHEAD, HEAD_DIM, SLICE,
-            )  # fmt: skip
-            if SLICE == HEAD_DIM:
+            if SLICE < HEAD_DIM:
+                leaves = (entry >= 0) & due & FINISHES
+                if (early > 0) & (place + AHEAD == stop):
+                    fold_last(
+                        m, l, a, loaded, leaves, workspace, entry, c0, place, state, tags, x0, h0, start, end, ring,
+                        HARDWARE, RATIO, HISTORY, AHEAD, HEAD_DIM, SLICE,
+                    )  # fmt: skip
+                else:
+                    y = fold_rest(
+                        m, l, a, loaded, early, live, place, stop, state, tags, x0, h0, start, end, kv_stride, biases, ring,
+                        snap, HARDWARE, RATIO, HISTORY, AHEAD, HEAD_DIM, SLICE,
+                    )  # fmt: skip
+                    if leaves:
+                        leave_slice(workspace, y, entry, c0, HEAD_DIM, SLICE, HARDWARE)
+                y = None
+            else:
+                y = fold_rest(
+                    m, l, a, loaded, early, live, place, stop, state, tags, x0, h0, start, end, kv_stride, biases, ring, snap,
+                    HARDWARE, RATIO, HISTORY, AHEAD, HEAD_DIM, SLICE,
+                )  # fmt: skip
                 ticket = None
                 aim = aim_entry(
                     entry, x0, entry_slots, entry_capacity, norm_weight, rope, max_position, pages, HEAD_DIM, ROPE_DIM
