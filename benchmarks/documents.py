@@ -58,6 +58,7 @@ def parts(rows: Rows) -> dict[str, str]:
         "plan": measured.plan_summary(rows),
         "host": measured.host_summary(rows),
         "store": measured.store_summary(rows),
+        "launches": measured.launches(rows),
         "window_reduction": measured.window_reduction(rows),
         "representations": measured.representations(rows),
     }

@@ -192,6 +192,20 @@ def _with_whole(rows: Rows, bench: str, first: str, other: str, whole: Callable[
     return sections(rows, (bench,), body)
 
 
+def launches(rows: Rows) -> str:
+    """A step by two launches and by one."""
+
+    def body(device: str) -> tuple[str, Rows]:
+        ours = of(rows, "launches", device)
+        names = ("two launches", "one launch")
+        cases = [case for case in dict.fromkeys(case for case, _ in ours) if all((case, name) in ours for name in names)]
+        used = [ours[case, name] for case in cases for name in names]
+        lines = [(case, *(f"{ours[case, name]['us']:.2f}" for name in names)) for case in cases]
+        return markdown(("case", *names), lines), used
+
+    return sections(rows, ("launches",), body)
+
+
 def plan_summary(rows: Rows) -> str:
     """`StepPlan.update` on the device, by the number of sequences."""
 

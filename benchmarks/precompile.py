@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 
 import decode
+import launches
 import prefill
 import protocol
 import torch
@@ -21,7 +22,7 @@ import kvfold
 from kvfold.kernels.aot import TARGETS
 from kvfold.kernels.configs import ANY, item_bound
 from kvfold.kernels.pdl import AVAILABLE
-from kvfold.kernels.variants import pair_key, step_key, variant_of, window_key
+from kvfold.kernels.variants import pair_key, step_key, store_key, variant_of, window_key
 from kvfold.records import FORMATS
 from kvfold.state import state_kind
 
@@ -29,11 +30,11 @@ BF16, FP32 = torch.bfloat16, torch.float32
 WAYS = (False, True) if AVAILABLE else (False,)  # a call is launched in: as a dependent or not
 
 
-def key_of(case: Case, variant: Variant) -> tuple:
-    """Of the call that a benchmark makes of a case."""
+def key_of(case: Case, variant: Variant, pooled: torch.dtype = BF16) -> tuple:
+    """Of the call that a benchmark makes of a case. pooled: dtype of the rows, where there is no cache."""
     specs = variant.specs(case)
     formats = [None if output == "rows" else FORMATS[output] for output in variant.outputs]
-    rows, weight = (BF16, None) if formats[0] is None else (None, FP32)
+    rows, weight = (pooled, None) if formats[0] is None else (None, FP32)
     if variant.state == "window":
         return window_key(specs[0], formats[0], case.new, (BF16, FP32, rows, weight, True), PAGE_SIZE)
     windows = sum((start + case.new - 1) // case.ratio - start // case.ratio + 1 for start in case.start_positions())
@@ -47,10 +48,13 @@ def key_of(case: Case, variant: Variant) -> tuple:
 
 
 def keys() -> list[tuple]:
-    """Of the calls that `decode.py`, `prefill.py` and `window_reduction.py` make, which pools rows in fp32."""
+    """Of the calls that `decode.py`, `prefill.py`, `launches.py` and `window_reduction.py` make."""
     variants = {bench.__name__: [Variant.parse(name) for name in bench.DEFAULT.split(",")] for bench in (decode, prefill)}
     found = [key_of(case, variant) for case in protocol.cases() for variant in variants[case.kind] if variant.fits(case)]
+    # These pool rows in fp32.
     found.append(window_key(kvfold.V4_HCA, None, 4, (BF16, FP32, FP32, None, True), PAGE_SIZE))
+    found += [key_of(case, launches.POOL, FP32) for case in launches.CASES]
+    found += [store_key(spec, FORMATS[launches.FORMAT], (FP32, FP32)) for spec in (kvfold.V4_HCA, kvfold.V4_CSA)]
     return list(dict.fromkeys(found))
 
 

@@ -51,6 +51,7 @@ STAGES = (
     _bench("pages", 20),
     _bench("parts", 40),
     _bench("store", 60),
+    _bench("launches", 60),
     # racecheck and memcheck side by side, with 7 processes each, took 175 s; racecheck with one did not end in 380 s.
     _bench("sanitizer", 500, "--timeout", "490", script="sanitize"),
     # An illegal access spoils a process for all tests behind it, and this file provokes what would be one.

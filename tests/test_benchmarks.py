@@ -20,6 +20,7 @@ import bounded
 import calls
 import decode
 import floor
+import launches
 import pages
 import parts
 import precompile
@@ -139,6 +140,19 @@ def test_calls_with_overlap_are_accepted(name: str) -> None:
     step.check(step.call(step.buffers()))
 
 
+@pytest.mark.parametrize("case", [HIT, Case("prefill", 512, 4, 1, 24)], ids=lambda case: case.name)
+def test_two_launches_store_what_one_does(case: Case) -> None:
+    torch.manual_seed(7)
+    step = calls.Step(case, launches.ONE, DEVICE)
+    (one,) = step.buffers()
+    step.check(step.call([one]))
+    torch.manual_seed(7)
+    step = calls.Step(case, launches.POOL, DEVICE)
+    both, cache = launches.in_two(step)
+    step.check(both)
+    assert bool(cache.storage.any()) and torch.equal(cache.storage, one.cache.storage)
+
+
 def test_pages_that_a_step_touches_are_its_own() -> None:
     case = Case("decode", 512, 128, 16, 4, "spread")
     value, score, pages = calls.window_tables(case)
@@ -241,6 +255,7 @@ def test_every_timed_call_has_its_kernel_compiled_before() -> None:
     assert len(set(keys)) == len(keys)
     asked = [(case, variant) for case, variant in decode.chosen(decode.parse([])) if case.kind == "decode"]
     assert asked and {precompile.key_of(case, variant) for case, variant in asked} <= set(keys)
+    assert {precompile.key_of(case, launches.POOL, torch.float32) for case in launches.CASES} <= set(keys)
     step = calls.Step(HIT, Variant.parse("window:fp8_ds_mla"), device="cpu")
     (buffers,) = step.buffers()
     assert precompile.key_of(HIT, step.variant)[2] is buffers.cache.format

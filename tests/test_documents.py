@@ -59,6 +59,11 @@ def sample(folder: Path) -> Path:
             row("host", HIT.name, "fold:fp8_ds_mla compiled", 70.75),
         ],
         "store": [row("store", "store hd512 16 rows bfloat16", "store:bf16", 1.75)],
+        "launches": [
+            row("launches", HIT.name, "two launches", 3.875),
+            row("launches", HIT.name, "one launch", 2.125),
+            row("launches", CSA_HIT.name, "two launches", 9.875),
+        ],
         "window_reduction": [
             row("window_reduction", HIT.name, "one_warp", 30.0, floor_us=3.0),
             row("window_reduction", HIT.name, "shipped", 6.0, floor_us=3.0),
@@ -132,6 +137,7 @@ def test_every_bench_has_its_part(tmp_path: Path) -> None:
         "plan": "| r4 b16 n4 | 2.88 |",
         "host": "| fold:fp8_ds_mla | 20.5 | 60.2 | 70.8 |",
         "store": "| bf16 | 512 | 1.75 |  |  |  |  |  |",
+        "launches": f"| {HIT.name} | 3.88 | 2.12 |",
         "page_reads": "| 16 windows of 128 rows, fp32 | 3.9 | 4.0 |",
         "prompt_parts": "| 65536 tokens, ratio 4, head_dim 512 | 62.9 | 68.1 |  |",
         "window_reduction": "| 30.00 | 6.00 | 3.00 | 5.0x |",
