@@ -13,7 +13,7 @@ from .items import load_item
 from .pdl import load_plan, wait_for_inputs
 from .prefetch import prefetch_item
 from .slices import draw_ticket, is_last, leave_slice, take_slices
-from .slots import check_tags, keep_fold, load_tags, place_at, retire_rows
+from .slots import check_tags, keep_fold, load_tags, places_from, retire_rows
 from .snapshot import next_page_end, snapshot_fold
 
 
@@ -182,11 +182,7 @@ def fold_rest(
             biases, ks, ss = loaded
             if (early == 0) | (j > begin):
                 biases, ks, ss = load_stretch(at, kv_stride, row, left, AHEAD, HEAD_DIM, SLICE)
-        places = ()
-        home = (x0 + j0) % ring
-        for i in tl.static_range(AHEAD):
-            places = places + (place_at(tags, x0 + j0 + i, home, h0, start, end, ring, HISTORY),)
-            home = tl.where(home + 1 == ring, 0, home + 1)
+        places = places_from(tags, x0 + j0, h0, start, end, ring, HISTORY, AHEAD)
         for i in tl.static_range(AHEAD):
             m, l, a = fold_step(m, l, a, ks[i].to(tl.float32), ss[i].to(tl.float32) + biases[i])
             x = x0 + j0 + i
@@ -218,11 +214,7 @@ def fold_last(
     if leaves:
         leave_slice(workspace, quotient(a, l, HARDWARE), entry, c0, HEAD_DIM, SLICE, HARDWARE)
     forgotten = end - ring - x0 - begin
-    places = ()
-    home = (x0 + begin) % ring
-    for i in tl.static_range(AHEAD):
-        places = places + (place_at(tags, x0 + begin + i, home, h0, start, end, ring, HISTORY),)
-        home = tl.where(home + 1 == ring, 0, home + 1)
+    places = places_from(tags, x0 + begin, h0, start, end, ring, HISTORY, AHEAD)
     for i in tl.static_range(AHEAD):
         if i >= forgotten:
             keep_fold(ms[i], ls[i], as_[i], x0 + begin + i, places[i], i >= forgotten, state, tags, RATIO, HEAD_DIM, SLICE)

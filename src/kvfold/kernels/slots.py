@@ -58,6 +58,17 @@ def place_at(tags, x, home, h0, start, end, ring, HISTORY: tl.constexpr):
 
 
 @triton.jit
+def places_from(tags, x0, h0, start, end, ring, HISTORY: tl.constexpr, COUNT: tl.constexpr):
+    """`place_row` of each of COUNT positions from `x0` on."""
+    places = ()
+    home = x0 % ring
+    for i in tl.static_range(COUNT):
+        places = places + (place_at(tags, x0 + i, home, h0, start, end, ring, HISTORY),)
+        home = tl.where(home + 1 == ring, 0, home + 1)
+    return places
+
+
+@triton.jit
 def retire_rows(tags, x, wanted, home, spare, h0, start, end, ring, HISTORY: tl.constexpr):
     """Frees spare rows of another timeline or out of the ring. One program per sequence, any time in the launch.
 
