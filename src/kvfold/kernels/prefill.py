@@ -327,7 +327,8 @@ def prefill_fold(
                 weight, cos, sin = load_finish(x0, norm_weight, rope, max_position, pages, HEAD_DIM, ROPE_DIM)
                 aim = (cache_slot, weight, cos, sin)
                 due, _refused = judge_slot(entry, cache_slot, x0, entry_capacity, max_position, pages, cache_slots, ROPE_DIM)
-                ticket = draw_ticket(arrivals, entry, (entry >= 0) & due & FINISHES, 256 if HARDWARE else 512)
+                leaves = (entry >= 0) & due & FINISHES
+                ticket = draw_ticket(arrivals, entry, leaves, 256 if HARDWARE else 512)
             snap = None
             if snap_rows is not None:
                 table = snap_table + sequence.to(tl.int64) * snap_width
@@ -350,9 +351,7 @@ def prefill_fold(
             tags = state_tags + slot * (ring + HISTORY)
             state = state_rows + slot * (ring + HISTORY) * (3 * HEAD_DIM) + c0
             h0 = tl.where(start % RATIO == 0, start, start - 1)
-            # Snapshots inside a window are rare (pages that are no multiple of the ratio): all their tokens are the rest.
             if SLICE < HEAD_DIM:
-                leaves = (entry >= 0) & due & FINISHES
                 if (early > 0) & (place + AHEAD == stop):
                     fold_last(
                         m, l, a, loaded, leaves, workspace, entry, c0, place, state, tags, x0, h0, start, end, ring,
@@ -367,6 +366,7 @@ def prefill_fold(
                         leave_slice(workspace, y, entry, c0, HEAD_DIM, SLICE, HARDWARE)
                 y = None
             else:
+                # Snapshots inside a window are rare (pages that are no multiple of the ratio): all their tokens are the rest.
                 y = fold_rest(
                     m, l, a, loaded, early, live, place, stop, state, tags, x0, h0, start, end, kv_stride, biases, ring, snap,
                     HARDWARE, RATIO, HISTORY, AHEAD, HEAD_DIM, SLICE,
