@@ -36,7 +36,7 @@ def parts_kernel(
     wait_for_inputs(PDL)
     for number in range(tl.program_id(0) + 1, windows, tl.num_programs(0)):
         window = tl.full((), 0, tl.int32) + number  # a tensor also in the interpreter
-        ks, ss = load_live(kv_score, 4 * HEAD_DIM, window, RATIO, 1, HEAD_DIM, HARDWARE)
+        ks, ss = load_live(kv_score, 4 * HEAD_DIM, window, 0, 2 * RATIO, RATIO, 1, HEAD_DIM, HARDWARE)
         m, l, a = empty_group(HEAD_DIM)
         if FOLD:
             m, l, a = fold_part(m, l, a, ks, ss, ape, None, 0, True, RATIO, 1, 2 * RATIO, HEAD_DIM)

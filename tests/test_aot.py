@@ -271,7 +271,7 @@ MOST = (
     "fold hd512 R128 fp8_block128 ahead8 warps8 items264",
     "fold hd512 R128 fp8_block128 ahead4 warps4",
     "rows hd512 R4 overlap rows ahead8 warps4 n8",
-    "rows hd512 R4 overlap v41_nvfp4 ahead4 warps2 items2376",
+    "rows hd512 R4 overlap fp8_ds_mla ahead4 warps2 items2376",
     "rows hd512 R4 overlap fp8_ds_mla ahead8 warps2 snapshots",
     _PAIR.format("ahead8 warps2", "indexer_mxfp4"),
     "rows hd128 R4 overlap hadamard mxfp4 ahead8 warps1",

@@ -130,8 +130,10 @@ CONFIGS = (
     # 3.47/4.16/6.54 against 3.58/4.68/9.11; without the bound on registers 512 programs did not fit at once.
     Config("rows", _WIDE, (1, 8), 8, ahead=8, num_warps=4, registers=128, spills=8),
     # 8 programs fit a multiprocessor, but with 1188 in all 8k tokens beside 64 sequences that decode 4 are two windows to each,
-    # where 1056 have three: 15.7 us, and 19.8. 8k tokens alone 14.3 and 14.4; with all 8 rows ahead 14.7.
-    Config("rows", _WIDE, _ALL, ANY, ahead=4, num_warps=2, registers=112, programs=1188, most_items=2376, spills=248),
+    # where 1056 have three: 13.7 us, and 17.5. 8k tokens alone 12.8, and 11.7 with a pause (prefill_rows.py). Rows that do not
+    # come by halves 13.7, all 8 rows ahead 15.4. Halves with 112 registers 13.3, with 96 and 1320 programs 15.2; one warp to a
+    # window 18 to 22.
+    Config("rows", _WIDE, _ALL, ANY, ahead=4, num_warps=2, registers=128, programs=1188, most_items=2376, spills=68),
     # 1 and 8 prompts of 64k: 71.8 and 527 us, 8 programs to a multiprocessor, 4 warps to each quarter of its registers. When
     # one took 75 to 78: with 168 registers, 6 programs, 77.5; 96 and 10 programs 94; 4 warps 88. What is between fits no more
     # programs, and those that do not fit come last: 109 with 112 or 144. Rows by halves, the second when there is room, 86.6.

@@ -67,3 +67,13 @@ def next_index(arrivals, drawn, ticket, after, dealt, total, programs):
             tl.store(arrivals, 0)
         after = dealt + number
     return after
+
+
+@triton.jit
+def pause(cycles):
+    """Returns so many cycles of a multiprocessor's clock later. Of NVIDIA alone."""
+    tl.inline_asm_elementwise(
+        "{ .reg .u32 begin, now; .reg .pred early; mov.u32 begin, %clock; AGAIN: mov.u32 now, %clock;"
+        " sub.u32 now, now, begin; setp.lt.u32 early, now, $1; @early bra AGAIN; mov.b32 $0, 0; }",
+        "=r,r", [cycles], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip

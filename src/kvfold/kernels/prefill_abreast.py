@@ -50,7 +50,7 @@ def rows_items(
     position = (window + i) * RATIO
     cache_slot = aim_slot(entry + i, entry_slots, entry_capacity)
     live = kv_score + (token - start).to(tl.int64) * kv_stride
-    ks, ss = load_live(live, kv_stride, window, RATIO, OVERLAP, HEAD_DIM, HARDWARE, COUNT)
+    ks, ss = load_live(live, kv_stride, window, 0, ROWS, RATIO, OVERLAP, HEAD_DIM, HARDWARE, COUNT)
     m, l, a = empty_group(COUNT * HEAD_DIM)
     m, l, a = fold_part(m, l, a, ks, ss, ape, None, 0, True, RATIO, OVERLAP, ROWS, HEAD_DIM, COUNT)
     y = quotient(a, l, HARDWARE)

@@ -103,19 +103,19 @@ def load_window(
 
 @triton.jit
 def load_live(
-    live, kv_stride, window,
+    live, kv_stride, window, J0: tl.constexpr, ROWS: tl.constexpr,
     RATIO: tl.constexpr, OVERLAP: tl.constexpr, HEAD_DIM: tl.constexpr, HARDWARE: tl.constexpr, COUNT: tl.constexpr = 1,
 ):  # fmt: skip
-    """Values and raw scores, as they came, of all rows of a window that is live as a whole: all are under way at once.
+    """Values and raw scores, as they came, of rows `[J0, J0 + ROWS)` of a window that is live as a whole: under way at once.
 
     COUNT: of windows in a row, the first of which is `window`, side by side.
     """
     ks = ()
     ss = ()
-    at = live + ((window - OVERLAP) * RATIO).to(tl.int64) * kv_stride + channels(HEAD_DIM, COUNT)
+    at = live + ((window - OVERLAP) * RATIO + J0).to(tl.int64) * kv_stride + channels(HEAD_DIM, COUNT)
     if COUNT > 1:
         at += (tl.arange(0, COUNT * HEAD_DIM) // HEAD_DIM * RATIO).to(tl.int64) * kv_stride
-    for j in tl.static_range(RATIO * (1 + OVERLAP)):
+    for j in tl.static_range(J0, J0 + ROWS):
         half = 0 if j < RATIO * OVERLAP else OVERLAP * HEAD_DIM
         # Past the L1 cache, which rows of ape then have to themselves: 8 prompts of 64k in 636 instead of 668 us.
         ks = ks + (tl.load(at + half, cache_modifier=".cg"),)
@@ -173,9 +173,11 @@ def pool_window(
     """
     m, l, a = empty_group(HEAD_DIM)
     ROWS: tl.constexpr = RATIO * (1 + OVERLAP)
-    if SOURCE == "live" and ROWS == AHEAD:
-        ks, ss = load_live(live, kv_stride, window, RATIO, OVERLAP, HEAD_DIM, HARDWARE)
-        m, l, a = fold_part(m, l, a, ks, ss, ape, biases, 0, True, RATIO, OVERLAP, ROWS, HEAD_DIM)
+    # Of two halves, the second is asked for as the first one's registers become free.
+    if SOURCE == "live" and (ROWS == AHEAD or ROWS == 2 * AHEAD):
+        for j0 in tl.static_range(0, ROWS, AHEAD):
+            ks, ss = load_live(live, kv_stride, window, j0, AHEAD, RATIO, OVERLAP, HEAD_DIM, HARDWARE)
+            m, l, a = fold_part(m, l, a, ks, ss, ape, biases, j0, j0 == 0, RATIO, OVERLAP, AHEAD, HEAD_DIM)
     elif ROWS <= 2 * AHEAD:
         for j0 in tl.static_range(0, ROWS, AHEAD):
             own = biases
