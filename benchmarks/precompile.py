@@ -38,7 +38,7 @@ def key_of(case: Case, variant: Variant, pooled: torch.dtype = BF16) -> tuple:
     if variant.state == "window":
         return window_key(specs[0], formats[0], case.new, (BF16, FP32, rows, weight, True), PAGE_SIZE)
     windows = sum((start + case.new - 1) // case.ratio - start // case.ratio + 1 for start in case.start_positions())
-    items = item_bound(windows) if len(specs) == 1 else ANY
+    items = item_bound(windows) if len(specs) == 1 or all(state_kind(spec) == "rows" for spec in specs) else ANY
     found = []
     for spec, fmt in zip(specs, formats, strict=True):
         kind = state_kind(spec)

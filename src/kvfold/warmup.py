@@ -145,7 +145,7 @@ def _step_keys(
 ) -> Iterator[tuple]:
     """Of `compress` over a `FoldState`: fold rows are always fp32, and input rows kept in bf16 are bf16 when they come.
 
-    `compress_many` takes its kernels for many windows, however few there are.
+    `compress_many` over fold rows takes its kernels for many windows, however few there are.
     """
     from .kernels.configs import ANY, ITEM_BOUNDS
     from .kernels.variants import step_key
@@ -155,7 +155,9 @@ def _step_keys(
     leaves = sorted({snap and count > 0 for snap in w.snapshots for count in _snapshot_rows(spec)})
     for dtype, state, bound in product(w.dtypes, _state_dtypes(kind, w), w.steps):
         if dtype == torch.bfloat16 or state == torch.float32:
-            for (norm, slots), snap, items in product(w.epilogues(fmt), leaves, (ANY,) if paired else ITEM_BOUNDS):
+            for (norm, slots), snap, items in product(
+                w.epilogues(fmt), leaves, (ANY,) if paired and kind == "fold" else ITEM_BOUNDS
+            ):
                 yield step_key(spec, fmt, kind, bound, (dtype, state, rows, norm, slots), snap, items)
 
 

@@ -165,8 +165,7 @@ def _all(
                 for fmt in (None,) if None in fitting else fitting:
                     if config.kind != "window" and config.most_items == ANY:
                         yield Combination(config.kind, spec, fmt, config, snapshots=True, dtype=dtype)
-                # A pair takes the row for many windows too (`launch.compress_pair_triton`).
-                if (config.kind, spec, config.most_items) == ("rows", V4_CSA, ANY) and V4_INDEXER in specs:
+                if (config.kind, spec) == ("rows", V4_CSA) and V4_INDEXER in specs:
                     yield from _pairs(config, formats, dtype)
 
 
@@ -178,7 +177,7 @@ def _pairs(config: Config, formats: tuple[RecordFormat | None, ...], dtype: torc
     for first in firsts:
         for second in seconds:
             yield Combination("pair", V4_CSA, first, config, (V4_INDEXER, second), dtype=dtype)
-    if firsts and seconds:
+    if firsts and seconds and config.most_items == ANY:
         yield Combination("pair", V4_CSA, firsts[-1], config, (V4_INDEXER, seconds[-1]), snapshots=True, dtype=dtype)
 
 

@@ -133,7 +133,19 @@ CONFIGS = (
     # where 1056 have three: 13.7 us, and 17.5. 8k tokens alone 12.8, and 11.7 with a pause (prefill_rows.py). Rows that do not
     # come by halves 13.7, all 8 rows ahead 15.4. Halves with 112 registers 13.3, with 96 and 1320 programs 15.2; one warp to a
     # window 18 to 22.
-    Config("rows", _WIDE, _ALL, ANY, ahead=4, num_warps=2, registers=128, programs=1188, most_items=2376, spills=68),
+    Config(
+        "rows",
+        _WIDE,
+        _ALL,
+        ANY,
+        ahead=4,
+        num_warps=2,
+        registers=128,
+        programs=1188,
+        pair_programs=792,
+        most_items=2376,
+        spills=68,
+    ),
     # 1 and 8 prompts of 64k: 71.8 and 527 us, 8 programs to a multiprocessor, 4 warps to each quarter of its registers. When
     # one took 75 to 78: with 168 registers, 6 programs, 77.5; 96 and 10 programs 94; 4 warps 88. What is between fits no more
     # programs, and those that do not fit come last: 109 with 112 or 144. Rows by halves, the second when there is room, 86.6.

@@ -50,10 +50,12 @@ def compress_pair_triton(pair: tuple[Compressor, Compressor], plan: StepPlan, pd
     first, second = pair
     device = first.kv_score.device
     grid = max(_step_grid(plan, first.kv_score), _step_grid(plan, second.kv_score))
-    asked = (plan.max_new_tokens, second.spec)
+    # Rows of the table for few windows of fold rows have slices, and a pair's kernel has no workspace for them.
+    items = item_bound(grid) if first.state.kind == second.state.kind == "rows" else ANY
+    asked = (plan.max_new_tokens, items, second.spec)
     asked += tuple(x for c in pair for x in (_format(c), _snapshots(c) is not None, *_types(c, c.state.rows.dtype, plan, None)))
     if first.state._last[0] != asked:
-        key = pair_key(_step_key(first, plan, None, ANY), _step_key(second, plan, None, ANY))
+        key = pair_key(_step_key(first, plan, None, items), _step_key(second, plan, None, items))
         configs = key[1][2], key[2][2]
         long = all(config.programs for config in configs)
         draws = tuple(draws_items(c.spec, config) for c, config in zip(pair, configs, strict=True))
