@@ -15,6 +15,7 @@ from window_support import WindowEngine
 
 import kvfold
 from kvfold import CompressorSpec, EntryCache, FoldState, StepPlan
+from kvfold.kernels import configs
 
 MAIN, INDEXER = SPECS["csa"], SPECS["indexer"]
 # (spec, format, kv_score, state) of both compressors
@@ -187,16 +188,26 @@ def test_refused_as_often_as_by_two_calls(backend: Backend, name: str) -> None:
     assert two.errors == 0
 
 
+@pytest.mark.parametrize("few", [True, False])
 @pytest.mark.parametrize("lengths", [(13,), (45, 9)])
-def test_programs_take_windows_in_turn(backend: Backend, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With room for 3 programs of each compressor, or for 2 where windows are few, most take more than one, some by lot."""
+def test_programs_take_windows_in_turn(
+    backend: Backend, lengths: tuple[int, ...], few: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With room for 3 programs of each compressor, or for 2 where windows are few, most take more than one, some by lot.
+
+    The main compressor has a row of the table for `few` windows, whose programs draw none by lot; or the one for many.
+    """
     if backend.name != "triton":
         pytest.skip("other backends have no programs")
     change_long_rows(monkeypatch, programs=3, pair_programs=2)
+    if not few:
+        whole = (c for c in configs.CONFIGS if c.kind != "rows" or not c.programs or c.ahead == 8)
+        monkeypatch.setattr(configs, "CONFIGS", tuple(whole))
     two = Two(backend, "bf16")
     two.step([(slot, 0, two.tokens(n, seed=20 + 2 * slot)) for slot, n in enumerate(lengths)])
     assert two.errors == 0
-    assert all(engine.state._workspaces for engine in two.together)  # the counts, which are back at zero: check_canaries
+    # The counts, which are back at zero: check_canaries.
+    assert [bool(engine.state._workspaces) for engine in two.together] == [not few, True]
 
 
 def test_one_compressor(backend: Backend) -> None:
