@@ -20,7 +20,7 @@ from protocol import Case, Variant
 
 import kvfold
 from kvfold.kernels.aot import TARGETS
-from kvfold.kernels.configs import ANY, item_bound
+from kvfold.kernels.configs import ITEM_BOUNDS, item_bound, pair_bounds
 from kvfold.kernels.pdl import AVAILABLE
 from kvfold.kernels.variants import pair_key, step_key, store_key, variant_of, window_key
 from kvfold.records import FORMATS
@@ -38,7 +38,8 @@ def key_of(case: Case, variant: Variant, pooled: torch.dtype = BF16) -> tuple:
     if variant.state == "window":
         return window_key(specs[0], formats[0], case.new, (BF16, FP32, rows, weight, True), PAGE_SIZE)
     windows = sum((start + case.new - 1) // case.ratio - start // case.ratio + 1 for start in case.start_positions())
-    items = item_bound(windows) if len(specs) == 1 or all(state_kind(spec) == "rows" for spec in specs) else ANY
+    bounds = ITEM_BOUNDS if len(specs) == 1 else pair_bounds({state_kind(spec) for spec in specs})
+    items = item_bound(windows, bounds)
     found = []
     for spec, fmt in zip(specs, formats, strict=True):
         kind = state_kind(spec)

@@ -141,13 +141,10 @@ def _store_keys(spec: CompressorSpec, fmt: RecordFormat | None, w: _Wanted, rows
 
 
 def _step_keys(
-    spec: CompressorSpec, fmt: RecordFormat | None, w: _Wanted, rows: torch.dtype | None, paired: bool = False
+    spec: CompressorSpec, fmt: RecordFormat | None, w: _Wanted, rows: torch.dtype | None, bounds: tuple[int, ...] | None = None
 ) -> Iterator[tuple]:
-    """Of `compress` over a `FoldState`: fold rows are always fp32, and input rows kept in bf16 are bf16 when they come.
-
-    `compress_many` over fold rows takes its kernels for many windows, however few there are.
-    """
-    from .kernels.configs import ANY, ITEM_BOUNDS
+    """Of `compress` over a `FoldState`: fold rows are always fp32, and input rows kept in bf16 are bf16 when they come."""
+    from .kernels.configs import ITEM_BOUNDS
     from .kernels.variants import step_key
 
     kind = state_kind(spec)
@@ -155,9 +152,7 @@ def _step_keys(
     leaves = sorted({snap and count > 0 for snap in w.snapshots for count in _snapshot_rows(spec)})
     for dtype, state, bound in product(w.dtypes, _state_dtypes(kind, w), w.steps):
         if dtype == torch.bfloat16 or state == torch.float32:
-            for (norm, slots), snap, items in product(
-                w.epilogues(fmt), leaves, (ANY,) if paired and kind == "fold" else ITEM_BOUNDS
-            ):
+            for (norm, slots), snap, items in product(w.epilogues(fmt), leaves, bounds or ITEM_BOUNDS):
                 yield step_key(spec, fmt, kind, bound, (dtype, state, rows, norm, slots), snap, items)
 
 
@@ -192,10 +187,11 @@ def _window_keys(
 
 def _pair_keys(pair: tuple[tuple[CompressorSpec, RecordFormat | None], ...], w: _Wanted) -> Iterator[tuple]:
     """Of `compress_many`: the two may differ in dtypes, but their plan is one."""
+    from .kernels.configs import pair_bounds
     from .kernels.variants import pair_key
 
-    for bound in w.steps:
-        first, second = ([*_step_keys(spec, fmt, w._replace(steps=(bound,)), None, paired=True)] for spec, fmt in pair)
+    for bound, items in product(w.steps, pair_bounds({state_kind(spec) for spec, _ in pair})):
+        first, second = ([*_step_keys(spec, fmt, w._replace(steps=(bound,)), None, (items,))] for spec, fmt in pair)
         for one, other in product(first, second):
             if one[4][-1] == other[4][-1]:  # entry slots, which the plan has or not
                 yield pair_key(one, other)

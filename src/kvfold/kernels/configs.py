@@ -133,8 +133,8 @@ CONFIGS = (
     # where 1056 have three: 13.7 us, and 17.5. 8k tokens alone 12.8, and 11.7 with a pause (prefill_rows.py). Rows that do not
     # come by halves 13.7, all 8 rows ahead 15.4. Halves with 112 registers 13.3, with 96 and 1320 programs 15.2; one warp to a
     # window 18 to 22. In a pair, 4k, 6k and 8k tokens in 10.9, 13.5 and 16.4 us, and by the row below in 12.5, 16.5 and 17.8;
-    # 8k with 594 programs for each 19.3, 684 16.6, 924 16.4, 1056 16.5; 6k without the pause 14.7; two for it to
-    # one for the indexer, all at once, 16.8.
+    # 8k with 594 programs for each 19.3, 684 16.6, 924 16.4, 1056 16.5, and with two programs for it to one for the indexer,
+    # all at once, 16.8; 6k without the pause 14.7.
     Config(
         "rows",
         _WIDE,
@@ -152,8 +152,8 @@ CONFIGS = (
     # one took 75 to 78: with 168 registers, 6 programs, 77.5; 96 and 10 programs 94; 4 warps 88. What is between fits no more
     # programs, and those that do not fit come last: 109 with 112 or 144. Rows by halves, the second when there is room, 86.6.
     # The rows of the next window under way while this one is finished: in registers 76.4 and 572; in shared memory, when these
-    # took 84 and 648, 101 and 736. A pair of few windows, when it took this row: 8k in 17.6 us with 792 programs for each,
-    # and 20.5 with 1056, which leave the other no room until they end.
+    # took 84 and 648, 101 and 736. A pair of few windows, which takes this row with snapshots, measured without: 8k in 17.6 us
+    # with 792 programs for each, and 20.5 with 1056, which leave the other no room until they end.
     Config(
         "rows",
         _WIDE,
@@ -203,9 +203,17 @@ class UnsupportedError(ValueError):
     """No kernel is configured for what was asked; the message lists what there is."""
 
 
-def item_bound(items: int) -> int:
+def item_bound(items: int, bounds: tuple[int, ...] = ITEM_BOUNDS) -> int:
     """The number of windows that a call of `items` is taken for, so that few kernels serve all of them."""
-    return next(bound for bound in ITEM_BOUNDS if items <= bound)
+    return next(bound for bound in bounds if items <= bound)
+
+
+def pair_bounds(kinds: set[str]) -> tuple[int, ...]:
+    """The bounds of `item_bound` for two compressors in one launch, whose states are of these `kinds`.
+
+    Fold rows of few windows are shared in slices, and a pair's kernel has no workspace for them.
+    """
+    return ITEM_BOUNDS if kinds == {"rows"} else (ANY,)
 
 
 def choose(kind: str, spec: CompressorSpec, max_new_tokens: int, items: int = ANY) -> Config:

@@ -11,7 +11,7 @@ from ..records import EntryCache, RecordFormat
 from ..snapshots import Snapshots
 from ..spec import CompressorSpec
 from ..state import FoldState
-from .configs import ANY, item_bound
+from .configs import ANY, item_bound, pair_bounds
 from .dispatch import launcher_of, pack, supports_pdl
 from .variants import Types, draws_items, pair_key, restore_key, slices_of, step_key, store_key, window_key
 
@@ -50,8 +50,7 @@ def compress_pair_triton(pair: tuple[Compressor, Compressor], plan: StepPlan, pd
     first, second = pair
     device = first.kv_score.device
     grid = max(_step_grid(plan, first.kv_score), _step_grid(plan, second.kv_score))
-    # Rows of the table for few windows of fold rows have slices, and a pair's kernel has no workspace for them.
-    items = item_bound(grid) if first.state.kind == second.state.kind == "rows" else ANY
+    items = item_bound(grid, pair_bounds({first.state.kind, second.state.kind}))
     asked = (plan.max_new_tokens, items, second.spec)
     asked += tuple(x for c in pair for x in (_format(c), _snapshots(c) is not None, *_types(c, c.state.rows.dtype, plan, None)))
     if first.state._last[0] != asked:
