@@ -11,8 +11,9 @@ from . import reference
 from .backend_torch import Items, _Rows, finish, history_starts
 from .checks import check_type
 from .compress import Compressor
+from .contract import pooled_bound
 from .debug_call import Call
-from .debug_compare import BOUND, Difference, bytes_of, explained, off, pooled_differences, put_bytes, written
+from .debug_compare import Difference, bytes_of, explained, off, pooled_differences, put_bytes, written
 from .pack import unpack_records
 from .plan import StepPlan
 from .records import EntryCache
@@ -145,9 +146,9 @@ def _step_differences(
     assert probe.rows is not None and want.rows is not None
     due = want.compressors[0]
     there = written(want.rows)[live[:, 5]]
-    found = pooled_differences(probe.rows, want.rows, live, BOUND, "torch")
+    found = pooled_differences(probe.rows, want.rows, live, pooled_bound(c.spec.window_rows), "torch")
     if rows is not None and rows.dtype == torch.bfloat16:
-        found += pooled_differences(rows, want.rows, live, BOUND + 2.0**-8, "torch")
+        found += pooled_differences(rows, want.rows, live, pooled_bound(c.spec.window_rows) + 2.0**-8, "torch")
     made = live[there]
     if got.cache is not None:
         found += _record_differences(c, got.cache, due.cache, probe.rows, made, plan)
@@ -156,7 +157,7 @@ def _step_differences(
         expected = made[known]
         truth = torch.zeros_like(want.rows, dtype=torch.float64)
         truth[expected[:, 5]] = exact
-        found += pooled_differences(probe.rows, truth, expected, BOUND, "fp64")
+        found += pooled_differences(probe.rows, truth, expected, pooled_bound(c.spec.window_rows), "fp64")
         if got.cache is not None:
             found += _value_differences(c, got.cache, exact, expected, plan)
     if isinstance(got.state, WindowState):
@@ -280,7 +281,8 @@ def _value_differences(
     if spec.rope_dim:
         y = reference.rope(y, c.rope, made[:, 0] * spec.ratio, spec.rope_dim)
     y = reference.hadamard(y) if spec.hadamard else y
-    slack = 2 * BOUND * spec.head_dim**0.5 * c.norm_weight.abs().max().double() + EPILOGUE * y.norm(dim=1, keepdim=True)
+    pooled = 2 * pooled_bound(spec.window_rows) * spec.head_dim**0.5 * c.norm_weight.abs().max().double()
+    slack = pooled + EPILOGUE * y.norm(dim=1, keepdim=True)
     if cache.format.round_rows:
         slack = slack + 2.0**-8 * y.norm(dim=1, keepdim=True)  # the pooled row was rounded to bf16 before the norm
     fine = explained(cache, bytes_of(cache, slots), y.float(), slack.float())
@@ -317,7 +319,7 @@ def _row_differences(
         found.append(Difference(owner.get(index, -1), -1, f"{what} row", None, *values, "torch", where))
     held = ~tags & (want.positions >= 0)
     a, b = (x.rows.flatten(2).unflatten(2, (3 if fold else 1, -1))[held] for x in (got, want))
-    wrong = off(a.flatten(0, 1), b.flatten(0, 1), BOUND if fold else 0.0).view(a.shape)
+    wrong = off(a.flatten(0, 1), b.flatten(0, 1), pooled_bound(got.spec.ratio) if fold else 0.0).view(a.shape)
     indices = held.nonzero()
     for i, part, channel in _first_channels(wrong):
         index, row = indices[i].tolist()

@@ -9,7 +9,6 @@ import torch
 from .pack import _gather, _record, _scatter, _tail, bf16_bits, e2m1_codes, e4m3_bytes, group_scale
 from .records import EntryCache
 
-BOUND = 2e-6  # of a pooled row and of a fold row, norm-wise
 UNWRITTEN = 0x7FAD  # a NaN that no backend writes
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .backend_torch import finish
 from .compress import choose_backend, compress_many
+from .contract import pooled_bound
 from .debug import EPILOGUE, exact_rows
-from .debug_compare import BOUND, Difference, bytes_of, explained, pooled_differences
+from .debug_compare import Difference, bytes_of, explained, pooled_differences
 from .kernels.configs import CONFIGS, ITEM_BOUNDS, Config, choose
 from .plan import ITEM_FIELDS
 from .records import FORMATS
@@ -287,7 +288,7 @@ def check_states(lab: Lab, spec: CompressorSpec) -> str:
     for engine in (fold, window):
         engine.run(chunks(streams.batch, streams.length))
         compare_exact(engine)
-    return f"{compare_within(window.pooled, fold.pooled.double(), 2 * BOUND, 'FoldState'):.1e}"
+    return f"{compare_within(window.pooled, fold.pooled.double(), 2 * pooled_bound(spec.window_rows), 'FoldState'):.1e}"
 
 
 def check_many(lab: Lab) -> str:
@@ -311,7 +312,7 @@ def compare_exact(engine: Engine) -> float:
     """The largest relative error of a pooled row against fp64. Raises Mismatch where it is beyond the bound."""
     s = engine.streams
     exact = torch.stack([exact_rows(tokens, s.spec, s.ape, engine.state) for tokens in s.tokens])
-    return compare_within(engine.pooled, exact, BOUND, "fp64")
+    return compare_within(engine.pooled, exact, pooled_bound(s.spec.window_rows), "fp64")
 
 
 def compare_within(got: Tensor, want: Tensor, bound: float, against: str) -> float:
