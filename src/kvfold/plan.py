@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from .checks import check_int, check_memory, check_tensor, traced
+from .checks import check_eager, check_int, check_memory, check_tensor, traced
 from .memory import Remembering, check_made
 from .overlap import NO_ROOM, Place, check_apart, extent, find_room
 from .snapshots import MOST_PAGE
@@ -77,6 +77,7 @@ class StepPlan(Remembering):
         self._came: tuple[int, int] | None = None  # the addresses of what the last `update` was given
         self._packed: dict[bool, tuple] = {}  # what launches take of it: kernels/launch.py
         self._bounds: list[int] = []  # what its tensors span, as `check_apart` returns it
+        self._where: list[int] = []  # where they were
 
     @classmethod
     def build(
@@ -204,6 +205,11 @@ class StepPlan(Remembering):
         places = plan_places(self, updating=True)
         self._bounds = check_apart(places)
         self._tensors = tuple(place.tensor for place in places)
+        self._where = [] if traced(self.items) else [x.data_ptr() for x in self._tensors]
+
+    def _watch(self) -> tuple[torch.Tensor, ...]:
+        """None on a GPU, where `update` looks for them once for all layers of the step."""
+        return () if self.items.is_cuda else self._tensors
 
     def _check_places(self, batch: int, device: torch.device) -> None:
         """Checks what says where state, snapshots and entries are."""
@@ -248,6 +254,8 @@ class StepPlan(Remembering):
     def run_update(self, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
         """`update` of real tensors: straight to the launch."""
         check_made("plan", self, StepPlan)
+        if self._where != [x.data_ptr() for x in self._tensors]:
+            self._validate()
         device = self.start_pos.device
         check_tensor("start_pos", start_pos, (self.batch,), (torch.int32,), device)
         check_tensor("cu_seqlens", cu_seqlens, (self.batch + 1,), (torch.int32,), device)
@@ -263,6 +271,7 @@ class StepPlan(Remembering):
 
             update_on_gpu(self, start_pos, cu_seqlens)
         else:
+            check_eager("start_pos")
             self._update(start_pos, cu_seqlens)
 
     def _check_apart(self, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
