@@ -108,7 +108,8 @@ class StepPlan(Remembering):
             start_pos: int32 `[B]`, tokens that each sequence already has; drafts are rejected by making it smaller.
             cu_seqlens: int32 `[B + 1]`, from 0, not decreasing. Equal neighbours make a sequence absent from the step.
             max_new_tokens: host bound on any sequence's new tokens.
-            state_slots: int32 `[B]`, the slot of each sequence in a `FoldState`; -1 makes it absent. No two share a slot.
+            state_slots: int32 `[B]`, the slot of each sequence in a `FoldState`; -1 makes it absent. No two of a step share a slot:
+                nothing counts that, results are undefined, and `kvfold.check` names it.
             block_tables: for a `WindowState`, instead of `state_slots`: int32 `[B, P1]` of value pages and int32 `[B, P2]` of
                 score pages. Position p of a sequence is row `p % page_size` of page `table[b, p // page_size]`; -1 where there
                 is no page.
@@ -116,7 +117,7 @@ class StepPlan(Remembering):
             entry_slots: int64 `[E]`, the cache slot for each entry of the step, in the order of `cu_entries`; -1 drops it.
             cache_block_table: int32 `[B, Q]`, instead of `entry_slots`: entry w of a sequence is row `w % rows_per_page` of
                 page `table[b, w // rows_per_page]`; a page of -1 drops the entry.
-            rows_per_page: with `cache_block_table`: entries per page.
+            rows_per_page: with `cache_block_table`: entries per page, the same as the cache's.
             max_tokens: host bound on the new tokens of all sequences together (default `B * max_new_tokens`); it sizes
                 the plan, so give it when one prompt is long and the rest are short.
             snapshot_table: int32 `[B, S]`: page k of a sequence, which has positions `[k, k + 1) * snapshot_page_size`, leaves
