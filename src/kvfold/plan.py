@@ -108,8 +108,8 @@ class StepPlan(Remembering):
             start_pos: int32 `[B]`, tokens that each sequence already has; drafts are rejected by making it smaller.
             cu_seqlens: int32 `[B + 1]`, from 0, not decreasing. Equal neighbours make a sequence absent from the step.
             max_new_tokens: host bound on any sequence's new tokens.
-            state_slots: int32 `[B]`, the slot of each sequence in a `FoldState`; -1 makes it absent. No two of a step share a slot:
-                nothing counts that, results are undefined, and `kvfold.check` names it.
+            state_slots: int32 `[B]`, the slot of each sequence in a `FoldState`; -1 makes it absent. No two of a step share a
+                slot: nothing counts that, results are undefined, and `kvfold.check` names it.
             block_tables: for a `WindowState`, instead of `state_slots`: int32 `[B, P1]` of value pages and int32 `[B, P2]` of
                 score pages. Position p of a sequence is row `p % page_size` of page `table[b, p // page_size]`; -1 where there
                 is no page.
