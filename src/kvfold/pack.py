@@ -32,7 +32,7 @@ def pack_records(cache: EntryCache, slots: torch.Tensor, entries: torch.Tensor) 
         values = (grouped / factor[..., None] if fmt.divide else grouped * factor[..., None]).flatten(1)
         tail = stored
         if fmt.pad_written:
-            tail = torch.cat((stored, torch.zeros_like(stored[:, : fmt.pad])), dim=1)
+            tail = torch.cat((stored, stored.new_zeros(len(stored), fmt.pad)), dim=1)
         _scatter(*_tail(cache, slots), tail)
     if fmt.element == "e4m3":
         record = e4m3_bytes(values)

@@ -93,6 +93,11 @@ class RecordFormat:
                 raise ValueError(
                     f"format {self.name!r} needs fields at multiples of their size, got spec.rope_dim={spec.rope_dim}"
                 )
+            if not self.separate and self.tail_bytes(spec) % 2 and self.page_align % 2:  # the next page starts behind them
+                raise ValueError(
+                    f"format {self.name!r} needs an even page_align, or tails of an even size, "
+                    f"got {self.tail_bytes(spec)} bytes for spec.head_dim={spec.head_dim}"
+                )
 
     @property
     def element_max(self) -> float:
