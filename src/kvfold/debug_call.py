@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .checks import check_dtype, check_type
 from .compress import Compressor, check_compress, check_many, compress, compress_many, compressors_of
 from .debug_compare import UNWRITTEN
 from .plan import StepPlan
@@ -147,3 +148,20 @@ def laid_out(
     size = (span + (shape[0] - 1) * outer) * dtype.itemsize
     flat = torch.zeros(size + 16, dtype=torch.uint8, device=device)
     return flat[address : address + size].view(dtype).as_strided(shape, (outer, *inner))
+
+
+def check_history(history: Sequence[torch.Tensor | None] | None, call: Call) -> None:
+    """Checks `full_history`, of a call whose other arguments were checked."""
+    if history is None:
+        return
+    if call.name != "compress":
+        raise TypeError(f"full_history must be left out for {call.name}, got {type(history).__name__}")
+    plan, spec = call.plan, call.compressors[0].spec
+    if isinstance(history, (torch.Tensor, str)) or not isinstance(history, Sequence) or len(history) != plan.batch:
+        raise ValueError(f"full_history must have a tensor or None for each of the plan's {plan.batch} sequences")
+    for b, (start, one) in enumerate(zip(plan.start_pos.tolist(), history, strict=True)):
+        if one is not None:
+            check_type(f"full_history[{b}]", one, torch.Tensor)
+            check_dtype(f"full_history[{b}]", one, (torch.float32, torch.bfloat16))
+            if tuple(one.shape) != (start, 2 * spec.channels):
+                raise ValueError(f"full_history[{b}] must be [{start}, {2 * spec.channels}], got {list(one.shape)}")

@@ -10,8 +10,8 @@ import torch
 from . import debug_file
 from .checks import traced
 from .compress import Compressor, choose_backend
-from .debug import Report, check_history, compare
-from .debug_call import Call
+from .debug import Report, compare
+from .debug_call import Call, check_history
 from .plan import StepPlan
 from .records import EntryCache
 from .snapshots import Snapshots
