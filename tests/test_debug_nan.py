@@ -71,7 +71,12 @@ class Step:
         tokens = tokens.bfloat16().float().to(device)
         self.old, self.new = tokens[:half], tokens[half:]
         w = Weights.make(spec)
-        self.weights = {"ape": w.ape.to(device), "norm_weight": w.norm_weight.to(device), "rope": w.rope.to(device), "spec": spec}
+        self.weights = {
+            "ape": w.ape.to(device),
+            "norm_weight": w.norm_weight.to(device),
+            "rope": w.rope.to(device),
+            "spec": spec,
+        }
         self.cache = EntryCache.allocate(fmt, 1, 8, spec, device=device)
         ints = {"dtype": torch.int32, "device": device}
         if state == "fold":

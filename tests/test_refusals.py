@@ -57,7 +57,11 @@ class Step:
         )
 
     def arguments(self) -> tuple[tuple, dict[str, Any]]:
-        tokens, w, device = make_tokens(self.spec, self.kv_rows, 3).to(self.backend.device), Weights.make(self.spec), self.backend
+        tokens, w, device = (
+            make_tokens(self.spec, self.kv_rows, 3).to(self.backend.device),
+            Weights.make(self.spec),
+            self.backend,
+        )
         weights = {"ape": w.ape, "norm_weight": w.norm_weight, "rope": w.rope[: self.rope_rows].contiguous()}
         named = {name: x.to(device.device) for name, x in weights.items() if x is not None} | {"spec": self.spec}
         return (tokens, self.plan(), self.state, self.cache), named | {"snapshots": self.snapshots}
@@ -164,7 +168,9 @@ def kv_score_short(step: Step) -> str:
 def rope_short(step: Step) -> str:
     after(step, -1)
     step.rope_rows = step.spec.ratio
-    return f"window 1 of sequence 0 is refused: it begins at position {step.spec.ratio}, and rope has {step.spec.ratio} positions"
+    return (
+        f"window 1 of sequence 0 is refused: it begins at position {step.spec.ratio}, and rope has {step.spec.ratio} positions"
+    )
 
 
 def row_missing(step: Step) -> str:

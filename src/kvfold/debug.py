@@ -11,7 +11,7 @@ from . import reference
 from .backend_torch import finish
 from .compress import Compressor
 from .contract import pooled_bound
-from .debug_call import Call, check_history
+from .debug_call import Call, check_history, check_outside
 from .debug_compare import Difference, bytes_of, explained, off, pooled_differences, put_bytes, size_of, written
 from .debug_exact import exact_of_call
 from .debug_exact import exact_rows as exact_rows  # verify.py takes it from here
@@ -136,7 +136,9 @@ def check(
 
     Raises:
         TypeError, ValueError: as the call does, and naming `full_history`.
+        RuntimeError: in a CUDA graph's capture, or traced.
     """
+    check_outside("check", kv_score)
     weights = {"spec": spec, "ape": ape, "norm_weight": norm_weight, "rope": rope}
     call = Call.of(kv_score, plan, state, cache, **weights, rows=rows, snapshots=snapshots, backend=backend)
     check_history(full_history, call)
