@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
 import struct
 import time
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from replay_support import CASES, rewrite
+from replay_support import CASES, pair, rewrite
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import kvfold
 from kvfold import debug_file
@@ -45,7 +50,7 @@ VALUES = (*range(-3, 12), 31, 63, 64, 4096, (1 << 30) - 1, 1 << 30, (1 << 31) - 
 
 
 LIES = tuple((old.encode(), new.encode()) for old, new in (
-    ('"I32"', '"F8_E4M3"'), ('"F32"', '"F4"'), ('"F32"', '"I32"'), ('"data_offsets":[', '"data_offsets":[9'), ("{", "[" * 99_999),
+    ('"I32"', '"F8_E4M3"'), ('"F32"', '"F4"'), ('"F32"', '"I32"'), ('"data_offsets":[', '"data_offsets":[9'), ("{", "[" * 9999),
     ('"shape":[', '"shape":[9'), ('"shape":[', '"shape":[-1,'), ('"dtype"', '"Dtype"'), ('"__metadata__"', '"__meta__"'),
     ("plan.items", "plan.itemz"), ("0.kv_score", "0.rope.kept"), (r'\"ratio\"', r'\"ratio\": 4, \"ratio\"'),
 ))  # fmt: skip
@@ -100,8 +105,8 @@ def change_tensor(rng: random.Random, tensors: dict, about: dict) -> None:
     tensors[name] = tensor
     if rng.random() < 0.9:
         about["crc32"] = {key: debug_file._sum(one) for key, one in tensors.items()}
-    layout = about["tensors"].get(name)
-    if layout is not None and rng.random() < 0.7 and f"{name}.kept" not in tensors:
+    layout = about["tensors"].get(name) if isinstance(about.get("tensors"), dict) else None
+    if isinstance(layout, dict) and rng.random() < 0.7 and f"{name}.kept" not in tensors:
         layout["shape"], layout["stride"] = [*tensor.shape], [*tensor.stride()]
 
 
@@ -189,3 +194,187 @@ def test_a_changed_file_is_replayed_or_refused_by_name(
         seen["refused" if error else "replayed"] = seen.get("refused" if error else "replayed", 0) + 1
         path.unlink()
     assert seen["refused"] > seen["replayed"] > 0, seen
+
+
+def changed(path: Path, good: Path, change: Callable[[dict, dict], None]) -> Path:
+    path.write_bytes(good.read_bytes())
+
+    def both(tensors: dict, said: dict, about: dict) -> None:
+        change(tensors, about)
+        about["crc32"] = {key: debug_file._sum(x) for key, x in tensors.items()}
+
+    rewrite(path, both)
+    return path
+
+
+def far_pages(tensors: dict, about: dict) -> None:
+    about["tensors"]["0.cache.pages"]["shape"][0] = 1 << 34
+
+
+def wide_rows(tensors: dict, about: dict) -> None:
+    about["tensors"]["0.kv_score"]["stride"] = [1 << 40, 1]
+    about["tensors"]["1.kv_score"]["stride"] = [1 << 20, 1 << 18]
+
+
+def many_windows(tensors: dict, about: dict) -> None:
+    """Each of these items is one that an update could make, of one sequence again and again."""
+    count = 100_000
+    items = tensors["plan.items"][:1].repeat(count, 1)
+    tensors["plan.items"], tensors["plan.num_items"] = items, torch.tensor([count], dtype=torch.int32)
+    about["plan"]["item_capacity"] = count
+    about["tensors"]["plan.items"] |= {"shape": [count, 8], "stride": [8, 1]}
+
+
+TOO_MUCH = {
+    far_pages: rf"max_bytes must be at least \d{{13}} for .*, got {ROOM}: tensors.0.cache.pages of shape \[17179869184, \d+\]",
+    wide_rows: r"max_bytes must be at least \d+ for .*: tensors.1.kv_score of shape .* and strides \[1048576, 262144\], takes",
+    many_windows: r"max_bytes must be at least \d+ for .*: plan.items for compressors\[1\], takes",
+}
+
+
+@pytest.mark.parametrize("change", TOO_MUCH, ids=lambda change: change.__name__)
+def test_memory_is_asked_for_by_the_name_of_what_takes_it(good: dict[str, Path], change: Callable, tmp_path: Path) -> None:
+    path, begin = changed(tmp_path / "x", good["pair"], change), time.process_time()
+    with pytest.raises(ValueError, match=rf"^{TOO_MUCH[change]}"):
+        kvfold.replay(path, device="cpu", max_bytes=ROOM)
+    assert time.process_time() - begin < 2.0
+    if change is far_pages:  # the default is bounded by the size of the file
+        size = path.stat().st_size
+        with pytest.raises(ValueError, match=r"^max_bytes must be at least \d{13} for") as raised:
+            kvfold.replay(path, device="cpu")
+        assert int(str(raised.value).split("got ")[1].split(":")[0]) <= (2 << 30) + 1024 * size
+
+
+def set_item(field: int, value: int) -> Callable[[dict, dict], None]:
+    def change(tensors: dict, about: dict) -> None:
+        tensors["plan.items"] = tensors["plan.items"].clone()
+        tensors["plan.items"][1, field] = value
+
+    return change
+
+
+def put(*path: Any) -> Callable[[dict, dict], None]:
+    """`put(*keys, value)`."""
+
+    def change(tensors: dict, about: dict) -> None:
+        tree: Any = about
+        for key in path[:-2]:
+            tree = tree[key]
+        tree |= {path[-2]: path[-1]} if not isinstance(path[-1], dict) else {path[-2]: tree[path[-2]] | path[-1]}
+
+    return change
+
+
+FIELDS = {
+    "window": (set_item(0, 900), r"plan.items\[1\] must be what an update of the plan can make, got window 900"),
+    "start": (set_item(1, -5), r"plan.items\[1\] .* got start -5"),
+    "token": (set_item(3, 1 << 30), r"plan.items\[1\] .* got token 1073741824"),
+    "slot": (set_item(4, -3), r"plan.items\[1\] .* got slot -3"),
+    "entry": (set_item(5, -2), r"plan.items\[1\] .* got entry -2"),
+    "sequence": (set_item(6, 2), r"plan.items\[1\] .* got sequence 2"),
+    "capacity": (
+        put("plan", {"max_tokens": 1 << 30, "max_new_tokens": 1 << 30}),
+        r"plan.item_capacity must be at least \d+ by the plan's other numbers",
+    ),
+    "batch": (put("plan", "batch", 1), r"tensors.plan.\w+.shape must be \[[12](, None)?\] by the plan's numbers"),
+    "negative": (put("plan", "max_new_tokens", -1), r"plan.max_new_tokens must be an int from 1 to 2147483647, got -1"),
+    "bool": (put("plan", "ratio", True), r"plan.ratio must be of type int, got True"),
+    "missing": (lambda tensors, about: about.pop("plan"), "plan is missing"),
+    "unknown": (put("compressors", 0, "extra", 1), r"compressors\[0\].'extra' is unknown"),
+    "address": (put("tensors", "0.kv_score", "address", 1 << 40), r"tensors.0.kv_score.address must be an int from 0 to 15"),
+    "unaligned": (put("tensors", "0.kv_score", "address", 3), r"tensors.0.kv_score.address must be a multiple of 4, got 3"),
+    "stride": (put("tensors", "0.ape", "stride", [-16, 1]), r"tensors.0.ape.stride\[0\] must be an int from 0 to"),
+    "overlap": (put("tensors", "0.ape", "stride", [1, 1]), r"tensors.0.ape.stride must keep its elements apart, got \[1, 1\]"),
+    "format": (put("compressors", 0, "cache", "format", "element", "e5m2"), r"compressors\[0\].cache"),
+    "scale": (put("compressors", 0, "cache", "scale", -1.0), r"compressors\[0\].cache: scale must be from"),
+    "state": (put("compressors", 1, "state", "most", 1 << 30), r"compressors\[1\].state: max_new_tokens must be from"),
+    "snapshots": (put("compressors", 1, "snapshots", None), "1.snapshots"),
+    "terminal": (put("device", "name", "\x1b]0;x\x07"), r"device.name must be printable"),
+    "call": (put("call", "rm"), "call must be compress, compress_many or store"),
+    "kind": (put("compressors", 0, "state", "kind", "Engine"), r"compressors\[0\].state.kind must be FoldState or WindowState"),
+}
+
+
+@pytest.mark.parametrize("what", FIELDS)
+def test_a_wrong_field_is_named(good: dict[str, Path], what: str, tmp_path: Path) -> None:
+    change, message = FIELDS[what]
+    path = changed(tmp_path / "x", good["pair"], change)
+    with pytest.raises(ValueError, match=rf"^path must name a whole file of kvfold.dump, {path} is damaged: .*{message}"):
+        kvfold.replay(path, device="cpu")
+
+
+TEXTS = {
+    "twice": (lambda text: text.replace('{"call"', '{"call": 1, "call"'), "'call' is there twice"),
+    "nan": (lambda text: text.replace('"scale": 1.0', '"scale": NaN'), "a number must be finite, got NaN"),
+    "deep": (lambda text: "[" * 200_000 + "]" * 200_000, "its numbers are nested too deeply|must be an object"),
+    "no object": (lambda text: "[1, 2]", r"must be an object, got \[1, 2\]"),
+    "long": (lambda text: text.replace('"ratio": 4', f'"ratio": {"9" * 5000}', 1), "."),
+}
+
+
+@pytest.mark.parametrize("what", TEXTS)
+def test_json_that_is_not_what_it_seems(good: dict[str, Path], what: str, tmp_path: Path) -> None:
+    change, message = TEXTS[what]
+    with safe_open(good["pair"], framework="pt") as file:
+        said = dict(file.metadata())
+    said["about"] = change(said["about"])
+    said["crc32"] = str(zlib.crc32(said["about"].encode()))
+    save_file(load_file(good["pair"]), tmp_path / "x", metadata=said)
+    with pytest.raises(ValueError, match=rf"^path must name a whole file of kvfold.dump, .* is damaged: .*({message})"):
+        kvfold.replay(tmp_path / "x", device="cpu")
+
+
+def test_a_path_that_is_no_file(tmp_path: Path, good: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match=rf"^path must name a file, {tmp_path} is a folder"):
+        kvfold.replay(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"^path must name a file, .*pipe is a pipe or a device"):
+        kvfold.replay(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"^path must name a file, got 'a\\x00b'"):
+        kvfold.replay("a\0b")
+    for wrong in (1, None, b"x", [], torch.zeros(1)):
+        with pytest.raises(TypeError, match=r"^path must be a str or an os.PathLike"):
+            kvfold.replay(wrong)
+        with pytest.raises(TypeError, match=r"^path must be a str or an os.PathLike"):
+            kvfold.dump(wrong, *pair(torch.device("cpu")).args)
+    with pytest.raises(TypeError, match=r"^device must be a str"):
+        kvfold.replay(good["pair"], device=3)
+    with pytest.raises(ValueError, match=r"^device must be a GPU or the CPU"):
+        kvfold.replay(good["pair"], device="toaster")
+    with pytest.raises(TypeError, match=r"^max_bytes must be an int"):
+        kvfold.replay(good["pair"], max_bytes=1e9)
+
+
+def test_a_dump_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import safetensors.torch
+
+    made = pair(torch.device("cpu"))
+    with pytest.raises(ValueError, match=rf"^path must name a file, {tmp_path} is a folder"):
+        made.dump(tmp_path, "torch")
+    with pytest.raises(OSError, match=r"^path cannot be written, .*absent/x: "):
+        made.dump(tmp_path / "absent" / "x", "torch")
+    for name, value in (("whole", 1), ("pdl", "yes")):
+        with pytest.raises(TypeError, match=rf"^{name} must be a bool"):
+            made.dump(tmp_path / "x", "torch", **{name: value})
+    real = safetensors.torch.save_file
+
+    def full(tensors: dict, path: Path, metadata: dict) -> None:
+        real(tensors, path, metadata=metadata)
+        raise safetensors.SafetensorError("Error while serializing: No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(OSError, match=r"^path cannot be written, .*: Error while serializing: No space"):
+        made.dump(tmp_path / "x", "torch")
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_of_kv_score_that_share_bytes(tmp_path: Path) -> None:
+    """One row for all tokens, and rows that begin within one another, as a call may be given."""
+    made = CASES["bare"](torch.device("cpu"))
+    width = made.args[0].shape[1]
+    for rows in (made.args[0][:1].expand(12, -1), torch.arange(200.0).bfloat16().as_strided((12, width), (3, 1))):
+        made.args = (rows, *made.args[1:])
+        made.dump(tmp_path / "x", "torch")
+        again = kvfold.replay(tmp_path / "x", device="cpu", backend="torch")
+        assert torch.equal(again.tensors["0.kv_score"], rows) and again.tensors["0.kv_score"].stride() == rows.stride()
+        assert again.check() == kvfold.check(*made.args, **made.options, backend="torch")

@@ -6,6 +6,7 @@ Every error is a ValueError that names the field. The file's checksums are for a
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 from collections.abc import Mapping
@@ -45,6 +46,7 @@ PLAN_SHAPES = {  # in numbers of the plan; None for any
     "kv_table": ("batch", None), "score_table": ("batch", None),
 }  # fmt: skip
 PLAN_OPTIONAL = ("state_slots", "cache_block_table", "entry_slots", "snapshot_table", "kv_table", "score_table")
+STATES = {None: (), "FoldState": ("state.rows", "state.positions"), "WindowState": ("state.kv", "state.score")}
 POOLS = ("state.rows", "state.positions", "state.kv", "state.score", "cache.pages", "cache.scale_pages", "snapshots.rows",
          "snapshots.positions", "rope")  # fmt: skip
 DTYPES = {  # of a compressor's tensors
@@ -148,7 +150,8 @@ def check_about(about: object) -> None:
         raise ValueError(f"compressors must be from 1 to {most} for {about['call']}, got {len(about['compressors'])}")
     for i, one in enumerate(about["compressors"]):
         _check_compressor(f"compressors[{i}]", one, about["call"] == "store")
-    check_fields("tensors", about["tensors"], dict.fromkeys(_names(about), (dict,)), tuple(_names(about)))
+    needed, optional = _names(about)
+    check_fields("tensors", about["tensors"], dict.fromkeys((*needed, *optional), (dict,)), tuple(optional))
     for name, layout in about["tensors"].items():
         _check_layout(f"tensors.{name}", layout)
     for name, number in about["crc32"].items():
@@ -188,12 +191,19 @@ def _check_dataclass(name: str, value: object, kind: type) -> None:
             raise ValueError(f"{name}.{key} must be from -1 to {1 << 30}, got {_short(one)}")
 
 
-def _names(about: dict) -> list[str]:
-    """All tensors that such a call can have."""
-    names = [f"plan.{name}" for name in PLAN_SHAPES] + ["rows"]
-    names += [f"{i}.{name}" for i in range(len(about["compressors"])) for name in DTYPES]
+def _names(about: dict) -> tuple[list[str], list[str]]:
+    """The tensors that such a call has, and those that it may have."""
+    needed = [f"plan.{name}" for name in PLAN_SHAPES if name not in PLAN_OPTIONAL]
+    optional = [f"plan.{name}" for name in PLAN_OPTIONAL] + ["rows"] * (about["call"] == "compress")
+    for i, one in enumerate(about["compressors"]):
+        names = ["kv_score", *STATES[one["state"] and one["state"]["kind"]]]
+        names += ["cache.pages"] * (one["cache"] is not None)
+        names += ["snapshots.rows", "snapshots.positions"] * (one["snapshots"] is not None)
+        needed += [f"{i}.{name}" for name in names]
+        weights = ["ape", "norm_weight", "rope"] + ["cache.scale_pages"] * (one["cache"] is not None)
+        optional += [f"{i}.{name}" for name in weights]
     # No more of these than the file has anyhow, as the batch is a number of it.
-    return names + [name for name in about["tensors"] if _is_history(name, about["plan"]["batch"])]
+    return needed, optional + [name for name in about["tensors"] if _is_history(name, about["plan"]["batch"])]
 
 
 def _is_history(name: str, batch: int) -> bool:
@@ -249,13 +259,20 @@ def check_stored(about: dict, stored: Mapping[str, tuple[torch.dtype, list[int]]
     for name, want in PLAN_SHAPES.items():
         layout = layouts.get(f"plan.{name}")
         if layout is None:
-            if name not in PLAN_OPTIONAL:
-                raise ValueError(f"tensors.plan.{name} is missing")
-        elif len(layout["shape"]) != len(want) or any(
+            continue
+        if len(layout["shape"]) != len(want) or any(
             size is not None and sizes[size] != have for size, have in zip(want, layout["shape"], strict=True)
         ):
             shape = [size and sizes[size] for size in want]
             raise ValueError(f"tensors.plan.{name}.shape must be {shape} by the plan's numbers, got {layout['shape']}")
+        long = [(n, step) for n, step in zip(layout["shape"], layout["stride"], strict=True) if n != 1]
+        if 0 not in layout["shape"] and [step for _, step in long] != _dense([n for n, _ in long]):
+            raise ValueError(f"tensors.plan.{name}.stride must be that of a contiguous tensor, got {layout['stride']}")
+
+
+def _dense(shape: list[int]) -> list[int]:
+    """Strides of a contiguous tensor."""
+    return [math.prod(shape[i + 1 :]) for i in range(len(shape))]
 
 
 def _overlap(shape: list[int], stride: list[int]) -> bool:
