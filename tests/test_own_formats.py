@@ -35,7 +35,10 @@ NONSENSE: list[tuple[str, dict[str, Any]]] = [
     *[("scale", {"scale": bad}) for bad in ("e5m2", "none", None, 1.0, torch.ones(1))],
     *[("floor_on", {"floor_on": bad}) for bad in ("max", None, True)],
     *[("group", {"group": bad}) for bad in (0, -32, 24, 8192, True, 32.0, None, "32")],
-    *[("floor", {"floor": bad}) for bad in (0.0, -1e-4, nan, inf, 1e-40, 1e39, True, "1e-4", None, torch.tensor(1e-4))],
+    *[
+        ("floor", {"floor": bad})
+        for bad in (0.0, -1e-4, nan, inf, 1e-40, 1e39, 10**400, True, "1e-4", None, torch.tensor(1e-4))
+    ],
     *[("pad", {"pad": bad}) for bad in (-1, True, 1.0, 1 << 20)],
     *[("page_align", {"page_align": bad}) for bad in (0, -576, True, 576.0, 1 << 40)],
     *[
@@ -99,6 +102,9 @@ def test_rows_of_the_table_can_be_changed(name: str) -> None:
 
 def test_specs_that_do_not_fit_are_refused() -> None:
     rotated = RecordFormat(**E4M3, rotated_bf16=True)
+    RecordFormat(**E4M3, rotated_bf16=True, pad=1, head_dims=(128,)).check(
+        CompressorSpec(128, 4, rope_dim=96)
+    )  # a tail of 2 bytes
     odd = RecordFormat("odd", "me", "e2m1", 1, "ue8m0", 1e-4, rotated_bf16=True)
     for fmt, spec in (
         (rotated, CompressorSpec(16, 4, rope_dim=0)),
