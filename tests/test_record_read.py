@@ -91,7 +91,7 @@ def test_read_refuses() -> None:
     for slot, error in ((8, ValueError), (-1, ValueError), (1.0, TypeError), (True, TypeError)):
         with pytest.raises(error, match="slot"):
             cache.raw(slot)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="slot.*meta device"):
+    with pytest.raises(ValueError, match=r"slot.*meta device"):
         make(device="meta").raw(0)
 
 
