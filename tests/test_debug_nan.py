@@ -171,3 +171,18 @@ def test_m_of_a_fold_row_is_exact_beside_a_masked_channel(monkeypatch: pytest.Mo
     report = step.check(backend="triton")
     assert report.first is not None and (report.first.stage, report.first.channel) == ("state row", CHANNEL + 1)
     assert report.first.where.endswith(", m")
+
+
+def test_a_sink_is_no_difference() -> None:
+    """A token that outweighs all others by 2^24, in all channels: more rounding than random rows have, and none but that."""
+    spec = kvfold.CompressorSpec(16, 128, rope_dim=0, has_ape=False)
+    tokens = torch.full((128, 32), 0.7654321)
+    tokens[:, 16:] = -0.5
+    tokens[0] = torch.tensor([-0.7654321] * 16 + [16.2] * 16)
+    zero = torch.zeros(1, dtype=torch.int32)
+    plan = kvfold.StepPlan.build(128, zero, torch.tensor([0, 128], dtype=torch.int32), 128, state_slots=zero,
+                                 entry_slots=torch.zeros(1, dtype=torch.int64))  # fmt: skip
+    state, cache = kvfold.FoldState.allocate(spec, 1, 4), kvfold.EntryCache.allocate("fp32", 1, 1, spec)
+    weights = {"spec": spec, "ape": None, "norm_weight": torch.ones(16), "rope": None}
+    report = kvfold.check(tokens, plan, state, cache, **weights)
+    assert report.equal and report.referenced == 1, str(report)

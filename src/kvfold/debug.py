@@ -206,14 +206,14 @@ def _step_differences(
     made = live[there]
     if got.cache is not None:
         found += _record_differences(c, got.cache, due.cache, probe.rows, made, plan)
-    exact, known = exact_of_call(c, plan, made, history, probe.rows)
+    exact, known, bound = exact_of_call(c, plan, made, history, probe.rows)
     if known.numel():
         expected = made[known]
         truth = torch.zeros_like(want.rows, dtype=torch.float64)
         truth[expected[:, 5]] = exact
-        found += pooled_differences(probe.rows, truth, expected, pooled_bound(c.spec.window_rows), "fp64")
+        found += pooled_differences(probe.rows, truth, expected, bound, "fp64")
         if got.cache is not None:
-            found += _value_differences(c, got.cache, exact, expected, plan)
+            found += _value_differences(c, got.cache, exact, bound, expected, plan)
     if isinstance(got.state, WindowState):
         return found + _page_differences(got.state, due.state), made, known.numel()
     owner = dict(zip(items[:, 4].tolist(), items[:, 6].tolist(), strict=True))
@@ -280,7 +280,7 @@ def _record_differences(
 
 
 def _value_differences(
-    c: Compressor, cache: EntryCache, exact: torch.Tensor, made: torch.Tensor, plan: StepPlan
+    c: Compressor, cache: EntryCache, exact: torch.Tensor, bound: torch.Tensor, made: torch.Tensor, plan: StepPlan
 ) -> list[Difference]:
     """Entries that read back as something which the fp64 entry, within the bound of its pooled row, does not round to."""
     spec, slots, found = c.spec, _slots(plan, cache, made), []
@@ -289,7 +289,7 @@ def _value_differences(
         y = reference.rope(y, c.rope, made[:, 0] * spec.ratio, spec.rope_dim)
     y = reference.hadamard(y) if spec.hadamard else y
     heaviest = c.norm_weight.double().abs().nan_to_num(nan=0.0, posinf=0.0).max()
-    pooled = 2 * pooled_bound(spec.window_rows) * spec.head_dim**0.5 * heaviest
+    pooled = 2 * bound * spec.head_dim**0.5 * heaviest
     slack = pooled + EPILOGUE * size_of(y)
     if cache.format.round_rows:
         slack = slack + 2.0**-8 * size_of(y)  # the pooled row was rounded to bf16 before the norm

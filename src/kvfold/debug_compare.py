@@ -42,8 +42,10 @@ def size_of(rows: torch.Tensor) -> torch.Tensor:
     return torch.where(rows.isfinite(), rows, 0.0).double().norm(dim=1, keepdim=True)
 
 
-def off(got: torch.Tensor, want: torch.Tensor, bound: float, *, flushed: bool = False) -> torch.Tensor:
+def off(got: torch.Tensor, want: torch.Tensor, bound: float | torch.Tensor, *, flushed: bool = False) -> torch.Tensor:
     """bool like `want` `[n, channels]`: channels to blame in the rows that are further apart than `bound` of their norm.
+
+    bound: a number, or `[n, 1]`.
 
     A NaN is equal to a NaN, and an infinity to itself; neither has a part in the norm, so each channel that is not finite
     stands for itself. flushed: an infinity is equal to a NaN too, as it is one times a weight that only one exp2 makes 0.
@@ -60,8 +62,9 @@ def off(got: torch.Tensor, want: torch.Tensor, bound: float, *, flushed: bool = 
 
 
 def pooled_differences(
-    got: torch.Tensor, want: torch.Tensor, live: torch.Tensor, bound: float, against: str
+    got: torch.Tensor, want: torch.Tensor, live: torch.Tensor, bound: float | torch.Tensor, against: str
 ) -> list[Difference]:
+    """Of the entries of work items `live`. bound: as for `off`, for all of them or for each."""
     found, entry = [], live[:, 5]
     have = written(got)[entry]
     due = written(want)[entry] if want.dtype == torch.float32 else torch.ones_like(have)
@@ -69,6 +72,7 @@ def pooled_differences(
         words = ("made", "not made") if have[i] else ("not made", "made")
         found.append(Difference(int(live[i, 6]), int(live[i, 0]), "pooled row", None, *words, against))
     both = (have & due).nonzero()[:, 0]
+    bound = bound[both] if isinstance(bound, torch.Tensor) else bound
     wrong = off(got[entry[both]], want[entry[both]], bound, flushed=against == "torch")
     for i in wrong.any(1).nonzero()[:, 0].tolist():
         item, channel = live[both[i]], int(wrong[i].nonzero()[0])

@@ -9,6 +9,8 @@ import torch
 
 from . import reference
 from .compress import Compressor
+from .contract import pooled_bound, pooled_worst
+from .debug_compare import size_of
 from .plan import StepPlan
 from .spec import CompressorSpec
 from .state import FoldState
@@ -19,15 +21,17 @@ FLUSHED = -80.0  # of a score below its window's largest: weights under 2**-115,
 
 def exact_of_call(
     c: Compressor, plan: StepPlan, made: torch.Tensor, history: Sequence[torch.Tensor | None] | None, got: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """fp64 pooled rows `[k, head_dim]` of the entries whose sequence is known from its start, and which of `made` they are.
+
+    The third, fp64 `[k, 1]`, is how far each may be off, of its norm: what roundings alone can do to any values and scores.
 
     Args:
         made: work items.
         history: `full_history` of `check`.
         got: pooled rows of the call by entry, for channels that may be infinite or NaN: those are as in `got` then.
     """
-    spec, found, known = c.spec, [], []
+    spec, found, known, bounds = c.spec, [], [], []
     starts = plan.start_pos.tolist()
     for b in made[:, 6].unique().tolist():
         mine = (made[:, 6] == b).nonzero()[:, 0]
@@ -43,9 +47,15 @@ def exact_of_call(
         have = got[made[mine, 5]].double()
         found.append(torch.where(either & (have.isnan() | (have == exact)), have, exact))
         known.append(mine)
+        sizes = torch.cat((tokens[:, : spec.channels].abs(), tokens[:, spec.channels :]), dim=1)
+        mean = size_of(exact_rows(sizes, spec, c.ape, c.state)[window])
+        # A row of zeros has roundings of the values that cancel in it, and of nothing else.
+        bounds.append(pooled_worst(spec.window_rows) * mean / size_of(exact).clamp(min=torch.finfo(torch.float32).tiny))
     if not known:
-        return torch.zeros(0, spec.head_dim, device=made.device), torch.zeros(0, dtype=torch.int64, device=made.device)
-    return torch.cat(found), torch.cat(known)
+        nothing = torch.zeros(0, spec.head_dim, device=made.device)
+        return nothing, torch.zeros(0, dtype=torch.int64, device=made.device), nothing[:, :1]
+    bound = torch.cat(bounds).clamp(min=pooled_bound(spec.window_rows))
+    return torch.cat(found), torch.cat(known), bound
 
 
 def exact_rows(
