@@ -33,6 +33,7 @@ from .transformers_weights import (
     RopeTables,
     check_gradients,
     check_gradients_of,
+    check_loaded,
     entry_dtype,
     norm_weight,
     parts,
@@ -53,8 +54,8 @@ def patch(model: nn.Module, *, backend: str | None = None, max_new_tokens: int =
 
     Works with `model(...)` and `model.generate(...)`, greedy, sampling and beam search, with and without a cache. Threads may
     use one patched model at once, each with caches of its own. Patched models and their caches can be copied, pickled and
-    saved. Weights are read at every call, so the model may be cast, moved, loaded, edited and offloaded as before. A call
-    that fails leaves the cache that it was given as it was.
+    saved. Weights are read at every call, so the model may be cast, moved, loaded, edited and offloaded as before; a
+    changed `position_bias` holds for windows that begin later. A call that fails leaves the cache that it was given as it was.
 
     Limits, each refused with an `UnsupportedError`:
 
@@ -188,6 +189,7 @@ class _Step(threading.local):
 _step = _Step()
 
 
+@torch.compiler.disable
 def _before_step(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Before a model's forward: what can be refused is refused now, and the cache is remembered as it is."""
     embeds = _argument(args, kwargs, 4, "inputs_embeds")
@@ -204,6 +206,7 @@ def _before_step(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None
     _step.begin()
 
 
+@torch.compiler.disable
 def _after_step(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
     """After a model's forward, or after it failed: then there is no output."""
     _step.end()
@@ -234,11 +237,13 @@ class _CompressorHook:
     def __reduce__(self) -> tuple:
         return _CompressorHook, (self.backend, self.max_new_tokens)
 
+    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         hidden_states, position_ids = _argument(args, kwargs, 0, "hidden_states"), _argument(args, kwargs, 2, "position_ids")
         cache, layer_idx = _argument(args, kwargs, *_CACHE), _argument(args, kwargs, 4, "layer_idx")
         if not isinstance(hidden_states, torch.Tensor) or not isinstance(position_ids, torch.Tensor) or layer_idx is None:
             return None  # the forward says better what is missing
+        check_loaded(module, hidden_states.device)
         batch, new = hidden_states.shape[:2]
         check_gradients(module, hidden_states, not _step.asked)
         if cache is None:
@@ -296,11 +301,13 @@ class _PoolingLayer:
         self.parts, self.hook, self.fold, self.plans = parts(module), hook, fold, plans
         self.start, self.new = start, new
 
+    @torch.compiler.disable
     def store_compression_weights(self, name: str, kv: torch.Tensor, gate: torch.Tensor):
         part, device = self.parts[name], kv.device
+        check_gradients_of(part, kv_proj=kv, gate_proj=gate, position_bias=part.position_bias)
         # What is kept must outlive an inference_mode block, in which tensors are made that nobody may write to later.
         with torch.inference_mode(False), torch.no_grad():
-            ape, weight, spec = position_bias(part, device), norm_weight(part, device), spec_of(part)
+            ape, weight, spec = position_bias(part), norm_weight(part, device), spec_of(part)
             fold = self.fold.folds.get(name)
             if fold is None:
                 check_dtypes(kv.dtype, kv.dtype)

@@ -93,6 +93,7 @@ class CompressorFold:
     Attributes:
         state: the `FoldState`; rows of the fold for HCA, the last input rows in their own dtype for CSA and indexer.
         storage: `[batch, capacity, head_dim]` in the dtype that the module's norm returns (fp32 or bf16).
+        cache: `storage` as a cache of one page per sequence, made at the first step after it changed.
         count: entries that count, in `storage[:, :count]`.
         length: tokens that it has seen.
         written: the furthest that `length` was, in this timeline or in one that was taken back.
@@ -105,6 +106,7 @@ class CompressorFold:
         kept = like.dtype if state_kind(spec) == "rows" else torch.float32
         self.state = FoldState.allocate(spec, batch, max_new_tokens, device=like.device, dtype=kept)
         self.storage = torch.empty(batch, 0, spec.head_dim, device=like.device, dtype=torch.bfloat16)
+        self.cache: EntryCache | None = None
         self.count = self.length = self.written = 0
         self.made_of: tuple[torch.dtype, torch.dtype] | None = None
 
@@ -155,10 +157,11 @@ class CompressorFold:
         plan = plans.get(self.spec.ratio, self.storage.device, batch, start, new, capacity)
         if check:
             plan.errors.zero_()
-        cache = EntryCache(self.storage, _FORMATS[self.storage.dtype], capacity, self.spec)
+        if self.cache is None or self.cache.storage is not self.storage or self.cache.spec is not self.spec:
+            self.cache = EntryCache(self.storage, _FORMATS[self.storage.dtype], capacity, self.spec)
         self.written = max(self.written, end)
         compress(
-            kv_score, plan, self.state, cache, spec=self.spec, ape=ape, norm_weight=norm_weight, rope=rope,
+            kv_score, plan, self.state, self.cache, spec=self.spec, ape=ape, norm_weight=norm_weight, rope=rope,
             backend=backend,
         )  # fmt: skip
         if check and (refused := int(plan.errors)):

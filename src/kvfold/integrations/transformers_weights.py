@@ -49,10 +49,16 @@ def _spec(head_dim: int, ratio: int, overlap: bool, rope_dim: int, norm_eps: flo
     return CompressorSpec(head_dim=head_dim, ratio=ratio, overlap=overlap, rope_dim=rope_dim, norm_eps=norm_eps)
 
 
-def position_bias(part: Any, device: torch.device) -> torch.Tensor:
+def check_loaded(module: Any, device: torch.device) -> None:
+    """Refuses to run on the meta device, where there is nothing to pool."""
+    if device.type == "meta":
+        raise _not_loaded(module, "the input")
+
+
+def position_bias(part: Any) -> torch.Tensor:
     """fp32 `[ratio, channels]`: the module's own tensor where it is fp32."""
     bias = part.position_bias
-    if bias.device.type == "meta" or device.type == "meta":
+    if bias.device.type == "meta":
         raise _not_loaded(part, "position_bias")
     return _ordinary(bias).float()
 
@@ -74,7 +80,7 @@ def entry_dtype(part: Any, dtype: torch.dtype, device: torch.device) -> torch.dt
 
 def _ordinary(tensor: torch.Tensor) -> torch.Tensor:
     # Tensors made in inference mode may not be used in calls that are made outside of it.
-    return tensor.clone() if tensor.is_inference() else tensor.detach()
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 class _Watch(TorchFunctionMode):
@@ -98,10 +104,13 @@ def _loaded(module: nn.Module, name: str, device: torch.device | None, call: Cal
 
     `device`: where it is wanted; None takes any that has data.
     """
-    if device is not None and device.type == "meta":
-        raise _not_loaded(module, name)
     with _Watch(module, name, lambda d: d.type != "meta" and device in (None, d)) as watch:
-        call()
+        try:
+            call()
+        except RuntimeError:  # what operations between a meta tensor and a real one raise
+            if watch.found is None and getattr(module, name).device.type == "meta":
+                raise _not_loaded(module, name) from None
+            raise
     tensor = getattr(module, name) if watch.found is None else watch.found
     if tensor.device.type == "meta":
         raise _not_loaded(module, name)
