@@ -35,7 +35,8 @@ class _Planned:
 class Plans:
     """The last `StepPlan` of each ratio and device: built once per step shape, shared by the layers and compressors of a cache.
 
-    A cache serves one thread at a time, and so do its plans. A decode step differs from the one before only in its start, so it is an `update` in place.
+    A cache serves one thread at a time, and so do its plans. A decode step differs from the one before only in its start, so
+    it is an `update` in place.
     """
 
     def __init__(self) -> None:
