@@ -244,6 +244,19 @@ def test_a_second_rewind_reaches_as_far_as_the_state_does(model):
     close(step(model, TOKENS[:, 2:], cache), run(model, TOKENS)[0][:, 2:])
 
 
+def test_a_refused_rewind_changes_nothing():
+    """Not even a layer without a compressor that comes first and could go back."""
+    model = tiny(layer_types=[LAYERS[2], *TWO])
+    patch(model, max_new_tokens=2)
+    cache = begun(model, TOKENS[:, :20])
+    cache.layers[0].activate_past_recording()
+    step(model, TOKENS[:, 20:26], cache)
+    with pytest.raises(UnsupportedError, match="rewind from 26 to 22"):
+        rewind(cache, 22)
+    assert {layer.get_seq_length() for layer in cache.layers} == {26}
+    close(step(model, TOKENS[:, 26:], cache), run(model, TOKENS)[0][:, 26:])
+
+
 # Refused calls leave all as it was
 
 

@@ -158,6 +158,8 @@ def rewind(past_key_values: Any, length: int) -> None:
         kept = fold is not None or layer.get_seq_length() < getattr(layer, "sliding_window", length + 1)
         if not kept and not getattr(layer, "record_past", False):
             raise UnsupportedError(f"a rewind of layer {index}, which has no compressor and does not record its past")
+        if fold is not None:
+            fold.keys_at(length, layer.sliding_window)  # all checks before the first change
     for layer, fold in zip(past_key_values.layers, folds, strict=True):
         if fold is None:
             layer.crop(length - layer.get_seq_length())

@@ -255,8 +255,7 @@ class LayerFold:
         Raises:
             UnsupportedError: more was asked for than the last step.
         """
-        self._check_rewind(length)
-        keys = self._keys_at(length, window)
+        keys = self.keys_at(length, window)
         self.rewound = self.rewound or length != self.length
         self.length = self.step_start = length
         for fold in self.folds.values():
@@ -275,9 +274,9 @@ class LayerFold:
         self.keys = keys
 
     def batch_rows(self) -> torch.Tensor:
-        """int64 `[batch]`: 0, 1, .. on the device of the layer's entries."""
-        storage = next(iter(self.folds.values())).storage
-        return torch.arange(storage.shape[0], device=storage.device)
+        """int64 `[batch]`: 0, 1, .. on the device of the layer's entries; empty before its first step."""
+        first = next((fold.storage for fold in self.folds.values()), self.keys)
+        return torch.arange(0) if first is None else torch.arange(first.shape[0], device=first.device)
 
     def _check_rewind(self, length: int) -> None:
         if length == self.step_start or (length >= 0 and self._written() - length <= self.max_new_tokens):
@@ -290,7 +289,9 @@ class LayerFold:
     def _written(self) -> int:
         return max((fold.written for fold in self.folds.values()), default=self.length)
 
-    def _keys_at(self, length: int, window: int) -> torch.Tensor:
+    def keys_at(self, length: int, window: int) -> torch.Tensor:
+        """The keys that `rewind` would return; it raises what that would and changes nothing."""
+        self._check_rewind(length)
         first = max(length - window + 1, 0)
         if self.keys is None:
             raise UnsupportedError("a rewind of sliding keys before the layer has made a step")
