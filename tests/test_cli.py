@@ -50,6 +50,20 @@ def test_demo_end_to_end(text, tmp_path, device, drafts):
     assert (out / "kvfold-demo.png").read_bytes().startswith(b"\x89PNG") and (out / "kvfold-demo.png").stat().st_size > 20_000
 
 
+def test_what_systems_keep_differs_in_state_alone(text):
+    """Entries are counted in one format on all sides, which the table and the picture name."""
+    tokens = demo.read_text(text, 200)[0]
+    result = demo.run(tokens, device="cpu", drafts=1, seed=5, advance=lambda n: None, decoded=4)
+    kept = demo.kept_bytes(result)
+    assert len(kept) == 3 and len({one.entries(200) for one in kept.values()}) == 1
+    rows = sum(2 * spec.head_dim * (200 // spec.ratio) for spec in result.specs.values())
+    assert kept["kvfold"].entries(200) == rows and demo.ENTRY_FORMAT == "bf16"
+
+
+def test_the_picture_of_the_readme_is_small():
+    assert (Path(demo.__file__).parents[2] / "docs" / "kvfold-demo.png").stat().st_size < 300_000
+
+
 def test_disagreement_fails(text, tmp_path, monkeypatch):
     real = transformers_cache.compress
     monkeypatch.setattr(transformers_cache, "compress", lambda rows, *args, **kwargs: real(rows * 1.01, *args, **kwargs))

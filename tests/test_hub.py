@@ -32,7 +32,7 @@ EXTRAS = {
     "commands": {"typer", "rich"},
     "demo.py": {"transformers"},
     "demo_model.py": {"transformers"},
-    "demo_plot.py": {"matplotlib", "numpy"},
+    "demo_plot.py": {"PIL", "matplotlib"},  # matplotlib needs PIL itself
     "demo_show.py": {"rich"},
     "integrations": {"transformers"},
 }

@@ -24,6 +24,8 @@ MOST_TOKENS = 1536
 DECODED = 96
 # fp32: both sides compute the same sums in another order. Entries have root mean square 1, logits magnitude 2.
 BOUND = 1e-4
+# Of the entries in what systems keep: what transformers makes of a bf16 model, and what engines and kvfold can keep too.
+ENTRY_FORMAT = "bf16"
 
 Name = tuple[int, str]  # layer and "compressor" or "indexer"
 Advance = Callable[[int], None]
@@ -359,8 +361,8 @@ def _bits(x: torch.Tensor) -> torch.Tensor:
 
 
 def kept_bytes(result: Result) -> dict[str, Kept]:
-    """What each system keeps for this model. transformers: measured, in fp32 as this model is, its unpooled rows at their most
-    while decoding. The others keep the main entries as fp8_ds_mla and the indexer's as bf16.
+    """What each system keeps for this model: state in fp32 as this model is, entries in `ENTRY_FORMAT` on all sides, so that
+    they differ in state alone. That of transformers is measured, its unpooled rows at their most while decoding.
     """
     cache = result.ours["decode"].cache
     raw: dict[int, int] = {}
@@ -368,22 +370,15 @@ def kept_bytes(result: Result) -> dict[str, Kept]:
     for (layer, name), spec in result.specs.items():
         raw[layer] = raw.get(layer, 0) + spec.window_rows * 2 * spec.channels * 4
         folded[layer] = folded.get(layer, 0) + cache.layers[layer].kvfold.folds[name].state.bytes_per_slot
-    page = 64
 
-    def records(context: int) -> int:
-        total = 0
-        for (_, name), spec in result.specs.items():
-            fmt = FORMATS["bf16" if name == "indexer" else "fp8_ds_mla"]
-            total += fmt.page_bytes(spec, page) * (context // spec.ratio) // page
-        return total
-
-    def plain(context: int) -> int:
-        return sum(4 * spec.head_dim * (context // spec.ratio) for spec in result.specs.values())
+    def entries(context: int) -> int:
+        row = FORMATS[ENTRY_FORMAT].page_bytes
+        return sum(row(spec, 1) * (context // spec.ratio) for spec in result.specs.values())
 
     return {
-        "transformers": Kept(result.theirs["decode"].buffered, plain),
-        "raw fp32 rows": Kept(raw, records),
-        "kvfold": Kept(folded, records),
+        "transformers": Kept(result.theirs["decode"].buffered, entries),
+        "raw fp32 rows": Kept(raw, entries),
+        "kvfold": Kept(folded, entries),
     }
 
 

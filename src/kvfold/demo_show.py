@@ -7,9 +7,8 @@ import statistics
 from rich.console import Console
 from rich.table import Table
 
-from .demo import BOUND, Result, kept_bytes, kind, largest, unexcused
+from .demo import BOUND, ENTRY_FORMAT, Result, kept_bytes, kind, largest, unexcused
 
-RECORDS = "entries as fp8_ds_mla, the indexer's as bf16"
 READINGS = {"prefill": "prefill", "chunks": "chunks", "decode": "decode"}
 
 
@@ -72,8 +71,8 @@ def _bytes(result: Result) -> Table:
         state = (kept.state[hca], kept.state[csa], sum(kept.state.values()))
         table.add_row(system, *(f"{n:,}" for n in (*state, kept.entries(length), kept.total(length))))
     table.caption = (
-        "State of one layer, of all layers. transformers: measured, the most in decode, entries in fp32; no rewind. Raw rows: K"
-        f" and S of a window in fp32, as engines keep them, no rewind. kvfold: enough to reject the drafts. Both: {RECORDS}."
+        f"State in fp32: of one layer, of all layers. Entries in {ENTRY_FORMAT} on all sides. transformers: measured, the most"
+        " in decode; no rewind. Raw rows: K and S of a window, as engines keep them, no rewind. kvfold: enough to reject drafts"
     )
     return table
 

@@ -20,42 +20,57 @@ up to a factor `exp(2u max|s|)`.
 
 from __future__ import annotations
 
+import threading
 import weakref
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..spec import CompressorSpec
-from .transformers_cache import CompressorFold, LayerFold, Plans, UnsupportedError
-
-try:
-    from transformers.models.deepseek_v4 import modeling_deepseek_v4 as v4
-except ImportError as error:
-    raise ImportError(
-        "kvfold.integrations.transformers needs transformers 5.17 or newer: pip install 'kvfold[demo]'"
-    ) from error
+from .transformers_cache import CompressorFold, LayerFold, Plans, UnsupportedError, check_dtypes
+from .transformers_layers import Snapshot, cache_fold, check_layer, layer_fold, rewind_layer, v4
+from .transformers_weights import (
+    RopeTables,
+    check_gradients,
+    check_gradients_of,
+    check_loaded,
+    entry_dtype,
+    norm_weight,
+    parts,
+    position_bias,
+    rope_table,
+    spec_of,
+)
 
 __all__ = ["UnsupportedError", "entries", "patch", "rewind", "rope_table", "unpatch"]
 
 _MARK = "_kvfold"
-_FIRST_POSITIONS = 4096
-# Rotary embeddings of these kinds change with the length of the sequence; an entry, once written, cannot.
-_VARYING_ROPE = ("dynamic", "longrope")
-_LAYER_METHODS = ("reset", "reorder_cache", "batch_repeat_interleave", "batch_select_indices")
+# Where the compressors' and the model's forward take the cache; versions of transformers name it differently.
+_CACHE = (3, "cache", "past_key_values")
 
 
 def patch(model: nn.Module, *, backend: str | None = None, max_new_tokens: int = 8) -> None:
     """Makes every DeepSeek-V4 compressor and indexer inside `model` pool with kvfold, until `unpatch(model)`.
 
-    Works with `model(...)` and `model.generate(...)`, greedy, sampling and beam search, with and without a cache. Use
-    `torch.no_grad()`: kvfold has no gradient here. Padding is not supported, as it is not by transformers, which
-    pools it: positions that betray padding are refused; padding hidden in `attention_mask` alone is pooled just as
-    transformers would. One patched model serves one thread at a time.
+    Works with `model(...)` and `model.generate(...)`, greedy, sampling and beam search, with and without a cache. Threads may
+    use one patched model at once, each with caches of its own. Patched models and their caches can be copied, pickled and
+    saved. Weights are read at every call, so the model may be cast, moved, loaded, edited and offloaded as before; a
+    changed `position_bias` holds for windows that begin later. A call that fails leaves the cache that it was given as it was.
+
+    Limits, each refused with an `UnsupportedError`:
+
+    - Padding. transformers does not support it here either: it pools it. Positions that betray padding are refused; padding
+      hidden in `attention_mask` alone is pooled just as transformers would.
+    - fp16 projections. bf16 and fp32 are supported.
+    - Gradients. In eval mode compressors run detached: nothing behind their entries gets a gradient, and asking for the
+      gradient of an input (`inputs_embeds`) is refused. In train mode, parameters of a compressor or inputs of it that
+      require a gradient are refused. With `torch.no_grad()` and in inference mode neither matters.
+    - Static and quantized caches, rotary embeddings that change with the sequence length, and weights on the meta device that
+      no hook loads when their module runs.
 
     Args:
-        model: anything with `DeepseekV4HCACompressor` or `DeepseekV4CSACompressor` modules in it; changed in place.
+        model: anything with `DeepseekV4HCACompressor` or `DeepseekV4CSACompressor` modules in it. It gets forward hooks;
+            no method, class or tensor of it is changed.
         backend: as for `kvfold.compress`; None is Triton on a GPU and torch on a CPU.
         max_new_tokens: a step of up to this many tokens can be taken back to any position in it with `rewind`.
 
@@ -70,16 +85,24 @@ def patch(model: nn.Module, *, backend: str | None = None, max_new_tokens: int =
         raise ValueError("model is patched already; call unpatch(model) first")
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be an int of at least 1, got {max_new_tokens!r}")
-    shared = _Shared(backend, max_new_tokens)
-    patches = [_Patch(module, shared) for module in modules]  # all checks before the first change
-    for module, mark in zip(modules, patches, strict=True):
-        mark.own_forward = module.__dict__.get("forward")
-        setattr(module, _MARK, mark)
-        module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
+    for module in modules:  # all checks before the first change
+        for part in parts(module).values():
+            spec_of(part)
+    hook = _CompressorHook(backend, max_new_tokens)
+    for module in modules:
+        # Handles stay with their hooks: unpickled, they keep later hooks of the process from taking their number.
+        module.__dict__[_MARK] = (module.register_forward_pre_hook(hook, with_kwargs=True),)
+    for module in model.modules():
+        if isinstance(module, v4.DeepseekV4Model) and _MARK not in module.__dict__:
+            before = module.register_forward_pre_hook(_before_step, with_kwargs=True)
+            module.__dict__[_MARK] = (
+                before,
+                module.register_forward_hook(_after_step, with_kwargs=True, always_call=True),
+            )
 
 
 def unpatch(model: nn.Module) -> None:
-    """Gives every compressor inside `model` its own forward back. Caches that kvfold filled refuse further use.
+    """Takes what `patch` gave away from `model`, and nothing else. Caches that kvfold filled refuse further use.
 
     Raises:
         ValueError: `model` is not patched.
@@ -88,10 +111,8 @@ def unpatch(model: nn.Module) -> None:
     if not modules:
         raise ValueError("model is not patched")
     for module in modules:
-        own = module.__dict__.pop(_MARK).own_forward
-        del module.__dict__["forward"]
-        if own is not None:
-            module.forward = own
+        for handle in module.__dict__.pop(_MARK):
+            handle.remove()
 
 
 def entries(past_key_values: Any, layer_idx: int, name: str = "compressor") -> torch.Tensor:
@@ -137,208 +158,182 @@ def rewind(past_key_values: Any, length: int) -> None:
         kept = fold is not None or layer.get_seq_length() < getattr(layer, "sliding_window", length + 1)
         if not kept and not getattr(layer, "record_past", False):
             raise UnsupportedError(f"a rewind of layer {index}, which has no compressor and does not record its past")
+        if fold is not None:
+            fold.keys_at(length, layer.sliding_window)  # all checks before the first change
     for layer, fold in zip(past_key_values.layers, folds, strict=True):
         if fold is None:
             layer.crop(length - layer.get_seq_length())
         else:
-            layer.keys = layer.values = fold.rewind(length, layer.sliding_window)
-            layer.cumulative_length = length
+            rewind_layer(layer, length)
 
 
-def rope_table(rotary_emb: nn.Module, positions: torch.Tensor, layer_type: str = "compress") -> torch.Tensor:
-    """The `rope` argument of `kvfold.compress` for a `DeepseekV4RotaryEmbedding`.
+class _Step(threading.local):
+    """What the layers of a model's step share beside the cache; one for each thread.
 
-    Args:
-        rotary_emb: as every compressor has one; positions: integers `[n]`; layer_type: which of its frequencies.
-
-    Returns:
-        fp32 `[n, rope_dim]` on the device of `positions`, cosines then sines.
+    Attributes:
+        active: a model's step is being made.
+        plans: of steps without a cache.
+        checked: the positions that the step's layers were found to be given.
+        asked: a layer was asked whether its input wants a gradient.
     """
-    like = torch.empty(0, device=positions.device, dtype=torch.float32)
-    cos, sin = rotary_emb(like, position_ids=positions[None], layer_type=layer_type)
-    return torch.cat([cos[0], sin[0]], dim=-1)
+
+    active = asked = False
+    plans: Plans | None = None
+    checked: weakref.ref | None = None
+
+    def begin(self) -> None:
+        self.active, self.plans, self.checked, self.asked = True, Plans(), None, False
+
+    def end(self) -> None:
+        self.active, self.plans, self.checked, self.asked = False, None, None, False
 
 
-class _Shared:
-    """What the patched modules of one model have in common: options, the step's plans, rotary tables."""
+_step = _Step()
+
+
+@torch.compiler.disable
+def _before_step(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Before a model's forward: what can be refused is refused now, and the cache is remembered as it is."""
+    embeds = _argument(args, kwargs, 4, "inputs_embeds")
+    if torch.is_grad_enabled() and isinstance(embeds, torch.Tensor) and embeds.requires_grad:
+        raise UnsupportedError(
+            "gradients through the compressor to inputs_embeds: use torch.no_grad(), or unpatch(model) for transformers' own"
+        )
+    cache = _argument(args, kwargs, *_CACHE)
+    if cache is not None:
+        for layer, decoder in zip(cache.layers, module.layers, strict=False):
+            if getattr(decoder.self_attn, "compressor", None) is not None:
+                check_layer(layer)
+        cache_fold(cache).before = Snapshot(cache)
+    _step.begin()
+
+
+@torch.compiler.disable
+def _after_step(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    """After a model's forward, or after it failed: then there is no output."""
+    _step.end()
+    cache = _argument(args, kwargs, *_CACHE)
+    if cache is None:
+        return
+    fold = cache_fold(cache)
+    before, fold.before = fold.before, None
+    if output is None and before is not None:
+        before.restore(cache)
+
+
+def _argument(args: tuple, kwargs: dict[str, Any], place: int, *names: str) -> Any:
+    """An argument of a forward by its place or by the first of its names that was given; None if none was."""
+    if len(args) > place:
+        return args[place]
+    return next((kwargs[name] for name in names if name in kwargs), None)
+
+
+class _CompressorHook:
+    """Before a compressor's forward: gives it a stand-in for the cache. One for all compressors of a patched model."""
 
     def __init__(self, backend: str | None, max_new_tokens: int) -> None:
         self.backend = backend
         self.max_new_tokens = max_new_tokens
-        self.plans = Plans()
-        self._tables: dict[tuple, torch.Tensor] = {}
-        self._checked: weakref.ref | None = None
+        self.tables = RopeTables()
 
-    def __deepcopy__(self, memo: dict) -> _Shared:
-        return memo.setdefault(id(self), _Shared(self.backend, self.max_new_tokens))
+    def __reduce__(self) -> tuple:
+        return _CompressorHook, (self.backend, self.max_new_tokens)
 
-    def check_positions(self, position_ids: torch.Tensor, start: int, new: int) -> None:
-        """Refuses positions that do not continue the sequence: padding, packed sequences. Looks at every prefill."""
-        if self._checked is not None and self._checked() is position_ids:
-            return  # the layers of a step share one tensor
-        expected = torch.arange(start, start + new, device=position_ids.device)
-        if position_ids.shape[-1] != new or not bool((position_ids == expected).all()):
-            raise UnsupportedError(
-                f"position_ids other than {start}..{start + new - 1} in every row: DeepSeek-V4's compressor in transformers"
-                " knows neither padding nor packed sequences; batch sequences of equal length"
-            )
-        self._checked = weakref.ref(position_ids)
-
-    def rope(self, mark: _Patch, rotary: nn.Module, positions: int, device: torch.device) -> torch.Tensor:
-        """fp32 `[at least positions, rope_dim]`, cosines then sines, from the module's own rotary embedding."""
-        key = (device, *mark.rope_key)
-        table = self._tables.get(key)
-        have = 0 if table is None else table.shape[0]
-        if have < positions:
-            size = max(_FIRST_POSITIONS, 1 << (positions - 1).bit_length())
-            more = torch.arange(have, size, device=device)
-            part = rope_table(rotary, more, mark.layer_type)
-            # Rows already there keep their bits: they are not computed again.
-            table = part if table is None else torch.cat([table, part])
-            self._tables[key] = table
-        assert table is not None
-        return table
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        hidden_states, position_ids = _argument(args, kwargs, 0, "hidden_states"), _argument(args, kwargs, 2, "position_ids")
+        cache, layer_idx = _argument(args, kwargs, *_CACHE), _argument(args, kwargs, 4, "layer_idx")
+        if not isinstance(hidden_states, torch.Tensor) or not isinstance(position_ids, torch.Tensor) or layer_idx is None:
+            return None  # the forward says better what is missing
+        check_loaded(module, hidden_states.device)
+        batch, new = hidden_states.shape[:2]
+        check_gradients(module, hidden_states, not _step.asked)
+        if cache is None:
+            fold, start, keys, plans = LayerFold(1), 0, None, _step.plans or Plans()
+        else:
+            layer = cache.layers[layer_idx]
+            fold, plans = layer_fold(layer, self.max_new_tokens), cache_fold(cache).plans
+            # transformers counts the step's tokens before it calls the compressor
+            start = layer.cumulative_length - new if layer.is_initialized else fold.length
+            keys = layer.keys
+        if new > 1 or start == 0:
+            _check_positions(position_ids, start, new)
+        fold.begin(batch, start, new, keys)
+        _step.asked = _step.active
+        return _replaced(args, kwargs, _StandIn(cache, layer_idx, _PoolingLayer(module, self, fold, plans, start, new)))
 
 
-class _Patch:
-    """One patched compressor module: its specs by transformers' names, and how to undo the patch."""
+def _replaced(args: tuple, kwargs: dict[str, Any], cache: _StandIn) -> tuple[tuple, dict[str, Any]]:
+    """Arguments of a compressor with another cache, under the name or in the place that it was given."""
+    place, *names = _CACHE
+    if len(args) > place:
+        return (*args[:place], cache, *args[place + 1 :]), kwargs
+    return args, kwargs | {next(name for name in names if name in kwargs): cache}
 
-    own_forward: Any = None
 
-    def __init__(self, module: nn.Module, shared: _Shared) -> None:
-        self.shared = shared
-        self.layer_type = module.rope_layer_type
-        rotary: Any = module.rotary_emb
-        if rotary.rope_type[self.layer_type] in _VARYING_ROPE:
-            raise UnsupportedError(f"rope type {rotary.rope_type[self.layer_type]!r}: it changes with the length")
-        inv_freq = getattr(rotary, f"{self.layer_type}_inv_freq")
-        scaling = getattr(rotary, f"{self.layer_type}_attention_scaling")
-        self.rope_key = (self.layer_type, float(scaling), tuple(inv_freq.tolist()))
-        self.rope_dim = 2 * inv_freq.numel()
-        self.specs = {name: self._spec(part) for name, part in _parts(module).items()}
-
-    def _spec(self, part: Any) -> CompressorSpec:
-        return CompressorSpec(
-            head_dim=part.head_dim,
-            ratio=part.compress_rate,
-            overlap=part.position_bias.shape[-1] == 2 * part.head_dim,
-            rope_dim=self.rope_dim,
-            norm_eps=part.kv_norm.variance_epsilon,
+def _check_positions(position_ids: torch.Tensor, start: int, new: int) -> None:
+    """Refuses positions that do not continue the sequence: padding, packed sequences. Looks at every prefill."""
+    if _step.checked is not None and _step.checked() is position_ids:
+        return  # the layers of a step share one tensor
+    expected = torch.arange(start, start + new, device=position_ids.device)
+    if position_ids.shape[-1] != new or not bool((position_ids == expected).all()):
+        raise UnsupportedError(
+            f"position_ids other than {start}..{start + new - 1} in every row: DeepSeek-V4's compressor in transformers"
+            " knows neither padding nor packed sequences; batch sequences of equal length"
         )
-
-
-def _parts(module: nn.Module) -> dict[str, Any]:
-    indexer = getattr(module, "indexer", None)
-    return {"compressor": module} if indexer is None else {"compressor": module, "indexer": indexer}
-
-
-def _forward(self: nn.Module, hidden_states, q_residual, position_ids, past_key_values, layer_idx):
-    """Replaces a compressor's forward: the same arguments and results, on a stand-in for the cache."""
-    mark: _Patch = getattr(self, _MARK)
-    new = hidden_states.shape[1]
-    if past_key_values is None:
-        fold, start, layer = LayerFold(1), 0, None
-    else:
-        layer = past_key_values.layers[layer_idx] if layer_idx < len(past_key_values.layers) else None
-        fold = _layer_fold(layer, mark.shared.max_new_tokens)
-        # transformers counts the step's tokens before it calls the compressor
-        start = layer.cumulative_length - new if layer.is_initialized else fold.length
-    if new > 1 or start == 0:
-        mark.shared.check_positions(position_ids, start, new)
-    fold.begin(start, new, layer.keys if layer is not None else None)
-    stand_in = _StandIn({layer_idx: _PoolingLayer(self, mark, fold, start, new)})
-    forward = mark.own_forward or MethodType(type(self).forward, self)
-    result = forward(hidden_states, q_residual, position_ids, stand_in, layer_idx)
-    fold.rewound = False
-    return result
+    if _step.active:
+        _step.checked = weakref.ref(position_ids)
 
 
 class _StandIn:
-    """What transformers' compressor sees as its cache: only `layers[layer_idx]`."""
+    """What transformers' compressor sees as its cache: `layers[layer_idx]` is kvfold's, all else the cache's own."""
 
-    def __init__(self, layers: dict[int, _PoolingLayer]) -> None:
-        self.layers = layers
+    def __init__(self, cache: Any, layer_idx: Any, layer: _PoolingLayer) -> None:
+        self._cache = cache
+        self.layers = {layer_idx: layer}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_cache"], name)
 
 
 class _PoolingLayer:
     """What it sees as its cache layer: takes the rows, leaves transformers none to pool, and answers with entries."""
 
-    def __init__(self, module: nn.Module, mark: _Patch, fold: LayerFold, start: int, new: int) -> None:
-        self.parts, self.mark, self.fold = _parts(module), mark, fold
+    def __init__(self, module: nn.Module, hook: _CompressorHook, fold: LayerFold, plans: Plans, start: int, new: int) -> None:
+        self.parts, self.hook, self.fold, self.plans = parts(module), hook, fold, plans
         self.start, self.new = start, new
 
+    @torch.compiler.disable
     def store_compression_weights(self, name: str, kv: torch.Tensor, gate: torch.Tensor):
-        if torch.is_grad_enabled() and (kv.requires_grad or gate.requires_grad):
-            raise UnsupportedError(
-                "gradients through the compressor: use torch.no_grad(), or unpatch(model) to train with transformers' own"
-            )
-        shared, part, spec = self.mark.shared, self.parts[name], self.mark.specs[name]
+        part, device = self.parts[name], kv.device
+        check_gradients_of(part, kv_proj=kv, gate_proj=gate, position_bias=part.position_bias)
         # What is kept must outlive an inference_mode block, in which tensors are made that nobody may write to later.
         with torch.inference_mode(False), torch.no_grad():
+            ape, weight, spec = position_bias(part), norm_weight(part, device), spec_of(part)
             fold = self.fold.folds.get(name)
             if fold is None:
-                # The norm itself says what dtype it returns: transformers 5.17 and 5.23 differ when its weight is fp32.
-                entry = part.kv_norm(torch.zeros(1, spec.head_dim, dtype=kv.dtype, device=kv.device)).dtype
-                fold = CompressorFold(spec, kv.shape[0], self.fold.max_new_tokens, kv, entry)
-                self.fold.folds[name] = fold
-            if fold.storage.shape[0] != kv.shape[0]:
-                raise UnsupportedError(f"a batch of {kv.shape[0]} on a cache of {fold.storage.shape[0]} sequences")
+                check_dtypes(kv.dtype, kv.dtype)
+                fold = CompressorFold(spec, kv.shape[0], self.fold.max_new_tokens, kv)
+            if fold.made_of != (kv.dtype, weight.dtype) or fold.spec != spec:
+                fold.adapt(spec, kv.dtype, entry_dtype(part, kv.dtype, device))
+                fold.made_of = kv.dtype, weight.dtype
+            self.fold.folds[name] = fold
+            # A CPU tells at once; elsewhere ask where waiting costs little (prefill) or an error is possible (rewind).
+            look = self.new > 1 or self.fold.rewound
             fold.advance(
                 torch.cat([kv, gate], dim=-1).flatten(0, 1),
                 self.start,
                 self.new,
-                shared.plans,
-                ape=part.position_bias.detach().float(),
-                norm_weight=part.kv_norm.weight.detach(),
-                rope=shared.rope(self.mark, part.rotary_emb, self.start + self.new, kv.device),
-                backend=shared.backend,
-                # A CPU tells at once; elsewhere ask where waiting costs little (prefill) or an error is possible (rewind).
-                check=kv.device.type == "cpu" or self.new > 1 or self.fold.rewound,
+                self.plans,
+                ape=ape,
+                norm_weight=weight,
+                rope=self.hook.tables.get(part, self.start + self.new, device, look),
+                backend=self.hook.backend,
+                check=look or device.type == "cpu",
             )
         return kv[:, :0], gate[:, :0], 0
 
     def update_compressor_states(self, name: str, compressed: torch.Tensor) -> torch.Tensor:
+        if all(fold.length == self.fold.length for fold in self.fold.folds.values()):
+            self.fold.rewound = False
         return self.fold.folds[name].entries()
-
-
-def _layer_fold(layer: Any, max_new_tokens: int) -> LayerFold:
-    """The `LayerFold` of a cache layer, attached to it at its first use."""
-    if not isinstance(layer, v4.DeepseekV4HCACache):
-        raise UnsupportedError(
-            f"a cache layer of type {type(layer).__name__}: DeepSeek-V4 needs its own dynamic cache layers, as made by"
-            " DynamicCache(config=model.config); static and quantized caches are not supported"
-        )
-    fold = getattr(layer, "kvfold", None)
-    if fold is None:
-        fold = layer.kvfold = LayerFold(max_new_tokens)
-        for name in _LAYER_METHODS:
-            setattr(layer, name, MethodType(globals()[f"_layer_{name}"], layer))
-        layer.store_compression_weights = MethodType(_layer_refuses, layer)
-    return fold
-
-
-def _layer_reset(self: Any) -> None:
-    # The layer becomes what it was before kvfold, fit for a patched and for an unpatched model.
-    for name in (*_LAYER_METHODS, "store_compression_weights", "kvfold"):
-        del self.__dict__[name]
-    self.reset()
-
-
-def _layer_reorder_cache(self: Any, beam_idx: torch.Tensor) -> None:
-    type(self).reorder_cache(self, beam_idx)
-    self.kvfold.select(beam_idx, self.keys)
-
-
-def _layer_batch_repeat_interleave(self: Any, repeats: int) -> None:
-    indices = torch.arange(self.keys.shape[0], device=self.keys.device).repeat_interleave(repeats)
-    type(self).batch_repeat_interleave(self, repeats)
-    self.kvfold.select(indices, self.keys)
-
-
-def _layer_batch_select_indices(self: Any, indices: torch.Tensor) -> None:
-    type(self).batch_select_indices(self, indices)
-    self.kvfold.select(indices, self.keys)
-
-
-def _layer_refuses(self: Any, *args: Any, **kwargs: Any) -> None:
-    raise UnsupportedError("a cache filled by a kvfold-patched model in an unpatched one: start with a new cache")

@@ -1,12 +1,13 @@
 """What a DeepSeek-V4 layer of a transformers cache carries when kvfold pools for it: state, entries, rewindable keys.
 
-`LayerFold` is attached to the cache layer as its attribute `kvfold`, so a new cache object means new state, and deleting
-the cache frees it. This file knows tensors and positions, not transformers' modules.
+`LayerFold` is the attribute `kvfold` of a cache layer, `CacheFold` that of a cache, so a new cache object means new state,
+and deleting the cache frees it. This file knows tensors and positions, not transformers' modules.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -32,9 +33,10 @@ class _Planned:
 
 
 class Plans:
-    """The last `StepPlan` of each ratio and device: built once per step shape, shared by every layer and compressor.
+    """The last `StepPlan` of each ratio and device: built once per step shape, shared by the layers and compressors of a cache.
 
-    A decode step differs from the one before only in its start, so it is an `update` in place.
+    A cache serves one thread at a time, and so do its plans. A decode step differs from the one before only in its start, so
+    it is an `update` in place.
     """
 
     def __init__(self) -> None:
@@ -66,6 +68,22 @@ class Plans:
         return plan
 
 
+class CacheFold:
+    """What kvfold keeps for a cache as a whole. Copies and pickles begin anew.
+
+    Attributes:
+        plans: of its steps.
+        before: the cache before the step that is being made, None between steps.
+    """
+
+    def __init__(self) -> None:
+        self.plans = Plans()
+        self.before: Any = None
+
+    def __reduce__(self) -> tuple:
+        return CacheFold, ()
+
+
 def _starts(batch: int, start: int, device: torch.device) -> torch.Tensor:
     return torch.full((batch,), start, dtype=torch.int32, device=device)
 
@@ -76,20 +94,40 @@ class CompressorFold:
     Attributes:
         state: the `FoldState`; rows of the fold for HCA, the last input rows in their own dtype for CSA and indexer.
         storage: `[batch, capacity, head_dim]` in the dtype that the module's norm returns (fp32 or bf16).
+        cache: `storage` as a cache of one page per sequence, made at the first step after it changed.
         count: entries that count, in `storage[:, :count]`.
+        length: tokens that it has seen.
+        written: the furthest that `length` was, in this timeline or in one that was taken back.
+        made_of: dtypes of the last step's rows and norm weight.
     """
 
-    def __init__(self, spec: CompressorSpec, batch: int, max_new_tokens: int, like: torch.Tensor, entry: torch.dtype):
-        """`like`: a `kv_score` tensor, for device and dtype; `entry`: dtype of the entries."""
-        if entry not in _FORMATS:
-            raise UnsupportedError(f"entries of dtype {entry}: kvfold keeps torch.float32 or torch.bfloat16 entries")
-        if like.dtype not in _FORMATS:
-            raise UnsupportedError(f"projections of dtype {like.dtype}: kvfold takes torch.float32 or torch.bfloat16")
+    def __init__(self, spec: CompressorSpec, batch: int, max_new_tokens: int, like: torch.Tensor) -> None:
+        """`like`: a `kv_score` tensor, for device and dtype."""
         self.spec = spec
         kept = like.dtype if state_kind(spec) == "rows" else torch.float32
         self.state = FoldState.allocate(spec, batch, max_new_tokens, device=like.device, dtype=kept)
-        self.storage = torch.empty(batch, 0, spec.head_dim, device=like.device, dtype=entry)
-        self.count = 0
+        self.storage = torch.empty(batch, 0, spec.head_dim, device=like.device, dtype=torch.bfloat16)
+        self.cache: EntryCache | None = None
+        self.count = self.length = self.written = 0
+        self.made_of: tuple[torch.dtype, torch.dtype] | None = None
+
+    def adapt(self, spec: CompressorSpec, rows: torch.dtype, entries: torch.dtype) -> None:
+        """Goes on with another spec or other dtypes: tensors become fp32 where what comes is. Keeps every bit of them.
+
+        Raises:
+            UnsupportedError: a spec of another shape, or a dtype that kvfold does not take.
+        """
+        same = replace(self.spec, norm_eps=spec.norm_eps)
+        if same != spec:
+            raise UnsupportedError(f"a compressor that was {self.spec} and is {spec} on one cache: start with a new cache")
+        check_dtypes(rows, entries)
+        state = self.state
+        if state.kind == "rows" and torch.promote_types(state.rows.dtype, rows) != state.rows.dtype:
+            self.state = FoldState(spec, state.rows.float(), state.positions, state.max_new_tokens)
+        elif spec != self.spec:
+            self.state = FoldState(spec, state.rows, state.positions, state.max_new_tokens)
+        self.storage = self.storage.to(torch.promote_types(self.storage.dtype, entries))
+        self.spec = spec
 
     def advance(
         self,
@@ -109,17 +147,22 @@ class CompressorFold:
         Mutates state, storage and count. `check` reads the plan's error counter, which waits for the device.
 
         Raises:
+            UnsupportedError: `start` is beyond what it has seen.
             RuntimeError: the state does not hold the rows that a step from `start` needs.
         """
-        count = (start + new) // self.spec.ratio
-        self._reserve(count)
+        if start > self.length:
+            raise _missing(start, self.length)
+        end = start + new
+        self._reserve(end // self.spec.ratio)
         batch, capacity = self.storage.shape[:2]
         plan = plans.get(self.spec.ratio, self.storage.device, batch, start, new, capacity)
         if check:
             plan.errors.zero_()
-        cache = EntryCache(self.storage, _FORMATS[self.storage.dtype], capacity, self.spec)
+        if self.cache is None or self.cache.storage is not self.storage or self.cache.spec is not self.spec:
+            self.cache = EntryCache(self.storage, _FORMATS[self.storage.dtype], capacity, self.spec)
+        self.written = max(self.written, end)
         compress(
-            kv_score, plan, self.state, cache, spec=self.spec, ape=ape, norm_weight=norm_weight, rope=rope,
+            kv_score, plan, self.state, self.cache, spec=self.spec, ape=ape, norm_weight=norm_weight, rope=rope,
             backend=backend,
         )  # fmt: skip
         if check and (refused := int(plan.errors)):
@@ -127,7 +170,7 @@ class CompressorFold:
                 f"kvfold refused {refused} of {batch} sequences: its state cannot continue from position {start}. Rewind"
                 f" further than {self.state.max_new_tokens} tokens? See max_new_tokens of patch()"
             )
-        self.count = count
+        self.count, self.length = end // self.spec.ratio, end
 
     def entries(self) -> torch.Tensor:
         """`[batch, count, head_dim]`, a view of the storage: later steps write behind it, a rewind lets them write in it."""
@@ -152,6 +195,21 @@ class CompressorFold:
         self.storage = grown
 
 
+def check_dtypes(rows: torch.dtype, entries: torch.dtype) -> None:
+    """Refuses dtypes of projections and of entries that kvfold does not take."""
+    if rows not in _FORMATS:
+        raise UnsupportedError(f"projections of dtype {rows}: kvfold takes torch.float32 or torch.bfloat16")
+    if entries not in _FORMATS:
+        raise UnsupportedError(f"entries of dtype {entries}: kvfold keeps torch.float32 or torch.bfloat16 entries")
+
+
+def _missing(start: int, seen: int) -> UnsupportedError:
+    return UnsupportedError(
+        f"a cache that already holds {start} tokens of which kvfold saw {seen}: patch() the model before"
+        " its first step on a cache, and start with a new cache"
+    )
+
+
 class LayerFold:
     """All that kvfold keeps for one layer of one cache.
 
@@ -159,6 +217,7 @@ class LayerFold:
         folds: by transformers' names, `"compressor"` and, in CSA layers, `"indexer"`.
         length: tokens that the layer has seen.
         step_start: where its last step began.
+        rewound: tokens were taken back since the last step that was checked.
     """
 
     def __init__(self, max_new_tokens: int) -> None:
@@ -171,17 +230,18 @@ class LayerFold:
         self.keys_before: torch.Tensor | None = None
         self.keys: torch.Tensor | None = None
 
-    def begin(self, start: int, new: int, keys: torch.Tensor | None) -> None:
-        """A step of `new` tokens begins at `start`; `keys` are the layer's sliding keys after it.
+    def begin(self, batch: int, start: int, new: int, keys: torch.Tensor | None) -> None:
+        """A step of `new` tokens for each of `batch` sequences begins at `start`; `keys` are the sliding keys after it.
 
         Raises:
-            UnsupportedError: `start` is beyond what kvfold has seen, or too far back.
+            UnsupportedError: another batch than the layer's, or `start` is beyond what kvfold has seen, or too far back.
+                Nothing is changed then.
         """
+        for fold in self.folds.values():
+            if fold.storage.shape[0] != batch:
+                raise UnsupportedError(f"a batch of {batch} on a cache of {fold.storage.shape[0]} sequences")
         if start > self.length:
-            raise UnsupportedError(
-                f"a cache that already holds {start} tokens of which kvfold saw {self.length}: patch() the model before"
-                " its first step on a cache, and start with a new cache"
-            )
+            raise _missing(start, self.length)
         if start < self.length:
             self._check_rewind(start)
             self.rewound = True
@@ -195,33 +255,43 @@ class LayerFold:
         Raises:
             UnsupportedError: more was asked for than the last step.
         """
-        self._check_rewind(length)
-        keys = self._keys_at(length, window)
+        keys = self.keys_at(length, window)
         self.rewound = self.rewound or length != self.length
         self.length = self.step_start = length
         for fold in self.folds.values():
-            fold.count = length // fold.spec.ratio
+            fold.count, fold.length = length // fold.spec.ratio, length
         self.keys_before, self.keys = None, keys
         return keys
 
     def select(self, indices: torch.Tensor, keys: torch.Tensor | None) -> None:
         """Reorders, repeats or drops batch rows (beam search); `keys` are the layer's keys after the same was done to them."""
-        for fold in self.folds.values():
-            fold.select(indices)
+        # What is kept must outlive an inference_mode block, in which tensors are made that nobody may write to later.
+        with torch.inference_mode(False), torch.no_grad():
+            for fold in self.folds.values():
+                fold.select(indices)
         if self.keys_before is not None:
             self.keys_before = self.keys_before.index_select(0, indices.to(self.keys_before.device))
         self.keys = keys
 
+    def batch_rows(self) -> torch.Tensor:
+        """int64 `[batch]`: 0, 1, .. on the device of the layer's entries; empty before its first step."""
+        first = next((fold.storage for fold in self.folds.values()), self.keys)
+        return torch.arange(0) if first is None else torch.arange(first.shape[0], device=first.device)
+
     def _check_rewind(self, length: int) -> None:
-        back = self.length - length
-        if length == self.step_start or 0 <= back <= self.max_new_tokens:
+        if length == self.step_start or (length >= 0 and self._written() - length <= self.max_new_tokens):
             return
         raise UnsupportedError(
             f"a rewind from {self.length} to {length} tokens: kvfold can go back to {self.step_start}, where the last step"
             f" began, or by up to max_new_tokens={self.max_new_tokens}, an argument of patch()"
         )
 
-    def _keys_at(self, length: int, window: int) -> torch.Tensor:
+    def _written(self) -> int:
+        return max((fold.written for fold in self.folds.values()), default=self.length)
+
+    def keys_at(self, length: int, window: int) -> torch.Tensor:
+        """The keys that `rewind` would return; it raises what that would and changes nothing."""
+        self._check_rewind(length)
         first = max(length - window + 1, 0)
         if self.keys is None:
             raise UnsupportedError("a rewind of sliding keys before the layer has made a step")

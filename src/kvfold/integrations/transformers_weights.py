@@ -1,0 +1,248 @@
+"""What kvfold reads of a compressor of transformers: its shape, weights and rotations, and what autograd wants of it.
+
+All of it is read at every call, while the compressor runs: a model may be moved, cast, loaded, edited or offloaded between
+two calls. Only tables of rotations are kept, under the frequencies that they were made of.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from ..spec import CompressorSpec
+from .transformers_cache import UnsupportedError
+
+_FIRST_POSITIONS = 4096
+# Rotary embeddings of these kinds change with the length of the sequence; an entry, once written, cannot.
+_VARYING_ROPE = ("dynamic", "longrope")
+
+
+def parts(module: nn.Module) -> dict[str, Any]:
+    """The compressors in `module` by the names that transformers gives their entries."""
+    indexer = getattr(module, "indexer", None)
+    return {"compressor": module} if indexer is None else {"compressor": module, "indexer": indexer}
+
+
+def spec_of(part: Any) -> CompressorSpec:
+    """The spec of a compressor or indexer as it is now.
+
+    Raises:
+        ValueError: a geometry that `CompressorSpec` refuses.
+        UnsupportedError: a rotary embedding that changes with the sequence length.
+    """
+    rotary, kind = part.rotary_emb, part.rope_layer_type
+    if rotary.rope_type[kind] in _VARYING_ROPE:
+        raise UnsupportedError(f"rope type {rotary.rope_type[kind]!r}: it changes with the length")
+    rope_dim = 2 * getattr(rotary, f"{kind}_inv_freq").numel()
+    overlap = part.position_bias.shape[-1] == 2 * part.head_dim
+    return _spec(part.head_dim, part.compress_rate, overlap, rope_dim, part.kv_norm.variance_epsilon)
+
+
+@functools.lru_cache(maxsize=256)
+def _spec(head_dim: int, ratio: int, overlap: bool, rope_dim: int, norm_eps: float) -> CompressorSpec:
+    return CompressorSpec(head_dim=head_dim, ratio=ratio, overlap=overlap, rope_dim=rope_dim, norm_eps=norm_eps)
+
+
+def check_loaded(module: Any, device: torch.device) -> None:
+    """Refuses to run on the meta device, where there is nothing to pool."""
+    if device.type == "meta":
+        raise _not_loaded(module, "the input")
+
+
+def position_bias(part: Any) -> torch.Tensor:
+    """fp32 `[ratio, channels]`: the module's own tensor where it is fp32."""
+    bias = part.position_bias
+    if bias.device.type == "meta":
+        raise _not_loaded(part, "position_bias")
+    return _ordinary(bias).float()
+
+
+def norm_weight(part: Any, device: torch.device) -> torch.Tensor:
+    """fp32 or bf16 `[head_dim]`: the norm's own tensor, or a copy where a hook of the norm loads and drops it."""
+    norm = part.kv_norm
+    weight = norm.weight
+    if weight.device != device:
+        weight = _loaded(norm, "weight", device, lambda: norm(torch.zeros(1, part.head_dim, device=device)))
+    weight = _ordinary(weight)
+    return weight.float() if weight.dtype is torch.float16 else weight
+
+
+def entry_dtype(part: Any, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What dtype the module's norm makes of rows of `dtype`: versions of transformers differ where its weight is fp32."""
+    return part.kv_norm(torch.zeros(1, part.head_dim, dtype=dtype, device=device)).dtype
+
+
+def _ordinary(tensor: torch.Tensor) -> torch.Tensor:
+    # Tensors made in inference mode may not be used in calls that are made outside of it.
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+class _Watch(TorchFunctionMode):
+    """Takes a copy of `module.name` in the first operation that runs while it is on a device that `accepts`."""
+
+    def __init__(self, module: nn.Module, name: str, accepts: Callable[[torch.device], bool]) -> None:
+        super().__init__()
+        self.module, self.name, self.accepts = module, name, accepts
+        self.found: torch.Tensor | None = None
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if self.found is None:
+            tensor = getattr(self.module, self.name, None)
+            if tensor is not None and self.accepts(tensor.device):
+                self.found = tensor.detach().clone()
+        return func(*args, **(kwargs or {}))
+
+
+def _loaded(module: nn.Module, name: str, device: torch.device | None, call: Callable[[], Any]) -> torch.Tensor:
+    """`module.name` as it is inside `call`, which runs `module`: hooks that offload weights load them only for that.
+
+    `device`: where it is wanted; None takes any that has data.
+    """
+    with _Watch(module, name, lambda d: d.type != "meta" and device in (None, d)) as watch:
+        try:
+            call()
+        except RuntimeError:  # what operations between a meta tensor and a real one raise
+            if watch.found is None and getattr(module, name).device.type == "meta":
+                raise _not_loaded(module, name) from None
+            raise
+    tensor = getattr(module, name) if watch.found is None else watch.found
+    if tensor.device.type == "meta":
+        raise _not_loaded(module, name)
+    return tensor
+
+
+def _not_loaded(module: nn.Module, name: str) -> UnsupportedError:
+    return UnsupportedError(f"{name} of {type(module).__name__} is on the meta device: load the weights first")
+
+
+def check_gradients(module: nn.Module, hidden_states: torch.Tensor, first: bool) -> None:
+    """Refuses what would silently give a wrong gradient. `first`: no earlier layer of this step was asked.
+
+    Raises:
+        UnsupportedError: in train mode, a parameter of the compressor or its input requires a gradient; in eval mode, the
+            input depends on a tensor that requires one and is no parameter.
+    """
+    if not torch.is_grad_enabled():
+        return
+    if module.training:
+        names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+        _refuse_gradients(names + ["hidden_states"] * hidden_states.requires_grad)
+    elif hidden_states.requires_grad and (hidden_states.grad_fn is None or first) and _has_input(hidden_states):
+        raise UnsupportedError(
+            "gradients through the compressor to a model's input: hidden_states depends on a tensor that requires one and is no"
+            " parameter. Use torch.no_grad(), or unpatch(model)"
+        )
+
+
+def check_gradients_of(part: Any, **tensors: torch.Tensor) -> None:
+    """The same in train mode for what projections return: a replica's weights are no parameters."""
+    if part.training and torch.is_grad_enabled():
+        _refuse_gradients([name for name, tensor in tensors.items() if tensor.requires_grad])
+
+
+def _refuse_gradients(names: list[str]) -> None:
+    if names:
+        raise UnsupportedError(
+            f"gradients through the compressor in train mode, which {', '.join(names)} would need: use torch.no_grad(), freeze"
+            " it, or unpatch(model) to train with transformers' own"
+        )
+
+
+def _has_input(tensor: torch.Tensor) -> bool:
+    """Whether a leaf of the graph behind `tensor`, which requires a gradient, is no parameter."""
+    if tensor.grad_fn is None:
+        return not isinstance(tensor, nn.Parameter)
+    seen, left = {tensor.grad_fn}, [tensor.grad_fn]
+    while left:
+        node = left.pop()
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, torch.Tensor) and not isinstance(leaf, nn.Parameter):
+            return True
+        fresh = {one for one, _ in node.next_functions if one is not None} - seen
+        seen |= fresh
+        left += fresh
+    return False
+
+
+def rope_table(rotary_emb: nn.Module, positions: torch.Tensor, layer_type: str = "compress") -> torch.Tensor:
+    """The `rope` argument of `kvfold.compress` for a `DeepseekV4RotaryEmbedding`.
+
+    Args:
+        rotary_emb: as every compressor has one; positions: integers `[n]`; layer_type: which of its frequencies.
+
+    Returns:
+        fp32 `[n, rope_dim]` on the device of `positions`, cosines then sines.
+    """
+    like = torch.empty(0, device=positions.device, dtype=torch.float32)
+    cos, sin = rotary_emb(like, position_ids=positions[None], layer_type=layer_type)
+    return torch.cat([cos[0], sin[0]], dim=-1)
+
+
+class _Table:
+    """Rotations of one set of frequencies on one device; shared by all modules that have these frequencies."""
+
+    rows: torch.Tensor | None = None
+
+
+class _Seen:
+    """What a rotary embedding was when its table was last looked up."""
+
+    def __init__(self, key: tuple, inv_freq: torch.Tensor, table: _Table) -> None:
+        self.key, self.table = key, table
+        self.inv_freq = weakref.ref(inv_freq)
+        self.written = _written(inv_freq)
+
+    def still(self, inv_freq: torch.Tensor) -> bool:
+        return self.inv_freq() is inv_freq and self.written == _written(inv_freq)
+
+
+def _written(tensor: torch.Tensor) -> tuple[int, int]:
+    return (-1 if tensor.is_inference() else tensor._version), tensor.data_ptr()
+
+
+class RopeTables:
+    """Rotation tables by the values of the frequencies; one lives as long as a module had it at its last call."""
+
+    def __init__(self) -> None:
+        self._seen: weakref.WeakKeyDictionary[nn.Module, _Seen] = weakref.WeakKeyDictionary()
+        self._tables: weakref.WeakValueDictionary[tuple, _Table] = weakref.WeakValueDictionary()
+
+    def get(self, part: Any, positions: int, device: torch.device, look: bool) -> torch.Tensor:
+        """fp32 `[at least positions, rope_dim]`, cosines then sines, from the module's own rotary embedding.
+
+        A CPU compares the frequencies at every call. Elsewhere that waits for the device: it is done where `look` says so,
+        and when the tensor is another one or was written to since the last call.
+        """
+        rotary, kind = part.rotary_emb, part.rope_layer_type
+        name = f"{kind}_inv_freq"
+        inv_freq = getattr(rotary, name)
+        if inv_freq.device.type == "meta":
+            inv_freq = _loaded(rotary, name, None, lambda: rope_table(rotary, torch.zeros(1, device=device), kind))
+        seen = self._seen.get(rotary)
+        key = (type(rotary), kind, device, float(getattr(rotary, f"{kind}_attention_scaling")))
+        known = seen is not None and seen.key[:4] == key and seen.still(inv_freq)
+        if not known or look or inv_freq.device.type == "cpu":
+            key = (*key, tuple(inv_freq.tolist()))
+            if not known or seen.key != key:
+                table = self._tables.get(key)
+                if table is None:
+                    table = self._tables[key] = _Table()
+                seen = self._seen[rotary] = _Seen(key, inv_freq, table)
+        return _grown(seen.table, rotary, kind, positions, device)
+
+
+def _grown(table: _Table, rotary: nn.Module, kind: str, positions: int, device: torch.device) -> torch.Tensor:
+    rows = table.rows
+    have = 0 if rows is None else rows.shape[0]
+    if have < positions:
+        more = torch.arange(have, max(_FIRST_POSITIONS, 1 << (positions - 1).bit_length()), device=device)
+        new = rope_table(rotary, more, kind)
+        # Rows already there keep their bits: they are not computed again.
+        rows = table.rows = new if rows is None else torch.cat([rows, new])
+    return rows
