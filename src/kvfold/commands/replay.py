@@ -27,6 +27,8 @@ def replay(
     try:
         if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"--device must be cpu (no GPU here), got {device!r}")
+        with file.open("rb"):  # an error that names it, where it is a folder or may not be read
+            pass
         made = again(file, device=device, backend=backend)
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None

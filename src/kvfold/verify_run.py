@@ -1,0 +1,159 @@
+"""`verify --random`: runs drawn cases, in one process or several, and counts what they were."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from multiprocessing import get_context
+
+import torch
+
+from .checks import check_int
+from .compress import choose_backend
+from .selection import check_workers
+from .verify_engine import Mismatch
+from .verify_program import Place, program
+from .verify_random import BUDGETS, CASES_PER_SHAPE, RATIOS, RandomCase, draw_case
+
+MOST_CASES = 1 << 30
+LOST = ("CUDA error", "HIP error")  # after which no call of the process works
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a case. `problem` is "" when it passed; `program` then too, and otherwise runs as it is and fails likewise.
+
+    Attributes:
+        labels: what the case was, by the names that a summary counts under.
+    """
+
+    index: int
+    labels: dict[str, str]
+    seconds: float
+    problem: str = ""
+    program: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return not self.problem
+
+    @property
+    def lost(self) -> bool:
+        """Whether nothing more can be run on the device by this process."""
+        return any(words in self.problem for words in LOST)
+
+
+def verify_random(
+    cases: int,
+    seed: int = 0,
+    *,
+    device: str = "cpu",
+    backend: str | None = None,
+    first: int = 0,
+    workers: int | None = 1,
+) -> Iterator[Outcome]:
+    """Draws cases from all that is supported and runs them: against fp64, and to the bit across cuts.
+
+    Args:
+        cases: how many. seed: of all of them; case i of a seed is the same in every run of a kvfold on such a backend.
+        device: "cpu", "cuda" or "cuda:N". backend: as for `compress`.
+        first: the index of the first one.
+        workers: processes that run cases at once, from 1 to 256; with 1 it is this one, with None one for each core, 16 at most.
+            They are spawned: a script calls this under `if __name__ == "__main__"`. On a GPU most of the time goes into compiling.
+
+    Yields:
+        An `Outcome` for each case, in order. After an error of which the device does not recover none follow.
+
+    Raises:
+        TypeError, ValueError: naming the argument, before anything is run.
+        RuntimeError: a process was ended from outside, or by a fault.
+    """
+    check_int("cases", cases, 1, MOST_CASES)
+    check_int("seed", seed, -(1 << 63), (1 << 63) - 1)
+    check_int("first", first, 0, MOST_CASES)
+    workers = check_workers(workers)
+    place = Place(device, choose_backend(backend, "device", torch.empty(0, device=device)))
+    return _run(range(first, first + cases), seed, place, workers)
+
+
+def _run(indices: range, seed: int, place: Place, workers: int) -> Iterator[Outcome]:
+    groups = [list(group) for _, group in groupby(indices, lambda i: i // CASES_PER_SHAPE)]
+    workers = min(workers, len(groups))
+    attempt = partial(_run_group, seed, place, workers > 1)
+    pool = None if workers == 1 else ProcessPoolExecutor(workers, get_context("spawn"))
+    try:
+        for outcome in _flat(map(attempt, groups) if pool is None else pool.map(attempt, groups)):
+            yield outcome
+            if outcome.lost:
+                return
+    finally:
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
+
+
+def _flat(groups: Iterable[Iterable[Outcome]]) -> Iterator[Outcome]:
+    for group in groups:
+        yield from group
+
+
+def _run_group(seed: int, place: Place, apart: bool, indices: list[int]) -> Iterable[Outcome]:
+    """Cases of one shape, which have their kernels in common."""
+    found = (run_case(draw_case(seed, index, BUDGETS[_budget(place)]), place) for index in indices)
+    if not apart:
+        return found
+    torch.set_num_threads(1)
+    return list(found)
+
+
+def _budget(place: Place) -> str:
+    """Kernels on a CPU are interpreted."""
+    return place.backend if place.backend == "torch" or torch.device(place.device).type != "cpu" else "interpreted"
+
+
+def run_case(case: RandomCase, place: Place) -> Outcome:
+    """Runs a case's program."""
+    text, begin, problem = program(case, place), time.perf_counter(), ""
+    try:
+        exec(compile(text, f"case {case.index} of seed {case.seed}", "exec"), {"__name__": "kvfold_case"})
+    except (Mismatch, AssertionError) as error:
+        problem = str(error)
+    except Exception as error:  # whatever a call raises where it should not is what is looked for
+        problem = f"{type(error).__name__}: {error}"
+    return Outcome(case.index, labels(case), time.perf_counter() - begin, problem, text if problem else "")
+
+
+def labels(case: RandomCase) -> dict[str, str]:
+    """What a summary counts."""
+    s = case.shape
+    low, high = next((low, high) for _, low, high in RATIOS if low <= s.spec.ratio <= high)
+    fields = {"overlap": s.spec.overlap, "ape": s.spec.has_ape, "RoPE": s.spec.rope_dim, "Hadamard": s.spec.hadamard}
+    return {
+        "state": f"{s.state} {s.state_dtype}",
+        "format": s.fmt or "none",
+        "ratio": f"{low} to {high}",
+        "head_dim": str(s.spec.head_dim),
+        "spec": ", ".join(name for name, on in fields.items() if on) or "plain",
+        "kv_score": s.kv_dtype,
+        "norm_weight": s.norm_dtype,
+        "rows": s.rows or "none",
+        "entries by": s.addressing,
+        "values": case.values,
+        "history": case.history,
+    }
+
+
+def summary(outcomes: list[Outcome], seed: int, asked: int) -> dict[str, object]:
+    """Plain values for a report: how many failed, with their programs, and how often each thing occurred."""
+    counts = {}
+    for name in outcomes[0].labels if outcomes else ():
+        counts[name] = dict(sorted(Counter(outcome.labels[name] for outcome in outcomes).items()))
+    failed = [
+        {"case": o.index, "problem": o.problem, "labels": o.labels, "program": o.program} for o in outcomes if not o.passed
+    ]
+    return {"seed": seed, "cases": len(outcomes), "not run": asked - len(outcomes), "failed": len(failed),
+            "counts": counts, "failures": failed}  # fmt: skip
