@@ -207,9 +207,10 @@ def fake(monkeypatch: pytest.MonkeyPatch, spilled: dict[str, int], broken: str |
             raise RuntimeError("no such instruction")
         path = folder / f"{one.name.replace(' ', '-')}.cubin"
         path.write_bytes(b"binary")
+        digest = hashlib.sha256(b"binary").hexdigest()
         bytes_spilled = spilled.get(one.fmt.name, 0) if one.fmt is not None else 0
         used = Resources(registers=64, spilled=bytes_spilled, stack=bytes_spilled, shared=0, warps=4)
-        return AotKernel(one.name, path.name, "0", 6, "kernel", used, allowed, {}, {}, {})
+        return AotKernel(one.name, path.name, digest, 6, "kernel", used, allowed, {}, {}, {})
 
     monkeypatch.setattr(build, "INTERPRETED", False)
     monkeypatch.setattr(kernels, "build", build_one)

@@ -62,12 +62,13 @@ def aot(
 
     Args:
         target: sm_80, sm_89, sm_90, sm_100, sm_103, sm_120, gfx942 or gfx950.
-        out_dir: the folder for the files, made if it is not there. In it are replaced only files that an earlier call for this
-            target wrote and that are still as it wrote them, by its `kernels.json`; of those that were changed since, the report
-            says in `kept` that they were left alone. Files come into the folder when all is compiled. Written are a `.cubin` or `.hsaco` for each kernel, under its name, `kernels.json` (`AotReport.to_json`: of each
-            kernel its file with sha256 and size, constants, signature, options, resources; and versions) and `kernels.txt`,
-            the table. Names and numbers are stable. A cubin has in it, for profilers, the lines and the folder of kvfold's
-            sources: its sha256 is the same only for the same ones.
+        out_dir: the folder for the files, made if it is not there. Only files that an earlier call for this target wrote, and
+            that are still as it wrote them, are removed: its `kernels.json` has their names and hashes. Those that were
+            changed since are kept, and the report says so (`kept`). All files come when all is compiled. Written are a
+            `.cubin` or `.hsaco` for each kernel, under its name, `kernels.json` (`AotReport.to_json`: of each kernel its
+            file with sha256 and size, constants, signature, options, resources; and versions) and `kernels.txt`, the table.
+            Names and numbers are stable. A cubin has in it, for profilers, the lines and the folder of kvfold's sources:
+            its sha256 is the same only for the same ones.
         specs: the compressors.
         formats: names of record formats, or None for pooled rows without a cache, each for every spec that it is defined for.
         dtypes: of `kv_score`: bf16, fp32 or both.

@@ -26,9 +26,9 @@ def make_tokens(
 ) -> list[Tensor]:
     """kv_score rows `[n, 2 * channels]` of each sequence.
 
-    values: "normal"; "peaked", scores of which one outweighs the rest; "tied", all scores 0; "masked", many scores -inf, but not
-    all of a window; "hidden", more of them, and so entries that are NaN; "zeros", masked too, and half of all channels only 0
-    and -0, mostly -0.
+    values: "normal"; "peaked", scores of which one outweighs the rest; "tied", all scores 0; "masked", many scores -inf, but
+    not all of a window; "hidden", more of them, and so entries that are NaN; "zeros", masked too, and half of all channels
+    only 0 and -0, mostly -0.
     """
     found = []
     for n in lengths:
@@ -97,9 +97,9 @@ def close_to_fp64(
 
 
 def same_rows(rows: list[Tensor], whole: list[Tensor], slots: list[list[int]] | None) -> None:
-    """Raises Mismatch unless the pooled rows have the bits of `whole` rounded to their dtype, or were left alone without a slot.
+    """Raises Mismatch unless the pooled rows have the bits of `whole`, rounded to their dtype; a NaN is as good as another.
 
-    A NaN is as good as another.
+    slots: of each window, -1 where its row must have been left alone; None for no such.
     """
     for b, (got, want) in enumerate(zip(rows, whole, strict=True)):
         if got.dtype == torch.bfloat16:

@@ -22,38 +22,14 @@ class Place:
 def program(case: RandomCase, place: Place) -> str:
     """Python that makes the case's calls and raises `Mismatch` where something is not what it must be."""
     lines = [f'"""Case {case.index} of `kvfold verify --random --seed {case.seed}`."""']
-    lines += [
-        "from itertools import accumulate",
-        "",
-        "import torch",
-        "",
-        "import kvfold",
-        "from kvfold import verify_case as judge",
-        "",
-    ]
-    lines += [f"device, backend = {place.device!r}, {place.backend!r}"]
-    lines += _inputs(case)
-    lines += [
-        "# Steps: the plan's bound, (sequence, start, new tokens, of which are kept), absent sequences, rows behind, loose."
-    ]
+    lines += ["from itertools import accumulate", "", "import torch", "", "import kvfold"]
+    lines += ["from kvfold import verify_case as judge", ""]
+    lines += [f"device, backend = {place.device!r}, {place.backend!r}", *_inputs(case)]
+    lines += ["# Steps: the plan's bound, (sequence, start, new tokens, kept ones), absent sequences, rows behind, spare room."]
     whole = Step(max(LONG, *case.lengths), tuple((b, 0, n, n) for b, n in enumerate(case.lengths)))
-    lines += [f"prefill = {_step(whole)}", *_literal("steps", [_step(step) for step in case.steps])]
-    lines += _tables(case)
-    lines += [
-        "",
-        "",
-        *_function_ints(),
-        "",
-        "",
-        *_function_plan(case),
-        "",
-        "",
-        *_function_rows(),
-        "",
-        "",
-        *_function_play(case),
-    ]
-    lines += ["", "", *_main(case)]
+    lines += [f"prefill = {_step(whole)}", *_literal("steps", [_step(step) for step in case.steps]), *_tables(case)]
+    for block in (_function_ints(), _function_plan(case), _function_rows(), _function_play(case), _main(case)):
+        lines += ["", "", *block]
     return "\n".join(lines) + "\n"
 
 
@@ -126,44 +102,44 @@ def _function_ints() -> list[str]:
 
 def _function_plan(case: RandomCase) -> Iterator[str]:
     shape, ratio = case.shape, case.shape.spec.ratio
+    pages = f'options |= {{"cache_block_table": table(where["pages"], parts, absent), "rows_per_page": {case.rows_per_page}}}'
     yield "def plan_of(step, where):"
     yield "    bound, parts, absent, _, loose = step"
-    yield "    lengths = [new for _, _, new, _ in parts] + absent"
-    yield "    options = {}"
+    yield "    lengths, options = [new for _, _, new, _ in parts] + absent, {}"
     if shape.state == "fold":
         yield '    options["state_slots"] = ints([where["slots"][b] for b, *_ in parts] + [-1] * len(absent))'
     else:
         yield f'    options["page_size"] = {shape.page_size}'
         yield '    options["block_tables"] = table(where["kv"], parts, absent), table(where["score"], parts, absent)'
-        if case.freed:
-            back = f"(start // {ratio} - {int(shape.spec.overlap)}) * {ratio} // {shape.page_size}"
-            yield "    for i, (_, start, _, _) in enumerate(parts):  # pages that are not read any more"
-            yield '        for pages in options["block_tables"] if where is not plain else ():'
-            yield f"            pages[i, : max({back}, 0)] = -1"
+    if case.freed:
+        yield '    for pages in options["block_tables"] if where is not plain else ():  # what is not read any more has no page'
+        yield "        for i, (_, start, _, _) in enumerate(parts):"
+        back = f"(start // {ratio} - {int(shape.spec.overlap)}) * {ratio} // {shape.page_size}"
+        yield f"            pages[i, : max({back}, 0)] = -1"
+    if shape.addressing == "table":
+        yield f"    {pages}"
     if shape.addressing == "slots":
-        yield "    if where is not plain:"
-        yield (f'        slots = [slot for b, start, new, _ in parts for slot in judge.slots_of(where["pages"][b], '
-               f"{case.rows_per_page}, range(start // {ratio}, (start + new) // {ratio}))]")  # fmt: skip
-        yield '        options["entry_slots"] = torch.tensor([*slots, -1, -1], dtype=torch.int64, device=device)'
+        yield "    if where is plain:"
+        yield f"        {pages}"
         yield "    else:"
-        yield f'        options |= {{"cache_block_table": table(where["pages"], parts, absent), "rows_per_page": {case.rows_per_page}}}'
-    elif shape.addressing == "table":
-        yield f'    options |= {{"cache_block_table": table(where["pages"], parts, absent), "rows_per_page": {case.rows_per_page}}}'
+        windows = f"range(start // {ratio}, (start + new) // {ratio})"
+        slots = f'judge.slots_of(where["pages"][b], {case.rows_per_page}, {windows})'
+        yield f"        slots = [{slots} for b, start, new, _ in parts]"
+        yield '        options["entry_slots"] = torch.tensor([*sum(slots, []), -1, -1], dtype=torch.int64, device=device)'
     if shape.snapshot:
         yield "    if where is not plain:"
-        yield (f'        options |= {{"snapshot_table": table(where["snapshots"], parts, absent), '
-               f'"snapshot_page_size": {shape.snapshot}}}')  # fmt: skip
+        yield '        options["snapshot_table"] = table(where["snapshots"], parts, absent)'
+        yield f'        options["snapshot_page_size"] = {shape.snapshot}'
     yield "    starts = [start for _, start, _, _ in parts] + [7] * len(absent)"
-    yield "    return kvfold.StepPlan.build("
-    yield f"        {ratio}, ints(starts), ints([0, *accumulate(lengths)]), bound,"
-    yield "        max_tokens=None if loose else sum(lengths), **options,"
-    yield "    )"
+    yield "    room = None if loose else sum(lengths)"
+    yield "    offsets = ints([0, *accumulate(lengths)])"
+    yield f"    return kvfold.StepPlan.build({ratio}, ints(starts), offsets, bound, max_tokens=room, **options)"
 
 
 def _function_rows() -> list[str]:
     return [
         "def new_rows(tokens, step, left=0, right=0):",
-        '    """kv_score of a step, columns of something wider: NaN for rejected tokens, absent sequences and behind the last one."""',
+        '    """kv_score of a step, columns of something wider; NaN for what is not kept or not of a sequence."""',
         "    _, parts, absent, behind, _ = step",
         "    nan = torch.full_like(tokens[0][:1], torch.nan)",
         "    rows = [x for b, start, new, kept in parts for x in (tokens[b][start : start + kept], nan.repeat(new - kept, 1))]",

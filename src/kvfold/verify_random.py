@@ -68,7 +68,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Step:
-    """One call. `parts`: (sequence, start, new tokens, of which are kept); `absent`: tokens of sequences without a state slot."""
+    """One call. `parts`: (sequence, start, new tokens, kept ones); `absent`: tokens of sequences without a state slot."""
 
     bound: int
     parts: tuple[tuple[int, int, int, int], ...]
@@ -121,10 +121,12 @@ class RandomCase:
     @property
     def history(self) -> str:
         """What its steps are like, in words."""
-        new = {n for step in self.steps for _, _, n, _ in step.parts}
-        found = ["drafts" if self.rejected else "", "padding" if any(s.absent or s.behind for s in self.steps) else ""]
-        found += ["decode" if new <= {0, 1} else "chunks", "restore" if self.hit else "", "pair" if self.shape.other else ""]
-        return " ".join(filter(None, found))
+        new = [n for step in self.steps for _, start, n, _ in step.parts if start and n]
+        most = max(new, default=0)
+        found = ["prefill" if most == 0 else "decode" if most == 1 else "short steps" if most <= max(BOUNDS) else "chunks"]
+        found += ["rejected"] * self.rejected + ["padding"] * any(s.absent or s.behind for s in self.steps)
+        found += ["restore"] * (self.hit is not None) + ["pair"] * (self.shape.other is not None)
+        return ", ".join(found)
 
     @property
     def rejected(self) -> bool:
@@ -278,6 +280,7 @@ class _Drawer:
 
     def _steps(self, lengths: list[int], after: list[int], freed: bool) -> tuple[Step, ...]:
         rng, at, steps = self.rng, [0] * len(lengths), []
+        mood = rng.choice(("mixed", "mixed", "mixed", "decode", "drafts"))
         junk = [rng.randint(1, min(n, 2 * self.ratio, 64)) if rng.random() < 0.3 else 0 for n in lengths]
         if any(junk):  # a former owner, whose tokens are NaN
             parts = tuple((b, 0, n, 0) for b, n in enumerate(junk) if n and after[b] == -1)
@@ -290,8 +293,8 @@ class _Drawer:
             for b in rng.sample(chosen, len(chosen)):
                 if not self.fold and not freed and rng.random() < 0.1:  # raw rows stay until they are overwritten
                     at[b] = rng.randint(floor[b], at[b])
-                new = self._new(at[b], lengths[b] - at[b], len(steps))
-                kept = self._kept(new, len(steps))
+                new = self._new(at[b], lengths[b] - at[b], len(steps), mood)
+                kept = new if mood == "decode" else self._kept(new, len(steps))
                 parts.append((b, at[b], new, kept))
                 at[b] += kept
             idle = [b for b in range(len(lengths)) if b not in chosen and at[b] < lengths[b] and rng.random() < 0.2]
@@ -299,11 +302,14 @@ class _Drawer:
             steps.append(self._step(tuple(parts)))
         return tuple(steps)
 
-    def _new(self, at: int, left: int, done: int) -> int:
-        """Tokens of a sequence's part of a step."""
+    def _new(self, at: int, left: int, done: int, mood: str) -> int:
+        """Tokens of a sequence's part of a step. A history that decodes or drafts has a prompt that leaves so many steps."""
         if done >= self.most_steps:
             return left
         rng, ratio = self.rng, self.ratio
+        if mood != "mixed":
+            new = 1 if mood == "decode" else self.shape.bound
+            return min(new, left) if at else max(1, left - new * rng.randint(0, self.most_steps))
         to_end = ratio - at % ratio
         some = (1, rng.randint(1, 8), rng.randint(1, 8), rng.randint(1, left), to_end, to_end + 1, max(to_end - 1, 1), left)
         return min(rng.choice(some if at else (*some, left, rng.randint(1, left))), left)
@@ -311,7 +317,7 @@ class _Drawer:
     def _kept(self, new: int, done: int) -> int:
         """How many of them stay: any in a step that a `FoldState` can be rewound in, else its start or its last ones."""
         rng, most = self.rng, self.shape.max_new_tokens
-        if done >= self.most_steps or rng.random() < 0.6:
+        if done >= self.most_steps or rng.random() < 0.55:
             return new
         if not self.fold or new <= most:
             return rng.randint(0, new)

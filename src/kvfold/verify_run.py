@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -55,7 +57,7 @@ def verify_random(
     device: str = "cpu",
     backend: str | None = None,
     first: int = 0,
-    workers: int | None = 1,
+    workers: int | None = 0,
 ) -> Iterator[Outcome]:
     """Draws cases from all that is supported and runs them: against fp64, and to the bit across cuts.
 
@@ -63,51 +65,79 @@ def verify_random(
         cases: how many. seed: of all of them; case i of a seed is the same in every run of a kvfold on such a backend.
         device: "cpu", "cuda" or "cuda:N". backend: as for `compress`.
         first: the index of the first one.
-        workers: processes that run cases at once, from 1 to 256; with 1 it is this one, with None one for each core, 16 at most.
-            They are spawned: a script calls this under `if __name__ == "__main__"`. On a GPU most of the time goes into compiling.
+        workers: processes that run cases at once, from 1 to 256, as on a GPU compiling takes most of the time; None for one for
+            each core, 16 at most. They are spawned: a script calls this under `if __name__ == "__main__"`. 0: this process does
+            it, which a fault in a kernel may then end.
 
     Yields:
         An `Outcome` for each case, in order. After an error of which the device does not recover none follow.
 
     Raises:
         TypeError, ValueError: naming the argument, before anything is run.
-        RuntimeError: a process was ended from outside, or by a fault.
     """
     check_int("cases", cases, 1, MOST_CASES)
     check_int("seed", seed, -(1 << 63), (1 << 63) - 1)
     check_int("first", first, 0, MOST_CASES)
-    workers = check_workers(workers)
+    if workers != 0 or isinstance(workers, bool):
+        workers = check_workers(workers)
     place = Place(device, choose_backend(backend, "device", torch.empty(0, device=device)))
     return _run(range(first, first + cases), seed, place, workers)
 
 
 def _run(indices: range, seed: int, place: Place, workers: int) -> Iterator[Outcome]:
     groups = [list(group) for _, group in groupby(indices, lambda i: i // CASES_PER_SHAPE)]
-    workers = min(workers, len(groups))
-    attempt = partial(_run_group, seed, place, workers > 1)
-    pool = None if workers == 1 else ProcessPoolExecutor(workers, get_context("spawn"))
-    try:
-        for outcome in _flat(map(attempt, groups) if pool is None else pool.map(attempt, groups)):
-            yield outcome
-            if outcome.lost:
-                return
-    finally:
-        if pool is not None:
-            pool.shutdown(cancel_futures=True)
+    found = _run_here(groups, seed, place) if workers == 0 else _run_apart(groups, seed, place, workers)
+    for outcome in found:
+        yield outcome
+        if outcome.lost:
+            return
 
 
-def _flat(groups: Iterable[Iterable[Outcome]]) -> Iterator[Outcome]:
+def _run_here(groups: list[list[int]], seed: int, place: Place) -> Iterator[Outcome]:
     for group in groups:
-        yield from group
+        for index in group:
+            yield run_case(draw_case(seed, index, BUDGETS[_budget(place)]), place)
 
 
-def _run_group(seed: int, place: Place, apart: bool, indices: list[int]) -> Iterable[Outcome]:
-    """Cases of one shape, which have their kernels in common."""
-    found = (run_case(draw_case(seed, index, BUDGETS[_budget(place)]), place) for index in indices)
-    if not apart:
-        return found
+def _run_apart(groups: list[list[int]], seed: int, place: Place, workers: int) -> Iterator[Outcome]:
+    """In processes. One that a fault ends takes all with it: its case is found by itself, and the others are begun anew."""
+    attempt, done = partial(_run_group, seed, place), 0
+    while done < len(groups):
+        try:
+            with _pool(workers) as pool:
+                for group in pool.map(attempt, groups[done:]):
+                    done += 1
+                    yield from group
+        except BrokenProcessPool:
+            for index in groups[done]:
+                yield _run_alone(attempt, index, seed, place)
+            done += 1
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    # Forked, they would have the locks of a caller's threads, and its CUDA.
+    pool = ProcessPoolExecutor(workers, get_context("spawn"))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _run_alone(attempt: Callable[[list[int]], list[Outcome]], index: int, seed: int, place: Place) -> Outcome:
+    """The outcome of a case that may end its process."""
+    try:
+        with _pool(1) as pool:
+            return pool.submit(attempt, [index]).result()[0]
+    except BrokenProcessPool:
+        case = draw_case(seed, index, BUDGETS[_budget(place)])
+        return Outcome(index, labels(case), 0.0, "a fault ended the process", program(case, place))
+
+
+def _run_group(seed: int, place: Place, indices: list[int]) -> list[Outcome]:
+    """Cases of one shape, which have their kernels in common, in a process for that."""
     torch.set_num_threads(1)
-    return list(found)
+    return list(_run_here([indices], seed, place))
 
 
 def _budget(place: Place) -> str:

@@ -6,7 +6,7 @@ import errno
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import typer
@@ -80,10 +80,8 @@ def one_line(command: str | None = None) -> Iterator[None]:
 
 def say(words: str, command: str = "kvfold") -> None:
     """One line on stderr, if anybody can still read it."""
-    try:
+    with suppress(OSError):
         print(f"{command}: {' '.join(words.split())}", file=sys.stderr, flush=True)
-    except OSError:
-        pass
 
 
 def stop(words: str, command: str) -> typer.Exit:
@@ -102,7 +100,5 @@ def _let_go_of_output() -> None:
     try:
         _flush()
     except OSError:
-        try:
+        with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        except (OSError, ValueError):
-            pass
