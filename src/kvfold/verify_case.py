@@ -142,6 +142,22 @@ def untouched(cache: EntryCache, slots: list[list[int]]) -> None:
                 raise Mismatch(f"{name} {page}, byte {byte}: outside of all records, yet written")
 
 
+def untouched_slots(state: FoldState, slots: list[int]) -> None:
+    """Raises Mismatch if anything was written to a slot of no sequence."""
+    others = [slot for slot in range(state.num_slots) if slot not in slots]
+    if not bool(state.rows[others].isnan().all()) or bool((state.positions[others] != -1).any()):
+        raise Mismatch(f"state slots {others}: of no sequence, yet written")
+
+
+def untouched_pages(state: WindowState, kv: Pages, score: Pages) -> None:
+    """Raises Mismatch if anything was written to a page of no sequence."""
+    for name, pool, pages in (("kv", state.kv, kv), ("score", state.score, score)):
+        known = {page for some in pages for page in some}
+        others = [page for page in range(len(pool)) if page not in known]
+        if not bool(pool[others].isnan().all()):
+            raise Mismatch(f"pages {others} of state.{name}: of no sequence, yet written")
+
+
 def packed(cache: EntryCache, slots: list[list[int]], rows: list[Tensor], norm_weight: Tensor, rope: Tensor | None) -> None:
     """Raises Mismatch unless the records are what the torch packer makes of pooled rows, but for roundings of the norm."""
     for b, some in enumerate(slots):

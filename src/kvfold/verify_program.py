@@ -217,6 +217,10 @@ def _main(case: RandomCase) -> Iterator[str]:
         if one.fmt is not None:
             yield f"judge.same_records(cache{end}, slots, records{end})"
             yield f"judge.untouched(cache{end}, slots)"
+    if shape.state == "window":
+        yield "judge.untouched_pages(state, where['kv'], where['score'])"
+    else:
+        yield "judge.untouched_slots(state, where['slots'])"
     if case.store:
         yield from _store(case)
     if case.hit is not None:

@@ -109,9 +109,24 @@ def _run_apart(groups: list[list[int]], seed: int, place: Place, workers: int) -
                     done += 1
                     yield from group
         except BrokenProcessPool:
-            for index in groups[done]:
-                yield _run_alone(attempt, index, seed, place)
+            yield from _run_one_by_one(attempt, groups[done], seed, place)
             done += 1
+
+
+def _run_one_by_one(
+    attempt: Callable[[list[int]], list[Outcome]], indices: list[int], seed: int, place: Place
+) -> Iterator[Outcome]:
+    """Cases some of which end their process."""
+    left = list(indices)
+    while left:
+        try:
+            with _pool(1) as pool:
+                for (outcome,) in pool.map(attempt, [[index] for index in left]):
+                    left.pop(0)
+                    yield outcome
+        except BrokenProcessPool:
+            case = draw_case(seed, left.pop(0), BUDGETS[_budget(place)])
+            yield Outcome(case.index, labels(case), 0.0, "a fault ended the process", program(case, place))
 
 
 @contextmanager
@@ -122,16 +137,6 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _run_alone(attempt: Callable[[list[int]], list[Outcome]], index: int, seed: int, place: Place) -> Outcome:
-    """The outcome of a case that may end its process."""
-    try:
-        with _pool(1) as pool:
-            return pool.submit(attempt, [index]).result()[0]
-    except BrokenProcessPool:
-        case = draw_case(seed, index, BUDGETS[_budget(place)])
-        return Outcome(index, labels(case), 0.0, "a fault ended the process", program(case, place))
 
 
 def _run_group(seed: int, place: Place, indices: list[int]) -> list[Outcome]:
