@@ -144,7 +144,7 @@ def test_wrong_bytes_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend_torch, "pack_records", lambda cache, slots, y: real(cache, slots, y * 1.25))
     assert problem_of("format: fp8_ds_mla hd").find("first: read-back value: sequence") > 0
     monkeypatch.setattr(backend_torch, "pack_records", real)
-    monkeypatch.setattr(job, "store", lambda rows, *args, **options: store(rows * 1.25, *args, **options))
+    monkeypatch.setattr(job, "store", lambda rows, *args, **options: store(rows + 1, *args, **options))
     assert problem_of("format: fp8_ds_mla hd").startswith("record bytes: sequence 0, window 0")
     monkeypatch.setattr(backend_torch, "pack_records", wrong)
     assert "outside of all records" in problem_of("format: fp8_ds_mla hd")
