@@ -90,19 +90,18 @@ def test_links_and_what_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-@pytest.mark.parametrize("arguments", [("info",), ("--help",), ("explain", "csa", "--start", "0", "--new", "4")])
+@pytest.mark.parametrize("arguments", [("info",), ("--help",)])
 def test_a_full_disk_behind_the_output(arguments: tuple[str, ...]) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run([*KVFOLD, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     assert done.returncode == 2 and re.fullmatch(r".*kvfold.*: standard output: No space left on device\n", done.stderr)
 
 
-@pytest.mark.parametrize("arguments", [("info",), ("--help",)])
-def test_a_closed_pipe(arguments: tuple[str, ...]) -> None:
+def test_a_closed_pipe() -> None:
     """Ends it without a word, and not as a success: the pipeline got less than all."""
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run([*KVFOLD, *arguments], stdout=write, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    done = subprocess.run([*KVFOLD, "info"], stdout=write, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     os.close(write)
     assert (done.returncode, done.stderr) == (failures.PIPE_CLOSED, "")
 
@@ -185,9 +184,8 @@ def test_a_disk_that_becomes_full(tmp_path: Path, text: Path, monkeypatch: pytes
                        out / "verify.json")  # fmt: skip
         assert f"{out / 'verify.json'}: No space left" in said
         patch.setattr("kvfold.kernels.build.INTERPRETED", False)
-        patch.setattr("kvfold.aot._compile", lambda wanted, *_: iter(["does not compile"] * len(wanted)))
         module = sys.modules[compile_all.__module__]
-        assert module._compile([1]) is not None
+        patch.setattr(module, "_compile", lambda wanted, *_: iter(["does not compile"] * len(wanted)))
         refused("aot", "sm_90", out, "--spec", "hca", "--format", "bf16")
     assert {path.name: path.read_text() for path in out.iterdir()} == {"verify.json": "old", "kvfold-demo.png": "old"}
 

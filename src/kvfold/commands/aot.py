@@ -77,4 +77,7 @@ def _specs(text: str) -> list:
         from ..kernels.aot import SPECS
 
         return list(SPECS)
-    return [parse_spec(text)]
+    try:
+        return [parse_spec(text)]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--spec: {error}") from None

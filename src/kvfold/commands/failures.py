@@ -30,7 +30,7 @@ class Commands(TyperGroup):
             return super().make_context(info_name, args, parent, **extra)
 
     def invoke(self, ctx: Any) -> Any:
-        with one_line(ctx.invoked_subcommand):
+        with one_line(ctx):
             return super().invoke(ctx)
 
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
@@ -52,8 +52,11 @@ class Commands(TyperGroup):
 
 
 @contextmanager
-def one_line(command: str | None = None) -> Iterator[None]:
-    """Turns errors of files, of output and of the keyboard into a line and an exit code. Other errors are left alone."""
+def one_line(ctx: Any = None) -> Iterator[None]:
+    """Turns errors of files, of output and of the keyboard into a line and an exit code. Other errors are left alone.
+
+    ctx: click's context of the group, which knows the command when it has begun.
+    """
     code = WRONG
     try:
         try:
@@ -74,7 +77,7 @@ def one_line(command: str | None = None) -> Iterator[None]:
         words = ": ".join(filter(None, (str(where), error.strerror or str(error))))
     _let_go_of_output()
     if words:
-        say(words, " ".join(filter(None, ("kvfold", command))))
+        say(words, " ".join(filter(None, ("kvfold", getattr(ctx, "invoked_subcommand", None)))))
     raise typer.Exit(code)
 
 

@@ -16,7 +16,7 @@ def main() -> None:
     sys.argv = sys.argv[1:]
     sys.path[0] = str(Path(sys.argv[0]).parent)
     try:
-        with one_line("bench"):
+        with one_line():
             runpy.run_path(sys.argv[0], run_name="__main__")
     except typer.Exit as left:
         sys.exit(left.exit_code)

@@ -48,7 +48,8 @@ def verify(
     from .. import __version__
 
     console = make_console()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         have = "cpu or cuda" if torch.cuda.is_available() else "cpu (no GPU here)"
         raise typer.BadParameter(f"--device must be {have}, got {device!r}")
