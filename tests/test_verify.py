@@ -146,6 +146,7 @@ def test_wrong_bytes_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend_torch, "pack_records", real)
     monkeypatch.setattr(job, "store", lambda rows, *args, **options: store(rows + 1, *args, **options))
     assert problem_of("format: fp8_ds_mla hd").startswith("record bytes: sequence 0, window 0")
+    monkeypatch.setattr(job, "store", store)
     monkeypatch.setattr(backend_torch, "pack_records", wrong)
     assert "outside of all records" in problem_of("format: fp8_ds_mla hd")
 
