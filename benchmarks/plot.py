@@ -20,6 +20,8 @@ import table
 from measured import PEERS_DEVICE, Rows
 from protocol import Case
 
+from kvfold.files import write_atomically
+
 PANELS = (
     *((512, 128, new, mode) for new in (1, 4) for mode in ("hit", "spread", "miss")),
     *((512, 4, new, mode) for new, mode in ((1, "hit"), (1, "miss"), (4, "hit"))),
@@ -138,8 +140,8 @@ def draw(panels: list[Panel], path: Path) -> None:
         for axes in grid[len(panels) :]:
             axes.axis("off")
         grid[len(panels)].legend(labelled.values(), labelled.keys(), loc="center", frameon=False, fontsize=9)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Date": None, "Creator": None, "Description": fingerprint(panels)})
+        with write_atomically(path) as beside:
+            figure.savefig(beside, metadata={"Date": None, "Creator": None, "Description": fingerprint(panels)})
 
 
 def _draw_panel(axes, panel: Panel) -> None:  # type: ignore[no-untyped-def]

@@ -21,6 +21,7 @@ import torch
 import triton
 
 import kvfold
+from kvfold.files import write_atomically
 
 HERE = Path(__file__).parent
 PEERS = HERE / "peers_h200.jsonl"
@@ -203,9 +204,10 @@ def environment(commit: str | None = None) -> dict[str, str]:
 
 
 def append_rows(path: Path | None, rows: list[dict]) -> None:
-    """Adds JSON lines to a results file, if there is one."""
+    """Adds JSON lines to a results file, if there is one: all of them or, where that fails, none."""
     if path is None:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as out:
-        out.writelines(json.dumps(row) + "\n" for row in rows)
+    new = "".join(json.dumps(row) + "\n" for row in rows)
+    before = path.read_bytes() if path.is_file() else b""
+    with write_atomically(path) as beside:
+        beside.write_bytes(before + new.encode())

@@ -13,11 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 import triton
+from aot_support import fake, run
 
 import kvfold
 from kvfold import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
-from kvfold.aot_report import AotKernel, AotReport, Resources
-from kvfold.kernels import aot as kernels
 from kvfold.kernels import build
 from kvfold.kernels.aot import SPECS, TARGETS, Combination, combinations
 from kvfold.kernels.build import KERNELS
@@ -199,26 +198,6 @@ def test_stores_to_the_stack_are_counted() -> None:
     assert _stored(sass) == 4 + 8 + 2 + 16 and _stored("LDL R1, [R1] ;") == 0
 
 
-def fake(monkeypatch: pytest.MonkeyPatch, spilled: dict[str, int], broken: str | None = None) -> None:
-    """Compiles nothing: writes a file, and says that kernels of these formats spill and that one does not compile."""
-
-    def build_one(one: Combination, target: str, folder: Path, allowed: int | None) -> AotKernel:
-        if one.fmt is not None and one.fmt.name == broken:
-            raise RuntimeError("no such instruction")
-        path = folder / f"{one.name.replace(' ', '-')}.cubin"
-        path.write_bytes(b"binary")
-        bytes_spilled = spilled.get(one.fmt.name, 0) if one.fmt is not None else 0
-        used = Resources(registers=64, spilled=bytes_spilled, stack=bytes_spilled, shared=0, warps=4)
-        return AotKernel(one.name, path.name, "0", 6, "kernel", used, allowed, {}, {}, {})
-
-    monkeypatch.setattr(build, "INTERPRETED", False)
-    monkeypatch.setattr(kernels, "build", build_one)
-
-
-def run(target: str, folder: Path, **arguments: object) -> AotReport:
-    return kvfold.aot(target, folder, [V4_HCA], ["bf16", "mxfp4"], workers=1, **arguments)
-
-
 def test_failures_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that does not compile is named, and the others are written."""
     fake(monkeypatch, {}, broken="mxfp4")
@@ -324,22 +303,6 @@ def test_dependent_launches_compile_for_any_ratio(tmp_path: Path) -> None:
     assert [fetches for _, fetches in lines] == ["True", "True", "True", "False", "True", "True"]
 
 
-def test_files_of_an_earlier_report_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake(monkeypatch, {})
-    (tmp_path / "notes.txt").write_text("mine")
-    kvfold.aot("sm_90", tmp_path, [V4_INDEXER], ["bf16"], workers=1)
-    report = run("sm_90", tmp_path)
-    written = {kernel.file for kernel in report.kernels}
-    assert {path.name for path in tmp_path.iterdir()} == written | {"kernels.json", "kernels.txt", "notes.txt"}
-    with pytest.raises(ValueError, match=r"\bout_dir\b.*sm_90"):
-        run("sm_80", tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} >= written
-    for text in ("{", "[]", '{"target": "sm_90", "kernels": [{}]}'):
-        (tmp_path / "kernels.json").write_text(text)
-        with pytest.raises(ValueError, match=r"\bout_dir\b.*kernels\.json"):
-            run("sm_90", tmp_path)
-
-
 def test_wrong_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is named, and nothing is written."""
     fake(monkeypatch, {})
@@ -347,6 +310,7 @@ def test_wrong_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     for error, match, arguments in (
         (ValueError, r"\btarget\b.*sm_120.*gfx942.*'sm_70'", {"target": "sm_70"}),
         (TypeError, r"\btarget\b.*int", {"target": 90}),
+        (TypeError, r"\bout_dir\b.*int", {"out_dir": 5}),
         (ValueError, r"\bformats\b.*'fp9'", {"formats": ["fp9"]}),
         (TypeError, r"\bformats\b.*'bf16'", {"formats": "bf16"}),
         (ValueError, r"\bformats\b.*indexer_mxfp4", {"formats": ["indexer_mxfp4"], "specs": [V4_HCA]}),

@@ -9,6 +9,9 @@ def main() -> None:
         from .cli import app
     except ImportError as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:  # importing torch takes seconds
+        print("kvfold: interrupted", file=sys.stderr)
+        sys.exit(130)
     app()
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
+import stat
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
     from .kernels.aot import Combination
 
 JSON, TABLE = "kernels.json", "kernels.txt"
+MOST_JSON = 1 << 26  # bytes; of all kernels of V4 it has half a megabyte
 MEASURED = "sm_90"  # where rows of the table were chosen by measurement, and so what they spill
 
 
@@ -57,11 +62,13 @@ def aot(
 
     Args:
         target: sm_80, sm_89, sm_90, sm_100, sm_103, sm_120, gfx942 or gfx950.
-        out_dir: the folder for the files, made if it is not there. Files of an earlier report for this target are replaced.
-            Written are a `.cubin` or `.hsaco` for each kernel, under its name, `kernels.json` (`AotReport.to_json`: of each
-            kernel its file with sha256 and size, constants, signature, options, resources; and versions) and `kernels.txt`,
-            the table. Names and numbers are stable. A cubin has in it, for profilers, the lines and the folder of kvfold's
-            sources: its sha256 is the same only for the same ones.
+        out_dir: the folder for the files, made if it is not there. Only files that an earlier call for this target wrote, and
+            that are still as it wrote them, are removed: its `kernels.json` has their names and hashes. Those that were
+            changed since are kept, and the report says so (`kept`). All files come when all is compiled. Written are a
+            `.cubin` or `.hsaco` for each kernel, under its name, `kernels.json` (`AotReport.to_json`: of each kernel its
+            file with sha256 and size, constants, signature, options, resources; and versions) and `kernels.txt`, the table.
+            Names and numbers are stable. A cubin has in it, for profilers, the lines and the folder of kvfold's sources:
+            its sha256 is the same only for the same ones.
         specs: the compressors.
         formats: names of record formats, or None for pooled rows without a cache, each for every spec that it is defined for.
         dtypes: of `kv_score`: bf16, fp32 or both.
@@ -75,10 +82,14 @@ def aot(
         others are written.
 
     Raises:
-        TypeError, ValueError: naming the argument, before anything is compiled or written.
+        TypeError, ValueError: naming the argument, before anything is compiled or written; also where a file would have to be
+            replaced that was not written by `aot`, or was changed since.
+        OSError: a file cannot be written. The folder is as it was then, but for what a full disk ends between two of its files.
         RuntimeError: kernels are interpreted, or a process that compiled was ended from outside, as for want of memory.
     """
     check_type("target", target, str)
+    if not isinstance(out_dir, (str, os.PathLike)):
+        raise TypeError(f"out_dir must be a path, got {type(out_dir).__name__}")
     specs, names = check_all("specs", specs, CompressorSpec), check_formats("formats", formats)
     dtypes = check_choices("dtypes", dtypes, FLOATS)
     for name, given in (("specs", specs), ("formats", names), ("dtypes", dtypes)):
@@ -95,24 +106,31 @@ def aot(
         raise ValueError(f"target must be one of {', '.join(kernels.TARGETS)}, got {target!r}")
     if INTERPRETED:
         raise RuntimeError("aot compiles for a GPU, but TRITON_INTERPRET is set and kernels are interpreted")
-    folder = Path(out_dir)
-    old = _earlier(folder, target)
+    folder = Path(os.path.realpath(out_dir))
+    old, kept = _earlier(folder, target)
     wanted = list(kernels.combinations(tuple(dict.fromkeys(specs)), tuple(dict.fromkeys(names)), tuple(dict.fromkeys(dtypes))))
+    _check_free(folder, [*(kernels.file_of(one, target) for one in wanted), TABLE], old)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (*old, JSON, TABLE):
-        (folder / name).unlink(missing_ok=True)
-    made: list[AotKernel] = []
-    failed: dict[str, str] = {}
-    for one, found in zip(wanted, _compile(wanted, target, folder, strict, workers), strict=True):
-        if isinstance(found, AotKernel):
-            made.append(found)
-        else:
-            failed[one.name] = found
-        if progress is not None:
-            progress(len(made) + len(failed), len(wanted), one.name)
-    report = AotReport(target, folder, kernels.versions(target), tuple(made), failed)
-    (folder / TABLE).write_text(report.table() + "\n")
-    (folder / JSON).write_text(json.dumps(report.to_json(), indent=1) + "\n")
+    beside = Path(tempfile.mkdtemp(prefix=".aot-", dir=folder))
+    try:
+        made: list[AotKernel] = []
+        failed: dict[str, str] = {}
+        for one, found in zip(wanted, _compile(wanted, target, beside, strict, workers), strict=True):
+            if isinstance(found, AotKernel):
+                made.append(found)
+            else:
+                failed[one.name] = found
+            if progress is not None:
+                progress(len(made) + len(failed), len(wanted), one.name)
+        report = AotReport(target, folder, kernels.versions(target), tuple(made), failed, tuple(kept))
+        (beside / TABLE).write_text(report.table() + "\n", encoding="utf-8")
+        (beside / JSON).write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
+        for name in old:
+            (folder / name).unlink(missing_ok=True)
+        for name in (*(kernel.file for kernel in made), TABLE, JSON):
+            os.replace(beside / name, folder / name)  # takes the place of a link, and follows none
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
     return report
 
 
@@ -148,19 +166,50 @@ def _allowed(one: Combination, target: str, strict: bool | None) -> int | None:
     return 0 if strict else None
 
 
-def _earlier(folder: Path, target: str) -> list[str]:
-    """The files of the report that is there."""
+def _earlier(folder: Path, target: str) -> tuple[list[str], list[str]]:
+    """Files that an earlier report says were written, and are as they were: all may be removed. And those that were changed."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out_dir must be a folder, got the file {folder}")
-    if not (folder / JSON).is_file():
-        return []
+    if not os.path.lexists(folder / JSON):
+        return [], []
+    foreign = f"out_dir must be a folder without other {JSON}, got {folder} with one that aot did not write"
+    about = (folder / JSON).lstat()
+    if not stat.S_ISREG(about.st_mode) or about.st_size > MOST_JSON:
+        raise ValueError(foreign)
     try:
         report = json.loads((folder / JSON).read_text())
-        was, files = report["target"], [kernel["file"] for kernel in report["kernels"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"out_dir must be a folder without other {JSON}, got {folder} with one that aot did not write"
-        ) from error
+        was, rows = report["target"], [*report["kernels"], report["table"]]
+        recorded = {row["file"]: row["sha256"] for row in rows}
+        if not all(isinstance(x, str) for x in (was, *recorded, *recorded.values())):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(foreign) from error
     if was != target:
         raise ValueError(f"out_dir must be another for each target, got {folder}, where the kernels of {was} are")
-    return [Path(name).name for name in files]
+    there = [name for name in recorded if _is_ours(name) and os.path.lexists(folder / name)]
+    same = [name for name in there if _digest(folder / name) == recorded[name]]
+    return same, [name for name in there if name not in same]
+
+
+def _is_ours(name: str) -> bool:
+    """Whether `aot` gives files such a name, which leads nowhere else."""
+    plain = os.path.basename(name) == name and "\\" not in name and "\0" not in name and not name.startswith(".")
+    return plain and (name == TABLE or name.endswith((".cubin", ".hsaco")))
+
+
+def _digest(path: Path) -> str | None:
+    """sha256 of a regular file; None of what is none, a link above all."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        return None
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            found.update(part)
+    return found.hexdigest()
+
+
+def _check_free(folder: Path, names: list[str], old: list[str]) -> None:
+    """Checks that nothing stands where a file is to come, but what may be removed."""
+    for name in names:
+        if name not in old and os.path.lexists(folder / name):
+            raise ValueError(f"out_dir must not have a {name} that aot did not write or that was changed since, got {folder}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -79,6 +80,7 @@ class AotReport:
         versions: of kvfold, torch, triton and, for NVIDIA, ptxas.
         kernels: compiled, in the order of the table.
         failed: by the name of a kernel that did not compile, why.
+        kept: files of an earlier report that were changed since, and so left alone.
     """
 
     target: str
@@ -86,6 +88,7 @@ class AotReport:
     versions: dict[str, str]
     kernels: tuple[AotKernel, ...]
     failed: dict[str, str]
+    kept: tuple[str, ...] = ()
 
     @property
     def spilling(self) -> tuple[AotKernel, ...]:
@@ -114,9 +117,12 @@ class AotReport:
                  f"{len(self.spilling)} of them more than they may"]  # fmt: skip
         lines += [f"{name} failed: {why}" for name, why in self.failed.items()]
         lines += [f"{k.name} spills {k.resources.spilled} bytes, {k.allowed} are allowed" for k in self.spilling]
+        lines += [f"{name} was changed since aot wrote it, and was kept" for name in self.kept]
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, object]:
         """Plain values; the same for the same kernels, so that two reports can be compared as text."""
-        about = {"target": self.target, "versions": self.versions, "passed": self.passed}
+        digest = hashlib.sha256((self.table() + "\n").encode()).hexdigest()
+        about = {"target": self.target, "versions": self.versions, "passed": self.passed,
+                 "table": {"file": "kernels.txt", "sha256": digest}}  # fmt: skip
         return about | {"kernels": [asdict(kernel) for kernel in self.kernels], "failed": self.failed}

@@ -9,6 +9,7 @@ try:
 
     from . import __version__
     from .commands import aot, bench, demo, explain, info, replay, verify
+    from .commands.failures import Commands
 except ImportError as error:
     if (error.name or "").partition(".")[0] not in ("typer", "rich"):
         raise
@@ -21,7 +22,7 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False)
 for command in (info.info, verify.verify, explain.explain, replay.replay, bench.bench, aot.aot, demo.demo):
     app.command()(command)
 

@@ -23,6 +23,10 @@ ROWS_PER_PAGE, PAGE_SIZE = 3, 8  # entries per page of the cache; positions per 
 UNTOUCHED = 0xA5  # what the cache holds before
 
 
+class Mismatch(Exception):
+    """Something is not what it must be; the text says what and where."""
+
+
 class Part(NamedTuple):
     """One sequence's part of a step: `new` tokens from position `start`, of which the engine then keeps `kept`."""
 

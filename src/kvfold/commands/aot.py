@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .explain import parse_spec
+from .failures import stop
 from .show import make_console, print_table
 
 
@@ -62,8 +63,7 @@ def aot(
         except (TypeError, ValueError) as error:
             raise typer.BadParameter(str(error)) from None
         except (ImportError, RuntimeError) as error:
-            console.print(str(error), style="red", soft_wrap=True, markup=False)
-            raise typer.Exit(2) from None
+            raise stop(str(error), "kvfold aot") from None
     print_table(console, f"Kernels for {report.target}", COLUMNS, [kernel.cells() for kernel in report.kernels])
     console.print(str(report), style=None if report.passed else "red", soft_wrap=True, highlight=False, markup=False)
     console.print(f"Files: {report.folder}", soft_wrap=True, highlight=False, markup=False)
@@ -77,4 +77,7 @@ def _specs(text: str) -> list:
         from ..kernels.aot import SPECS
 
         return list(SPECS)
-    return [parse_spec(text)]
+    try:
+        return [parse_spec(text)]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--spec: {error}") from None

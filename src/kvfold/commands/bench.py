@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from ..files import check_writable
+from .failures import stop
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -38,17 +40,16 @@ def bench(
 
     from .. import __version__
 
-    console = Console(stderr=True)
     if plot is not None and (what is not What.decode or out is None):
         raise typer.BadParameter("--plot is drawn from decode rows: it needs `bench decode --out FILE`")
     if plot is not None and util.find_spec("matplotlib") is None:
-        console.print("--plot needs matplotlib: pip install 'kvfold\\[demo]'", style="red", soft_wrap=True)
-        raise typer.Exit(2)
+        raise stop("--plot needs matplotlib: pip install 'kvfold[demo]'", "kvfold bench")
     if quick and what not in QUICK:
         raise typer.BadParameter(f"--quick is for {' and '.join(QUICK)}, got {what.value}")
     if not torch.cuda.is_available():
-        console.print("kvfold bench needs a GPU, and torch finds none", style="red")
-        raise typer.Exit(2)
+        raise stop("needs a GPU, and torch finds none", "kvfold bench")
+    for path in filter(None, (out, plot)):
+        check_writable(path)
     arguments = list(QUICK[what]) if quick else []
     if folder().parent == PACKAGE:  # installed: git would name the commit of whatever repository the user stands in
         arguments += ["--commit", f"kvfold {__version__}"]
@@ -73,4 +74,5 @@ def folder() -> Path:
 
 def run(script: str, *arguments: str) -> int:
     """Runs a script as a user would; its exit code."""
-    return subprocess.run([sys.executable, str(folder() / script), *arguments], check=False).returncode
+    command = [sys.executable, "-m", "kvfold.commands.script", str(folder() / script), *arguments]
+    return subprocess.run(command, check=False).returncode

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from ..files import check_writable, write_atomically
+from .failures import MOST_SEED, stop
 from .show import make_console
 
 
@@ -15,7 +17,7 @@ def demo(
     text: Annotated[Path | None, typer.Option(help="File to read as bytes; default: kvfold's DESIGN.md, or a module.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     drafts: Annotated[int, typer.Option(min=0, max=64, help="Proposed tokens per step in the draft run.")] = 4,
-    seed: Annotated[int, typer.Option(help="Of weights, chunk sizes and rejected drafts.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of weights, chunk sizes and rejected drafts.")] = 0,
     out: Annotated[Path, typer.Option(help="Directory for the picture.")] = Path("demo-out"),
     tokens: Annotated[int | None, typer.Option(hidden=True, min=64, help="Most bytes to read.")] = None,
     decode: Annotated[int | None, typer.Option(hidden=True, min=1, help="Of these, decoded one by one.")] = None,
@@ -27,8 +29,7 @@ def demo(
         from ..demo_plot import draw
         from ..demo_show import show
     except ImportError as error:
-        console.print(f"kvfold demo needs {error.name}: pip install 'kvfold\\[demo]'", style="red", soft_wrap=True)
-        raise typer.Exit(2) from None
+        raise stop(f"needs {error.name}: pip install 'kvfold[demo]'", "kvfold demo") from None
     import torch
 
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
@@ -38,7 +39,8 @@ def demo(
         ids, path = job.read_text(text, tokens or job.MOST_TOKENS)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    out.mkdir(parents=True, exist_ok=True)
+    picture = out / "kvfold-demo.png"
+    check_writable(picture)
     console.print(f"{ids.shape[1]} bytes of {path.name} through 2 HCA and 2 CSA layers, fp32 on {device}, seed {seed}")
     columns = (TextColumn("reading"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -48,8 +50,8 @@ def demo(
             advance=lambda done: progress.advance(task, done),
         )  # fmt: skip
     show(result, console)
-    picture = out / "kvfold-demo.png"
-    draw(result, picture)
+    with write_atomically(picture) as beside:
+        draw(result, beside)
     console.print(f"Picture: {picture}", soft_wrap=True)
     if result.problems:
         raise typer.Exit(1)

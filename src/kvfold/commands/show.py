@@ -15,7 +15,7 @@ FILE_WIDTH = 200  # of what is no terminal: no table is cut there
 
 def make_console() -> Console:
     """The console on stdout. A file or a pipe has no width of its own; rich would take 80 columns and cut the tables."""
-    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    known = sys.stdout is None or sys.stdout.isatty() or "COLUMNS" in os.environ
     return Console(width=None if known else FILE_WIDTH)
 
 

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
+import time
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ..files import check_writable, write_atomically
+from .failures import MOST_SEED, stop
+from .show import make_console
+
+if TYPE_CHECKING:
+    from ..verify import Case, Result
 
 
 def verify(
@@ -18,53 +29,139 @@ def verify(
     backend: Annotated[str | None, typer.Option(help="triton or torch; default: triton where it runs.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One pair of dtypes for each row of the kernels' table.")] = False,
     only: Annotated[str, typer.Option(help="Cases whose line has this in it.")] = "",
+    random: Annotated[
+        int | None, typer.Option(min=1, max=1 << 30, help="Instead, so many cases drawn from all that is supported.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=MOST_SEED, help="Of --random; default: 0.")] = None,
+    first: Annotated[
+        int | None, typer.Option(min=0, max=1 << 30, help="Of --random: the first case; with --random 1 that case alone.")
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, max=256, help="Of --random: processes; default: on a GPU the cores, 16 at most."),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--json", help="File for all results.")] = None,
 ) -> None:
     """Checks every configuration and record format against fp64, and every equivalence, on this machine."""
     import torch
 
     from .. import __version__
-    from ..verify import list_cases
-    from ..verify import verify as run
 
-    console = Console()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    console = make_console()
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         have = "cpu or cuda" if torch.cuda.is_available() else "cpu (no GPU here)"
         raise typer.BadParameter(f"--device must be {have}, got {device!r}")
     if backend is None:
         backend = "triton" if device == "cuda" or _interpreted() else "torch"
+    if random is None and (seed, first, workers) != (None, None, None):
+        raise typer.BadParameter("--seed, --first and --workers are for --random N")
+    if random is not None and (quick or only):
+        raise typer.BadParameter("--quick and --only are for verify without --random")
+    if out is not None:
+        check_writable(out)
+    where = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    about = {"device": where, "backend": _backend_name(backend, device), "torch": torch.__version__, "kvfold": __version__}
+    about |= {"triton": _triton()}
+    begin = time.perf_counter()
+    if random is not None:
+        workers = (None if device == "cuda" else 1) if workers is None else workers
+        found, failed = _run_random(console, about, random, seed or 0, device, backend, first or 0, workers)
+    else:
+        found, failed = _run_list(console, about, device, backend, quick, only)
+    if out is not None:
+        with write_atomically(out) as beside:
+            beside.write_text(json.dumps(about | {"seconds": round(time.perf_counter() - begin)} | found, indent=1) + "\n")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _run_list(
+    console: Console, about: dict[str, str], device: str, backend: str, quick: bool, only: str
+) -> tuple[dict[str, Any], int]:
+    """The list of cases; results as plain values, and how many failed."""
+    from ..verify import list_cases
+    from ..verify import verify as run
+
     try:
         cases = [case for case in list_cases(device, backend=backend, quick=quick) if only in f"{case.group}: {case.name}"]
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     if not cases:
         raise typer.BadParameter(f"--only must be in the line of some case, got {only!r}")
-    where = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    console.print(f"{len(cases)} cases on {where}, backend {backend}, torch {torch.__version__}, kvfold {__version__}")
+    _headline(console, f"{len(cases)} cases", about)
+    results = _show(console, cases, run(cases), about["backend"])
+    failed, skipped = sum(bool(r.problem) for r in results), Counter(r.skipped for r in results if r.skipped)
+    ran, seconds = len(results) - skipped.total(), sum(r.seconds for r in results)
+    left = [f"{count} skipped: {reason}" for reason, count in skipped.items()]
+    if not ran:
+        raise stop(f"nothing was run; {', '.join(left)}", "kvfold verify")
+    for line in left:
+        console.print(line, style="yellow", highlight=False, soft_wrap=True)
+    verdict = f"[bold red]{failed} of {ran} failed[/]" if failed else f"[green]all {ran} passed[/]"
+    console.print(f"{verdict} on backend {about['backend']} in {seconds:.0f} s", highlight=False)
+    rows = [asdict(result) | {"passed": result.passed} for result in results]
+    return {"failed": failed, "skipped": skipped.total(), "results": rows}, failed
+
+
+def _show(console: Console, cases: list[Case], found: Iterable[Result], backend: str) -> list[Result]:
+    """A line for each case that ran."""
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     results = []
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=len(cases))
-        for result in run(cases):
+        for result in found:
             results.append(result)
+            progress.update(task, advance=1, description=escape(result.name))
+            if result.skipped:
+                continue
             verdict = "[green]pass[/]" if result.passed else "[bold red]FAIL[/]"
-            line = f"{verdict} {escape(f'{result.group}: {result.name}')}  {result.figure}  {result.seconds:.1f} s"
+            line = f"{verdict} {escape(f'{result.group}: {result.name}, {backend}')}  {result.figure}  {result.seconds:.1f} s"
             progress.console.print(line, soft_wrap=True, highlight=False)
             if not result.passed:
                 progress.console.print(escape(f"     {result.problem}"), style="red", soft_wrap=True, highlight=False)
-            progress.update(task, advance=1, description=escape(result.name))
-    failed = sum(not result.passed for result in results)
-    if out is not None:
-        rows = [asdict(result) | {"passed": result.passed} for result in results]
-        about = {"device": where, "backend": backend, "torch": torch.__version__, "kvfold": __version__, "failed": failed}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(about | {"results": rows}, indent=1) + "\n")
-    seconds = sum(result.seconds for result in results)
-    console.print(f"[bold red]{failed} of {len(results)} failed[/]" if failed else f"[green]all {len(results)} passed[/]",
-                  f"in {seconds:.0f} s", highlight=False)  # fmt: skip
-    if failed:
-        raise typer.Exit(1)
+    return results
+
+
+def _run_random(
+    console: Console, about: dict[str, str], cases: int, seed: int, device: str, backend: str, first: int, workers: int | None
+) -> tuple[dict[str, Any], int]:
+    """Drawn cases; a summary, and how many failed. Of each that fails its program is printed."""
+    from ..verify_run import summary, verify_random
+
+    try:
+        found = verify_random(cases, seed, device=device, backend=backend, first=first, workers=workers)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    _headline(console, f"{cases} random cases of seed {seed}", about)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    outcomes = []
+    with Progress(*columns, console=console, transient=True) if console.is_terminal else nullcontext() as progress:
+        task = progress.add_task("", total=cases) if progress else None
+        for outcome in found:
+            outcomes.append(outcome)
+            if progress:
+                progress.advance(task)
+            if not outcome.passed:
+                console.print(f"[bold red]FAIL[/] case {outcome.index} of seed {seed}", highlight=False)
+                console.print(f"     {outcome.problem}", style="red", soft_wrap=True, highlight=False, markup=False)
+                console.print(outcome.program, soft_wrap=True, highlight=False, markup=False)
+    made = summary(outcomes, seed, cases)
+    failed, left = sum(not outcome.passed for outcome in outcomes), cases - len(outcomes)
+    verdict = f"[bold red]{failed} of {len(outcomes)} failed[/]" if failed else f"[green]all {len(outcomes)} passed[/]"
+    rest = f"; {left} were not run, as the device is lost" if left else ""
+    console.print(f"{verdict} on backend {about['backend']}{rest}", highlight=False, soft_wrap=True)
+    return made, failed
+
+
+def _headline(console: Console, what: str, about: dict[str, str]) -> None:
+    versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "triton", "kvfold"))
+    console.print(f"{what} on {about['device']}, backend {about['backend']}, {versions}", soft_wrap=True, highlight=False)
+
+
+def _backend_name(backend: str, device: str) -> str:
+    return "triton (interpreted)" if backend == "triton" and device == "cpu" else backend
 
 
 def _interpreted() -> bool:
@@ -73,3 +170,11 @@ def _interpreted() -> bool:
     except ImportError:  # no triton: the torch backend needs none
         return False
     return bool(INTERPRETED)
+
+
+def _triton() -> str:
+    try:
+        import triton
+    except ImportError:
+        return "none"
+    return str(triton.__version__)

@@ -202,11 +202,17 @@ def compile_one(combination: Combination, target: str) -> CompiledKernel:
     return combination.variant(pdl=AVAILABLE and gpu.backend == "cuda" and gpu.arch >= 90).compile(gpu)
 
 
+def file_of(combination: Combination, target: str) -> str:
+    """The name of its binary."""
+    end = "cubin" if TARGETS[target].backend == "cuda" else "hsaco"
+    return f"{combination.name.replace(' ', '-')}.{end}"
+
+
 def build(combination: Combination, target: str, folder: Path, allowed: int | None) -> AotKernel:
     """Compiles, writes the binary under the kernel's name into `folder`, and says all about it."""
     gpu, compiled = TARGETS[target], compile_one(combination, target)
-    end = "cubin" if gpu.backend == "cuda" else "hsaco"
-    binary, path = compiled.asm[end], folder / f"{combination.name.replace(' ', '-')}.{end}"
+    path = folder / file_of(combination, target)
+    binary = compiled.asm[path.suffix[1:]]
     path.write_bytes(binary)
     variant = combination.variant()
     names = KERNELS[variant.kernel].arg_names

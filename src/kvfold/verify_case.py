@@ -1,0 +1,188 @@
+"""What the programs of `verify --random` are made of beside kvfold's own calls: their inputs, and the judgements on results."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .backend_torch import finish
+from .contract import pooled_bound
+from .debug import EPILOGUE, exact_rows
+from .debug_compare import Difference, bytes_of, explained, off, put_bytes
+from .pack import bf16_bits
+from .records import FORMATS, EntryCache
+from .spec import CompressorSpec
+from .state import FoldState
+from .verify_engine import UNTOUCHED, Mismatch
+from .window_state import WindowState
+
+UNWRITTEN = 7.0  # what `rows` holds before a call; no pooled row is the same in all channels
+Pages = list[list[int]]
+
+
+def make_tokens(
+    spec: CompressorSpec, lengths: list[int], values: str, draw: torch.Generator, dtype: torch.dtype, device: str
+) -> list[Tensor]:
+    """kv_score rows `[n, 2 * channels]` of each sequence.
+
+    values: "normal"; "peaked", scores of which one outweighs the rest; "tied", all scores 0; "masked", many scores -inf, but
+    not all of a window; "hidden", more of them, and so entries that are NaN; "zeros", masked too, and half of all channels
+    only 0 and -0, mostly -0.
+    """
+    found = []
+    for n in lengths:
+        k, s = torch.randn(n, 2 * spec.channels, generator=draw).split(spec.channels, dim=1)
+        mask = torch.rand(s.shape, generator=draw) < {"masked": 0.5, "zeros": 0.4, "hidden": 0.7}.get(values, 0)
+        if values != "hidden":
+            mask[:: spec.ratio] = False
+        s = torch.zeros_like(s) if values == "tied" else 8 * s if values == "peaked" else s
+        if values == "zeros":
+            zeros = torch.where(torch.rand(k.shape, generator=draw) < 0.9, -0.0, 0.0)
+            k = torch.where(torch.rand(spec.channels, generator=draw) < 0.5, zeros, k)
+        found.append(torch.cat((k, s.masked_fill(mask, -torch.inf)), dim=1).to(device, dtype))
+    return found
+
+
+def make_weights(
+    spec: CompressorSpec, length: int, values: str, draw: torch.Generator, norm_dtype: torch.dtype, device: str
+) -> dict[str, CompressorSpec | Tensor | None]:
+    """spec, ape, norm_weight and rope, as `compress` takes them; `length`: tokens of the longest sequence."""
+    ape = torch.randn(spec.ratio, spec.channels, generator=draw) * (values != "tied")
+    norm_weight = (1 + 0.2 * torch.randn(spec.head_dim, generator=draw)).to(device, norm_dtype)
+    rope = reference.rope_table(length + 1, spec.rope_dim).to(device) if spec.rope_dim else None
+    return {"spec": spec, "ape": ape.to(device) if spec.has_ape else None, "norm_weight": norm_weight, "rope": rope}
+
+
+def make_state(spec: CompressorSpec, slots: int, max_new_tokens: int, dtype: torch.dtype, device: str) -> FoldState:
+    """A `FoldState` whose rows are NaN."""
+    state = FoldState.allocate(spec, slots, max_new_tokens, dtype=dtype, device=device)
+    state.rows.fill_(torch.nan)
+    return state
+
+
+def make_pools(
+    spec: CompressorSpec, pages: int, page_size: int, dtype: torch.dtype, device: str, *, joined: bool = False
+) -> WindowState:
+    """A `WindowState` of NaN. joined: both pools are columns of one tensor."""
+    if not joined:
+        return WindowState(*torch.full((2, pages, page_size, spec.channels), torch.nan, dtype=dtype, device=device).unbind(0))
+    pool = torch.full((pages, page_size, 2 * spec.channels), torch.nan, dtype=dtype, device=device)
+    return WindowState(pool[..., : spec.channels], pool[..., spec.channels :])
+
+
+def make_cache(
+    fmt: str, spec: CompressorSpec, pages: int, rows_per_page: int, device: str, *, scale: float = 1.0, gap: int = 0
+) -> EntryCache:
+    """A cache of bytes `UNTOUCHED`, `gap` more of them behind each page."""
+    known = FORMATS[fmt]
+    sizes = known.page_bytes(spec, rows_per_page), rows_per_page * known.tail_bytes(spec)
+    wide = [torch.full((pages, size + gap), UNTOUCHED, dtype=torch.uint8, device=device)[:, :size] for size in sizes]
+    return EntryCache(wide[0], known, rows_per_page, spec, scales=wide[1] if known.separate else None, scale=scale)
+
+
+def slots_of(pages: list[int], rows_per_page: int, windows: range) -> list[int]:
+    """The cache slot of each window of a sequence, -1 where it has no page."""
+    found = [(pages[w // rows_per_page], w % rows_per_page) for w in windows]
+    return [-1 if page < 0 else page * rows_per_page + row for page, row in found]
+
+
+def close_to_fp64(
+    rows: list[Tensor], tokens: list[Tensor], spec: CompressorSpec, ape: Tensor | None, state: FoldState | WindowState
+) -> None:
+    """Raises Mismatch unless the pooled rows `[windows, head_dim]` of each sequence are within the bound of the exact ones."""
+    for b, (got, text) in enumerate(zip(rows, tokens, strict=True)):
+        want = exact_rows(text, spec, ape, state)
+        _blame(off(got, want, pooled_bound(spec.window_rows)), "pooled row", b, got, want, "fp64")
+
+
+def same_rows(rows: list[Tensor], whole: list[Tensor], slots: list[list[int]] | None) -> None:
+    """Raises Mismatch unless the pooled rows have the bits of `whole`, rounded to their dtype; a NaN is as good as another.
+
+    slots: of each window, -1 where its row must have been left alone; None for no such.
+    """
+    for b, (got, want) in enumerate(zip(rows, whole, strict=True)):
+        if got.dtype == torch.bfloat16:
+            want = bf16_bits(want).view(torch.bfloat16)
+        if slots is not None:
+            there = torch.tensor(slots[b], dtype=torch.int64, device=got.device)[:, None] >= 0
+            want = torch.where(there, want, torch.full_like(want, UNWRITTEN))
+        bits = torch.int16 if got.dtype == torch.bfloat16 else torch.int32
+        wrong = (got.view(bits) != want.view(bits)) & ~(got.isnan() & want.isnan())
+        _blame(wrong, "pooled row", b, got, want, "one prefill", "bits")
+
+
+def records(cache: EntryCache, slots: list[list[int]]) -> list[Tensor]:
+    """uint8 `[windows, record bytes]` of each sequence; of a window without a slot those of slot 0."""
+    return [bytes_of(cache, _ids(some, cache).clamp(min=0)) for some in slots]
+
+
+def same_records(cache: EntryCache, slots: list[list[int]], whole: list[Tensor], against: str = "one prefill") -> None:
+    """Raises Mismatch unless the records have the bytes of `whole`; a window without a slot has none."""
+    for b, (got, want) in enumerate(zip(records(cache, slots), whole, strict=True)):
+        wrong = (got != want) & (_ids(slots[b], cache) >= 0)[:, None]
+        if cache.format.element == "fp32":  # a NaN there has whatever bits it had
+            nan = got.view(torch.float32).isnan() & want.view(torch.float32).isnan()
+            wrong &= ~nan.repeat_interleave(4, dim=1)
+        _blame(wrong, "record bytes", b, got, want, against)
+
+
+def untouched(cache: EntryCache, slots: list[list[int]]) -> None:
+    """Raises Mismatch if a byte was written that is of no record of these slots; bytes between pages are looked at too."""
+    ids = torch.tensor(sorted({slot for some in slots for slot in some if slot >= 0}), dtype=torch.int64, device=cache.device)
+    gap = cache.storage.untyped_storage().nbytes() // cache.num_pages - cache.page_bytes
+    blank = make_cache(cache.format.name, cache.spec, cache.num_pages, cache.rows_per_page, str(cache.device), gap=gap)
+    put_bytes(blank, ids, bytes_of(cache, ids))
+    for name, got, want in (("page", cache.storage, blank.storage), ("scale page", cache.scales, blank.scales)):
+        if got is not None and want is not None:
+            a, b = (x.as_strided((x.untyped_storage().nbytes(),), (1,), 0) for x in (got, want))
+            if not torch.equal(a, b):
+                at = int((a != b).nonzero()[0])
+                page, byte = divmod(at, len(a) // cache.num_pages)
+                raise Mismatch(f"{name} {page}, byte {byte}: outside of all records, yet written")
+
+
+def untouched_slots(state: FoldState, slots: list[int]) -> None:
+    """Raises Mismatch if anything was written to a slot of no sequence."""
+    others = [slot for slot in range(state.num_slots) if slot not in slots]
+    if not bool(state.rows[others].isnan().all()) or bool((state.positions[others] != -1).any()):
+        raise Mismatch(f"state slots {others}: of no sequence, yet written")
+
+
+def untouched_pages(state: WindowState, kv: Pages, score: Pages) -> None:
+    """Raises Mismatch if anything was written to a page of no sequence."""
+    for name, pool, pages in (("kv", state.kv, kv), ("score", state.score, score)):
+        known = {page for some in pages for page in some}
+        others = [page for page in range(len(pool)) if page not in known]
+        if not bool(pool[others].isnan().all()):
+            raise Mismatch(f"pages {others} of state.{name}: of no sequence, yet written")
+
+
+def packed(cache: EntryCache, slots: list[list[int]], rows: list[Tensor], norm_weight: Tensor, rope: Tensor | None) -> None:
+    """Raises Mismatch unless the records are what the torch packer makes of pooled rows, but for roundings of the norm."""
+    for b, some in enumerate(slots):
+        if not some:
+            continue
+        pooled = rows[b].bfloat16().float() if cache.format.round_rows else rows[b]
+        position = torch.arange(len(some), device=pooled.device) * cache.spec.ratio
+        y = finish(pooled, cache.spec, norm_weight, rope, position)
+        at = _ids(some, cache)
+        fine = explained(cache, bytes_of(cache, at), y, EPILOGUE * y.norm(dim=1, keepdim=True))
+        if not bool(fine.all()):
+            fine |= explained(cache, bytes_of(cache, at), y, torch.zeros_like(y[:, :1]))  # no slack of NaN
+        if cache.format.element == "fp32":
+            fine |= y.isnan() & cache.read(at).isnan()
+        _blame(~fine, "record bytes", b, cache.read(at), y, "the packer")
+
+
+def _ids(slots: list[int], cache: EntryCache) -> Tensor:
+    return torch.tensor(slots, dtype=torch.int64, device=cache.device)
+
+
+def _blame(wrong: Tensor, stage: str, sequence: int, got: Tensor, want: Tensor, against: str, where: str = "") -> None:
+    """Raises for the first place that is wrong."""
+    if bool(wrong.any()):
+        window, place = wrong.nonzero()[0].tolist()
+        channel, at = (None, f"byte {place}") if got.dtype == torch.uint8 else (place, where)
+        values = (x[window, place].item() for x in (got, want))
+        raise Mismatch(str(Difference(sequence, window, stage, channel, *values, against, at)))

@@ -1,0 +1,194 @@
+"""`verify --random`: runs drawn cases, in one process or several, and counts what they were."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from multiprocessing import get_context
+
+import torch
+
+from .checks import check_int
+from .compress import choose_backend
+from .selection import check_workers
+from .verify_engine import Mismatch
+from .verify_program import Place, program
+from .verify_random import BUDGETS, CASES_PER_SHAPE, RATIOS, RandomCase, draw_case
+
+MOST_CASES = 1 << 30
+LOST = ("CUDA error", "HIP error")  # after which no call of the process works
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a case. `problem` is "" when it passed; `program` then too, and otherwise runs as it is and fails likewise.
+
+    Attributes:
+        labels: what the case was, by the names that a summary counts under.
+    """
+
+    index: int
+    labels: dict[str, str]
+    seconds: float
+    problem: str = ""
+    program: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return not self.problem
+
+    @property
+    def lost(self) -> bool:
+        """Whether nothing more can be run on the device by this process."""
+        return any(words in self.problem for words in LOST)
+
+
+def verify_random(
+    cases: int,
+    seed: int = 0,
+    *,
+    device: str = "cpu",
+    backend: str | None = None,
+    first: int = 0,
+    workers: int | None = 0,
+) -> Iterator[Outcome]:
+    """Draws cases from all that is supported and runs them: against fp64, and to the bit across cuts.
+
+    Args:
+        cases: how many. seed: of all of them; case i of a seed is the same in every run of a kvfold on such a backend.
+        device: "cpu", "cuda" or "cuda:N". backend: as for `compress`.
+        first: the index of the first one.
+        workers: processes that run cases at once, from 1 to 256, as on a GPU compiling takes most of the time; None for one for
+            each core, 16 at most. They are spawned: a script calls this under `if __name__ == "__main__"`. 0: this process does
+            it, which a fault in a kernel may then end.
+
+    Yields:
+        An `Outcome` for each case, in order. After an error of which the device does not recover none follow.
+
+    Raises:
+        TypeError, ValueError: naming the argument, before anything is run.
+    """
+    check_int("cases", cases, 1, MOST_CASES)
+    check_int("seed", seed, -(1 << 63), (1 << 63) - 1)
+    check_int("first", first, 0, MOST_CASES)
+    if workers != 0 or isinstance(workers, bool):
+        workers = check_workers(workers)
+    place = Place(device, choose_backend(backend, "device", torch.empty(0, device=device)))
+    return _run(range(first, first + cases), seed, place, workers)
+
+
+def _run(indices: range, seed: int, place: Place, workers: int) -> Iterator[Outcome]:
+    groups = [list(group) for _, group in groupby(indices, lambda i: i // CASES_PER_SHAPE)]
+    found = _run_here(groups, seed, place) if workers == 0 else _run_apart(groups, seed, place, workers)
+    for outcome in found:
+        yield outcome
+        if outcome.lost:
+            return
+
+
+def _run_here(groups: list[list[int]], seed: int, place: Place) -> Iterator[Outcome]:
+    for group in groups:
+        for index in group:
+            yield run_case(draw_case(seed, index, BUDGETS[_budget(place)]), place)
+
+
+def _run_apart(groups: list[list[int]], seed: int, place: Place, workers: int) -> Iterator[Outcome]:
+    """In processes. One that a fault ends takes all with it: its case is found by itself, and the others are begun anew."""
+    attempt, done = partial(_run_group, seed, place), 0
+    while done < len(groups):
+        try:
+            with _pool(workers) as pool:
+                for group in pool.map(attempt, groups[done:]):
+                    done += 1
+                    yield from group
+        except BrokenProcessPool:
+            yield from _run_one_by_one(attempt, groups[done], seed, place)
+            done += 1
+
+
+def _run_one_by_one(
+    attempt: Callable[[list[int]], list[Outcome]], indices: list[int], seed: int, place: Place
+) -> Iterator[Outcome]:
+    """Cases some of which end their process."""
+    left = list(indices)
+    while left:
+        try:
+            with _pool(1) as pool:
+                for (outcome,) in pool.map(attempt, [[index] for index in left]):
+                    left.pop(0)
+                    yield outcome
+        except BrokenProcessPool:
+            case = draw_case(seed, left.pop(0), BUDGETS[_budget(place)])
+            yield Outcome(case.index, labels(case), 0.0, "a fault ended the process", program(case, place))
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    # Forked, they would have the locks of a caller's threads, and its CUDA.
+    pool = ProcessPoolExecutor(workers, get_context("spawn"))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _run_group(seed: int, place: Place, indices: list[int]) -> list[Outcome]:
+    """Cases of one shape, which have their kernels in common, in a process for that."""
+    torch.set_num_threads(1)
+    return list(_run_here([indices], seed, place))
+
+
+def _budget(place: Place) -> str:
+    """Kernels on a CPU are interpreted."""
+    return place.backend if place.backend == "torch" or torch.device(place.device).type != "cpu" else "interpreted"
+
+
+def run_case(case: RandomCase, place: Place) -> Outcome:
+    """Runs a case's program."""
+    text, begin, problem = program(case, place), time.perf_counter(), ""
+    try:
+        exec(compile(text, f"case {case.index} of seed {case.seed}", "exec"), {"__name__": "kvfold_case"})
+    except (Mismatch, AssertionError) as error:
+        problem = str(error)
+    except Exception as error:  # whatever a call raises where it should not is what is looked for
+        problem = f"{type(error).__name__}: {error}"
+    return Outcome(case.index, labels(case), time.perf_counter() - begin, problem, text if problem else "")
+
+
+def labels(case: RandomCase) -> dict[str, str]:
+    """What a summary counts."""
+    s = case.shape
+    low, high = next((low, high) for _, low, high in RATIOS if low <= s.spec.ratio <= high)
+    fields = {"overlap": s.spec.overlap, "ape": s.spec.has_ape, "RoPE": s.spec.rope_dim, "Hadamard": s.spec.hadamard}
+    return {
+        "state": f"{s.state} {s.state_dtype}",
+        "format": s.fmt or "none",
+        "ratio": f"{low} to {high}",
+        "head_dim": str(s.spec.head_dim),
+        "spec": ", ".join(name for name, on in fields.items() if on) or "plain",
+        "kv_score": s.kv_dtype,
+        "norm_weight": s.norm_dtype,
+        "rows": s.rows or "none",
+        "entries by": s.addressing,
+        "values": case.values,
+        "history": case.history,
+    }
+
+
+def summary(outcomes: list[Outcome], seed: int, asked: int) -> dict[str, object]:
+    """Plain values for a report: how many failed, with their programs, and how often each thing occurred."""
+    counts = {}
+    for name in outcomes[0].labels if outcomes else ():
+        counts[name] = dict(sorted(Counter(outcome.labels[name] for outcome in outcomes).items()))
+    failed = [
+        {"case": o.index, "problem": o.problem, "labels": o.labels, "program": o.program} for o in outcomes if not o.passed
+    ]
+    return {"seed": seed, "cases": len(outcomes), "not run": asked - len(outcomes), "failed": len(failed),
+            "counts": counts, "failures": failed}  # fmt: skip
