@@ -109,13 +109,13 @@ def main() -> int:
     parser.add_argument("base", type=Path, help="the other checkout")
     parser.add_argument("--base-commit", default="unknown")
     parser.add_argument("--limit", type=float, default=2.0, help="percent (default: %(default)s)")
-    parser.add_argument("--only", default="", help="rows whose name has this in it")
+    parser.add_argument("--only", default="", help="rows whose name has one of these, separated by commas, in it")
     args: argparse.Namespace = parser.parse_args()
     where = protocol.environment(args.commit) | {"base_commit": args.base_commit}
     trees = Tree(args.base.resolve()), Tree(HERE.parent)
     both = set(trees[0].names()) & set(trees[1].names())
     slower = 0
-    for name in (one for one in trees[1].names() if one in both and args.only in one):
+    for name in (one for one in trees[1].names() if one in both and any(part in one for part in args.only.split(","))):
         base, us = compare(trees, name, args.limit)
         ratio = us / base
         slower += ratio > 1 + args.limit / 100
