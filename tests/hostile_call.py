@@ -1,0 +1,365 @@
+"""Makes one hostile call and says how it ended; anything but a result, a count or an error by name is a fault."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from helpers import Backend
+from hostile_cases import Case, Spoil, draw
+from hostile_order import BEFORE, INSIDE
+from hostile_tensors import TENSORS, plain
+from hostile_values import OBJECTS, TWINS, VALUES, rewrite
+from hostile_world import HostileWorld, has_memory, tensors_of
+from torch import Tensor
+
+import kvfold
+from kvfold import StepPlan
+from kvfold.spec import CompressorSpec
+
+SLOW = 2.0  # seconds of a call, of this thread's time
+PACKAGE = os.path.dirname(os.path.abspath(kvfold.__file__)) + os.sep
+ATTEMPTS = 50
+
+
+class Outcome(NamedTuple):
+    """`word`: ok, counted, refused; or a fault, of which `text` says more."""
+
+    case: Case
+    word: str
+    text: str = ""
+
+    @property
+    def fault(self) -> bool:
+        return self.word not in ("ok", "counted", "refused")
+
+
+class Inapplicable(Exception):
+    """A spoil that its target cannot have, such as int32 as a quantized tensor."""
+
+
+@lru_cache(maxsize=None)
+def world_of(function: str, kind: str, backend: Backend) -> HostileWorld:
+    return HostileWorld(function, kind, backend)
+
+
+def call(seed: int, index: int, backend: Backend, begun: Callable[[Case], None] = lambda case: None) -> Outcome:
+    """Call number `index` of the run with this seed; `begun` is told the case before it is made."""
+    for attempt in range(ATTEMPTS):
+        case = draw(lambda *key: world_of(*key, backend), random.Random(f"{seed} {index} {attempt}"))
+        begun(case)
+        try:
+            return run(case, backend)
+        except Inapplicable:
+            continue
+    raise AssertionError(f"nothing applicable was drawn for call {index} of seed {seed}")
+
+
+def run(case: Case, backend: Backend) -> Outcome:
+    """One case. Where other tensors of the same values were given, the results are those of the good ones."""
+    world = world_of(case.function, case.kind, backend)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found, results = _attempt(case, world, clean=False)
+        hows = {spoil.how for spoil in case.spoils}
+        if found.fault or found.word == "refused" or hows == {"contents"} or undefined(results):
+            return found
+        if hows == {"contents", "memory of"}:  # the contents of both would differ
+            return found
+        want, expected = _attempt(case, world, clean=True)
+    if want.fault or want.word != found.word:
+        return Outcome(case, "wrong result", f"{found.word}; with plain tensors of the same values {want.word}: {want.text}")
+    for name, value in expected.items():
+        if name != "duplicates" and not _same(results.get(name), value):
+            return Outcome(case, "wrong result", f"{name} is not what plain tensors of the same values give")
+    return found
+
+
+def _attempt(case: Case, world: HostileWorld, clean: bool) -> tuple[Outcome, dict[str, Any]]:
+    world.reset()
+    made = _Call(case, world, clean)
+    try:
+        made.prepare()
+    except Inapplicable:
+        raise
+    except Exception as error:
+        return Outcome(case, f"fault before: {type(error).__name__}", _last_line(error)), {}
+    start = time.thread_time()
+    try:
+        made.run()
+    except Inapplicable:
+        raise
+    except Exception as error:
+        found = judge(case, error)
+        if not found.fault and world.changed():
+            found = Outcome(case, "written before an error", found.text)
+        return found, {}
+    taken = time.thread_time() - start
+    if taken > SLOW and world.backend.device.type == "cpu" and not world.backend.slow:
+        return Outcome(case, "slow", f"{taken:.1f} s"), {}
+    stray = world.stray(made.written())
+    if stray:
+        return Outcome(case, "bytes outside", f"{len(stray)} bytes, the first at {stray[0]} of the arena"), {}
+    try:
+        results = made.results()
+    except Exception as error:
+        return Outcome(case, "accepted and unreadable", f"{type(error).__name__}: {_last_line(error)}"), {}
+    return Outcome(case, "counted" if made.errors() else "ok"), results
+
+
+class _Call:
+    """A case over a world. clean: every tensor that a spoil makes is replaced by a plain one of the same values."""
+
+    def __init__(self, case: Case, world: HostileWorld, clean: bool) -> None:
+        self.case, self.world, self.clean = case, world, clean
+        self.given: dict[str, Any] = {}
+        self.result: Any = None
+
+    def prepare(self) -> None:
+        """The calls before, and the leaves."""
+        world = self.world
+        if self.case.before:
+            self.given = world.make(world.function.arguments)
+            for name in self.case.before:
+                BEFORE[name](world, self.given)
+        for spoil in self.case.spoils:
+            if spoil.when == "made" and spoil.how != "inside":
+                world.leaves[spoil.target] = self._spoiled(spoil, world.leaves.get(spoil.target), world.leaves)
+        world.mark()
+
+    def run(self) -> None:
+        inside = next((spoil for spoil in self.case.spoils if spoil.how == "inside"), None)
+        if inside is None or self.clean:
+            self._make_and_call()
+            return
+        value = self.world.leaves.get(inside.target)
+        if not isinstance(value, Tensor) or (inside.what in ("grad", "jvp") and not value.is_floating_point()):
+            raise Inapplicable
+
+        def call(one: Tensor) -> None:
+            self.world.leaves[inside.target] = one
+            self._make_and_call()
+
+        INSIDE[inside.what](call, value)
+
+    def _make_and_call(self) -> None:
+        world, names = self.world, self.world.function.arguments
+        changed = [spoil.target for spoil in self.case.spoils if spoil.when == "made" or spoil.how == "inside"]
+        stale = [n for n in names if not self.case.before or any(t == n or t.startswith(n + ".") for t in changed)]
+        self.given |= world.make(stale)
+        plan = self.given.get("plan")
+        if type(plan) is StepPlan:  # what it made for itself is not in the arena
+            world.aside += [(x, x) for x in vars(plan).values() if has_memory(x)]
+        for spoil in self.case.spoils:
+            if spoil.how == "inside" or spoil.when == "made":
+                continue
+            holder, key = self._place(spoil)
+            old = holder[key] if isinstance(holder, dict) else getattr(holder, key, None)
+            new = self._spoiled(spoil, old, self.given)
+            if key == world.function.own and type(new) is not type(old):
+                raise Inapplicable  # the method of another class, if there is one
+            if isinstance(holder, dict):
+                holder[key] = new
+            else:
+                setattr(holder, key, new)
+        world.mark()
+        self.result = world.function.call(self.given)
+
+    def _place(self, spoil: Spoil) -> tuple[Any, str]:
+        if spoil.when == "given":
+            return self.given, spoil.target
+        name, _, attribute = spoil.target.rpartition(".")
+        holder = self.given[name]
+        if not isinstance(getattr(holder, attribute, None), Tensor):
+            raise Inapplicable
+        return holder, attribute
+
+    def _spoiled(self, spoil: Spoil, old: Any, others: dict[str, Any]) -> Any:
+        """What takes the place of `old`; tensors of its `contents` are written in place."""
+        how, what = spoil.how, spoil.what
+        if how == "value":
+            return VALUES[what]
+        if how == "object":
+            return OBJECTS[what]()
+        if how == "argument":
+            return others.get(what)
+        if how == "twin":
+            return TWINS[what](old)
+        if type(old) is not Tensor or not has_memory(old):
+            raise Inapplicable
+        try:
+            if how == "contents":
+                if old.device.type == "meta" or not old.is_contiguous():
+                    raise Inapplicable
+                rewrite(old.detach(), what, spoil.seed)
+                return old
+            new = self._in_memory_of(old, self.world.leaves.get(what), spoil) if how == "memory of" else self._transformed(old, what)
+        except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError, AttributeError):
+            raise Inapplicable from None
+        return plain(new) if self.clean else new
+
+    def _transformed(self, old: Tensor, what: str) -> Any:
+        new = TENSORS[what](self.world, old)
+        if new is old:
+            raise Inapplicable
+        return new
+
+    def _in_memory_of(self, old: Tensor, other: Any, spoil: Spoil) -> Tensor:
+        """A tensor like `old` that begins in `other`; half of them with its contents written there."""
+        world, size = self.world, old.element_size()
+        if not isinstance(other, Tensor) or other.untyped_storage().data_ptr() != world.arena.untyped_storage().data_ptr():
+            raise Inapplicable
+        start = other.storage_offset() * other.element_size()
+        start += spoil.seed % 4 * 16 if other.nbytes > 64 else 0
+        if start % size or start + old.nbytes > len(world.arena):
+            raise Inapplicable
+        values = old.detach().clone()
+        new = world.arena[start : start + old.nbytes].view(old.dtype).view(old.shape)
+        return new.copy_(values) if spoil.seed % 2 else new
+
+    # After the call
+
+    def written(self) -> list[Tensor]:
+        names = self.world.function.written
+        found = [tensor for name in names for tensor in tensors_of(name, self.given.get(name)).values()]
+        plan = self.given.get("plan")
+        return found + list(tensors_of("plan", plan).values() if type(plan) is StepPlan else ())
+
+    def results(self) -> dict[str, Any]:
+        """Bits of all that the call writes or returns."""
+        found: dict[str, Any] = {"result": self.result}
+        if isinstance(self.result, dict):
+            found = dict(self.result)
+        names = (*self.world.function.written, "plan")
+        for name in names:
+            found |= tensors_of(name, self.given.get(name))
+        plan = self.given.get("plan")
+        if type(plan) is StepPlan and has_memory(plan.num_items):
+            found["plan.items"] = found["plan.items"][: int(plan.num_items)]
+            for name in ("entry_slots", "entry_items"):
+                found.pop(f"plan.{name}", None)
+            found["duplicates"] = _duplicates(plan)
+        if self.world.function.world == "restore":
+            found["duplicates"] = _twice(self.given["slots"])
+        return {name: plain(value) for name, value in found.items()}
+
+    def errors(self) -> int:
+        holder = self.given.get("errors", getattr(self.given.get("plan"), "errors", 0))
+        return int(holder) if has_memory(holder) and holder.numel() == 1 else 0
+
+
+def undefined(results: dict[str, Any]) -> bool:
+    """Two sequences in one slot, two entries in one cache slot, two pages of a step in one snapshot: documented as undefined."""
+    return bool(results.get("duplicates"))
+
+
+def _twice(tensor: Any) -> bool:
+    if not isinstance(tensor, Tensor) or not _readable(tensor) or tensor.numel() < 2 or tensor.is_complex():
+        return False
+    known = tensor[tensor >= 0].tolist()
+    return len(set(known)) < len(known)
+
+
+def _duplicates(plan: StepPlan) -> bool:
+    tables = (plan.state_slots, plan.entry_slots, plan.snapshot_table, plan.cache_block_table, *(plan.block_tables or ()))
+    return any(_twice(x) for x in tables)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        if not (_readable(a) and _readable(b)):  # what was not looked at, as the call succeeded with it
+            return True
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return False
+        return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+    return isinstance(a, Tensor) == isinstance(b, Tensor) and (isinstance(a, Tensor) or a == b)
+
+
+def _readable(x: Tensor) -> bool:
+    return has_memory(x) and x.numel() <= 1 << 24
+
+
+# What an error says
+
+# Arguments that state one fact together: where they disagree, the error may name any of them.
+RELATED: dict[str, tuple[str, ...]] = {
+    "start_pos": ("cu_seqlens", "state_slots", "block_tables", "cache_block_table", "snapshot_table", "pages", "slots"),
+    "cu_seqlens": ("start_pos",),
+    "state_slots": ("block_tables", "state"),
+    "block_tables": ("state_slots", "page_size", "snapshot_table", "state"),
+    "page_size": ("state", "snapshots", "plan", "block_tables", "snapshot_table", "rows", "positions", "snapshot_page_size"),
+    "snapshot_page_size": ("snapshots", "snapshot_table"),
+    "snapshot_table": ("snapshot_page_size", "snapshots"),
+    "entry_slots": ("cache_block_table", "rows", "cache"),
+    "cache_block_table": ("entry_slots", "rows_per_page", "cache"),
+    "rows_per_page": ("cache", "plan", "storage", "scales"),
+    "ratio": ("spec", "rows", "max_new_tokens"),
+    "max_new_tokens": ("rows", "positions", "max_tokens", "ratio"),
+    "max_tokens": ("rows", "max_new_tokens"),
+    "rows": ("positions", "kv_score", "snapshots"),
+    "positions": ("rows",),
+    "kv": ("score", "plan", "page_size"),
+    "score": ("kv",),
+    "storage": ("scales",),
+    "scales": ("storage", "fmt"),
+    "fmt": ("storage", "scales", "format", "head_dim", "rope_dim", "scale"),
+    "kv_score": ("state", "rows"),
+    "state": ("plan", "kv_score", "snapshots", "spec"),
+    "cache": ("plan", "entry_slots"),
+    "snapshots": ("plan", "state"),
+    "slots": ("pages", "start_pos"),
+    "backend": ("kv_score", "rows", "state"),
+}  # fmt: skip
+ANY = ("spec",)  # which everything else is made for
+
+
+def names_for(case: Case, spoil: Spoil) -> set[str]:
+    """What an error may call the argument."""
+    world_names = [name for name in FUNCTION_WORDS(case)]
+    parts = [part for part in spoil.target.split(".") if not part.isdigit()]
+    found = {*parts, "things"} if case.function == "mark_static" else set(parts)
+    for part in parts:
+        found |= set(RELATED.get(part, ()))
+    if parts[-1] in ANY:
+        found |= set(world_names)
+    if spoil.how in ("memory of", "argument"):
+        found |= {part for part in spoil.what.split(".") if not part.isdigit()}
+    return found
+
+
+def FUNCTION_WORDS(case: Case) -> set[str]:
+    from hostile_world import FUNCTIONS
+
+    words = {part for name in FUNCTIONS[case.function].arguments for part in name.split(".")}
+    fields = set(CompressorSpec.__dataclass_fields__)
+    return words | fields | {"storage", "scales", "kv", "score", "positions", "fmt", "format", "page_size"}
+
+
+def judge(case: Case, error: Exception) -> Outcome:
+    """An error must be ours, of a type that is promised, and name the argument."""
+    text = _last_line(error)
+    if not isinstance(error, (TypeError, ValueError)):
+        return Outcome(case, f"unnamed {type(error).__name__}", text)
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    if not os.path.abspath(frame.filename).startswith(PACKAGE) or not (frame.line or "").startswith("raise"):
+        return Outcome(case, f"{type(error).__name__} of torch", text)
+    words = set(re.findall(r"\w+", str(error)))
+    accepted = set().union(*(names_for(case, spoil) for spoil in case.spoils))
+    if not words & accepted and "meta" not in words:
+        return Outcome(case, "other name", text)
+    return Outcome(case, "refused", text)
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()] or [""]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if os.path.abspath(f.filename).startswith(PACKAGE)]
+    where = f" [{os.path.relpath(frames[-1].filename, PACKAGE)}:{frames[-1].name}]" if frames else ""
+    return f"{type(error).__name__}: {lines[0][:200]}{where}"

@@ -1,0 +1,112 @@
+"""One hostile call as plain data, and how one is drawn from a seed and its number in the run."""
+
+from __future__ import annotations
+
+import random
+from typing import NamedTuple
+
+from hostile_order import BEFORE, INSIDE
+from hostile_tensors import TENSORS
+from hostile_values import CONTENTS, OBJECTS, TWINS, VALUES
+from hostile_world import FUNCTIONS, HostileWorld
+from torch import Tensor
+
+
+class Spoil(NamedTuple):
+    """One argument and what becomes of it.
+
+    when: `"made"`: a leaf, before the objects of the call are built. `"given"`: an argument, after that. `"assigned"`: an
+        attribute of an object among the arguments.
+    target: by dotted name. how: a family below. what: one of the family, by name. seed: of what is random in it.
+    """
+
+    when: str
+    target: str
+    how: str
+    what: str
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.target} ({self.when}): {self.how} {self.what!r}"
+
+
+class Case(NamedTuple):
+    """A function, the kind of its state, calls that come before, and one or two spoiled arguments."""
+
+    function: str
+    kind: str
+    before: tuple[str, ...]
+    spoils: tuple[Spoil, ...]
+
+    def __str__(self) -> str:
+        first = f" after {', '.join(self.before)}" if self.before else ""
+        return f"{self.function} over {self.kind}{first}; " + "; ".join(map(str, self.spoils))
+
+
+# Public attributes of objects that a caller can replace. What stands in the plan's own tensors is kvfold's to write.
+ATTRIBUTES = {
+    "plan": ("errors", "entry_slots", "state_slots", "snapshot_table", "cache_block_table", "items", "num_items", "entry_items",
+             "cu_entries", "start_pos", "cu_seqlens"),
+    "state": ("rows", "positions", "kv", "score"),
+    "cache": ("storage", "scales", "pages", "scale_pages"),
+    "snapshots": ("rows", "positions"),
+}  # fmt: skip
+CALLERS = ("errors", "entry_slots", "state_slots", "snapshot_table", "cache_block_table", "rows", "positions", "kv", "score",
+           "storage", "scales", "pages")  # fmt: skip
+WEIGHTS = {
+    "compress": 26, "compress_many": 9, "store": 13, "restore": 12, "StepPlan.update": 13, "EntryCache.read": 8,
+    "EntryCache.raw": 3, "Snapshots.of": 4, "FoldState.history_of": 2, "mark_static": 2, "check": 3, "dump": 0.5,
+}  # fmt: skip
+
+
+def draw(world_of, rng: random.Random) -> Case:
+    """`world_of(function, kind)` is its world, of which only the names and types of arguments are looked at."""
+    function = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
+    kind = rng.choice(FUNCTIONS[function].kinds)
+    world = world_of(function, kind)
+    before = tuple(rng.choices(list(BEFORE), k=rng.choice((1, 1, 2)))) if rng.random() < 0.3 else ()
+    spoils = tuple(_spoil(world, rng) for _ in range(rng.choice((1, 1, 2))))
+    if sum(spoil.how == "inside" for spoil in spoils) > 1 or len({spoil.target for spoil in spoils}) == 1:
+        spoils = spoils[:1]
+    return Case(function, kind, before if function not in ("check", "dump") else (), spoils)
+
+
+def leaves_of(world: HostileWorld) -> list[str]:
+    """The leaves that the function's arguments are made of."""
+    names = world.function.arguments
+    return [leaf for leaf in world.leaves if leaf in names or any(leaf.startswith(name + ".") for name in names)]
+
+
+def _spoil(world: HostileWorld, rng: random.Random) -> Spoil:
+    when = rng.choices(("made", "given", "assigned"), (6, 3, 2))[0]
+    if when == "made":
+        target = rng.choice(leaves_of(world))
+        return Spoil(when, target, *_way(world, rng, isinstance(world.leaves[target], Tensor), target))
+    if when == "given":
+        target = rng.choice(world.function.arguments)
+        if target in world.leaves:
+            return Spoil(when, target, *_way(world, rng, isinstance(world.leaves[target], Tensor), target))
+        how = rng.choice(("value", "object", "twin", "argument"))
+        what = rng.choice(list({"value": VALUES, "object": OBJECTS, "twin": TWINS}.get(how) or world.function.arguments))
+        return Spoil(when, target, how, what)
+    objects = [name for name in world.function.arguments if name.split(".")[-1] in ATTRIBUTES and name not in world.leaves]
+    target = rng.choice(objects)
+    attribute = rng.choice(ATTRIBUTES[target.split(".")[-1]])
+    way = _way(world, rng, True, target)
+    if attribute not in CALLERS and way[0] == "contents":
+        way = ("tensor", rng.choice(list(TENSORS)), way[2])
+    return Spoil(when, f"{target}.{attribute}", *way)
+
+
+def _way(world: HostileWorld, rng: random.Random, tensor: bool, target: str) -> tuple[str, str, int]:
+    seed = rng.randrange(1 << 16)
+    if not tensor:
+        how = rng.choices(("value", "object", "argument"), (8, 1, 1))[0]
+    else:
+        how = rng.choices(("tensor", "contents", "memory of", "value", "argument", "inside", "object"), (9, 7, 4, 1, 1, 1, 0.3))[0]
+    tensors = [name for name in leaves_of(world) if isinstance(world.leaves[name], Tensor) and name != target]
+    choices = {
+        "value": VALUES, "object": OBJECTS, "tensor": TENSORS, "contents": ("one number", "one number", *CONTENTS),
+        "memory of": tensors, "argument": leaves_of(world), "inside": INSIDE,
+    }[how]  # fmt: skip
+    return (how, rng.choice(list(choices)), seed) if choices else ("value", rng.choice(list(VALUES)), seed)

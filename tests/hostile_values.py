@@ -1,0 +1,84 @@
+"""What else an argument can be: wrong values, objects that were never built, and data that makes no sense."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hostile_world import HostileWorld
+from kvfold import CompressorSpec, EntryCache, FoldState, Snapshots, StepPlan, WindowState
+from kvfold.records import RecordFormat
+
+KINDS = (StepPlan, EntryCache, FoldState, WindowState, Snapshots, CompressorSpec, RecordFormat)
+
+# By the text that makes them, for a report. No number makes a call allocate much: what bounds cost is a caller's business.
+VALUES: dict[str, Any] = {
+    text: eval(text, {"torch": torch, "np": np})
+    for text in (
+        "None", "True", "False", "0", "-1", "1", "2", "3", "4", "5", "7", "64", "1 << 31", "1 << 63", "-(1 << 63)", "10**400",
+        "0.5", "4.0", "float('nan')", "float('inf')", "-0.0", "1e-300", "''", "'4'", "b'4'", "'torch'", "'triton'", "'cuda'",
+        "'bf16'", "'mxfp4'", "[4]", "()", "{}", "{4}", "object()", "int", "print", "range(4)", "4j", "np.int32(4)",
+        "np.int64(-1)", "np.float32(1)", "np.bool_(True)", "np.zeros(4)", "torch.tensor(4)", "torch.tensor(True)",
+        "torch.zeros(0)", "torch.float32", "torch.float16", "torch.bfloat16", "torch.device('meta')", "torch.Size([4])",
+    )
+}  # fmt: skip
+OBJECTS: dict[str, Callable[[], Any]] = {f"object.__new__({kind.__name__})": (lambda k=kind: object.__new__(k)) for kind in KINDS}
+OBJECTS |= {"StepPlan()": StepPlan} | {kind.__name__: (lambda k=kind: k) for kind in KINDS}
+
+# From one good object to another, or to what only looks like one.
+TWINS: dict[str, Callable[[Any], Any]] = {
+    "a namespace of its attributes": lambda x: SimpleNamespace(**vars(x)) if hasattr(x, "__dict__") else x,
+    "a copy": copy.copy,
+    "a deep copy": copy.deepcopy,
+    "a dict of its attributes": lambda x: dict(vars(x)) if hasattr(x, "__dict__") else x,
+}
+
+NUMBERS = [0, 1, -1, -2, 2, 3, 4, 5, 7, 8, 16, 31, 32, 33, 40, 100, 1 << 20, (1 << 30) - 1, 1 << 30, (1 << 31) - 1, -(1 << 31)]
+LONG_NUMBERS = [*NUMBERS, 1 << 32, 1 << 40, (1 << 63) - 1, -(1 << 63)]
+FLOATS = [0.0, -0.0, 1e-40, -1e-45, 3e38, -3e38, float("inf"), float("-inf"), float("nan")]
+
+
+def numbers_for(tensor: Tensor) -> list:
+    return FLOATS if tensor.is_floating_point() else LONG_NUMBERS if tensor.dtype == torch.int64 else NUMBERS
+
+
+def _shuffled(x: Tensor, seed: int) -> Tensor:
+    return x.flatten()[torch.randperm(x.numel(), generator=torch.Generator().manual_seed(seed)).to(x.device)].view(x.shape)
+
+
+def _drawn(x: Tensor, seed: int) -> Tensor:
+    return torch.randint(-3, 40, x.shape, generator=torch.Generator().manual_seed(seed)).to(x.dtype).to(x.device)
+
+
+# New contents of a tensor, in place.
+CONTENTS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "backwards": lambda x, seed: x.flip(0),
+    "shuffled": _shuffled,
+    "drawn": _drawn,
+    "all the same": lambda x, seed: x.flatten()[seed % max(x.numel(), 1)].expand(x.shape) if x.numel() else x,
+    "one more": lambda x, seed: x + 1,
+    "negative": lambda x, seed: -x - 1,
+}
+
+
+def rewrite(tensor: Tensor, how: str, seed: int) -> None:
+    """Writes such contents, or with `how` "one number" a number of `numbers_for` at one place."""
+    if tensor.numel() == 0:
+        return
+    if how == "one number":
+        rng = random.Random(seed)
+        at, number = rng.randrange(tensor.numel()), rng.choice(numbers_for(tensor))
+        tensor.view(-1)[at] = number
+    else:
+        tensor.copy_(CONTENTS[how](tensor.clone(), seed))
+
+
+def leaf_of(world: HostileWorld, name: str) -> Any:
+    return world.leaves.get(name)
