@@ -71,16 +71,10 @@ def draw(world_of, rng: random.Random) -> Case:
     return Case(function, kind, before if function not in ("check", "dump") else (), spoils)
 
 
-def leaves_of(world: HostileWorld) -> list[str]:
-    """The leaves that the function's arguments are made of."""
-    names = world.function.arguments
-    return [leaf for leaf in world.leaves if leaf in names or any(leaf.startswith(name + ".") for name in names)]
-
-
 def _spoil(world: HostileWorld, rng: random.Random) -> Spoil:
     when = rng.choices(("made", "given", "assigned"), (6, 3, 2))[0]
     if when == "made":
-        target = rng.choice(leaves_of(world))
+        target = rng.choice(world.taken)
         return Spoil(when, target, *_way(world, rng, isinstance(world.leaves[target], Tensor), target))
     if when == "given":
         target = rng.choice(world.function.arguments)
@@ -104,9 +98,9 @@ def _way(world: HostileWorld, rng: random.Random, tensor: bool, target: str) -> 
         how = rng.choices(("value", "object", "argument"), (8, 1, 1))[0]
     else:
         how = rng.choices(("tensor", "contents", "memory of", "value", "argument", "inside", "object"), (9, 7, 4, 1, 1, 1, 0.3))[0]
-    tensors = [name for name in leaves_of(world) if isinstance(world.leaves[name], Tensor) and name != target]
+    tensors = [name for name in world.taken if isinstance(world.leaves[name], Tensor) and name != target]
     choices = {
         "value": VALUES, "object": OBJECTS, "tensor": TENSORS, "contents": ("one number", "one number", *CONTENTS),
-        "memory of": tensors, "argument": leaves_of(world), "inside": INSIDE,
+        "memory of": tensors, "argument": world.taken, "inside": INSIDE,
     }[how]  # fmt: skip
     return (how, rng.choice(list(choices)), seed) if choices else ("value", rng.choice(list(VALUES)), seed)

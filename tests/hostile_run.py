@@ -16,7 +16,7 @@ import sys
 from collections import Counter
 from typing import Any, NamedTuple
 
-LIMIT = 60  # seconds after which a call is taken to hang
+LIMIT = 120  # seconds after which a hundred calls are taken to hang
 BACKENDS = {"torch": ("torch", "cpu"), "interpreter": ("triton", "cpu"), "cuda": ("triton", "cuda"), "torch-cuda": ("torch", "cuda")}
 MOST_MEMORY = 16 << 30  # bytes of address space of a process on a CPU: what a claimed size would take must not take the machine
 
@@ -107,7 +107,8 @@ def _child(seed: int, start: int, stop: int, name: str) -> None:
     backend = Backend(kind, torch.device(device, 0) if device == "cuda" else torch.device(device))
     faulthandler.enable()
     for index in range(start, stop):
-        faulthandler.dump_traceback_later(LIMIT, exit=True)
+        if (index - start) % 100 == 0:
+            faulthandler.dump_traceback_later(LIMIT, exit=True)
         found = hostile_call.call(seed, index, backend, lambda case: _print(index=index, word="begun", case=str(case)))
         row: dict[str, Any] = {"index": index, "function": found.case.function, "word": found.word}
         _print(**row, **({"case": str(found.case), "text": found.text} if found.fault else {}))

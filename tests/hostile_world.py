@@ -21,7 +21,7 @@ from kvfold import EntryCache, FoldState, Snapshots, StepPlan, WindowState
 
 OBJECTS = ("state", "cache", "snapshots", "plan")
 COMPRESSOR = ("kv_score", "state", "cache", "spec", "ape", "norm_weight", "rope", "snapshots")
-SPARE = 1 << 18  # bytes of the arena for tensors that a case lays out anew
+SPARE = 1 << 17  # bytes of the arena for tensors that a case lays out anew
 FOLD_KINDS, ALL_KINDS = tuple(kind for kind in KINDS if kind != "window"), tuple(KINDS)
 
 
@@ -128,7 +128,7 @@ FUNCTIONS: dict[str, Function] = {
 
 
 class HostileWorld(World):
-    """The world of one function and kind; `reset` puts every byte and leaf back."""
+    """The world of one function and kind; `reset` puts every byte and leaf back. `taken`: the leaves of its arguments."""
 
     def __init__(self, name: str, kind: str, backend: Backend) -> None:
         self.function = FUNCTIONS[name]
@@ -141,6 +141,8 @@ class HostileWorld(World):
         self.arena = self.arena[: self.used + SPARE]
         self._pristine, self._leaves, self._used = self.arena.clone(), dict(self.leaves), self.used
         self._before, self.aside = self.arena.clone(), []
+        names = self.function.arguments
+        self.taken = [n for n in self.leaves if n in names or any(n.startswith(name + ".") for name in names)]
         self.reset()
 
     def reset(self) -> None:
@@ -159,6 +161,11 @@ class HostileWorld(World):
         copy = tensor.detach().to(self.backend.device, copy=True)
         self.aside.append((copy, copy.clone()))
         return copy
+
+    def watch(self, tensors: Iterable[Tensor]) -> None:
+        """Watches the storages of these too, as far as they are not the arena."""
+        arena = self.arena.untyped_storage().data_ptr()
+        self.aside += [(x, x) for x in tensors if x.untyped_storage().data_ptr() != arena]
 
     # Objects
 
