@@ -236,7 +236,7 @@ def test_mark_static_marks_all_that_is_mutated() -> None:
     (mutated, left), (mutated_too, none) = seen
     # What hangs on a module is known to stay; the 8 buffers of each of the two plans, which are arguments, are not.
     assert mutated == mutated_too > left == 16 and none == 0
-    with pytest.raises(TypeError, match=r"^things must be states"):
+    with pytest.raises(TypeError, match=r"^things\[\d\] must be a state"):
         kvfold.ops.mark_static(MAIN)
 
 

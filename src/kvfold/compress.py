@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,9 +9,10 @@ import torch
 
 from .backend_torch import compress_torch
 from .backend_window import compress_window_torch
-from .checks import check_dense, check_device, check_dtype, check_shape, check_switch, check_tensor, check_type, traced
-from .overlap import Place, check_apart, extent, find_room
-from .plan import StepPlan
+from .checks import check_device, check_dtype, check_memory, check_shape, check_switch, check_tensor, check_type, traced
+from .memory import Layer, Met, check_made
+from .overlap import NO_ROOM, Place, check_apart, extent, find_room
+from .plan import StepPlan, plan_places
 from .records import EntryCache
 from .snapshots import Snapshots
 from .spec import CompressorSpec
@@ -21,9 +21,7 @@ from .window_state import WindowState
 
 BACKENDS = ("triton", "torch")
 _FLOATS = (torch.bfloat16, torch.float32)
-_NO_ROOM = (0, 0)
 MOST_TOKENS = (1 << 31) - 1
-PLANNED = ("items", "num_items", "entry_items", "cu_entries", "entry_slots", "state_slots", "snapshot_table")
 
 
 class Compressor(NamedTuple):
@@ -203,20 +201,20 @@ def _check_pair(first: Compressor, second: Compressor, plan: StepPlan) -> None:
         mine = getattr(second, name)
         if mine is not None and mine is getattr(first, name):
             raise ValueError(f"{name} must not be shared by two compressors")
-    states = first.state, second.state
+    layers = first.state._layer, second.state._layer
     known = first.state._pair
-    if known[0] is not states[0]._checked or known[1] is not states[1]._checked:
+    if known[0] is not layers[0] or known[1] is not layers[1]:
         theirs = [place._replace(name=f"{place.name} of compressors[0]", paged=False) for place in _places(first)]
         check_apart([*theirs, *(place._replace(paged=False) for place in _places(second))])
-        first.state._pair = states[0]._checked, states[1]._checked
-    for c, other in ((first, second), (second, first)):
+        first.state._pair = layers
+    for c, other, layer in ((first, second, layers[1]), (second, first, layers[0])):
+        met = layer.met(plan)
         start, end = extent(c.kv_score)
-        low, high = other.state._rooms[2]
-        if start < low or end > high:
-            other.state._rooms[2] = _check_apart("the other kv_score", c.kv_score, start, end, other, plan)
+        if start < met.other[0] or end > met.other[1]:
+            met.other = _find_room("the other kv_score", c.kv_score, start, end, other, plan, met)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def _compress_torch(c: Compressor, plan: StepPlan, rows: torch.Tensor | None) -> None:
     arguments = (c.kv_score, plan, c.state, c.cache, c.spec, c.ape, c.norm_weight, c.rope, rows)
     if isinstance(c.state, FoldState):
@@ -245,106 +243,107 @@ def choose_backend(backend: str | None, name: str, tensor: torch.Tensor) -> str:
 
 
 def _check(c: Compressor, plan: StepPlan, rows: torch.Tensor | None) -> None:
-    kv_score, spec, state, cache = c.kv_score, c.spec, c.state, c.cache
+    kv_score, spec = c.kv_score, c.spec
     check_type("spec", spec, CompressorSpec)
-    check_type("plan", plan, StepPlan)
-    device = kv_score.device
+    check_memory("kv_score", kv_score)
     check_dtype("kv_score", kv_score, _FLOATS)
     shape = kv_score.shape
     if len(shape) != 2 or shape[1] != 2 * spec.channels:
         check_shape("kv_score", kv_score, (None, 2 * spec.channels))
     if shape[0] > MOST_TOKENS:
         raise ValueError(f"kv_score must have at most {MOST_TOKENS} rows, got {shape[0]}")
-    if kv_score.layout is not torch.strided:
-        check_dense("kv_score", kv_score)
     stride, side_by_side = kv_score.stride()
     if shape[0] and side_by_side != 1:
         raise ValueError(f"kv_score must be contiguous in its last dimension, got strides {(stride, side_by_side)}")
-    check_plan(plan, spec, device)
-    if isinstance(state, FoldState):
-        if state.rows.dtype is torch.bfloat16 and kv_score.dtype is not torch.bfloat16:
-            raise TypeError("kv_score must be torch.bfloat16, as state keeps input rows in bf16, got torch.float32")
-        if plan.state_slots is None:
-            raise ValueError("plan must have state_slots for a FoldState, got block_tables")
-    elif isinstance(state, WindowState):
-        if plan.block_tables is None:
-            raise ValueError("plan must have block_tables for a WindowState, got state_slots")
-        if plan.page_size != state.page_size:
-            raise ValueError(f"plan must be for pages of {state.page_size} positions like state, got {plan.page_size}")
-    else:
-        raise TypeError(f"state must be a FoldState or a WindowState, got {type(state).__name__}")
-    if cache is not None and plan.entry_slots is None:
-        raise ValueError("plan must have entry_slots or a cache_block_table when a cache is given, got neither")
-    # What a layer passes in every step is looked at once; after that it must be the same objects, at the same addresses.
-    fixed = (spec, device, cache, c.ape, c.norm_weight, c.rope, c.snapshots)
-    if not state._checked or not all(map(_same, state._checked, fixed)):
-        state._bounds = _check_layer(c, plan, device)
-        state._checked, state._rooms = tuple(map(_remember, fixed)), [_NO_ROOM, _NO_ROOM, _NO_ROOM]
-    # In every step kv_score is elsewhere, but mostly in the same room between the tensors of the layer.
+    met = _check_fixed(c, plan)
+    # In every step kv_score is elsewhere, but mostly in the same room between the tensors of layer and plan.
     start = kv_score.data_ptr()
     end = start + ((shape[0] - 1) * stride + shape[1]) * (2 if kv_score.dtype is torch.bfloat16 else 4)
-    low, high = state._rooms[0]
-    if start < low or end > high:
-        state._rooms[0] = _check_apart("kv_score", kv_score, start, end, c, plan)
-    if c.snapshots is not None and plan.snapshot_page_size != c.snapshots.page_size:
-        have, want = plan.snapshot_page_size, c.snapshots.page_size
-        raise ValueError(f"plan must have a snapshot_table with snapshot_page_size={want} for snapshots, got {have}")
+    if start < met.kv_score[0] or end > met.kv_score[1]:
+        met.kv_score = _find_room("kv_score", kv_score, start, end, c, plan, met)
     if rows is not None:
-        check_tensor("rows", rows, (plan.entry_capacity, spec.head_dim), _FLOATS, device)
+        check_tensor("rows", rows, (plan.entry_capacity, spec.head_dim), _FLOATS, kv_score.device)
         first = rows.data_ptr()
-        behind, (low, high) = first + rows.nbytes, state._rooms[1]
-        if first < low or behind > high:
-            state._rooms[1] = _check_apart("rows", rows, first, behind, c, plan)
+        behind = first + rows.nbytes
+        if first < met.rows[0] or behind > met.rows[1]:
+            met.rows = _find_room("rows", rows, first, behind, c, plan, met)
         if first < end and start < behind:
             check_apart((Place("kv_score", kv_score), Place("rows", rows, written=True)))
 
 
-def _remember(thing: object) -> tuple:
-    """An argument without keeping it alive: functions keep nothing."""
-    if isinstance(thing, torch.Tensor):
-        return weakref.ref(thing), thing.data_ptr(), thing.shape
-    return (weakref.ref(thing),) if isinstance(thing, (EntryCache, Snapshots)) else (lambda: thing,)
+def _check_fixed(c: Compressor, plan: StepPlan) -> Met:
+    """Checks what a layer passes in every step, and the plan: whole where they are new, or changed since the call before."""
+    state, cache, snapshots = c.state, c.cache, c.snapshots
+    if not isinstance(state, (FoldState, WindowState)):
+        raise TypeError(f"state must be a FoldState or a WindowState, got {type(state).__name__}")
+    check_made("state", state, type(state))
+    check_made("plan", plan, StepPlan)
+    tokens = (c.spec, state._token)
+    for name, thing, kind in (("cache", cache, EntryCache), ("snapshots", snapshots, Snapshots)):
+        if thing is None:
+            tokens += (None,)
+        else:
+            check_made(name, thing, kind)
+            tokens += (thing._token,)
+    weights = c.ape, c.norm_weight, c.rope
+    layer = state._layer
+    if layer is None or not layer.same(tokens, weights):
+        _check_layer(c)
+        layer = state._layer = Layer(tokens, weights, _places(c))
+    kept = state._tensors[0]
+    if kept.device != c.kv_score.device:
+        check_device("kv_score", c.kv_score, kept.device)
+    if kept.dtype is torch.bfloat16 and c.kv_score.dtype is torch.float32 and isinstance(state, FoldState):
+        raise TypeError("kv_score must be torch.bfloat16, as state keeps input rows in bf16, got torch.float32")
+    met = layer.met(plan)
+    if met is None:
+        _check_plan(c, plan)
+        met = layer.meet(plan, plan._bounds, lambda: [*_places(c), *plan_places(plan)])
+    return met
 
 
-def _same(known: tuple, thing: object) -> bool:
-    if known[0]() is not thing:
-        return known[0]() == thing if isinstance(thing, torch.device) else False
-    return len(known) == 1 or (known[1] == thing.data_ptr() and known[2] == thing.shape)
-
-
-def _check_layer(c: Compressor, plan: StepPlan, device: torch.device) -> list[int]:
-    """Checks what does not change from step to step; returns its bounds in memory, as `check_apart`."""
-    spec, state = c.spec, c.state
+def _check_layer(c: Compressor) -> None:
+    """Checks what does not change from step to step."""
+    spec, state, device = c.spec, c.state, c.kv_score.device
+    check_device("state", state._tensors[0], device)
     if isinstance(state, FoldState):
         if state.spec != spec:
             raise ValueError(f"state must be for {spec}, got {state.spec}")
-        check_device("state", state.rows, device)
-    else:
-        if state.channels != spec.channels:
-            raise ValueError(f"state must have {spec.channels} channels for {spec}, got {state.channels}")
-        check_device("state", state.kv, device)
+    elif state.channels != spec.channels:
+        raise ValueError(f"state must have {spec.channels} channels for {spec}, got {state.channels}")
     if spec.has_ape:
         check_tensor("ape", c.ape, (spec.ratio, spec.channels), (torch.float32,), device)
     elif c.ape is not None:
         raise ValueError("ape must be None, as spec.has_ape is False")
-    check_epilogue(plan, c.cache, spec, c.norm_weight, c.rope, device)
+    check_epilogue(c.cache, spec, c.norm_weight, c.rope, device)
     if c.snapshots is not None:
         check_type("state", state, FoldState)  # the pages of a WindowState are shared as they are
         check_snapshots(c.snapshots, state)
-    return check_apart([*_places(c), *plan_places(plan)])
+
+
+def _check_plan(c: Compressor, plan: StepPlan) -> None:
+    """Checks that a plan is for this layer."""
+    check_plan(plan, c.spec, c.kv_score.device, c.cache)
+    if isinstance(c.state, FoldState):
+        if plan.state_slots is None:
+            raise ValueError("plan must have state_slots for a FoldState, got block_tables")
+    elif plan.block_tables is None:
+        raise ValueError("plan must have block_tables for a WindowState, got state_slots")
+    elif plan.page_size != c.state.page_size:
+        raise ValueError(f"plan must be for pages of {c.state.page_size} positions like state, got page_size={plan.page_size}")
+    if c.snapshots is not None and plan.snapshot_page_size != c.snapshots.page_size:
+        have, want = plan.snapshot_page_size, c.snapshots.page_size
+        raise ValueError(f"plan must have a snapshot_table with snapshot_page_size={want} for snapshots, got {have}")
 
 
 def _places(c: Compressor) -> list[Place]:
     """What a layer passes in every step."""
-    state, places = c.state, []
-    if isinstance(state, FoldState):
-        places += [Place("state", state.rows, written=True), Place("state", state.positions, written=True)]
-    else:
-        places += [Place("state", state.kv, written=True, paged=True), Place("state", state.score, written=True, paged=True)]
+    paged = isinstance(c.state, WindowState)
+    places = [Place("state", x, written=True, paged=paged) for x in c.state._tensors]
     if c.cache is not None:
         places += cache_places(c.cache)
     if c.snapshots is not None:
-        places += [Place("snapshots", x, written=True) for x in (c.snapshots.rows, c.snapshots.positions)]
+        places += [Place("snapshots", x, written=True) for x in c.snapshots._tensors]
     weights = (("ape", c.ape), ("norm_weight", c.norm_weight), ("rope", c.rope))
     return places + [Place(name, weight) for name, weight in weights if weight is not None]
 
@@ -353,38 +352,42 @@ def cache_places(cache: EntryCache) -> list[Place]:
     return [Place("cache", x, written=True, paged=True) for x in (cache.pages, cache.scale_pages) if x is not None]
 
 
-def plan_places(plan: StepPlan) -> list[Place]:
-    """What calls read of a plan, the work items above all: nothing checks again what stands in them."""
-    read = [getattr(plan, name, None) for name in PLANNED]  # the plans of operators have not all of them
-    return [Place("plan", plan.errors, True)] + [Place("plan", x) for x in (*read, *(plan.block_tables or ())) if x is not None]
-
-
-def _check_apart(name: str, tensor: torch.Tensor, start: int, end: int, c: Compressor, plan: StepPlan) -> tuple[int, int]:
-    """Checks that a tensor, from `start` to `end`, shares nothing with those of a layer; returns the room between them."""
-    room = find_room(c.state._bounds, start, end)
-    if room == _NO_ROOM:
+def _find_room(
+    name: str, tensor: torch.Tensor, start: int, end: int, c: Compressor, plan: StepPlan, met: Met
+) -> tuple[int, int]:
+    """Checks that a tensor, from `start` to `end`, shares nothing with layer and plan; returns the room between them."""
+    room = find_room(met.bounds, start, end)
+    if room == NO_ROOM:
         check_apart([*_places(c), *plan_places(plan), Place(name, tensor, written=name == "rows")])
     return room
 
 
 def check_snapshots(snapshots: Snapshots, state: FoldState) -> None:
     """Checks that snapshots are of this state."""
-    check_type("snapshots", snapshots, Snapshots)
+    check_made("snapshots", snapshots, Snapshots)
     if snapshots.spec != state.spec:
         raise ValueError(f"snapshots must be for {state.spec}, got {snapshots.spec}")
     check_dtype("snapshots", snapshots.rows, (state.rows.dtype,))
     check_device("snapshots", snapshots.rows, state.device)
 
 
-def check_plan(plan: StepPlan, spec: CompressorSpec, device: torch.device) -> None:
-    """Checks that a plan is for this compressor and on this device."""
+def check_plan(plan: StepPlan, spec: CompressorSpec, device: torch.device, cache: EntryCache | None) -> None:
+    """Checks that a plan is for this compressor, on this device and for this cache."""
     if plan.ratio != spec.ratio:
         raise ValueError(f"plan must be for ratio {spec.ratio}, got ratio {plan.ratio}")
     check_device("plan", plan.items, device)
+    if cache is None:
+        return
+    if plan.entry_slots is None:
+        raise ValueError("plan must have entry_slots or a cache_block_table when a cache is given, got neither")
+    # Without a table the caller made the slots, for pages that only the cache knows.
+    if plan.rows_per_page is not None and plan.rows_per_page != cache.rows_per_page:
+        raise ValueError(
+            f"plan must be for pages of {cache.rows_per_page} entries like cache, got rows_per_page={plan.rows_per_page}"
+        )
 
 
 def check_epilogue(
-    plan: StepPlan,
     cache: EntryCache | None,
     spec: CompressorSpec,
     norm_weight: torch.Tensor | None,
@@ -397,9 +400,6 @@ def check_epilogue(
     if rope is not None or (cache is not None and spec.rope_dim):
         check_tensor("rope", rope, (None, spec.rope_dim), (torch.float32,), device)
     if cache is not None:
-        check_type("cache", cache, EntryCache)
         if cache.spec is not spec and cache.spec != spec:
             raise ValueError(f"cache must be for {spec}, got {cache.spec}")
         check_device("cache", cache.storage, device)
-        if plan.entry_slots is None:
-            raise ValueError("plan must have entry_slots or a cache_block_table when a cache is given, got neither")

@@ -1,31 +1,146 @@
-"""What an object remembers of the calls that it was in, so that the next one like them is cheap."""
+"""What calls are made with again and again, and what is remembered of it, so that the next call is cheap."""
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable, Sequence
 
-class Remembering:
-    """Base of states and plans. What they remember is of their own tensors, by address: a copy begins without it."""
+import torch
+from torch._subclasses import FakeTensor
+
+from .checks import check_type
+from .overlap import NO_ROOM, Place, check_apart, join_bounds
+
+MOST_PLANS = 16  # remembered of a layer: an engine has one for each size of its graphs
+
+
+class Checked:
+    """Base of states, caches, snapshots and plans: checked whole when made, and again when something about them changed.
+
+    Attributes:
+        _token: stands for the attributes as they were checked; None where one was set since, or where nobody made the object.
+        _tensors: all memory that it stands for, and `_addresses` where that was; None of `FakeTensor`s.
+    """
+
+    _token: object | None = None
+    _tensors: tuple[torch.Tensor, ...] = ()
+    _addresses: list[int] | None = None
+    _made_by = "allocate"
+    _unchecked: tuple[str, ...] = ()  # attributes that no check looks at
+
+    def __setattr__(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+        if not name.startswith("_") and name not in self._unchecked:
+            object.__setattr__(self, "_token", None)
+
+    def __getstate__(self) -> dict[str, object]:
+        """What copies and pickles take: they are checked again."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("_token", "_tensors", "_addresses")}
+
+    def _check(self) -> None:
+        """Checks the attributes together and sets `_tensors`. Raises TypeError and ValueError, which name an attribute."""
+        raise NotImplementedError
+
+    def _validate(self) -> None:
+        self._check()
+        fake = any(isinstance(x, FakeTensor) for x in self._tensors)
+        self._addresses = None if fake else [x.data_ptr() for x in self._tensors]
+        self._token = object()
+
+
+def check_made(name: str, value: object, kind: type[Checked]) -> None:
+    """An object of this kind, whose attributes fit together and whose memory is there."""
+    check_type(name, value, kind)
+    assert isinstance(value, Checked)
+    if value._token is None or (value._addresses is not None and value._addresses != [x.data_ptr() for x in value._tensors]):
+        try:
+            value._validate()
+        except AttributeError as error:
+            raise ValueError(f"{name} must be made by {kind.__name__}.{kind._made_by}: {error}") from None
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from None
+    if value._addresses is None:
+        raise TypeError(f"{name} must be of real tensors like the others, got FakeTensors")
+
+
+class Remembering(Checked):
+    """Base of what remembers its calls. What it remembers is of its own tensors, by address: a copy begins without it."""
 
     def _forget(self) -> None:
         """Sets everything remembered to what it is before the first call; all of it, and nothing else."""
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, object]:
-        """What copies and pickles take."""
         blank = object.__new__(type(self))
         blank._forget()
-        return {**self.__dict__, **blank.__dict__}
+        return {**super().__getstate__(), **blank.__dict__}
 
 
 class RememberingState(Remembering):
     """A state, over which calls of one layer are made again and again."""
 
     def _forget(self) -> None:
-        self._last: tuple = (None,)  # what the last call asked for, and its launcher: kernels/launch.py
-        self._packed: tuple | None = None  # what a launch takes of its layer: kernels/launch.py
-        self._checked: tuple = ()  # what the last call's tensors were: compress.py
-        self._bounds: list[int] = []  # of those in memory, and the room between them in which kv_score and rows were
-        self._rooms: list[tuple[int, int]] = []
-        self._pair: tuple = (None, None)  # `_checked` of both states of the last launch of two
         self._workspaces: list = []  # scratch of the kernels, made once and kept for the next call: kernels/launch.py
         self._recorded: list = []  # the same for calls that made theirs while they were recorded in a CUDA graph
+        self._forget_calls()
+
+    def _forget_calls(self) -> None:
+        """All but the scratch, which recorded CUDA graphs go on using."""
+        self._last: tuple = (None,)  # what the last call asked for, and its launcher: kernels/launch.py
+        self._layer: Layer | None = None  # what the last call got with this state
+        self._pair: tuple = (None, None)  # `_layer` of both states of the last launch of two
+
+
+class Layer:
+    """What a state, or the cache of a `store`, gets in every step: other objects and weights, and where all of it is.
+
+    It is checked once, and again when an object has another token or a weight is not the same tensor at the same address.
+    """
+
+    __slots__ = ("bounds", "packed", "plans", "tokens", "weights")
+
+    def __init__(self, tokens: tuple, weights: Sequence[torch.Tensor | None], places: Sequence[Place]) -> None:
+        """Raises ValueError, which names two of `places` that share memory."""
+        self.tokens = tokens
+        # Weak, as functions keep nothing alive.
+        self.weights = [None if x is None else (weakref.ref(x), x.data_ptr(), x.shape) for x in weights]
+        self.bounds = check_apart(places)
+        self.plans: dict[int, Met] = {}
+        self.packed: tuple | None = None  # what a launch takes of it: kernels/launch.py
+
+    def same(self, tokens: tuple, weights: Sequence[torch.Tensor | None]) -> bool:
+        for mine, token in zip(self.tokens, tokens, strict=True):
+            if mine is not token:
+                return False
+        for known, x in zip(self.weights, weights, strict=True):
+            if known is None or x is None:
+                if known is not x:
+                    return False
+            elif known[0]() is not x or known[1] != x.data_ptr() or known[2] != x.shape:
+                return False
+        return True
+
+    def met(self, plan: Checked) -> Met | None:
+        """What is known of this plan as it is now."""
+        known = self.plans.get(id(plan))
+        return known if known is not None and known.token is plan._token else None
+
+    def meet(self, plan: Checked, bounds: list[int], places: Callable[[], list[Place]]) -> Met:
+        """Remembers a plan with these bounds. Raises ValueError where it shares memory with the layer; `places` are of both."""
+        both = join_bounds(self.bounds, bounds)
+        if both is None:
+            both = check_apart(places())
+        if len(self.plans) >= MOST_PLANS:
+            self.plans.clear()
+        known = self.plans[id(plan)] = Met(plan._token, both)
+        return known
+
+
+class Met:
+    """A layer and a plan together: what their tensors span, and the room between it where those of the last call lay."""
+
+    __slots__ = ("bounds", "kv_score", "other", "rows", "token")
+
+    def __init__(self, token: object, bounds: list[int]) -> None:
+        self.token, self.bounds = token, bounds
+        self.kv_score = self.rows = self.other = NO_ROOM

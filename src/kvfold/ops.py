@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 
 from .checks import check_type
+from .memory import check_made
 from .plan import LIVE, StepPlan
 from .records import EntryCache
 from .snapshots import Snapshots
@@ -28,7 +29,7 @@ OPS = getattr(torch.ops, NAMESPACE)
 # Groups of arguments. A `!` marks what is mutated; `_define` gives each its own alias letter.
 PLAN = (
     "Tensor items", "Tensor num_items", "Tensor? entry_slots", "Tensor! errors", "SymInt entry_capacity", "SymInt batch",
-    "SymInt max_new_tokens", "SymInt ratio",
+    "SymInt max_new_tokens", "SymInt ratio", "SymInt? entries_per_page",
 )  # fmt: skip
 FOLD_PLAN = ("Tensor? state_slots", "Tensor? snapshot_table", "SymInt? snapshot_page_size")
 WINDOW_PLAN = ("Tensor entry_items", "Tensor cu_entries", "Tensor? kv_table", "Tensor? score_table", "SymInt? page_size")
@@ -116,9 +117,10 @@ def mark_static(*things: FoldState | WindowState | EntryCache | Snapshots | Step
     to stay. Arguments are not until they are marked: plans that are updated in place, and states, caches, snapshots and
     `rows` that come with a call. One that moves all the same costs a new recording.
     """
-    for thing in things:
+    for i, thing in enumerate(things):
         if not isinstance(thing, (FoldState, WindowState, EntryCache, Snapshots, StepPlan, torch.Tensor)):
-            raise TypeError(f"things must be states, caches, snapshots, plans or tensors, got {type(thing).__name__}")
+            kinds = "a state, a cache, snapshots, a plan or a tensor"
+            raise TypeError(f"things[{i}] must be {kinds}, got {type(thing).__name__}")
         held = [thing] if isinstance(thing, torch.Tensor) else vars(thing).values()
         for value in held:
             for tensor in value if isinstance(value, tuple) else (value,):
@@ -133,7 +135,7 @@ def _plan(plan: StepPlan) -> tuple:
     check_type("plan", plan, StepPlan)
     return (
         plan.items, plan.num_items, plan.entry_slots, plan.errors, plan.entry_capacity, plan.batch, plan.max_new_tokens,
-        plan.ratio,
+        plan.ratio, plan.rows_per_page,
     )  # fmt: skip
 
 
@@ -192,12 +194,16 @@ def _cache(cache: EntryCache | None, spec: CompressorSpec) -> tuple:
 # From arguments to objects, which live for one call.
 
 
-def _plan_of(items, num_items, entry_slots, errors, entry_capacity, batch, max_new_tokens, ratio) -> StepPlan:
+def _plan_of(
+    items, num_items, entry_slots, errors, entry_capacity, batch, max_new_tokens, ratio, rows_per_page
+) -> StepPlan:  # fmt: skip
     plan = StepPlan()
     plan.ratio, plan.max_new_tokens, plan.batch = ratio, max_new_tokens, batch
     plan.items, plan.num_items, plan.entry_slots, plan.errors = items, num_items, entry_slots, errors
     plan.item_capacity, plan.entry_capacity = items.shape[0], entry_capacity
+    plan.cache_block_table, plan.rows_per_page = None, rows_per_page
     plan.state_slots = plan.block_tables = plan.page_size = plan.snapshot_table = plan.snapshot_page_size = None
+    plan._whole = False
     return plan
 
 
@@ -312,14 +318,11 @@ def _update(
     start_pos, cu_seqlens, state_slots, table, rows_per_page, own_start_pos, own_cu_seqlens, cu_entries, items, num_items,
     entry_items, entry_slots, errors, batch, max_new_tokens, max_tokens, ratio,
 ) -> None:  # fmt: skip
-    plan = _plan_of(items, num_items, entry_slots, errors, entry_items.shape[0], batch, max_new_tokens, ratio)
-    plan.state_slots, plan.cache_block_table, plan.rows_per_page, plan.max_tokens = (
-        state_slots,
-        table,
-        rows_per_page,
-        max_tokens,
-    )
+    sizes = entry_items.shape[0], batch, max_new_tokens, ratio, rows_per_page
+    plan = _plan_of(items, num_items, entry_slots, errors, *sizes)
+    plan._whole, plan.state_slots, plan.cache_block_table, plan.max_tokens = True, state_slots, table, max_tokens
     plan.start_pos, plan.cu_seqlens, plan.cu_entries, plan.entry_items = own_start_pos, own_cu_seqlens, cu_entries, entry_items
+    check_made("plan", plan, StepPlan)
     user = LIVE.get(items.data_ptr())
     if user is not None:
         user.fresh, plan._launcher = True, user._launcher

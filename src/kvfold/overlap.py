@@ -11,6 +11,7 @@ import torch
 from .checks import traced
 
 MOST_STEPS = 10_000  # of the search in `share_bytes`: behind them it has shown nothing
+NO_ROOM = (0, 0)
 
 
 class Place(NamedTuple):
@@ -115,7 +116,14 @@ def _check_two(one: Place, other: Place) -> None:
 
 
 def find_room(bounds: list[int], start: int, end: int) -> tuple[int, int]:
-    """The room between bounds of `check_apart` in which `[start, end)` lies; `(0, 0)` where it meets what is between them."""
+    """The room between bounds of `check_apart` in which `[start, end)` lies; `NO_ROOM` where it meets what is between them."""
     at = bisect_right(bounds, start)
     low, high = bounds[at - 1] if at else 0, bounds[at] if at < len(bounds) else 1 << 64
-    return (low, high) if at % 2 == 0 and end <= high else (0, 0)
+    return (low, high) if at % 2 == 0 and end <= high else NO_ROOM
+
+
+def join_bounds(one: list[int], other: list[int]) -> list[int] | None:
+    """The bounds of two groups of tensors together; None where they meet, so that their bytes must be compared."""
+    spans = sorted([*zip(one[::2], one[1::2], strict=True), *zip(other[::2], other[1::2], strict=True)])
+    joined = [end for span in spans for end in span]
+    return joined if joined == sorted(joined) else None

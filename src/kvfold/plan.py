@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import torch
 
-from .checks import check_int, check_tensor, traced
-from .memory import Remembering
-from .overlap import Place, check_apart
+from .checks import check_int, check_memory, check_tensor, traced
+from .memory import Remembering, check_made
+from .overlap import NO_ROOM, Place, check_apart, extent, find_room
 from .snapshots import MOST_PAGE
 
 ITEM_FIELDS = ("window", "start", "end", "token", "slot", "entry", "sequence", "unused")
@@ -65,6 +65,10 @@ class StepPlan(Remembering):
     entry_items: torch.Tensor
     errors: torch.Tensor
 
+    _made_by = "build"
+    _unchecked = ("fresh",)
+    _whole = True  # an operator's plan of one call is not: it has no tensors of `update` (ops.py)
+
     def __init__(self) -> None:
         self._forget()
 
@@ -72,6 +76,7 @@ class StepPlan(Remembering):
         self._launcher: Callable[..., None] | None = None  # of `update` on a GPU, made by the first one
         self._came: tuple[int, int] | None = None  # the addresses of what the last `update` was given
         self._packed: dict[bool, tuple] = {}  # what launches take of it: kernels/launch.py
+        self._bounds: list[int] = []  # what its tensors span, as `check_apart` returns it
 
     @classmethod
     def build(
@@ -123,50 +128,29 @@ class StepPlan(Remembering):
         """
         check_int("ratio", ratio, 1, 4096)
         check_int("max_new_tokens", max_new_tokens, 1, _INT32_MAX)
-        if not isinstance(start_pos, torch.Tensor):
-            raise TypeError(f"start_pos must be a torch.Tensor, got {type(start_pos).__name__}")
+        check_memory("start_pos", start_pos, fake=True)
         device = start_pos.device
-        check_tensor("start_pos", start_pos, (None,), (torch.int32,), device)
+        check_tensor("start_pos", start_pos, (None,), (torch.int32,), device, fake=True)
         batch = start_pos.shape[0]
-        check_tensor("cu_seqlens", cu_seqlens, (batch + 1,), (torch.int32,), device)
-        _check_state(state_slots, block_tables, page_size, batch, device)
-        if entry_slots is not None and cache_block_table is not None:
-            raise ValueError("entry_slots and cache_block_table exclude each other, got both")
+        check_tensor("cu_seqlens", cu_seqlens, (batch + 1,), (torch.int32,), device, fake=True)
+        if state_slots is None and block_tables is None:
+            raise ValueError("state_slots or block_tables must be given, got neither")
         if entry_slots is not None:
-            check_tensor("entry_slots", entry_slots, (None,), (torch.int64,), device)
-        if cache_block_table is not None:
-            check_tensor("cache_block_table", cache_block_table, (batch, None), (torch.int32,), device)
-            if rows_per_page is None:
-                raise ValueError("rows_per_page must be given with cache_block_table, got None")
-            check_int("rows_per_page", rows_per_page, 1, 1 << 20)
-        _check_snapshots(snapshot_table, snapshot_page_size, block_tables, batch, device)
+            if cache_block_table is not None:
+                raise ValueError("entry_slots and cache_block_table exclude each other, got both")
+            check_tensor("entry_slots", entry_slots, (None,), (torch.int64,), device, fake=True)
+        if max_tokens is not None:
+            check_int("max_tokens", max_tokens, 0, _INT32_MAX)
         most = min(batch * max_new_tokens, _INT32_MAX)
-        if max_tokens is None:
-            max_tokens = most
-        check_int("max_tokens", max_tokens, 0, _INT32_MAX)
-        max_tokens = min(max_tokens, most)
 
         plan = cls()
-        plan.ratio, plan.max_new_tokens, plan.batch, plan.max_tokens = ratio, max_new_tokens, batch, max_tokens
-        plan.rows_per_page = rows_per_page
-        plan.item_capacity = plan.items_for(max_tokens)
-        if entry_slots is None:
-            plan.entry_capacity = min(batch * -(-max_new_tokens // ratio), max_tokens // ratio + batch)
-        else:
-            plan.entry_capacity = entry_slots.shape[0]
-            if plan.item_capacity:
-                # Lengths that overlap in kv_score, as with offsets that go back, end more windows than max_tokens can: every
-                # entry that has a place then still has an item, which comes at most B behind it.
-                enough = min(batch * plan.windows_per_sequence, plan.entry_capacity + batch)
-                plan.item_capacity = max(plan.item_capacity, enough)
-        if batch * plan.windows_per_sequence > _INT32_MAX or plan.item_capacity > MOST_ITEMS:
-            raise ValueError(
-                f"max_new_tokens={max_new_tokens} and max_tokens={max_tokens} must mean at most {MOST_ITEMS} windows "
-                f"of {ratio} in {batch} sequences"
-            )
+        plan.ratio, plan.max_new_tokens, plan.batch = ratio, max_new_tokens, batch
+        plan.max_tokens = most if max_tokens is None else min(max_tokens, most)
         plan.state_slots, plan.block_tables, plan.page_size = state_slots, block_tables, page_size
-        plan.cache_block_table = cache_block_table
+        plan.cache_block_table, plan.rows_per_page = cache_block_table, rows_per_page
         plan.snapshot_table, plan.snapshot_page_size = snapshot_table, snapshot_page_size
+        plan._check_places(batch, device)
+        plan._set_capacities(None if entry_slots is None else entry_slots.shape[0])
         if cache_block_table is not None:
             entry_slots = torch.empty(plan.entry_capacity, dtype=torch.int64, device=device)
         plan.entry_slots = entry_slots
@@ -181,6 +165,56 @@ class StepPlan(Remembering):
         if plan.item_capacity and not traced(plan.items):  # without items there is no address
             LIVE[plan.items.data_ptr()] = plan
         return plan
+
+    def _set_capacities(self, entries: int | None) -> None:
+        """Most work items and entries of a step. entries: those that the caller has slots for; None: as many as can be."""
+        batch, ratio = self.batch, self.ratio
+        self.item_capacity = self.items_for(self.max_tokens)
+        if entries is None:
+            self.entry_capacity = min(batch * -(-self.max_new_tokens // ratio), self.max_tokens // ratio + batch)
+        else:
+            self.entry_capacity = entries
+            if self.item_capacity:
+                # Lengths that overlap in kv_score, as with offsets that go back, end more windows than max_tokens can: every
+                # entry that has a place then still has an item, which comes at most B behind it.
+                enough = min(batch * self.windows_per_sequence, entries + batch)
+                self.item_capacity = max(self.item_capacity, enough)
+        if batch * self.windows_per_sequence > _INT32_MAX or self.item_capacity > MOST_ITEMS:
+            raise ValueError(
+                f"max_new_tokens={self.max_new_tokens} and max_tokens={self.max_tokens} must mean at most {MOST_ITEMS} windows "
+                f"of {ratio} in {batch} sequences"
+            )
+
+    def _check(self) -> None:
+        for name in ("ratio", "max_new_tokens", "batch", "entry_capacity", "item_capacity", *["max_tokens"] * self._whole):
+            check_int(name, getattr(self, name), 0, _INT32_MAX)
+        check_memory("items", self.items, fake=True)
+        device, ints = self.items.device, (torch.int32,)
+        shapes = {"items": (self.item_capacity, len(ITEM_FIELDS)), "num_items": (1,), "errors": (1,)}
+        if self._whole:
+            shapes |= {"start_pos": (self.batch,), "cu_seqlens": (self.batch + 1,)}
+        if self._whole or self.block_tables is not None:
+            shapes |= {"cu_entries": (self.batch + 1,), "entry_items": (self.entry_capacity,)}
+        for name, shape in shapes.items():
+            check_tensor(name, getattr(self, name), shape, ints, device, fake=True)
+        if self.entry_slots is not None:
+            check_tensor("entry_slots", self.entry_slots, (self.entry_capacity,), (torch.int64,), device, fake=True)
+        self._check_places(self.batch, device)
+        self._forget()
+        places = plan_places(self, updating=True)
+        self._bounds = check_apart(places)
+        self._tensors = tuple(place.tensor for place in places)
+
+    def _check_places(self, batch: int, device: torch.device) -> None:
+        """Checks what says where state, snapshots and entries are."""
+        _check_state(self.state_slots, self.block_tables, self.page_size, batch, device)
+        if self.cache_block_table is not None:
+            check_tensor("cache_block_table", self.cache_block_table, (batch, None), (torch.int32,), device, fake=True)
+            if self.rows_per_page is None:
+                raise ValueError("rows_per_page must be given with cache_block_table, got None")
+        if self.rows_per_page is not None:
+            check_int("rows_per_page", self.rows_per_page, 1, 1 << 20)
+        _check_snapshots(self.snapshot_table, self.snapshot_page_size, self.block_tables, batch, device)
 
     def items_for(self, tokens: int) -> int:
         """Most windows that a step with this many tokens in all can touch; known to the host."""
@@ -213,6 +247,7 @@ class StepPlan(Remembering):
 
     def run_update(self, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
         """`update` of real tensors: straight to the launch."""
+        check_made("plan", self, StepPlan)
         device = self.start_pos.device
         check_tensor("start_pos", start_pos, (self.batch,), (torch.int32,), device)
         check_tensor("cu_seqlens", cu_seqlens, (self.batch + 1,), (torch.int32,), device)
@@ -233,12 +268,11 @@ class StepPlan(Remembering):
     def _check_apart(self, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
         """What `update` reads must not be what it writes, but for the plan's own copies under their names."""
         own = [("start_pos", start_pos), ("cu_seqlens", cu_seqlens)]
-        places = [Place(name, x) for name, x in own if x.data_ptr() != getattr(self, name).data_ptr()]
-        written = [self.start_pos, self.cu_seqlens, self.cu_entries, self.items, self.num_items, self.entry_items, self.errors]
-        if self.cache_block_table is not None and self.entry_slots is not None:
-            written.append(self.entry_slots)
-        check_apart([*(Place("plan", x, written=True) for x in written), *places])
+        for name, x in own:
+            if x.data_ptr() != getattr(self, name).data_ptr() and find_room(self._bounds, *extent(x)) == NO_ROOM:
+                check_apart([*plan_places(self, updating=True), Place(name, x)])
 
+    @torch.inference_mode()
     def _update(self, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
         """`update` in plain torch, which defines what the kernel must compute."""
         self.start_pos.copy_(start_pos)
@@ -305,6 +339,22 @@ class StepPlan(Remembering):
         self.errors += (used & ((column >= table.shape[1]) | (page < -1))).sum().int()
 
 
+READ = ("items", "num_items", "entry_items", "cu_entries", "entry_slots", "state_slots", "snapshot_table")
+OWN = ("start_pos", "cu_seqlens", "cu_entries", "items", "num_items", "entry_items")
+
+
+def plan_places(plan: StepPlan, updating: bool = False) -> list[Place]:
+    """The tensors of a plan: all but `errors` are read by calls. updating: as `update` takes them, which writes its own."""
+    names = (*READ, "start_pos", "cu_seqlens", "cache_block_table") if plan._whole else READ
+    own = OWN if updating else ()
+    if updating and plan._whole and plan.cache_block_table is not None:
+        own = (*own, "entry_slots")
+    found = [(name, getattr(plan, name, None)) for name in names]
+    found += [("block_tables", table) for table in plan.block_tables or ()]
+    places = [Place(f"plan.{name}", x, written=name in own) for name, x in found if x is not None]
+    return [Place("plan.errors", plan.errors, written=True), *places]
+
+
 def _check_state(
     state_slots: torch.Tensor | None,
     block_tables: tuple[torch.Tensor, torch.Tensor] | None,
@@ -312,13 +362,11 @@ def _check_state(
     batch: int,
     device: torch.device,
 ) -> None:
-    """Checks that a plan is told, in one way, where the sequences keep their state."""
-    if state_slots is None and block_tables is None:
-        raise ValueError("state_slots or block_tables must be given, got neither")
+    """Checks that a plan is told, in one way at most, where the sequences keep their state."""
     if state_slots is not None and block_tables is not None:
         raise ValueError("state_slots and block_tables exclude each other, got both")
     if state_slots is not None:
-        check_tensor("state_slots", state_slots, (batch,), (torch.int32,), device)
+        check_tensor("state_slots", state_slots, (batch,), (torch.int32,), device, fake=True)
     if block_tables is None:
         if page_size is not None:
             raise ValueError(f"page_size must be None without block_tables, got {page_size!r}")
@@ -326,7 +374,7 @@ def _check_state(
     if not isinstance(block_tables, tuple) or len(block_tables) != 2:
         raise TypeError("block_tables must be a tuple of two tensors, of value pages and of score pages")
     for i, table in enumerate(block_tables):
-        check_tensor(f"block_tables[{i}]", table, (batch, None), (torch.int32,), device)
+        check_tensor(f"block_tables[{i}]", table, (batch, None), (torch.int32,), device, fake=True)
     if page_size is None:
         raise ValueError("page_size must be given with block_tables, got None")
     check_int("page_size", page_size, 1, _INT32_MAX)
@@ -345,7 +393,7 @@ def _check_snapshots(
         return
     if block_tables is not None:
         raise ValueError("snapshot_table must be None with block_tables, whose pages are shared as they are")
-    check_tensor("snapshot_table", table, (batch, None), (torch.int32,), device)
+    check_tensor("snapshot_table", table, (batch, None), (torch.int32,), device, fake=True)
     if page_size is None:
         raise ValueError("snapshot_page_size must be given with snapshot_table, got None")
     check_int("snapshot_page_size", page_size, 1, MOST_PAGE)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .checks import check_dense, check_device, check_int, check_type
+from .checks import check_device, check_int, check_memory, check_type
+from .memory import Checked, Layer, check_made
 from .overlap import Place, check_apart
 from .spec import CompressorSpec
 
@@ -173,7 +174,7 @@ def get_format(fmt: str | RecordFormat) -> RecordFormat:
     return FORMATS[fmt]
 
 
-class EntryCache:
+class EntryCache(Checked):
     """Pages of records. Slot `s` is row `s % rows_per_page` of page `s // rows_per_page`.
 
     Attributes:
@@ -183,6 +184,10 @@ class EntryCache:
         scale: `fp8_tensor`: what values are divided by; `nvfp4_trtllm`: the global factor g. 1 for the others.
         format, spec, rows_per_page, page_bytes.
     """
+
+    pages: torch.Tensor
+    scale_pages: torch.Tensor | None
+    page_bytes: int
 
     def __init__(
         self,
@@ -205,28 +210,29 @@ class EntryCache:
         Raises:
             TypeError, ValueError: naming the argument.
         """
-        check_type("storage", storage, torch.Tensor)
+        self.storage, self.scales, self.scale = storage, scales, scale
+        self.format, self.spec, self.rows_per_page = get_format(fmt), spec, rows_per_page
+        self._validate()
+
+    def _check(self) -> None:
+        storage, scales, spec, rows_per_page = self.storage, self.scales, self.spec, self.rows_per_page
+        check_memory("storage", storage, fake=True)
         check_type("spec", spec, CompressorSpec)
         check_int("rows_per_page", rows_per_page, 1, 1 << 20)
-        self.format = get_format(fmt)
+        check_type("format", self.format, RecordFormat)
         self.format.check(spec)
-        self._stored: tuple = (None, 0, 0)  # what the last `store` had, and the room that its rows were in: store.py
-        self._named = FORMATS.get(self.format.name) == self.format  # so an operator (ops.py) can be told it by its name
-        self.spec = spec
-        self.rows_per_page = rows_per_page
-        self.page_bytes = self.format.page_bytes(spec, rows_per_page)
-        self.storage, self.scales, self.scale = storage, scales, _number("scale", scale)
+        self.page_bytes, self.scale = self.format.page_bytes(spec, rows_per_page), _number("scale", self.scale)
         if not 2.0**-126 <= self.scale <= 2.0**126:  # both it and its inverse are normal numbers in fp32
-            raise ValueError(f"scale must be from 2**-126 to 2**126, got {scale}")
+            raise ValueError(f"scale must be from 2**-126 to 2**126, got {self.scale}")
         unit = 1 if self.format.separate else {"bf16": 2, "fp32": 4}.get(self.format.element, 2)
         if self.format.scale_bytes == 4:
             unit = 4
         self.pages = _byte_pages("storage", storage, self.page_bytes, unit)
         if self.num_slots >= 1 << 32:  # kernels find the page of a slot in 32 bits (kernels/record.py)
             raise ValueError(f"storage must have fewer than 2**32 slots, got {self.num_slots}")
-        self.scale_pages: torch.Tensor | None = None
+        self.scale_pages = None
         if self.format.separate:
-            check_type("scales", scales, torch.Tensor)
+            check_memory("scales", scales, fake=True)
             check_device("scales", scales, storage.device)
             if scales.shape[:1] != storage.shape[:1]:
                 raise ValueError(f"scales must have {storage.shape[0]} pages like storage, got {list(scales.shape)}")
@@ -234,6 +240,9 @@ class EntryCache:
             check_apart((Place("scales", self.scale_pages, written=True), Place("storage", self.pages, written=True)))
         elif scales is not None:
             raise ValueError(f"scales must be None: format {self.format.name!r} keeps its scales in the page")
+        self._named = FORMATS.get(self.format.name) == self.format  # so an operator (ops.py) can be told it by its name
+        self._tensors = tuple(x for x in (self.pages, self.scale_pages, storage, scales) if x is not None)
+        self._layer: Layer | None = None  # what the last `store` got with this cache: store.py
 
     def __reduce__(self) -> tuple:
         """Copies and pickles are made anew, as `pages` must be a view of their own storage."""
@@ -284,10 +293,10 @@ class EntryCache:
             fp32 `[n, head_dim]`: what an attention kernel that reads these bytes sees. Synchronizes with the host, to
             check the slots.
         """
-        check_type("slots", slots, torch.Tensor)
+        check_made("cache", self, EntryCache)
+        check_memory("slots", slots)
         if slots.dtype not in (torch.int32, torch.int64) or slots.dim() != 1:
             raise ValueError(f"slots must be int32 or int64 [n], got {slots.dtype} {list(slots.shape)}")
-        check_dense("slots", slots)
         check_device("slots", slots, self.device)
         if self.device.type == "meta":
             raise ValueError("slots must be of a cache on a CPU or a GPU, got the meta device")
@@ -304,6 +313,7 @@ class EntryCache:
             `values` (bf16, fp32 or e4m3 `[n]`; e2m1: uint8 codes 0..15, one per channel), then, where the format has them,
             `rotated` (bf16 `[rope_dim]`), `scales` (fp32, e4m3, or uint8 ue8m0 codes, one per group) and `pad` (uint8).
         """
+        check_made("cache", self, EntryCache)
         check_int("slot", slot, 0, self.num_slots - 1)
         from .pack import raw_fields
 
@@ -324,7 +334,6 @@ def _number(name: str, value: object) -> float:
 
 def _byte_pages(name: str, storage: torch.Tensor, page_bytes: int, unit: int) -> torch.Tensor:
     """The pages as uint8 `[num_pages, page_bytes]`, checked to be dense, disjoint and aligned to `unit` bytes."""
-    check_dense(name, storage)
     if storage.dim() < 2:
         raise ValueError(f"{name} must have a page dimension and one more, got shape {list(storage.shape)}")
     num_pages, item = storage.shape[0], storage.element_size()

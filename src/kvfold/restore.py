@@ -7,6 +7,7 @@ import torch
 from .backend_torch import history_starts
 from .checks import check_tensor, check_type, traced
 from .compress import check_snapshots, choose_backend
+from .memory import check_made
 from .overlap import Place, check_apart
 from .plan import MOST_POSITIONS
 from .snapshots import Snapshots
@@ -44,7 +45,7 @@ def restore(
         TypeError, ValueError: naming the argument; nothing has been written then.
     """
     check_type("state", state, FoldState)
-    if traced(state.rows):
+    if traced(getattr(state, "rows", None)):
         from . import ops
 
         ops.restore(state, snapshots, slots, pages, start_pos, errors, backend)
@@ -62,6 +63,7 @@ def run_restore(
     backend: str | None,
 ) -> None:
     """`restore` of real tensors: straight to the launch."""
+    check_made("state", state, FoldState)
     chosen = choose_backend(backend, "state", state.rows)
     device = state.device
     check_snapshots(snapshots, state)
@@ -83,7 +85,7 @@ def run_restore(
         restore_triton(state, snapshots, slots, pages, start_pos, errors)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def _restore_torch(
     state: FoldState,
     snapshots: Snapshots,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .checks import check_contiguous, check_device, check_dtype, check_int, check_shape, check_type
+from .checks import check_contiguous, check_device, check_dtype, check_int, check_memory, check_shape, check_type
+from .memory import Checked, check_made
 from .overlap import Place, check_apart
 from .spec import CompressorSpec
 from .state import history_start, state_kind
@@ -12,7 +13,7 @@ from .state import history_start, state_kind
 MOST_PAGE = 1 << 30  # positions per page: the end of the page of any position then is an int32
 
 
-class Snapshots:
+class Snapshots(Checked):
     """The snapshots of one compressor of one layer, one for each page of an engine's prefix cache.
 
     Page k of a sequence has positions `[k * page_size, (k + 1) * page_size)`. Its snapshot is what a step that starts at its
@@ -29,16 +30,23 @@ class Snapshots:
     Copying `rows[page]` and `positions[page]` moves a snapshot to another page, pool or machine.
     """
 
+    rows_per_page: int
+
     def __init__(self, spec: CompressorSpec, rows: torch.Tensor, positions: torch.Tensor, page_size: int) -> None:
         """Wraps existing tensors; see `allocate` for the usual way. `positions` must be -1 where a row holds nothing.
 
         Raises:
             TypeError, ValueError: naming the argument whose type, shape, dtype, device or stride is wrong.
         """
+        self.spec, self.rows, self.positions, self.page_size = spec, rows, positions, page_size
+        self._validate()
+
+    def _check(self) -> None:
+        spec, rows, positions = self.spec, self.rows, self.positions
         check_type("spec", spec, CompressorSpec)
-        self.rows_per_page, width = _shape(spec, page_size)
-        check_type("rows", rows, torch.Tensor)
-        check_type("positions", positions, torch.Tensor)
+        self.rows_per_page, width = _shape(spec, self.page_size)
+        check_memory("rows", rows, fake=True)
+        check_memory("positions", positions, fake=True)
         fold = state_kind(spec) == "fold"
         check_dtype("rows", rows, (torch.float32,) if fold else (torch.float32, torch.bfloat16))
         check_shape("rows", rows, (None, self.rows_per_page, width))
@@ -48,7 +56,7 @@ class Snapshots:
         for name, tensor in (("rows", rows), ("positions", positions)):
             check_contiguous(name, tensor)
         check_apart((Place("rows", rows, written=True), Place("positions", positions, written=True)))
-        self.spec, self.rows, self.positions, self.page_size = spec, rows, positions, page_size
+        self._tensors = (rows, positions)
 
     @classmethod
     def allocate(
@@ -90,8 +98,15 @@ class Snapshots:
         return self.rows_per_page * (self.rows.shape[2] * self.rows.element_size() + self.positions.element_size())
 
     def of(self, positions: torch.Tensor) -> torch.Tensor:
-        """Whether each of `positions` has a row in the snapshot of its page; any integer dtype, bool of the same shape."""
-        ratio = self.spec.ratio
+        """Whether each of `positions` has a row in the snapshot of its page; any integer dtype, bool of the same shape.
+
+        Raises:
+            TypeError, ValueError: naming `positions`.
+        """
+        check_made("snapshots", self, Snapshots)
+        check_memory("positions", positions)
+        check_dtype("positions", positions, (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
+        ratio, positions = self.spec.ratio, positions.long()
         if self.rows_per_page == 0:
             return torch.zeros_like(positions, dtype=torch.bool)
         if state_kind(self.spec) == "fold":

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .checks import check_contiguous, check_device, check_dtype, check_int, check_shape, check_type
-from .memory import RememberingState
+from .checks import check_contiguous, check_device, check_dtype, check_int, check_memory, check_shape, check_type
+from .memory import RememberingState, check_made
 from .overlap import Place, check_apart
 from .spec import CompressorSpec
 
@@ -33,6 +33,10 @@ class FoldState(RememberingState):
     Copying `rows[slot]` and `positions[slot]` moves a sequence to another slot, state or machine.
     """
 
+    kind: str
+    ring: int
+    history: int
+
     def __init__(self, spec: CompressorSpec, rows: torch.Tensor, positions: torch.Tensor, max_new_tokens: int) -> None:
         """Wraps existing tensors; see `allocate` for the usual way. `positions` must be -1 where a row holds nothing.
 
@@ -40,14 +44,18 @@ class FoldState(RememberingState):
             TypeError, ValueError: naming the argument whose type, shape, dtype, device or stride is wrong, or which shares
                 memory with the other.
         """
+        self.spec, self.rows, self.positions, self.max_new_tokens = spec, rows, positions, max_new_tokens
+        self._forget()
+        self._validate()
+
+    def _check(self) -> None:
+        spec, rows, positions = self.spec, self.rows, self.positions
         check_type("spec", spec, CompressorSpec)
-        check_int("max_new_tokens", max_new_tokens, 1, 1 << 20)
-        check_type("rows", rows, torch.Tensor)
-        check_type("positions", positions, torch.Tensor)
-        self.spec = spec
+        check_int("max_new_tokens", self.max_new_tokens, 1, 1 << 20)
+        check_memory("rows", rows, fake=True)
+        check_memory("positions", positions, fake=True)
         self.kind = state_kind(spec)
-        self.max_new_tokens = max_new_tokens
-        self.ring, self.history = _ring_and_history(spec, max_new_tokens)
+        self.ring, self.history = _ring_and_history(spec, self.max_new_tokens)
         per_slot = self.ring + self.history
         row_shape = (3, spec.head_dim) if self.kind == "fold" else (2 * spec.channels,)
         check_dtype("rows", rows, (torch.float32,) if self.kind == "fold" else (torch.float32, torch.bfloat16))
@@ -58,9 +66,8 @@ class FoldState(RememberingState):
         for name, tensor in (("rows", rows), ("positions", positions)):
             check_contiguous(name, tensor)
         check_apart((Place("rows", rows, written=True), Place("positions", positions, written=True)))
-        self.rows = rows
-        self.positions = positions
-        self._forget()
+        self._tensors = (rows, positions)
+        self._forget_calls()
 
     @classmethod
     def allocate(
@@ -107,6 +114,29 @@ class FoldState(RememberingState):
         """Bytes that one sequence occupies: its rows and their positions."""
         rows, tags = self.rows, self.positions
         return rows[0:1].numel() * rows.element_size() + tags[0:1].numel() * tags.element_size() if self.num_slots else 0
+
+    def forget(self, slots: torch.Tensor) -> None:
+        """Makes these slots empty: a step that needs a row of a former owner is refused then.
+
+        No slot has to be forgotten before its next owner starts at position 0, or anywhere by `restore`. Forget it where an
+        owner may start elsewhere by mistake: rows are known by their positions, and not by whose they are. Does not
+        synchronize with the host, so it can be captured in a CUDA graph.
+
+        Args:
+            slots: int32 or int64 `[n]`, on the device of the state. Those outside of the state, -1 among them, are passed over.
+
+        Raises:
+            TypeError, ValueError: naming `slots`.
+        """
+        check_made("state", self, FoldState)
+        check_memory("slots", slots)
+        check_dtype("slots", slots, (torch.int32, torch.int64))
+        check_shape("slots", slots, (None,))
+        check_device("slots", slots, self.device)
+        with torch.inference_mode():
+            known = torch.where((slots >= 0) & (slots < self.num_slots), slots.long(), self.num_slots)
+            gone = torch.zeros(self.num_slots + 1, dtype=torch.bool, device=self.device).index_fill_(0, known, True)
+            self.positions.masked_fill_(gone[:-1, None], -1)
 
     def history_of(self, position: int) -> range:
         """The positions whose rows a step starting at `position` reads; what a prefix cache must keep to resume there."""

@@ -6,9 +6,10 @@ import torch
 
 from .backend_torch import store_torch
 from .checks import check_switch, check_tensor, check_type, traced
-from .compress import cache_places, check_epilogue, check_plan, choose_backend, plan_places
-from .overlap import Place, check_apart, find_room
-from .plan import StepPlan
+from .compress import cache_places, check_epilogue, check_plan, choose_backend
+from .memory import Layer, check_made
+from .overlap import NO_ROOM, Place, check_apart, find_room
+from .plan import StepPlan, plan_places
 from .records import EntryCache
 from .spec import CompressorSpec
 
@@ -62,7 +63,7 @@ def run_store(
     check_switch("pdl", pdl)
     chosen = check_store(rows, plan, cache, spec, norm_weight, rope, backend)
     if chosen == "torch":
-        with torch.no_grad():
+        with torch.inference_mode():
             store_torch(rows, plan, cache, spec, norm_weight, rope)
     else:
         from .kernels.launch import store_triton  # imports triton, which the torch backend does not need
@@ -83,28 +84,27 @@ def check_store(
     check_type("rows", rows, torch.Tensor)
     chosen = choose_backend(backend, "rows", rows)
     check_type("spec", spec, CompressorSpec)
-    check_type("plan", plan, StepPlan)
-    check_type("cache", cache, EntryCache)
-    check_plan(plan, spec, rows.device)
-    check_tensor("rows", rows, (plan.entry_capacity, spec.head_dim), (torch.bfloat16, torch.float32), rows.device)
-    check_epilogue(plan, cache, spec, norm_weight, rope, rows.device)
-    _check_memory(rows, plan, cache, norm_weight, rope)
+    check_made("plan", plan, StepPlan)
+    check_made("cache", cache, EntryCache)
+    tokens, weights = (spec, cache._token), (norm_weight, rope)
+    layer = cache._layer
+    if layer is None or not layer.same(tokens, weights):
+        check_epilogue(cache, spec, norm_weight, rope, rows.device)
+        layer = cache._layer = Layer(tokens, weights, _places(cache, norm_weight, rope))
+    check_tensor("rows", rows, (plan.entry_capacity, spec.head_dim), (torch.bfloat16, torch.float32), cache.device)
+    met = layer.met(plan)
+    if met is None:
+        check_plan(plan, spec, rows.device, cache)
+        met = layer.meet(plan, plan._bounds, lambda: [*_places(cache, norm_weight, rope), *plan_places(plan)])
+    start = rows.data_ptr()
+    end = start + rows.nbytes
+    if start < met.rows[0] or end > met.rows[1]:
+        met.rows = find_room(met.bounds, start, end)
+        if met.rows == NO_ROOM:
+            check_apart([*_places(cache, norm_weight, rope), *plan_places(plan), Place("rows", rows)])
     return chosen
 
 
-def _check_memory(
-    rows: torch.Tensor, plan: StepPlan, cache: EntryCache, norm_weight: torch.Tensor, rope: torch.Tensor | None
-) -> None:
-    """Checks that nothing shares a byte with the pages; what is where it was in the call before is not compared again."""
-    start = rows.data_ptr()
-    known = plan.items.data_ptr(), norm_weight.data_ptr(), 0 if rope is None else rope.data_ptr()
-    stored, low, high = cache._stored
-    if stored == known and low <= start and start + rows.nbytes <= high:
-        return
-    places = [*cache_places(cache), *plan_places(plan), Place("norm_weight", norm_weight)]
-    places += [] if rope is None else [Place("rope", rope)]
-    bounds = check_apart(places)
-    room = find_room(bounds, start, start + rows.nbytes)
-    if room == (0, 0):
-        check_apart([*places, Place("rows", rows)])
-    cache._stored = known, *room
+def _places(cache: EntryCache, norm_weight: torch.Tensor, rope: torch.Tensor | None) -> list[Place]:
+    weights = (("norm_weight", norm_weight), ("rope", rope))
+    return [*cache_places(cache), *(Place(name, x) for name, x in weights if x is not None)]

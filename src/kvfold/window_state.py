@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .checks import check_dense, check_device, check_dtype, check_int, check_shape, check_type
+from .checks import check_device, check_dtype, check_int, check_memory, check_shape, check_type
 from .memory import RememberingState
 from .overlap import Place, check_apart
 from .spec import CompressorSpec
@@ -45,8 +45,14 @@ class WindowState(RememberingState):
         Raises:
             TypeError, ValueError: naming the argument whose type, shape, dtype, device or stride is wrong.
         """
-        check_type("kv", kv, torch.Tensor)
-        check_type("score", score, torch.Tensor)
+        self.kv, self.score = kv, score
+        self._forget()
+        self._validate()
+
+    def _check(self) -> None:
+        kv, score = self.kv, self.score
+        check_memory("kv", kv, fake=True)
+        check_memory("score", score, fake=True)
         check_dtype("kv", kv, _DTYPES)
         check_dtype("score", score, (kv.dtype,))
         check_shape("kv", kv, (None, None, None))
@@ -58,9 +64,8 @@ class WindowState(RememberingState):
         _check_strides("kv", kv)
         _check_strides("score", score)
         check_apart((Place("score", score, written=True), Place("kv", kv, written=True)))
-        self.kv = kv
-        self.score = score
-        self._forget()
+        self._tensors = (kv, score)
+        self._forget_calls()
 
     @classmethod
     def allocate(
@@ -114,7 +119,6 @@ class WindowState(RememberingState):
 
 def _check_strides(name: str, pool: torch.Tensor) -> None:
     """Channels side by side, rows and pages anywhere but on top of one another."""
-    check_dense(name, pool)
     if pool.numel() == 0:
         return
     if pool.shape[2] > 1 and pool.stride(2) != 1:

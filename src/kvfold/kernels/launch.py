@@ -139,7 +139,9 @@ def use_pdl(wanted: bool | None, plan: StepPlan, device: torch.device) -> bool:
 
     The first launch after `plan.update` is an ordinary one, so every later one starts when the plan has long been written.
     """
-    fresh, plan.fresh = plan.fresh, False
+    fresh = plan.fresh
+    if fresh:
+        plan.fresh = False
     return wanted is not False and not fresh and supports_pdl(device)
 
 
@@ -184,16 +186,15 @@ def _step_grid(plan: StepPlan, kv_score: torch.Tensor) -> int:
 def _plan(plan: StepPlan, more: bool) -> tuple[tuple[object, ...], int]:
     """What a launch takes of a plan, packed, and its bits; with `more`, what the kernel over raw rows takes behind that too.
 
-    Packed once for as long as its tensors are the same: an engine has one plan for all layers and steps.
+    Packed once for as long as its tensors are the same (`memory.check_made`): an engine has one plan for all layers and steps.
     """
-    known = plan._packed.get(more)
-    if known is not None and known[0] is plan.items and known[1] is plan.entry_slots:
-        return known[2]
+    made = plan._packed.get(more)
+    if made is not None:
+        return made
     values: tuple[object, ...] = plan.items, plan.num_items, plan.entry_slots, plan.entry_capacity, plan.errors
     if more:
         values += plan.entry_items, plan.cu_entries, plan.batch
-    made = pack(*values)
-    plan._packed[more] = plan.items, plan.entry_slots, made
+    made = plan._packed[more] = pack(*values)
     return made
 
 
@@ -211,15 +212,14 @@ def _step_arguments(c: Compressor, rows: torch.Tensor | None, shared: tuple = ()
 
 
 def _layer(c: Compressor, one: torch.Tensor, other: torch.Tensor) -> tuple[tuple, tuple, tuple, int]:
-    """What a layer passes in every step, packed once for as long as its objects are the same (`compress._check` looks).
+    """What a layer passes in every step, packed once for as long as it is the same (`compress._check_fixed` looks).
 
     ape with the state's tensors `one`, then either snapshots or the score pool, then all that the epilogue takes; and the bits
     of their addresses and strides.
     """
-    state = c.state
-    known = state._packed
-    if known is not None and known[0] is state._checked and known[1] is one and known[2] is other:
-        return known[3]
+    state, layer = c.state, c.state._layer
+    if layer.packed is not None:
+        return layer.packed
     strides = _cache_strides(c.cache) if c.cache is not None else 0
     if isinstance(state, FoldState):
         snapshots = _snapshots(c)
@@ -232,9 +232,8 @@ def _layer(c: Compressor, one: torch.Tensor, other: torch.Tensor) -> tuple[tuple
         between, more = pack(other, other.stride(0), other.stride(1), other.shape[0])
         strides |= one.stride(0) | one.stride(1) | other.stride(0) | other.stride(1)
     behind, most = pack(*_epilogue_arguments(c.cache, c.spec, c.norm_weight, c.rope))
-    made = kept, between, behind, bits | more | most | strides
-    state._packed = state._checked, one, other, made
-    return made
+    layer.packed = kept, between, behind, bits | more | most | strides
+    return layer.packed
 
 
 def _epilogue_arguments(
@@ -274,7 +273,8 @@ def _workspace(state: FoldState | WindowState, entries: int, head_dim: int) -> t
 
     Made by the first call of a size and kept by the state, outgrown ones too, as a CUDA graph may have recorded them.
     """
-    if not state._workspaces or state._workspaces[-1][1].shape[0] < entries:
+    last = state._workspaces[-1][1] if state._workspaces else None
+    if last is None or last.shape[0] < entries or last.device != state.device:
         rows = torch.zeros(entries, head_dim, dtype=torch.int64, device=state.device)
         made = rows, torch.zeros(entries, dtype=torch.int32, device=state.device)
         if rows.is_cuda and torch.cuda.is_current_stream_capturing():
