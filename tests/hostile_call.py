@@ -16,6 +16,7 @@ import torch
 from helpers import Backend
 from hostile_cases import Case, Spoil, draw
 from hostile_order import BEFORE, INSIDE
+from hostile_plain import ACCEPTED, ALIASES, PLAIN
 from hostile_tensors import TENSORS, plain
 from hostile_values import OBJECTS, TWINS, VALUES, rewrite
 from hostile_world import HostileWorld, has_memory, tensors_of
@@ -54,7 +55,7 @@ def world_of(function: str, kind: str, backend: Backend) -> HostileWorld:
 def call(seed: int, index: int, backend: Backend, begun: Callable[[Case], None] = lambda case: None) -> Outcome:
     """Call number `index` of the run with this seed; `begun` is told the case before it is made."""
     for attempt in range(ATTEMPTS):
-        case = draw(lambda *key: world_of(*key, backend), random.Random(f"{seed} {index} {attempt}"))
+        case = draw(lambda *key: world_of(*key, backend), random.Random(f"{seed} {index} {attempt}"), backend.slow)
         begun(case)
         try:
             return run(case, backend)
@@ -65,6 +66,8 @@ def call(seed: int, index: int, backend: Backend, begun: Callable[[Case], None] 
 
 def run(case: Case, backend: Backend) -> Outcome:
     """One case. Where other tensors of the same values were given, the results are those of the good ones."""
+    if case.function in PLAIN:
+        return _run_plain(case)
     world = world_of(case.function, case.kind, backend)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -81,6 +84,25 @@ def run(case: Case, backend: Backend) -> Outcome:
         if name != "duplicates" and not _same(results.get(name), value):
             return Outcome(case, "wrong result", f"{name} is not what plain tensors of the same values give")
     return found
+
+
+def _run_plain(case: Case) -> Outcome:
+    function, good = PLAIN[case.function]
+    given = dict(good)
+    for spoil in case.spoils:
+        how, what = spoil.how, spoil.what
+        one = what if how == "word" else OBJECTS[what]() if how == "object" else VALUES[what]
+        given[spoil.target] = [one] if how == "several" else (one, one) if how == "pairs" else one
+    start = time.perf_counter()
+    try:
+        function(**given)
+    except RuntimeError as error:
+        if case.function not in ACCEPTED or ACCEPTED[case.function] not in str(error):
+            return judge(case, error)
+    except Exception as error:
+        return judge(case, error)
+    taken = time.perf_counter() - start
+    return Outcome(case, "slow", f"{taken:.1f} s") if taken > SLOW else Outcome(case, "ok")
 
 
 def _attempt(case: Case, world: HostileWorld, clean: bool) -> tuple[Outcome, dict[str, Any]]:
@@ -300,7 +322,7 @@ RELATED: dict[str, tuple[str, ...]] = {
     "snapshot_table": ("snapshot_page_size", "snapshots"),
     "entry_slots": ("cache_block_table", "rows", "cache"),
     "cache_block_table": ("entry_slots", "rows_per_page", "cache"),
-    "rows_per_page": ("cache", "plan", "storage", "scales"),
+    "rows_per_page": ("cache", "plan", "storage", "scales", "slots", "slot"),
     "ratio": ("spec", "rows", "max_new_tokens"),
     "max_new_tokens": ("rows", "positions", "max_tokens", "ratio"),
     "max_tokens": ("rows", "max_new_tokens"),
@@ -308,7 +330,7 @@ RELATED: dict[str, tuple[str, ...]] = {
     "positions": ("rows",),
     "kv": ("score", "plan", "page_size"),
     "score": ("kv",),
-    "storage": ("scales",),
+    "storage": ("scales", "slots", "slot"),
     "scales": ("storage", "fmt"),
     "fmt": ("storage", "scales", "format", "head_dim", "rope_dim", "scale"),
     "kv_score": ("state", "rows"),
@@ -323,6 +345,8 @@ ANY = ("spec",)  # which everything else is made for
 
 def names_for(case: Case, spoil: Spoil) -> set[str]:
     """What an error may call the argument."""
+    if case.function in PLAIN:
+        return {spoil.target, *ALIASES.get(spoil.target, ())}
     world_names = [name for name in FUNCTION_WORDS(case)]
     parts = [part for part in spoil.target.split(".") if not part.isdigit()]
     found = {*parts, "things"} if case.function == "mark_static" else set(parts)
@@ -330,6 +354,8 @@ def names_for(case: Case, spoil: Spoil) -> set[str]:
         found |= set(RELATED.get(part, ()))
     if parts[-1] in ANY:
         found |= set(world_names)
+    if spoil.how == "inside":  # all that is made there is of the transform, the plan's own tensors too
+        found |= {"plan", "items"}
     if spoil.how in ("memory of", "argument"):
         found |= {part for part in spoil.what.split(".") if not part.isdigit()}
     return found

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import NamedTuple
 
 from hostile_order import BEFORE, INSIDE
+from hostile_plain import PLAIN, WORDS
 from hostile_tensors import TENSORS
-from hostile_values import CONTENTS, OBJECTS, TWINS, VALUES
+from hostile_values import CONTENTS, TWINS, VALUES, objects_for
 from hostile_world import FUNCTIONS, HostileWorld
 from torch import Tensor
 
@@ -58,16 +60,38 @@ WEIGHTS = {
     "EntryCache.raw": 3, "Snapshots.of": 4, "FoldState.history_of": 2, "mark_static": 2, "check": 3, "dump": 0.5,
 }  # fmt: skip
 
+LAUNCHING = ("compress", "compress_many", "store", "restore")
+PLAIN_SHARE = 0.12
 
-def draw(world_of, rng: random.Random) -> Case:
-    """`world_of(function, kind)` is its world, of which only the names and types of arguments are looked at."""
-    function = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
+
+def _plain(rng: random.Random) -> Case:
+    """One of a function without tensors; `how` is also a list of a value, or a pair of it."""
+    function = rng.choice(list(PLAIN))
+    targets = rng.sample(list(PLAIN[function][1]), k=rng.choice((1, 1, 2)))
+    spoils = []
+    for target in targets:
+        how = rng.choices(("value", "object", "word", "several", "pairs"), (6, 1, 3, 1, 1))[0]
+        what = rng.choice({"object": objects_for(target), "word": list(WORDS)}.get(how, list(VALUES)))
+        spoils.append(Spoil("given", target, how, what))
+    return Case(function, "", (), tuple(spoils))
+
+
+def draw(world_of: Callable[[str, str], HostileWorld], rng: random.Random, launches: bool) -> Case:
+    """`world_of(function, kind)` is its world, of which only the names and types of arguments are looked at.
+
+    launches: only functions that launch a kernel, for backends of which nothing else is to be seen.
+    """
+    if rng.random() < PLAIN_SHARE and not launches:
+        return _plain(rng)
+    functions = LAUNCHING if launches else tuple(WEIGHTS)
+    function = rng.choices(functions, [WEIGHTS[name] for name in functions])[0]
     kind = rng.choice(FUNCTIONS[function].kinds)
     world = world_of(function, kind)
     before = tuple(rng.choices(list(BEFORE), k=rng.choice((1, 1, 2)))) if rng.random() < 0.3 else ()
     spoils = tuple(_spoil(world, rng) for _ in range(rng.choice((1, 1, 2))))
-    if sum(spoil.how == "inside" for spoil in spoils) > 1 or len({spoil.target for spoil in spoils}) == 1:
-        spoils = spoils[:1]
+    inside = [spoil for spoil in spoils if spoil.how == "inside"]
+    if len({spoil.target for spoil in spoils}) == 1 or inside:
+        spoils = tuple(inside[:1]) or spoils[:1]
     return Case(function, kind, before if function not in ("check", "dump") else (), spoils)
 
 
@@ -81,7 +105,7 @@ def _spoil(world: HostileWorld, rng: random.Random) -> Spoil:
         if target in world.leaves:
             return Spoil(when, target, *_way(world, rng, isinstance(world.leaves[target], Tensor), target))
         how = rng.choice(("value", "object", "twin", "argument"))
-        what = rng.choice(list({"value": VALUES, "object": OBJECTS, "twin": TWINS}.get(how) or world.function.arguments))
+        what = rng.choice(list({"value": VALUES, "object": objects_for(target), "twin": TWINS}.get(how) or world.function.arguments))
         return Spoil(when, target, how, what)
     objects = [name for name in world.function.arguments if name.split(".")[-1] in ATTRIBUTES and name not in world.leaves]
     target = rng.choice(objects)
@@ -100,7 +124,7 @@ def _way(world: HostileWorld, rng: random.Random, tensor: bool, target: str) -> 
         how = rng.choices(("tensor", "contents", "memory of", "value", "argument", "inside", "object"), (9, 7, 4, 1, 1, 1, 0.3))[0]
     tensors = [name for name in world.taken if isinstance(world.leaves[name], Tensor) and name != target]
     choices = {
-        "value": VALUES, "object": OBJECTS, "tensor": TENSORS, "contents": ("one number", "one number", *CONTENTS),
+        "value": VALUES, "object": objects_for(target), "tensor": TENSORS, "contents": ("one number", "one number", *CONTENTS),
         "memory of": tensors, "argument": world.taken, "inside": INSIDE,
     }[how]  # fmt: skip
     return (how, rng.choice(list(choices)), seed) if choices else ("value", rng.choice(list(VALUES)), seed)

@@ -29,6 +29,7 @@ VALUES: dict[str, Any] = {
         "torch.zeros(0)", "torch.float32", "torch.float16", "torch.bfloat16", "torch.device('meta')", "torch.Size([4])",
     )
 }  # fmt: skip
+# Never built; of a dataclass not even its name can be printed, so these stand only where one is expected.
 OBJECTS: dict[str, Callable[[], Any]] = {f"object.__new__({kind.__name__})": (lambda k=kind: object.__new__(k)) for kind in KINDS}
 OBJECTS |= {"StepPlan()": StepPlan} | {kind.__name__: (lambda k=kind: k) for kind in KINDS}
 
@@ -80,5 +81,10 @@ def rewrite(tensor: Tensor, how: str, seed: int) -> None:
         tensor.copy_(CONTENTS[how](tensor.clone(), seed))
 
 
-def leaf_of(world: HostileWorld, name: str) -> Any:
-    return world.leaves.get(name)
+def objects_for(target: str) -> list[str]:
+    """The objects that can stand in this argument's place."""
+    unprintable = {"spec": "object.__new__(RecordFormat)", "fmt": "object.__new__(CompressorSpec)"}
+    last = target.split(".")[-1]
+    if last in unprintable:
+        return [text for text in OBJECTS if text != unprintable[last]]
+    return [text for text in OBJECTS if text not in unprintable.values()]

@@ -190,8 +190,9 @@ class HostileWorld(World):
 
     def mark(self) -> None:
         """Remembers every byte as it is now."""
-        self._before.copy_(self.arena)
-        self.aside = [(tensor, _bytes(tensor)) for tensor, _ in self.aside]
+        with torch._C._DisableFuncTorch():
+            self._before.copy_(self.arena)
+            self.aside = [(tensor, _bytes(tensor)) for tensor, _ in self.aside]
 
     def changed(self) -> bool:
         """Whether any byte is another one than at `mark`."""
