@@ -9,6 +9,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -17,8 +18,8 @@ from helpers import Backend
 from hostile_cases import Case, Spoil, draw
 from hostile_order import BEFORE, INSIDE
 from hostile_plain import ACCEPTED, ALIASES, PLAIN
-from hostile_tensors import TENSORS, plain
-from hostile_values import OBJECTS, TWINS, VALUES, rewrite
+from hostile_tensors import IN_PLACE, TENSORS, plain
+from hostile_values import COMPRESSORS, OBJECTS, SPECS, TWINS, VALUES, other_objects, rewrite
 from hostile_world import HostileWorld, has_memory, tensors_of
 from torch import Tensor
 
@@ -148,14 +149,30 @@ class _Call:
     def prepare(self) -> None:
         """The calls before, and the leaves."""
         world = self.world
+        for spoil in self.case.spoils:
+            if spoil.when == "later":
+                world.leaves[spoil.target] = world.beside(world.leaves[spoil.target])
         if self.case.before:
             self.given = world.make(world.function.arguments)
             for name in self.case.before:
                 BEFORE[name](world, self.given)
         for spoil in self.case.spoils:
+            if spoil.when == "later":
+                self._change_in_place(spoil)
             if spoil.when == "made" and spoil.how != "inside":
                 world.leaves[spoil.target] = self._spoiled(spoil, world.leaves.get(spoil.target), world.leaves)
         world.mark()
+
+    def _change_in_place(self, spoil: Spoil) -> None:
+        world, tensor = self.world, self.world.leaves[spoil.target]
+        world.aside = [(x, y) for x, y in world.aside if x is not tensor]
+        try:
+            IN_PLACE[spoil.what](tensor)
+        except (RuntimeError, TypeError, IndexError):
+            raise Inapplicable from None
+        world.leaves[spoil.target] = plain(tensor) if self.clean else tensor
+        if has_memory(tensor):
+            world.watch([tensor])
 
     def run(self) -> None:
         inside = next((spoil for spoil in self.case.spoils if spoil.how == "inside"), None)
@@ -175,13 +192,14 @@ class _Call:
     def _make_and_call(self) -> None:
         world, names = self.world, self.world.function.arguments
         changed = [spoil.target for spoil in self.case.spoils if spoil.when == "made" or spoil.how == "inside"]
+        changed += [spoil.target for spoil in self.case.spoils if spoil.when == "later" and self.clean]
         stale = [n for n in names if not self.case.before or any(t == n or t.startswith(n + ".") for t in changed)]
         self.given |= world.make(stale)
         plan = self.given.get("plan")
         if type(plan) is StepPlan:  # what it made for itself is not in the arena
             world.watch(x for x in vars(plan).values() if has_memory(x))
         for spoil in self.case.spoils:
-            if spoil.how == "inside" or spoil.when == "made":
+            if spoil.how == "inside" or spoil.when in ("made", "later"):
                 continue
             holder, key = self._place(spoil)
             old = holder[key] if isinstance(holder, dict) else getattr(holder, key, None)
@@ -213,6 +231,12 @@ class _Call:
             return OBJECTS[what]()
         if how == "argument":
             return others.get(what)
+        if how == "spec":
+            return replace(self.world.spec, **SPECS[what])
+        if how == "other object":
+            return other_objects(spoil.target.split(".")[-1], self.world.spec)[what]()
+        if how == "compressors":
+            return COMPRESSORS[what]
         if how == "twin":
             return TWINS[what](old)
         if type(old) is not Tensor or not has_memory(old):
@@ -352,7 +376,7 @@ def names_for(case: Case, spoil: Spoil) -> set[str]:
     found = {*parts, "things"} if case.function == "mark_static" else set(parts)
     for part in parts:
         found |= set(RELATED.get(part, ()))
-    if parts[-1] in ANY:
+    if parts[-1] in ANY or spoil.what in ("on meta", "on a CPU"):
         found |= set(world_names)
     if spoil.how == "inside":  # all that is made there is of the transform, the plan's own tensors too
         found |= {"plan", "items"}
@@ -379,7 +403,7 @@ def judge(case: Case, error: Exception) -> Outcome:
         return Outcome(case, f"{type(error).__name__} of torch", text)
     words = set(re.findall(r"\w+", str(error)))
     accepted = set().union(*(names_for(case, spoil) for spoil in case.spoils))
-    if not words & accepted and "meta" not in words:
+    if not words & accepted:
         return Outcome(case, "other name", text)
     return Outcome(case, "refused", text)
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from hostile_order import BEFORE, INSIDE
 from hostile_plain import PLAIN, WORDS
-from hostile_tensors import TENSORS
-from hostile_values import CONTENTS, TWINS, VALUES, objects_for
+from hostile_tensors import IN_PLACE, TENSORS
+from hostile_values import COMPRESSORS, CONTENTS, SPECS, TWINS, VALUES, objects_for, other_objects
 from hostile_world import FUNCTIONS, HostileWorld
 from torch import Tensor
 
@@ -18,7 +18,7 @@ class Spoil(NamedTuple):
     """One argument and what becomes of it.
 
     when: `"made"`: a leaf, before the objects of the call are built. `"given"`: an argument, after that. `"assigned"`: an
-        attribute of an object among the arguments.
+        attribute of an object among the arguments. `"later"`: a leaf itself, which objects and earlier calls know.
     target: by dotted name. how: a family below. what: one of the family, by name. seed: of what is random in it.
     """
 
@@ -61,7 +61,7 @@ WEIGHTS = {
 }  # fmt: skip
 
 LAUNCHING = ("compress", "compress_many", "store", "restore")
-PLAIN_SHARE = 0.12
+PLAIN_SHARE, LATER_SHARE = 0.12, 0.08
 
 
 def _plain(rng: random.Random) -> Case:
@@ -87,6 +87,10 @@ def draw(world_of: Callable[[str, str], HostileWorld], rng: random.Random, launc
     function = rng.choices(functions, [WEIGHTS[name] for name in functions])[0]
     kind = rng.choice(FUNCTIONS[function].kinds)
     world = world_of(function, kind)
+    if rng.random() < LATER_SHARE:
+        tensors = [name for name in world.taken if isinstance(world.leaves[name], Tensor)]
+        spoil = Spoil("later", rng.choice(tensors), "in place", rng.choice(list(IN_PLACE)))
+        return Case(function, kind, ("a good call",) if rng.random() < 0.8 else ("a refused call",), (spoil,))
     before = tuple(rng.choices(list(BEFORE), k=rng.choice((1, 1, 2)))) if rng.random() < 0.3 else ()
     spoils = tuple(_spoil(world, rng) for _ in range(rng.choice((1, 1, 2))))
     inside = [spoil for spoil in spoils if spoil.how == "inside"]
@@ -99,9 +103,18 @@ def _spoil(world: HostileWorld, rng: random.Random) -> Spoil:
     when = rng.choices(("made", "given", "assigned"), (6, 3, 2))[0]
     if when == "made":
         target = rng.choice(world.taken)
+        if target.split(".")[-1] == "spec" and rng.random() < 0.6:
+            return Spoil(when, target, "spec", rng.choice(list(SPECS)))
         return Spoil(when, target, *_way(world, rng, isinstance(world.leaves[target], Tensor), target))
     if when == "given":
         target = rng.choice(world.function.arguments)
+        last = target.split(".")[-1]
+        if last == "compressors":
+            return Spoil(when, target, "compressors", rng.choice(list(COMPRESSORS)))
+        if last == "spec" and rng.random() < 0.6:
+            return Spoil(when, target, "spec", rng.choice(list(SPECS)))
+        if last in ("state", "cache", "snapshots") and rng.random() < 0.4:
+            return Spoil(when, target, "other object", rng.choice(list(other_objects(last, world.spec))))
         if target in world.leaves:
             return Spoil(when, target, *_way(world, rng, isinstance(world.leaves[target], Tensor), target))
         how = rng.choice(("value", "object", "twin", "argument"))

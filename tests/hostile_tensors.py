@@ -153,6 +153,28 @@ NO_TENSORS: dict[str, Transform] = {
 TENSORS: dict[str, Transform] = {**TRANSFORMS, **OF_TORCH, **NO_TENSORS}
 
 
+def _grown(x: Tensor) -> Tensor:
+    return x.resize_(x.shape[0] + 1, *x.shape[1:])
+
+
+# Of a tensor that objects already hold, by itself: nobody is told.
+IN_PLACE: dict[str, Callable[[Tensor], Any]] = {
+    "freed": lambda x: x.untyped_storage().resize_(0),
+    "half freed": lambda x: x.untyped_storage().resize_(x.nbytes // 2),
+    "grown": _grown,
+    "emptied": lambda x: x.resize_(0),
+    "turned": lambda x: x.transpose_(0, -1),
+    "flattened": lambda x: x.resize_(x.numel()),
+    "other strides": lambda x: x.as_strided_(x.shape, (0, *x.stride()[1:])),
+    "moved": lambda x: x.set_(x.clone()),
+    "other memory": lambda x: setattr(x, "data", torch.zeros_like(x)),
+    "other dtype": lambda x: setattr(x, "data", x.to(torch.bfloat16 if x.is_floating_point() else torch.int64)),
+    "other shape": lambda x: setattr(x, "data", x[:0].clone()),
+    "with a gradient": lambda x: x.requires_grad_(),
+    "another class": lambda x: setattr(x, "__class__", Plain),
+}
+
+
 def plain(x: Any) -> Any:
     """A tensor of the same values and memory of its own, without anything lazy; anything else stays what it is."""
     if isinstance(x, Wrapper):
@@ -160,4 +182,4 @@ def plain(x: Any) -> Any:
     if type(x) not in (Tensor, Plain, torch.nn.Parameter) or not has_memory(x) or x.numel() > 1 << 24:
         return x
     with torch.inference_mode(False), torch.no_grad():
-        return x.detach().as_subclass(Tensor).resolve_conj().resolve_neg().clone()
+        return x.detach().as_subclass(Tensor).resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hostile_world import HostileWorld
 from kvfold import CompressorSpec, EntryCache, FoldState, Snapshots, StepPlan, WindowState
-from kvfold.records import RecordFormat
+from kvfold.compress import Compressor
+from kvfold.records import FORMATS, RecordFormat
 
 KINDS = (StepPlan, EntryCache, FoldState, WindowState, Snapshots, CompressorSpec, RecordFormat)
 
@@ -24,7 +25,7 @@ VALUES: dict[str, Any] = {
     for text in (
         "None", "True", "False", "0", "-1", "1", "2", "3", "4", "5", "7", "64", "1 << 31", "1 << 63", "-(1 << 63)", "10**400",
         "0.5", "4.0", "float('nan')", "float('inf')", "-0.0", "1e-300", "''", "'4'", "b'4'", "'torch'", "'triton'", "'cuda'",
-        "'bf16'", "'mxfp4'", "[4]", "()", "{}", "{4}", "object()", "int", "print", "range(4)", "4j", "np.int32(4)",
+        "'bf16'", "'mxfp4'", "'fp32'", "'fp8_ds_mla'", "'fp8_tensor'", "[4]", "()", "{}", "{4}", "object()", "int", "print", "range(4)", "4j", "np.int32(4)",
         "np.int64(-1)", "np.float32(1)", "np.bool_(True)", "np.zeros(4)", "torch.tensor(4)", "torch.tensor(True)",
         "torch.zeros(0)", "torch.float32", "torch.float16", "torch.bfloat16", "torch.device('meta')", "torch.Size([4])",
     )
@@ -39,6 +40,66 @@ TWINS: dict[str, Callable[[Any], Any]] = {
     "a copy": copy.copy,
     "a deep copy": copy.deepcopy,
     "a dict of its attributes": lambda x: dict(vars(x)) if hasattr(x, "__dict__") else x,
+}
+
+# Good specs that are not the one of the call.
+SPECS: dict[str, dict[str, Any]] = {
+    "head_dim=128": {"head_dim": 128}, "ratio=8": {"ratio": 8}, "ratio=1": {"ratio": 1}, "overlap": {"overlap": True},
+    "no overlap": {"overlap": False}, "no ape": {"has_ape": False}, "rope_dim=0": {"rope_dim": 0}, "rope_dim=8": {"rope_dim": 8},
+    "norm_eps=1e-3": {"norm_eps": 1e-3}, "hadamard": {"hadamard": True}, "no hadamard": {"hadamard": False},
+}  # fmt: skip
+
+
+def other_objects(name: str, spec: CompressorSpec) -> dict[str, Callable[[], Any]]:
+    """Good objects that are not those of the call."""
+    big = replace(spec, head_dim=2 * spec.head_dim)
+    none = {"device": "meta"}
+    return {
+        "state": {
+            "of another spec": lambda: FoldState.allocate(big, 4, 8),
+            "on meta": lambda: FoldState.allocate(spec, 4, 8, **none),
+            "of no slots": lambda: FoldState.allocate(spec, 0, 8),
+            "of bf16 rows": lambda: FoldState.allocate(spec, 4, 8, dtype=torch.bfloat16),
+            "of pages": lambda: WindowState.allocate(spec, 30, 4),
+            "of no pages": lambda: WindowState.allocate(spec, 0, 4),
+            "of other pages": lambda: WindowState.allocate(spec, 30, 8, dtype=torch.bfloat16),
+            "of wider pages": lambda: WindowState.allocate(big, 30, 4),
+        },
+        "cache": {
+            "of another spec": lambda: EntryCache.allocate("bf16", 8, 4, big),
+            "on meta": lambda: EntryCache.allocate("bf16", 8, 4, spec, **none),
+            "of no pages": lambda: EntryCache.allocate("bf16", 0, 4, spec),
+            "of longer pages": lambda: EntryCache.allocate("bf16", 8, 8, spec),
+            "of another format": lambda: EntryCache.allocate("fp32", 8, 4, spec),
+            "of a format without name": lambda: EntryCache.allocate(replace(FORMATS["bf16"], name="mine"), 8, 4, spec),
+        },
+        "snapshots": {
+            "of another spec": lambda: Snapshots.allocate(big, 6, 8),
+            "on meta": lambda: Snapshots.allocate(spec, 6, 8, **none),
+            "of no pages": lambda: Snapshots.allocate(spec, 0, 8),
+            "of longer pages": lambda: Snapshots.allocate(spec, 6, 16),
+            "of bf16 rows": lambda: Snapshots.allocate(spec, 6, 8, dtype=torch.bfloat16),
+        },
+    }[name]
+
+
+# What `compress_many` is given, from what it should be.
+COMPRESSORS: dict[str, Callable[[list[tuple]], Any]] = {
+    "a tuple": tuple,
+    "by name": lambda both: [Compressor(*one) for one in both],
+    "one": lambda both: both[:1],
+    "none": lambda both: [],
+    "three": lambda both: [*both, both[0]],
+    "the same twice": lambda both: [both[0], both[0]],
+    "lists": lambda both: [list(one) for one in both],
+    "without snapshots": lambda both: [one[:7] for one in both],
+    "too short": lambda both: [one[:6] for one in both],
+    "too long": lambda both: [(*one, None) for one in both],
+    "a generator": lambda both: (one for one in both),
+    "a dict": lambda both: dict(enumerate(both)),
+    "flat": lambda both: [*both[0], *both[1]],
+    "text": lambda both: "ab",
+    "None": lambda both: None,
 }
 
 NUMBERS = [0, 1, -1, -2, 2, 3, 4, 5, 7, 8, 16, 31, 32, 33, 40, 100, 1 << 20, (1 << 30) - 1, 1 << 30, (1 << 31) - 1, -(1 << 31)]

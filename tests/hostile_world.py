@@ -22,6 +22,8 @@ from kvfold import EntryCache, FoldState, Snapshots, StepPlan, WindowState
 OBJECTS = ("state", "cache", "snapshots", "plan")
 COMPRESSOR = ("kv_score", "state", "cache", "spec", "ape", "norm_weight", "rope", "snapshots")
 SPARE = 1 << 17  # bytes of the arena for tensors that a case lays out anew
+NOT_GIVEN = ("state_slots", "entry_slots", "cache_block_table", "rows_per_page", "snapshot_table", "snapshot_page_size",
+             "page_size")  # fmt: skip
 FOLD_KINDS, ALL_KINDS = tuple(kind for kind in KINDS if kind != "window"), tuple(KINDS)
 
 
@@ -51,7 +53,8 @@ def _compress(given: dict[str, Any]) -> None:
 
 def _many(given: dict[str, Any]) -> None:
     both = [tuple(given[f"{i}.{name}"] for name in COMPRESSOR) for i in (0, 1)]
-    kvfold.compress_many(both, given["plan"], backend=given["backend"], pdl=given["pdl"])
+    shape = given["compressors"]
+    kvfold.compress_many(both if shape is None else shape(both), given["plan"], backend=given["backend"], pdl=given["pdl"])
 
 
 def _store(given: dict[str, Any]) -> None:
@@ -107,7 +110,7 @@ _WRITTEN = ("state", "cache", "snapshots", "rows")
 FUNCTIONS: dict[str, Function] = {
     "compress": Function("compress", ALL_KINDS, (*COMPRESSOR, "plan", "rows", *_HOW), _compress, _WRITTEN),
     "compress_many": Function(
-        "many", FOLD_KINDS, (*(f"{i}.{name}" for i in (0, 1) for name in COMPRESSOR), "plan", *_HOW), _many,
+        "many", FOLD_KINDS, ("compressors", *(f"{i}.{name}" for i in (0, 1) for name in COMPRESSOR), "plan", *_HOW), _many,
         tuple(f"{i}.{name}" for i in (0, 1) for name in ("state", "cache", "snapshots")),
     ),
     "store": Function("store", ALL_KINDS, ("rows", "plan", "cache", "spec", "norm_weight", "rope", *_HOW), _store, ("cache",)),
@@ -121,7 +124,7 @@ FUNCTIONS: dict[str, Function] = {
     "Snapshots.of": Function("read", FOLD_KINDS, ("snapshots", "positions"), _of, own="snapshots"),
     "FoldState.history_of": Function("read", FOLD_KINDS, ("state", "position"), _history, own="state"),
     "mark_static": Function("compress", ALL_KINDS, ("state", "cache", "plan", "snapshots", "rows"), _mark),
-    "check": Function("check", ALL_KINDS, (*COMPRESSOR, "plan", "rows", "backend"), _check),
+    "check": Function("check", ALL_KINDS, (*COMPRESSOR, "plan", "rows", "backend", "full_history"), _check),
     "dump": Function("compress", ALL_KINDS, (*COMPRESSOR, "plan", "rows", *_HOW), _dump),
 }  # fmt: skip
 # What a constructor alone takes is spoiled before it makes an object of any of the above: see `Spoil.when`.
@@ -135,6 +138,10 @@ class HostileWorld(World):
         super().__init__(kind, self.function.world, backend)
         if "slots" in self.leaves and self.function.world == "read":
             self.leaves |= {"positions": self.put(torch.tensor([0, 7, 12])), "position": 13}
+        for field in NOT_GIVEN:
+            self.leaves.setdefault(f"plan.{field}", None)
+        if self.function.world == "check":
+            self.leaves["full_history"] = None
         if self.function.world != "compress" and "rows" not in self.function.arguments:
             self.leaves.pop("rows", None)
         assert self.used + SPARE <= ARENA
