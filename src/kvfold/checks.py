@@ -86,25 +86,42 @@ def check_memory(name: str, tensor: object, *, fake: bool = False) -> None:
     """
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if torch.compiler.is_compiling() or (fake and isinstance(tensor, FakeTensor)):
-        return
-    keys = _KEYS(tensor)
-    if keys.raw_repr() not in _plain:
-        found = str(keys)
-        for word, what in _HIDDEN.items():
-            if word in found:
-                raise TypeError(f"{name} must be a plain dense tensor, got {what} ({type(tensor).__name__}, {tensor.layout})")
-        _plain.add(keys.raw_repr())
-    if isinstance(tensor, UninitializedTensorMixin):
-        raise TypeError(f"{name} must have a shape, got {type(tensor).__name__}: load or run its module first")
-    have, need = tensor.untyped_storage().nbytes(), 0
-    if tensor.is_contiguous():
-        need = tensor.nbytes and tensor.storage_offset() * tensor.element_size() + tensor.nbytes
-    elif tensor.numel():
+    if not torch.compiler.is_compiling() and not (fake and isinstance(tensor, FakeTensor)):
+        check_real_memory(name, tensor)
+
+
+def check_real_memory(name: str, tensor: torch.Tensor) -> None:
+    """`check_memory` of a tensor that is not traced; every call comes here with its `kv_score`."""
+    unusual = tensor.__class__ is not torch.Tensor and isinstance(tensor, UninitializedTensorMixin)
+    if unusual or _KEYS(tensor).raw_repr() not in _plain:
+        _check_plain(name, tensor)
+    have, need = tensor.untyped_storage().nbytes(), tensor.nbytes
+    if need and tensor.is_contiguous():
+        need += tensor.storage_offset() * tensor.element_size()
+    elif need:
         last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
         need = (tensor.storage_offset() + last + 1) * tensor.element_size()
     if have < need:
         raise ValueError(f"{name} must have its memory: it reaches to byte {need} of a storage of {have} (freed or resized?)")
+
+
+def _check_plain(name: str, tensor: torch.Tensor) -> None:
+    keys = _KEYS(tensor)
+    found = str(keys)
+    for word, what in _HIDDEN.items():
+        if word in found:
+            raise TypeError(f"{name} must be a plain dense tensor, got {what} ({type(tensor).__name__}, {tensor.layout})")
+    if isinstance(tensor, UninitializedTensorMixin):
+        raise TypeError(f"{name} must have a shape, got {type(tensor).__name__}: load or run its module first")
+    _plain.add(keys.raw_repr())
+
+
+def check_eager(name: str) -> None:
+    """That operations of torch write to plain tensors here: neither inside of a transform nor under a mode for fake ones."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise ValueError(f"{name} must be given outside of transforms of torch.func, got a call inside of one")
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        raise ValueError(f"{name} must be given outside of FakeTensorMode, as it is a real tensor; got a call inside of it")
 
 
 def check_tensor(

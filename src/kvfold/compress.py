@@ -9,13 +9,23 @@ import torch
 
 from .backend_torch import compress_torch
 from .backend_window import compress_window_torch
-from .checks import check_device, check_dtype, check_memory, check_shape, check_switch, check_tensor, check_type, traced
+from .checks import (
+    check_device,
+    check_dtype,
+    check_eager,
+    check_real_memory,
+    check_shape,
+    check_switch,
+    check_tensor,
+    check_type,
+    traced,
+)
 from .memory import Layer, Met, check_made
 from .overlap import NO_ROOM, Place, check_apart, extent, find_room
 from .plan import StepPlan, plan_places
 from .records import EntryCache
 from .snapshots import Snapshots
-from .spec import CompressorSpec
+from .spec import CompressorSpec, check_spec
 from .state import FoldState
 from .window_state import WindowState
 
@@ -225,13 +235,15 @@ def _compress_torch(c: Compressor, plan: StepPlan, rows: torch.Tensor | None) ->
 
 def choose_backend(backend: str | None, name: str, tensor: torch.Tensor) -> str:
     """The backend to use for inputs like argument `name`; raises ValueError if it cannot take them."""
-    if backend is not None and backend not in BACKENDS:
+    if backend is not None and not (isinstance(backend, str) and backend in BACKENDS):
         raise ValueError(f"backend must be one of {BACKENDS} or None, got {backend!r}")
     if tensor.device.type == "meta":
         raise ValueError(f"{name} must be on a CPU or a GPU, got the meta device")
     if backend is None:
-        return "triton" if tensor.is_cuda else "torch"
-    if backend == "triton" and not tensor.is_cuda:
+        backend = "triton" if tensor.is_cuda else "torch"
+    if backend == "torch":
+        check_eager(name)
+    elif not tensor.is_cuda:
         from .kernels.build import INTERPRETED
 
         if tensor.device.type != "cpu" or not INTERPRETED:
@@ -244,8 +256,8 @@ def choose_backend(backend: str | None, name: str, tensor: torch.Tensor) -> str:
 
 def _check(c: Compressor, plan: StepPlan, rows: torch.Tensor | None) -> None:
     kv_score, spec = c.kv_score, c.spec
-    check_type("spec", spec, CompressorSpec)
-    check_memory("kv_score", kv_score)
+    check_spec("spec", spec)
+    check_real_memory("kv_score", kv_score)
     check_dtype("kv_score", kv_score, _FLOATS)
     shape = kv_score.shape
     if len(shape) != 2 or shape[1] != 2 * spec.channels:
@@ -278,14 +290,12 @@ def _check_fixed(c: Compressor, plan: StepPlan) -> Met:
         raise TypeError(f"state must be a FoldState or a WindowState, got {type(state).__name__}")
     check_made("state", state, type(state))
     check_made("plan", plan, StepPlan)
-    tokens = (c.spec, state._token)
-    for name, thing, kind in (("cache", cache, EntryCache), ("snapshots", snapshots, Snapshots)):
-        if thing is None:
-            tokens += (None,)
-        else:
-            check_made(name, thing, kind)
-            tokens += (thing._token,)
-    weights = c.ape, c.norm_weight, c.rope
+    if cache is not None:
+        check_made("cache", cache, EntryCache)
+    if snapshots is not None:
+        check_made("snapshots", snapshots, Snapshots)
+    tokens = (c.spec, state._token, None if cache is None else cache._token, None if snapshots is None else snapshots._token)
+    weights = (c.ape, c.norm_weight, c.rope)
     layer = state._layer
     if layer is None or not layer.same(tokens, weights):
         _check_layer(c)

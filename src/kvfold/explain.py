@@ -13,11 +13,11 @@ import torch
 from . import pack
 from .backend_torch import Items, _Rows
 from .backend_window import _window
-from .checks import check_int, check_type
+from .checks import check_int
 from .compress import compress
 from .plan import StepPlan
 from .records import EntryCache, RecordFormat, get_format
-from .spec import CompressorSpec
+from .spec import CompressorSpec, check_spec
 from .state import FoldState
 from .window_state import WindowState
 
@@ -115,7 +115,7 @@ def explain(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    check_type("spec", spec, CompressorSpec)
+    check_spec("spec", spec)
     check_int("start", start, 0, MOST)
     check_int("new", new, 1, MOST)
     check_int("max_new_tokens", max_new_tokens, 1, MOST)

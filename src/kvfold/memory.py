@@ -19,11 +19,13 @@ class Checked:
 
     Attributes:
         _token: stands for the attributes as they were checked; None where one was set since, or where nobody made the object.
-        _tensors: all memory that it stands for, and `_addresses` where that was; None of `FakeTensor`s.
+        _tensors: all memory that it stands for.
+        _watched, _addresses: those that every call looks for, and where they were; no list for `FakeTensor`s.
     """
 
     _token: object | None = None
     _tensors: tuple[torch.Tensor, ...] = ()
+    _watched: tuple[torch.Tensor, ...] = ()
     _addresses: list[int] | None = None
     _made_by = "allocate"
     _unchecked: tuple[str, ...] = ()  # attributes that no check looks at
@@ -35,7 +37,7 @@ class Checked:
 
     def __getstate__(self) -> dict[str, object]:
         """What copies and pickles take: they are checked again."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("_token", "_tensors", "_addresses")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_token", "_tensors", "_watched", "_addresses")}
 
     def _check(self) -> None:
         """Checks the attributes together and sets `_tensors`. Raises TypeError and ValueError, which name an attribute."""
@@ -43,22 +45,30 @@ class Checked:
 
     def _validate(self) -> None:
         self._check()
+        self._watched = self._watch()
         fake = any(isinstance(x, FakeTensor) for x in self._tensors)
-        self._addresses = None if fake else [x.data_ptr() for x in self._tensors]
+        self._addresses = None if fake else [x.data_ptr() for x in self._watched]
         self._token = object()
+
+    def _watch(self) -> tuple[torch.Tensor, ...]:
+        return self._tensors
 
 
 def check_made(name: str, value: object, kind: type[Checked]) -> None:
     """An object of this kind, whose attributes fit together and whose memory is there."""
-    check_type(name, value, kind)
-    assert isinstance(value, Checked)
-    if value._token is None or (value._addresses is not None and value._addresses != [x.data_ptr() for x in value._tensors]):
-        try:
-            value._validate()
-        except AttributeError as error:
-            raise ValueError(f"{name} must be made by {kind.__name__}.{kind._made_by}: {error}") from None
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{name}: {error}") from None
+    if not isinstance(value, kind):
+        check_type(name, value, kind)
+    elif value._token is None or value._addresses != [x.data_ptr() for x in value._watched]:
+        _check_again(name, value, kind)
+
+
+def _check_again(name: str, value: Checked, kind: type[Checked]) -> None:
+    try:
+        value._validate()
+    except AttributeError as error:
+        raise ValueError(f"{name} must be made by {kind.__name__}.{kind._made_by}: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
     if value._addresses is None:
         raise TypeError(f"{name} must be of real tensors like the others, got FakeTensors")
 
@@ -103,20 +113,20 @@ class Layer:
         """Raises ValueError, which names two of `places` that share memory."""
         self.tokens = tokens
         # Weak, as functions keep nothing alive.
-        self.weights = [None if x is None else (weakref.ref(x), x.data_ptr(), x.shape) for x in weights]
+        self.weights = [(None, 0, 0) if x is None else (weakref.ref(x), x.data_ptr(), x.nbytes) for x in weights]
         self.bounds = check_apart(places)
         self.plans: dict[int, Met] = {}
         self.packed: tuple | None = None  # what a launch takes of it: kernels/launch.py
 
-    def same(self, tokens: tuple, weights: Sequence[torch.Tensor | None]) -> bool:
-        for mine, token in zip(self.tokens, tokens, strict=True):
-            if mine is not token:
-                return False
-        for known, x in zip(self.weights, weights, strict=True):
+    def same(self, tokens: tuple, weights: tuple[torch.Tensor | None, ...]) -> bool:
+        if self.tokens != tokens:
+            return False
+        for i, (known, address, size) in enumerate(self.weights):
+            x = weights[i]
             if known is None or x is None:
                 if known is not x:
                     return False
-            elif known[0]() is not x or known[1] != x.data_ptr() or known[2] != x.shape:
+            elif known() is not x or address != x.data_ptr() or size != x.nbytes:
                 return False
         return True
 

@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
+from torch._subclasses import FakeTensor
 
 from .checks import check_type
 from .memory import check_made
 from .plan import LIVE, StepPlan
 from .records import EntryCache
 from .snapshots import Snapshots
-from .spec import CompressorSpec
+from .spec import CompressorSpec, check_spec
 from .state import FoldState
 from .window_state import WindowState
 
@@ -43,6 +44,7 @@ WEIGHTS = ("Tensor? ape", "Tensor? norm_weight", "Tensor? rope")
 HOW = ("str? backend", "bool? pdl")
 KEPT = ("Tensor snapshot_rows", "Tensor snapshot_positions", "SymInt page_size")  # SNAPSHOTS that are there, and only read
 HITS = ("Tensor slots", "Tensor pages", "Tensor start_pos", "Tensor! errors", "str? backend")
+_PLANNED = {text.split()[-1] for text in (*PLAN, *FOLD_PLAN, *WINDOW_PLAN)}
 UPDATE = (
     "Tensor start_pos", "Tensor cu_seqlens", "Tensor? state_slots", "Tensor? cache_block_table", "SymInt? rows_per_page",
     "Tensor! own_start_pos", "Tensor! own_cu_seqlens", "Tensor! cu_entries", "Tensor! items", "Tensor! num_items",
@@ -55,9 +57,9 @@ def compress(c, plan: StepPlan, rows: torch.Tensor | None, backend: str | None, 
     """`kvfold.compress` while it is traced; `c` is its `Compressor`."""
     common = (_text(c.spec), *_cache(c.cache, c.spec), c.ape, c.norm_weight, c.rope, rows, backend, pdl)
     if isinstance(c.state, WindowState):
-        OPS.compress_window(*_plan(plan), *_window_plan(plan), *_window_state(c), *common)
+        _call(OPS.compress_window, *_plan(plan), *_window_plan(plan), *_window_state(c), *common)
     else:
-        OPS.compress(*_plan(plan), *_fold_plan(plan), *_fold(c), *common)
+        _call(OPS.compress, *_plan(plan), *_fold_plan(plan), *_fold(c), *common)
 
 
 def compress_many(pair: Sequence, plan: StepPlan, backend: str | None, pdl: bool | None) -> None:
@@ -65,7 +67,7 @@ def compress_many(pair: Sequence, plan: StepPlan, backend: str | None, pdl: bool
     flat = []
     for c in pair:
         flat += [*_fold(c), _text(c.spec), *_cache(c.cache, c.spec), c.ape, c.norm_weight, c.rope]
-    OPS.compress_many(*_plan(plan), *_fold_plan(plan), *flat, backend, pdl)
+    _call(OPS.compress_many, *_plan(plan), *_fold_plan(plan), *flat, backend, pdl)
 
 
 def store(
@@ -80,7 +82,7 @@ def store(
 ) -> None:
     """`kvfold.store` while it is traced."""
     check_type("cache", cache, EntryCache)
-    OPS.store(rows, *_plan(plan), _text(spec), *_cache(cache, spec), norm_weight, rope, backend, pdl)
+    _call(OPS.store, rows, *_plan(plan), _text(spec), *_cache(cache, spec), norm_weight, rope, backend, pdl)
 
 
 def restore(
@@ -95,15 +97,15 @@ def restore(
     """`kvfold.restore` while it is traced."""
     check_type("snapshots", snapshots, Snapshots)
     kept = _snapshots(snapshots, state.spec)
-    OPS.restore(_text(state.spec), *_state(state), *kept, slots, pages, start_pos, errors, backend)
+    _call(OPS.restore, _text(state.spec), *_state(state), *kept, slots, pages, start_pos, errors, backend)
 
 
 def update(plan: StepPlan, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
     """`StepPlan.update` while it is traced."""
     table = plan.cache_block_table
-    OPS.update(
-        start_pos, cu_seqlens, plan.state_slots, table, plan.rows_per_page, plan.start_pos, plan.cu_seqlens, plan.cu_entries,
-        plan.items, plan.num_items, plan.entry_items,
+    _call(
+        OPS.update, start_pos, cu_seqlens, plan.state_slots, table, plan.rows_per_page, plan.start_pos, plan.cu_seqlens,
+        plan.cu_entries, plan.items, plan.num_items, plan.entry_items,
         plan.entry_slots if table is not None else None,  # otherwise it is the caller's, and only read
         plan.errors, plan.batch, plan.max_new_tokens, plan.max_tokens, plan.ratio,
     )  # fmt: skip
@@ -128,6 +130,24 @@ def mark_static(*things: FoldState | WindowState | EntryCache | Snapshots | Step
                     torch._dynamo.mark_static_address(tensor, guard=False)
 
 
+# The arguments of calls that an operator's arguments are of, where names differ.
+OWNERS = {
+    "storage": "cache", "scales": "cache", "kv": "state", "score": "state", "positions": "state", "state_rows": "state",
+    "snapshot_rows": "snapshots", "snapshot_positions": "snapshots", **dict.fromkeys(_PLANNED, "plan"),
+}  # fmt: skip
+
+
+def _call(operator: torch._ops.OpOverloadPacket, *args: object) -> None:
+    """Calls an operator. Outside of torch.compile it is one over fake tensors, and takes no others unless their mode does."""
+    fake = None if torch.compiler.is_compiling() else next((x for x in args if isinstance(x, FakeTensor)), None)
+    if fake is not None and not fake.fake_mode.allow_non_fake_inputs:
+        for argument, x in zip(operator.default._schema.arguments, args, strict=True):
+            if isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor):
+                name = OWNERS.get(argument.name, argument.name)
+                raise TypeError(f"{name} must be of FakeTensors like the others, got a real one ({argument.name})")
+    operator(*args)
+
+
 # From objects to arguments. This much is traced: attribute reads, and the checks of what an operator cannot see.
 
 
@@ -149,13 +169,13 @@ def _window_plan(plan: StepPlan) -> tuple:
 
 
 def _text(spec: CompressorSpec) -> str:
-    check_type("spec", spec, CompressorSpec)
+    check_spec("spec", spec)
     return spec._text
 
 
 def _fold(c) -> tuple:
     check_type("state", c.state, FoldState)
-    check_type("spec", c.spec, CompressorSpec)
+    check_spec("spec", c.spec)
     if c.state.spec._text != c.spec._text:
         raise ValueError(f"state must be for {c.spec}, got {c.state.spec}")
     return c.kv_score, *_state(c.state), *_snapshots(c.snapshots, c.spec)

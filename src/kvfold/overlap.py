@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-
-from .checks import traced
+from torch._subclasses import FakeTensor
 
 MOST_STEPS = 10_000  # of the search in `share_bytes`: behind them it has shown nothing
 NO_ROOM = (0, 0)
@@ -91,7 +90,13 @@ def check_apart(places: Sequence[Place]) -> list[int]:
     It names the later of the two first. Returns the bounds of what the tensors span, ascending: a first byte and the one behind
     the last in turn, as `find_room` takes them.
     """
-    if traced(places[0].tensor) or places[0].tensor.device.type == "meta":
+    if torch.compiler.is_compiling() or places[0].tensor.device.type == "meta":
+        return []
+    fakes = [place for place in places if isinstance(place.tensor, FakeTensor)]
+    if fakes:
+        real = next((place for place in places if not isinstance(place.tensor, FakeTensor)), None)
+        if real is not None and not fakes[0].tensor.fake_mode.allow_non_fake_inputs:
+            raise TypeError(f"{fakes[0].name} must be a real tensor like {real.name}, got a FakeTensor")
         return []
     spans = sorted([(*extent(place.tensor), i) for i, place in enumerate(places)])
     bounds, end = [], 0

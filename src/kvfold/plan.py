@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from .checks import check_int, check_memory, check_tensor, traced
+from .checks import check_eager, check_int, check_memory, check_tensor, traced
 from .memory import Remembering, check_made
 from .overlap import NO_ROOM, Place, check_apart, extent, find_room
 from .snapshots import MOST_PAGE
@@ -77,6 +77,7 @@ class StepPlan(Remembering):
         self._came: tuple[int, int] | None = None  # the addresses of what the last `update` was given
         self._packed: dict[bool, tuple] = {}  # what launches take of it: kernels/launch.py
         self._bounds: list[int] = []  # what its tensors span, as `check_apart` returns it
+        self._where: list[int] = []  # where they were
 
     @classmethod
     def build(
@@ -107,7 +108,8 @@ class StepPlan(Remembering):
             start_pos: int32 `[B]`, tokens that each sequence already has; drafts are rejected by making it smaller.
             cu_seqlens: int32 `[B + 1]`, from 0, not decreasing. Equal neighbours make a sequence absent from the step.
             max_new_tokens: host bound on any sequence's new tokens.
-            state_slots: int32 `[B]`, the slot of each sequence in a `FoldState`; -1 makes it absent. No two share a slot.
+            state_slots: int32 `[B]`, the slot of each sequence in a `FoldState`; -1 makes it absent. No two of a step share a
+                slot: nothing counts that, results are undefined, and `kvfold.check` names it.
             block_tables: for a `WindowState`, instead of `state_slots`: int32 `[B, P1]` of value pages and int32 `[B, P2]` of
                 score pages. Position p of a sequence is row `p % page_size` of page `table[b, p // page_size]`; -1 where there
                 is no page.
@@ -115,7 +117,7 @@ class StepPlan(Remembering):
             entry_slots: int64 `[E]`, the cache slot for each entry of the step, in the order of `cu_entries`; -1 drops it.
             cache_block_table: int32 `[B, Q]`, instead of `entry_slots`: entry w of a sequence is row `w % rows_per_page` of
                 page `table[b, w // rows_per_page]`; a page of -1 drops the entry.
-            rows_per_page: with `cache_block_table`: entries per page.
+            rows_per_page: with `cache_block_table`: entries per page, the same as the cache's.
             max_tokens: host bound on the new tokens of all sequences together (default `B * max_new_tokens`); it sizes
                 the plan, so give it when one prompt is long and the rest are short.
             snapshot_table: int32 `[B, S]`: page k of a sequence, which has positions `[k, k + 1) * snapshot_page_size`, leaves
@@ -204,6 +206,11 @@ class StepPlan(Remembering):
         places = plan_places(self, updating=True)
         self._bounds = check_apart(places)
         self._tensors = tuple(place.tensor for place in places)
+        self._where = [] if traced(self.items) else [x.data_ptr() for x in self._tensors]
+
+    def _watch(self) -> tuple[torch.Tensor, ...]:
+        """None on a GPU, where `update` looks for them once for all layers of the step."""
+        return () if self.items.is_cuda else self._tensors
 
     def _check_places(self, batch: int, device: torch.device) -> None:
         """Checks what says where state, snapshots and entries are."""
@@ -248,6 +255,8 @@ class StepPlan(Remembering):
     def run_update(self, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
         """`update` of real tensors: straight to the launch."""
         check_made("plan", self, StepPlan)
+        if self._where != [x.data_ptr() for x in self._tensors]:
+            self._validate()
         device = self.start_pos.device
         check_tensor("start_pos", start_pos, (self.batch,), (torch.int32,), device)
         check_tensor("cu_seqlens", cu_seqlens, (self.batch + 1,), (torch.int32,), device)
@@ -263,6 +272,7 @@ class StepPlan(Remembering):
 
             update_on_gpu(self, start_pos, cu_seqlens)
         else:
+            check_eager("start_pos")
             self._update(start_pos, cu_seqlens)
 
     def _check_apart(self, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ import torch
 from .checks import check_device, check_int, check_memory, check_type
 from .memory import Checked, Layer, check_made
 from .overlap import Place, check_apart
-from .spec import CompressorSpec
+from .spec import CompressorSpec, check_spec
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ class EntryCache(Checked):
     def _check(self) -> None:
         storage, scales, spec, rows_per_page = self.storage, self.scales, self.spec, self.rows_per_page
         check_memory("storage", storage, fake=True)
-        check_type("spec", spec, CompressorSpec)
+        check_spec("spec", spec)
         check_int("rows_per_page", rows_per_page, 1, 1 << 20)
         check_type("format", self.format, RecordFormat)
         self.format.check(spec)
@@ -241,7 +241,7 @@ class EntryCache(Checked):
         elif scales is not None:
             raise ValueError(f"scales must be None: format {self.format.name!r} keeps its scales in the page")
         self._named = FORMATS.get(self.format.name) == self.format  # so an operator (ops.py) can be told it by its name
-        self._tensors = tuple(x for x in (self.pages, self.scale_pages, storage, scales) if x is not None)
+        self._tensors = (self.pages,) if self.scale_pages is None else (self.pages, self.scale_pages)
         self._layer: Layer | None = None  # what the last `store` got with this cache: store.py
 
     def __reduce__(self) -> tuple:
@@ -260,7 +260,7 @@ class EntryCache(Checked):
         scale: float = 1.0,
     ) -> EntryCache:
         """A zeroed cache: uint8 `[num_pages, page_bytes]`, and uint8 scales where the format keeps them apart."""
-        check_type("spec", spec, CompressorSpec)
+        check_spec("spec", spec)
         check_int("num_pages", num_pages, 0, (1 << 31) - 1)
         check_int("rows_per_page", rows_per_page, 1, 1 << 20)
         fmt = get_format(fmt)
@@ -352,7 +352,9 @@ def _byte_pages(name: str, storage: torch.Tensor, page_bytes: int, unit: int) ->
     if storage.data_ptr() % unit or (num_pages > 1 and storage.stride(0) * item % unit):
         raise ValueError(f"{name} must have pages that start at a multiple of {unit} bytes")
     flat = storage.detach().as_strided((num_pages, dense), (storage.stride(0), 1))
-    return flat.view(torch.uint8)[:, :page_bytes]
+    pages = flat.view(torch.uint8)[:, :page_bytes]
+    check_memory(name, pages, fake=True)  # a view made inside of a transform is none of plain memory
+    return pages
 
 
 def _made_again(

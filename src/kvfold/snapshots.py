@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .checks import check_contiguous, check_device, check_dtype, check_int, check_memory, check_shape, check_type
+from .checks import check_contiguous, check_device, check_dtype, check_int, check_memory, check_shape
 from .memory import Checked, check_made
 from .overlap import Place, check_apart
-from .spec import CompressorSpec
+from .spec import CompressorSpec, check_spec
 from .state import history_start, state_kind
 
 MOST_PAGE = 1 << 30  # positions per page: the end of the page of any position then is an int32
@@ -43,7 +43,7 @@ class Snapshots(Checked):
 
     def _check(self) -> None:
         spec, rows, positions = self.spec, self.rows, self.positions
-        check_type("spec", spec, CompressorSpec)
+        check_spec("spec", spec)
         self.rows_per_page, width = _shape(spec, self.page_size)
         check_memory("rows", rows, fake=True)
         check_memory("positions", positions, fake=True)
@@ -75,7 +75,7 @@ class Snapshots(Checked):
             page_size: positions per page, at most 2^30; where the state keeps input rows, a multiple of the ratio.
             dtype: that of the `FoldState`, for specs that keep input rows. Fold rows are always fp32.
         """
-        check_type("spec", spec, CompressorSpec)
+        check_spec("spec", spec)
         check_int("num_pages", num_pages, 0, (1 << 31) - 1)
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
@@ -106,6 +106,7 @@ class Snapshots(Checked):
         check_made("snapshots", self, Snapshots)
         check_memory("positions", positions)
         check_dtype("positions", positions, (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
+        check_contiguous("positions", positions)
         ratio, positions = self.spec.ratio, positions.long()
         if self.rows_per_page == 0:
             return torch.zeros_like(positions, dtype=torch.bool)

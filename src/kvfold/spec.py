@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import astuple, dataclass
 
+from .checks import check_type
+
 
 @dataclass(frozen=True)
 class CompressorSpec:
@@ -59,6 +61,13 @@ class CompressorSpec:
     def window_rows(self) -> int:
         """Tokens that one entry is made of: `ratio`, or `2 * ratio` with overlap."""
         return self.ratio * (2 if self.overlap else 1)
+
+
+def check_spec(name: str, spec: object) -> None:
+    """A spec that was made, and not only allocated."""
+    check_type(name, spec, CompressorSpec)
+    if "_text" not in spec.__dict__:
+        raise ValueError(f"{name} must be made by CompressorSpec(...), got one without fields")
 
 
 V4_HCA = CompressorSpec(head_dim=512, ratio=128)

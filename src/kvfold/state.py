@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .checks import check_contiguous, check_device, check_dtype, check_int, check_memory, check_shape, check_type
+from .checks import check_contiguous, check_device, check_dtype, check_int, check_memory, check_shape
 from .memory import RememberingState, check_made
 from .overlap import Place, check_apart
-from .spec import CompressorSpec
+from .spec import CompressorSpec, check_spec
 
 # Up to this ratio the input rows of a window are kept instead of fold rows: at ratio 8 a bf16 window is 8 rows of
 # 4 bytes per channel against one fold row of 12, and a step reads the rows it needs in one go.
@@ -50,7 +50,7 @@ class FoldState(RememberingState):
 
     def _check(self) -> None:
         spec, rows, positions = self.spec, self.rows, self.positions
-        check_type("spec", spec, CompressorSpec)
+        check_spec("spec", spec)
         check_int("max_new_tokens", self.max_new_tokens, 1, 1 << 20)
         check_memory("rows", rows, fake=True)
         check_memory("positions", positions, fake=True)
@@ -88,7 +88,7 @@ class FoldState(RememberingState):
             dtype: of the kept input rows, for specs that keep them (`kind == "rows"`): fp32 takes bf16 and fp32
                 `kv_score`, both exactly; bf16 takes bf16 only, in half the memory. Fold rows are always fp32.
         """
-        check_type("spec", spec, CompressorSpec)
+        check_spec("spec", spec)
         check_int("num_slots", num_slots, 0, (1 << 31) - 1)
         check_int("max_new_tokens", max_new_tokens, 1, 1 << 20)
         if dtype not in (torch.float32, torch.bfloat16):

@@ -11,7 +11,7 @@ from .memory import Layer, check_made
 from .overlap import NO_ROOM, Place, check_apart, find_room
 from .plan import StepPlan, plan_places
 from .records import EntryCache
-from .spec import CompressorSpec
+from .spec import CompressorSpec, check_spec
 
 
 def store(
@@ -83,7 +83,7 @@ def check_store(
     """Checks the arguments of `store` and returns the backend to use."""
     check_type("rows", rows, torch.Tensor)
     chosen = choose_backend(backend, "rows", rows)
-    check_type("spec", spec, CompressorSpec)
+    check_spec("spec", spec)
     check_made("plan", plan, StepPlan)
     check_made("cache", cache, EntryCache)
     tokens, weights = (spec, cache._token), (norm_weight, rope)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .checks import check_device, check_dtype, check_int, check_memory, check_shape, check_type
+from .checks import check_device, check_dtype, check_int, check_memory, check_shape
 from .memory import RememberingState
 from .overlap import Place, check_apart
-from .spec import CompressorSpec
+from .spec import CompressorSpec, check_spec
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -83,7 +83,7 @@ class WindowState(RememberingState):
             page_size: positions per page, at least 1; no relation to the ratio is needed.
             dtype: of the rows: fp32, or bf16 in half the memory, which rounds values and biased scores when they are stored.
         """
-        check_type("spec", spec, CompressorSpec)
+        check_spec("spec", spec)
         check_int("num_pages", num_pages, 0, (1 << 31) - 1)
         check_int("page_size", page_size, 1, (1 << 31) - 1)
         if dtype not in _DTYPES:
