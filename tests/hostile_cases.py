@@ -88,7 +88,7 @@ def draw(world_of: Callable[[str, str], HostileWorld], rng: random.Random, launc
     kind = rng.choice(FUNCTIONS[function].kinds)
     world = world_of(function, kind)
     if rng.random() < LATER_SHARE:
-        tensors = [name for name in world.taken if isinstance(world.leaves[name], Tensor)]
+        tensors = [name for name in world.taken if isinstance(world.good[name], Tensor)]
         spoil = Spoil("later", rng.choice(tensors), "in place", rng.choice(list(IN_PLACE)))
         return Case(function, kind, ("a good call",) if rng.random() < 0.8 else ("a refused call",), (spoil,))
     before = tuple(rng.choices(list(BEFORE), k=rng.choice((1, 1, 2)))) if rng.random() < 0.3 else ()
@@ -105,7 +105,7 @@ def _spoil(world: HostileWorld, rng: random.Random) -> Spoil:
         target = rng.choice(world.taken)
         if target.split(".")[-1] == "spec" and rng.random() < 0.6:
             return Spoil(when, target, "spec", rng.choice(list(SPECS)))
-        return Spoil(when, target, *_way(world, rng, isinstance(world.leaves[target], Tensor), target))
+        return Spoil(when, target, *_way(world, rng, isinstance(world.good[target], Tensor), target))
     if when == "given":
         target = rng.choice(world.function.arguments)
         last = target.split(".")[-1]
@@ -115,12 +115,12 @@ def _spoil(world: HostileWorld, rng: random.Random) -> Spoil:
             return Spoil(when, target, "spec", rng.choice(list(SPECS)))
         if last in ("state", "cache", "snapshots") and rng.random() < 0.4:
             return Spoil(when, target, "other object", rng.choice(list(other_objects(last, world.spec))))
-        if target in world.leaves:
-            return Spoil(when, target, *_way(world, rng, isinstance(world.leaves[target], Tensor), target))
+        if target in world.good:
+            return Spoil(when, target, *_way(world, rng, isinstance(world.good[target], Tensor), target))
         how = rng.choice(("value", "object", "twin", "argument"))
         what = rng.choice(list({"value": VALUES, "object": objects_for(target), "twin": TWINS}.get(how) or world.function.arguments))
         return Spoil(when, target, how, what)
-    objects = [name for name in world.function.arguments if name.split(".")[-1] in ATTRIBUTES and name not in world.leaves]
+    objects = [name for name in world.function.arguments if name.split(".")[-1] in ATTRIBUTES and name not in world.good]
     target = rng.choice(objects)
     attribute = rng.choice(ATTRIBUTES[target.split(".")[-1]])
     way = _way(world, rng, True, target)
@@ -135,7 +135,7 @@ def _way(world: HostileWorld, rng: random.Random, tensor: bool, target: str) -> 
         how = rng.choices(("value", "object", "argument"), (8, 1, 1))[0]
     else:
         how = rng.choices(("tensor", "contents", "memory of", "value", "argument", "inside", "object"), (9, 7, 4, 1, 1, 1, 0.3))[0]
-    tensors = [name for name in world.taken if isinstance(world.leaves[name], Tensor) and name != target]
+    tensors = [name for name in world.taken if isinstance(world.good[name], Tensor) and name != target]
     choices = {
         "value": VALUES, "object": objects_for(target), "tensor": TENSORS, "contents": ("one number", "one number", *CONTENTS),
         "memory of": tensors, "argument": world.taken, "inside": INSIDE,

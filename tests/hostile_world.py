@@ -131,7 +131,7 @@ FUNCTIONS: dict[str, Function] = {
 
 
 class HostileWorld(World):
-    """The world of one function and kind; `reset` puts every byte and leaf back. `taken`: the leaves of its arguments."""
+    """The world of one function and kind; `reset` puts every byte and leaf back. `good`: the leaves as they were; `taken`: those of its arguments."""
 
     def __init__(self, name: str, kind: str, backend: Backend) -> None:
         self.function = FUNCTIONS[name]
@@ -146,7 +146,7 @@ class HostileWorld(World):
             self.leaves.pop("rows", None)
         assert self.used + SPARE <= ARENA
         self.arena = self.arena[: self.used + SPARE]
-        self._pristine, self._leaves, self._used = self.arena.clone(), dict(self.leaves), self.used
+        self._pristine, self.good, self._used = self.arena.clone(), dict(self.leaves), self.used
         self._before, self.aside = self.arena.clone(), []
         names = self.function.arguments
         self.taken = [n for n in self.leaves if n in names or any(n.startswith(name + ".") for name in names)]
@@ -154,7 +154,7 @@ class HostileWorld(World):
 
     def reset(self) -> None:
         self.arena.copy_(self._pristine)
-        self.leaves, self.used, self.aside = dict(self._leaves), self._used, []
+        self.leaves, self.used, self.aside = dict(self.good), self._used, []
 
     def put(self, tensor: Tensor) -> Tensor:
         """A copy in the arena, or beside it where it is too large; a tensor without memory stays what it is."""
