@@ -59,8 +59,10 @@ BOTH, MAIN, INDEXER = [128, 512], [512], [128]
 # name -> what `_format` says, and `planes` {head_dim: (data bytes, scale bytes)} and `record_bytes` {head_dim: their sum}.
 FORMATS: dict[str, dict[str, Any]] = {
     "bf16": _format(BOTH, 16, element="bf16"),
+    "bf16_trtllm": _format(BOTH, 16, element="bf16"),
     "fp32": _format(BOTH, 32, element="fp32"),
     "fp8_tensor": _format(BOTH, 8, element="e4m3", bf16_first=True),
+    "fp8_tensor_trtllm": _format(BOTH, 8, element="e4m3"),  # load, norm, RoPE and Hadamard in fp32 registers, then the cast
     "fp8_ds_mla": _format(MAIN, 8, **_MLA, floor=FLOOR_1E4, floor_on="scale", pad="zero", align=576),
     "fp8_ds_mla_vllm_triton": _format(MAIN, 8, **_MLA, floor=FLOOR_1E4, pad="zero", align=576),
     "fp8_ds_mla_sglang": _format(MAIN, 8, **_MLA, floor=FLOOR_1E4, pad="kept", align=576),

@@ -21,7 +21,7 @@ from kvfold.records import FORMATS, EntryCache
 CASES = [(name, hd) for name in FORMATS for hd in oracle.FORMATS[name]["head_dims"]]
 SPECS = {512: replace(kvfold.V4_HCA, ratio=4), 128: kvfold.V4_INDEXER}
 # What `EntryCache.scale` is tried with: 1, and a number whose inverse is not an fp32 number.
-SCALES = {"fp8_tensor": (1.0, 0.37), "nvfp4_trtllm": (1.0, 2.7)}
+SCALES = {"fp8_tensor": (1.0, 0.37), "fp8_tensor_trtllm": (1.0, 0.37), "nvfp4_trtllm": (1.0, 2.7)}
 SCALED = [(name, hd, scale) for name, hd in CASES for scale in SCALES.get(name, (1.0,))]
 
 
@@ -167,7 +167,7 @@ def dequantized(name: str, entries: np.ndarray, scale: float) -> np.ndarray:
     if f["element"].startswith("e2m1"):
         values = values.view(ml_dtypes.float4_e2m1fn)
     values = values.astype(np.float64)
-    if name == "fp8_tensor":
+    if name.startswith("fp8_tensor"):
         values = values * np.float64(np.float32(scale))
     if "scales" in found:
         scales = found["scales"]

@@ -206,10 +206,26 @@ def test_replay_says_what_a_call_was(tmp_path, monkeypatch):
     result = call("replay", path, "--device", "cpu", "--check")
     assert result.exit_code == 1 and "DIFFERENT" in result.output and "sequence 0, window 1, channel" in result.output
     assert call("replay", path, "--device", "cpu").exit_code == 0
+    result = call("replay", path, "--device", "cpu", "--max-bytes", "1000")
+    assert result.exit_code == 2 and "max_bytes must be at least" in result.output, result.output
     path.write_bytes(path.read_bytes()[:-1])
     for args, words in (([path], "is damaged"), ([tmp_path / "none"], "none"), ([path, "--device", "tpu"], "tpu")):
         result = call("replay", *args)
         assert result.exit_code == 2 and words in result.output, result.output
+
+
+def test_a_check_that_is_not_equal_is_no_success(tmp_path):
+    """A call of which nothing is wrong but that a sequence was refused, and one that has only padding."""
+    made, path = Call("csa", "fp8_ds_mla"), tmp_path / "call.safetensors"
+    made.state.positions[2] = -1
+    kvfold.dump(path, made.new, made.plan, made.state, made.cache, **made.weights)
+    result = call("replay", path, "--device", "cpu", "--check")
+    assert result.exit_code == 1 and "REFUSED: 1 of 2 sequences" in result.output, result.output
+    assert "sequence 0 is refused: state slot 2 holds no row of positions 0 to 5, which a start at 6 needs" in result.output
+    made.where["state_slots"].fill_(-1)
+    kvfold.dump(path, made.new, made.step([0, 0], [4, 4]), made.state, made.cache, **made.weights)
+    result = call("replay", path, "--device", "cpu", "--check")
+    assert result.exit_code == 1 and "nothing compared" in result.output, result.output
 
 
 def test_bench_needs_a_gpu_and_runs_the_scripts(tmp_path, monkeypatch):

@@ -216,14 +216,6 @@ def test_a_plan_that_is_out_of_date() -> None:
     assert report.first is not None and report.first.stage == "plan"
 
 
-def test_a_refusal_is_explained() -> None:
-    call = Call("hca", "fp8_ds_mla")
-    call.state.positions.fill_(-1)
-    report = call.check()
-    assert report.equal and report.errors == 1 and report.entries == 1
-    assert "sequence 0 is refused: slot 2 holds no row of position 129" in str(report)
-
-
 def test_errors_name_the_argument() -> None:
     call = Call("csa", "fp8_ds_mla")
     with pytest.raises(ValueError, match=r"^full_history must have"):

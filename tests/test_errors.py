@@ -300,13 +300,16 @@ def test_what_is_no_dense_tensor_or_no_number(backend: Backend) -> None:
         ("scale", lambda: EntryCache(cache.storage, "bf16", 4, SPEC, scale="1.0")),
         ("scale", lambda: EntryCache(cache.storage, "bf16", 4, SPEC, scale=torch.ones(2))),
         ("scale", lambda: EntryCache(cache.storage, "bf16", 4, SPEC, scale=None)),
+        ("scale", lambda: EntryCache(cache.storage, "fp8_tensor", 4, SPEC, scale=True)),
+        ("scale", lambda: EntryCache(cache.storage, "fp8_tensor", 4, SPEC, scale=torch.tensor(True))),
+        ("scale", lambda: EntryCache(cache.storage, "fp8_tensor", 4, SPEC, scale=bytearray(b"2"))),
     ):
         with raises(name, TypeError):
             make()
     for scale in (10**400, -(10**400), float("nan"), float("inf"), 0):
         with raises("scale", ValueError):
             EntryCache(cache.storage, "bf16", 4, SPEC, scale=scale)
-    assert EntryCache(cache.storage, "bf16", 4, SPEC, scale=torch.tensor(2.0)).scale == 2.0
+    assert EntryCache(cache.storage, "fp8_tensor", 4, SPEC, scale=torch.tensor(2.0)).scale == 2.0
 
 
 def test_more_than_kernels_can_count() -> None:

@@ -30,7 +30,9 @@ def page(name: str, x: np.ndarray, **kw: float) -> np.ndarray:
     ("name", "hd", "size"),
     [
         ("bf16", 512, 1024),
+        ("bf16_trtllm", 512, 1024),
         ("fp8_tensor", 512, 512),
+        ("fp8_tensor_trtllm", 512, 512),
         *((name, 512, 584) for name in MLA),
         ("fp8_block128", 512, 528),
         ("fp8_block128", 128, 132),
@@ -154,6 +156,8 @@ def test_fp8_tensor() -> None:
     # The last one is 1.0625, the tie between 1 and 1.125, plus a quarter of a bf16 step: rounding to bf16 makes it the tie.
     assert page("fp8_tensor", x)[:5].tolist() == [0x38, 0xFE, 0x7E, 0x80, 0x38]
     assert page("fp8_tensor", x, static_scale=2.0)[:4].tolist() == [0x30, 0xF6, 0x78, 0x80]  # .5, -224, 256 (250), -0
+    # Where it is cast from fp32 it stays above the tie.
+    assert page("fp8_tensor_trtllm", x)[:5].tolist() == [0x38, 0xFE, 0x7E, 0x80, 0x39]
 
 
 @pytest.mark.parametrize("name", MLA)

@@ -114,7 +114,7 @@ def indexer(backend: Backend) -> Step:
 @pytest.mark.parametrize(("fmt", "preset"), PRESETS)
 def test_same_bytes_as_compress(backend: Backend, fmt: str, preset: str) -> None:
     step = Step(spec_of(preset, backend), backend)
-    scale = 0.37 if fmt in ("fp8_tensor", "nvfp4_trtllm") else 1.0
+    scale = 0.37 if FORMATS[fmt].takes_scale else 1.0
     whole, stored = step.pages(fmt, scale), step.pages(fmt, scale)
     step.compress(step.plan(SLOTS), whole)
     plan = step.plan(SLOTS)
@@ -150,7 +150,7 @@ def test_bf16_rows(backend: Backend, preset: str) -> None:
     step = Step(spec_of(preset, backend), backend)
     rows, rounded = step.pooled(), step.pooled(torch.bfloat16)
     assert torch.equal(bits(rounded), bits(rows.bfloat16()))
-    for fmt in ("fp32", "mxfp4"):
+    for fmt in ("fp32", "bf16", "bf16_trtllm", "fp8_tensor", "fp8_tensor_trtllm", "mxfp4"):
         pages = [step.pages(fmt) for _ in range(3)]
         for given, target in zip((rows, rounded, rounded.float()), pages, strict=True):
             step.store(given, step.plan(SLOTS), target)

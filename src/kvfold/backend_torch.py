@@ -333,8 +333,6 @@ def emit(
     rows: torch.Tensor | None,
 ) -> None:
     """Delivers the pooled rows of the items whose window ends: to `rows` and to the cache, either of which may be None."""
-    if cache is None and rows is None:
-        return
     entry, position = items.entry, items.window * spec.ratio
     wrong = entry >= plan.entry_capacity
     keep = (entry >= 0) & ~wrong

@@ -8,21 +8,26 @@ from dataclasses import dataclass, replace
 import torch
 
 from . import reference
-from .backend_torch import Items, _Rows, finish, history_starts
-from .checks import check_type
+from .backend_torch import finish
 from .compress import Compressor
 from .contract import pooled_bound
-from .debug_call import Call
-from .debug_compare import Difference, bytes_of, explained, off, pooled_differences, put_bytes, written
+from .debug_call import Call, check_history, check_outside
+from .debug_compare import Difference, bytes_of, explained, off, pooled_differences, put_bytes, size_of, written
+from .debug_exact import exact_of_call
+from .debug_exact import exact_rows as exact_rows  # verify.py takes it from here
 from .pack import unpack_records
 from .plan import StepPlan
 from .records import EntryCache
+from .refusals import Refusal, call_refusals, plan_refusals
 from .snapshots import Snapshots
 from .spec import CompressorSpec
 from .state import FoldState, state_kind
+from .undefined import undefined_in_call, undefined_in_plan
 from .window_state import WindowState
 
 EPILOGUE = 5e-7  # of an entry, of its norm: what the order of fp32 operations behind the pooling can change
+LEAST = 2.0**-149  # of fp32
+MOST_LINES = 8  # of each kind in the text of a report
 STAGES = ("plan", "errors", "pooled row", "record bytes", "read-back value", "state row", "snapshot row")
 
 
@@ -31,9 +36,13 @@ class Report:
     """What `check` found. `differences` has one for each sequence, window and stage, in that order.
 
     Attributes:
-        errors: sequences and entries that the call refused; `notes` says why where that is known.
         entries, referenced: entries that were made, and those of them that were compared with the fp64 reference; of
             `compress_many` those of both compressors.
+        errors: sequences and entries that the step refused, when its plan was made and by the call.
+        sequences: sequences of the step that no compressor refused, whose state and entries were compared.
+        refusals: why, one for each of `errors` that the rules explain.
+        undefined: what the step has no right to ask for and nobody counts, as two sequences in one state slot: whatever was
+            compared then, the next run may give something else.
     """
 
     backend: str
@@ -41,23 +50,56 @@ class Report:
     referenced: int
     errors: int
     differences: tuple[Difference, ...]
-    notes: tuple[str, ...] = ()
+    sequences: int = 0
+    refusals: tuple[Refusal, ...] = ()
+    undefined: tuple[Refusal, ...] = ()
+    which: tuple[str, ...] = ()  # of refusals, then of undefined: the compressor, "" where there is one
 
     @property
     def equal(self) -> bool:
-        return not self.differences
+        """Whether something was compared, nothing refused or undefined, and no difference found."""
+        return self.headline == "equal"
+
+    @property
+    def headline(self) -> str:
+        """In one line; "equal" only if the whole step was compared and is right."""
+        if self.undefined:
+            return "NOT COMPARABLE"
+        if self.differences:
+            return "DIFFERENT"
+        if self.errors:
+            whole = len({r.sequence for r in self.refusals if r.window < 0})
+            windows, rest = sum(r.window >= 0 for r in self.refusals), max(self.errors - len(self.refusals), 0)
+            parts = [f"{whole} of {self.sequences + whole} sequences"] * (whole > 0)
+            parts += [f"{windows} window{'s' * (windows > 1)}"] * (windows > 0) + [f"{rest} unexplained"] * (rest > 0)
+            return f"REFUSED: {', '.join(parts)}"
+        return "equal" if self.sequences else "nothing compared"
 
     @property
     def first(self) -> Difference | None:
         return self.differences[0] if self.differences else None
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is undefined and what was refused, each in a sentence."""
+        named = zip(self.which, (*self.refusals, *self.undefined), strict=True)
+        said = [f"{which}: {one}" if which else str(one) for which, one in named]
+        said = said[len(self.refusals) :] + said[: len(self.refusals)]
+        more = self.errors - len(self.refusals)
+        said += [f"{more} more refused, for reasons that the rules of the plan do not explain"] * (more > 0)
+        said += [f"{-more} of these not counted in errors"] * (more < 0)
+        return tuple(said)
+
     def __str__(self) -> str:
-        lines = [f"kvfold.check, backend {self.backend}: {'equal' if self.equal else 'DIFFERENT'}"]
+        lines = [f"kvfold.check, backend {self.backend}: {self.headline}"]
         lines += [f"  {self.entries} entries against torch, {self.referenced} of them against fp64; {self.errors} refused"]
-        lines += [f"  {note}" for note in self.notes]
-        lines += [f"  {'first: ' if i == 0 else '       '}{d}" for i, d in enumerate(self.differences[:8])]
-        lines += [f"  and {len(self.differences) - 8} more"] * (len(self.differences) > 8)
+        lines += [f"  {line}" for line in _some(self.notes)]
+        lines += [f"  {'first: ' if i == 0 else '       '}{line}" for i, line in enumerate(_some(self.differences))]
         return "\n".join(lines)
+
+
+def _some(lines: Sequence[object]) -> list[str]:
+    return [str(line) for line in lines[:MOST_LINES]] + [f"and {len(lines) - MOST_LINES} more"] * (len(lines) > MOST_LINES)
 
 
 def check(
@@ -94,7 +136,9 @@ def check(
 
     Raises:
         TypeError, ValueError: as the call does, and naming `full_history`.
+        RuntimeError: in a CUDA graph's capture, or traced.
     """
+    check_outside("check", kv_score)
     weights = {"spec": spec, "ape": ape, "norm_weight": norm_weight, "rope": rope}
     call = Call.of(kv_score, plan, state, cache, **weights, rows=rows, snapshots=snapshots, backend=backend)
     check_history(full_history, call)
@@ -106,26 +150,38 @@ def compare(call: Call, full_history: Sequence[torch.Tensor | None] | None = Non
     plan, backend, fp32 = call.plan, call.backend, torch.float32
     items = plan.items[: int(plan.num_items)].long()
     live = items[(items[:, 5] >= 0) & (items[:, 5] < plan.entry_capacity)]
-    found, notes, entries, referenced, errors = _plan_differences(plan), [], 0, 0, 0
+    found, planned = _plan_differences(plan)
+    refusals = [("", r) for r in plan_refusals(plan)] if planned else []
+    undefined = [("", r) for r in undefined_in_plan(plan)]
+    entries, referenced, errors = 0, 0, 0
     got = call.on_copies(None if call.rows is None else call.rows.dtype, backend)
+    counted, seen = int(got.plan.errors), set()
     for i, (c, done) in enumerate(zip(call.compressors, got.compressors, strict=True)):
+        which = f"compressors[{i}]" if len(call.compressors) > 1 else ""
         if call.name == "store":
             want = call.on_copies(None, "torch")
             made = live[_slots(plan, c.cache, live) >= 0]
             made = made if c.rope is None else made[made[:, 0] * c.spec.ratio < len(c.rope)]
             here, exact = _record_differences(c, done.cache, want.compressors[0].cache, c.kv_score.float(), made, plan), 0
+            seen |= set(made[:, 6].tolist())
         else:
             want = call.alone(i).on_copies(fp32, "torch")
             probe = got if call.rows is not None and call.rows.dtype == fp32 else call.alone(i).on_copies(fp32, backend)
             here, made, exact = _step_differences(c, done, want, probe, got.rows, live, items, plan, full_history)
-        entries, referenced, errors = entries + len(made), referenced + exact, errors + int(want.plan.errors)
-        which = f"compressors[{i}]" if len(call.compressors) > 1 else ""
+            seen |= set(items[:, 6].tolist())
+        entries, referenced, due = entries + len(made), referenced + exact, int(want.plan.errors)
+        undefined += [(which, r) for r in undefined_in_call(c, plan)]
+        if counted or due:
+            refusals += [(which, r) for r in call_refusals(c, plan)]
+        errors += due
         found += [replace(d, where=", ".join(filter(None, (which, d.where)))) for d in here]
-        notes += [f"{which}: {note}" if which else note for note in _notes(c, plan)] if int(got.plan.errors) else []
-    if int(got.plan.errors) != errors:
-        found.append(Difference(-1, -1, "errors", None, int(got.plan.errors), errors, "torch"))
+    if counted != errors:
+        found.append(Difference(-1, -1, "errors", None, counted, errors, "torch"))
     found.sort(key=lambda d: (d.sequence, d.window, STAGES.index(d.stage)))
-    return Report(backend, entries, referenced, int(got.plan.errors), tuple(found), tuple(notes))
+    seen -= {r.sequence for _, r in refusals if r.window < 0}
+    which, reasons = zip(*refusals, *undefined, strict=True) if refusals or undefined else ((), ())
+    n = len(refusals)
+    return Report(backend, entries, referenced, planned + counted, tuple(found), len(seen), reasons[:n], reasons[n:], which)
 
 
 def _step_differences(
@@ -152,7 +208,7 @@ def _step_differences(
     made = live[there]
     if got.cache is not None:
         found += _record_differences(c, got.cache, due.cache, probe.rows, made, plan)
-    exact, known = _exact(c, plan, made, history)
+    exact, known = exact_of_call(c, plan, made, history, probe.rows)
     if known.numel():
         expected = made[known]
         truth = torch.zeros_like(want.rows, dtype=torch.float64)
@@ -169,24 +225,8 @@ def _step_differences(
     return found, made, known.numel()
 
 
-def check_history(history: Sequence[torch.Tensor | None] | None, call: Call) -> None:
-    """Checks `full_history`, of a call whose other arguments were checked."""
-    if history is None:
-        return
-    if call.name != "compress":
-        raise TypeError(f"full_history must be left out for {call.name}, got {type(history).__name__}")
-    plan, spec = call.plan, call.compressors[0].spec
-    if isinstance(history, torch.Tensor) or not isinstance(history, Sequence) or len(history) != plan.batch:
-        raise ValueError(f"full_history must have a tensor or None for each of the plan's {plan.batch} sequences")
-    for b, (start, one) in enumerate(zip(plan.start_pos.tolist(), history, strict=True)):
-        if one is not None:
-            check_type(f"full_history[{b}]", one, torch.Tensor)
-            if tuple(one.shape) != (start, 2 * spec.channels):
-                raise ValueError(f"full_history[{b}] must be [{start}, {2 * spec.channels}], got {list(one.shape)}")
-
-
-def _plan_differences(plan: StepPlan) -> list[Difference]:
-    """A plan whose tensors were written again since `update` plans another step than they say."""
+def _plan_differences(plan: StepPlan) -> tuple[list[Difference], int]:
+    """A plan whose tensors were written again since `update` plans another step than they say; and what `update` refuses."""
     slots = plan.entry_slots if plan.cache_block_table is None else None
     now = StepPlan.build(
         plan.ratio, plan.start_pos, plan.cu_seqlens, plan.max_new_tokens, state_slots=plan.state_slots,
@@ -201,8 +241,9 @@ def _plan_differences(plan: StepPlan) -> list[Difference]:
             row = int((have[:count] != should[:count]).reshape(count, -1).any(1).nonzero()[0])
             sequence = int(now.items[row, 6]) if name == "items" else -1
             where = f"plan.{name}[{row}]; was a tensor of the plan written after update?"
-            return [Difference(sequence, -1, "plan", None, have[row].tolist(), should[row].tolist(), "a new plan", where)]
-    return []
+            found = Difference(sequence, -1, "plan", None, have[row].tolist(), should[row].tolist(), "a new plan", where)
+            return [found], int(now.errors)
+    return [], int(now.errors)
 
 
 def _slots(plan: StepPlan, cache: EntryCache, live: torch.Tensor) -> torch.Tensor:
@@ -224,7 +265,7 @@ def _record_differences(
         pooled = rows[item[:, 5]]
         pooled = pooled.bfloat16().float() if got.format.round_rows else pooled
         y = finish(pooled, c.spec, c.norm_weight, c.rope, item[:, 0] * c.spec.ratio)
-        fine = explained(got, have[other], y, EPILOGUE * y.norm(dim=1, keepdim=True))
+        fine = explained(got, have[other], y, EPILOGUE * size_of(y))
         for i in (~fine).any(1).nonzero()[:, 0].tolist():
             byte = int((have[other[i]] != due[other[i]]).nonzero()[0])
             where = f"slot {int(slots[other[i]])}, {f'record byte {byte}' if byte < size else f'tail byte {byte - size}'}"
@@ -240,38 +281,6 @@ def _record_differences(
     return found
 
 
-def _exact(
-    c: Compressor, plan: StepPlan, made: torch.Tensor, history: Sequence[torch.Tensor | None] | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp64 pooled rows `[k, head_dim]` of the entries whose sequence is known from its start, and which of `made` they are."""
-    spec, ape, found, known = c.spec, c.ape, [], []
-    starts, offsets = plan.start_pos.tolist(), plan.cu_seqlens.tolist()
-    for b in made[:, 6].unique().tolist():
-        before = c.kv_score[:0] if starts[b] == 0 else None if history is None else history[b]
-        if before is None:
-            continue
-        mine = (made[:, 6] == b).nonzero()[:, 0]
-        skip = max(int(made[mine[0], 0]) - int(spec.overlap), 0)
-        tokens = (before[skip * spec.ratio :].to(c.kv_score), c.kv_score[offsets[b] : offsets[b + 1]])
-        tokens = torch.cat(tokens)[-(starts[b] + offsets[b + 1] - offsets[b] - skip * spec.ratio) :].float()
-        found.append(exact_rows(tokens, spec, ape, c.state)[made[mine, 0] - skip])
-        known.append(mine)
-    if not known:
-        return torch.zeros(0, spec.head_dim, device=made.device), torch.zeros(0, dtype=torch.int64, device=made.device)
-    return torch.cat(found), torch.cat(known)
-
-
-def exact_rows(
-    tokens: torch.Tensor, spec: CompressorSpec, ape: torch.Tensor | None, state: FoldState | WindowState
-) -> torch.Tensor:
-    """fp64 pooled rows `[windows, head_dim]` of tokens from the start of a window, of the rows as `state` keeps them."""
-    if isinstance(state, WindowState) and state.dtype == torch.bfloat16:
-        k, s = tokens.float().split(spec.channels, dim=1)
-        s = s if ape is None else s + ape[torch.arange(len(s), device=s.device) % spec.ratio]
-        tokens, ape, spec = torch.cat((k, s), dim=1).bfloat16(), None, replace(spec, has_ape=False)
-    return reference.pooled(tokens, spec, ape)
-
-
 def _value_differences(
     c: Compressor, cache: EntryCache, exact: torch.Tensor, made: torch.Tensor, plan: StepPlan
 ) -> list[Difference]:
@@ -281,10 +290,13 @@ def _value_differences(
     if spec.rope_dim:
         y = reference.rope(y, c.rope, made[:, 0] * spec.ratio, spec.rope_dim)
     y = reference.hadamard(y) if spec.hadamard else y
-    pooled = 2 * pooled_bound(spec.window_rows) * spec.head_dim**0.5 * c.norm_weight.abs().max().double()
-    slack = pooled + EPILOGUE * y.norm(dim=1, keepdim=True)
+    heaviest = c.norm_weight.double().abs().nan_to_num(nan=0.0, posinf=0.0).max()
+    pooled = 2 * pooled_bound(spec.window_rows) * spec.head_dim**0.5 * heaviest
+    slack = pooled + EPILOGUE * size_of(y)
     if cache.format.round_rows:
-        slack = slack + 2.0**-8 * y.norm(dim=1, keepdim=True)  # the pooled row was rounded to bf16 before the norm
+        slack = slack + 2.0**-8 * size_of(y)  # the pooled row was rounded to bf16 before the norm
+    # Beside an infinity all other channels are zeros, of either sign where the pooled one is near zero.
+    slack = torch.where(exact.isinf().any(1, keepdim=True), LEAST, slack)
     fine = explained(cache, bytes_of(cache, slots), y.float(), slack.float())
     for i in (~fine).any(1).nonzero()[:, 0].tolist():
         channel = int((~fine[i]).nonzero()[0])
@@ -319,7 +331,10 @@ def _row_differences(
         found.append(Difference(owner.get(index, -1), -1, f"{what} row", None, *values, "torch", where))
     held = ~tags & (want.positions >= 0)
     a, b = (x.rows.flatten(2).unflatten(2, (3 if fold else 1, -1))[held] for x in (got, want))
-    wrong = off(a.flatten(0, 1), b.flatten(0, 1), pooled_bound(got.spec.ratio) if fold else 0.0).view(a.shape)
+    if fold:
+        wrong = _fold_rows_off(a, b, pooled_bound(got.spec.ratio))
+    else:
+        wrong = off(a.flatten(0, 1), b.flatten(0, 1), 0.0).view(a.shape)
     indices = held.nonzero()
     for i, part, channel in _first_channels(wrong):
         index, row = indices[i].tolist()
@@ -329,6 +344,14 @@ def _row_differences(
         values = (x[i, part, channel].item() for x in (a, b))
         found.append(Difference(*whose, f"{what} row", channel, *values, "torch", where))
     return found
+
+
+def _fold_rows_off(got: torch.Tensor, want: torch.Tensor, bound: float) -> torch.Tensor:
+    """Channels to blame of fold rows `[n, 3, head_dim]`: m is a maximum of inputs, and so exact."""
+    (m, l, a), due = got.unbind(1), want.unbind(1)
+    over = (l.isnan() & due[1].isnan())[:, None]  # nothing can come of such a channel but NaN, whatever its m and a
+    wrong = torch.stack((off(m, due[0], 0.0), off(l, due[1], bound), off(a, due[2], bound, flushed=True)), dim=1)
+    return wrong & ~over
 
 
 def _owners(plan: StepPlan, items: torch.Tensor) -> dict[int, int]:
@@ -343,23 +366,3 @@ def _owners(plan: StepPlan, items: torch.Tensor) -> dict[int, int]:
 def _first_channels(wrong: torch.Tensor) -> list[tuple[int, int, int]]:
     """The first channel of each row of `[n, rows, channels]` that has one."""
     return [(i, j, int(wrong[i, j].nonzero()[0])) for i, j in wrong.any(2).nonzero().tolist()]
-
-
-def _notes(c: Compressor, plan: StepPlan) -> list[str]:
-    """Which sequences a `FoldState` cannot continue."""
-    if not isinstance(c.state, FoldState):
-        return []
-    items, held, notes = Items.of(plan), _Rows(c.state), []
-    h0 = history_starts(c.spec, c.state.kind, items.start)
-    sequence = plan.items[: len(items.window), 6].tolist()
-    for i in (items.window == items.start // c.spec.ratio).nonzero()[:, 0].tolist():
-        slot, start = items.slot[i : i + 1], int(items.start[i])
-        if int(slot) >= c.state.num_slots:
-            notes.append(f"sequence {sequence[i]} is refused: state slot {int(slot)} of {c.state.num_slots}")
-            continue
-        need = torch.arange(int(h0[i]), start, device=slot.device)
-        gone = need[held.find(slot.expand_as(need), need) < 0].tolist()
-        if gone:
-            notes.append(f"sequence {sequence[i]} is refused: slot {int(slot)} holds no row of position {gone[0]}, "
-                         f"which a start at {start} needs")  # fmt: skip
-    return notes

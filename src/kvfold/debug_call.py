@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .checks import check_dtype, check_type, traced
 from .compress import Compressor, check_compress, check_many, compress, compress_many, compressors_of
 from .debug_compare import UNWRITTEN
 from .plan import StepPlan
@@ -62,14 +63,24 @@ class Call:
         if isinstance(kv_score, Sequence):
             given = {"state": state, "cache": cache, "spec": spec, "ape": ape, "norm_weight": norm_weight, "rope": rope}
             _leave_out(given | {"rows": rows, "snapshots": snapshots}, "when compressors are given")
-            made = compressors_of(kv_score)
-            return cls("compress_many", tuple(made), plan, None, check_many(made, plan, backend))
-        if isinstance(state, EntryCache):
+            call = cls("compress_many", tuple(compressors_of(kv_score)), plan, None, "")
+        elif isinstance(state, EntryCache):
             _leave_out({"cache": cache, "ape": ape, "rows": rows, "snapshots": snapshots}, "for a store")
-            chosen = check_store(kv_score, plan, state, spec, norm_weight, rope, backend)
-            return cls("store", (Compressor(kv_score, None, state, spec, None, norm_weight, rope),), plan, None, chosen)
-        c = Compressor(kv_score, state, cache, spec, ape, norm_weight, rope, snapshots)
-        return cls("compress", (c,), plan, rows, check_compress(c, plan, rows, backend))
+            call = cls("store", (Compressor(kv_score, None, state, spec, None, norm_weight, rope),), plan, None, "")
+        else:
+            c = Compressor(kv_score, state, cache, spec, ape, norm_weight, rope, snapshots)
+            call = cls("compress", (c,), plan, rows, "")
+        call.backend = call.check(backend)
+        return call
+
+    def check(self, backend: str | None) -> str:
+        """Checks the arguments as the call does, and returns the backend to use."""
+        c = self.compressors[0]
+        if self.name == "compress_many":
+            return check_many(self.compressors, self.plan, backend)
+        if self.name == "store":
+            return check_store(c.kv_score, self.plan, c.cache, c.spec, c.norm_weight, c.rope, backend)
+        return check_compress(c, self.plan, self.rows, backend)
 
     def run(self) -> None:
         """Makes the call."""
@@ -135,15 +146,50 @@ def _twin(x: torch.Tensor) -> torch.Tensor:
     return laid_out(x.shape, x.stride(), x.data_ptr() % 16, x.dtype, x.device).copy_(x)
 
 
+def spread_of(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, int]:
+    """The outer stride that `laid_out` gives a tensor, and the elements that it spans."""
+    if 0 in shape:
+        return stride[0], 0
+    outer, *inner = stride
+    span = 1 + sum((n - 1) * s for n, s in zip(shape[1:], inner, strict=True))
+    outer = span + (outer - span) % 16 if outer >= span else outer
+    return outer, span + (shape[0] - 1) * outer
+
+
 def laid_out(
     shape: Sequence[int], stride: Sequence[int], address: int, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """Zeros of which address and strides are, mod 16, what kernels are chosen by; gaps between pages shrink."""
-    if 0 in shape:
+    outer, elements = spread_of(shape, stride)
+    if elements == 0:
         return torch.zeros(*shape, dtype=dtype, device=device)
-    outer, *inner = stride
-    span = 1 + sum((n - 1) * s for n, s in zip(shape[1:], inner, strict=True))
-    outer = span + (outer - span) % 16 if outer >= span else outer
-    size = (span + (shape[0] - 1) * outer) * dtype.itemsize
+    size = elements * dtype.itemsize
     flat = torch.zeros(size + 16, dtype=torch.uint8, device=device)
-    return flat[address : address + size].view(dtype).as_strided(shape, (outer, *inner))
+    return flat[address : address + size].view(dtype).as_strided(shape, (outer, *stride[1:]))
+
+
+def check_history(history: Sequence[torch.Tensor | None] | None, call: Call) -> None:
+    """Checks `full_history`, of a call whose other arguments were checked."""
+    if history is None:
+        return
+    if call.name != "compress":
+        raise TypeError(f"full_history must be left out for {call.name}, got {type(history).__name__}")
+    plan, spec = call.plan, call.compressors[0].spec
+    if isinstance(history, (torch.Tensor, str)) or not isinstance(history, Sequence) or len(history) != plan.batch:
+        raise ValueError(f"full_history must have a tensor or None for each of the plan's {plan.batch} sequences")
+    for b, (start, one) in enumerate(zip(plan.start_pos.tolist(), history, strict=True)):
+        if one is not None:
+            check_type(f"full_history[{b}]", one, torch.Tensor)
+            check_dtype(f"full_history[{b}]", one, (torch.float32, torch.bfloat16))
+            if tuple(one.shape) != (start, 2 * spec.channels):
+                raise ValueError(f"full_history[{b}] must be [{start}, {2 * spec.channels}], got {list(one.shape)}")
+
+
+def check_outside(name: str, kv_score: object) -> None:
+    """That a call which synchronizes with the host is neither traced nor captured."""
+    first = kv_score[0] if isinstance(kv_score, (tuple, list)) and kv_score else kv_score
+    first = first[0] if isinstance(first, tuple) and first else first
+    if traced(first):
+        raise RuntimeError(f"{name} must be called outside of torch.compile and of fake tensors")
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"{name} must be called outside of a CUDA graph's capture: before a replay, with its contents")

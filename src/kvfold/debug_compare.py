@@ -37,13 +37,24 @@ def written(rows: torch.Tensor) -> torch.Tensor:
     return (rows.view(torch.int32 if rows.dtype == torch.float32 else torch.int16) != fill).any(1)
 
 
-def off(got: torch.Tensor, want: torch.Tensor, bound: float) -> torch.Tensor:
-    """bool like `want` `[n, channels]`: channels to blame in the rows that are further apart than `bound` of their norm."""
+def size_of(rows: torch.Tensor) -> torch.Tensor:
+    """fp64 `[n, 1]`: the norm of each row, of the channels that are finite."""
+    return torch.where(rows.isfinite(), rows, 0.0).double().norm(dim=1, keepdim=True)
+
+
+def off(got: torch.Tensor, want: torch.Tensor, bound: float, *, flushed: bool = False) -> torch.Tensor:
+    """bool like `want` `[n, channels]`: channels to blame in the rows that are further apart than `bound` of their norm.
+
+    A NaN is equal to a NaN, and an infinity to itself; neither has a part in the norm, so each channel that is not finite
+    stands for itself. flushed: an infinity is equal to a NaN too, as it is one times a weight that only one exp2 makes 0.
+    """
     got, want = got.double(), want.double()
     same = (got == want) | (got.isnan() & want.isnan())
+    if flushed:
+        same = same | (got.isnan() & want.isinf()) | (got.isinf() & want.isnan())
     wild = ~same & ~(got.isfinite() & want.isfinite())
     gap = torch.where(same | wild, 0.0, got - want)
-    size = torch.where(want.isfinite(), want, 0.0).norm(dim=1, keepdim=True)
+    size = size_of(want)
     far = gap.norm(dim=1, keepdim=True) > bound * size
     return wild | far & (gap.abs() > bound * size / want.shape[1] ** 0.5)
 
@@ -58,7 +69,7 @@ def pooled_differences(
         words = ("made", "not made") if have[i] else ("not made", "made")
         found.append(Difference(int(live[i, 6]), int(live[i, 0]), "pooled row", None, *words, against))
     both = (have & due).nonzero()[:, 0]
-    wrong = off(got[entry[both]], want[entry[both]], bound)
+    wrong = off(got[entry[both]], want[entry[both]], bound, flushed=against == "torch")
     for i in wrong.any(1).nonzero()[:, 0].tolist():
         item, channel = live[both[i]], int(wrong[i].nonzero()[0])
         values = float(got[item[5], channel]), float(want[item[5], channel])
@@ -90,9 +101,11 @@ def _key(code: torch.Tensor, sign: int) -> torch.Tensor:
 def explained(cache: EntryCache, data: torch.Tensor, y: torch.Tensor, slack: torch.Tensor) -> torch.Tensor:
     """bool `[n, head_dim]`: whether the records `data` are entries between `y - slack` and `y + slack`, scales included."""
     fmt, spec = cache.format, cache.spec
-    low, high = y - slack, y + slack
+    low, high = (y - slack).float(), (y + slack).float()
     if fmt.element == "fp32":
-        return _between(data.view(torch.int32), low.view(torch.int32), high.view(torch.int32), 1 << 31)
+        values = data.view(torch.int32)
+        within = _between(values, low.view(torch.int32), high.view(torch.int32), 1 << 31)
+        return torch.where(y.isnan(), values.view(torch.float32).isnan(), within)
     if fmt.element == "bf16":
         return _between(data.view(torch.int16), bf16_bits(low), bf16_bits(high), 1 << 15)
     q, width = fmt.quantized(spec), fmt.row_bytes(spec)

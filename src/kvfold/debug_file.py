@@ -10,15 +10,30 @@ import json
 import os
 import platform
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from .compress import Compressor
-from .debug_call import PLAN_TENSORS, Call, laid_out
+from .debug_bounds import (
+    NUMBERS,
+    RoomError,
+    check_about,
+    check_items,
+    check_kept,
+    check_path,
+    check_room,
+    check_stored,
+    default_room,
+    parse,
+    path_text,
+    room_of,
+)
+from .debug_call import PLAN_TENSORS, Call, check_history, laid_out
 from .plan import StepPlan
 from .records import EntryCache, RecordFormat
 from .snapshots import Snapshots
@@ -27,10 +42,9 @@ from .state import FoldState
 from .window_state import WindowState
 
 VERSION = 1  # grows when a file of this version can no longer be read as it was
-PLAN_NUMBERS = (
-    "ratio", "max_new_tokens", "batch", "max_tokens", "entry_capacity", "item_capacity", "rows_per_page", "page_size",
-    "snapshot_page_size",
-)  # fmt: skip
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8}
+_DAMAGES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)  # what a wrong field can come to
+T = TypeVar("T")
 
 
 def tensors_of(call: Call) -> dict[str, torch.Tensor]:
@@ -49,7 +63,9 @@ def tensors_of(call: Call) -> dict[str, torch.Tensor]:
 
 
 def write(path: str | os.PathLike, call: Call, history: Sequence[torch.Tensor | None] | None, whole: bool) -> None:
-    save_file = _safetensors("torch").save_file
+    safetensors, place = _safetensors(), Path(path_text(path))
+    if place.is_dir():
+        raise ValueError(f"path must name a file, {place} is a folder")
     named = tensors_of(call) | {f"history.{b}": x for b, x in enumerate(history or ()) if x is not None}
     kept, stored, layouts = {} if whole else _touched(call), {}, {}
     for name, tensor in named.items():
@@ -64,67 +80,93 @@ def write(path: str | os.PathLike, call: Call, history: Sequence[torch.Tensor | 
         "pdl": call.pdl,
         "device": _device(call.plan.items.device),
         "versions": _versions(),
-        "plan": {name: getattr(call.plan, name) for name in PLAN_NUMBERS},
+        "plan": {name: getattr(call.plan, name) for name in NUMBERS},
         "compressors": [_numbers(c) for c in call.compressors],
         "tensors": layouts,
         "crc32": {name: _sum(tensor) for name, tensor in stored.items()},
     }
-    path = Path(path)
-    part = path.with_name(f"{path.name}.part")
+    part = place.with_name(f"{place.name}.part")
     text = json.dumps(about)
     said = {"kvfold.dump": str(VERSION), "kvfold": about["versions"]["kvfold"], "about": text}
-    save_file(stored, part, metadata=said | {"crc32": str(zlib.crc32(text.encode()))})
-    os.replace(part, path)
-
-
-def read(path: str | os.PathLike, device: torch.device) -> tuple[Call, list[torch.Tensor | None] | None, dict]:
-    """The call with tensors of its own on `device`, its history, and the metadata."""
-    about, stored = _load(path)
     try:
-        wrong = sorted(stored.keys() ^ about["crc32"].keys())
-        wrong += [name for name, tensor in stored.items() if name not in wrong and _sum(tensor) != about["crc32"][name]]
-        if wrong:
-            raise ValueError(f"tensor {wrong[0]} is missing, new or changed")
-        named = {name: _lay_out(name, stored, layout, device) for name, layout in about["tensors"].items()}
-        plan = _plan(about["plan"], named)
-        compressors = tuple(_compressor(i, one, named) for i, one in enumerate(about["compressors"]))
-        call = Call(about["call"], compressors, plan, named.get("rows"), about["backend"], about["pdl"])
-        history = [named.get(f"history.{b}") for b in range(plan.batch)]
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"path must name a whole file of kvfold.dump, {path} is damaged: {error}") from error
-    return call, history if any(x is not None for x in history) else None, about
+        safetensors.torch.save_file(stored, part, metadata=said | {"crc32": str(zlib.crc32(text.encode()))})
+        os.replace(part, place)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"path cannot be written, {place}: {error}") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
-def _load(path: str | os.PathLike) -> tuple[dict, dict[str, torch.Tensor]]:
+def read(
+    path: str | os.PathLike, device: torch.device, max_bytes: int | None
+) -> tuple[Call, list[torch.Tensor | None] | None, dict]:
+    """The call with tensors of its own on `device`, its history, and the metadata; all checked before it is made use of."""
+    text = check_path(path)
+    if max_bytes is None:
+        max_bytes = default_room(os.path.getsize(text), device)
     safetensors = _safetensors()
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            said = file.metadata() or {}
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no dict, it does not iterate)
+        with safetensors.safe_open(text, framework="pt") as file:
+            about = _about(text, file.metadata() or {})
+            try:
+                return *_make(text, about, file, device, max_bytes), about
+            except _DAMAGES as error:
+                raise ValueError(f"path must name a whole file of kvfold.dump, {text} is damaged: {error}") from error
+    except RoomError as error:
+        raise ValueError(str(error)) from None
     except safetensors.SafetensorError as error:
-        raise ValueError(f"path must name a file of kvfold.dump, {path} is none or is damaged: {error}") from None
+        raise ValueError(f"path must name a file of kvfold.dump, {text} is none or is damaged: {error}") from None
+
+
+def _about(path: str, said: dict[str, str]) -> dict:
     if "kvfold.dump" not in said:
         raise ValueError(f"path must name a file of kvfold.dump, {path} is another safetensors file")
     if said["kvfold.dump"] != str(VERSION):
-        have = f"version {said['kvfold.dump']}, of kvfold {said.get('kvfold')}"
+        have = f"version {said['kvfold.dump'][:20]}, of kvfold {said.get('kvfold', '')[:20]}"
         raise ValueError(f"path must name a file of format version {VERSION}, {path} has {have}")
     try:
         if said["crc32"] != str(zlib.crc32(said["about"].encode())):
             raise ValueError("its numbers have changed")
-        about = json.loads(said["about"])
+        about = parse(said["about"])
+        check_about(about)
     except (KeyError, ValueError) as error:
         raise ValueError(f"path must name a whole file of kvfold.dump, {path} is damaged: {error}") from None
-    return about, stored
+    assert isinstance(about, dict)
+    return about
 
 
-def _safetensors(module: str = ""):
+def _make(
+    path: str, about: dict, file: Any, device: torch.device, max_bytes: int
+) -> tuple[Call, list[torch.Tensor | None] | None]:
+    """The call and its history: first all that is small and what the rest is measured by, then the rest."""
+    plan = _numbered(about["plan"])
+    specs = [_built(f"compressors[{i}].spec", CompressorSpec, **one["spec"]) for i, one in enumerate(about["compressors"])]
+    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (no dict, it does not iterate)
+    stored = {name: (_dtype(name, one), list(one.get_shape())) for name, one in slices.items()}
+    check_stored(about, stored)
+    small = {name: _checked(name, about, file) for name in ("plan.items", "plan.num_items", "plan.entry_items")}
+    rows = check_items(about["plan"], *small.values(), "plan.kv_table" in about["tensors"])
+    need = room_of(about, {name: dtype for name, (dtype, _) in stored.items()}, rows)
+    check_room(path, need, max_bytes)
+    named = {name: _lay_out(name, about, file, name + ".kept" in stored, device) for name in about["tensors"]}
+    _put_tensors(plan, named)
+    compressors = tuple(_compressor(i, one, specs[i], named) for i, one in enumerate(about["compressors"]))
+    call = Call(about["call"], compressors, plan, named.get("rows"), about["backend"], about["pdl"])
+    call.check("torch")
+    history = [named.get(f"history.{b}") for b in range(plan.batch)]
+    known = history if any(x is not None for x in history) else None
+    check_history(known, call)
+    return call, known
+
+
+def _safetensors() -> Any:
     try:
         import numpy  # noqa: F401  for checksums
         import safetensors
         import safetensors.torch
     except ImportError as error:
         raise ImportError("kvfold.dump and kvfold.replay need safetensors and numpy: pip install 'kvfold[debug]'") from error
-    return getattr(safetensors, module) if module else safetensors
+    return safetensors
 
 
 def _sum(tensor: torch.Tensor) -> int:
@@ -208,47 +250,80 @@ def _device(device: torch.device) -> dict[str, str]:
     return {"type": "cuda", "name": torch.cuda.get_device_name(device), "capability": f"{major}.{minor}"}
 
 
-def _lay_out(name: str, stored: dict[str, torch.Tensor], layout: dict, device: torch.device) -> torch.Tensor:
-    contents, kept, shape = stored[name], stored.get(f"{name}.kept"), layout["shape"]
-    shape = shape if kept is None else [len(kept), *shape[1:]]
-    if list(contents.shape) != shape:
-        raise ValueError(f"tensor {name} must have shape {shape}, got {list(contents.shape)}")
+def _dtype(name: str, one: Any) -> torch.dtype:
+    if one.get_dtype() not in _DTYPES:
+        raise ValueError(f"tensor {name!a} must be of one of {list(_DTYPES)}, got {one.get_dtype()}")
+    return _DTYPES[one.get_dtype()]
+
+
+def _checked(name: str, about: dict, file: Any) -> torch.Tensor:
+    tensor = file.get_tensor(name)
+    if _sum(tensor) != about["crc32"][name]:
+        raise ValueError(f"tensor {name} is missing, new or changed")
+    return tensor
+
+
+def _lay_out(name: str, about: dict, file: Any, partly: bool, device: torch.device) -> torch.Tensor:
+    layout, contents = about["tensors"][name], _checked(name, about, file)
     made = laid_out(layout["shape"], layout["stride"], layout["address"], contents.dtype, device)
-    if kept is None:
-        return made.copy_(contents)
-    if name.endswith(".positions"):
-        made.fill_(-1)  # nobody is there
-    made[kept.to(device)] = contents.to(device)
+    if partly:
+        kept = _checked(f"{name}.kept", about, file)
+        check_kept(name, kept, len(made))
+        if name.endswith(".positions"):
+            made.fill_(-1)  # nobody is there
+        made[kept.to(device)] = contents.to(device)
+    elif contents.numel() and made.stride(0) < contents[0].numel() and len(made) > 1:
+        for row, values in zip(made, contents, strict=True):  # of kv_score rows may overlap, and one is often all of them
+            row.copy_(values)
+    else:
+        made.copy_(contents)
     return made
 
 
-def _plan(numbers: dict, named: dict[str, torch.Tensor]) -> StepPlan:
+def _built(whose: str, kind: Callable[..., T], /, *args: Any, **fields: Any) -> T:
+    """An object, whose errors name it."""
+    try:
+        return kind(*args, **fields)
+    except _DAMAGES as error:
+        raise ValueError(f"{whose}: {error}") from None
+
+
+def _numbered(numbers: dict) -> StepPlan:
+    """The plan, of which the tensors are still missing; `check` makes another one of its numbers."""
     plan = StepPlan()
-    for name in PLAN_NUMBERS:
+    for name in NUMBERS:
         setattr(plan, name, numbers[name])
-    for name in PLAN_TENSORS:
-        setattr(plan, name, named.get(f"plan.{name}"))
-    tables = named.get("plan.kv_table"), named.get("plan.score_table")
-    plan.block_tables, plan.fresh = None if tables[0] is None else tables, True
+    least = plan.items_for(plan.max_tokens)
+    if plan.item_capacity < least:
+        raise ValueError(f"plan.item_capacity must be at least {least} by the plan's other numbers, got {plan.item_capacity}")
     return plan
 
 
-def _compressor(i: int, numbers: dict, named: dict[str, torch.Tensor]) -> Compressor:
-    spec = CompressorSpec(**numbers["spec"])
+def _put_tensors(plan: StepPlan, named: dict[str, torch.Tensor]) -> None:
+    for name in PLAN_TENSORS:
+        setattr(plan, name, named.get(f"plan.{name}"))
+    tables = named.get("plan.kv_table"), named.get("plan.score_table")
+    if (tables[0] is None) != (tables[1] is None) or (tables[0] is None) == (plan.state_slots is None):
+        raise ValueError("tensors must have plan.state_slots, or plan.kv_table and plan.score_table")
+    plan.block_tables, plan.fresh = None if tables[0] is None else tables, True
 
+
+def _compressor(i: int, numbers: dict, spec: CompressorSpec, named: dict[str, torch.Tensor]) -> Compressor:
     def get(name: str) -> torch.Tensor | None:
         return named.get(f"{i}.{name}")
 
-    state, cache, snapshots = numbers["state"], numbers["cache"], numbers["snapshots"]
+    state, cache, snapshots, whose = numbers["state"], numbers["cache"], numbers["snapshots"], f"compressors[{i}]"
     if state is not None and state["kind"] == "FoldState":
-        state = FoldState(spec, get("state.rows"), get("state.positions"), state["most"])
+        state = _built(f"{whose}.state", FoldState, spec, get("state.rows"), get("state.positions"), state["most"])
     elif state is not None:
-        state = WindowState(get("state.kv"), get("state.score"))
+        state = _built(f"{whose}.state", WindowState, get("state.kv"), get("state.score"))
     if cache is not None:
-        fields = cache["format"]
-        fmt = RecordFormat(**fields | {"head_dims": tuple(fields["head_dims"])})
+        given = {key: tuple(value) if isinstance(value, list) else value for key, value in cache["format"].items()}
+        fmt = _built(f"{whose}.cache.format", RecordFormat, **given)
         pages, scales = get("cache.pages"), get("cache.scale_pages")
-        cache = EntryCache(pages, fmt, cache["rows_per_page"], spec, scales=scales, scale=cache["scale"])
+        rest = {"scales": scales, "scale": cache["scale"]}
+        cache = _built(f"{whose}.cache", EntryCache, pages, fmt, cache["rows_per_page"], spec, **rest)
     if snapshots is not None:
-        snapshots = Snapshots(spec, get("snapshots.rows"), get("snapshots.positions"), snapshots["page_size"])
+        rows = get("snapshots.rows"), get("snapshots.positions")
+        snapshots = _built(f"{whose}.snapshots", Snapshots, spec, *rows, snapshots["page_size"])
     return Compressor(get("kv_score"), state, cache, spec, get("ape"), get("norm_weight"), get("rope"), snapshots)

@@ -32,7 +32,7 @@ def pack_records(cache: EntryCache, slots: torch.Tensor, entries: torch.Tensor) 
         values = (grouped / factor[..., None] if fmt.divide else grouped * factor[..., None]).flatten(1)
         tail = stored
         if fmt.pad_written:
-            tail = torch.cat((stored, torch.zeros_like(stored[:, : fmt.pad])), dim=1)
+            tail = torch.cat((stored, stored.new_zeros(len(stored), fmt.pad)), dim=1)
         _scatter(*_tail(cache, slots), tail)
     if fmt.element == "e4m3":
         record = e4m3_bytes(values)
@@ -48,6 +48,8 @@ def group_scale(amax: torch.Tensor, fmt: RecordFormat, cache_scale: float) -> tu
     """The tail's bytes, uint8 `[n, groups * scale_bytes]`, and what each group is multiplied by (or divided by)."""
     if fmt.floor_on == "amax":
         amax = amax.clamp(min=fmt.floor)
+    elif fmt.scale in ("ue8m0", "pow2"):
+        amax = amax.clamp(min=fmt.floor * fmt.element_max)  # as kernels do: the same power of two for every floor
     scale = _divide(amax, fmt.element_max)
     if fmt.floor_on == "scale":
         scale = scale.clamp(min=fmt.floor)
@@ -93,7 +95,7 @@ def raw_fields(cache: EntryCache, slots: torch.Tensor) -> dict[str, torch.Tensor
     record = _gather(*_record(cache, slots), fmt.row_bytes(spec))[0]
     if fmt.element in ("bf16", "fp32"):
         return {"values": record.view(torch.bfloat16 if fmt.element == "bf16" else torch.float32)}
-    size = fmt.quantized(spec) // (1 if fmt.element == "e4m3" else 2)
+    size = fmt.values_bytes(spec)
     values = record[:size]
     if fmt.element == "e4m3":
         fields = {"values": values.view(torch.float8_e4m3fn)}
@@ -113,12 +115,13 @@ def raw_fields(cache: EntryCache, slots: torch.Tensor) -> dict[str, torch.Tensor
 
 def unpack_records(cache: EntryCache, slots: torch.Tensor) -> torch.Tensor:
     """fp32 `[n, head_dim]` from int64 `slots`, all of them valid."""
-    fmt, spec, quantized = cache.format, cache.spec, cache.format.quantized(cache.spec)
+    fmt, spec = cache.format, cache.spec
     record = _gather(*_record(cache, slots), fmt.row_bytes(spec))
     if fmt.element in ("bf16", "fp32"):
         return record.view(torch.bfloat16 if fmt.element == "bf16" else torch.float32).float()
+    record, rotated = record.split((fmt.values_bytes(spec), fmt.row_bytes(spec) - fmt.values_bytes(spec)), dim=1)
     if fmt.element == "e4m3":
-        values = record[:, :quantized].contiguous().view(torch.float8_e4m3fn).float()
+        values = record.contiguous().view(torch.float8_e4m3fn).float()
     else:
         table = torch.tensor(_E2M1 + tuple(-value for value in _E2M1), device=record.device)
         values = table[torch.stack((record & 15, record >> 4), dim=2).flatten(1).long()]
@@ -136,7 +139,7 @@ def unpack_records(cache: EntryCache, slots: torch.Tensor) -> torch.Tensor:
             scale = tail.view(torch.float32)
         values = (values.unflatten(1, (-1, fmt.group)) * scale[..., None]).flatten(1)
     if fmt.rotated_bf16:
-        values = torch.cat((values, record[:, quantized:].contiguous().view(torch.bfloat16).float()), dim=1)
+        values = torch.cat((values, rotated.contiguous().view(torch.bfloat16).float()), dim=1)
     return values
 
 

@@ -10,6 +10,7 @@ import torch
 from .checks import check_device, check_int, check_memory, check_type
 from .memory import Checked, Layer, check_made
 from .overlap import Place, check_apart
+from .record_rules import ELEMENT_BITS, ELEMENT_MAX, SCALE_BYTES, check_format, check_page_dtype
 from .spec import CompressorSpec, check_spec
 
 
@@ -18,27 +19,33 @@ class RecordFormat:
     """One record layout, to the byte: the value that drives every writer, reader and test.
 
     A page of N rows has N records, then (or in a second buffer) N tails. A record is the quantized channels, then the rotated
-    ones if they stay bf16; a tail is the scales of its record, then pad bytes.
+    ones if they stay bf16; a tail is the scales of its record, then pad bytes. A format of your own is made like those of
+    `FORMATS`, or from one of them by `dataclasses.replace`.
 
     Attributes:
         name: the public name.
         source: whose bytes these are.
         element: encoding of the quantized (or only) channels: `"bf16"`, `"fp32"`, `"e4m3"` or `"e2m1"` (two to a byte, the even
-            channel in the low nibble).
-        group: channels that share a scale; 0 when there are no scales in the record.
+            channel in the low nibble). bf16 and fp32 go with `page_align`, `round_rows`, `head_dims` and `rope_dim` only.
+        group: channels that share a scale, a power of two; 0 when there are no scales in the record.
         scale: `"none"`, `"static"` (one number per cache), or in the tail as `"ue8m0"` (power of two, exponent + 127), `"pow2"`
             (power of two as fp32), `"fp32"` or `"e4m3"`.
-        floor, floor_on: the least value of the group's largest magnitude (`"amax"`) or of the scale itself (`"scale"`).
+        floor, floor_on: the least value of the group's largest magnitude (`"amax"`) or of the scale itself (`"scale"`). 0 for
+            none, which scales of fp32, and of e4m3 floored on amax, can do without.
         rotated_bf16: the last `rope_dim` channels are kept as bf16.
-        pad: bytes behind the scales of a tail. pad_written: whether the writer zeroes them or leaves them.
-        page_align: the page is rounded up to a multiple of this many bytes.
+        pad: bytes behind the scales of a tail. pad_written: whether the writer zeroes them (a power of two of them) or leaves
+            them.
+        page_align: the page is rounded up to a multiple of this many bytes, itself 1 or a multiple of `alignment`.
         separate: tails are in a buffer of their own, `EntryCache.scales`.
         round_rows: pooled rows are rounded to bf16 before the norm. round_values: values are rounded to bf16 before they
             are quantized.
         ties_to_zero: e2m1 ties go toward zero and -0 becomes 0, instead of ties to even and -0 kept.
-        divide: values are divided by the scale; otherwise multiplied by its inverse, which differs in the last bit unless the
-            scale is a power of two.
+        divide: values are divided by the scale, where it is e4m3 and floored itself; otherwise multiplied by its inverse, which
+            differs in the last bit unless the scale is a power of two.
         head_dims, rope_dim: what the layout is defined for; empty and None for any.
+
+    Raises:
+        TypeError, ValueError: naming the field, when fields do not go together. What is made can be stored and read.
     """
 
     name: str
@@ -60,6 +67,10 @@ class RecordFormat:
     head_dims: tuple[int, ...] = ()
     rope_dim: int | None = None
 
+    def __post_init__(self) -> None:
+        check_format(self)
+        object.__setattr__(self, "floor", float(self.floor))
+
     def check(self, spec: CompressorSpec) -> None:
         """Raises ValueError when the layout is not defined for `spec`."""
         if self.head_dims and spec.head_dim not in self.head_dims:
@@ -72,16 +83,43 @@ class RecordFormat:
             raise ValueError(
                 f"format {self.name!r} needs head_dim in groups of {self.group}, got spec.head_dim={spec.head_dim}"
             )
+        if self.rotated_bf16:
+            step = max(self.group, 1)
+            if not self.quantized(spec) or self.quantized(spec) % step:
+                raise ValueError(
+                    f"format {self.name!r} needs groups of {step} before the rotated channels, "
+                    f"got spec.rope_dim={spec.rope_dim} of spec.head_dim={spec.head_dim}"
+                )
+            if self.values_bytes(spec) % 2 or self.row_bytes(spec) % self.alignment:
+                raise ValueError(
+                    f"format {self.name!r} needs fields at multiples of their size, got spec.rope_dim={spec.rope_dim}"
+                )
+            if not self.separate and self.tail_bytes(spec) % 2 and self.page_align % 2:  # the next page starts behind them
+                raise ValueError(
+                    f"format {self.name!r} needs an even page_align, or tails of an even size, "
+                    f"got {self.tail_bytes(spec)} bytes for spec.head_dim={spec.head_dim}"
+                )
 
     @property
     def element_max(self) -> float:
         """Largest magnitude of the element encoding, to which scales map a group's largest; 0 for bf16 and fp32."""
-        return {"e4m3": 448.0, "e2m1": 6.0}.get(self.element, 0.0)
+        return ELEMENT_MAX.get(self.element, 0.0)
 
     @property
     def scale_bytes(self) -> int:
         """Bytes of one scale in the tail."""
-        return {"ue8m0": 1, "e4m3": 1, "pow2": 4, "fp32": 4}.get(self.scale, 0)
+        return SCALE_BYTES.get(self.scale, 0)
+
+    @property
+    def alignment(self) -> int:
+        """Bytes that every page starts at a multiple of: the size of the widest field in it."""
+        wide = {"bf16": 2, "fp32": 4}.get(self.element, 1)
+        return max(wide, 2 if self.rotated_bf16 else 1, 1 if self.separate else self.scale_bytes)
+
+    @property
+    def takes_scale(self) -> bool:
+        """Whether `EntryCache.scale` has a part in the bytes."""
+        return self.scale == "static" or (self.scale == "e4m3" and self.floor_on == "amax")
 
     def quantized(self, spec: CompressorSpec) -> int:
         """Channels in the element encoding; the rest is bf16."""
@@ -109,10 +147,13 @@ class RecordFormat:
         """Scales in a tail."""
         return self.quantized(spec) // self.group if self.scale_bytes else 0
 
+    def values_bytes(self, spec: CompressorSpec) -> int:
+        """Bytes of a record's channels in the element encoding, which come first."""
+        return self.quantized(spec) * ELEMENT_BITS[self.element] // 8
+
     def row_bytes(self, spec: CompressorSpec) -> int:
         """Bytes from one record to the next, tails not counted."""
-        bits = {"bf16": 16, "fp32": 32, "e4m3": 8, "e2m1": 4}[self.element]
-        return self.quantized(spec) * bits // 8 + (2 * spec.rope_dim if self.rotated_bf16 else 0)
+        return self.values_bytes(spec) + (2 * spec.rope_dim if self.rotated_bf16 else 0)
 
     def tail_bytes(self, spec: CompressorSpec) -> int:
         """Bytes from one tail to the next."""
@@ -141,9 +182,12 @@ def _mla(name: str, source: str, floor: float, **fields: object) -> RecordFormat
 
 
 _TABLE = (
-    RecordFormat("bf16", "plain rows: DeepSeek reference, vLLM, SGLang, transformers", "bf16"),
+    # TensorRT-LLM hands bf16 rows from its pooling to what follows, which rounds nothing between norm and quantizer.
+    RecordFormat("bf16", "plain rows: vLLM full cache, SGLang", "bf16"),
+    RecordFormat("bf16_trtllm", "TensorRT-LLM, plain rows", "bf16", round_rows=True),
     RecordFormat("fp32", "plain rows", "fp32"),
-    RecordFormat("fp8_tensor", "vLLM full cache, TensorRT-LLM, SGLang", "e4m3", scale="static", round_values=True),
+    RecordFormat("fp8_tensor", "vLLM full cache, SGLang", "e4m3", scale="static", round_values=True),
+    RecordFormat("fp8_tensor_trtllm", "TensorRT-LLM, per tensor", "e4m3", scale="static", round_rows=True),
     # Floor on the scale, not on amax: the smallest code is 114 where the others have 105 or 92.
     _mla("fp8_ds_mla", "vLLM, default CUDA writer", 1e-4, floor_on="scale", page_align=576, pad_written=True),
     _mla("fp8_ds_mla_vllm_triton", "vLLM, Triton writer", 1e-4, page_align=576, pad_written=True),
@@ -152,13 +196,16 @@ _TABLE = (
     RecordFormat("fp8_block128", "TensorRT-LLM, blockwise", "e4m3", 128, "fp32", round_rows=True, head_dims=(512, 128)),
     RecordFormat("mxfp4", "TensorRT-LLM, MXFP4", "e2m1", 32, "ue8m0", _E2M1_FLOOR, separate=True, round_rows=True),
     RecordFormat("nvfp4_trtllm", "TensorRT-LLM, NVFP4", "e2m1", 16, "e4m3", separate=True, round_rows=True, head_dims=(512,)),
-    RecordFormat("indexer_fp8_vllm", "vLLM", "e4m3", 128, "pow2", 1e-4, round_values=True, head_dims=(128,)),
+    RecordFormat("indexer_fp8_vllm", "vLLM, scales in fp32", "e4m3", 128, "pow2", 1e-4, round_values=True, head_dims=(128,)),
     RecordFormat("indexer_fp8_sglang", "SGLang", "e4m3", 128, "fp32", 1e-4, head_dims=(128,)),
     RecordFormat("indexer_mxfp4", "vLLM", "e2m1", 32, "ue8m0", _E2M1_FLOOR, round_values=True, head_dims=(128,)),
-    RecordFormat("indexer_mxfp4_sglang", "SGLang", "e2m1", 32, "ue8m0", 1e-4, ties_to_zero=True, head_dims=(128,)),
-    RecordFormat("v41_mxfp8", "V4.1, MXFP8", "e4m3", 32, "ue8m0", 1e-4, page_align=512, round_values=True, head_dims=(512,)),
+    RecordFormat("indexer_mxfp4_sglang", "SGLang, store", "e2m1", 32, "ue8m0", 1e-4, ties_to_zero=True, head_dims=(128,)),
+    # The layout of FlashInfer and vLLM 0.32; what engines round before it differs.
     RecordFormat(
-        "v41_nvfp4", "V4.1, NVFP4", "e2m1", 16, "e4m3", 2.0**-9, "scale", round_values=True, divide=True, head_dims=(512,)
+        "v41_mxfp8", "V4.1 MXFP8, footer", "e4m3", 32, "ue8m0", 1e-4, page_align=512, round_values=True, head_dims=(512,)
+    ),
+    RecordFormat(
+        "v41_nvfp4", "V4.1 NVFP4, footer", "e2m1", 16, "e4m3", 2**-9, "scale", round_values=True, divide=True, head_dims=(512,)
     ),
 )
 FORMATS: dict[str, RecordFormat] = {fmt.name: fmt for fmt in _TABLE}
@@ -181,7 +228,8 @@ class EntryCache(Checked):
         storage: the tensor given, `[num_pages, ...]`.
         scales: the second buffer of formats that keep scales apart, uint8 `[num_pages, rows_per_page * tail_bytes]`; else None.
         pages: the memory of `storage` as uint8 `[num_pages, page_bytes]`.
-        scale: `fp8_tensor`: what values are divided by; `nvfp4_trtllm`: the global factor g. 1 for the others.
+        scale: `fp8_tensor` and `fp8_tensor_trtllm`: what values are divided by; `nvfp4_trtllm`: the global factor g. 1 for the
+            others.
         format, spec, rows_per_page, page_bytes.
     """
 
@@ -202,10 +250,13 @@ class EntryCache(Checked):
         """Wraps an engine's page tensor.
 
         Args:
-            storage: `[num_pages, ...]` of any dtype. Each page is dense and has at least the format's page bytes; pages
-                may lie further apart than that.
-            scales: `[num_pages, ...]` likewise, if and only if the format keeps scales in a buffer of their own.
-            scale: from 2**-126 to 2**126; see the class.
+            storage: `[num_pages, ...]` of any integer dtype, which stand for bytes, or of the floating dtype that the format's
+                `element` is: bfloat16, float32, float8_e4m3fn (as engines also view pages that hold more than
+                e4m3), float4_e2m1fn_x2. No other: e4m3 is OCP's, and the codes of float8_e4m3fnuz are other numbers. Each page
+                is dense and has at least the format's page bytes; pages may lie further apart than that.
+            scales: `[num_pages, ...]` likewise, if and only if the format keeps scales in a buffer of their own; as floats
+                float8_e8m0fnu, float8_e4m3fn or float32, as the format's `scale` is.
+            scale: a number from 2**-126 to 2**126; 1 unless the format takes one, see the class.
 
         Raises:
             TypeError, ValueError: naming the argument.
@@ -224,10 +275,14 @@ class EntryCache(Checked):
         self.page_bytes, self.scale = self.format.page_bytes(spec, rows_per_page), _number("scale", self.scale)
         if not 2.0**-126 <= self.scale <= 2.0**126:  # both it and its inverse are normal numbers in fp32
             raise ValueError(f"scale must be from 2**-126 to 2**126, got {self.scale}")
-        unit = 1 if self.format.separate else {"bf16": 2, "fp32": 4}.get(self.format.element, 2)
-        if self.format.scale_bytes == 4:
-            unit = 4
-        self.pages = _byte_pages("storage", storage, self.page_bytes, unit)
+        if self.scale != 1 and not self.format.takes_scale:
+            raise ValueError(f"scale must be 1: format {self.format.name!r} takes none, got {self.scale}")
+        if self.format.scale_bytes and not self.format.separate and rows_per_page * self.format.row_bytes(spec) >= 1 << 31:
+            raise ValueError(  # where kernels find the tails, in 32 bits
+                f"rows_per_page must leave a page's rows below 2**31 bytes in format {self.format.name!r}, got {rows_per_page}"
+            )
+        check_page_dtype("storage", storage, self.format.element)
+        self.pages = _byte_pages("storage", storage, self.page_bytes, self.format.alignment)
         if self.num_slots >= 1 << 32:  # kernels find the page of a slot in 32 bits (kernels/record.py)
             raise ValueError(f"storage must have fewer than 2**32 slots, got {self.num_slots}")
         self.scale_pages = None
@@ -236,7 +291,9 @@ class EntryCache(Checked):
             check_device("scales", scales, storage.device)
             if scales.shape[:1] != storage.shape[:1]:
                 raise ValueError(f"scales must have {storage.shape[0]} pages like storage, got {list(scales.shape)}")
-            self.scale_pages = _byte_pages("scales", scales, rows_per_page * self.format.tail_bytes(spec), 1)
+            check_page_dtype("scales", scales, self.format.scale)
+            size = rows_per_page * self.format.tail_bytes(spec)
+            self.scale_pages = _byte_pages("scales", scales, size, self.format.scale_bytes)
             check_apart((Place("scales", self.scale_pages, written=True), Place("storage", self.pages, written=True)))
         elif scales is not None:
             raise ValueError(f"scales must be None: format {self.format.name!r} keeps its scales in the page")
@@ -315,15 +372,17 @@ class EntryCache(Checked):
         """
         check_made("cache", self, EntryCache)
         check_int("slot", slot, 0, self.num_slots - 1)
+        if self.device.type == "meta":
+            raise ValueError("slot must be of a cache on a CPU or a GPU, got the meta device")
         from .pack import raw_fields
 
         return raw_fields(self, torch.tensor([slot], device=self.device))
 
 
 def _number(name: str, value: object) -> float:
-    """A float, from anything that is one number but its text."""
+    """A float, from anything that is one number, but for text and truth values."""
     try:
-        if isinstance(value, (str, bytes)):
+        if isinstance(value, (str, bytes, bytearray, memoryview, bool)) or getattr(value, "dtype", None) in (bool, torch.bool):
             raise TypeError
         return float(value)  # type: ignore[arg-type]
     except OverflowError:

@@ -23,6 +23,14 @@ def pooled(kv_score: Tensor, spec: CompressorSpec, ape: Tensor | None, dtype: to
     Returns [T // ratio, head_dim] in `dtype` (fp64 or fp32), in which all is computed. Tokens after the last full
     window make no entry. Raises ValueError for a kv_score of another shape and for an ape that the spec does not have.
     """
+    value, score = windows_of(kv_score, spec, ape, dtype)
+    return (score.softmax(dim=1) * value).sum(dim=1)
+
+
+def windows_of(
+    kv_score: Tensor, spec: CompressorSpec, ape: Tensor | None, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """Values and biased scores of which entries are made, [windows, window_rows, head_dim] each; arguments as for `pooled`."""
     if kv_score.dim() != 2 or kv_score.shape[1] != 2 * spec.channels:
         raise ValueError(f"kv_score must be [T, {2 * spec.channels}], got {list(kv_score.shape)}")
     if (ape is None) == spec.has_ape:
@@ -37,7 +45,7 @@ def pooled(kv_score: Tensor, spec: CompressorSpec, ape: Tensor | None, dtype: to
         # The lo half of a token serves the next window's entry, the hi half its own. Window 0 has no window before it.
         value = torch.cat([_previous(value[..., :hd], 0.0), value[..., hd:]], dim=1)
         score = torch.cat([_previous(score[..., :hd], -math.inf), score[..., hd:]], dim=1)
-    return (score.softmax(dim=1) * value).sum(dim=1)
+    return value, score
 
 
 def _previous(windows: Tensor, first: float) -> Tensor:

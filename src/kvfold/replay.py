@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import torch
 
 from . import debug_file
-from .checks import traced
+from .checks import check_int, check_switch
 from .compress import Compressor, choose_backend
-from .debug import Report, check_history, compare
-from .debug_call import Call
+from .debug import Report, compare
+from .debug_bounds import path_text
+from .debug_call import Call, check_history, check_outside
 from .plan import StepPlan
 from .records import EntryCache
 from .snapshots import Snapshots
@@ -59,14 +60,16 @@ def dump(
         The others are those of the call.
 
     Raises:
-        TypeError, ValueError: as the call does, and naming `full_history`; no file has been written then.
+        TypeError, ValueError: as the call does, and naming `path`, `pdl`, `whole` or `full_history`; no file has been written.
+        OSError: where no file can be written; none is left behind.
         RuntimeError: in a CUDA graph's capture, or traced.
         ImportError: without safetensors (`pip install "kvfold[debug]"`).
     """
-    if traced(kv_score):
-        raise RuntimeError("dump must be called outside of torch.compile")
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("dump must be called outside of a CUDA graph's capture: dump before a replay, with its contents")
+    check_outside("dump", kv_score)
+    path_text(path)
+    check_switch("pdl", pdl)
+    if not isinstance(whole, bool):
+        raise TypeError(f"whole must be a bool, got {type(whole).__name__}")
     weights = {"spec": spec, "ape": ape, "norm_weight": norm_weight, "rope": rope}
     call = Call.of(kv_score, plan, state, cache, **weights, rows=rows, snapshots=snapshots, backend=backend)
     call.pdl = pdl
@@ -88,8 +91,8 @@ class Replay:
         about: what the file says of the call, its versions and its device.
     """
 
-    def __init__(self, path: str | os.PathLike, call: Call, about: dict) -> None:
-        self._path, self._call, self.about = path, call, about
+    def __init__(self, path: str | os.PathLike, call: Call, about: dict, max_bytes: int | None) -> None:
+        self._path, self._call, self._max_bytes, self.about = path, call, max_bytes, about
         self.name, self.plan, self.compressors, self.rows = call.name, call.plan, call.compressors, call.rows
         self.backend, self.device = call.backend, call.plan.items.device
         before = int(call.plan.errors)
@@ -102,8 +105,8 @@ class Replay:
         return debug_file.tensors_of(self._call)
 
     def check(self) -> Report:
-        """`kvfold.check` of the call, on this device and backend; reads the file again."""
-        call, history, _ = debug_file.read(self._path, self.device)
+        """`kvfold.check` of the call, on this device and backend; reads the file again, and takes four times the memory."""
+        call, history, _ = debug_file.read(self._path, self.device, self._max_bytes)
         call.backend = self.backend
         return compare(call, history)
 
@@ -133,24 +136,53 @@ class Replay:
         return [f"{name.partition('.')[2]}: {dtype} {layout['shape']}, strides {layout['stride']}"]
 
 
-def replay(path: str | os.PathLike, *, device: torch.device | str | None = None, backend: str | None = None) -> Replay:
+def replay(
+    path: str | os.PathLike,
+    *,
+    device: torch.device | str | None = None,
+    backend: str | None = None,
+    max_bytes: int | None = None,
+) -> Replay:
     """Makes the call of a file of `dump` again, on tensors with the same contents, sizes, strides and alignment.
 
     Gaps between pages are closed. What the file does not have, as the call does not touch it, is zero, without tags.
+
+    The file may be anybody's: whatever it says is checked before anything is made of it, work items too, and it runs no code.
+    Reading takes time and memory in proportion to its size; the call takes up to `max_bytes`, and time in proportion to that.
 
     Args:
         path: of the file.
         device: a GPU or the CPU; default: a GPU where there is one. It needs the memory of the whole state and cache.
         backend: as for `compress`; default: that of the dumped call on the same type of device, else that of the device.
+        max_bytes: most memory for the call's tensors, whose pools are of the size that they were dumped from, and for what the
+            torch backend makes of its windows. Default: 2 GiB and 1024 times the file's size, but no more than half of the
+            memory that the device has (of a GPU: that is free). A call that takes more is refused, with what it takes.
 
     Raises:
-        ValueError: naming `path`, for a file that is damaged, of another format version or not of `dump`; naming `backend`.
-        FileNotFoundError: for no file.
+        TypeError, ValueError: naming `path`, for a file that is damaged, of another format version or not of `dump`, and the
+            field in it that is wrong; naming `max_bytes`, with what is too large; naming `backend` or `device`.
+        OSError: for no file, or one that may not be read.
         ImportError: without safetensors (`pip install "kvfold[debug]"`).
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    call, _, about = debug_file.read(path, device)
-    if backend is None and about["device"]["type"] == device.type:
+    path_text(path)
+    if max_bytes is not None:
+        check_int("max_bytes", max_bytes, 0, 1 << 62)
+    place = _device(device)
+    choose_backend(backend, "device", torch.empty(0, device=place))
+    call, _, about = debug_file.read(path, place, max_bytes)
+    if backend is None and about["device"]["type"] == place.type:
         backend = call.backend
     call.backend = choose_backend(backend, "device", call.plan.items)
-    return Replay(path, call, about)
+    return Replay(path, call, about, max_bytes)
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(f"device must be a str or a torch.device, got {type(device).__name__}")
+    try:
+        place = torch.device(device)
+        return torch.empty(0, device=place).device
+    except (AssertionError, RuntimeError) as error:  # of torch, for a GPU that is not there
+        raise ValueError(f"device must be a GPU or the CPU of this machine, got {str(device)!r}: {error}") from None

@@ -14,8 +14,11 @@ def replay(
     file: Annotated[Path, typer.Argument(help="A file that kvfold.dump wrote.")],
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: cuda where there is one.")] = None,
     backend: Annotated[str | None, typer.Option(help="triton or torch; default: as dumped, or the device's own.")] = None,
+    max_bytes: Annotated[
+        int | None, typer.Option(help="Most memory for the call's tensors; default: as of kvfold.replay, from the file's size.")
+    ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Compare with the torch backend and fp64; exit code 1 if wrong.")
+        bool, typer.Option("--check", help="Compare with the torch backend and fp64; exit code 1 unless all of it is equal.")
     ] = False,
 ) -> None:
     """Makes a dumped call again and says what it was, and with --check whether and where it is wrong."""
@@ -27,7 +30,7 @@ def replay(
     try:
         if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"--device must be cpu (no GPU here), got {device!r}")
-        made = again(file, device=device, backend=backend)
+        made = again(file, device=device, backend=backend, max_bytes=max_bytes)
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
     console.print(str(made), soft_wrap=True, highlight=False, markup=False)

@@ -80,6 +80,8 @@ def group_scale(amax, cache_scale, MAX: tl.constexpr, SCALE: tl.constexpr, FLOOR
             factor = tl.div_rn(cache_scale, tl.maximum(e4m3_value(stored), 1e-12))
     elif SCALE == "fp32":
         scale = tl.div_rn(amax, MAX)
+        if FLOOR_ON_SCALE:
+            scale = tl.maximum(scale, FLOOR)
         stored = scale.to(tl.int32, bitcast=True)
         # TensorRT-LLM, which has no floor, multiplies by 448 / amax; SGLang by 1 / scale.
         if FLOOR == 0.0:
@@ -187,8 +189,13 @@ def store_record(
         else:
             low, high = tl.split(tl.reshape(e2m1_bits(v, TIES_TO_ZERO), (COUNT * HEAD_DIM // 2, 2)))
             pairs = abreast((low | (high << 4)).to(tl.uint8), HEAD_DIM // 2, COUNT)
-            tl.store(record + span(HEAD_DIM // 2, COUNT), pairs, mask=wanted)
+            pair = span(HEAD_DIM // 2, COUNT)
+            if ROTATED_BF16:
+                tl.store(record + pair, pairs, mask=wherever(pair < QUANTIZED // 2, wanted, COUNT))
+            else:
+                tl.store(record + pair, pairs, mask=wanted)
         if ROTATED_BF16:
-            rotated = (record + QUANTIZED).to(tl.pointer_type(tl.int16))
+            VALUES_BYTES: tl.constexpr = QUANTIZED if ELEMENT == "e4m3" else QUANTIZED // 2
+            rotated = (record + VALUES_BYTES).to(tl.pointer_type(tl.int16))
             there = wherever(c >= QUANTIZED, wanted, COUNT)
             tl.store(rotated + (c - QUANTIZED), abreast(rounded, HEAD_DIM, COUNT), mask=there)

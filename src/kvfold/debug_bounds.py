@@ -1,0 +1,346 @@
+"""What a file of `dump` may say: it is anybody's, so types, names, ranges and sizes are checked before anything is made of it.
+
+Every error is a ValueError that names the field. The file's checksums are for accidents and no protection.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+
+import torch
+
+from .compress import BACKENDS
+from .debug_call import spread_of
+from .plan import ITEM_FIELDS, MOST_ITEMS, MOST_POSITIONS
+from .records import RecordFormat
+from .snapshots import MOST_PAGE
+from .spec import CompressorSpec
+
+MOST = (1 << 31) - 1
+ROOM, ROOM_PER_BYTE = 2 << 30, 1024  # the default of `max_bytes`
+WORK = 12  # bytes that the torch backend takes for a channel of a row of a window
+LONGEST = 200  # characters of a name
+_SAID = (str,)
+_MAYBE = (dict, type(None))
+ABOUT = {
+    "call": _SAID, "backend": _SAID, "pdl": (bool, type(None)), "device": (dict,), "versions": (dict,), "plan": (dict,),
+    "compressors": (list,), "tensors": (dict,), "crc32": (dict,),
+}  # fmt: skip
+COMPRESSOR = {"spec": (dict,), "state": _MAYBE, "cache": _MAYBE, "snapshots": _MAYBE}
+NUMBERS = {  # of a plan, and what each may be
+    "ratio": (1, 4096), "max_new_tokens": (1, MOST), "batch": (0, MOST), "max_tokens": (0, MOST), "entry_capacity": (0, MOST),
+    "item_capacity": (0, MOST_ITEMS), "rows_per_page": (1, 1 << 20), "page_size": (1, MOST),
+    "snapshot_page_size": (1, MOST_PAGE),
+}  # fmt: skip
+LEFT_OUT = ("rows_per_page", "page_size", "snapshot_page_size")
+FLOATS, INTS = (torch.float32, torch.bfloat16), (torch.int32,)
+PLAN_SHAPES = {  # in numbers of the plan; None for any
+    "start_pos": ("batch",), "cu_seqlens": ("batch + 1",), "state_slots": ("batch",), "cache_block_table": ("batch", None),
+    "entry_slots": ("entry_capacity",), "snapshot_table": ("batch", None), "cu_entries": ("batch + 1",),
+    "items": ("item_capacity", "8"), "num_items": ("1",), "entry_items": ("entry_capacity",), "errors": ("1",),
+    "kv_table": ("batch", None), "score_table": ("batch", None),
+}  # fmt: skip
+PLAN_OPTIONAL = ("state_slots", "cache_block_table", "entry_slots", "snapshot_table", "kv_table", "score_table")
+STATES = {None: (), "FoldState": ("state.rows", "state.positions"), "WindowState": ("state.kv", "state.score")}
+POOLS = ("state.rows", "state.positions", "state.kv", "state.score", "cache.pages", "cache.scale_pages", "snapshots.rows",
+         "snapshots.positions", "rope")  # fmt: skip
+DTYPES = {  # of a compressor's tensors
+    "kv_score": FLOATS, "ape": (torch.float32,), "norm_weight": FLOATS, "rope": (torch.float32,), "state.rows": FLOATS,
+    "state.positions": INTS, "state.kv": FLOATS, "state.score": FLOATS, "cache.pages": (torch.uint8,),
+    "cache.scale_pages": (torch.uint8,), "snapshots.rows": FLOATS, "snapshots.positions": INTS,
+}  # fmt: skip
+
+
+class RoomError(Exception):
+    """A call that takes more memory than it may: no damage, `replay` raises a ValueError of the same words."""
+
+
+def check_path(path: str | os.PathLike) -> str:
+    """A path that may be read as a file: neither a folder nor a pipe, which would be waited for."""
+    text = path_text(path)
+    try:
+        kind = os.stat(text).st_mode
+    except ValueError as error:
+        raise ValueError(f"path must name a file, got {text!r}: {error}") from None
+    if not stat.S_ISREG(kind):
+        raise ValueError(f"path must name a file, {text} is {'a folder' if stat.S_ISDIR(kind) else 'a pipe or a device'}")
+    return text
+
+
+def path_text(path: str | os.PathLike) -> str:
+    if isinstance(path, os.PathLike):
+        path = os.fspath(path)
+    if not isinstance(path, str):
+        raise TypeError(f"path must be a str or an os.PathLike of one, got {type(path).__name__}")
+    return path
+
+
+def parse(text: str) -> object:
+    """JSON without names that come twice and numbers that are none."""
+    try:
+        return json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("its numbers are nested too deeply") from None
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+        raise ValueError(f"{_short(twice)} is there twice")
+    return found
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"a number must be finite, got {name}")
+
+
+def _short(value: object) -> str:
+    """What stood in the file, for a message: printable, and not longer than a line."""
+    text = ascii(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+def check_fields(name: str, value: object, kinds: Mapping[str, tuple[type, ...]], optional: tuple[str, ...] = ()) -> None:
+    """An object with exactly these fields, each of one of its types."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be an object, got {_short(value)}")
+    prefix = f"{name}." if name else ""
+    for key in kinds.keys() - value.keys():
+        if key not in optional:
+            raise ValueError(f"{prefix}{key} is missing")
+    for key, one in value.items():
+        if key not in kinds:
+            raise ValueError(f"{prefix}{_short(key)} is unknown")
+        if type(one) not in kinds[key]:  # a bool is no int here
+            names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds[key])
+            raise ValueError(f"{prefix}{key} must be of type {names}, got {_short(one)}")
+        if isinstance(one, str) and not (one.isprintable() and len(one) <= LONGEST):
+            raise ValueError(f"{prefix}{key} must be printable and not longer than {LONGEST}, got {_short(one)}")
+
+
+def check_number(name: str, value: object, low: int, high: int) -> int:
+    if type(value) is not int or not low <= value <= high:
+        raise ValueError(f"{name} must be an int from {low} to {high}, got {_short(value)}")
+    return value
+
+
+def check_about(about: object) -> None:
+    """All of the metadata but what objects check when they are made of it."""
+    check_fields("", about, ABOUT)
+    assert isinstance(about, dict)
+    if about["call"] not in ("compress", "compress_many", "store"):
+        raise ValueError(f"call must be compress, compress_many or store, got {_short(about['call'])}")
+    if about["backend"] not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {_short(about['backend'])}")
+    check_fields("device", about["device"], dict.fromkeys(("type", "name", "capability"), _SAID), ("capability",))
+    check_fields("versions", about["versions"], dict.fromkeys(("kvfold", "python", "torch", "triton"), _SAID))
+    plan = about["plan"]
+    check_fields("plan", plan, {name: (int, type(None)) if name in LEFT_OUT else (int,) for name in NUMBERS})
+    for name, (low, high) in NUMBERS.items():
+        if plan[name] is not None:
+            check_number(f"plan.{name}", plan[name], low, high)
+    most = 2 if about["call"] == "compress_many" else 1
+    if not 1 <= len(about["compressors"]) <= most:
+        raise ValueError(f"compressors must be from 1 to {most} for {about['call']}, got {len(about['compressors'])}")
+    for i, one in enumerate(about["compressors"]):
+        _check_compressor(f"compressors[{i}]", one, about["call"] == "store")
+    needed, optional = _names(about)
+    check_fields("tensors", about["tensors"], dict.fromkeys((*needed, *optional), (dict,)), tuple(optional))
+    for name, layout in about["tensors"].items():
+        _check_layout(f"tensors.{name}", layout)
+    for name, number in about["crc32"].items():
+        check_number(f"crc32.{_short(name)}", number, 0, (1 << 32) - 1)
+
+
+def _check_compressor(name: str, one: object, is_store: bool) -> None:
+    check_fields(name, one, COMPRESSOR)
+    assert isinstance(one, dict)
+    if (one["state"] is None) != is_store:
+        raise ValueError(f"{name}.state must be {'null for a store' if is_store else 'given'}, got {_short(one['state'])}")
+    if is_store and (one["cache"] is None or one["snapshots"] is not None):
+        raise ValueError(f"{name}.cache must be given for a store, and {name}.snapshots null")
+    _check_dataclass(f"{name}.spec", one["spec"], CompressorSpec)
+    if one["state"] is not None:
+        kind = one["state"].get("kind")
+        if kind not in ("FoldState", "WindowState"):
+            raise ValueError(f"{name}.state.kind must be FoldState or WindowState, got {_short(kind)}")
+        check_fields(f"{name}.state", one["state"], {"kind": _SAID, "most": (int,) if kind == "FoldState" else (type(None),)})
+    if one["cache"] is not None:
+        check_fields(f"{name}.cache", one["cache"], {"format": (dict,), "rows_per_page": (int,), "scale": (int, float)})
+        _check_dataclass(f"{name}.cache.format", one["cache"]["format"], RecordFormat)
+    if one["snapshots"] is not None:
+        check_fields(f"{name}.snapshots", one["snapshots"], {"page_size": (int,)})
+
+
+def _check_dataclass(name: str, value: object, kind: type) -> None:
+    """The fields by name, and those that are numbers or text by type; the object itself checks what they are."""
+    plain = (bool, int, float, str, list, type(None))
+    known = {field.name: plain for field in fields(kind)}
+    check_fields(name, value, known, tuple(f.name for f in fields(kind) if f.default is not MISSING))
+    assert isinstance(value, dict)
+    for key, one in value.items():
+        if isinstance(one, list) and not all(type(x) is int and 0 < x <= 1 << 20 for x in one):
+            raise ValueError(f"{name}.{key} must be a list of sizes, got {_short(one)}")
+        if type(one) is int and not -1 <= one <= 1 << 30:
+            raise ValueError(f"{name}.{key} must be from -1 to {1 << 30}, got {_short(one)}")
+
+
+def _names(about: dict) -> tuple[list[str], list[str]]:
+    """The tensors that such a call has, and those that it may have."""
+    needed = [f"plan.{name}" for name in PLAN_SHAPES if name not in PLAN_OPTIONAL]
+    optional = [f"plan.{name}" for name in PLAN_OPTIONAL] + ["rows"] * (about["call"] == "compress")
+    for i, one in enumerate(about["compressors"]):
+        names = ["kv_score", *STATES[one["state"] and one["state"]["kind"]]]
+        names += ["cache.pages"] * (one["cache"] is not None)
+        names += ["snapshots.rows", "snapshots.positions"] * (one["snapshots"] is not None)
+        needed += [f"{i}.{name}" for name in names]
+        weights = ["ape", "norm_weight", "rope"] + ["cache.scale_pages"] * (one["cache"] is not None)
+        optional += [f"{i}.{name}" for name in weights]
+    # No more of these than the file has anyhow, as the batch is a number of it.
+    return needed, optional + [name for name in about["tensors"] if _is_history(name, about["plan"]["batch"])]
+
+
+def _is_history(name: str, batch: int) -> bool:
+    what, _, number = name.partition(".")
+    return what == "history" and number.isascii() and number.isdigit() and len(number) < 11 and int(number) < batch
+
+
+def _check_layout(name: str, layout: dict) -> None:
+    check_fields(name, layout, {"shape": (list,), "stride": (list,), "address": (int,)})
+    shape, stride = layout["shape"], layout["stride"]
+    if not 1 <= len(shape) <= 4 or len(stride) != len(shape):
+        raise ValueError(f"{name} must have from 1 to 4 sizes and as many strides, got {len(shape)} and {len(stride)}")
+    for what, numbers in (("shape", shape), ("stride", stride)):
+        for i, number in enumerate(numbers):
+            check_number(f"{name}.{what}[{i}]", number, 0, 1 << 48)
+    check_number(f"{name}.address", layout["address"], 0, 15)
+
+
+def check_stored(about: dict, stored: Mapping[str, tuple[torch.dtype, list[int]]]) -> None:
+    """Names, dtypes and shapes of the tensors in the file against the metadata, before any is read."""
+    layouts, plan = about["tensors"], about["plan"]
+    for name in sorted(stored.keys() | layouts.keys() | about["crc32"].keys()):
+        whose = name.removesuffix(".kept") if name.endswith(".kept") else name
+        pool = whose.partition(".")[2] in POOLS and whose[0].isdigit()
+        if name not in stored or name not in about["crc32"] or whose not in layouts or (whose != name and not pool):
+            raise ValueError(f"tensor {_short(name)[1:-1]} is missing, new or changed")
+    for name, layout in layouts.items():
+        dtype, shape = stored[name]
+        what, kept = name.partition(".")[2], stored.get(f"{name}.kept")
+        if name.startswith("plan."):
+            accepted = (torch.int64,) if what == "entry_slots" else INTS
+        else:
+            accepted = DTYPES.get(what, FLOATS)
+        if dtype not in accepted:
+            raise ValueError(f"tensor {name} must be {' or '.join(map(str, accepted))}, got {dtype}")
+        due = layout["shape"]
+        if kept is not None:
+            if kept[0] != torch.int64 or len(kept[1]) != 1 or kept[1][0] > due[0]:
+                raise ValueError(f"tensor {name}.kept must be torch.int64 [{due[0]}] at most, got {kept[0]} {kept[1]}")
+            due = [*kept[1], *due[1:]]
+        if shape != due:
+            raise ValueError(f"tensor {name} must have shape {due}, got {shape}")
+        # Rows of kv_score may share bytes, as an expanded one's do; of what is written nothing may.
+        inner = 1 if what == "kv_score" or name.startswith("history.") else 0
+        if _overlap(layout["shape"][inner:], layout["stride"][inner:]):
+            raise ValueError(
+                f"tensors.{name}.stride must keep its elements apart, got {layout['stride']} for {layout['shape']}"
+            )
+        if layout["address"] % dtype.itemsize:
+            raise ValueError(f"tensors.{name}.address must be a multiple of {dtype.itemsize}, got {layout['address']}")
+    sizes = {"batch": plan["batch"], "batch + 1": plan["batch"] + 1, "8": len(ITEM_FIELDS), "1": 1}
+    sizes |= {name: plan[name] for name in ("entry_capacity", "item_capacity")}
+    for name, want in PLAN_SHAPES.items():
+        layout = layouts.get(f"plan.{name}")
+        if layout is None:
+            continue
+        if len(layout["shape"]) != len(want) or any(
+            size is not None and sizes[size] != have for size, have in zip(want, layout["shape"], strict=True)
+        ):
+            shape = [size and sizes[size] for size in want]
+            raise ValueError(f"tensors.plan.{name}.shape must be {shape} by the plan's numbers, got {layout['shape']}")
+        long = [(n, step) for n, step in zip(layout["shape"], layout["stride"], strict=True) if n != 1]
+        if 0 not in layout["shape"] and [step for _, step in long] != _dense([n for n, _ in long]):
+            raise ValueError(f"tensors.plan.{name}.stride must be that of a contiguous tensor, got {layout['stride']}")
+
+
+def _dense(shape: list[int]) -> list[int]:
+    """Strides of a contiguous tensor."""
+    return [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+
+
+def _overlap(shape: list[int], stride: list[int]) -> bool:
+    span = 1
+    for step, size in sorted((step, size) for size, step in zip(shape, stride, strict=True) if size > 1):
+        if step < span:
+            return 0 not in shape
+        span += step * (size - 1)
+    return False
+
+
+def check_items(plan: dict, items: torch.Tensor, num_items: torch.Tensor, entry_items: torch.Tensor, paged: bool) -> int:
+    """Work items that `StepPlan.update` could have made: kernels take them as they are. Returns rows that windows have."""
+    count = check_number("plan.num_items", int(num_items), 0, len(items))
+    window, start, end, token, slot, entry, sequence, _ = items[:count].long().unbind(1)
+    ratio, length = plan["ratio"], end - start
+    first, ends = start.clamp(min=0) // ratio, (window + 1) * ratio <= end
+    rules = (
+        ("start", (start >= 0) & (start < MOST_POSITIONS)),
+        ("end", (length > 0) & (length <= plan["max_new_tokens"]) & (end <= MOST_POSITIONS)),
+        ("window", (window >= first) & (window <= (end - 1).clamp(min=0) // ratio)),
+        ("token", (token >= 0) & (token + length <= plan["max_tokens"])),
+        ("sequence", (sequence >= 0) & (sequence < plan["batch"])),
+        ("slot", slot == sequence if paged else slot >= 0),
+        ("entry", torch.where(ends, entry >= 0, entry == -1)),
+    )
+    for field, right in rules:
+        if not bool(right.all()):
+            row = int((~right).nonzero()[0, 0])
+            have = f"{field} {int(items[row, ITEM_FIELDS.index(field)])}"
+            raise ValueError(f"plan.items[{row}] must be what an update of the plan can make, got {have}")
+    most = max(count, 1) - 1
+    if entry_items.numel() and not -1 <= int(entry_items.min()) <= int(entry_items.max()) <= most:
+        have = f"{int(entry_items.min())} to {int(entry_items.max())}"
+        raise ValueError(f"plan.entry_items must be from -1 to {most}, got {have}")
+    return max(count * 2 * ratio, int(torch.stack((sequence, length), dim=1).unique(dim=0)[:, 1].sum()))
+
+
+def check_kept(name: str, kept: torch.Tensor, size: int) -> None:
+    if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < size:
+        raise ValueError(f"tensor {name}.kept must be from 0 to {size - 1}, got {int(kept.min())} to {int(kept.max())}")
+
+
+def room_of(about: dict, dtypes: Mapping[str, torch.dtype], rows: int) -> dict[str, int]:
+    """Bytes of memory by what takes them: the call's tensors, and what the torch backend makes of so many rows of windows."""
+    need = {}
+    for name, layout in about["tensors"].items():
+        size = 16 + spread_of(layout["shape"], layout["stride"])[1] * dtypes[name].itemsize
+        need[f"tensors.{name} of shape {layout['shape']} and strides {layout['stride']}"] = size
+    for i, one in enumerate(about["compressors"]):
+        need[f"plan.items for compressors[{i}]"] = WORK * rows * one["spec"]["head_dim"]
+    return need
+
+
+def check_room(path: str, need: dict[str, int], most: int) -> None:
+    total = sum(need.values())
+    if total > most:
+        what = max(need, key=need.__getitem__)
+        raise RoomError(f"max_bytes must be at least {total} for {path}, got {most}: {what}, takes {need[what]} bytes")
+
+
+def default_room(size: int, device: torch.device) -> int:
+    """`max_bytes` for a file of so many bytes."""
+    if device.type == "cuda":
+        memory = torch.cuda.mem_get_info(device)[0]
+    else:
+        try:
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (AttributeError, OSError, ValueError):  # not of every system
+            memory = 2 * (ROOM + ROOM_PER_BYTE * size)
+    return min(memory // 2, ROOM + ROOM_PER_BYTE * size)

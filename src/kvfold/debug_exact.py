@@ -1,0 +1,85 @@
+"""The fp64 rows that a call is compared with: the reference's, but for what docs/numerics.md says of infinities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from . import reference
+from .compress import Compressor
+from .plan import StepPlan
+from .spec import CompressorSpec
+from .state import FoldState
+from .window_state import WindowState
+
+FLUSHED = -80.0  # of a score below its window's largest: weights under 2**-115, which one exp2 may make 0 and another not
+
+
+def exact_of_call(
+    c: Compressor, plan: StepPlan, made: torch.Tensor, history: Sequence[torch.Tensor | None] | None, got: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp64 pooled rows `[k, head_dim]` of the entries whose sequence is known from its start, and which of `made` they are.
+
+    Args:
+        made: work items.
+        history: `full_history` of `check`.
+        got: pooled rows of the call by entry, for channels that may be infinite or NaN: those are as in `got` then.
+    """
+    spec, found, known = c.spec, [], []
+    starts = plan.start_pos.tolist()
+    for b in made[:, 6].unique().tolist():
+        mine = (made[:, 6] == b).nonzero()[:, 0]
+        start, end, token = made[mine[0], 1:4].tolist()
+        before = c.kv_score[:0] if start == 0 else None if history is None or start != starts[b] else history[b]
+        if before is None:
+            continue
+        skip = max(int(made[mine[0], 0]) - int(spec.overlap), 0)
+        new = c.kv_score[token : token + end - start]
+        tokens = torch.cat((before[skip * spec.ratio :].to(c.kv_score), new))[-(end - skip * spec.ratio) :].float()
+        window = made[mine, 0] - skip
+        exact, either = exact_rows(tokens, spec, c.ape, c.state)[window], _either(tokens, spec, c.ape, c.state)[window]
+        have = got[made[mine, 5]].double()
+        found.append(torch.where(either & (have.isnan() | (have == exact)), have, exact))
+        known.append(mine)
+    if not known:
+        return torch.zeros(0, spec.head_dim, device=made.device), torch.zeros(0, dtype=torch.int64, device=made.device)
+    return torch.cat(found), torch.cat(known)
+
+
+def exact_rows(
+    tokens: torch.Tensor, spec: CompressorSpec, ape: torch.Tensor | None, state: FoldState | WindowState
+) -> torch.Tensor:
+    """fp64 pooled rows `[windows, head_dim]` of tokens from the start of a window, of the rows as `state` keeps them.
+
+    A score of +inf makes its channel NaN, as in the reference; over fold rows, if it is the only one, its token's value.
+    """
+    tokens, spec, ape = _as_kept(tokens, spec, ape, state)
+    rows = reference.pooled(tokens, spec, ape)
+    if not isinstance(state, FoldState) or state.kind != "fold":
+        return rows
+    value, score = reference.windows_of(tokens, spec, ape)
+    top = score == torch.inf
+    others = torch.where(top, 0.0, value)
+    alone = (top.sum(dim=1) == 1) & ~score.isnan().any(1) & others.isfinite().all(1)
+    return torch.where(alone, torch.where(top, value, 0.0).sum(dim=1), rows)
+
+
+def _either(
+    tokens: torch.Tensor, spec: CompressorSpec, ape: torch.Tensor | None, state: FoldState | WindowState
+) -> torch.Tensor:
+    """bool `[windows, head_dim]`: an infinite value is NaN instead where its weight is 0, which is a matter of exp2."""
+    value, score = reference.windows_of(*_as_kept(tokens, spec, ape, state))
+    return (value.isinf() & (score - score.amax(dim=1, keepdim=True) < FLUSHED)).any(1)
+
+
+def _as_kept(
+    tokens: torch.Tensor, spec: CompressorSpec, ape: torch.Tensor | None, state: FoldState | WindowState
+) -> tuple[torch.Tensor, CompressorSpec, torch.Tensor | None]:
+    """Tokens as a bf16 `WindowState` keeps them: both halves rounded, the bias added before."""
+    if not isinstance(state, WindowState) or state.dtype != torch.bfloat16:
+        return tokens, spec, ape
+    k, s = tokens.float().split(spec.channels, dim=1)
+    s = s if ape is None else s + ape[torch.arange(len(s), device=s.device) % spec.ratio]
+    return torch.cat((k, s), dim=1).bfloat16(), replace(spec, has_ape=False), None

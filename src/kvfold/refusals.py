@@ -1,0 +1,240 @@
+"""What a step refuses and what it may not ask for: the rules of DESIGN.md, Plan, walked on the host, in words and numbers.
+
+`kvfold.check` calls this after the call has counted `plan.errors`; nothing here is on the path of a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from .backend_torch import Items, _Rows, history_starts
+from .compress import Compressor
+from .plan import MOST_POSITIONS, StepPlan
+from .snapshots import Snapshots
+from .state import FoldState
+from .window_state import WindowState
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One sequence, or one window of it, that a step refuses or has no right to ask for.
+
+    Attributes:
+        window: -1 for a sequence that is refused as a whole.
+        reason: what is wrong, with the tensor's name and the number in it.
+        counted: whether it is one of `plan.errors`. If not, nobody refuses it and the results of the step are undefined.
+    """
+
+    sequence: int
+    window: int
+    reason: str
+    counted: bool = True
+
+    def __str__(self) -> str:
+        who = f"sequence {self.sequence}" if self.window < 0 else f"window {self.window} of sequence {self.sequence}"
+        return f"{who} is {'refused' if self.counted else 'undefined'}: {self.reason}"
+
+
+def plan_refusals(plan: StepPlan) -> list[Refusal]:
+    """What `StepPlan.update` counts, of the tensors that the plan was built from."""
+    found, entry = [], 0
+    for b, slot, start, token, behind in _sequences(plan):
+        reason = _sequence_reason(plan, b, slot, start, token, behind)
+        if reason:
+            found.append(Refusal(b, -1, reason))
+            continue
+        first, last = start // plan.ratio, (start + behind - token) // plan.ratio
+        if plan.cache_block_table is not None:
+            found += _table_refusals(plan, b, range(first, last), plan.entry_capacity - entry)
+        entry += last - first
+    return found
+
+
+def call_refusals(c: Compressor, plan: StepPlan) -> list[Refusal]:
+    """What `compress`, or `store` of a compressor without a state, counts of a plan as it is."""
+    items, found = Items.of(plan), []
+    if isinstance(c.state, FoldState):
+        found = _fold_refusals(c.state, c, items)
+    elif isinstance(c.state, WindowState):
+        found = [Refusal(b, -1, reason) for b, reason in _short_tokens(c, items)]
+    items = _without(items, found)
+    if isinstance(c.state, WindowState):
+        pages, made = _page_refusals(c.state, plan, items, int(c.spec.overlap))
+        found += pages
+        items = items[torch.tensor(made, dtype=torch.bool, device=items.window.device)]
+    if c.snapshots is not None:
+        found += _snapshot_refusals(c.snapshots, plan, items)
+    return [*found, *_entry_refusals(c, plan, items)]
+
+
+def _sequences(plan: StepPlan) -> Iterator[tuple[int, int, int, int, int]]:
+    """Sequence, slot, start, first row of kv_score and the one behind its last, of sequences that are not absent."""
+    offsets = plan.cu_seqlens.tolist()
+    slots = [0] * plan.batch if plan.state_slots is None else plan.state_slots.tolist()
+    for b, (slot, start) in enumerate(zip(slots, plan.start_pos.tolist(), strict=True)):
+        if slot != -1 and offsets[b] != offsets[b + 1]:
+            yield b, slot, start, offsets[b], offsets[b + 1]
+
+
+def _sequence_reason(plan: StepPlan, b: int, slot: int, start: int, token: int, behind: int) -> str:
+    length = behind - token
+    if slot < -1:
+        return f"state_slots[{b}] is {slot}; slots count from 0, and -1 leaves a sequence out"
+    if start < 0:
+        return f"start_pos[{b}] is {start}, below 0"
+    if length < 0:
+        return f"cu_seqlens goes back from {token} to {behind} at [{b + 1}], which is {length} new tokens"
+    if length > plan.max_new_tokens:
+        return f"it has {length} new tokens, more than the plan's max_new_tokens={plan.max_new_tokens}"
+    if token < 0:
+        return f"cu_seqlens[{b}] is {token}, below 0"
+    if behind > plan.max_tokens:
+        return f"its new tokens are kv_score rows {token} to {behind - 1}, beyond the plan's max_tokens={plan.max_tokens}"
+    if start + length > MOST_POSITIONS:
+        return f"it ends at position {start + length}, beyond 2**30"
+    return ""
+
+
+def _table_refusals(plan: StepPlan, b: int, windows: range, room: int) -> Iterator[Refusal]:
+    """Entries for which a plan finds no page in `cache_block_table`. room: entries that the plan has a place for."""
+    table, size = plan.cache_block_table, plan.rows_per_page
+    assert table is not None and size is not None
+    width = table.shape[1]
+    row = table[b, windows.start // size : (windows.stop - 1) // size + 1].tolist() if windows else []
+    for window in windows[: max(room, 0)]:
+        column = window // size
+        if column >= width:
+            columns = "column" if width == 1 else "columns"
+            yield Refusal(b, window, f"cache_block_table has {width} {columns}, and its entry is in page {column}")
+        elif row[column - windows.start // size] < -1:
+            page = row[column - windows.start // size]
+            yield Refusal(b, window, f"cache_block_table[{b}, {column}] is {page}; pages count from 0, and -1 drops an entry")
+
+
+def _heads(items: Items) -> list[tuple[int, int, int, int, int]]:
+    """Sequence, slot, start, end and first row of kv_score of each sequence that has work items."""
+    columns = (items.sequence, items.slot, items.start, items.end, items.token)
+    return torch.stack(columns, dim=1).unique(dim=0).tolist()
+
+
+def _without(items: Items, refused: list[Refusal]) -> Items:
+    gone = torch.tensor([r.sequence for r in refused], dtype=torch.int64, device=items.sequence.device)
+    return items[~torch.isin(items.sequence, gone)]
+
+
+def _short_tokens(c: Compressor, items: Items) -> Iterator[tuple[int, str]]:
+    have = c.kv_score.shape[0]
+    for b, _, start, end, token in _heads(items):
+        if token + end - start > have:
+            yield b, f"its new tokens are kv_score rows {token} to {token + end - start - 1}, and kv_score has {have} rows"
+
+
+def _fold_refusals(state: FoldState, c: Compressor, items: Items) -> list[Refusal]:
+    found, short, held = [], dict(_short_tokens(c, items)), _Rows(state)
+    for b, slot, start, _, _ in _heads(items):
+        if slot >= state.num_slots:
+            found.append(Refusal(b, -1, f"its state slot is {slot}, and the state has {state.num_slots} slots"))
+        elif b in short:
+            found.append(Refusal(b, -1, short[b]))
+        else:
+            at = torch.tensor([start], device=state.device)
+            need = torch.arange(int(history_starts(c.spec, state.kind, at)), start, device=state.device)
+            gone = need[held.find(torch.full_like(need, slot), need) < 0].tolist()
+            if gone:
+                which = f"position {gone[0]}" if len(gone) == 1 else f"positions {gone[0]} to {gone[-1]}"
+                found.append(Refusal(b, -1, f"state slot {slot} holds no row of {which}, which a start at {start} needs"))
+    return found
+
+
+def _page_refusals(state: WindowState, plan: StepPlan, items: Items, overlap: int) -> tuple[list[Refusal], list[bool]]:
+    """Windows whose block tables are wrong, and for each item whether all rows of its window are found."""
+    assert plan.block_tables is not None
+    found, made, ratio = [], [], plan.ratio
+    tables = [table.cpu() for table in plan.block_tables]
+    pools = state.kv.shape[0], state.score.shape[0]
+    slots = None if plan.entry_slots is None or not plan.entry_capacity else plan.entry_slots.tolist()
+    columns = (items.window, items.start, items.end, items.entry, items.sequence)
+    for window, start, end, entry, b in torch.stack(columns, dim=1).tolist():
+        old = range(max(window - overlap, 0) * ratio, min(start, (window + 1) * ratio)) if entry >= 0 else range(0)
+        new = range(max(start, window * ratio), min(end, (window + 1) * ratio))
+        missing, unread = _page_reasons(tables, pools, b, old, state.page_size)
+        _, unwritten = _page_reasons(tables, pools, b, new, state.page_size)
+        wanted = entry >= plan.entry_capacity or slots is None or slots[entry] >= 0
+        reason = unread or unwritten or (missing if wanted else "")
+        if reason:
+            found.append(Refusal(b, window, reason))
+        made.append(not missing and not unread)
+    return found, made
+
+
+def _page_reasons(tables: list[torch.Tensor], pools: tuple[int, int], b: int, positions: range, size: int) -> tuple[str, str]:
+    """Why rows of positions are not found: where there is no page, and where a table is wrong; "" for neither."""
+    missing = wrong = ""
+    if not positions:
+        return missing, wrong
+    for i, (table, pages) in enumerate(zip(tables, pools, strict=True)):
+        width, what = table.shape[1], ("values", "scores")[i]
+        first, last = positions[0] // size, positions[-1] // size
+        for column, page in enumerate(table[b, first : last + 1].tolist(), first):
+            name = f"block_tables[{i}][{b}, {column}], the page with the {what} of position {max(positions[0], column * size)},"
+            if page == -1:
+                missing = missing or f"{name} is -1, no page, and its entry needs it"
+            elif page < -1:
+                wrong = wrong or f"{name} is {page}; pages count from 0, and -1 is none"
+            elif page >= pages:
+                wrong = wrong or f"{name} is {page}, and the state has {pages} pages of {what}"
+        if last >= width:
+            position = max(positions[0], max(first, width) * size)
+            wrong = wrong or f"block_tables[{i}] has {width} columns, and position {position} is in page {position // size}"
+    return missing, wrong
+
+
+def _snapshot_refusals(snapshots: Snapshots, plan: StepPlan, items: Items) -> Iterator[Refusal]:
+    for b, _, start, end, _ in _heads(items):
+        for k, page in _snapshot_pages(snapshots, plan, b, start, end):
+            ends = (k + 1) * snapshots.page_size
+            if ends <= end and not -1 <= page < snapshots.num_pages:
+                reason = f"snapshot_table[{b}, {k}] is {page}, and there are {snapshots.num_pages} snapshots"
+                yield Refusal(b, (ends - 1) // plan.ratio, reason)
+
+
+def _snapshot_pages(snapshots: Snapshots, plan: StepPlan, b: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Pages of which a step over `[start, end)` has rows to keep, and what the table says of each."""
+    assert plan.snapshot_table is not None
+    size = snapshots.page_size
+    pages = range(start // size, min((end - 1) // size + 1, plan.snapshot_table.shape[1]))
+    row = plan.snapshot_table[b, pages.start : max(pages.start, pages.stop)].tolist()
+    last = torch.tensor([(k + 1) * size - 1 for k in pages], dtype=torch.int64)
+    for k, page, kept in zip(pages, row, snapshots.of(last).tolist(), strict=True):
+        if kept and (k + 1) * size - snapshots.rows_per_page < end:
+            yield k, page
+
+
+def _entry_refusals(c: Compressor, plan: StepPlan, items: Items) -> Iterator[Refusal]:
+    cache, spec = c.cache, c.spec
+    room, slots = plan.entry_capacity, None if plan.entry_slots is None else plan.entry_slots.tolist()
+    for window, entry, b in torch.stack((items.window, items.entry, items.sequence), dim=1).tolist():
+        if entry >= room:
+            yield Refusal(b, window, f"it is entry {entry} of the step, and the plan has room for {room} (entry_slots)")
+        elif entry >= 0 and cache is not None and slots is not None and slots[entry] != -1:
+            reason = _slot_reason(c, plan, b, window, entry, slots[entry])
+            if reason:
+                yield Refusal(b, window, reason)
+            elif spec.rope_dim and c.rope is not None and window * spec.ratio >= len(c.rope):
+                yield Refusal(b, window, f"it begins at position {window * spec.ratio}, and rope has {len(c.rope)} positions")
+
+
+def _slot_reason(c: Compressor, plan: StepPlan, b: int, window: int, entry: int, slot: int) -> str:
+    cache = c.cache
+    assert cache is not None
+    if 0 <= slot < cache.num_slots:
+        return ""
+    if plan.cache_block_table is not None and plan.rows_per_page:
+        page, column = slot // plan.rows_per_page, window // plan.rows_per_page
+        return f"cache_block_table[{b}, {column}] is {page}, and the cache has {cache.num_pages} pages"
+    if slot < -1:
+        return f"entry_slots[{entry}] is {slot}; cache slots count from 0, and -1 drops an entry"
+    return f"entry_slots[{entry}] is {slot}, and the cache has {cache.num_slots} slots"

@@ -1,0 +1,112 @@
+"""What a step has no right to ask for and nobody counts: two sequences, windows or pages that are written to one place.
+
+Programs of a launch run at once, so which of the two is kept is chance; so is what a third one reads. `kvfold.check` names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from .backend_torch import Items
+from .backend_window import _Pages, _window
+from .compress import Compressor
+from .plan import StepPlan
+from .records import EntryCache
+from .refusals import Refusal, _heads, _sequence_reason, _sequences, _snapshot_pages
+from .snapshots import Snapshots
+from .state import FoldState
+from .window_state import WindowState
+
+
+def undefined_in_plan(plan: StepPlan) -> list[Refusal]:
+    """Tokens that two sequences take, and windows for which the plan has no work item."""
+    found, windows, taken = [], 0, []
+    for b, slot, start, token, behind in _sequences(plan):
+        if _sequence_reason(plan, b, slot, start, token, behind):
+            continue
+        last = (start + behind - token - 1) // plan.ratio
+        windows += last - start // plan.ratio + 1
+        if windows > plan.item_capacity:
+            reason = f"the step touches {windows} windows by then, and the plan has room for {plan.item_capacity}"
+            first = max(last - (windows - plan.item_capacity) + 1, start // plan.ratio)
+            found.append(Refusal(b, first, f"{reason}: all from here on are left out", counted=False))
+        taken.append((token, behind, b))
+    reach, whose = 0, -1
+    for token, behind, b in sorted(taken):
+        if token < reach:
+            rows = f"row {token}" if min(reach, behind) == token + 1 else f"rows {token} to {min(reach, behind) - 1}"
+            reason = f"its tokens, kv_score {rows}, are also those of sequence {whose}: cu_seqlens goes back"
+            found.append(Refusal(b, -1, reason, counted=False))
+        if behind > reach:
+            reach, whose = behind, b
+    return found
+
+
+def undefined_in_call(c: Compressor, plan: StepPlan) -> list[Refusal]:
+    """Places that two sequences, entries or pages of a step are written to, or that one reads and another writes."""
+    items, found = Items.of(plan), []
+    if isinstance(c.state, FoldState):
+        slots = ((slot, b, -1, f"sequence {b}") for b, slot, _, _, _ in _heads(items) if slot < c.state.num_slots)
+        found += _shared(slots, "state slot {}")
+    elif isinstance(c.state, WindowState):
+        found += _shared_rows(c, plan, items)
+    if c.snapshots is not None:
+        found += _shared(_snapshot_rows(c.snapshots, plan, items), "row {} of the snapshots")
+    if c.cache is not None and plan.entry_slots is not None:
+        found += _shared(_cache_slots(c.cache, plan, items), "cache slot {}")
+    return found
+
+
+def _shared(places: Iterable[tuple[int, int, int, str]], name: str) -> Iterator[Refusal]:
+    """Of places, each with the sequence, window and words for whose it is: all but the first at each."""
+    first: dict[int, str] = {}
+    for place, b, window, whose in places:
+        other = first.setdefault(place, whose)
+        if other != whose:
+            yield Refusal(b, window, f"{name.format(place)} is also that of {other}", counted=False)
+
+
+def _cache_slots(cache: EntryCache, plan: StepPlan, items: Items) -> Iterator[tuple[int, int, int, str]]:
+    assert plan.entry_slots is not None
+    made = items[(items.entry >= 0) & (items.entry < plan.entry_capacity)]
+    slots = plan.entry_slots[made.entry]
+    for slot, b, window in torch.stack((slots, made.sequence, made.window), dim=1).tolist():
+        if 0 <= slot < cache.num_slots:
+            yield slot, b, window, f"window {window} of sequence {b}"
+
+
+def _snapshot_rows(snapshots: Snapshots, plan: StepPlan, items: Items) -> Iterator[tuple[int, int, int, str]]:
+    for b, _, start, end, _ in _heads(items):
+        for k, page in _snapshot_pages(snapshots, plan, b, start, end):
+            if 0 <= page < snapshots.num_pages:
+                yield page, b, ((k + 1) * snapshots.page_size - 1) // plan.ratio, f"page {k} of sequence {b}"
+
+
+def _shared_rows(c: Compressor, plan: StepPlan, items: Items) -> Iterator[Refusal]:
+    """Rows of an engine's pools that two windows write, or that one window reads and another one writes."""
+    state = c.state
+    assert isinstance(state, WindowState) and plan.block_tables is not None
+    start = items.start[:, None]
+    position, old = _window(items, c.spec)
+    reads = old & (items.entry >= 0)[:, None]
+    writes = (position >= torch.maximum(start, items.window[:, None] * c.spec.ratio)) & (position < items.end[:, None])
+    for name, pool, table in zip(("kv", "score"), (state.kv, state.score), plan.block_tables, strict=True):
+        page, _ = _Pages(pool, table).find(items.slot[:, None], position.clamp(min=0))
+        row = page * state.page_size + position % state.page_size
+        written, read = writes & (page >= 0), reads & (page >= 0)
+        places, counts = row[written].unique(return_counts=True)
+        twice = torch.isin(row, places[counts > 1]) & written
+        both = torch.isin(row, row[read]) & written
+        suspects = (twice | both).any(1).nonzero()[:, 0].tolist()
+        readers = torch.isin(row, row[written]) & read
+        for i in suspects:
+            mine = (twice | both)[i].nonzero()[0, 0]
+            same = (row == row[i, mine]) & (written | readers)
+            same[i, mine] = False
+            other, at = same.nonzero()[0].tolist()
+            place = f"row {int(position[i, mine]) % state.page_size} of page {int(page[i, mine])} of state.{name}"
+            what = f"position {int(position[other, at])} of sequence {int(items.sequence[other])}"
+            reason = f"{place} is that of its position {int(position[i, mine])} and of {what}"
+            yield Refusal(int(items.sequence[i]), int(items.window[i]), reason, counted=False)
