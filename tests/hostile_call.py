@@ -10,7 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from hostile_order import BEFORE, INSIDE
 from hostile_plain import ACCEPTED, ALIASES, PLAIN
 from hostile_tensors import IN_PLACE, TENSORS, plain
 from hostile_values import COMPRESSORS, OBJECTS, SPECS, TWINS, VALUES, other_objects, rewrite
-from hostile_world import HostileWorld, has_memory, tensors_of
+from hostile_world import FUNCTIONS, HostileWorld, has_memory, tensors_of
 from torch import Tensor
 
 import kvfold
@@ -48,7 +48,7 @@ class Inapplicable(Exception):
     """A spoil that its target cannot have, such as int32 as a quantized tensor."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def world_of(function: str, kind: str, backend: Backend) -> HostileWorld:
     return HostileWorld(function, kind, backend)
 
@@ -76,8 +76,8 @@ def run(case: Case, backend: Backend) -> Outcome:
         hows = {spoil.how for spoil in case.spoils}
         if found.fault or found.word == "refused" or hows == {"contents"} or undefined(results):
             return found
-        if hows == {"contents", "memory of"}:  # the contents of both would differ
-            return found
+        if "memory of" in hows and (len(hows) > 1 or case.kind == "window"):
+            return found  # what is written through one shows in the other; pools and pages may share memory, unchecked
         if any(spoil.when == "later" for spoil in case.spoils):
             unchanged = _attempt(case._replace(spoils=()), world, clean=True)
             if unchanged[0].word == found.word and _differing(results, unchanged[1]) is None:
@@ -257,7 +257,11 @@ class _Call:
                     raise Inapplicable
                 rewrite(old.detach(), what, spoil.seed)
                 return old
-            new = self._in_memory_of(old, self.world.leaves.get(what), spoil) if how == "memory of" else self._transformed(old, what)
+            new = (
+                self._in_memory_of(old, self.world.leaves.get(what), spoil)
+                if how == "memory of"
+                else self._transformed(old, what)
+            )
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError, AttributeError):
             raise Inapplicable from None
         return plain(new) if self.clean else new
@@ -381,23 +385,20 @@ def names_for(case: Case, spoil: Spoil) -> set[str]:
     """What an error may call the argument."""
     if case.function in PLAIN:
         return {spoil.target, *ALIASES.get(spoil.target, ())}
-    world_names = [name for name in FUNCTION_WORDS(case)]
     parts = [part for part in spoil.target.split(".") if not part.isdigit()]
     found = {*parts, "things"} if case.function == "mark_static" else set(parts)
     for part in parts:
         found |= set(RELATED.get(part, ()))
     if parts[-1] in ANY or spoil.what in ("on meta", "on a CPU"):
-        found |= set(world_names)
-    if spoil.how == "inside":  # all that is made there is of the transform, the plan's own tensors too
-        found |= {"plan", "items"}
+        found |= _all_words(case)
+    if spoil.how == "inside":  # all that is made there is of the transform, and the whole call is refused
+        found |= {"plan", "items", "storage", "transforms"}
     if spoil.how in ("memory of", "argument"):
         found |= {part for part in spoil.what.split(".") if not part.isdigit()}
     return found
 
 
-def FUNCTION_WORDS(case: Case) -> set[str]:
-    from hostile_world import FUNCTIONS
-
+def _all_words(case: Case) -> set[str]:
     words = {part for name in FUNCTIONS[case.function].arguments for part in name.split(".")}
     fields = set(CompressorSpec.__dataclass_fields__)
     return words | fields | {"storage", "scales", "rows", "kv", "score", "positions", "fmt", "format", "page_size"}

@@ -118,7 +118,9 @@ def _spoil(world: HostileWorld, rng: random.Random) -> Spoil:
         if target in world.good:
             return Spoil(when, target, *_way(world, rng, isinstance(world.good[target], Tensor), target))
         how = rng.choice(("value", "object", "twin", "argument"))
-        what = rng.choice(list({"value": VALUES, "object": objects_for(target), "twin": TWINS}.get(how) or world.function.arguments))
+        what = rng.choice(
+            list({"value": VALUES, "object": objects_for(target), "twin": TWINS}.get(how) or world.function.arguments)
+        )
         return Spoil(when, target, how, what)
     objects = [name for name in world.function.arguments if name.split(".")[-1] in ATTRIBUTES and name not in world.good]
     target = rng.choice(objects)
@@ -134,7 +136,9 @@ def _way(world: HostileWorld, rng: random.Random, tensor: bool, target: str) -> 
     if not tensor:
         how = rng.choices(("value", "object", "argument"), (8, 1, 1))[0]
     else:
-        how = rng.choices(("tensor", "contents", "memory of", "value", "argument", "inside", "object"), (9, 7, 4, 1, 1, 1, 0.3))[0]
+        how = rng.choices(
+            ("tensor", "contents", "memory of", "value", "argument", "inside", "object"), (9, 7, 4, 1, 1, 1, 0.3)
+        )[0]
     tensors = [name for name in world.taken if isinstance(world.good[name], Tensor) and name != target]
     choices = {
         "value": VALUES, "object": objects_for(target), "tensor": TENSORS, "contents": ("one number", "one number", *CONTENTS),

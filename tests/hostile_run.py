@@ -1,7 +1,7 @@
 """Hostile calls by the thousand, in a process of their own: one that dies is a fault of the call that it was making.
 
-    python tests/hostile_run.py --calls 1000 --seed 0 --backend torch     prints the faults, each with a smallest reproduction
-    python tests/hostile_run.py --seed 0 --at 123                         makes call 123 of the run of seed 0 again
+python tests/hostile_run.py --calls 1000 --seed 0 --backend torch     prints the faults, each with a smallest reproduction
+python tests/hostile_run.py --seed 0 --at 123                         makes call 123 of the run of seed 0 again
 """
 
 from __future__ import annotations
@@ -17,7 +17,12 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 LIMIT = 120  # seconds after which a hundred calls are taken to hang
-BACKENDS = {"torch": ("torch", "cpu"), "interpreter": ("triton", "cpu"), "cuda": ("triton", "cuda"), "torch-cuda": ("torch", "cuda")}
+BACKENDS = {
+    "torch": ("torch", "cpu"),
+    "interpreter": ("triton", "cpu"),
+    "cuda": ("triton", "cuda"),
+    "torch-cuda": ("torch", "cuda"),
+}
 MOST_MEMORY = 16 << 30  # bytes of address space of a process on a CPU: what a claimed size would take must not take the machine
 
 
@@ -51,16 +56,20 @@ class Summary(NamedTuple):
         return sum(self.counts.values())
 
 
-def run(seed: int, start: int, stop: int, backend: str) -> Summary:
-    """The calls from `start` to before `stop` of a run; a new process goes on behind a call that ended one."""
+def run(seed: int, start: int, stop: int, backend: str, script: str | os.PathLike = __file__) -> Summary:
+    """The calls from `start` to before `stop` of a run; a new process goes on behind a call that ended one.
+
+    script: what a process runs.
+    """
     summary = Summary(Counter(), [])
     while start < stop:
-        start = _process(seed, start, stop, backend, summary)
+        start = _process(script, seed, start, stop, backend, summary)
     return summary
 
 
-def _process(seed: int, start: int, stop: int, backend: str, summary: Summary) -> int:
-    command = [sys.executable, os.path.abspath(__file__), "--child", f"{start}:{stop}", "--seed", str(seed), "--backend", backend]
+def _process(script: str | os.PathLike, seed: int, start: int, stop: int, backend: str, summary: Summary) -> int:
+    """Returns the first call that is still to be made."""
+    command = [sys.executable, os.path.abspath(script), "--child", f"{start}:{stop}", "--seed", str(seed), "--backend", backend]
     environment = {**os.environ, "TRITON_INTERPRET": "0" if "cuda" in backend else "1"}
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     case = "?"

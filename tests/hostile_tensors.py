@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from fuzz_support import TRANSFORMS
+from hostile_world import HostileWorld, has_memory
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
-
-from hostile_world import HostileWorld, has_memory
 
 Transform = Callable[[HostileWorld, Tensor], Any]
 
@@ -153,8 +152,8 @@ NO_TENSORS: dict[str, Transform] = {
 TENSORS: dict[str, Transform] = {**TRANSFORMS, **OF_TORCH, **NO_TENSORS}
 
 
-def _grown(x: Tensor) -> Tensor:
-    return x.resize_(x.shape[0] + 1, *x.shape[1:])
+def _grown(x: Tensor) -> None:
+    x.resize_(x.shape[0] + 1, *x.shape[1:])[-1] = 0
 
 
 # Of a tensor that objects already hold, by itself: nobody is told.

@@ -31,7 +31,9 @@ VALUES: dict[str, Any] = {
     )
 }  # fmt: skip
 # Never built; of a dataclass not even its name can be printed, so these stand only where one is expected.
-OBJECTS: dict[str, Callable[[], Any]] = {f"object.__new__({kind.__name__})": (lambda k=kind: object.__new__(k)) for kind in KINDS}
+OBJECTS: dict[str, Callable[[], Any]] = {
+    f"object.__new__({kind.__name__})": (lambda k=kind: object.__new__(k)) for kind in KINDS
+}
 OBJECTS |= {"StepPlan()": StepPlan} | {kind.__name__: (lambda k=kind: k) for kind in KINDS}
 
 # From one good object to another, or to what only looks like one.

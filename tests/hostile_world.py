@@ -228,7 +228,7 @@ def has_memory(x: Any) -> bool:
         return False
     try:
         behind = x.storage_offset() + 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
-        return x.numel() == 0 or behind * x.element_size() <= x.untyped_storage().nbytes() and x.data_ptr() != 0
+        return x.numel() == 0 or (behind * x.element_size() <= x.untyped_storage().nbytes() and x.data_ptr() != 0)
     except (RuntimeError, NotImplementedError):  # neither storage nor strides
         return False
 
@@ -263,5 +263,3 @@ def tensors_of(name: str, thing: Any) -> dict[str, Tensor]:
     }.get(type(thing), ())  # fmt: skip
     found = {f"{name}.{field}": getattr(thing, field, None) for field in fields}
     return {field: value for field, value in found.items() if isinstance(value, Tensor)}
-
-
