@@ -47,7 +47,8 @@ def fold_step(
     rises = d > 0
     alpha = torch.where(rises, e, 1.0)
     beta = torch.where(rises, 1.0, e)
-    return torch.maximum(m, s), l * alpha + beta, a * alpha + beta * k
+    # Not `torch.maximum`, whose sign of a zero differs behind a thread's last full vector.
+    return torch.where(rises, s, m), l * alpha + beta, a * alpha + beta * k
 
 
 def fold_group(

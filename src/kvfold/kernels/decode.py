@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .epilogue import aim_entry, emit, judge_slot
-from .fold import empty_fold, fold_step, quotient, spread
+from .fold import empty_fold, fold_step, minus_zero, quotient, spread
 from .pdl import load_plan, wait_for_inputs
 from .prefetch import prefetch_fold, prefetch_rows
 from .rows import keep_each, keep_together, load_biases, load_rows, pool_window
@@ -47,7 +47,7 @@ def load_tokens(ats, wanted, biases, HEAD_DIM: tl.constexpr):
     ks = ()
     ss = ()
     for i in tl.static_range(len(ats)):
-        ks = ks + (tl.load(ats[i], mask=wanted[i], other=-0.0).to(tl.float32),)
+        ks = ks + (tl.load(ats[i], mask=wanted[i], other=minus_zero()).to(tl.float32),)
         s = tl.load(ats[i] + HEAD_DIM, mask=wanted[i], other=float("-inf")).to(tl.float32)
         ss = ss + (s + biases[i],)
     return ks, ss

@@ -12,6 +12,12 @@ ROWS_AT_ONCE = tl.constexpr(configs.ROWS_AT_ONCE)
 
 
 @triton.jit
+def minus_zero():
+    """-0, the value of a token that is not there; its score is -inf. By its bits: Triton 3.6 makes +0 of a constant -0.0."""
+    return tl.full((), -(1 << 31), tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def fold_step(m, l, a, k, s):
     """Folds value `k` with score `s` (ape added) into `(m, l, a)`, elementwise in fp32.
 
@@ -57,7 +63,7 @@ def empty_group(HEAD_DIM: tl.constexpr):
     """Of no rows. -0, as the first product is then what it is without a sum."""
     m = tl.full((HEAD_DIM,), LOWEST, tl.float32)
     l = tl.zeros((HEAD_DIM,), tl.float32)
-    a = tl.full((HEAD_DIM,), -0.0, tl.float32)
+    a = tl.full((HEAD_DIM,), minus_zero(), tl.float32)
     return m, l, a
 
 

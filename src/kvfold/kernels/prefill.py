@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .epilogue import aim_entry, aim_slot, emit, judge_slot, load_finish
-from .fold import empty_fold, fold_step, quotient, spread
+from .fold import empty_fold, fold_step, minus_zero, quotient, spread
 from .items import load_item
 from .pdl import load_plan, wait_for_inputs
 from .prefetch import prefetch_item
@@ -66,7 +66,7 @@ def load_stretch(
         if ape is not None:
             bias = tl.load(ape + (i * HEAD_DIM + tl.arange(0, SLICE)), mask=there, other=0.0)
         biases = biases + (bias,)
-        ks = ks + (tl.load(at, mask=there, other=-0.0),)
+        ks = ks + (tl.load(at, mask=there, other=minus_zero()),)
         ss = ss + (tl.load(at + HEAD_DIM, mask=there, other=float("-inf")),)
         at += kv_stride
     return biases, ks, ss

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .abreast import channels
-from .fold import ROWS_AT_ONCE, empty_group, fold_group, quotient, spread, widen
+from .fold import ROWS_AT_ONCE, empty_group, fold_group, minus_zero, quotient, spread, widen
 from .slots import place_row
 
 
@@ -70,7 +70,7 @@ def load_window(
             there = spread(there, HEAD_DIM)
             # Past the L1 cache, as in `load_live`. The mask is true up to the last row, but without it the compiler moves each
             # load to its use: 64k in 143 instead of 87 us.
-            k = widen(tl.load(at + half, mask=there, other=-0.0, cache_modifier=".cg"))
+            k = widen(tl.load(at + half, mask=there, other=minus_zero(), cache_modifier=".cg"))
             s = widen(tl.load(at + half + CHANNELS, mask=there, other=float("-inf"), cache_modifier=".cg"))
         else:
             if SOURCE == "home" and HISTORY % RATIO == 0:
@@ -84,13 +84,13 @@ def load_window(
             if SAME:
                 row = tl.where(x < start, kept, at) + half
                 there = spread(there, HEAD_DIM)
-                k = tl.load(row, mask=there, other=-0.0).to(tl.float32)
+                k = tl.load(row, mask=there, other=minus_zero()).to(tl.float32)
                 s = tl.load(row + CHANNELS, mask=there, other=float("-inf")).to(tl.float32)
             else:
                 old = spread(there & (x < start), HEAD_DIM)
                 new = spread(there & (x >= start), HEAD_DIM)
                 k_old = tl.load(kept + half, mask=old, other=0.0).to(tl.float32)
-                k_new = tl.load(at + half, mask=new, other=-0.0).to(tl.float32)
+                k_new = tl.load(at + half, mask=new, other=minus_zero()).to(tl.float32)
                 s_old = tl.load(kept + half + CHANNELS, mask=old, other=0.0).to(tl.float32)
                 s_new = tl.load(at + half + CHANNELS, mask=new, other=float("-inf")).to(tl.float32)
                 k = tl.where(old, k_old, k_new)

@@ -127,14 +127,13 @@ def window_variant(
 ) -> Variant:
     """One compressor over a `WindowState`. one_page: the page size is a multiple of the ratio."""
     slices = slices_of(spec, config)
-    # Powers of two that the window fills; two rows at least, as one has nothing to reduce.
-    rows = max(2, spec.window_rows)
-    lanes = min(LANES, rows)
-    together = min(ROWS_OF_A_LANE, rows // lanes)
+    # Powers of two that the window fills: no row that is loaded lies behind it.
+    lanes = min(LANES, spec.window_rows)
+    together = min(ROWS_OF_A_LANE, spec.window_rows // lanes)
     constants = {
         "RATIO": spec.ratio,
         "OVERLAP": int(spec.overlap),
-        "TILE": max(lanes * together, min(config.tile, rows)),
+        "TILE": max(lanes * together, min(config.tile, spec.window_rows)),
         "LANES": lanes,
         "TOGETHER": together,
         "SLICE": spec.head_dim // slices,
