@@ -77,8 +77,19 @@ PLAIN: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 ACCEPTED = {"warmup": "compiles for", "aot": "aot compiles for a GPU"}
 # Words that an error may use for an argument, beside its own name.
 ALIASES = {
-    "scale": ("fmt", "group", "element"), "formats": ("specs",), "specs": ("formats",), "dtype": ("dtypes",), "rope_dim": ("head_dim",),
-    "head_dims": ("head_dim", "spec"), "name": ("fmt",), "fmt": ("head_dim", "rope_dim", "scale", "format"),
-    "spec": ("head_dim", "page_size", "rope_dim"), "page_size": ("spec",), "max_new_tokens": ("ratio",), "head_dim": ("rope_dim",),
-    "element": ("group", "scale", "storage"), "group": ("element", "scale", "head_dim"), "separate": ("scales", "scale"),
-}  # fmt: skip
+    "scale": ("fmt", "group", "element"),
+    "formats": ("specs",),
+    "specs": ("formats",),
+    "dtype": ("dtypes",),
+    "rope_dim": ("head_dim",),
+    "head_dims": ("head_dim", "spec"),
+    "name": ("fmt",),
+    "fmt": ("head_dim", "rope_dim", "scale", "format"),
+    "spec": ("head_dim", "page_size", "rope_dim"),
+    "page_size": ("spec",),
+    "max_new_tokens": ("ratio",),
+    "head_dim": ("rope_dim",),
+    "element": ("group", "scale", "storage"),
+    "group": ("element", "scale", "head_dim"),
+    "separate": ("scales", "scale"),
+}

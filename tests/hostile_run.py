@@ -118,7 +118,7 @@ def _child(seed: int, start: int, stop: int, name: str) -> None:
     for index in range(start, stop):
         if (index - start) % 100 == 0:
             faulthandler.dump_traceback_later(LIMIT, exit=True)
-        found = hostile_call.call(seed, index, backend, lambda case: _print(index=index, word="begun", case=str(case)))
+        found = hostile_call.call(seed, index, backend, lambda case: _print(word="begun", case=str(case)))
         row: dict[str, Any] = {"index": index, "function": found.case.function, "word": found.word}
         _print(**row, **({"case": str(found.case), "text": found.text} if found.fault else {}))
         if "CUDA error" in found.text:  # no later call of this process could be right

@@ -25,9 +25,10 @@ VALUES: dict[str, Any] = {
     for text in (
         "None", "True", "False", "0", "-1", "1", "2", "3", "4", "5", "7", "64", "1 << 31", "1 << 63", "-(1 << 63)", "10**400",
         "0.5", "4.0", "float('nan')", "float('inf')", "-0.0", "1e-300", "''", "'4'", "b'4'", "'torch'", "'triton'", "'cuda'",
-        "'bf16'", "'mxfp4'", "'fp32'", "'fp8_ds_mla'", "'fp8_tensor'", "[4]", "()", "{}", "{4}", "object()", "int", "print", "range(4)", "4j", "np.int32(4)",
-        "np.int64(-1)", "np.float32(1)", "np.bool_(True)", "np.zeros(4)", "torch.tensor(4)", "torch.tensor(True)",
-        "torch.zeros(0)", "torch.float32", "torch.float16", "torch.bfloat16", "torch.device('meta')", "torch.Size([4])",
+        "'bf16'", "'mxfp4'", "'fp32'", "'fp8_ds_mla'", "'fp8_tensor'", "[4]", "()", "{}", "{4}", "object()", "int", "print",
+        "range(4)", "4j", "np.int32(4)", "np.int64(-1)", "np.float32(1)", "np.bool_(True)", "np.zeros(4)", "torch.tensor(4)",
+        "torch.tensor(True)", "torch.zeros(0)", "torch.float32", "torch.float16", "torch.bfloat16", "torch.device('meta')",
+        "torch.Size([4])",
     )
 }  # fmt: skip
 # Never built; of a dataclass not even its name can be printed, so these stand only where one is expected.
@@ -46,10 +47,18 @@ TWINS: dict[str, Callable[[Any], Any]] = {
 
 # Good specs that are not the one of the call.
 SPECS: dict[str, dict[str, Any]] = {
-    "head_dim=128": {"head_dim": 128}, "ratio=8": {"ratio": 8}, "ratio=1": {"ratio": 1}, "overlap": {"overlap": True},
-    "no overlap": {"overlap": False}, "no ape": {"has_ape": False}, "rope_dim=0": {"rope_dim": 0}, "rope_dim=8": {"rope_dim": 8},
-    "norm_eps=1e-3": {"norm_eps": 1e-3}, "hadamard": {"hadamard": True}, "no hadamard": {"hadamard": False},
-}  # fmt: skip
+    "head_dim=128": {"head_dim": 128},
+    "ratio=8": {"ratio": 8},
+    "ratio=1": {"ratio": 1},
+    "overlap": {"overlap": True},
+    "no overlap": {"overlap": False},
+    "no ape": {"has_ape": False},
+    "rope_dim=0": {"rope_dim": 0},
+    "rope_dim=8": {"rope_dim": 8},
+    "norm_eps=1e-3": {"norm_eps": 1e-3},
+    "hadamard": {"hadamard": True},
+    "no hadamard": {"hadamard": False},
+}
 
 
 def other_objects(name: str, spec: CompressorSpec) -> dict[str, Callable[[], Any]]:

@@ -131,7 +131,11 @@ FUNCTIONS: dict[str, Function] = {
 
 
 class HostileWorld(World):
-    """The world of one function and kind; `reset` puts every byte and leaf back. `good`: the leaves as they were; `taken`: those of its arguments."""
+    """The world of one function and kind; `reset` puts every byte and leaf back.
+
+    Attributes:
+        leaves: what a case spoils; good: the same before that; taken: those that the function's arguments are made of.
+    """
 
     def __init__(self, name: str, kind: str, backend: Backend) -> None:
         self.function = FUNCTIONS[name]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import hostile_call
+import hostile_outcome
 import hostile_run
 import hostile_world
 import pytest
@@ -87,7 +88,7 @@ def test_faults(replaced: Callable, case: Case, call: Callable[[dict[str, Any]],
 def test_an_error_that_names_something_else() -> None:
     with pytest.raises(ValueError) as caught:
         check_int("ratio", 0, 1, 4)
-    assert hostile_call.judge(BAD_SLOTS, caught.value).word == "other name"
+    assert hostile_outcome.judge(BAD_SLOTS, caught.value).word == "other name"
 
 
 def test_a_process_that_ends(tmp_path: Path) -> None:
@@ -97,7 +98,7 @@ def test_a_process_that_ends(tmp_path: Path) -> None:
         "import json, os, sys\n"
         "start, stop = map(int, sys.argv[sys.argv.index('--child') + 1].split(':'))\n"
         "for i in range(start, stop):\n"
-        "    print(json.dumps({'index': i, 'word': 'begun', 'case': 'restore over rows; slots'}), flush=True)\n"
+        "    print(json.dumps({'word': 'begun', 'case': 'restore over rows; slots'}), flush=True)\n"
         "    if i == 3:\n"
         "        os.abort()\n"
         "    print(json.dumps({'index': i, 'function': 'restore', 'word': 'ok'}), flush=True)\n"
