@@ -175,7 +175,7 @@ def test_pages_of_one_allocation_for_state_and_cache(backend: Backend) -> None:
     whole = torch.zeros(7, size, device=layers.device)
     raw = whole.view(7, 4, 256)
     state = WindowState(raw[..., :128], raw[..., 128:])
-    cache = EntryCache(whole, "bf16", 1, SPEC)
+    cache = EntryCache(whole.view(torch.uint8), "bf16", 1, SPEC)
     table = ints(3, 5, 6, device=layers.device)[None]
     found = layers.compress(layers.tokens, state, cache, layers.plan(block_tables=(table, table), page_size=4))
     own = WindowState(torch.zeros_like(raw[..., :128]), torch.zeros_like(raw[..., 128:]))

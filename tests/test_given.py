@@ -358,3 +358,40 @@ def test_snapshots_are_asked_about_whole_positions() -> None:
     for wrong in (4, [4], torch.zeros(2), torch.tensor([True]), torch.zeros(2, dtype=torch.complex64)):
         with pytest.raises((TypeError, ValueError), match=r"^positions must be"):
             kept.of(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["state.rows", "state.positions", "ape", "rope", "plan.state_slots", "plan.cache_block_table"])
+def test_sizes_changed_in_place(name: str) -> None:
+    """On a CPU, where the torch backend would index with them."""
+    world = World("rows", "compress", CPU)
+    made = {key: value for key, (value, _) in objects(world).items()}
+    call_with(world, made)
+    before = world.arena.clone()
+    world.leaves[name].resize_(2, 3, 1)
+    with pytest.raises(ValueError, match=rf"\b{name.split('.')[-1]}\b"):
+        call_with(world, made)
+    with pytest.raises(ValueError, match=rf"\b{name.split('.')[-1]}\b"):
+        call_with(world, made)
+    assert torch.equal(world.arena, before)
+
+
+def test_devices_and_dtypes_of_what_is_allocated() -> None:
+    spec, makers = kvfold.V4_CSA, {
+        FoldState: (1, 4), WindowState: (1, 4), Snapshots: (1, 8),
+    }  # fmt: skip
+    for kind, sizes in makers.items():
+        for wrong in ("bf16", "cuda:99", ("cpu",), 1.5, object()):
+            with pytest.raises((TypeError, ValueError), match=r"^device must be"):
+                kind.allocate(spec, *sizes, device=wrong)
+        for wrong in (torch.float16, "fp32", [torch.float32]):
+            with pytest.raises((TypeError, ValueError), match=r"^dtype must be"):
+                kind.allocate(spec, *sizes, dtype=wrong)
+    with pytest.raises((TypeError, ValueError), match=r"^device must be"):
+        EntryCache.allocate("bf16", 1, 4, spec, device="nowhere")
+
+
+def test_backends_that_are_no_name() -> None:
+    world = World("rows", "compress", CPU)
+    for wrong in ("cuda", 1, [], torch.zeros(4), ("torch",)):
+        world.leaves["backend"] = wrong
+        refused(world, "backend", "must be one of", "wrong")

@@ -36,6 +36,24 @@ def check_dtype(name: str, tensor: torch.Tensor, accepted: tuple[torch.dtype, ..
         raise TypeError(f"{name} must be {names}, got {tensor.dtype}")
 
 
+def check_float(name: str, dtype: object) -> None:
+    """The dtype of kept rows."""
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name} must be torch.float32 or torch.bfloat16, got {type(dtype).__name__}")
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"{name} must be torch.float32 or torch.bfloat16, got {dtype}")
+
+
+def usable_device(name: str, device: object) -> torch.device | None:
+    """The device of new tensors; None: torch's default."""
+    if device is not None and not isinstance(device, (torch.device, str, int)):
+        raise TypeError(f"{name} must be a torch.device, a str or None, got {type(device).__name__}")
+    try:
+        return None if device is None else torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch's ways to say: no such name, none here, built without
+        raise ValueError(f"{name} must be one that torch has here, got {device!r}: {error}") from None
+
+
 def check_contiguous(name: str, tensor: torch.Tensor) -> None:
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {tuple(tensor.stride())}")

@@ -14,19 +14,27 @@ from .overlap import NO_ROOM, Place, check_apart, join_bounds
 MOST_PLANS = 16  # remembered of a layer: an engine has one for each size of its graphs
 
 
+def where(tensors: Sequence[torch.Tensor]) -> list:
+    """Where tensors are. On a CPU, where a call takes long, their sizes and strides too: a tensor may change them in place."""
+    if tensors and tensors[0].is_cpu:
+        return [(x.data_ptr(), x.shape, x.stride()) for x in tensors]
+    return [x.data_ptr() for x in tensors]
+
+
 class Checked:
     """Base of states, caches, snapshots and plans: checked whole when made, and again when something about them changed.
 
     Attributes:
         _token: stands for the attributes as they were checked; None where one was set since, or where nobody made the object.
         _tensors: all memory that it stands for.
-        _watched, _addresses: those that every call looks for, and where they were; no list for `FakeTensor`s.
+        _watched, _addresses: those that every call looks for, and where they were; no list for `FakeTensor`s. Sizes and strides
+            that a tensor changes in place are seen on a CPU alone: on a GPU it keeps them while the object has it.
     """
 
     _token: object | None = None
     _tensors: tuple[torch.Tensor, ...] = ()
     _watched: tuple[torch.Tensor, ...] = ()
-    _addresses: list[int] | None = None
+    _addresses: list | None = None
     _made_by = "allocate"
     _unchecked: tuple[str, ...] = ()  # attributes that no check looks at
 
@@ -47,7 +55,7 @@ class Checked:
         self._check()
         self._watched = self._watch()
         fake = any(isinstance(x, FakeTensor) for x in self._tensors)
-        self._addresses = None if fake else [x.data_ptr() for x in self._watched]
+        self._addresses = None if fake else where(self._watched)
         self._token = object()
 
     def _watch(self) -> tuple[torch.Tensor, ...]:
@@ -58,7 +66,7 @@ def check_made(name: str, value: object, kind: type[Checked]) -> None:
     """An object of this kind, whose attributes fit together and whose memory is there."""
     if not isinstance(value, kind):
         check_type(name, value, kind)
-    elif value._token is None or value._addresses != [x.data_ptr() for x in value._watched]:
+    elif value._token is None or value._addresses != where(value._watched):
         _check_again(name, value, kind)
 
 
@@ -107,13 +115,13 @@ class Layer:
     It is checked once, and again when an object has another token or a weight is not the same tensor at the same address.
     """
 
-    __slots__ = ("bounds", "packed", "plans", "tokens", "weights")
+    __slots__ = ("bounds", "packed", "plans", "tokens", "weights", "where")
 
     def __init__(self, tokens: tuple, weights: Sequence[torch.Tensor | None], places: Sequence[Place]) -> None:
         """Raises ValueError, which names two of `places` that share memory."""
         self.tokens = tokens
-        # Weak, as functions keep nothing alive.
-        self.weights = [(None, 0, 0) if x is None else (weakref.ref(x), x.data_ptr(), x.nbytes) for x in weights]
+        self.weights = [None if x is None else weakref.ref(x) for x in weights]  # as functions keep nothing alive
+        self.where = where([x for x in weights if x is not None])
         self.bounds = check_apart(places)
         self.plans: dict[int, Met] = {}
         self.packed: tuple | None = None  # what a launch takes of it: kernels/launch.py
@@ -121,14 +129,10 @@ class Layer:
     def same(self, tokens: tuple, weights: tuple[torch.Tensor | None, ...]) -> bool:
         if self.tokens != tokens:
             return False
-        for i, (known, address, size) in enumerate(self.weights):
-            x = weights[i]
-            if known is None or x is None:
-                if known is not x:
-                    return False
-            elif known() is not x or address != x.data_ptr() or size != x.nbytes:
+        for known, x in zip(self.weights, weights, strict=True):
+            if (known is not x) if known is None else (x is None or known() is not x):
                 return False
-        return True
+        return self.where == where([x for x in weights if x is not None])
 
     def met(self, plan: Checked) -> Met | None:
         """What is known of this plan as it is now."""

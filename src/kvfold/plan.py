@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from .checks import check_eager, check_int, check_memory, check_tensor, traced
-from .memory import Remembering, check_made
+from .memory import Remembering, check_made, where
 from .overlap import NO_ROOM, Place, check_apart, extent, find_room
 from .snapshots import MOST_PAGE
 
@@ -199,14 +199,14 @@ class StepPlan(Remembering):
             shapes |= {"cu_entries": (self.batch + 1,), "entry_items": (self.entry_capacity,)}
         for name, shape in shapes.items():
             check_tensor(name, getattr(self, name), shape, ints, device, fake=True)
-        if self.entry_slots is not None:
+        if self.entry_slots is not None or self.cache_block_table is not None:
             check_tensor("entry_slots", self.entry_slots, (self.entry_capacity,), (torch.int64,), device, fake=True)
         self._check_places(self.batch, device)
         self._forget()
         places = plan_places(self, updating=True)
         self._bounds = check_apart(places)
         self._tensors = tuple(place.tensor for place in places)
-        self._where = [] if traced(self.items) else [x.data_ptr() for x in self._tensors]
+        self._where = [] if traced(self.items) else where(self._tensors)
 
     def _watch(self) -> tuple[torch.Tensor, ...]:
         """None on a GPU, where `update` looks for them once for all layers of the step."""
@@ -255,7 +255,7 @@ class StepPlan(Remembering):
     def run_update(self, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
         """`update` of real tensors: straight to the launch."""
         check_made("plan", self, StepPlan)
-        if self._where != [x.data_ptr() for x in self._tensors]:
+        if self._where != where(self._tensors):
             self._validate()
         device = self.start_pos.device
         check_tensor("start_pos", start_pos, (self.batch,), (torch.int32,), device)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .checks import check_device, check_int, check_memory, check_type
+from .checks import check_device, check_int, check_memory, check_type, usable_device
 from .memory import Checked, Layer, check_made
 from .overlap import Place, check_apart
 from .record_rules import ELEMENT_BITS, ELEMENT_MAX, SCALE_BYTES, check_format, check_page_dtype
@@ -214,6 +214,8 @@ FORMATS: dict[str, RecordFormat] = {fmt.name: fmt for fmt in _TABLE}
 def get_format(fmt: str | RecordFormat) -> RecordFormat:
     """The format of that name (or `fmt` itself). Raises ValueError listing the known names."""
     if isinstance(fmt, RecordFormat):
+        if "name" not in fmt.__dict__:
+            raise ValueError("fmt must be made by RecordFormat(...), got one without fields")
         return fmt
     check_type("fmt", fmt, str)
     if fmt not in FORMATS:
@@ -271,6 +273,7 @@ class EntryCache(Checked):
         check_spec("spec", spec)
         check_int("rows_per_page", rows_per_page, 1, 1 << 20)
         check_type("format", self.format, RecordFormat)
+        get_format(self.format)
         self.format.check(spec)
         self.page_bytes, self.scale = self.format.page_bytes(spec, rows_per_page), _number("scale", self.scale)
         if not 2.0**-126 <= self.scale <= 2.0**126:  # both it and its inverse are normal numbers in fp32
@@ -322,6 +325,7 @@ class EntryCache(Checked):
         check_int("rows_per_page", rows_per_page, 1, 1 << 20)
         fmt = get_format(fmt)
         fmt.check(spec)
+        device = usable_device("device", device)
         page_bytes, scales = fmt.page_bytes(spec, rows_per_page), None
         storage = torch.zeros(num_pages, page_bytes, dtype=torch.uint8, device=device)
         if fmt.separate:

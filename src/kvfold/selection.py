@@ -58,7 +58,7 @@ def several(name: str, values: Iterable) -> tuple:
 def check_choices(name: str, values: Iterable, accepted: tuple) -> tuple:
     values = several(name, values)
     for value in values:
-        if value not in accepted:
+        if not any(value is one or (isinstance(value, str) and value == one) for one in accepted):
             raise ValueError(f"{name} must be among {', '.join(map(str, accepted))}, got {value!r}")
     return values
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from .checks import check_contiguous, check_device, check_dtype, check_int, check_memory, check_shape
+from .checks import (
+    check_contiguous,
+    check_device,
+    check_dtype,
+    check_float,
+    check_int,
+    check_memory,
+    check_shape,
+    usable_device,
+)
 from .memory import Checked, check_made
 from .overlap import Place, check_apart
 from .spec import CompressorSpec, check_spec
@@ -77,8 +86,8 @@ class Snapshots(Checked):
         """
         check_spec("spec", spec)
         check_int("num_pages", num_pages, 0, (1 << 31) - 1)
-        if dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
+        check_float("dtype", dtype)
+        device = usable_device("device", device)
         count, width = _shape(spec, page_size)
         dtype = torch.float32 if state_kind(spec) == "fold" else dtype
         rows = torch.zeros(num_pages, count, width, dtype=dtype, device=device)

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from .checks import check_contiguous, check_device, check_dtype, check_int, check_memory, check_shape
+from .checks import (
+    check_contiguous,
+    check_device,
+    check_dtype,
+    check_float,
+    check_int,
+    check_memory,
+    check_shape,
+    usable_device,
+)
 from .memory import RememberingState, check_made
 from .overlap import Place, check_apart
 from .spec import CompressorSpec, check_spec
@@ -91,8 +100,8 @@ class FoldState(RememberingState):
         check_spec("spec", spec)
         check_int("num_slots", num_slots, 0, (1 << 31) - 1)
         check_int("max_new_tokens", max_new_tokens, 1, 1 << 20)
-        if dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
+        check_float("dtype", dtype)
+        device = usable_device("device", device)
         ring, history = _ring_and_history(spec, max_new_tokens)
         if state_kind(spec) == "fold":
             rows = torch.zeros(num_slots, ring + history, 3, spec.head_dim, dtype=torch.float32, device=device)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .checks import check_int, check_switch, check_type
+from .checks import check_int, check_switch, check_type, usable_device
 from .records import RecordFormat
 from .selection import FLOATS, check_all, check_choices, check_formats, check_workers, defined_for, several
 from .spec import CompressorSpec
@@ -202,7 +202,7 @@ def _gpu(device: torch.device | str | int | None, interpreted: bool) -> torch.de
         raise RuntimeError("warmup compiles for a GPU, but TRITON_INTERPRET is set and kernels are interpreted")
     if not torch.cuda.is_available():
         raise RuntimeError("warmup compiles for the GPU of this machine, and torch finds none")
-    found = torch.device("cuda") if device is None else torch.device(device)
+    found = torch.device("cuda") if device is None else usable_device("device", device)
     if found.type != "cuda":
         raise ValueError(f"device must be a CUDA or HIP device, got {found}")
     return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)

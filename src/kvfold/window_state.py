@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .checks import check_device, check_dtype, check_int, check_memory, check_shape
+from .checks import check_device, check_dtype, check_float, check_int, check_memory, check_shape, usable_device
 from .memory import RememberingState
 from .overlap import Place, check_apart
 from .spec import CompressorSpec, check_spec
@@ -86,8 +86,8 @@ class WindowState(RememberingState):
         check_spec("spec", spec)
         check_int("num_pages", num_pages, 0, (1 << 31) - 1)
         check_int("page_size", page_size, 1, (1 << 31) - 1)
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
+        check_float("dtype", dtype)
+        device = usable_device("device", device)
         shape = (num_pages, page_size, spec.channels)
         return cls(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
 
