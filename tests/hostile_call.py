@@ -39,7 +39,7 @@ def world_of(function: str, kind: str, backend: Backend) -> HostileWorld:
 def call(seed: int, index: int, backend: Backend, begun: Callable[[Case], None] = lambda case: None) -> Outcome:
     """Call number `index` of the run with this seed; `begun` is told the case before it is made."""
     for attempt in range(ATTEMPTS):
-        case = draw(lambda *key: world_of(*key, backend), random.Random(f"{seed} {index} {attempt}"), backend.slow)
+        case = draw(lambda *key: world_of(*key, backend), random.Random(f"{seed} {index} {attempt}"), backend)
         begun(case)
         try:
             return run(case, backend)
@@ -227,7 +227,7 @@ class _Call:
         if how == "spec":
             return replace(self.world.spec, **SPECS[what])
         if how == "other object":
-            return other_objects(spoil.target.split(".")[-1], self.world.spec)[what]()
+            return other_objects(spoil.target.split(".")[-1], self.world.spec, self.world.backend.device)[what]()
         if how == "compressors":
             return COMPRESSORS[what]
         if how == "twin":

@@ -6,6 +6,8 @@ import random
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
+from helpers import Backend
 from hostile_order import BEFORE, INSIDE
 from hostile_plain import PLAIN, WORDS
 from hostile_tensors import IN_PLACE, TENSORS
@@ -60,6 +62,8 @@ WEIGHTS = {
     "EntryCache.raw": 3, "Snapshots.of": 4, "FoldState.history_of": 2, "mark_static": 2, "check": 3, "dump": 0.5,
 }  # fmt: skip
 
+# What is to be seen on the interpreter, and on a GPU beside that; the rest is the same on every backend.
+ON_THE_DEVICE = ("StepPlan.update", "EntryCache.read", "Snapshots.of", "check")
 LAUNCHING = ("compress", "compress_many", "store", "restore")
 PLAIN_SHARE, LATER_SHARE = 0.12, 0.08
 
@@ -76,14 +80,12 @@ def _plain(rng: random.Random) -> Case:
     return Case(function, "", (), tuple(spoils))
 
 
-def draw(world_of: Callable[[str, str], HostileWorld], rng: random.Random, launches: bool) -> Case:
-    """`world_of(function, kind)` is its world, of which only the names and types of arguments are looked at.
-
-    launches: only functions that launch a kernel, for backends of which nothing else is to be seen.
-    """
-    if rng.random() < PLAIN_SHARE and not launches:
+def draw(world_of: Callable[[str, str], HostileWorld], rng: random.Random, backend: Backend) -> Case:
+    """`world_of(function, kind)` is its world, of which only the names and types of arguments are looked at."""
+    everything = backend == ("torch", torch.device("cpu"))
+    if everything and rng.random() < PLAIN_SHARE:
         return _plain(rng)
-    functions = LAUNCHING if launches else tuple(WEIGHTS)
+    functions = tuple(WEIGHTS) if everything else LAUNCHING if backend.slow else (*LAUNCHING, *ON_THE_DEVICE)
     function = rng.choices(functions, [WEIGHTS[name] for name in functions])[0]
     kind = rng.choice(FUNCTIONS[function].kinds)
     world = world_of(function, kind)
@@ -114,7 +116,7 @@ def _spoil(world: HostileWorld, rng: random.Random) -> Spoil:
         if last == "spec" and rng.random() < 0.6:
             return Spoil(when, target, "spec", rng.choice(list(SPECS)))
         if last in ("state", "cache", "snapshots") and rng.random() < 0.4:
-            return Spoil(when, target, "other object", rng.choice(list(other_objects(last, world.spec))))
+            return Spoil(when, target, "other object", rng.choice(list(other_objects(last, world.spec, world.backend.device))))
         if target in world.good:
             return Spoil(when, target, *_way(world, rng, isinstance(world.good[target], Tensor), target))
         how = rng.choice(("value", "object", "twin", "argument"))

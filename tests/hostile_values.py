@@ -61,35 +61,35 @@ SPECS: dict[str, dict[str, Any]] = {
 }
 
 
-def other_objects(name: str, spec: CompressorSpec) -> dict[str, Callable[[], Any]]:
+def other_objects(name: str, spec: CompressorSpec, device: torch.device) -> dict[str, Callable[[], Any]]:
     """Good objects that are not those of the call."""
     big = replace(spec, head_dim=2 * spec.head_dim)
-    none = {"device": "meta"}
+    here, meta = {"device": device}, {"device": "meta"}
     return {
         "state": {
-            "of another spec": lambda: FoldState.allocate(big, 4, 8),
-            "on meta": lambda: FoldState.allocate(spec, 4, 8, **none),
-            "of no slots": lambda: FoldState.allocate(spec, 0, 8),
-            "of bf16 rows": lambda: FoldState.allocate(spec, 4, 8, dtype=torch.bfloat16),
-            "of pages": lambda: WindowState.allocate(spec, 30, 4),
-            "of no pages": lambda: WindowState.allocate(spec, 0, 4),
-            "of other pages": lambda: WindowState.allocate(spec, 30, 8, dtype=torch.bfloat16),
-            "of wider pages": lambda: WindowState.allocate(big, 30, 4),
+            "of another spec": lambda: FoldState.allocate(big, 4, 8, **here),
+            "on meta": lambda: FoldState.allocate(spec, 4, 8, **meta),
+            "of no slots": lambda: FoldState.allocate(spec, 0, 8, **here),
+            "of bf16 rows": lambda: FoldState.allocate(spec, 4, 8, dtype=torch.bfloat16, **here),
+            "of pages": lambda: WindowState.allocate(spec, 30, 4, **here),
+            "of no pages": lambda: WindowState.allocate(spec, 0, 4, **here),
+            "of other pages": lambda: WindowState.allocate(spec, 30, 8, dtype=torch.bfloat16, **here),
+            "of wider pages": lambda: WindowState.allocate(big, 30, 4, **here),
         },
         "cache": {
-            "of another spec": lambda: EntryCache.allocate("bf16", 8, 4, big),
-            "on meta": lambda: EntryCache.allocate("bf16", 8, 4, spec, **none),
-            "of no pages": lambda: EntryCache.allocate("bf16", 0, 4, spec),
-            "of longer pages": lambda: EntryCache.allocate("bf16", 8, 8, spec),
-            "of another format": lambda: EntryCache.allocate("fp32", 8, 4, spec),
-            "of a format without name": lambda: EntryCache.allocate(replace(FORMATS["bf16"], name="mine"), 8, 4, spec),
+            "of another spec": lambda: EntryCache.allocate("bf16", 8, 4, big, **here),
+            "on meta": lambda: EntryCache.allocate("bf16", 8, 4, spec, **meta),
+            "of no pages": lambda: EntryCache.allocate("bf16", 0, 4, spec, **here),
+            "of longer pages": lambda: EntryCache.allocate("bf16", 8, 8, spec, **here),
+            "of another format": lambda: EntryCache.allocate("fp32", 8, 4, spec, **here),
+            "of a format without name": lambda: EntryCache.allocate(replace(FORMATS["bf16"], name="mine"), 8, 4, spec, **here),
         },
         "snapshots": {
-            "of another spec": lambda: Snapshots.allocate(big, 6, 8),
-            "on meta": lambda: Snapshots.allocate(spec, 6, 8, **none),
-            "of no pages": lambda: Snapshots.allocate(spec, 0, 8),
-            "of longer pages": lambda: Snapshots.allocate(spec, 6, 16),
-            "of bf16 rows": lambda: Snapshots.allocate(spec, 6, 8, dtype=torch.bfloat16),
+            "of another spec": lambda: Snapshots.allocate(big, 6, 8, **here),
+            "on meta": lambda: Snapshots.allocate(spec, 6, 8, **meta),
+            "of no pages": lambda: Snapshots.allocate(spec, 0, 8, **here),
+            "of longer pages": lambda: Snapshots.allocate(spec, 6, 16, **here),
+            "of bf16 rows": lambda: Snapshots.allocate(spec, 6, 8, dtype=torch.bfloat16, **here),
         },
     }[name]
 

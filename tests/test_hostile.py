@@ -10,7 +10,7 @@ import pytest
 
 SEED = 24
 # Calls in all and of one test; on the interpreter they cost ten times as much.
-SHARES = {"torch": (19_600, 2_450), "interpreter": (400, 200), "cuda": (4_000, 4_000), "torch-cuda": (1_000, 1_000)}
+SHARES = {"torch": (19_600, 2_450), "interpreter": (400, 200), "cuda": (2_000, 1_000), "torch-cuda": (500, 500)}
 SHARDS = [(name, start, size) for name, (calls, size) in SHARES.items() for start in range(0, calls, size)]
 
 
