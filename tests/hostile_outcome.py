@@ -58,7 +58,7 @@ RELATED: dict[str, tuple[str, ...]] = {
     "slots": ("pages", "start_pos"),
     "backend": ("kv_score", "rows", "state"),
 }  # fmt: skip
-ANY = ("spec",)  # which everything else is made for
+ANY = ("spec",)  # which everything else is made for; and where tensors are of two kinds, either may be the wrong one
 
 
 def names_for(case: Case, spoil: Spoil) -> set[str]:
@@ -69,7 +69,7 @@ def names_for(case: Case, spoil: Spoil) -> set[str]:
     found = {*parts, "things"} if case.function == "mark_static" else set(parts)
     for part in parts:
         found |= set(RELATED.get(part, ()))
-    if parts[-1] in ANY or spoil.what in ("on meta", "on a CPU"):
+    if parts[-1] in ANY or spoil.what in ("on meta", "on a CPU", "fake"):
         found |= _all_words(case)
     if spoil.how == "inside":  # all that is made there is of the transform, and the whole call is refused
         found |= {"plan", "items", "storage", "transforms"}

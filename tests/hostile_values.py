@@ -61,6 +61,13 @@ SPECS: dict[str, dict[str, Any]] = {
 }
 
 
+def _pages(spec: CompressorSpec, *sizes: int, **options: Any) -> WindowState:
+    """Full of zeros, as `allocate` leaves what was in the memory."""
+    state = WindowState.allocate(spec, *sizes, **options)
+    state.kv.zero_(), state.score.zero_()
+    return state
+
+
 def other_objects(name: str, spec: CompressorSpec, device: torch.device) -> dict[str, Callable[[], Any]]:
     """Good objects that are not those of the call."""
     big = replace(spec, head_dim=2 * spec.head_dim)
@@ -71,10 +78,10 @@ def other_objects(name: str, spec: CompressorSpec, device: torch.device) -> dict
             "on meta": lambda: FoldState.allocate(spec, 4, 8, **meta),
             "of no slots": lambda: FoldState.allocate(spec, 0, 8, **here),
             "of bf16 rows": lambda: FoldState.allocate(spec, 4, 8, dtype=torch.bfloat16, **here),
-            "of pages": lambda: WindowState.allocate(spec, 30, 4, **here),
-            "of no pages": lambda: WindowState.allocate(spec, 0, 4, **here),
-            "of other pages": lambda: WindowState.allocate(spec, 30, 8, dtype=torch.bfloat16, **here),
-            "of wider pages": lambda: WindowState.allocate(big, 30, 4, **here),
+            "of pages": lambda: _pages(spec, 30, 4, **here),
+            "of no pages": lambda: _pages(spec, 0, 4, **here),
+            "of other pages": lambda: _pages(spec, 30, 8, dtype=torch.bfloat16, **here),
+            "of wider pages": lambda: _pages(big, 30, 4, **here),
         },
         "cache": {
             "of another spec": lambda: EntryCache.allocate("bf16", 8, 4, big, **here),
