@@ -79,6 +79,7 @@ def test_read_refuses() -> None:
     for slots, error in (
         ([0], TypeError),
         (torch.tensor([0.0]), ValueError),
+        (torch.tensor([True]), ValueError),
         (torch.tensor([0], dtype=torch.int16), ValueError),
         (torch.tensor([[0]]), ValueError),
         (torch.tensor([8]), ValueError),
@@ -90,6 +91,8 @@ def test_read_refuses() -> None:
     for slot, error in ((8, ValueError), (-1, ValueError), (1.0, TypeError), (True, TypeError)):
         with pytest.raises(error, match="slot"):
             cache.raw(slot)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"slot.*meta device"):
+        make(device="meta").raw(0)
 
 
 @pytest.mark.parametrize(("name", "hd"), CASES)

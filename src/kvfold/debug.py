@@ -53,7 +53,6 @@ class Report:
     sequences: int = 0
     refusals: tuple[Refusal, ...] = ()
     undefined: tuple[Refusal, ...] = ()
-    which: tuple[str, ...] = ()  # of refusals, then of undefined: the compressor, "" where there is one
 
     @property
     def equal(self) -> bool:
@@ -82,9 +81,7 @@ class Report:
     @property
     def notes(self) -> tuple[str, ...]:
         """What is undefined and what was refused, each in a sentence."""
-        named = zip(self.which, (*self.refusals, *self.undefined), strict=True)
-        said = [f"{which}: {one}" if which else str(one) for which, one in named]
-        said = said[len(self.refusals) :] + said[: len(self.refusals)]
+        said = [str(one) for one in (*self.undefined, *self.refusals)]
         more = self.errors - len(self.refusals)
         said += [f"{more} more refused, for reasons that the rules of the plan do not explain"] * (more > 0)
         said += [f"{-more} of these not counted in errors"] * (more < 0)
@@ -122,12 +119,15 @@ def check(
     Takes the arguments of `compress`, as named here, of `compress_many`, `check(compressors, plan)`, or of `store`,
     `check(rows, plan, cache, spec=..., norm_weight=..., rope=...)`.
 
+    The report's `headline` is "equal" only if something was compared, nothing refused and no difference found. Every refusal
+    has its reason (`refusals`), and what the step may not ask for is named though nobody counts it (`undefined`).
+
     Entries of sequences that start at 0, or whose history is given, are compared with the fp64 reference too. Nothing of the
     caller's is written. Takes two or three times the memory of what the call writes, and synchronizes with the host.
 
     Differences within the bounds are none: a pooled or fold row may differ by 2e-6 of its norm, and a record by codes that the
     rounding of fp32 operations behind the pooling explains, given the pooled row of this very call. Input rows are copied, and
-    so are compared to the bit, in snapshots too.
+    so are compared to the bit, in snapshots too. NaN and infinities are compared as docs/numerics.md says.
 
     Args:
         full_history: of `compress`: for each sequence of the plan the `kv_score` rows `[start_pos[b], 2 * channels]` of its
@@ -151,8 +151,7 @@ def compare(call: Call, full_history: Sequence[torch.Tensor | None] | None = Non
     items = plan.items[: int(plan.num_items)].long()
     live = items[(items[:, 5] >= 0) & (items[:, 5] < plan.entry_capacity)]
     found, planned = _plan_differences(plan)
-    refusals = [("", r) for r in plan_refusals(plan)] if planned else []
-    undefined = [("", r) for r in undefined_in_plan(plan)]
+    refusals, undefined = plan_refusals(plan) if planned else [], undefined_in_plan(plan)
     entries, referenced, errors = 0, 0, 0
     got = call.on_copies(None if call.rows is None else call.rows.dtype, backend)
     counted, seen = int(got.plan.errors), set()
@@ -170,18 +169,17 @@ def compare(call: Call, full_history: Sequence[torch.Tensor | None] | None = Non
             here, made, exact = _step_differences(c, done, want, probe, got.rows, live, items, plan, full_history)
             seen |= set(items[:, 6].tolist())
         entries, referenced, due = entries + len(made), referenced + exact, int(want.plan.errors)
-        undefined += [(which, r) for r in undefined_in_call(c, plan)]
+        undefined += [replace(r, where=which) for r in undefined_in_call(c, plan)]
         if counted or due:
-            refusals += [(which, r) for r in call_refusals(c, plan)]
+            refusals += [replace(r, where=which) for r in call_refusals(c, plan)]
         errors += due
         found += [replace(d, where=", ".join(filter(None, (which, d.where)))) for d in here]
     if counted != errors:
         found.append(Difference(-1, -1, "errors", None, counted, errors, "torch"))
     found.sort(key=lambda d: (d.sequence, d.window, STAGES.index(d.stage)))
-    seen -= {r.sequence for _, r in refusals if r.window < 0}
-    which, reasons = zip(*refusals, *undefined, strict=True) if refusals or undefined else ((), ())
-    n = len(refusals)
-    return Report(backend, entries, referenced, planned + counted, tuple(found), len(seen), reasons[:n], reasons[n:], which)
+    seen -= {r.sequence for r in refusals if r.window < 0}
+    why = tuple(refusals), tuple(undefined)
+    return Report(backend, entries, referenced, planned + counted, tuple(found), len(seen), *why)
 
 
 def _step_differences(

@@ -46,6 +46,12 @@ PLAN_SHAPES = {  # in numbers of the plan; None for any
     "kv_table": ("batch", None), "score_table": ("batch", None),
 }  # fmt: skip
 PLAN_OPTIONAL = ("state_slots", "cache_block_table", "entry_slots", "snapshot_table", "kv_table", "score_table")
+_ANNOTATED = {  # how a field is written, and what JSON makes of it
+    "bool": (bool,), "int": (int,), "float": (int, float), "str": _SAID, "int | None": (int, type(None)),
+    "tuple[int, ...]": (list,),
+}  # fmt: skip
+# Numbers of a plan, and the tensor that each comes with.
+TOGETHER = (("page_size", "kv_table"), ("page_size", "score_table"), ("snapshot_page_size", "snapshot_table"))
 STATES = {None: (), "FoldState": ("state.rows", "state.positions"), "WindowState": ("state.kv", "state.score")}
 POOLS = ("state.rows", "state.positions", "state.kv", "state.score", "cache.pages", "cache.scale_pages", "snapshots.rows",
          "snapshots.positions", "rope")  # fmt: skip
@@ -180,15 +186,14 @@ def _check_compressor(name: str, one: object, is_store: bool) -> None:
 
 def _check_dataclass(name: str, value: object, kind: type) -> None:
     """The fields by name, and those that are numbers or text by type; the object itself checks what they are."""
-    plain = (bool, int, float, str, list, type(None))
-    known = {field.name: plain for field in fields(kind)}
+    known = {field.name: _ANNOTATED[str(field.type)] for field in fields(kind)}
     check_fields(name, value, known, tuple(f.name for f in fields(kind) if f.default is not MISSING))
     assert isinstance(value, dict)
     for key, one in value.items():
         if isinstance(one, list) and not all(type(x) is int and 0 < x <= 1 << 20 for x in one):
             raise ValueError(f"{name}.{key} must be a list of sizes, got {_short(one)}")
-        if type(one) is int and not -1 <= one <= 1 << 30:
-            raise ValueError(f"{name}.{key} must be from -1 to {1 << 30}, got {_short(one)}")
+        if type(one) is int:
+            check_number(f"{name}.{key}", one, 0, 1 << 30)
 
 
 def _names(about: dict) -> tuple[list[str], list[str]]:
@@ -256,6 +261,16 @@ def check_stored(about: dict, stored: Mapping[str, tuple[torch.dtype, list[int]]
             raise ValueError(f"tensors.{name}.address must be a multiple of {dtype.itemsize}, got {layout['address']}")
     sizes = {"batch": plan["batch"], "batch + 1": plan["batch"] + 1, "8": len(ITEM_FIELDS), "1": 1}
     sizes |= {name: plan[name] for name in ("entry_capacity", "item_capacity")}
+    for number, table in TOGETHER:
+        if (plan[number] is None) != (f"plan.{table}" not in layouts):
+            raise ValueError(f"plan.{number} must be given with tensors.plan.{table} and only then, got {plan[number]}")
+    paged, slots = "plan.kv_table" in layouts, "plan.entry_slots" in layouts
+    if paged == ("plan.state_slots" in layouts) or (paged and plan["snapshot_page_size"] is not None):
+        raise ValueError(
+            "tensors must have plan.state_slots, or plan.kv_table and plan.score_table without plan.snapshot_table"
+        )
+    if "plan.cache_block_table" in layouts and (plan["rows_per_page"] is None or not slots):
+        raise ValueError("plan.rows_per_page and tensors.plan.entry_slots must be given with tensors.plan.cache_block_table")
     for name, want in PLAN_SHAPES.items():
         layout = layouts.get(f"plan.{name}")
         if layout is None:

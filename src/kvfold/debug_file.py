@@ -303,8 +303,6 @@ def _put_tensors(plan: StepPlan, named: dict[str, torch.Tensor]) -> None:
     for name in PLAN_TENSORS:
         setattr(plan, name, named.get(f"plan.{name}"))
     tables = named.get("plan.kv_table"), named.get("plan.score_table")
-    if (tables[0] is None) != (tables[1] is None) or (tables[0] is None) == (plan.state_slots is None):
-        raise ValueError("tensors must have plan.state_slots, or plan.kv_table and plan.score_table")
     plan.block_tables, plan.fresh = None if tables[0] is None else tables, True
 
 

@@ -42,8 +42,11 @@ def check_format(fmt: RecordFormat) -> None:
     if fmt.page_align != 1 and fmt.page_align % fmt.alignment:
         raise ValueError(f"page_align must be 1 or a multiple of {fmt.alignment}, got {fmt.page_align}")
     for head_dim in fmt.head_dims:
+        if fmt.group and head_dim % fmt.group:
+            raise ValueError(f"head_dims must be multiples of group={fmt.group}, got {fmt.head_dims}")
         try:
-            fmt.check(CompressorSpec(head_dim, 1, rope_dim=fmt.rope_dim or 0))
+            if fmt.rope_dim is not None:  # otherwise what else there is to say waits for a spec
+                fmt.check(CompressorSpec(head_dim, 1, rope_dim=fmt.rope_dim))
         except ValueError as error:
             raise ValueError(f"head_dims must go with the other fields, got {fmt.head_dims}: {error}") from None
 
@@ -66,7 +69,7 @@ def _check_types(fmt: RecordFormat) -> None:
     check_int("page_align", fmt.page_align, 1, 1 << 30)
     if isinstance(fmt.floor, bool) or not isinstance(fmt.floor, (int, float)):
         raise TypeError(f"floor must be a float, got {type(fmt.floor).__name__}")
-    if not math.isfinite(fmt.floor) or fmt.floor < 0:
+    if not 0 <= fmt.floor < math.inf:
         raise ValueError(f"floor must be finite and not negative, got {fmt.floor}")
     check_type("head_dims", fmt.head_dims, tuple)
     for head_dim in fmt.head_dims:

@@ -26,16 +26,18 @@ class Refusal:
         window: -1 for a sequence that is refused as a whole.
         reason: what is wrong, with the tensor's name and the number in it.
         counted: whether it is one of `plan.errors`. If not, nobody refuses it and the results of the step are undefined.
+        where: `"compressors[i]"`, of two that each count their own; else "".
     """
 
     sequence: int
     window: int
     reason: str
     counted: bool = True
+    where: str = ""
 
     def __str__(self) -> str:
         who = f"sequence {self.sequence}" if self.window < 0 else f"window {self.window} of sequence {self.sequence}"
-        return f"{who} is {'refused' if self.counted else 'undefined'}: {self.reason}"
+        return f"{f'{self.where}: ' if self.where else ''}{who} is {'refused' if self.counted else 'undefined'}: {self.reason}"
 
 
 def plan_refusals(plan: StepPlan) -> list[Refusal]:

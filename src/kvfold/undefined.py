@@ -97,16 +97,17 @@ def _shared_rows(c: Compressor, plan: StepPlan, items: Items) -> Iterator[Refusa
         row = page * state.page_size + position % state.page_size
         written, read = writes & (page >= 0), reads & (page >= 0)
         places, counts = row[written].unique(return_counts=True)
-        twice = torch.isin(row, places[counts > 1]) & written
-        both = torch.isin(row, row[read]) & written
-        suspects = (twice | both).any(1).nonzero()[:, 0].tolist()
-        readers = torch.isin(row, row[written]) & read
-        for i in suspects:
-            mine = (twice | both)[i].nonzero()[0, 0]
-            same = (row == row[i, mine]) & (written | readers)
-            same[i, mine] = False
-            other, at = same.nonzero()[0].tolist()
-            place = f"row {int(position[i, mine]) % state.page_size} of page {int(page[i, mine])} of state.{name}"
-            what = f"position {int(position[other, at])} of sequence {int(items.sequence[other])}"
-            reason = f"{place} is that of its position {int(position[i, mine])} and of {what}"
-            yield Refusal(int(items.sequence[i]), int(items.window[i]), reason, counted=False)
+        shared = torch.cat((places[counts > 1], places[torch.isin(places, row[read])]))
+        held = torch.isin(row, shared) & (written | read)
+        users: dict[int, list[tuple[int, int]]] = {}
+        for i, j in held.nonzero().tolist():
+            users.setdefault(int(row[i, j]), []).append((i, j))
+        told: set[int] = set()
+        for i, j in (held & written).nonzero().tolist():
+            if i not in told:
+                told.add(i)
+                other, at = next(user for user in users[int(row[i, j])] if user != (i, j))
+                place = f"row {int(position[i, j]) % state.page_size} of page {int(page[i, j])} of state.{name}"
+                what = f"position {int(position[other, at])} of sequence {int(items.sequence[other])}"
+                reason = f"{place} is that of its position {int(position[i, j])} and of {what}"
+                yield Refusal(int(items.sequence[i]), int(items.window[i]), reason, counted=False)
