@@ -56,11 +56,15 @@ def run(case: Case, backend: Backend) -> Outcome:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found, results = _attempt(case, world, clean=False)
+        if found.word == "slow":  # the first of its kind may import half of torch
+            found, results = _attempt(case, world, clean=False)
         hows = {spoil.how for spoil in case.spoils}
         if found.fault or found.word == "refused" or hows == {"contents"} or undefined(results):
             return found
         if "memory of" in hows and (len(hows) > 1 or case.kind == "window"):
             return found  # what is written through one shows in the other; pools and pages may share memory, unchecked
+        if case.kind == "window" and backend.device.type == "cuda" and hows & {"tensor", "memory of", "in place"}:
+            return found  # addresses and strides choose the order of sums there: see `WindowState`
         if any(spoil.when == "later" for spoil in case.spoils):
             unchanged = _attempt(case._replace(spoils=()), world, clean=True)
             if unchanged[0].word == found.word and _differing(results, unchanged[1]) is None:
@@ -285,7 +289,7 @@ class _Call:
         for name in names:
             found |= tensors_of(name, self.given.get(name))
         plan = self.given.get("plan")
-        if type(plan) is StepPlan and has_memory(plan.num_items):
+        if type(plan) is StepPlan and has_memory(plan.num_items) and plan.num_items.numel() == 1:
             found["plan.items"] = found["plan.items"][: int(plan.num_items)]
             for name in ("entry_slots", "entry_items"):
                 found.pop(f"plan.{name}", None)
