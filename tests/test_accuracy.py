@@ -11,6 +11,7 @@ from torch import Tensor
 
 import kvfold
 from kvfold import CompressorSpec, reference
+from kvfold.contract import pooled_bound
 from kvfold.state import state_kind
 
 ULP = 2.0**-24  # half a unit in the last place of a number in [1, 2), fp32
@@ -34,7 +35,7 @@ def test_pooled_rows(backend: Backend, ratio: int, head_dim: int) -> None:
     spec = CompressorSpec(head_dim=head_dim, ratio=ratio)
     tokens = make_tokens(spec, (2 if ratio == 128 else 6) * ratio + 1, seed=ratio)
     got, want = pooled_rows(spec, backend, tokens)
-    assert norm_error(got, want) <= 2e-6
+    assert norm_error(got, want) <= pooled_bound(spec.window_rows)
 
 
 @pytest.mark.parametrize("ratio, head_dim", [(2, 256), (4, 128), (4, 512), (8, 128)])
@@ -42,7 +43,7 @@ def test_pooled_rows(backend: Backend, ratio: int, head_dim: int) -> None:
 def test_pooled_rows_with_overlap(backend: Backend, ratio: int, head_dim: int, has_ape: bool) -> None:
     spec = CompressorSpec(head_dim=head_dim, ratio=ratio, overlap=True, has_ape=has_ape)
     got, want = pooled_rows(spec, backend, make_tokens(spec, 6 * ratio + 1, seed=ratio))
-    assert norm_error(got, want) <= 2e-6
+    assert norm_error(got, want) <= pooled_bound(spec.window_rows)
 
 
 def with_scores(name: str, kind: str) -> tuple[CompressorSpec, Tensor, Weights]:
@@ -85,7 +86,7 @@ def test_pooled_rows_of_hard_scores(backend: Backend, name: str, kind: str) -> N
     spec, tokens, weights = with_scores(name, kind)
     got, want = pooled_rows(spec, backend, tokens, weights)
     assert not want.isnan().any()
-    assert norm_error(got, want) <= 2e-6
+    assert norm_error(got, want) <= pooled_bound(spec.window_rows)
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -94,7 +95,7 @@ def test_bf16_input(backend: Backend, name: str) -> None:
     spec, weights = SPECS[name], Weights.make(SPECS[name])
     tokens = make_tokens(spec, 3 * spec.ratio, seed=33, dtype=torch.bfloat16)
     got, want = pooled_rows(spec, backend, tokens, weights)
-    assert norm_error(got, want) <= 2e-6
+    assert norm_error(got, want) <= pooled_bound(spec.window_rows)
     engine = Engine(spec, backend, num_slots=1, max_new_tokens=1, weights=weights)
     plan = engine.step([(0, 0, tokens)]).plan
     rounded = torch.zeros(3, spec.head_dim, dtype=torch.bfloat16, device=backend.device)
@@ -114,7 +115,7 @@ def test_a_nan_stays_in_its_channel_and_window(backend: Backend, name: str) -> N
     assert torch.equal(got.isfinite(), want.isfinite())
     assert (~got.isfinite()).nonzero().tolist() == [[1, spec.head_dim - c] for c in (5, 2, 1)]
     clean = torch.where(want.isfinite(), want, 0)
-    assert norm_error(torch.where(got.isfinite(), got, 0), clean) <= 2e-6
+    assert norm_error(torch.where(got.isfinite(), got, 0), clean) <= pooled_bound(spec.window_rows)
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -129,18 +130,18 @@ def test_an_infinite_score(backend: Backend, name: str) -> None:
         assert got[1, -3] == tokens[spec.ratio, spec.channels - 3]
         want[1, -3] = got[1, -3]
     assert torch.equal(got.isnan(), want.isnan())
-    assert norm_error(got.nan_to_num(), want.nan_to_num()) <= 2e-6
+    assert norm_error(got.nan_to_num(), want.nan_to_num()) <= pooled_bound(spec.window_rows)
 
 
 def entry_bound(spec: CompressorSpec, weights: Weights) -> float:
     """Largest |fp32 entry - fp64 entry|, as a Euclidean norm over an entry.
 
-    The pooled row is within 2e-6 of its norm; dividing by the root mean square, whose own error is no larger than that plus
-    a tree of log2(hd) + 1 sums and four roundings, gives a vector of norm sqrt(hd). The weight stretches by its
+    The pooled row is within `pooled_bound` of its norm; dividing by the root mean square, whose own error is no larger
+    than that plus a tree of log2(hd) + 1 sums and four roundings, gives a vector of norm sqrt(hd). The weight stretches by its
     largest, the rotations by nothing; each of product, rotation (three roundings) and Hadamard level rounds once more.
     """
     levels = spec.head_dim.bit_length() - 1
-    relative = 2e-6 + (levels + 5) * ULP + 4 * ULP + (levels + 1) * ULP * spec.hadamard
+    relative = pooled_bound(spec.window_rows) + (levels + 5) * ULP + 4 * ULP + (levels + 1) * ULP * spec.hadamard
     return relative * spec.head_dim**0.5 * float(weights.norm_weight.abs().max())
 
 

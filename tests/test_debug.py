@@ -232,6 +232,8 @@ def test_errors_name_the_argument() -> None:
         (([one], call.plan), {"rope": call.weights["rope"]}, r"^rope must be left out"),
         (([one], call.plan), {"full_history": [None, None]}, r"^full_history must be left out for compress_many"),
         (([one[1:]], call.plan), {}, r"^compressors\[0\] must be a tuple"),
+        (("tokens", call.plan, call.state), {}, r"^kv_score must be a"),
+        ((call.new, None, call.state, call.cache), call.weights, r"^plan must be a StepPlan"),
         ((call.new, call.plan, call.cache), {"ape": one[4]}, r"^ape must be left out for a store"),
         ((call.new, call.plan, call.state, call.cache), {}, r"^spec must be a CompressorSpec"),
     ):

@@ -106,12 +106,13 @@ def fits(kind: str, fmt: str) -> bool:
 
 TORCH = Backend("torch", torch.device("cpu"))
 RIGHT = [(kind, fmt) for kind in KINDS for fmt in ("fp32", "indexer_mxfp4") if fits(kind, fmt)]
-RIGHT += [("wide" if fits("wide", fmt) else "rows", fmt) for fmt in sorted(FORMATS) if fmt not in ("fp32", "indexer_mxfp4")]
+OTHERS = [("wide" if fits("wide", fmt) else "rows", fmt) for fmt in sorted(FORMATS) if fmt not in ("fp32", "indexer_mxfp4")]
 
 
 @pytest.mark.parametrize("plant", PLANTED)
 def test_a_right_call_is_equal_in_every_format(plant: str) -> None:
-    for kind, fmt in RIGHT:
+    i = list(PLANTED).index(plant)
+    for kind, fmt in (*RIGHT[i % 2 :: 2], *OTHERS[i % 3 :: 3]):  # all of them meet all kinds of entries: finite, NaN, zeros
         report = Step(kind, PLANTED[plant], fmt, TORCH).check()
         assert report.equal and report.entries == report.referenced == 3, f"{kind}, {fmt}: {report}"
 

@@ -226,12 +226,9 @@ REFUSED = {"window": (*ANY, block_page_beyond, block_page_below, block_table_sho
 REFUSED |= {"rows": (*ANY, *SLOTS, snapshot_beyond, snapshot_below), "fold": (*ANY, *SLOTS, snapshot_beyond, snapshot_below)}
 
 
-INTERPRETED = (block_page_missing,)
-
-
 @pytest.mark.parametrize("kind, spoil", [(kind, spoil) for kind in REFUSED for spoil in REFUSED[kind]])
 def test_every_refusal_is_explained(backend: Backend, kind: str, spoil) -> None:
-    if backend.slow and spoil not in INTERPRETED:
+    if backend.slow:
         pytest.skip("the interpreter takes the random steps below")
     step = Step(kind, backend)
     assert step.check().headline == "equal"
@@ -373,7 +370,7 @@ def test_a_count_that_no_rule_explains(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", SPECS)
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(20))
 def test_every_count_of_any_step_is_explained(backend: Backend, kind: str, seed: int) -> None:
     """Numbers at random, most of them wrong: as many refusals as `plan.errors`, whatever meets what."""
     if backend.slow and seed > 0:

@@ -9,6 +9,7 @@ from torch import Tensor
 from window_support import WindowEngine, cut, run
 
 from kvfold import CompressorSpec, reference
+from kvfold.contract import pooled_bound
 
 BF16_ULP = 2.0**-8  # largest relative error of rounding to bf16
 INPUTS = [
@@ -37,7 +38,7 @@ def rounding_bound(tokens: Tensor, spec: CompressorSpec, ape: Tensor | None) -> 
     A value is kept as k (1 + d) and a biased score as s (1 + e), |d| and |e| at most u = 2^-8. So a score moves by at most
     D = u max|s|, a weight p (a quotient of exponentials) by a factor between exp(-2D) and exp(2D), a term p k by one
     between exp(-2D) (1 - u) and exp(2D) (1 + u), and the sum by at most (exp(2D) (1 + u) - 1) sum p |k|. All in fp32, which
-    adds 2e-6 of the same sum.
+    adds `pooled_bound` of the same sum.
     """
     k, s = tokens.double().split(spec.channels, dim=1)
     mean = reference.pooled(torch.cat([k.abs(), s], dim=1), spec, ape)
@@ -47,7 +48,7 @@ def rounding_bound(tokens: Tensor, spec: CompressorSpec, ape: Tensor | None) -> 
     if spec.overlap:
         before = torch.cat([torch.zeros_like(largest[:1]), largest[:-1]])
         largest = torch.maximum(before[:, : spec.head_dim], largest[:, spec.head_dim :])
-    return (torch.exp(2 * BF16_ULP * largest) * (1 + BF16_ULP) - 1 + 2e-6) * mean
+    return (torch.exp(2 * BF16_ULP * largest) * (1 + BF16_ULP) - 1 + pooled_bound(spec.window_rows)) * mean
 
 
 def check(engine: WindowEngine, tokens: Tensor, pooled: dict[int, Tensor], sequence: int = 0) -> None:
@@ -55,10 +56,10 @@ def check(engine: WindowEngine, tokens: Tensor, pooled: dict[int, Tensor], seque
     spec, weights = engine.spec, engine.weights
     windows = sorted(pooled)
     got, rounded = torch.stack([pooled[w] for w in windows]), engine.reference(tokens)[windows]
-    assert norm_error(got, rounded) <= 2e-6
+    assert norm_error(got, rounded) <= pooled_bound(spec.window_rows)
     exact = reference.pooled(tokens, spec, weights.ape)[windows]
     if engine.state.dtype == torch.float32:
-        assert norm_error(got, exact) <= 2e-6
+        assert norm_error(got, exact) <= pooled_bound(spec.window_rows)
     else:
         assert ((got.double() - exact).abs() <= rounding_bound(tokens, spec, weights.ape)[windows]).all()
     if engine.fmt == "fp32":
@@ -137,7 +138,8 @@ def test_nan_and_infinity_stay_in_their_channel_and_window(backend: Backend, nam
         assert torch.equal(got.isfinite(), want.isfinite()) and torch.equal(got.isnan(), want.isnan())
         assert (~got.isfinite()).nonzero().tolist() == [[1, hd - i] for i in (7, 5, 2, 1)]
         finite = want.isfinite()
-        assert norm_error(got.where(finite, torch.zeros(())), want.where(finite, torch.zeros(()).double())) <= 2e-6
+        error = norm_error(got.where(finite, torch.zeros(())), want.where(finite, torch.zeros(()).double()))
+        assert error <= pooled_bound(spec.window_rows)
 
 
 @pytest.mark.parametrize("name", ["csa", "128-narrow"])

@@ -64,18 +64,20 @@ def assert_same_bits(got: dict[int, Tensor], want: dict[int, Tensor], what: obje
 def ways(backend: Backend, ratio: int, n: int) -> list[list[int]]:
     """Lengths of steps: of several kernels, and such as leave each kind of row to be masked."""
     some = [[1] * n, cut(n, max(9, ratio + 1))]
-    return some if backend.slow else [*some, cut(n, 4), cut(n, 8), [1, n - 1]]
+    return some if backend.device.type == "cpu" else [*some, cut(n, 4), cut(n, 8), [1, n - 1]]
 
 
 def dtypes(backend: Backend, number: int) -> list[tuple[torch.dtype, torch.dtype]]:
-    """Those to be run: of the interpreter, which is slow, one in turn."""
-    return [DTYPES[number % len(DTYPES)]] if backend.slow else DTYPES
+    """Those to be run: on a CPU one in turn."""
+    return [DTYPES[number % len(DTYPES)]] if backend.device.type == "cpu" else DTYPES
 
 
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("ratio", range(1, 10))
 def test_fold_state(backend: Backend, ratio: int, overlap: bool) -> None:
     """A head_dim of 512, which has kernels that fold a window by halves; of the 584-byte record every byte."""
+    if backend.slow and ratio not in (3, 5, 7, 9):
+        pytest.skip("the interpreter takes seconds: it does those of which a row is masked")
     spec = CompressorSpec(head_dim=512, ratio=ratio, overlap=overlap, has_ape=False)
     n = max(2 * ratio + 1, 9)
     for dtype, state_dtype in dtypes(backend, ratio + overlap):
@@ -97,8 +99,8 @@ def test_fold_state(backend: Backend, ratio: int, overlap: bool) -> None:
 @pytest.mark.parametrize("ratio", [1, 2, 4, 8, 16])
 def test_window_state(backend: Backend, ratio: int, overlap: bool) -> None:
     """Raw rows: also whatever the size of a page."""
-    if backend.slow and ratio > 4:
-        pytest.skip("a window of more tiles takes the interpreter too long")
+    if backend.slow and (ratio, overlap) not in ((1, False), (2, False), (4, True)):
+        pytest.skip("the interpreter takes seconds")
     spec = CompressorSpec(head_dim=16, ratio=ratio, overlap=overlap, has_ape=False, rope_dim=0)
     n = max(2 * ratio + 1, 9)
     for dtype, state_dtype in dtypes(backend, ratio + overlap):

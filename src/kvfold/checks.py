@@ -110,8 +110,7 @@ def check_memory(name: str, tensor: object, *, fake: bool = False) -> None:
 
 def check_real_memory(name: str, tensor: torch.Tensor) -> None:
     """`check_memory` of a tensor that is not traced; every call comes here with its `kv_score`."""
-    unusual = tensor.__class__ is not torch.Tensor and isinstance(tensor, UninitializedTensorMixin)
-    if unusual or _KEYS(tensor).raw_repr() not in _plain:
+    if tensor.__class__ is not torch.Tensor or _KEYS(tensor).raw_repr() not in _plain:
         _check_plain(name, tensor)
     have, need = tensor.untyped_storage().nbytes(), tensor.nbytes
     if need and tensor.is_contiguous():

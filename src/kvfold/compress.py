@@ -20,7 +20,7 @@ from .checks import (
     check_type,
     traced,
 )
-from .memory import Layer, Met, check_made
+from .memory import Layer, Met, check_made, where
 from .overlap import NO_ROOM, Place, check_apart, extent, find_room
 from .plan import StepPlan, plan_places
 from .records import EntryCache
@@ -267,7 +267,12 @@ def _check(c: Compressor, plan: StepPlan, rows: torch.Tensor | None) -> None:
     stride, side_by_side = kv_score.stride()
     if shape[0] and side_by_side != 1:
         raise ValueError(f"kv_score must be contiguous in its last dimension, got strides {(stride, side_by_side)}")
-    met = _check_fixed(c, plan)
+    met = _known(c, plan) or _check_fixed(c, plan)
+    kept = c.state._tensors[0]
+    if kept.device != kv_score.device:
+        check_device("kv_score", kv_score, kept.device)
+    if kept.dtype is torch.bfloat16 and kv_score.dtype is torch.float32 and isinstance(c.state, FoldState):
+        raise TypeError("kv_score must be torch.bfloat16, as state keeps input rows in bf16, got torch.float32")
     # In every step kv_score is elsewhere, but mostly in the same room between the tensors of layer and plan.
     start = kv_score.data_ptr()
     end = start + ((shape[0] - 1) * stride + shape[1]) * (2 if kv_score.dtype is torch.bfloat16 else 4)
@@ -283,8 +288,31 @@ def _check(c: Compressor, plan: StepPlan, rows: torch.Tensor | None) -> None:
             check_apart((Place("kv_score", kv_score), Place("rows", rows, written=True)))
 
 
+def _known(c: Compressor, plan: StepPlan) -> Met | None:
+    """What is known of a layer and a plan that were checked in an earlier call; None where something is other than then."""
+    layer = getattr(c.state, "_layer", None)
+    met = None if layer is None else layer.plans.get(id(plan))
+    if met is None or met.token is not getattr(plan, "_token", None) or layer.tokens != _tokens(c):
+        return None
+    held = [*c.state._watched, *plan._watched]
+    for thing in (c.cache, c.snapshots):
+        if thing is not None:
+            held += thing._watched
+    for known, x in zip(layer.weights, (c.ape, c.norm_weight, c.rope)):  # noqa: B905 (every call comes here)
+        if known() is not x:
+            return None
+        if x is not None:
+            held.append(x)
+    return met if met.where == where(held) else None  # where a weight died that is now None, their numbers differ
+
+
+def _tokens(c: Compressor) -> tuple:
+    """What the objects of a layer are known by."""
+    return c.spec, c.state._token, getattr(c.cache, "_token", None), getattr(c.snapshots, "_token", None)
+
+
 def _check_fixed(c: Compressor, plan: StepPlan) -> Met:
-    """Checks what a layer passes in every step, and the plan: whole where they are new, or changed since the call before."""
+    """Checks what a layer passes in every step, and the plan."""
     state, cache, snapshots = c.state, c.cache, c.snapshots
     if not isinstance(state, (FoldState, WindowState)):
         raise TypeError(f"state must be a FoldState or a WindowState, got {type(state).__name__}")
@@ -294,21 +322,17 @@ def _check_fixed(c: Compressor, plan: StepPlan) -> Met:
         check_made("cache", cache, EntryCache)
     if snapshots is not None:
         check_made("snapshots", snapshots, Snapshots)
-    tokens = (c.spec, state._token, None if cache is None else cache._token, None if snapshots is None else snapshots._token)
-    weights = (c.ape, c.norm_weight, c.rope)
+    tokens, weights = _tokens(c), (c.ape, c.norm_weight, c.rope)
     layer = state._layer
     if layer is None or not layer.same(tokens, weights):
         _check_layer(c)
         layer = state._layer = Layer(tokens, weights, _places(c))
-    kept = state._tensors[0]
-    if kept.device != c.kv_score.device:
-        check_device("kv_score", c.kv_score, kept.device)
-    if kept.dtype is torch.bfloat16 and c.kv_score.dtype is torch.float32 and isinstance(state, FoldState):
-        raise TypeError("kv_score must be torch.bfloat16, as state keeps input rows in bf16, got torch.float32")
     met = layer.met(plan)
     if met is None:
         _check_plan(c, plan)
-        met = layer.meet(plan, plan._bounds, lambda: [*_places(c), *plan_places(plan)])
+        met = layer.meet(plan, lambda: [*_places(c), *plan_places(plan)])
+    held = [x for thing in (state, plan, cache, snapshots) if thing is not None for x in thing._watched]
+    met.where = where([*held, *(x for x in weights if x is not None)])
     return met
 
 

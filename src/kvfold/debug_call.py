@@ -60,7 +60,7 @@ class Call:
         backend: str | None,
     ) -> Call:
         """From the arguments of any of the three, which tell them apart. Raises what the call itself would."""
-        if isinstance(kv_score, Sequence):
+        if isinstance(kv_score, Sequence) and not isinstance(kv_score, (str, bytes)):
             given = {"state": state, "cache": cache, "spec": spec, "ape": ape, "norm_weight": norm_weight, "rope": rope}
             _leave_out(given | {"rows": rows, "snapshots": snapshots}, "when compressors are given")
             call = cls("compress_many", tuple(compressors_of(kv_score)), plan, None, "")

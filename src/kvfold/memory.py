@@ -109,6 +109,10 @@ class RememberingState(Remembering):
         self._pair: tuple = (None, None)  # `_layer` of both states of the last launch of two
 
 
+def _nothing() -> None:
+    """The reference to a weight that was not given."""
+
+
 class Layer:
     """What a state, or the cache of a `store`, gets in every step: other objects and weights, and where all of it is.
 
@@ -120,7 +124,8 @@ class Layer:
     def __init__(self, tokens: tuple, weights: Sequence[torch.Tensor | None], places: Sequence[Place]) -> None:
         """Raises ValueError, which names two of `places` that share memory."""
         self.tokens = tokens
-        self.weights = [None if x is None else weakref.ref(x) for x in weights]  # as functions keep nothing alive
+        # Weak, as functions keep nothing alive.
+        self.weights = [_nothing if x is None else weakref.ref(x) for x in weights]
         self.where = where([x for x in weights if x is not None])
         self.bounds = check_apart(places)
         self.plans: dict[int, Met] = {}
@@ -129,19 +134,18 @@ class Layer:
     def same(self, tokens: tuple, weights: tuple[torch.Tensor | None, ...]) -> bool:
         if self.tokens != tokens:
             return False
-        for known, x in zip(self.weights, weights, strict=True):
-            if (known is not x) if known is None else (x is None or known() is not x):
-                return False
-        return self.where == where([x for x in weights if x is not None])
+        if any(known() is not x for known, x in zip(self.weights, weights, strict=True)):
+            return False
+        return self.where == where([x for x in weights if x is not None])  # other lengths, where one died that is now None
 
     def met(self, plan: Checked) -> Met | None:
         """What is known of this plan as it is now."""
         known = self.plans.get(id(plan))
         return known if known is not None and known.token is plan._token else None
 
-    def meet(self, plan: Checked, bounds: list[int], places: Callable[[], list[Place]]) -> Met:
-        """Remembers a plan with these bounds. Raises ValueError where it shares memory with the layer; `places` are of both."""
-        both = join_bounds(self.bounds, bounds)
+    def meet(self, plan: Checked, places: Callable[[], list[Place]]) -> Met:
+        """Remembers a plan. Raises ValueError where it shares memory with the layer; `places` are of both."""
+        both = join_bounds(self.bounds, plan._bounds)
         if both is None:
             both = check_apart(places())
         if len(self.plans) >= MOST_PLANS:
@@ -153,8 +157,9 @@ class Layer:
 class Met:
     """A layer and a plan together: what their tensors span, and the room between it where those of the last call lay."""
 
-    __slots__ = ("bounds", "kv_score", "other", "rows", "token")
+    __slots__ = ("bounds", "kv_score", "other", "rows", "token", "where")
 
     def __init__(self, token: object, bounds: list[int]) -> None:
         self.token, self.bounds = token, bounds
+        self.where: list = []  # all tensors of the last call but `kv_score` and `rows`
         self.kv_score = self.rows = self.other = NO_ROOM

@@ -95,7 +95,7 @@ def check_store(
     met = layer.met(plan)
     if met is None:
         check_plan(plan, spec, rows.device, cache)
-        met = layer.meet(plan, plan._bounds, lambda: [*_places(cache, norm_weight, rope), *plan_places(plan)])
+        met = layer.meet(plan, lambda: [*_places(cache, norm_weight, rope), *plan_places(plan)])
     start = rows.data_ptr()
     end = start + rows.nbytes
     if start < met.rows[0] or end > met.rows[1]:

@@ -28,8 +28,9 @@ class WindowState(RememberingState):
     The bits of an entry depend on no cut of its sequence, batch, order, table or page size. The rows of a window are summed in
     an order that the compiler makes of the width of memory accesses, so on a GPU there is one such promise for calls in which
     every tensor's address (bytes) and every stride (elements) of `kv_score`, pools and cache is a multiple of 16, as an
-    allocator makes them, and one for the others. Between the two, pooled rows differ by rounding, at most 2e-6 of their norm
-    from the exact ones. (`FoldState` has no such condition.)
+    allocator makes them, and one for the others. Between the two, pooled rows differ by rounding, each within
+    `contract.pooled_bound` of the exact one. (`FoldState` has no such condition.) A channel whose largest score in a window is
+    beyond 2**30 in size may be NaN.
 
     Attributes:
         kv, score: fp32 or bf16 `[pages, page_size, channels]`, each with its own number of pages. Mutated by `compress`.
