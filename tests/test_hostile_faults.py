@@ -19,15 +19,17 @@ from kvfold.checks import check_int
 TORCH = BACKENDS["torch"]
 GOOD = Case("restore", "rows", (), ())
 BAD_SLOTS = Case("restore", "rows", (), (Spoil("given", "slots", "tensor", "as torch.float32"),))
+OTHER_PAGES = Case("store", "rows", (), (Spoil("made", "plan.rows_per_page", "value", "5"),))
 NEGATED = Case("restore", "rows", (), (Spoil("given", "slots", "tensor", "negated view"),))
 
 
 @pytest.fixture
 def replaced(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[dict[str, Any]], Any]], None]:
-    """Puts something in place of `restore`."""
+    """Puts something in place of `restore` and `store`."""
 
     def replace(call: Callable[[dict[str, Any]], Any]) -> None:
-        monkeypatch.setitem(hostile_world.FUNCTIONS, "restore", hostile_world.FUNCTIONS["restore"]._replace(call=call))
+        for name in ("restore", "store"):
+            monkeypatch.setitem(hostile_world.FUNCTIONS, name, hostile_world.FUNCTIONS[name]._replace(call=call))
         hostile_call.world_of.cache_clear()
 
     yield replace
@@ -49,6 +51,10 @@ def writing_first(given: dict[str, Any]) -> None:
 def writing_beside(given: dict[str, Any]) -> None:
     slots = given["slots"]
     slots.as_strided((1,), (1,), slots.storage_offset() + len(slots))[0] = 7
+
+
+def nothing(given: dict[str, Any]) -> None:
+    pass
 
 
 def reading_the_storage(given: dict[str, Any]) -> None:
@@ -75,6 +81,7 @@ def test_refused() -> None:
         (BAD_SLOTS, raising(ValueError("slots must be int32")), "ValueError of torch"),  # not raised by kvfold
         (BAD_SLOTS, writing_first, "written before an error"),
         (GOOD, writing_beside, "bytes outside"),
+        (OTHER_PAGES, nothing, "accepted, though two differ"),
         (NEGATED, reading_the_storage, "wrong result"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
