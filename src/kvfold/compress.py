@@ -325,6 +325,7 @@ def _check_fixed(c: Compressor, plan: StepPlan) -> Met:
     tokens, weights = _tokens(c), (c.ape, c.norm_weight, c.rope)
     layer = state._layer
     if layer is None or not layer.same(tokens, weights):
+        check_plan(plan, c.spec, c.kv_score.device, None)
         _check_layer(c)
         layer = state._layer = Layer(tokens, weights, _places(c))
     met = layer.met(plan)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .fold import LOG2_E, LOWEST, minus_zero, quotient, spread
+from .fold import LOG2_E, LOWEST, quotient, spread
 from .record import bf16_bits, bf16_value
 
 
@@ -119,7 +119,7 @@ def load_live_rows(
             at += half
             bias += half
             there = ((window * RATIO + j >= RATIO).to(tl.int32)[:, None] + c * 0) != 0
-            k = tl.load(live + at, mask=there, other=minus_zero()).to(tl.float32)
+            k = tl.load(live + at, mask=there, other=0.0).to(tl.float32)
             s = tl.load(live + CHANNELS + at, mask=there, other=float("-inf")).to(tl.float32)
         else:
             k = tl.load(live + at).to(tl.float32)
@@ -200,12 +200,9 @@ def load_any_rows(
         half = tl.where(j < RATIO * OVERLAP, 0, OVERLAP * HEAD_DIM)
         c = (half[:, None] + (c0 + tl.arange(0, SLICE))[None, :]).to(tl.int64)
         olds = (old.to(tl.int32)[:, None] + c.to(tl.int32) * 0) != 0
-        # Without overlap every row is there: what the mask leaves is new, and put in below.
         k = tl.load(
-            kv_pool + (kv_page * kv_page_stride + row * kv_row_stride)[:, None] + c,
-            mask=olds,
-            other=minus_zero() if OVERLAP else 0.0,
-        ).to(tl.float32)
+            kv_pool + (kv_page * kv_page_stride + row * kv_row_stride)[:, None] + c, mask=olds, other=0.0
+        ).to(tl.float32)  # fmt: skip
         s = tl.load(
             score_pool + (score_page * score_page_stride + row * score_row_stride)[:, None] + c,
             mask=olds,
