@@ -50,7 +50,7 @@ def usable_device(name: str, device: object) -> torch.device | None:
         raise TypeError(f"{name} must be a torch.device, a str or None, got {type(device).__name__}")
     try:
         return None if device is None else torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # torch's ways to say: no such name, none here, built without
+    except (RuntimeError, AssertionError, ValueError) as error:  # torch's ways to say: no such name, none here, built without
         raise ValueError(f"{name} must be one that torch has here, got {device!r}: {error}") from None
 
 

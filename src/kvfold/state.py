@@ -149,6 +149,7 @@ class FoldState(RememberingState):
 
     def history_of(self, position: int) -> range:
         """The positions whose rows a step starting at `position` reads; what a prefix cache must keep to resume there."""
+        check_made("state", self, FoldState)
         check_int("position", position, 0, (1 << 31) - 1)
         return range(history_start(self.spec, position), position)
 
