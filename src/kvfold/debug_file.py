@@ -34,6 +34,7 @@ from .debug_bounds import (
     room_of,
 )
 from .debug_call import PLAN_TENSORS, Call, check_history, laid_out
+from .files import write_atomically
 from .plan import StepPlan
 from .records import EntryCache, RecordFormat
 from .snapshots import Snapshots
@@ -85,16 +86,13 @@ def write(path: str | os.PathLike, call: Call, history: Sequence[torch.Tensor | 
         "tensors": layouts,
         "crc32": {name: _sum(tensor) for name, tensor in stored.items()},
     }
-    part = place.with_name(f"{place.name}.part")
     text = json.dumps(about)
     said = {"kvfold.dump": str(VERSION), "kvfold": about["versions"]["kvfold"], "about": text}
     try:
-        safetensors.torch.save_file(stored, part, metadata=said | {"crc32": str(zlib.crc32(text.encode()))})
-        os.replace(part, place)
+        with write_atomically(place) as beside:
+            safetensors.torch.save_file(stored, beside, metadata=said | {"crc32": str(zlib.crc32(text.encode()))})
     except safetensors.SafetensorError as error:
         raise OSError(f"path cannot be written, {place}: {error}") from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def read(
