@@ -12,6 +12,7 @@ from helpers import SPECS, Backend, bits
 import kvfold
 from kvfold import debug_call
 from kvfold.debug import check
+from kvfold.debug_compare import bytes_of, explained
 from kvfold.kernels import launch
 from kvfold.records import FORMATS
 
@@ -239,3 +240,12 @@ def test_errors_name_the_argument() -> None:
     ):
         with pytest.raises(TypeError, match=message):
             check(*args, **options)
+
+
+def test_no_records_at_all() -> None:
+    """Of every format, where a step makes no entry."""
+    for fmt in FORMATS.values():
+        spec = kvfold.V4_INDEXER if 128 in fmt.head_dims else kvfold.V4_CSA
+        cache = kvfold.EntryCache.allocate(fmt.name, 1, 4, spec)
+        none = torch.zeros(0, spec.head_dim)
+        assert explained(cache, bytes_of(cache, torch.zeros(0, dtype=torch.int64)), none, none[:, :1]).shape == none.shape

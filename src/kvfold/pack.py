@@ -152,7 +152,8 @@ def _divide(a: torch.Tensor | float, b: torch.Tensor | float) -> torch.Tensor:
 
 
 def _bytes(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous().view(torch.uint8)
+    # By way of one row, as a tensor of none keeps strides that have no view.
+    return x.reshape(-1).contiguous().view(torch.uint8).view(*x.shape[:-1], x.shape[-1] * x.element_size())
 
 
 def _record(cache: EntryCache, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
