@@ -130,6 +130,8 @@ def _spoil(world: HostileWorld, rng: random.Random) -> Spoil:
     way = _way(world, rng, True, target)
     if attribute not in CALLERS and way[0] == "contents":
         way = ("tensor", rng.choice(list(TENSORS)), way[2])
+    if attribute not in CALLERS and way[0] == "memory of":
+        way = (*way[:2], way[2] | 1)  # with its own contents
     return Spoil(when, f"{target}.{attribute}", *way)
 
 

@@ -46,7 +46,7 @@ def check_float(name: str, dtype: object) -> None:
 
 def usable_device(name: str, device: object) -> torch.device | None:
     """The device of new tensors; None: torch's default."""
-    if device is not None and not isinstance(device, (torch.device, str, int)):
+    if isinstance(device, bool) or not isinstance(device, (torch.device, str, int, type(None))):
         raise TypeError(f"{name} must be a torch.device, a str or None, got {type(device).__name__}")
     try:
         return None if device is None else torch.empty(0, device=device).device
