@@ -268,10 +268,9 @@ def _check(c: Compressor, plan: StepPlan, rows: torch.Tensor | None) -> None:
     if shape[0] and side_by_side != 1:
         raise ValueError(f"kv_score must be contiguous in its last dimension, got strides {(stride, side_by_side)}")
     met = _known(c, plan) or _check_fixed(c, plan)
-    kept = c.state._tensors[0]
-    if kept.device != kv_score.device:
-        check_device("kv_score", kv_score, kept.device)
-    if kept.dtype is torch.bfloat16 and kv_score.dtype is torch.float32 and isinstance(c.state, FoldState):
+    if kv_score.device != met.device:
+        check_device("kv_score", kv_score, met.device)
+    if met.rows_in_bf16 and kv_score.dtype is not torch.bfloat16:
         raise TypeError("kv_score must be torch.bfloat16, as state keeps input rows in bf16, got torch.float32")
     # In every step kv_score is elsewhere, but mostly in the same room between the tensors of layer and plan.
     start = kv_score.data_ptr()
@@ -333,6 +332,8 @@ def _check_fixed(c: Compressor, plan: StepPlan) -> Met:
         _check_plan(c, plan)
         met = layer.meet(plan, lambda: [*_places(c), *plan_places(plan)])
     held = [x for thing in (state, plan, cache, snapshots) if thing is not None for x in thing._watched]
+    kept = state._tensors[0]
+    met.device, met.rows_in_bf16 = kept.device, isinstance(state, FoldState) and kept.dtype is torch.bfloat16
     met.where = where([*held, *(x for x in weights if x is not None)])
     return met
 

@@ -104,7 +104,7 @@ class RememberingState(Remembering):
 
     def _forget_calls(self) -> None:
         """All but the scratch, which recorded CUDA graphs go on using."""
-        self._last: tuple = (None,)  # what the last call asked for, and its launcher: kernels/launch.py
+        self._last: tuple = (None, None)  # what the last call asked for, and its launcher: kernels/launch.py
         self._layer: Layer | None = None  # what the last call got with this state
         self._pair: tuple = (None, None)  # `_layer` of both states of the last launch of two
 
@@ -155,11 +155,18 @@ class Layer:
 
 
 class Met:
-    """A layer and a plan together: what their tensors span, and the room between it where those of the last call lay."""
+    """A layer and a plan together: what their tensors span, and the room between it where those of the last call lay.
 
-    __slots__ = ("bounds", "kv_score", "other", "rows", "token", "where")
+    asked, chosen: what the last call's `kv_score` and `rows` were like, and what it launched: kernels/launch.py.
+    """
+
+    __slots__ = ("asked", "bounds", "chosen", "device", "kv_score", "other", "rows", "rows_in_bf16", "token", "where")
+
+    device: torch.device
+    rows_in_bf16: bool  # so that kv_score must be, too
 
     def __init__(self, token: object, bounds: list[int]) -> None:
         self.token, self.bounds = token, bounds
         self.where: list = []  # all tensors of the last call but `kv_score` and `rows`
         self.kv_score = self.rows = self.other = NO_ROOM
+        self.asked = self.chosen = None

@@ -235,7 +235,7 @@ def _spec_of(text: str) -> CompressorSpec:
 @lru_cache(maxsize=256)
 def _memory(*asked: object) -> list[tuple]:
     """Where the launcher of the last call of a kind, on a device, is kept, as a user's state would keep it; no tensors."""
-    return [(None,)]
+    return [(None, None)]
 
 
 def _cache_of(spec: CompressorSpec, storage, scales, fmt: str, rows_per_page: int, scale: float) -> EntryCache | None:

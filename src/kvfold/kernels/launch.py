@@ -26,13 +26,11 @@ def compress_triton(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, pd
         return
     device = c.kv_score.device
     grid = _step_grid(plan, c.kv_score)
-    items = item_bound(grid)
-    asked = (plan.max_new_tokens, items, _format(c), _snapshots(c) is not None, *_types(c, c.state.rows.dtype, plan, rows))
-    if c.state._last[0] != asked:
-        key = _step_key(c, plan, rows, items)
-        draws = draws_items(c.spec, key[3])
-        c.state._last = asked, launcher_of(key, device), key[3].programs or ANY, slices_of(c.spec, key[3]), draws
-    _, launcher, most, slices, draws = c.state._last
+    met = c.state._layer.plans[id(plan)]
+    asked = (item_bound(grid), c.kv_score.dtype, None if rows is None else rows.dtype)
+    if met.asked != asked:
+        met.asked, met.chosen = asked, _choose(c, plan, rows, asked[0])
+    launcher, most, slices, draws = met.chosen
     if slices > 1:
         shared = _workspace(c.state, plan.entry_capacity, c.spec.head_dim)
     else:
@@ -51,17 +49,11 @@ def compress_pair_triton(pair: tuple[Compressor, Compressor], plan: StepPlan, pd
     device = first.kv_score.device
     grid = max(_step_grid(plan, first.kv_score), _step_grid(plan, second.kv_score))
     items = item_bound(grid, pair_bounds({first.state.kind, second.state.kind}))
-    asked = (plan.max_new_tokens, items, second.spec)
-    asked += tuple(x for c in pair for x in (_format(c), _snapshots(c) is not None, *_types(c, c.state.rows.dtype, plan, None)))
-    if first.state._last[0] != asked:
-        key = pair_key(_step_key(first, plan, None, items), _step_key(second, plan, None, items))
-        configs = key[1][2], key[2][2]
-        long = all(config.programs for config in configs)
-        draws = tuple(draws_items(c.spec, config) for c, config in zip(pair, configs, strict=True))
-        most = configs[0].programs if long else ANY
-        few = configs[0].pair_programs if long else 0
-        first.state._last = asked, launcher_of(key, device), most, few, draws
-    _, launcher, most, few, draws = first.state._last
+    met = first.state._layer.plans[id(plan)]
+    asked = (items, first.kv_score.dtype, second.kv_score.dtype, second.state._layer)
+    if met.asked != asked:
+        met.asked, met.chosen = asked, _choose_pair(first, second, plan, items)
+    launcher, most, few, draws = met.chosen
     if few and grid <= 2 * most:  # so that the second compressor need not wait for the first one's last windows
         most = few
     parts = (
@@ -79,11 +71,11 @@ def compress_window_triton(c: Compressor, plan: StepPlan, rows: torch.Tensor | N
     if plan.item_capacity == 0:
         return
     spec, state, device = c.spec, c.state, c.kv_score.device
-    asked = (plan.max_new_tokens, spec, _format(c), *_types(c, state.dtype, plan, rows))
-    if state._last[0] != asked:
-        key = window_key(spec, asked[2], plan.max_new_tokens, asked[3:], state.page_size)
-        state._last = asked, launcher_of(key, device), key[3].programs, slices_of(spec, key[3])
-    _, launcher, most, slices = state._last
+    met = state._layer.plans[id(plan)]
+    asked = (c.kv_score.dtype, None if rows is None else rows.dtype)
+    if met.asked != asked:
+        met.asked, met.chosen = asked, _choose_window(c, plan, rows)
+    launcher, most, slices = met.chosen
     pooled = plan.entry_capacity * slices if c.cache is not None or rows is not None else 0
     programs = min(_step_grid(plan, c.kv_score) + pooled, most)
     workspace, arrivals = _workspace(state, plan.entry_capacity, spec.head_dim) if slices > 1 else (None, None)
@@ -96,6 +88,47 @@ def compress_window_triton(c: Compressor, plan: StepPlan, rows: torch.Tensor | N
         *score, score_table, score_table.shape[1], plan.page_size, workspace, arrivals, rows,
     )  # fmt: skip
     launcher(programs, own + values + behind, bits | more | fixed | stride, use_pdl(pdl, plan, device))
+
+
+# What a call of a layer and a plan launches is chosen once (`memory.Met`). To hash a key takes long, so a state keeps the last
+# choice for whoever comes with other objects of the same kinds: new plans and caches in every step, or an operator.
+
+
+def _choose(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, items: int) -> tuple:
+    """The launcher of a call, most programs, slices of an entry, and whether items are drawn."""
+    asked = (plan.max_new_tokens, items, _format(c), _snapshots(c) is not None, *_types(c, c.state.rows.dtype, plan, rows))
+    if c.state._last[0] != asked:
+        key = _step_key(c, plan, rows, items)
+        draws = draws_items(c.spec, key[3])
+        made = launcher_of(key, c.kv_score.device), key[3].programs or ANY, slices_of(c.spec, key[3]), draws
+        c.state._last = asked, made
+    return c.state._last[1]
+
+
+def _choose_pair(first: Compressor, second: Compressor, plan: StepPlan, items: int) -> tuple:
+    """The launcher, most programs, those where windows are few, and for each compressor whether its items are drawn."""
+    pair = first, second
+    asked = (plan.max_new_tokens, items, second.spec)
+    asked += tuple(x for c in pair for x in (_format(c), _snapshots(c) is not None, *_types(c, c.state.rows.dtype, plan, None)))
+    if first.state._last[0] != asked:
+        key = pair_key(_step_key(first, plan, None, items), _step_key(second, plan, None, items))
+        configs = key[1][2], key[2][2]
+        long = all(config.programs for config in configs)
+        draws = tuple(draws_items(c.spec, config) for c, config in zip(pair, configs, strict=True))
+        most = configs[0].programs if long else ANY
+        few = configs[0].pair_programs if long else 0
+        first.state._last = asked, (launcher_of(key, first.kv_score.device), most, few, draws)
+    return first.state._last[1]
+
+
+def _choose_window(c: Compressor, plan: StepPlan, rows: torch.Tensor | None) -> tuple:
+    """The launcher, most programs, and slices of an entry."""
+    state, fmt = c.state, _format(c)
+    asked = (plan.max_new_tokens, c.spec, fmt, *_types(c, state.dtype, plan, rows))
+    if state._last[0] != asked:
+        key = window_key(c.spec, fmt, plan.max_new_tokens, asked[3:], state.page_size)
+        state._last = asked, (launcher_of(key, c.kv_score.device), key[3].programs, slices_of(c.spec, key[3]))
+    return state._last[1]
 
 
 def store_triton(
