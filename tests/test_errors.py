@@ -150,7 +150,7 @@ BAD_SPECS = {
     "head_dim": [{"head_dim": 96}, {"head_dim": 0}, {"head_dim": -128}, {"head_dim": 128.0}],
     "ratio": [{"ratio": 0}, {"ratio": -4}, {"ratio": True}],
     "rope_dim": [{"rope_dim": 63}, {"rope_dim": 256}, {"rope_dim": -2}],
-    "norm_eps": [{"norm_eps": 0.0}, {"norm_eps": float("nan")}, {"norm_eps": "small"}],
+    "norm_eps": [{"norm_eps": 0.0}, {"norm_eps": 1e-60}, {"norm_eps": float("nan")}, {"norm_eps": "small"}],
     "overlap": [{"overlap": 1}],
     "has_ape": [{"has_ape": None}],
     "hadamard": [{"hadamard": "yes"}],

@@ -160,6 +160,27 @@ def test_inference_tensors_are_tensors(call: str) -> None:
     assert all(torch.equal(world.arena, worlds[0].arena) for world in worlds)
 
 
+@pytest.mark.parametrize("kind", ["rows", "fold", "window"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_is_the_callers(backend: Backend, kind: str, dtype: torch.dtype) -> None:
+    """Engines set it while they load a model: it changes no bit and no dtype."""
+    found = []
+    for default in (torch.float32, dtype):
+        world = World(kind, "compress", backend)
+        plan, cache = world.plan(), world._make(EntryCache, "cache", spec=world.spec)
+        made = {"plan": plan, "cache": cache, "state": world.state(), "snapshots": None}
+        mxfp4 = EntryCache(torch.full((1, 4 * 32), 0x5A).byte(), "mxfp4", 4, world.spec, scales=torch.full((1, 8), 127).byte())
+        torch.set_default_dtype(default)
+        try:
+            call_with(world, made)
+            store_with(world, made)
+            found.append([world.arena, cache.read(torch.arange(3, device=world.backend.device)), mxfp4.read(torch.arange(4))])
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+
+
 def objects(world: World) -> dict[str, tuple[Any, type]]:
     return {
         "plan": (world.plan(), StepPlan),
@@ -397,3 +418,39 @@ def test_backends_that_are_no_name() -> None:
     for wrong in ("cuda", 1, [], torch.zeros(4), ("torch",)):
         world.leaves["backend"] = wrong
         refused(world, "backend", "must be one of", "wrong")
+
+
+@pytest.mark.parametrize("call", ["compress", "store"])
+def test_a_weight_of_another_dtype_at_the_same_address(backend: Backend, call: str) -> None:
+    """A module that is cast twice may have its weights where they were before: they are read as what they are now."""
+    world = World("rows", call, backend)
+    made = {key: value for key, (value, _) in objects(world).items()}
+    run = {"compress": call_with, "store": store_with}[call]
+    run(world, made)
+    weight = world.leaves["norm_weight"] = world.leaves["norm_weight"].clone()
+    run(world, made)
+    narrow = torch.linspace(0.5, 1.5, weight.numel(), device=weight.device).bfloat16()
+    weight.view(torch.bfloat16)[: weight.numel()].copy_(narrow)
+    address = weight.data_ptr()
+    weight.data = weight.data.view(torch.bfloat16)[: weight.numel()]
+    assert (weight.data_ptr(), weight.dtype) == (address, torch.bfloat16)
+    run(world, made)
+    found = made["cache"].storage.clone()
+    world.leaves["norm_weight"] = narrow
+    run(world, made)
+    assert torch.equal(found, made["cache"].storage)
+    for name in ("ape", "rope") if call == "compress" else ("rope",):
+        kept = world.leaves[name]
+        wide = world.leaves[name] = kept.clone()
+        run(world, made)
+        wide.data = wide.data.view(torch.int32)
+        with pytest.raises(TypeError, match=rf"^{name} must be torch.float32"):
+            run(world, made)
+        world.leaves[name] = kept
+
+
+def store_with(world: World, made: dict[str, Any]) -> None:
+    found = world.leaves
+    rows = torch.ones(made["plan"].entry_capacity, world.spec.head_dim, dtype=torch.float32, device=world.backend.device)
+    weights = {name: found[name] for name in ("spec", "norm_weight", "rope", "backend")}
+    kvfold.store(rows, made["plan"], made["cache"], **weights)

@@ -184,7 +184,7 @@ def compress_torch(
     if items.window.numel() == 0:
         return
     if ape is None:
-        ape = torch.zeros(spec.ratio, spec.channels, device=kv_score.device)
+        ape = torch.zeros(spec.ratio, spec.channels, dtype=torch.float32, device=kv_score.device)
     fold = _fold_items if state.kind == "fold" else _fold_rows
     pooled, stores = fold(kv_score, items, h0, held, spec, ape, snapshots)
     if snapshots is not None:
@@ -213,7 +213,7 @@ def _masked(live: torch.Tensor, k: torch.Tensor, s: torch.Tensor) -> tuple[torch
 
 
 def _empty_fold(n: int, spec: CompressorSpec, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    zeros = torch.zeros(n, spec.head_dim, device=device)
+    zeros = torch.zeros(n, spec.head_dim, dtype=torch.float32, device=device)
     return torch.full_like(zeros, LOWEST), zeros, zeros
 
 
@@ -259,7 +259,7 @@ def _fold_rows(
     snapshots: Snapshots | None,
 ) -> tuple[torch.Tensor, list[_Store]]:
     """State of input rows: fold all rows of each window that ends here, old ones from the state and new ones live."""
-    pooled = torch.zeros(len(items.window), spec.head_dim, device=kv_score.device)
+    pooled = torch.zeros(len(items.window), spec.head_dim, dtype=torch.float32, device=kv_score.device)
     ends = (items.entry >= 0).nonzero()[:, 0]
     if ends.numel():
         done = items[ends]
@@ -372,7 +372,7 @@ def store_torch(
     """`store` after its arguments were checked."""
     items = Items.of(plan)
     items = items[items.entry >= 0]
-    rows = torch.zeros(len(items.entry), spec.head_dim, device=pooled.device)
+    rows = torch.zeros(len(items.entry), spec.head_dim, dtype=torch.float32, device=pooled.device)
     inside = items.entry < plan.entry_capacity
     rows[inside] = pooled[items.entry[inside]].float()
     emit(rows, items, plan, cache, spec, norm_weight, rope, None)

@@ -112,7 +112,7 @@ def _pool(items: Items, tokens: _Tokens, value: _Pages, score: _Pages, spec: Com
     Maximum and sums run over the rows in position order, elementwise over items, so that no bit depends on the batch.
     """
     if items.window.numel() == 0:
-        return torch.zeros(0, spec.head_dim, device=items.window.device)
+        return torch.zeros(0, spec.head_dim, dtype=torch.float32, device=items.window.device)
     position, old = _window(items, spec)
     values, scores = [], []
     for j in range(spec.window_rows):

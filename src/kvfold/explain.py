@@ -142,8 +142,10 @@ def _step(
     narrow: CompressorSpec, state: FoldState | WindowState, start: int, new: int, fill: float, plan: StepPlan
 ) -> StepPlan:
     """Takes the step, its tokens all `fill`."""
-    rows = torch.full((1, 2 * narrow.channels), fill).expand(new, -1)  # one row in memory, however many tokens
-    ape = torch.zeros(narrow.ratio, narrow.channels) if narrow.has_ape else None
+    rows = torch.full((1, 2 * narrow.channels), fill, dtype=torch.float32).expand(
+        new, -1
+    )  # one row in memory, however many tokens
+    ape = torch.zeros(narrow.ratio, narrow.channels, dtype=torch.float32) if narrow.has_ape else None
     compress(rows, plan, state, None, spec=narrow, ape=ape, norm_weight=None, rope=None, backend="torch")
     if int(plan.errors):
         raise RuntimeError(f"the step from {start} was refused")

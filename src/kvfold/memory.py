@@ -15,9 +15,9 @@ MOST_PLANS = 16  # remembered of a layer: an engine has one for each size of its
 
 
 def where(tensors: Sequence[torch.Tensor]) -> list:
-    """Where tensors are. On a CPU, where a call takes long, their sizes and strides too: a tensor may change them in place."""
+    """Where tensors are. On a CPU, where a call takes long, also their dtypes, sizes and strides, which may change in place."""
     if tensors and tensors[0].is_cpu:
-        return [(x.data_ptr(), x.shape, x.stride()) for x in tensors]
+        return [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors]
     return [x.data_ptr() for x in tensors]
 
 
@@ -27,8 +27,8 @@ class Checked:
     Attributes:
         _token: stands for the attributes as they were checked; None where one was set since, or where nobody made the object.
         _tensors: all memory that it stands for.
-        _watched, _addresses: those that every call looks for, and where they were; no list for `FakeTensor`s. Sizes and strides
-            that a tensor changes in place are seen on a CPU alone: on a GPU it keeps them while the object has it.
+        _watched, _addresses: those that every call looks for, and where they were; no list for `FakeTensor`s. Dtypes, sizes and
+            strides that a tensor changes in place are seen on a CPU alone: on a GPU it keeps them while the object has it.
     """
 
     _token: object | None = None
@@ -116,16 +116,18 @@ def _nothing() -> None:
 class Layer:
     """What a state, or the cache of a `store`, gets in every step: other objects and weights, and where all of it is.
 
-    It is checked once, and again when an object has another token or a weight is not the same tensor at the same address.
+    It is checked once, and again when an object has another token or a weight is not the same tensor at the same address and of
+    the same dtype: a module that is cast twice may come back to its first address.
     """
 
-    __slots__ = ("bounds", "packed", "plans", "tokens", "weights", "where")
+    __slots__ = ("bounds", "dtypes", "packed", "plans", "tokens", "weights", "where")
 
     def __init__(self, tokens: tuple, weights: Sequence[torch.Tensor | None], places: Sequence[Place]) -> None:
         """Raises ValueError, which names two of `places` that share memory."""
         self.tokens = tokens
         # Weak, as functions keep nothing alive.
         self.weights = [_nothing if x is None else weakref.ref(x) for x in weights]
+        self.dtypes = [None if x is None else x.dtype for x in weights]
         self.where = where([x for x in weights if x is not None])
         self.bounds = check_apart(places)
         self.plans: dict[int, Met] = {}
@@ -134,8 +136,9 @@ class Layer:
     def same(self, tokens: tuple, weights: tuple[torch.Tensor | None, ...]) -> bool:
         if self.tokens != tokens:
             return False
-        if any(known() is not x for known, x in zip(self.weights, weights, strict=True)):
-            return False
+        for known, dtype, x in zip(self.weights, self.dtypes, weights, strict=True):
+            if known() is not x or (x is not None and x.dtype is not dtype):
+                return False
         return self.where == where([x for x in weights if x is not None])  # other lengths, where one died that is now None
 
     def met(self, plan: Checked) -> Met | None:

@@ -123,7 +123,7 @@ def unpack_records(cache: EntryCache, slots: torch.Tensor) -> torch.Tensor:
     if fmt.element == "e4m3":
         values = record.contiguous().view(torch.float8_e4m3fn).float()
     else:
-        table = torch.tensor(_E2M1 + tuple(-value for value in _E2M1), device=record.device)
+        table = torch.tensor(_E2M1 + tuple(-value for value in _E2M1), dtype=torch.float32, device=record.device)
         values = table[torch.stack((record & 15, record >> 4), dim=2).flatten(1).long()]
     if fmt.scale == "static":
         values = values * cache.scale

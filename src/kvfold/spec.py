@@ -18,7 +18,7 @@ class CompressorSpec:
         overlap: an entry also takes the `lo` half of every token of the window before (the R = 4 layers of V4).
         has_ape: a bias `ape[t % ratio]` is added to the score row of token t (V4.1 has none).
         rope_dim: how many of an entry's last channels are rotated; even, 0 to leave out RoPE.
-        norm_eps: epsilon of RMSNorm, added to the mean square.
+        norm_eps: epsilon of RMSNorm, added to the mean square; from 2**-126, the smallest normal fp32, to below 1.
         hadamard: rotate the whole entry by a Hadamard matrix after RoPE (the reference's indexer does).
 
     Raises:
@@ -47,8 +47,8 @@ class CompressorSpec:
             raise ValueError(f"ratio must be from 1 to 4096, got {self.ratio}")
         if not 0 <= self.rope_dim <= self.head_dim or self.rope_dim % 2:
             raise ValueError(f"rope_dim must be even and from 0 to head_dim={self.head_dim}, got {self.rope_dim}")
-        if not isinstance(self.norm_eps, (int, float)) or not 0 < self.norm_eps < 1:
-            raise ValueError(f"norm_eps must be a number between 0 and 1, got {self.norm_eps!r}")
+        if not isinstance(self.norm_eps, (int, float)) or not 2.0**-126 <= self.norm_eps < 1:
+            raise ValueError(f"norm_eps must be a number from 2**-126 to below 1, got {self.norm_eps!r}")
         # What an operator is told of the spec (ops.py): a string, as torch.compile would make variables of its numbers.
         object.__setattr__(self, "_text", json.dumps(astuple(self)))
 
