@@ -177,7 +177,7 @@ class Workload:
             where["entry_slots"] = self.shifted(sum(lengths) // ratio + 1, dtype=torch.int64, fill=-1)
         elif slots == "table":
             where["cache_block_table"] = self.shifted(batch, -(-bound // ratio), dtype=torch.int32)
-            where["rows_per_page"] = self.rng.choice((1, 64))
+            where["rows_per_page"] = 64  # as the caches below
         return StepPlan.build(ratio, self.shifted(batch, dtype=torch.int32), ends, bound, **where)
 
     def call(self) -> None:

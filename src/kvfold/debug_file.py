@@ -89,6 +89,8 @@ def write(path: str | os.PathLike, call: Call, history: Sequence[torch.Tensor | 
     text = json.dumps(about)
     said = {"kvfold.dump": str(VERSION), "kvfold": about["versions"]["kvfold"], "about": text}
     try:
+        if not place.parent.is_dir():
+            raise OSError(f"path cannot be written, {place}: its folder is not there")
         with write_atomically(place) as beside:
             safetensors.torch.save_file(stored, beside, metadata=said | {"crc32": str(zlib.crc32(text.encode()))})
     except safetensors.SafetensorError as error:
