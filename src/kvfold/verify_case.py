@@ -1,6 +1,10 @@
-"""What the programs of `verify --random` are made of beside kvfold's own calls: their inputs, and the judgements on results."""
+"""What the programs of `verify --random` are made of beside kvfold's own calls: inputs, steps, and judgements on results."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -11,6 +15,7 @@ from .contract import pooled_bound
 from .debug import EPILOGUE, exact_rows
 from .debug_compare import Difference, bytes_of, explained, off, put_bytes
 from .pack import bf16_bits
+from .plan import StepPlan
 from .records import FORMATS, EntryCache
 from .spec import CompressorSpec
 from .state import FoldState
@@ -18,7 +23,8 @@ from .verify_engine import UNTOUCHED, Mismatch
 from .window_state import WindowState
 
 UNWRITTEN = 7.0  # what `rows` holds before a call; no pooled row is the same in all channels
-Pages = list[list[int]]
+Pages = Sequence[Sequence[int]]
+Step = tuple[int, tuple[tuple[int, int, int, int], ...], tuple[int, ...], int, bool]  # the fields of `verify_random.Step`
 
 
 def make_tokens(
@@ -81,10 +87,99 @@ def make_cache(
     return EntryCache(wide[0], known, rows_per_page, spec, scales=wide[1] if known.separate else None, scale=scale)
 
 
-def slots_of(pages: list[int], rows_per_page: int, windows: range) -> list[int]:
-    """The cache slot of each window of a sequence, -1 where it has no page."""
-    found = [(pages[w // rows_per_page], w % rows_per_page) for w in windows]
-    return [-1 if page < 0 else page * rows_per_page + row for page, row in found]
+@dataclass
+class Run:
+    """Where a run of a case keeps things. Tables are by sequence, and -1 stands for no page.
+
+    Attributes:
+        slots: of a `FoldState`. kv, score: pages of a `WindowState`, instead; `freed`: those that a step does not need are -1.
+        pages: of the cache. entries: what plans are given of them, "table", "slots" or "none".
+    """
+
+    spec: CompressorSpec
+    lengths: list[int]
+    device: str
+    slots: list[int]
+    pages: Pages
+    rows_per_page: int
+    entries: str
+    kv: Pages = ()
+    score: Pages = ()
+    page_size: int = 0
+    freed: bool = False
+    snapshots: Pages = ()
+    snapshot_page_size: int = 0
+
+    @property
+    def entry_slots(self) -> list[list[int]]:
+        """The cache slot of each window, by sequence; -1 where it has no page."""
+        return [self.slots_of(b, range(n // self.spec.ratio)) for b, n in enumerate(self.lengths)]
+
+    def slots_of(self, sequence: int, windows: range) -> list[int]:
+        found = [(self.pages[sequence][w // self.rows_per_page], w % self.rows_per_page) for w in windows]
+        return [-1 if page < 0 else page * self.rows_per_page + row for page, row in found]
+
+    def ints(self, values: Sequence) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+    def table(self, pages: Pages, step: Step) -> Tensor:
+        """Pages of the sequences of a step, -1 behind the last one of each."""
+        rows = [*(pages[b] for b, *_ in step[1]), *[()] * len(step[2])]
+        width = max(1, *map(len, rows))
+        return self.ints([[*row, *[-1] * (width - len(row))] for row in rows])
+
+    def plan(self, step: Step) -> StepPlan:
+        bound, parts, absent, _, loose = step
+        ratio, lengths = self.spec.ratio, [*(new for _, _, new, _ in parts), *absent]
+        options: dict = {}
+        if self.page_size:
+            options = {"block_tables": (self.table(self.kv, step), self.table(self.score, step)), "page_size": self.page_size}
+            for pages in options["block_tables"] if self.freed else ():
+                for i, (_, start, _, _) in enumerate(parts):
+                    needed = (start // ratio - int(self.spec.overlap)) * ratio // self.page_size
+                    pages[i, : max(needed, 0)] = -1
+        else:
+            options["state_slots"] = self.ints([*(self.slots[b] for b, *_ in parts), *[-1] * len(absent)])
+        if self.entries == "table":
+            options |= {"cache_block_table": self.table(self.pages, step), "rows_per_page": self.rows_per_page}
+        elif self.entries == "slots":
+            ended = [(b, range(start // ratio, (start + new) // ratio)) for b, start, new, _ in parts]
+            slots = [slot for b, windows in ended for slot in self.slots_of(b, windows)]
+            options["entry_slots"] = torch.tensor([*slots, -1, -1], dtype=torch.int64, device=self.device)
+        if self.snapshot_page_size:
+            options["snapshot_table"] = self.table(self.snapshots, step)
+            options["snapshot_page_size"] = self.snapshot_page_size
+        starts = [*(start for _, start, _, _ in parts), *[7] * len(absent)]
+        room, offsets = None if loose else sum(lengths), self.ints([0, *accumulate(lengths)])
+        return StepPlan.build(ratio, self.ints(starts), offsets, bound, max_tokens=room, **options)
+
+    def play(
+        self, steps: Sequence[Step], width: int, rows: torch.dtype, call: Callable[[Step, StepPlan, Tensor], None]
+    ) -> list[Tensor]:
+        """Makes the calls. The last pooled row of each window `[width]`, by sequence."""
+        ratio, like = self.spec.ratio, {"dtype": rows, "device": self.device}
+        found = [torch.full((n // ratio, width), UNWRITTEN, **like) for n in self.lengths]
+        for step in steps:
+            plan, parts = self.plan(step), step[1]
+            out = torch.full((plan.entry_capacity, width), UNWRITTEN, **like)
+            call(step, plan, out)
+            assert int(plan.errors) == 0, f"{int(plan.errors)} refused in {step}"
+            first = plan.cu_entries.tolist()
+            for i, (b, start, new, _) in enumerate(parts):
+                begin, end = start // ratio, (start + new) // ratio
+                found[b][begin:end] = out[first[i] : first[i] + end - begin]
+            assert bool((out[first[len(parts)] :] == UNWRITTEN).all()), "a row of no entry was written"
+        return found
+
+
+def new_rows(tokens: list[Tensor], step: Step, left: int = 0, right: int = 0) -> Tensor:
+    """kv_score of a step, columns of something wider; NaN for what is not kept or not of a sequence."""
+    _, parts, absent, behind, _ = step
+    nan = torch.full_like(tokens[0][:1], torch.nan)
+    rows = [x for b, start, new, kept in parts for x in (tokens[b][start : start + kept], nan.repeat(new - kept, 1))]
+    kv_score = torch.cat([*rows, nan.repeat(sum(absent) + behind, 1)])
+    wide = torch.nn.functional.pad(kv_score, (left, right), value=torch.nan)
+    return wide[:, left : left + kv_score.shape[1]]
 
 
 def close_to_fp64(
