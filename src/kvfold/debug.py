@@ -14,7 +14,6 @@ from .contract import pooled_bound
 from .debug_call import Call, check_history, check_outside
 from .debug_compare import Difference, bytes_of, explained, off, pooled_differences, put_bytes, size_of, written
 from .debug_exact import exact_of_call
-from .debug_exact import exact_rows as exact_rows  # verify.py takes it from here
 from .pack import unpack_records
 from .plan import StepPlan
 from .records import EntryCache

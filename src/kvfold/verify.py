@@ -10,16 +10,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .backend_torch import finish
 from .compress import choose_backend, compress_many
 from .contract import pooled_bound
-from .debug import EPILOGUE, exact_rows
-from .debug_compare import Difference, bytes_of, explained, pooled_differences
+from .debug_compare import pooled_differences
+from .debug_exact import exact_rows
 from .kernels.configs import CONFIGS, ITEM_BOUNDS, Config, choose
 from .plan import ITEM_FIELDS
 from .records import FORMATS
 from .spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
 from .store import store
+from .verify_case import packed, records, same_records, same_rows, untouched
 from .verify_engine import Engine, Mismatch, Part, Schedule, Streams, chunks, drafts, prefill
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -266,10 +266,8 @@ def check_format(lab: Lab, spec: CompressorSpec, fmt: str) -> str:
     weights = {name: value for name, value in streams.weights.items() if name != "ape"}
     store(rows, plan, apart.cache, **weights, backend=lab.backend)  # type: ignore[arg-type]
     compare_bits(apart, engine, "compress", pooled=False)
-    for name, ours, theirs in _pages(engine, apart):
-        if not torch.equal(ours, theirs):
-            page, byte = (ours != theirs).nonzero()[0].tolist()
-            raise Mismatch(f"{name} {page}, byte {byte}: outside of all records, yet written")
+    for one in (engine, apart):
+        untouched(one.cache, one.entry_slots)
     return figure
 
 
@@ -345,40 +343,12 @@ def compare_within(got: Tensor, want: Tensor, bound: float, against: str) -> flo
 
 def compare_bits(got: Engine, want: Engine, against: str, *, pooled: bool = True) -> None:
     """Pooled rows and records of two engines, to the bit."""
-    stages = [("pooled row", got.pooled.view(torch.int32), want.pooled.view(torch.int32))] if pooled else []
-    for stage, a, b in [*stages, ("record bytes", got.records(), want.records())]:
-        if not torch.equal(a, b):
-            sequence, window, place = (a != b).nonzero()[0].tolist()
-            if stage == "record bytes":
-                values, channel, where = (a, b), None, f"record byte {place}"
-            else:
-                values, channel, where = (got.pooled, want.pooled), place, "bits"
-            found = (x[sequence, window, place].item() for x in values)
-            raise Mismatch(str(Difference(sequence, window, stage, channel, *found, against, where)))
+    if pooled:
+        same_rows(list(got.pooled), list(want.pooled), None, against)
+    same_records(got.cache, got.entry_slots, records(want.cache, want.entry_slots), against)
 
 
 def explain_records(engine: Engine, pooled: Tensor) -> str:
     """Raises unless the torch packer makes the records of `pooled` `[batch, windows, head_dim]`; says how nearly it does."""
-    s, cache = engine.streams, engine.cache
-    rows = pooled.flatten(0, 1)
-    rows = rows.bfloat16().float() if cache.format.round_rows else rows
-    position = torch.arange(s.windows, device=rows.device).repeat(s.batch) * s.spec.ratio
-    y = finish(rows, s.spec, s.norm_weight, s.rope, position)
-    data = bytes_of(cache, engine.entry_slots)
-    if bool(explained(cache, data, y, torch.zeros_like(y[:, :1])).all()):
-        return "bytes equal"
-    fine = explained(cache, data, y, EPILOGUE * y.norm(dim=1, keepdim=True))
-    if not bool(fine.all()):
-        entry, channel = (~fine).nonzero()[0].tolist()
-        value = float(cache.read(engine.entry_slots[entry : entry + 1])[0, channel])
-        place = entry // s.windows, entry % s.windows
-        raise Mismatch(str(Difference(*place, "record bytes", channel, value, float(y[entry, channel]), "the packer")))
-    return "bytes equal but for roundings of the norm"
-
-
-def _pages(*engines: Engine) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """The pages of two engines, and scale pages where there are."""
-    one, other = (engine.cache for engine in engines)
-    yield "page", one.pages, other.pages
-    if one.scale_pages is not None and other.scale_pages is not None:
-        yield "scale page", one.scale_pages, other.scale_pages
+    exact = packed(engine.cache, engine.entry_slots, list(pooled), engine.streams.norm_weight, engine.streams.rope)
+    return "bytes equal" if exact else "bytes equal but for roundings of the norm"

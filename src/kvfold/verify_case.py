@@ -12,8 +12,9 @@ from torch import Tensor
 from . import reference
 from .backend_torch import finish
 from .contract import pooled_bound
-from .debug import EPILOGUE, exact_rows
+from .debug import EPILOGUE
 from .debug_compare import Difference, bytes_of, explained, off, put_bytes
+from .debug_exact import exact_rows
 from .pack import bf16_bits
 from .plan import StepPlan
 from .records import FORMATS, EntryCache
@@ -191,7 +192,7 @@ def close_to_fp64(
         _blame(off(got, want, pooled_bound(spec.window_rows)), "pooled row", b, got, want, "fp64")
 
 
-def same_rows(rows: list[Tensor], whole: list[Tensor], slots: list[list[int]] | None) -> None:
+def same_rows(rows: list[Tensor], whole: list[Tensor], slots: list[list[int]] | None, against: str = "one prefill") -> None:
     """Raises Mismatch unless the pooled rows have the bits of `whole`, rounded to their dtype; a NaN is as good as another.
 
     slots: of each window, -1 where its row must have been left alone; None for no such.
@@ -204,7 +205,7 @@ def same_rows(rows: list[Tensor], whole: list[Tensor], slots: list[list[int]] | 
             want = torch.where(there, want, torch.full_like(want, UNWRITTEN))
         bits = torch.int16 if got.dtype == torch.bfloat16 else torch.int32
         wrong = (got.view(bits) != want.view(bits)) & ~(got.isnan() & want.isnan())
-        _blame(wrong, "pooled row", b, got, want, "one prefill", "bits")
+        _blame(wrong, "pooled row", b, got, want, against, "bits")
 
 
 def records(cache: EntryCache, slots: list[list[int]]) -> list[Tensor]:
@@ -253,8 +254,12 @@ def untouched_pages(state: WindowState, kv: Pages, score: Pages) -> None:
             raise Mismatch(f"pages {others} of state.{name}: of no sequence, yet written")
 
 
-def packed(cache: EntryCache, slots: list[list[int]], rows: list[Tensor], norm_weight: Tensor, rope: Tensor | None) -> None:
-    """Raises Mismatch unless the records are what the torch packer makes of pooled rows, but for roundings of the norm."""
+def packed(cache: EntryCache, slots: list[list[int]], rows: list[Tensor], norm_weight: Tensor, rope: Tensor | None) -> bool:
+    """Raises Mismatch unless the records are what the torch packer makes of pooled rows, but for roundings of the norm.
+
+    Returns whether the bytes are the same.
+    """
+    exact = True
     for b, some in enumerate(slots):
         if not some:
             continue
@@ -262,12 +267,15 @@ def packed(cache: EntryCache, slots: list[list[int]], rows: list[Tensor], norm_w
         position = torch.arange(len(some), device=pooled.device) * cache.spec.ratio
         y = finish(pooled, cache.spec, norm_weight, rope, position)
         at = _ids(some, cache)
-        fine = explained(cache, bytes_of(cache, at), y, EPILOGUE * y.norm(dim=1, keepdim=True))
+        data, norm = bytes_of(cache, at), y.norm(dim=1, keepdim=True)
+        fine = explained(cache, data, y, torch.zeros_like(norm))
         if not bool(fine.all()):
-            fine |= explained(cache, bytes_of(cache, at), y, torch.zeros_like(y[:, :1]))  # no slack of NaN
+            exact = False
+            fine |= explained(cache, data, y, EPILOGUE * norm)  # which may be NaN
         if cache.format.element == "fp32":
             fine |= y.isnan() & cache.read(at).isnan()
         _blame(~fine, "record bytes", b, cache.read(at), y, "the packer")
+    return exact
 
 
 def _ids(slots: list[int], cache: EntryCache) -> Tensor:

@@ -12,7 +12,6 @@ from torch import Tensor
 from . import reference
 from .compress import Compressor, compress
 from .debug import Report, check
-from .debug_compare import bytes_of
 from .plan import StepPlan
 from .records import EntryCache
 from .spec import CompressorSpec
@@ -201,12 +200,7 @@ class Engine:
         return Compressor(self.rows(parts), self.state, self.cache, s.spec, s.ape, s.norm_weight, s.rope)
 
     @property
-    def entry_slots(self) -> Tensor:
-        """int64 `[batch * windows]`: the cache slot of each entry."""
+    def entry_slots(self) -> list[list[int]]:
+        """The cache slot of each entry, by sequence."""
         window = torch.arange(self.streams.windows, device=self.pooled.device)
-        pages = self.cache_table[:, window // ROWS_PER_PAGE].long()
-        return (pages * ROWS_PER_PAGE + window % ROWS_PER_PAGE).flatten()
-
-    def records(self) -> Tensor:
-        """uint8 `[batch, windows, record bytes]`."""
-        return bytes_of(self.cache, self.entry_slots).view(self.streams.batch, self.streams.windows, -1)
+        return (self.cache_table[:, window // ROWS_PER_PAGE] * ROWS_PER_PAGE + window % ROWS_PER_PAGE).tolist()
