@@ -138,8 +138,7 @@ def check(
         RuntimeError: in a CUDA graph's capture, or traced.
     """
     check_outside("check", kv_score)
-    weights = {"spec": spec, "ape": ape, "norm_weight": norm_weight, "rope": rope}
-    call = Call.of(kv_score, plan, state, cache, **weights, rows=rows, snapshots=snapshots, backend=backend)
+    call = Call.of(Compressor(kv_score, state, cache, spec, ape, norm_weight, rope, snapshots), plan, rows, backend)
     check_history(full_history, call)
     return compare(call, full_history)
 

@@ -13,6 +13,7 @@ import torch
 from .backend_torch import Items, _Rows, history_starts
 from .compress import Compressor
 from .plan import MOST_POSITIONS, StepPlan
+from .records import EntryCache
 from .snapshots import Snapshots
 from .state import FoldState
 from .window_state import WindowState
@@ -104,16 +105,15 @@ def _table_refusals(plan: StepPlan, b: int, windows: range, room: int) -> Iterat
     """Entries for which a plan finds no page in `cache_block_table`. room: entries that the plan has a place for."""
     table, size = plan.cache_block_table, plan.rows_per_page
     assert table is not None and size is not None
-    width = table.shape[1]
-    row = table[b, windows.start // size : (windows.stop - 1) // size + 1].tolist() if windows else []
+    row = table[b].tolist()
     for window in windows[: max(room, 0)]:
         column = window // size
-        if column >= width:
-            columns = "column" if width == 1 else "columns"
-            yield Refusal(b, window, f"cache_block_table has {width} {columns}, and its entry is in page {column}")
-        elif row[column - windows.start // size] < -1:
-            page = row[column - windows.start // size]
-            yield Refusal(b, window, f"cache_block_table[{b}, {column}] is {page}; pages count from 0, and -1 drops an entry")
+        if column >= len(row):
+            columns = "column" if len(row) == 1 else "columns"
+            yield Refusal(b, window, f"cache_block_table has {len(row)} {columns}, and its entry is in page {column}")
+        elif row[column] < -1:
+            reason = f"cache_block_table[{b}, {column}] is {row[column]}; pages count from 0, and -1 drops an entry"
+            yield Refusal(b, window, reason)
 
 
 def _heads(items: Items) -> list[tuple[int, int, int, int, int]]:
@@ -216,24 +216,19 @@ def _snapshot_pages(snapshots: Snapshots, plan: StepPlan, b: int, start: int, en
 
 
 def _entry_refusals(c: Compressor, plan: StepPlan, items: Items) -> Iterator[Refusal]:
-    cache, spec = c.cache, c.spec
-    room, slots = plan.entry_capacity, None if plan.entry_slots is None else plan.entry_slots.tolist()
+    spec, room = c.spec, plan.entry_capacity
+    slots = None if c.cache is None or plan.entry_slots is None else plan.entry_slots.tolist()
     for window, entry, b in torch.stack((items.window, items.entry, items.sequence), dim=1).tolist():
         if entry >= room:
             yield Refusal(b, window, f"it is entry {entry} of the step, and the plan has room for {room} (entry_slots)")
-        elif entry >= 0 and cache is not None and slots is not None and slots[entry] != -1:
-            reason = _slot_reason(c, plan, b, window, entry, slots[entry])
-            if reason:
-                yield Refusal(b, window, reason)
+        elif entry >= 0 and slots is not None and slots[entry] != -1:
+            if not 0 <= slots[entry] < c.cache.num_slots:
+                yield Refusal(b, window, _slot_reason(c.cache, plan, b, window, entry, slots[entry]))
             elif spec.rope_dim and c.rope is not None and window * spec.ratio >= len(c.rope):
                 yield Refusal(b, window, f"it begins at position {window * spec.ratio}, and rope has {len(c.rope)} positions")
 
 
-def _slot_reason(c: Compressor, plan: StepPlan, b: int, window: int, entry: int, slot: int) -> str:
-    cache = c.cache
-    assert cache is not None
-    if 0 <= slot < cache.num_slots:
-        return ""
+def _slot_reason(cache: EntryCache, plan: StepPlan, b: int, window: int, entry: int, slot: int) -> str:
     if plan.cache_block_table is not None and plan.rows_per_page:
         page, column = slot // plan.rows_per_page, window // plan.rows_per_page
         return f"cache_block_table[{b}, {column}] is {page}, and the cache has {cache.num_pages} pages"

@@ -70,8 +70,7 @@ def dump(
     check_switch("pdl", pdl)
     if not isinstance(whole, bool):
         raise TypeError(f"whole must be a bool, got {type(whole).__name__}")
-    weights = {"spec": spec, "ape": ape, "norm_weight": norm_weight, "rope": rope}
-    call = Call.of(kv_score, plan, state, cache, **weights, rows=rows, snapshots=snapshots, backend=backend)
+    call = Call.of(Compressor(kv_score, state, cache, spec, ape, norm_weight, rope, snapshots), plan, rows, backend)
     call.pdl = pdl
     check_history(full_history, call)
     debug_file.write(path, call, full_history, whole)
