@@ -26,7 +26,7 @@ def check_int(name: str, value: object, low: int, high: int) -> None:
 
 def check_switch(name: str, value: object) -> None:
     """True, False or None."""
-    if value is not None and value is not True and value is not False:
+    if value is not None and not isinstance(value, bool):
         raise TypeError(f"{name} must be a bool or None, got {type(value).__name__}")
 
 

@@ -11,6 +11,7 @@ import os
 import stat
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
+from typing import Any
 
 import torch
 
@@ -136,10 +137,9 @@ def check_number(name: str, value: object, low: int, high: int) -> int:
     return value
 
 
-def check_about(about: object) -> None:
-    """All of the metadata but what objects check when they are made of it."""
+def check_about(about: Any) -> dict:
+    """Checks all of the metadata but what objects check when they are made of it, and returns it."""
     check_fields("", about, ABOUT)
-    assert isinstance(about, dict)
     if about["call"] not in ("compress", "compress_many", "store"):
         raise ValueError(f"call must be compress, compress_many or store, got {_short(about['call'])}")
     if about["backend"] not in BACKENDS:
@@ -162,11 +162,11 @@ def check_about(about: object) -> None:
         _check_layout(f"tensors.{name}", layout)
     for name, number in about["crc32"].items():
         check_number(f"crc32.{_short(name)}", number, 0, (1 << 32) - 1)
+    return about
 
 
-def _check_compressor(name: str, one: object, is_store: bool) -> None:
+def _check_compressor(name: str, one: Any, is_store: bool) -> None:
     check_fields(name, one, COMPRESSOR)
-    assert isinstance(one, dict)
     if (one["state"] is None) != is_store:
         raise ValueError(f"{name}.state must be {'null for a store' if is_store else 'given'}, got {_short(one['state'])}")
     if is_store and (one["cache"] is None or one["snapshots"] is not None):
@@ -184,11 +184,10 @@ def _check_compressor(name: str, one: object, is_store: bool) -> None:
         check_fields(f"{name}.snapshots", one["snapshots"], {"page_size": (int,)})
 
 
-def _check_dataclass(name: str, value: object, kind: type) -> None:
+def _check_dataclass(name: str, value: Any, kind: type) -> None:
     """The fields by name, and those that are numbers or text by type; the object itself checks what they are."""
     known = {field.name: _ANNOTATED[str(field.type)] for field in fields(kind)}
     check_fields(name, value, known, tuple(f.name for f in fields(kind) if f.default is not MISSING))
-    assert isinstance(value, dict)
     for key, one in value.items():
         if isinstance(one, list) and not all(type(x) is int and 0 < x <= 1 << 20 for x in one):
             raise ValueError(f"{name}.{key} must be a list of sizes, got {_short(one)}")

@@ -105,8 +105,12 @@ def read(
     safetensors = _safetensors()
     try:
         with safetensors.safe_open(text, framework="pt") as file:
-            about = _about(text, file.metadata() or {})
+            said = file.metadata() or {}
+            _check_version(text, said)
             try:
+                if said["crc32"] != str(zlib.crc32(said["about"].encode())):
+                    raise ValueError("its numbers have changed")
+                about = check_about(parse(said["about"]))
                 return *_make(text, about, file, device, max_bytes), about
             except _DAMAGES as error:
                 raise ValueError(f"path must name a whole file of kvfold.dump, {text} is damaged: {error}") from error
@@ -116,21 +120,12 @@ def read(
         raise ValueError(f"path must name a file of kvfold.dump, {text} is none or is damaged: {error}") from None
 
 
-def _about(path: str, said: dict[str, str]) -> dict:
+def _check_version(path: str, said: dict[str, str]) -> None:
     if "kvfold.dump" not in said:
         raise ValueError(f"path must name a file of kvfold.dump, {path} is another safetensors file")
     if said["kvfold.dump"] != str(VERSION):
         have = f"version {said['kvfold.dump'][:20]}, of kvfold {said.get('kvfold', '')[:20]}"
         raise ValueError(f"path must name a file of format version {VERSION}, {path} has {have}")
-    try:
-        if said["crc32"] != str(zlib.crc32(said["about"].encode())):
-            raise ValueError("its numbers have changed")
-        about = parse(said["about"])
-        check_about(about)
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"path must name a whole file of kvfold.dump, {path} is damaged: {error}") from None
-    assert isinstance(about, dict)
-    return about
 
 
 def _make(

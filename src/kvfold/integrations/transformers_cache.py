@@ -279,15 +279,13 @@ class LayerFold:
         return torch.arange(0) if first is None else torch.arange(first.shape[0], device=first.device)
 
     def _check_rewind(self, length: int) -> None:
-        if length == self.step_start or (length >= 0 and self._written() - length <= self.max_new_tokens):
+        written = max((fold.written for fold in self.folds.values()), default=self.length)
+        if length == self.step_start or (length >= 0 and written - length <= self.max_new_tokens):
             return
         raise UnsupportedError(
             f"a rewind from {self.length} to {length} tokens: kvfold can go back to {self.step_start}, where the last step"
             f" began, or by up to max_new_tokens={self.max_new_tokens}, an argument of patch()"
         )
-
-    def _written(self) -> int:
-        return max((fold.written for fold in self.folds.values()), default=self.length)
 
     def keys_at(self, length: int, window: int) -> torch.Tensor:
         """The keys that `rewind` would return; it raises what that would and changes nothing."""
