@@ -6,7 +6,6 @@ Every error is a ValueError that names the field. The file's checksums are for a
 from __future__ import annotations
 
 import json
-import math
 import os
 import stat
 from collections.abc import Mapping
@@ -51,8 +50,6 @@ _ANNOTATED = {  # how a field is written, and what JSON makes of it
     "bool": (bool,), "int": (int,), "float": (int, float), "str": _SAID, "int | None": (int, type(None)),
     "tuple[int, ...]": (list,),
 }  # fmt: skip
-# Numbers of a plan, and the tensor that each comes with.
-TOGETHER = (("page_size", "kv_table"), ("page_size", "score_table"), ("snapshot_page_size", "snapshot_table"))
 STATES = {None: (), "FoldState": ("state.rows", "state.positions"), "WindowState": ("state.kv", "state.score")}
 POOLS = ("state.rows", "state.positions", "state.kv", "state.score", "cache.pages", "cache.scale_pages", "snapshots.rows",
          "snapshots.positions", "rope")  # fmt: skip
@@ -260,16 +257,8 @@ def check_stored(about: dict, stored: Mapping[str, tuple[torch.dtype, list[int]]
             raise ValueError(f"tensors.{name}.address must be a multiple of {dtype.itemsize}, got {layout['address']}")
     sizes = {"batch": plan["batch"], "batch + 1": plan["batch"] + 1, "8": len(ITEM_FIELDS), "1": 1}
     sizes |= {name: plan[name] for name in ("entry_capacity", "item_capacity")}
-    for number, table in TOGETHER:
-        if (plan[number] is None) != (f"plan.{table}" not in layouts):
-            raise ValueError(f"plan.{number} must be given with tensors.plan.{table} and only then, got {plan[number]}")
-    paged, slots = "plan.kv_table" in layouts, "plan.entry_slots" in layouts
-    if paged == ("plan.state_slots" in layouts) or (paged and plan["snapshot_page_size"] is not None):
-        raise ValueError(
-            "tensors must have plan.state_slots, or plan.kv_table and plan.score_table without plan.snapshot_table"
-        )
-    if "plan.cache_block_table" in layouts and (plan["rows_per_page"] is None or not slots):
-        raise ValueError("plan.rows_per_page and tensors.plan.entry_slots must be given with tensors.plan.cache_block_table")
+    if ("plan.kv_table" in layouts) == ("plan.state_slots" in layouts):  # what else goes together `StepPlan` checks
+        raise ValueError("tensors must have either plan.state_slots or plan.kv_table")
     for name, want in PLAN_SHAPES.items():
         layout = layouts.get(f"plan.{name}")
         if layout is None:
@@ -279,14 +268,6 @@ def check_stored(about: dict, stored: Mapping[str, tuple[torch.dtype, list[int]]
         ):
             shape = [size and sizes[size] for size in want]
             raise ValueError(f"tensors.plan.{name}.shape must be {shape} by the plan's numbers, got {layout['shape']}")
-        long = [(n, step) for n, step in zip(layout["shape"], layout["stride"], strict=True) if n != 1]
-        if 0 not in layout["shape"] and [step for _, step in long] != _dense([n for n, _ in long]):
-            raise ValueError(f"tensors.plan.{name}.stride must be that of a contiguous tensor, got {layout['stride']}")
-
-
-def _dense(shape: list[int]) -> list[int]:
-    """Strides of a contiguous tensor."""
-    return [math.prod(shape[i + 1 :]) for i in range(len(shape))]
 
 
 def _overlap(shape: list[int], stride: list[int]) -> bool:

@@ -296,7 +296,7 @@ def _put_tensors(plan: StepPlan, named: dict[str, torch.Tensor]) -> None:
     for name in PLAN_TENSORS:
         setattr(plan, name, named.get(f"plan.{name}"))
     tables = named.get("plan.kv_table"), named.get("plan.score_table")
-    plan.block_tables, plan.fresh = None if tables[0] is None else tables, True
+    plan.block_tables, plan.fresh = tables if any(x is not None for x in tables) else None, True
 
 
 def _compressor(i: int, numbers: dict, spec: CompressorSpec, named: dict[str, torch.Tensor]) -> Compressor:
