@@ -19,8 +19,8 @@ from .plan import ITEM_FIELDS
 from .records import FORMATS
 from .spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
 from .store import store
-from .verify_case import packed, records, same_records, same_rows, untouched
-from .verify_engine import Engine, Mismatch, Part, Schedule, Streams, chunks, drafts, prefill
+from .verify_case import Mismatch, packed, records, same_records, same_rows, untouched
+from .verify_engine import Engine, Schedule, Streams, chunks, drafts, prefill
 
 BF16, FP32 = torch.bfloat16, torch.float32
 # (state, kv_score) for each kind of kernel; the first is what engines use, and all that `quick` looks at.
@@ -239,13 +239,19 @@ def check_store(lab: Lab, config: Config, dtype: torch.dtype) -> str:
     spec, _ = representative(config)
     streams = lab.streams(spec, dtype)
     engine = lab.engine(streams, "fold")
-    parts = [Part(0, streams.length, streams.length)] * streams.batch
-    plan = engine.plan(parts)
-    rows = streams.tokens.flatten(0, 1)[: plan.entry_capacity, : spec.head_dim].contiguous()
-    weights = {name: value for name, value in streams.weights.items() if name != "ape"}
-    store(rows, plan, engine.cache, **weights, backend=lab.backend)  # type: ignore[arg-type]
-    pooled = rows[: streams.batch * streams.windows].view(streams.batch, streams.windows, -1).float()
-    return explain_records(engine, pooled)
+    rows = streams.tokens[:, : streams.windows, : spec.head_dim]
+    store_rows(engine, rows)
+    return explain_records(engine, rows.float())
+
+
+def store_rows(engine: Engine, pooled: Tensor) -> None:
+    """`kvfold.store` of `[batch, windows, head_dim]`."""
+    s = engine.streams
+    plan = engine.plan(*prefill(s.batch, s.length))
+    rows = pooled.new_zeros(plan.entry_capacity, s.spec.head_dim)
+    rows[: s.batch * s.windows] = pooled.flatten(0, 1)
+    weights = {name: value for name, value in s.weights.items() if name != "ape"}
+    store(rows, plan, engine.cache, **weights, backend=engine.backend)
 
 
 def check_format(lab: Lab, spec: CompressorSpec, fmt: str) -> str:
@@ -260,11 +266,7 @@ def check_format(lab: Lab, spec: CompressorSpec, fmt: str) -> str:
     engine.run(schedule[-1:])
     figure = explain_records(engine, engine.pooled)
     apart = lab.engine(streams, "fold", fmt=fmt)
-    plan = apart.plan([Part(0, streams.length, streams.length)] * streams.batch)
-    rows = torch.zeros(plan.entry_capacity, streams.spec.head_dim, device=lab.device)
-    rows[: streams.batch * streams.windows] = engine.pooled.flatten(0, 1)
-    weights = {name: value for name, value in streams.weights.items() if name != "ape"}
-    store(rows, plan, apart.cache, **weights, backend=lab.backend)  # type: ignore[arg-type]
+    store_rows(apart, engine.pooled)
     compare_bits(apart, engine, "compress", pooled=False)
     for one in (engine, apart):
         untouched(one.cache, one.entry_slots)
@@ -325,7 +327,7 @@ def check_many(lab: Lab) -> str:
 def compare_exact(engine: Engine) -> float:
     """The largest relative error of a pooled row against fp64. Raises Mismatch where it is beyond the bound."""
     s = engine.streams
-    exact = torch.stack([exact_rows(tokens, s.spec, s.ape, engine.state) for tokens in s.tokens])
+    exact = torch.stack([exact_rows(tokens, s.spec, s.weights["ape"], engine.state) for tokens in s.tokens])
     return compare_within(engine.pooled, exact, pooled_bound(s.spec.window_rows), "fp64")
 
 
@@ -350,5 +352,6 @@ def compare_bits(got: Engine, want: Engine, against: str, *, pooled: bool = True
 
 def explain_records(engine: Engine, pooled: Tensor) -> str:
     """Raises unless the torch packer makes the records of `pooled` `[batch, windows, head_dim]`; says how nearly it does."""
-    exact = packed(engine.cache, engine.entry_slots, list(pooled), engine.streams.norm_weight, engine.streams.rope)
+    weights = engine.streams.weights
+    exact = packed(engine.cache, engine.entry_slots, list(pooled), weights["norm_weight"], weights["rope"])
     return "bytes equal" if exact else "bytes equal but for roundings of the norm"

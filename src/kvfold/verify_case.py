@@ -1,4 +1,4 @@
-"""What the programs of `verify --random` are made of beside kvfold's own calls: inputs, steps, and judgements on results."""
+"""What `verify` is made of beside kvfold's own calls: inputs, judgements on results, and the steps of programs of `--random`."""
 
 from __future__ import annotations
 
@@ -20,12 +20,17 @@ from .plan import StepPlan
 from .records import FORMATS, EntryCache
 from .spec import CompressorSpec
 from .state import FoldState
-from .verify_engine import UNTOUCHED, Mismatch
 from .window_state import WindowState
 
+UNTOUCHED = 0xA5  # what a cache holds before
 UNWRITTEN = 7.0  # what `rows` holds before a call; no pooled row is the same in all channels
+Device = torch.device | str
 Pages = Sequence[Sequence[int]]
 Step = tuple[int, tuple[tuple[int, int, int, int], ...], tuple[int, ...], int, bool]  # the fields of `verify_random.Step`
+
+
+class Mismatch(Exception):
+    """Something is not what it must be; the text says what and where."""
 
 
 def make_tokens(
@@ -52,7 +57,7 @@ def make_tokens(
 
 
 def make_weights(
-    spec: CompressorSpec, length: int, values: str, draw: torch.Generator, norm_dtype: torch.dtype, device: str
+    spec: CompressorSpec, length: int, values: str, draw: torch.Generator, norm_dtype: torch.dtype, device: Device
 ) -> dict[str, CompressorSpec | Tensor | None]:
     """spec, ape, norm_weight and rope, as `compress` takes them; `length`: tokens of the longest sequence."""
     ape = torch.randn(spec.ratio, spec.channels, generator=draw) * (values != "tied")
@@ -61,7 +66,7 @@ def make_weights(
     return {"spec": spec, "ape": ape.to(device) if spec.has_ape else None, "norm_weight": norm_weight, "rope": rope}
 
 
-def make_state(spec: CompressorSpec, slots: int, max_new_tokens: int, dtype: torch.dtype, device: str) -> FoldState:
+def make_state(spec: CompressorSpec, slots: int, max_new_tokens: int, dtype: torch.dtype, device: Device) -> FoldState:
     """A `FoldState` whose rows are NaN."""
     state = FoldState.allocate(spec, slots, max_new_tokens, dtype=dtype, device=device)
     state.rows.fill_(torch.nan)
@@ -69,7 +74,7 @@ def make_state(spec: CompressorSpec, slots: int, max_new_tokens: int, dtype: tor
 
 
 def make_pools(
-    spec: CompressorSpec, pages: int, page_size: int, dtype: torch.dtype, device: str, *, joined: bool = False
+    spec: CompressorSpec, pages: int, page_size: int, dtype: torch.dtype, device: Device, *, joined: bool = False
 ) -> WindowState:
     """A `WindowState` of NaN. joined: both pools are columns of one tensor."""
     if not joined:
@@ -79,7 +84,7 @@ def make_pools(
 
 
 def make_cache(
-    fmt: str, spec: CompressorSpec, pages: int, rows_per_page: int, device: str, *, scale: float = 1.0, gap: int = 0
+    fmt: str, spec: CompressorSpec, pages: int, rows_per_page: int, device: Device, *, scale: float = 1.0, gap: int = 0
 ) -> EntryCache:
     """A cache of bytes `UNTOUCHED`, `gap` more of them behind each page."""
     known = FORMATS[fmt]
