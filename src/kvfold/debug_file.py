@@ -142,7 +142,10 @@ def _make(
     need = room_of(about, {name: dtype for name, (dtype, _) in stored.items()}, rows)
     check_room(path, need, max_bytes)
     named = {name: _lay_out(name, about, file, name + ".kept" in stored, device) for name in about["tensors"]}
-    _put_tensors(plan, named)
+    for name in PLAN_TENSORS:
+        setattr(plan, name, named.get(f"plan.{name}"))
+    tables = named.get("plan.kv_table"), named.get("plan.score_table")
+    plan.block_tables, plan.fresh = tables if any(x is not None for x in tables) else None, True
     compressors = tuple(_compressor(i, one, specs[i], named) for i, one in enumerate(about["compressors"]))
     call = Call(about["call"], compressors, plan, named.get("rows"), about["backend"], about["pdl"])
     call.check("torch")
@@ -290,13 +293,6 @@ def _numbered(numbers: dict) -> StepPlan:
     if plan.item_capacity < least:
         raise ValueError(f"plan.item_capacity must be at least {least} by the plan's other numbers, got {plan.item_capacity}")
     return plan
-
-
-def _put_tensors(plan: StepPlan, named: dict[str, torch.Tensor]) -> None:
-    for name in PLAN_TENSORS:
-        setattr(plan, name, named.get(f"plan.{name}"))
-    tables = named.get("plan.kv_table"), named.get("plan.score_table")
-    plan.block_tables, plan.fresh = tables if any(x is not None for x in tables) else None, True
 
 
 def _compressor(i: int, numbers: dict, spec: CompressorSpec, named: dict[str, torch.Tensor]) -> Compressor:

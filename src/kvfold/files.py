@@ -6,7 +6,7 @@ import os
 import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -48,13 +48,8 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file() and not target.is_dir():
         return  # a pipe would be ended by being opened and closed
-    with _named(path):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with write_atomically(target):
-                raise _Fine
-        except _Fine:
-            pass
+    with suppress(_Fine), write_atomically(path):
+        raise _Fine
 
 
 class _Fine(Exception):

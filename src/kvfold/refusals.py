@@ -44,8 +44,8 @@ class Refusal:
 def plan_refusals(plan: StepPlan) -> list[Refusal]:
     """What `StepPlan.update` counts, of the tensors that the plan was built from."""
     found, entry = [], 0
-    for b, slot, start, token, behind in _sequences(plan):
-        reason = _sequence_reason(plan, b, slot, start, token, behind)
+    for b, slot, start, token, behind in sequences(plan):
+        reason = sequence_reason(plan, b, slot, start, token, behind)
         if reason:
             found.append(Refusal(b, -1, reason))
             continue
@@ -63,7 +63,8 @@ def call_refusals(c: Compressor, plan: StepPlan) -> list[Refusal]:
         found = _fold_refusals(c.state, c, items)
     elif isinstance(c.state, WindowState):
         found = [Refusal(b, -1, reason) for b, reason in _short_tokens(c, items)]
-    items = _without(items, found)
+    gone = torch.tensor([r.sequence for r in found], dtype=torch.int64, device=items.sequence.device)
+    items = items[~torch.isin(items.sequence, gone)]
     if isinstance(c.state, WindowState):
         pages, made = _page_refusals(c.state, plan, items, int(c.spec.overlap))
         found += pages
@@ -73,7 +74,7 @@ def call_refusals(c: Compressor, plan: StepPlan) -> list[Refusal]:
     return [*found, *_entry_refusals(c, plan, items)]
 
 
-def _sequences(plan: StepPlan) -> Iterator[tuple[int, int, int, int, int]]:
+def sequences(plan: StepPlan) -> Iterator[tuple[int, int, int, int, int]]:
     """Sequence, slot, start, first row of kv_score and the one behind its last, of sequences that are not absent."""
     offsets = plan.cu_seqlens.tolist()
     slots = [0] * plan.batch if plan.state_slots is None else plan.state_slots.tolist()
@@ -82,7 +83,7 @@ def _sequences(plan: StepPlan) -> Iterator[tuple[int, int, int, int, int]]:
             yield b, slot, start, offsets[b], offsets[b + 1]
 
 
-def _sequence_reason(plan: StepPlan, b: int, slot: int, start: int, token: int, behind: int) -> str:
+def sequence_reason(plan: StepPlan, b: int, slot: int, start: int, token: int, behind: int) -> str:
     length = behind - token
     if slot < -1:
         return f"state_slots[{b}] is {slot}; slots count from 0, and -1 leaves a sequence out"
@@ -116,27 +117,22 @@ def _table_refusals(plan: StepPlan, b: int, windows: range, room: int) -> Iterat
             yield Refusal(b, window, reason)
 
 
-def _heads(items: Items) -> list[tuple[int, int, int, int, int]]:
+def heads(items: Items) -> list[tuple[int, int, int, int, int]]:
     """Sequence, slot, start, end and first row of kv_score of each sequence that has work items."""
     columns = (items.sequence, items.slot, items.start, items.end, items.token)
     return torch.stack(columns, dim=1).unique(dim=0).tolist()
 
 
-def _without(items: Items, refused: list[Refusal]) -> Items:
-    gone = torch.tensor([r.sequence for r in refused], dtype=torch.int64, device=items.sequence.device)
-    return items[~torch.isin(items.sequence, gone)]
-
-
 def _short_tokens(c: Compressor, items: Items) -> Iterator[tuple[int, str]]:
     have = c.kv_score.shape[0]
-    for b, _, start, end, token in _heads(items):
+    for b, _, start, end, token in heads(items):
         if token + end - start > have:
             yield b, f"its new tokens are kv_score rows {token} to {token + end - start - 1}, and kv_score has {have} rows"
 
 
 def _fold_refusals(state: FoldState, c: Compressor, items: Items) -> list[Refusal]:
     found, short, held = [], dict(_short_tokens(c, items)), _Rows(state)
-    for b, slot, start, _, _ in _heads(items):
+    for b, slot, start, _, _ in heads(items):
         if slot >= state.num_slots:
             found.append(Refusal(b, -1, f"its state slot is {slot}, and the state has {state.num_slots} slots"))
         elif b in short:
@@ -195,15 +191,15 @@ def _page_reasons(tables: list[torch.Tensor], pools: tuple[int, int], b: int, po
 
 
 def _snapshot_refusals(snapshots: Snapshots, plan: StepPlan, items: Items) -> Iterator[Refusal]:
-    for b, _, start, end, _ in _heads(items):
-        for k, page in _snapshot_pages(snapshots, plan, b, start, end):
+    for b, _, start, end, _ in heads(items):
+        for k, page in snapshot_pages(snapshots, plan, b, start, end):
             ends = (k + 1) * snapshots.page_size
             if ends <= end and not -1 <= page < snapshots.num_pages:
                 reason = f"snapshot_table[{b}, {k}] is {page}, and there are {snapshots.num_pages} snapshots"
                 yield Refusal(b, (ends - 1) // plan.ratio, reason)
 
 
-def _snapshot_pages(snapshots: Snapshots, plan: StepPlan, b: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+def snapshot_pages(snapshots: Snapshots, plan: StepPlan, b: int, start: int, end: int) -> Iterator[tuple[int, int]]:
     """Pages of which a step over `[start, end)` has rows to keep, and what the table says of each."""
     assert plan.snapshot_table is not None
     size = snapshots.page_size

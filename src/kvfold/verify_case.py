@@ -1,4 +1,4 @@
-"""What `verify` is made of beside kvfold's own calls: inputs, judgements on results, and the steps of programs of `--random`."""
+"""What `verify` is made of beside kvfold's own calls: inputs, judgements on results, and the steps of `--random`."""
 
 from __future__ import annotations
 

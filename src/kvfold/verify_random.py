@@ -177,8 +177,9 @@ def draw_shape(rng: random.Random, budget: Budget) -> Shape:
         scale=rng.choice((1.0, 0.5, 0.037, 3.2)) if fmt is not None and fmt.name.startswith(("fp8_tensor", "nvfp4")) else 1.0,
         norm_dtype=rng.choice(FLOATS), rows=rows,
         addressing=rng.choice(("table", "slots")) if fmt is not None else rng.choice(("none", "table", "slots")),
-        page_size=_page_size(rng, ratio) if state == "window" else 0, snapshot=snapshot, aligned=rng.random() < 0.6,
-        bound=rng.choice(BOUNDS), max_new_tokens=rng.choice((1, 2, 4, 5, 8)),
+        page_size=rng.choice((ratio, 2 * ratio, rng.randint(1, 9), rng.randint(1, 2 * ratio + 1), 16, 64))
+        if state == "window" else 0,
+        snapshot=snapshot, aligned=rng.random() < 0.6, bound=rng.choice(BOUNDS), max_new_tokens=rng.choice((1, 2, 4, 5, 8)),
     )  # fmt: skip
     if state == "fold" and fmt is not None and rng.random() < 0.25:
         return _with_other(rng, shape)
@@ -209,10 +210,6 @@ def _ratio(rng: random.Random, budget: Budget, state: str) -> int:
     if ratio > 1024 and rng.random() < 0.5:
         ratio = high
     return 1 << (ratio.bit_length() - 1) if state == "window" else ratio
-
-
-def _page_size(rng: random.Random, ratio: int) -> int:
-    return rng.choice((ratio, 2 * ratio, rng.randint(1, 9), rng.randint(1, 2 * ratio + 1), 16, 64))
 
 
 class _Drawer:

@@ -6,7 +6,7 @@ and deleting the cache frees it. This file knows tensors and positions, not tran
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,13 +25,6 @@ class UnsupportedError(NotImplementedError):
     """Something that kvfold's transformers integration does not do; the message says what, and what to do instead."""
 
 
-@dataclass
-class _Planned:
-    key: tuple[int, int, int]
-    start: int
-    plan: StepPlan
-
-
 class Plans:
     """The last `StepPlan` of each ratio and device: built once per step shape, shared by the layers and compressors of a cache.
 
@@ -40,31 +33,24 @@ class Plans:
     """
 
     def __init__(self) -> None:
-        self._last: dict[tuple[int, torch.device], _Planned] = {}
+        self._last: dict[tuple[int, torch.device], tuple[tuple, int, StepPlan]] = {}
 
     def get(self, ratio: int, device: torch.device, batch: int, start: int, new: int, capacity: int) -> StepPlan:
         """Plan of a uniform step: `batch` sequences which all have `start` tokens and get `new` more.
 
         Slot and page of a sequence are its batch row; a page has `capacity` entries.
         """
-        key = (batch, new, capacity)
-        last = self._last.get((ratio, device))
-        if last is not None and last.key == key:
-            if last.start != start:
-                last.plan.update(_starts(batch, start, device), last.plan.cu_seqlens)
-                last.start = start
-            return last.plan
-        rows = torch.arange(batch, dtype=torch.int32, device=device)
-        plan = StepPlan.build(
-            ratio,
-            _starts(batch, start, device),
-            torch.arange(batch + 1, dtype=torch.int32, device=device) * new,
-            max(new, 1),
-            state_slots=rows,
-            cache_block_table=rows[:, None].contiguous(),
-            rows_per_page=capacity,
-        )
-        self._last[ratio, device] = _Planned(key, start, plan)
+        key, ints = (batch, new, capacity), {"dtype": torch.int32, "device": device}
+        known, before, plan = self._last.get((ratio, device), (None, start, None))
+        if known != key:
+            rows, ends = torch.arange(batch, **ints), torch.arange(batch + 1, **ints) * new
+            plan = StepPlan.build(
+                ratio, torch.full((batch,), start, **ints), ends, max(new, 1), state_slots=rows,
+                cache_block_table=rows[:, None].contiguous(), rows_per_page=capacity,
+            )  # fmt: skip
+        elif before != start:
+            plan.update(torch.full((batch,), start, **ints), plan.cu_seqlens)
+        self._last[ratio, device] = key, start, plan
         return plan
 
 
@@ -82,10 +68,6 @@ class CacheFold:
 
     def __reduce__(self) -> tuple:
         return CacheFold, ()
-
-
-def _starts(batch: int, start: int, device: torch.device) -> torch.Tensor:
-    return torch.full((batch,), start, dtype=torch.int32, device=device)
 
 
 class CompressorFold:
