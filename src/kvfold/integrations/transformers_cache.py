@@ -111,22 +111,11 @@ class CompressorFold:
         self.storage = self.storage.to(torch.promote_types(self.storage.dtype, entries))
         self.spec = spec
 
-    def advance(
-        self,
-        kv_score: torch.Tensor,
-        start: int,
-        new: int,
-        plans: Plans,
-        *,
-        ape: torch.Tensor,
-        norm_weight: torch.Tensor,
-        rope: torch.Tensor,
-        backend: str | None,
-        check: bool,
-    ) -> None:
+    def advance(self, kv_score: torch.Tensor, start: int, new: int, plans: Plans, check: bool, **weights: Any) -> None:
         """Folds `kv_score` `[batch * new, 2 * channels]`, sequence-major, at positions `start .. start + new - 1`.
 
-        Mutates state, storage and count. `check` reads the plan's error counter, which waits for the device.
+        Mutates state, storage and count. `check` reads the plan's error counter, which waits for the device. weights, and the
+        backend: as `compress` takes them.
 
         Raises:
             UnsupportedError: `start` is beyond what it has seen.
@@ -143,10 +132,7 @@ class CompressorFold:
         if self.cache is None or self.cache.storage is not self.storage or self.cache.spec is not self.spec:
             self.cache = EntryCache(self.storage, _FORMATS[self.storage.dtype], capacity, self.spec)
         self.written = max(self.written, end)
-        compress(
-            kv_score, plan, self.state, self.cache, spec=self.spec, ape=ape, norm_weight=norm_weight, rope=rope,
-            backend=backend,
-        )  # fmt: skip
+        compress(kv_score, plan, self.state, self.cache, spec=self.spec, **weights)
         if check and (refused := int(plan.errors)):
             raise RuntimeError(
                 f"kvfold refused {refused} of {batch} sequences: its state cannot continue from position {start}. Rewind"
