@@ -90,8 +90,8 @@ _HIDDEN = {
     "Mkldnn": "an mkldnn tensor; pass x.to_dense()",
     "Python": "a subclass that keeps its elements elsewhere; pass the plain tensor in it",
 }
-_KEYS = torch._C._dispatch_keys  # one question to torch tells all of them apart, in 0.4 us
-_plain: set[int] = set()  # what it answered for tensors that are plain
+_KEYS = torch._C._dispatch_keys  # one call tells all of them apart
+_plain: set[int] = set()  # the keys of plain tensors
 
 
 def check_memory(name: str, tensor: object, *, fake: bool = False) -> None:

@@ -222,7 +222,7 @@ def _step_differences(
 
 
 def _plan_differences(plan: StepPlan) -> tuple[list[Difference], int]:
-    """A plan whose tensors were written again since `update` plans another step than they say; and what `update` refuses."""
+    """Where a plan is not what its tensors say, as one was written after `update`; and how many `update` refuses."""
     slots = plan.entry_slots if plan.cache_block_table is None else None
     now = StepPlan.build(
         plan.ratio, plan.start_pos, plan.cu_seqlens, plan.max_new_tokens, state_slots=plan.state_slots,
@@ -345,7 +345,7 @@ def _row_differences(
 def _fold_rows_off(got: torch.Tensor, want: torch.Tensor, bound: float) -> torch.Tensor:
     """Channels to blame of fold rows `[n, 3, head_dim]`: m is a maximum of inputs, and so exact."""
     (m, l, a), due = got.unbind(1), want.unbind(1)
-    over = (l.isnan() & due[1].isnan())[:, None]  # nothing can come of such a channel but NaN, whatever its m and a
+    over = (l.isnan() & due[1].isnan())[:, None]  # such a channel gives NaN, whatever its m and a are
     wrong = torch.stack((off(m, due[0], 0.0), off(l, due[1], bound), off(a, due[2], bound, flushed=True)), dim=1)
     return wrong & ~over
 

@@ -61,11 +61,11 @@ DTYPES = {  # of a compressor's tensors
 
 
 class RoomError(Exception):
-    """A call that takes more memory than it may: no damage, `replay` raises a ValueError of the same words."""
+    """A call needs more memory than `max_bytes`. The file is not damaged: `replay` raises a ValueError with this text."""
 
 
 def check_path(path: str | os.PathLike) -> str:
-    """A path that may be read as a file: neither a folder nor a pipe, which would be waited for."""
+    """A path that may be read as a file: neither a folder nor a pipe, which would block."""
     text = path_text(path)
     try:
         kind = os.stat(text).st_mode
@@ -85,7 +85,7 @@ def path_text(path: str | os.PathLike) -> str:
 
 
 def parse(text: str) -> object:
-    """JSON without names that come twice and numbers that are none."""
+    """JSON. No name may come twice, and numbers are finite."""
     try:
         return json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
     except RecursionError:
@@ -203,7 +203,7 @@ def _names(about: dict) -> tuple[list[str], list[str]]:
         needed += [f"{i}.{name}" for name in names]
         weights = ["ape", "norm_weight", "rope"] + ["cache.scale_pages"] * (one["cache"] is not None)
         optional += [f"{i}.{name}" for name in weights]
-    # No more of these than the file has anyhow, as the batch is a number of it.
+    # Only those that the file has: its `batch` may be any number.
     return needed, optional + [name for name in about["tensors"] if _is_history(name, about["plan"]["batch"])]
 
 
@@ -247,7 +247,7 @@ def check_stored(about: dict, stored: Mapping[str, tuple[torch.dtype, list[int]]
             due = [*kept[1], *due[1:]]
         if shape != due:
             raise ValueError(f"tensor {name} must have shape {due}, got {shape}")
-        # Rows of kv_score may share bytes, as an expanded one's do; of what is written nothing may.
+        # Rows of kv_score may share bytes, as after `expand`; nothing that is written may.
         inner = 1 if what == "kv_score" or name.startswith("history.") else 0
         if _overlap(layout["shape"][inner:], layout["stride"][inner:]):
             raise ValueError(

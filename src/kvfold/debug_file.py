@@ -44,7 +44,7 @@ from .window_state import WindowState
 
 VERSION = 1  # grows when a file of this version can no longer be read as it was
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8}
-_DAMAGES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)  # what a wrong field can come to
+_DAMAGES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)  # what a wrong field can cause
 T = TypeVar("T")
 
 
@@ -131,7 +131,7 @@ def _check_version(path: str, said: dict[str, str]) -> None:
 def _make(
     path: str, about: dict, file: Any, device: torch.device, max_bytes: int
 ) -> tuple[Call, list[torch.Tensor | None] | None]:
-    """The call and its history: first all that is small and what the rest is measured by, then the rest."""
+    """The call and its history: first what is small and bounds the rest, then the rest."""
     plan = _numbered(about["plan"])
     specs = [_built(f"compressors[{i}].spec", CompressorSpec, **one["spec"]) for i, one in enumerate(about["compressors"])]
     slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (no dict, it does not iterate)
@@ -266,10 +266,10 @@ def _lay_out(name: str, about: dict, file: Any, partly: bool, device: torch.devi
         kept = _checked(f"{name}.kept", about, file)
         check_kept(name, kept, len(made))
         if name.endswith(".positions"):
-            made.fill_(-1)  # nobody is there
+            made.fill_(-1)  # no row is held
         made[kept.to(device)] = contents.to(device)
     elif contents.numel() and made.stride(0) < contents[0].numel() and len(made) > 1:
-        for row, values in zip(made, contents, strict=True):  # of kv_score rows may overlap, and one is often all of them
+        for row, values in zip(made, contents, strict=True):  # rows of kv_score may overlap
             row.copy_(values)
     else:
         made.copy_(contents)

@@ -130,7 +130,7 @@ def mark_static(*things: FoldState | WindowState | EntryCache | Snapshots | Step
                     torch._dynamo.mark_static_address(tensor, guard=False)
 
 
-# The arguments of calls that an operator's arguments are of, where names differ.
+# Which argument of a call an operator's argument belongs to, where names differ.
 OWNERS = {
     "storage": "cache", "scales": "cache", "kv": "state", "score": "state", "positions": "state", "state_rows": "state",
     "snapshot_rows": "snapshots", "snapshot_positions": "snapshots", **dict.fromkeys(_PLANNED, "plan"),

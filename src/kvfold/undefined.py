@@ -60,7 +60,7 @@ def undefined_in_call(c: Compressor, plan: StepPlan) -> list[Refusal]:
 
 
 def _shared(places: Iterable[tuple[int, int, int, str]], name: str) -> Iterator[Refusal]:
-    """Of places, each with the sequence, window and words for whose it is: all but the first at each."""
+    """All users of a place but the first. places: each with the sequence, the window and words for its user."""
     first: dict[int, str] = {}
     for place, b, window, whose in places:
         other = first.setdefault(place, whose)

@@ -100,7 +100,7 @@ def patch(model: nn.Module, *, backend: str | None = None, max_new_tokens: int =
 
 
 def unpatch(model: nn.Module) -> None:
-    """Takes what `patch` gave away from `model`, and nothing else. Caches that kvfold filled refuse further use.
+    """Removes from `model` what `patch` added, and nothing else. Caches that kvfold filled refuse further use.
 
     Raises:
         ValueError: `model` is not patched.

@@ -94,7 +94,7 @@ class CompressorFold:
         self.made_of: tuple[torch.dtype, torch.dtype] | None = None
 
     def adapt(self, spec: CompressorSpec, rows: torch.dtype, entries: torch.dtype) -> None:
-        """Goes on with another spec or other dtypes: tensors become fp32 where what comes is. Keeps every bit of them.
+        """Goes on with another spec or other dtypes. Tensors become fp32 where the new rows are, and keep every bit.
 
         Raises:
             UnsupportedError: a spec of another shape, or a dtype that kvfold does not take.

@@ -111,7 +111,7 @@ def cache_fold(cache: Any) -> CacheFold:
 
 
 class Snapshot:
-    """A cache as it is before a step. Holds references: a step replaces tensors, or writes behind what counts of them."""
+    """A cache as it is before a step. Holds references: a step replaces tensors, or writes behind the part that counts."""
 
     def __init__(self, cache: Any) -> None:
         self._layers = list(cache.layers)
