@@ -12,7 +12,7 @@ from .backend_torch import finish
 from .compress import Compressor
 from .contract import pooled_bound
 from .debug_call import Call, check_history, check_outside
-from .debug_compare import Difference, bytes_of, explained, off, pooled_differences, put_bytes, size_of, written
+from .debug_compare import Difference, bytes_of, explained, first_channels, off, pooled_differences, put_bytes, size_of, written
 from .debug_exact import exact_of_call
 from .pack import unpack_records
 from .plan import StepPlan
@@ -262,16 +262,14 @@ def _record_differences(
         pooled = pooled.bfloat16().float() if got.format.round_rows else pooled
         y = finish(pooled, c.spec, c.norm_weight, c.rope, item[:, 0] * c.spec.ratio)
         fine = explained(got, have[other], y, EPILOGUE * size_of(y))
-        for i in (~fine).any(1).nonzero()[:, 0].tolist():
+        for i, channel in first_channels(~fine):
             byte = int((have[other[i]] != due[other[i]]).nonzero()[0])
             where = f"slot {int(slots[other[i]])}, {f'record byte {byte}' if byte < size else f'tail byte {byte - size}'}"
             values = (f"{int(x[other[i], byte]):#04x}" for x in (have, due))
-            channel = int((~fine[i]).nonzero()[0])
             found.append(Difference(int(item[i, 6]), int(item[i, 0]), "record bytes", channel, *values, "torch", where))
     put_bytes(want, slots, have)
     for name, a, b in (("page", got.pages, want.pages), ("scale page", got.scale_pages, want.scale_pages)):
-        for page in [] if a is None else (a != b).any(1).nonzero()[:, 0].tolist():
-            byte = int((a[page] != b[page]).nonzero()[0])
+        for page, byte in [] if a is None else first_channels(a != b):
             values, where = (int(x[page, byte]) for x in (a, b)), f"{name} {page}, byte {byte}, outside of the step's records"
             found.append(Difference(-1, -1, "record bytes", None, *values, "torch", where))
     return found
@@ -294,8 +292,7 @@ def _value_differences(
     # Beside an infinity all other channels are zeros, of either sign where the pooled one is near zero.
     slack = torch.where(exact.isinf().any(1, keepdim=True), LEAST, slack)
     fine = explained(cache, bytes_of(cache, slots), y.float(), slack.float())
-    for i in (~fine).any(1).nonzero()[:, 0].tolist():
-        channel = int((~fine[i]).nonzero()[0])
+    for i, channel in first_channels(~fine):
         value = float(unpack_records(cache, slots[i : i + 1])[0, channel])
         place = int(made[i, 6]), int(made[i, 0])
         found.append(Difference(*place, "read-back value", channel, value, float(y[i, channel]), "fp64"))
@@ -308,7 +305,7 @@ def _page_differences(got: WindowState, want: WindowState) -> list[Difference]:
         a, b = getattr(got, name), getattr(want, name)
         integers = torch.int16 if a.dtype == torch.bfloat16 else torch.int32
         same = (a.contiguous().view(integers) == b.contiguous().view(integers)) | (a.isnan() & b.isnan())
-        for page, row, channel in _first_channels(~same):
+        for page, row, channel in first_channels(~same):
             values = float(a[page, row, channel]), float(b[page, row, channel])
             where = f"page {page}, row {row} of state.{name}"
             found.append(Difference(-1, -1, "state row", channel, *values, "torch", where))
@@ -332,7 +329,7 @@ def _row_differences(
     else:
         wrong = off(a.flatten(0, 1), b.flatten(0, 1), 0.0).view(a.shape)
     indices = held.nonzero()
-    for i, part, channel in _first_channels(wrong):
+    for i, part, channel in first_channels(wrong):
         index, row = indices[i].tolist()
         position = int(want.positions[index, row])
         where = f"{place} {index}, {name}.rows row {row}, position {position}" + (f", {'mla'[part]}" if fold else "")
@@ -357,8 +354,3 @@ def _owners(plan: StepPlan, items: torch.Tensor) -> dict[int, int]:
         ended = plan.snapshot_table[b, start // plan.snapshot_page_size : -(-end // plan.snapshot_page_size)]
         found |= dict.fromkeys(ended.tolist(), b)
     return found
-
-
-def _first_channels(wrong: torch.Tensor) -> list[tuple[int, int, int]]:
-    """The first channel of each row of `[n, rows, channels]` that has one."""
-    return [(i, j, int(wrong[i, j].nonzero()[0])) for i, j in wrong.any(2).nonzero().tolist()]

@@ -85,22 +85,16 @@ def verify_random(
 
 
 def _run(indices: range, seed: int, place: Place, workers: int) -> Iterator[Outcome]:
-    groups = [list(group) for _, group in groupby(indices, lambda i: i // CASES_PER_SHAPE)]
-    found = _run_here(groups, seed, place) if workers == 0 else _run_apart(groups, seed, place, workers)
-    for outcome in found:
+    here = (run_case(_drawn(seed, place, index), place) for index in indices)
+    for outcome in _run_apart(indices, seed, place, workers) if workers else here:
         yield outcome
         if outcome.lost:
             return
 
 
-def _run_here(groups: list[list[int]], seed: int, place: Place) -> Iterator[Outcome]:
-    for group in groups:
-        for index in group:
-            yield run_case(_drawn(seed, place, index), place)
-
-
-def _run_apart(groups: list[list[int]], seed: int, place: Place, workers: int) -> Iterator[Outcome]:
+def _run_apart(indices: range, seed: int, place: Place, workers: int) -> Iterator[Outcome]:
     """In processes. One that a fault ends takes all with it: its case is found by itself, and the others are begun anew."""
+    groups = [list(group) for _, group in groupby(indices, lambda i: i // CASES_PER_SHAPE)]
     attempt, done = partial(_run_group, seed, place), 0
     while done < len(groups):
         try:
@@ -136,7 +130,7 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 def _run_group(seed: int, place: Place, indices: list[int]) -> list[Outcome]:
     """Cases of one shape, which have their kernels in common, in a process for that."""
     torch.set_num_threads(1)
-    return list(_run_here([indices], seed, place))
+    return [run_case(_drawn(seed, place, index), place) for index in indices]
 
 
 def _drawn(seed: int, place: Place, index: int) -> RandomCase:
