@@ -160,8 +160,8 @@ def _hit(case: RandomCase) -> Iterator[str]:
     rest = Step(LONG, ((b, start, case.lengths[b] - start, case.lengths[b] - start),))
     yield "# A prefix hit at the end of a page: another slot goes on from its snapshot."
     yield "errors = torch.zeros(1, dtype=torch.int32, device=device)"
-    yield f"slot, page, start = ([{free}], [{case.snapshot_pages[b][k]}], [{start}])"
-    yield "kvfold.restore(state, kept, *map(where.ints, (slot, page, start)), errors, backend=backend)"
+    yield f"slot, page, start = map(where.ints, ([{free}], [{case.snapshot_pages[b][k]}], [{start}]))"
+    yield "kvfold.restore(state, kept, slot, page, start, errors, backend=backend)"
     yield "assert int(errors) == 0, 'the snapshot was refused'"
     yield f"where.slots[{b}] = {free}"
     if shape.fmt is not None:
