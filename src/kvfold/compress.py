@@ -226,11 +226,8 @@ def _check_pair(first: Compressor, second: Compressor, plan: StepPlan) -> None:
 
 @torch.inference_mode()
 def _compress_torch(c: Compressor, plan: StepPlan, rows: torch.Tensor | None) -> None:
-    arguments = (c.kv_score, plan, c.state, c.cache, c.spec, c.ape, c.norm_weight, c.rope, rows)
-    if isinstance(c.state, FoldState):
-        compress_torch(*arguments, c.snapshots)
-    else:
-        compress_window_torch(*arguments)
+    run = compress_torch if isinstance(c.state, FoldState) else compress_window_torch
+    run(c, plan, rows)
 
 
 def choose_backend(backend: str | None, name: str, tensor: torch.Tensor) -> str:
