@@ -12,14 +12,13 @@ from torch import Tensor
 
 from .compress import choose_backend, compress_many
 from .contract import pooled_bound
-from .debug_compare import pooled_differences
+from .debug_compare import off
 from .debug_exact import exact_rows
 from .kernels.configs import CONFIGS, ITEM_BOUNDS, Config, choose
-from .plan import ITEM_FIELDS
 from .records import FORMATS
 from .spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
 from .store import store
-from .verify_case import Mismatch, packed, records, same_records, same_rows, untouched
+from .verify_case import Mismatch, blame, packed, records, same_records, same_rows, untouched
 from .verify_engine import Engine, Schedule, Streams, chunks, drafts, prefill
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -333,13 +332,8 @@ def compare_exact(engine: Engine) -> float:
 
 def compare_within(got: Tensor, want: Tensor, bound: float, against: str) -> float:
     """The largest relative distance of two rows `[batch, windows, head_dim]`; raises Mismatch if it is over `bound`."""
-    sequences, windows, width = got.shape
-    live = torch.zeros(sequences * windows, len(ITEM_FIELDS), dtype=torch.int64, device=got.device)
-    at = torch.arange(len(live), device=got.device)
-    live[:, 0], live[:, 5], live[:, 6] = at % windows, at, at // windows
-    found = pooled_differences(got.reshape(-1, width), want.reshape(-1, width), live, bound, against)
-    if found:
-        raise Mismatch(str(found[0]))
+    for b, (one, due) in enumerate(zip(got, want, strict=True)):
+        blame(off(one, due, bound), "pooled row", b, one, due, against)
     return float(((got.double() - want).norm(dim=-1) / want.norm(dim=-1)).max())
 
 

@@ -194,7 +194,7 @@ def close_to_fp64(
     """Raises Mismatch unless the pooled rows `[windows, head_dim]` of each sequence are within the bound of the exact ones."""
     for b, (got, text) in enumerate(zip(rows, tokens, strict=True)):
         want = exact_rows(text, spec, ape, state)
-        _blame(off(got, want, pooled_bound(spec.window_rows)), "pooled row", b, got, want, "fp64")
+        blame(off(got, want, pooled_bound(spec.window_rows)), "pooled row", b, got, want, "fp64")
 
 
 def same_rows(rows: list[Tensor], whole: list[Tensor], slots: list[list[int]] | None, against: str = "one prefill") -> None:
@@ -210,7 +210,7 @@ def same_rows(rows: list[Tensor], whole: list[Tensor], slots: list[list[int]] | 
             want = torch.where(there, want, torch.full_like(want, UNWRITTEN))
         bits = torch.int16 if got.dtype == torch.bfloat16 else torch.int32
         wrong = (got.view(bits) != want.view(bits)) & ~(got.isnan() & want.isnan())
-        _blame(wrong, "pooled row", b, got, want, against, "bits")
+        blame(wrong, "pooled row", b, got, want, against, "bits")
 
 
 def records(cache: EntryCache, slots: list[list[int]]) -> list[Tensor]:
@@ -225,7 +225,7 @@ def same_records(cache: EntryCache, slots: list[list[int]], whole: list[Tensor],
         if cache.format.element == "fp32":  # a NaN there has whatever bits it had
             nan = got.view(torch.float32).isnan() & want.view(torch.float32).isnan()
             wrong &= ~nan.repeat_interleave(4, dim=1)
-        _blame(wrong, "record bytes", b, got, want, against)
+        blame(wrong, "record bytes", b, got, want, against)
 
 
 def untouched(cache: EntryCache, slots: list[list[int]]) -> None:
@@ -279,7 +279,7 @@ def packed(cache: EntryCache, slots: list[list[int]], rows: list[Tensor], norm_w
             fine |= explained(cache, data, y, EPILOGUE * norm)  # which may be NaN
         if cache.format.element == "fp32":
             fine |= y.isnan() & cache.read(at).isnan()
-        _blame(~fine, "record bytes", b, cache.read(at), y, "the packer")
+        blame(~fine, "record bytes", b, cache.read(at), y, "the packer")
     return exact
 
 
@@ -287,7 +287,7 @@ def _ids(slots: list[int], cache: EntryCache) -> Tensor:
     return torch.tensor(slots, dtype=torch.int64, device=cache.device)
 
 
-def _blame(wrong: Tensor, stage: str, sequence: int, got: Tensor, want: Tensor, against: str, where: str = "") -> None:
+def blame(wrong: Tensor, stage: str, sequence: int, got: Tensor, want: Tensor, against: str, where: str = "") -> None:
     """Raises for the first place that is wrong."""
     if bool(wrong.any()):
         window, place = wrong.nonzero()[0].tolist()
