@@ -17,6 +17,7 @@ from torch import Tensor
 
 import kvfold
 from kvfold import CompressorSpec, EntryCache, FoldState, StepPlan, WindowState, debug_file
+from kvfold.compress import Compressor
 from kvfold.debug_call import Call as Value
 from kvfold.records import FORMATS
 
@@ -39,10 +40,10 @@ class Made:
 
     def tensors(self) -> dict[str, Tensor]:
         """Of the caller, as the file names them."""
-        names = ("state", "cache", "spec", "ape", "norm_weight", "rope", "rows", "snapshots")
-        given: dict[str, Any] = dict.fromkeys(names) | self.options
         args = dict(zip(("kv_score", "plan", "state", "cache"), self.args, strict=False))
-        return debug_file.tensors_of(Value.of(**given | args, backend="torch"))
+        given: dict[str, Any] = dict.fromkeys(Compressor._fields) | self.options | args
+        plan, rows = given.pop("plan"), given.pop("rows", None)
+        return debug_file.tensors_of(Value.of(Compressor(**given), plan, rows, "torch"))
 
 
 def snapped(spec: CompressorSpec, page_size: int, device: torch.device, dtype: torch.dtype | None = None) -> Made:

@@ -167,7 +167,7 @@ def _allowed(one: Combination, target: str, strict: bool | None) -> int | None:
 
 
 def _earlier(folder: Path, target: str) -> tuple[list[str], list[str]]:
-    """Files that an earlier report says were written, and are as they were: all may be removed. And those that were changed."""
+    """Files of an earlier report: those that are as it says, which may be removed, and those that were changed since."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out_dir must be a folder, got the file {folder}")
     if not os.path.lexists(folder / JSON):
@@ -192,13 +192,13 @@ def _earlier(folder: Path, target: str) -> tuple[list[str], list[str]]:
 
 
 def _is_ours(name: str) -> bool:
-    """Whether `aot` gives files such a name, which leads nowhere else."""
+    """Whether it is a name that `aot` gives, and no path."""
     plain = os.path.basename(name) == name and "\\" not in name and "\0" not in name and not name.startswith(".")
     return plain and (name == TABLE or name.endswith((".cubin", ".hsaco")))
 
 
 def _digest(path: Path) -> str | None:
-    """sha256 of a regular file; None of what is none, a link above all."""
+    """sha256 of a regular file; None for anything else, such as a link."""
     if not stat.S_ISREG(path.lstat().st_mode):
         return None
     found = hashlib.sha256()
@@ -209,7 +209,7 @@ def _digest(path: Path) -> str | None:
 
 
 def _check_free(folder: Path, names: list[str], old: list[str]) -> None:
-    """Checks that nothing stands where a file is to come, but what may be removed."""
+    """Refuses to replace a file that is not in `old`."""
     for name in names:
         if name not in old and os.path.lexists(folder / name):
             raise ValueError(f"out_dir must not have a {name} that aot did not write or that was changed since, got {folder}")

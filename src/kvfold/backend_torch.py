@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,6 +15,9 @@ from .records import EntryCache
 from .snapshots import Snapshots
 from .spec import CompressorSpec
 from .state import FoldState
+
+if TYPE_CHECKING:
+    from .compress import Compressor
 
 LOG2_E = 1.4426950408889634
 LOWEST = torch.finfo(torch.float32).min  # the maximum of no scores: finite, so that a score of -inf needs no guard
@@ -156,19 +160,9 @@ def history_starts(spec: CompressorSpec, kind: str, start: torch.Tensor) -> torc
     return (start // spec.ratio - int(spec.overlap)).clamp(min=0) * spec.ratio
 
 
-def compress_torch(
-    kv_score: torch.Tensor,
-    plan: StepPlan,
-    state: FoldState,
-    cache: EntryCache | None,
-    spec: CompressorSpec,
-    ape: torch.Tensor | None,
-    norm_weight: torch.Tensor | None,
-    rope: torch.Tensor | None,
-    rows: torch.Tensor | None,
-    snapshots: Snapshots | None = None,
-) -> None:
-    """`compress` after its arguments were checked."""
+def compress_torch(c: Compressor, plan: StepPlan, rows: torch.Tensor | None) -> None:
+    """`compress` over a `FoldState`, after its arguments were checked."""
+    kv_score, state, spec, ape, snapshots = c.kv_score, c.state, c.spec, c.ape, c.snapshots
     items = Items.of(plan)
     held = _Rows(state)
     h0 = history_starts(spec, state.kind, items.start)
@@ -191,7 +185,7 @@ def compress_torch(
         for store in stores:
             _store_snapshots(store, items, plan, snapshots)
     _store(stores, items, h0, held, spec)
-    emit(pooled, items, plan, cache, spec, norm_weight, rope, rows)
+    emit(pooled, items, plan, c.cache, spec, c.norm_weight, c.rope, rows)
 
 
 @dataclass

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from .backend_torch import Items, emit
 from .pack import bf16_bits
 from .plan import StepPlan
-from .records import EntryCache
 from .spec import CompressorSpec
-from .window_state import WindowState
+
+if TYPE_CHECKING:
+    from .compress import Compressor
 
 
 @dataclass
@@ -53,22 +55,13 @@ class _Tokens:
         return bf16_bits(k).view(torch.bfloat16), bf16_bits(s).view(torch.bfloat16)
 
 
-def compress_window_torch(
-    kv_score: torch.Tensor,
-    plan: StepPlan,
-    state: WindowState,
-    cache: EntryCache | None,
-    spec: CompressorSpec,
-    ape: torch.Tensor | None,
-    norm_weight: torch.Tensor | None,
-    rope: torch.Tensor | None,
-    rows: torch.Tensor | None,
-) -> None:
+def compress_window_torch(c: Compressor, plan: StepPlan, rows: torch.Tensor | None) -> None:
     """`compress` over a `WindowState`, after its arguments were checked.
 
     An item counts once in `plan.errors` when its tables name a page that cannot be, for a row to read or to write, and
     otherwise when the entry is wanted and an old row of its window has no page. A new row that has no page is not kept.
     """
+    kv_score, state, spec = c.kv_score, c.state, c.spec
     items = Items.of(plan)
     usable = items.token + items.end - items.start <= kv_score.shape[0]
     plan.errors += (~usable & (items.window == items.start // spec.ratio)).sum().int()
@@ -77,7 +70,7 @@ def compress_window_torch(
         return
     assert plan.block_tables is not None
     value, score = _Pages(state.kv, plan.block_tables[0]), _Pages(state.score, plan.block_tables[1])
-    tokens = _Tokens(kv_score, ape, state.dtype)
+    tokens = _Tokens(kv_score, c.ape, state.dtype)
 
     ends = items.entry >= 0
     missing, bad = _check_old_rows(items, value, score, spec)
@@ -86,7 +79,7 @@ def compress_window_torch(
     pooled = _pool(made, tokens, value, score, spec)  # all old rows are read before any is written
     bad |= _write(items, tokens, value, score, spec)
     plan.errors += (bad | missing & _wanted(items, plan)).sum().int()
-    emit(pooled, made, plan, cache, spec, norm_weight, rope, rows)
+    emit(pooled, made, plan, c.cache, spec, c.norm_weight, c.rope, rows)
 
 
 def _window(items: Items, spec: CompressorSpec) -> tuple[torch.Tensor, torch.Tensor]:

@@ -26,7 +26,7 @@ def check_int(name: str, value: object, low: int, high: int) -> None:
 
 def check_switch(name: str, value: object) -> None:
     """True, False or None."""
-    if value is not None and value is not True and value is not False:
+    if value is not None and not isinstance(value, bool):
         raise TypeError(f"{name} must be a bool or None, got {type(value).__name__}")
 
 
@@ -90,8 +90,8 @@ _HIDDEN = {
     "Mkldnn": "an mkldnn tensor; pass x.to_dense()",
     "Python": "a subclass that keeps its elements elsewhere; pass the plain tensor in it",
 }
-_KEYS = torch._C._dispatch_keys  # one question to torch tells all of them apart, in 0.4 us
-_plain: set[int] = set()  # what it answered for tensors that are plain
+_KEYS = torch._C._dispatch_keys  # one call tells all of them apart
+_plain: set[int] = set()  # the keys of plain tensors
 
 
 def check_memory(name: str, tensor: object, *, fake: bool = False) -> None:

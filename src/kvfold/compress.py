@@ -226,11 +226,8 @@ def _check_pair(first: Compressor, second: Compressor, plan: StepPlan) -> None:
 
 @torch.inference_mode()
 def _compress_torch(c: Compressor, plan: StepPlan, rows: torch.Tensor | None) -> None:
-    arguments = (c.kv_score, plan, c.state, c.cache, c.spec, c.ape, c.norm_weight, c.rope, rows)
-    if isinstance(c.state, FoldState):
-        compress_torch(*arguments, c.snapshots)
-    else:
-        compress_window_torch(*arguments)
+    run = compress_torch if isinstance(c.state, FoldState) else compress_window_torch
+    run(c, plan, rows)
 
 
 def choose_backend(backend: str | None, name: str, tensor: torch.Tensor) -> str:
@@ -272,7 +269,7 @@ def _check(c: Compressor, plan: StepPlan, rows: torch.Tensor | None) -> None:
         check_device("kv_score", kv_score, met.device)
     if met.rows_in_bf16 and kv_score.dtype is not torch.bfloat16:
         raise TypeError("kv_score must be torch.bfloat16, as state keeps input rows in bf16, got torch.float32")
-    # In every step kv_score is elsewhere, but mostly in the same room between the tensors of layer and plan.
+    # kv_score moves from step to step, but mostly within the same room between the tensors of layer and plan.
     start = kv_score.data_ptr()
     end = start + ((shape[0] - 1) * stride + shape[1]) * (2 if kv_score.dtype is torch.bfloat16 else 4)
     if start < met.kv_score[0] or end > met.kv_score[1]:
@@ -288,7 +285,7 @@ def _check(c: Compressor, plan: StepPlan, rows: torch.Tensor | None) -> None:
 
 
 def _known(c: Compressor, plan: StepPlan) -> Met | None:
-    """What is known of a layer and a plan that were checked in an earlier call; None where something is other than then."""
+    """What is known of a layer and a plan that were checked in an earlier call; None if something has changed since."""
     layer = getattr(c.state, "_layer", None)
     met = None if layer is None else layer.plans.get(id(plan))
     if met is None or met.token is not getattr(plan, "_token", None) or layer.tokens != _tokens(c):

@@ -12,9 +12,8 @@ from .backend_torch import finish
 from .compress import Compressor
 from .contract import pooled_bound
 from .debug_call import Call, check_history, check_outside
-from .debug_compare import Difference, bytes_of, explained, off, pooled_differences, put_bytes, size_of, written
+from .debug_compare import Difference, bytes_of, explained, first_channels, off, pooled_differences, put_bytes, size_of, written
 from .debug_exact import exact_of_call
-from .debug_exact import exact_rows as exact_rows  # verify.py takes it from here
 from .pack import unpack_records
 from .plan import StepPlan
 from .records import EntryCache
@@ -139,8 +138,7 @@ def check(
         RuntimeError: in a CUDA graph's capture, or traced.
     """
     check_outside("check", kv_score)
-    weights = {"spec": spec, "ape": ape, "norm_weight": norm_weight, "rope": rope}
-    call = Call.of(kv_score, plan, state, cache, **weights, rows=rows, snapshots=snapshots, backend=backend)
+    call = Call.of(Compressor(kv_score, state, cache, spec, ape, norm_weight, rope, snapshots), plan, rows, backend)
     check_history(full_history, call)
     return compare(call, full_history)
 
@@ -224,7 +222,7 @@ def _step_differences(
 
 
 def _plan_differences(plan: StepPlan) -> tuple[list[Difference], int]:
-    """A plan whose tensors were written again since `update` plans another step than they say; and what `update` refuses."""
+    """Where a plan is not what its tensors say, as one was written after `update`; and how many `update` refuses."""
     slots = plan.entry_slots if plan.cache_block_table is None else None
     now = StepPlan.build(
         plan.ratio, plan.start_pos, plan.cu_seqlens, plan.max_new_tokens, state_slots=plan.state_slots,
@@ -264,16 +262,14 @@ def _record_differences(
         pooled = pooled.bfloat16().float() if got.format.round_rows else pooled
         y = finish(pooled, c.spec, c.norm_weight, c.rope, item[:, 0] * c.spec.ratio)
         fine = explained(got, have[other], y, EPILOGUE * size_of(y))
-        for i in (~fine).any(1).nonzero()[:, 0].tolist():
+        for i, channel in first_channels(~fine):
             byte = int((have[other[i]] != due[other[i]]).nonzero()[0])
             where = f"slot {int(slots[other[i]])}, {f'record byte {byte}' if byte < size else f'tail byte {byte - size}'}"
             values = (f"{int(x[other[i], byte]):#04x}" for x in (have, due))
-            channel = int((~fine[i]).nonzero()[0])
             found.append(Difference(int(item[i, 6]), int(item[i, 0]), "record bytes", channel, *values, "torch", where))
     put_bytes(want, slots, have)
     for name, a, b in (("page", got.pages, want.pages), ("scale page", got.scale_pages, want.scale_pages)):
-        for page in [] if a is None else (a != b).any(1).nonzero()[:, 0].tolist():
-            byte = int((a[page] != b[page]).nonzero()[0])
+        for page, byte in [] if a is None else first_channels(a != b):
             values, where = (int(x[page, byte]) for x in (a, b)), f"{name} {page}, byte {byte}, outside of the step's records"
             found.append(Difference(-1, -1, "record bytes", None, *values, "torch", where))
     return found
@@ -296,8 +292,7 @@ def _value_differences(
     # Beside an infinity all other channels are zeros, of either sign where the pooled one is near zero.
     slack = torch.where(exact.isinf().any(1, keepdim=True), LEAST, slack)
     fine = explained(cache, bytes_of(cache, slots), y.float(), slack.float())
-    for i in (~fine).any(1).nonzero()[:, 0].tolist():
-        channel = int((~fine[i]).nonzero()[0])
+    for i, channel in first_channels(~fine):
         value = float(unpack_records(cache, slots[i : i + 1])[0, channel])
         place = int(made[i, 6]), int(made[i, 0])
         found.append(Difference(*place, "read-back value", channel, value, float(y[i, channel]), "fp64"))
@@ -310,7 +305,7 @@ def _page_differences(got: WindowState, want: WindowState) -> list[Difference]:
         a, b = getattr(got, name), getattr(want, name)
         integers = torch.int16 if a.dtype == torch.bfloat16 else torch.int32
         same = (a.contiguous().view(integers) == b.contiguous().view(integers)) | (a.isnan() & b.isnan())
-        for page, row, channel in _first_channels(~same):
+        for page, row, channel in first_channels(~same):
             values = float(a[page, row, channel]), float(b[page, row, channel])
             where = f"page {page}, row {row} of state.{name}"
             found.append(Difference(-1, -1, "state row", channel, *values, "torch", where))
@@ -334,7 +329,7 @@ def _row_differences(
     else:
         wrong = off(a.flatten(0, 1), b.flatten(0, 1), 0.0).view(a.shape)
     indices = held.nonzero()
-    for i, part, channel in _first_channels(wrong):
+    for i, part, channel in first_channels(wrong):
         index, row = indices[i].tolist()
         position = int(want.positions[index, row])
         where = f"{place} {index}, {name}.rows row {row}, position {position}" + (f", {'mla'[part]}" if fold else "")
@@ -347,7 +342,7 @@ def _row_differences(
 def _fold_rows_off(got: torch.Tensor, want: torch.Tensor, bound: float) -> torch.Tensor:
     """Channels to blame of fold rows `[n, 3, head_dim]`: m is a maximum of inputs, and so exact."""
     (m, l, a), due = got.unbind(1), want.unbind(1)
-    over = (l.isnan() & due[1].isnan())[:, None]  # nothing can come of such a channel but NaN, whatever its m and a
+    over = (l.isnan() & due[1].isnan())[:, None]  # such a channel gives NaN, whatever its m and a are
     wrong = torch.stack((off(m, due[0], 0.0), off(l, due[1], bound), off(a, due[2], bound, flushed=True)), dim=1)
     return wrong & ~over
 
@@ -359,8 +354,3 @@ def _owners(plan: StepPlan, items: torch.Tensor) -> dict[int, int]:
         ended = plan.snapshot_table[b, start // plan.snapshot_page_size : -(-end // plan.snapshot_page_size)]
         found |= dict.fromkeys(ended.tolist(), b)
     return found
-
-
-def _first_channels(wrong: torch.Tensor) -> list[tuple[int, int, int]]:
-    """The first channel of each row of `[n, rows, channels]` that has one."""
-    return [(i, j, int(wrong[i, j].nonzero()[0])) for i, j in wrong.any(2).nonzero().tolist()]

@@ -6,11 +6,11 @@ Every error is a ValueError that names the field. The file's checksums are for a
 from __future__ import annotations
 
 import json
-import math
 import os
 import stat
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
+from typing import Any
 
 import torch
 
@@ -50,8 +50,6 @@ _ANNOTATED = {  # how a field is written, and what JSON makes of it
     "bool": (bool,), "int": (int,), "float": (int, float), "str": _SAID, "int | None": (int, type(None)),
     "tuple[int, ...]": (list,),
 }  # fmt: skip
-# Numbers of a plan, and the tensor that each comes with.
-TOGETHER = (("page_size", "kv_table"), ("page_size", "score_table"), ("snapshot_page_size", "snapshot_table"))
 STATES = {None: (), "FoldState": ("state.rows", "state.positions"), "WindowState": ("state.kv", "state.score")}
 POOLS = ("state.rows", "state.positions", "state.kv", "state.score", "cache.pages", "cache.scale_pages", "snapshots.rows",
          "snapshots.positions", "rope")  # fmt: skip
@@ -63,11 +61,11 @@ DTYPES = {  # of a compressor's tensors
 
 
 class RoomError(Exception):
-    """A call that takes more memory than it may: no damage, `replay` raises a ValueError of the same words."""
+    """A call needs more memory than `max_bytes`. The file is not damaged: `replay` raises a ValueError with this text."""
 
 
 def check_path(path: str | os.PathLike) -> str:
-    """A path that may be read as a file: neither a folder nor a pipe, which would be waited for."""
+    """A path that may be read as a file: neither a folder nor a pipe, which would block."""
     text = path_text(path)
     try:
         kind = os.stat(text).st_mode
@@ -87,7 +85,7 @@ def path_text(path: str | os.PathLike) -> str:
 
 
 def parse(text: str) -> object:
-    """JSON without names that come twice and numbers that are none."""
+    """JSON. No name may come twice, and numbers are finite."""
     try:
         return json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
     except RecursionError:
@@ -136,10 +134,9 @@ def check_number(name: str, value: object, low: int, high: int) -> int:
     return value
 
 
-def check_about(about: object) -> None:
-    """All of the metadata but what objects check when they are made of it."""
+def check_about(about: Any) -> dict:
+    """Checks all of the metadata but what objects check when they are made of it, and returns it."""
     check_fields("", about, ABOUT)
-    assert isinstance(about, dict)
     if about["call"] not in ("compress", "compress_many", "store"):
         raise ValueError(f"call must be compress, compress_many or store, got {_short(about['call'])}")
     if about["backend"] not in BACKENDS:
@@ -162,11 +159,11 @@ def check_about(about: object) -> None:
         _check_layout(f"tensors.{name}", layout)
     for name, number in about["crc32"].items():
         check_number(f"crc32.{_short(name)}", number, 0, (1 << 32) - 1)
+    return about
 
 
-def _check_compressor(name: str, one: object, is_store: bool) -> None:
+def _check_compressor(name: str, one: Any, is_store: bool) -> None:
     check_fields(name, one, COMPRESSOR)
-    assert isinstance(one, dict)
     if (one["state"] is None) != is_store:
         raise ValueError(f"{name}.state must be {'null for a store' if is_store else 'given'}, got {_short(one['state'])}")
     if is_store and (one["cache"] is None or one["snapshots"] is not None):
@@ -184,11 +181,10 @@ def _check_compressor(name: str, one: object, is_store: bool) -> None:
         check_fields(f"{name}.snapshots", one["snapshots"], {"page_size": (int,)})
 
 
-def _check_dataclass(name: str, value: object, kind: type) -> None:
+def _check_dataclass(name: str, value: Any, kind: type) -> None:
     """The fields by name, and those that are numbers or text by type; the object itself checks what they are."""
     known = {field.name: _ANNOTATED[str(field.type)] for field in fields(kind)}
     check_fields(name, value, known, tuple(f.name for f in fields(kind) if f.default is not MISSING))
-    assert isinstance(value, dict)
     for key, one in value.items():
         if isinstance(one, list) and not all(type(x) is int and 0 < x <= 1 << 20 for x in one):
             raise ValueError(f"{name}.{key} must be a list of sizes, got {_short(one)}")
@@ -207,7 +203,7 @@ def _names(about: dict) -> tuple[list[str], list[str]]:
         needed += [f"{i}.{name}" for name in names]
         weights = ["ape", "norm_weight", "rope"] + ["cache.scale_pages"] * (one["cache"] is not None)
         optional += [f"{i}.{name}" for name in weights]
-    # No more of these than the file has anyhow, as the batch is a number of it.
+    # Only those that the file has: its `batch` may be any number.
     return needed, optional + [name for name in about["tensors"] if _is_history(name, about["plan"]["batch"])]
 
 
@@ -251,7 +247,7 @@ def check_stored(about: dict, stored: Mapping[str, tuple[torch.dtype, list[int]]
             due = [*kept[1], *due[1:]]
         if shape != due:
             raise ValueError(f"tensor {name} must have shape {due}, got {shape}")
-        # Rows of kv_score may share bytes, as an expanded one's do; of what is written nothing may.
+        # Rows of kv_score may share bytes, as after `expand`; nothing that is written may.
         inner = 1 if what == "kv_score" or name.startswith("history.") else 0
         if _overlap(layout["shape"][inner:], layout["stride"][inner:]):
             raise ValueError(
@@ -261,16 +257,8 @@ def check_stored(about: dict, stored: Mapping[str, tuple[torch.dtype, list[int]]
             raise ValueError(f"tensors.{name}.address must be a multiple of {dtype.itemsize}, got {layout['address']}")
     sizes = {"batch": plan["batch"], "batch + 1": plan["batch"] + 1, "8": len(ITEM_FIELDS), "1": 1}
     sizes |= {name: plan[name] for name in ("entry_capacity", "item_capacity")}
-    for number, table in TOGETHER:
-        if (plan[number] is None) != (f"plan.{table}" not in layouts):
-            raise ValueError(f"plan.{number} must be given with tensors.plan.{table} and only then, got {plan[number]}")
-    paged, slots = "plan.kv_table" in layouts, "plan.entry_slots" in layouts
-    if paged == ("plan.state_slots" in layouts) or (paged and plan["snapshot_page_size"] is not None):
-        raise ValueError(
-            "tensors must have plan.state_slots, or plan.kv_table and plan.score_table without plan.snapshot_table"
-        )
-    if "plan.cache_block_table" in layouts and (plan["rows_per_page"] is None or not slots):
-        raise ValueError("plan.rows_per_page and tensors.plan.entry_slots must be given with tensors.plan.cache_block_table")
+    if ("plan.kv_table" in layouts) == ("plan.state_slots" in layouts):  # what else goes together `StepPlan` checks
+        raise ValueError("tensors must have either plan.state_slots or plan.kv_table")
     for name, want in PLAN_SHAPES.items():
         layout = layouts.get(f"plan.{name}")
         if layout is None:
@@ -280,14 +268,6 @@ def check_stored(about: dict, stored: Mapping[str, tuple[torch.dtype, list[int]]
         ):
             shape = [size and sizes[size] for size in want]
             raise ValueError(f"tensors.plan.{name}.shape must be {shape} by the plan's numbers, got {layout['shape']}")
-        long = [(n, step) for n, step in zip(layout["shape"], layout["stride"], strict=True) if n != 1]
-        if 0 not in layout["shape"] and [step for _, step in long] != _dense([n for n, _ in long]):
-            raise ValueError(f"tensors.plan.{name}.stride must be that of a contiguous tensor, got {layout['stride']}")
-
-
-def _dense(shape: list[int]) -> list[int]:
-    """Strides of a contiguous tensor."""
-    return [math.prod(shape[i + 1 :]) for i in range(len(shape))]
 
 
 def _overlap(shape: list[int], stride: list[int]) -> bool:

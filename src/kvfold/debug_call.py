@@ -14,7 +14,6 @@ from .debug_compare import UNWRITTEN
 from .plan import StepPlan
 from .records import EntryCache
 from .snapshots import Snapshots
-from .spec import CompressorSpec
 from .state import FoldState
 from .store import check_store, store
 from .window_state import WindowState
@@ -44,32 +43,17 @@ class Call:
     pdl: bool | None = None
 
     @classmethod
-    def of(
-        cls,
-        kv_score: torch.Tensor | Sequence[Compressor | tuple],
-        plan: StepPlan,
-        state: FoldState | WindowState | EntryCache | None,
-        cache: EntryCache | None,
-        *,
-        spec: CompressorSpec | None,
-        ape: torch.Tensor | None,
-        norm_weight: torch.Tensor | None,
-        rope: torch.Tensor | None,
-        rows: torch.Tensor | None,
-        snapshots: Snapshots | None,
-        backend: str | None,
-    ) -> Call:
+    def of(cls, given: Compressor, plan: StepPlan, rows: torch.Tensor | None, backend: str | None) -> Call:
         """From the arguments of any of the three, which tell them apart. Raises what the call itself would."""
-        if isinstance(kv_score, Sequence) and not isinstance(kv_score, (str, bytes)):
-            given = {"state": state, "cache": cache, "spec": spec, "ape": ape, "norm_weight": norm_weight, "rope": rope}
-            _leave_out(given | {"rows": rows, "snapshots": snapshots}, "when compressors are given")
-            call = cls("compress_many", tuple(compressors_of(kv_score)), plan, None, "")
-        elif isinstance(state, EntryCache):
-            _leave_out({"cache": cache, "ape": ape, "rows": rows, "snapshots": snapshots}, "for a store")
-            call = cls("store", (Compressor(kv_score, None, state, spec, None, norm_weight, rope),), plan, None, "")
+        if isinstance(given.kv_score, Sequence) and not isinstance(given.kv_score, (str, bytes)):
+            _leave_out(given._asdict() | {"kv_score": None, "rows": rows}, "when compressors are given")
+            call = cls("compress_many", tuple(compressors_of(given.kv_score)), plan, None, "")
+        elif isinstance(given.state, EntryCache):
+            surplus = {"cache": given.cache, "ape": given.ape, "rows": rows, "snapshots": given.snapshots}
+            _leave_out(surplus, "for a store")
+            call = cls("store", (given._replace(state=None, cache=given.state),), plan, None, "")
         else:
-            c = Compressor(kv_score, state, cache, spec, ape, norm_weight, rope, snapshots)
-            call = cls("compress", (c,), plan, rows, "")
+            call = cls("compress", (given,), plan, rows, "")
         call.backend = call.check(backend)
         return call
 

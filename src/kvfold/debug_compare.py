@@ -61,6 +61,11 @@ def off(got: torch.Tensor, want: torch.Tensor, bound: float | torch.Tensor, *, f
     return wild | far & (gap.abs() > bound * size / want.shape[1] ** 0.5)
 
 
+def first_channels(wrong: torch.Tensor) -> list[tuple[int, ...]]:
+    """Indices of the first channel of each row that has one; bool `[..., channels]`."""
+    return [(*row, int(wrong[tuple(row)].nonzero()[0])) for row in wrong.any(-1).nonzero().tolist()]
+
+
 def pooled_differences(
     got: torch.Tensor, want: torch.Tensor, live: torch.Tensor, bound: float | torch.Tensor, against: str
 ) -> list[Difference]:
@@ -74,8 +79,8 @@ def pooled_differences(
     both = (have & due).nonzero()[:, 0]
     bound = bound[both] if isinstance(bound, torch.Tensor) else bound
     wrong = off(got[entry[both]], want[entry[both]], bound, flushed=against == "torch")
-    for i in wrong.any(1).nonzero()[:, 0].tolist():
-        item, channel = live[both[i]], int(wrong[i].nonzero()[0])
+    for i, channel in first_channels(wrong):
+        item = live[both[i]]
         values = float(got[item[5], channel]), float(want[item[5], channel])
         found.append(Difference(int(item[6]), int(item[0]), "pooled row", channel, *values, against))
     return found

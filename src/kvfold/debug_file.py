@@ -44,7 +44,7 @@ from .window_state import WindowState
 
 VERSION = 1  # grows when a file of this version can no longer be read as it was
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8}
-_DAMAGES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)  # what a wrong field can come to
+_DAMAGES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)  # what a wrong field can cause
 T = TypeVar("T")
 
 
@@ -107,8 +107,12 @@ def read(
     safetensors = _safetensors()
     try:
         with safetensors.safe_open(text, framework="pt") as file:
-            about = _about(text, file.metadata() or {})
+            said = file.metadata() or {}
+            _check_version(text, said)
             try:
+                if said["crc32"] != str(zlib.crc32(said["about"].encode())):
+                    raise ValueError("its numbers have changed")
+                about = check_about(parse(said["about"]))
                 return *_make(text, about, file, device, max_bytes), about
             except _DAMAGES as error:
                 raise ValueError(f"path must name a whole file of kvfold.dump, {text} is damaged: {error}") from error
@@ -118,27 +122,18 @@ def read(
         raise ValueError(f"path must name a file of kvfold.dump, {text} is none or is damaged: {error}") from None
 
 
-def _about(path: str, said: dict[str, str]) -> dict:
+def _check_version(path: str, said: dict[str, str]) -> None:
     if "kvfold.dump" not in said:
         raise ValueError(f"path must name a file of kvfold.dump, {path} is another safetensors file")
     if said["kvfold.dump"] != str(VERSION):
         have = f"version {said['kvfold.dump'][:20]}, of kvfold {said.get('kvfold', '')[:20]}"
         raise ValueError(f"path must name a file of format version {VERSION}, {path} has {have}")
-    try:
-        if said["crc32"] != str(zlib.crc32(said["about"].encode())):
-            raise ValueError("its numbers have changed")
-        about = parse(said["about"])
-        check_about(about)
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"path must name a whole file of kvfold.dump, {path} is damaged: {error}") from None
-    assert isinstance(about, dict)
-    return about
 
 
 def _make(
     path: str, about: dict, file: Any, device: torch.device, max_bytes: int
 ) -> tuple[Call, list[torch.Tensor | None] | None]:
-    """The call and its history: first all that is small and what the rest is measured by, then the rest."""
+    """The call and its history: first what is small and bounds the rest, then the rest."""
     plan = _numbered(about["plan"])
     specs = [_built(f"compressors[{i}].spec", CompressorSpec, **one["spec"]) for i, one in enumerate(about["compressors"])]
     slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (no dict, it does not iterate)
@@ -149,7 +144,10 @@ def _make(
     need = room_of(about, {name: dtype for name, (dtype, _) in stored.items()}, rows)
     check_room(path, need, max_bytes)
     named = {name: _lay_out(name, about, file, name + ".kept" in stored, device) for name in about["tensors"]}
-    _put_tensors(plan, named)
+    for name in PLAN_TENSORS:
+        setattr(plan, name, named.get(f"plan.{name}"))
+    tables = named.get("plan.kv_table"), named.get("plan.score_table")
+    plan.block_tables, plan.fresh = tables if any(x is not None for x in tables) else None, True
     compressors = tuple(_compressor(i, one, specs[i], named) for i, one in enumerate(about["compressors"]))
     call = Call(about["call"], compressors, plan, named.get("rows"), about["backend"], about["pdl"])
     call.check("torch")
@@ -270,10 +268,10 @@ def _lay_out(name: str, about: dict, file: Any, partly: bool, device: torch.devi
         kept = _checked(f"{name}.kept", about, file)
         check_kept(name, kept, len(made))
         if name.endswith(".positions"):
-            made.fill_(-1)  # nobody is there
+            made.fill_(-1)  # no row is held
         made[kept.to(device)] = contents.to(device)
     elif contents.numel() and made.stride(0) < contents[0].numel() and len(made) > 1:
-        for row, values in zip(made, contents, strict=True):  # of kv_score rows may overlap, and one is often all of them
+        for row, values in zip(made, contents, strict=True):  # rows of kv_score may overlap
             row.copy_(values)
     else:
         made.copy_(contents)
@@ -297,13 +295,6 @@ def _numbered(numbers: dict) -> StepPlan:
     if plan.item_capacity < least:
         raise ValueError(f"plan.item_capacity must be at least {least} by the plan's other numbers, got {plan.item_capacity}")
     return plan
-
-
-def _put_tensors(plan: StepPlan, named: dict[str, torch.Tensor]) -> None:
-    for name in PLAN_TENSORS:
-        setattr(plan, name, named.get(f"plan.{name}"))
-    tables = named.get("plan.kv_table"), named.get("plan.score_table")
-    plan.block_tables, plan.fresh = None if tables[0] is None else tables, True
 
 
 def _compressor(i: int, numbers: dict, spec: CompressorSpec, named: dict[str, torch.Tensor]) -> Compressor:

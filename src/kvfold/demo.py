@@ -24,7 +24,7 @@ MOST_TOKENS = 1536
 DECODED = 96
 # fp32: both sides compute the same sums in another order. Entries have root mean square 1, logits magnitude 2.
 BOUND = 1e-4
-# Of the entries in what systems keep: what transformers makes of a bf16 model, and what engines and kvfold can keep too.
+# How all systems keep entries: transformers does so for a bf16 model, engines and kvfold can.
 ENTRY_FORMAT = "bf16"
 
 Name = tuple[int, str]  # layer and "compressor" or "indexer"

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -44,17 +44,12 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raises OSError, with the file's name, where `write_atomically` could not begin; before work whose results it is for."""
+    """Raises OSError, with the file's name, if `write_atomically` could not begin: to be asked before the work."""
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file() and not target.is_dir():
         return  # a pipe would be ended by being opened and closed
-    with _named(path):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with write_atomically(target):
-                raise _Fine
-        except _Fine:
-            pass
+    with suppress(_Fine), write_atomically(path):
+        raise _Fine
 
 
 class _Fine(Exception):
@@ -63,7 +58,7 @@ class _Fine(Exception):
 
 @contextmanager
 def _named(path: str | os.PathLike[str]) -> Iterator[None]:
-    """An OSError that has no name, as that of a full disk, or one of a file beside, gets this one's."""
+    """Errors name this file: that of a full disk names none, others name the file beside it."""
     try:
         yield
     except OSError as error:

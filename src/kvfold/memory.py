@@ -125,7 +125,7 @@ class Layer:
     def __init__(self, tokens: tuple, weights: Sequence[torch.Tensor | None], places: Sequence[Place]) -> None:
         """Raises ValueError, which names two of `places` that share memory."""
         self.tokens = tokens
-        # Weak, as functions keep nothing alive.
+        # Weak: a layer must not keep the weights of a caller alive.
         self.weights = [_nothing if x is None else weakref.ref(x) for x in weights]
         self.dtypes = [None if x is None else x.dtype for x in weights]
         self.where = where([x for x in weights if x is not None])

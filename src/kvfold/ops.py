@@ -70,34 +70,16 @@ def compress_many(pair: Sequence, plan: StepPlan, backend: str | None, pdl: bool
     _call(OPS.compress_many, *_plan(plan), *_fold_plan(plan), *flat, backend, pdl)
 
 
-def store(
-    rows: torch.Tensor,
-    plan: StepPlan,
-    cache: EntryCache,
-    spec: CompressorSpec,
-    norm_weight: torch.Tensor,
-    rope: torch.Tensor | None,
-    backend: str | None,
-    pdl: bool | None,
-) -> None:
-    """`kvfold.store` while it is traced."""
+def store(rows: torch.Tensor, plan: StepPlan, cache: EntryCache, spec: CompressorSpec, *rest: object) -> None:
+    """`kvfold.store` while it is traced; `rest` are the weights and how to run, in its order."""
     check_type("cache", cache, EntryCache)
-    _call(OPS.store, rows, *_plan(plan), _text(spec), *_cache(cache, spec), norm_weight, rope, backend, pdl)
+    _call(OPS.store, rows, *_plan(plan), _text(spec), *_cache(cache, spec), *rest)
 
 
-def restore(
-    state: FoldState,
-    snapshots: Snapshots,
-    slots: torch.Tensor,
-    pages: torch.Tensor,
-    start_pos: torch.Tensor,
-    errors: torch.Tensor,
-    backend: str | None,
-) -> None:
-    """`kvfold.restore` while it is traced."""
+def restore(state: FoldState, snapshots: Snapshots, *hits: object) -> None:
+    """`kvfold.restore` while it is traced; `hits` are its other arguments, as in `HITS`."""
     check_type("snapshots", snapshots, Snapshots)
-    kept = _snapshots(snapshots, state.spec)
-    _call(OPS.restore, _text(state.spec), *_state(state), *kept, slots, pages, start_pos, errors, backend)
+    _call(OPS.restore, _text(state.spec), *_state(state), *_snapshots(snapshots, state.spec), *hits)
 
 
 def update(plan: StepPlan, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
@@ -130,7 +112,7 @@ def mark_static(*things: FoldState | WindowState | EntryCache | Snapshots | Step
                     torch._dynamo.mark_static_address(tensor, guard=False)
 
 
-# The arguments of calls that an operator's arguments are of, where names differ.
+# Which argument of a call an operator's argument belongs to, where names differ.
 OWNERS = {
     "storage": "cache", "scales": "cache", "kv": "state", "score": "state", "positions": "state", "state_rows": "state",
     "snapshot_rows": "snapshots", "snapshot_positions": "snapshots", **dict.fromkeys(_PLANNED, "plan"),

@@ -152,7 +152,7 @@ def _divide(a: torch.Tensor | float, b: torch.Tensor | float) -> torch.Tensor:
 
 
 def _bytes(x: torch.Tensor) -> torch.Tensor:
-    # By way of one row, as a tensor of none keeps strides that have no view.
+    # As one row: an empty tensor may have strides that cannot be viewed.
     return x.reshape(-1).contiguous().view(torch.uint8).view(*x.shape[:-1], x.shape[-1] * x.element_size())
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from .checks import check_eager, check_int, check_memory, check_tensor, traced
+from .checks import check_eager, check_int, check_tensor, traced
 from .memory import Remembering, check_made, where
 from .overlap import NO_ROOM, Place, check_apart, extent, find_room
 from .snapshots import MOST_PAGE
@@ -130,8 +130,7 @@ class StepPlan(Remembering):
         """
         check_int("ratio", ratio, 1, 4096)
         check_int("max_new_tokens", max_new_tokens, 1, _INT32_MAX)
-        check_memory("start_pos", start_pos, fake=True)
-        device = start_pos.device
+        device = getattr(start_pos, "device", None)
         check_tensor("start_pos", start_pos, (None,), (torch.int32,), device, fake=True)
         batch = start_pos.shape[0]
         check_tensor("cu_seqlens", cu_seqlens, (batch + 1,), (torch.int32,), device, fake=True)
@@ -151,7 +150,7 @@ class StepPlan(Remembering):
         plan.state_slots, plan.block_tables, plan.page_size = state_slots, block_tables, page_size
         plan.cache_block_table, plan.rows_per_page = cache_block_table, rows_per_page
         plan.snapshot_table, plan.snapshot_page_size = snapshot_table, snapshot_page_size
-        plan._check_places(batch, device)
+        plan._check_places(device)
         plan._set_capacities(None if entry_slots is None else entry_slots.shape[0])
         if cache_block_table is not None:
             entry_slots = torch.empty(plan.entry_capacity, dtype=torch.int64, device=device)
@@ -190,8 +189,7 @@ class StepPlan(Remembering):
     def _check(self) -> None:
         for name in ("ratio", "max_new_tokens", "batch", "entry_capacity", "item_capacity", *["max_tokens"] * self._whole):
             check_int(name, getattr(self, name), 0, _INT32_MAX)
-        check_memory("items", self.items, fake=True)
-        device, ints = self.items.device, (torch.int32,)
+        device, ints = getattr(self.items, "device", None), (torch.int32,)
         shapes = {"items": (self.item_capacity, len(ITEM_FIELDS)), "num_items": (1,), "errors": (1,)}
         if self._whole:
             shapes |= {"start_pos": (self.batch,), "cu_seqlens": (self.batch + 1,)}
@@ -201,7 +199,7 @@ class StepPlan(Remembering):
             check_tensor(name, getattr(self, name), shape, ints, device, fake=True)
         if self.entry_slots is not None or self.cache_block_table is not None:
             check_tensor("entry_slots", self.entry_slots, (self.entry_capacity,), (torch.int64,), device, fake=True)
-        self._check_places(self.batch, device)
+        self._check_places(device)
         self._forget()
         places = plan_places(self, updating=True)
         self._bounds = check_apart(places)
@@ -212,16 +210,43 @@ class StepPlan(Remembering):
         """None on a GPU, where `update` looks for them once for all layers of the step."""
         return () if self.items.is_cuda else self._tensors
 
-    def _check_places(self, batch: int, device: torch.device) -> None:
+    def _check_places(self, device: torch.device) -> None:
         """Checks what says where state, snapshots and entries are."""
-        _check_state(self.state_slots, self.block_tables, self.page_size, batch, device)
+        self._check_state(device)
         if self.cache_block_table is not None:
-            check_tensor("cache_block_table", self.cache_block_table, (batch, None), (torch.int32,), device, fake=True)
+            check_tensor("cache_block_table", self.cache_block_table, (self.batch, None), (torch.int32,), device, fake=True)
             if self.rows_per_page is None:
                 raise ValueError("rows_per_page must be given with cache_block_table, got None")
         if self.rows_per_page is not None:
             check_int("rows_per_page", self.rows_per_page, 1, 1 << 20)
-        _check_snapshots(self.snapshot_table, self.snapshot_page_size, self.block_tables, batch, device)
+        if self.snapshot_table is not None:
+            if self.block_tables is not None:
+                raise ValueError("snapshot_table must be None with block_tables, whose pages are shared as they are")
+            check_tensor("snapshot_table", self.snapshot_table, (self.batch, None), (torch.int32,), device, fake=True)
+            if self.snapshot_page_size is None:
+                raise ValueError("snapshot_page_size must be given with snapshot_table, got None")
+            check_int("snapshot_page_size", self.snapshot_page_size, 1, MOST_PAGE)
+        elif self.snapshot_page_size is not None:
+            raise ValueError(f"snapshot_page_size must be None without snapshot_table, got {self.snapshot_page_size!r}")
+
+    def _check_state(self, device: torch.device) -> None:
+        """Checks that the plan is told, in one way at most, where the sequences keep their state."""
+        tables = self.block_tables
+        if self.state_slots is not None:
+            if tables is not None:
+                raise ValueError("state_slots and block_tables exclude each other, got both")
+            check_tensor("state_slots", self.state_slots, (self.batch,), (torch.int32,), device, fake=True)
+        if tables is None:
+            if self.page_size is not None:
+                raise ValueError(f"page_size must be None without block_tables, got {self.page_size!r}")
+            return
+        if not isinstance(tables, tuple) or len(tables) != 2:
+            raise TypeError("block_tables must be a tuple of two tensors, of value pages and of score pages")
+        for i, table in enumerate(tables):
+            check_tensor(f"block_tables[{i}]", table, (self.batch, None), (torch.int32,), device, fake=True)
+        if self.page_size is None:
+            raise ValueError("page_size must be given with block_tables, got None")
+        check_int("page_size", self.page_size, 1, _INT32_MAX)
 
     def items_for(self, tokens: int) -> int:
         """Most windows that a step with this many tokens in all can touch; known to the host."""
@@ -363,47 +388,3 @@ def plan_places(plan: StepPlan, updating: bool = False) -> list[Place]:
     found += [("block_tables", table) for table in plan.block_tables or ()]
     places = [Place(f"plan.{name}", x, written=name in own) for name, x in found if x is not None]
     return [Place("plan.errors", plan.errors, written=True), *places]
-
-
-def _check_state(
-    state_slots: torch.Tensor | None,
-    block_tables: tuple[torch.Tensor, torch.Tensor] | None,
-    page_size: int | None,
-    batch: int,
-    device: torch.device,
-) -> None:
-    """Checks that a plan is told, in one way at most, where the sequences keep their state."""
-    if state_slots is not None and block_tables is not None:
-        raise ValueError("state_slots and block_tables exclude each other, got both")
-    if state_slots is not None:
-        check_tensor("state_slots", state_slots, (batch,), (torch.int32,), device, fake=True)
-    if block_tables is None:
-        if page_size is not None:
-            raise ValueError(f"page_size must be None without block_tables, got {page_size!r}")
-        return
-    if not isinstance(block_tables, tuple) or len(block_tables) != 2:
-        raise TypeError("block_tables must be a tuple of two tensors, of value pages and of score pages")
-    for i, table in enumerate(block_tables):
-        check_tensor(f"block_tables[{i}]", table, (batch, None), (torch.int32,), device, fake=True)
-    if page_size is None:
-        raise ValueError("page_size must be given with block_tables, got None")
-    check_int("page_size", page_size, 1, _INT32_MAX)
-
-
-def _check_snapshots(
-    table: torch.Tensor | None,
-    page_size: int | None,
-    block_tables: tuple[torch.Tensor, torch.Tensor] | None,
-    batch: int,
-    device: torch.device,
-) -> None:
-    if table is None:
-        if page_size is not None:
-            raise ValueError(f"snapshot_page_size must be None without snapshot_table, got {page_size!r}")
-        return
-    if block_tables is not None:
-        raise ValueError("snapshot_table must be None with block_tables, whose pages are shared as they are")
-    check_tensor("snapshot_table", table, (batch, None), (torch.int32,), device, fake=True)
-    if page_size is None:
-        raise ValueError("snapshot_page_size must be given with snapshot_table, got None")
-    check_int("snapshot_page_size", page_size, 1, MOST_PAGE)

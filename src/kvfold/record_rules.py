@@ -18,7 +18,7 @@ ELEMENT_BITS = {"bf16": 16, "fp32": 32, "e4m3": 8, "e2m1": 4}
 ELEMENT_MAX = {"e4m3": 448.0, "e2m1": 6.0}  # the encodings that are scaled
 SCALE_BYTES = {"ue8m0": 1, "e4m3": 1, "pow2": 4, "fp32": 4}
 
-# What only means something with scales in the record; and with them or with one scale for the whole cache.
+# Fields that need scales in the record, and those that need these or one scale for the whole cache.
 _OF_SCALES = ("group", "floor", "floor_on", "pad", "pad_written", "separate", "divide")
 _OF_CODES = ("scale", "rotated_bf16", "round_values", "ties_to_zero", *_OF_SCALES)
 _SWITCHES = ("rotated_bf16", "pad_written", "separate", "round_rows", "round_values", "ties_to_zero", "divide")

@@ -384,7 +384,7 @@ class EntryCache(Checked):
 
 
 def _number(name: str, value: object) -> float:
-    """A float, from anything that is one number, but for text and truth values."""
+    """A float from any single number; text and truth values are none."""
     try:
         if isinstance(value, (str, bytes, bytearray, memoryview, bool)) or getattr(value, "dtype", None) in (bool, torch.bool):
             raise TypeError

@@ -13,6 +13,7 @@ import torch
 from .backend_torch import Items, _Rows, history_starts
 from .compress import Compressor
 from .plan import MOST_POSITIONS, StepPlan
+from .records import EntryCache
 from .snapshots import Snapshots
 from .state import FoldState
 from .window_state import WindowState
@@ -43,8 +44,8 @@ class Refusal:
 def plan_refusals(plan: StepPlan) -> list[Refusal]:
     """What `StepPlan.update` counts, of the tensors that the plan was built from."""
     found, entry = [], 0
-    for b, slot, start, token, behind in _sequences(plan):
-        reason = _sequence_reason(plan, b, slot, start, token, behind)
+    for b, slot, start, token, behind in sequences(plan):
+        reason = sequence_reason(plan, b, slot, start, token, behind)
         if reason:
             found.append(Refusal(b, -1, reason))
             continue
@@ -62,7 +63,8 @@ def call_refusals(c: Compressor, plan: StepPlan) -> list[Refusal]:
         found = _fold_refusals(c.state, c, items)
     elif isinstance(c.state, WindowState):
         found = [Refusal(b, -1, reason) for b, reason in _short_tokens(c, items)]
-    items = _without(items, found)
+    gone = torch.tensor([r.sequence for r in found], dtype=torch.int64, device=items.sequence.device)
+    items = items[~torch.isin(items.sequence, gone)]
     if isinstance(c.state, WindowState):
         pages, made = _page_refusals(c.state, plan, items, int(c.spec.overlap))
         found += pages
@@ -72,7 +74,7 @@ def call_refusals(c: Compressor, plan: StepPlan) -> list[Refusal]:
     return [*found, *_entry_refusals(c, plan, items)]
 
 
-def _sequences(plan: StepPlan) -> Iterator[tuple[int, int, int, int, int]]:
+def sequences(plan: StepPlan) -> Iterator[tuple[int, int, int, int, int]]:
     """Sequence, slot, start, first row of kv_score and the one behind its last, of sequences that are not absent."""
     offsets = plan.cu_seqlens.tolist()
     slots = [0] * plan.batch if plan.state_slots is None else plan.state_slots.tolist()
@@ -81,7 +83,7 @@ def _sequences(plan: StepPlan) -> Iterator[tuple[int, int, int, int, int]]:
             yield b, slot, start, offsets[b], offsets[b + 1]
 
 
-def _sequence_reason(plan: StepPlan, b: int, slot: int, start: int, token: int, behind: int) -> str:
+def sequence_reason(plan: StepPlan, b: int, slot: int, start: int, token: int, behind: int) -> str:
     length = behind - token
     if slot < -1:
         return f"state_slots[{b}] is {slot}; slots count from 0, and -1 leaves a sequence out"
@@ -104,39 +106,33 @@ def _table_refusals(plan: StepPlan, b: int, windows: range, room: int) -> Iterat
     """Entries for which a plan finds no page in `cache_block_table`. room: entries that the plan has a place for."""
     table, size = plan.cache_block_table, plan.rows_per_page
     assert table is not None and size is not None
-    width = table.shape[1]
-    row = table[b, windows.start // size : (windows.stop - 1) // size + 1].tolist() if windows else []
+    row = table[b].tolist()
     for window in windows[: max(room, 0)]:
         column = window // size
-        if column >= width:
-            columns = "column" if width == 1 else "columns"
-            yield Refusal(b, window, f"cache_block_table has {width} {columns}, and its entry is in page {column}")
-        elif row[column - windows.start // size] < -1:
-            page = row[column - windows.start // size]
-            yield Refusal(b, window, f"cache_block_table[{b}, {column}] is {page}; pages count from 0, and -1 drops an entry")
+        if column >= len(row):
+            columns = "column" if len(row) == 1 else "columns"
+            yield Refusal(b, window, f"cache_block_table has {len(row)} {columns}, and its entry is in page {column}")
+        elif row[column] < -1:
+            reason = f"cache_block_table[{b}, {column}] is {row[column]}; pages count from 0, and -1 drops an entry"
+            yield Refusal(b, window, reason)
 
 
-def _heads(items: Items) -> list[tuple[int, int, int, int, int]]:
+def heads(items: Items) -> list[tuple[int, int, int, int, int]]:
     """Sequence, slot, start, end and first row of kv_score of each sequence that has work items."""
     columns = (items.sequence, items.slot, items.start, items.end, items.token)
     return torch.stack(columns, dim=1).unique(dim=0).tolist()
 
 
-def _without(items: Items, refused: list[Refusal]) -> Items:
-    gone = torch.tensor([r.sequence for r in refused], dtype=torch.int64, device=items.sequence.device)
-    return items[~torch.isin(items.sequence, gone)]
-
-
 def _short_tokens(c: Compressor, items: Items) -> Iterator[tuple[int, str]]:
     have = c.kv_score.shape[0]
-    for b, _, start, end, token in _heads(items):
+    for b, _, start, end, token in heads(items):
         if token + end - start > have:
             yield b, f"its new tokens are kv_score rows {token} to {token + end - start - 1}, and kv_score has {have} rows"
 
 
 def _fold_refusals(state: FoldState, c: Compressor, items: Items) -> list[Refusal]:
     found, short, held = [], dict(_short_tokens(c, items)), _Rows(state)
-    for b, slot, start, _, _ in _heads(items):
+    for b, slot, start, _, _ in heads(items):
         if slot >= state.num_slots:
             found.append(Refusal(b, -1, f"its state slot is {slot}, and the state has {state.num_slots} slots"))
         elif b in short:
@@ -195,15 +191,15 @@ def _page_reasons(tables: list[torch.Tensor], pools: tuple[int, int], b: int, po
 
 
 def _snapshot_refusals(snapshots: Snapshots, plan: StepPlan, items: Items) -> Iterator[Refusal]:
-    for b, _, start, end, _ in _heads(items):
-        for k, page in _snapshot_pages(snapshots, plan, b, start, end):
+    for b, _, start, end, _ in heads(items):
+        for k, page in snapshot_pages(snapshots, plan, b, start, end):
             ends = (k + 1) * snapshots.page_size
             if ends <= end and not -1 <= page < snapshots.num_pages:
                 reason = f"snapshot_table[{b}, {k}] is {page}, and there are {snapshots.num_pages} snapshots"
                 yield Refusal(b, (ends - 1) // plan.ratio, reason)
 
 
-def _snapshot_pages(snapshots: Snapshots, plan: StepPlan, b: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+def snapshot_pages(snapshots: Snapshots, plan: StepPlan, b: int, start: int, end: int) -> Iterator[tuple[int, int]]:
     """Pages of which a step over `[start, end)` has rows to keep, and what the table says of each."""
     assert plan.snapshot_table is not None
     size = snapshots.page_size
@@ -216,24 +212,19 @@ def _snapshot_pages(snapshots: Snapshots, plan: StepPlan, b: int, start: int, en
 
 
 def _entry_refusals(c: Compressor, plan: StepPlan, items: Items) -> Iterator[Refusal]:
-    cache, spec = c.cache, c.spec
-    room, slots = plan.entry_capacity, None if plan.entry_slots is None else plan.entry_slots.tolist()
+    spec, room = c.spec, plan.entry_capacity
+    slots = None if c.cache is None or plan.entry_slots is None else plan.entry_slots.tolist()
     for window, entry, b in torch.stack((items.window, items.entry, items.sequence), dim=1).tolist():
         if entry >= room:
             yield Refusal(b, window, f"it is entry {entry} of the step, and the plan has room for {room} (entry_slots)")
-        elif entry >= 0 and cache is not None and slots is not None and slots[entry] != -1:
-            reason = _slot_reason(c, plan, b, window, entry, slots[entry])
-            if reason:
-                yield Refusal(b, window, reason)
+        elif entry >= 0 and slots is not None and slots[entry] != -1:
+            if not 0 <= slots[entry] < c.cache.num_slots:
+                yield Refusal(b, window, _slot_reason(c.cache, plan, b, window, entry, slots[entry]))
             elif spec.rope_dim and c.rope is not None and window * spec.ratio >= len(c.rope):
                 yield Refusal(b, window, f"it begins at position {window * spec.ratio}, and rope has {len(c.rope)} positions")
 
 
-def _slot_reason(c: Compressor, plan: StepPlan, b: int, window: int, entry: int, slot: int) -> str:
-    cache = c.cache
-    assert cache is not None
-    if 0 <= slot < cache.num_slots:
-        return ""
+def _slot_reason(cache: EntryCache, plan: StepPlan, b: int, window: int, entry: int, slot: int) -> str:
     if plan.cache_block_table is not None and plan.rows_per_page:
         page, column = slot // plan.rows_per_page, window // plan.rows_per_page
         return f"cache_block_table[{b}, {column}] is {page}, and the cache has {cache.num_pages} pages"

@@ -70,8 +70,7 @@ def dump(
     check_switch("pdl", pdl)
     if not isinstance(whole, bool):
         raise TypeError(f"whole must be a bool, got {type(whole).__name__}")
-    weights = {"spec": spec, "ape": ape, "norm_weight": norm_weight, "rope": rope}
-    call = Call.of(kv_score, plan, state, cache, **weights, rows=rows, snapshots=snapshots, backend=backend)
+    call = Call.of(Compressor(kv_score, state, cache, spec, ape, norm_weight, rope, snapshots), plan, rows, backend)
     call.pdl = pdl
     check_history(full_history, call)
     debug_file.write(path, call, full_history, whole)
@@ -122,18 +121,14 @@ class Replay:
         for i, c in enumerate(self.compressors):
             lines += [f"  {c.spec}"]
             for name in ("kv_score", "state.rows", "state.kv", "cache.pages", "snapshots.rows"):
-                lines += [f"    {line}" for line in self._line(f"{i}.{name}")]
+                tensor, layout = self.tensors.get(f"{i}.{name}"), about["tensors"].get(f"{i}.{name}")
+                if tensor is not None:
+                    dtype = str(tensor.dtype).removeprefix("torch.")
+                    lines += [f"    {name}: {dtype} {layout['shape']}, strides {layout['stride']}"]
             if c.cache is not None:
                 lines += [f"    cache: {c.cache.format.name}, {c.cache.rows_per_page} rows per page"]
         lines += [f"made again on {self.device}, backend {self.backend}: {self.errors} refused"]
         return "\n".join(lines)
-
-    def _line(self, name: str) -> list[str]:
-        tensor, layout = self.tensors.get(name), self.about["tensors"].get(name)
-        if tensor is None:
-            return []
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        return [f"{name.partition('.')[2]}: {dtype} {layout['shape']}, strides {layout['stride']}"]
 
 
 def replay(

@@ -4,20 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .checks import (
-    check_contiguous,
-    check_device,
-    check_dtype,
-    check_float,
-    check_int,
-    check_memory,
-    check_shape,
-    usable_device,
-)
+from .checks import check_contiguous, check_dtype, check_float, check_int, check_memory, usable_device
 from .memory import Checked, check_made
-from .overlap import Place, check_apart
 from .spec import CompressorSpec, check_spec
-from .state import history_start, state_kind
+from .state import check_rows, history_start, state_kind
 
 MOST_PAGE = 1 << 30  # positions per page: the end of the page of any position then is an int32
 
@@ -51,21 +41,9 @@ class Snapshots(Checked):
         self._validate()
 
     def _check(self) -> None:
-        spec, rows, positions = self.spec, self.rows, self.positions
-        check_spec("spec", spec)
-        self.rows_per_page, width = _shape(spec, self.page_size)
-        check_memory("rows", rows, fake=True)
-        check_memory("positions", positions, fake=True)
-        fold = state_kind(spec) == "fold"
-        check_dtype("rows", rows, (torch.float32,) if fold else (torch.float32, torch.bfloat16))
-        check_shape("rows", rows, (None, self.rows_per_page, width))
-        check_dtype("positions", positions, (torch.int32,))
-        check_shape("positions", positions, (rows.shape[0], self.rows_per_page))
-        check_device("positions", positions, rows.device)
-        for name, tensor in (("rows", rows), ("positions", positions)):
-            check_contiguous(name, tensor)
-        check_apart((Place("rows", rows, written=True), Place("positions", positions, written=True)))
-        self._tensors = (rows, positions)
+        check_spec("spec", self.spec)
+        self.rows_per_page, width = _shape(self.spec, self.page_size)
+        self._tensors = check_rows(self.spec, self.rows, self.positions, (self.rows_per_page, width))
 
     @classmethod
     def allocate(

@@ -4,16 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .checks import (
-    check_contiguous,
-    check_device,
-    check_dtype,
-    check_float,
-    check_int,
-    check_memory,
-    check_shape,
-    usable_device,
-)
+from .checks import check_device, check_dtype, check_float, check_int, check_memory, check_shape, check_tensor, usable_device
 from .memory import RememberingState, check_made
 from .overlap import Place, check_apart
 from .spec import CompressorSpec, check_spec
@@ -58,24 +49,13 @@ class FoldState(RememberingState):
         self._validate()
 
     def _check(self) -> None:
-        spec, rows, positions = self.spec, self.rows, self.positions
+        spec = self.spec
         check_spec("spec", spec)
         check_int("max_new_tokens", self.max_new_tokens, 1, 1 << 20)
-        check_memory("rows", rows, fake=True)
-        check_memory("positions", positions, fake=True)
         self.kind = state_kind(spec)
         self.ring, self.history = _ring_and_history(spec, self.max_new_tokens)
-        per_slot = self.ring + self.history
-        row_shape = (3, spec.head_dim) if self.kind == "fold" else (2 * spec.channels,)
-        check_dtype("rows", rows, (torch.float32,) if self.kind == "fold" else (torch.float32, torch.bfloat16))
-        check_shape("rows", rows, (None, per_slot, *row_shape))
-        check_dtype("positions", positions, (torch.int32,))
-        check_shape("positions", positions, (rows.shape[0], per_slot))
-        check_device("positions", positions, rows.device)
-        for name, tensor in (("rows", rows), ("positions", positions)):
-            check_contiguous(name, tensor)
-        check_apart((Place("rows", rows, written=True), Place("positions", positions, written=True)))
-        self._tensors = (rows, positions)
+        row = (3, spec.head_dim) if self.kind == "fold" else (2 * spec.channels,)
+        self._tensors = check_rows(spec, self.rows, self.positions, (self.ring + self.history, *row))
         self._forget_calls()
 
     @classmethod
@@ -152,6 +132,18 @@ class FoldState(RememberingState):
         check_made("state", self, FoldState)
         check_int("position", position, 0, (1 << 31) - 1)
         return range(history_start(self.spec, position), position)
+
+
+def check_rows(
+    spec: CompressorSpec, rows: torch.Tensor, positions: torch.Tensor, shape: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Checks the rows of slots or pages, each of this shape, and their tags; returns both."""
+    dtypes = (torch.float32,) if state_kind(spec) == "fold" else (torch.float32, torch.bfloat16)
+    device = getattr(rows, "device", None)
+    check_tensor("rows", rows, (None, *shape), dtypes, device, fake=True)
+    check_tensor("positions", positions, (rows.shape[0], shape[0]), (torch.int32,), device, fake=True)
+    check_apart((Place("rows", rows, written=True), Place("positions", positions, written=True)))
+    return rows, positions
 
 
 def history_start(spec: CompressorSpec, position: int) -> int:

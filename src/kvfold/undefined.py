@@ -14,7 +14,7 @@ from .backend_window import _Pages, _window
 from .compress import Compressor
 from .plan import StepPlan
 from .records import EntryCache
-from .refusals import Refusal, _heads, _sequence_reason, _sequences, _snapshot_pages
+from .refusals import Refusal, heads, sequence_reason, sequences, snapshot_pages
 from .snapshots import Snapshots
 from .state import FoldState
 from .window_state import WindowState
@@ -23,8 +23,8 @@ from .window_state import WindowState
 def undefined_in_plan(plan: StepPlan) -> list[Refusal]:
     """Tokens that two sequences take, and windows for which the plan has no work item."""
     found, windows, taken = [], 0, []
-    for b, slot, start, token, behind in _sequences(plan):
-        if _sequence_reason(plan, b, slot, start, token, behind):
+    for b, slot, start, token, behind in sequences(plan):
+        if sequence_reason(plan, b, slot, start, token, behind):
             continue
         last = (start + behind - token - 1) // plan.ratio
         windows += last - start // plan.ratio + 1
@@ -48,7 +48,7 @@ def undefined_in_call(c: Compressor, plan: StepPlan) -> list[Refusal]:
     """Places that two sequences, entries or pages of a step are written to, or that one reads and another writes."""
     items, found = Items.of(plan), []
     if isinstance(c.state, FoldState):
-        slots = ((slot, b, -1, f"sequence {b}") for b, slot, _, _, _ in _heads(items) if slot < c.state.num_slots)
+        slots = ((slot, b, -1, f"sequence {b}") for b, slot, _, _, _ in heads(items) if slot < c.state.num_slots)
         found += _shared(slots, "state slot {}")
     elif isinstance(c.state, WindowState):
         found += _shared_rows(c, plan, items)
@@ -60,7 +60,7 @@ def undefined_in_call(c: Compressor, plan: StepPlan) -> list[Refusal]:
 
 
 def _shared(places: Iterable[tuple[int, int, int, str]], name: str) -> Iterator[Refusal]:
-    """Of places, each with the sequence, window and words for whose it is: all but the first at each."""
+    """All users of a place but the first. places: each with the sequence, the window and words for its user."""
     first: dict[int, str] = {}
     for place, b, window, whose in places:
         other = first.setdefault(place, whose)
@@ -78,8 +78,8 @@ def _cache_slots(cache: EntryCache, plan: StepPlan, items: Items) -> Iterator[tu
 
 
 def _snapshot_rows(snapshots: Snapshots, plan: StepPlan, items: Items) -> Iterator[tuple[int, int, int, str]]:
-    for b, _, start, end, _ in _heads(items):
-        for k, page in _snapshot_pages(snapshots, plan, b, start, end):
+    for b, _, start, end, _ in heads(items):
+        for k, page in snapshot_pages(snapshots, plan, b, start, end):
             if 0 <= page < snapshots.num_pages:
                 yield page, b, ((k + 1) * snapshots.page_size - 1) // plan.ratio, f"page {k} of sequence {b}"
 

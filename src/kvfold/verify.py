@@ -10,17 +10,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .backend_torch import finish
 from .compress import choose_backend, compress_many
 from .contract import pooled_bound
-from .debug import EPILOGUE, exact_rows
-from .debug_compare import Difference, bytes_of, explained, pooled_differences
+from .debug_compare import off
+from .debug_exact import exact_rows
 from .kernels.configs import CONFIGS, ITEM_BOUNDS, Config, choose
-from .plan import ITEM_FIELDS
 from .records import FORMATS
 from .spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
 from .store import store
-from .verify_engine import Engine, Mismatch, Part, Schedule, Streams, chunks, drafts, prefill
+from .verify_case import Mismatch, blame, packed, records, same_records, same_rows, untouched
+from .verify_engine import Engine, Schedule, Streams, chunks, drafts, prefill
 
 BF16, FP32 = torch.bfloat16, torch.float32
 # (state, kv_score) for each kind of kernel; the first is what engines use, and all that `quick` looks at.
@@ -239,13 +238,19 @@ def check_store(lab: Lab, config: Config, dtype: torch.dtype) -> str:
     spec, _ = representative(config)
     streams = lab.streams(spec, dtype)
     engine = lab.engine(streams, "fold")
-    parts = [Part(0, streams.length, streams.length)] * streams.batch
-    plan = engine.plan(parts)
-    rows = streams.tokens.flatten(0, 1)[: plan.entry_capacity, : spec.head_dim].contiguous()
-    weights = {name: value for name, value in streams.weights.items() if name != "ape"}
-    store(rows, plan, engine.cache, **weights, backend=lab.backend)  # type: ignore[arg-type]
-    pooled = rows[: streams.batch * streams.windows].view(streams.batch, streams.windows, -1).float()
-    return explain_records(engine, pooled)
+    rows = streams.tokens[:, : streams.windows, : spec.head_dim]
+    store_rows(engine, rows)
+    return explain_records(engine, rows.float())
+
+
+def store_rows(engine: Engine, pooled: Tensor) -> None:
+    """`kvfold.store` of `[batch, windows, head_dim]`."""
+    s = engine.streams
+    plan = engine.plan(*prefill(s.batch, s.length))
+    rows = pooled.new_zeros(plan.entry_capacity, s.spec.head_dim)
+    rows[: s.batch * s.windows] = pooled.flatten(0, 1)
+    weights = {name: value for name, value in s.weights.items() if name != "ape"}
+    store(rows, plan, engine.cache, **weights, backend=engine.backend)
 
 
 def check_format(lab: Lab, spec: CompressorSpec, fmt: str) -> str:
@@ -260,16 +265,10 @@ def check_format(lab: Lab, spec: CompressorSpec, fmt: str) -> str:
     engine.run(schedule[-1:])
     figure = explain_records(engine, engine.pooled)
     apart = lab.engine(streams, "fold", fmt=fmt)
-    plan = apart.plan([Part(0, streams.length, streams.length)] * streams.batch)
-    rows = torch.zeros(plan.entry_capacity, streams.spec.head_dim, device=lab.device)
-    rows[: streams.batch * streams.windows] = engine.pooled.flatten(0, 1)
-    weights = {name: value for name, value in streams.weights.items() if name != "ape"}
-    store(rows, plan, apart.cache, **weights, backend=lab.backend)  # type: ignore[arg-type]
+    store_rows(apart, engine.pooled)
     compare_bits(apart, engine, "compress", pooled=False)
-    for name, ours, theirs in _pages(engine, apart):
-        if not torch.equal(ours, theirs):
-            page, byte = (ours != theirs).nonzero()[0].tolist()
-            raise Mismatch(f"{name} {page}, byte {byte}: outside of all records, yet written")
+    for one in (engine, apart):
+        untouched(one.cache, one.entry_slots)
     return figure
 
 
@@ -327,58 +326,26 @@ def check_many(lab: Lab) -> str:
 def compare_exact(engine: Engine) -> float:
     """The largest relative error of a pooled row against fp64. Raises Mismatch where it is beyond the bound."""
     s = engine.streams
-    exact = torch.stack([exact_rows(tokens, s.spec, s.ape, engine.state) for tokens in s.tokens])
+    exact = torch.stack([exact_rows(tokens, s.spec, s.weights["ape"], engine.state) for tokens in s.tokens])
     return compare_within(engine.pooled, exact, pooled_bound(s.spec.window_rows), "fp64")
 
 
 def compare_within(got: Tensor, want: Tensor, bound: float, against: str) -> float:
     """The largest relative distance of two rows `[batch, windows, head_dim]`; raises Mismatch if it is over `bound`."""
-    sequences, windows, width = got.shape
-    live = torch.zeros(sequences * windows, len(ITEM_FIELDS), dtype=torch.int64, device=got.device)
-    at = torch.arange(len(live), device=got.device)
-    live[:, 0], live[:, 5], live[:, 6] = at % windows, at, at // windows
-    found = pooled_differences(got.reshape(-1, width), want.reshape(-1, width), live, bound, against)
-    if found:
-        raise Mismatch(str(found[0]))
+    for b, (one, due) in enumerate(zip(got, want, strict=True)):
+        blame(off(one, due, bound), "pooled row", b, one, due, against)
     return float(((got.double() - want).norm(dim=-1) / want.norm(dim=-1)).max())
 
 
 def compare_bits(got: Engine, want: Engine, against: str, *, pooled: bool = True) -> None:
     """Pooled rows and records of two engines, to the bit."""
-    stages = [("pooled row", got.pooled.view(torch.int32), want.pooled.view(torch.int32))] if pooled else []
-    for stage, a, b in [*stages, ("record bytes", got.records(), want.records())]:
-        if not torch.equal(a, b):
-            sequence, window, place = (a != b).nonzero()[0].tolist()
-            if stage == "record bytes":
-                values, channel, where = (a, b), None, f"record byte {place}"
-            else:
-                values, channel, where = (got.pooled, want.pooled), place, "bits"
-            found = (x[sequence, window, place].item() for x in values)
-            raise Mismatch(str(Difference(sequence, window, stage, channel, *found, against, where)))
+    if pooled:
+        same_rows(list(got.pooled), list(want.pooled), None, against)
+    same_records(got.cache, got.entry_slots, records(want.cache, want.entry_slots), against)
 
 
 def explain_records(engine: Engine, pooled: Tensor) -> str:
     """Raises unless the torch packer makes the records of `pooled` `[batch, windows, head_dim]`; says how nearly it does."""
-    s, cache = engine.streams, engine.cache
-    rows = pooled.flatten(0, 1)
-    rows = rows.bfloat16().float() if cache.format.round_rows else rows
-    position = torch.arange(s.windows, device=rows.device).repeat(s.batch) * s.spec.ratio
-    y = finish(rows, s.spec, s.norm_weight, s.rope, position)
-    data = bytes_of(cache, engine.entry_slots)
-    if bool(explained(cache, data, y, torch.zeros_like(y[:, :1])).all()):
-        return "bytes equal"
-    fine = explained(cache, data, y, EPILOGUE * y.norm(dim=1, keepdim=True))
-    if not bool(fine.all()):
-        entry, channel = (~fine).nonzero()[0].tolist()
-        value = float(cache.read(engine.entry_slots[entry : entry + 1])[0, channel])
-        place = entry // s.windows, entry % s.windows
-        raise Mismatch(str(Difference(*place, "record bytes", channel, value, float(y[entry, channel]), "the packer")))
-    return "bytes equal but for roundings of the norm"
-
-
-def _pages(*engines: Engine) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """The pages of two engines, and scale pages where there are."""
-    one, other = (engine.cache for engine in engines)
-    yield "page", one.pages, other.pages
-    if one.scale_pages is not None and other.scale_pages is not None:
-        yield "scale page", one.scale_pages, other.scale_pages
+    weights = engine.streams.weights
+    exact = packed(engine.cache, engine.entry_slots, list(pooled), weights["norm_weight"], weights["rope"])
+    return "bytes equal" if exact else "bytes equal but for roundings of the norm"

@@ -9,22 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
 from .compress import Compressor, compress
 from .debug import Report, check
-from .debug_compare import bytes_of
 from .plan import StepPlan
-from .records import EntryCache
 from .spec import CompressorSpec
 from .state import FoldState
+from .verify_case import make_cache, make_pools, make_state, make_weights
 from .window_state import WindowState
 
 ROWS_PER_PAGE, PAGE_SIZE = 3, 8  # entries per page of the cache; positions per page of raw rows
-UNTOUCHED = 0xA5  # what the cache holds before
-
-
-class Mismatch(Exception):
-    """Something is not what it must be; the text says what and where."""
 
 
 class Part(NamedTuple):
@@ -70,23 +63,19 @@ class Streams:
 
     Attributes:
         tokens: `[batch, length, 2 * channels]`, bf16 or fp32.
+        weights: spec, ape, norm_weight and rope, as `compress` takes them.
     """
 
     spec: CompressorSpec
     tokens: Tensor
-    ape: Tensor | None
-    norm_weight: Tensor
-    rope: Tensor | None
+    weights: dict
 
     @classmethod
     def make(cls, spec: CompressorSpec, batch: int, length: int, dtype: torch.dtype, device: torch.device) -> Streams:
         """The same on every machine: drawn on the CPU from fixed seeds."""
         draw = torch.Generator().manual_seed(7)
         tokens = torch.randn(batch, length, 2 * spec.channels, generator=draw).to(device, dtype)
-        ape = torch.randn(spec.ratio, spec.channels, generator=draw).to(device) if spec.has_ape else None
-        norm_weight = (1 + 0.2 * torch.randn(spec.head_dim, generator=draw)).to(device)
-        rope = reference.rope_table(length + 8, spec.rope_dim).to(device) if spec.rope_dim else None
-        return cls(spec, tokens, ape, norm_weight, rope)
+        return cls(spec, tokens, make_weights(spec, length, "normal", draw, torch.float32, device))
 
     @property
     def batch(self) -> int:
@@ -99,11 +88,6 @@ class Streams:
     @property
     def windows(self) -> int:
         return self.length // self.spec.ratio
-
-    @property
-    def weights(self) -> dict[str, object]:
-        """As `compress` takes them."""
-        return {"spec": self.spec, "ape": self.ape, "norm_weight": self.norm_weight, "rope": self.rope}
 
 
 class Engine:
@@ -124,21 +108,15 @@ class Engine:
         ints = {"dtype": torch.int32, "device": device}
         self.state: FoldState | WindowState
         if kind == "fold":
-            self.state = FoldState.allocate(spec, batch + 1, most, device=device, dtype=dtype)
-            self.state.rows.fill_(torch.nan)
+            self.state = make_state(spec, batch + 1, most, dtype, device)
             self.slots = torch.randperm(batch + 1, generator=shuffle)[:batch].to(**ints)
         else:
             columns = -(-(streams.length + most) // PAGE_SIZE)
-            self.state = WindowState.allocate(spec, batch * columns, PAGE_SIZE, device=device, dtype=dtype)
-            self.state.kv.fill_(torch.nan)
-            self.state.score.fill_(torch.nan)
+            self.state = make_pools(spec, batch * columns, PAGE_SIZE, dtype, device)
             orders = (torch.randperm(batch * columns, generator=shuffle) for _ in range(2))
             self.tables = tuple(order.view(batch, columns).to(**ints) for order in orders)
         pages = -(-(streams.windows + most) // ROWS_PER_PAGE)
-        self.cache = EntryCache.allocate(fmt, batch * pages, ROWS_PER_PAGE, spec, device=device)
-        for buffer in (self.cache.pages, self.cache.scale_pages):
-            if buffer is not None:
-                buffer.fill_(UNTOUCHED)
+        self.cache = make_cache(fmt, spec, batch * pages, ROWS_PER_PAGE, device)
         self.cache_table = torch.randperm(batch * pages, generator=shuffle).view(batch, pages).to(**ints)
         self.pooled = torch.full((batch, streams.windows, spec.head_dim), torch.nan, device=device)
 
@@ -197,16 +175,10 @@ class Engine:
 
     def compressor(self, parts: list[Part]) -> Compressor:
         """This engine's part of `compress_many`."""
-        s = self.streams
-        return Compressor(self.rows(parts), self.state, self.cache, s.spec, s.ape, s.norm_weight, s.rope)
+        return Compressor(self.rows(parts), self.state, self.cache, **self.streams.weights)
 
     @property
-    def entry_slots(self) -> Tensor:
-        """int64 `[batch * windows]`: the cache slot of each entry."""
+    def entry_slots(self) -> list[list[int]]:
+        """The cache slot of each entry, by sequence."""
         window = torch.arange(self.streams.windows, device=self.pooled.device)
-        pages = self.cache_table[:, window // ROWS_PER_PAGE].long()
-        return (pages * ROWS_PER_PAGE + window % ROWS_PER_PAGE).flatten()
-
-    def records(self) -> Tensor:
-        """uint8 `[batch, windows, record bytes]`."""
-        return bytes_of(self.cache, self.entry_slots).view(self.streams.batch, self.streams.windows, -1)
+        return (self.cache_table[:, window // ROWS_PER_PAGE] * ROWS_PER_PAGE + window % ROWS_PER_PAGE).tolist()

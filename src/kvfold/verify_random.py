@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .records import FORMATS
 from .spec import CompressorSpec
@@ -173,21 +173,14 @@ def draw_shape(rng: random.Random, budget: Budget) -> Shape:
         some = rng.randint(1, max(2, 2 * ratio))
         snapshot = some if state_kind(spec) == "fold" else ratio * rng.randint(1, 3)
     shape = Shape(
-        spec=spec,
-        state=state,
-        state_dtype=state_dtype,
-        kv_dtype=kv_dtype,
-        fmt=None if fmt is None else fmt.name,
+        spec, state, state_dtype, kv_dtype, fmt and fmt.name,
         scale=rng.choice((1.0, 0.5, 0.037, 3.2)) if fmt is not None and fmt.name.startswith(("fp8_tensor", "nvfp4")) else 1.0,
-        norm_dtype=rng.choice(FLOATS),
-        rows=rows,
+        norm_dtype=rng.choice(FLOATS), rows=rows,
         addressing=rng.choice(("table", "slots")) if fmt is not None else rng.choice(("none", "table", "slots")),
-        page_size=_page_size(rng, ratio) if state == "window" else 0,
-        snapshot=snapshot,
-        aligned=rng.random() < 0.6,
-        bound=rng.choice(BOUNDS),
-        max_new_tokens=rng.choice((1, 2, 4, 5, 8)),
-    )
+        page_size=rng.choice((ratio, 2 * ratio, rng.randint(1, 9), rng.randint(1, 2 * ratio + 1), 16, 64))
+        if state == "window" else 0,
+        snapshot=snapshot, aligned=rng.random() < 0.6, bound=rng.choice(BOUNDS), max_new_tokens=rng.choice((1, 2, 4, 5, 8)),
+    )  # fmt: skip
     if state == "fold" and fmt is not None and rng.random() < 0.25:
         return _with_other(rng, shape)
     return shape
@@ -204,9 +197,9 @@ def _with_other(rng: random.Random, shape: Shape) -> Shape:
     spec = CompressorSpec(width, shape.spec.ratio, rng.choice((True, shape.spec.overlap)), True, rope, 1e-6, rng.random() < 0.5)
     kv_dtype = rng.choice(FLOATS)
     rows = state_kind(spec) == "rows" and kv_dtype == "bfloat16"
-    fields = {"spec": spec, "fmt": fmt.name, "kv_dtype": kv_dtype, "scale": 1.0, "rows": None, "snapshot": 0, "other": None}
-    other = Shape(**{**vars(shape), **fields, "state_dtype": rng.choice(FLOATS) if rows else "float32"})
-    return Shape(**{**vars(shape), "rows": None, "snapshot": 0, "other": other})
+    shape = replace(shape, rows=None, snapshot=0)
+    kept = rng.choice(FLOATS) if rows else "float32"
+    return replace(shape, other=replace(shape, spec=spec, fmt=fmt.name, kv_dtype=kv_dtype, state_dtype=kept, scale=1.0))
 
 
 def _ratio(rng: random.Random, budget: Budget, state: str) -> int:
@@ -217,10 +210,6 @@ def _ratio(rng: random.Random, budget: Budget, state: str) -> int:
     if ratio > 1024 and rng.random() < 0.5:
         ratio = high
     return 1 << (ratio.bit_length() - 1) if state == "window" else ratio
-
-
-def _page_size(rng: random.Random, ratio: int) -> int:
-    return rng.choice((ratio, 2 * ratio, rng.randint(1, 9), rng.randint(1, 2 * ratio + 1), 16, 64))
 
 
 class _Drawer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ import torch
 from .checks import check_int
 from .compress import choose_backend
 from .selection import check_workers
-from .verify_engine import Mismatch
+from .verify_case import Mismatch
 from .verify_program import Place, program
 from .verify_random import BUDGETS, CASES_PER_SHAPE, RATIOS, RandomCase, draw_case
 
@@ -85,22 +85,16 @@ def verify_random(
 
 
 def _run(indices: range, seed: int, place: Place, workers: int) -> Iterator[Outcome]:
-    groups = [list(group) for _, group in groupby(indices, lambda i: i // CASES_PER_SHAPE)]
-    found = _run_here(groups, seed, place) if workers == 0 else _run_apart(groups, seed, place, workers)
-    for outcome in found:
+    here = (run_case(_drawn(seed, place, index), place) for index in indices)
+    for outcome in _run_apart(indices, seed, place, workers) if workers else here:
         yield outcome
         if outcome.lost:
             return
 
 
-def _run_here(groups: list[list[int]], seed: int, place: Place) -> Iterator[Outcome]:
-    for group in groups:
-        for index in group:
-            yield run_case(draw_case(seed, index, BUDGETS[_budget(place)]), place)
-
-
-def _run_apart(groups: list[list[int]], seed: int, place: Place, workers: int) -> Iterator[Outcome]:
+def _run_apart(indices: range, seed: int, place: Place, workers: int) -> Iterator[Outcome]:
     """In processes. One that a fault ends takes all with it: its case is found by itself, and the others are begun anew."""
+    groups = [list(group) for _, group in groupby(indices, lambda i: i // CASES_PER_SHAPE)]
     attempt, done = partial(_run_group, seed, place), 0
     while done < len(groups):
         try:
@@ -109,24 +103,18 @@ def _run_apart(groups: list[list[int]], seed: int, place: Place, workers: int) -
                     done += 1
                     yield from group
         except BrokenProcessPool:
-            yield from _run_one_by_one(attempt, groups[done], seed, place)
+            yield from (_run_alone(seed, place, index) for index in groups[done])
             done += 1
 
 
-def _run_one_by_one(
-    attempt: Callable[[list[int]], list[Outcome]], indices: list[int], seed: int, place: Place
-) -> Iterator[Outcome]:
-    """Cases some of which end their process."""
-    left = list(indices)
-    while left:
-        try:
-            with _pool(1) as pool:
-                for (outcome,) in pool.map(attempt, [[index] for index in left]):
-                    left.pop(0)
-                    yield outcome
-        except BrokenProcessPool:
-            case = draw_case(seed, left.pop(0), BUDGETS[_budget(place)])
-            yield Outcome(case.index, labels(case), 0.0, "a fault ended the process", program(case, place))
+def _run_alone(seed: int, place: Place, index: int) -> Outcome:
+    """A case in a process of its own, which it may end."""
+    try:
+        with _pool(1) as pool:
+            return pool.submit(_run_group, seed, place, [index]).result()[0]
+    except BrokenProcessPool:
+        case = _drawn(seed, place, index)
+        return Outcome(index, labels(case), 0.0, "a fault ended the process", program(case, place))
 
 
 @contextmanager
@@ -142,12 +130,12 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 def _run_group(seed: int, place: Place, indices: list[int]) -> list[Outcome]:
     """Cases of one shape, which have their kernels in common, in a process for that."""
     torch.set_num_threads(1)
-    return list(_run_here([indices], seed, place))
+    return [run_case(_drawn(seed, place, index), place) for index in indices]
 
 
-def _budget(place: Place) -> str:
-    """Kernels on a CPU are interpreted."""
-    return place.backend if place.backend == "torch" or torch.device(place.device).type != "cpu" else "interpreted"
+def _drawn(seed: int, place: Place, index: int) -> RandomCase:
+    interpreted = place.backend == "triton" and torch.device(place.device).type == "cpu"
+    return draw_case(seed, index, BUDGETS["interpreted" if interpreted else place.backend])
 
 
 def run_case(case: RandomCase, place: Place) -> Outcome:

@@ -7,11 +7,10 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .explain import parse_spec
 from .failures import stop
-from .show import make_console, print_table
+from .show import make_console, make_progress, print_table
 
 
 def aot(
@@ -46,8 +45,7 @@ def aot(
     wrong = [name for name in dtype or () if name not in dtypes]
     if wrong:
         raise typer.BadParameter(f"--dtype must be bf16 or fp32, got {wrong[0]!r}")
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True) as progress:
+    with make_progress(console) as progress:
         task = progress.add_task("", total=None)
         try:
             report = compile_all(

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from ..files import check_writable, write_atomically
 from .failures import MOST_SEED, stop
-from .show import make_console
+from .show import check_device, make_console
 
 
 def demo(
@@ -30,11 +30,7 @@ def demo(
         from ..demo_show import show
     except ImportError as error:
         raise stop(f"needs {error.name}: pip install 'kvfold[demo]'", "kvfold demo") from None
-    import torch
-
-    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        have = "cpu or cuda" if torch.cuda.is_available() else "cpu (no GPU here)"
-        raise typer.BadParameter(f"--device must be {have}, got {device!r}")
+    check_device(device)
     try:
         ids, path = job.read_text(text, tokens or job.MOST_TOKENS)
     except ValueError as error:

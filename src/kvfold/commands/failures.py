@@ -12,13 +12,12 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-# 2: wrong arguments, and files or output that cannot be read or written. The others are what a shell says of a process that
-# a signal ended, so that a pipeline does not take what was cut off for a success.
 MOST_SEED = (1 << 63) - 1  # of torch
-INTERRUPTED, PIPE_CLOSED, WRONG = 130, 141, 2
-OF_OUTPUT = (errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EDQUOT)  # of an error without a name: files have theirs
+# Wrong arguments, and files or output that cannot be read or written; the others are what a shell gives for signals.
+WRONG, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
+OF_OUTPUT = (errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EDQUOT)  # of an error that names no file
 
-# typer brings a click of its own from 0.2x on; what its errors derive from is the same.
+# typer may have its own copy of click: the base of its errors is found by name.
 ClickError: type[Any] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 
@@ -67,7 +66,7 @@ def one_line(ctx: Any = None) -> Iterator[None]:
     except KeyboardInterrupt:
         code, words = INTERRUPTED, "interrupted"
     except BrokenPipeError:
-        code, words = PIPE_CLOSED, ""  # who closed it knows
+        code, words = PIPE_CLOSED, ""  # nobody is left to read a message
     except SystemExit as left:  # rich ends the process when a pipe is closed, with the exit code of a failed check
         if not isinstance(left.__context__, BrokenPipeError):
             raise
@@ -99,7 +98,7 @@ def _flush() -> None:
 
 
 def _let_go_of_output() -> None:
-    """What could not be written is not tried again when the interpreter ends, which would say so in a traceback."""
+    """Sends output that cannot be written to nowhere: at exit the interpreter would try again and print a traceback."""
     try:
         _flush()
     except OSError:

@@ -6,7 +6,9 @@ import os
 import sys
 from collections.abc import Sequence
 
+import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +19,22 @@ def make_console() -> Console:
     """The console on stdout. A file or a pipe has no width of its own; rich would take 80 columns and cut the tables."""
     known = sys.stdout is None or sys.stdout.isatty() or "COLUMNS" in os.environ
     return Console(width=None if known else FILE_WIDTH)
+
+
+def make_progress(console: Console) -> Progress:
+    """A bar that counts in a terminal, and leaves nothing behind."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def check_device(device: str) -> None:
+    """Raises typer.BadParameter unless it is cpu, or cuda where there is one."""
+    import torch
+
+    accepted = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    if device not in accepted:
+        have = "cpu or cuda" if len(accepted) > 1 else "cpu (no GPU here)"
+        raise typer.BadParameter(f"--device must be {have}, got {device!r}")
 
 
 def print_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -6,7 +6,6 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,11 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..files import check_writable, write_atomically
 from .failures import MOST_SEED, stop
-from .show import make_console
+from .show import check_device, make_console, make_progress
 
 if TYPE_CHECKING:
     from ..verify import Case, Result
@@ -50,9 +48,7 @@ def verify(
     console = make_console()
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        have = "cpu or cuda" if torch.cuda.is_available() else "cpu (no GPU here)"
-        raise typer.BadParameter(f"--device must be {have}, got {device!r}")
+    check_device(device)
     if backend is None:
         backend = "triton" if device == "cuda" or _interpreted() else "torch"
     if random is None and (seed, first, workers) != (None, None, None):
@@ -62,8 +58,8 @@ def verify(
     if out is not None:
         check_writable(out)
     where = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    about = {"device": where, "backend": _backend_name(backend, device), "torch": torch.__version__, "kvfold": __version__}
-    about |= {"triton": _triton()}
+    about = {"device": where, "backend": backend + " (interpreted)" * (backend == "triton" and device == "cpu")}
+    about |= {"torch": torch.__version__, "kvfold": __version__, "triton": _triton()}
     begin = time.perf_counter()
     if random is not None:
         workers = (None if device == "cuda" else 1) if workers is None else workers
@@ -107,9 +103,8 @@ def _run_list(
 
 def _show(console: Console, cases: list[Case], found: Iterable[Result], backend: str) -> list[Result]:
     """A line for each case that ran."""
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     results = []
-    with Progress(*columns, console=console, transient=True) as progress:
+    with make_progress(console) as progress:
         task = progress.add_task("", total=len(cases))
         for result in found:
             results.append(result)
@@ -118,9 +113,9 @@ def _show(console: Console, cases: list[Case], found: Iterable[Result], backend:
                 continue
             verdict = "[green]pass[/]" if result.passed else "[bold red]FAIL[/]"
             line = f"{verdict} {escape(f'{result.group}: {result.name}, {backend}')}  {result.figure}  {result.seconds:.1f} s"
-            progress.console.print(line, soft_wrap=True, highlight=False)
+            console.print(line, soft_wrap=True, highlight=False)
             if not result.passed:
-                progress.console.print(escape(f"     {result.problem}"), style="red", soft_wrap=True, highlight=False)
+                console.print(f"     {result.problem}", style="red", soft_wrap=True, highlight=False, markup=False)
     return results
 
 
@@ -135,33 +130,26 @@ def _run_random(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     _headline(console, f"{cases} random cases of seed {seed}", about)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     outcomes = []
-    with Progress(*columns, console=console, transient=True) if console.is_terminal else nullcontext() as progress:
-        task = progress.add_task("", total=cases) if progress else None
+    with make_progress(console) as progress:
+        task = progress.add_task("", total=cases)
         for outcome in found:
             outcomes.append(outcome)
-            if progress:
-                progress.advance(task)
+            progress.advance(task)
             if not outcome.passed:
                 console.print(f"[bold red]FAIL[/] case {outcome.index} of seed {seed}", highlight=False)
                 console.print(f"     {outcome.problem}", style="red", soft_wrap=True, highlight=False, markup=False)
                 console.print(outcome.program, soft_wrap=True, highlight=False, markup=False)
-    made = summary(outcomes, seed, cases)
     failed, left = sum(not outcome.passed for outcome in outcomes), cases - len(outcomes)
     verdict = f"[bold red]{failed} of {len(outcomes)} failed[/]" if failed else f"[green]all {len(outcomes)} passed[/]"
     rest = f"; {left} were not run, as the device is lost" if left else ""
     console.print(f"{verdict} on backend {about['backend']}{rest}", highlight=False, soft_wrap=True)
-    return made, failed
+    return summary(outcomes, seed, cases), failed
 
 
 def _headline(console: Console, what: str, about: dict[str, str]) -> None:
     versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "triton", "kvfold"))
     console.print(f"{what} on {about['device']}, backend {about['backend']}, {versions}", soft_wrap=True, highlight=False)
-
-
-def _backend_name(backend: str, device: str) -> str:
-    return "triton (interpreted)" if backend == "triton" and device == "cpu" else backend
 
 
 def _interpreted() -> bool:

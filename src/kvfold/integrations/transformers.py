@@ -95,14 +95,12 @@ def patch(model: nn.Module, *, backend: str | None = None, max_new_tokens: int =
     for module in model.modules():
         if isinstance(module, v4.DeepseekV4Model) and _MARK not in module.__dict__:
             before = module.register_forward_pre_hook(_before_step, with_kwargs=True)
-            module.__dict__[_MARK] = (
-                before,
-                module.register_forward_hook(_after_step, with_kwargs=True, always_call=True),
-            )
+            after = module.register_forward_hook(_after_step, with_kwargs=True, always_call=True)
+            module.__dict__[_MARK] = before, after
 
 
 def unpatch(model: nn.Module) -> None:
-    """Takes what `patch` gave away from `model`, and nothing else. Caches that kvfold filled refuse further use.
+    """Removes from `model` what `patch` added, and nothing else. Caches that kvfold filled refuse further use.
 
     Raises:
         ValueError: `model` is not patched.
@@ -320,17 +318,10 @@ class _PoolingLayer:
             self.fold.folds[name] = fold
             # A CPU tells at once; elsewhere ask where waiting costs little (prefill) or an error is possible (rewind).
             look = self.new > 1 or self.fold.rewound
-            fold.advance(
-                torch.cat([kv, gate], dim=-1).flatten(0, 1),
-                self.start,
-                self.new,
-                self.plans,
-                ape=ape,
-                norm_weight=weight,
-                rope=self.hook.tables.get(part, self.start + self.new, device, look),
-                backend=self.hook.backend,
-                check=look or device.type == "cpu",
-            )
+            rope = self.hook.tables.get(part, self.start + self.new, device, look)
+            rows, check = torch.cat([kv, gate], dim=-1).flatten(0, 1), look or device.type == "cpu"
+            weights = {"ape": ape, "norm_weight": weight, "rope": rope, "backend": self.hook.backend}
+            fold.advance(rows, self.start, self.new, self.plans, check, **weights)
         return kv[:, :0], gate[:, :0], 0
 
     def update_compressor_states(self, name: str, compressed: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ and deleting the cache frees it. This file knows tensors and positions, not tran
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,13 +25,6 @@ class UnsupportedError(NotImplementedError):
     """Something that kvfold's transformers integration does not do; the message says what, and what to do instead."""
 
 
-@dataclass
-class _Planned:
-    key: tuple[int, int, int]
-    start: int
-    plan: StepPlan
-
-
 class Plans:
     """The last `StepPlan` of each ratio and device: built once per step shape, shared by the layers and compressors of a cache.
 
@@ -40,31 +33,24 @@ class Plans:
     """
 
     def __init__(self) -> None:
-        self._last: dict[tuple[int, torch.device], _Planned] = {}
+        self._last: dict[tuple[int, torch.device], tuple[tuple, int, StepPlan]] = {}
 
     def get(self, ratio: int, device: torch.device, batch: int, start: int, new: int, capacity: int) -> StepPlan:
         """Plan of a uniform step: `batch` sequences which all have `start` tokens and get `new` more.
 
         Slot and page of a sequence are its batch row; a page has `capacity` entries.
         """
-        key = (batch, new, capacity)
-        last = self._last.get((ratio, device))
-        if last is not None and last.key == key:
-            if last.start != start:
-                last.plan.update(_starts(batch, start, device), last.plan.cu_seqlens)
-                last.start = start
-            return last.plan
-        rows = torch.arange(batch, dtype=torch.int32, device=device)
-        plan = StepPlan.build(
-            ratio,
-            _starts(batch, start, device),
-            torch.arange(batch + 1, dtype=torch.int32, device=device) * new,
-            max(new, 1),
-            state_slots=rows,
-            cache_block_table=rows[:, None].contiguous(),
-            rows_per_page=capacity,
-        )
-        self._last[ratio, device] = _Planned(key, start, plan)
+        key, ints = (batch, new, capacity), {"dtype": torch.int32, "device": device}
+        known, before, plan = self._last.get((ratio, device), (None, start, None))
+        if known != key:
+            rows, ends = torch.arange(batch, **ints), torch.arange(batch + 1, **ints) * new
+            plan = StepPlan.build(
+                ratio, torch.full((batch,), start, **ints), ends, max(new, 1), state_slots=rows,
+                cache_block_table=rows[:, None].contiguous(), rows_per_page=capacity,
+            )  # fmt: skip
+        elif before != start:
+            plan.update(torch.full((batch,), start, **ints), plan.cu_seqlens)
+        self._last[ratio, device] = key, start, plan
         return plan
 
 
@@ -82,10 +68,6 @@ class CacheFold:
 
     def __reduce__(self) -> tuple:
         return CacheFold, ()
-
-
-def _starts(batch: int, start: int, device: torch.device) -> torch.Tensor:
-    return torch.full((batch,), start, dtype=torch.int32, device=device)
 
 
 class CompressorFold:
@@ -112,7 +94,7 @@ class CompressorFold:
         self.made_of: tuple[torch.dtype, torch.dtype] | None = None
 
     def adapt(self, spec: CompressorSpec, rows: torch.dtype, entries: torch.dtype) -> None:
-        """Goes on with another spec or other dtypes: tensors become fp32 where what comes is. Keeps every bit of them.
+        """Goes on with another spec or other dtypes. Tensors become fp32 where the new rows are, and keep every bit.
 
         Raises:
             UnsupportedError: a spec of another shape, or a dtype that kvfold does not take.
@@ -129,22 +111,11 @@ class CompressorFold:
         self.storage = self.storage.to(torch.promote_types(self.storage.dtype, entries))
         self.spec = spec
 
-    def advance(
-        self,
-        kv_score: torch.Tensor,
-        start: int,
-        new: int,
-        plans: Plans,
-        *,
-        ape: torch.Tensor,
-        norm_weight: torch.Tensor,
-        rope: torch.Tensor,
-        backend: str | None,
-        check: bool,
-    ) -> None:
+    def advance(self, kv_score: torch.Tensor, start: int, new: int, plans: Plans, check: bool, **weights: Any) -> None:
         """Folds `kv_score` `[batch * new, 2 * channels]`, sequence-major, at positions `start .. start + new - 1`.
 
-        Mutates state, storage and count. `check` reads the plan's error counter, which waits for the device.
+        Mutates state, storage and count. `check` reads the plan's error counter, which waits for the device. weights, and the
+        backend: as `compress` takes them.
 
         Raises:
             UnsupportedError: `start` is beyond what it has seen.
@@ -161,10 +132,7 @@ class CompressorFold:
         if self.cache is None or self.cache.storage is not self.storage or self.cache.spec is not self.spec:
             self.cache = EntryCache(self.storage, _FORMATS[self.storage.dtype], capacity, self.spec)
         self.written = max(self.written, end)
-        compress(
-            kv_score, plan, self.state, self.cache, spec=self.spec, ape=ape, norm_weight=norm_weight, rope=rope,
-            backend=backend,
-        )  # fmt: skip
+        compress(kv_score, plan, self.state, self.cache, spec=self.spec, **weights)
         if check and (refused := int(plan.errors)):
             raise RuntimeError(
                 f"kvfold refused {refused} of {batch} sequences: its state cannot continue from position {start}. Rewind"
@@ -279,15 +247,13 @@ class LayerFold:
         return torch.arange(0) if first is None else torch.arange(first.shape[0], device=first.device)
 
     def _check_rewind(self, length: int) -> None:
-        if length == self.step_start or (length >= 0 and self._written() - length <= self.max_new_tokens):
+        written = max((fold.written for fold in self.folds.values()), default=self.length)
+        if length == self.step_start or (length >= 0 and written - length <= self.max_new_tokens):
             return
         raise UnsupportedError(
             f"a rewind from {self.length} to {length} tokens: kvfold can go back to {self.step_start}, where the last step"
             f" began, or by up to max_new_tokens={self.max_new_tokens}, an argument of patch()"
         )
-
-    def _written(self) -> int:
-        return max((fold.written for fold in self.folds.values()), default=self.length)
 
     def keys_at(self, length: int, window: int) -> torch.Tensor:
         """The keys that `rewind` would return; it raises what that would and changes nothing."""

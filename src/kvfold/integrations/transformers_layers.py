@@ -111,11 +111,11 @@ def cache_fold(cache: Any) -> CacheFold:
 
 
 class Snapshot:
-    """A cache as it is before a step. Holds references: a step replaces tensors, or writes behind what counts of them."""
+    """A cache as it is before a step. Holds references: a step replaces tensors, or writes behind the part that counts."""
 
     def __init__(self, cache: Any) -> None:
         self._layers = list(cache.layers)
-        self._kept = [(type(layer), _shallow(layer.__dict__)) for layer in self._layers]
+        self._kept = [(type(layer), {name: _kept(x) for name, x in layer.__dict__.items()}) for layer in self._layers]
 
     def restore(self, cache: Any) -> None:
         """Puts `cache` back."""
@@ -148,12 +148,8 @@ class SavedFold:
         return fold
 
 
-def _shallow(values: dict[str, Any]) -> dict[str, Any]:
-    """A copy that keeps what dicts hold, too."""
-    kept: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            kept[name] = dict(value)
-        else:
-            kept[name] = SavedFold(value) if isinstance(value, LayerFold) else value
-    return kept
+def _kept(value: Any) -> Any:
+    """What a layer's attribute is restored from."""
+    if isinstance(value, LayerFold):
+        return SavedFold(value)
+    return dict(value) if isinstance(value, dict) else value

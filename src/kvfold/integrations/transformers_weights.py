@@ -195,8 +195,7 @@ class _Seen:
 
     def __init__(self, key: tuple, inv_freq: torch.Tensor, table: _Table) -> None:
         self.key, self.table = key, table
-        self.inv_freq = weakref.ref(inv_freq)
-        self.written = _written(inv_freq)
+        self.inv_freq, self.written = weakref.ref(inv_freq), _written(inv_freq)
 
     def still(self, inv_freq: torch.Tensor) -> bool:
         return self.inv_freq() is inv_freq and self.written == _written(inv_freq)
