@@ -71,7 +71,7 @@ def compress_window_torch(
     """
     items = Items.of(plan)
     usable = items.token + items.end - items.start <= kv_score.shape[0]
-    plan.errors += (~usable & (items.window == items.start // spec.ratio)).sum().int()
+    plan.errors.add_((~usable & (items.window == items.start // spec.ratio)).sum().int())
     items = items[usable]
     if items.window.numel() == 0:
         return
@@ -85,7 +85,7 @@ def compress_window_torch(
     made = items[ends & ~missing & ~bad]
     pooled = _pool(made, tokens, value, score, spec)  # all old rows are read before any is written
     bad |= _write(items, tokens, value, score, spec)
-    plan.errors += (bad | missing & _wanted(items, plan)).sum().int()
+    plan.errors.add_((bad | missing & _wanted(items, plan)).sum().int())
     emit(pooled, made, plan, cache, spec, norm_weight, rope, rows)
 
 
