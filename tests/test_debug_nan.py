@@ -126,6 +126,23 @@ def test_kernels_are_equal(backend: Backend, plant: str, kind: str) -> None:
     assert report.equal and report.referenced == 3, report
 
 
+@pytest.mark.parametrize("kind", ("fold", "rows", "hadamard", "window"))
+def test_values_whose_squares_no_fp32_holds_make_zeros(backend: Backend, kind: str) -> None:
+    for value in (1e20, -3e38):
+        step = Step(kind, lambda x, spec, value=value: put(x, spec, "k", spec.ratio + 1, value), "fp32", backend)
+        report = step.check()
+        assert report.equal and report.referenced == 3, report
+    if kind == "fold":  # zeros, and nothing else is right
+
+        def spoil(state, cache, rows, _) -> None:
+            cache.pages[0].view(torch.float32)[step.spec.head_dim + 3] = 0.5  # of window 1
+
+        with pytest.MonkeyPatch.context() as patch:
+            wrong(patch, spoil)
+            report = Step(kind, lambda x, spec: put(x, spec, "k", spec.ratio + 1, 1e20), "fp32", TORCH).check(backend="triton")
+        assert report.headline == "DIFFERENT", report
+
+
 def pooled_row(state, cache, rows, _) -> None:
     if rows is not None:
         rows[1, CHANNEL + 1] += 0.01

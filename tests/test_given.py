@@ -181,6 +181,19 @@ def test_the_default_dtype_is_the_callers(backend: Backend, kind: str, dtype: to
         assert one.dtype == other.dtype and torch.equal(one, other)
 
 
+@pytest.mark.parametrize("kind", ["rows", "fold", "window"])
+def test_a_plan_is_checked_once(backend: Backend, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """To count in `errors` sets no attribute, which would have the plan checked again in every call."""
+    world, checks = World(kind, "compress", backend), []
+    made = {key: value for key, (value, _) in objects(world).items()} | {"snapshots": None}
+    monkeypatch.setattr(StepPlan, "_check", lambda plan: checks.append(plan))
+    for _ in range(2):
+        made["plan"].update(world.leaves["plan.start_pos"], world.leaves["plan.cu_seqlens"])
+        call_with(world, made)
+        store_with(world, made)
+    assert not checks
+
+
 def objects(world: World) -> dict[str, tuple[Any, type]]:
     return {
         "plan": (world.plan(), StepPlan),

@@ -180,3 +180,14 @@ def test_overlap_agrees_with_gate_concatenation() -> None:
     new_kv[1:, :4], new_gate[1:, :4] = chunk_kv[:-1, :, :512], chunk_gate[:-1, :, :512]
     want = torch.einsum("wtc,wtc->wc", new_kv, new_gate.softmax(dim=1))
     torch.testing.assert_close(reference.pooled(tokens, spec, weights.ape), want, rtol=1e-13, atol=1e-14)
+
+
+def test_sizes_that_torch_would_stretch_or_cut() -> None:
+    spec = CompressorSpec(head_dim=16, ratio=4, rope_dim=16)
+    for rows in (1, 2, 8):
+        with pytest.raises(ValueError, match=r"^ape must be \[4, 16\]"):
+            reference.pooled(torch.zeros(8, 32), spec, torch.zeros(rows, 16))
+    with pytest.raises(ValueError, match=r"^rope_dim must be even"):
+        reference.rope_table(8, 15)
+    with pytest.raises(ValueError, match=r"^max_pos must not be negative"):
+        reference.rope_table(-1, 16)

@@ -329,6 +329,16 @@ def test_a_path_that_is_no_file(tmp_path: Path, good: dict[str, Path]) -> None:
         kvfold.replay(good["pair"], max_bytes=1e9)
 
 
+def test_dump_puts_no_file_in_the_place_of_a_pipe_or_a_device(tmp_path: Path) -> None:
+    made, pipe = pair(torch.device("cpu")), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(ValueError, match=rf"^path must name a file, {pipe} is a pipe or a device"):
+        made.dump(pipe, "torch")
+    assert pipe.is_fifo() and [*tmp_path.iterdir()] == [pipe]
+    with pytest.raises(ValueError, match=r"^path must name a file, got .*null byte"):
+        made.dump(tmp_path / "x\0y", "torch")
+
+
 def test_a_dump_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import safetensors.torch
 

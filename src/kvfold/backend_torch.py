@@ -173,7 +173,7 @@ def compress_torch(c: Compressor, plan: StepPlan, rows: torch.Tensor | None) -> 
             position = items.start - back
             usable &= (position < h0) | (held.find(slot, position) >= 0)
     first = items.window == items.start // spec.ratio
-    plan.errors += (first & ~usable).sum().int()
+    plan.errors.add_((first & ~usable).sum().int())
     items, h0 = items[usable], h0[usable]
     if items.window.numel() == 0:
         return
@@ -300,7 +300,7 @@ def _store_snapshots(store: _Store, items: Items, plan: StepPlan, snapshots: Sna
     item, position, page = store.item[kept], store.position[kept], page[kept]
     target = table[items.sequence[item], page].long()
     wrong = (target < -1) | (target >= snapshots.num_pages)
-    plan.errors += (wrong & ((position + 1) % size == 0)).sum().int()
+    plan.errors.add_((wrong & ((position + 1) % size == 0)).sum().int())
     inside = ~wrong & (target >= 0)
     at = target[inside], position[inside] % ratio % snapshots.rows_per_page
     snapshots.rows[at] = store.data[kept][inside].flatten(1)
@@ -342,7 +342,7 @@ def emit(
             bad |= position >= rope.shape[0]
         wrong |= keep & bad
         keep &= ~bad
-    plan.errors += wrong.sum().int()
+    plan.errors.add_(wrong.sum().int())
     kept = keep.nonzero()[:, 0]
     if kept.numel() == 0:
         return

@@ -64,7 +64,7 @@ def compress_window_torch(c: Compressor, plan: StepPlan, rows: torch.Tensor | No
     kv_score, state, spec = c.kv_score, c.state, c.spec
     items = Items.of(plan)
     usable = items.token + items.end - items.start <= kv_score.shape[0]
-    plan.errors += (~usable & (items.window == items.start // spec.ratio)).sum().int()
+    plan.errors.add_((~usable & (items.window == items.start // spec.ratio)).sum().int())
     items = items[usable]
     if items.window.numel() == 0:
         return
@@ -78,7 +78,7 @@ def compress_window_torch(c: Compressor, plan: StepPlan, rows: torch.Tensor | No
     made = items[ends & ~missing & ~bad]
     pooled = _pool(made, tokens, value, score, spec)  # all old rows are read before any is written
     bad |= _write(items, tokens, value, score, spec)
-    plan.errors += (bad | missing & _wanted(items, plan)).sum().int()
+    plan.errors.add_((bad | missing & _wanted(items, plan)).sum().int())
     emit(pooled, made, plan, c.cache, spec, c.norm_weight, c.rope, rows)
 
 

@@ -76,6 +76,14 @@ def check_path(path: str | os.PathLike) -> str:
     return text
 
 
+def check_new_path(path: str | os.PathLike) -> str:
+    """A path at which a file may be or come; safetensors would put its file in the place of a device, too."""
+    try:
+        return check_path(path)
+    except FileNotFoundError:
+        return path_text(path)
+
+
 def path_text(path: str | os.PathLike) -> str:
     if isinstance(path, os.PathLike):
         path = os.fspath(path)

@@ -25,12 +25,12 @@ from .debug_bounds import (
     check_about,
     check_items,
     check_kept,
+    check_new_path,
     check_path,
     check_room,
     check_stored,
     default_room,
     parse,
-    path_text,
     room_of,
 )
 from .debug_call import PLAN_TENSORS, Call, check_history, laid_out
@@ -64,9 +64,7 @@ def tensors_of(call: Call) -> dict[str, torch.Tensor]:
 
 
 def write(path: str | os.PathLike, call: Call, history: Sequence[torch.Tensor | None] | None, whole: bool) -> None:
-    safetensors, place = _safetensors(), Path(path_text(path))
-    if place.is_dir():
-        raise ValueError(f"path must name a file, {place} is a folder")
+    safetensors, place = _safetensors(), Path(check_new_path(path))
     named = tensors_of(call) | {f"history.{b}": x for b, x in enumerate(history or ()) if x is not None}
     kept, stored, layouts = {} if whole else _touched(call), {}, {}
     for name, tensor in named.items():

@@ -335,7 +335,7 @@ class StepPlan(Remembering):
         self.cu_entries[1:] = entries.cumsum(0)
         cu_items = windows.cumsum(0)
         self.num_items.copy_(cu_items[-1:].clamp(max=self.item_capacity))
-        self.errors += wrong.sum().int()
+        self.errors.add_(wrong.sum().int())
 
         index = torch.arange(self.item_capacity, device=device)
         sequence = torch.searchsorted(cu_items, index, right=True).clamp(max=self.batch - 1)
@@ -359,7 +359,7 @@ class StepPlan(Remembering):
         assert table is not None and rows is not None and self.entry_slots is not None
         if table.shape[1] == 0:
             self.entry_slots.fill_(-1)
-            self.errors += self.cu_entries[-1:]
+            self.errors.add_(self.cu_entries[-1:])
             return
         ends = self.cu_entries[1:].long()
         index = torch.arange(self.entry_capacity, device=table.device)
@@ -371,7 +371,7 @@ class StepPlan(Remembering):
         held = used & (column < table.shape[1])
         page = table[sequence, column.clamp(0, table.shape[1] - 1)].long()
         self.entry_slots.copy_(torch.where(held & (page >= 0), page * rows + window % rows, -1))
-        self.errors += (used & ((column >= table.shape[1]) | (page < -1))).sum().int()
+        self.errors.add_((used & ((column >= table.shape[1]) | (page < -1))).sum().int())
 
 
 READ = ("items", "num_items", "entry_items", "cu_entries", "entry_slots", "state_slots", "snapshot_table")

@@ -21,7 +21,7 @@ def pooled(kv_score: Tensor, spec: CompressorSpec, ape: Tensor | None, dtype: to
 
     kv_score: [T, 2*channels], any float dtype, a row is `[K | S]`. ape: [ratio, channels], None for a spec without it.
     Returns [T // ratio, head_dim] in `dtype` (fp64 or fp32), in which all is computed. Tokens after the last full
-    window make no entry. Raises ValueError for a kv_score of another shape and for an ape that the spec does not have.
+    window make no entry. Raises ValueError for a kv_score or ape of another shape, and for an ape that the spec does not have.
     """
     value, score = windows_of(kv_score, spec, ape, dtype)
     return (score.softmax(dim=1) * value).sum(dim=1)
@@ -35,6 +35,8 @@ def windows_of(
         raise ValueError(f"kv_score must be [T, {2 * spec.channels}], got {list(kv_score.shape)}")
     if (ape is None) == spec.has_ape:
         raise ValueError(f"ape must be given exactly when spec.has_ape, which is {spec.has_ape}")
+    if ape is not None and ape.shape != (spec.ratio, spec.channels):
+        raise ValueError(f"ape must be [{spec.ratio}, {spec.channels}], got {list(ape.shape)}")
     windows, hd = kv_score.shape[0] // spec.ratio, spec.head_dim
     value, score = kv_score.to(dtype)[: windows * spec.ratio].split(spec.channels, dim=1)
     value = value.reshape(windows, spec.ratio, spec.channels)
@@ -118,7 +120,12 @@ def rope_table(
 
     A pair that turns more than `beta_fast` times within `original` positions keeps its frequency, one that turns less
     than `beta_slow` times has it divided by `factor`, those between are blended linearly. `factor=1` is plain RoPE.
+    Raises ValueError for a negative `max_pos` and for a `rope_dim` that is odd or negative.
     """
+    if max_pos < 0:
+        raise ValueError(f"max_pos must not be negative, got {max_pos}")
+    if rope_dim < 0 or rope_dim % 2:
+        raise ValueError(f"rope_dim must be even and not negative, got {rope_dim}")
     pair = torch.arange(rope_dim // 2, dtype=torch.float64)
     base = theta ** (-2 * pair / rope_dim)
 
