@@ -10,7 +10,7 @@ import torch
 from helpers import Backend
 from hostile_order import BEFORE, INSIDE
 from hostile_plain import PLAIN, WORDS
-from hostile_tensors import IN_PLACE, TENSORS
+from hostile_tensors import IN_PLACE, SAME_ADDRESS, TENSORS
 from hostile_values import COMPRESSORS, CONTENTS, SPECS, TWINS, VALUES, objects_for, other_objects
 from hostile_world import FUNCTIONS, HostileWorld
 from torch import Tensor
@@ -91,7 +91,8 @@ def draw(world_of: Callable[[str, str], HostileWorld], rng: random.Random, backe
     world = world_of(function, kind)
     if rng.random() < LATER_SHARE:
         tensors = [name for name in world.taken if isinstance(world.good[name], Tensor)]
-        spoil = Spoil("later", rng.choice(tensors), "in place", rng.choice(list(IN_PLACE)))
+        ways = [way for way in IN_PLACE if backend.device.type == "cpu" or way not in SAME_ADDRESS]
+        spoil = Spoil("later", rng.choice(tensors), "in place", rng.choice(ways))
         return Case(function, kind, ("a good call",) if rng.random() < 0.8 else ("a refused call",), (spoil,))
     before = tuple(rng.choices(list(BEFORE), k=rng.choice((1, 1, 2)))) if rng.random() < 0.3 else ()
     spoils = tuple(_spoil(world, rng) for _ in range(rng.choice((1, 1, 2))))

@@ -172,6 +172,8 @@ IN_PLACE: dict[str, Callable[[Tensor], Any]] = {
     "with a gradient": lambda x: x.requires_grad_(),
     "another class": lambda x: setattr(x, "__class__", Plain),
 }
+# Other sizes at the same address: on a GPU a tensor keeps them while an object or a layer has it (memory.py, DESIGN.md).
+SAME_ADDRESS = ("grown", "emptied", "turned", "flattened", "other strides")
 
 
 def plain(x: Any) -> Any:

@@ -84,6 +84,7 @@ _HIDDEN = {
     "ZeroTensor": "zeros without memory; pass x.clone()",
     "Functionalize": "one inside torch.func.functionalize",
     "FuncTorch": "one inside a transform of torch.func, such as vmap or grad",
+    "Named": "one with names of dimensions; pass x.rename(None)",
     "Nested": "a nested tensor; pass x.values()",
     "Quantized": "a quantized tensor",
     "Sparse": "a sparse tensor",

@@ -246,7 +246,7 @@ def choose_backend(backend: str | None, name: str, tensor: torch.Tensor) -> str:
         if tensor.device.type != "cpu" or not INTERPRETED:
             raise ValueError(
                 f"backend='triton' takes CUDA or HIP tensors, and CPU tensors under Triton's interpreter (set "
-                f"TRITON_INTERPRET=1 before importing kvfold), got {tensor.device}; or use backend='torch'"
+                f"TRITON_INTERPRET=1 before importing kvfold), got {name} on {tensor.device}; or use backend='torch'"
             )
     return backend
 
