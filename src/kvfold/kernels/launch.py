@@ -240,8 +240,9 @@ def _step_arguments(c: Compressor, rows: torch.Tensor | None, shared: tuple = ()
     assert isinstance(state, FoldState)
     kept, snapshots, behind, fixed = _layer(c, state.rows, state.positions)
     stride = kv_score.stride(0)
-    values, bits = pack(kv_score, stride, kv_score.shape[0], *kept, *snapshots, *shared, rows)
-    return values + behind, bits | fixed | stride
+    own, bits = pack(kv_score, stride, kv_score.shape[0])
+    more, more_bits = pack(*shared, rows)
+    return own + kept + snapshots + more + behind, bits | more_bits | fixed | stride
 
 
 def _layer(c: Compressor, one: torch.Tensor, other: torch.Tensor) -> tuple[tuple, tuple, tuple, int]:
