@@ -467,3 +467,17 @@ def store_with(world: World, made: dict[str, Any]) -> None:
     rows = torch.ones(made["plan"].entry_capacity, world.spec.head_dim, dtype=torch.float32, device=world.backend.device)
     weights = {name: found[name] for name in ("spec", "norm_weight", "rope", "backend")}
     kvfold.store(rows, made["plan"], made["cache"], **weights)
+
+
+@pytest.mark.parametrize("kind", ["rows", "window"])
+def test_an_object_where_there_was_none_before(kind: str) -> None:
+    """Behind a good call without a cache and snapshots, when a call like it is known."""
+    world = World(kind, "compress", CPU)
+    made = {key: value for key, (value, _) in objects(world).items()} | {"cache": None, "snapshots": None}
+    call_with(world, made)
+    before = world.arena.clone()
+    for name, cls in (("cache", EntryCache), ("snapshots", Snapshots)):
+        for wrong in (world.leaves["rows"], 4, object.__new__(cls)):
+            with pytest.raises((TypeError, ValueError), match=rf"^{name} must be "):
+                call_with(world, made | {name: wrong})
+    assert torch.equal(world.arena, before)

@@ -305,8 +305,14 @@ def _known(c: Compressor, plan: StepPlan) -> Met | None:
 
 
 def _tokens(c: Compressor) -> tuple:
-    """What the objects of a layer are known by."""
-    return c.spec, c.state._token, getattr(c.cache, "_token", None), getattr(c.snapshots, "_token", None)
+    """What the objects of a layer are known by; one that was not checked, or is none of ours, by itself."""
+    cache, snapshots = c.cache, c.snapshots
+    return (
+        c.spec,
+        c.state._token,
+        None if cache is None else getattr(cache, "_token", None) or cache,
+        None if snapshots is None else getattr(snapshots, "_token", None) or snapshots,
+    )
 
 
 def _check_fixed(c: Compressor, plan: StepPlan) -> Met:
