@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import BACKENDS
@@ -477,7 +478,7 @@ def test_an_object_where_there_was_none_before(kind: str) -> None:
     call_with(world, made)
     before = world.arena.clone()
     for name, cls in (("cache", EntryCache), ("snapshots", Snapshots)):
-        for wrong in (world.leaves["rows"], 4, object.__new__(cls)):
+        for wrong in (world.leaves["rows"], 4, np.zeros(4), object.__new__(cls)):
             with pytest.raises((TypeError, ValueError), match=rf"^{name} must be "):
                 call_with(world, made | {name: wrong})
     assert torch.equal(world.arena, before)

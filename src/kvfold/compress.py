@@ -30,6 +30,7 @@ from .state import FoldState
 from .window_state import WindowState
 
 BACKENDS = ("triton", "torch")
+_UNKNOWN = object()  # for one that was not checked, or is none of ours: no layer is known by it
 _FLOATS = (torch.bfloat16, torch.float32)
 MOST_TOKENS = (1 << 31) - 1
 
@@ -305,13 +306,13 @@ def _known(c: Compressor, plan: StepPlan) -> Met | None:
 
 
 def _tokens(c: Compressor) -> tuple:
-    """What the objects of a layer are known by; one that was not checked, or is none of ours, by itself."""
+    """What the objects of a layer are known by."""
     cache, snapshots = c.cache, c.snapshots
     return (
         c.spec,
         c.state._token,
-        None if cache is None else getattr(cache, "_token", None) or cache,
-        None if snapshots is None else getattr(snapshots, "_token", None) or snapshots,
+        None if cache is None else getattr(cache, "_token", None) or _UNKNOWN,
+        None if snapshots is None else getattr(snapshots, "_token", None) or _UNKNOWN,
     )
 
 
