@@ -6,6 +6,7 @@ import copy
 import gc
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -481,4 +482,16 @@ def test_an_object_where_there_was_none_before(kind: str) -> None:
         for wrong in (world.leaves["rows"], 4, np.zeros(4), object.__new__(cls)):
             with pytest.raises((TypeError, ValueError), match=rf"^{name} must be "):
                 call_with(world, made | {name: wrong})
+    assert torch.equal(world.arena, before)
+
+
+@pytest.mark.parametrize("name", ["plan", "state", "cache", "snapshots"])
+def test_a_look_alike_is_no_object_of_ours(name: str) -> None:
+    """Behind a good call: one with the very attributes that such a call is known by."""
+    world = World("fold", "compress", CPU)
+    made = {key: value for key, (value, _) in objects(world).items()}
+    call_with(world, made)
+    before = world.arena.clone()
+    with pytest.raises(TypeError, match=rf"^{name} must be "):
+        call_with(world, made | {name: SimpleNamespace(**vars(made[name]))})
     assert torch.equal(world.arena, before)

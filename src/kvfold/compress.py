@@ -287,9 +287,9 @@ def _check(c: Compressor, plan: StepPlan, rows: torch.Tensor | None) -> None:
 
 def _known(c: Compressor, plan: StepPlan) -> Met | None:
     """What is known of a layer and a plan that were checked in an earlier call; None if something has changed since."""
-    layer = getattr(c.state, "_layer", None)
-    met = None if layer is None else layer.plans.get(id(plan))
-    if met is None or met.token is not getattr(plan, "_token", None) or layer.tokens != _tokens(c):
+    layer = c.state._layer if isinstance(c.state, (FoldState, WindowState)) and isinstance(plan, StepPlan) else None
+    met = None if layer is None else layer.met(plan)
+    if met is None or layer.tokens != _tokens(c):
         return None
     held = [*c.state._watched, *plan._watched]
     for thing in (c.cache, c.snapshots):
@@ -311,8 +311,8 @@ def _tokens(c: Compressor) -> tuple:
     return (
         c.spec,
         c.state._token,
-        None if cache is None else getattr(cache, "_token", None) or _UNKNOWN,
-        None if snapshots is None else getattr(snapshots, "_token", None) or _UNKNOWN,
+        None if cache is None else (isinstance(cache, EntryCache) and cache._token) or _UNKNOWN,
+        None if snapshots is None else (isinstance(snapshots, Snapshots) and snapshots._token) or _UNKNOWN,
     )
 
 
