@@ -97,6 +97,8 @@ class Remembering(Checked):
 class RememberingState(Remembering):
     """A state, over which calls of one layer are made again and again."""
 
+    _layer: Layer | None = None  # what the last call got with this state
+
     def _forget(self) -> None:
         self._workspaces: list = []  # scratch of the kernels, made once and kept for the next call: kernels/launch.py
         self._recorded: list = []  # the same for calls that made theirs while they were recorded in a CUDA graph
@@ -105,7 +107,7 @@ class RememberingState(Remembering):
     def _forget_calls(self) -> None:
         """All but the scratch, which recorded CUDA graphs go on using."""
         self._last: tuple = (None, None)  # what the last call asked for, and its launcher: kernels/launch.py
-        self._layer: Layer | None = None  # what the last call got with this state
+        self._layer = None
         self._pair: tuple = (None, None)  # `_layer` of both states of the last launch of two
 
 
