@@ -20,7 +20,7 @@ import table
 from measured import PEERS_DEVICE, Rows
 from protocol import Case
 
-from kvfold.files import write_atomically
+from kvfold.arguments.files import write_atomically
 
 PANELS = (
     *((512, 128, new, mode) for new in (1, 4) for mode in ("hit", "spread", "miss")),

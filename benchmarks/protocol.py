@@ -21,7 +21,7 @@ import torch
 import triton
 
 import kvfold
-from kvfold.files import write_atomically
+from kvfold.arguments.files import write_atomically
 
 HERE = Path(__file__).parent
 PEERS = HERE / "peers_h200.jsonl"

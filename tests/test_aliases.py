@@ -16,7 +16,7 @@ from torch import Tensor
 
 import kvfold
 from kvfold import EntryCache, FoldState, Snapshots, StepPlan, WindowState
-from kvfold.overlap import extent, find_room, share_bytes
+from kvfold.arguments.overlap import extent, find_room, share_bytes
 
 SPEC = KINDS["rows"][0]
 

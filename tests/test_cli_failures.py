@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 
 from kvfold import aot as compile_all
 from kvfold import demo, demo_plot, verify_run
+from kvfold.arguments.files import check_writable, write_atomically
 from kvfold.cli import app
 from kvfold.commands import bench, failures
-from kvfold.files import check_writable, write_atomically
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": ""}
 KVFOLD = [sys.executable, "-m", "kvfold"]

@@ -14,7 +14,7 @@ import pytest
 from conftest import BACKENDS
 from hostile_cases import Case, Spoil
 
-from kvfold.checks import check_int
+from kvfold.arguments.checks import check_int
 
 TORCH = BACKENDS["torch"]
 GOOD = Case("restore", "rows", (), ())

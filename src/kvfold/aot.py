@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .aot_report import AotKernel, AotReport
-from .checks import check_switch, check_type
+from .arguments.checks import check_switch, check_type
 from .records import FORMATS
 from .selection import FLOATS, check_all, check_choices, check_formats, check_workers, defined_for
 from .spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
@@ -99,7 +99,7 @@ def aot(
     check_switch("strict", strict)
     workers = check_workers(workers)
 
-    from .kernels import aot as kernels  # imports triton, which the torch backend does not need
+    from .kernels import aot as kernels
     from .kernels.build import INTERPRETED
 
     if target not in kernels.TARGETS:

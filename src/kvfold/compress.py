@@ -7,9 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from .backend_torch import compress_torch
-from .backend_window import compress_window_torch
-from .checks import (
+from .arguments.checks import (
     check_device,
     check_dtype,
     check_eager,
@@ -20,8 +18,10 @@ from .checks import (
     check_type,
     traced,
 )
+from .arguments.overlap import NO_ROOM, Place, check_apart, extent, find_room
+from .backend_torch import compress_torch
+from .backend_window import compress_window_torch
 from .memory import Layer, Met, check_made, where
-from .overlap import NO_ROOM, Place, check_apart, extent, find_room
 from .plan import StepPlan, plan_places
 from .records import EntryCache
 from .snapshots import Snapshots
@@ -115,7 +115,7 @@ def run_compress(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, backe
     if chosen == "torch":
         _compress_torch(c, plan, rows)
     else:
-        from .kernels import launch  # imports triton, which the torch backend does not need
+        from .kernels import launch
 
         run = launch.compress_triton if isinstance(c.state, FoldState) else launch.compress_window_triton
         run(c, plan, rows, pdl)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .checks import check_dtype, check_type, traced
+from .arguments.checks import check_dtype, check_type, traced
 from .compress import Compressor, check_compress, check_many, compress, compress_many, compressors_of
 from .debug_compare import UNWRITTEN
 from .plan import StepPlan

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from .arguments.files import write_atomically
 from .compress import Compressor
 from .debug_bounds import (
     NUMBERS,
@@ -34,7 +35,6 @@ from .debug_bounds import (
     room_of,
 )
 from .debug_call import PLAN_TENSORS, Call, check_history, laid_out
-from .files import write_atomically
 from .plan import StepPlan
 from .records import EntryCache, RecordFormat
 from .snapshots import Snapshots

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from . import pack
+from .arguments.checks import check_int
 from .backend_torch import Items, _Rows
 from .backend_window import _window
-from .checks import check_int
 from .compress import compress
 from .plan import StepPlan
 from .records import EntryCache, RecordFormat, get_format

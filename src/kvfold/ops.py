@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch._subclasses import FakeTensor
 
-from .checks import check_type
+from .arguments.checks import check_type
 from .memory import check_made
 from .plan import LIVE, StepPlan
 from .records import EntryCache

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import torch
 
-from .checks import check_eager, check_int, check_tensor, traced
+from .arguments.checks import check_eager, check_int, check_tensor, traced
+from .arguments.overlap import NO_ROOM, Place, check_apart, extent, find_room
 from .memory import Remembering, check_made, where
-from .overlap import NO_ROOM, Place, check_apart, extent, find_room
 from .snapshots import MOST_PAGE
 
 ITEM_FIELDS = ("window", "start", "end", "token", "slot", "entry", "sequence", "unused")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .checks import check_int, check_type
+from .arguments.checks import check_int, check_type
 from .spec import CompressorSpec
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from . import debug_file
-from .checks import check_int, check_switch
+from .arguments.checks import check_int, check_switch
 from .compress import Compressor, choose_backend
 from .debug import Report, compare
 from .debug_bounds import path_text

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from .arguments.checks import check_tensor, check_type, traced
+from .arguments.overlap import Place, check_apart
 from .backend_torch import history_starts
-from .checks import check_tensor, check_type, traced
 from .compress import check_snapshots, choose_backend
 from .memory import check_made
-from .overlap import Place, check_apart
 from .plan import MOST_POSITIONS
 from .snapshots import Snapshots
 from .state import FoldState

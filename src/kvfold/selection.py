@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-from .checks import check_int, check_type
+from .arguments.checks import check_int, check_type
 from .records import FORMATS, RecordFormat
 from .spec import CompressorSpec
 

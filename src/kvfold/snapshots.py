@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .checks import check_contiguous, check_dtype, check_float, check_int, check_memory, usable_device
+from .arguments.checks import check_contiguous, check_dtype, check_float, check_int, check_memory, usable_device
 from .memory import Checked, check_made
 from .spec import CompressorSpec, check_spec
 from .state import check_rows, history_start, state_kind

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import astuple, dataclass
 
-from .checks import check_type
+from .arguments.checks import check_type
 
 
 @dataclass(frozen=True)

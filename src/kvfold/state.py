@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from .checks import check_device, check_dtype, check_float, check_int, check_memory, check_shape, check_tensor, usable_device
+from .arguments.checks import (
+    check_device,
+    check_dtype,
+    check_float,
+    check_int,
+    check_memory,
+    check_shape,
+    check_tensor,
+    usable_device,
+)
+from .arguments.overlap import Place, check_apart
 from .memory import RememberingState, check_made
-from .overlap import Place, check_apart
 from .spec import CompressorSpec, check_spec
 
 # Up to this ratio the input rows of a window are kept instead of fold rows: at ratio 8 a bf16 window is 8 rows of

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from .arguments.checks import check_switch, check_tensor, check_type, traced
+from .arguments.overlap import NO_ROOM, Place, check_apart, find_room
 from .backend_torch import store_torch
-from .checks import check_switch, check_tensor, check_type, traced
 from .compress import cache_places, check_epilogue, check_plan, choose_backend
 from .memory import Layer, check_made
-from .overlap import NO_ROOM, Place, check_apart, find_room
 from .plan import StepPlan, plan_places
 from .records import EntryCache
 from .spec import CompressorSpec, check_spec

@@ -15,7 +15,7 @@ from multiprocessing import get_context
 
 import torch
 
-from .checks import check_int
+from .arguments.checks import check_int
 from .compress import choose_backend
 from .selection import check_workers
 from .verify_case import Mismatch

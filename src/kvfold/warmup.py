@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .checks import check_int, check_switch, check_type, usable_device
+from .arguments.checks import check_int, check_switch, check_type, usable_device
 from .records import RecordFormat
 from .selection import FLOATS, check_all, check_choices, check_formats, check_workers, defined_for, several
 from .spec import CompressorSpec
@@ -91,7 +91,7 @@ def warmup(
     workers = check_workers(workers)
     chosen = defined_for(specs, names)
 
-    from .kernels import dispatch  # imports triton, which the torch backend does not need
+    from .kernels import dispatch
 
     gpu = _gpu(device, dispatch.INTERPRETED)
     w = _Wanted(dtypes, steps, state_dtypes, norms, snapshots)

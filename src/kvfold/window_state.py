@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from .checks import check_device, check_dtype, check_float, check_int, check_memory, check_shape, usable_device
+from .arguments.checks import check_device, check_dtype, check_float, check_int, check_memory, check_shape, usable_device
+from .arguments.overlap import Place, check_apart
 from .memory import RememberingState
-from .overlap import Place, check_apart
 from .spec import CompressorSpec, check_spec
 
 _DTYPES = (torch.float32, torch.bfloat16)

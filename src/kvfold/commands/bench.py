@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from ..files import check_writable
+from ..arguments.files import check_writable
 from .failures import stop
 
 PACKAGE = Path(__file__).parents[1]

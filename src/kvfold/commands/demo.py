@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from ..files import check_writable, write_atomically
+from ..arguments.files import check_writable, write_atomically
 from .failures import MOST_SEED, stop
 from .show import check_device, make_console
 

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from ..files import check_writable, write_atomically
+from ..arguments.files import check_writable, write_atomically
 from .failures import MOST_SEED, stop
 from .show import check_device, make_console, make_progress
 
