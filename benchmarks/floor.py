@@ -70,7 +70,7 @@ def _entries(case: Case, spec: kvfold.CompressorSpec, output: str, starts: Count
     entries = sum(count * len(_ended(case, start)) for start, count in starts.items())
     if output == "rows" or not entries:
         return Traffic(0, entries * spec.head_dim * 2)
-    fmt = kvfold.records.get_format(output)
+    fmt = kvfold.storage.formats.get_format(output)
     windows = {window for start in starts for window in _ended(case, start)}
     record = fmt.record_bytes(spec) - (0 if fmt.pad_written else fmt.pad)
     return Traffic(spec.head_dim * 4 + len(windows) * spec.rope_dim * 4, entries * record)

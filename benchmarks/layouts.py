@@ -7,7 +7,7 @@ from measured import markdown
 
 from kvfold import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec, FoldState, Snapshots
 from kvfold.kernels.configs import ANY, CONFIGS, Config
-from kvfold.records import FORMATS, RecordFormat
+from kvfold.storage.formats import FORMATS, RecordFormat
 
 PAGE = 64  # rows of the page that is drawn
 BITS = {"bf16": 16, "fp32": 32, "e4m3": 8, "e2m1": 4}

@@ -23,8 +23,8 @@ from kvfold.kernels.aot import TARGETS
 from kvfold.kernels.configs import ITEM_BOUNDS, item_bound, pair_bounds
 from kvfold.kernels.pdl import AVAILABLE
 from kvfold.kernels.variants import pair_key, step_key, store_key, variant_of, window_key
-from kvfold.records import FORMATS
-from kvfold.state import state_kind
+from kvfold.storage.fold_state import state_kind
+from kvfold.storage.formats import FORMATS
 
 BF16, FP32 = torch.bfloat16, torch.float32
 WAYS = (False, True) if AVAILABLE else (False,)  # a call is launched in: as a dependent or not

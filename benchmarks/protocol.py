@@ -109,7 +109,7 @@ class Variant:
             raise ValueError(f"variant must be fold:X, window:X or many:X+Y, got {name!r}")
         for output in variant.outputs:
             if output != "rows":
-                kvfold.records.get_format(output)
+                kvfold.storage.formats.get_format(output)
         return variant
 
     @property
@@ -124,7 +124,7 @@ class Variant:
         """Whether the variant is defined for a case."""
         if self.state == "many" and case.spec != kvfold.V4_CSA:
             return False
-        formats = [None if output == "rows" else kvfold.records.get_format(output) for output in self.outputs]
+        formats = [None if output == "rows" else kvfold.storage.formats.get_format(output) for output in self.outputs]
         return all(
             fmt is None or not fmt.head_dims or spec.head_dim in fmt.head_dims
             for spec, fmt in zip(self.specs(case), formats, strict=True)

@@ -40,7 +40,7 @@ def calls_of(spec: kvfold.CompressorSpec, fmt: str, count: int, dtype: torch.dty
 def main() -> None:
     args = protocol.parser(__doc__).parse_args()
     where, out = protocol.environment(args.commit), []
-    for name, fmt in kvfold.records.FORMATS.items():
+    for name, fmt in kvfold.storage.formats.FORMATS.items():
         spec = kvfold.V4_HCA if not fmt.head_dims or 512 in fmt.head_dims else kvfold.V4_INDEXER
         for dtype in (torch.bfloat16, torch.float32):
             for count in (16, 64, 256):

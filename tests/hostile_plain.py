@@ -11,7 +11,7 @@ from fuzz_support import KINDS
 
 import kvfold
 from kvfold import CompressorSpec, EntryCache, FoldState, Snapshots, WindowState
-from kvfold.records import FORMATS, RecordFormat
+from kvfold.storage.formats import FORMATS, RecordFormat
 
 SPEC = KINDS["rows"][0]
 # Encodings, layouts and choices by name: what is a good value of one argument is a wrong one of another.

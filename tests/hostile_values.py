@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvfold import CompressorSpec, EntryCache, FoldState, Snapshots, StepPlan, WindowState
 from kvfold.compress import Compressor
-from kvfold.records import FORMATS, RecordFormat
+from kvfold.storage.formats import FORMATS, RecordFormat
 
 KINDS = (StepPlan, EntryCache, FoldState, WindowState, Snapshots, CompressorSpec, RecordFormat)
 

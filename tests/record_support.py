@@ -15,8 +15,8 @@ from torch import Tensor
 
 import kvfold
 from kvfold import CompressorSpec
-from kvfold.pack import pack_records
-from kvfold.records import FORMATS, EntryCache
+from kvfold.storage.formats import FORMATS, EntryCache
+from kvfold.storage.pack import pack_records
 
 CASES = [(name, hd) for name in FORMATS for hd in oracle.FORMATS[name]["head_dims"]]
 SPECS = {512: replace(kvfold.V4_HCA, ratio=4), 128: kvfold.V4_INDEXER}

@@ -19,7 +19,7 @@ import kvfold
 from kvfold import CompressorSpec, EntryCache, FoldState, StepPlan, WindowState, debug_file
 from kvfold.compress import Compressor
 from kvfold.debug_call import Call as Value
-from kvfold.records import FORMATS
+from kvfold.storage.formats import FORMATS
 
 FOLD = CompressorSpec(head_dim=32, ratio=16, rope_dim=8)
 ROWS = CompressorSpec(head_dim=16, ratio=4, overlap=True, rope_dim=8)

@@ -12,7 +12,7 @@ from torch import Tensor
 import kvfold
 from kvfold import CompressorSpec, reference
 from kvfold.contract import pooled_bound
-from kvfold.state import state_kind
+from kvfold.storage.fold_state import state_kind
 
 ULP = 2.0**-24  # half a unit in the last place of a number in [1, 2), fp32
 SHAPES = [(ratio, head_dim) for ratio in (1, 2, 4, 8, 128) for head_dim in (128, 256, 512)]

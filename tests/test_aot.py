@@ -22,7 +22,7 @@ from kvfold.kernels.aot import SPECS, TARGETS, Combination, combinations
 from kvfold.kernels.build import KERNELS
 from kvfold.kernels.configs import CONFIGS, SPILLS_TRITON, choose
 from kvfold.kernels.resources import _stored
-from kvfold.records import FORMATS
+from kvfold.storage.formats import FORMATS
 
 KINDS = {"fold", "rows", "window", "store", "pair", "plan", "restore"}
 EXACT = triton.__version__.startswith(f"{SPILLS_TRITON}.")
@@ -236,7 +236,7 @@ WORST = """
 import json, sys
 from kvfold import aot
 from kvfold.kernels import aot as kernels
-from kvfold.records import FORMATS
+from kvfold.storage.formats import FORMATS
 
 if __name__ == "__main__":
     every = [*kernels.combinations(), *kernels.combinations(formats=tuple(FORMATS.values()))]
@@ -280,8 +280,8 @@ from kvfold import CompressorSpec
 from kvfold.kernels.aot import TARGETS
 from kvfold.kernels.configs import ANY
 from kvfold.kernels.variants import step_key, variant_of
-from kvfold.records import FORMATS
-from kvfold.state import state_kind
+from kvfold.storage.formats import FORMATS
+from kvfold.storage.fold_state import state_kind
 
 types = (torch.bfloat16, torch.float32, None, torch.float32, True)
 for head_dim, ratio, overlap, new, items in (

@@ -20,7 +20,7 @@ from kvfold import backend_torch, demo
 from kvfold.cli import app
 from kvfold.commands import bench, show
 from kvfold.integrations import transformers_cache
-from kvfold.records import FORMATS
+from kvfold.storage.formats import FORMATS
 
 SMALL = ["--tokens", "200", "--decode", "14"]
 

@@ -19,7 +19,7 @@ from kvfold.contract import pooled_bound
 from kvfold.kernels import configs
 from kvfold.kernels.configs import ANY, CONFIGS, ITEM_BOUNDS, Config, UnsupportedError, choose
 from kvfold.kernels.variants import draws_items, variant_of
-from kvfold.state import state_kind
+from kvfold.storage.fold_state import state_kind
 
 RATIOS = (1, 2, 3, 4, 5, 8, 9, 16, 48, 64, 100, 128, 129, 256, 1024, 4095, 4096)
 SPECS = [

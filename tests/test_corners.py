@@ -12,7 +12,7 @@ from window_support import WindowEngine, cut
 
 from kvfold import CompressorSpec, reference
 from kvfold.contract import pooled_bound
-from kvfold.state import state_kind
+from kvfold.storage.fold_state import state_kind
 
 FP32, BF16 = torch.float32, torch.bfloat16
 

@@ -14,7 +14,7 @@ from kvfold import debug_call
 from kvfold.debug import check
 from kvfold.debug_compare import bytes_of, explained
 from kvfold.kernels import launch
-from kvfold.records import FORMATS
+from kvfold.storage.formats import FORMATS
 
 HD = {"indexer": "indexer_mxfp4", "csa": "fp8_ds_mla", "hca": "fp8_ds_mla"}
 

@@ -13,7 +13,7 @@ from torch import Tensor
 import kvfold
 from kvfold import CompressorSpec, EntryCache, FoldState, StepPlan, WindowState
 from kvfold.debug import Report, check
-from kvfold.records import FORMATS
+from kvfold.storage.formats import FORMATS
 
 INF = float("inf")
 FOLD = CompressorSpec(head_dim=128, ratio=16)

@@ -20,7 +20,7 @@ import torch
 from protocol import Case
 
 import kvfold
-from kvfold.records import FORMATS
+from kvfold.storage.formats import FORMATS
 
 ROOT = Path(__file__).parents[1]
 HIT, CSA_HIT = (Case("decode", 512, ratio, 16, 4, "hit") for ratio in (128, 4))
@@ -202,7 +202,7 @@ def test_a_page_is_drawn_where_its_bytes_are(name: str) -> None:
             buffers = {"page": cache.pages} | ({"scales": cache.scale_pages} if fmt.separate else {})
             for buffer in buffers.values():
                 buffer.fill_(fill)
-            kvfold.pack.pack_records(cache, torch.tensor([record]), torch.linspace(-2, 2, spec.head_dim)[None])
+            kvfold.storage.pack.pack_records(cache, torch.tensor([record]), torch.linspace(-2, 2, spec.head_dim)[None])
             for what, buffer in buffers.items():
                 changed[what] |= set((buffer[0] != fill).nonzero().flatten().tolist())
         pad = {base["tail"] + stride["tail"] * record + stride["tail"] - 1} if fmt.pad and not fmt.pad_written else set()

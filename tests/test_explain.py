@@ -9,7 +9,7 @@ from helpers import SPECS, Weights, bits, make_tokens
 import kvfold
 from kvfold import CompressorSpec
 from kvfold.explain import explain
-from kvfold.records import FORMATS
+from kvfold.storage.formats import FORMATS
 
 PLAIN4 = CompressorSpec(head_dim=64, ratio=4, rope_dim=16)
 STEPS = {"hca": [(0, 300), (127, 1), (128, 1), (250, 9), (383, 5)], "csa": [(0, 7), (6, 1), (9, 4), (23, 17), (40, 4)]}

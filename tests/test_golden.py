@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from kvfold import CompressorSpec
-from kvfold.records import FORMATS, EntryCache
+from kvfold.storage.formats import FORMATS, EntryCache
 
 FOLDER = Path(__file__).parent / "golden"
 FILES = sorted(FOLDER.glob("*.safetensors"))

@@ -10,7 +10,7 @@ import torch
 from helpers import SPECS, Backend, Weights, make_tokens
 
 import kvfold
-from kvfold.records import FORMATS
+from kvfold.storage.formats import FORMATS
 
 STEPS = ((0, 9), (9, 3), (12, 4))
 

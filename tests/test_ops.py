@@ -168,7 +168,7 @@ def test_wrong_arguments_are_named() -> None:
         "state must be for": {"state": FoldState.allocate(replace(MAIN, norm_eps=1e-5), 1, 1)},
         "cache must be for": {"cache": EntryCache.allocate("bf16", 1, 1, replace(MAIN, norm_eps=1e-5))},
         "cache must have a format": {
-            "cache": EntryCache.allocate(replace(kvfold.records.FORMATS["bf16"], page_align=64), 1, 1, MAIN)
+            "cache": EntryCache.allocate(replace(kvfold.storage.formats.FORMATS["bf16"], page_align=64), 1, 1, MAIN)
         },
         "state must be a FoldState": {"state": None},
     }

@@ -19,7 +19,7 @@ from record_support import SPECS, write
 
 import kvfold
 from kvfold import CompressorSpec
-from kvfold.records import FORMATS, EntryCache, RecordFormat
+from kvfold.storage.formats import FORMATS, EntryCache, RecordFormat
 
 NAMES = [field.name for field in fields(RecordFormat)]
 E4M3 = {"name": "mine", "source": "me", "element": "e4m3", "group": 32, "scale": "ue8m0", "floor": 1e-4}

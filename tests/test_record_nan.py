@@ -12,7 +12,7 @@ import torch
 from helpers import Backend
 from record_support import CASES, SPECS, Pages, permuted_slots, random_entries
 
-from kvfold.records import FORMATS
+from kvfold.storage.formats import FORMATS
 
 ROWS = 5
 BAD = 2  # which of the entries is spoiled

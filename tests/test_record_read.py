@@ -10,7 +10,7 @@ from helpers import Backend
 from record_support import CASES, SCALED, SPECS, Pages, dequantized, fields, permuted_slots, random_entries
 
 import kvfold
-from kvfold.records import FORMATS, EntryCache
+from kvfold.storage.formats import FORMATS, EntryCache
 
 ROWS_PER_PAGE = 5
 N = 12

@@ -11,7 +11,7 @@ from record_support import CASES, SCALED, SCALES, SPECS, Pages, permuted_slots, 
 
 import kvfold
 from kvfold import CompressorSpec
-from kvfold.records import FORMATS, EntryCache, get_format
+from kvfold.storage.formats import FORMATS, EntryCache, get_format
 
 ROWS_PER_PAGE = 7  # odd, so that tails and pages do not happen to be aligned
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 import kvfold
 from kvfold import EntryCache, FoldState
-from kvfold.records import FORMATS
 from kvfold.replay import Replay
+from kvfold.storage.formats import FORMATS
 
 
 def same(got: Tensor, want: Tensor) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import kvfold
 from kvfold import CompressorSpec
-from kvfold.records import FORMATS
+from kvfold.storage.formats import FORMATS
 
 SPECS = {"hca": kvfold.V4_HCA, "csa": kvfold.V4_CSA, "indexer": kvfold.V4_INDEXER}
 PRESETS = [

@@ -11,7 +11,7 @@ from kvfold import V4_CSA, V4_HCA, backend_torch, backend_window, verify_engine
 from kvfold import verify as job
 from kvfold.compress import compress
 from kvfold.kernels.configs import CONFIGS, Config, choose
-from kvfold.records import FORMATS
+from kvfold.storage.formats import FORMATS
 from kvfold.store import store
 from kvfold.verify import Case, Result, list_cases, representative, verify
 from kvfold.verify_engine import drafts

@@ -17,7 +17,7 @@ import torch
 from helpers import Backend
 
 from kvfold import Snapshots, StepPlan, backend_torch, backend_window, compress, restore, verify_run
-from kvfold.records import FORMATS
+from kvfold.storage.formats import FORMATS
 from kvfold.verify_case import Mismatch
 from kvfold.verify_program import Place, program
 from kvfold.verify_random import BUDGETS, CASES_PER_SHAPE, VALUES, RandomCase, draw_case, draw_shape

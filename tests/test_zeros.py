@@ -14,7 +14,7 @@ from triton.language import semantic
 from window_support import WindowEngine, cut, run
 
 from kvfold import CompressorSpec
-from kvfold.state import state_kind
+from kvfold.storage.fold_state import state_kind
 
 DTYPES = [  # of kv_score, and of the rows that the state keeps
     (torch.float32, torch.float32),

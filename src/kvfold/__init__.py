@@ -6,15 +6,15 @@ from .aot_report import AotReport
 from .compress import compress, compress_many
 from .debug import check
 from .plan import StepPlan
-from .records import EntryCache
 from .replay import dump, replay
 from .restore import restore
-from .snapshots import Snapshots
 from .spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
-from .state import FoldState
+from .storage.fold_state import FoldState
+from .storage.formats import EntryCache
+from .storage.snapshots import Snapshots
+from .storage.window_state import WindowState
 from .store import store
 from .warmup import warmup
-from .window_state import WindowState
 
 __version__ = "0.1.0"
 

@@ -19,9 +19,9 @@ import torch
 
 from .aot_report import AotKernel, AotReport
 from .arguments.checks import check_switch, check_type
-from .records import FORMATS
 from .selection import FLOATS, check_all, check_choices, check_formats, check_workers, defined_for
 from .spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
+from .storage.formats import FORMATS
 
 if TYPE_CHECKING:
     from .kernels.aot import Combination

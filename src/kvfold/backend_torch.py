@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from .kernels.configs import ROWS_AT_ONCE
-from .pack import bf16_bits, pack_records
 from .plan import StepPlan
-from .records import EntryCache
-from .snapshots import Snapshots
 from .spec import CompressorSpec
-from .state import FoldState
+from .storage.fold_state import FoldState
+from .storage.formats import EntryCache
+from .storage.pack import bf16_bits, pack_records
+from .storage.snapshots import Snapshots
 
 if TYPE_CHECKING:
     from .compress import Compressor

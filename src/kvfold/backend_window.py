@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from .backend_torch import Items, emit
-from .pack import bf16_bits
 from .plan import StepPlan
 from .spec import CompressorSpec
+from .storage.pack import bf16_bits
 
 if TYPE_CHECKING:
     from .compress import Compressor

@@ -21,13 +21,13 @@ from .arguments.checks import (
 from .arguments.overlap import NO_ROOM, Place, check_apart, extent, find_room
 from .backend_torch import compress_torch
 from .backend_window import compress_window_torch
-from .memory import Layer, Met, check_made, where
 from .plan import StepPlan, plan_places
-from .records import EntryCache
-from .snapshots import Snapshots
 from .spec import CompressorSpec, check_spec
-from .state import FoldState
-from .window_state import WindowState
+from .storage.fold_state import FoldState
+from .storage.formats import EntryCache
+from .storage.remembered import Layer, Met, check_made, where
+from .storage.snapshots import Snapshots
+from .storage.window_state import WindowState
 
 BACKENDS = ("triton", "torch")
 _UNKNOWN = object()  # for one that was not checked, or is none of ours: no layer is known by it

@@ -14,15 +14,15 @@ from .contract import pooled_bound
 from .debug_call import Call, check_history, check_outside
 from .debug_compare import Difference, bytes_of, explained, first_channels, off, pooled_differences, put_bytes, size_of, written
 from .debug_exact import exact_of_call
-from .pack import unpack_records
 from .plan import StepPlan
-from .records import EntryCache
 from .refusals import Refusal, call_refusals, plan_refusals
-from .snapshots import Snapshots
 from .spec import CompressorSpec
-from .state import FoldState, state_kind
+from .storage.fold_state import FoldState, state_kind
+from .storage.formats import EntryCache
+from .storage.pack import unpack_records
+from .storage.snapshots import Snapshots
+from .storage.window_state import WindowState
 from .undefined import undefined_in_call, undefined_in_plan
-from .window_state import WindowState
 
 EPILOGUE = 5e-7  # of an entry, of its norm: what the order of fp32 operations behind the pooling can change
 LEAST = 2.0**-149  # of fp32

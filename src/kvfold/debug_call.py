@@ -12,11 +12,11 @@ from .arguments.checks import check_dtype, check_type, traced
 from .compress import Compressor, check_compress, check_many, compress, compress_many, compressors_of
 from .debug_compare import UNWRITTEN
 from .plan import StepPlan
-from .records import EntryCache
-from .snapshots import Snapshots
-from .state import FoldState
+from .storage.fold_state import FoldState
+from .storage.formats import EntryCache
+from .storage.snapshots import Snapshots
+from .storage.window_state import WindowState
 from .store import check_store, store
-from .window_state import WindowState
 
 PLAN_TENSORS = (
     "start_pos", "cu_seqlens", "state_slots", "cache_block_table", "entry_slots", "snapshot_table", "cu_entries", "items",

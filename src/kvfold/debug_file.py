@@ -36,11 +36,11 @@ from .debug_bounds import (
 )
 from .debug_call import PLAN_TENSORS, Call, check_history, laid_out
 from .plan import StepPlan
-from .records import EntryCache, RecordFormat
-from .snapshots import Snapshots
 from .spec import CompressorSpec
-from .state import FoldState
-from .window_state import WindowState
+from .storage.fold_state import FoldState
+from .storage.formats import EntryCache, RecordFormat
+from .storage.snapshots import Snapshots
+from .storage.window_state import WindowState
 
 VERSION = 1  # grows when a file of this version can no longer be read as it was
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8}

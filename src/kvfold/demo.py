@@ -15,9 +15,9 @@ import torch
 from .compress import compress
 from .demo_model import build_model
 from .plan import StepPlan
-from .records import FORMATS, EntryCache
 from .spec import CompressorSpec
-from .state import FoldState
+from .storage.fold_state import FoldState
+from .storage.formats import FORMATS, EntryCache
 
 FEWEST_TOKENS = 1500
 MOST_TOKENS = 1536

@@ -10,16 +10,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from . import pack
 from .arguments.checks import check_int
 from .backend_torch import Items, _Rows
 from .backend_window import _window
 from .compress import compress
 from .plan import StepPlan
-from .records import EntryCache, RecordFormat, get_format
 from .spec import CompressorSpec, check_spec
-from .state import FoldState
-from .window_state import WindowState
+from .storage import pack
+from .storage.fold_state import FoldState
+from .storage.formats import EntryCache, RecordFormat, get_format
+from .storage.window_state import WindowState
 
 MOST = 1 << 20  # V4's longest context; the narrow step over it takes a second
 

@@ -15,13 +15,13 @@ import torch
 from torch._subclasses import FakeTensor
 
 from .arguments.checks import check_type
-from .memory import check_made
 from .plan import LIVE, StepPlan
-from .records import EntryCache
-from .snapshots import Snapshots
 from .spec import CompressorSpec, check_spec
-from .state import FoldState
-from .window_state import WindowState
+from .storage.fold_state import FoldState
+from .storage.formats import EntryCache
+from .storage.remembered import check_made
+from .storage.snapshots import Snapshots
+from .storage.window_state import WindowState
 
 # Operators are global to a process: each copy of the package, loaded under a name of its own, has its own.
 NAMESPACE = __package__.replace(".", "_")

@@ -9,8 +9,8 @@ import torch
 
 from .arguments.checks import check_eager, check_int, check_tensor, traced
 from .arguments.overlap import NO_ROOM, Place, check_apart, extent, find_room
-from .memory import Remembering, check_made, where
-from .snapshots import MOST_PAGE
+from .storage.remembered import Remembering, check_made, where
+from .storage.snapshots import MOST_PAGE
 
 ITEM_FIELDS = ("window", "start", "end", "token", "slot", "entry", "sequence", "unused")
 _INT32_MAX = (1 << 31) - 1

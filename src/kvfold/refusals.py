@@ -13,10 +13,10 @@ import torch
 from .backend_torch import Items, _Rows, history_starts
 from .compress import Compressor
 from .plan import MOST_POSITIONS, StepPlan
-from .records import EntryCache
-from .snapshots import Snapshots
-from .state import FoldState
-from .window_state import WindowState
+from .storage.fold_state import FoldState
+from .storage.formats import EntryCache
+from .storage.snapshots import Snapshots
+from .storage.window_state import WindowState
 
 
 @dataclass(frozen=True)

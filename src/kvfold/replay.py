@@ -14,11 +14,11 @@ from .debug import Report, compare
 from .debug_bounds import path_text
 from .debug_call import Call, check_history, check_outside
 from .plan import StepPlan
-from .records import EntryCache
-from .snapshots import Snapshots
 from .spec import CompressorSpec
-from .state import FoldState
-from .window_state import WindowState
+from .storage.fold_state import FoldState
+from .storage.formats import EntryCache
+from .storage.snapshots import Snapshots
+from .storage.window_state import WindowState
 
 
 def dump(

@@ -8,10 +8,10 @@ from .arguments.checks import check_tensor, check_type, traced
 from .arguments.overlap import Place, check_apart
 from .backend_torch import history_starts
 from .compress import check_snapshots, choose_backend
-from .memory import check_made
 from .plan import MOST_POSITIONS
-from .snapshots import Snapshots
-from .state import FoldState
+from .storage.fold_state import FoldState
+from .storage.remembered import check_made
+from .storage.snapshots import Snapshots
 
 
 def restore(

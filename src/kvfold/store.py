@@ -8,10 +8,10 @@ from .arguments.checks import check_switch, check_tensor, check_type, traced
 from .arguments.overlap import NO_ROOM, Place, check_apart, find_room
 from .backend_torch import store_torch
 from .compress import cache_places, check_epilogue, check_plan, choose_backend
-from .memory import Layer, check_made
 from .plan import StepPlan, plan_places
-from .records import EntryCache
 from .spec import CompressorSpec, check_spec
+from .storage.formats import EntryCache
+from .storage.remembered import Layer, check_made
 
 
 def store(

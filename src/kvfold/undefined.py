@@ -13,11 +13,11 @@ from .backend_torch import Items
 from .backend_window import _Pages, _window
 from .compress import Compressor
 from .plan import StepPlan
-from .records import EntryCache
 from .refusals import Refusal, heads, sequence_reason, sequences, snapshot_pages
-from .snapshots import Snapshots
-from .state import FoldState
-from .window_state import WindowState
+from .storage.fold_state import FoldState
+from .storage.formats import EntryCache
+from .storage.snapshots import Snapshots
+from .storage.window_state import WindowState
 
 
 def undefined_in_plan(plan: StepPlan) -> list[Refusal]:

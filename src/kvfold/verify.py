@@ -15,8 +15,8 @@ from .contract import pooled_bound
 from .debug_compare import off
 from .debug_exact import exact_rows
 from .kernels.configs import CONFIGS, ITEM_BOUNDS, Config, choose
-from .records import FORMATS
 from .spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
+from .storage.formats import FORMATS
 from .store import store
 from .verify_case import Mismatch, blame, packed, records, same_records, same_rows, untouched
 from .verify_engine import Engine, Schedule, Streams, chunks, drafts, prefill

@@ -15,12 +15,12 @@ from .contract import pooled_bound
 from .debug import EPILOGUE
 from .debug_compare import Difference, bytes_of, explained, off, put_bytes
 from .debug_exact import exact_rows
-from .pack import bf16_bits
 from .plan import StepPlan
-from .records import FORMATS, EntryCache
 from .spec import CompressorSpec
-from .state import FoldState
-from .window_state import WindowState
+from .storage.fold_state import FoldState
+from .storage.formats import FORMATS, EntryCache
+from .storage.pack import bf16_bits
+from .storage.window_state import WindowState
 
 UNTOUCHED = 0xA5  # what a cache holds before
 UNWRITTEN = 7.0  # what `rows` holds before a call; no pooled row is the same in all channels

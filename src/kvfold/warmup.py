@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 
 from .arguments.checks import check_int, check_switch, check_type, usable_device
-from .records import RecordFormat
 from .selection import FLOATS, check_all, check_choices, check_formats, check_workers, defined_for, several
 from .spec import CompressorSpec
-from .state import state_kind
+from .storage.fold_state import state_kind
+from .storage.formats import RecordFormat
 
 STATES = ("fold", "window")
 

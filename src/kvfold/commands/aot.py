@@ -38,7 +38,7 @@ def aot(
 
     from ..aot import aot as compile_all
     from ..aot_report import COLUMNS
-    from ..records import FORMATS
+    from ..storage.formats import FORMATS
 
     console = make_console()
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -77,8 +77,8 @@ def _kernels() -> Rows:
 
 
 def _formats(every_field: bool) -> Rows:
-    from ..records import FORMATS as formats
     from ..spec import V4_HCA, V4_INDEXER
+    from ..storage.formats import FORMATS as formats
 
     rows = []
     for fmt in formats.values():

@@ -13,9 +13,9 @@ import torch
 
 from ..compress import compress
 from ..plan import StepPlan
-from ..records import EntryCache
 from ..spec import CompressorSpec
-from ..state import FoldState, state_kind
+from ..storage.fold_state import FoldState, state_kind
+from ..storage.formats import EntryCache
 
 FIRST_CAPACITY = 64
 _FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16"}

@@ -18,11 +18,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
 from ..aot_report import AotKernel
-from ..records import FORMATS, RecordFormat
 from ..selection import fits
-from ..snapshots import Snapshots
 from ..spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
-from ..state import state_kind
+from ..storage.fold_state import state_kind
+from ..storage.formats import FORMATS, RecordFormat
+from ..storage.snapshots import Snapshots
 from . import configs
 from .build import KERNELS, Variant
 from .configs import ANY, Config, UnsupportedError, choose

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..plan import StepPlan
-from ..records import EntryCache, RecordFormat
-from ..snapshots import Snapshots
 from ..spec import CompressorSpec
-from ..state import FoldState
+from ..storage.fold_state import FoldState
+from ..storage.formats import EntryCache, RecordFormat
+from ..storage.snapshots import Snapshots
 from .configs import ANY, item_bound, pair_bounds
 from .dispatch import launcher_of, pack, supports_pdl
 from .variants import Types, draws_items, pair_key, restore_key, slices_of, step_key, store_key, window_key
 
 if TYPE_CHECKING:
     from ..compress import Compressor
-    from ..window_state import WindowState
+    from ..storage.window_state import WindowState
 
 
 def compress_triton(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, pdl: bool | None) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ..records import FORMATS, RecordFormat
 from ..spec import CompressorSpec
-from ..state import FoldState
+from ..storage.fold_state import FoldState
+from ..storage.formats import FORMATS, RecordFormat
 from .build import POINTERS, Variant
 from .configs import ANY, LANES, ROWS_OF_A_LANE, Config, choose
 from .plan import plan_variant, windows_per_program

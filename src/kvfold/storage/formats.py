@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .arguments.checks import check_device, check_int, check_memory, check_type, usable_device
-from .arguments.overlap import Place, check_apart
-from .memory import Checked, Layer, check_made
-from .record_rules import ELEMENT_BITS, ELEMENT_MAX, SCALE_BYTES, check_format, check_page_dtype
-from .spec import CompressorSpec, check_spec
+from ..arguments.checks import check_device, check_int, check_memory, check_type, usable_device
+from ..arguments.overlap import Place, check_apart
+from ..spec import CompressorSpec, check_spec
+from .format_rules import ELEMENT_BITS, ELEMENT_MAX, SCALE_BYTES, check_format, check_page_dtype
+from .remembered import Checked, Layer, check_made
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch._subclasses import FakeTensor
 
-from .arguments.checks import check_type
-from .arguments.overlap import NO_ROOM, Place, check_apart, join_bounds
+from ..arguments.checks import check_type
+from ..arguments.overlap import NO_ROOM, Place, check_apart, join_bounds
 
 MOST_PLANS = 16  # remembered of a layer: an engine has one for each size of its graphs
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .arguments.checks import (
+from ..arguments.checks import (
     check_device,
     check_dtype,
     check_float,
@@ -14,9 +14,9 @@ from .arguments.checks import (
     check_tensor,
     usable_device,
 )
-from .arguments.overlap import Place, check_apart
-from .memory import RememberingState, check_made
-from .spec import CompressorSpec, check_spec
+from ..arguments.overlap import Place, check_apart
+from ..spec import CompressorSpec, check_spec
+from .remembered import RememberingState, check_made
 
 # Up to this ratio the input rows of a window are kept instead of fold rows: at ratio 8 a bf16 window is 8 rows of
 # 4 bytes per channel against one fold row of 12, and a step reads the rows it needs in one go.

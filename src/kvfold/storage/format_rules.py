@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .arguments.checks import check_int, check_type
-from .spec import CompressorSpec
+from ..arguments.checks import check_int, check_type
+from ..spec import CompressorSpec
 
 if TYPE_CHECKING:
-    from .records import RecordFormat
+    from .formats import RecordFormat
 
 ELEMENT_BITS = {"bf16": 16, "fp32": 32, "e4m3": 8, "e2m1": 4}
 ELEMENT_MAX = {"e4m3": 448.0, "e2m1": 6.0}  # the encodings that are scaled

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .records import EntryCache, RecordFormat
+from .formats import EntryCache, RecordFormat
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # Between neighbouring codes; a tie goes to the even code, so it goes up behind the odd codes 1, 3 and 5.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .arguments.checks import check_device, check_dtype, check_float, check_int, check_memory, check_shape, usable_device
-from .arguments.overlap import Place, check_apart
-from .memory import RememberingState
-from .spec import CompressorSpec, check_spec
+from ..arguments.checks import check_device, check_dtype, check_float, check_int, check_memory, check_shape, usable_device
+from ..arguments.overlap import Place, check_apart
+from ..spec import CompressorSpec, check_spec
+from .remembered import RememberingState
 
 _DTYPES = (torch.float32, torch.bfloat16)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .arguments.checks import check_contiguous, check_dtype, check_float, check_int, check_memory, usable_device
-from .memory import Checked, check_made
-from .spec import CompressorSpec, check_spec
-from .state import check_rows, history_start, state_kind
+from ..arguments.checks import check_contiguous, check_dtype, check_float, check_int, check_memory, usable_device
+from ..spec import CompressorSpec, check_spec
+from .fold_state import check_rows, history_start, state_kind
+from .remembered import Checked, check_made
 
 MOST_PAGE = 1 << 30  # positions per page: the end of the page of any position then is an int32
 
