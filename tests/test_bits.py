@@ -14,7 +14,7 @@ from helpers import SPECS, Backend, Engine, Weights, make_tokens
 from torch import Tensor
 
 from kvfold import CompressorSpec
-from kvfold.backend_torch import exp2
+from kvfold.backend_torch.fold import exp2
 
 # Both formats of a 512-wide entry, and both input dtypes: bf16 rows are exact in an fp32 state, and in a bf16 one.
 CASES = [

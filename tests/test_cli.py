@@ -16,7 +16,8 @@ from debug_support import Call
 from typer.testing import CliRunner
 
 import kvfold
-from kvfold import backend_torch, demo
+from kvfold import demo
+from kvfold.backend_torch.fold import fold as backend_torch
 from kvfold.cli import app
 from kvfold.commands import bench, show
 from kvfold.integrations import transformers_cache

@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvfold import V4_CSA, V4_HCA, backend_torch, backend_window, verify_engine
+from kvfold import V4_CSA, V4_HCA, verify_engine
 from kvfold import verify as job
+from kvfold.backend_torch.fold import fold as backend_torch
+from kvfold.backend_torch.fold import window as backend_window
 from kvfold.compress import compress
 from kvfold.kernels.configs import CONFIGS, Config, choose
 from kvfold.storage.formats import FORMATS

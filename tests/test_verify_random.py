@@ -16,7 +16,9 @@ import pytest
 import torch
 from helpers import Backend
 
-from kvfold import Snapshots, StepPlan, backend_torch, backend_window, compress, restore, verify_run
+from kvfold import Snapshots, StepPlan, compress, restore, verify_run
+from kvfold.backend_torch.fold import fold as backend_torch
+from kvfold.backend_torch.fold import window as backend_window
 from kvfold.storage.formats import FORMATS
 from kvfold.verify_case import Mismatch
 from kvfold.verify_program import Place, program

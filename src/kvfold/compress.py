@@ -19,8 +19,8 @@ from .arguments.checks import (
     traced,
 )
 from .arguments.overlap import NO_ROOM, Place, check_apart, extent, find_room
-from .backend_torch import compress_torch
-from .backend_window import compress_window_torch
+from .backend_torch.fold import compress_torch
+from .backend_torch.window import compress_window_torch
 from .plan import StepPlan, plan_places
 from .spec import CompressorSpec, check_spec
 from .storage.fold_state import FoldState

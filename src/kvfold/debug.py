@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from . import reference
-from .backend_torch import finish
+from .backend_torch.fold import finish
 from .compress import Compressor
 from .contract import pooled_bound
 from .debug_call import Call, check_history, check_outside

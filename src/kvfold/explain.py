@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from .arguments.checks import check_int
-from .backend_torch import Items, _Rows
-from .backend_window import _window
+from .backend_torch.fold import Items, _Rows
+from .backend_torch.window import _window
 from .compress import compress
 from .plan import StepPlan
 from .spec import CompressorSpec, check_spec

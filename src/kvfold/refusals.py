@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .backend_torch import Items, _Rows, history_starts
+from .backend_torch.fold import Items, _Rows, history_starts
 from .compress import Compressor
 from .plan import MOST_POSITIONS, StepPlan
 from .storage.fold_state import FoldState

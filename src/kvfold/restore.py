@@ -6,7 +6,7 @@ import torch
 
 from .arguments.checks import check_tensor, check_type, traced
 from .arguments.overlap import Place, check_apart
-from .backend_torch import history_starts
+from .backend_torch.fold import history_starts
 from .compress import check_snapshots, choose_backend
 from .plan import MOST_POSITIONS
 from .storage.fold_state import FoldState

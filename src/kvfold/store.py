@@ -6,7 +6,7 @@ import torch
 
 from .arguments.checks import check_switch, check_tensor, check_type, traced
 from .arguments.overlap import NO_ROOM, Place, check_apart, find_room
-from .backend_torch import store_torch
+from .backend_torch.fold import store_torch
 from .compress import cache_places, check_epilogue, check_plan, choose_backend
 from .plan import StepPlan, plan_places
 from .spec import CompressorSpec, check_spec

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from .backend_torch import Items
-from .backend_window import _Pages, _window
+from .backend_torch.fold import Items
+from .backend_torch.window import _Pages, _window
 from .compress import Compressor
 from .plan import StepPlan
 from .refusals import Refusal, heads, sequence_reason, sequences, snapshot_pages

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backend_torch import finish
+from .backend_torch.fold import finish
 from .contract import pooled_bound
 from .debug import EPILOGUE
 from .debug_compare import Difference, bytes_of, explained, off, put_bytes

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .kernels.configs import ROWS_AT_ONCE
-from .plan import StepPlan
-from .spec import CompressorSpec
-from .storage.fold_state import FoldState
-from .storage.formats import EntryCache
-from .storage.pack import bf16_bits, pack_records
-from .storage.snapshots import Snapshots
+from ..kernels.configs import ROWS_AT_ONCE
+from ..plan import StepPlan
+from ..spec import CompressorSpec
+from ..storage.fold_state import FoldState
+from ..storage.formats import EntryCache
+from ..storage.pack import bf16_bits, pack_records
+from ..storage.snapshots import Snapshots
 
 if TYPE_CHECKING:
-    from .compress import Compressor
+    from ..compress import Compressor
 
 LOG2_E = 1.4426950408889634
 LOWEST = torch.finfo(torch.float32).min  # the maximum of no scores: finite, so that a score of -inf needs no guard

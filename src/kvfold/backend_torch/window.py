@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .backend_torch import Items, emit
-from .plan import StepPlan
-from .spec import CompressorSpec
-from .storage.pack import bf16_bits
+from ..plan import StepPlan
+from ..spec import CompressorSpec
+from ..storage.pack import bf16_bits
+from .fold import Items, emit
 
 if TYPE_CHECKING:
-    from .compress import Compressor
+    from ..compress import Compressor
 
 
 @dataclass
