@@ -18,8 +18,8 @@ import triton.language as tl
 from protocol import Case, Variant
 
 import kvfold
+from kvfold.backend_triton.kernels.pdl import wait_for_inputs
 from kvfold.kernels.dispatch import supports_pdl
-from kvfold.kernels.pdl import wait_for_inputs
 
 PAGE_SIZE = 128  # positions per page of WindowState in every benchmark
 NEVER = tl.constexpr(-1)

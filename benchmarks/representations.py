@@ -25,10 +25,10 @@ from calls import Step, Weights, calls_of
 from protocol import Case, Variant
 
 import kvfold
+from kvfold.backend_triton.kernels.finish import aim_entry, emit, judge_slot
+from kvfold.backend_triton.kernels.fold import empty_fold, fold_step, spread
+from kvfold.backend_triton.kernels.pdl import wait_for_inputs
 from kvfold.kernels.dispatch import supports_pdl
-from kvfold.kernels.epilogue import aim_entry, emit, judge_slot
-from kvfold.kernels.fold import empty_fold, fold_step, spread
-from kvfold.kernels.pdl import wait_for_inputs
 from kvfold.kernels.variants import epilogue_constants
 
 FORMATS = {512: "fp8_ds_mla", 128: "indexer_fp8_vllm"}  # the 584-byte record is for 512 channels only

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kvfold.kernels.record import store_record
+from kvfold.backend_triton.kernels.record import store_record
 
 
 @triton.jit(do_not_specialize=["rows_per_page"])  # as kvfold builds kernels: a page of one row is a number like any other

@@ -51,7 +51,7 @@ def test_a_row_of_the_table_is_chosen_and_the_first_that_serves() -> None:
             if not chosen.programs and kind == "rows":
                 assert spec.window_rows <= chosen.ahead
             assert chosen.together == 1 or (kind in ("fold", "rows") and chosen.programs)
-            # A ticket is drawn by one of two warps (kernels/items.py).
+            # A ticket is drawn by one of two warps (backend_triton/kernels/items.py).
             assert not draws_items(spec, chosen) or chosen.num_warps <= 2
             assert chosen.pair_programs == 0 or (kind == "rows" and chosen.pair_programs <= chosen.programs)
             # Launches tell these numbers of windows apart and no others.

@@ -15,9 +15,9 @@ from conftest import BACKENDS
 
 import kvfold
 from kvfold import CompressorSpec, StepPlan
+from kvfold.backend_triton.kernels.plan import update_on_gpu
 from kvfold.kernels import dispatch, launch
 from kvfold.kernels.configs import UnsupportedError
-from kvfold.kernels.plan import update_on_gpu
 
 GPU = BACKENDS["cuda"]
 

@@ -293,7 +293,7 @@ class StepPlan(Remembering):
             self.cu_seqlens.copy_(cu_seqlens)
         elif self.start_pos.is_cuda:
             self.fresh = True
-            from .kernels.plan import update_on_gpu  # one launch; the same values, see tests/test_plan.py
+            from .backend_triton.kernels.plan import update_on_gpu  # one launch; the same values, see tests/test_plan.py
 
             update_on_gpu(self, start_pos, cu_seqlens)
         else:

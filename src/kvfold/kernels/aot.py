@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
 from ..aot_report import AotKernel
+from ..backend_triton.kernels.pdl import AVAILABLE
 from ..selection import fits
 from ..spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
 from ..storage.fold_state import state_kind
@@ -26,7 +27,6 @@ from ..storage.snapshots import Snapshots
 from . import configs
 from .build import KERNELS, Variant
 from .configs import ANY, Config, UnsupportedError, choose
-from .pdl import AVAILABLE
 from .resources import resources
 from .variants import pair_key, plan_key, restore_key, step_key, store_key, variant_of, window_key
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from ..backend_triton.kernels.plan import plan_variant, windows_per_program
 from ..spec import CompressorSpec
 from ..storage.fold_state import FoldState
 from ..storage.formats import FORMATS, RecordFormat
 from .build import POINTERS, Variant
 from .configs import ANY, LANES, ROWS_OF_A_LANE, Config, choose
-from .plan import plan_variant, windows_per_program
 
 # Of kv_score, state, rows and norm weight (None: absent), and whether the plan has entry slots.
 Types = tuple[torch.dtype, torch.dtype, "torch.dtype | None", "torch.dtype | None", bool]
@@ -152,7 +152,7 @@ def window_variant(
 
 
 def draws_items(spec: CompressorSpec, config: Config) -> bool:
-    """Whether programs draw the last of their items (kernels/items.py): in long steps over rows that are all ahead."""
+    """Whether programs draw the last of their items (backend_triton/kernels/items.py): in long steps over rows that are all ahead."""
     return config.kind == "rows" and config.programs > 0 and config.ahead >= spec.window_rows
 
 

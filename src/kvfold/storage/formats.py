@@ -286,7 +286,7 @@ class EntryCache(Checked):
             )
         check_page_dtype("storage", storage, self.format.element)
         self.pages = _byte_pages("storage", storage, self.page_bytes, self.format.alignment)
-        if self.num_slots >= 1 << 32:  # kernels find the page of a slot in 32 bits (kernels/record.py)
+        if self.num_slots >= 1 << 32:  # kernels find the page of a slot in 32 bits (backend_triton/kernels/record.py)
             raise ValueError(f"storage must have fewer than 2**32 slots, got {self.num_slots}")
         self.scale_pages = None
         if self.format.separate:

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .epilogue import aim_entry, emit, judge_slot
+from .finish import aim_entry, emit, judge_slot
 from .pdl import load_plan, wait_for_inputs
 
 

@@ -6,11 +6,11 @@ A window is short, and all warps decode the item and finish the entry, so fewer 
 import triton
 import triton.language as tl
 
-from .epilogue import aim_slot, load_finish
+from .finish import aim_slot, load_finish
 from .items import dealt_items, draw_item, item_after, load_item, next_index, pause
+from .long_fold import deliver_entry
 from .pdl import load_plan, wait_for_inputs
 from .prefetch import prefetch_item
-from .prefill import deliver_entry
 from .rows import keep_each, load_biases, pool_window
 from .slots import check_tags, load_tags, retire_rows
 from .snapshot import snapshot_rows

@@ -7,7 +7,7 @@ interpreter. bf16 and e4m3 also have a target's own conversion (HARDWARE, sm_89 
 import triton
 import triton.language as tl
 
-from .abreast import abreast, span, wherever
+from .vectors import abreast, span, wherever
 
 
 @triton.jit

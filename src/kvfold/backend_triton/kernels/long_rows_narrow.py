@@ -6,14 +6,14 @@ One window of the indexer keeps too few bytes under way to hide its own waits, a
 import triton
 import triton.language as tl
 
-from .abreast import numbers
-from .epilogue import aim_slot, emit, judge_slot, load_finish
+from .finish import aim_slot, emit, judge_slot, load_finish
 from .fold import empty_group, quotient
 from .items import dealt_items, draw_item, item_after, load_item, next_index
+from .long_rows import rows_item
 from .pdl import load_plan, wait_for_inputs
-from .prefill_rows import rows_item
 from .rows import fold_part, keep_each, load_live
 from .slots import check_tags, load_tags
+from .vectors import numbers
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .step import run_step
+from .entry import run_step
 
 
 @triton.jit

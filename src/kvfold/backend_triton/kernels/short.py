@@ -9,7 +9,7 @@ scheduler, 4 to 6 cycles apart, so decode is as fast as that chain is short.
 import triton
 import triton.language as tl
 
-from .epilogue import aim_entry, emit, judge_slot
+from .finish import aim_entry, emit, judge_slot
 from .fold import empty_fold, fold_step, minus_zero, quotient, spread
 from .pdl import load_plan, wait_for_inputs
 from .prefetch import prefetch_fold, prefetch_rows

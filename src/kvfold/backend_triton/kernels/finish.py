@@ -6,8 +6,8 @@ COUNT entries of one sequence in a row can go side by side; abreast.py says how.
 import triton
 import triton.language as tl
 
-from .abreast import abreast, channels, flat, numbers, span
 from .record import bf16_bits, bf16_value, store_record
+from .vectors import abreast, channels, flat, numbers, span
 
 
 @triton.jit

@@ -3,10 +3,10 @@
 import triton
 import triton.language as tl
 
-from .decode import count_overflow, decode_item
-from .prefill import prefill_fold
-from .prefill_abreast import prefill_abreast
-from .prefill_rows import prefill_rows
+from .long_fold import prefill_fold
+from .long_rows import prefill_rows
+from .long_rows_narrow import prefill_abreast
+from .short import count_overflow, decode_item
 
 
 @triton.jit

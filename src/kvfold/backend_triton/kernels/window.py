@@ -13,7 +13,7 @@ all new (`claims`), which is so read once; in a short one (JOIN) in a window tha
 import triton
 import triton.language as tl
 
-from .epilogue import aim_entry, emit, judge_slot
+from .finish import aim_entry, emit, judge_slot
 from .fold import spread
 from .items import load_item
 from .pdl import load_plan, wait_for_inputs

@@ -7,7 +7,7 @@ two windows side by side, which share the rows of ape. Where windows are few, se
 import triton
 import triton.language as tl
 
-from .epilogue import aim_entry, aim_slot, emit, judge_slot, load_finish
+from .finish import aim_entry, aim_slot, emit, judge_slot, load_finish
 from .fold import empty_fold, fold_step, minus_zero, quotient, spread
 from .items import load_item
 from .pdl import load_plan, wait_for_inputs

@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from .abreast import channels
 from .fold import ROWS_AT_ONCE, empty_group, fold_group, minus_zero, quotient, spread, widen
 from .slots import place_row
+from .vectors import channels
 
 
 @triton.jit
