@@ -19,7 +19,7 @@ from protocol import Case, Variant
 
 import kvfold
 from kvfold.backend_triton.kernels.pdl import wait_for_inputs
-from kvfold.kernels.dispatch import supports_pdl
+from kvfold.backend_triton.launcher import supports_pdl
 
 PAGE_SIZE = 128  # positions per page of WindowState in every benchmark
 NEVER = tl.constexpr(-1)

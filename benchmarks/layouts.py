@@ -6,7 +6,7 @@ import torch
 from measured import markdown
 
 from kvfold import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec, FoldState, Snapshots
-from kvfold.kernels.configs import ANY, CONFIGS, Config
+from kvfold.backend_triton.table import ANY, CONFIGS, Config
 from kvfold.storage.formats import FORMATS, RecordFormat
 
 PAGE = 64  # rows of the page that is drawn
@@ -113,7 +113,7 @@ def _bytes(title: str, fields: list[tuple[int, str, str]]) -> str:
 
 
 def configs_table() -> str:
-    """The rows of `kernels/configs.py`, in order."""
+    """The rows of `backend_triton/table.py`, in order."""
     header = (
         "kind", "head_dim", "rows of a window", "new tokens", "windows", "ahead", "warps", "slice", "tile",
         "registers", "programs", "together", "may spill",

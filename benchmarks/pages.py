@@ -17,7 +17,7 @@ import triton.language as tl
 from floor import PAGE_SIZE
 
 from kvfold.backend_triton.kernels.pdl import wait_for_inputs
-from kvfold.kernels.dispatch import supports_pdl
+from kvfold.backend_triton.launcher import supports_pdl
 
 HEAD_DIM = tl.constexpr(512)
 ROWS = tl.constexpr(PAGE_SIZE)

@@ -17,7 +17,7 @@ import triton.language as tl
 from kvfold.backend_triton.kernels.fold import empty_group, quotient, widen
 from kvfold.backend_triton.kernels.pdl import wait_for_inputs
 from kvfold.backend_triton.kernels.rows import fold_part, load_live
-from kvfold.kernels.dispatch import supports_pdl
+from kvfold.backend_triton.launcher import supports_pdl
 
 SHAPE = (512, 4, 144)  # head_dim, ratio, and words of a record of 576 bytes, without its tail
 PROGRAMS, NUM_WARPS, REGISTERS = 1056, 2, 128  # as the row of the table that serves long prompts

@@ -28,8 +28,8 @@ import kvfold
 from kvfold.backend_triton.kernels.finish import aim_entry, emit, judge_slot
 from kvfold.backend_triton.kernels.fold import empty_fold, fold_step, spread
 from kvfold.backend_triton.kernels.pdl import wait_for_inputs
-from kvfold.kernels.dispatch import supports_pdl
-from kvfold.kernels.variants import epilogue_constants
+from kvfold.backend_triton.launcher import supports_pdl
+from kvfold.backend_triton.variants import epilogue_constants
 
 FORMATS = {512: "fp8_ds_mla", 128: "indexer_fp8_vllm"}  # the 584-byte record is for 512 channels only
 WARPS = {512: (4, 8), 128: (1, 2)}  # all are tried, the fastest is what counts

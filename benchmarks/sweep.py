@@ -24,8 +24,8 @@ from calls import Buffers, Step
 from precompile import WAYS, build, key_of
 from protocol import Case, Variant
 
-from kvfold.kernels import configs
-from kvfold.kernels.configs import Config
+from kvfold.backend_triton import table as configs
+from kvfold.backend_triton.table import Config
 
 
 def parse() -> argparse.Namespace:

@@ -10,8 +10,8 @@ import pytest
 import kvfold
 from kvfold import V4_HCA
 from kvfold.aot_report import AotKernel, AotReport, Resources
+from kvfold.backend_triton import build
 from kvfold.kernels import aot as kernels
-from kvfold.kernels import build
 from kvfold.kernels.aot import Combination
 
 

@@ -17,10 +17,10 @@ from aot_support import fake, run
 
 import kvfold
 from kvfold import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
-from kvfold.kernels import build
+from kvfold.backend_triton import build
+from kvfold.backend_triton.build import KERNELS
+from kvfold.backend_triton.table import CONFIGS, SPILLS_TRITON, choose
 from kvfold.kernels.aot import SPECS, TARGETS, Combination, combinations
-from kvfold.kernels.build import KERNELS
-from kvfold.kernels.configs import CONFIGS, SPILLS_TRITON, choose
 from kvfold.kernels.resources import _stored
 from kvfold.storage.formats import FORMATS
 
@@ -164,7 +164,8 @@ import sys
 from dataclasses import asdict, replace
 import json
 from kvfold import CompressorSpec, aot
-from kvfold.kernels import aot as kernels, configs
+from kvfold.kernels import aot as kernels
+from kvfold.backend_triton import table as configs
 
 spec = CompressorSpec(128, 128)
 row = configs.choose("fold", spec, 8)
@@ -278,8 +279,8 @@ DEPENDENT = """
 import torch
 from kvfold import CompressorSpec
 from kvfold.kernels.aot import TARGETS
-from kvfold.kernels.configs import ANY
-from kvfold.kernels.variants import step_key, variant_of
+from kvfold.backend_triton.table import ANY
+from kvfold.backend_triton.variants import step_key, variant_of
 from kvfold.storage.formats import FORMATS
 from kvfold.storage.fold_state import state_kind
 

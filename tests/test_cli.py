@@ -149,7 +149,7 @@ def test_python_m_kvfold_and_missing_extras():
 
 
 def test_info_shows_the_kernels_table():
-    from kvfold.kernels.configs import CONFIGS
+    from kvfold.backend_triton.table import CONFIGS
 
     output = call("info").output
     assert all(

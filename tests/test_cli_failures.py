@@ -149,7 +149,7 @@ def test_paths_that_cannot_be(tmp_path: Path, text: Path, monkeypatch: pytest.Mo
         ("replay", text),
     ):
         assert str(tmp_path) in refused(*arguments), arguments
-    monkeypatch.setattr("kvfold.kernels.build.INTERPRETED", False)
+    monkeypatch.setattr("kvfold.backend_triton.build.INTERPRETED", False)
     assert str(text) in refused("aot", "sm_90", text, "--spec", "hca", "--format", "bf16")
     assert str(text) in refused("aot", "sm_90", text / "below", "--spec", "hca", "--format", "bf16")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
@@ -186,7 +186,7 @@ def test_a_disk_that_becomes_full(tmp_path: Path, text: Path, monkeypatch: pytes
         said = refused("verify", "--device", "cpu", "--backend", "torch", "--only", "csa FoldState: chunks", "--json",
                        out / "verify.json")  # fmt: skip
         assert f"{out / 'verify.json'}: No space left" in said
-        patch.setattr("kvfold.kernels.build.INTERPRETED", False)
+        patch.setattr("kvfold.backend_triton.build.INTERPRETED", False)
         module = sys.modules[compile_all.__module__]
         patch.setattr(module, "_compile", lambda wanted, *_: iter(["does not compile"] * len(wanted)))
         refused("aot", "sm_90", out, "--spec", "hca", "--format", "bf16")

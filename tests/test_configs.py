@@ -15,10 +15,10 @@ from helpers import Backend, Engine, make_tokens, norm_error
 from window_support import WindowEngine, run
 
 from kvfold import CompressorSpec, reference
+from kvfold.backend_triton import table as configs
+from kvfold.backend_triton.table import ANY, CONFIGS, ITEM_BOUNDS, Config, UnsupportedError, choose
+from kvfold.backend_triton.variants import draws_items, variant_of
 from kvfold.contract import pooled_bound
-from kvfold.kernels import configs
-from kvfold.kernels.configs import ANY, CONFIGS, ITEM_BOUNDS, Config, UnsupportedError, choose
-from kvfold.kernels.variants import draws_items, variant_of
 from kvfold.storage.fold_state import state_kind
 
 RATIOS = (1, 2, 3, 4, 5, 8, 9, 16, 48, 64, 100, 128, 129, 256, 1024, 4095, 4096)

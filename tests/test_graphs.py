@@ -15,9 +15,10 @@ from conftest import BACKENDS
 
 import kvfold
 from kvfold import CompressorSpec, StepPlan
+from kvfold.backend_triton import launch
+from kvfold.backend_triton import launcher as dispatch
 from kvfold.backend_triton.kernels.plan import update_on_gpu
-from kvfold.kernels import dispatch, launch
-from kvfold.kernels.configs import UnsupportedError
+from kvfold.backend_triton.table import UnsupportedError
 
 GPU = BACKENDS["cuda"]
 

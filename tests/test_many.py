@@ -15,7 +15,7 @@ from window_support import WindowEngine
 
 import kvfold
 from kvfold import CompressorSpec, EntryCache, FoldState, StepPlan
-from kvfold.kernels import configs
+from kvfold.backend_triton import table as configs
 
 MAIN, INDEXER = SPECS["csa"], SPECS["indexer"]
 # (spec, format, kv_score, state) of both compressors

@@ -17,7 +17,7 @@ from torch.library import opcheck
 
 import kvfold
 from kvfold import EntryCache, FoldState, StepPlan
-from kvfold.kernels import launch
+from kvfold.backend_triton import launch
 
 CPU = BACKENDS["torch"]
 OPERATORS = ("compress", "compress_window", "compress_many", "store", "update")  # of `Chain`; `restore`: test_ops_snapshots

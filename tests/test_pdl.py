@@ -9,7 +9,8 @@ from conftest import BACKENDS
 from helpers import Backend
 
 import kvfold
-from kvfold.kernels import dispatch, launch
+from kvfold.backend_triton import launch
+from kvfold.backend_triton import launcher as dispatch
 
 GPU = BACKENDS["cuda"]
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 import kvfold
 from kvfold import CompressorSpec, FoldState, Snapshots
-from kvfold.kernels import dispatch, launch
+from kvfold.backend_triton import launch
+from kvfold.backend_triton import launcher as dispatch
 
 FP32, BF16 = torch.float32, torch.bfloat16
 

@@ -19,7 +19,7 @@ from conftest import BACKENDS
 from fuzz_support import World
 from helpers import SPECS, Backend, Engine, make_tokens
 
-from kvfold.kernels import dispatch
+from kvfold.backend_triton import launcher as dispatch
 
 GPU = BACKENDS["cuda"]
 
@@ -87,7 +87,7 @@ def small(backend: Backend, call: str, kind: str, times: int) -> tuple[int, byte
 
 @pytest.mark.parametrize("kind", ["rows", "fold", "window"])
 def test_small_calls_in_two_threads(backend: Backend, kind: str) -> None:
-    """Triton's interpreter is for one thread at a time: launches there wait for each other (kernels/dispatch.py)."""
+    """Triton's interpreter is for one thread at a time: launches there wait for each other (backend_triton/launcher.py)."""
     calls = ("compress", "store") if kind == "window" else ("compress", "many", "store", "restore", "update")
     calls, times = (calls[:1], 1) if backend.slow else (calls, 8)
     for call in calls:

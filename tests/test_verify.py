@@ -11,8 +11,8 @@ from kvfold import V4_CSA, V4_HCA, verify_engine
 from kvfold import verify as job
 from kvfold.backend_torch.fold import fold as backend_torch
 from kvfold.backend_torch.fold import window as backend_window
+from kvfold.backend_triton.table import CONFIGS, Config, choose
 from kvfold.compress import compress
-from kvfold.kernels.configs import CONFIGS, Config, choose
 from kvfold.storage.formats import FORMATS
 from kvfold.store import store
 from kvfold.verify import Case, Result, list_cases, representative, verify

@@ -19,10 +19,10 @@ from test_aot import python
 
 import kvfold
 from kvfold import V4_CSA, selection
-from kvfold.kernels import dispatch
+from kvfold.backend_triton import launcher as dispatch
+from kvfold.backend_triton.build import Variant
+from kvfold.backend_triton.variants import plan_key, variant_of, window_key
 from kvfold.kernels.aot import TARGETS
-from kvfold.kernels.build import Variant
-from kvfold.kernels.variants import plan_key, variant_of, window_key
 
 DEVICE, TARGET = torch.device("cuda", 0), TARGETS["sm_90"]
 KEYS = [plan_key(ratio, 1, False, False) for ratio in (1, 2, 4, 8, 16, 32)]  # two kernels each, as none is a dependent
@@ -177,10 +177,10 @@ from types import SimpleNamespace
 import torch
 import triton
 from kvfold import V4_INDEXER
-from kvfold.kernels import dispatch
+from kvfold.backend_triton import launcher as dispatch
 from kvfold.kernels.aot import TARGETS
-from kvfold.kernels.build import Variant
-from kvfold.kernels.variants import plan_key, restore_key
+from kvfold.backend_triton.build import Variant
+from kvfold.backend_triton.variants import plan_key, restore_key
 
 triton.runtime.driver = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: TARGETS["sm_90"]))
 torch.cuda.device = lambda device: nullcontext()

@@ -14,9 +14,9 @@ from window_support import WindowEngine, cut, run
 
 import kvfold
 from kvfold import CompressorSpec
+from kvfold.backend_triton import table as configs
+from kvfold.backend_triton.table import CONFIGS
 from kvfold.contract import pooled_bound
-from kvfold.kernels import configs
-from kvfold.kernels.configs import CONFIGS
 
 NARROW = CompressorSpec(head_dim=128, ratio=128)
 SIXTEEN = CompressorSpec(head_dim=128, ratio=16)

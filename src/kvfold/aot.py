@@ -99,8 +99,8 @@ def aot(
     check_switch("strict", strict)
     workers = check_workers(workers)
 
+    from .backend_triton.build import INTERPRETED
     from .kernels import aot as kernels
-    from .kernels.build import INTERPRETED
 
     if target not in kernels.TARGETS:
         raise ValueError(f"target must be one of {', '.join(kernels.TARGETS)}, got {target!r}")

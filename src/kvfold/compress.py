@@ -115,7 +115,7 @@ def run_compress(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, backe
     if chosen == "torch":
         _compress_torch(c, plan, rows)
     else:
-        from .kernels import launch
+        from .backend_triton import launch
 
         run = launch.compress_triton if isinstance(c.state, FoldState) else launch.compress_window_triton
         run(c, plan, rows, pdl)
@@ -181,7 +181,7 @@ def run_many(compressors: Sequence[Compressor], plan: StepPlan, backend: str | N
         for c in compressors:
             _compress_torch(c, plan, None)
     else:
-        from .kernels import launch
+        from .backend_triton import launch
 
         if len(compressors) == 1:
             launch.compress_triton(compressors[0], plan, None, pdl)
@@ -242,7 +242,7 @@ def choose_backend(backend: str | None, name: str, tensor: torch.Tensor) -> str:
     if backend == "torch":
         check_eager(name)
     elif not tensor.is_cuda:
-        from .kernels.build import INTERPRETED
+        from .backend_triton.build import INTERPRETED
 
         if tensor.device.type != "cpu" or not INTERPRETED:
             raise ValueError(

@@ -52,7 +52,7 @@ class StepPlan(Remembering):
     start_pos: torch.Tensor
     cu_seqlens: torch.Tensor
     page_size: int | None
-    fresh: bool = False  # no kernel that reads the plan was launched since `update`: kernels/launch.py, use_pdl
+    fresh: bool = False  # no kernel that reads the plan was launched since `update`: backend_triton/launch.py, use_pdl
     state_slots: torch.Tensor | None
     block_tables: tuple[torch.Tensor, torch.Tensor] | None
     cache_block_table: torch.Tensor | None
@@ -75,7 +75,7 @@ class StepPlan(Remembering):
     def _forget(self) -> None:
         self._launcher: Callable[..., None] | None = None  # of `update` on a GPU, made by the first one
         self._came: tuple[int, int] | None = None  # the addresses of what the last `update` was given
-        self._packed: dict[bool, tuple] = {}  # what launches take of it: kernels/launch.py
+        self._packed: dict[bool, tuple] = {}  # what launches take of it: backend_triton/launch.py
         self._bounds: list[int] = []  # what its tensors span, as `check_apart` returns it
         self._where: list[int] = []  # where they were
 

@@ -80,7 +80,7 @@ def run_restore(
     if chosen == "torch":
         _restore_torch(state, snapshots, slots.long(), pages.long(), start_pos.long(), errors)
     else:
-        from .kernels.launch import restore_triton  # imports triton, which the torch backend does not need
+        from .backend_triton.launch import restore_triton  # imports triton, which the torch backend does not need
 
         restore_triton(state, snapshots, slots, pages, start_pos, errors)
 

@@ -66,7 +66,7 @@ def run_store(
         with torch.inference_mode():
             store_torch(rows, plan, cache, spec, norm_weight, rope)
     else:
-        from .kernels.launch import store_triton  # imports triton, which the torch backend does not need
+        from .backend_triton.launch import store_triton  # imports triton, which the torch backend does not need
 
         store_triton(rows, plan, cache, spec, norm_weight, rope, pdl)
 

@@ -10,11 +10,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .backend_triton.table import CONFIGS, ITEM_BOUNDS, Config, choose
 from .compress import choose_backend, compress_many
 from .contract import pooled_bound
 from .debug_compare import off
 from .debug_exact import exact_rows
-from .kernels.configs import CONFIGS, ITEM_BOUNDS, Config, choose
 from .spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
 from .storage.formats import FORMATS
 from .store import store

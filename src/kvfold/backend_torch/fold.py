@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..kernels.configs import ROWS_AT_ONCE
+from ..backend_triton.table import ROWS_AT_ONCE
 from ..plan import StepPlan
 from ..spec import CompressorSpec
 from ..storage.fold_state import FoldState

@@ -55,14 +55,14 @@ def _versions() -> Rows:
 def _dependent_launch() -> str:
     import torch
 
-    from ..kernels.dispatch import supports_pdl
+    from ..backend_triton.launcher import supports_pdl
 
     return "yes" if supports_pdl(torch.device("cuda", torch.cuda.current_device())) else "no: needs sm_90 and triton 3.5"
 
 
 def _kernels() -> Rows:
-    """The table that kernels are chosen by, as it is in kernels/configs.py."""
-    from ..kernels.configs import ANY, CONFIGS
+    """The table that kernels are chosen by, as it is in backend_triton/table.py."""
+    from ..backend_triton.table import ANY, CONFIGS
 
     rows = []
     for c in CONFIGS:

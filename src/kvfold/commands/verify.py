@@ -154,7 +154,7 @@ def _headline(console: Console, what: str, about: dict[str, str]) -> None:
 
 def _interpreted() -> bool:
     try:
-        from ..kernels.build import INTERPRETED
+        from ..backend_triton.build import INTERPRETED
     except ImportError:  # no triton: the torch backend needs none
         return False
     return bool(INTERPRETED)

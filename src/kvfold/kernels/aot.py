@@ -18,17 +18,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
 from ..aot_report import AotKernel
+from ..backend_triton import table as configs
+from ..backend_triton.build import KERNELS, Variant
 from ..backend_triton.kernels.pdl import AVAILABLE
+from ..backend_triton.table import ANY, Config, UnsupportedError, choose
+from ..backend_triton.variants import pair_key, plan_key, restore_key, step_key, store_key, variant_of, window_key
 from ..selection import fits
 from ..spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
 from ..storage.fold_state import state_kind
 from ..storage.formats import FORMATS, RecordFormat
 from ..storage.snapshots import Snapshots
-from . import configs
-from .build import KERNELS, Variant
-from .configs import ANY, Config, UnsupportedError, choose
 from .resources import resources
-from .variants import pair_key, plan_key, restore_key, step_key, store_key, variant_of, window_key
 
 TARGETS = {
     **{f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100, 103, 120)},

@@ -100,13 +100,13 @@ class RememberingState(Remembering):
     _layer: Layer | None = None  # what the last call got with this state
 
     def _forget(self) -> None:
-        self._workspaces: list = []  # scratch of the kernels, made once and kept for the next call: kernels/launch.py
+        self._workspaces: list = []  # scratch of the kernels, made once and kept for the next call: backend_triton/launch.py
         self._recorded: list = []  # the same for calls that made theirs while they were recorded in a CUDA graph
         self._forget_calls()
 
     def _forget_calls(self) -> None:
         """All but the scratch, which recorded CUDA graphs go on using."""
-        self._last: tuple = (None, None)  # what the last call asked for, and its launcher: kernels/launch.py
+        self._last: tuple = (None, None)  # what the last call asked for, and its launcher: backend_triton/launch.py
         self._layer = None
         self._pair: tuple = (None, None)  # `_layer` of both states of the last launch of two
 
@@ -133,7 +133,7 @@ class Layer:
         self.where = where([x for x in weights if x is not None])
         self.bounds = check_apart(places)
         self.plans: dict[int, Met] = {}
-        self.packed: tuple | None = None  # what a launch takes of it: kernels/launch.py
+        self.packed: tuple | None = None  # what a launch takes of it: backend_triton/launch.py
 
     def same(self, tokens: tuple, weights: tuple[torch.Tensor | None, ...]) -> bool:
         if self.tokens != tokens:
@@ -162,7 +162,7 @@ class Layer:
 class Met:
     """A layer and a plan together: what their tensors span, and the room between it where those of the last call lay.
 
-    asked, chosen: what the last call's `kv_score` and `rows` were like, and what it launched: kernels/launch.py.
+    asked, chosen: what the last call's `kv_score` and `rows` were like, and what it launched: backend_triton/launch.py.
     """
 
     __slots__ = ("asked", "bounds", "chosen", "device", "kv_score", "other", "rows", "rows_in_bf16", "token", "where")

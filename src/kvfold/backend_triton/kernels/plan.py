@@ -10,8 +10,8 @@ import triton.language as tl
 if TYPE_CHECKING:
     import torch
 
-    from ...kernels.build import Variant
     from ...plan import StepPlan
+    from ..build import Variant
 
 SEQUENCES = 16  # per program
 MOST_POSITIONS = tl.constexpr(1 << 30)  # as in kvfold/plan.py
@@ -131,8 +131,8 @@ def windows_per_program(windows_per_sequence: int) -> int:
 
 def update_on_gpu(plan: StepPlan, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
     """`StepPlan.update` after its arguments were checked, for a batch that is not empty."""
-    from ...kernels.dispatch import launcher_of, pack  # which builds this kernel among others
-    from ...kernels.variants import plan_key
+    from ..launcher import launcher_of, pack  # which builds this kernel among others
+    from ..variants import plan_key
 
     table, windows = plan.cache_block_table, windows_per_program(plan.windows_per_sequence)
     chunks = -(-plan.batch // SEQUENCES)
@@ -166,7 +166,7 @@ def update_on_gpu(plan: StepPlan, start_pos: torch.Tensor, cu_seqlens: torch.Ten
 
 
 def plan_variant(ratio: int, windows: int, no_slots: bool, no_table: bool, aligned: bool = True, pdl: bool = False) -> Variant:
-    from ...kernels.build import Variant
+    from ..build import Variant
 
     absent = ["state_slots"] * no_slots + ["table", "entry_slots"] * no_table
     constants = {"RATIO": ratio, "SEQUENCES": SEQUENCES, "WINDOWS": windows, "SCAN": SCAN, **dict.fromkeys(absent)}

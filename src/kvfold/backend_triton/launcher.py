@@ -13,8 +13,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
-from ..backend_triton.kernels.pdl import AVAILABLE
 from .build import INTERPRETED, KERNELS, Variant
+from .kernels.pdl import AVAILABLE
 from .variants import variant_of
 
 compilations = 0  # how many kernels were built here

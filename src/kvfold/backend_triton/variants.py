@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from ..backend_triton.kernels.plan import plan_variant, windows_per_program
 from ..spec import CompressorSpec
 from ..storage.fold_state import FoldState
 from ..storage.formats import FORMATS, RecordFormat
 from .build import POINTERS, Variant
-from .configs import ANY, LANES, ROWS_OF_A_LANE, Config, choose
+from .kernels.plan import plan_variant, windows_per_program
+from .table import ANY, LANES, ROWS_OF_A_LANE, Config, choose
 
 # Of kv_score, state, rows and norm weight (None: absent), and whether the plan has entry slots.
 Types = tuple[torch.dtype, torch.dtype, "torch.dtype | None", "torch.dtype | None", bool]

@@ -14,8 +14,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from ..backend_triton.kernels import entry as step
-from ..backend_triton.kernels import pair, plan, snapshot, store_rows, window
+from .kernels import entry as step
+from .kernels import pair, plan, snapshot, store_rows, window
 
 KERNELS = {
     "step": step.step_kernel,

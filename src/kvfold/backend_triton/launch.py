@@ -11,8 +11,8 @@ from ..spec import CompressorSpec
 from ..storage.fold_state import FoldState
 from ..storage.formats import EntryCache, RecordFormat
 from ..storage.snapshots import Snapshots
-from .configs import ANY, item_bound, pair_bounds
-from .dispatch import launcher_of, pack, supports_pdl
+from .launcher import launcher_of, pack, supports_pdl
+from .table import ANY, item_bound, pair_bounds
 from .variants import Types, draws_items, pair_key, restore_key, slices_of, step_key, store_key, window_key
 
 if TYPE_CHECKING:
