@@ -22,7 +22,7 @@ import kvfold
 from kvfold.backend_triton.kernels.pdl import AVAILABLE
 from kvfold.backend_triton.table import ITEM_BOUNDS, item_bound, pair_bounds
 from kvfold.backend_triton.variants import pair_key, step_key, store_key, variant_of, window_key
-from kvfold.kernels.aot import TARGETS
+from kvfold.precompile.combinations import TARGETS
 from kvfold.storage.fold_state import state_kind
 from kvfold.storage.formats import FORMATS
 

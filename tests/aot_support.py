@@ -9,10 +9,10 @@ import pytest
 
 import kvfold
 from kvfold import V4_HCA
-from kvfold.aot_report import AotKernel, AotReport, Resources
 from kvfold.backend_triton import build
-from kvfold.kernels import aot as kernels
-from kvfold.kernels.aot import Combination
+from kvfold.precompile import combinations as kernels
+from kvfold.precompile.combinations import Combination
+from kvfold.precompile.report import AotKernel, AotReport, Resources
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, spilled: dict[str, int], broken: str | None = None) -> None:

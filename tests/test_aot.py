@@ -20,8 +20,8 @@ from kvfold import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
 from kvfold.backend_triton import build
 from kvfold.backend_triton.build import KERNELS
 from kvfold.backend_triton.table import CONFIGS, SPILLS_TRITON, choose
-from kvfold.kernels.aot import SPECS, TARGETS, Combination, combinations
-from kvfold.kernels.resources import _stored
+from kvfold.precompile.combinations import SPECS, TARGETS, Combination, combinations
+from kvfold.precompile.resources import _stored
 from kvfold.storage.formats import FORMATS
 
 KINDS = {"fold", "rows", "window", "store", "pair", "plan", "restore"}
@@ -110,7 +110,7 @@ import sys
 from pathlib import Path
 from test_aot import sample
 from kvfold import aot
-from kvfold.kernels import aot as kernels
+from kvfold.precompile import combinations as kernels
 
 if __name__ == "__main__":
     jobs = sample()
@@ -164,7 +164,7 @@ import sys
 from dataclasses import asdict, replace
 import json
 from kvfold import CompressorSpec, aot
-from kvfold.kernels import aot as kernels
+from kvfold.precompile import combinations as kernels
 from kvfold.backend_triton import table as configs
 
 spec = CompressorSpec(128, 128)
@@ -236,7 +236,7 @@ def test_only_rows_that_bound_registers_may_spill() -> None:
 WORST = """
 import json, sys
 from kvfold import aot
-from kvfold.kernels import aot as kernels
+from kvfold.precompile import combinations as kernels
 from kvfold.storage.formats import FORMATS
 
 if __name__ == "__main__":
@@ -278,7 +278,7 @@ def test_rows_spill_what_the_table_says(tmp_path: Path) -> None:
 DEPENDENT = """
 import torch
 from kvfold import CompressorSpec
-from kvfold.kernels.aot import TARGETS
+from kvfold.precompile.combinations import TARGETS
 from kvfold.backend_triton.table import ANY
 from kvfold.backend_triton.variants import step_key, variant_of
 from kvfold.storage.formats import FORMATS

@@ -13,7 +13,7 @@ from aot_support import fake, run
 
 import kvfold
 from kvfold import V4_INDEXER
-from kvfold.kernels import aot as kernels
+from kvfold.precompile import combinations as kernels
 
 
 def test_files_of_an_earlier_report_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,7 +119,7 @@ def test_an_odd_ratio_over_paged_rows(backend: Backend, ratio: int, overlap: boo
 COMPILE = """
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from kvfold.kernels import aot
+from kvfold.precompile import combinations as aot
 
 def size(combination):
     return len(aot.compile_one(combination, "sm_90").asm["cubin"])

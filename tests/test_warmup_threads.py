@@ -18,11 +18,12 @@ import triton
 from test_aot import python
 
 import kvfold
-from kvfold import V4_CSA, selection
+from kvfold import V4_CSA
 from kvfold.backend_triton import launcher as dispatch
 from kvfold.backend_triton.build import Variant
 from kvfold.backend_triton.variants import plan_key, variant_of, window_key
-from kvfold.kernels.aot import TARGETS
+from kvfold.precompile import choices as selection
+from kvfold.precompile.combinations import TARGETS
 
 DEVICE, TARGET = torch.device("cuda", 0), TARGETS["sm_90"]
 KEYS = [plan_key(ratio, 1, False, False) for ratio in (1, 2, 4, 8, 16, 32)]  # two kernels each, as none is a dependent
@@ -178,7 +179,7 @@ import torch
 import triton
 from kvfold import V4_INDEXER
 from kvfold.backend_triton import launcher as dispatch
-from kvfold.kernels.aot import TARGETS
+from kvfold.precompile.combinations import TARGETS
 from kvfold.backend_triton.build import Variant
 from kvfold.backend_triton.variants import plan_key, restore_key
 

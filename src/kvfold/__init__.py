@@ -1,11 +1,12 @@
 """kvfold: GPU kernels for the KV-cache compressor of DeepSeek-V4."""
 
 from . import ops, reference
-from .aot import aot
-from .aot_report import AotReport
 from .compress import compress, compress_many
 from .debug import check
 from .plan import StepPlan
+from .precompile.aot import aot
+from .precompile.report import AotReport
+from .precompile.warmup import warmup
 from .replay import dump, replay
 from .restore import restore
 from .spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
@@ -14,7 +15,6 @@ from .storage.formats import EntryCache
 from .storage.snapshots import Snapshots
 from .storage.window_state import WindowState
 from .store import store
-from .warmup import warmup
 
 __version__ = "0.1.0"
 

@@ -17,7 +17,7 @@ import torch
 
 from .arguments.checks import check_int
 from .compress import choose_backend
-from .selection import check_workers
+from .precompile.choices import check_workers
 from .verify_case import Mismatch
 from .verify_program import Place, program
 from .verify_random import BUDGETS, CASES_PER_SHAPE, RATIOS, RandomCase, draw_case

@@ -36,8 +36,8 @@ def aot(
     """Compiles kernels to files, with registers, spills and shared memory of each; exit code 1 on spills and failures."""
     import torch
 
-    from ..aot import aot as compile_all
-    from ..aot_report import COLUMNS
+    from ..precompile.aot import aot as compile_all
+    from ..precompile.report import COLUMNS
     from ..storage.formats import FORMATS
 
     console = make_console()
@@ -72,7 +72,7 @@ def aot(
 def _specs(text: str) -> list:
     """One, or those of the table."""
     if text == "table":
-        from ..kernels.aot import SPECS
+        from ..precompile.combinations import SPECS
 
         return list(SPECS)
     try:

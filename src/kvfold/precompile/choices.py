@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 import torch
 
-from .arguments.checks import check_int, check_type
-from .spec import CompressorSpec
-from .storage.formats import FORMATS, RecordFormat
+from ..arguments.checks import check_int, check_type
+from ..spec import CompressorSpec
+from ..storage.formats import FORMATS, RecordFormat
 
 FLOATS = (torch.bfloat16, torch.float32)
 MOST_WORKERS = 16  # unless more are asked for: each process of `aot` has torch and Triton in memory, about half a gigabyte

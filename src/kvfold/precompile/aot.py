@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .aot_report import AotKernel, AotReport
-from .arguments.checks import check_switch, check_type
-from .selection import FLOATS, check_all, check_choices, check_formats, check_workers, defined_for
-from .spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
-from .storage.formats import FORMATS
+from ..arguments.checks import check_switch, check_type
+from ..spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
+from ..storage.formats import FORMATS
+from .choices import FLOATS, check_all, check_choices, check_formats, check_workers, defined_for
+from .report import AotKernel, AotReport
 
 if TYPE_CHECKING:
-    from .kernels.aot import Combination
+    from .combinations import Combination
 
 JSON, TABLE = "kernels.json", "kernels.txt"
 MOST_JSON = 1 << 26  # bytes; of all kernels of V4 it has half a megabyte
@@ -99,8 +99,8 @@ def aot(
     check_switch("strict", strict)
     workers = check_workers(workers)
 
-    from .backend_triton.build import INTERPRETED
-    from .kernels import aot as kernels
+    from ..backend_triton.build import INTERPRETED
+    from . import combinations as kernels
 
     if target not in kernels.TARGETS:
         raise ValueError(f"target must be one of {', '.join(kernels.TARGETS)}, got {target!r}")
@@ -151,7 +151,7 @@ def _compile(
 
 def _attempt(target: str, folder: Path, one: Combination, allowed: int | None) -> AotKernel | str:
     """The kernel, or why it did not compile."""
-    from .kernels import aot as kernels
+    from . import combinations as kernels
 
     try:
         return kernels.build(one, target, folder, allowed)

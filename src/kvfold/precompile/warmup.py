@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import torch
 
-from .arguments.checks import check_int, check_switch, check_type, usable_device
-from .selection import FLOATS, check_all, check_choices, check_formats, check_workers, defined_for, several
-from .spec import CompressorSpec
-from .storage.fold_state import state_kind
-from .storage.formats import RecordFormat
+from ..arguments.checks import check_int, check_switch, check_type, usable_device
+from ..spec import CompressorSpec
+from ..storage.fold_state import state_kind
+from ..storage.formats import RecordFormat
+from .choices import FLOATS, check_all, check_choices, check_formats, check_workers, defined_for, several
 
 STATES = ("fold", "window")
 
@@ -91,7 +91,7 @@ def warmup(
     workers = check_workers(workers)
     chosen = defined_for(specs, names)
 
-    from .backend_triton import launcher as dispatch
+    from ..backend_triton import launcher as dispatch
 
     gpu = _gpu(device, dispatch.INTERPRETED)
     w = _Wanted(dtypes, steps, state_dtypes, norms, snapshots)
@@ -126,14 +126,14 @@ class _Wanted(NamedTuple):
 
 def _plan_keys(ratios: set[int], states: tuple[str, ...]) -> Iterator[tuple]:
     """Of `StepPlan.update`, for both widths of the kernel: a plan of any length has one of them."""
-    from .backend_triton.variants import plan_key
+    from ..backend_triton.variants import plan_key
 
     for ratio, windows, state, no_table in product(sorted(ratios), (1, 1 << 20), states, (False, True)):
         yield plan_key(ratio, windows, state == "window", no_table)
 
 
 def _store_keys(spec: CompressorSpec, fmt: RecordFormat | None, w: _Wanted, rows: torch.dtype | None) -> Iterator[tuple]:
-    from .backend_triton.variants import store_key
+    from ..backend_triton.variants import store_key
 
     if fmt is not None and rows is not None:
         for norm in w.norms:
@@ -144,8 +144,8 @@ def _step_keys(
     spec: CompressorSpec, fmt: RecordFormat | None, w: _Wanted, rows: torch.dtype | None, bounds: tuple[int, ...] | None = None
 ) -> Iterator[tuple]:
     """Of `compress` over a `FoldState`: fold rows are always fp32, and input rows kept in bf16 are bf16 when they come."""
-    from .backend_triton.table import ITEM_BOUNDS
-    from .backend_triton.variants import step_key
+    from ..backend_triton.table import ITEM_BOUNDS
+    from ..backend_triton.variants import step_key
 
     kind = state_kind(spec)
     # A page may end with nothing to keep, which the call without snapshots serves.
@@ -157,7 +157,7 @@ def _step_keys(
 
 
 def _restore_keys(spec: CompressorSpec, w: _Wanted) -> Iterator[tuple]:
-    from .backend_triton.variants import restore_key
+    from ..backend_triton.variants import restore_key
 
     for state, count in product(_state_dtypes(state_kind(spec), w), _snapshot_rows(spec)):
         yield restore_key(spec, state, count)
@@ -178,7 +178,7 @@ def _window_keys(
     spec: CompressorSpec, fmt: RecordFormat | None, w: _Wanted, rows: torch.dtype | None, pages: tuple[int, ...] | None
 ) -> Iterator[tuple]:
     """Of `compress` over a `WindowState`: what matters of a page size is whether the ratio divides it."""
-    from .backend_triton.variants import window_key
+    from ..backend_triton.variants import window_key
 
     for dtype, state, bound, page in product(w.dtypes, w.state_dtypes, w.steps, pages or (spec.ratio, 1)):
         for norm, slots in w.epilogues(fmt):
@@ -187,8 +187,8 @@ def _window_keys(
 
 def _pair_keys(pair: tuple[tuple[CompressorSpec, RecordFormat | None], ...], w: _Wanted) -> Iterator[tuple]:
     """Of `compress_many`: the two may differ in dtypes, but their plan is one."""
-    from .backend_triton.table import pair_bounds
-    from .backend_triton.variants import pair_key
+    from ..backend_triton.table import pair_bounds
+    from ..backend_triton.variants import pair_key
 
     for bound, items in product(w.steps, pair_bounds({state_kind(spec) for spec, _ in pair})):
         first, second = ([*_step_keys(spec, fmt, w._replace(steps=(bound,)), None, (items,))] for spec, fmt in pair)

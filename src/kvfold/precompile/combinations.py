@@ -17,17 +17,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
-from ..aot_report import AotKernel
 from ..backend_triton import table as configs
 from ..backend_triton.build import KERNELS, Variant
 from ..backend_triton.kernels.pdl import AVAILABLE
 from ..backend_triton.table import ANY, Config, UnsupportedError, choose
 from ..backend_triton.variants import pair_key, plan_key, restore_key, step_key, store_key, variant_of, window_key
-from ..selection import fits
 from ..spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
 from ..storage.fold_state import state_kind
 from ..storage.formats import FORMATS, RecordFormat
 from ..storage.snapshots import Snapshots
+from .choices import fits
+from .report import AotKernel
 from .resources import resources
 
 TARGETS = {

@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.tools.disasm import path_to_cuobjdump
 
-from ..aot_report import Resources
+from .report import Resources
 
 
 def resources(compiled: CompiledKernel, target: GPUTarget) -> Resources:
