@@ -9,8 +9,8 @@ import torch
 from helpers import SPECS, Weights, make_tokens
 
 import kvfold
-from kvfold import debug_call
-from kvfold.debug import check
+from kvfold.debug.check import call as debug_call
+from kvfold.debug.check import check
 
 
 class Call:

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import kvfold
-from kvfold import CompressorSpec, EntryCache, FoldState, StepPlan, WindowState, debug_file
+from kvfold import CompressorSpec, EntryCache, FoldState, StepPlan, WindowState
 from kvfold.compress import Compressor
-from kvfold.debug_call import Call as Value
+from kvfold.debug.call import Call as Value
+from kvfold.debug.check import file as debug_file
 from kvfold.storage.formats import FORMATS
 
 FOLD = CompressorSpec(head_dim=32, ratio=16, rope_dim=8)

@@ -10,10 +10,10 @@ from debug_support import Call, Snapped, two, wrong
 from helpers import SPECS, Backend, bits
 
 import kvfold
-from kvfold import debug_call
 from kvfold.backend_triton import launch
-from kvfold.debug import check
-from kvfold.debug_compare import bytes_of, explained
+from kvfold.debug.check import call as debug_call
+from kvfold.debug.check import check
+from kvfold.debug.compare import bytes_of, explained
 from kvfold.storage.formats import FORMATS
 
 HD = {"indexer": "indexer_mxfp4", "csa": "fp8_ds_mla", "hca": "fp8_ds_mla"}

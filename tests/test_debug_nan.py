@@ -12,7 +12,7 @@ from torch import Tensor
 
 import kvfold
 from kvfold import CompressorSpec, EntryCache, FoldState, StepPlan, WindowState
-from kvfold.debug import Report, check
+from kvfold.debug.check import Report, check
 from kvfold.storage.formats import FORMATS
 
 INF = float("inf")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import kvfold
 from kvfold import CompressorSpec, EntryCache, FoldState, Snapshots, StepPlan, WindowState
-from kvfold.debug import Report, check
+from kvfold.debug.check import Report, check
 
 ROWS = CompressorSpec(head_dim=16, ratio=4, overlap=True, rope_dim=8)
 FOLD = CompressorSpec(head_dim=16, ratio=16, rope_dim=8)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import kvfold
 from kvfold import EntryCache, FoldState
-from kvfold.replay import Replay
+from kvfold.debug.replay import Replay
 from kvfold.storage.formats import FORMATS
 
 

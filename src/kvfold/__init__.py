@@ -2,12 +2,12 @@
 
 from . import ops, reference
 from .compress import compress, compress_many
-from .debug import check
+from .debug.check import check
+from .debug.replay import dump, replay
 from .plan import StepPlan
 from .precompile.aot import aot
 from .precompile.report import AotReport
 from .precompile.warmup import warmup
-from .replay import dump, replay
 from .restore import restore
 from .spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
 from .storage.fold_state import FoldState

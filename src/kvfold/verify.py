@@ -13,8 +13,8 @@ from torch import Tensor
 from .backend_triton.table import CONFIGS, ITEM_BOUNDS, Config, choose
 from .compress import choose_backend, compress_many
 from .contract import pooled_bound
-from .debug_compare import off
-from .debug_exact import exact_rows
+from .debug.compare import off
+from .debug.exact import exact_rows
 from .spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
 from .storage.formats import FORMATS
 from .store import store

@@ -12,9 +12,9 @@ from torch import Tensor
 from . import reference
 from .backend_torch.fold import finish
 from .contract import pooled_bound
-from .debug import EPILOGUE
-from .debug_compare import Difference, bytes_of, explained, off, put_bytes
-from .debug_exact import exact_rows
+from .debug.check import EPILOGUE
+from .debug.compare import Difference, bytes_of, explained, off, put_bytes
+from .debug.exact import exact_rows
 from .plan import StepPlan
 from .spec import CompressorSpec
 from .storage.fold_state import FoldState

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .compress import Compressor, compress
-from .debug import Report, check
+from .debug.check import Report, check
 from .plan import StepPlan
 from .spec import CompressorSpec
 from .storage.fold_state import FoldState

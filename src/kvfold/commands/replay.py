@@ -24,7 +24,7 @@ def replay(
     """Makes a dumped call again and says what it was, and with --check whether and where it is wrong."""
     import torch
 
-    from ..replay import replay as again
+    from ..debug.replay import replay as again
 
     console = make_console()
     try:

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from .compress import BACKENDS
-from .debug_call import spread_of
-from .plan import ITEM_FIELDS, MOST_ITEMS, MOST_POSITIONS
-from .spec import CompressorSpec
-from .storage.formats import RecordFormat
-from .storage.snapshots import MOST_PAGE
+from ..compress import BACKENDS
+from ..plan import ITEM_FIELDS, MOST_ITEMS, MOST_POSITIONS
+from ..spec import CompressorSpec
+from ..storage.formats import RecordFormat
+from ..storage.snapshots import MOST_PAGE
+from .call import spread_of
 
 MOST = (1 << 31) - 1
 ROOM, ROOM_PER_BYTE = 2 << 30, 1024  # the default of `max_bytes`

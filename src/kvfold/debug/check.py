@@ -7,21 +7,21 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from . import reference
-from .backend_torch.fold import finish
-from .compress import Compressor
-from .contract import pooled_bound
-from .debug_call import Call, check_history, check_outside
-from .debug_compare import Difference, bytes_of, explained, first_channels, off, pooled_differences, put_bytes, size_of, written
-from .debug_exact import exact_of_call
-from .plan import StepPlan
+from .. import reference
+from ..backend_torch.fold import finish
+from ..compress import Compressor
+from ..contract import pooled_bound
+from ..plan import StepPlan
+from ..spec import CompressorSpec
+from ..storage.fold_state import FoldState, state_kind
+from ..storage.formats import EntryCache
+from ..storage.pack import unpack_records
+from ..storage.snapshots import Snapshots
+from ..storage.window_state import WindowState
+from .call import Call, check_history, check_outside
+from .compare import Difference, bytes_of, explained, first_channels, off, pooled_differences, put_bytes, size_of, written
+from .exact import exact_of_call
 from .refusals import Refusal, call_refusals, plan_refusals
-from .spec import CompressorSpec
-from .storage.fold_state import FoldState, state_kind
-from .storage.formats import EntryCache
-from .storage.pack import unpack_records
-from .storage.snapshots import Snapshots
-from .storage.window_state import WindowState
 from .undefined import undefined_in_call, undefined_in_plan
 
 EPILOGUE = 5e-7  # of an entry, of its norm: what the order of fp32 operations behind the pooling can change

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .storage.formats import EntryCache
-from .storage.pack import _gather, _record, _scatter, _tail, bf16_bits, e2m1_codes, e4m3_bytes, group_scale
+from ..storage.formats import EntryCache
+from ..storage.pack import _gather, _record, _scatter, _tail, bf16_bits, e2m1_codes, e4m3_bytes, group_scale
 
 UNWRITTEN = 0x7FAD  # a NaN that no backend writes
 

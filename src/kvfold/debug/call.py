@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .arguments.checks import check_dtype, check_type, traced
-from .compress import Compressor, check_compress, check_many, compress, compress_many, compressors_of
-from .debug_compare import UNWRITTEN
-from .plan import StepPlan
-from .storage.fold_state import FoldState
-from .storage.formats import EntryCache
-from .storage.snapshots import Snapshots
-from .storage.window_state import WindowState
-from .store import check_store, store
+from ..arguments.checks import check_dtype, check_type, traced
+from ..compress import Compressor, check_compress, check_many, compress, compress_many, compressors_of
+from ..plan import StepPlan
+from ..storage.fold_state import FoldState
+from ..storage.formats import EntryCache
+from ..storage.snapshots import Snapshots
+from ..storage.window_state import WindowState
+from ..store import check_store, store
+from .compare import UNWRITTEN
 
 PLAN_TENSORS = (
     "start_pos", "cu_seqlens", "state_slots", "cache_block_table", "entry_slots", "snapshot_table", "cu_entries", "items",

@@ -9,15 +9,15 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from .backend_torch.fold import Items
-from .backend_torch.window import _Pages, _window
-from .compress import Compressor
-from .plan import StepPlan
+from ..backend_torch.fold import Items
+from ..backend_torch.window import _Pages, _window
+from ..compress import Compressor
+from ..plan import StepPlan
+from ..storage.fold_state import FoldState
+from ..storage.formats import EntryCache
+from ..storage.snapshots import Snapshots
+from ..storage.window_state import WindowState
 from .refusals import Refusal, heads, sequence_reason, sequences, snapshot_pages
-from .storage.fold_state import FoldState
-from .storage.formats import EntryCache
-from .storage.snapshots import Snapshots
-from .storage.window_state import WindowState
 
 
 def undefined_in_plan(plan: StepPlan) -> list[Refusal]:

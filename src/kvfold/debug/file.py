@@ -18,9 +18,15 @@ from typing import Any, TypeVar
 
 import torch
 
-from .arguments.files import write_atomically
-from .compress import Compressor
-from .debug_bounds import (
+from ..arguments.files import write_atomically
+from ..compress import Compressor
+from ..plan import StepPlan
+from ..spec import CompressorSpec
+from ..storage.fold_state import FoldState
+from ..storage.formats import EntryCache, RecordFormat
+from ..storage.snapshots import Snapshots
+from ..storage.window_state import WindowState
+from .bounds import (
     NUMBERS,
     RoomError,
     check_about,
@@ -34,13 +40,7 @@ from .debug_bounds import (
     parse,
     room_of,
 )
-from .debug_call import PLAN_TENSORS, Call, check_history, laid_out
-from .plan import StepPlan
-from .spec import CompressorSpec
-from .storage.fold_state import FoldState
-from .storage.formats import EntryCache, RecordFormat
-from .storage.snapshots import Snapshots
-from .storage.window_state import WindowState
+from .call import PLAN_TENSORS, Call, check_history, laid_out
 
 VERSION = 1  # grows when a file of this version can no longer be read as it was
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8}
@@ -228,7 +228,7 @@ def _numbers(c: Compressor) -> dict:
 
 
 def _versions() -> dict[str, str]:
-    from . import __version__
+    from .. import __version__
 
     found = {"kvfold": __version__, "python": platform.python_version()}
     for package in ("torch", "triton"):

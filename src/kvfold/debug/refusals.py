@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
-from .backend_torch.fold import Items, _Rows, history_starts
-from .compress import Compressor
-from .plan import MOST_POSITIONS, StepPlan
-from .storage.fold_state import FoldState
-from .storage.formats import EntryCache
-from .storage.snapshots import Snapshots
-from .storage.window_state import WindowState
+from ..backend_torch.fold import Items, _Rows, history_starts
+from ..compress import Compressor
+from ..plan import MOST_POSITIONS, StepPlan
+from ..storage.fold_state import FoldState
+from ..storage.formats import EntryCache
+from ..storage.snapshots import Snapshots
+from ..storage.window_state import WindowState
 
 
 @dataclass(frozen=True)

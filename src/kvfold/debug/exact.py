@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import torch
 
-from . import reference
-from .compress import Compressor
-from .contract import pooled_bound, pooled_worst
-from .debug_compare import size_of
-from .plan import StepPlan
-from .spec import CompressorSpec
-from .storage.fold_state import FoldState
-from .storage.window_state import WindowState
+from .. import reference
+from ..compress import Compressor
+from ..contract import pooled_bound, pooled_worst
+from ..plan import StepPlan
+from ..spec import CompressorSpec
+from ..storage.fold_state import FoldState
+from ..storage.window_state import WindowState
+from .compare import size_of
 
 FLUSHED = -80.0  # of a score below its window's largest: weights under 2**-115, which one exp2 may make 0 and another not
 

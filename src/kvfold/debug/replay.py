@@ -7,18 +7,18 @@ from collections.abc import Sequence
 
 import torch
 
-from . import debug_file
-from .arguments.checks import check_int, check_switch
-from .compress import Compressor, choose_backend
-from .debug import Report, compare
-from .debug_bounds import path_text
-from .debug_call import Call, check_history, check_outside
-from .plan import StepPlan
-from .spec import CompressorSpec
-from .storage.fold_state import FoldState
-from .storage.formats import EntryCache
-from .storage.snapshots import Snapshots
-from .storage.window_state import WindowState
+from ..arguments.checks import check_int, check_switch
+from ..compress import Compressor, choose_backend
+from ..plan import StepPlan
+from ..spec import CompressorSpec
+from ..storage.fold_state import FoldState
+from ..storage.formats import EntryCache
+from ..storage.snapshots import Snapshots
+from ..storage.window_state import WindowState
+from . import file as debug_file
+from .bounds import path_text
+from .call import Call, check_history, check_outside
+from .check import Report, compare
 
 
 def dump(

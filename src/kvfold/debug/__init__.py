@@ -1,0 +1,1 @@
+"""Looking into one call: compare it with the references, write it to a file, make it again."""
