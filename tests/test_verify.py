@@ -7,16 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvfold import V4_CSA, V4_HCA, verify_engine
-from kvfold import verify as job
+from kvfold import V4_CSA, V4_HCA
 from kvfold.backend_torch.fold import fold as backend_torch
 from kvfold.backend_torch.fold import window as backend_window
 from kvfold.backend_triton.table import CONFIGS, Config, choose
 from kvfold.compress import compress
 from kvfold.storage.formats import FORMATS
 from kvfold.store import store
-from kvfold.verify import Case, Result, list_cases, representative, verify
-from kvfold.verify_engine import drafts
+from kvfold.verify.cases import Case, Result, list_cases, representative, verify
+from kvfold.verify.cases import cases as job
+from kvfold.verify.cases import engine as verify_engine
+from kvfold.verify.engine import drafts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

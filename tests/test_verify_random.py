@@ -16,14 +16,15 @@ import pytest
 import torch
 from helpers import Backend
 
-from kvfold import Snapshots, StepPlan, compress, restore, verify_run
+from kvfold import Snapshots, StepPlan, compress, restore
 from kvfold.backend_torch.fold import fold as backend_torch
 from kvfold.backend_torch.fold import window as backend_window
 from kvfold.storage.formats import FORMATS
-from kvfold.verify_case import Mismatch
-from kvfold.verify_program import Place, program
-from kvfold.verify_random import BUDGETS, CASES_PER_SHAPE, VALUES, RandomCase, draw_case, draw_shape
-from kvfold.verify_run import Outcome, labels, run_case, summary, verify_random
+from kvfold.verify.case import Mismatch
+from kvfold.verify.cases import run as verify_run
+from kvfold.verify.program import Place, program
+from kvfold.verify.random import BUDGETS, CASES_PER_SHAPE, VALUES, RandomCase, draw_case, draw_shape
+from kvfold.verify.run import Outcome, labels, run_case, summary, verify_random
 
 TORCH = Place("cpu", "torch")
 

@@ -19,7 +19,7 @@ from .failures import MOST_SEED, stop
 from .show import check_device, make_console, make_progress
 
 if TYPE_CHECKING:
-    from ..verify import Case, Result
+    from ..verify.cases import Case, Result
 
 
 def verify(
@@ -77,8 +77,8 @@ def _run_list(
     console: Console, about: dict[str, str], device: str, backend: str, quick: bool, only: str
 ) -> tuple[dict[str, Any], int]:
     """The list of cases; results as plain values, and how many failed."""
-    from ..verify import list_cases
-    from ..verify import verify as run
+    from ..verify.cases import list_cases
+    from ..verify.cases import verify as run
 
     try:
         cases = [case for case in list_cases(device, backend=backend, quick=quick) if only in f"{case.group}: {case.name}"]
@@ -123,7 +123,7 @@ def _run_random(
     console: Console, about: dict[str, str], cases: int, seed: int, device: str, backend: str, first: int, workers: int | None
 ) -> tuple[dict[str, Any], int]:
     """Drawn cases; a summary, and how many failed. Of each that fails its program is printed."""
-    from ..verify_run import summary, verify_random
+    from ..verify.run import summary, verify_random
 
     try:
         found = verify_random(cases, seed, device=device, backend=backend, first=first, workers=workers)

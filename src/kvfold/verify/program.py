@@ -7,7 +7,7 @@ from dataclasses import astuple, dataclass
 from itertools import count
 from pprint import pformat
 
-from .verify_random import LONG, RandomCase, Shape, Step
+from .random import LONG, RandomCase, Shape, Step
 
 WIDTH = 120
 Pages = tuple[tuple[int, ...], ...]

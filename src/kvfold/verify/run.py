@@ -15,12 +15,12 @@ from multiprocessing import get_context
 
 import torch
 
-from .arguments.checks import check_int
-from .compress import choose_backend
-from .precompile.choices import check_workers
-from .verify_case import Mismatch
-from .verify_program import Place, program
-from .verify_random import BUDGETS, CASES_PER_SHAPE, RATIOS, RandomCase, draw_case
+from ..arguments.checks import check_int
+from ..compress import choose_backend
+from ..precompile.choices import check_workers
+from .case import Mismatch
+from .program import Place, program
+from .random import BUDGETS, CASES_PER_SHAPE, RATIOS, RandomCase, draw_case
 
 MOST_CASES = 1 << 30
 LOST = ("CUDA error", "HIP error")  # after which no call of the process works

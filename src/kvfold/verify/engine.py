@@ -9,13 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .compress import Compressor, compress
-from .debug.check import Report, check
-from .plan import StepPlan
-from .spec import CompressorSpec
-from .storage.fold_state import FoldState
-from .storage.window_state import WindowState
-from .verify_case import make_cache, make_pools, make_state, make_weights
+from ..compress import Compressor, compress
+from ..debug.check import Report, check
+from ..plan import StepPlan
+from ..spec import CompressorSpec
+from ..storage.fold_state import FoldState
+from ..storage.window_state import WindowState
+from .case import make_cache, make_pools, make_state, make_weights
 
 ROWS_PER_PAGE, PAGE_SIZE = 3, 8  # entries per page of the cache; positions per page of raw rows
 

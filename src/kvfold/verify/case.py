@@ -9,18 +9,18 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from . import reference
-from .backend_torch.fold import finish
-from .contract import pooled_bound
-from .debug.check import EPILOGUE
-from .debug.compare import Difference, bytes_of, explained, off, put_bytes
-from .debug.exact import exact_rows
-from .plan import StepPlan
-from .spec import CompressorSpec
-from .storage.fold_state import FoldState
-from .storage.formats import FORMATS, EntryCache
-from .storage.pack import bf16_bits
-from .storage.window_state import WindowState
+from .. import reference
+from ..backend_torch.fold import finish
+from ..contract import pooled_bound
+from ..debug.check import EPILOGUE
+from ..debug.compare import Difference, bytes_of, explained, off, put_bytes
+from ..debug.exact import exact_rows
+from ..plan import StepPlan
+from ..spec import CompressorSpec
+from ..storage.fold_state import FoldState
+from ..storage.formats import FORMATS, EntryCache
+from ..storage.pack import bf16_bits
+from ..storage.window_state import WindowState
 
 UNTOUCHED = 0xA5  # what a cache holds before
 UNWRITTEN = 7.0  # what `rows` holds before a call; no pooled row is the same in all channels

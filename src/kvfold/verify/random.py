@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 
-from .spec import CompressorSpec
-from .storage.fold_state import state_kind
-from .storage.formats import FORMATS
+from ..spec import CompressorSpec
+from ..storage.fold_state import state_kind
+from ..storage.formats import FORMATS
 
 CASES_PER_SHAPE = 5  # cases in a row that share a shape, since on a GPU it is kernels that take time
 BOUNDS = (1, 2, 4, 8)  # of the plans of short steps, each of which has kernels of its own

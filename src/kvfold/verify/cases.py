@@ -10,16 +10,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .backend_triton.table import CONFIGS, ITEM_BOUNDS, Config, choose
-from .compress import choose_backend, compress_many
-from .contract import pooled_bound
-from .debug.compare import off
-from .debug.exact import exact_rows
-from .spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
-from .storage.formats import FORMATS
-from .store import store
-from .verify_case import Mismatch, blame, packed, records, same_records, same_rows, untouched
-from .verify_engine import Engine, Schedule, Streams, chunks, drafts, prefill
+from ..backend_triton.table import CONFIGS, ITEM_BOUNDS, Config, choose
+from ..compress import choose_backend, compress_many
+from ..contract import pooled_bound
+from ..debug.compare import off
+from ..debug.exact import exact_rows
+from ..spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
+from ..storage.formats import FORMATS
+from ..store import store
+from .case import Mismatch, blame, packed, records, same_records, same_rows, untouched
+from .engine import Engine, Schedule, Streams, chunks, drafts, prefill
 
 BF16, FP32 = torch.bfloat16, torch.float32
 # (state, kv_score) for each kind of kernel; the first is what engines use, and all that `quick` looks at.

@@ -1,0 +1,1 @@
+"""The self-test that `kvfold verify` runs: fixed cases, and random ones."""
