@@ -16,10 +16,10 @@ from debug_support import Call
 from typer.testing import CliRunner
 
 import kvfold
-from kvfold import demo
 from kvfold.backend_torch.fold import fold as backend_torch
 from kvfold.cli import app
 from kvfold.commands import bench, show
+from kvfold.demo.run import run as demo
 from kvfold.integrations import transformers_cache
 from kvfold.storage.formats import FORMATS
 

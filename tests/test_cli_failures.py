@@ -17,10 +17,11 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner
 
 from kvfold import aot as compile_all
-from kvfold import demo, demo_plot
 from kvfold.arguments.files import check_writable, write_atomically
 from kvfold.cli import app
 from kvfold.commands import bench, failures
+from kvfold.demo.run import plot as demo_plot
+from kvfold.demo.run import run as demo
 from kvfold.verify.cases import run as verify_run
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": ""}

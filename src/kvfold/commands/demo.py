@@ -25,9 +25,9 @@ def demo(
     """Runs a small DeepSeek-V4 on a text, with transformers' compressors and with kvfold, and compares everything."""
     console = make_console()
     try:
-        from .. import demo as job
-        from ..demo_plot import draw
-        from ..demo_show import show
+        from ..demo import run as job
+        from ..demo.plot import draw
+        from ..demo.show import show
     except ImportError as error:
         raise stop(f"needs {error.name}: pip install 'kvfold[demo]'", "kvfold demo") from None
     check_device(device)

@@ -7,7 +7,7 @@ import statistics
 from rich.console import Console
 from rich.table import Table
 
-from .demo import BOUND, ENTRY_FORMAT, Result, kept_bytes, kind, largest, unexcused
+from .run import BOUND, ENTRY_FORMAT, Result, kept_bytes, kind, largest, unexcused
 
 READINGS = {"prefill": "prefill", "chunks": "chunks", "decode": "decode"}
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter
 from PIL import Image
 
-from .demo import ENTRY_FORMAT, Result, kept_bytes
+from .run import ENTRY_FORMAT, Result, kept_bytes
 
 SHOWN_WINDOWS = 8
 LONGEST = 1 << 20
