@@ -17,8 +17,7 @@ from typer.testing import CliRunner
 
 import kvfold
 from kvfold.backend_torch.fold import fold as backend_torch
-from kvfold.cli import app
-from kvfold.commands import bench, show
+from kvfold.cli.app import app, bench, show
 from kvfold.demo.run import run as demo
 from kvfold.integrations import transformers_cache
 from kvfold.storage.formats import FORMATS

@@ -269,7 +269,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("typer")
     from typer.testing import CliRunner
 
-    from kvfold.cli import app
+    from kvfold.cli.app import app
 
     def call(*arguments: object) -> tuple[int, str]:
         done = CliRunner().invoke(app, ["verify", "--device", "cpu", "--backend", "torch", *map(str, arguments)])

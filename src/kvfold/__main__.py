@@ -6,7 +6,7 @@ import sys
 def main() -> None:
     """Runs the command line; says which extra to install when it is missing."""
     try:
-        from .cli import app
+        from .cli.app import app
     except ImportError as error:
         sys.exit(str(error))
     except KeyboardInterrupt:  # importing torch takes seconds

@@ -1,1 +1,1 @@
-"""The commands of `kvfold`, one module each; `cli.py` registers them."""
+"""The commands of `kvfold`, one module each; `cli/app.py` registers them."""

@@ -7,9 +7,9 @@ from typing import Annotated
 try:
     import typer
 
-    from . import __version__
-    from .commands import aot, bench, demo, explain, info, replay, verify
-    from .commands.failures import Commands
+    from .. import __version__
+    from . import aot, bench, demo, explain, info, replay, verify
+    from .failures import Commands
 except ImportError as error:
     if (error.name or "").partition(".")[0] not in ("typer", "rich"):
         raise

@@ -1,0 +1,1 @@
+"""The command `kvfold`: one module for each subcommand."""
