@@ -19,7 +19,7 @@ import kvfold
 from kvfold.backend_torch.fold import fold as backend_torch
 from kvfold.cli.app import app, bench, show
 from kvfold.demo.run import run as demo
-from kvfold.integrations import transformers_cache
+from kvfold.integrations.transformers.patch import cache as transformers_cache
 from kvfold.storage.formats import FORMATS
 
 SMALL = ["--tokens", "200", "--decode", "14"]

@@ -10,7 +10,7 @@ pytest.importorskip("transformers", minversion="5.17")
 from transformers import DynamicCache
 from transformers_support import LAYERS, begun, close, compressors, ids, run, step, tiny, unpatched
 
-from kvfold.integrations.transformers import UnsupportedError, entries, patch, rewind
+from kvfold.integrations.transformers.patch import UnsupportedError, entries, patch, rewind
 
 TWO = LAYERS[:2]
 TOKENS = ids(40, 2)

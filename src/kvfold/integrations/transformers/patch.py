@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .transformers_cache import CompressorFold, LayerFold, Plans, UnsupportedError, check_dtypes
-from .transformers_layers import Snapshot, cache_fold, check_layer, layer_fold, rewind_layer, v4
-from .transformers_weights import (
+from .cache import CompressorFold, LayerFold, Plans, UnsupportedError, check_dtypes
+from .layers import Snapshot, cache_fold, check_layer, layer_fold, rewind_layer, v4
+from .weights import (
     RopeTables,
     check_gradients,
     check_gradients_of,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .transformers_cache import CacheFold, LayerFold, UnsupportedError
+from .cache import CacheFold, LayerFold, UnsupportedError
 
 try:
     from transformers.models.deepseek_v4 import modeling_deepseek_v4 as v4

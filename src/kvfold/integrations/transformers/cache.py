@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from ..compress import compress
-from ..plan import StepPlan
-from ..spec import CompressorSpec
-from ..storage.fold_state import FoldState, state_kind
-from ..storage.formats import EntryCache
+from ...compress import compress
+from ...plan import StepPlan
+from ...spec import CompressorSpec
+from ...storage.fold_state import FoldState, state_kind
+from ...storage.formats import EntryCache
 
 FIRST_CAPACITY = 64
 _FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16"}

@@ -1,0 +1,1 @@
+"""kvfold in DeepSeek-V4 models of Hugging Face transformers."""
