@@ -3,8 +3,8 @@
 python benchmarks/documents.py             docs/tables, docs/plots, and in pages what stands between their marks
 python benchmarks/documents.py --check     writes nothing; names what differs, and fails then
 
-From benchmarks/results/*.jsonl (whatever files there are), `records.FORMATS` and `backend_triton/table.py`. A page has a part that
-is made here between `<!-- made: NAME -->` and `<!-- end -->`. Pictures are compared by their fingerprint (plot.py).
+From benchmarks/results/*.jsonl (whatever files there are), `FORMATS` and `backend_triton/table.py`. A page has a part that is
+made here between `<!-- made: NAME -->` and `<!-- end -->`. Pictures are compared by their fingerprint (plot.py).
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ from torch import Tensor
 import kvfold
 from kvfold import CompressorSpec, EntryCache, FoldState, StepPlan, WindowState
 from kvfold.compress import Compressor
+from kvfold.debug import file as debug_file
 from kvfold.debug.call import Call as Value
-from kvfold.debug.check import file as debug_file
 from kvfold.storage.formats import FORMATS
 
 FOLD = CompressorSpec(head_dim=32, ratio=16, rope_dim=8)

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 import kvfold
 from kvfold.backend_torch.fold import fold as backend_torch
-from kvfold.cli.app import app, bench, show
+from kvfold.cli import bench, show
+from kvfold.cli.app import app
 from kvfold.demo.run import run as demo
 from kvfold.integrations.transformers.patch import cache as transformers_cache
 from kvfold.storage.formats import FORMATS

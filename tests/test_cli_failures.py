@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 
 from kvfold import aot as compile_all
 from kvfold.arguments.files import check_writable, write_atomically
-from kvfold.cli.app import app, bench, failures
-from kvfold.demo.run import plot as demo_plot
+from kvfold.cli import bench, failures
+from kvfold.cli.app import app
+from kvfold.demo import plot as demo_plot
 from kvfold.demo.run import run as demo
 from kvfold.verify.cases import run as verify_run
 

@@ -312,7 +312,7 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
     monkeypatch.setattr(dispatch, "prepare", prepare)
     # Its module has the name of the function, which hides it.
-    monkeypatch.setattr(sys.modules["kvfold.warmup"], "_gpu", lambda device, interpreted: torch.device("cuda", 0))
+    monkeypatch.setattr(sys.modules["kvfold.precompile.warmup"], "_gpu", lambda device, interpreted: torch.device("cuda", 0))
     for module in (dispatch, launch):
         monkeypatch.setattr(module, "supports_pdl", lambda device: True)
     return found

@@ -362,7 +362,7 @@ def test_what_nobody_takes_is_counted_alike(backend: Backend) -> None:
 def test_a_count_that_no_rule_explains(monkeypatch: pytest.MonkeyPatch) -> None:
     step = Step("rows", Backend("torch", torch.device("cpu")))
     step.slots[0] = 5
-    monkeypatch.setattr("kvfold.debug.call_refusals", lambda *args, **named: [])
+    monkeypatch.setattr("kvfold.debug.check.call_refusals", lambda *args, **named: [])
     args, named = step.arguments()
     report = check(*args, **named)
     assert report.headline == "REFUSED: 1 unexplained"

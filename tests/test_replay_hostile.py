@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import kvfold
-from kvfold.debug.check import file as debug_file
+from kvfold.debug import file as debug_file
 
 ROOM = 64 << 20  # for all tensors of a call
 FILES = 60  # of each call

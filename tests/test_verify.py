@@ -14,8 +14,8 @@ from kvfold.backend_triton.table import CONFIGS, Config, choose
 from kvfold.compress import compress
 from kvfold.storage.formats import FORMATS
 from kvfold.store import store
+from kvfold.verify import cases as job
 from kvfold.verify.cases import Case, Result, list_cases, representative, verify
-from kvfold.verify.cases import cases as job
 from kvfold.verify.cases import engine as verify_engine
 from kvfold.verify.engine import drafts
 

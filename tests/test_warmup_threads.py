@@ -166,7 +166,7 @@ def test_as_many_as_there_are_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert selection.check_workers(None) == 5 and selection.check_workers(256) == 256
     given = []
     monkeypatch.setattr(dispatch, "prepare", lambda keys, device, dependent, workers: given.append(workers) or len(given))
-    monkeypatch.setattr(sys.modules["kvfold.warmup"], "_gpu", lambda device, interpreted: DEVICE)
+    monkeypatch.setattr(sys.modules["kvfold.precompile.warmup"], "_gpu", lambda device, interpreted: DEVICE)
     assert [kvfold.warmup([], []), kvfold.warmup([], [], workers=7)] == [1, 2] and given == [5, 7]
 
 

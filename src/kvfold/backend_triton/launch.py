@@ -303,7 +303,7 @@ def _arrivals(state: FoldState | WindowState) -> torch.Tensor:
 
 
 def _workspace(state: FoldState | WindowState, entries: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pooled rows in the making, as words of 8 bytes, and tickets drawn for each (backend_triton/kernels/slices.py): zero between calls.
+    """Pooled rows in the making, as words of 8 bytes, and tickets drawn for each (kernels/slices.py): zero between calls.
 
     Made by the first call of a size and kept by the state, outgrown ones too, as a CUDA graph may have recorded them.
     """

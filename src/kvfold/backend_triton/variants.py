@@ -152,7 +152,7 @@ def window_variant(
 
 
 def draws_items(spec: CompressorSpec, config: Config) -> bool:
-    """Whether programs draw the last of their items (backend_triton/kernels/items.py): in long steps over rows that are all ahead."""
+    """Whether programs draw the last of their items (kernels/items.py): in long steps over rows that are all ahead."""
     return config.kind == "rows" and config.programs > 0 and config.ahead >= spec.window_rows
 
 

@@ -74,5 +74,5 @@ def folder() -> Path:
 
 def run(script: str, *arguments: str) -> int:
     """Runs a script as a user would; its exit code."""
-    command = [sys.executable, "-m", "kvfold.commands.script", str(folder() / script), *arguments]
+    command = [sys.executable, "-m", "kvfold.cli.script", str(folder() / script), *arguments]
     return subprocess.run(command, check=False).returncode

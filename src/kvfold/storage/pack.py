@@ -1,7 +1,7 @@
 """Entries to record bytes and back, in plain torch: the torch backend's store and `EntryCache.read` on any device.
 
-The same rounding as `backend_triton/kernels/record.py`, which has to do with integers what torch has types for. Quotients are of two
-tensors (`_divide`): torch replaces the quotient of a number and a tensor by a product with the rounded inverse.
+The same rounding as `kernels/record.py`, which has to do with integers what torch has types for. Quotients are of two tensors
+(`_divide`): torch replaces the quotient of a number and a tensor by a product with the rounded inverse.
 """
 
 from __future__ import annotations

@@ -1,1 +1,0 @@
-"""The commands of `kvfold`, one module each; `cli/app.py` registers them."""

@@ -1,1 +1,0 @@
-"""Triton kernels; see DESIGN.md for the rules they follow."""
