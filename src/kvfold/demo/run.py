@@ -83,8 +83,8 @@ def read_text(path: Path | None, most: int = MOST_TOKENS) -> tuple[torch.Tensor,
     """
     if path is None:
         here = Path(__file__).resolve()
-        design = here.parents[2] / "DESIGN.md"
-        path = design if here.parents[1].name == "src" and design.is_file() else here
+        design = here.parents[3] / "DESIGN.md"
+        path = design if here.parents[2].name == "src" and design.is_file() else here
     if not path.is_file():
         raise ValueError(f"--text must name a file, got {path}")
     data = path.read_bytes()[:most]
