@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
@@ -72,9 +73,10 @@ class Variant:
         kernel, constants = KERNELS[self.kernel], dict(self.constants)
         types = dict(self.pointers)
         target = target or triton.runtime.driver.active.get_current_target()
-        if "PDL" in kernel.arg_names:
-            constants["PDL"] = self.pdl
-            constants["HARDWARE"] = target.backend == "cuda" and target.arch >= 89
+        from dataclasses import replace
+        for name in ("HOW", "HOW_0", "HOW_1"):
+            if name in kernel.arg_names:
+                constants[name] = replace(constants[name], PDL=tl.constexpr(self.pdl), HARDWARE=tl.constexpr(target.backend == "cuda" and target.arch >= 89))
         if "ALIGNED" in kernel.arg_names:
             constants["ALIGNED"] = self.aligned
         # The two compressors of a pair have the same arguments, told apart by their ends.

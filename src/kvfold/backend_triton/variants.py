@@ -8,6 +8,7 @@ from ..spec import CompressorSpec
 from ..storage.fold_state import FoldState
 from ..storage.formats import FORMATS, RecordFormat
 from .build import POINTERS, Variant
+from .args import Fmt, How, Spec
 from .kernels.plan import plan_variant, windows_per_program
 from .table import ANY, LANES, ROWS_OF_A_LANE, Config, choose
 
@@ -78,6 +79,7 @@ def step_variant(
     slices = slices_of(spec, config)
     constants |= {"SLICE": spec.head_dim // slices, **({} if slices > 1 else {"workspace": None})}
     constants |= {} if slices > 1 or draws_items(spec, config) else {"arrivals": None}
+    constants = grouped(constants)
     return Variant("step", tuple(constants.items()), config.num_warps, tuple(pointers.items()), aligned, pdl, config.registers)
 
 
@@ -92,6 +94,12 @@ def pair_variant(first: tuple, second: tuple, aligned: bool = True, pdl: bool = 
         constants |= {name + end: value for name, value in some.items()}
         pointers |= {name + end: value for name, value in others.items()}
     warps = max(first[2].num_warps, second[2].num_warps)
+    ratio = constants.pop("RATIO")
+    for end in ("_0", "_1"):
+        mine = {k.removesuffix(end): v for k, v in constants.items() if k.endswith(end)}
+        constants = {k: v for k, v in constants.items() if not k.endswith(end)}
+        mine = grouped(mine | {"RATIO": ratio, "SLICE": mine["HEAD_DIM"]})
+        constants |= {k + end: v for k, v in mine.items()}
     return Variant("pair", tuple(constants.items()), warps, tuple(pointers.items()), aligned, pdl, first[2].registers)
 
 
@@ -146,6 +154,7 @@ def window_variant(
     }
     pointers = {"kv_score": POINTERS[types[0]], "kv_pool": POINTERS[types[1]], "score_pool": POINTERS[types[1]]}
     constants, pointers = _with_epilogue(constants, pointers, spec, fmt, types[2], types[3])
+    constants = grouped(constants)
     return Variant(
         "window", tuple(constants.items()), config.num_warps, tuple(pointers.items()), aligned, pdl, config.registers
     )
@@ -179,6 +188,7 @@ def store_variant(
     """The store kernel. `types`: of the pooled rows and the norm weight."""
     constants, pointers = _with_epilogue({"RATIO": spec.ratio}, {"pooled": POINTERS[types[0]]}, spec, fmt, None, types[1])
     del constants["rows"]
+    constants = grouped(constants)
     return Variant("store", tuple(constants.items()), config.num_warps, tuple(pointers.items()), aligned, pdl, config.registers)
 
 
@@ -247,3 +257,14 @@ def epilogue_constants(fmt: RecordFormat | None, spec: CompressorSpec) -> dict[s
         "HADAMARD": spec.hadamard,
         **fmt.constants(spec),
     }
+
+
+def grouped(constants):
+    from dataclasses import fields
+    found = {}
+    rest = dict(constants)
+    for name, kind in (("SPEC", Spec), ("FMT", Fmt), ("HOW", How)):
+        import triton.language as tl
+        given = {f.name: tl.constexpr(rest.pop(f.name, 0)) for f in fields(kind)}
+        found[name] = kind(**given)
+    return found | rest

@@ -23,97 +23,93 @@ def tree_sum(x, LENGTH: tl.constexpr, LOG2: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def rms_norm(y, weight, EPS: tl.constexpr, HEAD_DIM: tl.constexpr, LOG2: tl.constexpr, COUNT: tl.constexpr):
-    mean = tree_sum(y * y, HEAD_DIM, LOG2, COUNT) * (1.0 / HEAD_DIM)
-    inverse = tl.div_rn(1.0, tl.sqrt_rn(mean + EPS))
-    return y * flat(inverse, HEAD_DIM, COUNT) * weight
+def rms_norm(y, weight, SPEC: tl.constexpr, COUNT: tl.constexpr):
+    mean = tree_sum(y * y, SPEC.HEAD_DIM, SPEC.LOG2, COUNT) * (1.0 / SPEC.HEAD_DIM)
+    inverse = tl.div_rn(1.0, tl.sqrt_rn(mean + SPEC.EPS))
+    return y * flat(inverse, SPEC.HEAD_DIM, COUNT) * weight
 
 
 @triton.jit
-def load_rotation(rope, position, max_position, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, COUNT: tl.constexpr):
+def load_rotation(cache, position, SPEC: tl.constexpr, COUNT: tl.constexpr):
     """Cosine and sine of each channel pair; 1 and 0 for pairs that are not rotated, and behind the end of the table."""
-    pair = span(HEAD_DIM // 2, COUNT) - (HEAD_DIM - ROPE_DIM) // 2
-    rotated = pair >= tl.where(position < max_position, 0, HEAD_DIM)
-    row = rope + position.to(tl.int64) * ROPE_DIM + pair
+    pair = span(SPEC.HEAD_DIM // 2, COUNT) - (SPEC.HEAD_DIM - SPEC.ROPE_DIM) // 2
+    rotated = pair >= tl.where(position < cache.max_position, 0, SPEC.HEAD_DIM)
+    row = cache.rope + position.to(tl.int64) * SPEC.ROPE_DIM + pair
     cos = tl.load(row, mask=rotated, other=1.0)
-    sin = tl.load(row + ROPE_DIM // 2, mask=rotated, other=0.0)
-    return flat(cos, HEAD_DIM // 2, COUNT), flat(sin, HEAD_DIM // 2, COUNT)
+    sin = tl.load(row + SPEC.ROPE_DIM // 2, mask=rotated, other=0.0)
+    return flat(cos, SPEC.HEAD_DIM // 2, COUNT), flat(sin, SPEC.HEAD_DIM // 2, COUNT)
 
 
 @triton.jit
-def rotate(y, cos, sin, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, COUNT: tl.constexpr):
+def rotate(y, cos, sin, SPEC: tl.constexpr, COUNT: tl.constexpr):
     """RoPE on the last ROPE_DIM channels, in interleaved pairs; the others pass untouched, whatever they hold."""
-    even, odd = tl.split(tl.reshape(y, (COUNT * HEAD_DIM // 2, 2)))
-    rotated = channels(HEAD_DIM // 2, COUNT) >= (HEAD_DIM - ROPE_DIM) // 2
+    even, odd = tl.split(tl.reshape(y, (COUNT * SPEC.HEAD_DIM // 2, 2)))
+    rotated = channels(SPEC.HEAD_DIM // 2, COUNT) >= (SPEC.HEAD_DIM - SPEC.ROPE_DIM) // 2
     new_even = tl.where(rotated, even * cos - odd * sin, even)
     new_odd = tl.where(rotated, odd * cos + even * sin, odd)
-    return tl.reshape(tl.join(new_even, new_odd), (COUNT * HEAD_DIM,))
+    return tl.reshape(tl.join(new_even, new_odd), (COUNT * SPEC.HEAD_DIM,))
 
 
 @triton.jit
-def hadamard(y, HEAD_DIM: tl.constexpr, LOG2: tl.constexpr, COUNT: tl.constexpr):
+def hadamard(y, SPEC: tl.constexpr, COUNT: tl.constexpr):
     """Sylvester order, all channels, divided by sqrt(HEAD_DIM) at the end."""
     # The other one of two elements is what is left of both of them by exclusive or, and that reduction is one shuffle inside a
     # warp; to move every bit of the channel index into a thread in turn went through shared memory LOG2 times.
     sign = tl.where(tl.arange(0, 2)[None, :, None] == 1, -1.0, 1.0)
+    LOG2: tl.constexpr = SPEC.LOG2
     for i in tl.static_range(LOG2):
-        own = tl.reshape(y, ((COUNT * HEAD_DIM) >> (i + 1), 2, 1 << i))
+        own = tl.reshape(y, ((COUNT * SPEC.HEAD_DIM) >> (i + 1), 2, 1 << i))
         bits = own.to(tl.int32, bitcast=True)
         other = (tl.xor_sum(bits, axis=1, keep_dims=True) ^ bits).to(tl.float32, bitcast=True)
-        y = tl.reshape(tl.fma(own, tl.broadcast_to(sign, own.shape), other), (COUNT * HEAD_DIM,))
-    return y * (HEAD_DIM**-0.5)
+        y = tl.reshape(tl.fma(own, tl.broadcast_to(sign, own.shape), other), (COUNT * SPEC.HEAD_DIM,))
+    return y * (SPEC.HEAD_DIM**-0.5)
 
 
 @triton.jit
-def aim_entry(
-    entry, position, entry_slots, entry_capacity, norm_weight, rope, max_position, pages,
-    HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr,
-):  # fmt: skip
+def aim_entry(entry, position, plan, cache, SPEC: tl.constexpr):
     """Where entry `entry` (-1: none) goes, and what else it needs besides its row: all that may be read before the wait.
 
     Returns its cache slot (-1: none), norm weight, cosines and sines. What the slot says is judged behind the wait
     (`judge_slot`): looking at it here would make the wait wait.
     """
-    weight, cos, sin = load_finish(position, norm_weight, rope, max_position, pages, HEAD_DIM, ROPE_DIM)
-    return aim_slot(entry, entry_slots, entry_capacity), weight, cos, sin
+    weight, cos, sin = load_finish(position, cache, SPEC)
+    return aim_slot(entry, plan), weight, cos, sin
 
 
 @triton.jit
-def load_finish(
-    position, norm_weight, rope, max_position, pages, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, COUNT: tl.constexpr = 1
-):  # fmt: skip
+def load_finish(position, cache, SPEC: tl.constexpr, COUNT: tl.constexpr = 1):
     """Norm weight, cosines and sines of an entry; of no meaning where there is no cache."""
-    c = channels(HEAD_DIM, COUNT)
-    weight = tl.zeros((COUNT * HEAD_DIM,), tl.float32)
-    cos = tl.zeros((COUNT * HEAD_DIM // 2,), tl.float32)
-    sin = tl.zeros((COUNT * HEAD_DIM // 2,), tl.float32)
-    if pages is not None:
-        weight = tl.load(norm_weight + c).to(tl.float32)
-        if ROPE_DIM > 0:
-            cos, sin = load_rotation(rope, position, max_position, HEAD_DIM, ROPE_DIM, COUNT)
+    c = channels(SPEC.HEAD_DIM, COUNT)
+    weight = tl.zeros((COUNT * SPEC.HEAD_DIM,), tl.float32)
+    cos = tl.zeros((COUNT * SPEC.HEAD_DIM // 2,), tl.float32)
+    sin = tl.zeros((COUNT * SPEC.HEAD_DIM // 2,), tl.float32)
+    if cache.pages is not None:
+        weight = tl.load(cache.norm_weight + c).to(tl.float32)
+        if SPEC.ROPE_DIM > 0:
+            cos, sin = load_rotation(cache, position, SPEC, COUNT)
     return weight, cos, sin
 
 
 @triton.jit
-def aim_slot(entry, entry_slots, entry_capacity):
+def aim_slot(entry, plan):
     """The cache slot of entry `entry` of the plan; -1 where there is none."""
-    inside = (entry >= 0) & (entry < entry_capacity)
-    if entry_slots is not None:
-        slot = tl.load(entry_slots + entry, mask=inside, other=-1, cache_modifier=".cg")  # as `pdl.load_plan`
+    inside = (entry >= 0) & (entry < plan.entry_capacity)
+    if plan.entry_slots is not None:
+        slot = tl.load(plan.entry_slots + entry, mask=inside, other=-1, cache_modifier=".cg")  # as `pdl.load_plan`
     else:
         slot = tl.where(inside, entry, -1).to(tl.int64)
     return slot
 
 
 @triton.jit
-def judge_slot(entry, slot, position, entry_capacity, max_position, pages, cache_slots, ROPE_DIM: tl.constexpr):
+def judge_slot(entry, slot, position, entry_capacity, cache, ROPE_DIM: tl.constexpr):
     """Whether entry `entry` is delivered to cache slot `slot`, and whether it is refused."""
     keep = slot != -1
     wrong = entry >= entry_capacity
-    if pages is not None:
-        bad = (slot < -1) | (slot >= cache_slots)
+    if cache.pages is not None:
+        bad = (slot < -1) | (slot >= cache.cache_slots)
         if ROPE_DIM > 0:
-            bad = bad | (position >= max_position)
+            bad = bad | (position >= cache.max_position)
         wrong = wrong | (keep & bad)
         keep = keep & (bad == 0)
     return keep, wrong
@@ -121,34 +117,25 @@ def judge_slot(entry, slot, position, entry_capacity, max_position, pages, cache
 
 @triton.jit
 def emit(
-    y, entry, slot, weight, cos, sin,
-    rows, pages, page_stride, scales, scales_stride, rows_per_page, cache_scale,
-    HEAD_DIM: tl.constexpr, LOG2: tl.constexpr, ROPE_DIM: tl.constexpr, EPS: tl.constexpr, HADAMARD: tl.constexpr,
-    ROUND_ROWS: tl.constexpr, ELEMENT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, FLOOR: tl.constexpr,
-    FLOOR_ON_SCALE: tl.constexpr, DIVIDE: tl.constexpr, ROTATED_BF16: tl.constexpr, PAD: tl.constexpr,
-    ROUND_VALUES: tl.constexpr, TIES_TO_ZERO: tl.constexpr, ROW_BYTES: tl.constexpr, TAIL_BYTES: tl.constexpr,
-    HARDWARE: tl.constexpr, COUNT: tl.constexpr = 1, wanted=None,
+    y, entry, slot, weight, cos, sin, cache, SPEC: tl.constexpr, FMT: tl.constexpr, HARDWARE: tl.constexpr,
+    COUNT: tl.constexpr = 1, wanted=None,
 ):  # fmt: skip
     """Delivers pooled row `y` as entry `entry` of the plan to `rows` and the cache, if any; or COUNT of them, as `wanted`."""
-    if rows is not None:
-        at = rows + entry.to(tl.int64) * HEAD_DIM + span(HEAD_DIM, COUNT)
+    if cache.rows is not None:
+        at = cache.rows + entry.to(tl.int64) * SPEC.HEAD_DIM + span(SPEC.HEAD_DIM, COUNT)
         if COUNT > 1:
-            at += numbers(COUNT) * HEAD_DIM
-        if rows.dtype.element_ty == tl.bfloat16:
-            bits = abreast(bf16_bits(y, HARDWARE), HEAD_DIM, COUNT)
+            at += numbers(COUNT) * SPEC.HEAD_DIM
+        if cache.rows.dtype.element_ty == tl.bfloat16:
+            bits = abreast(bf16_bits(y, HARDWARE), SPEC.HEAD_DIM, COUNT)
             tl.store(at.to(tl.pointer_type(tl.int16)), bits, mask=wanted)
         else:
-            tl.store(at, abreast(y, HEAD_DIM, COUNT), mask=wanted)
-    if pages is not None:
-        if ROUND_ROWS:
+            tl.store(at, abreast(y, SPEC.HEAD_DIM, COUNT), mask=wanted)
+    if cache.pages is not None:
+        if FMT.ROUND_ROWS:
             y = bf16_value(bf16_bits(y, HARDWARE))
-        y = rms_norm(y, weight, EPS, HEAD_DIM, LOG2, COUNT)
-        if ROPE_DIM > 0:
-            y = rotate(y, cos, sin, HEAD_DIM, ROPE_DIM, COUNT)
-        if HADAMARD:
-            y = hadamard(y, HEAD_DIM, LOG2, COUNT)
-        store_record(
-            y, slot, pages, page_stride, scales, scales_stride, rows_per_page, cache_scale,
-            HEAD_DIM, ROPE_DIM, ELEMENT, GROUP, SCALE, FLOOR, FLOOR_ON_SCALE, DIVIDE, ROTATED_BF16,
-            PAD, ROUND_VALUES, TIES_TO_ZERO, ROW_BYTES, TAIL_BYTES, HARDWARE, COUNT, wanted,
-        )  # fmt: skip
+        y = rms_norm(y, weight, SPEC, COUNT)
+        if SPEC.ROPE_DIM > 0:
+            y = rotate(y, cos, sin, SPEC, COUNT)
+        if SPEC.HADAMARD:
+            y = hadamard(y, SPEC, COUNT)
+        store_record(y, slot, cache, SPEC, FMT, HARDWARE, COUNT, wanted)

@@ -18,44 +18,39 @@ from .snapshot import next_page_end, snapshot_fold
 
 
 @triton.jit
-def open_window(
-    item, there, c0, errors, kv_score, kv_stride, num_tokens, state_rows, state_tags, num_slots, ring,
-    RATIO: tl.constexpr, HISTORY: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr,
-):  # fmt: skip
+def open_window(item, there, c0, errors, tokens, st, SPEC: tl.constexpr, SLICE: tl.constexpr):
     """Channels `[c0, c0 + SLICE)` of a window to fold: `(m, l, a)` before its first new token, where these stand, and whose."""
     c = c0 + tl.arange(0, SLICE)
     window, start, end, token, slot, entry, sequence = item
-    x0 = window * RATIO
-    first = there & (window == start // RATIO)
-    held = there & (slot < num_slots) & (token + end - start <= num_tokens)
+    x0 = window * SPEC.RATIO
+    first = there & (window == start // SPEC.RATIO)
+    held = there & (slot < st.num_slots) & (token + end - start <= tokens.num_tokens)
     slot = tl.where(held, slot, 0)
-    tags = state_tags + slot * (ring + HISTORY)
-    state = state_rows + slot * (ring + HISTORY) * (3 * HEAD_DIM)
-    h0 = tl.where(start % RATIO == 0, start, start - 1)
+    tags = st.state_tags + slot * (st.ring + SPEC.HISTORY)
+    state = st.state_rows + slot * (st.ring + SPEC.HISTORY) * (3 * SPEC.HEAD_DIM)
+    h0 = tl.where(start % SPEC.RATIO == 0, start, start - 1)
     m, l, a = empty_fold(SLICE)
     if held & (h0 < start):
-        x, wanted, home, spare = load_tags(tags, h0, start, ring, HISTORY)
+        x, wanted, home, spare = load_tags(tags, h0, start, st.ring, SPEC.HISTORY)
         held, moved = check_tags(x, wanted, home, spare)
         if held & first:
-            place = tl.where(moved, ring, (start - 1) % ring)
-            row = state + place * (3 * HEAD_DIM) + c
+            place = tl.where(moved, st.ring, (start - 1) % st.ring)
+            row = state + place * (3 * SPEC.HEAD_DIM) + c
             m = tl.load(row)
-            l = tl.load(row + HEAD_DIM)
-            a = tl.load(row + 2 * HEAD_DIM)
+            l = tl.load(row + SPEC.HEAD_DIM)
+            a = tl.load(row + 2 * SPEC.HEAD_DIM)
     if first & (held == 0) & (c0 == 0):
         tl.atomic_add(errors, 1)
     # Tokens of the window by their place in it; none, where the sequence cannot go on.
-    begin = tl.where(held, tl.maximum(start - x0, 0), RATIO)
-    stop = tl.where(held, tl.minimum(end - x0, RATIO), 0)
-    live = kv_score + (token + x0 - start).to(tl.int64) * kv_stride + c
+    begin = tl.where(held, tl.maximum(start - x0, 0), SPEC.RATIO)
+    stop = tl.where(held, tl.minimum(end - x0, SPEC.RATIO), 0)
+    live = tokens.kv_score + (token + x0 - start).to(tl.int64) * tokens.kv_stride + c
     entry = tl.where(held, entry, -1)
     return m, l, a, live, begin, stop, slot, x0, start, end, entry, sequence, held & first
 
 
 @triton.jit
-def load_stretch(
-    at, kv_stride, ape, left, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr
-):  # fmt: skip
+def load_stretch(at, kv_stride, ape, left, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr):
     """Rows of ape, values and scores, as they came, of the first `left` of AHEAD tokens; `at` and `ape` point at the first."""
     biases = ()
     ks = ()
@@ -85,7 +80,7 @@ def no_tokens(kv_score, AHEAD: tl.constexpr, SLICE: tl.constexpr):
 
 @triton.jit
 def load_tokens_ahead(
-    ats, kv_stride, ape, j0, W: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr
+    ats, kv_stride, ape, j0, W: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """As `load_stretch`, of tokens that are all there: without masks, which were half of a long prompt's instructions.
 
@@ -110,8 +105,8 @@ def load_tokens_ahead(
 
 @triton.jit
 def fold_stretches(
-    ms, ls, as_, lives, lo, stretches, more, kv_stride, ape,
-    W: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr,
+    ms, ls, as_, lives, lo, stretches, more, kv_stride, ape, W: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr,
+    SLICE: tl.constexpr,
 ):  # fmt: skip
     """Folds `stretches` (not 0) of AHEAD tokens from place `lo` on, in W windows side by side: a row of ape is loaded once.
 
@@ -142,7 +137,7 @@ def fold_stretches(
                 new_as = ()
                 for w in tl.static_range(W):
                     m, l, a = fold_step(
-                        ms[w], ls[w], as_[w], ks[i * W + w].to(tl.float32), ss[i * W + w].to(tl.float32) + biases[i]
+                        ms[w], ls[w], as_[w], ks[i * W + w].to(tl.float32), ss[i * W + w].to(tl.float32) + biases[i],
                     )
                     new_ms = new_ms + (m,)
                     new_ls = new_ls + (l,)
@@ -159,43 +154,42 @@ def fold_stretches(
 @triton.jit
 def fold_rest(
     m, l, a, loaded, early, live, begin, stop, state, tags, x0, h0, start, end, kv_stride, ape, ring, snap,
-    HARDWARE: tl.constexpr, RATIO: tl.constexpr, HISTORY: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr,
-    SLICE: tl.constexpr,
+    HOW: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """Folds tokens from place `begin` on, and stores the rows that the state or a snapshot keeps; returns the pooled row.
 
     loaded: the first stretch, if it is there `early`; or None.
     """
     due = next_page_end(snap, x0 + begin)
-    for j0 in range(begin, stop, AHEAD):
+    for j0 in range(begin, stop, HOW.AHEAD):
         # Numbers of tokens from j0 on: positions of each would be compared in 64 bits, as the compiler widens the loop's index.
         left = stop - j0
         forgotten = end - ring - x0 - j0
         j = stop - left  # a tensor also where the interpreter has an int for j0
         row = ape
         if ape is not None:
-            row = ape + j * HEAD_DIM
+            row = ape + j * SPEC.HEAD_DIM
         at = live + j.to(tl.int64) * kv_stride
         if loaded is None:
-            biases, ks, ss = load_stretch(at, kv_stride, row, left, AHEAD, HEAD_DIM, SLICE)
+            biases, ks, ss = load_stretch(at, kv_stride, row, left, HOW.AHEAD, SPEC.HEAD_DIM, HOW.SLICE)
         else:
             biases, ks, ss = loaded
             if (early == 0) | (j > begin):
-                biases, ks, ss = load_stretch(at, kv_stride, row, left, AHEAD, HEAD_DIM, SLICE)
-        places = places_from(tags, x0 + j0, h0, start, end, ring, HISTORY, AHEAD)
+                biases, ks, ss = load_stretch(at, kv_stride, row, left, HOW.AHEAD, SPEC.HEAD_DIM, HOW.SLICE)
+        places = places_from(tags, x0 + j0, h0, start, end, ring, SPEC.HISTORY, HOW.AHEAD)
+        AHEAD: tl.constexpr = HOW.AHEAD
         for i in tl.static_range(AHEAD):
             m, l, a = fold_step(m, l, a, ks[i].to(tl.float32), ss[i].to(tl.float32) + biases[i])
             x = x0 + j0 + i
-            due = snapshot_fold(m, l, a, x, due, x0 + stop, snap, RATIO, HEAD_DIM)  # of whole rows: step_key
-            keep_fold(m, l, a, x, places[i], (i < left) & (i >= forgotten), state, tags, RATIO, HEAD_DIM, SLICE)
-    return quotient(a, l, HARDWARE)
+            due = snapshot_fold(m, l, a, x, due, x0 + stop, snap, SPEC)  # of whole rows: step_key
+            keep_fold(m, l, a, x, places[i], (i < left) & (i >= forgotten), state, tags, SPEC, HOW.SLICE)
+    return quotient(a, l, HOW.HARDWARE)
 
 
 @triton.jit
 def fold_last(
-    m, l, a, loaded, leaves, workspace, entry, c0, begin, state, tags, x0, h0, start, end, ring,
-    HARDWARE: tl.constexpr, RATIO: tl.constexpr, HISTORY: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr,
-    SLICE: tl.constexpr,
+    m, l, a, loaded, leaves, workspace, entry, c0, begin, state, tags, x0, h0, start, end, ring, HOW: tl.constexpr,
+    SPEC: tl.constexpr,
 ):  # fmt: skip
     """Folds the loaded stretch with which a window ends, from place `begin` on, and leaves the slice where it `leaves`.
 
@@ -206,187 +200,161 @@ def fold_last(
     ms = ()
     ls = ()
     as_ = ()
+    AHEAD: tl.constexpr = HOW.AHEAD
     for i in tl.static_range(AHEAD):
         m, l, a = fold_step(m, l, a, ks[i].to(tl.float32), ss[i].to(tl.float32) + biases[i])
         ms = ms + (m,)
         ls = ls + (l,)
         as_ = as_ + (a,)
     if leaves:
-        leave_slice(workspace, quotient(a, l, HARDWARE), entry, c0, HEAD_DIM, SLICE, HARDWARE)
+        leave_slice(workspace, quotient(a, l, HOW.HARDWARE), entry, c0, SPEC.HEAD_DIM, HOW.SLICE, HOW.HARDWARE)
     forgotten = end - ring - x0 - begin
-    places = places_from(tags, x0 + begin, h0, start, end, ring, HISTORY, AHEAD)
+    places = places_from(tags, x0 + begin, h0, start, end, ring, SPEC.HISTORY, HOW.AHEAD)
     for i in tl.static_range(AHEAD):
         if i >= forgotten:
-            keep_fold(ms[i], ls[i], as_[i], x0 + begin + i, places[i], i >= forgotten, state, tags, RATIO, HEAD_DIM, SLICE)
+            keep_fold(ms[i], ls[i], as_[i], x0 + begin + i, places[i], i >= forgotten, state, tags, SPEC, HOW.SLICE)
 
 
 @triton.jit
 def deliver_entry(
-    y, entry, position, aim, ticket, c0, workspace, arrivals, entry_capacity, errors,
-    rows, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots, cache_scale,
-    HARDWARE: tl.constexpr, SLICE: tl.constexpr,
-    HEAD_DIM: tl.constexpr, LOG2: tl.constexpr, ROPE_DIM: tl.constexpr, EPS: tl.constexpr, HADAMARD: tl.constexpr,
-    ROUND_ROWS: tl.constexpr, ELEMENT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, FLOOR: tl.constexpr,
-    FLOOR_ON_SCALE: tl.constexpr, DIVIDE: tl.constexpr, ROTATED_BF16: tl.constexpr, PAD: tl.constexpr,
-    ROUND_VALUES: tl.constexpr, TIES_TO_ZERO: tl.constexpr, ROW_BYTES: tl.constexpr, TAIL_BYTES: tl.constexpr,
+    y, entry, position, aim, ticket, c0, scratch, plan, cache, HARDWARE: tl.constexpr, SLICE: tl.constexpr,
+    SPEC: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
     """Finishes and stores an entry that is there and wanted, and counts one that is refused. `aim`: of `aim_entry`.
 
     y: the pooled row; None where programs that share it have left their slices.
     """
     cache_slot, weight, cos, sin = aim
-    deliver, refused = judge_slot(entry, cache_slot, position, entry_capacity, max_position, pages, cache_slots, ROPE_DIM)
+    deliver, refused = judge_slot(entry, cache_slot, position, plan.entry_capacity, cache, SPEC.ROPE_DIM)
     # A step that only moves the state on finishes nothing; Triton 3.6 fails on slices that nobody has a use for.
-    FINISHES: tl.constexpr = (rows is not None) or (pages is not None)
+    FINISHES: tl.constexpr = (cache.rows is not None) or (cache.pages is not None)
     finish = (entry >= 0) & deliver & FINISHES
-    if SLICE < HEAD_DIM:
+    if SLICE < SPEC.HEAD_DIM:
         if finish:
-            finish = is_last(ticket, HEAD_DIM // SLICE)
+            finish = is_last(ticket, SPEC.HEAD_DIM // SLICE)
     if finish:
-        if SLICE < HEAD_DIM:
-            whole = take_slices(workspace, arrivals, entry, HEAD_DIM)
+        if SLICE < SPEC.HEAD_DIM:
+            whole = take_slices(scratch.workspace, scratch.arrivals, entry, SPEC.HEAD_DIM)
         else:
             whole = y
-        emit(
-            whole, entry, cache_slot, weight, cos, sin,
-            rows, pages, page_stride, scales, scales_stride, rows_per_page, cache_scale,
-            HEAD_DIM, LOG2, ROPE_DIM, EPS, HADAMARD, ROUND_ROWS, ELEMENT, GROUP, SCALE, FLOOR, FLOOR_ON_SCALE, DIVIDE,
-            ROTATED_BF16, PAD, ROUND_VALUES, TIES_TO_ZERO, ROW_BYTES, TAIL_BYTES, HARDWARE,
-        )  # fmt: skip
+        emit(whole, entry, cache_slot, weight, cos, sin, cache, SPEC, FMT, HARDWARE)
     if (entry >= 0) & refused & (c0 == 0):
-        tl.atomic_add(errors, 1)
+        tl.atomic_add(plan.errors, 1)
 
 
 @triton.jit
 def prefill_fold(
-    pid, programs, items, num_items, entry_slots, entry_capacity, errors, snap_table, snap_width, snap_page_size,
-    kv_score, kv_stride, num_tokens, ape, state_rows, state_tags, num_slots, ring, snap_rows, snap_tags, num_snaps,
-    workspace, arrivals, rows, norm_weight, rope, max_position, pages, page_stride, scales, scales_stride, rows_per_page,
-    cache_slots, cache_scale,
-    PDL: tl.constexpr, HARDWARE: tl.constexpr, RATIO: tl.constexpr, TOGETHER: tl.constexpr, HISTORY: tl.constexpr,
-    AHEAD: tl.constexpr, SLICE: tl.constexpr,
-    HEAD_DIM: tl.constexpr, LOG2: tl.constexpr, ROPE_DIM: tl.constexpr, EPS: tl.constexpr, HADAMARD: tl.constexpr,
-    ROUND_ROWS: tl.constexpr, ELEMENT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, FLOOR: tl.constexpr,
-    FLOOR_ON_SCALE: tl.constexpr, DIVIDE: tl.constexpr, ROTATED_BF16: tl.constexpr, PAD: tl.constexpr,
-    ROUND_VALUES: tl.constexpr, TIES_TO_ZERO: tl.constexpr, ROW_BYTES: tl.constexpr, TAIL_BYTES: tl.constexpr,
+    pid, programs, plan, tab, tokens, st, snaps, scratch, cache, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
     """Program `pid` of `programs` over fold rows, in units of SLICE channels of a window."""
-    SLICES: tl.constexpr = HEAD_DIM // SLICE
-    FINISHES: tl.constexpr = (rows is not None) or (pages is not None)  # as in `deliver_entry`
-    total = load_plan(num_items)
+    SLICES: tl.constexpr = SPEC.HEAD_DIM // HOW.SLICE
+    FINISHES: tl.constexpr = (cache.rows is not None) or (cache.pages is not None)  # as in `deliver_entry`
+    total = load_plan(plan.num_items)
     # The first items are read before the wait: the plan is older than the launch before this one.
     index = pid // SLICES
-    item = load_item(items, index, index < total)
-    if TOGETHER == 2:
-        item_1 = load_item(items, index + programs, index + programs < total)
-    if SLICE < HEAD_DIM:
+    item = load_item(plan.items, index, index < total)
+    if HOW.TOGETHER == 2:
+        item_1 = load_item(plan.items, index + programs, index + programs < total)
+    if HOW.SLICE < SPEC.HEAD_DIM:
         # Ahead of the lines below, behind which it would come 2 us later, and with it the first tokens.
-        cache_slot = aim_slot(item[5], entry_slots, entry_capacity)
-    if PDL and SLICE < HEAD_DIM:
-        prefetch_item(item, index < total, pid % SLICES * SLICE, kv_score, kv_stride, num_tokens, RATIO, 0, HEAD_DIM, SLICE)
-    wait_for_inputs(PDL)
-    for unit in range(pid, total * SLICES, TOGETHER * programs):
-        c0 = unit % SLICES * SLICE
-        biases = ape
-        if ape is not None:
-            biases = ape + c0
+        cache_slot = aim_slot(item[5], plan)
+    if HOW.PDL and HOW.SLICE < SPEC.HEAD_DIM:
+        prefetch_item(item, index < total, pid % SLICES * HOW.SLICE, tokens, SPEC, HOW.SLICE)
+    wait_for_inputs(HOW.PDL)
+    for unit in range(pid, total * SLICES, HOW.TOGETHER * programs):
+        c0 = unit % SLICES * HOW.SLICE
+        biases = tokens.ape
+        if tokens.ape is not None:
+            biases = tokens.ape + c0
         m, l, a, live, begin, stop, slot, x0, start, end, entry, sequence, first = open_window(
-            item, index < total, c0, errors, kv_score, kv_stride, num_tokens, state_rows, state_tags, num_slots, ring,
-            RATIO, HISTORY, HEAD_DIM, SLICE,
+            item, index < total, c0, plan.errors, tokens, st, SPEC, HOW.SLICE,
         )  # fmt: skip
         both = 0
         count = 1
-        if TOGETHER == 2:
+        if HOW.TOGETHER == 2:
             m_1, l_1, a_1, live_1, begin_1, stop_1, slot_1, x0_1, start_1, end_1, entry_1, sequence_1, first_1 = open_window(
-                item_1, index + programs < total, c0, errors, kv_score, kv_stride, num_tokens, state_rows,
-                state_tags, num_slots, ring, RATIO, HISTORY, HEAD_DIM, SLICE,
+                item_1, index + programs < total, c0, plan.errors, tokens, st, SPEC, HOW.SLICE,
             )  # fmt: skip
             count = tl.where(index + programs < total, 2, 1)
-            if snap_rows is None:
+            if snaps.snap_rows is None:
                 # As far as both go, and up to the rows that are kept.
-                limit = tl.minimum(tl.minimum(stop, end - ring - x0), tl.minimum(stop_1, end_1 - ring - x0_1))
-                both = tl.where(begin == begin_1, tl.maximum(limit - begin, 0) // AHEAD, 0)
+                limit = tl.minimum(tl.minimum(stop, end - st.ring - x0), tl.minimum(stop_1, end_1 - st.ring - x0_1))
+                both = tl.where(begin == begin_1, tl.maximum(limit - begin, 0) // HOW.AHEAD, 0)
                 if both > 0:
                     ms, ls, as_, _biases, _ks, _ss = fold_stretches(
-                        (m, m_1), (l, l_1), (a, a_1), (live, live_1), begin, both, 0, kv_stride, biases,
-                        2, AHEAD, HEAD_DIM, SLICE,
+                        (m, m_1), (l, l_1), (a, a_1), (live, live_1), begin, both, 0, tokens.kv_stride, biases, 2, HOW.AHEAD,
+                        SPEC.HEAD_DIM, HOW.SLICE,
                     )  # fmt: skip
                     m, m_1 = ms
                     l, l_1 = ls
                     a, a_1 = as_
         for w in range(0, count):
-            if TOGETHER == 2:
+            if HOW.TOGETHER == 2:
                 if w == 1:
                     m, l, a, live, begin, stop, slot, x0, start, end, entry, sequence, first = (
                         m_1, l_1, a_1, live_1, begin_1, stop_1, slot_1, x0_1, start_1, end_1, entry_1, sequence_1, first_1
                     )  # fmt: skip
-            place = begin + both * AHEAD
+            place = begin + both * HOW.AHEAD
             early = 0
             loaded = None
-            if SLICE < HEAD_DIM:  # under way while the window is folded; whole windows have no registers to spare
-                weight, cos, sin = load_finish(x0, norm_weight, rope, max_position, pages, HEAD_DIM, ROPE_DIM)
+            if HOW.SLICE < SPEC.HEAD_DIM:  # under way while the window is folded; whole windows have no registers to spare
+                weight, cos, sin = load_finish(x0, cache, SPEC)
                 aim = (cache_slot, weight, cos, sin)
-                due, _refused = judge_slot(entry, cache_slot, x0, entry_capacity, max_position, pages, cache_slots, ROPE_DIM)
+                due, _refused = judge_slot(entry, cache_slot, x0, plan.entry_capacity, cache, SPEC.ROPE_DIM)
                 leaves = (entry >= 0) & due & FINISHES
-                ticket = draw_ticket(arrivals, entry, leaves, 256 if HARDWARE else 512)
+                ticket = draw_ticket(scratch.arrivals, entry, leaves, 256 if HOW.HARDWARE else 512)
             snap = None
-            if snap_rows is not None:
-                table = snap_table + sequence.to(tl.int64) * snap_width
-                snap = (table, snap_width, snap_page_size, snap_rows, snap_tags, num_snaps, errors)
+            if snaps.snap_rows is not None:
+                table = tab.snap_table + sequence.to(tl.int64) * tab.snap_width
+                snap = (table, tab.snap_width, tab.snap_page_size, snaps.snap_rows, snaps.snap_tags, snaps.num_snaps, plan.errors)
             else:
-                alone = tl.maximum(tl.minimum(stop, end - ring - x0) - place, 0) // AHEAD
-                if SLICE < HEAD_DIM:
-                    early = ((alone > 0) & (place + (alone + 1) * AHEAD <= stop)).to(tl.int32)
-                    loaded = no_tokens(kv_score, AHEAD, SLICE)
+                alone = tl.maximum(tl.minimum(stop, end - st.ring - x0) - place, 0) // HOW.AHEAD
+                if HOW.SLICE < SPEC.HEAD_DIM:
+                    early = ((alone > 0) & (place + (alone + 1) * HOW.AHEAD <= stop)).to(tl.int32)
+                    loaded = no_tokens(tokens.kv_score, HOW.AHEAD, HOW.SLICE)
                 if alone > 0:
                     one_m, one_l, one_a, behind, behind_ks, behind_ss = fold_stretches(
-                        (m,), (l,), (a,), (live,), place, alone, early, kv_stride, biases, 1, AHEAD, HEAD_DIM, SLICE
+                        (m,), (l,), (a,), (live,), place, alone, early, tokens.kv_stride, biases, 1, HOW.AHEAD,
+                        SPEC.HEAD_DIM, HOW.SLICE,
                     )  # fmt: skip
-                    if SLICE < HEAD_DIM:
+                    if HOW.SLICE < SPEC.HEAD_DIM:
                         loaded = (behind, behind_ks, behind_ss)
                     m = one_m[0]
                     l = one_l[0]
                     a = one_a[0]
-                place += alone * AHEAD  # not under the condition, which Triton 3.3 fails on: a loop begins at `place`
-            tags = state_tags + slot * (ring + HISTORY)
-            state = state_rows + slot * (ring + HISTORY) * (3 * HEAD_DIM) + c0
-            h0 = tl.where(start % RATIO == 0, start, start - 1)
-            if SLICE < HEAD_DIM:
-                if (early > 0) & (place + AHEAD == stop):
+                place += alone * HOW.AHEAD  # not under the condition, which Triton 3.3 fails on: a loop begins at `place`
+            tags = st.state_tags + slot * (st.ring + SPEC.HISTORY)
+            state = st.state_rows + slot * (st.ring + SPEC.HISTORY) * (3 * SPEC.HEAD_DIM) + c0
+            h0 = tl.where(start % SPEC.RATIO == 0, start, start - 1)
+            if HOW.SLICE < SPEC.HEAD_DIM:
+                if (early > 0) & (place + HOW.AHEAD == stop):
                     fold_last(
-                        m, l, a, loaded, leaves, workspace, entry, c0, place, state, tags, x0, h0, start, end, ring,
-                        HARDWARE, RATIO, HISTORY, AHEAD, HEAD_DIM, SLICE,
+                        m, l, a, loaded, leaves, scratch.workspace, entry, c0, place, state, tags, x0, h0, start, end,
+                        st.ring, HOW, SPEC,
                     )  # fmt: skip
                 else:
                     y = fold_rest(
-                        m, l, a, loaded, early, live, place, stop, state, tags, x0, h0, start, end, kv_stride, biases, ring,
-                        snap, HARDWARE, RATIO, HISTORY, AHEAD, HEAD_DIM, SLICE,
+                        m, l, a, loaded, early, live, place, stop, state, tags, x0, h0, start, end, tokens.kv_stride, biases,
+                        st.ring, snap, HOW, SPEC,
                     )  # fmt: skip
                     if leaves:
-                        leave_slice(workspace, y, entry, c0, HEAD_DIM, SLICE, HARDWARE)
+                        leave_slice(scratch.workspace, y, entry, c0, SPEC.HEAD_DIM, HOW.SLICE, HOW.HARDWARE)
                 y = None
             else:
                 # Snapshots inside a window are rare (pages that are no multiple of the ratio): all their tokens are the rest.
                 y = fold_rest(
-                    m, l, a, loaded, early, live, place, stop, state, tags, x0, h0, start, end, kv_stride, biases, ring, snap,
-                    HARDWARE, RATIO, HISTORY, AHEAD, HEAD_DIM, SLICE,
+                    m, l, a, loaded, early, live, place, stop, state, tags, x0, h0, start, end, tokens.kv_stride, biases,
+                    st.ring, snap, HOW, SPEC,
                 )  # fmt: skip
                 ticket = None
-                aim = aim_entry(
-                    entry, x0, entry_slots, entry_capacity, norm_weight, rope, max_position, pages, HEAD_DIM, ROPE_DIM
-                )  # fmt: skip
-            deliver_entry(
-                y, entry, x0, aim, ticket, c0, workspace, arrivals, entry_capacity, errors,
-                rows, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots, cache_scale,
-                HARDWARE, SLICE, HEAD_DIM, LOG2, ROPE_DIM, EPS, HADAMARD, ROUND_ROWS, ELEMENT, GROUP, SCALE, FLOOR,
-                FLOOR_ON_SCALE, DIVIDE, ROTATED_BF16, PAD, ROUND_VALUES, TIES_TO_ZERO, ROW_BYTES, TAIL_BYTES,
-            )  # fmt: skip
+                aim = aim_entry(entry, x0, plan, cache, SPEC)
+            deliver_entry(y, entry, x0, aim, ticket, c0, scratch, plan, cache, HOW.HARDWARE, HOW.SLICE, SPEC, FMT)
             if first:
-                x, wanted, home, spare = load_tags(tags, h0, start, ring, HISTORY)
-                retire_rows(tags, x, wanted, home, spare, h0, start, end, ring, HISTORY)
-        index = (unit + TOGETHER * programs) // SLICES
-        item = load_item(items, index, index < total)
-        if SLICE < HEAD_DIM:
-            cache_slot = aim_slot(item[5], entry_slots, entry_capacity)
-        if TOGETHER == 2:
-            item_1 = load_item(items, index + programs, index + programs < total)
+                x, wanted, home, spare = load_tags(tags, h0, start, st.ring, SPEC.HISTORY)
+                retire_rows(tags, x, wanted, home, spare, h0, start, end, st.ring, SPEC.HISTORY)
+        index = (unit + HOW.TOGETHER * programs) // SLICES
+        item = load_item(plan.items, index, index < total)
+        if HOW.SLICE < SPEC.HEAD_DIM:
+            cache_slot = aim_slot(item[5], plan)
+        if HOW.TOGETHER == 2:
+            item_1 = load_item(plan.items, index + programs, index + programs < total)

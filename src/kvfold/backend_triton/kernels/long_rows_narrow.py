@@ -17,109 +17,75 @@ from .vectors import numbers
 
 
 @triton.jit
-def go_abreast(
-    item, entry_capacity, num_tokens, state_tags, num_slots, ring,
-    RATIO: tl.constexpr, OVERLAP: tl.constexpr, HISTORY: tl.constexpr, COUNT: tl.constexpr,
-):  # fmt: skip
+def go_abreast(item, entry_capacity, num_tokens, st, SPEC: tl.constexpr, COUNT: tl.constexpr):
     """Whether the COUNT windows from `item` on are all one sequence's, end in this call, and are of live rows alone."""
     window, start, end, token, slot, entry, _sequence = item
-    able = (window > start // RATIO) & ((window - OVERLAP) * RATIO >= start) & ((window + COUNT) * RATIO <= end)
-    able = able & (entry >= 0) & (entry + COUNT <= entry_capacity) & (slot < num_slots) & (token + end - start <= num_tokens)
-    h0 = tl.maximum(start // RATIO - OVERLAP, 0) * RATIO
+    able = (window > start // SPEC.RATIO) & ((window - SPEC.OVERLAP) * SPEC.RATIO >= start) & ((window + COUNT) * SPEC.RATIO <= end)
+    able = able & (entry >= 0) & (entry + COUNT <= entry_capacity) & (slot < st.num_slots) & (token + end - start <= num_tokens)
+    h0 = tl.maximum(start // SPEC.RATIO - SPEC.OVERLAP, 0) * SPEC.RATIO
     if able & (h0 < start):
-        x, wanted, home, spare = load_tags(state_tags + slot * (ring + HISTORY), h0, start, ring, HISTORY)
+        x, wanted, home, spare = load_tags(
+            st.state_tags + slot * (st.ring + SPEC.HISTORY), h0, start, st.ring, SPEC.HISTORY,
+        )
         able, _moved = check_tags(x, wanted, home, spare)
     return able
 
 
 @triton.jit
 def rows_items(
-    item, entry_slots, entry_capacity, errors, kv_score, kv_stride, ape, state_rows, state_tags, ring,
-    rows, norm_weight, rope, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots, cache_scale,
-    HARDWARE: tl.constexpr, RATIO: tl.constexpr, OVERLAP: tl.constexpr, HISTORY: tl.constexpr, COUNT: tl.constexpr,
-    HEAD_DIM: tl.constexpr, LOG2: tl.constexpr, ROPE_DIM: tl.constexpr, EPS: tl.constexpr, HADAMARD: tl.constexpr,
-    ROUND_ROWS: tl.constexpr, ELEMENT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, FLOOR: tl.constexpr,
-    FLOOR_ON_SCALE: tl.constexpr, DIVIDE: tl.constexpr, ROTATED_BF16: tl.constexpr, PAD: tl.constexpr,
-    ROUND_VALUES: tl.constexpr, TIES_TO_ZERO: tl.constexpr, ROW_BYTES: tl.constexpr, TAIL_BYTES: tl.constexpr,
+    item, plan, tokens, st, cache, HARDWARE: tl.constexpr, SPEC: tl.constexpr, COUNT: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
     """The COUNT windows from `item` on, which `go_abreast`."""
-    CHANNELS: tl.constexpr = HEAD_DIM * (1 + OVERLAP)
-    ROWS: tl.constexpr = RATIO * (1 + OVERLAP)
+    CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
+    ROWS: tl.constexpr = SPEC.RATIO * (1 + SPEC.OVERLAP)
     window, start, end, token, slot, entry, _sequence = item
     i = numbers(COUNT)
-    position = (window + i) * RATIO
-    cache_slot = aim_slot(entry + i, entry_slots, entry_capacity)
-    live = kv_score + (token - start).to(tl.int64) * kv_stride
-    ks, ss = load_live(live, kv_stride, window, 0, ROWS, RATIO, OVERLAP, HEAD_DIM, HARDWARE, COUNT)
-    m, l, a = empty_group(COUNT * HEAD_DIM)
-    m, l, a = fold_part(m, l, a, ks, ss, ape, None, 0, True, RATIO, OVERLAP, ROWS, HEAD_DIM, COUNT)
+    position = (window + i) * SPEC.RATIO
+    cache_slot = aim_slot(entry + i, plan)
+    live = tokens.kv_score + (token - start).to(tl.int64) * tokens.kv_stride
+    ks, ss = load_live(live, tokens.kv_stride, window, 0, ROWS, SPEC, HARDWARE, COUNT)
+    m, l, a = empty_group(COUNT * SPEC.HEAD_DIM)
+    m, l, a = fold_part(m, l, a, ks, ss, tokens.ape, None, 0, True, SPEC, ROWS, COUNT)
     y = quotient(a, l, HARDWARE)
-    weight, cos, sin = load_finish(position, norm_weight, rope, max_position, pages, HEAD_DIM, ROPE_DIM, COUNT)
-    deliver, wrong = judge_slot(
-        entry + i, cache_slot, position, entry_capacity, max_position, pages, cache_slots, ROPE_DIM
-    )  # fmt: skip
-    emit(
-        y, entry, cache_slot, weight, cos, sin,
-        rows, pages, page_stride, scales, scales_stride, rows_per_page, cache_scale,
-        HEAD_DIM, LOG2, ROPE_DIM, EPS, HADAMARD, ROUND_ROWS, ELEMENT, GROUP, SCALE, FLOOR, FLOOR_ON_SCALE, DIVIDE,
-        ROTATED_BF16, PAD, ROUND_VALUES, TIES_TO_ZERO, ROW_BYTES, TAIL_BYTES, HARDWARE, COUNT, deliver,
-    )  # fmt: skip
+    weight, cos, sin = load_finish(position, cache, SPEC, COUNT)
+    deliver, wrong = judge_slot(entry + i, cache_slot, position, plan.entry_capacity, cache, SPEC.ROPE_DIM)
+    emit(y, entry, cache_slot, weight, cos, sin, cache, SPEC, FMT, HARDWARE, COUNT, deliver)
     refused = tl.sum(tl.reshape(wrong.to(tl.int32), (COUNT,)), axis=0)
     if refused > 0:
-        tl.atomic_add(errors, refused)
-    if (window + COUNT) * RATIO > end - ring:  # the last ones of a prompt
-        tags = state_tags + slot * (ring + HISTORY)
-        state = state_rows + slot * (ring + HISTORY) * (2 * CHANNELS)
-        h0 = tl.maximum(start // RATIO - OVERLAP, 0) * RATIO
-        oldest = tl.maximum(window * RATIO, end - ring)
-        stop = (window + COUNT) * RATIO
-        keep_each(live, kv_stride, state, tags, oldest, h0, start, stop, end, ring, HISTORY, CHANNELS, RATIO)
+        tl.atomic_add(plan.errors, refused)
+    if (window + COUNT) * SPEC.RATIO > end - st.ring:  # the last ones of a prompt
+        tags = st.state_tags + slot * (st.ring + SPEC.HISTORY)
+        state = st.state_rows + slot * (st.ring + SPEC.HISTORY) * (2 * CHANNELS)
+        h0 = tl.maximum(start // SPEC.RATIO - SPEC.OVERLAP, 0) * SPEC.RATIO
+        oldest = tl.maximum(window * SPEC.RATIO, end - st.ring)
+        stop = (window + COUNT) * SPEC.RATIO
+        keep_each(
+            live, tokens.kv_stride, state, tags, oldest, h0, start, stop, end, st.ring, SPEC.HISTORY, CHANNELS, SPEC.RATIO,
+        )
 
 
 @triton.jit
 def prefill_abreast(
-    pid, programs, items, num_items, entry_slots, entry_capacity, errors, snap_table, snap_width, snap_page_size,
-    kv_score, kv_stride, num_tokens, ape, state_rows, state_tags, num_slots, ring, snap_rows, snap_tags, num_snaps,
-    arrivals, rows, norm_weight, rope, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots,
-    cache_scale,
-    PDL: tl.constexpr, HARDWARE: tl.constexpr, RATIO: tl.constexpr, OVERLAP: tl.constexpr, HISTORY: tl.constexpr,
-    AHEAD: tl.constexpr, COUNT: tl.constexpr,
-    HEAD_DIM: tl.constexpr, LOG2: tl.constexpr, ROPE_DIM: tl.constexpr, EPS: tl.constexpr, HADAMARD: tl.constexpr,
-    ROUND_ROWS: tl.constexpr, ELEMENT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, FLOOR: tl.constexpr,
-    FLOOR_ON_SCALE: tl.constexpr, DIVIDE: tl.constexpr, ROTATED_BF16: tl.constexpr, PAD: tl.constexpr,
-    ROUND_VALUES: tl.constexpr, TIES_TO_ZERO: tl.constexpr, ROW_BYTES: tl.constexpr, TAIL_BYTES: tl.constexpr,
+    pid, programs, plan, tab, tokens, st, snaps, arrivals, cache, HOW: tl.constexpr, SPEC: tl.constexpr, COUNT: tl.constexpr,
+    FMT: tl.constexpr,
 ):  # fmt: skip
     """Program `pid` of `programs`, each of which takes COUNT items in a row at a time; without snapshots."""
-    total = load_plan(num_items)
-    wait_for_inputs(PDL)
+    total = load_plan(plan.num_items)
+    wait_for_inputs(HOW.PDL)
     blocks = (total + COUNT - 1) // COUNT
     dealt = dealt_items(blocks, programs)
     index = pid
-    item = load_item(items, pid * COUNT, pid < blocks)
+    item = load_item(plan.items, pid * COUNT, pid < blocks)
     while index < blocks:
         after = index + programs
         drawn, ticket = draw_item(arrivals, after, dealt, blocks)
-        if go_abreast(item, entry_capacity, num_tokens, state_tags, num_slots, ring, RATIO, OVERLAP, HISTORY, COUNT):
-            rows_items(
-                item, entry_slots, entry_capacity, errors, kv_score, kv_stride, ape, state_rows, state_tags, ring,
-                rows, norm_weight, rope, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots,
-                cache_scale,
-                HARDWARE, RATIO, OVERLAP, HISTORY, COUNT, HEAD_DIM, LOG2, ROPE_DIM, EPS, HADAMARD, ROUND_ROWS, ELEMENT, GROUP,
-                SCALE, FLOOR, FLOOR_ON_SCALE, DIVIDE, ROTATED_BF16, PAD, ROUND_VALUES, TIES_TO_ZERO, ROW_BYTES, TAIL_BYTES,
-            )  # fmt: skip
+        if go_abreast(item, plan.entry_capacity, tokens.num_tokens, st, SPEC, COUNT):
+            rows_items(item, plan, tokens, st, cache, HOW.HARDWARE, SPEC, COUNT, FMT)
         else:
             single = item
             for number in range(index * COUNT, tl.minimum(index * COUNT + COUNT, total)):
-                rows_item(
-                    single, None, entry_slots, entry_capacity, errors, snap_table, snap_width, snap_page_size,
-                    kv_score, kv_stride, num_tokens, ape, state_rows, state_tags, num_slots, ring, snap_rows, snap_tags,
-                    num_snaps, rows, norm_weight, rope, max_position, pages, page_stride, scales, scales_stride, rows_per_page,
-                    cache_slots, cache_scale,
-                    False, HARDWARE, RATIO, OVERLAP, HISTORY, AHEAD, HEAD_DIM, LOG2, ROPE_DIM, EPS, HADAMARD, ROUND_ROWS,
-                    ELEMENT, GROUP, SCALE, FLOOR, FLOOR_ON_SCALE, DIVIDE, ROTATED_BF16, PAD, ROUND_VALUES, TIES_TO_ZERO,
-                    ROW_BYTES, TAIL_BYTES,
-                )  # fmt: skip
-                single = item_after(single, items, number + 1, 1, total, RATIO)
+                rows_item(single, None, plan, tab, tokens, st, snaps, cache, False, HOW.HARDWARE, SPEC, HOW.AHEAD, FMT)
+                single = item_after(single, plan.items, number + 1, 1, total, SPEC.RATIO)
         after = next_index(arrivals, drawn, ticket, after, dealt, blocks, programs)
-        item = item_after(item, items, after * COUNT, (after - index) * COUNT, total, RATIO)
+        item = item_after(item, plan.items, after * COUNT, (after - index) * COUNT, total, SPEC.RATIO)
         index = after

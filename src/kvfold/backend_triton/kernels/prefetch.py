@@ -34,23 +34,20 @@ def prefetch_pieces(at, wanted, SIZE: tl.constexpr):
 
 
 @triton.jit
-def prefetch_fold(
-    live, kv_stride, state, tags, ring, last, begin, stop, resumes,
-    HISTORY: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr,
-):  # fmt: skip
+def prefetch_fold(live, kv_stride, state, tags, ring, last, begin, stop, resumes, SPEC: tl.constexpr, AHEAD: tl.constexpr):
     """What a short step over fold rows loads of the state, whose last row has its home at `last`, and of kv_score.
 
     At most AHEAD tokens, from `begin` on.
     """
-    LINES: tl.constexpr = (HEAD_DIM * 4 + 127) // 128
-    STEP: tl.constexpr = 128 if HEAD_DIM >= 32 else HEAD_DIM * 4
+    LINES: tl.constexpr = (SPEC.HEAD_DIM * 4 + 127) // 128
+    STEP: tl.constexpr = 128 if SPEC.HEAD_DIM >= 32 else SPEC.HEAD_DIM * 4
     e = tl.arange(0, 4 * LINES)
-    row = (state + last * (3 * HEAD_DIM)).to(tl.int64, bitcast=True)
+    row = (state + last * (3 * SPEC.HEAD_DIM)).to(tl.int64, bitcast=True)
     prefetch_lines(row + e * STEP, (e < 3 * LINES) & resumes)
     first = tags.to(tl.int64, bitcast=True)
     e = tl.arange(0, 2)
-    prefetch_lines(first + e * ((ring + HISTORY - 1) * 4), e >= 0)
-    prefetch_tokens(live, kv_stride, begin, stop, AHEAD, HEAD_DIM)
+    prefetch_lines(first + e * ((ring + SPEC.HISTORY - 1) * 4), e >= 0)
+    prefetch_tokens(live, kv_stride, begin, stop, AHEAD, SPEC.HEAD_DIM)
 
 
 @triton.jit
@@ -65,38 +62,35 @@ def prefetch_tokens(live, kv_stride, begin, stop, AHEAD: tl.constexpr, CHANNELS:
 
 
 @triton.jit
-def prefetch_rows(
-    live, kv_stride, state, window, start, begin, stop, ring, this, ends,
-    RATIO: tl.constexpr, OVERLAP: tl.constexpr, HISTORY: tl.constexpr, HEAD_DIM: tl.constexpr,
-):  # fmt: skip
+def prefetch_rows(live, kv_stride, state, window, start, begin, stop, ring, this, ends, SPEC: tl.constexpr):
     """What a short step over input rows loads: the new rows of a window, and where it `ends` the old ones, from their homes.
 
     this: the home of the window's first position.
     """
-    CHANNELS: tl.constexpr = HEAD_DIM * (1 + OVERLAP)
+    CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
     BYTES: tl.constexpr = state.dtype.element_ty.primitive_bitwidth // 8
-    LINES: tl.constexpr = (HEAD_DIM * BYTES + 127) // 128
+    LINES: tl.constexpr = (SPEC.HEAD_DIM * BYTES + 127) // 128
     # Of a short step, whose windows have up to 8 rows; ranges are powers of two.
-    NEW: tl.constexpr = RATIO if RATIO <= 2 else 4 if RATIO <= 4 else 8
-    e = tl.arange(0, NEW * (1 + OVERLAP) * 2 * LINES)
+    NEW: tl.constexpr = SPEC.RATIO if SPEC.RATIO <= 2 else 4 if SPEC.RATIO <= 4 else 8
+    e = tl.arange(0, NEW * (1 + SPEC.OVERLAP) * 2 * LINES)
     j = e // (2 * LINES)
-    x = (window - OVERLAP) * RATIO + j
+    x = (window - SPEC.OVERLAP) * SPEC.RATIO + j
     # Values lie before scores; of either, the window before gives its lo half.
-    part = (e // LINES) % 2 * CHANNELS + tl.where(j < RATIO * OVERLAP, 0, OVERLAP * HEAD_DIM)
-    if HISTORY % RATIO == 0:
-        place = tl.where(j < RATIO * OVERLAP, tl.where(this >= RATIO, this, this + ring) - RATIO, this - RATIO * OVERLAP) + j
+    part = (e // LINES) % 2 * CHANNELS + tl.where(j < SPEC.RATIO * SPEC.OVERLAP, 0, SPEC.OVERLAP * SPEC.HEAD_DIM)
+    if SPEC.HISTORY % SPEC.RATIO == 0:
+        place = tl.where(j < SPEC.RATIO * SPEC.OVERLAP, tl.where(this >= SPEC.RATIO, this, this + ring) - SPEC.RATIO, this - SPEC.RATIO * SPEC.OVERLAP) + j
     else:
         place = tl.maximum(x, 0) % ring
     row = place * (2 * CHANNELS) + part
     at = state.to(tl.int64, bitcast=True) + row.to(tl.int64) * BYTES + (e % LINES) * 128
-    prefetch_lines(at, ends & (x >= 0) & (x < start) & (j < RATIO * (1 + OVERLAP)))
+    prefetch_lines(at, ends & (x >= 0) & (x < start) & (j < SPEC.RATIO * (1 + SPEC.OVERLAP)))
     prefetch_tokens(live, kv_stride, begin, stop, NEW, CHANNELS)
 
 
 @triton.jit
 def prefetch_window(
-    pool, page_stride, row_stride, page_size, window, start, c0, before, this,
-    RATIO: tl.constexpr, OVERLAP: tl.constexpr, SLICE: tl.constexpr, HEAD_DIM: tl.constexpr, PIECES: tl.constexpr,
+    pool, page_stride, row_stride, page_size, window, start, c0, before, this, SPEC: tl.constexpr, SLICE: tl.constexpr,
+    PIECES: tl.constexpr,
 ):  # fmt: skip
     """Channels `[c0, c0 + SLICE)` of the old rows of a window that has page `this`, and `before` for the window before.
 
@@ -105,13 +99,13 @@ def prefetch_window(
     BYTES: tl.constexpr = pool.dtype.element_ty.primitive_bitwidth // 8
     SIZE: tl.constexpr = SLICE * BYTES if PIECES else 128
     PARTS: tl.constexpr = (SLICE * BYTES + SIZE - 1) // SIZE
-    ALL: tl.constexpr = RATIO * (1 + OVERLAP) * PARTS
+    ALL: tl.constexpr = SPEC.RATIO * (1 + SPEC.OVERLAP) * PARTS
     e = tl.arange(0, ALL if ALL > 128 else 128)  # no fewer than threads, or several of them would have the same one
     j = e // PARTS
-    x = (window - OVERLAP) * RATIO + j
-    first = j < RATIO * OVERLAP
+    x = (window - SPEC.OVERLAP) * SPEC.RATIO + j
+    first = j < SPEC.RATIO * SPEC.OVERLAP
     row = (tl.maximum(x, 0) % page_size).to(tl.int64)
-    c = c0 + tl.where(first, 0, OVERLAP * HEAD_DIM)
+    c = c0 + tl.where(first, 0, SPEC.OVERLAP * SPEC.HEAD_DIM)
     at = pool.to(tl.int64, bitcast=True) + (tl.where(first, before, this) * page_stride + row * row_stride + c) * BYTES
     at += (e % PARTS) * SIZE
     wanted = (x >= 0) & (x < start) & (e < ALL)
@@ -122,18 +116,15 @@ def prefetch_window(
 
 
 @triton.jit
-def prefetch_item(
-    item, there, c0, kv_score, kv_stride, num_tokens,
-    RATIO: tl.constexpr, OVERLAP: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr,
-):  # fmt: skip
+def prefetch_item(item, there, c0, tokens, SPEC: tl.constexpr, SLICE: tl.constexpr):
     """The new tokens of a work item, of its first 128: channels `[c0, c0 + SLICE)` without overlap, or whole rows."""
     window, start, end, token, _slot, _entry, _sequence = item
-    BYTES: tl.constexpr = kv_score.dtype.element_ty.primitive_bitwidth // 8
-    PARTS: tl.constexpr = 2 if SLICE < HEAD_DIM else 1  # values and scores, or both at once
-    SIZE: tl.constexpr = SLICE * BYTES if SLICE < HEAD_DIM else 2 * HEAD_DIM * (1 + OVERLAP) * BYTES
-    begin = tl.maximum(start, window * RATIO)
+    BYTES: tl.constexpr = tokens.kv_score.dtype.element_ty.primitive_bitwidth // 8
+    PARTS: tl.constexpr = 2 if SLICE < SPEC.HEAD_DIM else 1  # values and scores, or both at once
+    SIZE: tl.constexpr = SLICE * BYTES if SLICE < SPEC.HEAD_DIM else 2 * SPEC.HEAD_DIM * (1 + SPEC.OVERLAP) * BYTES
+    begin = tl.maximum(start, window * SPEC.RATIO)
     e = tl.arange(0, 128 * PARTS)  # as in `prefetch_window`
     x = begin + e // PARTS
-    at = (token + x - start).to(tl.int64) * kv_stride + c0 + e % PARTS * HEAD_DIM
-    wanted = there & (x < end) & (x < window * RATIO + RATIO) & (token + end - start <= num_tokens)
-    prefetch_pieces(kv_score.to(tl.int64, bitcast=True) + at * BYTES, wanted, SIZE)
+    at = (token + x - start).to(tl.int64) * tokens.kv_stride + c0 + e % PARTS * SPEC.HEAD_DIM
+    wanted = there & (x < end) & (x < window * SPEC.RATIO + SPEC.RATIO) & (token + end - start <= tokens.num_tokens)
+    prefetch_pieces(tokens.kv_score.to(tl.int64, bitcast=True) + at * BYTES, wanted, SIZE)

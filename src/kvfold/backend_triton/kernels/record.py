@@ -67,32 +67,32 @@ def e2m1_bits(x, TIES_TO_ZERO: tl.constexpr):
 
 
 @triton.jit
-def group_scale(amax, cache_scale, MAX: tl.constexpr, SCALE: tl.constexpr, FLOOR: tl.constexpr, FLOOR_ON_SCALE: tl.constexpr):
+def group_scale(amax, cache_scale, MAX: tl.constexpr, FMT: tl.constexpr):
     """The stored scale of each group (int32: its byte, or its bits as fp32) and what values are multiplied by or divided by."""
-    if FLOOR_ON_SCALE == 0:
-        amax = tl.maximum(amax, FLOOR)
-    if SCALE == "e4m3":
-        if FLOOR_ON_SCALE:
-            stored = e4m3_bits(tl.maximum(tl.div_rn(amax, MAX), FLOOR))
+    if FMT.FLOOR_ON_SCALE == 0:
+        amax = tl.maximum(amax, FMT.FLOOR)
+    if FMT.SCALE == "e4m3":
+        if FMT.FLOOR_ON_SCALE:
+            stored = e4m3_bits(tl.maximum(tl.div_rn(amax, MAX), FMT.FLOOR))
             factor = e4m3_value(stored)
         else:
             stored = e4m3_bits(tl.div_rn(amax * cache_scale, MAX))
             factor = tl.div_rn(cache_scale, tl.maximum(e4m3_value(stored), 1e-12))
-    elif SCALE == "fp32":
+    elif FMT.SCALE == "fp32":
         scale = tl.div_rn(amax, MAX)
-        if FLOOR_ON_SCALE:
-            scale = tl.maximum(scale, FLOOR)
+        if FMT.FLOOR_ON_SCALE:
+            scale = tl.maximum(scale, FMT.FLOOR)
         stored = scale.to(tl.int32, bitcast=True)
         # TensorRT-LLM, which has no floor, multiplies by 448 / amax; SGLang by 1 / scale.
-        if FLOOR == 0.0:
+        if FMT.FLOOR == 0.0:
             factor = tl.where(amax > 0.0, tl.div_rn(MAX, tl.where(amax > 0.0, amax, 1.0)), 1.0)
         else:
             factor = tl.div_rn(1.0, scale)
     else:
         # The least power of two that takes amax to MAX or below: exact, and without a division. MAX is 1.75 * 2**8 or
         # 1.5 * 2**2, so the exponent goes up by one where the mantissa of amax is above that of MAX.
-        if FLOOR_ON_SCALE:
-            amax = tl.maximum(amax, FLOOR * MAX)
+        if FMT.FLOOR_ON_SCALE:
+            amax = tl.maximum(amax, FMT.FLOOR * MAX)
         bits = amax.to(tl.int32, bitcast=True)
         if MAX == 448.0:
             code = ((bits + 0x1FFFFF) >> 23) - 8
@@ -100,7 +100,7 @@ def group_scale(amax, cache_scale, MAX: tl.constexpr, SCALE: tl.constexpr, FLOOR
             code = ((bits + 0x3FFFFF) >> 23) - 2
         code = tl.where(bits == 0x7F800000, 254, code)  # an infinity: the inverse of this scale is 0
         factor = ((254 - code) << 23).to(tl.float32, bitcast=True)
-        if SCALE == "pow2":
+        if FMT.SCALE == "pow2":
             stored = code << 23
         else:
             stored = code
@@ -109,93 +109,90 @@ def group_scale(amax, cache_scale, MAX: tl.constexpr, SCALE: tl.constexpr, FLOOR
 
 @triton.jit
 def store_record(
-    y, slot, pages, page_stride, scales, scales_stride, rows_per_page, cache_scale,
-    HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, ELEMENT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr,
-    FLOOR: tl.constexpr, FLOOR_ON_SCALE: tl.constexpr, DIVIDE: tl.constexpr, ROTATED_BF16: tl.constexpr,
-    PAD: tl.constexpr, ROUND_VALUES: tl.constexpr, TIES_TO_ZERO: tl.constexpr,
-    ROW_BYTES: tl.constexpr, TAIL_BYTES: tl.constexpr, HARDWARE: tl.constexpr = False, COUNT: tl.constexpr = 1, wanted=None,
+    y, slot, cache, SPEC: tl.constexpr, FMT: tl.constexpr, HARDWARE: tl.constexpr = False, COUNT: tl.constexpr = 1,
+    wanted=None,
 ):  # fmt: skip
     """Writes one record and its tail, or those of COUNT slots, as they are `wanted`, whose rows stand side by side in `y`.
 
     `scales` is None where tails are in the page; PAD is how many pad bytes to zero.
     """
-    c = span(HEAD_DIM, COUNT)
+    c = span(SPEC.HEAD_DIM, COUNT)
     # In 32 bits, which all slots of a cache fit: a division of 64 is 100 instructions and a branch.
     index = slot.to(tl.uint32)
-    number = (index // rows_per_page.to(tl.uint32)).to(tl.int64)
-    row = slot - number * rows_per_page
-    page = pages + number * page_stride
-    record = page + row * ROW_BYTES
-    if ELEMENT == "fp32":
-        tl.store(record.to(tl.pointer_type(tl.float32)) + c, abreast(y, HEAD_DIM, COUNT), mask=wanted)
-    elif ELEMENT == "bf16":
-        bits = abreast(bf16_bits(y, HARDWARE), HEAD_DIM, COUNT)
+    number = (index // cache.rows_per_page.to(tl.uint32)).to(tl.int64)
+    row = slot - number * cache.rows_per_page
+    page = cache.pages + number * cache.page_stride
+    record = page + row * FMT.ROW_BYTES
+    if FMT.ELEMENT == "fp32":
+        tl.store(record.to(tl.pointer_type(tl.float32)) + c, abreast(y, SPEC.HEAD_DIM, COUNT), mask=wanted)
+    elif FMT.ELEMENT == "bf16":
+        bits = abreast(bf16_bits(y, HARDWARE), SPEC.HEAD_DIM, COUNT)
         tl.store(record.to(tl.pointer_type(tl.int16)) + c, bits, mask=wanted)
     else:
-        MAX: tl.constexpr = 448.0 if ELEMENT == "e4m3" else 6.0
-        QUANTIZED: tl.constexpr = HEAD_DIM - (ROPE_DIM if ROTATED_BF16 else 0)
+        MAX: tl.constexpr = 448.0 if FMT.ELEMENT == "e4m3" else 6.0
+        QUANTIZED: tl.constexpr = SPEC.HEAD_DIM - (SPEC.ROPE_DIM if FMT.ROTATED_BF16 else 0)
         rounded = bf16_bits(y, HARDWARE)
         v = y
-        if ROUND_VALUES:
+        if FMT.ROUND_VALUES:
             v = bf16_value(rounded)
-        if SCALE == "static":
-            v = v * tl.div_rn(1.0, cache_scale)
+        if FMT.SCALE == "static":
+            v = v * tl.div_rn(1.0, cache.cache_scale)
         else:
-            tail = page + rows_per_page * ROW_BYTES + row * TAIL_BYTES
-            if scales is not None:
-                tail = scales + number * scales_stride + row * TAIL_BYTES
-            if SCALE == "fp32" or SCALE == "pow2":
+            tail = page + cache.rows_per_page * FMT.ROW_BYTES + row * FMT.TAIL_BYTES
+            if cache.scales is not None:
+                tail = cache.scales + number * cache.scales_stride + row * FMT.TAIL_BYTES
+            if FMT.SCALE == "fp32" or FMT.SCALE == "pow2":
                 tail_scales = tail.to(tl.pointer_type(tl.int32))
             else:
                 tail_scales = tail
             # A NaN does not choose the scale of its neighbours.
             magnitude = tl.where(v == v, tl.abs(v), 0.0)
-            if GROUP == COUNT * HEAD_DIM:
+            if FMT.GROUP == COUNT * SPEC.HEAD_DIM:
                 # One group is scalars: Triton 3.3 does not compile a reshape to [1, HEAD_DIM] behind the Hadamard transform.
-                stored, factor = group_scale(tl.max(magnitude, axis=0), cache_scale, MAX, SCALE, FLOOR, FLOOR_ON_SCALE)
+                stored, factor = group_scale(tl.max(magnitude, axis=0), cache.cache_scale, MAX, FMT)
                 tl.store(tail_scales, stored.to(tail_scales.dtype.element_ty))
-                if DIVIDE:
+                if FMT.DIVIDE:
                     v = tl.div_rn(v, factor)
                 else:
                     v = v * factor
             else:
-                GROUPS: tl.constexpr = HEAD_DIM // GROUP
-                amax = tl.max(tl.reshape(magnitude, (COUNT * GROUPS, GROUP)), axis=1)
-                stored, factor = group_scale(amax, cache_scale, MAX, SCALE, FLOOR, FLOOR_ON_SCALE)
+                GROUPS: tl.constexpr = SPEC.HEAD_DIM // FMT.GROUP
+                amax = tl.max(tl.reshape(magnitude, (COUNT * GROUPS, FMT.GROUP)), axis=1)
+                stored, factor = group_scale(amax, cache.cache_scale, MAX, FMT)
                 codes = abreast(stored.to(tail_scales.dtype.element_ty), GROUPS, COUNT)
                 # A value for each of some threads that all have it: for one alone it went through shared memory.
                 SAME: tl.constexpr = 16 if COUNT > 1 and GROUPS == 1 else GROUPS
                 group = span(SAME, COUNT)
-                live = wherever(group < QUANTIZED // GROUP, wanted, COUNT)
+                live = wherever(group < QUANTIZED // FMT.GROUP, wanted, COUNT)
                 if SAME > GROUPS:
                     codes = tl.broadcast_to(codes, (COUNT, SAME))
                 tl.store(tail_scales + group, codes, mask=live)
-                grouped = tl.reshape(v, (COUNT * GROUPS, GROUP))
-                if DIVIDE:
+                grouped = tl.reshape(v, (COUNT * GROUPS, FMT.GROUP))
+                if FMT.DIVIDE:
                     grouped = tl.div_rn(grouped, factor[:, None])
                 else:
                     grouped = grouped * factor[:, None]
-                v = tl.reshape(grouped, (COUNT * HEAD_DIM,))
-            if PAD > 0:
-                pad = tail + (TAIL_BYTES - PAD) + span(PAD, COUNT)
-                tl.store(pad, abreast(tl.zeros((COUNT * PAD,), tl.uint8), PAD, COUNT), mask=wanted)
-        if ELEMENT == "e4m3":
+                v = tl.reshape(grouped, (COUNT * SPEC.HEAD_DIM,))
+            if FMT.PAD > 0:
+                pad = tail + (FMT.TAIL_BYTES - FMT.PAD) + span(FMT.PAD, COUNT)
+                tl.store(pad, abreast(tl.zeros((COUNT * FMT.PAD,), tl.uint8), FMT.PAD, COUNT), mask=wanted)
+        if FMT.ELEMENT == "e4m3":
             if HARDWARE:
                 # One instruction for two channels where e4m3_bits takes fifteen for one; the same bytes, NaN and all.
                 code = v.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
             else:
                 code = e4m3_bits(v).to(tl.uint8)
-            tl.store(record + c, abreast(code, HEAD_DIM, COUNT), mask=wherever(c < QUANTIZED, wanted, COUNT))
+            tl.store(record + c, abreast(code, SPEC.HEAD_DIM, COUNT), mask=wherever(c < QUANTIZED, wanted, COUNT))
         else:
-            low, high = tl.split(tl.reshape(e2m1_bits(v, TIES_TO_ZERO), (COUNT * HEAD_DIM // 2, 2)))
-            pairs = abreast((low | (high << 4)).to(tl.uint8), HEAD_DIM // 2, COUNT)
-            pair = span(HEAD_DIM // 2, COUNT)
-            if ROTATED_BF16:
+            low, high = tl.split(tl.reshape(e2m1_bits(v, FMT.TIES_TO_ZERO), (COUNT * SPEC.HEAD_DIM // 2, 2)))
+            pairs = abreast((low | (high << 4)).to(tl.uint8), SPEC.HEAD_DIM // 2, COUNT)
+            pair = span(SPEC.HEAD_DIM // 2, COUNT)
+            if FMT.ROTATED_BF16:
                 tl.store(record + pair, pairs, mask=wherever(pair < QUANTIZED // 2, wanted, COUNT))
             else:
                 tl.store(record + pair, pairs, mask=wanted)
-        if ROTATED_BF16:
-            VALUES_BYTES: tl.constexpr = QUANTIZED if ELEMENT == "e4m3" else QUANTIZED // 2
+        if FMT.ROTATED_BF16:
+            VALUES_BYTES: tl.constexpr = QUANTIZED if FMT.ELEMENT == "e4m3" else QUANTIZED // 2
             rotated = (record + VALUES_BYTES).to(tl.pointer_type(tl.int16))
             there = wherever(c >= QUANTIZED, wanted, COUNT)
-            tl.store(rotated + (c - QUANTIZED), abreast(rounded, HEAD_DIM, COUNT), mask=there)
+            tl.store(rotated + (c - QUANTIZED), abreast(rounded, SPEC.HEAD_DIM, COUNT), mask=there)

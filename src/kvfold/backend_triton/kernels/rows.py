@@ -9,26 +9,23 @@ from .vectors import channels
 
 
 @triton.jit
-def load_biases(
-    ape, j0, wanted, RATIO: tl.constexpr, OVERLAP: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr,
-    COUNT: tl.constexpr = 1,
-):  # fmt: skip
+def load_biases(ape, j0, wanted, SPEC: tl.constexpr, AHEAD: tl.constexpr, COUNT: tl.constexpr = 1):
     """ape of rows `[j0, j0 + AHEAD)` of a window. With overlap the window before gives its lo half, this one its hi half.
 
     wanted: nothing is read where it is false; None: it is read.
     """
-    ROWS: tl.constexpr = RATIO * (1 + OVERLAP)
+    ROWS: tl.constexpr = SPEC.RATIO * (1 + SPEC.OVERLAP)
     biases = ()
     for i in tl.static_range(AHEAD):
-        bias = tl.zeros((COUNT * HEAD_DIM,), tl.float32)
+        bias = tl.zeros((COUNT * SPEC.HEAD_DIM,), tl.float32)
         if ape is not None:
             j = tl.full((), i, tl.int32) + j0  # a tensor also where j0 is a number
-            half = tl.where(j < RATIO * OVERLAP, 0, OVERLAP * HEAD_DIM)
-            at = ape + (j % RATIO) * (HEAD_DIM * (1 + OVERLAP)) + half + channels(HEAD_DIM, COUNT)
+            half = tl.where(j < SPEC.RATIO * SPEC.OVERLAP, 0, SPEC.OVERLAP * SPEC.HEAD_DIM)
+            at = ape + (j % SPEC.RATIO) * (SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)) + half + channels(SPEC.HEAD_DIM, COUNT)
             if wanted is not None:
-                bias = tl.load(at, mask=spread(wanted & (j < ROWS), COUNT * HEAD_DIM), other=0.0)
+                bias = tl.load(at, mask=spread(wanted & (j < ROWS), COUNT * SPEC.HEAD_DIM), other=0.0)
             elif ROWS // AHEAD * AHEAD != ROWS:  # the interpreter has no % of a number and a constant of a module
-                bias = tl.load(at, mask=spread(j < ROWS, COUNT * HEAD_DIM), other=0.0)
+                bias = tl.load(at, mask=spread(j < ROWS, COUNT * SPEC.HEAD_DIM), other=0.0)
             else:
                 bias = tl.load(at)
         biases = biases + (bias,)
@@ -38,57 +35,57 @@ def load_biases(
 @triton.jit
 def load_window(
     live, kv_stride, state, tags, window, start, ring, this, j0, SOURCE: tl.constexpr, SAME: tl.constexpr,
-    RATIO: tl.constexpr, OVERLAP: tl.constexpr, HISTORY: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr,
+    SPEC: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Values and raw scores of rows `[j0, j0 + AHEAD)` of a window that ends here: old ones from the state, new ones live.
 
     SOURCE: "home" takes it that old rows are at home, and that of the window's first position is `this`; "find" looks for each,
     "live" knows of none. SAME: one dtype for both.
     """
-    CHANNELS: tl.constexpr = HEAD_DIM * (1 + OVERLAP)
-    WINDOW_ROWS: tl.constexpr = RATIO * (1 + OVERLAP)
+    CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
+    WINDOW_ROWS: tl.constexpr = SPEC.RATIO * (1 + SPEC.OVERLAP)
     ks = ()
     ss = ()
-    x0 = (window - OVERLAP) * RATIO
-    c = tl.arange(0, HEAD_DIM)
+    x0 = (window - SPEC.OVERLAP) * SPEC.RATIO
+    c = tl.arange(0, SPEC.HEAD_DIM)
     # Pointers go from row to row: a multiplication for each was a third of a decode step's instructions.
     at = live + (x0 + j0).to(tl.int64) * kv_stride + c
     if SOURCE == "home":
         # Where the ring is a multiple of the ratio, the rows of a window stand one behind the other.
-        before = tl.where(this >= RATIO, this, this + ring) - RATIO
-        this_rows = state + (this - RATIO * OVERLAP) * (2 * CHANNELS) + c
+        before = tl.where(this >= SPEC.RATIO, this, this + ring) - SPEC.RATIO
+        this_rows = state + (this - SPEC.RATIO * SPEC.OVERLAP) * (2 * CHANNELS) + c
         rows_before = state + before * (2 * CHANNELS) + c
     for i in tl.static_range(AHEAD):
         x = x0 + j0 + i
         j = x - x0  # a tensor also where the interpreter has an int for j0
         # Overlap: the window before gives its lo half, this window its hi half.
-        half = tl.where(j < RATIO * OVERLAP, 0, OVERLAP * HEAD_DIM)
+        half = tl.where(j < SPEC.RATIO * SPEC.OVERLAP, 0, SPEC.OVERLAP * SPEC.HEAD_DIM)
         there = x >= 0
         if WINDOW_ROWS % AHEAD != 0:
             there = there & (j < WINDOW_ROWS)
         if SOURCE == "live":
-            there = spread(there, HEAD_DIM)
+            there = spread(there, SPEC.HEAD_DIM)
             # Past the L1 cache, as in `load_live`. The mask is true up to the last row, but without it the compiler moves each
             # load to its use: 64k in 143 instead of 87 us.
             k = widen(tl.load(at + half, mask=there, other=minus_zero(), cache_modifier=".cg"))
             s = widen(tl.load(at + half + CHANNELS, mask=there, other=float("-inf"), cache_modifier=".cg"))
         else:
-            if SOURCE == "home" and HISTORY % RATIO == 0:
-                kept = tl.where(j < RATIO * OVERLAP, rows_before, this_rows) + j * (2 * CHANNELS)
+            if SOURCE == "home" and SPEC.HISTORY % SPEC.RATIO == 0:
+                kept = tl.where(j < SPEC.RATIO * SPEC.OVERLAP, rows_before, this_rows) + j * (2 * CHANNELS)
             else:
                 place = tl.maximum(x, 0) % ring
                 if SOURCE == "find":
                     home = tl.load(tags + place, mask=there & (x < start), other=x)
-                    place = tl.where(home == x, place, ring + x % HISTORY)
+                    place = tl.where(home == x, place, ring + x % SPEC.HISTORY)
                 kept = state + place * (2 * CHANNELS) + c
             if SAME:
                 row = tl.where(x < start, kept, at) + half
-                there = spread(there, HEAD_DIM)
+                there = spread(there, SPEC.HEAD_DIM)
                 k = tl.load(row, mask=there, other=minus_zero()).to(tl.float32)
                 s = tl.load(row + CHANNELS, mask=there, other=float("-inf")).to(tl.float32)
             else:
-                old = spread(there & (x < start), HEAD_DIM)
-                new = spread(there & (x >= start), HEAD_DIM)
+                old = spread(there & (x < start), SPEC.HEAD_DIM)
+                new = spread(there & (x >= start), SPEC.HEAD_DIM)
                 k_old = tl.load(kept + half, mask=old, other=0.0).to(tl.float32)
                 k_new = tl.load(at + half, mask=new, other=minus_zero()).to(tl.float32)
                 s_old = tl.load(kept + half + CHANNELS, mask=old, other=0.0).to(tl.float32)
@@ -103,8 +100,8 @@ def load_window(
 
 @triton.jit
 def load_live(
-    live, kv_stride, window, J0: tl.constexpr, ROWS: tl.constexpr,
-    RATIO: tl.constexpr, OVERLAP: tl.constexpr, HEAD_DIM: tl.constexpr, HARDWARE: tl.constexpr, COUNT: tl.constexpr = 1,
+    live, kv_stride, window, J0: tl.constexpr, ROWS: tl.constexpr, SPEC: tl.constexpr, HARDWARE: tl.constexpr,
+    COUNT: tl.constexpr = 1,
 ):  # fmt: skip
     """Values and raw scores, as they came, of rows `[J0, J0 + ROWS)` of a window that is live as a whole: under way at once.
 
@@ -112,14 +109,14 @@ def load_live(
     """
     ks = ()
     ss = ()
-    at = live + ((window - OVERLAP) * RATIO + J0).to(tl.int64) * kv_stride + channels(HEAD_DIM, COUNT)
+    at = live + ((window - SPEC.OVERLAP) * SPEC.RATIO + J0).to(tl.int64) * kv_stride + channels(SPEC.HEAD_DIM, COUNT)
     if COUNT > 1:
-        at += (tl.arange(0, COUNT * HEAD_DIM) // HEAD_DIM * RATIO).to(tl.int64) * kv_stride
+        at += (tl.arange(0, COUNT * SPEC.HEAD_DIM) // SPEC.HEAD_DIM * SPEC.RATIO).to(tl.int64) * kv_stride
     for j in tl.static_range(J0, J0 + ROWS):
-        half = 0 if j < RATIO * OVERLAP else OVERLAP * HEAD_DIM
+        half = 0 if j < SPEC.RATIO * SPEC.OVERLAP else SPEC.OVERLAP * SPEC.HEAD_DIM
         # Past the L1 cache, which rows of ape then have to themselves: 8 prompts of 64k in 636 instead of 668 us.
         ks = ks + (tl.load(at + half, cache_modifier=".cg"),)
-        ss = ss + (tl.load(at + half + (1 + OVERLAP) * HEAD_DIM, cache_modifier=".cg"),)
+        ss = ss + (tl.load(at + half + (1 + SPEC.OVERLAP) * SPEC.HEAD_DIM, cache_modifier=".cg"),)
         at += kv_stride
     if HARDWARE:
         # The compiler moves no load across this. Without it the last two go to their use, and 64k take 86 instead of 75 us.
@@ -132,12 +129,12 @@ def load_live(
 
 @triton.jit
 def fold_some(
-    m, l, a, ks, ss, ape, biases, j0, FIRST: tl.constexpr, AT: tl.constexpr, ROWS: tl.constexpr,
-    RATIO: tl.constexpr, OVERLAP: tl.constexpr, HEAD_DIM: tl.constexpr, COUNT: tl.constexpr,
+    m, l, a, ks, ss, ape, biases, j0, FIRST: tl.constexpr, AT: tl.constexpr, ROWS: tl.constexpr, SPEC: tl.constexpr,
+    COUNT: tl.constexpr,
 ):  # fmt: skip
     """Folds the group of rows `[AT, AT + ROWS)` of those that stand in `ks` and `ss`, which are a window's from `j0` on."""
     if biases is None:
-        own = load_biases(ape, j0 + AT, None, RATIO, OVERLAP, ROWS, HEAD_DIM, COUNT)
+        own = load_biases(ape, j0 + AT, None, SPEC, ROWS, COUNT)
     group_ks = ()
     group_ss = ()
     for i in tl.static_range(ROWS):
@@ -149,14 +146,13 @@ def fold_some(
 
 @triton.jit
 def fold_part(
-    m, l, a, ks, ss, ape, biases, j0, FIRST: tl.constexpr,
-    RATIO: tl.constexpr, OVERLAP: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr, COUNT: tl.constexpr = 1,
+    m, l, a, ks, ss, ape, biases, j0, FIRST: tl.constexpr, SPEC: tl.constexpr, AHEAD: tl.constexpr, COUNT: tl.constexpr = 1,
 ):  # fmt: skip
     """Folds rows `[j0, j0 + AHEAD)` of a window, a group at a time. FIRST: no row was folded yet."""
     for g in tl.static_range(0, AHEAD, ROWS_AT_ONCE):
         m, l, a = fold_some(
-            m, l, a, ks, ss, ape, biases, j0, FIRST and g == 0, g,
-            ROWS_AT_ONCE if g + ROWS_AT_ONCE <= AHEAD else AHEAD - g, RATIO, OVERLAP, HEAD_DIM, COUNT,
+            m, l, a, ks, ss, ape, biases, j0, FIRST and g == 0, g, ROWS_AT_ONCE if g + ROWS_AT_ONCE <= AHEAD else AHEAD - g,
+            SPEC, COUNT,
         )  # fmt: skip
     return m, l, a
 
@@ -164,37 +160,30 @@ def fold_part(
 @triton.jit
 def pool_window(
     live, kv_stride, ape, biases, state, tags, window, start, ring, this, SOURCE: tl.constexpr, SAME: tl.constexpr,
-    RATIO: tl.constexpr, OVERLAP: tl.constexpr, HISTORY: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr,
-    HARDWARE: tl.constexpr,
+    SPEC: tl.constexpr, AHEAD: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """The pooled row of a window. `biases`: those of its rows, where it has no more than AHEAD; None: not loaded yet.
 
     this: as in `load_window`.
     """
-    m, l, a = empty_group(HEAD_DIM)
-    ROWS: tl.constexpr = RATIO * (1 + OVERLAP)
+    m, l, a = empty_group(SPEC.HEAD_DIM)
+    ROWS: tl.constexpr = SPEC.RATIO * (1 + SPEC.OVERLAP)
     # Of two halves, the second is asked for as the first one's registers become free.
     if SOURCE == "live" and (ROWS == AHEAD or ROWS == 2 * AHEAD):
         for j0 in tl.static_range(0, ROWS, AHEAD):
-            ks, ss = load_live(live, kv_stride, window, j0, AHEAD, RATIO, OVERLAP, HEAD_DIM, HARDWARE)
-            m, l, a = fold_part(m, l, a, ks, ss, ape, biases, j0, j0 == 0, RATIO, OVERLAP, AHEAD, HEAD_DIM)
+            ks, ss = load_live(live, kv_stride, window, j0, AHEAD, SPEC, HARDWARE)
+            m, l, a = fold_part(m, l, a, ks, ss, ape, biases, j0, j0 == 0, SPEC, AHEAD)
     elif ROWS <= 2 * AHEAD:
         for j0 in tl.static_range(0, ROWS, AHEAD):
             own = biases
             if biases is None:  # ahead of the rows, so that nobody waits for both in turn
-                own = load_biases(ape, j0, None, RATIO, OVERLAP, AHEAD, HEAD_DIM)
-            ks, ss = load_window(
-                live, kv_stride, state, tags, window, start, ring, this, j0, SOURCE, SAME,
-                RATIO, OVERLAP, HISTORY, AHEAD, HEAD_DIM,
-            )  # fmt: skip
-            m, l, a = fold_part(m, l, a, ks, ss, ape, own, j0, j0 == 0, RATIO, OVERLAP, AHEAD, HEAD_DIM)
+                own = load_biases(ape, j0, None, SPEC, AHEAD)
+            ks, ss = load_window(live, kv_stride, state, tags, window, start, ring, this, j0, SOURCE, SAME, SPEC, AHEAD)
+            m, l, a = fold_part(m, l, a, ks, ss, ape, own, j0, j0 == 0, SPEC, AHEAD)
     else:
         for j0 in range(0, ROWS, AHEAD):
-            ks, ss = load_window(
-                live, kv_stride, state, tags, window, start, ring, this, j0, SOURCE, SAME,
-                RATIO, OVERLAP, HISTORY, AHEAD, HEAD_DIM,
-            )  # fmt: skip
-            m, l, a = fold_part(m, l, a, ks, ss, ape, biases, j0, False, RATIO, OVERLAP, AHEAD, HEAD_DIM)
+            ks, ss = load_window(live, kv_stride, state, tags, window, start, ring, this, j0, SOURCE, SAME, SPEC, AHEAD)
+            m, l, a = fold_part(m, l, a, ks, ss, ape, biases, j0, False, SPEC, AHEAD)
     return quotient(a, l, HARDWARE)
 
 
@@ -223,8 +212,8 @@ def keep_together(copies, state, tags, window, oldest, stop, place, RATIO: tl.co
 
 @triton.jit
 def keep_each(
-    live, kv_stride, state, tags, oldest, h0, start, stop, end, ring,
-    HISTORY: tl.constexpr, CHANNELS: tl.constexpr, KEPT: tl.constexpr,
+    live, kv_stride, state, tags, oldest, h0, start, stop, end, ring, HISTORY: tl.constexpr, CHANNELS: tl.constexpr,
+    KEPT: tl.constexpr,
 ):  # fmt: skip
     """Stores the input rows of `[oldest, stop)`, each where there is room for it; KEPT of them are in flight at once."""
     c = tl.arange(0, 2 * CHANNELS)

@@ -82,16 +82,16 @@ def retire_rows(tags, x, wanted, home, spare, h0, start, end, ring, HISTORY: tl.
 
 
 @triton.jit
-def keep_fold(m, l, a, x, place, wanted, state, tags, RATIO: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr):
+def keep_fold(m, l, a, x, place, wanted, state, tags, SPEC: tl.constexpr, SLICE: tl.constexpr):
     """Stores the fold row after position `x` where it is `wanted`, SLICE channels of it from where `state` points.
 
     By masks and not by branches, between which nothing of two tokens can overlap. `place`: of `place_row`, looked up before.
     """
     # No step resumes from the end of a window: that row is not kept, only what stood there is gone.
-    kept = wanted & (x % RATIO != RATIO - 1)
-    row = state + place * (3 * HEAD_DIM) + tl.arange(0, SLICE)
+    kept = wanted & (x % SPEC.RATIO != SPEC.RATIO - 1)
+    row = state + place * (3 * SPEC.HEAD_DIM) + tl.arange(0, SLICE)
     there = spread(kept, SLICE)
     tl.store(row, m, mask=there)
-    tl.store(row + HEAD_DIM, l, mask=there)
-    tl.store(row + 2 * HEAD_DIM, a, mask=there)
+    tl.store(row + SPEC.HEAD_DIM, l, mask=there)
+    tl.store(row + 2 * SPEC.HEAD_DIM, a, mask=there)
     tl.store(tags + place, tl.where(kept, x, -1), mask=wanted)

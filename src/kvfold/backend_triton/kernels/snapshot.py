@@ -34,20 +34,20 @@ def next_page_end(snap, x):
 
 
 @triton.jit
-def snapshot_fold(m, l, a, x, due, stop, snap, RATIO: tl.constexpr, HEAD_DIM: tl.constexpr):
+def snapshot_fold(m, l, a, x, due, stop, snap, SPEC: tl.constexpr):
     """Stores the fold row after new position x where x is `due`, the last of a page. Returns which one is due next.
 
     Not where x ends a window: a step that starts there reads nothing.
     """
     if snap is not None:
         _, _, page_size, rows, tags, _, _ = snap
-        if (x == due) & (x < stop) & (x % RATIO != RATIO - 1):
+        if (x == due) & (x < stop) & (x % SPEC.RATIO != SPEC.RATIO - 1):
             page = find_snapshot(snap, x // page_size, x < stop)
             if page >= 0:
-                row = rows + page * (3 * HEAD_DIM) + tl.arange(0, HEAD_DIM)
+                row = rows + page * (3 * SPEC.HEAD_DIM) + tl.arange(0, SPEC.HEAD_DIM)
                 tl.store(row, m)
-                tl.store(row + HEAD_DIM, l)
-                tl.store(row + 2 * HEAD_DIM, a)
+                tl.store(row + SPEC.HEAD_DIM, l)
+                tl.store(row + 2 * SPEC.HEAD_DIM, a)
                 tl.store(tags + page, x)
         due = tl.where(x == due, due + page_size, due)
     return due

@@ -13,6 +13,7 @@ all new (`claims`), which is so read once; in a short one (JOIN) in a window tha
 import triton
 import triton.language as tl
 
+from ..args import Cache, KvPool, Plan, ScorePool, Scratch, Tokens
 from .finish import aim_entry, emit, judge_slot
 from .fold import spread
 from .items import load_item
@@ -24,10 +25,8 @@ from .window_rows import find_pages, pool_slice, store_rounded
 
 @triton.jit
 def write_rows(
-    kv_score, kv_stride, ape, kv_pool, kv_page_stride, kv_row_stride, kv_pages, kv_table, kv_width,
-    score_pool, score_page_stride, score_row_stride, score_pages, score_table, score_width, page_size,
-    begin, stop, start, token, sequence, halves,
-    RATIO: tl.constexpr, CHANNELS: tl.constexpr, AHEAD: tl.constexpr, ALIGNED: tl.constexpr,
+    tokens, kvp, scp, page_size, begin, stop, start, token, sequence, halves, RATIO: tl.constexpr, CHANNELS: tl.constexpr,
+    AHEAD: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Stores the rows of new positions `[begin, stop)`; returns how many have a bad page.
 
@@ -35,7 +34,7 @@ def write_rows(
     """
     c = tl.arange(0, CHANNELS)
     if ALIGNED:
-        kv_stride = (kv_stride // 16) * 16  # says that it is a multiple, which the signature does not: see `pool_slice`
+        tokens = Tokens(tokens.kv_score, (tokens.kv_stride // 16) * 16, tokens.num_tokens, tokens.ape)  # says that it is a multiple, which the signature does not: see `pool_slice`
     refused = tl.zeros((), tl.int32)
     for base in range(0, stop - begin, AHEAD):
         # Loads first, of rows and of pages; a load behind a store would wait for the load that the store waits for.
@@ -47,14 +46,14 @@ def write_rows(
             there = spread(x < stop, CHANNELS)
             if halves is not None:
                 there = there & (spread(halves == 2, CHANNELS) | (c // (CHANNELS // 2) == halves))
-            at = kv_score + (token + x - start).to(tl.int64) * kv_stride + c
+            at = tokens.kv_score + (token + x - start).to(tl.int64) * tokens.kv_stride + c
             k = tl.load(at, mask=there, other=0.0).to(tl.float32)
             s = tl.load(at + CHANNELS, mask=there, other=0.0).to(tl.float32)
-            if ape is not None:
-                s += tl.load(ape + (x % RATIO) * CHANNELS + c, mask=there, other=0.0)
-            kv_page, _, kv_bad = find_pages(kv_table, kv_width, kv_pages, sequence, x, x < stop, page_size)
+            if tokens.ape is not None:
+                s += tl.load(tokens.ape + (x % RATIO) * CHANNELS + c, mask=there, other=0.0)
+            kv_page, _, kv_bad = find_pages(kvp.kv_table, kvp.kv_width, kvp.kv_pages, sequence, x, x < stop, page_size)
             score_page, _, score_bad = find_pages(
-                score_table, score_width, score_pages, sequence, x, x < stop, page_size
+                scp.score_table, scp.score_width, scp.score_pages, sequence, x, x < stop, page_size,
             )  # fmt: skip
             refused += (kv_bad | score_bad).to(tl.int32)
             ks = ks + (k,)
@@ -71,30 +70,31 @@ def write_rows(
                 kv_kept = kv_kept & (spread(halves == 2, CHANNELS) | (c // (CHANNELS // 2) == halves))
                 score_kept = score_kept & (spread(halves == 2, CHANNELS) | (c // (CHANNELS // 2) == halves))
             row = ((begin + base + i) % page_size).to(tl.int64)
-            at = kv_page * kv_page_stride + row * kv_row_stride + c
-            store_rounded(kv_pool, at, ks[i], kv_kept)
-            at = score_page * score_page_stride + row * score_row_stride + c
-            store_rounded(score_pool, at, ss[i], score_kept)
+            at = kv_page * kvp.kv_page_stride + row * kvp.kv_row_stride + c
+            store_rounded(kvp.kv_pool, at, ks[i], kv_kept)
+            at = score_page * scp.score_page_stride + row * scp.score_row_stride + c
+            store_rounded(scp.score_pool, at, ss[i], score_kept)
     return refused
 
 
 @triton.jit
 def check_window(
-    kv_pages, kv_table, kv_width, score_pages, score_table, score_width, page_size, window, start, sequence,
-    RATIO: tl.constexpr, OVERLAP: tl.constexpr, TILE: tl.constexpr, ONE_PAGE: tl.constexpr,
+    kvp, scp, page_size, window, start, sequence, SPEC: tl.constexpr, TILE: tl.constexpr, ONE_PAGE: tl.constexpr,
 ):  # fmt: skip
     """How many old rows of a window have no page, and how many a bad one; of a window on one page, whether it has any such."""
     missing = tl.zeros((), tl.int32)
     bad = tl.zeros((), tl.int32)
-    STEP: tl.constexpr = RATIO if ONE_PAGE else 1
-    ROWS: tl.constexpr = (1 + OVERLAP) if ONE_PAGE else TILE
-    for j0 in range(0, RATIO * (1 + OVERLAP), ROWS * STEP):
+    STEP: tl.constexpr = SPEC.RATIO if ONE_PAGE else 1
+    ROWS: tl.constexpr = (1 + SPEC.OVERLAP) if ONE_PAGE else TILE
+    for j0 in range(0, SPEC.RATIO * (1 + SPEC.OVERLAP), ROWS * STEP):
         j = j0 + tl.arange(0, ROWS) * STEP
-        x = (window - OVERLAP) * RATIO + j
-        wanted = (x >= 0) & (x < start) & (j < RATIO * (1 + OVERLAP))
+        x = (window - SPEC.OVERLAP) * SPEC.RATIO + j
+        wanted = (x >= 0) & (x < start) & (j < SPEC.RATIO * (1 + SPEC.OVERLAP))
         x = tl.maximum(x, 0)
-        _, kv_missing, kv_bad = find_pages(kv_table, kv_width, kv_pages, sequence, x, wanted, page_size)
-        _, score_missing, score_bad = find_pages(score_table, score_width, score_pages, sequence, x, wanted, page_size)
+        _, kv_missing, kv_bad = find_pages(kvp.kv_table, kvp.kv_width, kvp.kv_pages, sequence, x, wanted, page_size)
+        _, score_missing, score_bad = find_pages(
+            scp.score_table, scp.score_width, scp.score_pages, sequence, x, wanted, page_size,
+        )
         missing += tl.sum((kv_missing | score_missing).to(tl.int32), axis=0)
         bad += tl.sum((kv_bad | score_bad).to(tl.int32), axis=0)
     return missing, bad
@@ -115,9 +115,7 @@ def find_home(table, width, num_pages, page_size, window, start, sequence, there
 
 @triton.jit
 def load_entry(
-    items, entry_items, entry_slots, number, there,
-    kv_pages, kv_table, kv_width, score_pages, score_table, score_width, page_size,
-    RATIO: tl.constexpr, OVERLAP: tl.constexpr, ONE_PAGE: tl.constexpr, PROMPT: tl.constexpr,
+    plan, entry_items, number, there, kvp, scp, page_size, SPEC: tl.constexpr, ONE_PAGE: tl.constexpr, PROMPT: tl.constexpr,
 ):  # fmt: skip
     """Its work item, its cache slot, and the pages of its rows: nothing that a kernel in flight writes.
 
@@ -126,31 +124,33 @@ def load_entry(
     """
     index = tl.load(entry_items + number, mask=there, other=0, cache_modifier=".cg")
     slot = number.to(tl.int64)
-    if entry_slots is not None:
-        slot = tl.load(entry_slots + number, mask=there, other=-1, cache_modifier=".cg")
+    if plan.entry_slots is not None:
+        slot = tl.load(plan.entry_slots + number, mask=there, other=-1, cache_modifier=".cg")
     # Where every window of a step ends, entry and item have one number: that item is not waited for twice.
-    window, start, end, token, state_slot, entry, sequence = load_item(items, number, there)
+    window, start, end, token, state_slot, entry, sequence = load_item(plan.items, number, there)
     if there & (entry != number):
-        window, start, end, token, state_slot, entry, sequence = load_item(items, index, there)
+        window, start, end, token, state_slot, entry, sequence = load_item(plan.items, index, there)
     item = (window, start, end, token, state_slot, entry, sequence)
     homes = ()
     if ONE_PAGE:
         kv, kv_lost, kv_bad = find_home(
-            kv_table, kv_width, kv_pages, page_size, window, start, sequence, there, RATIO, PROMPT
+            kvp.kv_table, kvp.kv_width, kvp.kv_pages, page_size, window, start, sequence, there, SPEC.RATIO, PROMPT,
         )  # fmt: skip
         score, score_lost, score_bad = find_home(
-            score_table, score_width, score_pages, page_size, window, start, sequence, there, RATIO, PROMPT
+            scp.score_table, scp.score_width, scp.score_pages, page_size, window, start, sequence, there, SPEC.RATIO, PROMPT,
         )  # fmt: skip
         kv_before = kv
         score_before = score
         lost = kv_lost | score_lost
-        if OVERLAP:
+        if SPEC.OVERLAP:
             before = tl.maximum(window - 1, 0)
             kv_before, kv_lost, _ = find_home(
-                kv_table, kv_width, kv_pages, page_size, before, start, sequence, there & (window > 0), RATIO, PROMPT
+                kvp.kv_table, kvp.kv_width, kvp.kv_pages, page_size, before, start, sequence, there & (window > 0),
+                SPEC.RATIO, PROMPT,
             )  # fmt: skip
             score_before, score_lost, _ = find_home(
-                score_table, score_width, score_pages, page_size, before, start, sequence, there & (window > 0), RATIO, PROMPT
+                scp.score_table, scp.score_width, scp.score_pages, page_size, before, start, sequence, there & (window > 0),
+                SPEC.RATIO, PROMPT,
             )  # fmt: skip
             lost = lost | kv_lost | score_lost
         homes = (kv_before, kv, score_before, score, lost, kv_bad | score_bad)
@@ -158,9 +158,9 @@ def load_entry(
 
 
 @triton.jit
-def claims(window, start, entry, entry_capacity, RATIO: tl.constexpr, OVERLAP: tl.constexpr):
+def claims(window, start, entry, entry_capacity, SPEC: tl.constexpr):
     """Whether all rows that the entry of a window is pooled of are new, so that the program that pools it writes them."""
-    return (entry >= 0) & (entry < entry_capacity) & (start <= tl.maximum(window - OVERLAP, 0) * RATIO)
+    return (entry >= 0) & (entry < entry_capacity) & (start <= tl.maximum(window - SPEC.OVERLAP, 0) * SPEC.RATIO)
 
 
 @triton.jit
@@ -173,24 +173,21 @@ def joins(window, start, entry, entry_capacity, RATIO: tl.constexpr, LANES: tl.c
 
 
 @triton.jit
-def unclaimed(window, start, end, entry, entry_capacity, RATIO: tl.constexpr, OVERLAP: tl.constexpr):
+def unclaimed(window, start, end, entry, entry_capacity, SPEC: tl.constexpr):
     """Whether the rows of a window that are new, or the hi halves of them, and whether the lo halves, are left to be written.
 
     The lo halves belong to the window behind it.
     """
-    own = claims(window, start, entry, entry_capacity, RATIO, OVERLAP) == 0
+    own = claims(window, start, entry, entry_capacity, SPEC) == 0
     lo = own
-    if OVERLAP:
-        behind = tl.where((entry >= 0) & (end >= (window + 2) * RATIO), entry + 1, -1)
-        lo = claims(window + 1, start, behind, entry_capacity, RATIO, OVERLAP) == 0
+    if SPEC.OVERLAP:
+        behind = tl.where((entry >= 0) & (end >= (window + 2) * SPEC.RATIO), entry + 1, -1)
+        lo = claims(window + 1, start, behind, entry_capacity, SPEC) == 0
     return own, lo
 
 
 @triton.jit
-def next_item(
-    items, index, total, programs, entry_capacity, num_tokens,
-    RATIO: tl.constexpr, OVERLAP: tl.constexpr, PROMPT: tl.constexpr,
-):  # fmt: skip
+def next_item(items, index, total, programs, entry_capacity, num_tokens, SPEC: tl.constexpr, PROMPT: tl.constexpr):
     """The first work item from `index` on, in steps of `programs`, that has rows left to write; `total` or more: none."""
     if PROMPT:
         # Of a long prompt hardly any: 32 are looked at in the latency of one.
@@ -198,7 +195,7 @@ def next_item(
         while (index < total) & (found == total):
             i = index + tl.arange(0, 32) * programs
             window, start, end, token, _slot, entry, _sequence = load_item(items, i, i < total)
-            own, lo = unclaimed(window, start, end, entry, entry_capacity, RATIO, OVERLAP)
+            own, lo = unclaimed(window, start, end, entry, entry_capacity, SPEC)
             left = own | lo | (token + end - start > num_tokens)
             found = tl.min(tl.where(left & (i < total), i, total), axis=0)
             index += 32 * programs
@@ -207,11 +204,7 @@ def next_item(
 
 
 @triton.jit
-def judge_item(
-    item, there, entry_slots, entry_capacity, kv_pages, kv_table, kv_width, score_pages, score_table, score_width, page_size,
-    max_position, pages, cache_slots,
-    RATIO: tl.constexpr, OVERLAP: tl.constexpr, TILE: tl.constexpr, ROPE_DIM: tl.constexpr, ONE_PAGE: tl.constexpr,
-):  # fmt: skip
+def judge_item(item, there, plan, kvp, scp, page_size, cache, SPEC: tl.constexpr, TILE: tl.constexpr, ONE_PAGE: tl.constexpr):
     """What is wrong with the entry of a work item, if it has one: old rows with a bad page, old rows with none, whether it is
     wanted, and whether it is refused. Before the wait, as nothing of it is written by a kernel in flight.
     """
@@ -221,48 +214,39 @@ def judge_item(
     wanted = entry < 0
     wrong = entry < -1
     if there & (entry >= 0):
-        missing, bad = check_window(
-            kv_pages, kv_table, kv_width, score_pages, score_table, score_width, page_size,
-            window, start, sequence, RATIO, OVERLAP, TILE, ONE_PAGE,
-        )  # fmt: skip
-        slot = tl.where(entry < entry_capacity, entry, -1).to(tl.int64)
-        if entry_slots is not None:
-            slot = tl.load(entry_slots + entry, mask=entry < entry_capacity, other=-1, cache_modifier=".cg")
-        _deliver, wrong = judge_slot(
-            entry, slot, window * RATIO, entry_capacity, max_position, pages, cache_slots, ROPE_DIM
-        )  # fmt: skip
-        wanted = (entry >= entry_capacity) | (slot != -1)
+        missing, bad = check_window(kvp, scp, page_size, window, start, sequence, SPEC, TILE, ONE_PAGE)
+        slot = tl.where(entry < plan.entry_capacity, entry, -1).to(tl.int64)
+        if plan.entry_slots is not None:
+            slot = tl.load(plan.entry_slots + entry, mask=entry < plan.entry_capacity, other=-1, cache_modifier=".cg")
+        _deliver, wrong = judge_slot(entry, slot, window * SPEC.RATIO, plan.entry_capacity, cache, SPEC.ROPE_DIM)
+        wanted = (entry >= plan.entry_capacity) | (slot != -1)
     return bad, missing, wanted, wrong
 
 
 @triton.jit
 def write_item(
-    item, verdict, num_tokens, entry_capacity, errors,
-    kv_score, kv_stride, ape, kv_pool, kv_page_stride, kv_row_stride, kv_pages, kv_table, kv_width,
-    score_pool, score_page_stride, score_row_stride, score_pages, score_table, score_width, page_size,
-    RATIO: tl.constexpr, OVERLAP: tl.constexpr, AHEAD: tl.constexpr, ALIGNED: tl.constexpr, HEAD_DIM: tl.constexpr,
+    item, verdict, tokens, plan, kvp, scp, page_size, SPEC: tl.constexpr, AHEAD: tl.constexpr, ALIGNED: tl.constexpr,
     PROMPT: tl.constexpr, JOIN: tl.constexpr,
 ):  # fmt: skip
     """Writes the new rows of a work item that nobody claims, and counts what is wrong with it. verdict: of `judge_item`."""
     window, start, end, token, _slot, entry, sequence = item
     bad, missing, wanted, wrong = verdict
     count = tl.zeros((), tl.int32)
-    if token + end - start <= num_tokens:
-        begin = tl.maximum(start, window * RATIO)
-        stop = begin + tl.minimum(end - begin, RATIO - begin % RATIO)
+    if token + end - start <= tokens.num_tokens:
+        begin = tl.maximum(start, window * SPEC.RATIO)
+        stop = begin + tl.minimum(end - begin, SPEC.RATIO - begin % SPEC.RATIO)
         halves = None
         own = window >= 0
         if PROMPT:
-            own, lo = unclaimed(window, start, end, entry, entry_capacity, RATIO, OVERLAP)
-            if OVERLAP:
+            own, lo = unclaimed(window, start, end, entry, plan.entry_capacity, SPEC)
+            if SPEC.OVERLAP:
                 halves = tl.where(own & lo, 2, own.to(tl.int32))
         if JOIN > 0:
-            if joins(window, start, entry, entry_capacity, RATIO, JOIN) & (bad + missing == 0):
+            if joins(window, start, entry, plan.entry_capacity, SPEC.RATIO, JOIN) & (bad + missing == 0):
                 stop = begin
         refused = write_rows(
-            kv_score, kv_stride, ape, kv_pool, kv_page_stride, kv_row_stride, kv_pages, kv_table, kv_width,
-            score_pool, score_page_stride, score_row_stride, score_pages, score_table, score_width, page_size,
-            begin, stop, start, token, sequence, halves, RATIO, HEAD_DIM * (1 + OVERLAP), AHEAD, ALIGNED,
+            tokens, kvp, scp, page_size, begin, stop, start, token, sequence, halves, SPEC.RATIO,
+            SPEC.HEAD_DIM * (1 + SPEC.OVERLAP), AHEAD, ALIGNED,
         )  # fmt: skip
         if own:  # who pools a claimed window counts what is wrong with it
             count = (refused > 0).to(tl.int32)
@@ -272,10 +256,10 @@ def write_item(
                 count = tl.maximum(count, wanted.to(tl.int32))
             else:
                 count += wrong.to(tl.int32)
-    elif window == start // RATIO:
+    elif window == start // SPEC.RATIO:
         count += 1
     if count > 0:
-        tl.atomic_add(errors, count)
+        tl.atomic_add(plan.errors, count)
 
 
 @triton.jit
@@ -286,26 +270,29 @@ def window_kernel(
     score_pool, score_page_stride, score_row_stride, score_pages, score_table, score_width, page_size,
     workspace, arrivals,
     rows, norm_weight, rope, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots, cache_scale,
-    PDL: tl.constexpr, HARDWARE: tl.constexpr, RATIO: tl.constexpr, OVERLAP: tl.constexpr, TILE: tl.constexpr,
-    LANES: tl.constexpr, TOGETHER: tl.constexpr, SLICE: tl.constexpr, AHEAD: tl.constexpr, ONE_PAGE: tl.constexpr,
-    PROMPT: tl.constexpr, ALIGNED: tl.constexpr,
-    HEAD_DIM: tl.constexpr, LOG2: tl.constexpr, ROPE_DIM: tl.constexpr, EPS: tl.constexpr, HADAMARD: tl.constexpr,
-    ROUND_ROWS: tl.constexpr, ELEMENT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, FLOOR: tl.constexpr,
-    FLOOR_ON_SCALE: tl.constexpr, DIVIDE: tl.constexpr, ROTATED_BF16: tl.constexpr, PAD: tl.constexpr,
-    ROUND_VALUES: tl.constexpr, TIES_TO_ZERO: tl.constexpr, ROW_BYTES: tl.constexpr, TAIL_BYTES: tl.constexpr,
+    HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
+    ONE_PAGE: tl.constexpr, PROMPT: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
+    plan = Plan(items, num_items, entry_slots, entry_capacity, errors)
+    tokens = Tokens(kv_score, kv_stride, num_tokens, ape)
+    kvp = KvPool(kv_pool, kv_page_stride, kv_row_stride, kv_pages, kv_table, kv_width)
+    scp = ScorePool(score_pool, score_page_stride, score_row_stride, score_pages, score_table, score_width)
+    scratch = Scratch(workspace, arrivals)
+    cache = Cache(
+        rows, norm_weight, rope, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots, cache_scale
+    )  # fmt: skip
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
-    SLICES: tl.constexpr = HEAD_DIM // SLICE
-    POOLS: tl.constexpr = (pages is not None) or (rows is not None)
+    SLICES: tl.constexpr = SPEC.HEAD_DIM // HOW.SLICE
+    POOLS: tl.constexpr = (cache.pages is not None) or (cache.rows is not None)
     # Of 64 sequences whose windows end, programs that first wrote a row and then pooled came last: 13.6 us, and 13.2 so.
-    JOIN: tl.constexpr = LANES if (POOLS and ONE_PAGE) and ((OVERLAP == 0 and TOGETHER > 1) and not PROMPT) else 0
+    JOIN: tl.constexpr = LANES if (POOLS and ONE_PAGE) and ((SPEC.OVERLAP == 0 and HOW.TOGETHER > 1) and not PROMPT) else 0
     # What is read before the wait, the plan and what it was built from, is older than the launch before this one. Loads that
     # do not need each other stand side by side: one behind the other, they take longer than a short step.
-    total = load_plan(num_items)
+    total = load_plan(plan.num_items)
     front = pid
     if POOLS:
-        num_entries = tl.minimum(load_plan(cu_entries + batch), entry_capacity)
+        num_entries = tl.minimum(load_plan(cu_entries + batch), plan.entry_capacity)
         # As many programs to an entry as leave one part to each of them: one that has several looks up its rows once.
         parts = num_entries * 0 + SLICES
         span = num_entries * 0 + 1
@@ -325,124 +312,101 @@ def window_kernel(
     # window ends, 1.8 instead of 2.2 us. One that waits is enough for a launch that ends behind the one before it.
     if idle & (pid > 0):
         return
-    index = next_item(items, front, total, programs, entry_capacity, num_tokens, RATIO, OVERLAP, PROMPT)
-    next_up = load_item(items, index, index < total)
+    index = next_item(plan.items, front, total, programs, plan.entry_capacity, tokens.num_tokens, SPEC, PROMPT)
+    next_up = load_item(plan.items, index, index < total)
     if POOLS:
         item, slot, homes = load_entry(
-            items, entry_items, entry_slots, task // parts, task < num_entries * parts,
-            kv_pages, kv_table, kv_width, score_pages, score_table, score_width, page_size,
-            RATIO, OVERLAP, ONE_PAGE, PROMPT,
+            plan, entry_items, task // parts, task < num_entries * parts, kvp, scp, page_size, SPEC, ONE_PAGE, PROMPT,
         )  # fmt: skip
-        if PDL and (PROMPT and (SLICES == 1 or OVERLAP == 0)):  # ratio 128, a prompt of 8k in 16.9 instead of 18.3 us
+        if HOW.PDL and (PROMPT and (SLICES == 1 or SPEC.OVERLAP == 0)):  # ratio 128, a prompt of 8k in 16.9 instead of 18.3 us
             there = task < num_entries * parts
-            c0 = task % parts * SLICE
-            prefetch_item(item, there, c0, kv_score, kv_stride, num_tokens, RATIO, OVERLAP, HEAD_DIM, SLICE)
-        if PDL and ONE_PAGE:
+            c0 = task % parts * HOW.SLICE
+            prefetch_item(item, there, c0, tokens, SPEC, HOW.SLICE)
+        if HOW.PDL and ONE_PAGE:
             # Pieces are asked for one after the other, 0.5 us for 128 of them, which paces what is fetched beside loads of the
             # launch before; lines all at once. Slices of values in pieces and of scores in lines: 1, 16 and 64 windows in 3.09,
             # 5.10 and 11.9 us and four tokens of 64 sequences at all phases in 3.50; both in pieces 3.2, 5.2, 11.7 and 4.0.
             if (task < num_entries * parts) & (homes[4] == 0):
-                c0 = task % parts * SLICE
+                c0 = task % parts * HOW.SLICE
                 prefetch_window(
-                    kv_pool, kv_page_stride, kv_row_stride, page_size, item[0], item[1], c0, homes[0], homes[1],
-                    RATIO, OVERLAP, SLICE, HEAD_DIM, SLICES > 1 or PROMPT,
+                    kvp.kv_pool, kvp.kv_page_stride, kvp.kv_row_stride, page_size, item[0], item[1], c0, homes[0], homes[1],
+                    SPEC, HOW.SLICE, SLICES > 1 or PROMPT,
                 )  # fmt: skip
                 prefetch_window(
-                    score_pool, score_page_stride, score_row_stride, page_size, item[0], item[1], c0, homes[2], homes[3],
-                    RATIO, OVERLAP, SLICE, HEAD_DIM, PROMPT,
+                    scp.score_pool, scp.score_page_stride, scp.score_row_stride, page_size, item[0], item[1], c0, homes[2],
+                    homes[3], SPEC, HOW.SLICE, PROMPT,
                 )  # fmt: skip
-    verdict = judge_item(
-        next_up, index < total, entry_slots, entry_capacity,
-        kv_pages, kv_table, kv_width, score_pages, score_table, score_width, page_size, max_position, pages, cache_slots,
-        RATIO, OVERLAP, TILE, ROPE_DIM, ONE_PAGE,
-    )  # fmt: skip
-    if PDL:
+    verdict = judge_item(next_up, index < total, plan, kvp, scp, page_size, cache, SPEC, TILE, ONE_PAGE)
+    if HOW.PDL:
         window, start, end, token, _slot, _entry, _sequence = next_up
-        if (index < total) & (token + end - start <= num_tokens):
-            live = kv_score + (token - start).to(tl.int64) * kv_stride
-            prefetch_tokens(live, kv_stride, tl.maximum(start, window * RATIO), end, AHEAD, HEAD_DIM * (1 + OVERLAP))
+        if (index < total) & (token + end - start <= tokens.num_tokens):
+            live = tokens.kv_score + (token - start).to(tl.int64) * tokens.kv_stride
+            prefetch_tokens(
+                live, tokens.kv_stride, tl.maximum(start, window * SPEC.RATIO), end, HOW.AHEAD,
+                SPEC.HEAD_DIM * (1 + SPEC.OVERLAP),
+            )
     # Every program that is left waits; each where its work begins, so that what it needs for that is worked out before: 300
     # instructions stand in front of the loop over entries.
     if index < total:
-        wait_for_inputs(PDL)
+        wait_for_inputs(HOW.PDL)
         while index < total:
-            write_item(
-                next_up, verdict, num_tokens, entry_capacity, errors,
-                kv_score, kv_stride, ape, kv_pool, kv_page_stride, kv_row_stride, kv_pages, kv_table, kv_width,
-                score_pool, score_page_stride, score_row_stride, score_pages, score_table, score_width, page_size,
-                RATIO, OVERLAP, AHEAD, ALIGNED, HEAD_DIM, PROMPT, JOIN,
-            )  # fmt: skip
-            index = next_item(items, index + programs, total, programs, entry_capacity, num_tokens, RATIO, OVERLAP, PROMPT)
+            write_item(next_up, verdict, tokens, plan, kvp, scp, page_size, SPEC, HOW.AHEAD, ALIGNED, PROMPT, JOIN)
+            index = next_item(
+                plan.items, index + programs, total, programs, plan.entry_capacity, tokens.num_tokens, SPEC, PROMPT,
+            )
             if index < total:
-                next_up = load_item(items, index, index < total)
-                verdict = judge_item(
-                    next_up, index < total, entry_slots, entry_capacity,
-                    kv_pages, kv_table, kv_width, score_pages, score_table, score_width, page_size,
-                    max_position, pages, cache_slots, RATIO, OVERLAP, TILE, ROPE_DIM, ONE_PAGE,
-                )  # fmt: skip
+                next_up = load_item(plan.items, index, index < total)
+                verdict = judge_item(next_up, index < total, plan, kvp, scp, page_size, cache, SPEC, TILE, ONE_PAGE)
         if POOLS and ((SLICES > 1 or PROMPT) or ONE_PAGE == 0):
             # Again: kept in registers meanwhile, these would spill. In a short step over whole rows they do not, and it is done
             # sooner: one token at ratio 4 takes 1.7 instead of 2.0 us where no window ends, and 3.2 instead of 3.5 where 64 do.
             item, slot, homes = load_entry(
-                items, entry_items, entry_slots, task // parts, task < num_entries * parts,
-                kv_pages, kv_table, kv_width, score_pages, score_table, score_width, page_size,
-                RATIO, OVERLAP, ONE_PAGE, PROMPT,
+                plan, entry_items, task // parts, task < num_entries * parts, kvp, scp, page_size, SPEC, ONE_PAGE, PROMPT,
             )  # fmt: skip
     if POOLS:
         # Slices are turns of this loop and not of one inside it, out of which the compiler would take the addresses of all
         # ways to load rows: 400 instructions more for each entry.
         turn = task * 0
         while task < num_entries * parts:
-            wait_for_inputs(PDL)
+            wait_for_inputs(HOW.PDL)
             window, start, end, token, _slot, entry, sequence = item
-            deliver, wrong = judge_slot(
-                entry, slot, window * RATIO, entry_capacity, max_position, pages, cache_slots, ROPE_DIM
-            )  # fmt: skip
+            deliver, wrong = judge_slot(entry, slot, window * SPEC.RATIO, plan.entry_capacity, cache, SPEC.ROPE_DIM)
             mine = entry < 0
             if JOIN > 0:
-                mine = joins(window, start, entry, entry_capacity, RATIO, JOIN) & (homes[4] == 0)
+                mine = joins(window, start, entry, plan.entry_capacity, SPEC.RATIO, JOIN) & (homes[4] == 0)
             if PROMPT:
-                mine = claims(window, start, entry, entry_capacity, RATIO, OVERLAP)
-                if mine & (turn + task % parts == 0) & (token + end - start <= num_tokens):
+                mine = claims(window, start, entry, plan.entry_capacity, SPEC)
+                if mine & (turn + task % parts == 0) & (token + end - start <= tokens.num_tokens):
                     count = homes[5].to(tl.int32) + wrong.to(tl.int32)
                     if count > 0:
-                        tl.atomic_add(errors, count)
-            if (deliver | mine) & (token + end - start <= num_tokens):
+                        tl.atomic_add(plan.errors, count)
+            if (deliver | mine) & (token + end - start <= tokens.num_tokens):
                 # The parts of an entry side by side: memory has rows of 1 KiB open, and gives them slower slice by slice.
-                c0 = (task % parts + turn * parts) * SLICE
+                c0 = (task % parts + turn * parts) * HOW.SLICE
                 if SLICES > 1 and ONE_PAGE:  # known before the work: whether rows are lost
-                    ticket = draw_ticket(arrivals, entry, deliver & (turn == span - 1) & (homes[4] == 0))
+                    ticket = draw_ticket(scratch.arrivals, entry, deliver & (turn == span - 1) & (homes[4] == 0))
                 y, absent = pool_slice(
-                    kv_score, kv_stride, ape, kv_pool, kv_page_stride, kv_row_stride, kv_pages, kv_table, kv_width,
-                    score_pool, score_page_stride, score_row_stride, score_pages, score_table, score_width, page_size,
-                    window, start, token, sequence, c0, homes, mine,
-                    RATIO, OVERLAP, TILE, LANES, TOGETHER, SLICE, HEAD_DIM, ONE_PAGE, PROMPT, ALIGNED, HARDWARE,
+                    tokens, kvp, scp, page_size, window, start, token, sequence, c0, homes, mine, SPEC, TILE, LANES,
+                    HOW.TOGETHER, HOW.SLICE, ONE_PAGE, PROMPT, ALIGNED, HOW.HARDWARE,
                 )  # fmt: skip
                 # Every slice sees the same rows, so either all of them bring theirs or none.
                 finish = deliver & (absent == 0)
                 # Loads that the last of the parts needs are under way while it arrives.
-                _slot, weight, cos, sin = aim_entry(
-                    entry, window * RATIO, None, entry_capacity, norm_weight, rope, max_position, pages, HEAD_DIM, ROPE_DIM
-                )  # fmt: skip
+                _slot, weight, cos, sin = aim_entry(entry, window * SPEC.RATIO, Plan(None, None, None, plan.entry_capacity, None), cache, SPEC)
                 if SLICES > 1:
                     if finish:
-                        leave_slice(workspace, y, entry, c0, HEAD_DIM, SLICE, HARDWARE)
+                        leave_slice(scratch.workspace, y, entry, c0, SPEC.HEAD_DIM, HOW.SLICE, HOW.HARDWARE)
                     finish = finish & (turn == span - 1)
                     if ONE_PAGE == 0:
-                        ticket = draw_ticket(arrivals, entry, finish)
+                        ticket = draw_ticket(scratch.arrivals, entry, finish)
                     if finish:
                         finish = is_last(ticket, parts)
                 if finish:
                     if SLICES > 1:
-                        whole = take_slices(workspace, arrivals, entry, HEAD_DIM)
+                        whole = take_slices(scratch.workspace, scratch.arrivals, entry, SPEC.HEAD_DIM)
                     else:
                         whole = y
-                    emit(
-                        whole, entry, slot, weight, cos, sin,
-                        rows, pages, page_stride, scales, scales_stride, rows_per_page, cache_scale,
-                        HEAD_DIM, LOG2, ROPE_DIM, EPS, HADAMARD, ROUND_ROWS, ELEMENT, GROUP, SCALE, FLOOR, FLOOR_ON_SCALE,
-                        DIVIDE, ROTATED_BF16, PAD, ROUND_VALUES, TIES_TO_ZERO, ROW_BYTES, TAIL_BYTES, HARDWARE,
-                    )  # fmt: skip
+                    emit(whole, entry, slot, weight, cos, sin, cache, SPEC, FMT, HOW.HARDWARE)
             turn += 1
             if turn >= span:
                 # Not before the work on this one: that cost 150 of 1,300 instructions, and other programs hide the latency.
@@ -451,8 +415,7 @@ def window_kernel(
                 # By a branch: the way through the loads of an entry that is not there, at the end of a launch, took 0.35 us.
                 if task < num_entries * parts:
                     item, slot, homes = load_entry(
-                        items, entry_items, entry_slots, task // parts, task < num_entries * parts,
-                        kv_pages, kv_table, kv_width, score_pages, score_table, score_width, page_size,
-                        RATIO, OVERLAP, ONE_PAGE, PROMPT,
+                        plan, entry_items, task // parts, task < num_entries * parts, kvp, scp, page_size, SPEC, ONE_PAGE,
+                        PROMPT,
                     )  # fmt: skip
-    wait_for_inputs(PDL)
+    wait_for_inputs(HOW.PDL)

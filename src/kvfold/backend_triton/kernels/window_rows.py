@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from ..args import Tokens
 from .fold import LOG2_E, LOWEST, quotient, spread
 from .record import bf16_bits, bf16_value
 
@@ -35,26 +36,21 @@ def store_rounded(pool, at, x, mask):
 
 
 @triton.jit
-def add_live_tile(
-    k, s, kv_score, kv_stride, ape, j, c, new, token, x, start,
-    RATIO: tl.constexpr, CHANNELS: tl.constexpr, BF16: tl.constexpr,
-):  # fmt: skip
+def add_live_tile(k, s, tokens, j, c, new, token, x, start, RATIO: tl.constexpr, CHANNELS: tl.constexpr, BF16: tl.constexpr):
     """Puts the new rows of a tile into it, any number of them."""
     news = (new.to(tl.int32)[:, None] + c.to(tl.int32) * 0) != 0
-    live = kv_score + ((token + x - start).to(tl.int64) * kv_stride)[:, None] + c
+    live = tokens.kv_score + ((token + x - start).to(tl.int64) * tokens.kv_stride)[:, None] + c
     new_k = tl.load(live, mask=news, other=0.0).to(tl.float32)
     new_s = tl.load(live + CHANNELS, mask=news, other=float("-inf")).to(tl.float32)
-    if ape is not None:
-        new_s += tl.load(ape + ((j % RATIO) * CHANNELS)[:, None] + c, mask=news, other=0.0)
+    if tokens.ape is not None:
+        new_s += tl.load(tokens.ape + ((j % RATIO) * CHANNELS)[:, None] + c, mask=news, other=0.0)
     return tl.where(news, as_stored(new_k, BF16), k), tl.where(news, as_stored(new_s, BF16), s)
 
 
 @triton.jit
 def load_page_rows(
-    kv_score, kv_stride, ape, kv_pool, kv_page_stride, kv_row_stride, score_pool, score_page_stride, score_row_stride,
-    page_size, window, start, token, c0, j0, homes, mine,
-    RATIO: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, SLICE: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BF16: tl.constexpr,
+    tokens, kvp, scp, page_size, window, start, token, c0, j0, homes, mine, SPEC: tl.constexpr, TILE: tl.constexpr,
+    LANES: tl.constexpr, SLICE: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
     """Rows `[j0, j0 + TILE)` of a window of which all but some of the last LANES rows are old, one behind the other on a page.
 
@@ -63,12 +59,12 @@ def load_page_rows(
     """
     c = c0 + tl.arange(0, SLICE)[None, :]
     lane = tl.arange(0, LANES)
-    first = (window * RATIO) % page_size + j0
-    kv_rows = kv_pool + homes[1] * kv_page_stride + first * kv_row_stride
-    score_rows = score_pool + homes[3] * score_page_stride + first * score_row_stride
+    first = (window * SPEC.RATIO) % page_size + j0
+    kv_rows = kvp.kv_pool + homes[1] * kvp.kv_page_stride + first * kvp.kv_row_stride
+    score_rows = scp.score_pool + homes[3] * scp.score_page_stride + first * scp.score_row_stride
     # A page spans less than 2**31 elements: one 32-bit offset for each row.
-    kv_at = (lane * kv_row_stride.to(tl.int32))[:, None] + c
-    score_at = (lane * score_row_stride.to(tl.int32))[:, None] + c
+    kv_at = (lane * kvp.kv_row_stride.to(tl.int32))[:, None] + c
+    score_at = (lane * scp.score_row_stride.to(tl.int32))[:, None] + c
     ks = ()
     ss = ()
     for i in tl.static_range(TILE // LANES):
@@ -78,12 +74,12 @@ def load_page_rows(
         s = tl.load(score_rows + score_at, eviction_policy="evict_first").to(tl.float32)
         if i == TILE // LANES - 1:
             # A branch, behind the loads of a tile: new rows waited for earlier held up the loads that no register was free for.
-            if start < window * RATIO + j0 + TILE:
+            if start < window * SPEC.RATIO + j0 + TILE:
                 j = lane + j0 + i * LANES  # a tensor first: the interpreter has numbers for the others
-                x = window * RATIO + j
+                x = window * SPEC.RATIO + j
                 k, s = add_live_tile(
-                    k, s, kv_score, kv_stride, ape, j, c.to(tl.int64) + (j * 0)[:, None], x >= start, token, x, start,
-                    RATIO, HEAD_DIM, BF16,
+                    k, s, tokens, j, c.to(tl.int64) + (j * 0)[:, None], x >= start, token, x, start, SPEC.RATIO,
+                    SPEC.HEAD_DIM, BF16,
                 )  # fmt: skip
                 if mine:
                     news = ((x >= start).to(tl.int32)[:, None] + c * 0) != 0
@@ -91,59 +87,57 @@ def load_page_rows(
                     store_rounded(score_rows, score_at, s, news)
         ks = ks + (k,)
         ss = ss + (s,)
-        kv_rows += LANES * kv_row_stride
-        score_rows += LANES * score_row_stride
+        kv_rows += LANES * kvp.kv_row_stride
+        score_rows += LANES * scp.score_row_stride
     return ks, ss
 
 
 @triton.jit
 def load_live_rows(
-    kv_score, kv_stride, ape, window, start, token, c0, j0,
-    RATIO: tl.constexpr, OVERLAP: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, SLICE: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BF16: tl.constexpr,
+    tokens, window, start, token, c0, j0, SPEC: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, SLICE: tl.constexpr,
+    BF16: tl.constexpr,
 ):  # fmt: skip
     """Rows `[j0, j0 + TILE)` of a window that is all new: the common case in a prompt."""
-    CHANNELS: tl.constexpr = HEAD_DIM * (1 + OVERLAP)
+    CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
     c = c0 + tl.arange(0, SLICE)[None, :]
     lane = tl.arange(0, LANES)
-    live = kv_score + (token + (window - OVERLAP) * RATIO + j0 - start).to(tl.int64) * kv_stride
+    live = tokens.kv_score + (token + (window - SPEC.OVERLAP) * SPEC.RATIO + j0 - start).to(tl.int64) * tokens.kv_stride
     ks = ()
     ss = ()
     for i in tl.static_range(TILE // LANES):
         j = lane + j0 + i * LANES
-        bias = c + ((j % RATIO) * CHANNELS)[:, None]
-        at = lane.to(tl.int64)[:, None] * kv_stride + c
-        if OVERLAP:
+        bias = c + ((j % SPEC.RATIO) * CHANNELS)[:, None]
+        at = lane.to(tl.int64)[:, None] * tokens.kv_stride + c
+        if SPEC.OVERLAP:
             # The window before gives its lo half, this window its hi half; before window 0 there is nothing.
-            half = tl.where(j < RATIO, 0, HEAD_DIM)[:, None]
+            half = tl.where(j < SPEC.RATIO, 0, SPEC.HEAD_DIM)[:, None]
             at += half
             bias += half
-            there = ((window * RATIO + j >= RATIO).to(tl.int32)[:, None] + c * 0) != 0
+            there = ((window * SPEC.RATIO + j >= SPEC.RATIO).to(tl.int32)[:, None] + c * 0) != 0
             k = tl.load(live + at, mask=there, other=0.0).to(tl.float32)
             s = tl.load(live + CHANNELS + at, mask=there, other=float("-inf")).to(tl.float32)
         else:
             k = tl.load(live + at).to(tl.float32)
             s = tl.load(live + CHANNELS + at).to(tl.float32)
-        if ape is not None:
-            s += tl.load(ape + bias)
+        if tokens.ape is not None:
+            s += tl.load(tokens.ape + bias)
         ks = ks + (as_stored(k, BF16),)
         ss = ss + (as_stored(s, BF16),)
-        live += LANES * kv_stride
+        live += LANES * tokens.kv_stride
     return ks, ss
 
 
 @triton.jit
 def store_live_rows(
-    pool, page_stride, row_stride, page_size, before, this, xs, window, c0, j0,
-    RATIO: tl.constexpr, OVERLAP: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, SLICE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
+    pool, page_stride, row_stride, page_size, before, this, xs, window, c0, j0, SPEC: tl.constexpr, TILE: tl.constexpr,
+    LANES: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """Writes what `load_live_rows` loaded to its pages, `this` and that of the window `before`, of which either may be -1."""
     c = c0 + tl.arange(0, SLICE)[None, :]
     lane = tl.arange(0, LANES)
-    if OVERLAP == 0:
+    if SPEC.OVERLAP == 0:
         there = (spread(this >= 0, LANES).to(tl.int32)[:, None] + c * 0) != 0
-        rows = pool + this * page_stride + ((window * RATIO) % page_size + j0).to(tl.int64) * row_stride
+        rows = pool + this * page_stride + ((window * SPEC.RATIO) % page_size + j0).to(tl.int64) * row_stride
         at = (lane * row_stride.to(tl.int32))[:, None] + c  # a page spans less than 2**31 elements
         for i in tl.static_range(TILE // LANES):
             store_rounded(rows, at, xs[i], there)
@@ -151,67 +145,62 @@ def store_live_rows(
     else:
         for i in tl.static_range(TILE // LANES):
             j = lane + j0 + i * LANES
-            x = window * RATIO + j - RATIO
-            lo = j < RATIO
+            x = window * SPEC.RATIO + j - SPEC.RATIO
+            lo = j < SPEC.RATIO
             page = tl.where(lo, before, this)
-            at = page * page_stride + (tl.maximum(x, 0) % page_size).to(tl.int64) * row_stride + tl.where(lo, 0, HEAD_DIM)
+            at = page * page_stride + (tl.maximum(x, 0) % page_size).to(tl.int64) * row_stride + tl.where(lo, 0, SPEC.HEAD_DIM)
             there = (((x >= 0) & (page >= 0)).to(tl.int32)[:, None] + c * 0) != 0
             store_rounded(pool, at[:, None] + c, xs[i], there)
 
 
 @triton.jit
 def load_any_rows(
-    kv_score, kv_stride, ape, kv_pool, kv_page_stride, kv_row_stride, kv_pages, kv_table, kv_width,
-    score_pool, score_page_stride, score_row_stride, score_pages, score_table, score_width, page_size,
-    window, start, token, sequence, c0, j0, homes,
-    RATIO: tl.constexpr, OVERLAP: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, SLICE: tl.constexpr,
-    HEAD_DIM: tl.constexpr, ONE_PAGE: tl.constexpr, BF16: tl.constexpr,
+    tokens, kvp, scp, page_size, window, start, token, sequence, c0, j0, homes, SPEC: tl.constexpr, TILE: tl.constexpr,
+    LANES: tl.constexpr, SLICE: tl.constexpr, ONE_PAGE: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
     """Rows `[j0, j0 + TILE)` of a window, wherever they are, and how many old ones are not there."""
-    CHANNELS: tl.constexpr = HEAD_DIM * (1 + OVERLAP)
+    CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
     absent = tl.zeros((), tl.int32)
     ks = ()
     ss = ()
     for i in tl.static_range(TILE // LANES):
         j = tl.arange(0, LANES) + j0 + i * LANES
-        x = (window - OVERLAP) * RATIO + j
+        x = (window - SPEC.OVERLAP) * SPEC.RATIO + j
         old = (x >= 0) & (x < start)
         at = tl.maximum(x, 0)
         if ONE_PAGE:
             kv_before, kv_this, score_before, score_this, lost, _bad = homes
-            before = j < RATIO * OVERLAP
+            before = j < SPEC.RATIO * SPEC.OVERLAP
             kv_page = tl.where(before, kv_before, kv_this)
             score_page = tl.where(before, score_before, score_this)
-            row = ((window * RATIO) % page_size + j - RATIO * OVERLAP).to(tl.int64)
-            if OVERLAP:
-                row = tl.where(before, (tl.maximum(window - 1, 0) * RATIO) % page_size + j, row)
+            row = ((window * SPEC.RATIO) % page_size + j - SPEC.RATIO * SPEC.OVERLAP).to(tl.int64)
+            if SPEC.OVERLAP:
+                row = tl.where(before, (tl.maximum(window - 1, 0) * SPEC.RATIO) % page_size + j, row)
             absent = lost.to(tl.int32)
             old = old & (absent == 0)
         else:
-            kv_page, kv_missing, kv_bad = find_pages(kv_table, kv_width, kv_pages, sequence, at, old, page_size)
+            kv_page, kv_missing, kv_bad = find_pages(kvp.kv_table, kvp.kv_width, kvp.kv_pages, sequence, at, old, page_size)
             score_page, score_missing, score_bad = find_pages(
-                score_table, score_width, score_pages, sequence, at, old, page_size
+                scp.score_table, scp.score_width, scp.score_pages, sequence, at, old, page_size,
             )  # fmt: skip
             lost = kv_missing | kv_bad | score_missing | score_bad
             absent += tl.sum(lost.to(tl.int32), axis=0)
             old = old & (lost == 0)
             row = (at % page_size).to(tl.int64)
         # Overlap: the window before gives its lo half, this window its hi half.
-        half = tl.where(j < RATIO * OVERLAP, 0, OVERLAP * HEAD_DIM)
+        half = tl.where(j < SPEC.RATIO * SPEC.OVERLAP, 0, SPEC.OVERLAP * SPEC.HEAD_DIM)
         c = (half[:, None] + (c0 + tl.arange(0, SLICE))[None, :]).to(tl.int64)
         olds = (old.to(tl.int32)[:, None] + c.to(tl.int32) * 0) != 0
         k = tl.load(
-            kv_pool + (kv_page * kv_page_stride + row * kv_row_stride)[:, None] + c, mask=olds, other=0.0
+            kvp.kv_pool + (kv_page * kvp.kv_page_stride + row * kvp.kv_row_stride)[:, None] + c, mask=olds, other=0.0
         ).to(tl.float32)  # fmt: skip
         s = tl.load(
-            score_pool + (score_page * score_page_stride + row * score_row_stride)[:, None] + c,
+            scp.score_pool + (score_page * scp.score_page_stride + row * scp.score_row_stride)[:, None] + c,
             mask=olds,
             other=float("-inf"),
         ).to(tl.float32)  # fmt: skip
-        if start < (window - OVERLAP) * RATIO + j0 + (i + 1) * LANES:
-            k, s = add_live_tile(
-                k, s, kv_score, kv_stride, ape, j, c, (x >= 0) & (x >= start), token, x, start, RATIO, CHANNELS, BF16
-            )  # fmt: skip
+        if start < (window - SPEC.OVERLAP) * SPEC.RATIO + j0 + (i + 1) * LANES:
+            k, s = add_live_tile(k, s, tokens, j, c, (x >= 0) & (x >= start), token, x, start, SPEC.RATIO, CHANNELS, BF16)
         ks = ks + (k,)
         ss = ss + (s,)
     return ks, ss, absent
@@ -273,12 +262,9 @@ def sum_lanes(r, l, a, LANES: tl.constexpr, SLICE: tl.constexpr):
 
 @triton.jit
 def pool_slice(
-    kv_score, kv_stride, ape, kv_pool, kv_page_stride, kv_row_stride, kv_pages, kv_table, kv_width,
-    score_pool, score_page_stride, score_row_stride, score_pages, score_table, score_width, page_size,
-    window, start, token, sequence, c0, homes, mine,
-    RATIO: tl.constexpr, OVERLAP: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
-    SLICE: tl.constexpr, HEAD_DIM: tl.constexpr, ONE_PAGE: tl.constexpr, PROMPT: tl.constexpr, ALIGNED: tl.constexpr,
-    HARDWARE: tl.constexpr,
+    tokens, kvp, scp, page_size, window, start, token, sequence, c0, homes, mine, SPEC: tl.constexpr, TILE: tl.constexpr,
+    LANES: tl.constexpr, GROUP: tl.constexpr, SLICE: tl.constexpr, ONE_PAGE: tl.constexpr, PROMPT: tl.constexpr,
+    ALIGNED: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """Channels `[c0, c0 + SLICE)` of a pooled row, and how many old rows it needs that are not there.
 
@@ -288,8 +274,8 @@ def pool_slice(
 
     mine: the new rows are written here, of a window that `claims` or `joins` says that of (window.py).
     """
-    BF16: tl.constexpr = kv_pool.dtype.element_ty == tl.bfloat16
-    WINDOW_ROWS: tl.constexpr = RATIO * (1 + OVERLAP)
+    BF16: tl.constexpr = kvp.kv_pool.dtype.element_ty == tl.bfloat16
+    WINDOW_ROWS: tl.constexpr = SPEC.RATIO * (1 + SPEC.OVERLAP)
     # Where pages hold whole windows, rows that are wherever are rare. By 16 instead of 8 groups of them, their addresses, which
     # do not change from entry to entry, took 40 registers and were worked out in front of every step: 4,100 instructions
     # instead of 3,000, and 0.1 us more where no window ends.
@@ -300,37 +286,32 @@ def pool_slice(
     absent = tl.zeros((), tl.int32)
     if ALIGNED:
         # Known to be a multiple of 4 and no more, so that a thread has 4 channels of kv_score as it has of an fp32 pool.
-        kv_stride = (kv_stride // 4) * 4
-    x0 = window * RATIO
+        tokens = Tokens(tokens.kv_score, (tokens.kv_stride // 4) * 4, tokens.num_tokens, tokens.ape)
+    x0 = window * SPEC.RATIO
     way = tl.zeros((), tl.int32)
-    if (ONE_PAGE and OVERLAP == 0) and GROUP > 1:
+    if (ONE_PAGE and SPEC.OVERLAP == 0) and GROUP > 1:
         absent = homes[4].to(tl.int32)
-        way = tl.where((start >= x0 + RATIO - LANES) & (absent == 0), 1, 0)
+        way = tl.where((start >= x0 + SPEC.RATIO - LANES) & (absent == 0), 1, 0)
     if PROMPT:
         way = tl.where(mine, 2, way)
     if way == 1:
-        if (ONE_PAGE and OVERLAP == 0) and GROUP > 1:
+        if (ONE_PAGE and SPEC.OVERLAP == 0) and GROUP > 1:
             for j0 in range(0, WINDOW_ROWS, TILE):
                 ks, ss = load_page_rows(
-                    kv_score, kv_stride, ape, kv_pool, kv_page_stride, kv_row_stride, score_pool, score_page_stride,
-                    score_row_stride, page_size, window, start, token, c0, j0, homes, mine,
-                    RATIO, TILE, LANES, SLICE, HEAD_DIM, BF16,
+                    tokens, kvp, scp, page_size, window, start, token, c0, j0, homes, mine, SPEC, TILE, LANES, SLICE, BF16,
                 )  # fmt: skip
                 r, l, a = weigh_rows(r, l, a, ks, ss, GROUP)
     elif way == 2:
         if PROMPT:
             for j0 in range(0, WINDOW_ROWS, TILE):
-                ks, ss = load_live_rows(
-                    kv_score, kv_stride, ape, window, start, token, c0, j0,
-                    RATIO, OVERLAP, TILE, LANES, SLICE, HEAD_DIM, BF16,
+                ks, ss = load_live_rows(tokens, window, start, token, c0, j0, SPEC, TILE, LANES, SLICE, BF16)
+                store_live_rows(
+                    kvp.kv_pool, kvp.kv_page_stride, kvp.kv_row_stride, page_size, homes[0], homes[1], ks, window, c0, j0,
+                    SPEC, TILE, LANES, SLICE,
                 )  # fmt: skip
                 store_live_rows(
-                    kv_pool, kv_page_stride, kv_row_stride, page_size, homes[0], homes[1], ks, window, c0, j0,
-                    RATIO, OVERLAP, TILE, LANES, SLICE, HEAD_DIM,
-                )  # fmt: skip
-                store_live_rows(
-                    score_pool, score_page_stride, score_row_stride, page_size, homes[2], homes[3], ss, window, c0, j0,
-                    RATIO, OVERLAP, TILE, LANES, SLICE, HEAD_DIM,
+                    scp.score_pool, scp.score_page_stride, scp.score_row_stride, page_size, homes[2], homes[3], ss, window,
+                    c0, j0, SPEC, TILE, LANES, SLICE,
                 )  # fmt: skip
                 if GROUP > 1:
                     r, l, a = weigh_rows(r, l, a, ks, ss, GROUP)
@@ -340,10 +321,8 @@ def pool_slice(
     else:
         for j0 in range(0, WINDOW_ROWS, ANY_TILE):
             ks, ss, lost = load_any_rows(
-                kv_score, kv_stride, ape, kv_pool, kv_page_stride, kv_row_stride, kv_pages, kv_table, kv_width,
-                score_pool, score_page_stride, score_row_stride, score_pages, score_table, score_width, page_size,
-                window, start, token, sequence, c0, j0, homes,
-                RATIO, OVERLAP, ANY_TILE, LANES, SLICE, HEAD_DIM, ONE_PAGE, BF16,
+                tokens, kvp, scp, page_size, window, start, token, sequence, c0, j0, homes, SPEC, ANY_TILE, LANES, SLICE,
+                ONE_PAGE, BF16,
             )  # fmt: skip
             absent += lost
             if GROUP > 1:
