@@ -9,7 +9,7 @@ import torch
 from helpers import SPECS, Weights, make_tokens
 
 import kvfold
-from kvfold.debug.check import call as debug_call
+from kvfold.debug import call as debug_call
 from kvfold.debug.check import check
 
 

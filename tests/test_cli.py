@@ -16,11 +16,11 @@ from debug_support import Call
 from typer.testing import CliRunner
 
 import kvfold
-from kvfold.backend_torch.fold import fold as backend_torch
+from kvfold.backend_torch import fold as backend_torch
 from kvfold.cli import bench, show
 from kvfold.cli.app import app
-from kvfold.demo.run import run as demo
-from kvfold.integrations.transformers.patch import cache as transformers_cache
+from kvfold.demo import run as demo
+from kvfold.integrations.transformers import cache as transformers_cache
 from kvfold.storage.formats import FORMATS
 
 SMALL = ["--tokens", "200", "--decode", "14"]

@@ -21,8 +21,8 @@ from kvfold.arguments.files import check_writable, write_atomically
 from kvfold.cli import bench, failures
 from kvfold.cli.app import app
 from kvfold.demo import plot as demo_plot
-from kvfold.demo.run import run as demo
-from kvfold.verify.cases import run as verify_run
+from kvfold.demo import run as demo
+from kvfold.verify import run as verify_run
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": ""}
 KVFOLD = [sys.executable, "-m", "kvfold"]

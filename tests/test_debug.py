@@ -11,7 +11,7 @@ from helpers import SPECS, Backend, bits
 
 import kvfold
 from kvfold.backend_triton import launch
-from kvfold.debug.check import call as debug_call
+from kvfold.debug import call as debug_call
 from kvfold.debug.check import check
 from kvfold.debug.compare import bytes_of, explained
 from kvfold.storage.formats import FORMATS

@@ -18,7 +18,7 @@ from hypothesis import Phase, find, given, note, settings
 from hypothesis import strategies as st
 
 from kvfold import Snapshots, StepPlan
-from kvfold.backend_torch.fold import fold as backend_torch
+from kvfold.backend_torch import fold as backend_torch
 
 ON_THE_INTERPRETER = ("fold-16", "csa-bf16-state", "window-csa")  # it takes milliseconds for a token: the others if told so
 

@@ -10,8 +10,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, StaticLayer
 from transformers_support import LAYERS, LAYERS_MOVE, NAMES, close, ids, run, theirs, tiny
 
+from kvfold.integrations.transformers import cache as transformers_cache
 from kvfold.integrations.transformers.patch import UnsupportedError, entries, patch, rewind, unpatch
-from kvfold.integrations.transformers.patch import cache as transformers_cache
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

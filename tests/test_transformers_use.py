@@ -19,8 +19,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 from transformers_support import LAYERS, NAMES, begun, close, compressors, ids, run, step, tiny, unpatched
 
+from kvfold.integrations.transformers import cache as transformers_cache
 from kvfold.integrations.transformers.patch import UnsupportedError, entries, patch, unpatch
-from kvfold.integrations.transformers.patch import cache as transformers_cache
 
 TWO = LAYERS[:2]
 TOKENS = ids(40, 2)

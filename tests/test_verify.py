@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from kvfold import V4_CSA, V4_HCA
-from kvfold.backend_torch.fold import fold as backend_torch
-from kvfold.backend_torch.fold import window as backend_window
+from kvfold.backend_torch import fold as backend_torch
+from kvfold.backend_torch import window as backend_window
 from kvfold.backend_triton.table import CONFIGS, Config, choose
 from kvfold.compress import compress
 from kvfold.storage.formats import FORMATS

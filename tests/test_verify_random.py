@@ -17,11 +17,11 @@ import torch
 from helpers import Backend
 
 from kvfold import Snapshots, StepPlan, compress, restore
-from kvfold.backend_torch.fold import fold as backend_torch
-from kvfold.backend_torch.fold import window as backend_window
+from kvfold.backend_torch import fold as backend_torch
+from kvfold.backend_torch import window as backend_window
 from kvfold.storage.formats import FORMATS
+from kvfold.verify import run as verify_run
 from kvfold.verify.case import Mismatch
-from kvfold.verify.cases import run as verify_run
 from kvfold.verify.program import Place, program
 from kvfold.verify.random import BUDGETS, CASES_PER_SHAPE, VALUES, RandomCase, draw_case, draw_shape
 from kvfold.verify.run import Outcome, labels, run_case, summary, verify_random

@@ -15,29 +15,29 @@ class Plan(NamedTuple):
 
 
 class SnapTable(NamedTuple):
-    snap_table: object
-    snap_width: object
-    snap_page_size: object
+    pages: object
+    width: object
+    page_size: object
 
 
 class Tokens(NamedTuple):
     kv_score: object
-    kv_stride: object
-    num_tokens: object
+    stride: object
+    count: object
     ape: object
 
 
 class State(NamedTuple):
-    state_rows: object
-    state_tags: object
+    rows: object
+    tags: object
     num_slots: object
     ring: object
 
 
 class Snaps(NamedTuple):
-    snap_rows: object
-    snap_tags: object
-    num_snaps: object
+    rows: object
+    tags: object
+    count: object
 
 
 class Scratch(NamedTuple):
@@ -55,26 +55,17 @@ class Cache(NamedTuple):
     scales: object
     scales_stride: object
     rows_per_page: object
-    cache_slots: object
-    cache_scale: object
+    num_slots: object
+    scale: object
 
 
-class KvPool(NamedTuple):
-    kv_pool: object
-    kv_page_stride: object
-    kv_row_stride: object
-    kv_pages: object
-    kv_table: object
-    kv_width: object
-
-
-class ScorePool(NamedTuple):
-    score_pool: object
-    score_page_stride: object
-    score_row_stride: object
-    score_pages: object
-    score_table: object
-    score_width: object
+class Pool(NamedTuple):
+    rows: object
+    page_stride: object
+    row_stride: object
+    num_pages: object
+    table: object
+    width: object
 
 
 @dataclass(frozen=True)

@@ -74,9 +74,14 @@ class Variant:
         types = dict(self.pointers)
         target = target or triton.runtime.driver.active.get_current_target()
         from dataclasses import replace
+
         for name in ("HOW", "HOW_0", "HOW_1"):
             if name in kernel.arg_names:
-                constants[name] = replace(constants[name], PDL=tl.constexpr(self.pdl), HARDWARE=tl.constexpr(target.backend == "cuda" and target.arch >= 89))
+                constants[name] = replace(
+                    constants[name],
+                    PDL=tl.constexpr(self.pdl),
+                    HARDWARE=tl.constexpr(target.backend == "cuda" and target.arch >= 89),
+                )
         if "ALIGNED" in kernel.arg_names:
             constants["ALIGNED"] = self.aligned
         # The two compressors of a pair have the same arguments, told apart by their ends.

@@ -7,8 +7,8 @@ import torch
 from ..spec import CompressorSpec
 from ..storage.fold_state import FoldState
 from ..storage.formats import FORMATS, RecordFormat
-from .build import POINTERS, Variant
 from .args import Fmt, How, Spec
+from .build import POINTERS, Variant
 from .kernels.plan import plan_variant, windows_per_program
 from .table import ANY, LANES, ROWS_OF_A_LANE, Config, choose
 
@@ -261,10 +261,12 @@ def epilogue_constants(fmt: RecordFormat | None, spec: CompressorSpec) -> dict[s
 
 def grouped(constants):
     from dataclasses import fields
+
     found = {}
     rest = dict(constants)
     for name, kind in (("SPEC", Spec), ("FMT", Fmt), ("HOW", How)):
         import triton.language as tl
+
         given = {f.name: tl.constexpr(rest.pop(f.name, 0)) for f in fields(kind)}
         found[name] = kind(**given)
     return found | rest

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..args import Cache, Plan, Scratch, SnapTable, Snaps, State, Tokens
+from ..args import Cache, Plan, Scratch, Snaps, SnapTable, State, Tokens
 from .long_fold import prefill_fold
 from .long_rows import prefill_rows
 from .long_rows_narrow import prefill_abreast
@@ -12,22 +12,24 @@ from .short import count_overflow, decode_item
 
 @triton.jit
 def run_step(
-    pid, programs, plan, tab, tokens, st, snaps, scratch, cache, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr,
+    pid, programs, plan, snap_table, tokens, st, snaps, scratch, cache, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
     """Program `pid` of the `programs` of one compressor.
 
     TOGETHER: 0 for a short step, a program for each work item; otherwise how many windows a program folds side by side.
     """
     if HOW.TOGETHER == 0:
-        decode_item(pid, plan, tab, tokens, st, snaps, cache, HOW, SPEC, FMT)
+        decode_item(pid, plan, snap_table, tokens, st, snaps, cache, HOW, SPEC, FMT)
         if pid == programs - 1:
             count_overflow(plan, programs, SPEC.RATIO)
     elif SPEC.KIND == "fold":
-        prefill_fold(pid, programs, plan, tab, tokens, st, snaps, scratch, cache, HOW, SPEC, FMT)
-    elif HOW.TOGETHER > 1 and snaps.snap_rows is None:
-        prefill_abreast(pid, programs, plan, tab, tokens, st, snaps, scratch.arrivals, cache, HOW, SPEC, HOW.TOGETHER, FMT)
+        prefill_fold(pid, programs, plan, snap_table, tokens, st, snaps, scratch, cache, HOW, SPEC, FMT)
+    elif HOW.TOGETHER > 1 and snaps.rows is None:
+        prefill_abreast(
+            pid, programs, plan, snap_table, tokens, st, snaps, scratch.arrivals, cache, HOW, SPEC, HOW.TOGETHER, FMT
+        )
     else:
-        prefill_rows(pid, programs, plan, tab, tokens, st, snaps, scratch.arrivals, cache, HOW, SPEC, FMT)
+        prefill_rows(pid, programs, plan, snap_table, tokens, st, snaps, scratch.arrivals, cache, HOW, SPEC, FMT)
 
 
 @triton.jit
@@ -40,7 +42,7 @@ def step_kernel(
 ):  # fmt: skip
     """`compress` over a `FoldState`."""
     plan = Plan(items, num_items, entry_slots, entry_capacity, errors)
-    tab = SnapTable(snap_table, snap_width, snap_page_size)
+    snap_table = SnapTable(snap_table, snap_width, snap_page_size)
     tokens = Tokens(kv_score, kv_stride, num_tokens, ape)
     st = State(state_rows, state_tags, num_slots, ring)
     snaps = Snaps(snap_rows, snap_tags, num_snaps)
@@ -48,4 +50,4 @@ def step_kernel(
     cache = Cache(
         rows, norm_weight, rope, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots, cache_scale
     )  # fmt: skip
-    run_step(tl.program_id(0), tl.num_programs(0), plan, tab, tokens, st, snaps, scratch, cache, HOW, SPEC, FMT)
+    run_step(tl.program_id(0), tl.num_programs(0), plan, snap_table, tokens, st, snaps, scratch, cache, HOW, SPEC, FMT)

@@ -107,7 +107,7 @@ def judge_slot(entry, slot, position, entry_capacity, cache, ROPE_DIM: tl.conste
     keep = slot != -1
     wrong = entry >= entry_capacity
     if cache.pages is not None:
-        bad = (slot < -1) | (slot >= cache.cache_slots)
+        bad = (slot < -1) | (slot >= cache.num_slots)
         if ROPE_DIM > 0:
             bad = bad | (position >= cache.max_position)
         wrong = wrong | (keep & bad)

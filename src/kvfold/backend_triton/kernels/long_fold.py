@@ -24,10 +24,10 @@ def open_window(item, there, c0, errors, tokens, st, SPEC: tl.constexpr, SLICE: 
     window, start, end, token, slot, entry, sequence = item
     x0 = window * SPEC.RATIO
     first = there & (window == start // SPEC.RATIO)
-    held = there & (slot < st.num_slots) & (token + end - start <= tokens.num_tokens)
+    held = there & (slot < st.num_slots) & (token + end - start <= tokens.count)
     slot = tl.where(held, slot, 0)
-    tags = st.state_tags + slot * (st.ring + SPEC.HISTORY)
-    state = st.state_rows + slot * (st.ring + SPEC.HISTORY) * (3 * SPEC.HEAD_DIM)
+    tags = st.tags + slot * (st.ring + SPEC.HISTORY)
+    state = st.rows + slot * (st.ring + SPEC.HISTORY) * (3 * SPEC.HEAD_DIM)
     h0 = tl.where(start % SPEC.RATIO == 0, start, start - 1)
     m, l, a = empty_fold(SLICE)
     if held & (h0 < start):
@@ -44,7 +44,7 @@ def open_window(item, there, c0, errors, tokens, st, SPEC: tl.constexpr, SLICE: 
     # Tokens of the window by their place in it; none, where the sequence cannot go on.
     begin = tl.where(held, tl.maximum(start - x0, 0), SPEC.RATIO)
     stop = tl.where(held, tl.minimum(end - x0, SPEC.RATIO), 0)
-    live = tokens.kv_score + (token + x0 - start).to(tl.int64) * tokens.kv_stride + c
+    live = tokens.kv_score + (token + x0 - start).to(tl.int64) * tokens.stride + c
     entry = tl.where(held, entry, -1)
     return m, l, a, live, begin, stop, slot, x0, start, end, entry, sequence, held & first
 
@@ -137,7 +137,11 @@ def fold_stretches(
                 new_as = ()
                 for w in tl.static_range(W):
                     m, l, a = fold_step(
-                        ms[w], ls[w], as_[w], ks[i * W + w].to(tl.float32), ss[i * W + w].to(tl.float32) + biases[i],
+                        ms[w],
+                        ls[w],
+                        as_[w],
+                        ks[i * W + w].to(tl.float32),
+                        ss[i * W + w].to(tl.float32) + biases[i],
                     )
                     new_ms = new_ms + (m,)
                     new_ls = new_ls + (l,)
@@ -244,7 +248,7 @@ def deliver_entry(
 
 @triton.jit
 def prefill_fold(
-    pid, programs, plan, tab, tokens, st, snaps, scratch, cache, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr,
+    pid, programs, plan, snap_table, tokens, st, snaps, scratch, cache, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
     """Program `pid` of `programs` over fold rows, in units of SLICE channels of a window."""
     SLICES: tl.constexpr = SPEC.HEAD_DIM // HOW.SLICE
@@ -276,13 +280,13 @@ def prefill_fold(
                 item_1, index + programs < total, c0, plan.errors, tokens, st, SPEC, HOW.SLICE,
             )  # fmt: skip
             count = tl.where(index + programs < total, 2, 1)
-            if snaps.snap_rows is None:
+            if snaps.rows is None:
                 # As far as both go, and up to the rows that are kept.
                 limit = tl.minimum(tl.minimum(stop, end - st.ring - x0), tl.minimum(stop_1, end_1 - st.ring - x0_1))
                 both = tl.where(begin == begin_1, tl.maximum(limit - begin, 0) // HOW.AHEAD, 0)
                 if both > 0:
                     ms, ls, as_, _biases, _ks, _ss = fold_stretches(
-                        (m, m_1), (l, l_1), (a, a_1), (live, live_1), begin, both, 0, tokens.kv_stride, biases, 2, HOW.AHEAD,
+                        (m, m_1), (l, l_1), (a, a_1), (live, live_1), begin, both, 0, tokens.stride, biases, 2, HOW.AHEAD,
                         SPEC.HEAD_DIM, HOW.SLICE,
                     )  # fmt: skip
                     m, m_1 = ms
@@ -304,9 +308,9 @@ def prefill_fold(
                 leaves = (entry >= 0) & due & FINISHES
                 ticket = draw_ticket(scratch.arrivals, entry, leaves, 256 if HOW.HARDWARE else 512)
             snap = None
-            if snaps.snap_rows is not None:
-                table = tab.snap_table + sequence.to(tl.int64) * tab.snap_width
-                snap = (table, tab.snap_width, tab.snap_page_size, snaps.snap_rows, snaps.snap_tags, snaps.num_snaps, plan.errors)
+            if snaps.rows is not None:
+                table = snap_table.pages + sequence.to(tl.int64) * snap_table.width
+                snap = (table, snap_table.width, snap_table.page_size, snaps.rows, snaps.tags, snaps.count, plan.errors)
             else:
                 alone = tl.maximum(tl.minimum(stop, end - st.ring - x0) - place, 0) // HOW.AHEAD
                 if HOW.SLICE < SPEC.HEAD_DIM:
@@ -314,7 +318,7 @@ def prefill_fold(
                     loaded = no_tokens(tokens.kv_score, HOW.AHEAD, HOW.SLICE)
                 if alone > 0:
                     one_m, one_l, one_a, behind, behind_ks, behind_ss = fold_stretches(
-                        (m,), (l,), (a,), (live,), place, alone, early, tokens.kv_stride, biases, 1, HOW.AHEAD,
+                        (m,), (l,), (a,), (live,), place, alone, early, tokens.stride, biases, 1, HOW.AHEAD,
                         SPEC.HEAD_DIM, HOW.SLICE,
                     )  # fmt: skip
                     if HOW.SLICE < SPEC.HEAD_DIM:
@@ -323,8 +327,8 @@ def prefill_fold(
                     l = one_l[0]
                     a = one_a[0]
                 place += alone * HOW.AHEAD  # not under the condition, which Triton 3.3 fails on: a loop begins at `place`
-            tags = st.state_tags + slot * (st.ring + SPEC.HISTORY)
-            state = st.state_rows + slot * (st.ring + SPEC.HISTORY) * (3 * SPEC.HEAD_DIM) + c0
+            tags = st.tags + slot * (st.ring + SPEC.HISTORY)
+            state = st.rows + slot * (st.ring + SPEC.HISTORY) * (3 * SPEC.HEAD_DIM) + c0
             h0 = tl.where(start % SPEC.RATIO == 0, start, start - 1)
             if HOW.SLICE < SPEC.HEAD_DIM:
                 if (early > 0) & (place + HOW.AHEAD == stop):
@@ -334,7 +338,7 @@ def prefill_fold(
                     )  # fmt: skip
                 else:
                     y = fold_rest(
-                        m, l, a, loaded, early, live, place, stop, state, tags, x0, h0, start, end, tokens.kv_stride, biases,
+                        m, l, a, loaded, early, live, place, stop, state, tags, x0, h0, start, end, tokens.stride, biases,
                         st.ring, snap, HOW, SPEC,
                     )  # fmt: skip
                     if leaves:
@@ -343,7 +347,7 @@ def prefill_fold(
             else:
                 # Snapshots inside a window are rare (pages that are no multiple of the ratio): all their tokens are the rest.
                 y = fold_rest(
-                    m, l, a, loaded, early, live, place, stop, state, tags, x0, h0, start, end, tokens.kv_stride, biases,
+                    m, l, a, loaded, early, live, place, stop, state, tags, x0, h0, start, end, tokens.stride, biases,
                     st.ring, snap, HOW, SPEC,
                 )  # fmt: skip
                 ticket = None

@@ -18,18 +18,18 @@ from .snapshot import snapshot_rows
 
 @triton.jit
 def rows_item(
-    item, biases, plan, tab, tokens, st, snaps, cache, LIVE: tl.constexpr, HARDWARE: tl.constexpr, SPEC: tl.constexpr,
+    item, biases, plan, snap_table, tokens, st, snaps, cache, LIVE: tl.constexpr, HARDWARE: tl.constexpr, SPEC: tl.constexpr,
     AHEAD: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
     """One work item. LIVE: whether windows all of whose rows are live are many, and have instructions of their own."""
     CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
-    SAME: tl.constexpr = st.state_rows.dtype.element_ty == tokens.kv_score.dtype.element_ty
+    SAME: tl.constexpr = st.rows.dtype.element_ty == tokens.kv_score.dtype.element_ty
     window, start, end, token, slot, entry, sequence = item
     first = window == start // SPEC.RATIO
-    held = (slot < st.num_slots) & (token + end - start <= tokens.num_tokens)
-    tags = st.state_tags + slot * (st.ring + SPEC.HISTORY)
-    state = st.state_rows + slot * (st.ring + SPEC.HISTORY) * (2 * CHANNELS)
-    live = tokens.kv_score + (token - start).to(tl.int64) * tokens.kv_stride
+    held = (slot < st.num_slots) & (token + end - start <= tokens.count)
+    tags = st.tags + slot * (st.ring + SPEC.HISTORY)
+    state = st.rows + slot * (st.ring + SPEC.HISTORY) * (2 * CHANNELS)
+    live = tokens.kv_score + (token - start).to(tl.int64) * tokens.stride
     h0 = tl.maximum(start // SPEC.RATIO - SPEC.OVERLAP, 0) * SPEC.RATIO
     if held & (h0 < start):
         x, wanted, home, spare = load_tags(tags, h0, start, st.ring, SPEC.HISTORY)
@@ -42,12 +42,12 @@ def rows_item(
             cache_slot = aim_slot(entry, plan)
             if not LIVE or (window - SPEC.OVERLAP) * SPEC.RATIO < start:
                 y = pool_window(
-                    live, tokens.kv_stride, tokens.ape, biases, state, tags, window, start, st.ring, None, "find", SAME,
+                    live, tokens.stride, tokens.ape, biases, state, tags, window, start, st.ring, None, "find", SAME,
                     SPEC, AHEAD, HARDWARE,
                 )  # fmt: skip
             else:
                 y = pool_window(
-                    live, tokens.kv_stride, tokens.ape, biases, state, tags, window, start, st.ring, None, "live", SAME,
+                    live, tokens.stride, tokens.ape, biases, state, tags, window, start, st.ring, None, "live", SAME,
                     SPEC, AHEAD, HARDWARE,
                 )  # fmt: skip
             weight, cos, sin = load_finish(window * SPEC.RATIO, cache, SPEC)
@@ -60,14 +60,26 @@ def rows_item(
         oldest = tl.maximum(begin, end - st.ring)
         if oldest < stop:
             # All that a window of ratio 4 has: its program is the last one of a prompt. With snapshots, 4 would spill.
-            KEPT: tl.constexpr = 4 if snaps.snap_rows is None else 2
+            KEPT: tl.constexpr = 4 if snaps.rows is None else 2
             keep_each(
-                live, tokens.kv_stride, state, tags, oldest, h0, start, stop, end, st.ring, SPEC.HISTORY, CHANNELS, KEPT,
+                live,
+                tokens.stride,
+                state,
+                tags,
+                oldest,
+                h0,
+                start,
+                stop,
+                end,
+                st.ring,
+                SPEC.HISTORY,
+                CHANNELS,
+                KEPT,
             )
-        if snaps.snap_rows is not None:
-            table = tab.snap_table + sequence.to(tl.int64) * tab.snap_width
-            snap = (table, tab.snap_width, tab.snap_page_size, snaps.snap_rows, snaps.snap_tags, snaps.num_snaps, plan.errors)
-            snapshot_rows(live, tokens.kv_stride, window, begin, stop, snap, SPEC.RATIO, CHANNELS)
+        if snaps.rows is not None:
+            table = snap_table.pages + sequence.to(tl.int64) * snap_table.width
+            snap = (table, snap_table.width, snap_table.page_size, snaps.rows, snaps.tags, snaps.count, plan.errors)
+            snapshot_rows(live, tokens.stride, window, begin, stop, snap, SPEC.RATIO, CHANNELS)
         if first:
             x, wanted, home, spare = load_tags(tags, h0, start, st.ring, SPEC.HISTORY)
             retire_rows(tags, x, wanted, home, spare, h0, start, end, st.ring, SPEC.HISTORY)
@@ -75,7 +87,7 @@ def rows_item(
 
 @triton.jit
 def prefill_rows(
-    pid, programs, plan, tab, tokens, st, snaps, arrivals, cache, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr,
+    pid, programs, plan, snap_table, tokens, st, snaps, arrivals, cache, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
     """Program `pid` of `programs`."""
     # Where not all rows of a window are under way at once there are registers for the next item: sequences of a window or two,
@@ -110,7 +122,7 @@ def prefill_rows(
             next_item = load_item(plan.items, after, after < total)
         if arrivals is not None:
             drawn, ticket = draw_item(arrivals, after, dealt, total)
-        rows_item(item, biases, plan, tab, tokens, st, snaps, cache, True, HOW.HARDWARE, SPEC, HOW.AHEAD, FMT)
+        rows_item(item, biases, plan, snap_table, tokens, st, snaps, cache, True, HOW.HARDWARE, SPEC, HOW.AHEAD, FMT)
         if arrivals is not None:
             after = next_index(arrivals, drawn, ticket, after, dealt, total, programs)
         if ITEM_AHEAD:

@@ -20,12 +20,20 @@ from .vectors import numbers
 def go_abreast(item, entry_capacity, num_tokens, st, SPEC: tl.constexpr, COUNT: tl.constexpr):
     """Whether the COUNT windows from `item` on are all one sequence's, end in this call, and are of live rows alone."""
     window, start, end, token, slot, entry, _sequence = item
-    able = (window > start // SPEC.RATIO) & ((window - SPEC.OVERLAP) * SPEC.RATIO >= start) & ((window + COUNT) * SPEC.RATIO <= end)
+    able = (
+        (window > start // SPEC.RATIO)
+        & ((window - SPEC.OVERLAP) * SPEC.RATIO >= start)
+        & ((window + COUNT) * SPEC.RATIO <= end)
+    )
     able = able & (entry >= 0) & (entry + COUNT <= entry_capacity) & (slot < st.num_slots) & (token + end - start <= num_tokens)
     h0 = tl.maximum(start // SPEC.RATIO - SPEC.OVERLAP, 0) * SPEC.RATIO
     if able & (h0 < start):
         x, wanted, home, spare = load_tags(
-            st.state_tags + slot * (st.ring + SPEC.HISTORY), h0, start, st.ring, SPEC.HISTORY,
+            st.tags + slot * (st.ring + SPEC.HISTORY),
+            h0,
+            start,
+            st.ring,
+            SPEC.HISTORY,
         )
         able, _moved = check_tags(x, wanted, home, spare)
     return able
@@ -42,8 +50,8 @@ def rows_items(
     i = numbers(COUNT)
     position = (window + i) * SPEC.RATIO
     cache_slot = aim_slot(entry + i, plan)
-    live = tokens.kv_score + (token - start).to(tl.int64) * tokens.kv_stride
-    ks, ss = load_live(live, tokens.kv_stride, window, 0, ROWS, SPEC, HARDWARE, COUNT)
+    live = tokens.kv_score + (token - start).to(tl.int64) * tokens.stride
+    ks, ss = load_live(live, tokens.stride, window, 0, ROWS, SPEC, HARDWARE, COUNT)
     m, l, a = empty_group(COUNT * SPEC.HEAD_DIM)
     m, l, a = fold_part(m, l, a, ks, ss, tokens.ape, None, 0, True, SPEC, ROWS, COUNT)
     y = quotient(a, l, HARDWARE)
@@ -54,19 +62,31 @@ def rows_items(
     if refused > 0:
         tl.atomic_add(plan.errors, refused)
     if (window + COUNT) * SPEC.RATIO > end - st.ring:  # the last ones of a prompt
-        tags = st.state_tags + slot * (st.ring + SPEC.HISTORY)
-        state = st.state_rows + slot * (st.ring + SPEC.HISTORY) * (2 * CHANNELS)
+        tags = st.tags + slot * (st.ring + SPEC.HISTORY)
+        state = st.rows + slot * (st.ring + SPEC.HISTORY) * (2 * CHANNELS)
         h0 = tl.maximum(start // SPEC.RATIO - SPEC.OVERLAP, 0) * SPEC.RATIO
         oldest = tl.maximum(window * SPEC.RATIO, end - st.ring)
         stop = (window + COUNT) * SPEC.RATIO
         keep_each(
-            live, tokens.kv_stride, state, tags, oldest, h0, start, stop, end, st.ring, SPEC.HISTORY, CHANNELS, SPEC.RATIO,
+            live,
+            tokens.stride,
+            state,
+            tags,
+            oldest,
+            h0,
+            start,
+            stop,
+            end,
+            st.ring,
+            SPEC.HISTORY,
+            CHANNELS,
+            SPEC.RATIO,
         )
 
 
 @triton.jit
 def prefill_abreast(
-    pid, programs, plan, tab, tokens, st, snaps, arrivals, cache, HOW: tl.constexpr, SPEC: tl.constexpr, COUNT: tl.constexpr,
+    pid, programs, plan, snap_table, tokens, st, snaps, arrivals, cache, HOW: tl.constexpr, SPEC: tl.constexpr, COUNT: tl.constexpr,
     FMT: tl.constexpr,
 ):  # fmt: skip
     """Program `pid` of `programs`, each of which takes COUNT items in a row at a time; without snapshots."""
@@ -79,12 +99,12 @@ def prefill_abreast(
     while index < blocks:
         after = index + programs
         drawn, ticket = draw_item(arrivals, after, dealt, blocks)
-        if go_abreast(item, plan.entry_capacity, tokens.num_tokens, st, SPEC, COUNT):
+        if go_abreast(item, plan.entry_capacity, tokens.count, st, SPEC, COUNT):
             rows_items(item, plan, tokens, st, cache, HOW.HARDWARE, SPEC, COUNT, FMT)
         else:
             single = item
             for number in range(index * COUNT, tl.minimum(index * COUNT + COUNT, total)):
-                rows_item(single, None, plan, tab, tokens, st, snaps, cache, False, HOW.HARDWARE, SPEC, HOW.AHEAD, FMT)
+                rows_item(single, None, plan, snap_table, tokens, st, snaps, cache, False, HOW.HARDWARE, SPEC, HOW.AHEAD, FMT)
                 single = item_after(single, plan.items, number + 1, 1, total, SPEC.RATIO)
         after = next_index(arrivals, drawn, ticket, after, dealt, blocks, programs)
         item = item_after(item, plan.items, after * COUNT, (after - index) * COUNT, total, SPEC.RATIO)

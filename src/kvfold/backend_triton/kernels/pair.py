@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..args import Cache, Plan, Scratch, SnapTable, Snaps, State, Tokens
+from ..args import Cache, Plan, Scratch, Snaps, SnapTable, State, Tokens
 from .entry import run_step
 
 
@@ -20,12 +20,12 @@ def pair_kernel(
     FMT_1: tl.constexpr,
 ):  # fmt: skip
     plan = Plan(items, num_items, entry_slots, entry_capacity, errors)
-    tab = SnapTable(snap_table, snap_width, snap_page_size)
+    snap_table = SnapTable(snap_table, snap_width, snap_page_size)
     half = tl.num_programs(0) // 2
     pid = tl.program_id(0)
     if pid < half:
         run_step(
-            pid, half, plan, tab, Tokens(kv_score_0, kv_stride_0, num_tokens_0, ape_0),
+            pid, half, plan, snap_table, Tokens(kv_score_0, kv_stride_0, num_tokens_0, ape_0),
             State(state_rows_0, state_tags_0, num_slots_0, ring_0), Snaps(snap_rows_0, snap_tags_0, num_snaps_0),
             Scratch(None, arrivals_0),
             Cache(rows_0, norm_weight_0, rope_0, max_position_0, pages_0, page_stride_0, scales_0, scales_stride_0,
@@ -34,7 +34,7 @@ def pair_kernel(
         )  # fmt: skip
     else:
         run_step(
-            pid - half, half, plan, tab, Tokens(kv_score_1, kv_stride_1, num_tokens_1, ape_1),
+            pid - half, half, plan, snap_table, Tokens(kv_score_1, kv_stride_1, num_tokens_1, ape_1),
             State(state_rows_1, state_tags_1, num_slots_1, ring_1), Snaps(snap_rows_1, snap_tags_1, num_snaps_1),
             Scratch(None, arrivals_1),
             Cache(rows_1, norm_weight_1, rope_1, max_position_1, pages_1, page_stride_1, scales_1, scales_stride_1,

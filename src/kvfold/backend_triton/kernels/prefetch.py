@@ -78,7 +78,14 @@ def prefetch_rows(live, kv_stride, state, window, start, begin, stop, ring, this
     # Values lie before scores; of either, the window before gives its lo half.
     part = (e // LINES) % 2 * CHANNELS + tl.where(j < SPEC.RATIO * SPEC.OVERLAP, 0, SPEC.OVERLAP * SPEC.HEAD_DIM)
     if SPEC.HISTORY % SPEC.RATIO == 0:
-        place = tl.where(j < SPEC.RATIO * SPEC.OVERLAP, tl.where(this >= SPEC.RATIO, this, this + ring) - SPEC.RATIO, this - SPEC.RATIO * SPEC.OVERLAP) + j
+        place = (
+            tl.where(
+                j < SPEC.RATIO * SPEC.OVERLAP,
+                tl.where(this >= SPEC.RATIO, this, this + ring) - SPEC.RATIO,
+                this - SPEC.RATIO * SPEC.OVERLAP,
+            )
+            + j
+        )
     else:
         place = tl.maximum(x, 0) % ring
     row = place * (2 * CHANNELS) + part
@@ -125,6 +132,6 @@ def prefetch_item(item, there, c0, tokens, SPEC: tl.constexpr, SLICE: tl.constex
     begin = tl.maximum(start, window * SPEC.RATIO)
     e = tl.arange(0, 128 * PARTS)  # as in `prefetch_window`
     x = begin + e // PARTS
-    at = (token + x - start).to(tl.int64) * tokens.kv_stride + c0 + e % PARTS * SPEC.HEAD_DIM
-    wanted = there & (x < end) & (x < window * SPEC.RATIO + SPEC.RATIO) & (token + end - start <= tokens.num_tokens)
+    at = (token + x - start).to(tl.int64) * tokens.stride + c0 + e % PARTS * SPEC.HEAD_DIM
+    wanted = there & (x < end) & (x < window * SPEC.RATIO + SPEC.RATIO) & (token + end - start <= tokens.count)
     prefetch_pieces(tokens.kv_score.to(tl.int64, bitcast=True) + at * BYTES, wanted, SIZE)

@@ -136,7 +136,7 @@ def store_record(
         if FMT.ROUND_VALUES:
             v = bf16_value(rounded)
         if FMT.SCALE == "static":
-            v = v * tl.div_rn(1.0, cache.cache_scale)
+            v = v * tl.div_rn(1.0, cache.scale)
         else:
             tail = page + cache.rows_per_page * FMT.ROW_BYTES + row * FMT.TAIL_BYTES
             if cache.scales is not None:
@@ -149,7 +149,7 @@ def store_record(
             magnitude = tl.where(v == v, tl.abs(v), 0.0)
             if FMT.GROUP == COUNT * SPEC.HEAD_DIM:
                 # One group is scalars: Triton 3.3 does not compile a reshape to [1, HEAD_DIM] behind the Hadamard transform.
-                stored, factor = group_scale(tl.max(magnitude, axis=0), cache.cache_scale, MAX, FMT)
+                stored, factor = group_scale(tl.max(magnitude, axis=0), cache.scale, MAX, FMT)
                 tl.store(tail_scales, stored.to(tail_scales.dtype.element_ty))
                 if FMT.DIVIDE:
                     v = tl.div_rn(v, factor)
@@ -158,7 +158,7 @@ def store_record(
             else:
                 GROUPS: tl.constexpr = SPEC.HEAD_DIM // FMT.GROUP
                 amax = tl.max(tl.reshape(magnitude, (COUNT * GROUPS, FMT.GROUP)), axis=1)
-                stored, factor = group_scale(amax, cache.cache_scale, MAX, FMT)
+                stored, factor = group_scale(amax, cache.scale, MAX, FMT)
                 codes = abreast(stored.to(tail_scales.dtype.element_ty), GROUPS, COUNT)
                 # A value for each of some threads that all have it: for one alone it went through shared memory.
                 SAME: tl.constexpr = 16 if COUNT > 1 and GROUPS == 1 else GROUPS

@@ -140,7 +140,7 @@ def rows_item(
 
 
 @triton.jit
-def decode_item(pid, plan, tab, tokens, st, snaps, cache, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr):
+def decode_item(pid, plan, snap_table, tokens, st, snaps, cache, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr):
     """Work item `pid` of one compressor. All items of a sequence come to the same verdict on whether it can go on.
 
     KIND: of the state. No item has more than AHEAD new tokens (`fold`) or rows (`rows`): all are loaded at once.
@@ -155,23 +155,23 @@ def decode_item(pid, plan, tab, tokens, st, snaps, cache, HOW: tl.constexpr, SPE
     slot = load_plan(item + 4).to(tl.int64)
     entry = tl.where(here, load_plan(item + 5), -1)
     snap = None
-    if snaps.snap_rows is not None:
-        table = tab.snap_table + load_plan(item + 6).to(tl.int64) * tab.snap_width
-        snap = (table, tab.snap_width, tab.snap_page_size, snaps.snap_rows, snaps.snap_tags, snaps.num_snaps, plan.errors)
+    if snaps.rows is not None:
+        table = snap_table.pages + load_plan(item + 6).to(tl.int64) * snap_table.width
+        snap = (table, snap_table.width, snap_table.page_size, snaps.rows, snaps.tags, snaps.count, plan.errors)
     first = here & (window == start // SPEC.RATIO)
     cache_slot, weight, cos, sin = aim_entry(entry, window * SPEC.RATIO, plan, cache, SPEC)
-    usable = here & (slot < st.num_slots) & (token + end - start <= tokens.num_tokens)
+    usable = here & (slot < st.num_slots) & (token + end - start <= tokens.count)
     held = usable
     refused = False
     if usable:
         CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
-        tags = st.state_tags + slot * (st.ring + SPEC.HISTORY)
+        tags = st.tags + slot * (st.ring + SPEC.HISTORY)
         begin = tl.maximum(start, window * SPEC.RATIO)
         stop = begin + tl.minimum(end - begin, SPEC.RATIO - begin % SPEC.RATIO)
-        live = tokens.kv_score + (token - start).to(tl.int64) * tokens.kv_stride
+        live = tokens.kv_score + (token - start).to(tl.int64) * tokens.stride
         if SPEC.KIND == "fold":
             h0 = tl.where(start % SPEC.RATIO == 0, start, start - 1)
-            state = st.state_rows + slot * (st.ring + SPEC.HISTORY) * (3 * SPEC.HEAD_DIM)
+            state = st.rows + slot * (st.ring + SPEC.HISTORY) * (3 * SPEC.HEAD_DIM)
             # The one division that homes need, and before the wait: one token each of 16 sequences in 1.44 us where windows end
             # and 1.06 where none does. With one for each row, behind the wait, and a longer `a / l`: 1.60 and 1.19.
             place = start % st.ring
@@ -181,16 +181,16 @@ def decode_item(pid, plan, tab, tokens, st, snaps, cache, HOW: tl.constexpr, SPE
                 place -= st.ring
             if HOW.PDL:
                 prefetch_fold(
-                    live, tokens.kv_stride, state, tags, st.ring, last, begin, stop, first & (h0 < start), SPEC, HOW.AHEAD,
+                    live, tokens.stride, state, tags, st.ring, last, begin, stop, first & (h0 < start), SPEC, HOW.AHEAD,
                 )  # fmt: skip
             y, held = fold_item(
-                live, tokens.kv_stride, tokens.ape, state, tags, st.ring, window, start, end, begin, stop, place, last,
+                live, tokens.stride, tokens.ape, state, tags, st.ring, window, start, end, begin, stop, place, last,
                 first, h0, snap, HOW, SPEC,
             )  # fmt: skip
         else:
-            SAME: tl.constexpr = st.state_rows.dtype.element_ty == tokens.kv_score.dtype.element_ty
+            SAME: tl.constexpr = st.rows.dtype.element_ty == tokens.kv_score.dtype.element_ty
             h0 = tl.maximum(start // SPEC.RATIO - SPEC.OVERLAP, 0) * SPEC.RATIO
-            state = st.state_rows + slot * (st.ring + SPEC.HISTORY) * (2 * CHANNELS)
+            state = st.rows + slot * (st.ring + SPEC.HISTORY) * (2 * CHANNELS)
             # Where the ring is a multiple of the ratio, one division gives all homes: main and indexer, one token of 16, 64 and
             # 256 sequences each, in 2.29, 2.87 and 4.52 us; with a division for each use 2.43, 3.00 and 4.66.
             this = (window * SPEC.RATIO) % st.ring
@@ -201,14 +201,14 @@ def decode_item(pid, plan, tab, tokens, st, snaps, cache, HOW: tl.constexpr, SPE
             else:
                 last = tl.maximum(start - 1, 0) % st.ring
             if HOW.PDL:
-                prefetch_rows(live, tokens.kv_stride, state, window, start, begin, stop, st.ring, this, entry >= 0, SPEC)
+                prefetch_rows(live, tokens.stride, state, window, start, begin, stop, st.ring, this, entry >= 0, SPEC)
             y, held, x, wanted, home, spare = rows_item(
-                live, tokens.kv_stride, tokens.ape, state, tags, st.ring, window, start, this, last, entry >= 0, h0, HOW,
+                live, tokens.stride, tokens.ape, state, tags, st.ring, window, start, this, last, entry >= 0, h0, HOW,
                 SAME, SPEC,
             )  # fmt: skip
             oldest = tl.maximum(begin, end - st.ring)
             # Loaded before the entry is finished, stored after.
-            copies = load_rows(live, tokens.kv_stride, window, oldest, stop, SPEC.RATIO, CHANNELS)
+            copies = load_rows(live, tokens.stride, window, oldest, stop, SPEC.RATIO, CHANNELS)
         deliver, refused = judge_slot(entry, cache_slot, window * SPEC.RATIO, plan.entry_capacity, cache, SPEC.ROPE_DIM)
         if held & deliver:
             emit(y, entry, cache_slot, weight, cos, sin, cache, SPEC, FMT, HOW.HARDWARE)
@@ -220,15 +220,37 @@ def decode_item(pid, plan, tab, tokens, st, snaps, cache, HOW: tl.constexpr, SPE
                         keep_together(copies, state, tags, window, oldest, stop, this, SPEC.RATIO, CHANNELS)
                     else:
                         keep_each(
-                            live, tokens.kv_stride, state, tags, oldest, h0, start, stop, end, st.ring, SPEC.HISTORY,
-                            CHANNELS, 1,
+                            live,
+                            tokens.stride,
+                            state,
+                            tags,
+                            oldest,
+                            h0,
+                            start,
+                            stop,
+                            end,
+                            st.ring,
+                            SPEC.HISTORY,
+                            CHANNELS,
+                            1,
                         )
                 else:
                     keep_each(
-                        live, tokens.kv_stride, state, tags, oldest, h0, start, stop, end, st.ring, SPEC.HISTORY, CHANNELS,
+                        live,
+                        tokens.stride,
+                        state,
+                        tags,
+                        oldest,
+                        h0,
+                        start,
+                        stop,
+                        end,
+                        st.ring,
+                        SPEC.HISTORY,
+                        CHANNELS,
                         1,
                     )
-                snapshot_rows(live, tokens.kv_stride, window, begin, stop, snap, SPEC.RATIO, CHANNELS)
+                snapshot_rows(live, tokens.stride, window, begin, stop, snap, SPEC.RATIO, CHANNELS)
                 if first:
                     retire_rows(tags, x, wanted, home, spare, h0, start, end, st.ring, SPEC.HISTORY)
     else:

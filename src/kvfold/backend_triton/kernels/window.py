@@ -13,7 +13,7 @@ all new (`claims`), which is so read once; in a short one (JOIN) in a window tha
 import triton
 import triton.language as tl
 
-from ..args import Cache, KvPool, Plan, ScorePool, Scratch, Tokens
+from ..args import Cache, Plan, Pool, Scratch, Tokens
 from .finish import aim_entry, emit, judge_slot
 from .fold import spread
 from .items import load_item
@@ -25,7 +25,7 @@ from .window_rows import find_pages, pool_slice, store_rounded
 
 @triton.jit
 def write_rows(
-    tokens, kvp, scp, page_size, begin, stop, start, token, sequence, halves, RATIO: tl.constexpr, CHANNELS: tl.constexpr,
+    tokens, kv_pool, score_pool, page_size, begin, stop, start, token, sequence, halves, RATIO: tl.constexpr, CHANNELS: tl.constexpr,
     AHEAD: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Stores the rows of new positions `[begin, stop)`; returns how many have a bad page.
@@ -34,7 +34,9 @@ def write_rows(
     """
     c = tl.arange(0, CHANNELS)
     if ALIGNED:
-        tokens = Tokens(tokens.kv_score, (tokens.kv_stride // 16) * 16, tokens.num_tokens, tokens.ape)  # says that it is a multiple, which the signature does not: see `pool_slice`
+        tokens = Tokens(
+            tokens.kv_score, (tokens.stride // 16) * 16, tokens.count, tokens.ape
+        )  # says that it is a multiple, which the signature does not: see `pool_slice`
     refused = tl.zeros((), tl.int32)
     for base in range(0, stop - begin, AHEAD):
         # Loads first, of rows and of pages; a load behind a store would wait for the load that the store waits for.
@@ -46,14 +48,14 @@ def write_rows(
             there = spread(x < stop, CHANNELS)
             if halves is not None:
                 there = there & (spread(halves == 2, CHANNELS) | (c // (CHANNELS // 2) == halves))
-            at = tokens.kv_score + (token + x - start).to(tl.int64) * tokens.kv_stride + c
+            at = tokens.kv_score + (token + x - start).to(tl.int64) * tokens.stride + c
             k = tl.load(at, mask=there, other=0.0).to(tl.float32)
             s = tl.load(at + CHANNELS, mask=there, other=0.0).to(tl.float32)
             if tokens.ape is not None:
                 s += tl.load(tokens.ape + (x % RATIO) * CHANNELS + c, mask=there, other=0.0)
-            kv_page, _, kv_bad = find_pages(kvp.kv_table, kvp.kv_width, kvp.kv_pages, sequence, x, x < stop, page_size)
+            kv_page, _, kv_bad = find_pages(kv_pool.table, kv_pool.width, kv_pool.num_pages, sequence, x, x < stop, page_size)
             score_page, _, score_bad = find_pages(
-                scp.score_table, scp.score_width, scp.score_pages, sequence, x, x < stop, page_size,
+                score_pool.table, score_pool.width, score_pool.num_pages, sequence, x, x < stop, page_size,
             )  # fmt: skip
             refused += (kv_bad | score_bad).to(tl.int32)
             ks = ks + (k,)
@@ -70,16 +72,16 @@ def write_rows(
                 kv_kept = kv_kept & (spread(halves == 2, CHANNELS) | (c // (CHANNELS // 2) == halves))
                 score_kept = score_kept & (spread(halves == 2, CHANNELS) | (c // (CHANNELS // 2) == halves))
             row = ((begin + base + i) % page_size).to(tl.int64)
-            at = kv_page * kvp.kv_page_stride + row * kvp.kv_row_stride + c
-            store_rounded(kvp.kv_pool, at, ks[i], kv_kept)
-            at = score_page * scp.score_page_stride + row * scp.score_row_stride + c
-            store_rounded(scp.score_pool, at, ss[i], score_kept)
+            at = kv_page * kv_pool.page_stride + row * kv_pool.row_stride + c
+            store_rounded(kv_pool.rows, at, ks[i], kv_kept)
+            at = score_page * score_pool.page_stride + row * score_pool.row_stride + c
+            store_rounded(score_pool.rows, at, ss[i], score_kept)
     return refused
 
 
 @triton.jit
 def check_window(
-    kvp, scp, page_size, window, start, sequence, SPEC: tl.constexpr, TILE: tl.constexpr, ONE_PAGE: tl.constexpr,
+    kv_pool, score_pool, page_size, window, start, sequence, SPEC: tl.constexpr, TILE: tl.constexpr, ONE_PAGE: tl.constexpr,
 ):  # fmt: skip
     """How many old rows of a window have no page, and how many a bad one; of a window on one page, whether it has any such."""
     missing = tl.zeros((), tl.int32)
@@ -91,9 +93,15 @@ def check_window(
         x = (window - SPEC.OVERLAP) * SPEC.RATIO + j
         wanted = (x >= 0) & (x < start) & (j < SPEC.RATIO * (1 + SPEC.OVERLAP))
         x = tl.maximum(x, 0)
-        _, kv_missing, kv_bad = find_pages(kvp.kv_table, kvp.kv_width, kvp.kv_pages, sequence, x, wanted, page_size)
+        _, kv_missing, kv_bad = find_pages(kv_pool.table, kv_pool.width, kv_pool.num_pages, sequence, x, wanted, page_size)
         _, score_missing, score_bad = find_pages(
-            scp.score_table, scp.score_width, scp.score_pages, sequence, x, wanted, page_size,
+            score_pool.table,
+            score_pool.width,
+            score_pool.num_pages,
+            sequence,
+            x,
+            wanted,
+            page_size,
         )
         missing += tl.sum((kv_missing | score_missing).to(tl.int32), axis=0)
         bad += tl.sum((kv_bad | score_bad).to(tl.int32), axis=0)
@@ -115,7 +123,7 @@ def find_home(table, width, num_pages, page_size, window, start, sequence, there
 
 @triton.jit
 def load_entry(
-    plan, entry_items, number, there, kvp, scp, page_size, SPEC: tl.constexpr, ONE_PAGE: tl.constexpr, PROMPT: tl.constexpr,
+    plan, entry_items, number, there, kv_pool, score_pool, page_size, SPEC: tl.constexpr, ONE_PAGE: tl.constexpr, PROMPT: tl.constexpr,
 ):  # fmt: skip
     """Its work item, its cache slot, and the pages of its rows: nothing that a kernel in flight writes.
 
@@ -134,10 +142,10 @@ def load_entry(
     homes = ()
     if ONE_PAGE:
         kv, kv_lost, kv_bad = find_home(
-            kvp.kv_table, kvp.kv_width, kvp.kv_pages, page_size, window, start, sequence, there, SPEC.RATIO, PROMPT,
+            kv_pool.table, kv_pool.width, kv_pool.num_pages, page_size, window, start, sequence, there, SPEC.RATIO, PROMPT,
         )  # fmt: skip
         score, score_lost, score_bad = find_home(
-            scp.score_table, scp.score_width, scp.score_pages, page_size, window, start, sequence, there, SPEC.RATIO, PROMPT,
+            score_pool.table, score_pool.width, score_pool.num_pages, page_size, window, start, sequence, there, SPEC.RATIO, PROMPT,
         )  # fmt: skip
         kv_before = kv
         score_before = score
@@ -145,11 +153,11 @@ def load_entry(
         if SPEC.OVERLAP:
             before = tl.maximum(window - 1, 0)
             kv_before, kv_lost, _ = find_home(
-                kvp.kv_table, kvp.kv_width, kvp.kv_pages, page_size, before, start, sequence, there & (window > 0),
+                kv_pool.table, kv_pool.width, kv_pool.num_pages, page_size, before, start, sequence, there & (window > 0),
                 SPEC.RATIO, PROMPT,
             )  # fmt: skip
             score_before, score_lost, _ = find_home(
-                scp.score_table, scp.score_width, scp.score_pages, page_size, before, start, sequence, there & (window > 0),
+                score_pool.table, score_pool.width, score_pool.num_pages, page_size, before, start, sequence, there & (window > 0),
                 SPEC.RATIO, PROMPT,
             )  # fmt: skip
             lost = lost | kv_lost | score_lost
@@ -204,7 +212,9 @@ def next_item(items, index, total, programs, entry_capacity, num_tokens, SPEC: t
 
 
 @triton.jit
-def judge_item(item, there, plan, kvp, scp, page_size, cache, SPEC: tl.constexpr, TILE: tl.constexpr, ONE_PAGE: tl.constexpr):
+def judge_item(
+    item, there, plan, kv_pool, score_pool, page_size, cache, SPEC: tl.constexpr, TILE: tl.constexpr, ONE_PAGE: tl.constexpr
+):
     """What is wrong with the entry of a work item, if it has one: old rows with a bad page, old rows with none, whether it is
     wanted, and whether it is refused. Before the wait, as nothing of it is written by a kernel in flight.
     """
@@ -214,7 +224,7 @@ def judge_item(item, there, plan, kvp, scp, page_size, cache, SPEC: tl.constexpr
     wanted = entry < 0
     wrong = entry < -1
     if there & (entry >= 0):
-        missing, bad = check_window(kvp, scp, page_size, window, start, sequence, SPEC, TILE, ONE_PAGE)
+        missing, bad = check_window(kv_pool, score_pool, page_size, window, start, sequence, SPEC, TILE, ONE_PAGE)
         slot = tl.where(entry < plan.entry_capacity, entry, -1).to(tl.int64)
         if plan.entry_slots is not None:
             slot = tl.load(plan.entry_slots + entry, mask=entry < plan.entry_capacity, other=-1, cache_modifier=".cg")
@@ -225,14 +235,14 @@ def judge_item(item, there, plan, kvp, scp, page_size, cache, SPEC: tl.constexpr
 
 @triton.jit
 def write_item(
-    item, verdict, tokens, plan, kvp, scp, page_size, SPEC: tl.constexpr, AHEAD: tl.constexpr, ALIGNED: tl.constexpr,
+    item, verdict, tokens, plan, kv_pool, score_pool, page_size, SPEC: tl.constexpr, AHEAD: tl.constexpr, ALIGNED: tl.constexpr,
     PROMPT: tl.constexpr, JOIN: tl.constexpr,
 ):  # fmt: skip
     """Writes the new rows of a work item that nobody claims, and counts what is wrong with it. verdict: of `judge_item`."""
     window, start, end, token, _slot, entry, sequence = item
     bad, missing, wanted, wrong = verdict
     count = tl.zeros((), tl.int32)
-    if token + end - start <= tokens.num_tokens:
+    if token + end - start <= tokens.count:
         begin = tl.maximum(start, window * SPEC.RATIO)
         stop = begin + tl.minimum(end - begin, SPEC.RATIO - begin % SPEC.RATIO)
         halves = None
@@ -245,7 +255,7 @@ def write_item(
             if joins(window, start, entry, plan.entry_capacity, SPEC.RATIO, JOIN) & (bad + missing == 0):
                 stop = begin
         refused = write_rows(
-            tokens, kvp, scp, page_size, begin, stop, start, token, sequence, halves, SPEC.RATIO,
+            tokens, kv_pool, score_pool, page_size, begin, stop, start, token, sequence, halves, SPEC.RATIO,
             SPEC.HEAD_DIM * (1 + SPEC.OVERLAP), AHEAD, ALIGNED,
         )  # fmt: skip
         if own:  # who pools a claimed window counts what is wrong with it
@@ -275,8 +285,8 @@ def window_kernel(
 ):  # fmt: skip
     plan = Plan(items, num_items, entry_slots, entry_capacity, errors)
     tokens = Tokens(kv_score, kv_stride, num_tokens, ape)
-    kvp = KvPool(kv_pool, kv_page_stride, kv_row_stride, kv_pages, kv_table, kv_width)
-    scp = ScorePool(score_pool, score_page_stride, score_row_stride, score_pages, score_table, score_width)
+    kv_pool = Pool(kv_pool, kv_page_stride, kv_row_stride, kv_pages, kv_table, kv_width)
+    score_pool = Pool(score_pool, score_page_stride, score_row_stride, score_pages, score_table, score_width)
     scratch = Scratch(workspace, arrivals)
     cache = Cache(
         rows, norm_weight, rope, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots, cache_scale
@@ -312,11 +322,11 @@ def window_kernel(
     # window ends, 1.8 instead of 2.2 us. One that waits is enough for a launch that ends behind the one before it.
     if idle & (pid > 0):
         return
-    index = next_item(plan.items, front, total, programs, plan.entry_capacity, tokens.num_tokens, SPEC, PROMPT)
+    index = next_item(plan.items, front, total, programs, plan.entry_capacity, tokens.count, SPEC, PROMPT)
     next_up = load_item(plan.items, index, index < total)
     if POOLS:
         item, slot, homes = load_entry(
-            plan, entry_items, task // parts, task < num_entries * parts, kvp, scp, page_size, SPEC, ONE_PAGE, PROMPT,
+            plan, entry_items, task // parts, task < num_entries * parts, kv_pool, score_pool, page_size, SPEC, ONE_PAGE, PROMPT,
         )  # fmt: skip
         if HOW.PDL and (PROMPT and (SLICES == 1 or SPEC.OVERLAP == 0)):  # ratio 128, a prompt of 8k in 16.9 instead of 18.3 us
             there = task < num_entries * parts
@@ -329,20 +339,24 @@ def window_kernel(
             if (task < num_entries * parts) & (homes[4] == 0):
                 c0 = task % parts * HOW.SLICE
                 prefetch_window(
-                    kvp.kv_pool, kvp.kv_page_stride, kvp.kv_row_stride, page_size, item[0], item[1], c0, homes[0], homes[1],
+                    kv_pool.rows, kv_pool.page_stride, kv_pool.row_stride, page_size, item[0], item[1], c0, homes[0], homes[1],
                     SPEC, HOW.SLICE, SLICES > 1 or PROMPT,
                 )  # fmt: skip
                 prefetch_window(
-                    scp.score_pool, scp.score_page_stride, scp.score_row_stride, page_size, item[0], item[1], c0, homes[2],
+                    score_pool.rows, score_pool.page_stride, score_pool.row_stride, page_size, item[0], item[1], c0, homes[2],
                     homes[3], SPEC, HOW.SLICE, PROMPT,
                 )  # fmt: skip
-    verdict = judge_item(next_up, index < total, plan, kvp, scp, page_size, cache, SPEC, TILE, ONE_PAGE)
+    verdict = judge_item(next_up, index < total, plan, kv_pool, score_pool, page_size, cache, SPEC, TILE, ONE_PAGE)
     if HOW.PDL:
         window, start, end, token, _slot, _entry, _sequence = next_up
-        if (index < total) & (token + end - start <= tokens.num_tokens):
-            live = tokens.kv_score + (token - start).to(tl.int64) * tokens.kv_stride
+        if (index < total) & (token + end - start <= tokens.count):
+            live = tokens.kv_score + (token - start).to(tl.int64) * tokens.stride
             prefetch_tokens(
-                live, tokens.kv_stride, tl.maximum(start, window * SPEC.RATIO), end, HOW.AHEAD,
+                live,
+                tokens.stride,
+                tl.maximum(start, window * SPEC.RATIO),
+                end,
+                HOW.AHEAD,
                 SPEC.HEAD_DIM * (1 + SPEC.OVERLAP),
             )
     # Every program that is left waits; each where its work begins, so that what it needs for that is worked out before: 300
@@ -350,18 +364,25 @@ def window_kernel(
     if index < total:
         wait_for_inputs(HOW.PDL)
         while index < total:
-            write_item(next_up, verdict, tokens, plan, kvp, scp, page_size, SPEC, HOW.AHEAD, ALIGNED, PROMPT, JOIN)
+            write_item(next_up, verdict, tokens, plan, kv_pool, score_pool, page_size, SPEC, HOW.AHEAD, ALIGNED, PROMPT, JOIN)
             index = next_item(
-                plan.items, index + programs, total, programs, plan.entry_capacity, tokens.num_tokens, SPEC, PROMPT,
+                plan.items,
+                index + programs,
+                total,
+                programs,
+                plan.entry_capacity,
+                tokens.count,
+                SPEC,
+                PROMPT,
             )
             if index < total:
                 next_up = load_item(plan.items, index, index < total)
-                verdict = judge_item(next_up, index < total, plan, kvp, scp, page_size, cache, SPEC, TILE, ONE_PAGE)
+                verdict = judge_item(next_up, index < total, plan, kv_pool, score_pool, page_size, cache, SPEC, TILE, ONE_PAGE)
         if POOLS and ((SLICES > 1 or PROMPT) or ONE_PAGE == 0):
             # Again: kept in registers meanwhile, these would spill. In a short step over whole rows they do not, and it is done
             # sooner: one token at ratio 4 takes 1.7 instead of 2.0 us where no window ends, and 3.2 instead of 3.5 where 64 do.
             item, slot, homes = load_entry(
-                plan, entry_items, task // parts, task < num_entries * parts, kvp, scp, page_size, SPEC, ONE_PAGE, PROMPT,
+                plan, entry_items, task // parts, task < num_entries * parts, kv_pool, score_pool, page_size, SPEC, ONE_PAGE, PROMPT,
             )  # fmt: skip
     if POOLS:
         # Slices are turns of this loop and not of one inside it, out of which the compiler would take the addresses of all
@@ -376,23 +397,25 @@ def window_kernel(
                 mine = joins(window, start, entry, plan.entry_capacity, SPEC.RATIO, JOIN) & (homes[4] == 0)
             if PROMPT:
                 mine = claims(window, start, entry, plan.entry_capacity, SPEC)
-                if mine & (turn + task % parts == 0) & (token + end - start <= tokens.num_tokens):
+                if mine & (turn + task % parts == 0) & (token + end - start <= tokens.count):
                     count = homes[5].to(tl.int32) + wrong.to(tl.int32)
                     if count > 0:
                         tl.atomic_add(plan.errors, count)
-            if (deliver | mine) & (token + end - start <= tokens.num_tokens):
+            if (deliver | mine) & (token + end - start <= tokens.count):
                 # The parts of an entry side by side: memory has rows of 1 KiB open, and gives them slower slice by slice.
                 c0 = (task % parts + turn * parts) * HOW.SLICE
                 if SLICES > 1 and ONE_PAGE:  # known before the work: whether rows are lost
                     ticket = draw_ticket(scratch.arrivals, entry, deliver & (turn == span - 1) & (homes[4] == 0))
                 y, absent = pool_slice(
-                    tokens, kvp, scp, page_size, window, start, token, sequence, c0, homes, mine, SPEC, TILE, LANES,
+                    tokens, kv_pool, score_pool, page_size, window, start, token, sequence, c0, homes, mine, SPEC, TILE, LANES,
                     HOW.TOGETHER, HOW.SLICE, ONE_PAGE, PROMPT, ALIGNED, HOW.HARDWARE,
                 )  # fmt: skip
                 # Every slice sees the same rows, so either all of them bring theirs or none.
                 finish = deliver & (absent == 0)
                 # Loads that the last of the parts needs are under way while it arrives.
-                _slot, weight, cos, sin = aim_entry(entry, window * SPEC.RATIO, Plan(None, None, None, plan.entry_capacity, None), cache, SPEC)
+                _slot, weight, cos, sin = aim_entry(
+                    entry, window * SPEC.RATIO, Plan(None, None, None, plan.entry_capacity, None), cache, SPEC
+                )
                 if SLICES > 1:
                     if finish:
                         leave_slice(scratch.workspace, y, entry, c0, SPEC.HEAD_DIM, HOW.SLICE, HOW.HARDWARE)
@@ -415,7 +438,7 @@ def window_kernel(
                 # By a branch: the way through the loads of an entry that is not there, at the end of a launch, took 0.35 us.
                 if task < num_entries * parts:
                     item, slot, homes = load_entry(
-                        plan, entry_items, task // parts, task < num_entries * parts, kvp, scp, page_size, SPEC, ONE_PAGE,
+                        plan, entry_items, task // parts, task < num_entries * parts, kv_pool, score_pool, page_size, SPEC, ONE_PAGE,
                         PROMPT,
                     )  # fmt: skip
     wait_for_inputs(HOW.PDL)

@@ -39,7 +39,7 @@ def store_rounded(pool, at, x, mask):
 def add_live_tile(k, s, tokens, j, c, new, token, x, start, RATIO: tl.constexpr, CHANNELS: tl.constexpr, BF16: tl.constexpr):
     """Puts the new rows of a tile into it, any number of them."""
     news = (new.to(tl.int32)[:, None] + c.to(tl.int32) * 0) != 0
-    live = tokens.kv_score + ((token + x - start).to(tl.int64) * tokens.kv_stride)[:, None] + c
+    live = tokens.kv_score + ((token + x - start).to(tl.int64) * tokens.stride)[:, None] + c
     new_k = tl.load(live, mask=news, other=0.0).to(tl.float32)
     new_s = tl.load(live + CHANNELS, mask=news, other=float("-inf")).to(tl.float32)
     if tokens.ape is not None:
@@ -49,7 +49,7 @@ def add_live_tile(k, s, tokens, j, c, new, token, x, start, RATIO: tl.constexpr,
 
 @triton.jit
 def load_page_rows(
-    tokens, kvp, scp, page_size, window, start, token, c0, j0, homes, mine, SPEC: tl.constexpr, TILE: tl.constexpr,
+    tokens, kv_pool, score_pool, page_size, window, start, token, c0, j0, homes, mine, SPEC: tl.constexpr, TILE: tl.constexpr,
     LANES: tl.constexpr, SLICE: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
     """Rows `[j0, j0 + TILE)` of a window of which all but some of the last LANES rows are old, one behind the other on a page.
@@ -60,11 +60,11 @@ def load_page_rows(
     c = c0 + tl.arange(0, SLICE)[None, :]
     lane = tl.arange(0, LANES)
     first = (window * SPEC.RATIO) % page_size + j0
-    kv_rows = kvp.kv_pool + homes[1] * kvp.kv_page_stride + first * kvp.kv_row_stride
-    score_rows = scp.score_pool + homes[3] * scp.score_page_stride + first * scp.score_row_stride
+    kv_rows = kv_pool.rows + homes[1] * kv_pool.page_stride + first * kv_pool.row_stride
+    score_rows = score_pool.rows + homes[3] * score_pool.page_stride + first * score_pool.row_stride
     # A page spans less than 2**31 elements: one 32-bit offset for each row.
-    kv_at = (lane * kvp.kv_row_stride.to(tl.int32))[:, None] + c
-    score_at = (lane * scp.score_row_stride.to(tl.int32))[:, None] + c
+    kv_at = (lane * kv_pool.row_stride.to(tl.int32))[:, None] + c
+    score_at = (lane * score_pool.row_stride.to(tl.int32))[:, None] + c
     ks = ()
     ss = ()
     for i in tl.static_range(TILE // LANES):
@@ -87,8 +87,8 @@ def load_page_rows(
                     store_rounded(score_rows, score_at, s, news)
         ks = ks + (k,)
         ss = ss + (s,)
-        kv_rows += LANES * kvp.kv_row_stride
-        score_rows += LANES * scp.score_row_stride
+        kv_rows += LANES * kv_pool.row_stride
+        score_rows += LANES * score_pool.row_stride
     return ks, ss
 
 
@@ -101,13 +101,13 @@ def load_live_rows(
     CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
     c = c0 + tl.arange(0, SLICE)[None, :]
     lane = tl.arange(0, LANES)
-    live = tokens.kv_score + (token + (window - SPEC.OVERLAP) * SPEC.RATIO + j0 - start).to(tl.int64) * tokens.kv_stride
+    live = tokens.kv_score + (token + (window - SPEC.OVERLAP) * SPEC.RATIO + j0 - start).to(tl.int64) * tokens.stride
     ks = ()
     ss = ()
     for i in tl.static_range(TILE // LANES):
         j = lane + j0 + i * LANES
         bias = c + ((j % SPEC.RATIO) * CHANNELS)[:, None]
-        at = lane.to(tl.int64)[:, None] * tokens.kv_stride + c
+        at = lane.to(tl.int64)[:, None] * tokens.stride + c
         if SPEC.OVERLAP:
             # The window before gives its lo half, this window its hi half; before window 0 there is nothing.
             half = tl.where(j < SPEC.RATIO, 0, SPEC.HEAD_DIM)[:, None]
@@ -123,7 +123,7 @@ def load_live_rows(
             s += tl.load(tokens.ape + bias)
         ks = ks + (as_stored(k, BF16),)
         ss = ss + (as_stored(s, BF16),)
-        live += LANES * tokens.kv_stride
+        live += LANES * tokens.stride
     return ks, ss
 
 
@@ -155,7 +155,7 @@ def store_live_rows(
 
 @triton.jit
 def load_any_rows(
-    tokens, kvp, scp, page_size, window, start, token, sequence, c0, j0, homes, SPEC: tl.constexpr, TILE: tl.constexpr,
+    tokens, kv_pool, score_pool, page_size, window, start, token, sequence, c0, j0, homes, SPEC: tl.constexpr, TILE: tl.constexpr,
     LANES: tl.constexpr, SLICE: tl.constexpr, ONE_PAGE: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
     """Rows `[j0, j0 + TILE)` of a window, wherever they are, and how many old ones are not there."""
@@ -179,9 +179,11 @@ def load_any_rows(
             absent = lost.to(tl.int32)
             old = old & (absent == 0)
         else:
-            kv_page, kv_missing, kv_bad = find_pages(kvp.kv_table, kvp.kv_width, kvp.kv_pages, sequence, at, old, page_size)
+            kv_page, kv_missing, kv_bad = find_pages(
+                kv_pool.table, kv_pool.width, kv_pool.num_pages, sequence, at, old, page_size
+            )
             score_page, score_missing, score_bad = find_pages(
-                scp.score_table, scp.score_width, scp.score_pages, sequence, at, old, page_size,
+                score_pool.table, score_pool.width, score_pool.num_pages, sequence, at, old, page_size,
             )  # fmt: skip
             lost = kv_missing | kv_bad | score_missing | score_bad
             absent += tl.sum(lost.to(tl.int32), axis=0)
@@ -192,10 +194,10 @@ def load_any_rows(
         c = (half[:, None] + (c0 + tl.arange(0, SLICE))[None, :]).to(tl.int64)
         olds = (old.to(tl.int32)[:, None] + c.to(tl.int32) * 0) != 0
         k = tl.load(
-            kvp.kv_pool + (kv_page * kvp.kv_page_stride + row * kvp.kv_row_stride)[:, None] + c, mask=olds, other=0.0
+            kv_pool.rows + (kv_page * kv_pool.page_stride + row * kv_pool.row_stride)[:, None] + c, mask=olds, other=0.0
         ).to(tl.float32)  # fmt: skip
         s = tl.load(
-            scp.score_pool + (score_page * scp.score_page_stride + row * scp.score_row_stride)[:, None] + c,
+            score_pool.rows + (score_page * score_pool.page_stride + row * score_pool.row_stride)[:, None] + c,
             mask=olds,
             other=float("-inf"),
         ).to(tl.float32)  # fmt: skip
@@ -262,7 +264,7 @@ def sum_lanes(r, l, a, LANES: tl.constexpr, SLICE: tl.constexpr):
 
 @triton.jit
 def pool_slice(
-    tokens, kvp, scp, page_size, window, start, token, sequence, c0, homes, mine, SPEC: tl.constexpr, TILE: tl.constexpr,
+    tokens, kv_pool, score_pool, page_size, window, start, token, sequence, c0, homes, mine, SPEC: tl.constexpr, TILE: tl.constexpr,
     LANES: tl.constexpr, GROUP: tl.constexpr, SLICE: tl.constexpr, ONE_PAGE: tl.constexpr, PROMPT: tl.constexpr,
     ALIGNED: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
@@ -274,7 +276,7 @@ def pool_slice(
 
     mine: the new rows are written here, of a window that `claims` or `joins` says that of (window.py).
     """
-    BF16: tl.constexpr = kvp.kv_pool.dtype.element_ty == tl.bfloat16
+    BF16: tl.constexpr = kv_pool.rows.dtype.element_ty == tl.bfloat16
     WINDOW_ROWS: tl.constexpr = SPEC.RATIO * (1 + SPEC.OVERLAP)
     # Where pages hold whole windows, rows that are wherever are rare. By 16 instead of 8 groups of them, their addresses, which
     # do not change from entry to entry, took 40 registers and were worked out in front of every step: 4,100 instructions
@@ -286,7 +288,7 @@ def pool_slice(
     absent = tl.zeros((), tl.int32)
     if ALIGNED:
         # Known to be a multiple of 4 and no more, so that a thread has 4 channels of kv_score as it has of an fp32 pool.
-        tokens = Tokens(tokens.kv_score, (tokens.kv_stride // 4) * 4, tokens.num_tokens, tokens.ape)
+        tokens = Tokens(tokens.kv_score, (tokens.stride // 4) * 4, tokens.count, tokens.ape)
     x0 = window * SPEC.RATIO
     way = tl.zeros((), tl.int32)
     if (ONE_PAGE and SPEC.OVERLAP == 0) and GROUP > 1:
@@ -298,7 +300,7 @@ def pool_slice(
         if (ONE_PAGE and SPEC.OVERLAP == 0) and GROUP > 1:
             for j0 in range(0, WINDOW_ROWS, TILE):
                 ks, ss = load_page_rows(
-                    tokens, kvp, scp, page_size, window, start, token, c0, j0, homes, mine, SPEC, TILE, LANES, SLICE, BF16,
+                    tokens, kv_pool, score_pool, page_size, window, start, token, c0, j0, homes, mine, SPEC, TILE, LANES, SLICE, BF16,
                 )  # fmt: skip
                 r, l, a = weigh_rows(r, l, a, ks, ss, GROUP)
     elif way == 2:
@@ -306,11 +308,11 @@ def pool_slice(
             for j0 in range(0, WINDOW_ROWS, TILE):
                 ks, ss = load_live_rows(tokens, window, start, token, c0, j0, SPEC, TILE, LANES, SLICE, BF16)
                 store_live_rows(
-                    kvp.kv_pool, kvp.kv_page_stride, kvp.kv_row_stride, page_size, homes[0], homes[1], ks, window, c0, j0,
+                    kv_pool.rows, kv_pool.page_stride, kv_pool.row_stride, page_size, homes[0], homes[1], ks, window, c0, j0,
                     SPEC, TILE, LANES, SLICE,
                 )  # fmt: skip
                 store_live_rows(
-                    scp.score_pool, scp.score_page_stride, scp.score_row_stride, page_size, homes[2], homes[3], ss, window,
+                    score_pool.rows, score_pool.page_stride, score_pool.row_stride, page_size, homes[2], homes[3], ss, window,
                     c0, j0, SPEC, TILE, LANES, SLICE,
                 )  # fmt: skip
                 if GROUP > 1:
@@ -321,7 +323,7 @@ def pool_slice(
     else:
         for j0 in range(0, WINDOW_ROWS, ANY_TILE):
             ks, ss, lost = load_any_rows(
-                tokens, kvp, scp, page_size, window, start, token, sequence, c0, j0, homes, SPEC, ANY_TILE, LANES, SLICE,
+                tokens, kv_pool, score_pool, page_size, window, start, token, sequence, c0, j0, homes, SPEC, ANY_TILE, LANES, SLICE,
                 ONE_PAGE, BF16,
             )  # fmt: skip
             absent += lost
