@@ -20,7 +20,7 @@ aot: $(READY)
 
 # What the benchmarks call, compiled by every older Triton that the package takes, each in an environment with nothing else of its
 # own; 1 to 4 minutes each.
-OLDER := 3.3 3.4 3.5
+OLDER := 3.5 3.6 3.7
 tritons: $(READY)
 	for version in $(OLDER); do \
 		place=build/triton-$$version; \
@@ -28,12 +28,12 @@ tritons: $(READY)
 		$$place/bin/python -m pip install --quiet --disable-pip-version-check "triton==$$version.*" && \
 		$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 			> "$$($$place/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/development.pth" && \
-		PYTHONPATH=src TRITON_CACHE_DIR=$$place/cache $$place/bin/python benchmarks/precompile.py || exit 1; \
+		PYTHONPATH=src TRITON_CACHE_DIR=$$place/cache $$place/bin/python -m benchmarks.run.precompile || exit 1; \
 	done
 
 # Tables, pictures and marked parts of the documents, from results, formats and configurations.
 docs: $(READY)
-	$(BIN)/python benchmarks/documents.py
+	$(BIN)/python -m benchmarks.publish.documents
 
 # The wheel, by way of the source distribution, and a new user's first steps with it in an environment of its own.
 wheel: $(READY)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "kvfold"
-LEFT_OUT = ("__main__.py", "cli.py", "commands", "demo.py", "demo_model.py", "demo_plot.py", "demo_show.py", "py.typed")
+LEFT_OUT = ("__main__.py", "cli", "demo")
 BACKENDS = ("cpu", "cuda", "rocm")
 
 BUILD = """\
@@ -58,7 +58,7 @@ tags:
 
 # kvfold
 
-GPU kernels for the KV-cache compressor of DeepSeek-V4, as Triton code: version {release}, for torch 2.7 and triton 3.3
+GPU kernels for the KV-cache compressor of DeepSeek-V4, as Triton code: version {release}, for torch 2.7 and triton 3.5
 or newer.
 
 ```python

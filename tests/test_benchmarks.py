@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -12,22 +14,10 @@ import torch
 from helpers import Weights, make_tokens, norm_error
 
 import kvfold
-
-# Scripts beside the package: they import one another as a user's `python benchmarks/X.py` does.
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
-import bounded
-import calls
-import decode
-import floor
-import launches
-import pages
-import parts
-import precompile
-import protocol
-import record
-import window_reduction
-from protocol import Case, Variant
+from benchmarks.experiments import pages, parts, window_reduction
+from benchmarks.lib import bounded, calls, floor, protocol
+from benchmarks.lib.protocol import Case, Variant
+from benchmarks.run import decode, launches, precompile, record
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the interpreter takes the kernels where there is no GPU
 HIT = Case("decode", 512, 128, 16, 4, "hit")
@@ -203,7 +193,8 @@ def test_one_warp_kernel_against_the_reference(new: int) -> None:
 def test_record_runs_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for stage in record.STAGES:
         command = stage.line(tmp_path, "abc")
-        assert Path(command[1]).is_file() and command.count("--out") == command.count("abc") == (stage.name != "precompile")
+        assert command[1] == "-m" and importlib.util.find_spec(command[2])
+        assert command.count("--out") == command.count("abc") == (stage.name != "precompile")
         if "--out" in command:
             assert command[command.index("--out") + 1] == str(tmp_path / f"{stage.name.split('-')[0]}.jsonl")
             assert command.index("abc") < (command.index("--") if "--" in command else len(command))
@@ -221,7 +212,9 @@ def test_record_runs_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("seconds", [0, 5], ids=["whole", "cut off"])
-def test_a_run_of_the_suite_says_what_failed_and_whether_it_came_to_its_end(tmp_path: Path, seconds: int) -> None:
+def test_a_run_of_the_suite_says_what_failed_and_whether_it_came_to_its_end(
+    tmp_path: Path, seconds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "test_it.py").write_text(
         "import time, pytest\n"
         "def test_good(): pass\n"
@@ -231,8 +224,10 @@ def test_a_run_of_the_suite_says_what_failed_and_whether_it_came_to_its_end(tmp_
         "def test_broken(broken): pass\n"
         f"def test_long(): time.sleep({12 * bool(seconds)})\n"
     )
-    out, script = tmp_path / "suite.jsonl", Path(protocol.__file__).parent / "suite.py"
-    command = [sys.executable, str(script), "--out", str(out), "--commit", "abc", "--seconds", str(seconds), "--"]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(protocol.HERE.parent), os.environ.get("PYTHONPATH")))))
+    out = tmp_path / "suite.jsonl"
+    command = [sys.executable, "-m", "benchmarks.run.suite", "--out", str(out), "--commit", "abc"]
+    command += ["--seconds", str(seconds), "--"]
     code, said = bounded.run([*command, "-p", "no:cacheprovider", "-p", "no:xdist", "test_it.py"], 60, cwd=tmp_path)
     assert code == (2 if seconds else 1) and "failures: test_it.py::test_bad" in said
     (row,) = map(json.loads, out.read_text().splitlines())

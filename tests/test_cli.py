@@ -250,33 +250,45 @@ def test_bench_needs_a_gpu_and_runs_the_scripts(tmp_path, monkeypatch):
     assert call("bench", "fly").exit_code == 2
     assert "--out" in call("bench", "decode", "--plot", tmp_path / "x.png").output
     assert "--quick is for" in call("bench", "store", "--quick").output
-    assert all((bench.folder() / name).is_file() for name in bench.SCRIPTS.values())
+    assert all((bench.folder() / file_of(name)).is_file() for name in bench.MODULES.values())
     ran = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(bench, "run", lambda *args: ran.append(args) or len(ran) // 3)
     out, picture = tmp_path / "x.jsonl", tmp_path / "x.png"
     assert call("bench", "decode", "--quick", "--out", out, "--plot", picture).exit_code == 0
-    assert ran == [("decode.py", "--quick", "--out", str(out)), ("plot.py", "--rows", str(out), "--picture", str(picture))]
-    assert call("bench", "plan").exit_code == 1 and ran[-1] == ("overhead.py",)
+    assert ran == [
+        ("run.decode", "--quick", "--out", str(out)),
+        ("publish.plot", "--rows", str(out), "--picture", str(picture)),
+    ]
+    assert call("bench", "plan").exit_code == 1 and ran[-1] == ("run.overhead",)
     monkeypatch.setattr(bench, "PACKAGE", bench.folder().parent)  # as in a wheel, whose rows name the version
     call("bench", "store")
-    assert ran[-1][:2] == ("store.py", "--commit") and ran[-1][2].startswith("kvfold 0.")
+    assert ran[-1][:2] == ("run.store", "--commit") and ran[-1][2].startswith("kvfold 0.")
 
 
 def test_bench_draws_rows_and_hands_on_the_exit_code(tmp_path):
     results = bench.folder() / "results" / "decode.jsonl"
-    assert bench.run("plot.py", "--rows", str(results), "--picture", str(tmp_path / "a" / "x.png")) == 0
+    assert bench.run("publish.plot", "--rows", str(results), "--picture", str(tmp_path / "a" / "x.png")) == 0
     assert (tmp_path / "a" / "x.png").read_bytes().startswith(b"\x89PNG")
-    assert bench.run("plot.py", "--rows", str(results)) == 2
+    assert bench.run("publish.plot", "--rows", str(results)) == 2
 
 
-def test_the_wheel_carries_what_the_scripts_import():
-    """The list in pyproject.toml has each script and all that it takes from its folder."""
+def file_of(module: str) -> str:
+    """Where a module is below benchmarks/."""
+    return f"{module.replace('.', '/')}.py"
+
+
+def test_the_wheel_carries_what_the_benchmarks_import():
+    """The list in pyproject.toml has each module that is run, its packages, and all that it imports of benchmarks/."""
     text = (Path(bench.__file__).parents[3] / "pyproject.toml").read_text()
     carried = set(re.findall(r'^"benchmarks/(\S+)" = "kvfold/benchmarks/\1"$', text, re.MULTILINE))
-    assert carried >= {*bench.SCRIPTS.values(), "plot.py", "peers_h200.jsonl"}
-    beside = {path.stem for path in bench.folder().glob("*.py")}
-    for name in carried:
-        if name.endswith(".py"):
-            imports = re.findall(r"^(?:import|from) (\w+)", (bench.folder() / name).read_text(), re.MULTILINE)
-            assert {f"{module}.py" for module in imports if module in beside} <= carried, name
+    assert carried >= {*map(file_of, bench.MODULES.values()), file_of("publish.plot"), "peers_h200.jsonl", "__init__.py"}
+    there = {path.relative_to(bench.folder()).as_posix() for path in bench.folder().rglob("*.py")}
+    for name in carried - {"peers_h200.jsonl"}:
+        own = name.split("/")[:-1]
+        assert "/".join((*own, "__init__.py")) in carried, name
+        imports = re.findall(r"^from (\.+)([\w.]*) import (.+)", (bench.folder() / name).read_text(), re.MULTILINE)
+        for dots, module, names in imports:
+            start = [*own[: len(own) - len(dots) + 1], *filter(None, module.split("."))]
+            wanted = {file_of(".".join(start)), *(file_of(".".join((*start, word))) for word in names.split(", "))}
+            assert wanted & there and wanted & there <= carried, (name, module, names)

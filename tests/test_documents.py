@@ -1,25 +1,17 @@
-"""What benchmarks/documents.py makes: which rows count, no two devices in a table, and files that are up to date."""
+"""What benchmarks/publish/documents.py makes: which rows count, no two devices in a table, and files that are up to date."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-
-# Scripts beside the package: they import one another as a user's `python benchmarks/X.py` does.
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
-import documents
-import layouts
-import measured
-import plot
-import protocol
 import torch
-from protocol import Case
 
 import kvfold
+from benchmarks.lib import measured, protocol
+from benchmarks.lib.protocol import Case
+from benchmarks.publish import documents, layouts, plot
 from kvfold.storage.formats import FORMATS
 
 ROOT = Path(__file__).parents[1]

@@ -1,20 +1,14 @@
-"""The two states of benchmarks/representations.py give the same records up to rounding; its byte counts are what they say."""
+"""The two states of `benchmarks.experiments.representations`: the same records up to rounding, and bytes as counted."""
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import SPECS
 
-# Scripts beside the package: they import one another as a user's `python benchmarks/X.py` does.
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
-import floor
-import representations
-from protocol import Case, Variant
+from benchmarks.experiments import representations
+from benchmarks.lib import floor
+from benchmarks.lib.protocol import Case, Variant
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the interpreter takes the kernels where there is no GPU
 HIT, MISS = Case("decode", 512, 4, 2, 4, "hit"), Case("decode", 512, 4, 2, 1, "miss")

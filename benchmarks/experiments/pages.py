@@ -3,21 +3,22 @@
 `floor.py` moves as many bytes from one place to the next. Pages lie anywhere, and a program takes some channels of every row:
 this is what is left for `WindowState` to be fast in, by the width of the pieces.
 
-python benchmarks/pages.py --out benchmarks/results/pages.jsonl
+python -m benchmarks.experiments.pages --out benchmarks/results/pages.jsonl
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import protocol
 import torch
 import triton
 import triton.language as tl
-from floor import PAGE_SIZE
 
 from kvfold.backend_triton.kernels.pdl import wait_for_inputs
 from kvfold.backend_triton.launcher import supports_pdl
+
+from ..lib import protocol
+from ..lib.floor import PAGE_SIZE
 
 HEAD_DIM = tl.constexpr(512)
 ROWS = tl.constexpr(PAGE_SIZE)

@@ -2,14 +2,13 @@
 
 What a prompt costs before any entry is normed, rotated and quantized: it is what is left for the whole kernel to be fast in.
 
-python benchmarks/parts.py --out benchmarks/results/parts.jsonl
+python -m benchmarks.experiments.parts --out benchmarks/results/parts.jsonl
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import protocol
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +17,8 @@ from kvfold.backend_triton.kernels.fold import empty_group, quotient, widen
 from kvfold.backend_triton.kernels.pdl import wait_for_inputs
 from kvfold.backend_triton.kernels.rows import fold_part, load_live
 from kvfold.backend_triton.launcher import supports_pdl
+
+from ..lib import protocol
 
 SHAPE = (512, 4, 144)  # head_dim, ratio, and words of a record of 576 bytes, without its tail
 PROGRAMS, NUM_WARPS, REGISTERS = 1056, 2, 128  # as the row of the table that serves long prompts

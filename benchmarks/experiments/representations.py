@@ -1,6 +1,6 @@
 """Times the two states that a ratio-4 compressor with overlap could keep: input rows, as kvfold does, and fold rows.
 
-python benchmarks/representations.py --out benchmarks/results/representations.jsonl
+python -m benchmarks.experiments.representations --out benchmarks/results/representations.jsonl
 
 A fold row is the state after a position: the fold of the entry that its window makes (`cur`) and, begun by the lo halves of its
 window, that of the next entry (`next`). After the last position of a window `next` has become `cur`, and that is all there is.
@@ -15,14 +15,9 @@ from collections.abc import Callable
 from itertools import product
 from typing import NamedTuple
 
-import floor
-import protocol
-import table
 import torch
 import triton
 import triton.language as tl
-from calls import Step, Weights, calls_of
-from protocol import Case, Variant
 
 import kvfold
 from kvfold.backend_triton.kernels.finish import aim_entry, emit, judge_slot
@@ -30,6 +25,10 @@ from kvfold.backend_triton.kernels.fold import empty_fold, fold_step, spread
 from kvfold.backend_triton.kernels.pdl import wait_for_inputs
 from kvfold.backend_triton.launcher import supports_pdl
 from kvfold.backend_triton.variants import epilogue_constants
+
+from ..lib import floor, protocol, table
+from ..lib.calls import Step, Weights, calls_of
+from ..lib.protocol import Case, Variant
 
 FORMATS = {512: "fp8_ds_mla", 128: "indexer_fp8_vllm"}  # the 584-byte record is for 512 channels only
 WARPS = {512: (4, 8), 128: (1, 2)}  # all are tried, the fastest is what counts

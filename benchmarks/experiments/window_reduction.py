@@ -1,6 +1,6 @@
 """The change this project began from: the reduction of a window by one warp against the shipped configuration.
 
-python benchmarks/window_reduction.py --out benchmarks/results/window_reduction.jsonl
+python -m benchmarks.experiments.window_reduction --out benchmarks/results/window_reduction.jsonl
 
 Paged fp32 rows, bf16 kv_score, head_dim 512, ratio 128, 4 new tokens that finish a window, pooled rows only. In the naive
 arrangement a program covers a slice of the columns with one warp, which walks the 128 rows of the window alone.
@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import floor
-import protocol
-import table
 import torch
 import triton
 import triton.language as tl
-from calls import Buffers, Step
-from protocol import Case, Variant
+
+from ..lib import floor, protocol, table
+from ..lib.calls import Buffers, Step
+from ..lib.protocol import Case, Variant
 
 COLUMNS = 64  # of a program: two per lane
 BOUND = 2e-6  # of fp32 pooling, relative to the row's norm (DESIGN.md)

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-import floor
-import protocol
 import torch
-from floor import PAGE_SIZE
-from protocol import Case, Variant
 
 import kvfold
+
+from . import floor, protocol
+from .floor import PAGE_SIZE
+from .protocol import Case, Variant
 
 
 class Weights(NamedTuple):

@@ -11,15 +11,16 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
-import protocol
 import torch
 import triton
 import triton.language as tl
-from protocol import Case, Variant
 
 import kvfold
 from kvfold.backend_triton.kernels.pdl import wait_for_inputs
 from kvfold.backend_triton.launcher import supports_pdl
+
+from . import protocol
+from .protocol import Case, Variant
 
 PAGE_SIZE = 128  # positions per page of WindowState in every benchmark
 NEVER = tl.constexpr(-1)

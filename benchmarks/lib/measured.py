@@ -10,8 +10,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import table
-from protocol import Case
+from . import table
+from .protocol import Case
 
 PEERS_DEVICE = "NVIDIA H200"  # of peers_h200.jsonl
 HISTORY = "fold.jsonl"  # of kernels that are no more
@@ -154,7 +154,7 @@ def full(rows: Rows, bench: str, title: str) -> str:
         lines = [(*table.cells(row)[:width], row["commit"]) for row in used]
         return markdown((*table.HEADER[:width], "commit"), lines), used
 
-    return f"# {title}, microseconds per call\n\nMade by benchmarks/documents.py.\n\n" + sections(rows, (bench,), body)
+    return f"# {title}, microseconds per call\n\nMade by benchmarks/publish/documents.py.\n\n" + sections(rows, (bench,), body)
 
 
 def page_reads(rows: Rows) -> str:

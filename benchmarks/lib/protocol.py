@@ -23,7 +23,7 @@ import triton
 import kvfold
 from kvfold.arguments.files import write_atomically
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]  # the folder `benchmarks`
 PEERS = HERE / "peers_h200.jsonl"
 MOST_SETS = 64
 # Whole pipelines over raw fp32 rows, one per position: what WindowState is to be compared with.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import protocol
-from protocol import Case
+from . import protocol
+from .protocol import Case
 
 CASES = {case.name: case for case in protocol.cases()}
 HEADER = ("case", "variant", "us", "floor", "x floor", "best peer", "faster", "whose", "raw fp32 peer", "faster", "whose")

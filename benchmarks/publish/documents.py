@@ -1,7 +1,7 @@
 """Writes what the documents show of measurements, record formats and configurations, or checks that it is up to date.
 
-python benchmarks/documents.py             docs/tables, docs/plots, and in pages what stands between their marks
-python benchmarks/documents.py --check     writes nothing; names what differs, and fails then
+python -m benchmarks.publish.documents             docs/tables, docs/plots, and in pages what stands between their marks
+python -m benchmarks.publish.documents --check     writes nothing; names what differs, and fails then
 
 From benchmarks/results/*.jsonl (whatever files there are), `FORMATS` and `backend_triton/table.py`. A page has a part that is
 made here between `<!-- made: NAME -->` and `<!-- end -->`. Pictures are compared by their fingerprint (plot.py).
@@ -14,12 +14,10 @@ import re
 import sys
 from pathlib import Path
 
-import layouts
-import measured
-import plot
-import protocol
-from measured import Rows
-from plot import Panel
+from ..lib import measured, protocol
+from ..lib.measured import Rows
+from . import layouts, plot
+from .plot import Panel
 
 PAGES = ("README.md", "docs/configs.md", "docs/engine.md", "docs/performance.md", "docs/records.md")
 MARKS = re.compile(r"(<!-- made: ([\w-]+) -->\n).*?(<!-- end -->\n)", re.DOTALL)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-from measured import markdown
 
 from kvfold import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec, FoldState, Snapshots
 from kvfold.backend_triton.table import ANY, CONFIGS, Config
 from kvfold.storage.formats import FORMATS, RecordFormat
+
+from ..lib.measured import markdown
 
 PAGE = 64  # rows of the page that is drawn
 BITS = {"bf16": 16, "fp32": 32, "e4m3": 8, "e2m1": 4}

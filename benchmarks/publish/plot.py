@@ -1,6 +1,6 @@
 """Pictures of result rows: decode beside the other projects' figures, and prefill.
 
-python benchmarks/plot.py --rows FILE.jsonl --picture FILE.png     decode, of one file's rows
+python -m benchmarks.publish.plot --rows FILE.jsonl --picture FILE.png     decode, of one file's rows
 
 `documents.py` makes the pictures of docs/plots by these functions. The same rows give the same panels, and a picture carries
 the fingerprint of its panels, by which it is compared: its bytes follow the version of matplotlib.
@@ -14,13 +14,11 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-import measured
-import protocol
-import table
-from measured import PEERS_DEVICE, Rows
-from protocol import Case
-
 from kvfold.arguments.files import write_atomically
+
+from ..lib import measured, protocol, table
+from ..lib.measured import PEERS_DEVICE, Rows
+from ..lib.protocol import Case
 
 PANELS = (
     *((512, 128, new, mode) for new in (1, 4) for mode in ("hit", "spread", "miss")),

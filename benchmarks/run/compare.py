@@ -1,6 +1,7 @@
 """Times two trees of this repository row by row in turn, on one GPU in one run: is any row of the protocol slower than before?
 
-python benchmarks/compare.py BASE --out benchmarks/results/compare.jsonl [--base-commit COMMIT] [--limit 2] [--only SUBSTRING]
+python -m benchmarks.run.compare BASE --out benchmarks/results/compare.jsonl
+                                [--base-commit COMMIT] [--limit 2] [--only SUBSTRING]
 
 BASE is another checkout. Each tree has a process of its own, with its own kernels and calls; for each row the two take turns. A
 row that looks slower by more than half of the limit is timed again; what counts is the fastest time of each tree, as what else

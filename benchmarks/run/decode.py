@@ -1,6 +1,6 @@
 """Times decode, from kv_score to the stored record, beside other projects and beside the floor of the same bytes.
 
-python benchmarks/decode.py --out benchmarks/results/decode.jsonl
+python -m benchmarks.run.decode --out benchmarks/results/decode.jsonl
                             [--quick] [--only SUBSTRING] [--variants fold:fp8_ds_mla,window:rows] [--pdl on|off]
 
 Variants: fold:FORMAT over FoldState, window:FORMAT over WindowState (fp32 rows, pages of 128), window:rows without a cache,
@@ -12,12 +12,11 @@ from __future__ import annotations
 import argparse
 import traceback
 
-import floor
-import protocol
-import table
 import torch
-from calls import calls_of
-from protocol import Case, Variant
+
+from ..lib import floor, protocol, table
+from ..lib.calls import calls_of
+from ..lib.protocol import Case, Variant
 
 DEFAULT = (
     "fold:fp8_ds_mla,fold:bf16,fold:indexer_fp8_vllm,fold:indexer_mxfp4,"

@@ -1,6 +1,7 @@
 """Makes hostile calls (tests/hostile_call.py) and appends, for each function, how many ended in which way.
 
-python benchmarks/hostile.py --calls 100000 --out benchmarks/results/hostile.jsonl [--seed 0] [--backend torch] [--processes 2]
+python -m benchmarks.run.hostile --calls 100000 --out benchmarks/results/hostile.jsonl
+                                [--seed 0] [--backend torch] [--processes 2]
 
 ok: with the results of a good call. counted: something was refused on the device and counted in `errors`. refused: an error
 that names the argument, with nothing written. Whatever else a call did is a fault, and printed with what makes it again.
@@ -12,9 +13,10 @@ import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
-import protocol
+from ..lib import protocol
 
-sys.path.insert(0, str(protocol.HERE.parent / "tests"))
+# The calls are made by the tests' own modules, wherever below tests/ they are.
+sys.path.insert(0, str(next((protocol.HERE.parent / "tests").rglob("hostile_run.py")).parent))
 
 import hostile_run
 

@@ -1,6 +1,6 @@
 """Times what two launches cost: pooled rows by one, stored by the next, beside both in one.
 
-python benchmarks/launches.py --out benchmarks/results/launches.jsonl [--only SUBSTRING]
+python -m benchmarks.run.launches --out benchmarks/results/launches.jsonl [--only SUBSTRING]
 
 The rows between are fp32, so that the records are the same to the bit. Of each pair of launches the second is a dependent of
 the first, and the first of the pair before.
@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import floor
-import protocol
 import torch
-from calls import Step, calls_of
-from protocol import Case, Variant
 
 import kvfold
+
+from ..lib import floor, protocol
+from ..lib.calls import Step, calls_of
+from ..lib.protocol import Case, Variant
 
 FORMAT = "fp8_ds_mla"
 ONE, POOL = Variant.parse(f"fold:{FORMAT}"), Variant.parse("fold:rows")

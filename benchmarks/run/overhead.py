@@ -3,7 +3,7 @@
 The host's figures are of an eager call, of the same through its operator (`op`), and of that call compiled as a whole by
 `torch.compile(fullgraph=True)`, without CUDA graphs (`compiled`).
 
-python benchmarks/overhead.py --out benchmarks/results/overhead.jsonl [--commit COMMIT]
+python -m benchmarks.run.overhead --out benchmarks/results/overhead.jsonl [--commit COMMIT]
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-import protocol
-import table
 import torch
-from calls import Buffers, Step
-from protocol import Case, Variant
 
 from kvfold import ops
 from kvfold.compress import Compressor
+
+from ..lib import protocol, table
+from ..lib.calls import Buffers, Step
+from ..lib.protocol import Case, Variant
 
 PLANS = 16  # in turn, so that no update waits for the one before it over the same tensors
 CHUNK, CHUNKS = 200, 10  # few enough calls that the launch queue never fills and the host never waits

@@ -1,6 +1,6 @@
 """Compiles what the benchmarks need on all cores, into Triton's cache: time on a rented GPU is for measuring.
 
-python benchmarks/precompile.py [--target sm_90]        needs no GPU
+python -m benchmarks.run.precompile [--target sm_90]        needs no GPU
 """
 
 from __future__ import annotations
@@ -9,14 +9,8 @@ import argparse
 import time
 from concurrent.futures import ProcessPoolExecutor
 
-import decode
-import launches
-import prefill
-import protocol
 import torch
 import triton
-from floor import PAGE_SIZE
-from protocol import Case, Variant
 
 import kvfold
 from kvfold.backend_triton.kernels.pdl import AVAILABLE
@@ -25,6 +19,11 @@ from kvfold.backend_triton.variants import pair_key, step_key, store_key, varian
 from kvfold.precompile.combinations import TARGETS
 from kvfold.storage.fold_state import state_kind
 from kvfold.storage.formats import FORMATS
+
+from ..lib import protocol
+from ..lib.floor import PAGE_SIZE
+from ..lib.protocol import Case, Variant
+from . import decode, launches, prefill
 
 BF16, FP32 = torch.bfloat16, torch.float32
 WAYS = (False, True) if AVAILABLE else (False,)  # a call is launched in: as a dependent or not
@@ -49,8 +48,9 @@ def key_of(case: Case, variant: Variant, pooled: torch.dtype = BF16) -> tuple:
 
 
 def keys() -> list[tuple]:
-    """Of the calls that `decode.py`, `prefill.py`, `launches.py` and `window_reduction.py` make."""
-    variants = {bench.__name__: [Variant.parse(name) for name in bench.DEFAULT.split(",")] for bench in (decode, prefill)}
+    """Of the calls that `decode`, `prefill`, `launches` and `window_reduction` make."""
+    benches = {"decode": decode, "prefill": prefill}
+    variants = {kind: [Variant.parse(name) for name in bench.DEFAULT.split(",")] for kind, bench in benches.items()}
     found = [key_of(case, variant) for case in protocol.cases() for variant in variants[case.kind] if variant.fits(case)]
     # These pool rows in fp32.
     found.append(window_key(kvfold.V4_HCA, None, 4, (BF16, FP32, FP32, None, True), PAGE_SIZE))

@@ -1,6 +1,6 @@
 """Times prefill, from kv_score to the stored record, beside other projects and beside the floor of the same bytes.
 
-python benchmarks/prefill.py --out benchmarks/results/prefill.jsonl
+python -m benchmarks.run.prefill --out benchmarks/results/prefill.jsonl
                              [--only SUBSTRING] [--variants fold:fp8_ds_mla,...] [--parts protocol,scaling,mixed]
 
 Parts: protocol, the cases that other projects were timed with; scaling, from 1k to 1M tokens in one sequence and up to 256
@@ -13,13 +13,12 @@ import argparse
 import traceback
 from collections.abc import Callable, Iterator
 
-import floor
-import protocol
-import table
 import torch
-from calls import Step, calls_of
-from floor import Traffic
-from protocol import Case, Variant
+
+from ..lib import floor, protocol, table
+from ..lib.calls import Step, calls_of
+from ..lib.floor import Traffic
+from ..lib.protocol import Case, Variant
 
 DEFAULT = "fold:fp8_ds_mla,window:fp8_ds_mla,many:fp8_ds_mla+indexer_fp8_vllm"
 PARTS = ("protocol", "scaling", "mixed")

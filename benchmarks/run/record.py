@@ -1,7 +1,8 @@
 """Everything that is measured and checked on a GPU, in one go: kernels compiled on all cores, the test suite, the sanitizers,
 every benchmark. What comes of it is added to the results of one folder; `documents.py` makes the documents of them.
 
-python benchmarks/record.py --into benchmarks/results [--logs FOLDER] [--only decode,prefill] [--seconds 900] [--commit COMMIT]
+python -m benchmarks.run.record --into benchmarks/results
+                               [--logs FOLDER] [--only decode,prefill] [--seconds 900] [--commit COMMIT]
 
 Stages run one after the other, so that nothing disturbs a timing, and the ones that are cheap and most wanted come first. None
 starts that the time left does not hold, and none runs longer than its share; which those were is said at the end.
@@ -15,10 +16,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import bounded
+from ..lib import bounded
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -37,29 +37,31 @@ class Stage:
         return found
 
 
-def _bench(name: str, seconds: int, *options: str, script: str = "") -> Stage:
-    return Stage(name, (str(HERE / f"{script or name.partition('-')[0]}.py"), "--out", "{out}", *options), seconds)
+def _bench(name: str, seconds: int, *options: str, module: str = "") -> Stage:
+    """`module`: below `benchmarks`, where it is not `run` and the name."""
+    module = module or f"run.{name.partition('-')[0]}"
+    return Stage(name, ("-m", f"benchmarks.{module}", "--out", "{out}", *options), seconds)
 
 
 PARALLEL = ("-n", "12", "--dist", "worksteal")
 STAGES = (
-    Stage("precompile", (str(HERE / "precompile.py"),), 90),
+    Stage("precompile", ("-m", "benchmarks.run.precompile"), 90),
     _bench("decode", 120),
     _bench("prefill", 90, "--parts", "protocol,mixed"),
     _bench("overhead", 60),
-    _bench("window_reduction", 30),
-    _bench("pages", 20),
-    _bench("parts", 40),
+    _bench("window_reduction", 30, module="experiments.window_reduction"),
+    _bench("pages", 20, module="experiments.pages"),
+    _bench("parts", 40, module="experiments.parts"),
     _bench("store", 60),
     _bench("launches", 60),
     # racecheck and memcheck side by side, with 7 processes each, took 175 s; racecheck with one did not end in 380 s.
-    _bench("sanitizer", 500, "--timeout", "490", script="sanitize"),
+    _bench("sanitizer", 500, "--timeout", "490", module="run.sanitize"),
     # An illegal access spoils a process for all tests behind it, and this file provokes what would be one.
-    _bench("suite-fuzz", 180, "--seconds", "170", "--", "-m", "gpu", "tests/test_fuzz.py", script="suite"),
+    _bench("suite-fuzz", 180, "--seconds", "170", "--", "-m", "gpu", "tests/test_fuzz.py", module="run.suite"),
     # 600 s where every kernel has to be compiled first.
-    _bench("suite", 700, "--seconds", "680", "--", *PARALLEL, "--ignore", "tests/test_fuzz.py", script="suite"),
+    _bench("suite", 700, "--seconds", "680", "--", *PARALLEL, "--ignore", "tests/test_fuzz.py", module="run.suite"),
     _bench("prefill-scaling", 120, "--parts", "scaling"),
-    _bench("representations", 60),
+    _bench("representations", 60, module="experiments.representations"),
 )
 
 

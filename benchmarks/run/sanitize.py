@@ -1,6 +1,6 @@
 """Runs GPU tests under compute-sanitizer's four tools, side by side, and appends one line for each.
 
-python benchmarks/sanitize.py --out benchmarks/results/sanitizer.jsonl [--tools memcheck,racecheck] [--timeout SECONDS]
+python -m benchmarks.run.sanitize --out benchmarks/results/sanitizer.jsonl [--tools memcheck,racecheck] [--timeout SECONDS]
                               [--tests tests/test_padding.py,...] [--only cuda] [--processes 4]
 
 The tests of a tool are dealt out to several processes. A tool of which one did not finish in time has "errors": null, which
@@ -15,8 +15,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import bounded
-import protocol
+from ..lib import bounded, protocol
 
 TOOLS = "memcheck,racecheck,initcheck,synccheck"
 # Padding, refusals and slot reuse over both kinds of state, shared windows, pairs, plans, stores and snapshots.

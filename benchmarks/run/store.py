@@ -1,14 +1,15 @@
 """Times `kvfold.store`: pooled rows to stored records, alone.
 
-python benchmarks/store.py --out benchmarks/results/store.jsonl
+python -m benchmarks.run.store --out benchmarks/results/store.jsonl
 """
 
 from __future__ import annotations
 
-import protocol
 import torch
 
 import kvfold
+
+from ..lib import protocol
 
 DEVICE = "cuda"
 

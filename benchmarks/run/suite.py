@@ -1,6 +1,6 @@
 """Runs the test suite here and appends one line of what came of it: the proof that it is green on a GPU.
 
-python benchmarks/suite.py --out benchmarks/results/suite.jsonl [--seconds 400] [-- PYTEST ARGUMENTS]
+python -m benchmarks.run.suite --out benchmarks/results/suite.jsonl [--seconds 400] [-- PYTEST ARGUMENTS]
 
 A failure is named when it happens. A run that is ended by its time or from outside (SIGTERM) still says what came before that:
 "exit" is null then, which is no verdict.
@@ -15,8 +15,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import protocol
 import pytest
+
+from ..lib import protocol
 
 
 class Recorder:

@@ -1,6 +1,6 @@
 """Times a call with other rows of the configuration table than the one that serves it: what a new row must be chosen by.
 
-python benchmarks/sweep.py "dec hd512 r128 b256 n1 hit" window:fp8_ds_mla --try slice=64,registers=96 --try tile=64
+python -m benchmarks.run.sweep "dec hd512 r128 b256 n1 hit" window:fp8_ds_mla --try slice=64,registers=96 --try tile=64
                            [--out benchmarks/results/sweep.jsonl]
 
 Each `--try` names what differs from the row of the table (of the first compressor, where there are two). Everything is
@@ -17,15 +17,15 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from multiprocessing import get_context
 
-import floor
-import protocol
 import torch
-from calls import Buffers, Step
-from precompile import WAYS, build, key_of
-from protocol import Case, Variant
 
 from kvfold.backend_triton import table as configs
 from kvfold.backend_triton.table import Config
+
+from ..lib import floor, protocol
+from ..lib.calls import Buffers, Step
+from ..lib.protocol import Case, Variant
+from .precompile import WAYS, build, key_of
 
 
 def parse() -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""`kvfold bench`: runs the scripts of benchmarks/, which a wheel carries as they are in the repository."""
+"""`kvfold bench`: runs modules of benchmarks/, which a wheel has as `kvfold.benchmarks`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class What(str, Enum):
     plan = "plan"
 
 
-SCRIPTS = {What.decode: "decode.py", What.prefill: "prefill.py", What.store: "store.py", What.plan: "overhead.py"}
+MODULES = {What.decode: "run.decode", What.prefill: "run.prefill", What.store: "run.store", What.plan: "run.overhead"}
 # What is left out of a first look. The others have few cases, or none to spare.
 QUICK = {What.decode: ("--quick",), What.prefill: ("--only", "b1 s8192")}
 
@@ -53,26 +53,28 @@ def bench(
     arguments = list(QUICK[what]) if quick else []
     if folder().parent == PACKAGE:  # installed: git would name the commit of whatever repository the user stands in
         arguments += ["--commit", f"kvfold {__version__}"]
-    code = run(SCRIPTS[what], *arguments, *(["--out", str(out)] if out else []))
+    code = run(MODULES[what], *arguments, *(["--out", str(out)] if out else []))
     if code == 0 and plot is not None:
-        code = run("plot.py", "--rows", str(out), "--picture", str(plot))
+        code = run("publish.plot", "--rows", str(out), "--picture", str(plot))
     if code:
         raise typer.Exit(code)
 
 
 def folder() -> Path:
-    """Where the scripts are: in an installed package beside the modules, in a checkout where they are kept.
+    """The folder `benchmarks`: inside an installed package, or at the root of a checkout.
 
     Raises:
         FileNotFoundError: in neither place.
     """
     for place in (PACKAGE / "benchmarks", PACKAGE.parents[1] / "benchmarks"):
-        if (place / "protocol.py").is_file():
+        if (place / "lib" / "protocol.py").is_file():
             return place
     raise FileNotFoundError("kvfold's benchmarks are missing from this installation")
 
 
-def run(script: str, *arguments: str) -> int:
-    """Runs a script as a user would; its exit code."""
-    command = [sys.executable, "-m", "kvfold.cli.script", str(folder() / script), *arguments]
+def run(module: str, *arguments: str) -> int:
+    """Runs a module of the benchmarks in a process of its own; its exit code."""
+    place = folder()
+    root, package = (PACKAGE.parent, "kvfold.benchmarks") if place.parent == PACKAGE else (place.parent, "benchmarks")
+    command = [sys.executable, "-m", "kvfold.cli.script", str(root), f"{package}.{module}", *arguments]
     return subprocess.run(command, check=False).returncode

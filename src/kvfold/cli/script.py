@@ -1,10 +1,9 @@
-"""`python -m kvfold.commands.script FILE ...`: a script of benchmarks/ in a process of its own, which fails as commands do."""
+"""`python -m kvfold.cli.script FOLDER MODULE ...`: a benchmark in a process of its own, which fails as commands do."""
 
 from __future__ import annotations
 
 import runpy
 import sys
-from pathlib import Path
 
 import typer
 
@@ -12,12 +11,11 @@ from .failures import one_line
 
 
 def main() -> None:
-    """Runs the script as `python FILE ...` would."""
-    sys.argv = sys.argv[1:]
-    sys.path[0] = str(Path(sys.argv[0]).parent)
+    """Runs the module as `python -m MODULE ...` would in FOLDER."""
+    sys.path[0], *sys.argv = sys.argv[1:]
     try:
         with one_line():
-            runpy.run_path(sys.argv[0], run_name="__main__")
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     except typer.Exit as left:
         sys.exit(left.exit_code)
 

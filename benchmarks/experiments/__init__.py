@@ -1,0 +1,1 @@
+"""Kernels that only answer a question; kvfold does not use them."""

@@ -1,0 +1,1 @@
+"""What measures or checks: each module is run by itself."""
