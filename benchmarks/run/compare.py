@@ -1,11 +1,13 @@
-"""Times two trees of this repository row by row in turn, on one GPU in one run: is any row of the protocol slower than before?
+"""Times trees of this repository row by row in turn, on one GPU in one run: is any row of the protocol slower than in the base?
 
-python -m benchmarks.run.compare BASE --out benchmarks/results/compare.jsonl
-                                [--base-commit COMMIT] [--limit 2] [--only SUBSTRING]
+python -m benchmarks.run.compare BASE --out benchmarks/results/compare.jsonl [--trees FOLDER,FOLDER]
+                                [--base-commit COMMIT] [--limit 2] [--only WORDS,WORDS]
 
-BASE is another checkout. Each tree has a process of its own, with its own kernels and calls; for each row the two take turns. A
-row that looks slower by more than half of the limit is timed again; what counts is the fastest time of each tree, as what else
-runs on a machine only adds. Also compared: the host's time for an eager call. Exits with 1 where a row is slower by the limit.
+BASE is another checkout, of this layout or the one before (`benchmarks/*.py` flat). It is compared with this one, or with
+each of `--trees`. Each tree has a process of its own, with its own kernels and calls; for each row they take turns. A tree
+that looks slower by more than half of the limit is timed again, and the base with it; what counts is the fastest time of each
+tree, as what else runs on a machine only adds. Also compared: the host's time for an eager call. Exits with 1 where a row is
+slower by the limit, or could not be timed.
 """
 
 from __future__ import annotations
@@ -18,18 +20,27 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
 TURNS, MORE_TURNS = 1, 6
+PLACES = {"calls": "lib", "protocol": "lib", "decode": "run", "overhead": "run", "prefill": "run"}  # of a tree's modules
+
+
+class NotTimed(Exception):
+    pass
 
 
 class Tree:
     """A process that times rows of one checkout."""
 
     def __init__(self, root: Path) -> None:
-        path = os.pathsep.join((str(root / "src"), str(root / "benchmarks")))
-        command = [sys.executable, str(HERE / "compare.py"), "--worker", str(root)]
+        self.root = root
         self.process = subprocess.Popen(
-            command, env={**os.environ, "PYTHONPATH": path}, cwd=root, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, __file__, "--worker", str(root)],
+            env={**os.environ, "PYTHONPATH": str(root / "src")},
+            cwd=root,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
 
     def names(self) -> list[str]:
@@ -43,16 +54,25 @@ class Tree:
         assert self.process.stdin is not None and self.process.stdout is not None
         print(what, file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"{what}: the process of {self.root} ended")
         if not answer.startswith("="):
-            raise RuntimeError(f"{what}: {answer or 'the process ended'}")
+            raise NotTimed(f"{what}: {self.root}: {answer.strip()}")
         return answer[1:].rstrip("\n")
 
 
-def rows() -> dict[str, Callable[[], float]]:
+def modules_of(root: Path) -> list:
+    """The modules of `PLACES` as a tree has them: in a package, or flat in a folder."""
+    if (root / "benchmarks" / "lib").is_dir():
+        sys.path[0] = str(root)  # not this file's folder, which may be of another tree
+        return [importlib.import_module(f"benchmarks.{place}.{name}") for name, place in PLACES.items()]
+    sys.path[0] = str(root / "benchmarks")
+    return [importlib.import_module(name) for name in PLACES]
+
+
+def rows(root: Path) -> dict[str, Callable[[], float]]:
     """What the tree of this process can time, in microseconds; by names that another tree has as well."""
-    calls, decode, overhead, prefill, protocol = map(
-        importlib.import_module, ("calls", "decode", "overhead", "prefill", "protocol")
-    )
+    calls, protocol, decode, overhead, prefill = modules_of(root)
     torch = importlib.import_module("torch")
 
     def on_device(case, variant) -> Callable[[], float]:  # the types are those of the tree
@@ -79,53 +99,71 @@ def rows() -> dict[str, Callable[[], float]]:
     return found | {f"host {case.name} {name}": on_host(case, name) for case, names in overhead.HOST for name in names}
 
 
-def work(root: str) -> None:
+def work(root: Path) -> None:
     """Answers on standard output, a line for each line that comes."""
-    sys.path[0] = os.path.join(root, "benchmarks")  # not this file's folder, which may be of another tree
-    answers, found = os.fdopen(os.dup(1), "w"), rows()
+    answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
+    found = rows(root)
     for line in sys.stdin:
         name = line.rstrip("\n")
-        answer = "\t".join(found) if name == "names" else repr(found[name]())
-        print(f"={answer}", file=answers, flush=True)
+        try:
+            answer = "=" + ("\t".join(found) if name == "names" else repr(found[name]()))
+        except Exception as error:  # the other rows are worth having
+            answer = f"{type(error).__name__}: {error}".replace("\n", " ")
+        print(answer, file=answers, flush=True)
 
 
-def compare(trees: tuple[Tree, Tree], name: str, limit: float) -> tuple[float, float]:
-    """The fastest time of each tree, base first."""
-    best = [float("inf")] * 2
+def compare(base: Tree, trees: list[Tree], name: str, limit: float) -> tuple[float, list[float]]:
+    """The fastest time of the base, and of each tree."""
+    best, base_us = [float("inf")] * len(trees), float("inf")
     for turn in range(MORE_TURNS):
-        if turn >= TURNS and best[1] <= best[0] * (1 + limit / 200):
+        again = [i for i in range(len(trees)) if turn < TURNS or best[i] > base_us * (1 + limit / 200)]
+        if not again:
             break
-        for i, tree in enumerate(trees):
-            best[i] = min(best[i], tree.time(name))
-    return best[0], best[1]
+        base_us = min(base_us, base.time(name))
+        for i in again:
+            best[i] = min(best[i], trees[i].time(name))
+    return base_us, best
 
 
 def main() -> int:
     if sys.argv[1:2] == ["--worker"]:
-        work(sys.argv[2])
+        work(Path(sys.argv[2]))
         return 0
-    import protocol
+    from ..lib import protocol
 
     parser = protocol.parser(__doc__)
     parser.add_argument("base", type=Path, help="the other checkout")
+    parser.add_argument("--trees", default=str(ROOT), help="checkouts, separated by commas (default: this one)")
     parser.add_argument("--base-commit", default="unknown")
     parser.add_argument("--limit", type=float, default=2.0, help="percent (default: %(default)s)")
     parser.add_argument("--only", default="", help="rows whose name has one of these, separated by commas, in it")
     args: argparse.Namespace = parser.parse_args()
     where = protocol.environment(args.commit) | {"base_commit": args.base_commit}
-    trees = Tree(args.base.resolve()), Tree(HERE.parent)
-    both = set(trees[0].names()) & set(trees[1].names())
-    slower = 0
-    for name in (one for one in trees[1].names() if one in both and any(part in one for part in args.only.split(","))):
-        base, us = compare(trees, name, args.limit)
-        ratio = us / base
-        slower += ratio > 1 + args.limit / 100
-        print(f"{ratio:6.3f} {us:9.3f} {base:9.3f}  {name}{'  SLOWER' if ratio > 1 + args.limit / 100 else ''}", flush=True)
-        row = {"bench": "compare", "row": name, "us": round(us, 3), "base_us": round(base, 3), "ratio": round(ratio, 4)}
-        protocol.append_rows(args.out, [row | where])
-    print(f"{slower} rows slower by more than {args.limit:g} %")
-    return 1 if slower else 0
+    base, trees = Tree(args.base.resolve()), [Tree(Path(root).resolve()) for root in args.trees.split(",")]
+    known, has = set(base.names()), [tree.names() for tree in trees]
+    slower = failed = 0
+    for name in dict.fromkeys(one for names in has for one in names if one in known):
+        if not any(part in name for part in args.only.split(",")):
+            continue
+        able = [tree for tree, names in zip(trees, has, strict=True) if name in names]
+        try:
+            base_us, times = compare(base, able, name, args.limit)
+        except NotTimed as error:
+            print(error, flush=True)
+            failed += 1
+            continue
+        for tree, us in zip(able, times, strict=True):
+            ratio = us / base_us
+            slow = ratio > 1 + args.limit / 100
+            slower += slow
+            whose = f"  {tree.root.name}" if len(trees) > 1 else ""
+            print(f"{ratio:6.3f} {us:9.3f} {base_us:9.3f}  {name}{whose}{'  SLOWER' if slow else ''}", flush=True)
+            row = {"bench": "compare", "row": name, "us": round(us, 3), "base_us": round(base_us, 3), "ratio": round(ratio, 4)}
+            row |= {"tree": tree.root.name} if len(trees) > 1 else {}
+            protocol.append_rows(args.out, [row | where])
+    print(f"{slower} rows slower by more than {args.limit:g} %" + (f", {failed} could not be timed" if failed else ""))
+    return 1 if slower or failed else 0
 
 
 if __name__ == "__main__":
