@@ -1,6 +1,6 @@
 """Compiles what the benchmarks need on all cores, into Triton's cache: time on a rented GPU is for measuring.
 
-python -m benchmarks.run.precompile [--target sm_90]        needs no GPU
+python -m benchmarks.run.precompile [--target sm_90] [--only WORDS,WORDS]        needs no GPU
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kvfold.storage.formats import FORMATS
 from ..lib import protocol
 from ..lib.floor import PAGE_SIZE
 from ..lib.protocol import Case, Variant
-from . import decode, launches, prefill
+from . import decode, launches, overhead, prefill
 
 BF16, FP32 = torch.bfloat16, torch.float32
 WAYS = (False, True) if AVAILABLE else (False,)  # a call is launched in: as a dependent or not
@@ -47,16 +47,24 @@ def key_of(case: Case, variant: Variant, pooled: torch.dtype = BF16) -> tuple:
     return found[0] if len(found) == 1 else pair_key(*found)
 
 
-def keys() -> list[tuple]:
-    """Of the calls that `decode`, `prefill`, `launches` and `window_reduction` make."""
-    benches = {"decode": decode, "prefill": prefill}
-    variants = {kind: [Variant.parse(name) for name in bench.DEFAULT.split(",")] for kind, bench in benches.items()}
-    found = [key_of(case, variant) for case in protocol.cases() for variant in variants[case.kind] if variant.fits(case)]
+def keys(only: str = "") -> list[tuple]:
+    """Of the calls that `decode`, `prefill`, `launches` and `window_reduction` make, by the rows of `compare` that need them.
+
+    only: rows whose name has one of these, separated by commas, in it.
+    """
+    found: dict[str, tuple] = {}
+    for bench in (decode, prefill):
+        kind, variants = bench.__name__.rpartition(".")[2], [Variant.parse(name) for name in bench.DEFAULT.split(",")]
+        fitting = [(case, variant) for case in protocol.cases() for variant in variants if variant.fits(case)]
+        found |= {f"{kind} {case.name} {variant.name}": key_of(case, variant) for case, variant in fitting if case.kind == kind}
+    for case, names in overhead.HOST:
+        found |= {f"host {case.name} {name}": key_of(case, Variant.parse(name)) for name in names}
     # These pool rows in fp32.
-    found.append(window_key(kvfold.V4_HCA, None, 4, (BF16, FP32, FP32, None, True), PAGE_SIZE))
-    found += [key_of(case, launches.POOL, FP32) for case in launches.CASES]
-    found += [store_key(spec, FORMATS[launches.FORMAT], (FP32, FP32)) for spec in (kvfold.V4_HCA, kvfold.V4_CSA)]
-    return list(dict.fromkeys(found))
+    found["window_reduction"] = window_key(kvfold.V4_HCA, None, 4, (BF16, FP32, FP32, None, True), PAGE_SIZE)
+    found |= {f"launches {case.name}": key_of(case, launches.POOL, FP32) for case in launches.CASES}
+    for spec in (kvfold.V4_HCA, kvfold.V4_CSA):
+        found[f"launches store r{spec.ratio}"] = store_key(spec, FORMATS[launches.FORMAT], (FP32, FP32))
+    return list(dict.fromkeys(key for name, key in found.items() if any(words in name for words in only.split(","))))
 
 
 def build(job: tuple[tuple, bool, str]) -> None:
@@ -65,10 +73,11 @@ def build(job: tuple[tuple, bool, str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=TARGETS, default="sm_90")
-    target, start = parser.parse_args().target, time.perf_counter()
-    jobs = [(key, pdl, target) for key in keys() for pdl in WAYS]
+    parser.add_argument("--only", default="", help="rows of `compare` whose name has one of these, separated by commas, in it")
+    args, start = parser.parse_args(), time.perf_counter()
+    jobs = [(key, pdl, args.target) for key in keys(args.only) for pdl in WAYS]
     with ProcessPoolExecutor() as pool:
         list(pool.map(build, jobs))
     print(f"{len(jobs)} kernels by Triton {triton.__version__} in {time.perf_counter() - start:.0f} s")

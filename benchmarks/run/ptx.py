@@ -34,6 +34,7 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parents[2]
 FORMATS = "fp8_ds_mla,indexer_mxfp4,bf16"
 OPTIONS = ("num_warps", "num_stages", "shared", "maxnreg", "launch_pdl", "enable_fp_fusion", "global_scratch_size")
+SPEC = ("head_dim", "ratio", "overlap", "hadamard", "has_ape", "rope_dim", "norm_eps")
 DROPPED = re.compile(r"\.loc\b|\.file\b|\$L__(?:tmp|func_begin|func_end|pc|info_string|debug)\w*:")
 REGISTER = re.compile(r"%[a-z]+\d+")
 OPCODE = re.compile(r"(?:@!?%p\d+\s+)?([a-z][\w.]*)")
@@ -72,10 +73,19 @@ def kernels_of() -> ModuleType:
 
 def kind_of(one: object) -> list:
     """What a kernel is, apart from its name and the bounds of its row."""
-    spec, config, other = one.spec, one.config, one.other
-    words = [one.kind, repr(spec), one.fmt and one.fmt.name, other and [repr(other[0]), other[1].name]]
-    words += [one.page_size, one.snapshots, str(one.dtype)]
-    return words + [getattr(config, name, None) for name in ("num_warps", "ahead")]
+
+    def of(what: object, *names: str) -> list:
+        return [str(getattr(what, name, None)) for name in names]
+
+    spec, fmt = getattr(one, "other", None) or (None, None)
+    return [
+        *of(one, "kind", "page_size", "snapshots", "dtype"),
+        *of(one.spec, *SPEC),
+        *of(one.fmt, "name"),
+        *of(spec, *SPEC),
+        *of(fmt, "name"),
+        *of(one.config, "num_warps", "ahead"),
+    ]
 
 
 def compile_in_child(kernels: ModuleType, one: object, target: str, end: multiprocessing.connection.Connection) -> None:
@@ -108,7 +118,7 @@ def compile_all(kernels: ModuleType, wanted: list, target: str, workers: int, ti
             try:
                 found[i] = here.recv()
                 process.join()
-            except EOFError:
+            except (EOFError, OSError):  # ended before it said all
                 process.join()
                 found[i] = {"error": f"the process ended with {process.exitcode}"}
             here.close()
