@@ -14,7 +14,6 @@ from . import table
 from .protocol import Case
 
 PEERS_DEVICE = "NVIDIA H200"  # of peers_h200.jsonl
-HISTORY = "fold.jsonl"  # of kernels that are no more
 BATCHES = (16, 64, 256)
 # What the summaries have of decode: the layer and the step in words, (head_dim, ratio, new, mode), variant, raw fp32 peers.
 DECODE = (
@@ -41,8 +40,6 @@ def newest(source: Path) -> Rows:
     """The rows that count, of a folder or of one file; those with dependent launch forced on or off do not."""
     found: dict[tuple, dict] = {}
     for path in sorted(source.glob("*.jsonl")) if source.is_dir() else [source]:
-        if path.name == HISTORY:
-            continue
         for line in path.read_text().splitlines():
             row = json.loads(line) if line.strip() else {}
             if "case" in row and "pdl" not in row:
