@@ -13,7 +13,6 @@ import torch
 import triton
 
 import kvfold
-from kvfold.backend_triton.kernels.pdl import AVAILABLE
 from kvfold.backend_triton.table import ITEM_BOUNDS, item_bound, pair_bounds
 from kvfold.backend_triton.variants import pair_key, step_key, store_key, variant_of, window_key
 from kvfold.precompile.combinations import TARGETS
@@ -26,7 +25,7 @@ from ..lib.protocol import Case, Variant
 from . import decode, launches, overhead, prefill
 
 BF16, FP32 = torch.bfloat16, torch.float32
-WAYS = (False, True) if AVAILABLE else (False,)  # a call is launched in: as a dependent or not
+WAYS = (False, True)  # a call is launched in: as a dependent or not
 
 
 def key_of(case: Case, variant: Variant, pooled: torch.dtype = BF16) -> tuple:

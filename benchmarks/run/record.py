@@ -57,9 +57,9 @@ STAGES = (
     # racecheck and memcheck side by side, with 7 processes each, took 175 s; racecheck with one did not end in 380 s.
     _bench("sanitizer", 500, "--timeout", "490", module="run.sanitize"),
     # An illegal access spoils a process for all tests behind it, and this file provokes what would be one.
-    _bench("suite-fuzz", 180, "--seconds", "170", "--", "-m", "gpu", "tests/test_fuzz.py", module="run.suite"),
+    _bench("suite-fuzz", 180, "--seconds", "170", "--", "-m", "gpu", "tests/calls/test_fuzz.py", module="run.suite"),
     # 600 s where every kernel has to be compiled first.
-    _bench("suite", 700, "--seconds", "680", "--", *PARALLEL, "--ignore", "tests/test_fuzz.py", module="run.suite"),
+    _bench("suite", 700, "--seconds", "680", "--", *PARALLEL, "--ignore", "tests/calls/test_fuzz.py", module="run.suite"),
     _bench("prefill-scaling", 120, "--parts", "scaling"),
     _bench("representations", 60, module="experiments.representations"),
 )

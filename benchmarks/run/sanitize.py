@@ -1,7 +1,7 @@
 """Runs GPU tests under compute-sanitizer's four tools, side by side, and appends one line for each.
 
 python -m benchmarks.run.sanitize --out benchmarks/results/sanitizer.jsonl [--tools memcheck,racecheck] [--timeout SECONDS]
-                              [--tests tests/test_padding.py,...] [--only cuda] [--processes 4]
+                              [--tests tests/calls/test_padding.py,...] [--only cuda] [--processes 4]
 
 The tests of a tool are dealt out to several processes. A tool of which one did not finish in time has "errors": null, which
 is no verdict.
@@ -20,8 +20,8 @@ from ..lib import bounded, protocol
 TOOLS = "memcheck,racecheck,initcheck,synccheck"
 # Padding, refusals and slot reuse over both kinds of state, shared windows, pairs, plans, stores and snapshots.
 TESTS = (
-    "tests/test_padding.py,tests/test_plan.py,tests/test_store.py,tests/test_many.py,tests/test_window_refused.py,"
-    "tests/test_snapshots.py,tests/test_configs.py"
+    "tests/calls/test_padding.py,tests/calls/test_plan.py,tests/calls/test_store.py,tests/calls/test_many.py,"
+    "tests/calls/test_window_refused.py,tests/storage/test_snapshots.py,tests/kernels/test_configs.py"
 )
 SUMMARY = re.compile(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+)")
 
