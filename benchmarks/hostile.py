@@ -1,4 +1,4 @@
-"""Makes hostile calls (tests/hostile_call.py) and appends, for each function, how many ended in which way.
+"""Makes hostile calls (tests/support/hostile_call.py) and appends, for each function, how many ended in which way.
 
 python benchmarks/hostile.py --calls 100000 --out benchmarks/results/hostile.jsonl [--seed 0] [--backend torch] [--processes 2]
 
@@ -16,7 +16,7 @@ import protocol
 
 sys.path.insert(0, str(protocol.HERE.parent / "tests"))
 
-import hostile_run
+from support import hostile_run
 
 ENDS = ("ok", "counted", "refused")
 PART = 2500  # calls of one process

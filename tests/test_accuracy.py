@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from helpers import SPECS, Backend, Engine, Weights, make_tokens, norm_error
+from support.helpers import SPECS, Backend, Engine, Weights, make_tokens, norm_error
 from torch import Tensor
 
 import kvfold

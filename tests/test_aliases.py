@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import BACKENDS
-from fuzz_support import KINDS, World
-from helpers import Backend, make_tokens
 from hypothesis import given
 from hypothesis import strategies as st
+from support.fuzz_support import KINDS, World
+from support.helpers import Backend, make_tokens
 from torch import Tensor
 
 import kvfold

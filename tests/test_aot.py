@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import triton
-from aot_support import fake, run
+from support.aot_support import fake, run
 
 import kvfold
 from kvfold import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from aot_support import fake, run
+from support.aot_support import fake, run
 
 import kvfold
 from kvfold import V4_INDEXER

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Weights, make_tokens, norm_error
+from support.helpers import Weights, make_tokens, norm_error
 
 import kvfold
 

@@ -10,7 +10,7 @@ import random
 
 import pytest
 import torch
-from helpers import SPECS, Backend, Engine, Weights, make_tokens
+from support.helpers import SPECS, Backend, Engine, Weights, make_tokens
 from torch import Tensor
 
 from kvfold import CompressorSpec

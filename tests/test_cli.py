@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
-from debug_support import Call
+from support.debug_support import Call
 from typer.testing import CliRunner
 
 import kvfold

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Backend, Engine, make_tokens, norm_error
-from window_support import WindowEngine, run
+from support.helpers import Backend, Engine, make_tokens, norm_error
+from support.window_support import WindowEngine, run
 
 from kvfold import CompressorSpec, reference
 from kvfold.backend_triton import table as configs

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import Backend, Engine, bits, make_tokens, norm_error
+from support.helpers import Backend, Engine, bits, make_tokens, norm_error
+from support.window_support import WindowEngine, cut
 from torch import Tensor
-from window_support import WindowEngine, cut
 
 from kvfold import CompressorSpec, reference
 from kvfold.contract import pooled_bound

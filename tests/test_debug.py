@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from debug_support import Call, Snapped, two, wrong
-from helpers import SPECS, Backend, bits
+from support.debug_support import Call, Snapped, two, wrong
+from support.helpers import SPECS, Backend, bits
 
 import kvfold
 from kvfold.backend_triton import launch

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from debug_support import wrong
-from helpers import Backend, Weights, make_tokens
+from support.debug_support import wrong
+from support.helpers import Backend, Weights, make_tokens
 from torch import Tensor
 
 import kvfold

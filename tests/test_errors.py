@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SPECS, Backend, Engine, make_tokens
+from support.helpers import SPECS, Backend, Engine, make_tokens
 
 import kvfold
 from kvfold import CompressorSpec, EntryCache, FoldState, StepPlan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import SPECS, Weights, bits, make_tokens
+from support.helpers import SPECS, Weights, bits, make_tokens
 
 import kvfold
 from kvfold import CompressorSpec

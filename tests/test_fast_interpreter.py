@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 
-import fast_interpreter
 import pytest
 import torch
 import triton
 import triton.language as tl
+from support import fast_interpreter
 from triton.runtime import interpreter
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton compiles in this process")

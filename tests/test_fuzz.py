@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import BACKENDS
-from fuzz_support import BOTTOM, CALLS, KINDS, LONG_BOTTOM, LONG_TOP, TOP, TRANSFORMS, Case, Change, World, run
-from helpers import Backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.fuzz_support import BOTTOM, CALLS, KINDS, LONG_BOTTOM, LONG_TOP, TOP, TRANSFORMS, Case, Change, World, run
+from support.helpers import Backend
 
 import kvfold
 from kvfold.explain import explain

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import BACKENDS
-from fuzz_support import CALLS, World
-from helpers import Backend
+from support.fuzz_support import CALLS, World
+from support.helpers import Backend
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor

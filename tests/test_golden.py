@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from golden import make
-from helpers import Backend
-from record_support import dequantized, write
 from safetensors import safe_open
+from support.helpers import Backend
+from support.record_support import dequantized, write
 from torch import Tensor
 
 from kvfold import CompressorSpec

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from chain_support import AHEAD, BATCH, INDEXER, LAYERS, MAIN, MOST, NARROW, PAGE, WIDE, Chain, same, script
 from conftest import BACKENDS
+from support.chain_support import AHEAD, BATCH, INDEXER, LAYERS, MAIN, MOST, NARROW, PAGE, WIDE, Chain, same, script
 
 import kvfold
 from kvfold import CompressorSpec, StepPlan

@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 import pytest
 from conftest import BACKENDS
-from helpers import Backend
-from history_steps import CASES, ROWS_PER_PAGE, SLOTS, Call, End, Feed, History, Hit, Move, Share, Simulation, Step
-from history_support import run
 from hypothesis import Phase, find, given, note, settings
 from hypothesis import strategies as st
+from support.helpers import Backend
+from support.history_steps import CASES, ROWS_PER_PAGE, SLOTS, Call, End, Feed, History, Hit, Move, Share, Simulation, Step
+from support.history_support import run
 
 from kvfold import Snapshots, StepPlan
 from kvfold.backend_torch import fold as backend_torch

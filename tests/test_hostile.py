@@ -5,8 +5,8 @@ What a call is and what is a fault: hostile_call.py. A fault is printed with wha
 
 from __future__ import annotations
 
-import hostile_run
 import pytest
+from support import hostile_run
 
 SEED = 24
 # Calls in all and of one test, which costs 3 seconds of its own; interpreted calls cost twenty times as much.

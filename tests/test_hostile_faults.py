@@ -6,13 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import hostile_call
-import hostile_outcome
-import hostile_run
-import hostile_world
 import pytest
 from conftest import BACKENDS
-from hostile_cases import Case, Spoil
+from support import hostile_call, hostile_outcome, hostile_run, hostile_world
+from support.hostile_cases import Case, Spoil
 
 from kvfold.arguments.checks import check_int
 

@@ -17,7 +17,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from helpers import bits
+from support.helpers import bits
 
 import kvfold
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SPECS, Backend, Engine, Step, change_long_rows, make_tokens
+from support.helpers import SPECS, Backend, Engine, Step, change_long_rows, make_tokens
 from torch import Tensor
 
 FORMATS = {"csa": "fp8_ds_mla", "indexer": "indexer_fp8_vllm"}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import MAX_POSITIONS, SPECS, Backend, Weights, bits, make_tokens
+from support.helpers import MAX_POSITIONS, SPECS, Backend, Weights, bits, make_tokens
 from torch import Tensor
 
 import kvfold

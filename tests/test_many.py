@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SPECS, Backend, Engine, change_long_rows, make_tokens
+from support.helpers import SPECS, Backend, Engine, change_long_rows, make_tokens
+from support.window_support import WindowEngine
 from torch import Tensor
-from window_support import WindowEngine
 
 import kvfold
 from kvfold import CompressorSpec, EntryCache, FoldState, StepPlan

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import SPECS, Backend, Weights, make_tokens
+from support.helpers import SPECS, Backend, Weights, make_tokens
 
 import kvfold
 from kvfold.storage.formats import FORMATS

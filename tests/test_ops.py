@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from chain_support import Chain, same, script
 from conftest import BACKENDS
-from helpers import Backend
-from ops_support import MAIN, MOST, NARROW, ON_BOTH, Layer, Recorder, lengths_of, through_operators
+from support.chain_support import Chain, same, script
+from support.helpers import Backend
+from support.ops_support import MAIN, MOST, NARROW, ON_BOTH, Layer, Recorder, lengths_of, through_operators
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.library import opcheck

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import Backend, Weights, make_tokens
-from ops_support import INDEXER, MAIN, NARROW, ON_BOTH, Recorder, through_operators
+from support.helpers import Backend, Weights, make_tokens
+from support.ops_support import INDEXER, MAIN, NARROW, ON_BOTH, Recorder, through_operators
 from torch import Tensor
 from torch._dynamo.exc import Unsupported
 from torch._dynamo.testing import CompileCounterWithBackend

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import BACKENDS
-from helpers import CANARY, Backend, Weights, make_tokens
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from record_support import SPECS, write
+from support.helpers import CANARY, Backend, Weights, make_tokens
+from support.record_support import SPECS, write
 
 import kvfold
 from kvfold import CompressorSpec

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import SPECS, Backend, Engine, Weights, make_tokens
+from support.helpers import SPECS, Backend, Engine, Weights, make_tokens
 from torch import Tensor
 
 import kvfold

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from chain_support import Chain, same, script
 from conftest import BACKENDS
-from helpers import Backend
+from support.chain_support import Chain, same, script
+from support.helpers import Backend
 
 import kvfold
 from kvfold.backend_triton import launch

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from helpers import Backend, Engine, Weights, norm_error
+from support.helpers import Backend, Engine, Weights, norm_error
+from support.window_support import WindowEngine
 from torch import Tensor
-from window_support import WindowEngine
 
 from kvfold import CompressorSpec, reference
 from kvfold.contract import pooled_bound, pooled_worst

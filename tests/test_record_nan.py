@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import record_oracle as oracle
 import torch
-from helpers import Backend
-from record_support import CASES, SPECS, Pages, permuted_slots, random_entries
+from support import record_oracle as oracle
+from support.helpers import Backend
+from support.record_support import CASES, SPECS, Pages, permuted_slots, random_entries
 
 from kvfold.storage.formats import FORMATS
 

@@ -6,8 +6,8 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-import record_oracle as oracle
-from record_oracle import FORMATS, pack, threshold_cases
+from support import record_oracle as oracle
+from support.record_oracle import FORMATS, pack, threshold_cases
 
 NAMES = sorted(FORMATS)
 MLA = [name for name in NAMES if name.startswith("fp8_ds_mla")]

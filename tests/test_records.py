@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import record_oracle as oracle
 import torch
-from helpers import Backend
-from record_support import CASES, SCALED, SCALES, SPECS, Pages, permuted_slots, random_entries, write
+from support import record_oracle as oracle
+from support.helpers import Backend
+from support.record_support import CASES, SCALED, SCALES, SPECS, Pages, permuted_slots, random_entries, write
 
 import kvfold
 from kvfold import CompressorSpec

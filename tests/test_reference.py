@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from helpers import SPECS, Weights, make_tokens
+from support.helpers import SPECS, Weights, make_tokens
 
 from kvfold import CompressorSpec, reference
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Backend, Weights, make_tokens
+from support.helpers import Backend, Weights, make_tokens
 from torch import Tensor
 
 import kvfold

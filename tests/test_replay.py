@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from debug_support import Call, wrong
-from helpers import Backend, bits
-from replay_support import CASES, FOLD, Made, pair, rewrite, snapped
 from safetensors.torch import load_file, save_file
+from support.debug_support import Call, wrong
+from support.helpers import Backend, bits
+from support.replay_support import CASES, FOLD, Made, pair, rewrite, snapped
 from torch import Tensor
 
 import kvfold

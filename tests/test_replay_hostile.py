@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from replay_support import CASES, pair, rewrite
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.replay_support import CASES, pair, rewrite
 
 import kvfold
 from kvfold.debug import file as debug_file

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SPECS
+from support.helpers import SPECS
 
 # Scripts beside the package: they import one another as a user's `python benchmarks/X.py` does.
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))

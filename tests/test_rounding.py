@@ -13,8 +13,8 @@ from math import log, sqrt
 import numpy as np
 import pytest
 import torch
-from helpers import Backend
-from record_support import SPECS, write
+from support.helpers import Backend
+from support.record_support import SPECS, write
 
 from kvfold.storage.formats import FORMATS, EntryCache
 

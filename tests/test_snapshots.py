@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from conftest import BACKENDS
-from helpers import SPECS, Backend, Engine, Weights, bits, make_tokens
+from support.helpers import SPECS, Backend, Engine, Weights, bits, make_tokens
 from torch import Tensor
 
 import kvfold

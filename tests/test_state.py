@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import SPECS, Backend, Engine, Weights, make_tokens, norm_error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.helpers import SPECS, Backend, Engine, Weights, make_tokens, norm_error
 from torch import Tensor
 
 from kvfold import CompressorSpec

@@ -7,8 +7,8 @@ from functools import cache
 
 import pytest
 import torch
-from helpers import Backend, Weights, bits, make_tokens
-from record_support import Pages
+from support.helpers import Backend, Weights, bits, make_tokens
+from support.record_support import Pages
 from torch import Tensor
 
 import kvfold

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from chain_support import Chain, same, script
 from conftest import BACKENDS
-from fuzz_support import World
-from helpers import SPECS, Backend, Engine, make_tokens
+from support.chain_support import Chain, same, script
+from support.fuzz_support import World
+from support.helpers import SPECS, Backend, Engine, make_tokens
 
 from kvfold.backend_triton import launcher as dispatch
 

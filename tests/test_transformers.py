@@ -6,9 +6,9 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", minversion="5.17")
+from support.transformers_support import LAYERS, LAYERS_MOVE, NAMES, close, ids, run, theirs, tiny
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, StaticLayer
-from transformers_support import LAYERS, LAYERS_MOVE, NAMES, close, ids, run, theirs, tiny
 
 from kvfold.integrations.transformers import cache as transformers_cache
 from kvfold.integrations.transformers.patch import UnsupportedError, entries, patch, rewind, unpatch

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", minversion="5.17")
+from support.transformers_support import LAYERS, begun, close, compressors, ids, run, step, tiny, unpatched
 from transformers import DynamicCache
-from transformers_support import LAYERS, begun, close, compressors, ids, run, step, tiny, unpatched
 
 from kvfold.integrations.transformers.patch import UnsupportedError, entries, patch, rewind
 

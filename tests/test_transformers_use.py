@@ -15,9 +15,9 @@ import torch
 pytest.importorskip("transformers", minversion="5.17")
 import contextlib
 
+from support.transformers_support import LAYERS, NAMES, begun, close, compressors, ids, run, step, tiny, unpatched
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
-from transformers_support import LAYERS, NAMES, begun, close, compressors, ids, run, step, tiny, unpatched
 
 from kvfold.integrations.transformers import cache as transformers_cache
 from kvfold.integrations.transformers.patch import UnsupportedError, entries, patch, unpatch

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Backend
+from support.helpers import Backend
 
 from kvfold import Snapshots, StepPlan, compress, restore
 from kvfold.backend_torch import fold as backend_torch

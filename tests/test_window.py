@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import SPECS, Backend, Weights, make_tokens, norm_error
+from support.helpers import SPECS, Backend, Weights, make_tokens, norm_error
+from support.window_support import WindowEngine, cut, run
 from torch import Tensor
-from window_support import WindowEngine, cut, run
 
 from kvfold import CompressorSpec, reference
 from kvfold.contract import pooled_bound

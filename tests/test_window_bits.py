@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SPECS, Backend, Engine, Weights, bits, make_tokens, norm_error
+from support.helpers import SPECS, Backend, Engine, Weights, bits, make_tokens, norm_error
+from support.window_support import WindowEngine, cut, run
 from torch import Tensor
-from window_support import WindowEngine, cut, run
 
 import kvfold
 from kvfold import CompressorSpec

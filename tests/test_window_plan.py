@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SPECS, Backend, make_tokens
-from window_support import WindowEngine
+from support.helpers import SPECS, Backend, make_tokens
+from support.window_support import WindowEngine
 
 import kvfold
 from kvfold import FoldState, StepPlan

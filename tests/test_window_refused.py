@@ -6,9 +6,9 @@ import random
 
 import pytest
 import torch
-from helpers import SPECS, Backend, make_tokens, norm_error
+from support.helpers import SPECS, Backend, make_tokens, norm_error
+from support.window_support import SCORE, VALUE, WindowEngine
 from torch import Tensor
-from window_support import SCORE, VALUE, WindowEngine
 
 import kvfold
 from kvfold import CompressorSpec

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import Backend, Engine, bits
+from support.helpers import Backend, Engine, bits
+from support.window_support import WindowEngine, cut, run
 from torch import Tensor
 from triton.language import semantic
-from window_support import WindowEngine, cut, run
 
 from kvfold import CompressorSpec
 from kvfold.storage.fold_state import state_kind

@@ -15,7 +15,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-import record_oracle as oracle  # noqa: E402
+from support import record_oracle as oracle  # noqa: E402
 
 SCHEMA_VERSION = 1
 ROWS_PER_PAGE = 4

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import BACKENDS
-from helpers import Backend, Weights
+from support.helpers import Backend, Weights
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from helpers import Backend
-from hostile_order import BEFORE, INSIDE
-from hostile_plain import PLAIN, WORDS
-from hostile_tensors import IN_PLACE, SAME_ADDRESS, TENSORS
-from hostile_values import COMPRESSORS, CONTENTS, SPECS, TWINS, VALUES, objects_for, other_objects
-from hostile_world import FUNCTIONS, HostileWorld
+from support.helpers import Backend
+from support.hostile_order import BEFORE, INSIDE
+from support.hostile_plain import PLAIN, WORDS
+from support.hostile_tensors import IN_PLACE, SAME_ADDRESS, TENSORS
+from support.hostile_values import COMPRESSORS, CONTENTS, SPECS, TWINS, VALUES, objects_for, other_objects
+from support.hostile_world import FUNCTIONS, HostileWorld
 from torch import Tensor
 
 

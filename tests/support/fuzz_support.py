@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from helpers import CANARY, Backend, Weights, make_tokens
+from support.helpers import CANARY, Backend, Weights, make_tokens
 from torch import Tensor
 
 import kvfold

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hostile_world import COMPRESSOR
+from support.hostile_world import COMPRESSOR
 from torch import Tensor
 
 from kvfold import EntryCache, FoldState, Snapshots, StepPlan, WindowState

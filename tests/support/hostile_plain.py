@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from fuzz_support import KINDS
+from support.fuzz_support import KINDS
 
 import kvfold
 from kvfold import CompressorSpec, EntryCache, FoldState, Snapshots, WindowState

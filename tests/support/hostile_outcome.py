@@ -7,9 +7,9 @@ import re
 import traceback
 from typing import NamedTuple
 
-from hostile_cases import Case, Spoil
-from hostile_plain import ALIASES, PLAIN
-from hostile_world import FUNCTIONS
+from support.hostile_cases import Case, Spoil
+from support.hostile_plain import ALIASES, PLAIN
+from support.hostile_world import FUNCTIONS
 
 import kvfold
 from kvfold import CompressorSpec

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from debug_support import Snapped, two
-from helpers import Weights, make_tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.debug_support import Snapped, two
+from support.helpers import Weights, make_tokens
 from torch import Tensor
 
 import kvfold

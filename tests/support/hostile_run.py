@@ -1,7 +1,7 @@
 """Hostile calls by the thousand, in a process of their own: one that dies is a fault of the call that it was making.
 
-python tests/hostile_run.py --calls 1000 --seed 0 --backend torch     prints the faults, each with a smallest reproduction
-python tests/hostile_run.py --seed 0 --at 123                         makes call 123 of the run of seed 0 again
+python tests/support/hostile_run.py --calls 1000 --seed 0 --backend torch   prints the faults, each with a smallest reproduction
+python tests/support/hostile_run.py --seed 0 --at 123                       makes call 123 of the run of seed 0 again
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MOST_MEMORY = 16 << 30  # bytes of address space of a process on a CPU: what a c
 
 
 class Fault(NamedTuple):
-    """A call that did not end as it should; `python tests/hostile_run.py --seed SEED --at INDEX` makes it again."""
+    """A call that did not end as it should; `python tests/support/hostile_run.py --seed SEED --at INDEX` makes it again."""
 
     seed: int
     index: int
@@ -99,7 +99,7 @@ def _process(script: str | os.PathLike, seed: int, start: int, stop: int, backen
 def _child(seed: int, start: int, stop: int, name: str) -> None:
     """Makes the calls and prints a line for each."""
     import torch
-    from helpers import Backend
+    from support.helpers import Backend
 
     torch.set_num_threads(1)
     kind, device = BACKENDS[name]
@@ -108,10 +108,10 @@ def _child(seed: int, start: int, stop: int, name: str) -> None:
 
         resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
         if kind == "triton":
-            import fast_interpreter
+            from support import fast_interpreter
 
             fast_interpreter.install()
-    import hostile_call
+    from support import hostile_call
 
     backend = Backend(kind, torch.device(device, 0) if device == "cuda" else torch.device(device))
     faulthandler.enable()
@@ -162,4 +162,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    sys.path[0] = os.path.dirname(sys.path[0])  # the folder that `support` is in
     sys.exit(main())

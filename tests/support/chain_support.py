@@ -6,7 +6,7 @@ import random
 from typing import NamedTuple
 
 import torch
-from helpers import Backend, Weights
+from support.helpers import Backend, Weights
 from torch import Tensor
 
 import kvfold

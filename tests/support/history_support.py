@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from helpers import Backend, Engine, bits, make_tokens, norm_error
-from history_steps import (
+from support.helpers import Backend, Engine, bits, make_tokens, norm_error
+from support.history_steps import (
     CASES,
     ROWS_PER_PAGE,
     SLOTS,
@@ -20,8 +20,8 @@ from history_steps import (
     Taken,
     weights,
 )
+from support.window_support import WindowEngine
 from torch import Tensor
-from window_support import WindowEngine
 
 import kvfold
 from kvfold import reference

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-from fuzz_support import ARENA, GAP, KINDS, World
-from helpers import Backend
+from support.fuzz_support import ARENA, GAP, KINDS, World
+from support.helpers import Backend
 from torch import Tensor
 
 import kvfold

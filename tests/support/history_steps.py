@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from helpers import Weights, make_tokens
+from support.helpers import Weights, make_tokens
 from torch import Tensor
 
 from kvfold import CompressorSpec, reference
@@ -143,7 +143,7 @@ class History:
     def program(self, backend: str = "torch") -> str:
         """Python that replays this history, for the directory of the tests. `backend`: a key of `conftest.BACKENDS`."""
         names = ", ".join(sorted({type(step).__name__ for step in self.steps} | {"Feed", "History"}))
-        imports = f"import conftest\nfrom history_steps import {names}\nfrom history_support import run\n"
+        imports = f"import conftest\nfrom support.history_steps import {names}\nfrom support.history_support import run\n"
         return f"{imports}\nrun({self!r}, conftest.BACKENDS[{backend!r}])\n"
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import record_oracle as oracle
 import torch
-from helpers import CANARY, MARGIN, Backend
+from support import record_oracle as oracle
+from support.helpers import CANARY, MARGIN, Backend
 from torch import Tensor
 
 import kvfold
@@ -121,7 +121,7 @@ def write(backend: Backend, cache: EntryCache, slots: list[int], entries: np.nda
 
 @once
 def _kernel() -> Any:
-    from record_kernel import write_records  # imports triton, which the torch backend does not need
+    from support.record_kernel import write_records  # imports triton, which the torch backend does not need
 
     return write_records
 

@@ -7,7 +7,7 @@ import random
 from typing import NamedTuple
 
 import torch
-from helpers import Backend, Engine, Step, Weights, bits
+from support.helpers import Backend, Engine, Step, Weights, bits
 from torch import Tensor
 
 import kvfold

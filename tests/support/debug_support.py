@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import SPECS, Weights, make_tokens
+from support.helpers import SPECS, Weights, make_tokens
 
 import kvfold
 from kvfold.debug import call as debug_call

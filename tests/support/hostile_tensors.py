@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from fuzz_support import TRANSFORMS
-from hostile_world import HostileWorld, has_memory
+from support.fuzz_support import TRANSFORMS
+from support.hostile_world import HostileWorld, has_memory
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 

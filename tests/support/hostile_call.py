@@ -11,15 +11,15 @@ from functools import cache
 from typing import Any
 
 import torch
-from helpers import Backend
-from hostile_cases import Case, Spoil, draw
-from hostile_facts import disagreement
-from hostile_order import BEFORE, INSIDE
-from hostile_outcome import Outcome, judge, last_line
-from hostile_plain import ACCEPTED, PLAIN
-from hostile_tensors import IN_PLACE, TENSORS, plain
-from hostile_values import COMPRESSORS, OBJECTS, SPECS, TWINS, VALUES, other_objects, rewrite
-from hostile_world import HostileWorld, has_memory, tensors_of
+from support.helpers import Backend
+from support.hostile_cases import Case, Spoil, draw
+from support.hostile_facts import disagreement
+from support.hostile_order import BEFORE, INSIDE
+from support.hostile_outcome import Outcome, judge, last_line
+from support.hostile_plain import ACCEPTED, PLAIN
+from support.hostile_tensors import IN_PLACE, TENSORS, plain
+from support.hostile_values import COMPRESSORS, OBJECTS, SPECS, TWINS, VALUES, other_objects, rewrite
+from support.hostile_world import HostileWorld, has_memory, tensors_of
 from torch import Tensor
 
 from kvfold import StepPlan

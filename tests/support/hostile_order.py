@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from hostile_world import HostileWorld
+from support.hostile_world import HostileWorld
 from torch import Tensor
 
 from kvfold import EntryCache, StepPlan
