@@ -10,7 +10,7 @@ import torch
 from support.helpers import SPECS
 
 # Scripts beside the package: they import one another as a user's `python benchmarks/X.py` does.
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import floor
 import representations
