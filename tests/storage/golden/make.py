@@ -1,4 +1,4 @@
-"""Writes the golden files of this folder: `python tests/golden/make.py`. Everything in them comes from `record_oracle`.
+"""Writes the golden files of this folder: `python tests/storage/golden/make.py`. Everything in them comes from `record_oracle`.
 
 SCHEMA.md says what a file holds. The container is written here, byte by byte, so that the same content is the same file
 whatever library reads it.
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parents[1]))
 
 from support import record_oracle as oracle  # noqa: E402
 
