@@ -21,7 +21,7 @@ from support.helpers import bits
 
 import kvfold
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "kvfold"
 HUB = ROOT / "packaging" / "hub.py"
 # What a module may import beside the standard library. All of it is there after `pip install kvfold`, except behind an extra.

@@ -17,7 +17,7 @@ import kvfold
 
 pytest.importorskip("hatchling")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "kvfold"
 
 

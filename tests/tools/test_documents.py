@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 # Scripts beside the package: they import one another as a user's `python benchmarks/X.py` does.
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import documents
 import layouts
@@ -22,7 +22,7 @@ from protocol import Case
 import kvfold
 from kvfold.storage.formats import FORMATS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HIT, CSA_HIT = (Case("decode", 512, ratio, 16, 4, "hit") for ratio in (128, 4))
 PROMPT = Case("prefill", 512, 128, 1, 8192)
 H200, H100 = "NVIDIA H200", "NVIDIA H100 80GB HBM3"

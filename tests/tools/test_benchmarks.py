@@ -14,7 +14,7 @@ from support.helpers import Weights, make_tokens, norm_error
 import kvfold
 
 # Scripts beside the package: they import one another as a user's `python benchmarks/X.py` does.
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import bounded
 import calls

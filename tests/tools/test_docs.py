@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 RUN = ("info", "explain")  # commands that take no time; of the others the arguments are read
@@ -23,7 +23,7 @@ def run(page: Path, of_transformers: bool = False) -> dict:
     """The namespace that the Python blocks of a page leave, one after the other; those that need transformers apart."""
     scope: dict = {"__name__": page.stem}
     if of_transformers:
-        from test_transformers import tiny
+        from support.transformers_support import tiny
 
         scope["model"] = tiny()
     for number, text in enumerate(blocks(page, "python"), 1):
@@ -103,7 +103,7 @@ def test_lengths() -> None:
 def test_tests_that_guard_are_collected(request: pytest.FixtureRequest) -> None:
     """Each mistake names a test, and pytest collects every one that is named."""
     parts = (ROOT / "docs" / "mistakes.md").read_text().split("\n## ")[1:]
-    named = [re.findall(r"`tests/(test_\w+\.py)::(test_\w+)`", part) for part in parts]
+    named = [re.findall(r"`tests/(\w+/test_\w+\.py)::(test_\w+)`", part) for part in parts]
     assert len(parts) == 10 and all(named)
     wanted = {pair for pairs in named for pair in pairs}
     collected = set()
