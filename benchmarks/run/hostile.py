@@ -1,4 +1,4 @@
-"""Makes hostile calls (tests/hostile_call.py) and appends, for each function, how many ended in which way.
+"""Makes hostile calls (tests/support/hostile_call.py) and appends, for each function, how many ended in which way.
 
 python -m benchmarks.run.hostile --calls 100000 --out benchmarks/results/hostile.jsonl
                                 [--seed 0] [--backend torch] [--processes 2]
@@ -18,7 +18,7 @@ from ..lib import protocol
 # The calls are made by the tests' own modules, wherever below tests/ they are.
 sys.path.insert(0, str(next((protocol.HERE.parent / "tests").rglob("hostile_run.py")).parent))
 
-import hostile_run
+from support import hostile_run
 
 ENDS = ("ok", "counted", "refused")
 PART = 2500  # calls of one process
