@@ -10,9 +10,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, so before kvfold is
 
-import fast_interpreter
-from helpers import Backend
 from hypothesis import HealthCheck, settings
+from support import fast_interpreter
+from support.helpers import Backend
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     fast_interpreter.install()

@@ -18,7 +18,7 @@ from ..lib import protocol
 # The calls are made by the tests' own modules.
 sys.path.insert(0, str(protocol.HERE.parent / "tests" / "support"))
 
-import hostile_run
+from support import hostile_run
 
 ENDS = ("ok", "counted", "refused")
 PART = 2500  # calls of one process

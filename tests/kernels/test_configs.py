@@ -1,0 +1,178 @@
+"""The table of configurations: every row can be chosen and compiles, nothing else can be, and the rest is refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from support.helpers import Backend, Engine, make_tokens, norm_error
+from support.window_support import WindowEngine, run
+
+from kvfold import CompressorSpec, reference
+from kvfold.backend_triton import table as configs
+from kvfold.backend_triton.table import ANY, CONFIGS, ITEM_BOUNDS, Config, UnsupportedError, choose
+from kvfold.backend_triton.variants import draws_items, variant_of
+from kvfold.contract import pooled_bound
+from kvfold.storage.fold_state import state_kind
+
+RATIOS = (1, 2, 3, 4, 5, 8, 9, 16, 48, 64, 100, 128, 129, 256, 1024, 4095, 4096)
+SPECS = [
+    CompressorSpec(1 << log, ratio, overlap, rope_dim=0) for log, ratio, overlap in product(range(4, 13), RATIOS, (False, True))
+]
+STEPS = (1, 2, 3, 4, 5, 8, 9, 16, 100, 4096, ANY)
+ITEMS = (1, *(items for bound in ITEM_BOUNDS[:-1] for items in (bound, bound + 1)), ANY)
+CALLS = [(kind, spec, n) for spec, n in product(SPECS, STEPS) for kind in (state_kind(spec), "window", "store")]
+
+
+def is_served(kind: str, spec: CompressorSpec) -> bool:
+    """What the documentation promises: everything, but paged raw rows of a ratio that is no power of two."""
+    return kind != "window" or spec.ratio & (spec.ratio - 1) == 0
+
+
+def test_a_row_of_the_table_is_chosen_and_the_first_that_serves() -> None:
+    for kind, spec, n in CALLS:
+        if not is_served(kind, spec):
+            continue
+        for items in ITEMS:
+            chosen = choose(kind, spec, n, items)
+            index = CONFIGS.index(chosen)
+            assert chosen.kind == kind and chosen.serves(kind, spec.head_dim, spec.window_rows, n, items)
+            assert not any(c.serves(kind, spec.head_dim, spec.window_rows, n, items) for c in CONFIGS[:index])
+            # What a kernel takes for granted of its row.
+            assert chosen.num_warps in (1, 2, 4, 8) and chosen.ahead >= 1
+            if not chosen.programs and kind == "fold":
+                assert n <= chosen.ahead
+            if not chosen.programs and kind == "rows":
+                assert spec.window_rows <= chosen.ahead
+            assert chosen.together == 1 or (kind in ("fold", "rows") and chosen.programs)
+            # A ticket is drawn by one of two warps (backend_triton/kernels/items.py).
+            assert not draws_items(spec, chosen) or chosen.num_warps <= 2
+            assert chosen.pair_programs == 0 or (kind == "rows" and chosen.pair_programs <= chosen.programs)
+            # Launches tell these numbers of windows apart and no others.
+            assert chosen.most_items in ITEM_BOUNDS
+            # Slices cut a row evenly; over fold rows only programs that take items in turn, one window each, can share one.
+            assert chosen.slice == 0 or spec.head_dim % min(chosen.slice, spec.head_dim) == 0
+            shared = kind == "fold" and chosen.programs and chosen.together == 1
+            assert chosen.slice == 0 or kind == "window" or shared
+
+
+def test_every_row_can_be_chosen() -> None:
+    assert len(set(CONFIGS)) == len(CONFIGS)
+    chosen = {choose(kind, spec, n, items) for kind, spec, n in CALLS if is_served(kind, spec) for items in ITEMS}
+    assert chosen == set(CONFIGS)
+
+
+def test_window_sums_do_not_follow_the_row() -> None:
+    """Rows for short and for long steps sum in the same order, or a sequence would have other bits when it is cut otherwise."""
+    for spec in SPECS:
+        if is_served("window", spec):
+            rows = {choose("window", spec, n, items) for n in STEPS for items in ITEMS}
+            keys = [("window", spec, None, row, (*[torch.float32] * 3, None, True), True) for row in rows]
+            order = ("LANES", "TOGETHER")
+            assert len({tuple(dict(variant_of(key, True, False).constants)[name] for name in order) for key in keys}) == 1
+            assert {row.prompt for row in rows} == {False, True}
+
+
+def test_what_is_not_supported_says_what_is() -> None:
+    refused = [(kind, spec) for kind, spec, n in CALLS if n == 1 and not is_served(kind, spec)]
+    assert {spec.ratio for _, spec in refused} == {3, 5, 9, 48, 100, 129, 4095}
+    for kind, spec in refused:
+        with pytest.raises(UnsupportedError, match=r"\bspec\b") as caught:
+            choose(kind, spec, 4)
+        message = str(caught.value)
+        for config in CONFIGS:  # every row of the kind, and of no other
+            row = f"{config.kind}: head_dim {config.head_dims[0]} to {config.head_dims[1]}"
+            assert (row in message) == (config.kind == kind)
+        assert f"ratio={spec.ratio}" in message and "power of two" in message
+    with pytest.raises(UnsupportedError) as caught:
+        choose("ring", SPECS[0], 1)
+    assert all(f"{kind}: " in str(caught.value) for kind in ("fold", "rows", "window", "store"))
+    assert issubclass(UnsupportedError, ValueError)
+
+
+@pytest.mark.parametrize("ratio, overlap", [(3, False), (3, True), (12, False)])
+def test_an_odd_ratio_over_paged_rows(backend: Backend, ratio: int, overlap: bool) -> None:
+    """No kernel is configured for it, which is said before anything is written; the torch backend does it."""
+    spec = CompressorSpec(head_dim=64, ratio=ratio, overlap=overlap)
+    tokens = make_tokens(spec, 3 * ratio + 1, seed=5)
+    engine = WindowEngine(spec, backend, num_sequences=1, length=len(tokens), page_size=5)
+    if backend.name == "torch":
+        pooled = run(engine, 0, tokens, [ratio + 1, 1, len(tokens) - ratio - 2])
+        want = reference.pooled(tokens, spec, engine.weights.ape)
+        for window, row in pooled.items():
+            assert norm_error(row[None], want[window][None]) <= pooled_bound(spec.window_rows)
+        assert set(pooled) == {0, 1, 2}
+        return
+    before = engine.snapshot()
+    with pytest.raises(UnsupportedError, match=rf"\bspec\b.*ratio={ratio}\b.*power of two"):
+        engine.step([(0, 0, tokens)])
+    for was, now in zip(before, engine.snapshot(), strict=True):
+        assert torch.equal(was, now)
+
+
+COMPILE = """
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from kvfold.precompile import combinations as aot
+
+def size(combination):
+    return len(aot.compile_one(combination, "sm_90").asm["cubin"])
+
+if __name__ == "__main__":
+    one_each = {}
+    for c in aot.combinations():
+        if c.config is not None and c.other is None:
+            one_each.setdefault(c.config, c)
+    with ProcessPoolExecutor(2, get_context("fork")) as pool:
+        for c, n in zip(one_each.values(), pool.map(size, one_each.values())):
+            print(aot.configs.CONFIGS.index(c.config), n)
+"""
+
+
+def test_every_row_compiles(tmp_path: Path) -> None:
+    """For Hopper, where no GPU is needed: each row with the first spec and format that it serves."""
+    script = tmp_path / "compile.py"
+    script.write_text(COMPILE)
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    sizes = dict(map(int, line.split()) for line in done.stdout.splitlines())
+    assert sizes.keys() == set(range(len(CONFIGS))) and min(sizes.values()) > 1000
+
+
+@pytest.mark.parametrize("rewindable", [20, 3, 2])
+def test_programs_that_share_a_window_give_its_bits(backend: Backend, monkeypatch: pytest.MonkeyPatch, rewindable: int) -> None:
+    """Prefills that begin and end inside a window or with it: the same records and state rows in slices as whole.
+
+    With stretches of 4 tokens, all rows of a window are kept where 20 tokens can be rewound; where 3 or 2 can, only rows of its
+    last stretch, which programs that share it store when they have left their slices (`fold_last`).
+    """
+    if backend.name == "torch":
+        pytest.skip("the torch backend has no table")
+    spec = CompressorSpec(head_dim=32, ratio=16, rope_dim=16)
+    tokens = make_tokens(spec, 36, seed=3)
+    row = choose("fold", spec, 16)
+    found = []
+    for config in (row, replace(row, ahead=4, slice=8, programs=12)):
+        monkeypatch.setattr(configs, "CONFIGS", tuple(config if c == row else c for c in CONFIGS))
+        engine = Engine(spec, backend, num_slots=3, max_new_tokens=rewindable)
+        engine.step([(1, 0, tokens[:5]), (0, 0, tokens[:1])])
+        for _ in range(2):  # a repeated call finds the workspace as the first did
+            engine.step([(1, 5, tokens[5:]), (0, 1, tokens[1:16]), (2, 0, tokens[:32])])
+        found.append((engine.records(1, 2), engine.records(0, 1), engine.records(2, 2), *engine.snapshot()))
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
+def test_a_row_serves_inside_its_bounds() -> None:
+    row = Config("rows", (64, 256), (2, 8), 5, ahead=8, num_warps=2)
+    assert row.serves("rows", 64, 2, 5, ANY) and row.serves("rows", 256, 8, 1, 1)
+    for call in [("fold", 64, 2, 5), ("rows", 32, 2, 5), ("rows", 512, 2, 5), ("rows", 64, 1, 5), ("rows", 64, 9, 5)]:
+        assert not row.serves(*call, 1)
+    assert not row.serves("rows", 64, 2, 6, 1)

@@ -1,0 +1,124 @@
+"""Calls of every kind for the tests of `dump` and `replay`, and a file of one written again."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from support.debug_support import Snapped, two
+from support.helpers import Weights, make_tokens
+from torch import Tensor
+
+import kvfold
+from kvfold import CompressorSpec, EntryCache, FoldState, StepPlan, WindowState
+from kvfold.compress import Compressor
+from kvfold.debug import file as debug_file
+from kvfold.debug.call import Call as Value
+from kvfold.storage.formats import FORMATS
+
+FOLD = CompressorSpec(head_dim=32, ratio=16, rope_dim=8)
+ROWS = CompressorSpec(head_dim=16, ratio=4, overlap=True, rope_dim=8)
+BARE = CompressorSpec(head_dim=32, ratio=4, has_ape=False, rope_dim=0)
+
+
+class Made:
+    """A call with its arguments, as a user has them."""
+
+    def __init__(self, function: Callable[..., None], *args: Any, **options: Any) -> None:
+        self.function, self.args, self.options = function, args, options
+
+    def call(self, backend: str) -> None:
+        self.function(*self.args, **self.options, backend=backend)
+
+    def dump(self, path: Path, backend: str, **more: Any) -> None:
+        kvfold.dump(path, *self.args, **self.options, backend=backend, **more)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Of the caller, as the file names them."""
+        args = dict(zip(("kv_score", "plan", "state", "cache"), self.args, strict=False))
+        given: dict[str, Any] = dict.fromkeys(Compressor._fields) | self.options | args
+        plan, rows = given.pop("plan"), given.pop("rows", None)
+        return debug_file.tensors_of(Value.of(Compressor(**given), plan, rows, "torch"))
+
+
+def snapped(spec: CompressorSpec, page_size: int, device: torch.device, dtype: torch.dtype | None = None) -> Made:
+    call = Snapped(spec, page_size, device)
+    rows = None if dtype is None else torch.full((call.plan.entry_capacity, spec.head_dim), 7.0, dtype=dtype, device=device)
+    args = (call.new, call.plan, call.state, call.cache)
+    return Made(kvfold.compress, *args, **call.weights, snapshots=call.snapshots, rows=rows)
+
+
+def pair(device: torch.device) -> Made:
+    return Made(kvfold.compress_many, *two(device))
+
+
+def store(device: torch.device) -> Made:
+    call = Snapped(ROWS, 4, device)
+    pooled = torch.randn(call.plan.entry_capacity, ROWS.head_dim, device=device).bfloat16()
+    weights = {name: call.weights[name] for name in ("spec", "norm_weight", "rope")}
+    return Made(kvfold.store, pooled, call.plan, call.cache, **weights)
+
+
+def window(device: torch.device) -> Made:
+    """Pools that are one bf16 tensor, kv_score that is columns of a projection, unaligned pages of several layers."""
+    weights, ints = Weights.make(ROWS), {"dtype": torch.int32, "device": device}
+    pool = torch.zeros(12, 8, 2 * ROWS.channels, dtype=torch.bfloat16, device=device)
+    state = WindowState(pool[..., : ROWS.channels], pool[..., ROWS.channels :])
+    table = torch.tensor([[9, 2, 5], [0, 7, -1]], **ints)
+    size = FORMATS["fp8_tensor"].page_bytes(ROWS, 4)
+    storage = torch.full((6, 3, size + 34), 7, dtype=torch.uint8, device=device)[:, 1]
+    cache = EntryCache(storage, "fp8_tensor", 4, ROWS, scale=0.02)
+    named = {"spec": ROWS, "ape": weights.ape, "norm_weight": weights.norm_weight.bfloat16(), "rope": weights.rope}
+    named = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in named.items()}
+
+    def plan(start: list[int], ends: list[int]) -> StepPlan:
+        slots = torch.tensor([5, -1, 23, 0, 99, -1, -1], dtype=torch.int64, device=device)
+        return StepPlan.build(
+            4, torch.tensor(start, **ints), torch.tensor(ends, **ints), 13, block_tables=(table, table.flip(1).contiguous()),
+            page_size=8, entry_slots=slots,
+        )  # fmt: skip
+
+    projected = torch.zeros(26, 2 * ROWS.channels + 9, dtype=torch.bfloat16, device=device)
+    kv_score = projected[:, 3:-6]
+    kv_score.copy_(make_tokens(ROWS, 26, 5))
+    kvfold.compress(kv_score, plan([0, 0], [0, 13, 20]), state, cache, **named)
+    return Made(kvfold.compress, kv_score, plan([11, 7], [0, 4, 12]), state, cache, **named)
+
+
+def bare(device: torch.device) -> Made:
+    """No ape, norm, rope, cache or entry slots; absent and refused sequences; a table that names what is not there."""
+    state, ints = FoldState.allocate(BARE, 4, 2, device=device, dtype=torch.bfloat16), {"dtype": torch.int32, "device": device}
+    state.rows.fill_(torch.nan)
+    start, ends = torch.tensor([0, 9, 0, 0], **ints), torch.tensor([0, 5, 6, 9, 12], **ints)
+    plan = StepPlan.build(4, start, ends, 5, state_slots=torch.tensor([3, 0, -1, 11], **ints))
+    plan.errors += 40
+    rows = torch.full((plan.entry_capacity, 32), 7.0, device=device)
+    kv_score = make_tokens(BARE, 12, 6, dtype=torch.bfloat16).to(device)
+    return Made(kvfold.compress, kv_score, plan, state, None, spec=BARE, ape=None, norm_weight=None, rope=None, rows=rows)
+
+
+CASES: dict[str, Callable[[torch.device], Made]] = {
+    "fold": lambda device: snapped(FOLD, 5, device),
+    "rows": lambda device: snapped(ROWS, 4, device, torch.bfloat16),
+    "pair": pair,
+    "store": store,
+    "window": window,
+    "bare": bare,
+}
+
+
+def rewrite(path: Path, change: Callable[[dict, dict, dict], None]) -> None:
+    """`change(tensors, metadata, about)` and the file written again."""
+    with safe_open(path, framework="pt") as file:
+        said = dict(file.metadata())
+    tensors, about = load_file(path), json.loads(said["about"])
+    change(tensors, said, about)
+    said["about"] = json.dumps(about)
+    said["crc32"] = str(zlib.crc32(said["about"].encode()))
+    save_file({name: x.contiguous() for name, x in tensors.items()}, path, metadata=said)

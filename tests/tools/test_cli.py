@@ -1,0 +1,294 @@
+"""The command line from end to end, on a short text: what it prints, what it draws, and when it fails."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("typer")
+pytest.importorskip("matplotlib")
+from support.debug_support import Call
+from typer.testing import CliRunner
+
+import kvfold
+from kvfold.backend_torch import fold as backend_torch
+from kvfold.cli import bench, show
+from kvfold.cli.app import app
+from kvfold.demo import run as demo
+from kvfold.integrations.transformers import cache as transformers_cache
+from kvfold.storage.formats import FORMATS
+
+SMALL = ["--tokens", "200", "--decode", "14"]
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("Entries are means. " * 20, encoding="ascii")
+    return path
+
+
+def call(*args, columns=140):
+    return CliRunner().invoke(app, [str(arg) for arg in args], env={"COLUMNS": str(columns)})
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_demo_end_to_end(text, tmp_path, device, drafts):
+    out = tmp_path / "new" / "out"
+    result = call("demo", "--text", text, "--device", device, "--drafts", drafts, "--seed", 5, "--out", out, *SMALL)
+    assert result.exit_code == 0, result.output
+    assert "bit-identical to the plain run" in " ".join(result.output.split())
+    assert "all agree" in result.output
+    assert (out / "kvfold-demo.png").read_bytes().startswith(b"\x89PNG") and (out / "kvfold-demo.png").stat().st_size > 20_000
+
+
+def test_what_systems_keep_differs_in_state_alone(text):
+    """Entries are counted in one format on all sides, which the table and the picture name."""
+    tokens = demo.read_text(text, 200)[0]
+    result = demo.run(tokens, device="cpu", drafts=1, seed=5, advance=lambda n: None, decoded=4)
+    kept = demo.kept_bytes(result)
+    assert len(kept) == 3 and len({one.entries(200) for one in kept.values()}) == 1
+    rows = sum(2 * spec.head_dim * (200 // spec.ratio) for spec in result.specs.values())
+    assert kept["kvfold"].entries(200) == rows and demo.ENTRY_FORMAT == "bf16"
+
+
+def test_the_picture_of_the_readme_is_small():
+    assert (Path(demo.__file__).parents[2] / "docs" / "kvfold-demo.png").stat().st_size < 300_000
+
+
+def test_disagreement_fails(text, tmp_path, monkeypatch):
+    real = transformers_cache.compress
+    monkeypatch.setattr(transformers_cache, "compress", lambda rows, *args, **kwargs: real(rows * 1.01, *args, **kwargs))
+    result = call("demo", "--text", text, "--out", tmp_path, *SMALL)
+    assert result.exit_code == 1
+    assert "entries differ by more than 0.0001" in result.output
+    assert "bit-identical" in result.output and "not bit-identical" in " ".join(result.output.split())
+    assert (tmp_path / "kvfold-demo.png").exists()
+
+
+def test_wrong_arguments(text, tmp_path):
+    for args, words in (
+        (["--text", tmp_path / "none.txt"], "must name a file"),
+        (["--text", text], "1500 bytes"),
+        (["--text", text, "--device", "tpu", *SMALL], "--device"),
+        (["--text", text, "--drafts", "-1"], "--drafts"),
+    ):
+        result = call("demo", *args, "--out", tmp_path)
+        assert result.exit_code == 2 and words in result.output, result.output
+
+
+def test_default_text_is_the_design():
+    tokens, path = demo.read_text(None)
+    assert path.name == "DESIGN.md" and tokens.shape == (1, demo.MOST_TOKENS)
+
+
+def test_default_text_where_the_repository_is_not(tmp_path, monkeypatch):
+    """A wheel has no DESIGN.md; one that lies where a wheel is installed is not ours."""
+    installed = tmp_path / "lib" / "site-packages" / "kvfold" / "demo.py"
+    installed.parent.mkdir(parents=True)
+    installed.write_bytes(Path(demo.__file__).read_bytes())
+    (tmp_path / "lib" / "DESIGN.md").write_text("not ours " * 1000)
+    monkeypatch.setattr(demo, "__file__", str(installed))
+    tokens, path = demo.read_text(None)
+    assert path == installed and tokens.shape == (1, demo.MOST_TOKENS)
+
+
+def test_differences_do_not_hide_a_nan():
+    assert not demo.largest(torch.tensor([0.0, float("nan")]), torch.zeros(2)) <= demo.BOUND
+    assert demo.largest(torch.empty(0), torch.empty(0)) == 0
+
+
+def test_greedy_tokens_may_differ_only_in_ties():
+    theirs = torch.tensor([[1.0, 1.0 - demo.BOUND, 0.0], [1.0, 0.5, 0.0]])
+    assert demo.unexcused(torch.tensor([[1.0, 2.0, 0.0], [1.0, 0.5, 0.0]]), theirs) == 0
+    assert demo.unexcused(torch.tensor([[1.0, 0.0, 0.0], [0.4, 0.5, 0.0]]), theirs) == 1
+
+
+def test_info_names_every_format():
+    result = call("info")
+    assert result.exit_code == 0
+    assert all(name in result.output for name in FORMATS) and torch.__version__.split("+")[0] in result.output
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+@pytest.mark.parametrize("arguments", [("info",), ("info", "--formats")])
+def test_tables_are_whole_at_any_width(arguments, columns):
+    output = call(*arguments, columns=columns).output
+    assert "\u2026" not in output and max(map(len, output.splitlines())) <= columns
+    words = set(output.split())
+    assert {*FORMATS} <= words and "TensorRT-LLM," in words
+
+
+def test_a_pipe_has_no_width(capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    cells = ["word " * 20, "word " * 15]
+    show.print_table(show.make_console(), "", ("first", "second"), [cells])
+    assert cells[0].strip() in capsys.readouterr().out  # in one line
+
+
+def test_version():
+    result = call("--version")
+    assert (result.exit_code, result.output) == (0, f"kvfold {kvfold.__version__}\n")
+
+
+def test_python_m_kvfold_and_missing_extras():
+    run = [sys.executable, "-m", "kvfold"]
+    assert "demo" in subprocess.run([*run, "--help"], capture_output=True, text=True, check=True).stdout
+    hide = "import sys; sys.modules['typer'] = None; from kvfold.__main__ import main; main()"
+    missing = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True)
+    assert missing.returncode == 1 and "pip install 'kvfold[cli]'" in missing.stderr and "Traceback" not in missing.stderr
+
+
+def test_info_shows_the_kernels_table():
+    from kvfold.backend_triton.table import CONFIGS
+
+    output = call("info").output
+    assert all(
+        output.count(f"│ {kind} ") == sum(c.kind == kind for c in CONFIGS) for kind in ("fold", "rows", "window", "store")
+    )
+
+
+def test_verify_passes_and_fails(tmp_path, monkeypatch):
+    out = tmp_path / "new" / "verify.json"
+    arguments = ["verify", "--device", "cpu", "--backend", "torch", "--only", "indexer FoldState", "--json", out]
+    result = call(*arguments)
+    assert result.exit_code == 0 and "all 5 passed" in result.output, result.output
+    rows = json.loads(out.read_text())
+    assert rows["failed"] == 0 and len(rows["results"]) == 5 and all(row["passed"] for row in rows["results"])
+    real = backend_torch.fold_group
+    monkeypatch.setattr(backend_torch, "fold_group", lambda *args: (*real(*args)[:2], real(*args)[2] * 1.01))
+    result = call(*arguments)
+    assert result.exit_code == 1 and "5 of 5 failed" in result.output
+    assert "FAIL" in result.output and "sequence 0, window 0, channel" in result.output
+    assert json.loads(out.read_text())["failed"] == 5
+
+
+def test_verify_refuses_wrong_arguments():
+    for args, words in (
+        (["--device", "tpu"], "--device"),
+        (["--only", "no such case"], "--only"),
+        (["--backend", "c"], "backend"),
+    ):
+        result = call("verify", *args)
+        assert result.exit_code == 2 and words in result.output, result.output
+
+
+def test_explain_prints_entries_rows_and_bytes():
+    result = call("explain", "csa", "--start", 9, "--new", 4, "--format", "fp8_ds_mla")
+    assert result.exit_code == 0, result.output
+    for words in ("4..7", "8..11", "page 0: values 1152..1599", "page 0: scales 36880..36886", "can start at: 0 to 13"):
+        assert words in result.output
+    result = call("explain", "ratio=16,head_dim=64,rope_dim=16", "--start", 0, "--new", 900, "--state", "window")
+    assert result.exit_code == 0 and "more" in result.output and "page 7, row 3" in result.output, result.output
+    for spec, words in (
+        ("cca", "SPEC"),
+        ("ratio=4", "head_dim"),
+        ("ratio=x,head_dim=64", "ratio"),
+        ("ratio=4,head_dim=60", "head_dim"),
+        ("ratio=4,head_dim=64,overlap=1", "overlap"),
+    ):
+        result = call("explain", spec, "--start", 0, "--new", 1)
+        assert result.exit_code == 2 and words in result.output, result.output
+    step = ("explain", "hca", "--start", 0, "--new", 1)
+    for option, value in (("--start", -1), ("--new", 0), ("--format", "nope"), ("--state", "x"), ("--rows-per-page", 0)):
+        result = call(*step, option, value)
+        assert result.exit_code == 2 and f"{option} must be" in result.output, result.output
+
+
+def test_replay_says_what_a_call_was(tmp_path, monkeypatch):
+    made, path = Call("csa", "fp8_ds_mla"), tmp_path / "call.safetensors"
+    kvfold.dump(path, made.new, made.plan, made.state, made.cache, **made.weights, full_history=made.history)
+    result = call("replay", path, "--device", "cpu", "--check")
+    assert result.exit_code == 0, result.output
+    for words in (
+        "compress, dumped on cpu", f"torch {torch.__version__}",
+        "2 of 2 sequences, 12 tokens, 4 to 8 each; 4 windows, 3 entries",
+        "head_dim=512, ratio=4", "kv_score: float32 [12, 2048], strides [2048, 1]", "fp8_ds_mla, 8 rows per page",
+        "made again on cpu, backend torch: 0 refused", "equal", "3 of them against fp64",
+    ):  # fmt: skip
+        assert words in result.output, result.output
+    real = backend_torch.fold_group
+    monkeypatch.setattr(backend_torch, "fold_group", lambda *args: (*real(*args)[:2], real(*args)[2] * 1.01))
+    result = call("replay", path, "--device", "cpu", "--check")
+    assert result.exit_code == 1 and "DIFFERENT" in result.output and "sequence 0, window 1, channel" in result.output
+    assert call("replay", path, "--device", "cpu").exit_code == 0
+    result = call("replay", path, "--device", "cpu", "--max-bytes", "1000")
+    assert result.exit_code == 2 and "max_bytes must be at least" in result.output, result.output
+    path.write_bytes(path.read_bytes()[:-1])
+    for args, words in (([path], "is damaged"), ([tmp_path / "none"], "none"), ([path, "--device", "tpu"], "tpu")):
+        result = call("replay", *args)
+        assert result.exit_code == 2 and words in result.output, result.output
+
+
+def test_a_check_that_is_not_equal_is_no_success(tmp_path):
+    """A call of which nothing is wrong but that a sequence was refused, and one that has only padding."""
+    made, path = Call("csa", "fp8_ds_mla"), tmp_path / "call.safetensors"
+    made.state.positions[2] = -1
+    kvfold.dump(path, made.new, made.plan, made.state, made.cache, **made.weights)
+    result = call("replay", path, "--device", "cpu", "--check")
+    assert result.exit_code == 1 and "REFUSED: 1 of 2 sequences" in result.output, result.output
+    assert "sequence 0 is refused: state slot 2 holds no row of positions 0 to 5, which a start at 6 needs" in result.output
+    made.where["state_slots"].fill_(-1)
+    kvfold.dump(path, made.new, made.step([0, 0], [4, 4]), made.state, made.cache, **made.weights)
+    result = call("replay", path, "--device", "cpu", "--check")
+    assert result.exit_code == 1 and "nothing compared" in result.output, result.output
+
+
+def test_bench_needs_a_gpu_and_runs_the_scripts(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = call("bench", "decode")
+    assert result.exit_code == 2 and "needs a GPU" in result.output
+    assert call("bench", "fly").exit_code == 2
+    assert "--out" in call("bench", "decode", "--plot", tmp_path / "x.png").output
+    assert "--quick is for" in call("bench", "store", "--quick").output
+    assert all((bench.folder() / file_of(name)).is_file() for name in bench.MODULES.values())
+    ran = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench, "run", lambda *args: ran.append(args) or len(ran) // 3)
+    out, picture = tmp_path / "x.jsonl", tmp_path / "x.png"
+    assert call("bench", "decode", "--quick", "--out", out, "--plot", picture).exit_code == 0
+    assert ran == [
+        ("run.decode", "--quick", "--out", str(out)),
+        ("publish.plot", "--rows", str(out), "--picture", str(picture)),
+    ]
+    assert call("bench", "plan").exit_code == 1 and ran[-1] == ("run.overhead",)
+    monkeypatch.setattr(bench, "PACKAGE", bench.folder().parent)  # as in a wheel, whose rows name the version
+    call("bench", "store")
+    assert ran[-1][:2] == ("run.store", "--commit") and ran[-1][2].startswith("kvfold 0.")
+
+
+def test_bench_draws_rows_and_hands_on_the_exit_code(tmp_path):
+    results = bench.folder() / "results" / "decode.jsonl"
+    assert bench.run("publish.plot", "--rows", str(results), "--picture", str(tmp_path / "a" / "x.png")) == 0
+    assert (tmp_path / "a" / "x.png").read_bytes().startswith(b"\x89PNG")
+    assert bench.run("publish.plot", "--rows", str(results)) == 2
+
+
+def file_of(module: str) -> str:
+    """Where a module is below benchmarks/."""
+    return f"{module.replace('.', '/')}.py"
+
+
+def test_the_wheel_carries_what_the_benchmarks_import():
+    """The list in pyproject.toml has each module that is run, its packages, and all that it imports of benchmarks/."""
+    text = (Path(bench.__file__).parents[3] / "pyproject.toml").read_text()
+    carried = set(re.findall(r'^"benchmarks/(\S+)" = "kvfold/benchmarks/\1"$', text, re.MULTILINE))
+    assert carried >= {*map(file_of, bench.MODULES.values()), file_of("publish.plot"), "peers_h200.jsonl", "__init__.py"}
+    there = {path.relative_to(bench.folder()).as_posix() for path in bench.folder().rglob("*.py")}
+    for name in carried - {"peers_h200.jsonl"}:
+        own = name.split("/")[:-1]
+        assert "/".join((*own, "__init__.py")) in carried, name
+        imports = re.findall(r"^from (\.+)([\w.]*) import (.+)", (bench.folder() / name).read_text(), re.MULTILINE)
+        for dots, module, names in imports:
+            start = [*own[: len(own) - len(dots) + 1], *filter(None, module.split("."))]
+            wanted = {file_of(".".join(start)), *(file_of(".".join((*start, word))) for word in names.split(", "))}
+            assert wanted & there and wanted & there <= carried, (name, module, names)
