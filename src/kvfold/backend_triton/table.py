@@ -115,7 +115,7 @@ _LONG: dict[str, Any] = _SHORT | {"slice": 64, "tile": 64, "programs": 8, "promp
 _FEW_ROWS: dict[str, Any] = {"rows": (1, 16), "ahead": 4, "num_warps": 1, "registers": 128, "programs": 16}
 
 ROWS: tuple[Row, ...] = (
-    # A short step has all its tokens ahead. Fewer warps are faster: note 0050.
+    # A short step has all its tokens ahead; few warps are faster: note 0050.
     *(_scaled(_row("fold", most, ahead=most, num_warps=1)) for most in (1, 4, 8)),
     _scaled(_row("fold", ANY, _NARROW, _MIDDLE, ahead=8, num_warps=1, programs=16)),
     # Half a window to a program, as there are multiprocessors without a window: note 0051.
@@ -225,7 +225,8 @@ def _most(bound: float) -> str:
 
 
 def _each(values: Iterable[float]) -> str:
-    return ", ".join(dict.fromkeys(map(str, values)))
+    found = [str(value) for value in values]
+    return ", ".join(found) if len(set(found)) > 1 else found[0]
 
 
 def _programs(row: Row) -> str:
