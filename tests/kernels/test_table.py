@@ -10,7 +10,7 @@ from kvfold import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
 from kvfold.backend_triton.table import ANY, BUCKETS, COLUMNS, CONFIGS, ROWS, choose, in_words, item_bucket, pair_buckets
 
 MIDDLE = CompressorSpec(256, 4, overlap=True)
-# spec, kind, new tokens, windows of the call on an H200: warps, ahead, slice, tile, registers, programs, together, pair_programs,
+# spec, kind, new tokens, windows of the call: warps, ahead, slice, tile, registers, programs, together, pair_programs,
 # prompt, spills, pair_spills.
 CHOSEN = [
     (V4_HCA, "fold", 1, 64, (4, 1, 0, 128, 0, 0, 1, 0, False, 0, 0)),
