@@ -59,7 +59,7 @@ def test_a_kernel_that_does_not_run_is_not_passed() -> None:
 def test_every_row_of_the_table_has_a_shape() -> None:
     for config in CONFIGS:
         spec, bound = representative(config)
-        assert choose(config.kind, spec, bound, config.most_items) is config
+        assert choose(config.kind, spec, bound, config.bucket) is config
     with pytest.raises(LookupError, match="no usual shape"):
         representative(Config("fold", (16, 16), (3, 3), 1, ahead=1, num_warps=1))
 

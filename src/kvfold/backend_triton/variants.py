@@ -31,13 +31,13 @@ def step_key(
     max_new_tokens: int,
     types: Types,
     snapshots: bool = False,
-    items: int = ANY,
+    bucket: float = ANY,
 ) -> tuple:
-    """`kind`: of the state. `max_new_tokens`: the plan's bound; no item of fold rows is longer than a window. `items`: how many
-    there may be; snapshots take the row for many, which has whole rows.
+    """`kind`: of the state. `max_new_tokens`: the plan's bound; no item of fold rows is longer than a window. `bucket`: of the
+    call's windows; snapshots take the row for many, which has whole rows.
     """
-    items = ANY if snapshots else items
-    config = choose(kind, spec, max_new_tokens if kind == "rows" else min(max_new_tokens, spec.ratio), items)
+    bucket = ANY if snapshots else bucket
+    config = choose(kind, spec, max_new_tokens if kind == "rows" else min(max_new_tokens, spec.ratio), bucket)
     return "step", spec, fmt, config, types, snapshots
 
 

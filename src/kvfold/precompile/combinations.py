@@ -76,7 +76,7 @@ class Combination:
             record = self.fmt.name if self.fmt is not None else "rows"
             parts += [record, f"ahead{self.config.ahead}", f"warps{self.config.num_warps}"]
             parts += [f"n{self.config.max_new_tokens}"] if self.config.max_new_tokens < ANY else []
-            parts += [f"items{self.config.most_items}"] if self.config.most_items < ANY else []
+            parts += [f"windows{self.config.bucket:g}"] if self.config.bucket < ANY else []
         if self.other is not None:
             parts += [*_spec_words(self.other[0]), self.other[1].name]
         if self.kind in ("window", "restore"):
@@ -108,12 +108,12 @@ class Combination:
         bound = self.config.max_new_tokens
         if self.kind == "window":
             return window_key(self.spec, self.fmt, bound, types, self.page_size)
-        items = self.config.most_items
-        first = step_key(self.spec, self.fmt, self.config.kind, bound, types, self.snapshots, items)
+        bucket = self.config.bucket
+        first = step_key(self.spec, self.fmt, self.config.kind, bound, types, self.snapshots, bucket)
         if self.other is None:
             return first
         spec, fmt = self.other
-        return pair_key(first, step_key(spec, fmt, state_kind(spec), bound, types, self.snapshots, items))
+        return pair_key(first, step_key(spec, fmt, state_kind(spec), bound, types, self.snapshots, bucket))
 
 
 def _spec_words(spec: CompressorSpec) -> list[str]:
@@ -163,7 +163,7 @@ def _all(
                     yield Combination(config.kind, spec, fmt, config, page_size=page_size, dtype=dtype)
                 # With snapshots a call takes the row for many windows (`step_key`).
                 for fmt in (None,) if None in fitting else fitting:
-                    if config.kind != "window" and config.most_items == ANY:
+                    if config.kind != "window" and config.bucket == ANY:
                         yield Combination(config.kind, spec, fmt, config, snapshots=True, dtype=dtype)
                 if (config.kind, spec) == ("rows", V4_CSA) and V4_INDEXER in specs:
                     yield from _pairs(config, formats, dtype)
@@ -177,7 +177,7 @@ def _pairs(config: Config, formats: tuple[RecordFormat | None, ...], dtype: torc
     for first in firsts:
         for second in seconds:
             yield Combination("pair", V4_CSA, first, config, (V4_INDEXER, second), dtype=dtype)
-    if firsts and seconds and config.most_items == ANY:
+    if firsts and seconds and config.bucket == ANY:
         yield Combination("pair", V4_CSA, firsts[-1], config, (V4_INDEXER, seconds[-1]), snapshots=True, dtype=dtype)
 
 
@@ -186,7 +186,7 @@ def _reaches(config: Config, spec: CompressorSpec) -> bool:
     if config.kind not in ("store", "window", state_kind(spec)):
         return False
     try:
-        return choose(config.kind, spec, config.max_new_tokens, config.most_items) == config
+        return choose(config.kind, spec, config.max_new_tokens, config.bucket) == config
     except UnsupportedError:
         return False
 
