@@ -18,7 +18,7 @@ from calls import Buffers, Step
 from protocol import Case, Variant
 
 from kvfold import ops
-from kvfold.compress import Compressor
+from kvfold.storage.step import Compressor
 
 PLANS = 16  # in turn, so that no update waits for the one before it over the same tensors
 CHUNK, CHUNKS = 200, 10  # few enough calls that the launch queue never fills and the host never waits

@@ -16,7 +16,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from kvfold import CompressorSpec
-from kvfold.storage.formats import FORMATS, EntryCache
+from kvfold.storage.cache import EntryCache
+from kvfold.storage.formats import FORMATS
 
 FOLDER = Path(__file__).parent / "golden"
 FILES = sorted(FOLDER.glob("*.safetensors"))

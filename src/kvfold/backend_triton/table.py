@@ -5,16 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..contract import UnsupportedError
 from ..spec import CompressorSpec
 
 ANY = (1 << 31) - 1
 SPILLS_TRITON = "3.6"  # that rows were measured with; another may spill more, which `kvfold aot` then says
-# The order of the sums of a WindowState's entries, which is all that their bits follow: rows side by side, each of which is
-# summed with every LANES-th one behind it before the lanes are; and rows of a lane that are taken with one maximum.
-LANES, ROWS_OF_A_LANE = 8, 8
-# The same of a FoldState's windows of input rows: row j is of group j // 4, whose rows are folded against one maximum. Two
-# groups are a window of ratio 4 with overlap; with one of 8, all its scores would stand in registers at once.
-ROWS_AT_ONCE = 4
 # Numbers of windows up to which a call is told from one of more: half a window, one and two to each of the 132 multiprocessors
 # of an H200; what 8k tokens beside 64 sequences that decode may come to at ratio 128; and two to each program at ratio 4.
 ITEM_BOUNDS = (66, 132, 200, 264, 2376, ANY)
@@ -197,10 +192,6 @@ CONFIGS = (
     Config("store", _MIDDLE, _ALL, ANY, ahead=1, num_warps=2),
     Config("store", _WIDE, _ALL, ANY, ahead=1, num_warps=4),
 )
-
-
-class UnsupportedError(ValueError):
-    """No kernel is configured for what was asked; the message lists what there is."""
 
 
 def item_bound(items: int, bounds: tuple[int, ...] = ITEM_BOUNDS) -> int:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..backend_triton.table import CONFIGS, ITEM_BOUNDS, Config, choose
-from ..compress import choose_backend, compress_many
+from ..calls.checks import choose_backend
+from ..compress import compress_many
 from ..contract import pooled_bound
 from ..debug.compare import off
 from ..debug.exact import exact_rows
