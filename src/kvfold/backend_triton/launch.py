@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
-from ..plan import StepPlan
 from ..spec import CompressorSpec
+from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState
-from ..storage.formats import EntryCache, RecordFormat
+from ..storage.formats import RecordFormat
 from ..storage.snapshots import Snapshots
+from ..storage.step import Compressor
+from ..storage.step import PlanData as StepPlan
+from ..storage.window_state import WindowState
 from .launcher import launcher_of, multiprocessors, pack, supports_pdl
 from .table import ANY, item_bucket, pair_buckets
 from .variants import Types, draws_items, pair_key, restore_key, slices_of, step_key, store_key, window_key
-
-if TYPE_CHECKING:
-    from ..compress import Compressor
-    from ..storage.window_state import WindowState
 
 
 def compress_triton(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, pdl: bool | None) -> None:

@@ -9,16 +9,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..contract import UnsupportedError
 from ..spec import CompressorSpec
 
 ANY = (1 << 31) - 1
 SPILLS_TRITON = "3.6"  # that rows were measured with; another may spill more, which `kvfold aot` then says
-# The order of the sums of a WindowState's entries, which is all that their bits follow: rows side by side, each of which is
-# summed with every LANES-th one behind it before the lanes are; and rows of a lane that are taken with one maximum.
-LANES, ROWS_OF_A_LANE = 8, 8
-# The same of a FoldState's windows of input rows: row j is of group j // 4, whose rows are folded against one maximum. Two
-# groups are a window of ratio 4 with overlap; with one of 8, all its scores would stand in registers at once.
-ROWS_AT_ONCE = 4
 MULTIPROCESSORS = 132  # of an H100 and an H200; stands in where there is no device to ask
 BUCKETS = (0.5, 1, 1.5, 2, 18, ANY)  # calls are bucketed by windows per multiprocessor, so that few kernels serve all of them
 
@@ -152,10 +147,6 @@ ROWS: tuple[Row, ...] = (
     _scaled(_row("store", ANY, ahead=1, num_warps=1)),
 )  # fmt: skip
 CONFIGS: Row = tuple(config for row in ROWS for config in row)
-
-
-class UnsupportedError(ValueError):
-    """No kernel is configured for what was asked; the message lists what there is."""
 
 
 def item_bucket(windows: int, multiprocessors: int, buckets: tuple[float, ...] = BUCKETS) -> float:

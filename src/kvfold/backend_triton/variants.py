@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from ..contract import LANES, ROWS_OF_A_LANE
 from ..spec import CompressorSpec
 from ..storage.fold_state import FoldState
 from ..storage.formats import FORMATS, RecordFormat
 from .args import Fmt, How, Spec
 from .build import POINTERS, Variant
 from .kernels.plan import plan_variant, windows_per_program
-from .table import ANY, LANES, ROWS_OF_A_LANE, Config, choose
+from .table import ANY, Config, choose
 
 # Of kv_score, state, rows and norm weight (None: absent), and whether the plan has entry slots.
 Types = tuple[torch.dtype, torch.dtype, "torch.dtype | None", "torch.dtype | None", bool]

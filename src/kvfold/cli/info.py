@@ -35,7 +35,7 @@ MORE = ("page of 64", "tail at", "floor", "pad", "bf16 first", "e2m1 ties")
 def _versions() -> Rows:
     import torch
 
-    from .. import __version__
+    from .._version import __version__
 
     rows = [("python", platform.python_version()), ("kvfold", __version__)]
     for package in ("torch", "triton", "transformers"):

@@ -20,8 +20,9 @@ from triton.compiler import CompiledKernel
 from ..backend_triton import table as configs
 from ..backend_triton.build import KERNELS, Variant
 from ..backend_triton.kernels.pdl import AVAILABLE
-from ..backend_triton.table import ANY, Config, UnsupportedError, choose
+from ..backend_triton.table import ANY, Config, choose
 from ..backend_triton.variants import pair_key, plan_key, restore_key, step_key, store_key, variant_of, window_key
+from ..contract import UnsupportedError
 from ..spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
 from ..storage.fold_state import state_kind
 from ..storage.formats import FORMATS, RecordFormat
@@ -232,7 +233,7 @@ def build(combination: Combination, target: str, folder: Path, allowed: int | No
 
 def versions(target: str) -> dict[str, str]:
     """Of all that has a hand in the binaries."""
-    from .. import __version__
+    from .._version import __version__
 
     found = {"kvfold": __version__, "torch": torch.__version__, "triton": triton.__version__}
     if TARGETS[target].backend == "cuda":

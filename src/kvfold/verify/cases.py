@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..backend_triton.launcher import multiprocessors
 from ..backend_triton.table import ANY, BUCKETS, CONFIGS, Config, choose
-from ..compress import choose_backend, compress_many
+from ..calls.checks import choose_backend
+from ..compress import compress_many
 from ..contract import pooled_bound
 from ..debug.compare import off
 from ..debug.exact import exact_rows
