@@ -93,7 +93,7 @@ def cases(draw: st.DrawFn, calls: tuple[str, ...] = CALLS) -> Case:
 def test_good_calls(backend: Backend, key: tuple[str, str]) -> None:
     """Unspoiled they are done, without errors."""
     if backend.slow and key[0] != "store":
-        pytest.skip("on the interpreter tests/test_threads.py makes these calls")
+        pytest.skip("on the interpreter tests/calls/test_threads.py makes these calls")
     assert run(Case(*key, ()), backend) == "done"
 
 

@@ -7,21 +7,13 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", minversion="5.17")
-from support.transformers_support import LAYERS, begun, close, compressors, ids, run, step, tiny, unpatched
+from support.transformers_support import LAYERS, TWO, begun, close, compressors, ids, run, step, tiny, two_patched, unpatched
 from transformers import DynamicCache
 
 from kvfold.integrations.transformers.patch import UnsupportedError, entries, patch, rewind
 
-TWO = LAYERS[:2]
 TOKENS = ids(40, 2)
-
-
-@pytest.fixture
-def model():
-    """Two layers with a compressor each, patched."""
-    made = tiny(layer_types=TWO)
-    patch(made, max_new_tokens=5)
-    return made
+model = two_patched  # the fixture
 
 
 # Whatever changes between two calls

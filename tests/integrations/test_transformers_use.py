@@ -15,23 +15,15 @@ import torch
 pytest.importorskip("transformers", minversion="5.17")
 import contextlib
 
-from support.transformers_support import LAYERS, NAMES, begun, close, compressors, ids, run, step, tiny, unpatched
+from support.transformers_support import NAMES, TWO, begun, close, compressors, ids, run, step, tiny, two_patched, unpatched
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
 from kvfold.integrations.transformers import cache as transformers_cache
 from kvfold.integrations.transformers.patch import UnsupportedError, entries, patch, unpatch
 
-TWO = LAYERS[:2]
 TOKENS = ids(40, 2)
-
-
-@pytest.fixture
-def model():
-    """Two layers with a compressor each, patched."""
-    made = tiny(layer_types=TWO)
-    patch(made, max_new_tokens=5)
-    return made
+model = two_patched  # the fixture
 
 
 @pytest.fixture

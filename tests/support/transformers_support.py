@@ -9,12 +9,13 @@ pytest.importorskip("transformers", minversion="5.17")
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM, DynamicCache
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as v4
 
-from kvfold.integrations.transformers.patch import unpatch
+from kvfold.integrations.transformers.patch import patch, unpatch
 
 BOUND = 1e-4
 # transformers 5.17 reorders and resets the sliding keys of a cache and forgets its compressors; 5.23 does both.
 LAYERS_MOVE = "reorder_cache" in vars(v4.DeepseekV4HCACache)
 LAYERS = ["heavily_compressed_attention", "compressed_sparse_attention", "sliding_attention"]
+TWO = LAYERS[:2]
 NAMES = ((0, "compressor"), (1, "compressor"), (1, "indexer"))
 
 
@@ -61,6 +62,14 @@ def tiny(dtype=torch.float32, layer_types=None, **changes):
             if name.endswith("position_bias"):
                 parameter.normal_()
     return model.to(dtype)
+
+
+@pytest.fixture
+def two_patched():
+    """Two layers with a compressor each, patched."""
+    made = tiny(layer_types=TWO)
+    patch(made, max_new_tokens=5)
+    return made
 
 
 def ids(length, batch=1, seed=1):

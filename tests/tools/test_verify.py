@@ -15,10 +15,10 @@ from kvfold.backend_triton.table import CONFIGS, Config, choose
 from kvfold.compress import compress
 from kvfold.storage.formats import FORMATS
 from kvfold.store import store
+from kvfold.testing import drafts
+from kvfold.testing import engine as testing_engine
 from kvfold.verify import cases as job
-from kvfold.verify import engine as verify_engine
 from kvfold.verify.cases import Case, Result, list_cases, representative, verify
-from kvfold.verify.engine import drafts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -86,9 +86,9 @@ def test_the_kernels_pass(only: str) -> None:
 
 
 def test_drafts_accept_every_number_of_tokens() -> None:
-    kept = {(part.new, part.kept) for step in drafts(2, 60, 4, 5)[1:] for part in step}
+    kept = {(part.new, part.kept) for step in drafts([60, 60], 4, 5)[1:] for part in step.parts}
     assert {(4, k) for k in range(5)} <= kept
-    assert {part.kept for step in drafts(2, 9, 1, 5)[1:] for part in step if part.new} == {1}
+    assert {part.kept for step in drafts([9, 9], 1, 5)[1:] for part in step.parts if part.new} == {1}
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_a_cut_that_changes_a_bit_fails(monkeypatch: pytest.MonkeyPatch) -> None
         if kv_score.shape[0] == plan.batch and options["rows"].numel():
             options["rows"] *= 1 + 2.0**-23
 
-    monkeypatch.setattr(verify_engine, "compress", wrong)
+    monkeypatch.setattr(testing_engine, "compress", wrong)
     problem = problem_of("csa FoldState: decode")
     assert "bits" in problem and "one prefill has" in problem
 
@@ -148,9 +148,9 @@ def test_wrong_bytes_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finish, "pack_records", lambda cache, slots, y: real(cache, slots, y * 1.25))
     assert problem_of("format: fp8_ds_mla hd").find("first: read-back value: sequence") > 0
     monkeypatch.setattr(finish, "pack_records", real)
-    monkeypatch.setattr(job, "store", lambda rows, *args, **options: store(rows + 1, *args, **options))
+    monkeypatch.setattr(testing_engine, "store", lambda rows, *args, **options: store(rows + 1, *args, **options))
     assert problem_of("format: fp8_ds_mla hd").startswith("record bytes: sequence 0, window 0")
-    monkeypatch.setattr(job, "store", store)
+    monkeypatch.setattr(testing_engine, "store", store)
     monkeypatch.setattr(finish, "pack_records", wrong)
     assert "outside of all records" in problem_of("format: fp8_ds_mla hd")
 
@@ -168,8 +168,8 @@ def test_other_states_and_pairs_are_compared(monkeypatch: pytest.MonkeyPatch) ->
     real = backend_window._pool
     monkeypatch.setattr(backend_window, "_pool", lambda *args: real(*args) * (1 + 1e-4))
     assert "fp64 has" in problem_of("csa: WindowState against FoldState")
-    many = job.compress_many
-    monkeypatch.setattr(job, "compress_many", lambda pair, plan, **options: many(pair[:1], plan, **options))
+    many = testing_engine.compress_many
+    monkeypatch.setattr(testing_engine, "compress_many", lambda pair, plan, **options: many(pair[:1], plan, **options))
     assert "record bytes: sequence 0, window 0" in problem_of("one launch against two")
 
 

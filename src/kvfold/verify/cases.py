@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,15 +14,13 @@ from torch import Tensor
 from ..backend_triton.launcher import multiprocessors
 from ..backend_triton.table import ANY, BUCKETS, CONFIGS, Config, choose
 from ..calls.checks import choose_backend
-from ..compress import compress_many
 from ..contract import pooled_bound
-from ..debug.compare import off
-from ..debug.exact import exact_rows
+from ..debug.check import check
 from ..spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
 from ..storage.formats import FORMATS
-from ..store import store
-from .case import Mismatch, blame, packed, records, same_records, same_rows, untouched
-from .engine import Engine, Schedule, Streams, chunks, drafts, prefill
+from ..testing.data import make_tokens, make_weights
+from ..testing.engine import Engine, Step, chunks, drafts, prefill, run_many
+from .case import Mismatch, close, close_to_fp64, packed, records, same_records, same_rows, untouched
 
 BF16, FP32 = torch.bfloat16, torch.float32
 # (state, kv_score) for each kind of kernel; the first is what engines use, and all that `quick` looks at.
@@ -107,6 +106,21 @@ def list_cases(device: torch.device | str = "cpu", *, backend: str | None = None
     return [*table, *_format_cases(lab), *_equivalence_cases(lab)]
 
 
+class Streams(NamedTuple):
+    """The tokens of some sequences of one length, and a compressor's weights as `compress` takes them."""
+
+    tokens: list[Tensor]
+    weights: dict
+
+    @property
+    def spec(self) -> CompressorSpec:
+        return self.weights["spec"]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(text) for text in self.tokens]
+
+
 @dataclass(frozen=True)
 class Lab:
     """Where cases run, and how large they are."""
@@ -128,11 +142,13 @@ class Lab:
 
     def streams(self, spec: CompressorSpec, dtype: torch.dtype, batch: int | None = None) -> Streams:
         length = max(2 * spec.ratio + spec.ratio // 2 + 1, 5 * spec.ratio if spec.ratio <= 8 else 0)
-        return Streams.make(spec, batch or self.batch, length, dtype, self.device)
+        draw = torch.Generator().manual_seed(7)  # the same on every machine
+        tokens = make_tokens(spec, [length] * (batch or self.batch), "normal", draw, dtype, self.device)
+        return Streams(tokens, make_weights(spec, length, "normal", draw, FP32, self.device))
 
     def engine(self, streams: Streams, kind: str, **options: object) -> Engine:
-        options = {"fmt": _format_for(streams.spec)} | options
-        return Engine(streams, kind="window" if kind == "window" else "fold", backend=self.backend, **options)  # type: ignore[arg-type]
+        options = {"fmt": _format_for(streams.spec), "backend": self.backend} | options
+        return Engine.make(*streams, kind="window" if kind == "window" else "fold", **options)  # type: ignore[arg-type]
 
 
 def representative(config: Config) -> tuple[CompressorSpec, int]:
@@ -215,57 +231,48 @@ def check_config(lab: Lab, config: Config, state: torch.dtype, rows: torch.dtype
     streams = lab.streams(lab.spec(spec) if config.kind == "window" or spec.ratio > 32 else spec, rows, batch)
     if choose(config.kind, streams.spec, bound, config.bucket) is not config:
         raise LookupError(f"{streams.spec} is not served by {config}")
-    short = bound < streams.length
-    if short:
-        schedule = drafts(streams.batch, streams.length, bound, streams.spec.ratio - 1)
-    else:
-        schedule = chunks(streams.batch, streams.length)
+    short = bound < streams.lengths[0]
+    steps = drafts(streams.lengths, bound, streams.spec.ratio - 1) if short else chunks(streams.lengths)
+    steps[1:] = [step._replace(bound=bound) for step in steps[1:]]
     whole = lab.engine(streams, config.kind, dtype=state)
-    whole.run(prefill(streams.batch, streams.length))
+    whole.run(prefill(streams.lengths))
     cut = lab.engine(streams, config.kind, dtype=state, most=bound if short else DRAFTS)
-    cut.run(schedule[:-1], bound=bound)
-    report = cut.check(schedule[-1], bound)
-    if report.first is not None or report.errors:
-        raise Mismatch(str(report))
-    cut.run(schedule[-1:], bound=bound)
-    error = compare_exact(cut)
+    cut.run(steps[:-1])
+    check_step(cut, steps[-1])
+    cut.run(steps[-1:])
+    error = close_to_fp64(cut)
     compare_bits(cut, whole, "one prefill")
     return f"{error:.1e}, bits equal"
+
+
+def check_step(engine: Engine, step: Step) -> None:
+    """Raises unless `kvfold.check` of a step finds nothing. The step is not taken; all history is known."""
+    known = [engine.tokens[part.sequence][: part.start] for part in step.parts]
+    report = check(engine.kv_score(step), engine.plan(step), engine.state, engine.cache, **engine.weights,
+                           backend=engine.backend, full_history=known)  # fmt: skip
+    if report.first is not None or report.errors:
+        raise Mismatch(str(report))
 
 
 def check_store(lab: Lab, config: Config, dtype: torch.dtype) -> str:
     """`kvfold.store` of this row of the table: records that its rows explain."""
     spec, _ = representative(config)
-    streams = lab.streams(spec, dtype)
-    engine = lab.engine(streams, "fold")
-    rows = streams.tokens[:, : streams.windows, : spec.head_dim]
-    store_rows(engine, rows)
-    return explain_records(engine, rows.float())
-
-
-def store_rows(engine: Engine, pooled: Tensor) -> None:
-    """`kvfold.store` of `[batch, windows, head_dim]`."""
-    s = engine.streams
-    plan = engine.plan(*prefill(s.batch, s.length))
-    rows = pooled.new_zeros(plan.entry_capacity, s.spec.head_dim)
-    rows[: s.batch * s.windows] = pooled.flatten(0, 1)
-    weights = {name: value for name, value in s.weights.items() if name != "ape"}
-    store(rows, plan, engine.cache, **weights, backend=engine.backend)
+    engine = lab.engine(lab.streams(spec, dtype), "fold")
+    rows = [text[: len(text) // spec.ratio, : spec.head_dim] for text in engine.tokens]
+    engine.store(rows)
+    return explain_records(engine, [some.float() for some in rows])
 
 
 def check_format(lab: Lab, spec: CompressorSpec, fmt: str) -> str:
     """The bytes of one record format: packed from kvfold's own pooled rows, the same by `store`, none outside of records."""
     streams = lab.streams(lab.spec(spec), BF16)
-    engine = lab.engine(streams, "fold", fmt=fmt)
-    schedule = chunks(streams.batch, streams.length)
-    engine.run(schedule[:-1])
-    report = engine.check(schedule[-1])
-    if report.first is not None or report.errors:
-        raise Mismatch(str(report))
-    engine.run(schedule[-1:])
+    engine, apart = (lab.engine(streams, "fold", fmt=fmt) for _ in range(2))
+    steps = chunks(streams.lengths)
+    engine.run(steps[:-1])
+    check_step(engine, steps[-1])
+    engine.run(steps[-1:])
     figure = explain_records(engine, engine.pooled)
-    apart = lab.engine(streams, "fold", fmt=fmt)
-    store_rows(apart, engine.pooled)
+    apart.store(engine.pooled)
     compare_bits(apart, engine, "compress", pooled=False)
     for one in (engine, apart):
         untouched(one.cache, one.entry_slots)
@@ -273,7 +280,7 @@ def check_format(lab: Lab, spec: CompressorSpec, fmt: str) -> str:
 
 
 def check_cut(
-    cut: Callable[[int, int], Schedule],
+    cut: Callable[[list[int]], list[Step]],
     lab: Lab,
     spec: CompressorSpec,
     kind: str,
@@ -287,11 +294,14 @@ def check_cut(
     """
     streams = lab.streams(spec, BF16)
     whole, other = lab.engine(streams, kind), lab.engine(streams, kind)
-    whole.run(prefill(streams.batch, streams.length))
+    whole.run(prefill(streams.lengths))
     if reused:
-        other.run(drafts(streams.batch, streams.length, DRAFTS, spec.ratio), wrong=True)
-    other.run(cut(streams.batch, streams.length), padding=padding)
-    error = compare_exact(other)
+        other.run(drafts(streams.lengths, DRAFTS, spec.ratio), wrong=True)
+    steps = cut(streams.lengths)
+    if padding:
+        steps = [step._replace(bound=max(step.bound, 2), absent=(2, 0), behind=5) for step in steps]
+    other.run(steps)
+    error = close_to_fp64(other)
     compare_bits(other, whole, "one prefill")
     return f"{error:.1e}, bits equal"
 
@@ -301,51 +311,31 @@ def check_states(lab: Lab, spec: CompressorSpec) -> str:
     streams = lab.streams(spec, BF16)
     fold, window = lab.engine(streams, "fold"), lab.engine(streams, "window")
     for engine in (fold, window):
-        engine.run(chunks(streams.batch, streams.length))
-        compare_exact(engine)
-    return f"{compare_within(window.pooled, fold.pooled.double(), 2 * pooled_bound(spec.window_rows), 'FoldState'):.1e}"
+        engine.run(chunks(streams.lengths))
+        close_to_fp64(engine)
+    return f"{close(window.pooled, fold.pooled, 2 * pooled_bound(spec.window_rows), 'FoldState'):.1e}"
 
 
 def check_many(lab: Lab) -> str:
     """`compress_many` writes the records of two calls of `compress`."""
     both = [lab.streams(spec, BF16) for spec in (V4_CSA, V4_INDEXER)]
     alone, together = ([lab.engine(streams, "fold") for streams in both] for _ in range(2))
-    schedule = drafts(both[0].batch, both[0].length, DRAFTS, V4_CSA.ratio + 1)
+    steps = drafts(both[0].lengths, DRAFTS, V4_CSA.ratio + 1)
     for engine in alone:
-        engine.run(schedule)
-    for parts in schedule:
-        plan = together[0].plan(parts)
-        compress_many([engine.compressor(parts) for engine in together], plan, backend=lab.backend)
-        if int(plan.errors):
-            raise RuntimeError(f"{int(plan.errors)} sequences or entries were refused")
+        engine.run(steps)
+    run_many(together, steps)
     for one, other in zip(together, alone, strict=True):
         compare_bits(one, other, "compress", pooled=False)
     return "bits equal"
 
 
-def compare_exact(engine: Engine) -> float:
-    """The largest relative error of a pooled row against fp64. Raises Mismatch where it is beyond the bound."""
-    s = engine.streams
-    exact = torch.stack([exact_rows(tokens, s.spec, s.weights["ape"], engine.state) for tokens in s.tokens])
-    return compare_within(engine.pooled, exact, pooled_bound(s.spec.window_rows), "fp64")
-
-
-def compare_within(got: Tensor, want: Tensor, bound: float, against: str) -> float:
-    """The largest relative distance of two rows `[batch, windows, head_dim]`; raises Mismatch if it is over `bound`."""
-    for b, (one, due) in enumerate(zip(got, want, strict=True)):
-        blame(off(one, due, bound), "pooled row", b, one, due, against)
-    return float(((got.double() - want).norm(dim=-1) / want.norm(dim=-1)).max())
-
-
 def compare_bits(got: Engine, want: Engine, against: str, *, pooled: bool = True) -> None:
     """Pooled rows and records of two engines, to the bit."""
     if pooled:
-        same_rows(list(got.pooled), list(want.pooled), None, against)
+        same_rows(got.pooled, want.pooled, None, against)
     same_records(got.cache, got.entry_slots, records(want.cache, want.entry_slots), against)
 
 
-def explain_records(engine: Engine, pooled: Tensor) -> str:
-    """Raises unless the torch packer makes the records of `pooled` `[batch, windows, head_dim]`; says how nearly it does."""
-    weights = engine.streams.weights
-    exact = packed(engine.cache, engine.entry_slots, list(pooled), weights["norm_weight"], weights["rope"])
-    return "bytes equal" if exact else "bytes equal but for roundings of the norm"
+def explain_records(engine: Engine, pooled: list[Tensor]) -> str:
+    """Raises unless the torch packer makes the records of `pooled`, by sequence; says how nearly it does."""
+    return "bytes equal" if packed(engine, pooled) else "bytes equal but for roundings of the norm"

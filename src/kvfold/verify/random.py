@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from ..spec import CompressorSpec
 from ..storage.fold_state import state_kind
 from ..storage.formats import FORMATS
+from ..testing.engine import Step
 
 CASES_PER_SHAPE = 5  # cases in a row that share a shape, since on a GPU it is kernels that take time
 BOUNDS = (1, 2, 4, 8)  # of the plans of short steps, each of which has kernels of its own
@@ -64,21 +65,6 @@ class Shape:
     bound: int
     max_new_tokens: int
     other: Shape | None = None
-
-
-@dataclass(frozen=True)
-class Step:
-    """One call. `parts`: (sequence, start, new tokens, kept ones); `absent`: tokens of sequences without a state slot."""
-
-    bound: int
-    parts: tuple[tuple[int, int, int, int], ...]
-    absent: tuple[int, ...] = ()
-    behind: int = 0  # rows of kv_score behind the last sequence
-    loose: bool = False  # the plan has room for as many tokens as its bound allows
-
-    @property
-    def tokens(self) -> int:
-        return sum(part[2] for part in self.parts) + sum(self.absent)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,19 @@
+"""A miniature engine, to test a use of kvfold without a model: sequences with slots and pages, cut into steps in any way."""
+
+from .data import make_cache, make_pools, make_state, make_tokens, make_weights
+from .engine import Engine, Part, Step, chunks, drafts, prefill, run_many
+
+__all__ = [
+    "Engine",
+    "Part",
+    "Step",
+    "chunks",
+    "drafts",
+    "make_cache",
+    "make_pools",
+    "make_state",
+    "make_tokens",
+    "make_weights",
+    "prefill",
+    "run_many",
+]

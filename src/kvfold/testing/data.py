@@ -1,0 +1,77 @@
+"""Seeded tokens and weights of a compressor, and its state and cache as a careless engine leaves them: full of NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..spec import CompressorSpec
+from ..storage.fold_state import FoldState
+from ..storage.formats import FORMATS, EntryCache
+from ..storage.window_state import WindowState
+
+UNTOUCHED = 0xA5  # each byte of a new cache
+Device = torch.device | str
+
+
+def make_tokens(
+    spec: CompressorSpec, lengths: Sequence[int], values: str, draw: torch.Generator, dtype: torch.dtype, device: Device
+) -> list[Tensor]:
+    """kv_score rows `[n, 2 * channels]` of each sequence, drawn on the CPU: the same on every machine.
+
+    values: "normal"; "peaked", scores of which one outweighs the rest; "tied", all scores 0; "masked", many scores -inf, but
+    not all of a window; "hidden", more of them, and so entries that are NaN; "zeros", masked too, and half of all channels
+    only 0 and -0, mostly -0.
+    """
+    found = []
+    for n in lengths:
+        k, s = torch.randn(n, 2 * spec.channels, generator=draw).split(spec.channels, dim=1)
+        mask = torch.rand(s.shape, generator=draw) < {"masked": 0.5, "zeros": 0.4, "hidden": 0.7}.get(values, 0)
+        if values != "hidden":
+            mask[:: spec.ratio] = False
+        s = torch.zeros_like(s) if values == "tied" else 8 * s if values == "peaked" else s
+        if values == "zeros":
+            zeros = torch.where(torch.rand(k.shape, generator=draw) < 0.9, -0.0, 0.0)
+            k = torch.where(torch.rand(spec.channels, generator=draw) < 0.5, zeros, k)
+        found.append(torch.cat((k, s.masked_fill(mask, -torch.inf)), dim=1).to(device, dtype))
+    return found
+
+
+def make_weights(
+    spec: CompressorSpec, length: int, values: str, draw: torch.Generator, norm_dtype: torch.dtype, device: Device
+) -> dict[str, CompressorSpec | Tensor | None]:
+    """spec, ape, norm_weight and rope, as `compress` takes them; `length`: tokens of the longest sequence."""
+    ape = torch.randn(spec.ratio, spec.channels, generator=draw) * (values != "tied")
+    norm_weight = (1 + 0.2 * torch.randn(spec.head_dim, generator=draw)).to(device, norm_dtype)
+    rope = reference.rope_table(length + 1, spec.rope_dim).to(device) if spec.rope_dim else None
+    return {"spec": spec, "ape": ape.to(device) if spec.has_ape else None, "norm_weight": norm_weight, "rope": rope}
+
+
+def make_state(spec: CompressorSpec, slots: int, max_new_tokens: int, dtype: torch.dtype, device: Device) -> FoldState:
+    """A `FoldState` whose rows are NaN."""
+    state = FoldState.allocate(spec, slots, max_new_tokens, dtype=dtype, device=device)
+    state.rows.fill_(torch.nan)
+    return state
+
+
+def make_pools(
+    spec: CompressorSpec, pages: int, page_size: int, dtype: torch.dtype, device: Device, *, joined: bool = False
+) -> WindowState:
+    """A `WindowState` of NaN. joined: both pools are columns of one tensor."""
+    if not joined:
+        return WindowState(*torch.full((2, pages, page_size, spec.channels), torch.nan, dtype=dtype, device=device).unbind(0))
+    pool = torch.full((pages, page_size, 2 * spec.channels), torch.nan, dtype=dtype, device=device)
+    return WindowState(pool[..., : spec.channels], pool[..., spec.channels :])
+
+
+def make_cache(
+    fmt: str, spec: CompressorSpec, pages: int, rows_per_page: int, device: Device, *, scale: float = 1.0, gap: int = 0
+) -> EntryCache:
+    """A cache of bytes `UNTOUCHED`, `gap` more of them behind each page."""
+    known = FORMATS[fmt]
+    sizes = known.page_bytes(spec, rows_per_page), rows_per_page * known.tail_bytes(spec)
+    wide = [torch.full((pages, size + gap), UNTOUCHED, dtype=torch.uint8, device=device)[:, :size] for size in sizes]
+    return EntryCache(wide[0], known, rows_per_page, spec, scales=wide[1] if known.separate else None, scale=scale)
