@@ -109,7 +109,7 @@ def variant(files: dict[str, bytes], backend: str, version: int) -> dict[str, by
 def layout() -> dict[str, bytes]:
     """Every file of the repository by its path."""
     files = modules()
-    release = re.search(r'^__version__ = "(.+)"$', files["__init__.py"].decode(), re.MULTILINE)[1]
+    release = re.search(r'^__version__ = "(.+)"$', files["_version.py"].decode(), re.MULTILINE)[1]
     version = int(release.split(".")[0])  # of the interface; by the Hub's convention 0 while it may still change
     made = {f"torch-ext/kvfold/{name}": data for name, data in files.items()}
     for backend in BACKENDS:

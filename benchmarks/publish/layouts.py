@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kvfold import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec, FoldState, Snapshots
-from kvfold.backend_triton.table import ANY, CONFIGS, Config
+from kvfold.backend_triton.table import COLUMNS, in_words
 from kvfold.storage.formats import FORMATS, RecordFormat
 
 from ..lib.measured import markdown
@@ -115,34 +115,7 @@ def _bytes(title: str, fields: list[tuple[int, str, str]]) -> str:
 
 def configs_table() -> str:
     """The rows of `backend_triton/table.py`, in order."""
-    header = (
-        "kind", "head_dim", "rows of a window", "new tokens", "windows", "ahead", "warps", "slice", "tile",
-        "registers", "programs", "together", "may spill",
-    )  # fmt: skip
-    lines = [
-        (
-            c.kind, _range(c.head_dims), _range(c.window_rows), _most(c.max_new_tokens), _most(c.most_items), str(c.ahead),
-            str(c.num_warps), str(c.slice or "whole"), str(c.tile) if c.kind == "window" else "-",
-            str(c.registers or "-"), "-" if c.kind == "store" else c.most_programs,
-            str(c.together) if c.programs else "-", _spills(c),
-        )
-        for c in CONFIGS
-    ]  # fmt: skip
-    return markdown(header, lines)
-
-
-def _range(bounds: tuple[int, int]) -> str:
-    low, high = bounds
-    return str(low) if low == high else f"{low} to {high}"
-
-
-def _spills(c: Config) -> str:
-    pair = f", {c.pair_spills} in a pair" if c.pair_spills else ""
-    return f"{c.spills} bytes{pair}" if c.spills or pair else "-"
-
-
-def _most(bound: int) -> str:
-    return "any" if bound == ANY else f"up to {bound}"
+    return markdown(COLUMNS, in_words())
 
 
 def states_table() -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from kvfold import ops
-from kvfold.compress import Compressor
+from kvfold.storage.step import Compressor
 
 from ..lib import protocol, table
 from ..lib.calls import Buffers, Step

@@ -13,7 +13,7 @@ import torch
 import triton
 
 import kvfold
-from kvfold.backend_triton.table import ITEM_BOUNDS, item_bound, pair_bounds
+from kvfold.backend_triton.table import BUCKETS, MULTIPROCESSORS, item_bucket, pair_buckets
 from kvfold.backend_triton.variants import pair_key, step_key, store_key, variant_of, window_key
 from kvfold.precompile.combinations import TARGETS
 from kvfold.storage.fold_state import state_kind
@@ -36,13 +36,13 @@ def key_of(case: Case, variant: Variant, pooled: torch.dtype = BF16) -> tuple:
     if variant.state == "window":
         return window_key(specs[0], formats[0], case.new, (BF16, FP32, rows, weight, True), PAGE_SIZE)
     windows = sum((start + case.new - 1) // case.ratio - start // case.ratio + 1 for start in case.start_positions())
-    bounds = ITEM_BOUNDS if len(specs) == 1 else pair_bounds({state_kind(spec) for spec in specs})
-    items = item_bound(windows, bounds)
+    buckets = BUCKETS if len(specs) == 1 else pair_buckets({state_kind(spec) for spec in specs})
+    bucket = item_bucket(windows, MULTIPROCESSORS, buckets)
     found = []
     for spec, fmt in zip(specs, formats, strict=True):
         kind = state_kind(spec)
         types = (BF16, FP32 if kind == "fold" else BF16, rows, weight, True)
-        found.append(step_key(spec, fmt, kind, case.new, types, items=items))
+        found.append(step_key(spec, fmt, kind, case.new, types, bucket=bucket))
     return found[0] if len(found) == 1 else pair_key(*found)
 
 

@@ -42,13 +42,16 @@ def parse() -> argparse.Namespace:
     for text in args.tries:
         for part in text.split(","):
             name, _, number = part.partition("=")
-            if name not in names or not number.isdigit():
+            if name not in names or not number.replace(".", "", 1).isdigit():
                 parser.error(f"--try must be NAME=NUMBER,... with names of {', '.join(sorted(names))}, got {text!r}")
     return args
 
 
-def changes_of(text: str) -> dict[str, int]:
-    return {name: int(number) for name, number in (part.split("=") for part in text.split(",") if part)}
+def changes_of(text: str) -> dict[str, float]:
+    return {
+        name: float(number) if "." in number else int(number)
+        for name, number in (part.split("=") for part in text.split(",") if part)
+    }
 
 
 def own_row(case: Case, variant: Variant) -> Config:
@@ -58,7 +61,7 @@ def own_row(case: Case, variant: Variant) -> Config:
 
 
 @contextmanager
-def table_with(row: Config, changes: dict[str, int]) -> Iterator[None]:
+def table_with(row: Config, changes: dict[str, float]) -> Iterator[None]:
     """The table with another row in the place of one."""
     table = configs.CONFIGS
     configs.CONFIGS = tuple(replace(config, **changes) if config == row else config for config in table)

@@ -1,7 +1,9 @@
 """kvfold: GPU kernels for the KV-cache compressor of DeepSeek-V4."""
 
 from . import ops, reference
+from ._version import __version__
 from .compress import compress, compress_many
+from .contract import UnsupportedError
 from .debug.check import check
 from .debug.replay import dump, replay
 from .plan import StepPlan
@@ -10,25 +12,27 @@ from .precompile.report import AotReport
 from .precompile.warmup import warmup
 from .restore import restore
 from .spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
+from .storage.cache import EntryCache
 from .storage.fold_state import FoldState
-from .storage.formats import EntryCache
 from .storage.snapshots import Snapshots
+from .storage.step import Compressor
 from .storage.window_state import WindowState
 from .store import store
-
-__version__ = "0.1.0"
 
 __all__ = [
     "V4_CSA",
     "V4_HCA",
     "V4_INDEXER",
     "AotReport",
+    "Compressor",
     "CompressorSpec",
     "EntryCache",
     "FoldState",
     "Snapshots",
     "StepPlan",
+    "UnsupportedError",
     "WindowState",
+    "__version__",
     "aot",
     "check",
     "compress",

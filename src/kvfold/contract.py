@@ -1,6 +1,22 @@
-"""Numbers on which all backends, tests and tools agree."""
+"""Numbers on which all backends, tests and tools agree, and the error that says what no kernel serves."""
 
 from __future__ import annotations
+
+INT32_MAX = (1 << 31) - 1
+MOST_ITEMS = (1 << 28) - 1  # kernels find an item by an int32 of its numbers
+MOST_POSITIONS = 1 << 30  # of a sequence: what kernels add to a position then stays an int32
+ITEM_FIELDS = ("window", "start", "end", "token", "slot", "entry", "sequence", "unused")  # of a row of `StepPlan.items`
+
+# The order of the sums of a WindowState's entries, which their bits follow. Row j of a window belongs to lane j % LANES; a lane
+# takes ROWS_OF_A_LANE rows against one maximum; lanes are summed last.
+LANES, ROWS_OF_A_LANE = 8, 8
+# The same of a FoldState's windows of input rows: row j is of group j // 4, and a group is folded against one maximum. Two
+# groups are a window of ratio 4 with overlap. A group of 8 would hold all its scores in registers at once.
+ROWS_AT_ONCE = 4
+
+
+class UnsupportedError(ValueError, NotImplementedError):
+    """What was asked for is valid, but kvfold has no kernel or no hook for it; the message says what there is."""
 
 
 def pooled_bound(window_rows: int) -> float:

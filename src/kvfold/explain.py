@@ -11,14 +11,15 @@ from dataclasses import dataclass, replace
 import torch
 
 from .arguments.checks import check_int
-from .backend_torch.fold import Items, _Rows
-from .backend_torch.window import _window
+from .backend_torch.items import Items, StateRows
+from .backend_torch.window import window_positions
 from .compress import compress
 from .plan import StepPlan
 from .spec import CompressorSpec, check_spec
-from .storage import pack
+from .storage.cache import EntryCache
 from .storage.fold_state import FoldState
-from .storage.formats import EntryCache, RecordFormat, get_format
+from .storage.formats import RecordFormat, get_format
+from .storage.pack import record_address, tail_address
 from .storage.window_state import WindowState
 
 MOST = 1 << 20  # V4's longest context; the narrow step over it takes a second
@@ -174,7 +175,7 @@ class _FoldStep:
         return self.state.positions[0].tolist()
 
     def _find(self, position: int) -> int:
-        return int(_Rows(self.state).find(torch.tensor([0]), torch.tensor([position])))
+        return int(StateRows(self.state).find(torch.tensor([0]), torch.tensor([position])))
 
     def _row(self, position: int, row: int) -> Row:
         return Row(position, None, row, row >= self.state.ring)
@@ -221,7 +222,7 @@ class _PagedStep:
 
     def reads(self, start: int, new: int) -> tuple[Row, ...]:
         items = Items.of(self._make_plan(start, new, 1))
-        position, old = _window(items[items.entry >= 0], self.narrow)
+        position, old = window_positions(items[items.entry >= 0], self.narrow)
         return tuple(self._row(x) for x in sorted(set(position[old].tolist())))
 
     def changes(self, before: list[int]) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
@@ -238,7 +239,7 @@ def _entries(spec: CompressorSpec, plan: StepPlan, fmt: RecordFormat | None, row
     made = items[items.entry >= 0]
     assert plan.entry_slots is not None
     slots, found = plan.entry_slots[made.entry], []
-    position, _ = _window(made, spec)
+    position, _ = window_positions(made, spec)
     cache = None
     if fmt is not None and len(slots):
         cache = EntryCache.allocate(fmt, int(slots.max()) // rows_per_page + 1, rows_per_page, spec, device="meta")
@@ -255,7 +256,7 @@ def _entries(spec: CompressorSpec, plan: StepPlan, fmt: RecordFormat | None, row
 def _spans(cache: EntryCache, slot: int) -> tuple[Span, ...]:
     """The bytes of one record, in the order of `EntryCache.raw`."""
     fmt, spec, at = cache.format, cache.spec, torch.tensor([slot])
-    (_, page, record), (_, _, tail) = pack._record(cache, at), pack._tail(cache, at)
+    (_, page, record), (_, _, tail) = record_address(cache, at), tail_address(cache, at)
     rotated = 2 * (spec.head_dim - fmt.quantized(spec))
     scales, number = fmt.groups(spec) * fmt.scale_bytes, int(page)
     fields = [("values", "page", int(record), fmt.row_bytes(spec) - rotated)]

@@ -15,12 +15,13 @@ import torch
 from torch._subclasses import FakeTensor
 
 from .arguments.checks import check_type
-from .plan import LIVE, StepPlan
+from .calls.run import run_compress, run_many, run_restore, run_store, run_update
 from .spec import CompressorSpec, check_spec
+from .storage.cache import EntryCache
 from .storage.fold_state import FoldState
-from .storage.formats import EntryCache
 from .storage.remembered import check_made
 from .storage.snapshots import Snapshots
+from .storage.step import LIVE, Compressor, PlanData
 from .storage.window_state import WindowState
 
 # Operators are global to a process: each copy of the package, loaded under a name of its own, has its own.
@@ -53,8 +54,8 @@ UPDATE = (
 )  # fmt: skip
 
 
-def compress(c, plan: StepPlan, rows: torch.Tensor | None, backend: str | None, pdl: bool | None) -> None:
-    """`kvfold.compress` while it is traced; `c` is its `Compressor`."""
+def compress(c: Compressor, plan: PlanData, rows: torch.Tensor | None, backend: str | None, pdl: bool | None) -> None:
+    """`kvfold.compress` while it is traced."""
     common = (_text(c.spec), *_cache(c.cache, c.spec), c.ape, c.norm_weight, c.rope, rows, backend, pdl)
     if isinstance(c.state, WindowState):
         _call(OPS.compress_window, *_plan(plan), *_window_plan(plan), *_window_state(c), *common)
@@ -62,18 +63,21 @@ def compress(c, plan: StepPlan, rows: torch.Tensor | None, backend: str | None, 
         _call(OPS.compress, *_plan(plan), *_fold_plan(plan), *_fold(c), *common)
 
 
-def compress_many(pair: Sequence, plan: StepPlan, backend: str | None, pdl: bool | None) -> None:
-    """`kvfold.compress_many` of two while it is traced."""
+def compress_many(compressors: Sequence[Compressor], plan: PlanData, backend: str | None, pdl: bool | None) -> None:
+    """`kvfold.compress_many` while it is traced."""
+    if len(compressors) == 1:
+        compress(compressors[0], plan, None, backend, pdl)
+        return
     flat = []
-    for c in pair:
+    for c in compressors:
         flat += [*_fold(c), _text(c.spec), *_cache(c.cache, c.spec), c.ape, c.norm_weight, c.rope]
     _call(OPS.compress_many, *_plan(plan), *_fold_plan(plan), *flat, backend, pdl)
 
 
-def store(rows: torch.Tensor, plan: StepPlan, cache: EntryCache, spec: CompressorSpec, *rest: object) -> None:
-    """`kvfold.store` while it is traced; `rest` are the weights and how to run, in its order."""
-    check_type("cache", cache, EntryCache)
-    _call(OPS.store, rows, *_plan(plan), _text(spec), *_cache(cache, spec), *rest)
+def store(c: Compressor, plan: PlanData, backend: str | None, pdl: bool | None) -> None:
+    """`kvfold.store` while it is traced."""
+    check_type("cache", c.cache, EntryCache)
+    _call(OPS.store, c.kv_score, *_plan(plan), _text(c.spec), *_cache(c.cache, c.spec), c.norm_weight, c.rope, backend, pdl)
 
 
 def restore(state: FoldState, snapshots: Snapshots, *hits: object) -> None:
@@ -82,7 +86,7 @@ def restore(state: FoldState, snapshots: Snapshots, *hits: object) -> None:
     _call(OPS.restore, _text(state.spec), *_state(state), *_snapshots(snapshots, state.spec), *hits)
 
 
-def update(plan: StepPlan, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
+def update(plan: PlanData, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
     """`StepPlan.update` while it is traced."""
     table = plan.cache_block_table
     _call(
@@ -93,7 +97,7 @@ def update(plan: StepPlan, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) ->
     )  # fmt: skip
 
 
-def mark_static(*things: FoldState | WindowState | EntryCache | Snapshots | StepPlan | torch.Tensor) -> None:
+def mark_static(*things: FoldState | WindowState | EntryCache | Snapshots | PlanData | torch.Tensor) -> None:
     """Says that these live as long as the compiled code: `torch.compile(mode="reduce-overhead")` needs it.
 
     CUDA graphs are left out by torch, with a warning, when a graph mutates an input that may be elsewhere at the next call.
@@ -102,7 +106,7 @@ def mark_static(*things: FoldState | WindowState | EntryCache | Snapshots | Step
     `rows` that come with a call. One that moves all the same costs a new recording.
     """
     for i, thing in enumerate(things):
-        if not isinstance(thing, (FoldState, WindowState, EntryCache, Snapshots, StepPlan, torch.Tensor)):
+        if not isinstance(thing, (FoldState, WindowState, EntryCache, Snapshots, PlanData, torch.Tensor)):
             kinds = "a state, a cache, snapshots, a plan or a tensor"
             raise TypeError(f"things[{i}] must be {kinds}, got {type(thing).__name__}")
         held = [thing] if isinstance(thing, torch.Tensor) else vars(thing).values()
@@ -133,19 +137,19 @@ def _call(operator: torch._ops.OpOverloadPacket, *args: object) -> None:
 # From objects to arguments. This much is traced: attribute reads, and the checks of what an operator cannot see.
 
 
-def _plan(plan: StepPlan) -> tuple:
-    check_type("plan", plan, StepPlan)
+def _plan(plan: PlanData) -> tuple:
+    check_type("plan", plan, PlanData)
     return (
         plan.items, plan.num_items, plan.entry_slots, plan.errors, plan.entry_capacity, plan.batch, plan.max_new_tokens,
         plan.ratio, plan.rows_per_page,
     )  # fmt: skip
 
 
-def _fold_plan(plan: StepPlan) -> tuple:
+def _fold_plan(plan: PlanData) -> tuple:
     return plan.state_slots, plan.snapshot_table, plan.snapshot_page_size
 
 
-def _window_plan(plan: StepPlan) -> tuple:
+def _window_plan(plan: PlanData) -> tuple:
     kv_table, score_table = plan.block_tables if plan.block_tables is not None else (None, None)
     return plan.entry_items, plan.cu_entries, kv_table, score_table, plan.page_size
 
@@ -155,7 +159,7 @@ def _text(spec: CompressorSpec) -> str:
     return spec._text
 
 
-def _fold(c) -> tuple:
+def _fold(c: Compressor) -> tuple:
     check_type("state", c.state, FoldState)
     check_spec("spec", c.spec)
     if c.state.spec._text != c.spec._text:
@@ -176,7 +180,7 @@ def _snapshots(snapshots: Snapshots | None, spec: CompressorSpec) -> tuple:
     return snapshots.rows, snapshots.positions, snapshots.page_size
 
 
-def _window_state(c) -> tuple:
+def _window_state(c: Compressor) -> tuple:
     if c.snapshots is not None:
         raise ValueError("snapshots must be None for a WindowState, whose pages are shared as they are")
     return c.kv_score, c.state.kv, c.state.score
@@ -198,8 +202,8 @@ def _cache(cache: EntryCache | None, spec: CompressorSpec) -> tuple:
 
 def _plan_of(
     items, num_items, entry_slots, errors, entry_capacity, batch, max_new_tokens, ratio, rows_per_page
-) -> StepPlan:  # fmt: skip
-    plan = StepPlan()
+) -> PlanData:  # fmt: skip
+    plan = PlanData()
     plan.ratio, plan.max_new_tokens, plan.batch = ratio, max_new_tokens, batch
     plan.items, plan.num_items, plan.entry_slots, plan.errors = items, num_items, entry_slots, errors
     plan.item_capacity, plan.entry_capacity = items.shape[0], entry_capacity
@@ -224,7 +228,7 @@ def _cache_of(spec: CompressorSpec, storage, scales, fmt: str, rows_per_page: in
     return None if storage is None else EntryCache(storage, fmt, rows_per_page, spec, scales=scales, scale=scale)
 
 
-def _run(plan: StepPlan, call: Callable[[], None]) -> None:
+def _run(plan: PlanData, call: Callable[[], None]) -> None:
     """Makes a call with a plan of one call, which is as fresh as the user's plan over the same items; see `use_pdl`."""
     user = LIVE.get(plan.items.data_ptr())
     plan.fresh = user is None or user.fresh
@@ -233,10 +237,8 @@ def _run(plan: StepPlan, call: Callable[[], None]) -> None:
         user.fresh = plan.fresh
 
 
-def _call_compress(plan: StepPlan, states: list, made: Sequence, backend: str | None, pdl: bool | None, rows=None) -> None:
+def _call_compress(plan: PlanData, states: list, made: Sequence, backend: str | None, pdl: bool | None, rows=None) -> None:
     """The eager call for compressors whose states remember their launchers in `states`."""
-    from .compress import run_compress, run_many
-
     for c, memory in zip(made, states, strict=True):
         c.state._last = memory[0]
     if len(made) == 1:
@@ -247,10 +249,8 @@ def _call_compress(plan: StepPlan, states: list, made: Sequence, backend: str | 
         memory[0] = c.state._last
 
 
-def _compressor_of(args: Sequence, kind: str):
+def _compressor_of(args: Sequence, kind: str) -> tuple[Compressor, list[tuple]]:
     """A `Compressor` from the arguments of its state, spec, cache and weights, and the memory of its launcher."""
-    from .compress import Compressor
-
     kv_score, *held = args[: -len(ONE)]
     (text,), flat_cache, weights = _cut(args[-len(ONE) :], SPEC, CACHE, WEIGHTS)
     spec = _spec_of(text)
@@ -301,16 +301,13 @@ def _compress_many(*args: object) -> None:
 
 
 def _store(rows: torch.Tensor, *args: object) -> None:
-    from .store import run_store
-
     flat, (text,), cache, weights, how = _cut(args, PLAN, SPEC, CACHE, WEIGHTS[1:], HOW)
     plan, spec = _plan_of(*flat), _spec_of(text)
-    _run(plan, lambda: run_store(rows, plan, _cache_of(spec, *cache), spec, *weights, *how))
+    c = Compressor(rows, None, _cache_of(spec, *cache), spec, None, *weights)
+    _run(plan, lambda: run_store(c, plan, *how))
 
 
 def _restore(*args: object) -> None:
-    from .restore import run_restore
-
     (text,), state, kept, hits = _cut(args, SPEC, STATE, KEPT, HITS)
     spec = _spec_of(text)
     run_restore(FoldState(spec, *state), Snapshots(spec, *kept), *hits)
@@ -324,11 +321,11 @@ def _update(
     plan = _plan_of(items, num_items, entry_slots, errors, *sizes)
     plan._whole, plan.state_slots, plan.cache_block_table, plan.max_tokens = True, state_slots, table, max_tokens
     plan.start_pos, plan.cu_seqlens, plan.cu_entries, plan.entry_items = own_start_pos, own_cu_seqlens, cu_entries, entry_items
-    check_made("plan", plan, StepPlan)
+    check_made("plan", plan, PlanData)
     user = LIVE.get(items.data_ptr())
     if user is not None:
         user.fresh, plan._launcher = True, user._launcher
-    plan.run_update(start_pos, cu_seqlens)
+    run_update(plan, start_pos, cu_seqlens)
 
 
 def _define(name: str, arguments: tuple[str, ...], run: Callable[..., None]) -> None:

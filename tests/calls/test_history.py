@@ -106,18 +106,18 @@ def test_histories(backend: Backend, name: str, pytestconfig: pytest.Config) -> 
 
 
 def forget_to_retire(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(backend_torch._Rows, "retire", lambda *_: None)
+    patch.setattr(backend_torch.StateRows, "retire", lambda *_: None)
 
 
 def forget_spare_rows(patch: pytest.MonkeyPatch) -> None:
     """What a step reads is overwritten by it: the step cannot be repeated."""
-    patch.setattr(backend_torch._Rows, "place", lambda self, slot, x, h0, start: slot * self.per_slot + x % self.ring)
+    patch.setattr(backend_torch.StateRows, "place", lambda self, slot, x, h0, start: slot * self.per_slot + x % self.ring)
 
 
 def forget_the_check(patch: pytest.MonkeyPatch) -> None:
     """A step of which a history row is missing takes what it finds."""
-    find = backend_torch._Rows.find
-    patch.setattr(backend_torch._Rows, "find", lambda self, slot, x: find(self, slot, x).clamp(min=0))
+    find = backend_torch.StateRows.find
+    patch.setattr(backend_torch.StateRows, "find", lambda self, slot, x: find(self, slot, x).clamp(min=0))
 
 
 def forget_the_window_before(patch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import kvfold
+from kvfold.backend_torch.plan import update_torch
 from kvfold.backend_triton.kernels.plan import SEQUENCES, update_on_gpu, windows_per_program
-from kvfold.plan import LIVE, MOST_POSITIONS
+from kvfold.contract import MOST_POSITIONS
+from kvfold.storage.step import LIVE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -83,7 +85,7 @@ def test_the_kernel_says_what_the_definition_says(seed: int) -> None:
     per_program = windows_per_program(plan.windows_per_sequence)
     assert seed % 4 > 1 or max(plan.batch / SEQUENCES, plan.windows_per_sequence / per_program) > 1
     seen = []
-    for update in (plan._update, lambda *args: update_on_gpu(plan, *args)):
+    for update in (lambda *args: update_torch(plan, *args), lambda *args: update_on_gpu(plan, *args)):
         plan.errors.zero_()
         for tensor in (plan.items, plan.num_items, plan.cu_entries[1:], plan.entry_items, plan.entry_slots):
             assert tensor is not None

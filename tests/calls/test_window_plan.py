@@ -12,6 +12,7 @@ from support.window_support import WindowEngine
 
 import kvfold
 from kvfold import FoldState, StepPlan
+from kvfold.backend_torch.plan import update_torch
 from kvfold.backend_triton.kernels.plan import update_on_gpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -87,7 +88,7 @@ def test_the_kernel_says_what_the_definition_says(seed: int, paged: bool) -> Non
     places = torch.zeros(sum(lengths) // ratio // 2, dtype=torch.int64, device=DEVICE) if seed % 2 else None
     plan = StepPlan.build(ratio, int32(starts), cu_seqlens, most, entry_slots=places, max_tokens=sum(lengths), **where)
     seen = []
-    for update in (plan._update, lambda *args: update_on_gpu(plan, *args)):
+    for update in (lambda *args: update_torch(plan, *args), lambda *args: update_on_gpu(plan, *args)):
         plan.errors.zero_()
         for tensor in (plan.items, plan.num_items, plan.cu_entries[1:], plan.entry_items):
             tensor.fill_(-99)

@@ -12,8 +12,7 @@ from torch import Tensor
 
 import kvfold
 from kvfold import CompressorSpec
-from kvfold.contract import pooled_bound
-from kvfold.plan import MOST_POSITIONS
+from kvfold.contract import MOST_POSITIONS, pooled_bound
 
 SPEC = SPECS["indexer"]
 TOP, BOTTOM = (1 << 31) - 1, -(1 << 31)

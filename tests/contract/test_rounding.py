@@ -16,7 +16,8 @@ import torch
 from support.helpers import Backend
 from support.record_support import SPECS, write
 
-from kvfold.storage.formats import FORMATS, EntryCache
+from kvfold.storage.cache import EntryCache
+from kvfold.storage.formats import FORMATS
 
 ALPHA = 1e-9
 # Formats that round fp32 to elements in one step. Rounding to bf16 first moves ties, which is why the others are not here.

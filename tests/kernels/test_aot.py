@@ -75,7 +75,7 @@ def test_every_row_of_the_tables_is_compiled() -> None:
     assert {(c.fmt.name, c.other[1].name) for c in every if c.other} == {("fp8_ds_mla", name) for name in indexers}
     for c in every:
         if c.config is not None:
-            assert choose(c.config.kind, c.spec, c.config.max_new_tokens, c.config.most_items) == c.config
+            assert choose(c.config.kind, c.spec, c.config.max_new_tokens, c.config.bucket) == c.config
             # The name and the allowance are those of the row that the kernel is compiled for.
             assert c.variant().registers == c.config.registers
             assert c.variant().num_warps == c.config.num_warps or c.other
@@ -248,10 +248,10 @@ if __name__ == "__main__":
 # Of each row that may spill the kernel that spills most, alone and in a pair.
 _PAIR = "pair hd512 R4 overlap fp8_ds_mla {} hd128 R4 overlap hadamard {}"
 MOST = (
-    "fold hd512 R128 fp8_block128 ahead8 warps8 items264",
+    "fold hd512 R128 fp8_block128 ahead8 warps8 windows2",
     "fold hd512 R128 fp8_block128 ahead4 warps4",
     "rows hd512 R4 overlap rows ahead8 warps4 n8",
-    "rows hd512 R4 overlap fp8_ds_mla ahead4 warps2 items2376",
+    "rows hd512 R4 overlap fp8_ds_mla ahead4 warps2 windows18",
     "rows hd512 R4 overlap fp8_ds_mla ahead8 warps2 snapshots",
     _PAIR.format("ahead8 warps2", "indexer_mxfp4"),
     "rows hd128 R4 overlap hadamard mxfp4 ahead8 warps1",
@@ -285,12 +285,12 @@ from kvfold.storage.formats import FORMATS
 from kvfold.storage.fold_state import state_kind
 
 types = (torch.bfloat16, torch.float32, None, torch.float32, True)
-for head_dim, ratio, overlap, new, items in (
+for head_dim, ratio, overlap, new, bucket in (
     (128, 1, False, 1, ANY), (128, 3, True, 4, ANY), (128, 5, False, 8, ANY), (128, 7, False, 64, ANY),
-    (512, 48, False, 4, ANY), (512, 129, False, 129, 1),
+    (512, 48, False, 4, ANY), (512, 129, False, 129, 0.5),
 ):
     spec = CompressorSpec(head_dim, ratio, overlap)
-    key = step_key(spec, FORMATS["bf16"], state_kind(spec), new, types, False, items)
+    key = step_key(spec, FORMATS["bf16"], state_kind(spec), new, types, False, bucket)
     found = variant_of(key, True, True).compile(TARGETS["sm_90"]).asm["ptx"]
     fetches = "prefetch.global.L2" in found or "bulk.prefetch.L2" in found  # lines, or pieces
     print(found.count("griddepcontrol.wait") > 0, fetches)

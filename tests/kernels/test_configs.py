@@ -16,7 +16,7 @@ from support.window_support import WindowEngine, run
 
 from kvfold import CompressorSpec, reference
 from kvfold.backend_triton import table as configs
-from kvfold.backend_triton.table import ANY, CONFIGS, ITEM_BOUNDS, Config, UnsupportedError, choose
+from kvfold.backend_triton.table import ANY, BUCKETS, CONFIGS, Config, UnsupportedError, choose
 from kvfold.backend_triton.variants import draws_items, variant_of
 from kvfold.contract import pooled_bound
 from kvfold.storage.fold_state import state_kind
@@ -26,7 +26,7 @@ SPECS = [
     CompressorSpec(1 << log, ratio, overlap, rope_dim=0) for log, ratio, overlap in product(range(4, 13), RATIOS, (False, True))
 ]
 STEPS = (1, 2, 3, 4, 5, 8, 9, 16, 100, 4096, ANY)
-ITEMS = (1, *(items for bound in ITEM_BOUNDS[:-1] for items in (bound, bound + 1)), ANY)
+ITEMS = (1, *(items for bound in BUCKETS[:-1] for items in (bound, bound + 1)), ANY)
 CALLS = [(kind, spec, n) for spec, n in product(SPECS, STEPS) for kind in (state_kind(spec), "window", "store")]
 
 
@@ -55,7 +55,7 @@ def test_a_row_of_the_table_is_chosen_and_the_first_that_serves() -> None:
             assert not draws_items(spec, chosen) or chosen.num_warps <= 2
             assert chosen.pair_programs == 0 or (kind == "rows" and chosen.pair_programs <= chosen.programs)
             # Launches tell these numbers of windows apart and no others.
-            assert chosen.most_items in ITEM_BOUNDS
+            assert chosen.bucket in BUCKETS
             # Slices cut a row evenly; over fold rows only programs that take items in turn, one window each, can share one.
             assert chosen.slice == 0 or spec.head_dim % min(chosen.slice, spec.head_dim) == 0
             shared = kind == "fold" and chosen.programs and chosen.together == 1
@@ -160,7 +160,7 @@ def test_programs_that_share_a_window_give_its_bits(backend: Backend, monkeypatc
     tokens = make_tokens(spec, 36, seed=3)
     row = choose("fold", spec, 16)
     found = []
-    for config in (row, replace(row, ahead=4, slice=8, programs=12)):
+    for config in (row, replace(row, ahead=4, slice=8, programs=12 / configs.MULTIPROCESSORS)):
         monkeypatch.setattr(configs, "CONFIGS", tuple(config if c == row else c for c in CONFIGS))
         engine = Engine(spec, backend, num_slots=3, max_new_tokens=rewindable)
         engine.step([(1, 0, tokens[:5]), (0, 0, tokens[:1])])

@@ -332,7 +332,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
     for module in (dispatch, launch):
         monkeypatch.setattr(module, "launcher_of", launcher_of)
-    monkeypatch.setattr(StepPlan, "_update", update)
+    monkeypatch.setattr("kvfold.calls.run.update_torch", update)
     monkeypatch.setattr(dispatch, "INTERPRETED", False)  # so that addresses count
     return found
 

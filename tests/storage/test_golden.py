@@ -16,7 +16,8 @@ from support.record_support import dequantized, write
 from torch import Tensor
 
 from kvfold import CompressorSpec
-from kvfold.storage.formats import FORMATS, EntryCache
+from kvfold.storage.cache import EntryCache
+from kvfold.storage.formats import FORMATS
 
 FOLDER = Path(__file__).parent / "golden"
 FILES = sorted(FOLDER.glob("*.safetensors"))

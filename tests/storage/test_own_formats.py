@@ -19,7 +19,8 @@ from support.record_support import SPECS, write
 
 import kvfold
 from kvfold import CompressorSpec
-from kvfold.storage.formats import FORMATS, EntryCache, RecordFormat
+from kvfold.storage.cache import EntryCache
+from kvfold.storage.formats import FORMATS, RecordFormat
 
 NAMES = [field.name for field in fields(RecordFormat)]
 E4M3 = {"name": "mine", "source": "me", "element": "e4m3", "group": 32, "scale": "ue8m0", "floor": 1e-4}

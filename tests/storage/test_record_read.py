@@ -10,7 +10,8 @@ from support.helpers import Backend
 from support.record_support import CASES, SCALED, SPECS, Pages, dequantized, fields, permuted_slots, random_entries
 
 import kvfold
-from kvfold.storage.formats import FORMATS, EntryCache
+from kvfold.storage.cache import EntryCache
+from kvfold.storage.formats import FORMATS
 
 ROWS_PER_PAGE = 5
 N = 12

@@ -11,7 +11,8 @@ from support.record_support import CASES, SCALED, SCALES, SPECS, Pages, permuted
 
 import kvfold
 from kvfold import CompressorSpec
-from kvfold.storage.formats import FORMATS, EntryCache, get_format
+from kvfold.storage.cache import EntryCache
+from kvfold.storage.formats import FORMATS, get_format
 
 ROWS_PER_PAGE = 7  # odd, so that tails and pages do not happen to be aligned
 

@@ -96,4 +96,4 @@ def wrong(monkeypatch: pytest.MonkeyPatch, spoil) -> None:
             spoil(state, cache, rows, others["snapshots"])
 
     monkeypatch.setattr(debug_call, "compress", compress)
-    monkeypatch.setattr(sys.modules["kvfold.compress"], "choose_backend", lambda backend, *_: backend)
+    monkeypatch.setattr(sys.modules["kvfold.calls.checks"], "choose_backend", lambda backend, *_: backend)

@@ -33,7 +33,8 @@ class Backend(NamedTuple):
 
 
 def change_long_rows(monkeypatch: pytest.MonkeyPatch, **changed: object) -> None:
-    """Another table of kernels: its rows for long steps over input rows have these values."""
+    """Another table of kernels: its rows for long steps over input rows have these values, programs in all."""
+    changed = {k: n / configs.MULTIPROCESSORS if k.endswith("programs") else n for k, n in changed.items()}
     rows = (replace(c, **changed) if c.kind == "rows" and c.programs else c for c in configs.CONFIGS)
     monkeypatch.setattr(configs, "CONFIGS", tuple(rows))
 

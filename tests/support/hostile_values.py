@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from kvfold import CompressorSpec, EntryCache, FoldState, Snapshots, StepPlan, WindowState
-from kvfold.compress import Compressor
 from kvfold.storage.formats import FORMATS, RecordFormat
+from kvfold.storage.step import Compressor
 
 KINDS = (StepPlan, EntryCache, FoldState, WindowState, Snapshots, CompressorSpec, RecordFormat)
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 import kvfold
 from kvfold import CompressorSpec
-from kvfold.storage.formats import FORMATS, EntryCache
+from kvfold.storage.cache import EntryCache
+from kvfold.storage.formats import FORMATS
 from kvfold.storage.pack import pack_records
 
 CASES = [(name, hd) for name in FORMATS for hd in oracle.FORMATS[name]["head_dims"]]

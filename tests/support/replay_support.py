@@ -17,10 +17,10 @@ from torch import Tensor
 
 import kvfold
 from kvfold import CompressorSpec, EntryCache, FoldState, StepPlan, WindowState
-from kvfold.compress import Compressor
 from kvfold.debug import file as debug_file
 from kvfold.debug.call import Call as Value
 from kvfold.storage.formats import FORMATS
+from kvfold.storage.step import Compressor
 
 FOLD = CompressorSpec(head_dim=32, ratio=16, rope_dim=8)
 ROWS = CompressorSpec(head_dim=16, ratio=4, overlap=True, rope_dim=8)

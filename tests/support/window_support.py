@@ -12,7 +12,7 @@ from torch import Tensor
 
 import kvfold
 from kvfold import CompressorSpec, reference
-from kvfold.plan import MOST_POSITIONS
+from kvfold.contract import MOST_POSITIONS
 
 VALUE, SCORE = 0, 1
 NO_PAGE, WRONG_PAGE = "no page", "wrong page"

@@ -149,11 +149,11 @@ def test_python_m_kvfold_and_missing_extras():
 
 
 def test_info_shows_the_kernels_table():
-    from kvfold.backend_triton.table import CONFIGS
+    from kvfold.backend_triton.table import ROWS
 
     output = call("info").output
     assert all(
-        output.count(f"│ {kind} ") == sum(c.kind == kind for c in CONFIGS) for kind in ("fold", "rows", "window", "store")
+        output.count(f"│ {kind} ") == sum(row[0].kind == kind for row in ROWS) for kind in ("fold", "rows", "window", "store")
     )
 
 

@@ -114,7 +114,7 @@ def test_a_store_is_compared(backend: Backend, monkeypatch: pytest.MonkeyPatch) 
     weights = {name: call.weights[name] for name in ("spec", "norm_weight", "rope")}
     report = check(pooled, call.plan, call.cache, **weights, backend=backend.name)
     assert report.equal and (report.entries, report.referenced, report.errors) == (3, 0, 0), report
-    monkeypatch.setattr(sys.modules["kvfold.store"], "choose_backend", lambda backend, *_: backend)
+    monkeypatch.setattr(sys.modules["kvfold.calls.checks"], "choose_backend", lambda backend, *_: backend)
     monkeypatch.setattr(launch, "store_triton", lambda *_: None)
     report = check(pooled, call.plan, call.cache, **weights, backend="triton")
     found = [(d.stage, d.sequence, d.window) for d in report.differences]

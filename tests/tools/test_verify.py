@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kvfold import V4_CSA, V4_HCA
+from kvfold.backend_torch import finish
 from kvfold.backend_torch import fold as backend_torch
 from kvfold.backend_torch import window as backend_window
 from kvfold.backend_triton.table import CONFIGS, Config, choose
@@ -59,7 +60,7 @@ def test_a_kernel_that_does_not_run_is_not_passed() -> None:
 def test_every_row_of_the_table_has_a_shape() -> None:
     for config in CONFIGS:
         spec, bound = representative(config)
-        assert choose(config.kind, spec, bound, config.most_items) is config
+        assert choose(config.kind, spec, bound, config.bucket) is config
     with pytest.raises(LookupError, match="no usual shape"):
         representative(Config("fold", (16, 16), (3, 3), 1, ahead=1, num_warps=1))
 
@@ -123,7 +124,7 @@ def test_a_cut_that_changes_a_bit_fails(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("kind", ["FoldState", "WindowState"])
 def test_state_rows_that_are_not_written_fail(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     if kind == "FoldState":
-        monkeypatch.setattr(backend_torch._Rows, "place", lambda self, slot, position, h0, start: slot * self.per_slot)
+        monkeypatch.setattr(backend_torch.StateRows, "place", lambda self, slot, position, h0, start: slot * self.per_slot)
         assert "were refused" in problem_of(f"csa {kind}: decode")
     else:
         monkeypatch.setattr(backend_window, "_write", lambda items, *_: torch.zeros_like(items.window, dtype=torch.bool))
@@ -138,19 +139,19 @@ def test_reading_what_a_former_owner_left_fails(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_wrong_bytes_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = backend_torch.pack_records
+    real = finish.pack_records
 
     def wrong(cache, slots, entries):
         real(cache, slots, entries)
         cache.pages[slots // cache.rows_per_page, -1] ^= 1
 
-    monkeypatch.setattr(backend_torch, "pack_records", lambda cache, slots, y: real(cache, slots, y * 1.25))
+    monkeypatch.setattr(finish, "pack_records", lambda cache, slots, y: real(cache, slots, y * 1.25))
     assert problem_of("format: fp8_ds_mla hd").find("first: read-back value: sequence") > 0
-    monkeypatch.setattr(backend_torch, "pack_records", real)
+    monkeypatch.setattr(finish, "pack_records", real)
     monkeypatch.setattr(job, "store", lambda rows, *args, **options: store(rows + 1, *args, **options))
     assert problem_of("format: fp8_ds_mla hd").startswith("record bytes: sequence 0, window 0")
     monkeypatch.setattr(job, "store", store)
-    monkeypatch.setattr(backend_torch, "pack_records", wrong)
+    monkeypatch.setattr(finish, "pack_records", wrong)
     assert "outside of all records" in problem_of("format: fp8_ds_mla hd")
 
 

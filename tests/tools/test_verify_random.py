@@ -16,9 +16,11 @@ import pytest
 import torch
 from support.helpers import Backend
 
-from kvfold import Snapshots, StepPlan, compress, restore
+from kvfold import Snapshots, StepPlan, compress
+from kvfold.backend_torch import finish
 from kvfold.backend_torch import fold as backend_torch
 from kvfold.backend_torch import window as backend_window
+from kvfold.calls import run as calls_run
 from kvfold.storage.formats import FORMATS
 from kvfold.verify import run as verify_run
 from kvfold.verify.case import Mismatch
@@ -117,27 +119,27 @@ def one_masked_row_is_plus_zero(patch: pytest.MonkeyPatch) -> None:
 
 
 def one_byte_of_a_record(patch: pytest.MonkeyPatch) -> None:
-    real = backend_torch.pack_records
+    real = finish.pack_records
 
     def pack(cache, slots, y):
         real(cache, slots, y)
         cache.pages[slots // cache.rows_per_page, 0] ^= 1
 
-    patch.setattr(backend_torch, "pack_records", pack)
+    patch.setattr(finish, "pack_records", pack)
 
 
 def a_byte_outside_of_records(patch: pytest.MonkeyPatch) -> None:
-    real = backend_torch.pack_records
+    real = finish.pack_records
 
     def pack(cache, slots, y):
         real(cache, slots, y)
         cache.storage.as_strided((cache.storage.untyped_storage().nbytes(),), (1,), 0)[-1] = 0
 
-    patch.setattr(backend_torch, "pack_records", pack)
+    patch.setattr(finish, "pack_records", pack)
 
 
 def state_rows_go_astray(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(backend_torch._Rows, "place", lambda self, slot, x, h0, start: slot * self.per_slot)
+    patch.setattr(backend_torch.StateRows, "place", lambda self, slot, x, h0, start: slot * self.per_slot)
 
 
 def old_pages_are_not_read(patch: pytest.MonkeyPatch) -> None:
@@ -166,14 +168,13 @@ def snapshots_are_forgotten(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_restored_row_is_another(patch: pytest.MonkeyPatch) -> None:
-    module = sys.modules[restore.__module__]
-    real = module._restore_torch
+    real = calls_run.restore_torch
 
     def wrong(state, snapshots, slots, *rest):
         real(state, snapshots, slots, *rest)
         state.rows[slots] = -state.rows[slots]
 
-    patch.setattr(module, "_restore_torch", wrong)
+    patch.setattr(calls_run, "restore_torch", wrong)
 
 
 def the_second_of_a_pair_is_left_out(patch: pytest.MonkeyPatch) -> None:
@@ -185,10 +186,10 @@ def the_second_of_a_pair_is_left_out(patch: pytest.MonkeyPatch) -> None:
 def dropped_entries_are_written(patch: pytest.MonkeyPatch) -> None:
     real = backend_torch.emit
 
-    def emit(pooled, items, plan, cache, *rest):
-        if plan.entry_slots is not None and cache is not None:
+    def emit(pooled, items, plan, c, rows):
+        if plan.entry_slots is not None and c.cache is not None:
             plan.entry_slots[plan.entry_slots == -1] = 0
-        real(pooled, items, plan, cache, *rest)
+        real(pooled, items, plan, c, rows)
 
     patch.setattr(backend_torch, "emit", emit)
 

@@ -12,9 +12,14 @@ def traced(tensor: object) -> bool:
     return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
 
 
+def name_of(kind: type) -> str:
+    """The name that users know a class by."""
+    return getattr(kind, "_called", kind.__name__)
+
+
 def check_type(name: str, value: object, kind: type) -> None:
     if not isinstance(value, kind):
-        raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a {name_of(kind)}, got {type(value).__name__}")
 
 
 def check_int(name: str, value: object, low: int, high: int) -> None:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
-from ..plan import StepPlan
 from ..spec import CompressorSpec
 from ..storage.pack import bf16_bits
-from .fold import Items, emit
-
-if TYPE_CHECKING:
-    from ..compress import Compressor
+from ..storage.step import Compressor, PlanData
+from .finish import emit
+from .items import Items
 
 
 @dataclass
-class _Pages:
+class Pages:
     """A pool and the table that says where a sequence's pages are in it."""
 
     pool: torch.Tensor
@@ -55,7 +52,8 @@ class _Tokens:
         return bf16_bits(k).view(torch.bfloat16), bf16_bits(s).view(torch.bfloat16)
 
 
-def compress_window_torch(c: Compressor, plan: StepPlan, rows: torch.Tensor | None) -> None:
+@torch.inference_mode()
+def compress_window_torch(c: Compressor, plan: PlanData, rows: torch.Tensor | None) -> None:
     """`compress` over a `WindowState`, after its arguments were checked.
 
     An item counts once in `plan.errors` when its tables name a page that cannot be, for a row to read or to write, and
@@ -69,7 +67,7 @@ def compress_window_torch(c: Compressor, plan: StepPlan, rows: torch.Tensor | No
     if items.window.numel() == 0:
         return
     assert plan.block_tables is not None
-    value, score = _Pages(state.kv, plan.block_tables[0]), _Pages(state.score, plan.block_tables[1])
+    value, score = Pages(state.kv, plan.block_tables[0]), Pages(state.score, plan.block_tables[1])
     tokens = _Tokens(kv_score, c.ape, state.dtype)
 
     ends = items.entry >= 0
@@ -79,19 +77,19 @@ def compress_window_torch(c: Compressor, plan: StepPlan, rows: torch.Tensor | No
     pooled = _pool(made, tokens, value, score, spec)  # all old rows are read before any is written
     bad |= _write(items, tokens, value, score, spec)
     plan.errors.add_((bad | missing & _wanted(items, plan)).sum().int())
-    emit(pooled, made, plan, c.cache, spec, c.norm_weight, c.rope, rows)
+    emit(pooled, made, plan, c, rows)
 
 
-def _window(items: Items, spec: CompressorSpec) -> tuple[torch.Tensor, torch.Tensor]:
+def window_positions(items: Items, spec: CompressorSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions `[n, window_rows]` of which an entry is made, and which of them are old: they must be read from pages."""
     first = (items.window - int(spec.overlap)) * spec.ratio
     position = first[:, None] + torch.arange(spec.window_rows, device=first.device)
     return position, (position >= 0) & (position < items.start[:, None])
 
 
-def _check_old_rows(items: Items, value: _Pages, score: _Pages, spec: CompressorSpec) -> tuple[torch.Tensor, torch.Tensor]:
+def _check_old_rows(items: Items, value: Pages, score: Pages, spec: CompressorSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """Whether each item's window has an old row without a page, and one of which a table is wrong."""
-    position, old = _window(items, spec)
+    position, old = window_positions(items, spec)
     missing = bad = torch.zeros_like(old)
     for pages in (value, score):
         page, wrong = pages.find(items.slot[:, None], position.clamp(min=0))
@@ -99,14 +97,14 @@ def _check_old_rows(items: Items, value: _Pages, score: _Pages, spec: Compressor
     return (old & missing).any(1), (old & bad).any(1)
 
 
-def _pool(items: Items, tokens: _Tokens, value: _Pages, score: _Pages, spec: CompressorSpec) -> torch.Tensor:
+def _pool(items: Items, tokens: _Tokens, value: Pages, score: Pages, spec: CompressorSpec) -> torch.Tensor:
     """fp32 `[n, head_dim]`: the softmax-weighted means of windows of which all old rows are there.
 
     Maximum and sums run over the rows in position order, elementwise over items, so that no bit depends on the batch.
     """
     if items.window.numel() == 0:
         return torch.zeros(0, spec.head_dim, dtype=torch.float32, device=items.window.device)
-    position, old = _window(items, spec)
+    position, old = window_positions(items, spec)
     values, scores = [], []
     for j in range(spec.window_rows):
         x, kept = position[:, j], old[:, j].nonzero()[:, 0]
@@ -129,7 +127,7 @@ def _pool(items: Items, tokens: _Tokens, value: _Pages, score: _Pages, spec: Com
     return total / weight
 
 
-def _write(items: Items, tokens: _Tokens, value: _Pages, score: _Pages, spec: CompressorSpec) -> torch.Tensor:
+def _write(items: Items, tokens: _Tokens, value: Pages, score: Pages, spec: CompressorSpec) -> torch.Tensor:
     """Keeps the new rows of each item where they have a page; whether a table was wrong for one of them."""
     position = items.window[:, None] * spec.ratio + torch.arange(spec.ratio, device=items.window.device)
     new = (position >= items.start[:, None]) & (position < items.end[:, None])
@@ -145,7 +143,7 @@ def _write(items: Items, tokens: _Tokens, value: _Pages, score: _Pages, spec: Co
     return bad
 
 
-def _wanted(items: Items, plan: StepPlan) -> torch.Tensor:
+def _wanted(items: Items, plan: PlanData) -> torch.Tensor:
     """Whether somebody takes the entry of each item: one that its slot drops need not be there."""
     beyond = items.entry >= plan.entry_capacity
     if plan.entry_slots is None or plan.entry_capacity == 0:

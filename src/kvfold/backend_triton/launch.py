@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
-from ..plan import StepPlan
 from ..spec import CompressorSpec
+from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState
-from ..storage.formats import EntryCache, RecordFormat
+from ..storage.formats import RecordFormat
 from ..storage.snapshots import Snapshots
-from .launcher import launcher_of, pack, supports_pdl
-from .table import ANY, item_bound, pair_bounds
+from ..storage.step import Compressor
+from ..storage.step import PlanData as StepPlan
+from ..storage.window_state import WindowState
+from .launcher import launcher_of, multiprocessors, pack, supports_pdl
+from .table import ANY, item_bucket, pair_buckets
 from .variants import Types, draws_items, pair_key, restore_key, slices_of, step_key, store_key, window_key
-
-if TYPE_CHECKING:
-    from ..compress import Compressor
-    from ..storage.window_state import WindowState
 
 
 def compress_triton(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, pdl: bool | None) -> None:
@@ -27,7 +24,7 @@ def compress_triton(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, pd
     device = c.kv_score.device
     grid = _step_grid(plan, c.kv_score)
     met = c.state._layer.plans[id(plan)]
-    asked = (item_bound(grid), c.kv_score.dtype, None if rows is None else rows.dtype)
+    asked = (item_bucket(grid, multiprocessors(device)), c.kv_score.dtype, None if rows is None else rows.dtype)
     if met.asked != asked:
         met.asked, met.chosen = asked, _choose(c, plan, rows, asked[0])
     launcher, most, slices, draws = met.chosen
@@ -48,11 +45,11 @@ def compress_pair_triton(pair: tuple[Compressor, Compressor], plan: StepPlan, pd
     first, second = pair
     device = first.kv_score.device
     grid = max(_step_grid(plan, first.kv_score), _step_grid(plan, second.kv_score))
-    items = item_bound(grid, pair_bounds({first.state.kind, second.state.kind}))
+    bucket = item_bucket(grid, multiprocessors(device), pair_buckets({first.state.kind, second.state.kind}))
     met = first.state._layer.plans[id(plan)]
-    asked = (items, first.kv_score.dtype, second.kv_score.dtype, second.state._layer)
+    asked = (bucket, first.kv_score.dtype, second.kv_score.dtype, second.state._layer)
     if met.asked != asked:
-        met.asked, met.chosen = asked, _choose_pair(first, second, plan, items)
+        met.asked, met.chosen = asked, _choose_pair(first, second, plan, bucket)
     launcher, most, few, draws = met.chosen
     if few and grid <= 2 * most:  # so that the second compressor need not wait for the first one's last windows
         most = few
@@ -94,29 +91,30 @@ def compress_window_triton(c: Compressor, plan: StepPlan, rows: torch.Tensor | N
 # choice for whoever comes with other objects of the same kinds: new plans and caches in every step, or an operator.
 
 
-def _choose(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, items: int) -> tuple:
+def _choose(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, bucket: float) -> tuple:
     """The launcher of a call, most programs, slices of an entry, and whether items are drawn."""
-    asked = (plan.max_new_tokens, items, _format(c), _snapshots(c) is not None, *_types(c, c.state.rows.dtype, plan, rows))
+    asked = (plan.max_new_tokens, bucket, _format(c), _snapshots(c) is not None, *_types(c, c.state.rows.dtype, plan, rows))
     if c.state._last[0] != asked:
-        key = _step_key(c, plan, rows, items)
-        draws = draws_items(c.spec, key[3])
-        made = launcher_of(key, c.kv_score.device), key[3].programs or ANY, slices_of(c.spec, key[3]), draws
+        key = _step_key(c, plan, rows, bucket)
+        draws, most = draws_items(c.spec, key[3]), key[3].programs_on(multiprocessors(c.kv_score.device))
+        made = launcher_of(key, c.kv_score.device), most or ANY, slices_of(c.spec, key[3]), draws
         c.state._last = asked, made
     return c.state._last[1]
 
 
-def _choose_pair(first: Compressor, second: Compressor, plan: StepPlan, items: int) -> tuple:
+def _choose_pair(first: Compressor, second: Compressor, plan: StepPlan, bucket: float) -> tuple:
     """The launcher, most programs, those where windows are few, and for each compressor whether its items are drawn."""
     pair = first, second
-    asked = (plan.max_new_tokens, items, second.spec)
+    asked = (plan.max_new_tokens, bucket, second.spec)
     asked += tuple(x for c in pair for x in (_format(c), _snapshots(c) is not None, *_types(c, c.state.rows.dtype, plan, None)))
     if first.state._last[0] != asked:
-        key = pair_key(_step_key(first, plan, None, items), _step_key(second, plan, None, items))
+        key = pair_key(_step_key(first, plan, None, bucket), _step_key(second, plan, None, bucket))
         configs = key[1][2], key[2][2]
         long = all(config.programs for config in configs)
         draws = tuple(draws_items(c.spec, config) for c, config in zip(pair, configs, strict=True))
-        most = configs[0].programs if long else ANY
-        few = configs[0].pair_programs if long else 0
+        count = multiprocessors(first.kv_score.device)
+        most = configs[0].programs_on(count) if long else ANY
+        few = configs[0].pair_programs_on(count) if long else 0
         first.state._last = asked, (launcher_of(key, first.kv_score.device), most, few, draws)
     return first.state._last[1]
 
@@ -127,7 +125,8 @@ def _choose_window(c: Compressor, plan: StepPlan, rows: torch.Tensor | None) -> 
     asked = (plan.max_new_tokens, c.spec, fmt, *_types(c, state.dtype, plan, rows))
     if state._last[0] != asked:
         key = window_key(c.spec, fmt, plan.max_new_tokens, asked[3:], state.page_size)
-        state._last = asked, (launcher_of(key, c.kv_score.device), key[3].programs, slices_of(c.spec, key[3]))
+        most = key[3].programs_on(multiprocessors(c.kv_score.device))
+        state._last = asked, (launcher_of(key, c.kv_score.device), most, slices_of(c.spec, key[3]))
     return state._last[1]
 
 
@@ -182,10 +181,10 @@ def _format(c: Compressor) -> RecordFormat | None:
     return c.cache.format if c.cache is not None else None
 
 
-def _step_key(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, items: int) -> tuple:
+def _step_key(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, bucket: float) -> tuple:
     state = c.state
     types = _types(c, state.rows.dtype, plan, rows)
-    return step_key(c.spec, _format(c), state.kind, plan.max_new_tokens, types, _snapshots(c) is not None, items)
+    return step_key(c.spec, _format(c), state.kind, plan.max_new_tokens, types, _snapshots(c) is not None, bucket)
 
 
 def _types(c: Compressor, state: torch.dtype, plan: StepPlan, rows: torch.Tensor | None) -> Types:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from itertools import product
 
 import torch
@@ -15,6 +16,7 @@ from triton.compiler import CompiledKernel
 
 from .build import INTERPRETED, KERNELS, Variant
 from .kernels.pdl import AVAILABLE
+from .table import MULTIPROCESSORS
 from .variants import variant_of
 
 compilations = 0  # how many kernels were built here
@@ -158,6 +160,16 @@ def _compile(variant: Variant, target: GPUTarget) -> CompiledKernel:
     alone: AbstractContextManager = nullcontext() if THREADED else _one_thread
     with alone:
         return variant.compile(target)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; of a CPU, where kernels are interpreted, a number that stands in."""
+    return _count_multiprocessors(device.index or 0) if device.type == "cuda" else MULTIPROCESSORS
+
+
+@cache
+def _count_multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def supports_pdl(device: torch.device) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from ..contract import LANES, ROWS_OF_A_LANE
 from ..spec import CompressorSpec
 from ..storage.fold_state import FoldState
 from ..storage.formats import FORMATS, RecordFormat
 from .args import Fmt, How, Spec
 from .build import POINTERS, Variant
 from .kernels.plan import plan_variant, windows_per_program
-from .table import ANY, LANES, ROWS_OF_A_LANE, Config, choose
+from .table import ANY, Config, choose
 
 # Of kv_score, state, rows and norm weight (None: absent), and whether the plan has entry slots.
 Types = tuple[torch.dtype, torch.dtype, "torch.dtype | None", "torch.dtype | None", bool]
@@ -31,13 +32,13 @@ def step_key(
     max_new_tokens: int,
     types: Types,
     snapshots: bool = False,
-    items: int = ANY,
+    bucket: float = ANY,
 ) -> tuple:
-    """`kind`: of the state. `max_new_tokens`: the plan's bound; no item of fold rows is longer than a window. `items`: how many
-    there may be; snapshots take the row for many, which has whole rows.
+    """`kind`: of the state. `max_new_tokens`: the plan's bound; no item of fold rows is longer than a window. `bucket`: of the
+    call's windows; snapshots take the row for many, which has whole rows.
     """
-    items = ANY if snapshots else items
-    config = choose(kind, spec, max_new_tokens if kind == "rows" else min(max_new_tokens, spec.ratio), items)
+    bucket = ANY if snapshots else bucket
+    config = choose(kind, spec, max_new_tokens if kind == "rows" else min(max_new_tokens, spec.ratio), bucket)
     return "step", spec, fmt, config, types, snapshots
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 try:
     import typer
 
-    from .. import __version__
+    from .._version import __version__
     from . import aot, bench, demo, explain, info, replay, verify
     from .failures import Commands
 except ImportError as error:

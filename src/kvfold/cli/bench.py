@@ -38,7 +38,7 @@ def bench(
     """Times kvfold on this GPU, under the protocol that the recorded figures of other projects were taken by."""
     import torch
 
-    from .. import __version__
+    from .._version import __version__
 
     if plot is not None and (what is not What.decode or out is None):
         raise typer.BadParameter("--plot is drawn from decode rows: it needs `bench decode --out FILE`")

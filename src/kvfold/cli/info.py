@@ -17,17 +17,17 @@ def info(
     formats: Annotated[bool, typer.Option("--formats", help="Only the record formats, with every field.")] = False,
 ) -> None:
     """Versions, the GPU, what kernels are configured for, and the record formats that entries can be kept in."""
+    from ..backend_triton.table import COLUMNS, in_words
+
     console = make_console()
     if not formats:
         print_table(console, "Versions", ("what", "version"), _versions())
-        print_table(console, "Kernels: of the rows that serve a call, the first", KERNELS, _kernels())
+        print_table(
+            console, "Kernels: the first row that serves a call; windows and programs per multiprocessor", COLUMNS, in_words()
+        )
     print_table(console, "Record formats", FORMATS + MORE if formats else FORMATS, _formats(every_field=formats))
 
 
-KERNELS = (
-    "state", "head_dim", "tokens of an entry", "new tokens", "windows", "warps", "in flight", "slice", "tile",
-    "registers", "programs", "together",
-)  # fmt: skip
 FORMATS = ("format", "head_dim", "bytes", "element", "scales", "source")
 MORE = ("page of 64", "tail at", "floor", "pad", "bf16 first", "e2m1 ties")
 
@@ -35,7 +35,7 @@ MORE = ("page of 64", "tail at", "floor", "pad", "bf16 first", "e2m1 ties")
 def _versions() -> Rows:
     import torch
 
-    from .. import __version__
+    from .._version import __version__
 
     rows = [("python", platform.python_version()), ("kvfold", __version__)]
     for package in ("torch", "triton", "transformers"):
@@ -58,22 +58,6 @@ def _dependent_launch() -> str:
     from ..backend_triton.launcher import supports_pdl
 
     return "yes" if supports_pdl(torch.device("cuda", torch.cuda.current_device())) else "no: needs sm_90 and triton 3.5"
-
-
-def _kernels() -> Rows:
-    """The table that kernels are chosen by, as it is in backend_triton/table.py."""
-    from ..backend_triton.table import ANY, CONFIGS
-
-    rows = []
-    for c in CONFIGS:
-        bounds = (f"{low} to {high}" if low != high else str(low) for low, high in (c.head_dims, c.window_rows))
-        most = "any" if c.max_new_tokens == ANY else f"up to {c.max_new_tokens}"
-        rows.append((
-            c.kind, *bounds, most, "any" if c.most_items == ANY else f"up to {c.most_items}", str(c.num_warps), str(c.ahead),
-            str(c.slice or "whole"), str(c.tile) if c.kind == "window" else "-",
-            str(c.registers or "unbound"), c.most_programs, str(c.together) if c.programs else "-",
-        ))  # fmt: skip
-    return rows
 
 
 def _formats(every_field: bool) -> Rows:

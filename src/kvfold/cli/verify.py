@@ -43,7 +43,7 @@ def verify(
     """Checks every configuration and record format against fp64, and every equivalence, on this machine."""
     import torch
 
-    from .. import __version__
+    from .._version import __version__
 
     console = make_console()
     if device is None:

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from ..compress import BACKENDS
-from ..plan import ITEM_FIELDS, MOST_ITEMS, MOST_POSITIONS
+from ..calls.checks import BACKENDS
+from ..contract import ITEM_FIELDS, MOST_ITEMS, MOST_POSITIONS
 from ..spec import CompressorSpec
 from ..storage.formats import RecordFormat
 from ..storage.snapshots import MOST_PAGE

@@ -9,13 +9,15 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..arguments.checks import check_dtype, check_type, traced
-from ..compress import Compressor, check_compress, check_many, compress, compress_many, compressors_of
+from ..calls.checks import check_compress, check_many, check_store, compressors_of
+from ..compress import compress, compress_many
 from ..plan import StepPlan
+from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState
-from ..storage.formats import EntryCache
 from ..storage.snapshots import Snapshots
+from ..storage.step import Compressor
 from ..storage.window_state import WindowState
-from ..store import check_store, store
+from ..store import store
 from .compare import UNWRITTEN
 
 PLAN_TENSORS = (
@@ -63,7 +65,7 @@ class Call:
         if self.name == "compress_many":
             return check_many(self.compressors, self.plan, backend)
         if self.name == "store":
-            return check_store(c.kv_score, self.plan, c.cache, c.spec, c.norm_weight, c.rope, backend)
+            return check_store(c, self.plan, backend)
         return check_compress(c, self.plan, self.rows, backend)
 
     def run(self) -> None:

@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 import torch
 
 from .. import reference
-from ..backend_torch.fold import finish
-from ..compress import Compressor
+from ..backend_torch.finish import finish
 from ..contract import pooled_bound
 from ..plan import StepPlan
 from ..spec import CompressorSpec
+from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState, state_kind
-from ..storage.formats import EntryCache
 from ..storage.pack import unpack_records
 from ..storage.snapshots import Snapshots
+from ..storage.step import Compressor
 from ..storage.window_state import WindowState
 from .call import Call, check_history, check_outside
 from .compare import Difference, bytes_of, explained, first_channels, off, pooled_differences, put_bytes, size_of, written

@@ -6,8 +6,17 @@ from dataclasses import dataclass
 
 import torch
 
-from ..storage.formats import EntryCache
-from ..storage.pack import _gather, _record, _scatter, _tail, bf16_bits, e2m1_codes, e4m3_bytes, group_scale
+from ..storage.cache import EntryCache
+from ..storage.pack import (
+    bf16_bits,
+    e2m1_codes,
+    e4m3_bytes,
+    gather,
+    group_scale,
+    record_address,
+    scatter,
+    tail_address,
+)
 
 UNWRITTEN = 0x7FAD  # a NaN that no backend writes
 
@@ -88,16 +97,16 @@ def pooled_differences(
 
 def bytes_of(cache: EntryCache, slots: torch.Tensor) -> torch.Tensor:
     """Record and tail of each slot, uint8 `[n, record_bytes]`."""
-    record, tail = (_gather(*f(cache, slots), n(cache.spec)) for f, n in (
-        (_record, cache.format.row_bytes), (_tail, cache.format.tail_bytes)))  # fmt: skip
+    record = gather(*record_address(cache, slots), cache.format.row_bytes(cache.spec))
+    tail = gather(*tail_address(cache, slots), cache.format.tail_bytes(cache.spec))
     return torch.cat((record, tail), dim=1)
 
 
 def put_bytes(cache: EntryCache, slots: torch.Tensor, data: torch.Tensor) -> None:
     """The opposite of `bytes_of`."""
     width = cache.format.row_bytes(cache.spec)
-    _scatter(*_record(cache, slots), data[:, :width])
-    _scatter(*_tail(cache, slots), data[:, width:])
+    scatter(*record_address(cache, slots), data[:, :width])
+    scatter(*tail_address(cache, slots), data[:, width:])
 
 
 def _key(code: torch.Tensor, sign: int) -> torch.Tensor:

@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 
 from .. import reference
-from ..compress import Compressor
 from ..contract import pooled_bound, pooled_worst
 from ..plan import StepPlan
 from ..spec import CompressorSpec
 from ..storage.fold_state import FoldState
+from ..storage.step import Compressor
 from ..storage.window_state import WindowState
 from .compare import size_of
 

@@ -19,12 +19,13 @@ from typing import Any, TypeVar
 import torch
 
 from ..arguments.files import write_atomically
-from ..compress import Compressor
 from ..plan import StepPlan
 from ..spec import CompressorSpec
+from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState
-from ..storage.formats import EntryCache, RecordFormat
+from ..storage.formats import RecordFormat
 from ..storage.snapshots import Snapshots
+from ..storage.step import Compressor
 from ..storage.window_state import WindowState
 from .bounds import (
     NUMBERS,
@@ -228,7 +229,7 @@ def _numbers(c: Compressor) -> dict:
 
 
 def _versions() -> dict[str, str]:
-    from .. import __version__
+    from .._version import __version__
 
     found = {"kvfold": __version__, "python": platform.python_version()}
     for package in ("torch", "triton"):

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ..backend_torch.fold import Items, _Rows, history_starts
-from ..compress import Compressor
-from ..plan import MOST_POSITIONS, StepPlan
+from ..backend_torch.items import Items, StateRows, history_starts
+from ..contract import MOST_POSITIONS
+from ..plan import StepPlan
+from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState
-from ..storage.formats import EntryCache
 from ..storage.snapshots import Snapshots
+from ..storage.step import Compressor
 from ..storage.window_state import WindowState
 
 
@@ -131,7 +132,7 @@ def _short_tokens(c: Compressor, items: Items) -> Iterator[tuple[int, str]]:
 
 
 def _fold_refusals(state: FoldState, c: Compressor, items: Items) -> list[Refusal]:
-    found, short, held = [], dict(_short_tokens(c, items)), _Rows(state)
+    found, short, held = [], dict(_short_tokens(c, items)), StateRows(state)
     for b, slot, start, _, _ in heads(items):
         if slot >= state.num_slots:
             found.append(Refusal(b, -1, f"its state slot is {slot}, and the state has {state.num_slots} slots"))

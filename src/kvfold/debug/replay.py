@@ -8,12 +8,13 @@ from collections.abc import Sequence
 import torch
 
 from ..arguments.checks import check_int, check_switch
-from ..compress import Compressor, choose_backend
+from ..calls.checks import choose_backend
 from ..plan import StepPlan
 from ..spec import CompressorSpec
+from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState
-from ..storage.formats import EntryCache
 from ..storage.snapshots import Snapshots
+from ..storage.step import Compressor
 from ..storage.window_state import WindowState
 from . import file as debug_file
 from .bounds import path_text

@@ -9,13 +9,13 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from ..backend_torch.fold import Items
-from ..backend_torch.window import _Pages, _window
-from ..compress import Compressor
+from ..backend_torch.items import Items
+from ..backend_torch.window import Pages, window_positions
 from ..plan import StepPlan
+from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState
-from ..storage.formats import EntryCache
 from ..storage.snapshots import Snapshots
+from ..storage.step import Compressor
 from ..storage.window_state import WindowState
 from .refusals import Refusal, heads, sequence_reason, sequences, snapshot_pages
 
@@ -89,11 +89,11 @@ def _shared_rows(c: Compressor, plan: StepPlan, items: Items) -> Iterator[Refusa
     state = c.state
     assert isinstance(state, WindowState) and plan.block_tables is not None
     start = items.start[:, None]
-    position, old = _window(items, c.spec)
+    position, old = window_positions(items, c.spec)
     reads = old & (items.entry >= 0)[:, None]
     writes = (position >= torch.maximum(start, items.window[:, None] * c.spec.ratio)) & (position < items.end[:, None])
     for name, pool, table in zip(("kv", "score"), (state.kv, state.score), plan.block_tables, strict=True):
-        page, _ = _Pages(pool, table).find(items.slot[:, None], position.clamp(min=0))
+        page, _ = Pages(pool, table).find(items.slot[:, None], position.clamp(min=0))
         row = page * state.page_size + position % state.page_size
         written, read = writes & (page >= 0), reads & (page >= 0)
         places, counts = row[written].unique(return_counts=True)

@@ -15,8 +15,9 @@ import torch
 from ..compress import compress
 from ..plan import StepPlan
 from ..spec import CompressorSpec
+from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState
-from ..storage.formats import FORMATS, EntryCache
+from ..storage.formats import FORMATS
 from .model import build_model
 
 FEWEST_TOKENS = 1500

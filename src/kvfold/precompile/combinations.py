@@ -20,8 +20,9 @@ from triton.compiler import CompiledKernel
 from ..backend_triton import table as configs
 from ..backend_triton.build import KERNELS, Variant
 from ..backend_triton.kernels.pdl import AVAILABLE
-from ..backend_triton.table import ANY, Config, UnsupportedError, choose
+from ..backend_triton.table import ANY, Config, choose
 from ..backend_triton.variants import pair_key, plan_key, restore_key, step_key, store_key, variant_of, window_key
+from ..contract import UnsupportedError
 from ..spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
 from ..storage.fold_state import state_kind
 from ..storage.formats import FORMATS, RecordFormat
@@ -76,7 +77,7 @@ class Combination:
             record = self.fmt.name if self.fmt is not None else "rows"
             parts += [record, f"ahead{self.config.ahead}", f"warps{self.config.num_warps}"]
             parts += [f"n{self.config.max_new_tokens}"] if self.config.max_new_tokens < ANY else []
-            parts += [f"items{self.config.most_items}"] if self.config.most_items < ANY else []
+            parts += [f"windows{self.config.bucket:g}"] if self.config.bucket < ANY else []
         if self.other is not None:
             parts += [*_spec_words(self.other[0]), self.other[1].name]
         if self.kind in ("window", "restore"):
@@ -108,12 +109,12 @@ class Combination:
         bound = self.config.max_new_tokens
         if self.kind == "window":
             return window_key(self.spec, self.fmt, bound, types, self.page_size)
-        items = self.config.most_items
-        first = step_key(self.spec, self.fmt, self.config.kind, bound, types, self.snapshots, items)
+        bucket = self.config.bucket
+        first = step_key(self.spec, self.fmt, self.config.kind, bound, types, self.snapshots, bucket)
         if self.other is None:
             return first
         spec, fmt = self.other
-        return pair_key(first, step_key(spec, fmt, state_kind(spec), bound, types, self.snapshots, items))
+        return pair_key(first, step_key(spec, fmt, state_kind(spec), bound, types, self.snapshots, bucket))
 
 
 def _spec_words(spec: CompressorSpec) -> list[str]:
@@ -163,7 +164,7 @@ def _all(
                     yield Combination(config.kind, spec, fmt, config, page_size=page_size, dtype=dtype)
                 # With snapshots a call takes the row for many windows (`step_key`).
                 for fmt in (None,) if None in fitting else fitting:
-                    if config.kind != "window" and config.most_items == ANY:
+                    if config.kind != "window" and config.bucket == ANY:
                         yield Combination(config.kind, spec, fmt, config, snapshots=True, dtype=dtype)
                 if (config.kind, spec) == ("rows", V4_CSA) and V4_INDEXER in specs:
                     yield from _pairs(config, formats, dtype)
@@ -177,7 +178,7 @@ def _pairs(config: Config, formats: tuple[RecordFormat | None, ...], dtype: torc
     for first in firsts:
         for second in seconds:
             yield Combination("pair", V4_CSA, first, config, (V4_INDEXER, second), dtype=dtype)
-    if firsts and seconds and config.most_items == ANY:
+    if firsts and seconds and config.bucket == ANY:
         yield Combination("pair", V4_CSA, firsts[-1], config, (V4_INDEXER, seconds[-1]), snapshots=True, dtype=dtype)
 
 
@@ -186,7 +187,7 @@ def _reaches(config: Config, spec: CompressorSpec) -> bool:
     if config.kind not in ("store", "window", state_kind(spec)):
         return False
     try:
-        return choose(config.kind, spec, config.max_new_tokens, config.most_items) == config
+        return choose(config.kind, spec, config.max_new_tokens, config.bucket) == config
     except UnsupportedError:
         return False
 
@@ -232,7 +233,7 @@ def build(combination: Combination, target: str, folder: Path, allowed: int | No
 
 def versions(target: str) -> dict[str, str]:
     """Of all that has a hand in the binaries."""
-    from .. import __version__
+    from .._version import __version__
 
     found = {"kvfold": __version__, "torch": torch.__version__, "triton": triton.__version__}
     if TARGETS[target].backend == "cuda":

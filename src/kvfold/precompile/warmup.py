@@ -141,10 +141,10 @@ def _store_keys(spec: CompressorSpec, fmt: RecordFormat | None, w: _Wanted, rows
 
 
 def _step_keys(
-    spec: CompressorSpec, fmt: RecordFormat | None, w: _Wanted, rows: torch.dtype | None, bounds: tuple[int, ...] | None = None
+    spec: CompressorSpec, fmt: RecordFormat | None, w: _Wanted, rows: torch.dtype | None, only: tuple[float, ...] | None = None
 ) -> Iterator[tuple]:
     """Of `compress` over a `FoldState`: fold rows are always fp32, and input rows kept in bf16 are bf16 when they come."""
-    from ..backend_triton.table import ITEM_BOUNDS
+    from ..backend_triton.table import BUCKETS
     from ..backend_triton.variants import step_key
 
     kind = state_kind(spec)
@@ -152,8 +152,8 @@ def _step_keys(
     leaves = sorted({snap and count > 0 for snap in w.snapshots for count in _snapshot_rows(spec)})
     for dtype, state, bound in product(w.dtypes, _state_dtypes(kind, w), w.steps):
         if dtype == torch.bfloat16 or state == torch.float32:
-            for (norm, slots), snap, items in product(w.epilogues(fmt), leaves, bounds or ITEM_BOUNDS):
-                yield step_key(spec, fmt, kind, bound, (dtype, state, rows, norm, slots), snap, items)
+            for (norm, slots), snap, bucket in product(w.epilogues(fmt), leaves, only or BUCKETS):
+                yield step_key(spec, fmt, kind, bound, (dtype, state, rows, norm, slots), snap, bucket)
 
 
 def _restore_keys(spec: CompressorSpec, w: _Wanted) -> Iterator[tuple]:
@@ -187,11 +187,11 @@ def _window_keys(
 
 def _pair_keys(pair: tuple[tuple[CompressorSpec, RecordFormat | None], ...], w: _Wanted) -> Iterator[tuple]:
     """Of `compress_many`: the two may differ in dtypes, but their plan is one."""
-    from ..backend_triton.table import pair_bounds
+    from ..backend_triton.table import pair_buckets
     from ..backend_triton.variants import pair_key
 
-    for bound, items in product(w.steps, pair_bounds({state_kind(spec) for spec, _ in pair})):
-        first, second = ([*_step_keys(spec, fmt, w._replace(steps=(bound,)), None, (items,))] for spec, fmt in pair)
+    for bound, bucket in product(w.steps, pair_buckets({state_kind(spec) for spec, _ in pair})):
+        first, second = ([*_step_keys(spec, fmt, w._replace(steps=(bound,)), None, (bucket,))] for spec, fmt in pair)
         for one, other in product(first, second):
             if one[4][-1] == other[4][-1]:  # entry slots, which the plan has or not
                 yield pair_key(one, other)

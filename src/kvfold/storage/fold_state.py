@@ -15,6 +15,7 @@ from ..arguments.checks import (
     usable_device,
 )
 from ..arguments.overlap import Place, check_apart
+from ..contract import INT32_MAX
 from ..spec import CompressorSpec, check_spec
 from .remembered import RememberingState, check_made
 
@@ -87,7 +88,7 @@ class FoldState(RememberingState):
                 `kv_score`, both exactly; bf16 takes bf16 only, in half the memory. Fold rows are always fp32.
         """
         check_spec("spec", spec)
-        check_int("num_slots", num_slots, 0, (1 << 31) - 1)
+        check_int("num_slots", num_slots, 0, INT32_MAX)
         check_int("max_new_tokens", max_new_tokens, 1, 1 << 20)
         check_float("dtype", dtype)
         device = usable_device("device", device)
@@ -139,7 +140,7 @@ class FoldState(RememberingState):
     def history_of(self, position: int) -> range:
         """The positions whose rows a step starting at `position` reads; what a prefix cache must keep to resume there."""
         check_made("state", self, FoldState)
-        check_int("position", position, 0, (1 << 31) - 1)
+        check_int("position", position, 0, INT32_MAX)
         return range(history_start(self.spec, position), position)
 
 

@@ -1,17 +1,23 @@
-"""Record formats: the bytes that one entry becomes in a page of the cache; and `EntryCache`, pages with a format."""
+"""Record formats: the bytes that one entry becomes in a page of the cache, and what goes together in one."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
-import torch
+from ..arguments.checks import check_int, check_type
+from ..spec import CompressorSpec
 
-from ..arguments.checks import check_device, check_int, check_memory, check_type, usable_device
-from ..arguments.overlap import Place, check_apart
-from ..spec import CompressorSpec, check_spec
-from .format_rules import ELEMENT_BITS, ELEMENT_MAX, SCALE_BYTES, check_format, check_page_dtype
-from .remembered import Checked, Layer, check_made
+ELEMENT_BITS = {"bf16": 16, "fp32": 32, "e4m3": 8, "e2m1": 4}
+ELEMENT_MAX = {"e4m3": 448.0, "e2m1": 6.0}  # the encodings that are scaled
+SCALE_BYTES = {"ue8m0": 1, "e4m3": 1, "pow2": 4, "fp32": 4}
+
+# Fields that need scales in the record, and those that need these or one scale for the whole cache.
+_OF_SCALES = ("group", "floor", "floor_on", "pad", "pad_written", "separate", "divide")
+_OF_CODES = ("scale", "rotated_bf16", "round_values", "ties_to_zero", *_OF_SCALES)
+_SWITCHES = ("rotated_bf16", "pad_written", "separate", "round_rows", "round_values", "ties_to_zero", "divide")
+_SMALLEST = 2.0**-126  # normal fp32
+_LARGEST_FLOOR = 2.0**100
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ class RecordFormat:
     rope_dim: int | None = None
 
     def __post_init__(self) -> None:
-        check_format(self)
+        _check_format(self)
         object.__setattr__(self, "floor", float(self.floor))
 
     def check(self, spec: CompressorSpec) -> None:
@@ -169,6 +175,94 @@ class RecordFormat:
         return -(-used // self.page_align) * self.page_align
 
 
+def _check_format(fmt: RecordFormat) -> None:
+    """Raises TypeError or ValueError, naming the field, unless every store of a record of `fmt` is defined."""
+    _check_types(fmt)
+    if fmt.element not in ELEMENT_MAX:
+        _check_left_out(fmt, _OF_CODES, f"where element is {fmt.element!r}, which is stored as it is")
+    elif fmt.scale == "none":
+        raise ValueError(f"scale must be one of {['static', *SCALE_BYTES]} where element is {fmt.element!r}, got 'none'")
+    elif fmt.scale == "static":
+        _check_left_out(fmt, _OF_SCALES, "where scale is 'static', which is not in the record")
+    else:
+        _check_scales(fmt)
+    if fmt.ties_to_zero and fmt.element != "e2m1":
+        raise ValueError(f"ties_to_zero must be False where element is {fmt.element!r}, got True")
+    if fmt.page_align != 1 and fmt.page_align % fmt.alignment:
+        raise ValueError(f"page_align must be 1 or a multiple of {fmt.alignment}, got {fmt.page_align}")
+    for head_dim in fmt.head_dims:
+        if fmt.group and head_dim % fmt.group:
+            raise ValueError(f"head_dims must be multiples of group={fmt.group}, got {fmt.head_dims}")
+        try:
+            if fmt.rope_dim is not None:  # otherwise what else there is to say waits for a spec
+                fmt.check(CompressorSpec(head_dim, 1, rope_dim=fmt.rope_dim))
+        except ValueError as error:
+            raise ValueError(f"head_dims must go with the other fields, got {fmt.head_dims}: {error}") from None
+
+
+def _check_types(fmt: RecordFormat) -> None:
+    """Each field by itself."""
+    for name in ("name", "source"):
+        check_type(name, getattr(fmt, name), str)
+    if not fmt.name:
+        raise ValueError("name must not be empty, got ''")
+    known = {"element": ELEMENT_BITS, "scale": ("none", "static", *SCALE_BYTES), "floor_on": ("amax", "scale")}
+    for name, accepted in known.items():
+        check_type(name, getattr(fmt, name), str)
+        if getattr(fmt, name) not in accepted:
+            raise ValueError(f"{name} must be one of {list(accepted)}, got {getattr(fmt, name)!r}")
+    for name in _SWITCHES:
+        check_type(name, getattr(fmt, name), bool)
+    check_int("group", fmt.group, 0, 4096)
+    check_int("pad", fmt.pad, 0, 4096)
+    check_int("page_align", fmt.page_align, 1, 1 << 30)
+    if isinstance(fmt.floor, bool) or not isinstance(fmt.floor, (int, float)):
+        raise TypeError(f"floor must be a float, got {type(fmt.floor).__name__}")
+    if not 0 <= fmt.floor < math.inf:
+        raise ValueError(f"floor must be finite and not negative, got {fmt.floor}")
+    check_type("head_dims", fmt.head_dims, tuple)
+    for head_dim in fmt.head_dims:
+        check_int("head_dims", head_dim, 16, 4096)
+        if head_dim & (head_dim - 1):
+            raise ValueError(f"head_dims must be powers of two, got {fmt.head_dims}")
+    if fmt.rope_dim is not None:
+        check_int("rope_dim", fmt.rope_dim, 0, 4096)
+        if fmt.rope_dim % 2:
+            raise ValueError(f"rope_dim must be even, got {fmt.rope_dim}")
+
+
+def _check_left_out(fmt: RecordFormat, names: tuple[str, ...], where: str) -> None:
+    """Fields that mean nothing there must be as they are by default."""
+    for field in fields(fmt):
+        value = getattr(fmt, field.name)
+        if field.name in names and value != field.default:
+            raise ValueError(f"{field.name} must be {field.default!r} {where}, got {value!r}")
+
+
+def _check_scales(fmt: RecordFormat) -> None:
+    """Scales in the tail: group, floor, division and pad."""
+    if fmt.group < 1 or fmt.group & (fmt.group - 1):
+        raise ValueError(f"group must be a power of two from 1 to 4096 where scale is {fmt.scale!r}, got {fmt.group}")
+    on_scale = fmt.floor_on == "scale"
+    # The smallest scale must be a number that it can be divided by.
+    low, high = _SMALLEST * (1 if on_scale else ELEMENT_MAX[fmt.element]), _LARGEST_FLOOR
+    if fmt.scale == "e4m3" and on_scale:
+        low, high = 2.0**-9, 448.0
+    without = not on_scale and fmt.scale in ("e4m3", "fp32")
+    if not (low <= fmt.floor <= high or (without and fmt.floor == 0)):
+        zero = "0, or " if without else ""
+        where = f"where element is {fmt.element!r}, scale {fmt.scale!r} and floor_on {fmt.floor_on!r}"
+        raise ValueError(f"floor must be {zero}from {low!r} to {high!r} {where}, got {fmt.floor!r}")
+    divide = fmt.scale == "e4m3" and on_scale
+    if fmt.divide != divide:  # group_scale gives an inverse for all but these
+        where = "where scale is 'e4m3' and floor_on 'scale'" if divide else "unless scale is 'e4m3' and floor_on 'scale'"
+        raise ValueError(f"divide must be {divide} {where}, got {fmt.divide}")
+    if fmt.pad % fmt.scale_bytes:
+        raise ValueError(f"pad must be a multiple of {fmt.scale_bytes} where scale is {fmt.scale!r}, got {fmt.pad}")
+    if fmt.pad_written and fmt.pad & (fmt.pad - 1):  # a vector of a kernel
+        raise ValueError(f"pad must be a power of two where pad_written is True, got {fmt.pad}")
+
+
 # The smallest normal fp32 times 6: below it a group of e2m1 would need a scale under 2**-126.
 _E2M1_FLOOR = 6 * 2.0**-126
 
@@ -221,211 +315,3 @@ def get_format(fmt: str | RecordFormat) -> RecordFormat:
     if fmt not in FORMATS:
         raise ValueError(f"fmt must be one of {sorted(FORMATS)}, got {fmt!r}")
     return FORMATS[fmt]
-
-
-class EntryCache(Checked):
-    """Pages of records. Slot `s` is row `s % rows_per_page` of page `s // rows_per_page`.
-
-    Attributes:
-        storage: the tensor given, `[num_pages, ...]`.
-        scales: the second buffer of formats that keep scales apart, uint8 `[num_pages, rows_per_page * tail_bytes]`; else None.
-        pages: the memory of `storage` as uint8 `[num_pages, page_bytes]`.
-        scale: `fp8_tensor` and `fp8_tensor_trtllm`: what values are divided by; `nvfp4_trtllm`: the global factor g. 1 for the
-            others.
-        format, spec, rows_per_page, page_bytes.
-    """
-
-    pages: torch.Tensor
-    scale_pages: torch.Tensor | None
-    page_bytes: int
-
-    def __init__(
-        self,
-        storage: torch.Tensor,
-        fmt: str | RecordFormat,
-        rows_per_page: int,
-        spec: CompressorSpec,
-        *,
-        scales: torch.Tensor | None = None,
-        scale: float = 1.0,
-    ) -> None:
-        """Wraps an engine's page tensor.
-
-        Args:
-            storage: `[num_pages, ...]` of any integer dtype, which stand for bytes, or of the floating dtype that the format's
-                `element` is: bfloat16, float32, float8_e4m3fn (as engines also view pages that hold more than
-                e4m3), float4_e2m1fn_x2. No other: e4m3 is OCP's, and the codes of float8_e4m3fnuz are other numbers. Each page
-                is dense and has at least the format's page bytes; pages may lie further apart than that.
-            scales: `[num_pages, ...]` likewise, if and only if the format keeps scales in a buffer of their own; as floats
-                float8_e8m0fnu, float8_e4m3fn or float32, as the format's `scale` is.
-            scale: a number from 2**-126 to 2**126; 1 unless the format takes one, see the class.
-
-        Raises:
-            TypeError, ValueError: naming the argument.
-        """
-        self.storage, self.scales, self.scale = storage, scales, scale
-        self.format, self.spec, self.rows_per_page = get_format(fmt), spec, rows_per_page
-        self._validate()
-
-    def _check(self) -> None:
-        storage, scales, spec, rows_per_page = self.storage, self.scales, self.spec, self.rows_per_page
-        check_memory("storage", storage, fake=True)
-        check_spec("spec", spec)
-        check_int("rows_per_page", rows_per_page, 1, 1 << 20)
-        check_type("format", self.format, RecordFormat)
-        get_format(self.format)
-        self.format.check(spec)
-        self.page_bytes, self.scale = self.format.page_bytes(spec, rows_per_page), _number("scale", self.scale)
-        if not 2.0**-126 <= self.scale <= 2.0**126:  # both it and its inverse are normal numbers in fp32
-            raise ValueError(f"scale must be from 2**-126 to 2**126, got {self.scale}")
-        if self.scale != 1 and not self.format.takes_scale:
-            raise ValueError(f"scale must be 1: format {self.format.name!r} takes none, got {self.scale}")
-        if self.format.scale_bytes and not self.format.separate and rows_per_page * self.format.row_bytes(spec) >= 1 << 31:
-            raise ValueError(  # where kernels find the tails, in 32 bits
-                f"rows_per_page must leave a page's rows below 2**31 bytes in format {self.format.name!r}, got {rows_per_page}"
-            )
-        check_page_dtype("storage", storage, self.format.element)
-        self.pages = _byte_pages("storage", storage, self.page_bytes, self.format.alignment)
-        if self.num_slots >= 1 << 32:  # kernels find the page of a slot in 32 bits (backend_triton/kernels/record.py)
-            raise ValueError(f"storage must have fewer than 2**32 slots, got {self.num_slots}")
-        self.scale_pages = None
-        if self.format.separate:
-            check_memory("scales", scales, fake=True)
-            check_device("scales", scales, storage.device)
-            if scales.shape[:1] != storage.shape[:1]:
-                raise ValueError(f"scales must have {storage.shape[0]} pages like storage, got {list(scales.shape)}")
-            check_page_dtype("scales", scales, self.format.scale)
-            size = rows_per_page * self.format.tail_bytes(spec)
-            self.scale_pages = _byte_pages("scales", scales, size, self.format.scale_bytes)
-            check_apart((Place("scales", self.scale_pages, written=True), Place("storage", self.pages, written=True)))
-        elif scales is not None:
-            raise ValueError(f"scales must be None: format {self.format.name!r} keeps its scales in the page")
-        self._named = FORMATS.get(self.format.name) == self.format  # so an operator (ops.py) can be told it by its name
-        self._tensors = (self.pages,) if self.scale_pages is None else (self.pages, self.scale_pages)
-        self._layer: Layer | None = None  # what the last `store` got with this cache: store.py
-
-    def __reduce__(self) -> tuple:
-        """Copies and pickles are made anew, as `pages` must be a view of their own storage."""
-        return _made_again, (self.storage, self.format, self.rows_per_page, self.spec, self.scales, self.scale)
-
-    @classmethod
-    def allocate(
-        cls,
-        fmt: str | RecordFormat,
-        num_pages: int,
-        rows_per_page: int,
-        spec: CompressorSpec,
-        *,
-        device: torch.device | str | None = None,
-        scale: float = 1.0,
-    ) -> EntryCache:
-        """A zeroed cache: uint8 `[num_pages, page_bytes]`, and uint8 scales where the format keeps them apart."""
-        check_spec("spec", spec)
-        check_int("num_pages", num_pages, 0, (1 << 31) - 1)
-        check_int("rows_per_page", rows_per_page, 1, 1 << 20)
-        fmt = get_format(fmt)
-        fmt.check(spec)
-        device = usable_device("device", device)
-        page_bytes, scales = fmt.page_bytes(spec, rows_per_page), None
-        storage = torch.zeros(num_pages, page_bytes, dtype=torch.uint8, device=device)
-        if fmt.separate:
-            scales = torch.zeros(num_pages, rows_per_page * fmt.tail_bytes(spec), dtype=torch.uint8, device=device)
-        return cls(storage, fmt, rows_per_page, spec, scales=scales, scale=scale)
-
-    @property
-    def num_pages(self) -> int:
-        return self.pages.shape[0]
-
-    @property
-    def num_slots(self) -> int:
-        return self.num_pages * self.rows_per_page
-
-    @property
-    def device(self) -> torch.device:
-        return self.storage.device
-
-    def read(self, slots: torch.Tensor) -> torch.Tensor:
-        """Entries as numbers.
-
-        Args:
-            slots: int32 or int64 `[n]`, flat row indices from 0 to `num_slots - 1`, on the cache's device.
-
-        Returns:
-            fp32 `[n, head_dim]`: what an attention kernel that reads these bytes sees. Synchronizes with the host, to
-            check the slots.
-        """
-        check_made("cache", self, EntryCache)
-        check_memory("slots", slots)
-        if slots.dtype not in (torch.int32, torch.int64) or slots.dim() != 1:
-            raise ValueError(f"slots must be int32 or int64 [n], got {slots.dtype} {list(slots.shape)}")
-        check_device("slots", slots, self.device)
-        if self.device.type == "meta":
-            raise ValueError("slots must be of a cache on a CPU or a GPU, got the meta device")
-        if slots.numel() and (int(slots.min()) < 0 or int(slots.max()) >= self.num_slots):
-            raise ValueError(f"slots must be from 0 to {self.num_slots - 1}, got {int(slots.min())}..{int(slots.max())}")
-        from .pack import unpack_records  # pack.py needs this module's types
-
-        return unpack_records(self, slots.long())
-
-    def raw(self, slot: int) -> dict[str, torch.Tensor]:
-        """The named fields of one record, copied, in their own types.
-
-        Returns:
-            `values` (bf16, fp32 or e4m3 `[n]`; e2m1: uint8 codes 0..15, one per channel), then, where the format has them,
-            `rotated` (bf16 `[rope_dim]`), `scales` (fp32, e4m3, or uint8 ue8m0 codes, one per group) and `pad` (uint8).
-        """
-        check_made("cache", self, EntryCache)
-        check_int("slot", slot, 0, self.num_slots - 1)
-        if self.device.type == "meta":
-            raise ValueError("slot must be of a cache on a CPU or a GPU, got the meta device")
-        from .pack import raw_fields
-
-        return raw_fields(self, torch.tensor([slot], device=self.device))
-
-
-def _number(name: str, value: object) -> float:
-    """A float from any single number; text and truth values are none."""
-    try:
-        if isinstance(value, (str, bytes, bytearray, memoryview, bool)) or getattr(value, "dtype", None) in (bool, torch.bool):
-            raise TypeError
-        return float(value)  # type: ignore[arg-type]
-    except OverflowError:
-        return math.inf  # an int beyond fp64
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
-
-
-def _byte_pages(name: str, storage: torch.Tensor, page_bytes: int, unit: int) -> torch.Tensor:
-    """The pages as uint8 `[num_pages, page_bytes]`, checked to be dense, disjoint and aligned to `unit` bytes."""
-    if storage.dim() < 2:
-        raise ValueError(f"{name} must have a page dimension and one more, got shape {list(storage.shape)}")
-    num_pages, item = storage.shape[0], storage.element_size()
-    have = storage[:1].numel() * item if num_pages else page_bytes
-    if have < page_bytes:
-        raise ValueError(f"{name} must have at least {page_bytes} bytes per page, got {have}")
-    dense = 1
-    for size, stride in zip(reversed(storage.shape[1:]), reversed(storage.stride()[1:]), strict=True):
-        if size > 1 and stride != dense:
-            raise ValueError(f"{name} must be dense within a page, got strides {tuple(storage.stride())}")
-        dense *= size
-    if num_pages > 1 and storage.stride(0) < dense:
-        raise ValueError(f"{name} must have pages that do not overlap, got strides {tuple(storage.stride())}")
-    if num_pages == 0:
-        return torch.empty(0, page_bytes, dtype=torch.uint8, device=storage.device)
-    if storage.data_ptr() % unit or (num_pages > 1 and storage.stride(0) * item % unit):
-        raise ValueError(f"{name} must have pages that start at a multiple of {unit} bytes")
-    flat = storage.detach().as_strided((num_pages, dense), (storage.stride(0), 1))
-    pages = flat.view(torch.uint8)[:, :page_bytes]
-    check_memory(name, pages, fake=True)  # a view made inside of a transform is none of plain memory
-    return pages
-
-
-def _made_again(
-    storage: torch.Tensor,
-    fmt: RecordFormat,
-    rows_per_page: int,
-    spec: CompressorSpec,
-    scales: torch.Tensor | None,
-    scale: float,
-) -> EntryCache:
-    return EntryCache(storage, fmt, rows_per_page, spec, scales=scales, scale=scale)

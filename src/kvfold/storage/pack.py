@@ -1,25 +1,39 @@
 """Entries to record bytes and back, in plain torch: the torch backend's store and `EntryCache.read` on any device.
 
-The same rounding as `kernels/record.py`, which has to do with integers what torch has types for. Quotients are of two tensors
-(`_divide`): torch replaces the quotient of a number and a tensor by a product with the rounded inverse.
+The same rounding as `backend_triton/kernels/record.py`, which does with integers what torch has types for. A quotient is always
+of two tensors (`_divide`): torch turns a number divided by a tensor into a product with the rounded inverse.
 """
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
-from .formats import EntryCache, RecordFormat
+from ..spec import CompressorSpec
+from .formats import RecordFormat
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # Between neighbouring codes; a tie goes to the even code, so it goes up behind the odd codes 1, 3 and 5.
 _E2M1_THRESHOLDS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
 
-def pack_records(cache: EntryCache, slots: torch.Tensor, entries: torch.Tensor) -> None:
+class Records(Protocol):
+    """What this module takes of an `EntryCache`."""
+
+    format: RecordFormat
+    spec: CompressorSpec
+    rows_per_page: int
+    scale: float
+    pages: torch.Tensor
+    scale_pages: torch.Tensor | None
+
+
+def pack_records(cache: Records, slots: torch.Tensor, entries: torch.Tensor) -> None:
     """Writes `entries` (fp32 `[n, head_dim]`, after norm, RoPE and Hadamard) into int64 `slots`, all of them valid."""
     fmt, quantized = cache.format, cache.format.quantized(cache.spec)
     if fmt.element in ("bf16", "fp32"):
-        _scatter(*_record(cache, slots), _bytes(bf16_bits(entries) if fmt.element == "bf16" else entries))
+        scatter(*record_address(cache, slots), _bytes(bf16_bits(entries) if fmt.element == "bf16" else entries))
         return
     values = (entries.bfloat16().float() if fmt.round_values else entries)[:, :quantized]
     if fmt.scale == "static":
@@ -33,7 +47,7 @@ def pack_records(cache: EntryCache, slots: torch.Tensor, entries: torch.Tensor) 
         tail = stored
         if fmt.pad_written:
             tail = torch.cat((stored, stored.new_zeros(len(stored), fmt.pad)), dim=1)
-        _scatter(*_tail(cache, slots), tail)
+        scatter(*tail_address(cache, slots), tail)
     if fmt.element == "e4m3":
         record = e4m3_bytes(values)
     else:
@@ -41,7 +55,7 @@ def pack_records(cache: EntryCache, slots: torch.Tensor, entries: torch.Tensor) 
         record = codes[:, 0::2] | codes[:, 1::2] << 4
     if fmt.rotated_bf16:
         record = torch.cat((record, _bytes(bf16_bits(entries[:, quantized:]))), dim=1)
-    _scatter(*_record(cache, slots), record)
+    scatter(*record_address(cache, slots), record)
 
 
 def group_scale(amax: torch.Tensor, fmt: RecordFormat, cache_scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,10 +103,10 @@ def e2m1_codes(x: torch.Tensor, ties_to_zero: bool) -> torch.Tensor:
     return torch.where(x.isnan(), 7, code | sign.to(torch.uint8) << 3)
 
 
-def raw_fields(cache: EntryCache, slots: torch.Tensor) -> dict[str, torch.Tensor]:
+def raw_fields(cache: Records, slots: torch.Tensor) -> dict[str, torch.Tensor]:
     """The fields of one record; see `EntryCache.raw`."""
     fmt, spec = cache.format, cache.spec
-    record = _gather(*_record(cache, slots), fmt.row_bytes(spec))[0]
+    record = gather(*record_address(cache, slots), fmt.row_bytes(spec))[0]
     if fmt.element in ("bf16", "fp32"):
         return {"values": record.view(torch.bfloat16 if fmt.element == "bf16" else torch.float32)}
     size = fmt.values_bytes(spec)
@@ -104,7 +118,7 @@ def raw_fields(cache: EntryCache, slots: torch.Tensor) -> dict[str, torch.Tensor
     if fmt.rotated_bf16:
         fields["rotated"] = record[size:].clone().view(torch.bfloat16)
     if fmt.scale_bytes:
-        tail = _gather(*_tail(cache, slots), fmt.tail_bytes(spec))[0]
+        tail = gather(*tail_address(cache, slots), fmt.tail_bytes(spec))[0]
         scales = tail[: fmt.groups(spec) * fmt.scale_bytes].clone()
         dtype = {"ue8m0": torch.uint8, "e4m3": torch.float8_e4m3fn}.get(fmt.scale, torch.float32)
         fields["scales"] = scales.view(dtype)
@@ -113,10 +127,10 @@ def raw_fields(cache: EntryCache, slots: torch.Tensor) -> dict[str, torch.Tensor
     return fields
 
 
-def unpack_records(cache: EntryCache, slots: torch.Tensor) -> torch.Tensor:
+def unpack_records(cache: Records, slots: torch.Tensor) -> torch.Tensor:
     """fp32 `[n, head_dim]` from int64 `slots`, all of them valid."""
     fmt, spec = cache.format, cache.spec
-    record = _gather(*_record(cache, slots), fmt.row_bytes(spec))
+    record = gather(*record_address(cache, slots), fmt.row_bytes(spec))
     if fmt.element in ("bf16", "fp32"):
         return record.view(torch.bfloat16 if fmt.element == "bf16" else torch.float32).float()
     record, rotated = record.split((fmt.values_bytes(spec), fmt.row_bytes(spec) - fmt.values_bytes(spec)), dim=1)
@@ -128,7 +142,7 @@ def unpack_records(cache: EntryCache, slots: torch.Tensor) -> torch.Tensor:
     if fmt.scale == "static":
         values = values * cache.scale
     else:
-        tail = _gather(*_tail(cache, slots), fmt.tail_bytes(spec))[:, : fmt.groups(spec) * fmt.scale_bytes].contiguous()
+        tail = gather(*tail_address(cache, slots), fmt.tail_bytes(spec))[:, : fmt.groups(spec) * fmt.scale_bytes].contiguous()
         if fmt.scale == "ue8m0":
             scale = (tail.int() << 23).view(torch.float32)
         elif fmt.scale == "e4m3":
@@ -156,13 +170,13 @@ def _bytes(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1).contiguous().view(torch.uint8).view(*x.shape[:-1], x.shape[-1] * x.element_size())
 
 
-def _record(cache: EntryCache, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def record_address(cache: Records, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Pages, page of each slot, and offset of its record."""
     page, row = slots // cache.rows_per_page, slots % cache.rows_per_page
     return cache.pages, page, row * cache.format.row_bytes(cache.spec)
 
 
-def _tail(cache: EntryCache, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def tail_address(cache: Records, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The same for its tail, which may be in a buffer of its own."""
     page, row = slots // cache.rows_per_page, slots % cache.rows_per_page
     offset = row * cache.format.tail_bytes(cache.spec)
@@ -171,9 +185,11 @@ def _tail(cache: EntryCache, slots: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return cache.pages, page, offset + cache.rows_per_page * cache.format.row_bytes(cache.spec)
 
 
-def _scatter(pages: torch.Tensor, page: torch.Tensor, offset: torch.Tensor, data: torch.Tensor) -> None:
+def scatter(pages: torch.Tensor, page: torch.Tensor, offset: torch.Tensor, data: torch.Tensor) -> None:
+    """Writes uint8 `data` `[n, width]` to what an `*_address` found."""
     pages[page[:, None], offset[:, None] + torch.arange(data.shape[1], device=page.device)] = data
 
 
-def _gather(pages: torch.Tensor, page: torch.Tensor, offset: torch.Tensor, width: int) -> torch.Tensor:
+def gather(pages: torch.Tensor, page: torch.Tensor, offset: torch.Tensor, width: int) -> torch.Tensor:
+    """uint8 `[n, width]` from what an `*_address` found."""
     return pages[page[:, None], offset[:, None] + torch.arange(width, device=page.device)]

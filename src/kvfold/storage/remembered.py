@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch._subclasses import FakeTensor
 
-from ..arguments.checks import check_type
+from ..arguments.checks import check_type, name_of
 from ..arguments.overlap import NO_ROOM, Place, check_apart, join_bounds
 
 MOST_PLANS = 16  # remembered of a layer: an engine has one for each size of its graphs
@@ -74,7 +74,7 @@ def _check_again(name: str, value: Checked, kind: type[Checked]) -> None:
     try:
         value._validate()
     except AttributeError as error:
-        raise ValueError(f"{name} must be made by {kind.__name__}.{kind._made_by}: {error}") from None
+        raise ValueError(f"{name} must be made by {name_of(kind)}.{kind._made_by}: {error}") from None
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from None
     if value._addresses is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..arguments.checks import check_contiguous, check_dtype, check_float, check_int, check_memory, usable_device
+from ..contract import INT32_MAX
 from ..spec import CompressorSpec, check_spec
 from .fold_state import check_rows, history_start, state_kind
 from .remembered import Checked, check_made
@@ -63,7 +64,7 @@ class Snapshots(Checked):
             dtype: that of the `FoldState`, for specs that keep input rows. Fold rows are always fp32.
         """
         check_spec("spec", spec)
-        check_int("num_pages", num_pages, 0, (1 << 31) - 1)
+        check_int("num_pages", num_pages, 0, INT32_MAX)
         check_float("dtype", dtype)
         device = usable_device("device", device)
         count, width = _shape(spec, page_size)

@@ -6,6 +6,7 @@ import torch
 
 from ..arguments.checks import check_device, check_dtype, check_float, check_int, check_memory, check_shape, usable_device
 from ..arguments.overlap import Place, check_apart
+from ..contract import INT32_MAX
 from ..spec import CompressorSpec, check_spec
 from .remembered import RememberingState
 
@@ -85,8 +86,8 @@ class WindowState(RememberingState):
             dtype: of the rows: fp32, or bf16 in half the memory, which rounds values and biased scores when they are stored.
         """
         check_spec("spec", spec)
-        check_int("num_pages", num_pages, 0, (1 << 31) - 1)
-        check_int("page_size", page_size, 1, (1 << 31) - 1)
+        check_int("num_pages", num_pages, 0, INT32_MAX)
+        check_int("page_size", page_size, 1, INT32_MAX)
         check_float("dtype", dtype)
         device = usable_device("device", device)
         shape = (num_pages, page_size, spec.channels)

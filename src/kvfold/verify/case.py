@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backend_torch.fold import finish
+from ..backend_torch.finish import finish
 from ..contract import pooled_bound
 from ..debug.check import EPILOGUE
 from ..debug.compare import Difference, bytes_of, explained, off, put_bytes
 from ..debug.exact import exact_rows
 from ..plan import StepPlan
 from ..spec import CompressorSpec
+from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState
-from ..storage.formats import FORMATS, EntryCache
+from ..storage.formats import FORMATS
 from ..storage.pack import bf16_bits
 from ..storage.window_state import WindowState
 

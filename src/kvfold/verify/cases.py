@@ -10,8 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..backend_triton.table import CONFIGS, ITEM_BOUNDS, Config, choose
-from ..compress import choose_backend, compress_many
+from ..backend_triton.launcher import multiprocessors
+from ..backend_triton.table import ANY, BUCKETS, CONFIGS, Config, choose
+from ..calls.checks import choose_backend
+from ..compress import compress_many
 from ..contract import pooled_bound
 from ..debug.compare import off
 from ..debug.exact import exact_rows
@@ -147,10 +149,8 @@ def representative(config: Config) -> tuple[CompressorSpec, int]:
         for ratio, overlap in ((4, True), (32, False), (128, False), (16, True), (4, False), (config.window_rows[0], False)):
             spec = replace(base, ratio=ratio, overlap=overlap, hadamard=base.hadamard and overlap)
             kinds = {"fold": not overlap and ratio > 8, "rows": overlap or ratio <= 8}
-            serves = config.serves(config.kind, width, spec.window_rows, bound, config.most_items) and kinds.get(
-                config.kind, True
-            )
-            if serves and choose(config.kind, spec, bound, config.most_items) is config:
+            serves = config.serves(config.kind, width, spec.window_rows, bound, config.bucket) and kinds.get(config.kind, True)
+            if serves and choose(config.kind, spec, bound, config.bucket) is config:
                 return spec, bound
     raise LookupError(f"no usual shape is served by {config}")
 
@@ -170,7 +170,7 @@ def _table_cases(lab: Lab, quick: bool) -> Iterator[Case]:
             limit = "any" if config.max_new_tokens > LONG else str(config.max_new_tokens)
             name = f"{index}: {config.kind} hd {config.head_dims[0]}-{config.head_dims[1]}, "
             name += f"{config.window_rows[0]}-{config.window_rows[1]} rows, new <= {limit}"
-            name += f", windows <= {config.most_items}; " if config.most_items <= LONG else "; "
+            name += f", windows <= {config.bucket:g} per multiprocessor; " if config.bucket < ANY else "; "
             if config.kind == "store":
                 yield Case("table", name + f"rows {_name(rows)}", partial(check_store, lab, config, rows))
             else:
@@ -210,10 +210,10 @@ def check_config(lab: Lab, config: Config, state: torch.dtype, rows: torch.dtype
     """One row of the table: its entries against fp64, against one prefill to the bit, and its last step by `kvfold.check`."""
     spec, bound = representative(config)
     # A row for many windows is taken when there are many.
-    others = [n for n in ITEM_BOUNDS if n < config.most_items and choose(config.kind, spec, bound, n) is not config]
-    batch = max(others) // 2 + 4 if others and lab.real else lab.batch
+    others = [n for n in BUCKETS if n < config.bucket and choose(config.kind, spec, bound, n) is not config]
+    batch = int(max(others) * multiprocessors(lab.device)) // 2 + 4 if others and lab.real else lab.batch
     streams = lab.streams(lab.spec(spec) if config.kind == "window" or spec.ratio > 32 else spec, rows, batch)
-    if choose(config.kind, streams.spec, bound, config.most_items) is not config:
+    if choose(config.kind, streams.spec, bound, config.bucket) is not config:
         raise LookupError(f"{streams.spec} is not served by {config}")
     short = bound < streams.length
     if short:

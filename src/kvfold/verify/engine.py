@@ -9,11 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..compress import Compressor, compress
+from ..compress import compress
 from ..debug.check import Report, check
 from ..plan import StepPlan
 from ..spec import CompressorSpec
 from ..storage.fold_state import FoldState
+from ..storage.step import Compressor
 from ..storage.window_state import WindowState
 from .case import make_cache, make_pools, make_state, make_weights
 

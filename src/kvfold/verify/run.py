@@ -16,7 +16,7 @@ from multiprocessing import get_context
 import torch
 
 from ..arguments.checks import check_int
-from ..compress import choose_backend
+from ..calls.checks import choose_backend
 from ..precompile.choices import check_workers
 from .case import Mismatch
 from .program import Place, program

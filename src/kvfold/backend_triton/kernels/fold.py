@@ -4,11 +4,11 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import libdevice
 
-from .. import table as configs
+from ... import contract
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
-ROWS_AT_ONCE = tl.constexpr(configs.ROWS_AT_ONCE)
+ROWS_AT_ONCE = tl.constexpr(contract.ROWS_AT_ONCE)
 
 
 @triton.jit

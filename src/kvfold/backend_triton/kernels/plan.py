@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
+from ... import contract
+
 if TYPE_CHECKING:
     import torch
 
-    from ...plan import StepPlan
+    from ...storage.step import PlanData
     from ..build import Variant
 
 SEQUENCES = 16  # per program
-MOST_POSITIONS = tl.constexpr(1 << 30)  # as in kvfold/plan.py
+MOST_POSITIONS = tl.constexpr(contract.MOST_POSITIONS)
 SCAN = 1024  # sequences before them that it counts at a time
 NUM_WARPS = 4
 
@@ -129,7 +131,7 @@ def windows_per_program(windows_per_sequence: int) -> int:
     return 8 if windows_per_sequence <= 8 else 64
 
 
-def update_on_gpu(plan: StepPlan, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
+def update_on_gpu(plan: PlanData, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
     """`StepPlan.update` after its arguments were checked, for a batch that is not empty."""
     from ..launcher import launcher_of, pack  # which builds this kernel among others
     from ..variants import plan_key

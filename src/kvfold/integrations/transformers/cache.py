@@ -12,17 +12,14 @@ from typing import Any
 import torch
 
 from ...compress import compress
+from ...contract import UnsupportedError
 from ...plan import StepPlan
 from ...spec import CompressorSpec
+from ...storage.cache import EntryCache
 from ...storage.fold_state import FoldState, state_kind
-from ...storage.formats import EntryCache
 
 FIRST_CAPACITY = 64
 _FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-
-
-class UnsupportedError(NotImplementedError):
-    """Something that kvfold's transformers integration does not do; the message says what, and what to do instead."""
 
 
 class Plans:

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from .cache import CacheFold, LayerFold, UnsupportedError
+from ...contract import UnsupportedError
+from .cache import CacheFold, LayerFold
 
 try:
     from transformers.models.deepseek_v4 import modeling_deepseek_v4 as v4

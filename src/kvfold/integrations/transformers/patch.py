@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .cache import CompressorFold, LayerFold, Plans, UnsupportedError, check_dtypes
+from ...contract import UnsupportedError
+from .cache import CompressorFold, LayerFold, Plans, check_dtypes
 from .layers import Snapshot, cache_fold, check_layer, layer_fold, rewind_layer, v4
 from .weights import (
     RopeTables,

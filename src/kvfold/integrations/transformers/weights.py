@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ...contract import UnsupportedError
 from ...spec import CompressorSpec
-from .cache import UnsupportedError
 
 _FIRST_POSITIONS = 4096
 # Rotary embeddings of these kinds change with the length of the sequence; an entry, once written, cannot.

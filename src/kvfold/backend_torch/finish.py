@@ -1,0 +1,81 @@
+"""What follows the pooling, in plain torch: RMSNorm, RoPE, Hadamard, quantization and store."""
+
+from __future__ import annotations
+
+import torch
+
+from ..spec import CompressorSpec
+from ..storage.pack import bf16_bits, pack_records
+from ..storage.step import Compressor, PlanData
+from .items import Items
+
+
+def tree_sum(x: torch.Tensor) -> torch.Tensor:
+    """Sum over the last dimension (a power of two) by pairing neighbours, so that the order never depends on a device."""
+    while x.shape[-1] > 1:
+        x = x[..., 0::2] + x[..., 1::2]
+    return x[..., 0]
+
+
+def finish(
+    y: torch.Tensor, spec: CompressorSpec, weight: torch.Tensor, table: torch.Tensor | None, positions: torch.Tensor
+) -> torch.Tensor:
+    """RMSNorm, RoPE and Hadamard of pooled rows: fp32 `[n, head_dim]` and int64 `[n]` to fp32 `[n, head_dim]`, no rounding."""
+    mean = tree_sum(y * y) * (1.0 / spec.head_dim)
+    y = y * (1.0 / torch.sqrt(mean + spec.norm_eps))[:, None] * weight.float()
+    if spec.rope_dim:
+        assert table is not None
+        cos, sin = table[positions].chunk(2, dim=1)
+        x = y[:, -spec.rope_dim :]
+        even, odd = x[:, 0::2], x[:, 1::2]
+        rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(1)
+        y = torch.cat((y[:, : spec.head_dim - spec.rope_dim], rotated), dim=1)
+    if spec.hadamard:
+        half = 1
+        while half < spec.head_dim:
+            low, high = y.view(-1, spec.head_dim // (2 * half), 2, half).unbind(2)
+            y = torch.stack((low + high, low - high), dim=2).flatten(1)
+            half *= 2
+        y = y * spec.head_dim**-0.5
+    return y
+
+
+def emit(pooled: torch.Tensor, items: Items, plan: PlanData, c: Compressor, rows: torch.Tensor | None) -> None:
+    """Delivers the pooled rows of the items whose window ends: to `rows` and to the cache, either of which may be None."""
+    cache, spec, rope = c.cache, c.spec, c.rope
+    entry, position = items.entry, items.window * spec.ratio
+    wrong = entry >= plan.entry_capacity
+    keep = (entry >= 0) & ~wrong
+    slot = torch.zeros_like(entry)
+    if plan.entry_slots is not None and plan.entry_capacity:
+        slot = torch.where(keep, plan.entry_slots[torch.where(keep, entry, 0)], -1)
+        keep &= slot != -1
+    if cache is not None:
+        bad = (slot < -1) | (slot >= cache.num_slots)
+        if spec.rope_dim:
+            assert rope is not None
+            bad |= position >= rope.shape[0]
+        wrong |= keep & bad
+        keep &= ~bad
+    plan.errors.add_(wrong.sum().int())
+    kept = keep.nonzero()[:, 0]
+    if kept.numel() == 0:
+        return
+    if rows is not None:
+        values = pooled[kept]
+        rows[entry[kept]] = bf16_bits(values).view(torch.bfloat16) if rows.dtype == torch.bfloat16 else values
+    if cache is not None:
+        assert c.norm_weight is not None
+        y = pooled[kept].bfloat16().float() if cache.format.round_rows else pooled[kept]
+        pack_records(cache, slot[kept], finish(y, spec, c.norm_weight, rope, position[kept]))
+
+
+@torch.inference_mode()
+def store_torch(c: Compressor, plan: PlanData) -> None:
+    """`store` of the pooled rows `c.kv_score`, after its arguments were checked."""
+    pooled, items = c.kv_score, Items.of(plan)
+    items = items[items.entry >= 0]
+    rows = torch.zeros(len(items.entry), c.spec.head_dim, dtype=torch.float32, device=pooled.device)
+    inside = items.entry < plan.entry_capacity
+    rows[inside] = pooled[items.entry[inside]].float()
+    emit(rows, items, plan, c, None)

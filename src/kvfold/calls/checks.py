@@ -1,0 +1,363 @@
+"""What a call may be given together: every failure names the argument and comes before anything is written.
+
+What a layer passes in every step is checked when it is first seen, and each plan that it meets; what changes from step to step
+is checked every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..arguments.checks import (
+    check_device,
+    check_dtype,
+    check_eager,
+    check_real_memory,
+    check_shape,
+    check_tensor,
+    check_type,
+)
+from ..arguments.overlap import NO_ROOM, Place, check_apart, extent, find_room
+from ..contract import INT32_MAX
+from ..spec import check_spec
+from ..storage.cache import EntryCache
+from ..storage.fold_state import FoldState
+from ..storage.remembered import Layer, Met, check_made, where
+from ..storage.snapshots import Snapshots
+from ..storage.step import Compressor, PlanData, plan_places
+from ..storage.window_state import WindowState
+
+BACKENDS = ("triton", "torch")
+_UNKNOWN = object()  # for one that was not checked, or is none of ours: no layer is known by it
+_FLOATS = (torch.bfloat16, torch.float32)
+
+
+def choose_backend(backend: str | None, name: str, tensor: torch.Tensor) -> str:
+    """The backend to use for inputs like argument `name`; raises ValueError if it cannot take them."""
+    if backend is not None and not (isinstance(backend, str) and backend in BACKENDS):
+        raise ValueError(f"backend must be one of {BACKENDS} or None, got {backend!r}")
+    if tensor.device.type == "meta":
+        raise ValueError(f"{name} must be on a CPU or a GPU, got the meta device")
+    if backend is None:
+        backend = "triton" if tensor.is_cuda else "torch"
+    if backend == "torch":
+        check_eager(name)
+    elif not tensor.is_cuda:
+        from ..backend_triton.build import INTERPRETED
+
+        if tensor.device.type != "cpu" or not INTERPRETED:
+            raise ValueError(
+                f"backend='triton' takes CUDA or HIP tensors, and CPU tensors under Triton's interpreter (set "
+                f"TRITON_INTERPRET=1 before importing kvfold), got {name} on {tensor.device}; or use backend='torch'"
+            )
+    return backend
+
+
+def compressors_of(compressors: Sequence[Compressor | tuple]) -> list[Compressor]:
+    """What `compress_many` is given, by name."""
+    if not isinstance(compressors, Sequence):
+        raise TypeError(f"compressors must be a sequence, got {type(compressors).__name__}")
+    if not 1 <= len(compressors) <= 2:
+        raise ValueError(f"compressors must hold one or two, got {len(compressors)}")
+    made = []
+    for i, one in enumerate(compressors):
+        if not isinstance(one, tuple) or len(one) not in (len(Compressor._fields) - 1, len(Compressor._fields)):
+            raise TypeError(f"compressors[{i}] must be a tuple {Compressor._fields}, the last of which may be missing")
+        made.append(Compressor(*one))
+    return made
+
+
+def check_compress(c: Compressor, plan: PlanData, rows: torch.Tensor | None, backend: str | None) -> str:
+    """Checks the arguments of `compress` and returns the backend to use."""
+    kv_score, spec = c.kv_score, c.spec
+    check_type("kv_score", kv_score, torch.Tensor)
+    chosen = choose_backend(backend, "kv_score", kv_score)
+    check_spec("spec", spec)
+    check_real_memory("kv_score", kv_score)
+    check_dtype("kv_score", kv_score, _FLOATS)
+    shape = kv_score.shape
+    if len(shape) != 2 or shape[1] != 2 * spec.channels:
+        check_shape("kv_score", kv_score, (None, 2 * spec.channels))
+    if shape[0] > INT32_MAX:
+        raise ValueError(f"kv_score must have at most {INT32_MAX} rows, got {shape[0]}")
+    stride, side_by_side = kv_score.stride()
+    if shape[0] and side_by_side != 1:
+        raise ValueError(f"kv_score must be contiguous in its last dimension, got strides {(stride, side_by_side)}")
+    met = _known(c, plan) or _check_fixed(c, plan)
+    if kv_score.device != met.device:
+        check_device("kv_score", kv_score, met.device)
+    if met.rows_in_bf16 and kv_score.dtype is not torch.bfloat16:
+        raise TypeError("kv_score must be torch.bfloat16, as state keeps input rows in bf16, got torch.float32")
+    # kv_score moves from step to step, but mostly within the same room between the tensors of layer and plan.
+    start = kv_score.data_ptr()
+    end = start + ((shape[0] - 1) * stride + shape[1]) * (2 if kv_score.dtype is torch.bfloat16 else 4)
+    if start < met.kv_score[0] or end > met.kv_score[1]:
+        met.kv_score = _find_room(Place("kv_score", kv_score), start, end, c, plan, met)
+    if rows is not None:
+        check_tensor("rows", rows, (plan.entry_capacity, spec.head_dim), _FLOATS, kv_score.device)
+        first = rows.data_ptr()
+        behind = first + rows.nbytes
+        if first < met.rows[0] or behind > met.rows[1]:
+            met.rows = _find_room(Place("rows", rows, written=True), first, behind, c, plan, met)
+        if first < end and start < behind:
+            check_apart((Place("kv_score", kv_score), Place("rows", rows, written=True)))
+    return chosen
+
+
+def check_many(compressors: Sequence[Compressor], plan: PlanData, backend: str | None) -> str:
+    """Checks the arguments of `compress_many` and returns the backend to use."""
+    found: list[Compressor] = []
+    chosen = ""
+    for i, c in enumerate(compressors):
+        try:
+            check_type("state", c.state, FoldState)
+            chosen = check_compress(c, plan, None, backend)
+            if found:
+                check_device("kv_score", c.kv_score, found[0].kv_score.device)
+                _check_pair(found[0], c, plan)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"compressors[{i}]: {error}") from None
+        found.append(c)
+    return chosen
+
+
+def _check_pair(first: Compressor, second: Compressor, plan: PlanData) -> None:
+    """Checks that two compressors of one launch share nothing that it writes; again only when their tensors are others."""
+    for name in ("state", "cache", "snapshots"):
+        mine = getattr(second, name)
+        if mine is not None and mine is getattr(first, name):
+            raise ValueError(f"{name} must not be shared by two compressors")
+    layers = first.state._layer, second.state._layer
+    known = first.state._pair
+    if known[0] is not layers[0] or known[1] is not layers[1]:
+        theirs = [place._replace(name=f"{place.name} of compressors[0]", paged=False) for place in _places(first)]
+        check_apart([*theirs, *(place._replace(paged=False) for place in _places(second))])
+        first.state._pair = layers
+    for c, other, layer in ((first, second, layers[1]), (second, first, layers[0])):
+        met = layer.met(plan)
+        start, end = extent(c.kv_score)
+        if start < met.other[0] or end > met.other[1]:
+            met.other = _find_room(Place("the other kv_score", c.kv_score), start, end, other, plan, met)
+
+
+def _known(c: Compressor, plan: PlanData) -> Met | None:
+    """What is known of a layer and a plan that were checked in an earlier call; None if something has changed since."""
+    layer = c.state._layer if isinstance(c.state, (FoldState, WindowState)) and isinstance(plan, PlanData) else None
+    met = None if layer is None else layer.met(plan)
+    if met is None or layer.tokens != _tokens(c):
+        return None
+    held = [*c.state._watched, *plan._watched]
+    for thing in (c.cache, c.snapshots):
+        if thing is not None:
+            held += thing._watched
+    for known, dtype, x in zip(layer.weights, layer.dtypes, (c.ape, c.norm_weight, c.rope)):  # noqa: B905 (every call comes here)
+        if known() is not x:
+            return None
+        if x is not None:
+            if x.dtype is not dtype:
+                return None
+            held.append(x)
+    return met if met.where == where(held) else None  # where a weight died that is now None, their numbers differ
+
+
+def _tokens(c: Compressor) -> tuple:
+    """What the objects of a layer are known by."""
+    cache, snapshots = c.cache, c.snapshots
+    return (
+        c.spec,
+        c.state._token,
+        None if cache is None else (isinstance(cache, EntryCache) and cache._token) or _UNKNOWN,
+        None if snapshots is None else (isinstance(snapshots, Snapshots) and snapshots._token) or _UNKNOWN,
+    )
+
+
+def _check_fixed(c: Compressor, plan: PlanData) -> Met:
+    """Checks what a layer passes in every step, and the plan."""
+    state, cache, snapshots = c.state, c.cache, c.snapshots
+    if not isinstance(state, (FoldState, WindowState)):
+        raise TypeError(f"state must be a FoldState or a WindowState, got {type(state).__name__}")
+    check_made("state", state, type(state))
+    check_made("plan", plan, PlanData)
+    if cache is not None:
+        check_made("cache", cache, EntryCache)
+    if snapshots is not None:
+        check_made("snapshots", snapshots, Snapshots)
+    tokens, weights = _tokens(c), (c.ape, c.norm_weight, c.rope)
+    layer = state._layer
+    if layer is None or not layer.same(tokens, weights):
+        _check_ratio(c, plan)
+        _check_layer(c)
+        layer = state._layer = Layer(tokens, weights, _places(c))
+    met = layer.met(plan)
+    if met is None:
+        _check_plan(c, plan)
+        met = layer.meet(plan, lambda: [*_places(c), *plan_places(plan)])
+    held = [x for thing in (state, plan, cache, snapshots) if thing is not None for x in thing._watched]
+    kept = state._tensors[0]
+    met.device, met.rows_in_bf16 = kept.device, isinstance(state, FoldState) and kept.dtype is torch.bfloat16
+    met.where = where([*held, *(x for x in weights if x is not None)])
+    return met
+
+
+def _check_layer(c: Compressor) -> None:
+    """Checks what does not change from step to step."""
+    spec, state, device = c.spec, c.state, c.kv_score.device
+    check_device("state", state._tensors[0], device)
+    if isinstance(state, FoldState):
+        if state.spec != spec:
+            raise ValueError(f"state must be for {spec}, got {state.spec}")
+    elif state.channels != spec.channels:
+        raise ValueError(f"state must have {spec.channels} channels for {spec}, got {state.channels}")
+    if spec.has_ape:
+        check_tensor("ape", c.ape, (spec.ratio, spec.channels), (torch.float32,), device)
+    elif c.ape is not None:
+        raise ValueError("ape must be None, as spec.has_ape is False")
+    _check_epilogue(c)
+    if c.snapshots is not None:
+        check_type("state", state, FoldState)  # the pages of a WindowState are shared as they are
+        _check_snapshots(c.snapshots, state)
+
+
+def _check_ratio(c: Compressor, plan: PlanData) -> None:
+    """Checks that a plan is for this ratio, and on this device."""
+    if plan.ratio != c.spec.ratio:
+        raise ValueError(f"plan must be for ratio {c.spec.ratio}, got ratio {plan.ratio}")
+    check_device("plan", plan.items, c.kv_score.device)
+
+
+def _check_plan(c: Compressor, plan: PlanData) -> None:
+    """Checks that a plan is for this layer."""
+    _check_ratio(c, plan)
+    if c.cache is not None:
+        if plan.entry_slots is None:
+            raise ValueError("plan must have entry_slots or a cache_block_table when a cache is given, got neither")
+        # Without a table the caller made the slots, for pages that only the cache knows.
+        have, want = plan.rows_per_page, c.cache.rows_per_page
+        if have is not None and have != want:
+            raise ValueError(f"plan must be for pages of {want} entries like cache, got rows_per_page={have}")
+    if isinstance(c.state, FoldState):
+        if plan.state_slots is None:
+            raise ValueError("plan must have state_slots for a FoldState, got block_tables")
+    elif isinstance(c.state, WindowState):
+        have, want = plan.page_size, c.state.page_size
+        if plan.block_tables is None:
+            raise ValueError("plan must have block_tables for a WindowState, got state_slots")
+        if have != want:
+            raise ValueError(f"plan must be for pages of {want} positions like state, got page_size={have}")
+    if c.snapshots is not None and plan.snapshot_page_size != c.snapshots.page_size:
+        have, want = plan.snapshot_page_size, c.snapshots.page_size
+        raise ValueError(f"plan must have a snapshot_table with snapshot_page_size={want} for snapshots, got {have}")
+
+
+def _check_snapshots(snapshots: Snapshots, state: FoldState) -> None:
+    """Checks that snapshots are of this state."""
+    check_made("snapshots", snapshots, Snapshots)
+    if snapshots.spec != state.spec:
+        raise ValueError(f"snapshots must be for {state.spec}, got {snapshots.spec}")
+    check_dtype("snapshots", snapshots.rows, (state.rows.dtype,))
+    check_device("snapshots", snapshots.rows, state.device)
+
+
+def _check_epilogue(c: Compressor) -> None:
+    """Checks what everything behind the pooling takes."""
+    cache, spec, device = c.cache, c.spec, c.kv_score.device
+    if c.norm_weight is not None or cache is not None:
+        check_tensor("norm_weight", c.norm_weight, (spec.head_dim,), _FLOATS, device)
+    if c.rope is not None or (cache is not None and spec.rope_dim):
+        check_tensor("rope", c.rope, (None, spec.rope_dim), (torch.float32,), device)
+    if cache is not None:
+        if cache.spec is not spec and cache.spec != spec:
+            raise ValueError(f"cache must be for {spec}, got {cache.spec}")
+        check_device("cache", cache.storage, device)
+
+
+def _places(c: Compressor) -> list[Place]:
+    """What a layer passes in every step."""
+    places = []
+    if c.state is not None:
+        paged = isinstance(c.state, WindowState)
+        places += [Place("state", x, written=True, paged=paged) for x in c.state._tensors]
+    if c.cache is not None:
+        places += [Place("cache", x, written=True, paged=True) for x in c.cache._tensors]
+    if c.snapshots is not None:
+        places += [Place("snapshots", x, written=True) for x in c.snapshots._tensors]
+    weights = (("ape", c.ape), ("norm_weight", c.norm_weight), ("rope", c.rope))
+    return places + [Place(name, weight) for name, weight in weights if weight is not None]
+
+
+def _find_room(place: Place, start: int, end: int, c: Compressor, plan: PlanData, met: Met) -> tuple[int, int]:
+    """Checks that a tensor, from `start` to `end`, shares nothing with layer and plan; returns the room between them."""
+    room = find_room(met.bounds, start, end)
+    if room == NO_ROOM:
+        check_apart([*_places(c), *plan_places(plan), place])
+    return room
+
+
+def check_store(c: Compressor, plan: PlanData, backend: str | None) -> str:
+    """Checks the arguments of `store`, whose pooled rows are `c.kv_score`, and returns the backend to use."""
+    rows, cache = c.kv_score, c.cache
+    check_type("rows", rows, torch.Tensor)
+    chosen = choose_backend(backend, "rows", rows)
+    check_spec("spec", c.spec)
+    check_made("plan", plan, PlanData)
+    check_made("cache", cache, EntryCache)
+    assert cache is not None
+    tokens, weights = (c.spec, cache._token), (c.norm_weight, c.rope)
+    layer = cache._layer
+    if layer is None or not layer.same(tokens, weights):
+        _check_epilogue(c)
+        layer = cache._layer = Layer(tokens, weights, _places(c))
+    check_tensor("rows", rows, (plan.entry_capacity, c.spec.head_dim), _FLOATS, cache.device)
+    met = layer.met(plan)
+    if met is None:
+        _check_plan(c, plan)
+        met = layer.meet(plan, lambda: [*_places(c), *plan_places(plan)])
+    start = rows.data_ptr()
+    end = start + rows.nbytes
+    if start < met.rows[0] or end > met.rows[1]:
+        met.rows = _find_room(Place("rows", rows), start, end, c, plan, met)
+    return chosen
+
+
+def check_restore(
+    state: FoldState,
+    snapshots: Snapshots,
+    slots: torch.Tensor,
+    pages: torch.Tensor,
+    start_pos: torch.Tensor,
+    errors: torch.Tensor,
+    backend: str | None,
+) -> str:
+    """Checks the arguments of `restore` and returns the backend to use."""
+    check_made("state", state, FoldState)
+    chosen = choose_backend(backend, "state", state.rows)
+    _check_snapshots(snapshots, state)
+    check_tensor("slots", slots, (None,), (torch.int32,), state.device)
+    check_tensor("pages", pages, tuple(slots.shape), (torch.int32,), state.device)
+    check_tensor("start_pos", start_pos, tuple(slots.shape), (torch.int32,), state.device)
+    check_tensor("errors", errors, (1,), (torch.int32,), state.device)
+    written = (("state", state.rows), ("state", state.positions), ("errors", errors))
+    read = (("snapshots", snapshots.rows), ("snapshots", snapshots.positions))
+    read += (("slots", slots), ("pages", pages), ("start_pos", start_pos))
+    check_apart([*(Place(name, x, written=True) for name, x in written), *(Place(name, x) for name, x in read)])
+    return chosen
+
+
+def check_update(plan: PlanData, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
+    """Checks the arguments of `StepPlan.update`, and the plan where its tensors are elsewhere than at the last one."""
+    check_made("plan", plan, PlanData)
+    if plan._where != where(plan._tensors):
+        plan._validate()
+    device = plan.start_pos.device
+    check_tensor("start_pos", start_pos, (plan.batch,), (torch.int32,), device)
+    check_tensor("cu_seqlens", cu_seqlens, (plan.batch + 1,), (torch.int32,), device)
+    came = start_pos.data_ptr(), cu_seqlens.data_ptr()
+    if came == plan._came:
+        return
+    # What `update` reads must not be what it writes, but for the plan's own copies under their names.
+    for name, x in (("start_pos", start_pos), ("cu_seqlens", cu_seqlens)):
+        if x.data_ptr() != getattr(plan, name).data_ptr() and find_room(plan._bounds, *extent(x)) == NO_ROOM:
+            check_apart([*plan_places(plan, updating=True), Place(name, x)])
+    plan._came = came

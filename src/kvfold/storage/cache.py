@@ -1,0 +1,237 @@
+"""`EntryCache`: an engine's pages, of records in one format."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..arguments.checks import check_device, check_int, check_memory, check_type, usable_device
+from ..arguments.overlap import Place, check_apart
+from ..contract import INT32_MAX
+from ..spec import CompressorSpec, check_spec
+from .formats import FORMATS, RecordFormat, get_format
+from .pack import raw_fields, unpack_records
+from .remembered import Checked, Layer, check_made
+
+
+class EntryCache(Checked):
+    """Pages of records. Slot `s` is row `s % rows_per_page` of page `s // rows_per_page`.
+
+    Attributes:
+        storage: the tensor given, `[num_pages, ...]`.
+        scales: the second buffer of formats that keep scales apart, uint8 `[num_pages, rows_per_page * tail_bytes]`; else None.
+        pages: the memory of `storage` as uint8 `[num_pages, page_bytes]`.
+        scale: `fp8_tensor` and `fp8_tensor_trtllm`: what values are divided by; `nvfp4_trtllm`: the global factor g. 1 for the
+            others.
+        format, spec, rows_per_page, page_bytes.
+    """
+
+    pages: torch.Tensor
+    scale_pages: torch.Tensor | None
+    page_bytes: int
+
+    def __init__(
+        self,
+        storage: torch.Tensor,
+        fmt: str | RecordFormat,
+        rows_per_page: int,
+        spec: CompressorSpec,
+        *,
+        scales: torch.Tensor | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        """Wraps an engine's page tensor.
+
+        Args:
+            storage: `[num_pages, ...]` of any integer dtype, which stand for bytes, or of the floating dtype that the format's
+                `element` is: bfloat16, float32, float8_e4m3fn (as engines also view pages that hold more than
+                e4m3), float4_e2m1fn_x2. No other: e4m3 is OCP's, and the codes of float8_e4m3fnuz are other numbers. Each page
+                is dense and has at least the format's page bytes; pages may lie further apart than that.
+            scales: `[num_pages, ...]` likewise, if and only if the format keeps scales in a buffer of their own; as floats
+                float8_e8m0fnu, float8_e4m3fn or float32, as the format's `scale` is.
+            scale: a number from 2**-126 to 2**126; 1 unless the format takes one, see the class.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+        """
+        self.storage, self.scales, self.scale = storage, scales, scale
+        self.format, self.spec, self.rows_per_page = get_format(fmt), spec, rows_per_page
+        self._validate()
+
+    def _check(self) -> None:
+        storage, scales, spec, rows_per_page = self.storage, self.scales, self.spec, self.rows_per_page
+        check_memory("storage", storage, fake=True)
+        check_spec("spec", spec)
+        check_int("rows_per_page", rows_per_page, 1, 1 << 20)
+        check_type("format", self.format, RecordFormat)
+        get_format(self.format)
+        self.format.check(spec)
+        self.page_bytes, self.scale = self.format.page_bytes(spec, rows_per_page), _number("scale", self.scale)
+        if not 2.0**-126 <= self.scale <= 2.0**126:  # both it and its inverse are normal numbers in fp32
+            raise ValueError(f"scale must be from 2**-126 to 2**126, got {self.scale}")
+        if self.scale != 1 and not self.format.takes_scale:
+            raise ValueError(f"scale must be 1: format {self.format.name!r} takes none, got {self.scale}")
+        if self.format.scale_bytes and not self.format.separate and rows_per_page * self.format.row_bytes(spec) > INT32_MAX:
+            raise ValueError(  # where kernels find the tails, in 32 bits
+                f"rows_per_page must leave a page's rows below 2**31 bytes in format {self.format.name!r}, got {rows_per_page}"
+            )
+        _check_page_dtype("storage", storage, self.format.element)
+        self.pages = _byte_pages("storage", storage, self.page_bytes, self.format.alignment)
+        if self.num_slots >= 1 << 32:  # kernels find the page of a slot in 32 bits (backend_triton/kernels/record.py)
+            raise ValueError(f"storage must have fewer than 2**32 slots, got {self.num_slots}")
+        self.scale_pages = None
+        if self.format.separate:
+            check_memory("scales", scales, fake=True)
+            check_device("scales", scales, storage.device)
+            if scales.shape[:1] != storage.shape[:1]:
+                raise ValueError(f"scales must have {storage.shape[0]} pages like storage, got {list(scales.shape)}")
+            _check_page_dtype("scales", scales, self.format.scale)
+            size = rows_per_page * self.format.tail_bytes(spec)
+            self.scale_pages = _byte_pages("scales", scales, size, self.format.scale_bytes)
+            check_apart((Place("scales", self.scale_pages, written=True), Place("storage", self.pages, written=True)))
+        elif scales is not None:
+            raise ValueError(f"scales must be None: format {self.format.name!r} keeps its scales in the page")
+        self._named = FORMATS.get(self.format.name) == self.format  # so an operator (ops.py) can be told it by its name
+        self._tensors = (self.pages,) if self.scale_pages is None else (self.pages, self.scale_pages)
+        self._layer: Layer | None = None  # what the last `store` got with this cache: store.py
+
+    def __reduce__(self) -> tuple:
+        """Copies and pickles are made anew, as `pages` must be a view of their own storage."""
+        return _made_again, (self.scales, self.scale, self.storage, self.format, self.rows_per_page, self.spec)
+
+    @classmethod
+    def allocate(
+        cls,
+        fmt: str | RecordFormat,
+        num_pages: int,
+        rows_per_page: int,
+        spec: CompressorSpec,
+        *,
+        device: torch.device | str | None = None,
+        scale: float = 1.0,
+    ) -> EntryCache:
+        """A zeroed cache: uint8 `[num_pages, page_bytes]`, and uint8 scales where the format keeps them apart."""
+        check_spec("spec", spec)
+        check_int("num_pages", num_pages, 0, INT32_MAX)
+        check_int("rows_per_page", rows_per_page, 1, 1 << 20)
+        fmt = get_format(fmt)
+        fmt.check(spec)
+        device = usable_device("device", device)
+        page_bytes, scales = fmt.page_bytes(spec, rows_per_page), None
+        storage = torch.zeros(num_pages, page_bytes, dtype=torch.uint8, device=device)
+        if fmt.separate:
+            scales = torch.zeros(num_pages, rows_per_page * fmt.tail_bytes(spec), dtype=torch.uint8, device=device)
+        return cls(storage, fmt, rows_per_page, spec, scales=scales, scale=scale)
+
+    @property
+    def num_pages(self) -> int:
+        return self.pages.shape[0]
+
+    @property
+    def num_slots(self) -> int:
+        return self.num_pages * self.rows_per_page
+
+    @property
+    def device(self) -> torch.device:
+        return self.storage.device
+
+    def read(self, slots: torch.Tensor) -> torch.Tensor:
+        """Entries as numbers.
+
+        Args:
+            slots: int32 or int64 `[n]`, flat row indices from 0 to `num_slots - 1`, on the cache's device.
+
+        Returns:
+            fp32 `[n, head_dim]`: what an attention kernel that reads these bytes sees. Synchronizes with the host, to
+            check the slots.
+        """
+        check_made("cache", self, EntryCache)
+        check_memory("slots", slots)
+        if slots.dtype not in (torch.int32, torch.int64) or slots.dim() != 1:
+            raise ValueError(f"slots must be int32 or int64 [n], got {slots.dtype} {list(slots.shape)}")
+        check_device("slots", slots, self.device)
+        if self.device.type == "meta":
+            raise ValueError("slots must be of a cache on a CPU or a GPU, got the meta device")
+        if slots.numel() and (int(slots.min()) < 0 or int(slots.max()) >= self.num_slots):
+            raise ValueError(f"slots must be from 0 to {self.num_slots - 1}, got {int(slots.min())}..{int(slots.max())}")
+        return unpack_records(self, slots.long())
+
+    def raw(self, slot: int) -> dict[str, torch.Tensor]:
+        """The named fields of one record, copied, in their own types.
+
+        Returns:
+            `values` (bf16, fp32 or e4m3 `[n]`; e2m1: uint8 codes 0..15, one per channel), then, where the format has them,
+            `rotated` (bf16 `[rope_dim]`), `scales` (fp32, e4m3, or uint8 ue8m0 codes, one per group) and `pad` (uint8).
+        """
+        check_made("cache", self, EntryCache)
+        check_int("slot", slot, 0, self.num_slots - 1)
+        if self.device.type == "meta":
+            raise ValueError("slot must be of a cache on a CPU or a GPU, got the meta device")
+        return raw_fields(self, torch.tensor([slot], device=self.device))
+
+
+def _number(name: str, value: object) -> float:
+    """A float from any single number; text and truth values are none."""
+    try:
+        if isinstance(value, (str, bytes, bytearray, memoryview, bool)) or getattr(value, "dtype", None) in (bool, torch.bool):
+            raise TypeError
+        return float(value)  # type: ignore[arg-type]
+    except OverflowError:
+        return math.inf  # an int beyond fp64
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
+
+
+def _byte_pages(name: str, storage: torch.Tensor, page_bytes: int, unit: int) -> torch.Tensor:
+    """The pages as uint8 `[num_pages, page_bytes]`, checked to be dense, disjoint and aligned to `unit` bytes."""
+    if storage.dim() < 2:
+        raise ValueError(f"{name} must have a page dimension and one more, got shape {list(storage.shape)}")
+    num_pages, item = storage.shape[0], storage.element_size()
+    have = storage[:1].numel() * item if num_pages else page_bytes
+    if have < page_bytes:
+        raise ValueError(f"{name} must have at least {page_bytes} bytes per page, got {have}")
+    dense = 1
+    for size, stride in zip(reversed(storage.shape[1:]), reversed(storage.stride()[1:]), strict=True):
+        if size > 1 and stride != dense:
+            raise ValueError(f"{name} must be dense within a page, got strides {tuple(storage.stride())}")
+        dense *= size
+    if num_pages > 1 and storage.stride(0) < dense:
+        raise ValueError(f"{name} must have pages that do not overlap, got strides {tuple(storage.stride())}")
+    if num_pages == 0:
+        return torch.empty(0, page_bytes, dtype=torch.uint8, device=storage.device)
+    if storage.data_ptr() % unit or (num_pages > 1 and storage.stride(0) * item % unit):
+        raise ValueError(f"{name} must have pages that start at a multiple of {unit} bytes")
+    flat = storage.detach().as_strided((num_pages, dense), (storage.stride(0), 1))
+    pages = flat.view(torch.uint8)[:, :page_bytes]
+    check_memory(name, pages, fake=True)  # a view made inside of a transform is none of plain memory
+    return pages
+
+
+def _made_again(scales: torch.Tensor | None, scale: float, *rest: object) -> EntryCache:
+    return EntryCache(*rest, scales=scales, scale=scale)  # type: ignore[arg-type]
+
+
+def _dtypes(*names: str) -> tuple[torch.dtype, ...]:
+    """Those that this torch has."""
+    return tuple(getattr(torch, name) for name in names if hasattr(torch, name))
+
+
+_INTEGERS = _dtypes("uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64")
+_FLOATS = {
+    "bf16": "bfloat16",
+    "fp32": "float32",
+    "pow2": "float32",
+    "e4m3": "float8_e4m3fn",
+    "e2m1": "float4_e2m1fn_x2",
+    "ue8m0": "float8_e8m0fnu",
+}
+
+
+def _check_page_dtype(name: str, pages: torch.Tensor, encoding: str) -> None:
+    """Raises TypeError unless `pages` are integers, which hold any bytes, or floats of this encoding of elements or scales."""
+    if pages.dtype not in (*_INTEGERS, *_dtypes(_FLOATS[encoding])):
+        raise TypeError(
+            f"{name} must be of an integer dtype, as torch.uint8, or of torch.{_FLOATS[encoding]}, since it holds {encoding}, "
+            f"got {pages.dtype}"
+        )

@@ -1,0 +1,219 @@
+"""The data of one step: what a plan holds, and what a call brings of one compressor. Backends are typed against these."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from ..arguments.checks import check_int, check_tensor, traced
+from ..arguments.overlap import Place, check_apart
+from ..contract import INT32_MAX, ITEM_FIELDS, MOST_ITEMS
+from ..spec import CompressorSpec
+from .cache import EntryCache
+from .fold_state import FoldState
+from .remembered import Remembering, where
+from .snapshots import MOST_PAGE, Snapshots
+from .window_state import WindowState
+
+# Plans in use by the address of their items, so that an operator (ops.py) can tell whose plan it was given the tensors of.
+LIVE: weakref.WeakValueDictionary[int, PlanData] = weakref.WeakValueDictionary()
+
+
+class Compressor(NamedTuple):
+    """One compressor's part of a step, as `compress_many` takes it; the arguments are those of `compress`.
+
+    `store` is a compressor without a state, whose `kv_score` are the pooled rows.
+    """
+
+    kv_score: torch.Tensor
+    state: FoldState | WindowState
+    cache: EntryCache | None
+    spec: CompressorSpec
+    ape: torch.Tensor | None
+    norm_weight: torch.Tensor | None
+    rope: torch.Tensor | None
+    snapshots: Snapshots | None = None
+
+
+class PlanData(Remembering):
+    """The bounds and tensors of a `StepPlan`, which says what they are; an operator's plan of one call is this alone."""
+
+    ratio: int
+    max_new_tokens: int
+    batch: int
+    max_tokens: int
+    entry_capacity: int
+    item_capacity: int
+    rows_per_page: int | None
+    start_pos: torch.Tensor
+    cu_seqlens: torch.Tensor
+    page_size: int | None
+    fresh: bool = False  # no kernel that reads the plan was launched since `update`: backend_triton/launch.py, use_pdl
+    state_slots: torch.Tensor | None
+    block_tables: tuple[torch.Tensor, torch.Tensor] | None
+    cache_block_table: torch.Tensor | None
+    entry_slots: torch.Tensor | None
+    snapshot_table: torch.Tensor | None
+    snapshot_page_size: int | None
+    cu_entries: torch.Tensor
+    items: torch.Tensor
+    num_items: torch.Tensor
+    entry_items: torch.Tensor
+    errors: torch.Tensor
+
+    _called = "StepPlan"  # in messages
+    _made_by = "build"
+    _unchecked = ("fresh",)
+    _whole = True  # an operator's plan of one call is not: it has no tensors of `update` (ops.py)
+
+    def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
+        self._launcher: Callable[..., None] | None = None  # of `update` on a GPU, made by the first one
+        self._came: tuple[int, int] | None = None  # the addresses of what the last `update` was given
+        self._packed: dict[bool, tuple] = {}  # what launches take of it: backend_triton/launch.py
+        self._bounds: list[int] = []  # what its tensors span, as `check_apart` returns it
+        self._where: list[int] = []  # where they were
+
+    def _allocate(self, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
+        """Checks what `StepPlan.build` was given, which set it as attributes, and makes the plan's own tensors."""
+        check_int("ratio", self.ratio, 1, 4096)
+        check_int("max_new_tokens", self.max_new_tokens, 1, INT32_MAX)
+        device = getattr(start_pos, "device", None)
+        check_tensor("start_pos", start_pos, (None,), (torch.int32,), device, fake=True)
+        batch = self.batch = start_pos.shape[0]
+        check_tensor("cu_seqlens", cu_seqlens, (batch + 1,), (torch.int32,), device, fake=True)
+        if self.state_slots is None and self.block_tables is None:
+            raise ValueError("state_slots or block_tables must be given, got neither")
+        if self.entry_slots is not None:
+            if self.cache_block_table is not None:
+                raise ValueError("entry_slots and cache_block_table exclude each other, got both")
+            check_tensor("entry_slots", self.entry_slots, (None,), (torch.int64,), device, fake=True)
+        most = min(batch * self.max_new_tokens, INT32_MAX)
+        if self.max_tokens is not None:
+            check_int("max_tokens", self.max_tokens, 0, INT32_MAX)
+            most = min(self.max_tokens, most)
+        self.max_tokens = most
+        self._check_places(device)
+        self._set_capacities(None if self.entry_slots is None else self.entry_slots.shape[0])
+        if self.cache_block_table is not None:
+            self.entry_slots = torch.empty(self.entry_capacity, dtype=torch.int64, device=device)
+        self.start_pos = torch.empty_like(start_pos)
+        self.cu_seqlens = torch.empty_like(cu_seqlens)
+        self.cu_entries = torch.zeros_like(cu_seqlens)
+        self.items = torch.zeros(self.item_capacity, len(ITEM_FIELDS), dtype=torch.int32, device=device)
+        self.num_items = torch.zeros(1, dtype=torch.int32, device=device)
+        self.entry_items = torch.full((self.entry_capacity,), -1, dtype=torch.int32, device=device)
+        self.errors = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def _set_capacities(self, entries: int | None) -> None:
+        """Most work items and entries of a step. entries: those that the caller has slots for; None: as many as can be."""
+        batch, ratio = self.batch, self.ratio
+        self.item_capacity = self.items_for(self.max_tokens)
+        if entries is None:
+            self.entry_capacity = min(batch * -(-self.max_new_tokens // ratio), self.max_tokens // ratio + batch)
+        else:
+            self.entry_capacity = entries
+            if self.item_capacity:
+                # Lengths that overlap in kv_score, as with offsets that go back, end more windows than max_tokens can: every
+                # entry that has a place then still has an item, which comes at most B behind it.
+                enough = min(batch * self.windows_per_sequence, entries + batch)
+                self.item_capacity = max(self.item_capacity, enough)
+        if batch * self.windows_per_sequence > INT32_MAX or self.item_capacity > MOST_ITEMS:
+            raise ValueError(
+                f"max_new_tokens={self.max_new_tokens} and max_tokens={self.max_tokens} must mean at most {MOST_ITEMS} windows "
+                f"of {ratio} in {batch} sequences"
+            )
+
+    def _check(self) -> None:
+        for name in ("ratio", "max_new_tokens", "batch", "entry_capacity", "item_capacity", *["max_tokens"] * self._whole):
+            check_int(name, getattr(self, name), 0, INT32_MAX)
+        device, ints = getattr(self.items, "device", None), (torch.int32,)
+        shapes = {"items": (self.item_capacity, len(ITEM_FIELDS)), "num_items": (1,), "errors": (1,)}
+        if self._whole:
+            shapes |= {"start_pos": (self.batch,), "cu_seqlens": (self.batch + 1,)}
+        if self._whole or self.block_tables is not None:
+            shapes |= {"cu_entries": (self.batch + 1,), "entry_items": (self.entry_capacity,)}
+        for name, shape in shapes.items():
+            check_tensor(name, getattr(self, name), shape, ints, device, fake=True)
+        if self.entry_slots is not None or self.cache_block_table is not None:
+            check_tensor("entry_slots", self.entry_slots, (self.entry_capacity,), (torch.int64,), device, fake=True)
+        self._check_places(device)
+        self._forget()
+        places = plan_places(self, updating=True)
+        self._bounds = check_apart(places)
+        self._tensors = tuple(place.tensor for place in places)
+        self._where = [] if traced(self.items) else where(self._tensors)
+
+    def _watch(self) -> tuple[torch.Tensor, ...]:
+        """None on a GPU, where `update` looks for them once for all layers of the step."""
+        return () if self.items.is_cuda else self._tensors
+
+    def _check_places(self, device: torch.device) -> None:
+        """Checks what says where state, snapshots and entries are."""
+        self._check_state(device)
+        if self.cache_block_table is not None:
+            check_tensor("cache_block_table", self.cache_block_table, (self.batch, None), (torch.int32,), device, fake=True)
+            if self.rows_per_page is None:
+                raise ValueError("rows_per_page must be given with cache_block_table, got None")
+        if self.rows_per_page is not None:
+            check_int("rows_per_page", self.rows_per_page, 1, 1 << 20)
+        if self.snapshot_table is not None:
+            if self.block_tables is not None:
+                raise ValueError("snapshot_table must be None with block_tables, whose pages are shared as they are")
+            check_tensor("snapshot_table", self.snapshot_table, (self.batch, None), (torch.int32,), device, fake=True)
+            if self.snapshot_page_size is None:
+                raise ValueError("snapshot_page_size must be given with snapshot_table, got None")
+            check_int("snapshot_page_size", self.snapshot_page_size, 1, MOST_PAGE)
+        elif self.snapshot_page_size is not None:
+            raise ValueError(f"snapshot_page_size must be None without snapshot_table, got {self.snapshot_page_size!r}")
+
+    def _check_state(self, device: torch.device) -> None:
+        """Checks that the plan is told, in one way at most, where the sequences keep their state."""
+        tables = self.block_tables
+        if self.state_slots is not None:
+            if tables is not None:
+                raise ValueError("state_slots and block_tables exclude each other, got both")
+            check_tensor("state_slots", self.state_slots, (self.batch,), (torch.int32,), device, fake=True)
+        if tables is None:
+            if self.page_size is not None:
+                raise ValueError(f"page_size must be None without block_tables, got {self.page_size!r}")
+            return
+        if not isinstance(tables, tuple) or len(tables) != 2:
+            raise TypeError("block_tables must be a tuple of two tensors, of value pages and of score pages")
+        for i, table in enumerate(tables):
+            check_tensor(f"block_tables[{i}]", table, (self.batch, None), (torch.int32,), device, fake=True)
+        if self.page_size is None:
+            raise ValueError("page_size must be given with block_tables, got None")
+        check_int("page_size", self.page_size, 1, INT32_MAX)
+
+    def items_for(self, tokens: int) -> int:
+        """Most windows that a step with this many tokens in all can touch; known to the host."""
+        if self.batch == 0 or tokens == 0:
+            return 0
+        return min(self.batch * self.windows_per_sequence, tokens // self.ratio + 2 * self.batch)
+
+    @property
+    def windows_per_sequence(self) -> int:
+        """Most windows that one sequence can touch in a step."""
+        return (self.max_new_tokens + self.ratio - 2) // self.ratio + 1
+
+
+_READ = ("items", "num_items", "entry_items", "cu_entries", "entry_slots", "state_slots", "snapshot_table")
+_OWN = ("start_pos", "cu_seqlens", "cu_entries", "items", "num_items", "entry_items")
+
+
+def plan_places(plan: PlanData, updating: bool = False) -> list[Place]:
+    """The tensors of a plan: all but `errors` are read by calls. updating: as `update` takes them, which writes its own."""
+    names = (*_READ, "start_pos", "cu_seqlens", "cache_block_table") if plan._whole else _READ
+    own = _OWN if updating else ()
+    if updating and plan._whole and plan.cache_block_table is not None:
+        own = (*own, "entry_slots")
+    found = [(name, getattr(plan, name, None)) for name in names]
+    found += [("block_tables", table) for table in plan.block_tables or ()]
+    places = [Place(f"plan.{name}", x, written=name in own) for name, x in found if x is not None]
+    return [Place("plan.errors", plan.errors, written=True), *places]
