@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from ..lib import protocol
 
 # The calls are made by the tests' own modules.
-sys.path.insert(0, str(protocol.HERE.parent / "tests" / "support"))
+sys.path.insert(0, str(protocol.HERE.parent / "tests"))
 
 from support import hostile_run
 
