@@ -14,6 +14,23 @@ class Plan(NamedTuple):
     errors: object
 
 
+class Item(NamedTuple):
+    """A work item: one window of one sequence in this step.
+
+    window: its number in the sequence. start, end: the step's positions of the sequence, `[start, end)`. token: the row of
+    `kv_score` of position `start`. slot: of the state. entry: its number in the step, -1 where the window does not end.
+    sequence: its number in the batch.
+    """
+
+    window: object
+    start: object
+    end: object
+    token: object
+    slot: object
+    entry: object
+    sequence: object
+
+
 class SnapTable(NamedTuple):
     pages: object
     width: object
