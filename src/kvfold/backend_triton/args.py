@@ -116,9 +116,27 @@ class Fmt:
 
 
 @dataclass(frozen=True)
+class Target:
+    """Facts of a GPU that kernels choose by. As they stand here, of none in particular: what Triton's interpreter gets.
+
+    BF16_CONVERSION, E4M3_CONVERSION: it has an instruction that rounds fp32 to the nearest bf16 or e4m3.
+    FAST_DIVISION: it has a division in two instructions for divisors that are neither tiny nor huge.
+    COHERENT_STORES: other programs of the same launch see a plain store while it runs (NVIDIA's memory model).
+    INLINE_PTX: it runs PTX.
+    """
+
+    BF16_CONVERSION: bool = False
+    E4M3_CONVERSION: bool = False
+    FAST_DIVISION: bool = False
+    COHERENT_STORES: bool = False
+    INLINE_PTX: bool = False
+    THREADS_PER_WARP: int = 32
+
+
+@dataclass(frozen=True)
 class How:
     AHEAD: int
     TOGETHER: int
     SLICE: int
     PDL: bool = False
-    HARDWARE: bool = False
+    TARGET: Target = Target()
