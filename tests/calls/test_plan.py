@@ -9,7 +9,9 @@ import torch
 
 import kvfold
 from kvfold.backend_torch.plan import update_torch
-from kvfold.backend_triton.kernels.plan import SEQUENCES, update_on_gpu, windows_per_program
+from kvfold.backend_triton.kernels.plan import SEQUENCES
+from kvfold.backend_triton.keys import windows_per_program
+from kvfold.backend_triton.launch import update_on_gpu
 from kvfold.contract import MOST_POSITIONS
 from kvfold.storage.step import LIVE
 

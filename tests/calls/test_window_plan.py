@@ -13,7 +13,7 @@ from support.window_support import WindowEngine
 import kvfold
 from kvfold import FoldState, StepPlan
 from kvfold.backend_torch.plan import update_torch
-from kvfold.backend_triton.kernels.plan import update_on_gpu
+from kvfold.backend_triton.launch import update_on_gpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SPEC = SPECS["indexer"]

@@ -93,7 +93,7 @@ def run_update(plan: PlanData, start_pos: torch.Tensor, cu_seqlens: torch.Tensor
         plan.cu_seqlens.copy_(cu_seqlens)
     elif plan.start_pos.is_cuda:
         plan.fresh = True
-        from ..backend_triton.kernels.plan import update_on_gpu
+        from ..backend_triton.launch import update_on_gpu
 
         update_on_gpu(plan, start_pos, cu_seqlens)
     else:

@@ -75,7 +75,6 @@ class PlanData(Remembering):
     def _forget(self) -> None:
         self._launcher: Callable[..., None] | None = None  # of `update` on a GPU, made by the first one
         self._came: tuple[int, int] | None = None  # the addresses of what the last `update` was given
-        self._packed: dict[bool, tuple] = {}  # what launches take of it: backend_triton/launch.py
         self._bounds: list[int] = []  # what its tensors span, as `check_apart` returns it
         self._where: list[int] = []  # where they were
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .. import reference
 from ..spec import CompressorSpec
+from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState
-from ..storage.formats import FORMATS, EntryCache
+from ..storage.formats import FORMATS
 from ..storage.window_state import WindowState
 
 UNTOUCHED = 0xA5  # each byte of a new cache

@@ -13,8 +13,8 @@ from torch import Tensor
 from ..compress import compress, compress_many
 from ..plan import StepPlan
 from ..restore import restore
-from ..storage.fold_state import FoldState
 from ..storage.cache import EntryCache
+from ..storage.fold_state import FoldState
 from ..storage.snapshots import Snapshots
 from ..storage.window_state import WindowState
 from ..store import store

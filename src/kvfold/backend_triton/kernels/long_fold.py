@@ -187,7 +187,7 @@ def fold_rest(
             x = x0 + j0 + i
             due = snapshot_fold(m, l, a, x, due, x0 + stop, snap, SPEC)  # of whole rows: step_key
             keep_fold(m, l, a, x, places[i], (i < left) & (i >= forgotten), state, tags, SPEC, HOW.SLICE)
-    return quotient(a, l, HOW.HARDWARE)
+    return quotient(a, l, HOW.TARGET.FAST_DIVISION)
 
 
 @triton.jit
@@ -211,7 +211,9 @@ def fold_last(
         ls = ls + (l,)
         as_ = as_ + (a,)
     if leaves:
-        leave_slice(workspace, quotient(a, l, HOW.HARDWARE), entry, c0, SPEC.HEAD_DIM, HOW.SLICE, HOW.HARDWARE)
+        leave_slice(
+            workspace, quotient(a, l, HOW.TARGET.FAST_DIVISION), entry, c0, SPEC.HEAD_DIM, HOW.SLICE, HOW.TARGET.COHERENT_STORES
+        )
     forgotten = end - ring - x0 - begin
     places = places_from(tags, x0 + begin, h0, start, end, ring, SPEC.HISTORY, HOW.AHEAD)
     for i in tl.static_range(AHEAD):
@@ -221,7 +223,7 @@ def fold_last(
 
 @triton.jit
 def deliver_entry(
-    y, entry, position, aim, ticket, c0, scratch, plan, cache, HARDWARE: tl.constexpr, SLICE: tl.constexpr,
+    y, entry, position, aim, ticket, c0, scratch, plan, cache, TARGET: tl.constexpr, SLICE: tl.constexpr,
     SPEC: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
     """Finishes and stores an entry that is there and wanted, and counts one that is refused. `aim`: of `aim_entry`.
@@ -241,7 +243,7 @@ def deliver_entry(
             whole = take_slices(scratch.workspace, scratch.arrivals, entry, SPEC.HEAD_DIM)
         else:
             whole = y
-        emit(whole, entry, cache_slot, weight, cos, sin, cache, SPEC, FMT, HARDWARE)
+        emit(whole, entry, cache_slot, weight, cos, sin, cache, SPEC, FMT, TARGET)
     if (entry >= 0) & refused & (c0 == 0):
         tl.atomic_add(plan.errors, 1)
 
@@ -306,7 +308,7 @@ def prefill_fold(
                 aim = (cache_slot, weight, cos, sin)
                 due, _refused = judge_slot(entry, cache_slot, x0, plan.entry_capacity, cache, SPEC.ROPE_DIM)
                 leaves = (entry >= 0) & due & FINISHES
-                ticket = draw_ticket(scratch.arrivals, entry, leaves, 256 if HOW.HARDWARE else 512)
+                ticket = draw_ticket(scratch.arrivals, entry, leaves, 8 * HOW.TARGET.THREADS_PER_WARP)
             snap = None
             if snaps.rows is not None:
                 table = snap_table.pages + sequence.to(tl.int64) * snap_table.width
@@ -342,7 +344,7 @@ def prefill_fold(
                         st.ring, snap, HOW, SPEC,
                     )  # fmt: skip
                     if leaves:
-                        leave_slice(scratch.workspace, y, entry, c0, SPEC.HEAD_DIM, HOW.SLICE, HOW.HARDWARE)
+                        leave_slice(scratch.workspace, y, entry, c0, SPEC.HEAD_DIM, HOW.SLICE, HOW.TARGET.COHERENT_STORES)
                 y = None
             else:
                 # Snapshots inside a window are rare (pages that are no multiple of the ratio): all their tokens are the rest.
@@ -352,7 +354,7 @@ def prefill_fold(
                 )  # fmt: skip
                 ticket = None
                 aim = aim_entry(entry, x0, plan, cache, SPEC)
-            deliver_entry(y, entry, x0, aim, ticket, c0, scratch, plan, cache, HOW.HARDWARE, HOW.SLICE, SPEC, FMT)
+            deliver_entry(y, entry, x0, aim, ticket, c0, scratch, plan, cache, HOW.TARGET, HOW.SLICE, SPEC, FMT)
             if first:
                 x, wanted, home, spare = load_tags(tags, h0, start, st.ring, SPEC.HISTORY)
                 retire_rows(tags, x, wanted, home, spare, h0, start, end, st.ring, SPEC.HISTORY)

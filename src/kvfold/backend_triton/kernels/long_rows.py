@@ -18,7 +18,7 @@ from .snapshot import snapshot_rows
 
 @triton.jit
 def rows_item(
-    item, biases, plan, snap_table, tokens, st, snaps, cache, LIVE: tl.constexpr, HARDWARE: tl.constexpr, SPEC: tl.constexpr,
+    item, biases, plan, snap_table, tokens, st, snaps, cache, LIVE: tl.constexpr, TARGET: tl.constexpr, SPEC: tl.constexpr,
     AHEAD: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
     """One work item. LIVE: whether windows all of whose rows are live are many, and have instructions of their own."""
@@ -43,16 +43,16 @@ def rows_item(
             if not LIVE or (window - SPEC.OVERLAP) * SPEC.RATIO < start:
                 y = pool_window(
                     live, tokens.stride, tokens.ape, biases, state, tags, window, start, st.ring, None, "find", SAME,
-                    SPEC, AHEAD, HARDWARE,
+                    SPEC, AHEAD, TARGET,
                 )  # fmt: skip
             else:
                 y = pool_window(
                     live, tokens.stride, tokens.ape, biases, state, tags, window, start, st.ring, None, "live", SAME,
-                    SPEC, AHEAD, HARDWARE,
+                    SPEC, AHEAD, TARGET,
                 )  # fmt: skip
             weight, cos, sin = load_finish(window * SPEC.RATIO, cache, SPEC)
             deliver_entry(
-                y, entry, window * SPEC.RATIO, (cache_slot, weight, cos, sin), None, 0, None, plan, cache, HARDWARE,
+                y, entry, window * SPEC.RATIO, (cache_slot, weight, cos, sin), None, 0, None, plan, cache, TARGET,
                 SPEC.HEAD_DIM, SPEC, FMT,
             )  # fmt: skip
         begin = tl.maximum(start, window * SPEC.RATIO)
@@ -106,7 +106,7 @@ def prefill_rows(
         if (total <= 594) | (pid >= 924):
             prefetch_item(item, pid < total, 0, tokens, SPEC, SPEC.HEAD_DIM)
     wait_for_inputs(HOW.PDL)
-    if HOW.HARDWARE and ITEM_AHEAD:
+    if HOW.TARGET.INLINE_PTX and ITEM_AHEAD:
         # Where programs have two windows, half of those of a multiprocessor begin 1.8 us later: else all wait for memory at the
         # same time, and then memory for all. 5k, 8k and 9k tokens in 9.2, 11.7 and 15.8 instead of 9.9, 12.8 and 16.8 us; with
         # 1.2 or 2.5 us a third or two thirds of that. Not where the first window has old rows to look for.
@@ -122,7 +122,7 @@ def prefill_rows(
             next_item = load_item(plan.items, after, after < total)
         if arrivals is not None:
             drawn, ticket = draw_item(arrivals, after, dealt, total)
-        rows_item(item, biases, plan, snap_table, tokens, st, snaps, cache, True, HOW.HARDWARE, SPEC, HOW.AHEAD, FMT)
+        rows_item(item, biases, plan, snap_table, tokens, st, snaps, cache, True, HOW.TARGET, SPEC, HOW.AHEAD, FMT)
         if arrivals is not None:
             after = next_index(arrivals, drawn, ticket, after, dealt, total, programs)
         if ITEM_AHEAD:

@@ -41,7 +41,7 @@ def go_abreast(item, entry_capacity, num_tokens, st, SPEC: tl.constexpr, COUNT: 
 
 @triton.jit
 def rows_items(
-    item, plan, tokens, st, cache, HARDWARE: tl.constexpr, SPEC: tl.constexpr, COUNT: tl.constexpr, FMT: tl.constexpr,
+    item, plan, tokens, st, cache, TARGET: tl.constexpr, SPEC: tl.constexpr, COUNT: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
     """The COUNT windows from `item` on, which `go_abreast`."""
     CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
@@ -51,13 +51,13 @@ def rows_items(
     position = (window + i) * SPEC.RATIO
     cache_slot = aim_slot(entry + i, plan)
     live = tokens.kv_score + (token - start).to(tl.int64) * tokens.stride
-    ks, ss = load_live(live, tokens.stride, window, 0, ROWS, SPEC, HARDWARE, COUNT)
+    ks, ss = load_live(live, tokens.stride, window, 0, ROWS, SPEC, TARGET.INLINE_PTX, COUNT)
     m, l, a = empty_group(COUNT * SPEC.HEAD_DIM)
     m, l, a = fold_part(m, l, a, ks, ss, tokens.ape, None, 0, True, SPEC, ROWS, COUNT)
-    y = quotient(a, l, HARDWARE)
+    y = quotient(a, l, TARGET.FAST_DIVISION)
     weight, cos, sin = load_finish(position, cache, SPEC, COUNT)
     deliver, wrong = judge_slot(entry + i, cache_slot, position, plan.entry_capacity, cache, SPEC.ROPE_DIM)
-    emit(y, entry, cache_slot, weight, cos, sin, cache, SPEC, FMT, HARDWARE, COUNT, deliver)
+    emit(y, entry, cache_slot, weight, cos, sin, cache, SPEC, FMT, TARGET, COUNT, deliver)
     refused = tl.sum(tl.reshape(wrong.to(tl.int32), (COUNT,)), axis=0)
     if refused > 0:
         tl.atomic_add(plan.errors, refused)
@@ -100,11 +100,11 @@ def prefill_abreast(
         after = index + programs
         drawn, ticket = draw_item(arrivals, after, dealt, blocks)
         if go_abreast(item, plan.entry_capacity, tokens.count, st, SPEC, COUNT):
-            rows_items(item, plan, tokens, st, cache, HOW.HARDWARE, SPEC, COUNT, FMT)
+            rows_items(item, plan, tokens, st, cache, HOW.TARGET, SPEC, COUNT, FMT)
         else:
             single = item
             for number in range(index * COUNT, tl.minimum(index * COUNT + COUNT, total)):
-                rows_item(single, None, plan, snap_table, tokens, st, snaps, cache, False, HOW.HARDWARE, SPEC, HOW.AHEAD, FMT)
+                rows_item(single, None, plan, snap_table, tokens, st, snaps, cache, False, HOW.TARGET, SPEC, HOW.AHEAD, FMT)
                 single = item_after(single, plan.items, number + 1, 1, total, SPEC.RATIO)
         after = next_index(arrivals, drawn, ticket, after, dealt, blocks, programs)
         item = item_after(item, plan.items, after * COUNT, (after - index) * COUNT, total, SPEC.RATIO)

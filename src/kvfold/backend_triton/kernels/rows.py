@@ -100,7 +100,7 @@ def load_window(
 
 @triton.jit
 def load_live(
-    live, kv_stride, window, J0: tl.constexpr, ROWS: tl.constexpr, SPEC: tl.constexpr, HARDWARE: tl.constexpr,
+    live, kv_stride, window, J0: tl.constexpr, ROWS: tl.constexpr, SPEC: tl.constexpr, INLINE_PTX: tl.constexpr,
     COUNT: tl.constexpr = 1,
 ):  # fmt: skip
     """Values and raw scores, as they came, of rows `[J0, J0 + ROWS)` of a window that is live as a whole: under way at once.
@@ -118,7 +118,7 @@ def load_live(
         ks = ks + (tl.load(at + half, cache_modifier=".cg"),)
         ss = ss + (tl.load(at + half + (1 + SPEC.OVERLAP) * SPEC.HEAD_DIM, cache_modifier=".cg"),)
         at += kv_stride
-    if HARDWARE:
+    if INLINE_PTX:
         # The compiler moves no load across this. Without it the last two go to their use, and 64k take 86 instead of 75 us.
         tl.inline_asm_elementwise(
             "bar.warp.sync 0xffffffff; mov.b32 $0, 0;",
@@ -160,7 +160,7 @@ def fold_part(
 @triton.jit
 def pool_window(
     live, kv_stride, ape, biases, state, tags, window, start, ring, this, SOURCE: tl.constexpr, SAME: tl.constexpr,
-    SPEC: tl.constexpr, AHEAD: tl.constexpr, HARDWARE: tl.constexpr,
+    SPEC: tl.constexpr, AHEAD: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """The pooled row of a window. `biases`: those of its rows, where it has no more than AHEAD; None: not loaded yet.
 
@@ -171,7 +171,7 @@ def pool_window(
     # Of two halves, the second is asked for as the first one's registers become free.
     if SOURCE == "live" and (ROWS == AHEAD or ROWS == 2 * AHEAD):
         for j0 in tl.static_range(0, ROWS, AHEAD):
-            ks, ss = load_live(live, kv_stride, window, j0, AHEAD, SPEC, HARDWARE)
+            ks, ss = load_live(live, kv_stride, window, j0, AHEAD, SPEC, TARGET.INLINE_PTX)
             m, l, a = fold_part(m, l, a, ks, ss, ape, biases, j0, j0 == 0, SPEC, AHEAD)
     elif ROWS <= 2 * AHEAD:
         for j0 in tl.static_range(0, ROWS, AHEAD):
@@ -184,7 +184,7 @@ def pool_window(
         for j0 in range(0, ROWS, AHEAD):
             ks, ss = load_window(live, kv_stride, state, tags, window, start, ring, this, j0, SOURCE, SAME, SPEC, AHEAD)
             m, l, a = fold_part(m, l, a, ks, ss, ape, biases, j0, False, SPEC, AHEAD)
-    return quotient(a, l, HARDWARE)
+    return quotient(a, l, TARGET.FAST_DIVISION)
 
 
 @triton.jit

@@ -106,7 +106,7 @@ def fold_item(
         m, l, a = fold_tokens(m, l, a, ks, ss, begin, stop, place, state, tags, h0, start, end, ring, snap, SPEC, HOW.AHEAD)
         if first:
             retire_rows(tags, x, wanted, home, spare, h0, start, end, ring, SPEC.HISTORY)
-    return quotient(a, l, HOW.HARDWARE), held
+    return quotient(a, l, HOW.TARGET.FAST_DIVISION), held
 
 
 @triton.jit
@@ -128,13 +128,13 @@ def rows_item(
     if ends:
         y = pool_window(
             live, kv_stride, ape, biases, state, tags, window, start, ring, this, "home", SAME, SPEC, HOW.AHEAD,
-            HOW.HARDWARE,
+            HOW.TARGET,
         )  # fmt: skip
     held, moved = check_tags(x, wanted, home, spare)
     if held & ends & moved:
         y = pool_window(
             live, kv_stride, ape, biases, state, tags, window, start, ring, this, "find", SAME, SPEC, HOW.AHEAD,
-            HOW.HARDWARE,
+            HOW.TARGET,
         )  # fmt: skip
     return y, held, x, wanted, home, spare
 
@@ -211,7 +211,7 @@ def decode_item(pid, plan, snap_table, tokens, st, snaps, cache, HOW: tl.constex
             copies = load_rows(live, tokens.stride, window, oldest, stop, SPEC.RATIO, CHANNELS)
         deliver, refused = judge_slot(entry, cache_slot, window * SPEC.RATIO, plan.entry_capacity, cache, SPEC.ROPE_DIM)
         if held & deliver:
-            emit(y, entry, cache_slot, weight, cos, sin, cache, SPEC, FMT, HOW.HARDWARE)
+            emit(y, entry, cache_slot, weight, cos, sin, cache, SPEC, FMT, HOW.TARGET)
         if SPEC.KIND != "fold":
             if held:
                 # Where a step cannot come round to rows that it reads, its new rows stand one behind the other.

@@ -29,11 +29,11 @@ def is_last(ticket, parts):
 
 
 @triton.jit
-def leave_slice(workspace, y, entry, c0, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr, HARDWARE: tl.constexpr):
+def leave_slice(workspace, y, entry, c0, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr, COHERENT_STORES: tl.constexpr):
     """Leaves channels `[c0, c0 + SLICE)` of a pooled row in the workspace, with a 1 above the 32 bits of each."""
     at = workspace + entry.to(tl.int64) * HEAD_DIM + c0 + tl.arange(0, SLICE)
     word = (y.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF) | (1 << 32)
-    if HARDWARE:
+    if COHERENT_STORES:
         tl.store(at, word)
     else:
         # On GPUs of several chiplets others need not see a store before the launch is done. Atomics, which they see, took 0.3
