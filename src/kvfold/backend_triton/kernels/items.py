@@ -1,41 +1,53 @@
 """The work items of a plan: which of them a program takes in turn, and what it reads of them.
 
-Programs that share a multiprocessor do not advance alike: with as many items each, those of 8 prompts of 64k at ratio 4 ended
-after 492 to 555 us, 522 on average. So the last fifth is not dealt out beforehand: who is done takes the next one.
+The last fifth of a long step's items is not dealt out beforehand: a program that is done takes the next one, as programs that
+share a multiprocessor do not advance alike (docs/notes/0024).
 """
 
 import triton
 import triton.language as tl
 
+from ..args import Item
+from .pdl import load_plan
 from .slices import draw_ticket
 
 
 @triton.jit
-def load_item(items, index, there):
-    """Window, start, end, token, slot, entry and sequence of a work item; no tokens and no entry where it is not there."""
+def load_number(at, there, other):
+    """A number of a work item, past the L1 cache; `there` None: it is there."""
+    if there is None:
+        number = load_plan(at)
+    else:
+        number = tl.load(at, mask=there, other=other, cache_modifier=".cg")
+    return number
+
+
+@triton.jit
+def load_item(items, index, there=None):
+    """A work item; of one that is not `there` no tokens and no entry."""
     item = items + index * 8
-    window = tl.load(item, mask=there, other=0, cache_modifier=".cg")
-    start = tl.load(item + 1, mask=there, other=0, cache_modifier=".cg")
-    end = tl.load(item + 2, mask=there, other=0, cache_modifier=".cg")
-    token = tl.load(item + 3, mask=there, other=0, cache_modifier=".cg")
-    slot = tl.load(item + 4, mask=there, other=0, cache_modifier=".cg").to(tl.int64)
-    entry = tl.load(item + 5, mask=there, other=-1, cache_modifier=".cg")
-    sequence = tl.load(item + 6, mask=there, other=0, cache_modifier=".cg")
-    return window, start, end, token, slot, entry, sequence
+    window = load_number(item, there, 0)
+    start = load_number(item + 1, there, 0)
+    end = load_number(item + 2, there, 0)
+    token = load_number(item + 3, there, 0)
+    slot = load_number(item + 4, there, 0).to(tl.int64)
+    entry = load_number(item + 5, there, -1)
+    sequence = load_number(item + 6, there, 0)
+    return Item(window, start, end, token, slot, entry, sequence)
 
 
 @triton.jit
 def item_after(item, items, index, programs, total, RATIO: tl.constexpr):
     """Item `index` of `total`, by its being `programs` behind `item`.
 
-    The plan has the windows of a sequence one behind the other, so within one there is nothing to read: the 7 numbers of the
-    next item need no registers while a window is folded, and nobody waits for them. 8 prompts of 64k in 552 instead of 567 us.
+    The plan has the windows of a sequence one behind the other, so within one there is nothing to read: no registers hold the
+    next item while a window is folded, and nobody waits for it.
     """
     window, start, end, token, slot, entry, sequence = item
     after = window + programs
     if (after * RATIO < end) & (index < total):
         ends = after * RATIO + RATIO <= end
-        found = (after, start, end, token, slot, tl.where(ends, entry + programs, -1), sequence)
+        found = Item(after, start, end, token, slot, tl.where(ends, entry + programs, -1), sequence)
     else:
         found = load_item(items, index, index < total)
     return found
