@@ -14,6 +14,23 @@ class Plan(NamedTuple):
     errors: object
 
 
+class Item(NamedTuple):
+    """A work item: one window of one sequence in this step.
+
+    window: its number in the sequence. start, end: the step's positions of the sequence, `[start, end)`. token: the row of
+    `kv_score` of position `start`. slot: of the state. entry: its number in the step, -1 where the window does not end.
+    sequence: its number in the batch.
+    """
+
+    window: object
+    start: object
+    end: object
+    token: object
+    slot: object
+    entry: object
+    sequence: object
+
+
 class SnapTable(NamedTuple):
     pages: object
     width: object
@@ -99,27 +116,30 @@ class Fmt:
 
 
 @dataclass(frozen=True)
+class Target:
+    """Facts of a GPU that kernels choose by. As they stand here, of none in particular: what Triton's interpreter gets.
+
+    BF16_CONVERSION, E4M3_CONVERSION: it has an instruction that rounds fp32 to the nearest bf16 or e4m3.
+    FAST_DIVISION: it has a division in two instructions for divisors that are neither tiny nor huge.
+    COHERENT_STORES: other programs of the same launch see a plain store while it runs (NVIDIA's memory model).
+    INLINE_PTX: it runs PTX.
+    """
+
+    BF16_CONVERSION: bool = False
+    E4M3_CONVERSION: bool = False
+    FAST_DIVISION: bool = False
+    COHERENT_STORES: bool = False
+    INLINE_PTX: bool = False
+    THREADS_PER_WARP: int = 32
+
+
+@dataclass(frozen=True)
 class How:
     AHEAD: int
     TOGETHER: int
     SLICE: int
     PDL: bool = False
-    HARDWARE: bool = False
-
-
-class Item(NamedTuple):
-    """A work item: one window of one sequence. The step brings the sequence's positions `[start, end)`.
-
-    token: the row of kv_score of position `start`. entry: -1 where the window does not end in this step.
-    """
-
-    window: object
-    start: object
-    end: object
-    token: object
-    slot: object
-    entry: object
-    sequence: object
+    TARGET: Target = Target()
 
 
 class Sequence(NamedTuple):

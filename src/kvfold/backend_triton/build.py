@@ -6,7 +6,7 @@ costs it 50 us per call. Here every argument has a fixed type, and what a kernel
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 
 import torch
 import triton
@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
+from .args import How, Target
 from .kernels import entry as step
 from .kernels import pair, plan, snapshot, store_rows, window
 
@@ -47,6 +48,20 @@ TYPES = {
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 
 
+def facts_of(target: GPUTarget) -> Target:
+    """What kernels for this GPU are built by."""
+    nvidia = target.backend == "cuda"
+    facts = Target(
+        BF16_CONVERSION=nvidia,
+        E4M3_CONVERSION=nvidia and target.arch >= 89,
+        FAST_DIVISION=nvidia,
+        COHERENT_STORES=nvidia,
+        INLINE_PTX=nvidia,
+        THREADS_PER_WARP=target.warp_size,
+    )
+    return Target(*map(tl.constexpr, astuple(facts)))
+
+
 @dataclass(frozen=True)
 class Variant:
     """One kernel as it is compiled.
@@ -73,15 +88,10 @@ class Variant:
         kernel, constants = KERNELS[self.kernel], dict(self.constants)
         types = dict(self.pointers)
         target = target or triton.runtime.driver.active.get_current_target()
-        from dataclasses import replace
-
-        for name in ("HOW", "HOW_0", "HOW_1"):
-            if name in kernel.arg_names:
-                constants[name] = replace(
-                    constants[name],
-                    PDL=tl.constexpr(self.pdl),
-                    HARDWARE=tl.constexpr(target.backend == "cuda" and target.arch >= 89),
-                )
+        facts = tl.constexpr(facts_of(target))
+        for name, value in constants.items():
+            if isinstance(value, How):
+                constants[name] = replace(value, PDL=tl.constexpr(self.pdl), TARGET=facts)
         if "ALIGNED" in kernel.arg_names:
             constants["ALIGNED"] = self.aligned
         # The two compressors of a pair have the same arguments, told apart by their ends.

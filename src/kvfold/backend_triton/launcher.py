@@ -112,7 +112,7 @@ class Launcher:
 
     def _interpret(self, grid: int, values: tuple[object, ...]) -> None:
         made = variant_of(self.key, True, False)
-        constants = {**dict(made.constants), "PDL": False, "HARDWARE": False, "ALIGNED": False}
+        constants = {**dict(made.constants), "ALIGNED": False}
         kernel = KERNELS[made.kernel]
         named = kernel.arg_names[len(values) :]
         with _one_thread:

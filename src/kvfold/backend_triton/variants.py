@@ -260,13 +260,13 @@ def epilogue_constants(fmt: RecordFormat | None, spec: CompressorSpec) -> dict[s
 
 
 def grouped(constants):
-    from dataclasses import fields
+    from dataclasses import MISSING, fields
 
     found = {}
     rest = dict(constants)
     for name, kind in (("SPEC", Spec), ("FMT", Fmt), ("HOW", How)):
         import triton.language as tl
 
-        given = {f.name: tl.constexpr(rest.pop(f.name, 0)) for f in fields(kind)}
+        given = {f.name: tl.constexpr(rest.pop(f.name, 0)) for f in fields(kind) if f.default is MISSING}  # the rest: the target's
         found[name] = kind(**given)
     return found | rest

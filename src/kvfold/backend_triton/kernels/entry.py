@@ -4,10 +4,10 @@ import triton
 import triton.language as tl
 
 from ..args import Cache, Plan, Scratch, Snaps, SnapTable, State, Tokens
-from .long_fold import prefill_fold
-from .long_rows import prefill_rows
-from .long_rows_narrow import prefill_abreast
-from .short import count_overflow, decode_item
+from .long_fold import long_fold_step
+from .long_rows import long_rows_step
+from .long_rows_narrow import narrow_rows_step
+from .short import count_overflow, short_step
 
 
 @triton.jit
@@ -19,17 +19,15 @@ def run_step(
     TOGETHER: 0 for a short step, a program for each work item; otherwise how many windows a program folds side by side.
     """
     if HOW.TOGETHER == 0:
-        decode_item(pid, plan, snap_table, tokens, st, snaps, cache, HOW, SPEC, FMT)
+        short_step(pid, plan, snap_table, tokens, st, snaps, cache, HOW, SPEC, FMT)
         if pid == programs - 1:
             count_overflow(plan, programs, SPEC.RATIO)
     elif SPEC.KIND == "fold":
-        prefill_fold(pid, programs, plan, snap_table, tokens, st, snaps, scratch, cache, HOW, SPEC, FMT)
+        long_fold_step(pid, programs, plan, snap_table, tokens, st, snaps, scratch, cache, HOW, SPEC, FMT)
     elif HOW.TOGETHER > 1 and snaps.rows is None:
-        prefill_abreast(
-            pid, programs, plan, snap_table, tokens, st, snaps, scratch.arrivals, cache, HOW, SPEC, HOW.TOGETHER, FMT
-        )
+        narrow_rows_step(pid, programs, plan, snap_table, tokens, st, snaps, scratch.arrivals, cache, HOW, SPEC, FMT)
     else:
-        prefill_rows(pid, programs, plan, snap_table, tokens, st, snaps, scratch.arrivals, cache, HOW, SPEC, FMT)
+        long_rows_step(pid, programs, plan, snap_table, tokens, st, snaps, scratch.arrivals, cache, HOW, SPEC, FMT)
 
 
 @triton.jit

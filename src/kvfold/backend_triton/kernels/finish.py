@@ -117,7 +117,7 @@ def judge_slot(entry, slot, position, entry_capacity, cache, ROPE_DIM: tl.conste
 
 @triton.jit
 def emit(
-    y, entry, slot, weight, cos, sin, cache, SPEC: tl.constexpr, FMT: tl.constexpr, HARDWARE: tl.constexpr,
+    y, entry, slot, weight, cos, sin, cache, SPEC: tl.constexpr, FMT: tl.constexpr, TARGET: tl.constexpr,
     COUNT: tl.constexpr = 1, wanted=None,
 ):  # fmt: skip
     """Delivers pooled row `y` as entry `entry` of the plan to `rows` and the cache, if any; or COUNT of them, as `wanted`."""
@@ -126,16 +126,16 @@ def emit(
         if COUNT > 1:
             at += numbers(COUNT) * SPEC.HEAD_DIM
         if cache.rows.dtype.element_ty == tl.bfloat16:
-            bits = abreast(bf16_bits(y, HARDWARE), SPEC.HEAD_DIM, COUNT)
+            bits = abreast(bf16_bits(y, TARGET.BF16_CONVERSION), SPEC.HEAD_DIM, COUNT)
             tl.store(at.to(tl.pointer_type(tl.int16)), bits, mask=wanted)
         else:
             tl.store(at, abreast(y, SPEC.HEAD_DIM, COUNT), mask=wanted)
     if cache.pages is not None:
         if FMT.ROUND_ROWS:
-            y = bf16_value(bf16_bits(y, HARDWARE))
+            y = bf16_value(bf16_bits(y, TARGET.BF16_CONVERSION))
         y = rms_norm(y, weight, SPEC, COUNT)
         if SPEC.ROPE_DIM > 0:
             y = rotate(y, cos, sin, SPEC, COUNT)
         if SPEC.HADAMARD:
             y = hadamard(y, SPEC, COUNT)
-        store_record(y, slot, cache, SPEC, FMT, HARDWARE, COUNT, wanted)
+        store_record(y, slot, cache, SPEC, FMT, TARGET, COUNT, wanted)

@@ -22,8 +22,8 @@ def prefetch_lines(at, wanted):
 def prefetch_pieces(at, wanted, SIZE: tl.constexpr):
     """Fetches SIZE bytes, a multiple of 16, from each of the addresses `at`, int64, that is `wanted`.
 
-    By the engine of bulk copies, which leaves the load units free: better for many rows, later than `prefetch_lines` for one line
-    (docs/notes/0026).
+    By the engine of bulk copies, which leaves the load units free: better for many rows, later than `prefetch_lines` for a
+    single line (docs/notes/0026).
     """
     tl.inline_asm_elementwise(
         "{ .reg .pred p; .reg .b64 a; and.b64 a, $1, -16; setp.ne.b32 p, $2, 0;"
@@ -34,7 +34,7 @@ def prefetch_pieces(at, wanted, SIZE: tl.constexpr):
 
 @triton.jit
 def prefetch_fold(live, tokens, seq, last, begin, stop, resumes, SPEC: tl.constexpr, AHEAD: tl.constexpr):
-    """What a short step over fold rows loads: of the state the row at home `last`, and positions `[begin, stop)`, AHEAD at most."""
+    """What a short step over fold rows loads: the row at home `last`, tags, and positions `[begin, stop)`, AHEAD at most."""
     LINES: tl.constexpr = (SPEC.HEAD_DIM * 4 + 127) // 128
     STEP: tl.constexpr = 128 if SPEC.HEAD_DIM >= 32 else SPEC.HEAD_DIM * 4
     e = tl.arange(0, 4 * LINES)

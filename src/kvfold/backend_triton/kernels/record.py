@@ -1,7 +1,7 @@
 """From the finished row to the stored record: scales, element encodings, bytes. The layout is `records.RecordFormat`.
 
 Everything is rounded by IEEE operations and integer arithmetic, so that the bytes are the same on every GPU and under the
-interpreter. bf16 and e4m3 also have a target's own conversion (HARDWARE, sm_89 and newer), which gives the same bytes.
+interpreter. For bf16 and e4m3 a GPU may have an instruction (`args.Target`), which gives the same bytes.
 """
 
 import triton
@@ -11,9 +11,9 @@ from .vectors import abreast, span, wherever
 
 
 @triton.jit
-def bf16_bits(x, HARDWARE: tl.constexpr = False):
+def bf16_bits(x, BF16_CONVERSION: tl.constexpr = False):
     """bf16 of fp32, nearest even, as int16. NaN becomes 0x7FC0. (Triton's interpreter truncates in its own cast.)"""
-    if HARDWARE:
+    if BF16_CONVERSION:
         rounded = x.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32)
     else:
         bits = x.to(tl.int32, bitcast=True)
@@ -109,7 +109,7 @@ def group_scale(amax, cache_scale, MAX: tl.constexpr, FMT: tl.constexpr):
 
 @triton.jit
 def store_record(
-    y, slot, cache, SPEC: tl.constexpr, FMT: tl.constexpr, HARDWARE: tl.constexpr = False, COUNT: tl.constexpr = 1,
+    y, slot, cache, SPEC: tl.constexpr, FMT: tl.constexpr, TARGET: tl.constexpr, COUNT: tl.constexpr = 1,
     wanted=None,
 ):  # fmt: skip
     """Writes one record and its tail, or those of COUNT slots, as they are `wanted`, whose rows stand side by side in `y`.
@@ -126,12 +126,12 @@ def store_record(
     if FMT.ELEMENT == "fp32":
         tl.store(record.to(tl.pointer_type(tl.float32)) + c, abreast(y, SPEC.HEAD_DIM, COUNT), mask=wanted)
     elif FMT.ELEMENT == "bf16":
-        bits = abreast(bf16_bits(y, HARDWARE), SPEC.HEAD_DIM, COUNT)
+        bits = abreast(bf16_bits(y, TARGET.BF16_CONVERSION), SPEC.HEAD_DIM, COUNT)
         tl.store(record.to(tl.pointer_type(tl.int16)) + c, bits, mask=wanted)
     else:
         MAX: tl.constexpr = 448.0 if FMT.ELEMENT == "e4m3" else 6.0
         QUANTIZED: tl.constexpr = SPEC.HEAD_DIM - (SPEC.ROPE_DIM if FMT.ROTATED_BF16 else 0)
-        rounded = bf16_bits(y, HARDWARE)
+        rounded = bf16_bits(y, TARGET.BF16_CONVERSION)
         v = y
         if FMT.ROUND_VALUES:
             v = bf16_value(rounded)
@@ -177,7 +177,7 @@ def store_record(
                 pad = tail + (FMT.TAIL_BYTES - FMT.PAD) + span(FMT.PAD, COUNT)
                 tl.store(pad, abreast(tl.zeros((COUNT * FMT.PAD,), tl.uint8), FMT.PAD, COUNT), mask=wanted)
         if FMT.ELEMENT == "e4m3":
-            if HARDWARE:
+            if TARGET.E4M3_CONVERSION:
                 # One instruction for two channels where e4m3_bits takes fifteen for one; the same bytes, NaN and all.
                 code = v.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
             else:

@@ -36,7 +36,7 @@ def load_biases(ape, j0, wanted, SPEC: tl.constexpr, AHEAD: tl.constexpr, COUNT:
 def load_window(
     live, tokens, seq, window, this, j0, SOURCE: tl.constexpr, SPEC: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Values and raw scores of rows `[j0, j0 + AHEAD)` of a window that ends here: old ones from the state, new ones from kv_score.
+    """Values and raw scores of rows `[j0, j0 + AHEAD)` of a window that ends here: old ones from the state, new ones live.
 
     SOURCE: "home" takes old rows from their homes, of which `this` is the one of the window's first position; "find" looks each
     up; "live" is for windows without old rows.
@@ -65,7 +65,7 @@ def load_window(
             there = there & (j < WINDOW_ROWS)
         if SOURCE == "live":
             there = spread(there, SPEC.HEAD_DIM)
-            # The mask is always true, but without it the compiler moves each load to its use. Past the L1 cache: see `load_live`.
+            # The mask is always true, but without it the compiler moves each load to its use. Past L1: see `load_live`.
             k = widen(tl.load(at + half, mask=there, other=minus_zero(), cache_modifier=".cg"))
             s = widen(tl.load(at + half + CHANNELS, mask=there, other=float("-inf"), cache_modifier=".cg"))
         else:
@@ -99,10 +99,10 @@ def load_window(
 
 @triton.jit
 def load_live(
-    live, tokens, window, J0: tl.constexpr, ROWS: tl.constexpr, SPEC: tl.constexpr, HARDWARE: tl.constexpr,
+    live, tokens, window, J0: tl.constexpr, ROWS: tl.constexpr, SPEC: tl.constexpr, INLINE_PTX: tl.constexpr,
     COUNT: tl.constexpr = 1,
 ):  # fmt: skip
-    """Values and raw scores, not yet converted, of rows `[J0, J0 + ROWS)` of a window whose rows are all new: all loads at once.
+    """Values and raw scores, not yet converted, of rows `[J0, J0 + ROWS)` of a window whose rows are all new, at once.
 
     COUNT: of windows in a row from `window` on, side by side.
     """
@@ -117,7 +117,7 @@ def load_live(
         ks = ks + (tl.load(at + half, cache_modifier=".cg"),)
         ss = ss + (tl.load(at + half + (1 + SPEC.OVERLAP) * SPEC.HEAD_DIM, cache_modifier=".cg"),)
         at += tokens.stride
-    if HARDWARE:
+    if INLINE_PTX:
         # A barrier for the compiler, which would move the last two loads to their use.
         tl.inline_asm_elementwise(
             "bar.warp.sync 0xffffffff; mov.b32 $0, 0;",
@@ -170,7 +170,7 @@ def pool_window(
     # The second half is loaded as the first one's registers become free.
     if SOURCE == "live" and (ROWS == AHEAD or ROWS == 2 * AHEAD):
         for j0 in tl.static_range(0, ROWS, AHEAD):
-            ks, ss = load_live(live, tokens, window, j0, AHEAD, SPEC, HOW.HARDWARE)
+            ks, ss = load_live(live, tokens, window, j0, AHEAD, SPEC, HOW.TARGET.INLINE_PTX)
             m, l, a = fold_part(m, l, a, ks, ss, tokens.ape, biases, j0, j0 == 0, SPEC, AHEAD)
     elif ROWS <= 2 * AHEAD:
         for j0 in tl.static_range(0, ROWS, AHEAD):
@@ -183,7 +183,7 @@ def pool_window(
         for j0 in range(0, ROWS, AHEAD):
             ks, ss = load_window(live, tokens, seq, window, this, j0, SOURCE, SPEC, AHEAD)
             m, l, a = fold_part(m, l, a, ks, ss, tokens.ape, biases, j0, False, SPEC, AHEAD)
-    return quotient(a, l, HOW.HARDWARE)
+    return quotient(a, l, HOW.TARGET.FAST_DIVISION)
 
 
 @triton.jit

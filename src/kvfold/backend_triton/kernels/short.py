@@ -1,7 +1,7 @@
 """One program of a short step over `FoldState`: one work item, which is one window of one sequence, all channels.
 
-A decode step is one memory latency long. So a program first reads what no kernel in flight can change, then waits for the launch
-before, then issues all loads of state and tokens at once, and checks the tags while they are under way.
+A decode step is one memory latency long. So a program first reads what no kernel in flight can change, then waits for the
+launch before, then issues all loads of state and tokens at once, and checks the tags meanwhile.
 """
 
 import triton
@@ -99,7 +99,7 @@ def fold_item(live, tokens, seq, begin, stop, place, last, first, snap, HOW: tl.
         m, l, a = fold_tokens(m, l, a, ks, ss, begin, stop, place, seq, snap, SPEC, HOW.AHEAD)
         if first:
             retire_rows(seq, history, SPEC)
-    return quotient(a, l, HOW.HARDWARE), held
+    return quotient(a, l, HOW.TARGET.FAST_DIVISION), held
 
 
 @triton.jit
@@ -174,7 +174,7 @@ def short_step(pid, plan, snap_table, tokens, st, snaps, cache, HOW: tl.constexp
             copies = load_rows(live, tokens, window, oldest, stop, SPEC)
         deliver, refused = judge_slot(entry, cache_slot, window * SPEC.RATIO, plan.entry_capacity, cache, SPEC.ROPE_DIM)
         if held & deliver:
-            emit(y, entry, cache_slot, weight, cos, sin, cache, SPEC, FMT, HOW.HARDWARE)
+            emit(y, entry, cache_slot, weight, cos, sin, cache, SPEC, FMT, HOW.TARGET)
         if SPEC.KIND != "fold":
             if held:
                 # Where a step cannot come round to rows that it reads, its new rows stand one behind the other.

@@ -1,8 +1,8 @@
 """Pooled rows whose channels several programs share: one of them finishes the entry.
 
-Each slice is written as 64-bit words with a ready bit. A program draws a ticket before its last slice of an entry; the one with
-the last ticket polls the words of all and finishes the entry: no fence, no atomic after the work. It waits only for programs that
-are already running.
+Each slice is written as 64-bit words with a ready bit. A program draws a ticket before its last slice of an entry. The program
+with the last ticket polls the words of all and finishes the entry: no fence, no atomic after the work. It waits only for programs
+that are already running.
 """
 
 import triton
@@ -14,8 +14,8 @@ from .fold import spread
 @triton.jit
 def draw_ticket(arrivals, entry, drawn, THREADS: tl.constexpr = 256):
     """A ticket for one part of an entry; `is_last` reads it, after the work that hides its latency."""
-    # A vector, as all threads would wait here for a scalar; no shorter than the program has threads, so that each element has one
-    # owner.
+    # A vector, as all threads would wait here for a scalar; at least as long as the program has threads, so that each element has
+    # one owner.
     first = (tl.arange(0, THREADS) == 0) & spread(drawn, THREADS)
     ticket = tl.atomic_add(arrivals + entry + tl.zeros((THREADS,), tl.int32), 1, mask=first, sem="relaxed")
     return tl.where(first, ticket, 0)
@@ -27,11 +27,11 @@ def is_last(ticket, parts):
 
 
 @triton.jit
-def leave_slice(workspace, y, entry, c0, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr, HARDWARE: tl.constexpr):
+def leave_slice(workspace, y, entry, c0, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr, COHERENT_STORES: tl.constexpr):
     """Writes channels `[c0, c0 + SLICE)` of a pooled row to the workspace, with the ready bit above the 32 bits of each."""
     at = workspace + entry.to(tl.int64) * HEAD_DIM + c0 + tl.arange(0, SLICE)
     word = (y.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF) | (1 << 32)
-    if HARDWARE:
+    if COHERENT_STORES:
         tl.store(at, word)
     else:
         # Other chiplets need not see a plain store before the launch is done. A sum, as the word is zero before, and Triton 3.6

@@ -1,7 +1,7 @@
 """Where a position's state row lives: the rules of DESIGN.md (State), for kernels.
 
-A slot has `ring` homes, then HISTORY spare rows, and a tag for each: the position whose row it holds. Programs of one launch call
-these at the same time; every predicate here depends only on tags that no program of the launch changes.
+A slot has `ring` homes, then HISTORY spare rows, and a tag for each: the position whose row it holds. Programs of one launch
+call these at the same time; every predicate here depends only on tags that no program of the launch changes.
 """
 
 import triton
@@ -12,14 +12,14 @@ from .fold import spread
 
 
 @triton.jit
-def sequence_of(st, slot, start, end, SPEC: tl.constexpr):
-    """The state of the sequence that has slot `slot` of `st`."""
+def sequence_of(st, slot, start, end, SPEC: tl.constexpr, c0=0):
+    """The state of the sequence that has slot `slot` of `st`; its rows from channel `c0` on."""
     if SPEC.KIND == "fold":
         LENGTH: tl.constexpr = 3 * SPEC.HEAD_DIM
     else:
         LENGTH: tl.constexpr = 2 * SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
     tags = st.tags + slot * (st.ring + SPEC.HISTORY)
-    rows = st.rows + slot * (st.ring + SPEC.HISTORY) * LENGTH
+    rows = st.rows + slot * (st.ring + SPEC.HISTORY) * LENGTH + c0
     return Sequence(rows, tags, st.ring, first_read(start, SPEC), start, end)
 
 

@@ -1,6 +1,6 @@
 """Snapshots of prefix-cache pages: what a step copies out, and the kernel that puts them into slots again.
 
-A step's programs get all that they need in one `Snap`, or None where no snapshots are taken: then nothing of this is compiled in.
+A step's programs get all that they need in one `Snap`, or None if no snapshots are taken: then nothing of this is compiled in.
 """
 
 import triton

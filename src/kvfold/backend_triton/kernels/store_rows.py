@@ -27,6 +27,6 @@ def store_kernel(
     deliver, refused = judge_slot(entry, cache_slot, window * SPEC.RATIO, plan.entry_capacity, cache, SPEC.ROPE_DIM)
     if deliver:
         y = tl.load(pooled + entry.to(tl.int64) * SPEC.HEAD_DIM + tl.arange(0, SPEC.HEAD_DIM)).to(tl.float32)
-        emit(y, entry, cache_slot, weight, cos, sin, cache, SPEC, FMT, HOW.HARDWARE)
+        emit(y, entry, cache_slot, weight, cos, sin, cache, SPEC, FMT, HOW.TARGET)
     if refused:
         tl.atomic_add(plan.errors, 1)

@@ -408,7 +408,7 @@ def window_kernel(
                     ticket = draw_ticket(scratch.arrivals, entry, deliver & (turn == span - 1) & (homes[4] == 0))
                 y, absent = pool_slice(
                     tokens, kv_pool, score_pool, page_size, window, start, token, sequence, c0, homes, mine, SPEC, TILE, LANES,
-                    HOW.TOGETHER, HOW.SLICE, ONE_PAGE, PROMPT, ALIGNED, HOW.HARDWARE,
+                    HOW.TOGETHER, HOW.SLICE, ONE_PAGE, PROMPT, ALIGNED, HOW.TARGET.FAST_DIVISION,
                 )  # fmt: skip
                 # Every slice sees the same rows, so either all of them bring theirs or none.
                 finish = deliver & (absent == 0)
@@ -418,7 +418,7 @@ def window_kernel(
                 )
                 if SLICES > 1:
                     if finish:
-                        leave_slice(scratch.workspace, y, entry, c0, SPEC.HEAD_DIM, HOW.SLICE, HOW.HARDWARE)
+                        leave_slice(scratch.workspace, y, entry, c0, SPEC.HEAD_DIM, HOW.SLICE, HOW.TARGET.COHERENT_STORES)
                     finish = finish & (turn == span - 1)
                     if ONE_PAGE == 0:
                         ticket = draw_ticket(scratch.arrivals, entry, finish)
@@ -429,7 +429,7 @@ def window_kernel(
                         whole = take_slices(scratch.workspace, scratch.arrivals, entry, SPEC.HEAD_DIM)
                     else:
                         whole = y
-                    emit(whole, entry, slot, weight, cos, sin, cache, SPEC, FMT, HOW.HARDWARE)
+                    emit(whole, entry, slot, weight, cos, sin, cache, SPEC, FMT, HOW.TARGET)
             turn += 1
             if turn >= span:
                 # Not before the work on this one: that cost 150 of 1,300 instructions, and other programs hide the latency.

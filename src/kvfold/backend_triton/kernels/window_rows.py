@@ -266,7 +266,7 @@ def sum_lanes(r, l, a, LANES: tl.constexpr, SLICE: tl.constexpr):
 def pool_slice(
     tokens, kv_pool, score_pool, page_size, window, start, token, sequence, c0, homes, mine, SPEC: tl.constexpr, TILE: tl.constexpr,
     LANES: tl.constexpr, GROUP: tl.constexpr, SLICE: tl.constexpr, ONE_PAGE: tl.constexpr, PROMPT: tl.constexpr,
-    ALIGNED: tl.constexpr, HARDWARE: tl.constexpr,
+    ALIGNED: tl.constexpr, FAST_DIVISION: tl.constexpr,
 ):  # fmt: skip
     """Channels `[c0, c0 + SLICE)` of a pooled row, and how many old rows it needs that are not there.
 
@@ -339,4 +339,4 @@ def pool_slice(
         # One operation instead of two. What rounding -top * LOG2_E changes, it changes in all weights alike.
         e = tl.exp2(tl.fma(r, LOG2_E + tl.zeros_like(r), (top * -LOG2_E)[None, :] + tl.zeros_like(r)))
         l, a = sum_lanes(None, e, e * a, LANES, SLICE)
-    return quotient(a, l, HARDWARE), absent
+    return quotient(a, l, FAST_DIVISION), absent
