@@ -1,7 +1,7 @@
 """A long step over fold rows of a `FoldState`: programs that fit the device, each of which takes work items in turn.
 
-A window is folded token by token, so its time is the instructions per token: hence no masks, the next stretch loaded ahead, and two
-windows side by side, which share the rows of ape. Where windows are few, several programs share one.
+A window is folded token by token, so its time is the instructions per token: hence no masks, the next stretch loaded ahead,
+and two windows side by side, which share the rows of ape. Where windows are few, several programs share one.
 """
 
 import triton

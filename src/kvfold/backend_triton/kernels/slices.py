@@ -1,8 +1,8 @@
 """Pooled rows whose channels several programs share: one of them finishes the entry.
 
-Each slice is written as 64-bit words with a ready bit. A program draws a ticket before its last slice of an entry. The program
-with the last ticket polls the words of all and finishes the entry: no fence, no atomic after the work. It waits only for programs
-that are already running.
+Each slice is written as 64-bit words with a ready bit. A program draws a ticket before its last slice of an entry. The one with
+the last ticket polls the words of all and finishes the entry: no fence, no atomic after the work. It waits only for programs
+that are already running (docs/notes/0022).
 """
 
 import triton
@@ -14,8 +14,8 @@ from .fold import spread
 @triton.jit
 def draw_ticket(arrivals, entry, drawn, THREADS: tl.constexpr = 256):
     """A ticket for one part of an entry; `is_last` reads it, after the work that hides its latency."""
-    # A vector, as all threads would wait here for a scalar; at least as long as the program has threads, so that each element has
-    # one owner.
+    # A vector, as all threads would wait here for a scalar; at least as long as the program has threads, so that each element
+    # has one owner.
     first = (tl.arange(0, THREADS) == 0) & spread(drawn, THREADS)
     ticket = tl.atomic_add(arrivals + entry + tl.zeros((THREADS,), tl.int32), 1, mask=first, sem="relaxed")
     return tl.where(first, ticket, 0)
