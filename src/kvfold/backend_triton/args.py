@@ -300,4 +300,58 @@ class Schedule:
     TARGET: Target = Target()
 
 
+class Sequence(NamedTuple):
+    """The state of one sequence in a step: addresses of its rows and tags, and the step's positions `[start, end)`.
+
+    h0: the first position before the step whose row the step reads; `start` where it reads none.
+    """
+
+    rows: object
+    tags: object
+    ring: object
+    h0: object
+    start: object
+    end: object
+
+
+class History(NamedTuple):
+    """The last positions before a step, which of them it reads, and the tags of their homes and of their spare rows."""
+
+    positions: object
+    wanted: object
+    home: object
+    spare: object
+
+
+class Opened(NamedTuple):
+    """A window of fold rows that is being folded, and whose it is.
+
+    live: where its first token would stand in kv_score. `[begin, stop)`: its new tokens, counted from its first position `x0`.
+    first: whether it is the first one of its sequence in this step.
+    """
+
+    live: object
+    begin: object
+    stop: object
+    slot: object
+    x0: object
+    start: object
+    end: object
+    entry: object
+    sequence: object
+    first: object
+
+
+class Snap(NamedTuple):
+    """Where a sequence's snapshots go: its row of the plan's table, positions per page, and the snapshots' rows and tags."""
+
+    table: object
+    width: object
+    page_size: object
+    rows: object
+    tags: object
+    count: object
+    errors: object
+
+
 Cache = Output  # as window.py calls it

@@ -6,11 +6,11 @@ import triton.language as tl
 from ..args import Output, Plan, Scratch, Snapshots, SnapshotTable, State, Tokens
 from .finish import aim_entry, emit, judge_slot
 from .items import load_item
-from .long_fold import prefill_fold
-from .long_rows import prefill_rows
-from .long_rows_narrow import prefill_abreast
+from .long_fold import long_fold_step
+from .long_rows import long_rows_step
+from .long_rows_narrow import narrow_rows_step
 from .pdl import load_plan, wait_for_inputs
-from .short import count_overflow, decode_item
+from .short import count_overflow, short_step
 
 
 @triton.jit
@@ -23,17 +23,15 @@ def run_step(
     TOGETHER: 0 for a short step, a program for each work item; otherwise how many windows a program folds side by side.
     """
     if HOW.TOGETHER == 0:
-        decode_item(pid, plan, snap_table, tokens, state, snapshots, output, HOW, SPEC, FMT)
+        short_step(pid, plan, snap_table, tokens, state, snapshots, output, HOW, SPEC, FMT)
         if pid == programs - 1:
             count_overflow(plan, programs, SPEC.RATIO)
     elif SPEC.KIND == "fold":
-        prefill_fold(pid, programs, plan, snap_table, tokens, state, snapshots, scratch, output, HOW, SPEC, FMT)
+        long_fold_step(pid, programs, plan, snap_table, tokens, state, snapshots, scratch, output, HOW, SPEC, FMT)
     elif HOW.TOGETHER > 1 and snapshots.rows is None:
-        prefill_abreast(
-            pid, programs, plan, snap_table, tokens, state, snapshots, scratch.arrivals, output, HOW, SPEC, HOW.TOGETHER, FMT
-        )
+        narrow_rows_step(pid, programs, plan, snap_table, tokens, state, snapshots, scratch.arrivals, output, HOW, SPEC, FMT)
     else:
-        prefill_rows(pid, programs, plan, snap_table, tokens, state, snapshots, scratch.arrivals, output, HOW, SPEC, FMT)
+        long_rows_step(pid, programs, plan, snap_table, tokens, state, snapshots, scratch.arrivals, output, HOW, SPEC, FMT)
 
 
 @triton.jit

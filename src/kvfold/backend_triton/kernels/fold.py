@@ -1,4 +1,4 @@
-"""The fold: of a token into a state that is kept, and of rows that are at hand together. Every kernel calls these."""
+"""The fold: of a token into a state that is kept, and of rows that are loaded together. Every kernel calls these."""
 
 import triton
 import triton.language as tl
@@ -24,7 +24,7 @@ def fold_step(m, l, a, k, s):
     A token with `k = -0` and `s = -inf` changes no bit, not even the sign of a zero: unrolled loops mask with that.
     """
     d = s - m
-    # exp2 is one instruction that flushes what is below 2**-126; exp is four, for denormal weights that no sum can see.
+    # exp2 is one instruction, which flushes denormals; exp is four, for weights too small to change a sum.
     e = tl.exp2(tl.abs(d) * -LOG2_E)
     rises = d > 0
     alpha = tl.where(rises, e, 1.0)
@@ -69,7 +69,7 @@ def empty_group(HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def quotient(a, l, FAST_DIVISION: tl.constexpr):
-    """`a / l` for a sum of weights of which one is about 1: 2 instructions, not 8, which divisors beyond 2**126 need."""
+    """`a / l`. `l` is a sum of weights of which one is about 1, so the short division, which fails beyond 2**126, will do."""
     if FAST_DIVISION:
         y = libdevice.fast_dividef(a, l)
     else:

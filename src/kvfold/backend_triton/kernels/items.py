@@ -1,7 +1,7 @@
 """The work items of a plan: which of them a program takes in turn, and what it reads of them.
 
-Programs that share a multiprocessor do not advance alike: with as many items each, those of 8 prompts of 64k at ratio 4 ended
-after 492 to 555 us, 522 on average. So the last fifth is not dealt out beforehand: who is done takes the next one.
+The last fifth of a long step's items is not dealt out beforehand: a program that is done takes the next one, as programs that
+share a multiprocessor do not advance alike (docs/notes/0024).
 """
 
 import triton
@@ -40,8 +40,8 @@ def load_item(items, index, there=None):
 def item_after(item, items, index, programs, total, RATIO: tl.constexpr):
     """Item `index` of `total`, by its being `programs` behind `item`.
 
-    The plan has the windows of a sequence one behind the other, so within one there is nothing to read: the 7 numbers of the
-    next item need no registers while a window is folded, and nobody waits for them. 8 prompts of 64k in 552 instead of 567 us.
+    The plan has the windows of a sequence one behind the other, so within one there is nothing to read: no registers hold the
+    next item while a window is folded, and nobody waits for it.
     """
     window, start, end, token, slot, entry, sequence = item
     after = window + programs

@@ -1,41 +1,39 @@
 """A long step over fold rows of a `FoldState`: programs that fit the device, each of which takes work items in turn.
 
-They are folded token by token, so a window is as long as the instructions per token: no masks, the next stretch on its way, and
-two windows side by side, which share the rows of ape. Where windows are few, several programs share one.
+A window is folded token by token, so its time is the instructions per token: hence no masks, the next stretch loaded ahead,
+and two windows side by side, which share the rows of ape. Where windows are few, several programs share one.
 """
 
 import triton
 import triton.language as tl
 
+from ..args import Opened
 from .finish import aim_entry, aim_slot, emit, judge_slot, load_finish
 from .fold import empty_fold, fold_step, minus_zero, quotient, spread
 from .items import load_item
 from .pdl import load_plan, wait_for_inputs
 from .prefetch import prefetch_item
 from .slices import draw_ticket, is_last, leave_slice, take_slices
-from .slots import check_tags, keep_fold, load_tags, places_from, retire_rows
-from .snapshot import next_page_end, snapshot_fold
+from .slots import check_history, keep_fold, load_history, places_from, retire_rows, sequence_of
+from .snapshot import next_page_end, snap_of, snapshot_fold
 
 
 @triton.jit
 def open_window(item, there, c0, errors, tokens, st, SPEC: tl.constexpr, SLICE: tl.constexpr):
-    """Channels `[c0, c0 + SLICE)` of a window to fold: `(m, l, a)` before its first new token, where these stand, and whose."""
+    """Channels `[c0, c0 + SLICE)` of a window to fold: `(m, l, a)` before its first new token, and where its tokens stand."""
     c = c0 + tl.arange(0, SLICE)
     window, start, end, token, slot, entry, sequence = item
     x0 = window * SPEC.RATIO
     first = there & (window == start // SPEC.RATIO)
     held = there & (slot < st.num_slots) & (token + end - start <= tokens.count)
     slot = tl.where(held, slot, 0)
-    tags = st.tags + slot * (st.ring + SPEC.HISTORY)
-    state = st.rows + slot * (st.ring + SPEC.HISTORY) * (3 * SPEC.HEAD_DIM)
-    h0 = tl.where(start % SPEC.RATIO == 0, start, start - 1)
+    seq = sequence_of(st, slot, start, end, SPEC)
     m, l, a = empty_fold(SLICE)
-    if held & (h0 < start):
-        x, wanted, home, spare = load_tags(tags, h0, start, st.ring, SPEC.HISTORY)
-        held, moved = check_tags(x, wanted, home, spare)
+    if held & (seq.h0 < start):
+        held, moved = check_history(load_history(seq, SPEC))
         if held & first:
             place = tl.where(moved, st.ring, (start - 1) % st.ring)
-            row = state + place * (3 * SPEC.HEAD_DIM) + c
+            row = seq.rows + place * (3 * SPEC.HEAD_DIM) + c
             m = tl.load(row)
             l = tl.load(row + SPEC.HEAD_DIM)
             a = tl.load(row + 2 * SPEC.HEAD_DIM)
@@ -46,12 +44,12 @@ def open_window(item, there, c0, errors, tokens, st, SPEC: tl.constexpr, SLICE: 
     stop = tl.where(held, tl.minimum(end - x0, SPEC.RATIO), 0)
     live = tokens.kv_score + (token + x0 - start).to(tl.int64) * tokens.stride + c
     entry = tl.where(held, entry, -1)
-    return m, l, a, live, begin, stop, slot, x0, start, end, entry, sequence, held & first
+    return m, l, a, Opened(live, begin, stop, slot, x0, start, end, entry, sequence, held & first)
 
 
 @triton.jit
 def load_stretch(at, kv_stride, ape, left, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr):
-    """Rows of ape, values and scores, as they came, of the first `left` of AHEAD tokens; `at` and `ape` point at the first."""
+    """Rows of ape, values and scores, unconverted, of the first `left` of AHEAD tokens; `at` and `ape` point at the first."""
     biases = ()
     ks = ()
     ss = ()
@@ -79,70 +77,63 @@ def no_tokens(kv_score, AHEAD: tl.constexpr, SLICE: tl.constexpr):
 
 
 @triton.jit
-def load_tokens_ahead(
-    ats, kv_stride, ape, j0, W: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr,
-):  # fmt: skip
+def load_tokens_ahead(ats, kv_stride, ape, j0, HOW: tl.constexpr, SPEC: tl.constexpr):
     """As `load_stretch`, of tokens that are all there: without masks, which were half of a long prompt's instructions.
 
-    Past the L1 cache, which is better used for rows of ape: 37.6 instead of 38.2 us for a prompt of 64k tokens.
+    Past the L1 cache, which is better used for rows of ape.
     """
+    AHEAD: tl.constexpr = HOW.AHEAD
     biases = ()
     ks = ()
     ss = ()
     for i in tl.static_range(AHEAD):
-        bias = tl.zeros((SLICE,), tl.float32)
+        bias = tl.zeros((HOW.SLICE,), tl.float32)
         if ape is not None:
-            bias = tl.load(ape + j0 * HEAD_DIM + (i * HEAD_DIM + tl.arange(0, SLICE)))
+            bias = tl.load(ape + j0 * SPEC.HEAD_DIM + (i * SPEC.HEAD_DIM + tl.arange(0, HOW.SLICE)))
         biases = biases + (bias,)
         new_ats = ()
-        for w in tl.static_range(W):
+        for w in tl.static_range(len(ats)):
             ks = ks + (tl.load(ats[w], cache_modifier=".cg"),)
-            ss = ss + (tl.load(ats[w] + HEAD_DIM, cache_modifier=".cg"),)
+            ss = ss + (tl.load(ats[w] + SPEC.HEAD_DIM, cache_modifier=".cg"),)
             new_ats = new_ats + (ats[w] + kv_stride,)
         ats = new_ats
     return biases, ks, ss
 
 
 @triton.jit
-def fold_stretches(
-    ms, ls, as_, lives, lo, stretches, more, kv_stride, ape, W: tl.constexpr, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr,
-    SLICE: tl.constexpr,
-):  # fmt: skip
-    """Folds `stretches` (not 0) of AHEAD tokens from place `lo` on, in W windows side by side: a row of ape is loaded once.
+def fold_stretches(ms, ls, as_, lives, lo, stretches, more, kv_stride, ape, HOW: tl.constexpr, SPEC: tl.constexpr):
+    """Folds `stretches` (not 0) of AHEAD tokens from place `lo` on, in all of `lives` side by side: ape is loaded once.
 
-    Returns what it came to, and the stretch behind the last, which is loaded where there are `more` tokens.
+    Returns the folds, and the next stretch, which is loaded where there are `more` tokens.
     """
-    # 1, which the compiler may know of short stretches only. Prompts of 8k, 16k and 64k: 11.4, 14.7 and 40.0 us where it knows
-    # of none, 11.7, 15.7 and 38.2 where it knows of all.
+    AHEAD: tl.constexpr = HOW.AHEAD
+    W: tl.constexpr = len(lives)
+    # 1, which the compiler may know of short stretches only (docs/notes/0021).
     once = 1
     if AHEAD >= 16:
         once = (kv_stride >= 0).to(tl.int32)
     ats = ()
     for w in tl.static_range(W):
         ats = ats + (lives[w] + lo.to(tl.int64) * kv_stride,)
-    biases, ks, ss = load_tokens_ahead(ats, kv_stride, ape, lo, W, AHEAD, HEAD_DIM, SLICE)
+    biases, ks, ss = load_tokens_ahead(ats, kv_stride, ape, lo, HOW, SPEC)
     for n in range(1, stretches + 1):
-        # The next stretch is on its way while this one is folded; it stays as it came till then, or the loop would wait for it.
-        # Behind the last one comes the last one again where there are no more, which is cheaper than a mask.
+        # The next stretch is loaded while this one is folded, and converted only then, or the loop would wait for it.
+        # Past the end, reload the last stretch: cheaper than a mask.
         ahead = tl.minimum(n, stretches - 1 + more) * AHEAD
         next_ats = ()
         for w in tl.static_range(W):
             next_ats = next_ats + (ats[w] + ahead.to(tl.int64) * kv_stride,)
-        next_biases, next_ks, next_ss = load_tokens_ahead(next_ats, kv_stride, ape, lo + ahead, W, AHEAD, HEAD_DIM, SLICE)
-        # One turn, behind which the compiler cannot move the loads above, as it else does when registers are short.
+        next_biases, next_ks, next_ss = load_tokens_ahead(next_ats, kv_stride, ape, lo + ahead, HOW, SPEC)
+        # A loop of one turn, which the compiler moves no load behind; it does so otherwise when registers are short.
         for _ in range(0, once):
             for i in tl.static_range(AHEAD):
                 new_ms = ()
                 new_ls = ()
                 new_as = ()
                 for w in tl.static_range(W):
-                    m, l, a = fold_step(
-                        ms[w],
-                        ls[w],
-                        as_[w],
-                        ks[i * W + w].to(tl.float32),
-                        ss[i * W + w].to(tl.float32) + biases[i],
-                    )
+                    k = ks[i * W + w].to(tl.float32)
+                    s = ss[i * W + w].to(tl.float32) + biases[i]
+                    m, l, a = fold_step(ms[w], ls[w], as_[w], k, s)
                     new_ms = new_ms + (m,)
                     new_ls = new_ls + (l,)
                     new_as = new_as + (a,)
@@ -152,87 +143,79 @@ def fold_stretches(
         biases = next_biases
         ks = next_ks
         ss = next_ss
-    return ms, ls, as_, biases, ks, ss  # flat, as tuples in tuples in a tuple are beyond Triton 3.3
+    return ms, ls, as_, (biases, ks, ss)
 
 
 @triton.jit
-def fold_rest(
-    m, l, a, loaded, early, live, begin, stop, state, tags, x0, h0, start, end, kv_stride, ape, ring, snap,
-    HOW: tl.constexpr, SPEC: tl.constexpr,
-):  # fmt: skip
+def fold_rest(m, l, a, loaded, early, mine, begin, seq, kv_stride, ape, snap, HOW: tl.constexpr, SPEC: tl.constexpr):
     """Folds tokens from place `begin` on, and stores the rows that the state or a snapshot keeps; returns the pooled row.
 
     loaded: the first stretch, if it is there `early`; or None.
     """
-    due = next_page_end(snap, x0 + begin)
-    for j0 in range(begin, stop, HOW.AHEAD):
+    AHEAD: tl.constexpr = HOW.AHEAD
+    due = next_page_end(snap, mine.x0 + begin)
+    for j0 in range(begin, mine.stop, AHEAD):
         # Numbers of tokens from j0 on: positions of each would be compared in 64 bits, as the compiler widens the loop's index.
-        left = stop - j0
-        forgotten = end - ring - x0 - j0
-        j = stop - left  # a tensor also where the interpreter has an int for j0
+        left = mine.stop - j0
+        forgotten = mine.end - seq.ring - mine.x0 - j0
+        j = mine.stop - left  # a tensor also where the interpreter has an int for j0
         row = ape
         if ape is not None:
             row = ape + j * SPEC.HEAD_DIM
-        at = live + j.to(tl.int64) * kv_stride
+        at = mine.live + j.to(tl.int64) * kv_stride
         if loaded is None:
-            biases, ks, ss = load_stretch(at, kv_stride, row, left, HOW.AHEAD, SPEC.HEAD_DIM, HOW.SLICE)
+            biases, ks, ss = load_stretch(at, kv_stride, row, left, AHEAD, SPEC.HEAD_DIM, HOW.SLICE)
         else:
             biases, ks, ss = loaded
             if (early == 0) | (j > begin):
-                biases, ks, ss = load_stretch(at, kv_stride, row, left, HOW.AHEAD, SPEC.HEAD_DIM, HOW.SLICE)
-        places = places_from(tags, x0 + j0, h0, start, end, ring, SPEC.HISTORY, HOW.AHEAD)
-        AHEAD: tl.constexpr = HOW.AHEAD
+                biases, ks, ss = load_stretch(at, kv_stride, row, left, AHEAD, SPEC.HEAD_DIM, HOW.SLICE)
+        places = places_from(seq, mine.x0 + j0, SPEC, AHEAD)
         for i in tl.static_range(AHEAD):
             m, l, a = fold_step(m, l, a, ks[i].to(tl.float32), ss[i].to(tl.float32) + biases[i])
-            x = x0 + j0 + i
-            due = snapshot_fold(m, l, a, x, due, x0 + stop, snap, SPEC)  # of whole rows: step_key
-            keep_fold(m, l, a, x, places[i], (i < left) & (i >= forgotten), state, tags, SPEC, HOW.SLICE)
+            x = mine.x0 + j0 + i
+            due = snapshot_fold(m, l, a, x, due, mine.x0 + mine.stop, snap, SPEC)  # of whole rows: step_key
+            keep_fold(m, l, a, x, places[i], (i < left) & (i >= forgotten), seq, SPEC, HOW.SLICE)
     return quotient(a, l, HOW.TARGET.FAST_DIVISION)
 
 
 @triton.jit
-def fold_last(
-    m, l, a, loaded, leaves, workspace, entry, c0, begin, state, tags, x0, h0, start, end, ring, HOW: tl.constexpr,
-    SPEC: tl.constexpr,
-):  # fmt: skip
-    """Folds the loaded stretch with which a window ends, from place `begin` on, and leaves the slice where it `leaves`.
+def fold_last(m, l, a, loaded, leaves, workspace, mine, c0, begin, seq, HOW: tl.constexpr, SPEC: tl.constexpr):
+    """Folds the loaded stretch with which a window ends, from place `begin` on, and writes the slice if it `leaves`.
 
-    Then come the rows that the state keeps, which nobody waits for: their programs ended 1.2 us behind the others of a prompt,
-    and 0.5 so. 4k and 8k tokens in 8.5 and 9.8 instead of 8.85 and 9.95 us.
+    The rows that the state keeps are stored after it, as nobody waits for them.
     """
+    AHEAD: tl.constexpr = HOW.AHEAD
     biases, ks, ss = loaded
     ms = ()
     ls = ()
     as_ = ()
-    AHEAD: tl.constexpr = HOW.AHEAD
     for i in tl.static_range(AHEAD):
         m, l, a = fold_step(m, l, a, ks[i].to(tl.float32), ss[i].to(tl.float32) + biases[i])
         ms = ms + (m,)
         ls = ls + (l,)
         as_ = as_ + (a,)
     if leaves:
-        leave_slice(
-            workspace, quotient(a, l, HOW.TARGET.FAST_DIVISION), entry, c0, SPEC.HEAD_DIM, HOW.SLICE, HOW.TARGET.COHERENT_STORES
-        )
-    forgotten = end - ring - x0 - begin
-    places = places_from(tags, x0 + begin, h0, start, end, ring, SPEC.HISTORY, HOW.AHEAD)
+        y = quotient(a, l, HOW.TARGET.FAST_DIVISION)
+        leave_slice(workspace, y, mine.entry, c0, SPEC.HEAD_DIM, HOW.SLICE, HOW.TARGET.COHERENT_STORES)
+    forgotten = mine.end - seq.ring - mine.x0 - begin
+    places = places_from(seq, mine.x0 + begin, SPEC, AHEAD)
     for i in tl.static_range(AHEAD):
         if i >= forgotten:
-            keep_fold(ms[i], ls[i], as_[i], x0 + begin + i, places[i], i >= forgotten, state, tags, SPEC, HOW.SLICE)
+            keep_fold(ms[i], ls[i], as_[i], mine.x0 + begin + i, places[i], i >= forgotten, seq, SPEC, HOW.SLICE)
 
 
 @triton.jit
 def deliver_entry(
-    y, entry, position, aim, ticket, c0, scratch, plan, cache, TARGET: tl.constexpr, SLICE: tl.constexpr,
+    y, entry, position, needs, ticket, c0, scratch, plan, cache, TARGET: tl.constexpr, SLICE: tl.constexpr,
     SPEC: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
-    """Finishes and stores an entry that is there and wanted, and counts one that is refused. `aim`: of `aim_entry`.
+    """Finishes and stores an entry that is there and wanted, and counts one that is refused.
 
-    y: the pooled row; None where programs that share it have left their slices.
+    y: the pooled row; None where programs that share it have written their slices. needs: of `aim_entry`.
     """
-    cache_slot, weight, cos, sin = aim
+    cache_slot, weight, cos, sin = needs
     deliver, refused = judge_slot(entry, cache_slot, position, plan.entry_capacity, cache, SPEC.ROPE_DIM)
-    # A step that only moves the state on finishes nothing; Triton 3.6 fails on slices that nobody has a use for.
+    # A step that only moves the state on finishes nothing; Triton 3.6 fails on slices that nobody uses.
     FINISHES: tl.constexpr = (cache.rows is not None) or (cache.pages is not None)
     finish = (entry >= 0) & deliver & FINISHES
     if SLICE < SPEC.HEAD_DIM:
@@ -249,8 +232,9 @@ def deliver_entry(
 
 
 @triton.jit
-def prefill_fold(
-    pid, programs, plan, snap_table, tokens, st, snaps, scratch, cache, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr,
+def long_fold_step(
+    pid, programs, plan, snap_table, tokens, st, snaps, scratch, cache, HOW: tl.constexpr, SPEC: tl.constexpr,
+    FMT: tl.constexpr,
 ):  # fmt: skip
     """Program `pid` of `programs` over fold rows, in units of SLICE channels of a window."""
     SLICES: tl.constexpr = SPEC.HEAD_DIM // HOW.SLICE
@@ -262,34 +246,34 @@ def prefill_fold(
     if HOW.TOGETHER == 2:
         item_1 = load_item(plan.items, index + programs, index + programs < total)
     if HOW.SLICE < SPEC.HEAD_DIM:
-        # Ahead of the lines below, behind which it would come 2 us later, and with it the first tokens.
-        cache_slot = aim_slot(item[5], plan)
+        cache_slot = aim_slot(item.entry, plan)  # ahead of the prefetches, which would delay it
     if HOW.PDL and HOW.SLICE < SPEC.HEAD_DIM:
         prefetch_item(item, index < total, pid % SLICES * HOW.SLICE, tokens, SPEC, HOW.SLICE)
     wait_for_inputs(HOW.PDL)
     for unit in range(pid, total * SLICES, HOW.TOGETHER * programs):
         c0 = unit % SLICES * HOW.SLICE
-        biases = tokens.ape
+        ape = tokens.ape
         if tokens.ape is not None:
-            biases = tokens.ape + c0
-        m, l, a, live, begin, stop, slot, x0, start, end, entry, sequence, first = open_window(
-            item, index < total, c0, plan.errors, tokens, st, SPEC, HOW.SLICE,
-        )  # fmt: skip
+            ape = tokens.ape + c0
+        m, l, a, mine = open_window(item, index < total, c0, plan.errors, tokens, st, SPEC, HOW.SLICE)
         both = 0
         count = 1
         if HOW.TOGETHER == 2:
-            m_1, l_1, a_1, live_1, begin_1, stop_1, slot_1, x0_1, start_1, end_1, entry_1, sequence_1, first_1 = open_window(
+            m_1, l_1, a_1, mine_1 = open_window(
                 item_1, index + programs < total, c0, plan.errors, tokens, st, SPEC, HOW.SLICE,
             )  # fmt: skip
             count = tl.where(index + programs < total, 2, 1)
             if snaps.rows is None:
                 # As far as both go, and up to the rows that are kept.
-                limit = tl.minimum(tl.minimum(stop, end - st.ring - x0), tl.minimum(stop_1, end_1 - st.ring - x0_1))
-                both = tl.where(begin == begin_1, tl.maximum(limit - begin, 0) // HOW.AHEAD, 0)
+                limit = tl.minimum(
+                    tl.minimum(mine.stop, mine.end - st.ring - mine.x0),
+                    tl.minimum(mine_1.stop, mine_1.end - st.ring - mine_1.x0),
+                )
+                both = tl.where(mine.begin == mine_1.begin, tl.maximum(limit - mine.begin, 0) // HOW.AHEAD, 0)
                 if both > 0:
-                    ms, ls, as_, _biases, _ks, _ss = fold_stretches(
-                        (m, m_1), (l, l_1), (a, a_1), (live, live_1), begin, both, 0, tokens.stride, biases, 2, HOW.AHEAD,
-                        SPEC.HEAD_DIM, HOW.SLICE,
+                    ms, ls, as_, _behind = fold_stretches(
+                        (m, m_1), (l, l_1), (a, a_1), (mine.live, mine_1.live), mine.begin, both, 0, tokens.stride, ape,
+                        HOW, SPEC,
                     )  # fmt: skip
                     m, m_1 = ms
                     l, l_1 = ls
@@ -297,70 +281,58 @@ def prefill_fold(
         for w in range(0, count):
             if HOW.TOGETHER == 2:
                 if w == 1:
-                    m, l, a, live, begin, stop, slot, x0, start, end, entry, sequence, first = (
-                        m_1, l_1, a_1, live_1, begin_1, stop_1, slot_1, x0_1, start_1, end_1, entry_1, sequence_1, first_1
-                    )  # fmt: skip
-            place = begin + both * HOW.AHEAD
+                    m, l, a, mine = m_1, l_1, a_1, mine_1
+            place = mine.begin + both * HOW.AHEAD
             early = 0
             loaded = None
-            if HOW.SLICE < SPEC.HEAD_DIM:  # under way while the window is folded; whole windows have no registers to spare
-                weight, cos, sin = load_finish(x0, cache, SPEC)
-                aim = (cache_slot, weight, cos, sin)
-                due, _refused = judge_slot(entry, cache_slot, x0, plan.entry_capacity, cache, SPEC.ROPE_DIM)
-                leaves = (entry >= 0) & due & FINISHES
-                ticket = draw_ticket(scratch.arrivals, entry, leaves, 8 * HOW.TARGET.THREADS_PER_WARP)
+            if HOW.SLICE < SPEC.HEAD_DIM:  # loaded while the window is folded; whole windows have no registers to spare
+                weight, cos, sin = load_finish(mine.x0, cache, SPEC)
+                needs = (cache_slot, weight, cos, sin)
+                due, _refused = judge_slot(mine.entry, cache_slot, mine.x0, plan.entry_capacity, cache, SPEC.ROPE_DIM)
+                leaves = (mine.entry >= 0) & due & FINISHES
+                ticket = draw_ticket(scratch.arrivals, mine.entry, leaves, 8 * HOW.TARGET.THREADS_PER_WARP)
             snap = None
             if snaps.rows is not None:
-                table = snap_table.pages + sequence.to(tl.int64) * snap_table.width
-                snap = (table, snap_table.width, snap_table.page_size, snaps.rows, snaps.tags, snaps.count, plan.errors)
+                snap = snap_of(mine.sequence, snap_table, snaps, plan)
             else:
-                alone = tl.maximum(tl.minimum(stop, end - st.ring - x0) - place, 0) // HOW.AHEAD
+                alone = tl.maximum(tl.minimum(mine.stop, mine.end - st.ring - mine.x0) - place, 0) // HOW.AHEAD
                 if HOW.SLICE < SPEC.HEAD_DIM:
-                    early = ((alone > 0) & (place + (alone + 1) * HOW.AHEAD <= stop)).to(tl.int32)
+                    early = ((alone > 0) & (place + (alone + 1) * HOW.AHEAD <= mine.stop)).to(tl.int32)
                     loaded = no_tokens(tokens.kv_score, HOW.AHEAD, HOW.SLICE)
                 if alone > 0:
-                    one_m, one_l, one_a, behind, behind_ks, behind_ss = fold_stretches(
-                        (m,), (l,), (a,), (live,), place, alone, early, tokens.stride, biases, 1, HOW.AHEAD,
-                        SPEC.HEAD_DIM, HOW.SLICE,
+                    one_m, one_l, one_a, behind = fold_stretches(
+                        (m,), (l,), (a,), (mine.live,), place, alone, early, tokens.stride, ape, HOW, SPEC,
                     )  # fmt: skip
                     if HOW.SLICE < SPEC.HEAD_DIM:
-                        loaded = (behind, behind_ks, behind_ss)
+                        loaded = behind
                     m = one_m[0]
                     l = one_l[0]
                     a = one_a[0]
-                place += alone * HOW.AHEAD  # not under the condition, which Triton 3.3 fails on: a loop begins at `place`
-            tags = st.tags + slot * (st.ring + SPEC.HISTORY)
-            state = st.rows + slot * (st.ring + SPEC.HISTORY) * (3 * SPEC.HEAD_DIM) + c0
-            h0 = tl.where(start % SPEC.RATIO == 0, start, start - 1)
+                place += alone * HOW.AHEAD
+            seq = sequence_of(st, mine.slot, mine.start, mine.end, SPEC, c0)
             if HOW.SLICE < SPEC.HEAD_DIM:
-                if (early > 0) & (place + HOW.AHEAD == stop):
-                    fold_last(
-                        m, l, a, loaded, leaves, scratch.workspace, entry, c0, place, state, tags, x0, h0, start, end,
-                        st.ring, HOW, SPEC,
-                    )  # fmt: skip
+                if (early > 0) & (place + HOW.AHEAD == mine.stop):
+                    fold_last(m, l, a, loaded, leaves, scratch.workspace, mine, c0, place, seq, HOW, SPEC)
                 else:
-                    y = fold_rest(
-                        m, l, a, loaded, early, live, place, stop, state, tags, x0, h0, start, end, tokens.stride, biases,
-                        st.ring, snap, HOW, SPEC,
-                    )  # fmt: skip
+                    y = fold_rest(m, l, a, loaded, early, mine, place, seq, tokens.stride, ape, snap, HOW, SPEC)
                     if leaves:
-                        leave_slice(scratch.workspace, y, entry, c0, SPEC.HEAD_DIM, HOW.SLICE, HOW.TARGET.COHERENT_STORES)
+                        leave_slice(
+                            scratch.workspace, y, mine.entry, c0, SPEC.HEAD_DIM, HOW.SLICE, HOW.TARGET.COHERENT_STORES,
+                        )  # fmt: skip
                 y = None
             else:
                 # Snapshots inside a window are rare (pages that are no multiple of the ratio): all their tokens are the rest.
-                y = fold_rest(
-                    m, l, a, loaded, early, live, place, stop, state, tags, x0, h0, start, end, tokens.stride, biases,
-                    st.ring, snap, HOW, SPEC,
-                )  # fmt: skip
+                y = fold_rest(m, l, a, loaded, early, mine, place, seq, tokens.stride, ape, snap, HOW, SPEC)
                 ticket = None
-                aim = aim_entry(entry, x0, plan, cache, SPEC)
-            deliver_entry(y, entry, x0, aim, ticket, c0, scratch, plan, cache, HOW.TARGET, HOW.SLICE, SPEC, FMT)
-            if first:
-                x, wanted, home, spare = load_tags(tags, h0, start, st.ring, SPEC.HISTORY)
-                retire_rows(tags, x, wanted, home, spare, h0, start, end, st.ring, SPEC.HISTORY)
+                needs = aim_entry(mine.entry, mine.x0, plan, cache, SPEC)
+            deliver_entry(
+                y, mine.entry, mine.x0, needs, ticket, c0, scratch, plan, cache, HOW.TARGET, HOW.SLICE, SPEC, FMT,
+            )  # fmt: skip
+            if mine.first:
+                retire_rows(seq, load_history(seq, SPEC), SPEC)
         index = (unit + HOW.TOGETHER * programs) // SLICES
         item = load_item(plan.items, index, index < total)
         if HOW.SLICE < SPEC.HEAD_DIM:
-            cache_slot = aim_slot(item[5], plan)
+            cache_slot = aim_slot(item.entry, plan)
         if HOW.TOGETHER == 2:
             item_1 = load_item(plan.items, index + programs, index + programs < total)

@@ -1,6 +1,6 @@
-"""A long step over input rows whose entries are small: each program takes several windows of a sequence in a row as one.
+"""A long step over input rows whose entries are small: each program takes several windows of a sequence side by side.
 
-One window of the indexer keeps too few bytes under way to hide its own waits, and its transforms leave most of a warp idle.
+One window of the indexer has too few loads in flight to hide its own waits, and its transforms leave most of a warp idle.
 """
 
 import triton
@@ -9,87 +9,62 @@ import triton.language as tl
 from .finish import aim_slot, emit, judge_slot, load_finish
 from .fold import empty_group, quotient
 from .items import dealt_items, draw_item, item_after, load_item, next_index
-from .long_rows import rows_item
+from .long_rows import take_item
 from .pdl import load_plan, wait_for_inputs
 from .rows import fold_part, keep_each, load_live
-from .slots import check_tags, load_tags
+from .slots import check_history, first_read, load_history, sequence_of
 from .vectors import numbers
 
 
 @triton.jit
-def go_abreast(item, entry_capacity, num_tokens, st, SPEC: tl.constexpr, COUNT: tl.constexpr):
-    """Whether the COUNT windows from `item` on are all one sequence's, end in this call, and are of live rows alone."""
-    window, start, end, token, slot, entry, _sequence = item
+def go_together(item, entry_capacity, num_tokens, st, SPEC: tl.constexpr, COUNT: tl.constexpr):
+    """Whether the COUNT windows from `item` on are all one sequence's, end in this call, and have no old rows."""
+    window, start, end, token, slot, entry, _ = item
     able = (
         (window > start // SPEC.RATIO)
         & ((window - SPEC.OVERLAP) * SPEC.RATIO >= start)
         & ((window + COUNT) * SPEC.RATIO <= end)
     )
     able = able & (entry >= 0) & (entry + COUNT <= entry_capacity) & (slot < st.num_slots) & (token + end - start <= num_tokens)
-    h0 = tl.maximum(start // SPEC.RATIO - SPEC.OVERLAP, 0) * SPEC.RATIO
-    if able & (h0 < start):
-        x, wanted, home, spare = load_tags(
-            st.tags + slot * (st.ring + SPEC.HISTORY),
-            h0,
-            start,
-            st.ring,
-            SPEC.HISTORY,
-        )
-        able, _moved = check_tags(x, wanted, home, spare)
+    if able & (first_read(start, SPEC) < start):
+        able, _moved = check_history(load_history(sequence_of(st, slot, start, end, SPEC), SPEC))
     return able
 
 
 @triton.jit
-def rows_items(
-    item, plan, tokens, st, cache, TARGET: tl.constexpr, SPEC: tl.constexpr, COUNT: tl.constexpr, FMT: tl.constexpr,
+def take_items(
+    item, plan, tokens, st, cache, HOW: tl.constexpr, SPEC: tl.constexpr, COUNT: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
-    """The COUNT windows from `item` on, which `go_abreast`."""
-    CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
+    """The COUNT windows from `item` on, which `go_together`."""
     ROWS: tl.constexpr = SPEC.RATIO * (1 + SPEC.OVERLAP)
-    window, start, end, token, slot, entry, _sequence = item
+    window, start, end, token, slot, entry, _ = item
     i = numbers(COUNT)
     position = (window + i) * SPEC.RATIO
     cache_slot = aim_slot(entry + i, plan)
     live = tokens.kv_score + (token - start).to(tl.int64) * tokens.stride
-    ks, ss = load_live(live, tokens.stride, window, 0, ROWS, SPEC, TARGET.INLINE_PTX, COUNT)
+    ks, ss = load_live(live, tokens, window, 0, ROWS, SPEC, HOW.TARGET.INLINE_PTX, COUNT)
     m, l, a = empty_group(COUNT * SPEC.HEAD_DIM)
     m, l, a = fold_part(m, l, a, ks, ss, tokens.ape, None, 0, True, SPEC, ROWS, COUNT)
-    y = quotient(a, l, TARGET.FAST_DIVISION)
+    y = quotient(a, l, HOW.TARGET.FAST_DIVISION)
     weight, cos, sin = load_finish(position, cache, SPEC, COUNT)
     deliver, wrong = judge_slot(entry + i, cache_slot, position, plan.entry_capacity, cache, SPEC.ROPE_DIM)
-    emit(y, entry, cache_slot, weight, cos, sin, cache, SPEC, FMT, TARGET, COUNT, deliver)
+    emit(y, entry, cache_slot, weight, cos, sin, cache, SPEC, FMT, HOW.TARGET, COUNT, deliver)
     refused = tl.sum(tl.reshape(wrong.to(tl.int32), (COUNT,)), axis=0)
     if refused > 0:
         tl.atomic_add(plan.errors, refused)
     if (window + COUNT) * SPEC.RATIO > end - st.ring:  # the last ones of a prompt
-        tags = st.tags + slot * (st.ring + SPEC.HISTORY)
-        state = st.rows + slot * (st.ring + SPEC.HISTORY) * (2 * CHANNELS)
-        h0 = tl.maximum(start // SPEC.RATIO - SPEC.OVERLAP, 0) * SPEC.RATIO
+        seq = sequence_of(st, slot, start, end, SPEC)
         oldest = tl.maximum(window * SPEC.RATIO, end - st.ring)
-        stop = (window + COUNT) * SPEC.RATIO
-        keep_each(
-            live,
-            tokens.stride,
-            state,
-            tags,
-            oldest,
-            h0,
-            start,
-            stop,
-            end,
-            st.ring,
-            SPEC.HISTORY,
-            CHANNELS,
-            SPEC.RATIO,
-        )
+        keep_each(live, tokens, seq, oldest, (window + COUNT) * SPEC.RATIO, SPEC, SPEC.RATIO)
 
 
 @triton.jit
-def prefill_abreast(
-    pid, programs, plan, snap_table, tokens, st, snaps, arrivals, cache, HOW: tl.constexpr, SPEC: tl.constexpr, COUNT: tl.constexpr,
+def narrow_rows_step(
+    pid, programs, plan, snap_table, tokens, st, snaps, arrivals, cache, HOW: tl.constexpr, SPEC: tl.constexpr,
     FMT: tl.constexpr,
 ):  # fmt: skip
-    """Program `pid` of `programs`, each of which takes COUNT items in a row at a time; without snapshots."""
+    """Program `pid` of `programs`, each of which takes TOGETHER items in a row at a time; without snapshots."""
+    COUNT: tl.constexpr = HOW.TOGETHER
     total = load_plan(plan.num_items)
     wait_for_inputs(HOW.PDL)
     blocks = (total + COUNT - 1) // COUNT
@@ -99,12 +74,12 @@ def prefill_abreast(
     while index < blocks:
         after = index + programs
         drawn, ticket = draw_item(arrivals, after, dealt, blocks)
-        if go_abreast(item, plan.entry_capacity, tokens.count, st, SPEC, COUNT):
-            rows_items(item, plan, tokens, st, cache, HOW.TARGET, SPEC, COUNT, FMT)
+        if go_together(item, plan.entry_capacity, tokens.count, st, SPEC, COUNT):
+            take_items(item, plan, tokens, st, cache, HOW, SPEC, COUNT, FMT)
         else:
             single = item
             for number in range(index * COUNT, tl.minimum(index * COUNT + COUNT, total)):
-                rows_item(single, None, plan, snap_table, tokens, st, snaps, cache, False, HOW.TARGET, SPEC, HOW.AHEAD, FMT)
+                take_item(single, None, plan, snap_table, tokens, st, snaps, cache, False, HOW, SPEC, FMT)
                 single = item_after(single, plan.items, number + 1, 1, total, SPEC.RATIO)
         after = next_index(arrivals, drawn, ticket, after, dealt, blocks, programs)
         item = item_after(item, plan.items, after * COUNT, (after - index) * COUNT, total, SPEC.RATIO)

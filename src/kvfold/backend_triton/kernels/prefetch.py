@@ -1,8 +1,8 @@
-"""Lines on their way to the L2 cache while the launch before still runs.
+"""Prefetches to the L2 cache, while the launch before still runs.
 
-A dependent launch may read nothing before its wait that a kernel in flight may write; but a prefetch reads nothing. The L2
-cache is where all multiprocessors meet, so what is written after a line was fetched is what a load finds there. Only what the
-launch will load is fetched, so every address is inside the tensors given.
+A dependent launch may read nothing before its wait that a kernel in flight may write; but a prefetch reads nothing. All
+multiprocessors share the L2 cache, so a load finds what was written after the prefetch too. Only what the launch will load is
+fetched, so every address is inside the tensors given.
 """
 
 import triton
@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def prefetch_lines(at, wanted):
-    """Fetches the lines of 128 bytes that the addresses `at`, int64, lie in, where they are `wanted`."""
+    """Fetches the lines of 128 bytes that hold the addresses `at`, int64, where they are `wanted`."""
     tl.inline_asm_elementwise(
         "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
         "=r,l,r", [at, wanted.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
@@ -22,9 +22,8 @@ def prefetch_lines(at, wanted):
 def prefetch_pieces(at, wanted, SIZE: tl.constexpr):
     """Fetches SIZE bytes, a multiple of 16, from each of the addresses `at`, int64, that is `wanted`.
 
-    By the engine of bulk copies, past the units that load: 16 windows of 128 raw rows took 5.4 us, and by lines 5.9. A thread
-    of a warp asks after the other, 0.5 us for all. A single line is there later than by `prefetch_lines`: fold rows, of which a
-    step has few, take 0.4 us more by it.
+    By the engine of bulk copies, which leaves the load units free: better for many rows, later than `prefetch_lines` for a
+    single line (docs/notes/0026).
     """
     tl.inline_asm_elementwise(
         "{ .reg .pred p; .reg .b64 a; and.b64 a, $1, -16; setp.ne.b32 p, $2, 0;"
@@ -34,20 +33,17 @@ def prefetch_pieces(at, wanted, SIZE: tl.constexpr):
 
 
 @triton.jit
-def prefetch_fold(live, kv_stride, state, tags, ring, last, begin, stop, resumes, SPEC: tl.constexpr, AHEAD: tl.constexpr):
-    """What a short step over fold rows loads of the state, whose last row has its home at `last`, and of kv_score.
-
-    At most AHEAD tokens, from `begin` on.
-    """
+def prefetch_fold(live, tokens, seq, last, begin, stop, resumes, SPEC: tl.constexpr, AHEAD: tl.constexpr):
+    """What a short step over fold rows loads: the row at home `last`, tags, and positions `[begin, stop)`, AHEAD at most."""
     LINES: tl.constexpr = (SPEC.HEAD_DIM * 4 + 127) // 128
     STEP: tl.constexpr = 128 if SPEC.HEAD_DIM >= 32 else SPEC.HEAD_DIM * 4
     e = tl.arange(0, 4 * LINES)
-    row = (state + last * (3 * SPEC.HEAD_DIM)).to(tl.int64, bitcast=True)
+    row = (seq.rows + last * (3 * SPEC.HEAD_DIM)).to(tl.int64, bitcast=True)
     prefetch_lines(row + e * STEP, (e < 3 * LINES) & resumes)
-    first = tags.to(tl.int64, bitcast=True)
+    first = seq.tags.to(tl.int64, bitcast=True)
     e = tl.arange(0, 2)
-    prefetch_lines(first + e * ((ring + SPEC.HISTORY - 1) * 4), e >= 0)
-    prefetch_tokens(live, kv_stride, begin, stop, AHEAD, SPEC.HEAD_DIM)
+    prefetch_lines(first + e * ((seq.ring + SPEC.HISTORY - 1) * 4), e >= 0)
+    prefetch_tokens(live, tokens.stride, begin, stop, AHEAD, SPEC.HEAD_DIM)
 
 
 @triton.jit
@@ -62,15 +58,15 @@ def prefetch_tokens(live, kv_stride, begin, stop, AHEAD: tl.constexpr, CHANNELS:
 
 
 @triton.jit
-def prefetch_rows(live, kv_stride, state, window, start, begin, stop, ring, this, ends, SPEC: tl.constexpr):
-    """What a short step over input rows loads: the new rows of a window, and where it `ends` the old ones, from their homes.
+def prefetch_rows(live, tokens, seq, window, begin, stop, this, ends, SPEC: tl.constexpr):
+    """What a short step over input rows loads: the new rows of a window, and if it `ends` the old ones, from their homes.
 
     this: the home of the window's first position.
     """
     CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
-    BYTES: tl.constexpr = state.dtype.element_ty.primitive_bitwidth // 8
+    BYTES: tl.constexpr = seq.rows.dtype.element_ty.primitive_bitwidth // 8
     LINES: tl.constexpr = (SPEC.HEAD_DIM * BYTES + 127) // 128
-    # Of a short step, whose windows have up to 8 rows; ranges are powers of two.
+    # A short step has windows of up to 8 rows; ranges are powers of two.
     NEW: tl.constexpr = SPEC.RATIO if SPEC.RATIO <= 2 else 4 if SPEC.RATIO <= 4 else 8
     e = tl.arange(0, NEW * (1 + SPEC.OVERLAP) * 2 * LINES)
     j = e // (2 * LINES)
@@ -81,17 +77,17 @@ def prefetch_rows(live, kv_stride, state, window, start, begin, stop, ring, this
         place = (
             tl.where(
                 j < SPEC.RATIO * SPEC.OVERLAP,
-                tl.where(this >= SPEC.RATIO, this, this + ring) - SPEC.RATIO,
+                tl.where(this >= SPEC.RATIO, this, this + seq.ring) - SPEC.RATIO,
                 this - SPEC.RATIO * SPEC.OVERLAP,
             )
             + j
         )
     else:
-        place = tl.maximum(x, 0) % ring
+        place = tl.maximum(x, 0) % seq.ring
     row = place * (2 * CHANNELS) + part
-    at = state.to(tl.int64, bitcast=True) + row.to(tl.int64) * BYTES + (e % LINES) * 128
-    prefetch_lines(at, ends & (x >= 0) & (x < start) & (j < SPEC.RATIO * (1 + SPEC.OVERLAP)))
-    prefetch_tokens(live, kv_stride, begin, stop, NEW, CHANNELS)
+    at = seq.rows.to(tl.int64, bitcast=True) + row.to(tl.int64) * BYTES + (e % LINES) * 128
+    prefetch_lines(at, ends & (x >= 0) & (x < seq.start) & (j < SPEC.RATIO * (1 + SPEC.OVERLAP)))
+    prefetch_tokens(live, tokens.stride, begin, stop, NEW, CHANNELS)
 
 
 @triton.jit
@@ -107,7 +103,7 @@ def prefetch_window(
     SIZE: tl.constexpr = SLICE * BYTES if PIECES else 128
     PARTS: tl.constexpr = (SLICE * BYTES + SIZE - 1) // SIZE
     ALL: tl.constexpr = SPEC.RATIO * (1 + SPEC.OVERLAP) * PARTS
-    e = tl.arange(0, ALL if ALL > 128 else 128)  # no fewer than threads, or several of them would have the same one
+    e = tl.arange(0, ALL if ALL > 128 else 128)  # no fewer than threads, or several of them would fetch the same one
     j = e // PARTS
     x = (window - SPEC.OVERLAP) * SPEC.RATIO + j
     first = j < SPEC.RATIO * SPEC.OVERLAP
@@ -125,7 +121,7 @@ def prefetch_window(
 @triton.jit
 def prefetch_item(item, there, c0, tokens, SPEC: tl.constexpr, SLICE: tl.constexpr):
     """The new tokens of a work item, of its first 128: channels `[c0, c0 + SLICE)` without overlap, or whole rows."""
-    window, start, end, token, _slot, _entry, _sequence = item
+    window, start, end, token, _, _, _ = item
     BYTES: tl.constexpr = tokens.kv_score.dtype.element_ty.primitive_bitwidth // 8
     PARTS: tl.constexpr = 2 if SLICE < SPEC.HEAD_DIM else 1  # values and scores, or both at once
     SIZE: tl.constexpr = SLICE * BYTES if SLICE < SPEC.HEAD_DIM else 2 * SPEC.HEAD_DIM * (1 + SPEC.OVERLAP) * BYTES

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .fold import ROWS_AT_ONCE, empty_group, fold_group, minus_zero, quotient, spread, widen
 from .slots import place_row
-from .vectors import channels
+from .vectors import channels, scalar
 
 
 @triton.jit
@@ -19,7 +19,7 @@ def load_biases(ape, j0, wanted, SPEC: tl.constexpr, AHEAD: tl.constexpr, COUNT:
     for i in tl.static_range(AHEAD):
         bias = tl.zeros((COUNT * SPEC.HEAD_DIM,), tl.float32)
         if ape is not None:
-            j = tl.full((), i, tl.int32) + j0  # a tensor also where j0 is a number
+            j = scalar(j0) + i
             half = tl.where(j < SPEC.RATIO * SPEC.OVERLAP, 0, SPEC.OVERLAP * SPEC.HEAD_DIM)
             at = ape + (j % SPEC.RATIO) * (SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)) + half + channels(SPEC.HEAD_DIM, COUNT)
             if wanted is not None:
@@ -34,27 +34,27 @@ def load_biases(ape, j0, wanted, SPEC: tl.constexpr, AHEAD: tl.constexpr, COUNT:
 
 @triton.jit
 def load_window(
-    live, kv_stride, state, tags, window, start, ring, this, j0, SOURCE: tl.constexpr, SAME: tl.constexpr,
-    SPEC: tl.constexpr, AHEAD: tl.constexpr,
+    live, tokens, seq, window, this, j0, SOURCE: tl.constexpr, SPEC: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Values and raw scores of rows `[j0, j0 + AHEAD)` of a window that ends here: old ones from the state, new ones live.
 
-    SOURCE: "home" takes it that old rows are at home, and that of the window's first position is `this`; "find" looks for each,
-    "live" knows of none. SAME: one dtype for both.
+    SOURCE: "home" takes old rows from their homes, of which `this` is the one of the window's first position; "find" looks each
+    up; "live" is for windows without old rows.
     """
+    SAME: tl.constexpr = seq.rows.dtype.element_ty == tokens.kv_score.dtype.element_ty
     CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
     WINDOW_ROWS: tl.constexpr = SPEC.RATIO * (1 + SPEC.OVERLAP)
     ks = ()
     ss = ()
     x0 = (window - SPEC.OVERLAP) * SPEC.RATIO
     c = tl.arange(0, SPEC.HEAD_DIM)
-    # Pointers go from row to row: a multiplication for each was a third of a decode step's instructions.
-    at = live + (x0 + j0).to(tl.int64) * kv_stride + c
+    # Pointers go from row to row, as a multiplication for each costs a decode step a third of its instructions.
+    at = live + (x0 + j0).to(tl.int64) * tokens.stride + c
     if SOURCE == "home":
         # Where the ring is a multiple of the ratio, the rows of a window stand one behind the other.
-        before = tl.where(this >= SPEC.RATIO, this, this + ring) - SPEC.RATIO
-        this_rows = state + (this - SPEC.RATIO * SPEC.OVERLAP) * (2 * CHANNELS) + c
-        rows_before = state + before * (2 * CHANNELS) + c
+        before = tl.where(this >= SPEC.RATIO, this, this + seq.ring) - SPEC.RATIO
+        this_rows = seq.rows + (this - SPEC.RATIO * SPEC.OVERLAP) * (2 * CHANNELS) + c
+        rows_before = seq.rows + before * (2 * CHANNELS) + c
     for i in tl.static_range(AHEAD):
         x = x0 + j0 + i
         j = x - x0  # a tensor also where the interpreter has an int for j0
@@ -65,27 +65,26 @@ def load_window(
             there = there & (j < WINDOW_ROWS)
         if SOURCE == "live":
             there = spread(there, SPEC.HEAD_DIM)
-            # Past the L1 cache, as in `load_live`. The mask is true up to the last row, but without it the compiler moves each
-            # load to its use: 64k in 143 instead of 87 us.
+            # The mask is always true, but without it the compiler moves each load to its use. Past L1: see `load_live`.
             k = widen(tl.load(at + half, mask=there, other=minus_zero(), cache_modifier=".cg"))
             s = widen(tl.load(at + half + CHANNELS, mask=there, other=float("-inf"), cache_modifier=".cg"))
         else:
             if SOURCE == "home" and SPEC.HISTORY % SPEC.RATIO == 0:
                 kept = tl.where(j < SPEC.RATIO * SPEC.OVERLAP, rows_before, this_rows) + j * (2 * CHANNELS)
             else:
-                place = tl.maximum(x, 0) % ring
+                place = tl.maximum(x, 0) % seq.ring
                 if SOURCE == "find":
-                    home = tl.load(tags + place, mask=there & (x < start), other=x)
-                    place = tl.where(home == x, place, ring + x % SPEC.HISTORY)
-                kept = state + place * (2 * CHANNELS) + c
+                    home = tl.load(seq.tags + place, mask=there & (x < seq.start), other=x)
+                    place = tl.where(home == x, place, seq.ring + x % SPEC.HISTORY)
+                kept = seq.rows + place * (2 * CHANNELS) + c
             if SAME:
-                row = tl.where(x < start, kept, at) + half
+                row = tl.where(x < seq.start, kept, at) + half
                 there = spread(there, SPEC.HEAD_DIM)
                 k = tl.load(row, mask=there, other=minus_zero()).to(tl.float32)
                 s = tl.load(row + CHANNELS, mask=there, other=float("-inf")).to(tl.float32)
             else:
-                old = spread(there & (x < start), SPEC.HEAD_DIM)
-                new = spread(there & (x >= start), SPEC.HEAD_DIM)
+                old = spread(there & (x < seq.start), SPEC.HEAD_DIM)
+                new = spread(there & (x >= seq.start), SPEC.HEAD_DIM)
                 k_old = tl.load(kept + half, mask=old, other=0.0).to(tl.float32)
                 k_new = tl.load(at + half, mask=new, other=minus_zero()).to(tl.float32)
                 s_old = tl.load(kept + half + CHANNELS, mask=old, other=0.0).to(tl.float32)
@@ -94,32 +93,32 @@ def load_window(
                 s = tl.where(old, s_old, s_new)
         ks = ks + (k,)
         ss = ss + (s,)
-        at += kv_stride
+        at += tokens.stride
     return ks, ss
 
 
 @triton.jit
 def load_live(
-    live, kv_stride, window, J0: tl.constexpr, ROWS: tl.constexpr, SPEC: tl.constexpr, INLINE_PTX: tl.constexpr,
+    live, tokens, window, J0: tl.constexpr, ROWS: tl.constexpr, SPEC: tl.constexpr, INLINE_PTX: tl.constexpr,
     COUNT: tl.constexpr = 1,
 ):  # fmt: skip
-    """Values and raw scores, as they came, of rows `[J0, J0 + ROWS)` of a window that is live as a whole: under way at once.
+    """Values and raw scores, not yet converted, of rows `[J0, J0 + ROWS)` of a window whose rows are all new, at once.
 
-    COUNT: of windows in a row, the first of which is `window`, side by side.
+    COUNT: of windows in a row from `window` on, side by side.
     """
     ks = ()
     ss = ()
-    at = live + ((window - SPEC.OVERLAP) * SPEC.RATIO + J0).to(tl.int64) * kv_stride + channels(SPEC.HEAD_DIM, COUNT)
+    at = live + ((window - SPEC.OVERLAP) * SPEC.RATIO + J0).to(tl.int64) * tokens.stride + channels(SPEC.HEAD_DIM, COUNT)
     if COUNT > 1:
-        at += (tl.arange(0, COUNT * SPEC.HEAD_DIM) // SPEC.HEAD_DIM * SPEC.RATIO).to(tl.int64) * kv_stride
+        at += (tl.arange(0, COUNT * SPEC.HEAD_DIM) // SPEC.HEAD_DIM * SPEC.RATIO).to(tl.int64) * tokens.stride
     for j in tl.static_range(J0, J0 + ROWS):
         half = 0 if j < SPEC.RATIO * SPEC.OVERLAP else SPEC.OVERLAP * SPEC.HEAD_DIM
-        # Past the L1 cache, which rows of ape then have to themselves: 8 prompts of 64k in 636 instead of 668 us.
+        # Past the L1 cache, which is better used for rows of ape.
         ks = ks + (tl.load(at + half, cache_modifier=".cg"),)
         ss = ss + (tl.load(at + half + (1 + SPEC.OVERLAP) * SPEC.HEAD_DIM, cache_modifier=".cg"),)
-        at += kv_stride
+        at += tokens.stride
     if INLINE_PTX:
-        # The compiler moves no load across this. Without it the last two go to their use, and 64k take 86 instead of 75 us.
+        # A barrier for the compiler, which would move the last two loads to their use.
         tl.inline_asm_elementwise(
             "bar.warp.sync 0xffffffff; mov.b32 $0, 0;",
             "=r,r", [tl.full((), 0, tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
@@ -159,74 +158,74 @@ def fold_part(
 
 @triton.jit
 def pool_window(
-    live, kv_stride, ape, biases, state, tags, window, start, ring, this, SOURCE: tl.constexpr, SAME: tl.constexpr,
-    SPEC: tl.constexpr, AHEAD: tl.constexpr, TARGET: tl.constexpr,
+    live, tokens, biases, seq, window, this, SOURCE: tl.constexpr, HOW: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
-    """The pooled row of a window. `biases`: those of its rows, where it has no more than AHEAD; None: not loaded yet.
+    """The pooled row of a window. biases: ape of its rows, if it has no more than AHEAD; None: not loaded yet.
 
-    this: as in `load_window`.
+    this, SOURCE: as in `load_window`.
     """
+    AHEAD: tl.constexpr = HOW.AHEAD
     m, l, a = empty_group(SPEC.HEAD_DIM)
     ROWS: tl.constexpr = SPEC.RATIO * (1 + SPEC.OVERLAP)
-    # Of two halves, the second is asked for as the first one's registers become free.
+    # The second half is loaded as the first one's registers become free.
     if SOURCE == "live" and (ROWS == AHEAD or ROWS == 2 * AHEAD):
         for j0 in tl.static_range(0, ROWS, AHEAD):
-            ks, ss = load_live(live, kv_stride, window, j0, AHEAD, SPEC, TARGET.INLINE_PTX)
-            m, l, a = fold_part(m, l, a, ks, ss, ape, biases, j0, j0 == 0, SPEC, AHEAD)
+            ks, ss = load_live(live, tokens, window, j0, AHEAD, SPEC, HOW.TARGET.INLINE_PTX)
+            m, l, a = fold_part(m, l, a, ks, ss, tokens.ape, biases, j0, j0 == 0, SPEC, AHEAD)
     elif ROWS <= 2 * AHEAD:
         for j0 in tl.static_range(0, ROWS, AHEAD):
             own = biases
-            if biases is None:  # ahead of the rows, so that nobody waits for both in turn
-                own = load_biases(ape, j0, None, SPEC, AHEAD)
-            ks, ss = load_window(live, kv_stride, state, tags, window, start, ring, this, j0, SOURCE, SAME, SPEC, AHEAD)
-            m, l, a = fold_part(m, l, a, ks, ss, ape, own, j0, j0 == 0, SPEC, AHEAD)
+            if biases is None:  # ahead of the rows, so that both are waited for at once
+                own = load_biases(tokens.ape, j0, None, SPEC, AHEAD)
+            ks, ss = load_window(live, tokens, seq, window, this, j0, SOURCE, SPEC, AHEAD)
+            m, l, a = fold_part(m, l, a, ks, ss, tokens.ape, own, j0, j0 == 0, SPEC, AHEAD)
     else:
         for j0 in range(0, ROWS, AHEAD):
-            ks, ss = load_window(live, kv_stride, state, tags, window, start, ring, this, j0, SOURCE, SAME, SPEC, AHEAD)
-            m, l, a = fold_part(m, l, a, ks, ss, ape, biases, j0, False, SPEC, AHEAD)
-    return quotient(a, l, TARGET.FAST_DIVISION)
+            ks, ss = load_window(live, tokens, seq, window, this, j0, SOURCE, SPEC, AHEAD)
+            m, l, a = fold_part(m, l, a, ks, ss, tokens.ape, biases, j0, False, SPEC, AHEAD)
+    return quotient(a, l, HOW.TARGET.FAST_DIVISION)
 
 
 @triton.jit
-def load_rows(live, kv_stride, window, oldest, stop, RATIO: tl.constexpr, CHANNELS: tl.constexpr):
-    """Input rows of `[oldest, stop)`, as they came, one for each position of the window."""
-    at = live + (window * RATIO).to(tl.int64) * kv_stride + tl.arange(0, 2 * CHANNELS)
+def load_rows(live, tokens, window, oldest, stop, SPEC: tl.constexpr):
+    """Input rows of `[oldest, stop)`, not yet converted, one for each position of the window."""
+    LENGTH: tl.constexpr = 2 * SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
+    at = live + (window * SPEC.RATIO).to(tl.int64) * tokens.stride + tl.arange(0, LENGTH)
     copies = ()
-    for i in tl.static_range(RATIO):
-        x = window * RATIO + i
-        copies = copies + (tl.load(at, mask=spread((x >= oldest) & (x < stop), 2 * CHANNELS), other=0.0),)
-        at += kv_stride
+    for i in tl.static_range(SPEC.RATIO):
+        x = window * SPEC.RATIO + i
+        copies = copies + (tl.load(at, mask=spread((x >= oldest) & (x < stop), LENGTH), other=0.0),)
+        at += tokens.stride
     return copies
 
 
 @triton.jit
-def keep_together(copies, state, tags, window, oldest, stop, place, RATIO: tl.constexpr, CHANNELS: tl.constexpr):
+def keep_together(copies, seq, window, oldest, stop, place, SPEC: tl.constexpr):
     """Stores the input rows of `[oldest, stop)`, loaded before, in the run of homes that begins at `place`."""
-    c = tl.arange(0, 2 * CHANNELS)
-    for i in tl.static_range(RATIO):
-        at = window * RATIO + i
+    LENGTH: tl.constexpr = 2 * SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
+    c = tl.arange(0, LENGTH)
+    for i in tl.static_range(SPEC.RATIO):
+        at = window * SPEC.RATIO + i
         if (at >= oldest) & (at < stop):
-            tl.store(state + (place + i) * (2 * CHANNELS) + c, copies[i].to(state.dtype.element_ty))
-            tl.store(tags + place + i, at)
+            tl.store(seq.rows + (place + i) * LENGTH + c, copies[i].to(seq.rows.dtype.element_ty))
+            tl.store(seq.tags + place + i, at)
 
 
 @triton.jit
-def keep_each(
-    live, kv_stride, state, tags, oldest, h0, start, stop, end, ring, HISTORY: tl.constexpr, CHANNELS: tl.constexpr,
-    KEPT: tl.constexpr,
-):  # fmt: skip
-    """Stores the input rows of `[oldest, stop)`, each where there is room for it; KEPT of them are in flight at once."""
-    c = tl.arange(0, 2 * CHANNELS)
+def keep_each(live, tokens, seq, oldest, stop, SPEC: tl.constexpr, KEPT: tl.constexpr):
+    """Stores the input rows of `[oldest, stop)`, each where there is room for it; KEPT of them are loaded at once."""
+    LENGTH: tl.constexpr = 2 * SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
+    c = tl.arange(0, LENGTH)
     for base in range(oldest, stop, KEPT):
         places = ()
         copies = ()
         for i in tl.static_range(KEPT):
             x = base + i
-            places = places + (place_row(tags, tl.minimum(x, stop - 1), h0, start, end, ring, HISTORY),)
-            there = spread(x < stop, 2 * CHANNELS)
-            copies = copies + (tl.load(live + x.to(tl.int64) * kv_stride + c, mask=there, other=0.0),)
+            places = places + (place_row(seq, tl.minimum(x, stop - 1), SPEC),)
+            there = spread(x < stop, LENGTH)
+            copies = copies + (tl.load(live + x.to(tl.int64) * tokens.stride + c, mask=there, other=0.0),)
         for i in tl.static_range(KEPT):
             x = base + i
-            there = spread(x < stop, 2 * CHANNELS)
-            tl.store(state + places[i] * (2 * CHANNELS) + c, copies[i].to(state.dtype.element_ty), mask=there)
-            tl.store(tags + places[i], x, mask=x < stop)
+            there = spread(x < stop, LENGTH)
+            tl.store(seq.rows + places[i] * LENGTH + c, copies[i].to(seq.rows.dtype.element_ty), mask=there)
+            tl.store(seq.tags + places[i], x, mask=x < stop)

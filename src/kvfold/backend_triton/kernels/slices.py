@@ -1,10 +1,8 @@
 """Pooled rows whose channels several programs share: one of them finishes the entry.
 
-A program draws a ticket before its last slice of an entry, and leaves its channels as words that say of themselves that they
-are there. Who drew the last ticket takes the words of all as they come, having nothing to wait for but programs that are
-already at work. So nobody fences, and no arrival follows the work. Beside a fence, an atomic and a barrier behind the last
-slice, a prompt of 8k tokens at ratio 128 takes 11.7 instead of 12.2 us, and 16, 64 and 256 raw windows that end 6.8, 13.7 and
-41.1 instead of 7.4, 14.3 and 44.4 (with tiles of 64 rows; with 96 registers no less than before).
+Each slice is written as 64-bit words with a ready bit. A program draws a ticket before its last slice of an entry. The one with
+the last ticket polls the words of all and finishes the entry: no fence, no atomic after the work. It waits only for programs
+that are already running (docs/notes/0022).
 """
 
 import triton
@@ -16,10 +14,10 @@ from .fold import spread
 @triton.jit
 def draw_ticket(arrivals, entry, drawn, THREADS: tl.constexpr = 256):
     """A ticket for one part of an entry; `is_last` reads it, after the work that hides its latency."""
-    # Elements, not a number, which all threads would wait for here. As many as the program has threads, or more, so that each
-    # element has one owner: 8 warps, or 4 of AMD's, which have 64 threads.
+    # A vector, as all threads would wait here for a scalar; at least as long as the program has threads, so that each element
+    # has one owner.
     first = (tl.arange(0, THREADS) == 0) & spread(drawn, THREADS)
-    ticket = tl.atomic_add(arrivals + entry + tl.arange(0, THREADS) * 0, 1, mask=first, sem="relaxed")
+    ticket = tl.atomic_add(arrivals + entry + tl.zeros((THREADS,), tl.int32), 1, mask=first, sem="relaxed")
     return tl.where(first, ticket, 0)
 
 
@@ -30,14 +28,14 @@ def is_last(ticket, parts):
 
 @triton.jit
 def leave_slice(workspace, y, entry, c0, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr, COHERENT_STORES: tl.constexpr):
-    """Leaves channels `[c0, c0 + SLICE)` of a pooled row in the workspace, with a 1 above the 32 bits of each."""
+    """Writes channels `[c0, c0 + SLICE)` of a pooled row to the workspace, with the ready bit above the 32 bits of each."""
     at = workspace + entry.to(tl.int64) * HEAD_DIM + c0 + tl.arange(0, SLICE)
     word = (y.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF) | (1 << 32)
     if COHERENT_STORES:
         tl.store(at, word)
     else:
-        # On GPUs of several chiplets others need not see a store before the launch is done. Atomics, which they see, took 0.3
-        # to 0.9 us more on an H200. A sum, as the word is zero before, and Triton 3.6 knows no 64-bit exchange for AMD.
+        # Other chiplets need not see a plain store before the launch is done. A sum, as the word is zero before, and Triton 3.6
+        # knows no 64-bit exchange for AMD.
         tl.atomic_add(at, word, sem="relaxed")
 
 

@@ -1,13 +1,19 @@
 """Snapshots of prefix-cache pages: what a step copies out.
 
-A step's programs get all that they need in one tuple, `snap`, or None where no snapshots are taken: then nothing of this is
-compiled in. It is (row of the plan's table for the sequence, its width, positions per page, snapshot rows, their tags, number
-of snapshots, errors).
+A step's programs get all that they need in one `Snap`, or None if no snapshots are taken: then nothing of this is compiled in.
 """
 
 import triton
 import triton.language as tl
 
+from ..args import Snap
+
+
+@triton.jit
+def snap_of(sequence, snap_table, snaps, plan):
+    """Where the snapshots of sequence `sequence` go."""
+    table = snap_table.pages + sequence.to(tl.int64) * snap_table.width
+    return Snap(table, snap_table.width, snap_table.page_size, snaps.rows, snaps.tags, snaps.count, plan.errors)
 
 @triton.jit
 def find_snapshot(snap, k, ended):
