@@ -7,6 +7,7 @@ after 492 to 555 us, 522 on average. So the last fifth is not dealt out beforeha
 import triton
 import triton.language as tl
 
+from ..args import Item
 from .slices import draw_ticket
 
 
@@ -21,7 +22,7 @@ def load_item(items, index, there):
     slot = tl.load(item + 4, mask=there, other=0, cache_modifier=".cg").to(tl.int64)
     entry = tl.load(item + 5, mask=there, other=-1, cache_modifier=".cg")
     sequence = tl.load(item + 6, mask=there, other=0, cache_modifier=".cg")
-    return window, start, end, token, slot, entry, sequence
+    return Item(window, start, end, token, slot, entry, sequence)
 
 
 @triton.jit
@@ -35,7 +36,7 @@ def item_after(item, items, index, programs, total, RATIO: tl.constexpr):
     after = window + programs
     if (after * RATIO < end) & (index < total):
         ends = after * RATIO + RATIO <= end
-        found = (after, start, end, token, slot, tl.where(ends, entry + programs, -1), sequence)
+        found = Item(after, start, end, token, slot, tl.where(ends, entry + programs, -1), sequence)
     else:
         found = load_item(items, index, index < total)
     return found

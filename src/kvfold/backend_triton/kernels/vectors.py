@@ -55,3 +55,9 @@ def wherever(mask, wanted, COUNT: tl.constexpr):
     if COUNT > 1:
         mask = mask & wanted
     return mask
+
+
+@triton.jit
+def scalar(x):
+    """`x` as an int32 tensor, also where it is a number to Python."""
+    return tl.full((), 0, tl.int32) + x
