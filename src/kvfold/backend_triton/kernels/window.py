@@ -1,42 +1,78 @@
-"""A step over `WindowState`: writes the raw rows of new tokens, and pools every window that ends, in parallel.
+"""A step over `WindowState`: stores the raw rows of new tokens, and pools every window that ends, in parallel.
 
-A program has two kinds of work. It takes entries, or parts of them: some slices of channels, pooled one after the other
-(`pool_slice`), with old rows from the pages and new ones live, so that nobody waits for what another program writes. And it
-takes work items, whose new rows it writes to their pages. Who begins with the one comes last with the other, so that a program
-has both only where there is much of both. Where several programs share an entry, one of them finishes it (slices.py); which one
-that is changes no bit.
+A program has two kinds of work. It takes entries, or some slices of channels of one (`pool_slice`): old rows come from the
+pages and new ones from kv_score, so that nobody waits for what another program stores. And it takes work items, whose new rows
+it stores on their pages. Entries are dealt from one end of the grid and work items from the other, so that a program has both
+only where there is much of both. Where several programs share an entry, one of them finishes it (slices.py); which one changes
+no bit.
 
-Who pools a row that is new writes it, and nobody else, where that is simple: in a long step (PROMPT) in a window whose rows are
-all new (`claims`), which is so read once; in a short one (JOIN) in a window that lies on one page (`joins`).
+Two kinds of new rows are stored by the program that pools them, and by nobody else: in a long step (PROMPT) those of windows
+that are all new, which are so read once (`all_rows_new`); in a short one (JOIN) the last rows of a window on one page
+(`last_rows_new`).
 """
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from ..args import Cache, Plan, Pool, Scratch, Tokens
-from .finish import aim_entry, emit, judge_slot
+from .finish import emit, judge_slot, load_finish
 from .fold import spread
 from .items import load_item
 from .pdl import load_plan, wait_for_inputs
 from .prefetch import prefetch_item, prefetch_tokens, prefetch_window
 from .slices import draw_ticket, is_last, leave_slice, take_slices
-from .window_rows import find_pages, pool_slice, store_rounded
+from .vectors import scalar
+from .window_rows import Pages, Pools, Tiling, find_pages, pool_slice, store_rounded
+
+
+class Launch(NamedTuple):
+    """What one launch works on. entry_items: the work item of each entry of the plan."""
+
+    plan: Any
+    entry_items: Any
+    tokens: Any
+    pools: Any
+    scratch: Any
+    output: Any
+
+
+class Faults(NamedTuple):
+    """What is wrong with an entry: old rows with a bad page, old rows with no page, whether it is refused for its slot.
+
+    wanted: an entry whose rows have no page counts as an error only if somebody wants it.
+    """
+
+    bad: Any
+    missing: Any
+    wanted: Any
+    refused: Any
+
+
+class Shares(NamedTuple):
+    """How entries are dealt out: `parts` of each, `tasks` in all, and a part is `span` slices of channels."""
+
+    parts: Any
+    span: Any
+    tasks: Any
 
 
 @triton.jit
-def write_rows(
-    tokens, kv_pool, score_pool, page_size, begin, stop, start, token, sequence, halves, RATIO: tl.constexpr, CHANNELS: tl.constexpr,
-    AHEAD: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
+def write_rows(launch, item, begin, stop, halves, AHEAD: tl.constexpr, SPEC: tl.constexpr, tiling):
     """Stores the rows of new positions `[begin, stop)`; returns how many have a bad page.
 
     halves: of rows with overlap, the lo ones (0), the hi ones (1) or both (2); None is both too.
     """
+    CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
+    kv_pool, score_pool, page_size = launch.pools
+    tokens = launch.tokens
     c = tl.arange(0, CHANNELS)
-    if ALIGNED:
-        tokens = Tokens(
-            tokens.kv_score, (tokens.stride // 16) * 16, tokens.count, tokens.ape
-        )  # says that it is a multiple, which the signature does not: see `pool_slice`
+    if tiling.ALIGNED:
+        # Says that it is a multiple, which the signature does not: `pool_slice` says another one.
+        tokens = Tokens(tokens.kv_score, (tokens.stride // 16) * 16, tokens.count, tokens.ape)
     refused = tl.zeros((), tl.int32)
     for base in range(0, stop - begin, AHEAD):
         # Loads first, of rows and of pages; a load behind a store would wait for the load that the store waits for.
@@ -48,15 +84,13 @@ def write_rows(
             there = spread(x < stop, CHANNELS)
             if halves is not None:
                 there = there & (spread(halves == 2, CHANNELS) | (c // (CHANNELS // 2) == halves))
-            at = tokens.kv_score + (token + x - start).to(tl.int64) * tokens.stride + c
+            at = tokens.kv_score + (item.token + x - item.start).to(tl.int64) * tokens.stride + c
             k = tl.load(at, mask=there, other=0.0).to(tl.float32)
             s = tl.load(at + CHANNELS, mask=there, other=0.0).to(tl.float32)
             if tokens.ape is not None:
-                s += tl.load(tokens.ape + (x % RATIO) * CHANNELS + c, mask=there, other=0.0)
-            kv_page, _, kv_bad = find_pages(kv_pool.table, kv_pool.width, kv_pool.num_pages, sequence, x, x < stop, page_size)
-            score_page, _, score_bad = find_pages(
-                score_pool.table, score_pool.width, score_pool.num_pages, sequence, x, x < stop, page_size,
-            )  # fmt: skip
+                s += tl.load(tokens.ape + (x % SPEC.RATIO) * CHANNELS + c, mask=there, other=0.0)
+            kv_page, _, kv_bad = find_pages(kv_pool, item.sequence, x, x < stop, page_size)
+            score_page, _, score_bad = find_pages(score_pool, item.sequence, x, x < stop, page_size)
             refused += (kv_bad | score_bad).to(tl.int32)
             ks = ks + (k,)
             ss = ss + (s,)
@@ -80,131 +114,106 @@ def write_rows(
 
 
 @triton.jit
-def check_window(
-    kv_pool, score_pool, page_size, window, start, sequence, SPEC: tl.constexpr, TILE: tl.constexpr, ONE_PAGE: tl.constexpr,
-):  # fmt: skip
+def check_window(pools, item, SPEC: tl.constexpr, tiling):
     """How many old rows of a window have no page, and how many a bad one; of a window on one page, whether it has any such."""
     missing = tl.zeros((), tl.int32)
     bad = tl.zeros((), tl.int32)
-    STEP: tl.constexpr = SPEC.RATIO if ONE_PAGE else 1
-    ROWS: tl.constexpr = (1 + SPEC.OVERLAP) if ONE_PAGE else TILE
+    STEP: tl.constexpr = SPEC.RATIO if tiling.ONE_PAGE else 1
+    ROWS: tl.constexpr = (1 + SPEC.OVERLAP) if tiling.ONE_PAGE else tiling.TILE
     for j0 in range(0, SPEC.RATIO * (1 + SPEC.OVERLAP), ROWS * STEP):
         j = j0 + tl.arange(0, ROWS) * STEP
-        x = (window - SPEC.OVERLAP) * SPEC.RATIO + j
-        wanted = (x >= 0) & (x < start) & (j < SPEC.RATIO * (1 + SPEC.OVERLAP))
+        x = (item.window - SPEC.OVERLAP) * SPEC.RATIO + j
+        wanted = (x >= 0) & (x < item.start) & (j < SPEC.RATIO * (1 + SPEC.OVERLAP))
         x = tl.maximum(x, 0)
-        _, kv_missing, kv_bad = find_pages(kv_pool.table, kv_pool.width, kv_pool.num_pages, sequence, x, wanted, page_size)
-        _, score_missing, score_bad = find_pages(
-            score_pool.table,
-            score_pool.width,
-            score_pool.num_pages,
-            sequence,
-            x,
-            wanted,
-            page_size,
-        )
+        _, kv_missing, kv_bad = find_pages(pools.kv, item.sequence, x, wanted, pools.page_size)
+        _, score_missing, score_bad = find_pages(pools.score, item.sequence, x, wanted, pools.page_size)
         missing += tl.sum((kv_missing | score_missing).to(tl.int32), axis=0)
         bad += tl.sum((kv_bad | score_bad).to(tl.int32), axis=0)
     return missing, bad
 
 
 @triton.jit
-def find_home(table, width, num_pages, page_size, window, start, sequence, there, RATIO: tl.constexpr, ALWAYS: tl.constexpr):
-    """The page of a window that has its rows on one: -1 where there is none, or it is not needed; whether an old row lacks it;
-    and whether it is a bad one.
+def find_page(pool, page_size, window, item, there, SPEC: tl.constexpr, ALWAYS: tl.constexpr):
+    """The page of a window whose rows lie on one (-1: none, or not needed); whether an old row lacks it; whether it is bad.
 
     ALWAYS: needed for new rows too.
     """
-    x = window * RATIO
-    old = there & (start > x)
-    page, missing, bad = find_pages(table, width, num_pages, sequence, x, there if ALWAYS else old, page_size)
+    x = window * SPEC.RATIO
+    old = there & (item.start > x)
+    page, missing, bad = find_pages(pool, item.sequence, x, there if ALWAYS else old, page_size)
     return tl.where(bad, -1, page), old & (missing | bad), bad
 
 
 @triton.jit
-def load_entry(
-    plan, entry_items, number, there, kv_pool, score_pool, page_size, SPEC: tl.constexpr, ONE_PAGE: tl.constexpr, PROMPT: tl.constexpr,
-):  # fmt: skip
-    """Its work item, its cache slot, and the pages of its rows: nothing that a kernel in flight writes.
-
-    The pages, if a window has its rows on one: of values before and in this window, then of scores; whether an old row has
-    none, and whether a row of this window has a bad one.
-    """
-    index = tl.load(entry_items + number, mask=there, other=0, cache_modifier=".cg")
+def load_entry(launch, number, there, SPEC: tl.constexpr, tiling):
+    """Its work item, its cache slot, and its `Pages` where windows lie on one: nothing that a kernel in flight writes."""
+    plan = launch.plan
+    kv_pool, score_pool, page_size = launch.pools
+    index = tl.load(launch.entry_items + number, mask=there, other=0, cache_modifier=".cg")
     slot = number.to(tl.int64)
     if plan.entry_slots is not None:
         slot = tl.load(plan.entry_slots + number, mask=there, other=-1, cache_modifier=".cg")
     # Where every window of a step ends, entry and item have one number: that item is not waited for twice.
-    window, start, end, token, state_slot, entry, sequence = load_item(plan.items, number, there)
-    if there & (entry != number):
-        window, start, end, token, state_slot, entry, sequence = load_item(plan.items, index, there)
-    item = (window, start, end, token, state_slot, entry, sequence)
-    homes = ()
-    if ONE_PAGE:
-        kv, kv_lost, kv_bad = find_home(
-            kv_pool.table, kv_pool.width, kv_pool.num_pages, page_size, window, start, sequence, there, SPEC.RATIO, PROMPT,
-        )  # fmt: skip
-        score, score_lost, score_bad = find_home(
-            score_pool.table, score_pool.width, score_pool.num_pages, page_size, window, start, sequence, there, SPEC.RATIO, PROMPT,
-        )  # fmt: skip
+    item = load_item(plan.items, number, there)
+    if there & (item.entry != number):
+        item = load_item(plan.items, index, there)
+    pages = ()
+    if tiling.ONE_PAGE:
+        kv, kv_absent, kv_bad = find_page(kv_pool, page_size, item.window, item, there, SPEC, tiling.PROMPT)
+        score, score_absent, score_bad = find_page(score_pool, page_size, item.window, item, there, SPEC, tiling.PROMPT)
         kv_before = kv
         score_before = score
-        lost = kv_lost | score_lost
+        absent = kv_absent | score_absent
         if SPEC.OVERLAP:
-            before = tl.maximum(window - 1, 0)
-            kv_before, kv_lost, _ = find_home(
-                kv_pool.table, kv_pool.width, kv_pool.num_pages, page_size, before, start, sequence, there & (window > 0),
-                SPEC.RATIO, PROMPT,
-            )  # fmt: skip
-            score_before, score_lost, _ = find_home(
-                score_pool.table, score_pool.width, score_pool.num_pages, page_size, before, start, sequence, there & (window > 0),
-                SPEC.RATIO, PROMPT,
-            )  # fmt: skip
-            lost = lost | kv_lost | score_lost
-        homes = (kv_before, kv, score_before, score, lost, kv_bad | score_bad)
-    return item, slot, homes
+            before = tl.maximum(item.window - 1, 0)
+            has_one = there & (item.window > 0)
+            kv_before, kv_absent, _ = find_page(kv_pool, page_size, before, item, has_one, SPEC, tiling.PROMPT)
+            score_before, score_absent, _ = find_page(score_pool, page_size, before, item, has_one, SPEC, tiling.PROMPT)
+            absent = absent | kv_absent | score_absent
+        pages = Pages(kv_before, kv, score_before, score, absent, kv_bad | score_bad)
+    return item, slot, pages
 
 
 @triton.jit
-def claims(window, start, entry, entry_capacity, SPEC: tl.constexpr):
-    """Whether all rows that the entry of a window is pooled of are new, so that the program that pools it writes them."""
+def all_rows_new(window, start, entry, entry_capacity, SPEC: tl.constexpr):
+    """Whether all rows that the entry of a window is pooled of are new: the program that pools them stores them."""
     return (entry >= 0) & (entry < entry_capacity) & (start <= tl.maximum(window - SPEC.OVERLAP, 0) * SPEC.RATIO)
 
 
 @triton.jit
-def joins(window, start, entry, entry_capacity, RATIO: tl.constexpr, LANES: tl.constexpr):
-    """Whether of a window that ends, old and new rows on one page, no more than the last LANES are new.
+def last_rows_new(window, start, entry, entry_capacity, RATIO: tl.constexpr, LANES: tl.constexpr):
+    """Whether of a window that ends only some of the last LANES rows are new: who pools it stores them, on one page.
 
-    If that page is missing, nobody can write them.
+    If that page is missing, nobody can store them.
     """
     return (entry >= 0) & (entry < entry_capacity) & (start > window * RATIO) & (start >= window * RATIO + RATIO - LANES)
 
 
 @triton.jit
-def unclaimed(window, start, end, entry, entry_capacity, SPEC: tl.constexpr):
-    """Whether the rows of a window that are new, or the hi halves of them, and whether the lo halves, are left to be written.
+def rows_left(item, entry_capacity, SPEC: tl.constexpr):
+    """Whether the new rows of a window, or their hi halves, and whether the lo halves, are left for the work item to store.
 
     The lo halves belong to the window behind it.
     """
-    own = claims(window, start, entry, entry_capacity, SPEC) == 0
+    own = all_rows_new(item.window, item.start, item.entry, entry_capacity, SPEC) == 0
     lo = own
     if SPEC.OVERLAP:
-        behind = tl.where((entry >= 0) & (end >= (window + 2) * SPEC.RATIO), entry + 1, -1)
-        lo = claims(window + 1, start, behind, entry_capacity, SPEC) == 0
+        behind = tl.where((item.entry >= 0) & (item.end >= (item.window + 2) * SPEC.RATIO), item.entry + 1, -1)
+        lo = all_rows_new(item.window + 1, item.start, behind, entry_capacity, SPEC) == 0
     return own, lo
 
 
 @triton.jit
-def next_item(items, index, total, programs, entry_capacity, num_tokens, SPEC: tl.constexpr, PROMPT: tl.constexpr):
-    """The first work item from `index` on, in steps of `programs`, that has rows left to write; `total` or more: none."""
+def next_item(launch, index, total, programs, SPEC: tl.constexpr, PROMPT: tl.constexpr):
+    """The first work item from `index` on, in steps of `programs`, that has rows left to store; `total` or more: none."""
     if PROMPT:
         # Of a long prompt hardly any: 32 are looked at in the latency of one.
         found = total
         while (index < total) & (found == total):
             i = index + tl.arange(0, 32) * programs
-            window, start, end, token, _slot, entry, _sequence = load_item(items, i, i < total)
-            own, lo = unclaimed(window, start, end, entry, entry_capacity, SPEC)
-            left = own | lo | (token + end - start > num_tokens)
+            item = load_item(launch.plan.items, i, i < total)
+            own, lo = rows_left(item, launch.plan.entry_capacity, SPEC)
+            left = own | lo | (item.token + item.end - item.start > launch.tokens.count)
             found = tl.min(tl.where(left & (i < total), i, total), axis=0)
             index += 32 * programs
         index = found
@@ -212,56 +221,48 @@ def next_item(items, index, total, programs, entry_capacity, num_tokens, SPEC: t
 
 
 @triton.jit
-def judge_item(
-    item, there, plan, kv_pool, score_pool, page_size, cache, SPEC: tl.constexpr, TILE: tl.constexpr, ONE_PAGE: tl.constexpr
-):
-    """What is wrong with the entry of a work item, if it has one: old rows with a bad page, old rows with none, whether it is
-    wanted, and whether it is refused. Before the wait, as nothing of it is written by a kernel in flight.
-    """
-    window, start, _end, _token, _slot, entry, sequence = item
+def check_item(item, there, launch, SPEC: tl.constexpr, tiling):
+    """The `Faults` of a work item's entry, if it has one. Before the wait: a kernel in flight writes nothing of it."""
+    plan = launch.plan
     missing = tl.zeros((), tl.int32)
     bad = tl.zeros((), tl.int32)
-    wanted = entry < 0
-    wrong = entry < -1
-    if there & (entry >= 0):
-        missing, bad = check_window(kv_pool, score_pool, page_size, window, start, sequence, SPEC, TILE, ONE_PAGE)
-        slot = tl.where(entry < plan.entry_capacity, entry, -1).to(tl.int64)
+    wanted = item.entry < 0
+    refused = item.entry < -1
+    if there & (item.entry >= 0):
+        missing, bad = check_window(launch.pools, item, SPEC, tiling)
+        slot = tl.where(item.entry < plan.entry_capacity, item.entry, -1).to(tl.int64)
         if plan.entry_slots is not None:
-            slot = tl.load(plan.entry_slots + entry, mask=entry < plan.entry_capacity, other=-1, cache_modifier=".cg")
-        _deliver, wrong = judge_slot(entry, slot, window * SPEC.RATIO, plan.entry_capacity, cache, SPEC.ROPE_DIM)
-        wanted = (entry >= plan.entry_capacity) | (slot != -1)
-    return bad, missing, wanted, wrong
+            slot = tl.load(plan.entry_slots + item.entry, mask=item.entry < plan.entry_capacity, other=-1, cache_modifier=".cg")
+        position = item.window * SPEC.RATIO
+        _deliver, refused = judge_slot(item.entry, slot, position, plan.entry_capacity, launch.output, SPEC.ROPE_DIM)
+        wanted = (item.entry >= plan.entry_capacity) | (slot != -1)
+    return Faults(bad, missing, wanted, refused)
 
 
 @triton.jit
-def write_item(
-    item, verdict, tokens, plan, kv_pool, score_pool, page_size, SPEC: tl.constexpr, AHEAD: tl.constexpr, ALIGNED: tl.constexpr,
-    PROMPT: tl.constexpr, JOIN: tl.constexpr,
-):  # fmt: skip
-    """Writes the new rows of a work item that nobody claims, and counts what is wrong with it. verdict: of `judge_item`."""
-    window, start, end, token, _slot, entry, sequence = item
-    bad, missing, wanted, wrong = verdict
+def write_item(item, faults, launch, HOW: tl.constexpr, SPEC: tl.constexpr, tiling):
+    """Stores the new rows of a work item that are left to it, and counts what is wrong with it."""
+    window, start, end, token, _slot, entry, _sequence = item
+    bad, missing, wanted, wrong = faults
+    capacity = launch.plan.entry_capacity
     count = tl.zeros((), tl.int32)
-    if token + end - start <= tokens.count:
+    if token + end - start <= launch.tokens.count:
         begin = tl.maximum(start, window * SPEC.RATIO)
         stop = begin + tl.minimum(end - begin, SPEC.RATIO - begin % SPEC.RATIO)
         halves = None
         own = window >= 0
-        if PROMPT:
-            own, lo = unclaimed(window, start, end, entry, plan.entry_capacity, SPEC)
+        if tiling.PROMPT:
+            own, lo = rows_left(item, capacity, SPEC)
             if SPEC.OVERLAP:
                 halves = tl.where(own & lo, 2, own.to(tl.int32))
-        if JOIN > 0:
-            if joins(window, start, entry, plan.entry_capacity, SPEC.RATIO, JOIN) & (bad + missing == 0):
+        if tiling.JOIN > 0:
+            if last_rows_new(window, start, entry, capacity, SPEC.RATIO, tiling.JOIN) & (bad + missing == 0):
                 stop = begin
-        refused = write_rows(
-            tokens, kv_pool, score_pool, page_size, begin, stop, start, token, sequence, halves, SPEC.RATIO,
-            SPEC.HEAD_DIM * (1 + SPEC.OVERLAP), AHEAD, ALIGNED,
-        )  # fmt: skip
-        if own:  # who pools a claimed window counts what is wrong with it
+        refused = write_rows(launch, item, begin, stop, halves, HOW.AHEAD, SPEC, tiling)
+        if own:  # of other windows, who pools them counts what is wrong
             count = (refused > 0).to(tl.int32)
             if bad > 0:
-                count = bad * 0 + 1
+                count = scalar(1)
             elif missing > 0:
                 count = tl.maximum(count, wanted.to(tl.int32))
             else:
@@ -269,7 +270,134 @@ def write_item(
     elif window == start // SPEC.RATIO:
         count += 1
     if count > 0:
-        tl.atomic_add(plan.errors, count)
+        tl.atomic_add(launch.plan.errors, count)
+
+
+@triton.jit
+def write_items(index, item, faults, total, programs, launch, HOW: tl.constexpr, SPEC: tl.constexpr, tiling):
+    """Work item `index`, which is `item`, and those behind it in steps of `programs`."""
+    while index < total:
+        write_item(item, faults, launch, HOW, SPEC, tiling)
+        index = next_item(launch, index + programs, total, programs, SPEC, tiling.PROMPT)
+        if index < total:
+            item = load_item(launch.plan.items, index, index < total)
+            faults = check_item(item, index < total, launch, SPEC, tiling)
+
+
+@triton.jit
+def share_entries(num_entries, programs, SLICES: tl.constexpr):
+    """As many programs to an entry as leave one part to each of them: one that has several looks up its rows once."""
+    parts = scalar(SLICES)
+    span = scalar(1)
+    while (parts > 1) & (num_entries * parts > programs):
+        parts = parts // 2
+        span = span * 2
+    return Shares(parts, span, num_entries * parts)
+
+
+@triton.jit
+def first_work(pid, programs, tasks, SLICES: tl.constexpr):
+    """The first part of an entry and the first work item of a program.
+
+    Programs start in order, so those at the front get the longer way, which is pooling where it has slices.
+    """
+    task = programs - 1 - pid
+    front = pid
+    if SLICES > 1:
+        task = pid
+        behind = pid - tl.minimum(tasks, programs)
+        front = tl.where(behind < 0, behind + programs, behind)
+    return task, front
+
+
+@triton.jit
+def prefetch_entry(item, pages, task, shares, launch, HOW: tl.constexpr, SPEC: tl.constexpr, tiling):
+    """Fetches what the first part of an entry reads into the L2 cache (docs/notes/0033-before-the-wait.md)."""
+    SLICES: tl.constexpr = SPEC.HEAD_DIM // HOW.SLICE
+    pools = launch.pools
+    if tiling.PROMPT and (SLICES == 1 or SPEC.OVERLAP == 0):
+        prefetch_item(item, task < shares.tasks, task % shares.parts * HOW.SLICE, launch.tokens, SPEC, HOW.SLICE)
+    if tiling.ONE_PAGE:
+        # Slices of values in pieces, of scores in lines: pieces are asked for one after the other, lines all at once.
+        if (task < shares.tasks) & (pages.absent == 0):
+            c0 = task % shares.parts * HOW.SLICE
+            prefetch_window(
+                pools.kv.rows, pools.kv.page_stride, pools.kv.row_stride, pools.page_size, item.window, item.start, c0,
+                pages.kv_before, pages.kv, SPEC, HOW.SLICE, SLICES > 1 or tiling.PROMPT,
+            )  # fmt: skip
+            prefetch_window(
+                pools.score.rows, pools.score.page_stride, pools.score.row_stride, pools.page_size, item.window, item.start, c0,
+                pages.score_before, pages.score, SPEC, HOW.SLICE, tiling.PROMPT,
+            )  # fmt: skip
+
+
+@triton.jit
+def pool_part(
+    item, slot, pages, part, turn, shares, launch, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr, tiling
+):  # fmt: skip
+    """One slice of an entry, slice `turn` of `part`; and the whole entry, where this is the last part of it."""
+    SLICES: tl.constexpr = SPEC.HEAD_DIM // HOW.SLICE
+    window, start, end, token, _slot, entry, _sequence = item
+    plan = launch.plan
+    scratch = launch.scratch
+    position = window * SPEC.RATIO
+    deliver, wrong = judge_slot(entry, slot, position, plan.entry_capacity, launch.output, SPEC.ROPE_DIM)
+    mine = entry < 0
+    if tiling.JOIN > 0:
+        mine = last_rows_new(window, start, entry, plan.entry_capacity, SPEC.RATIO, tiling.JOIN) & (pages.absent == 0)
+    if tiling.PROMPT:
+        mine = all_rows_new(window, start, entry, plan.entry_capacity, SPEC)
+        if mine & (turn + part == 0) & (token + end - start <= launch.tokens.count):
+            count = pages.bad.to(tl.int32) + wrong.to(tl.int32)
+            if count > 0:
+                tl.atomic_add(plan.errors, count)
+    if (deliver | mine) & (token + end - start <= launch.tokens.count):
+        # The parts of an entry side by side: memory has rows of 1 KiB open, and gives them slower slice by slice.
+        c0 = (part + turn * shares.parts) * HOW.SLICE
+        if SLICES > 1 and tiling.ONE_PAGE:  # known before the work: whether rows are absent
+            ticket = draw_ticket(scratch.arrivals, entry, deliver & (turn == shares.span - 1) & (pages.absent == 0))
+        y, absent = pool_slice(launch.tokens, launch.pools, item, c0, pages, mine, SPEC, tiling, HOW.TARGET.FAST_DIVISION)
+        # Every slice sees the same rows, so either all of them bring theirs or none.
+        finish = deliver & (absent == 0)
+        # Loads that the last of the parts needs are under way while it arrives.
+        weight, cos, sin = load_finish(position, launch.output, SPEC)
+        if SLICES > 1:
+            if finish:
+                leave_slice(scratch.workspace, y, entry, c0, SPEC.HEAD_DIM, HOW.SLICE, HOW.TARGET.COHERENT_STORES)
+            finish = finish & (turn == shares.span - 1)
+            if tiling.ONE_PAGE == 0:
+                ticket = draw_ticket(scratch.arrivals, entry, finish)
+            if finish:
+                finish = is_last(ticket, shares.parts)
+        if finish:
+            if SLICES > 1:
+                whole = take_slices(scratch.workspace, scratch.arrivals, entry, SPEC.HEAD_DIM)
+            else:
+                whole = y
+            emit(whole, entry, slot, weight, cos, sin, launch.output, SPEC, FMT, HOW.TARGET)
+
+
+@triton.jit
+def pool_entries(
+    task, item, slot, pages, shares, programs, launch, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr, tiling
+):  # fmt: skip
+    """Part `task`, whose entry has this item, slot and pages, and those behind it in steps of `programs`.
+
+    How the loop is written decides registers and instructions (docs/notes/0031-the-loop-over-entries.md).
+    """
+    # Slices are turns of this loop and not of one inside it, out of which the compiler would take all addresses.
+    turn = scalar(0)
+    while task < shares.tasks:
+        wait_for_inputs(HOW.PDL)
+        pool_part(item, slot, pages, task % shares.parts, turn, shares, launch, HOW, SPEC, FMT, tiling)
+        turn += 1
+        if turn >= shares.span:
+            # The next entry is looked up only now: other programs hide the latency.
+            turn = scalar(0)
+            task += programs
+            # A branch: behind the last entry there is nothing to load.
+            if task < shares.tasks:
+                item, slot, pages = load_entry(launch, task // shares.parts, task < shares.tasks, SPEC, tiling)
 
 
 @triton.jit
@@ -283,162 +411,57 @@ def window_kernel(
     HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
     ONE_PAGE: tl.constexpr, PROMPT: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
+    """`compress` over a `WindowState`."""
     plan = Plan(items, num_items, entry_slots, entry_capacity, errors)
     tokens = Tokens(kv_score, kv_stride, num_tokens, ape)
     kv_pool = Pool(kv_pool, kv_page_stride, kv_row_stride, kv_pages, kv_table, kv_width)
     score_pool = Pool(score_pool, score_page_stride, score_row_stride, score_pages, score_table, score_width)
-    scratch = Scratch(workspace, arrivals)
-    cache = Cache(
-        rows, norm_weight, rope, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots, cache_scale
+    output = Cache(
+        rows, norm_weight, rope, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots,
+        cache_scale,
     )  # fmt: skip
+    launch = Launch(plan, entry_items, tokens, Pools(kv_pool, score_pool, page_size), Scratch(workspace, arrivals), output)
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
     SLICES: tl.constexpr = SPEC.HEAD_DIM // HOW.SLICE
-    POOLS: tl.constexpr = (cache.pages is not None) or (cache.rows is not None)
-    # Of 64 sequences whose windows end, programs that first wrote a row and then pooled came last: 13.6 us, and 13.2 so.
+    POOLS: tl.constexpr = (output.pages is not None) or (output.rows is not None)
+    # Programs that first stored a row and then pooled came last (docs/notes/0032-who-stores-the-last-rows.md).
     JOIN: tl.constexpr = LANES if (POOLS and ONE_PAGE) and ((SPEC.OVERLAP == 0 and HOW.TOGETHER > 1) and not PROMPT) else 0
+    tiling = Tiling(TILE, LANES, HOW.TOGETHER, HOW.SLICE, ONE_PAGE, PROMPT, ALIGNED, JOIN)
     # What is read before the wait, the plan and what it was built from, is older than the launch before this one. Loads that
     # do not need each other stand side by side: one behind the other, they take longer than a short step.
     total = load_plan(plan.num_items)
     front = pid
     if POOLS:
         num_entries = tl.minimum(load_plan(cu_entries + batch), plan.entry_capacity)
-        # As many programs to an entry as leave one part to each of them: one that has several looks up its rows once.
-        parts = num_entries * 0 + SLICES
-        span = num_entries * 0 + 1
-        while (parts > 1) & (num_entries * parts > programs):
-            parts = parts // 2
-            span = span * 2
-        # Programs start in order: those with the longer way first, which is pooling where it has slices.
-        task = programs - 1 - pid
-        if SLICES > 1:
-            task = pid
-            behind = pid - tl.minimum(num_entries * parts, programs)
-            front = tl.where(behind < 0, behind + programs, behind)
+        shares = share_entries(num_entries, programs, SLICES)
+        task, front = first_work(pid, programs, shares.tasks, SLICES)
     idle = front >= total
     if POOLS:
-        idle = idle & (task >= num_entries * parts)
-    # Programs with nothing to do make room for the next launch, which starts sooner: 64 sequences, one token each, of which no
-    # window ends, 1.8 instead of 2.2 us. One that waits is enough for a launch that ends behind the one before it.
+        idle = idle & (task >= shares.tasks)
+    # Programs with nothing to do make room for the next launch, which starts sooner. If program 0 waits, that is enough for
+    # the launch to end behind the one before it.
     if idle & (pid > 0):
         return
-    index = next_item(plan.items, front, total, programs, plan.entry_capacity, tokens.count, SPEC, PROMPT)
-    next_up = load_item(plan.items, index, index < total)
+    index = next_item(launch, front, total, programs, SPEC, PROMPT)
+    first = load_item(plan.items, index, index < total)
     if POOLS:
-        item, slot, homes = load_entry(
-            plan, entry_items, task // parts, task < num_entries * parts, kv_pool, score_pool, page_size, SPEC, ONE_PAGE, PROMPT,
-        )  # fmt: skip
-        if HOW.PDL and (PROMPT and (SLICES == 1 or SPEC.OVERLAP == 0)):  # ratio 128, a prompt of 8k in 16.9 instead of 18.3 us
-            there = task < num_entries * parts
-            c0 = task % parts * HOW.SLICE
-            prefetch_item(item, there, c0, tokens, SPEC, HOW.SLICE)
-        if HOW.PDL and ONE_PAGE:
-            # Pieces are asked for one after the other, 0.5 us for 128 of them, which paces what is fetched beside loads of the
-            # launch before; lines all at once. Slices of values in pieces and of scores in lines: 1, 16 and 64 windows in 3.09,
-            # 5.10 and 11.9 us and four tokens of 64 sequences at all phases in 3.50; both in pieces 3.2, 5.2, 11.7 and 4.0.
-            if (task < num_entries * parts) & (homes[4] == 0):
-                c0 = task % parts * HOW.SLICE
-                prefetch_window(
-                    kv_pool.rows, kv_pool.page_stride, kv_pool.row_stride, page_size, item[0], item[1], c0, homes[0], homes[1],
-                    SPEC, HOW.SLICE, SLICES > 1 or PROMPT,
-                )  # fmt: skip
-                prefetch_window(
-                    score_pool.rows, score_pool.page_stride, score_pool.row_stride, page_size, item[0], item[1], c0, homes[2],
-                    homes[3], SPEC, HOW.SLICE, PROMPT,
-                )  # fmt: skip
-    verdict = judge_item(next_up, index < total, plan, kv_pool, score_pool, page_size, cache, SPEC, TILE, ONE_PAGE)
+        item, slot, on = load_entry(launch, task // shares.parts, task < shares.tasks, SPEC, tiling)
+        if HOW.PDL:
+            prefetch_entry(item, on, task, shares, launch, HOW, SPEC, tiling)
+    faults = check_item(first, index < total, launch, SPEC, tiling)
     if HOW.PDL:
-        window, start, end, token, _slot, _entry, _sequence = next_up
-        if (index < total) & (token + end - start <= tokens.count):
-            live = tokens.kv_score + (token - start).to(tl.int64) * tokens.stride
-            prefetch_tokens(
-                live,
-                tokens.stride,
-                tl.maximum(start, window * SPEC.RATIO),
-                end,
-                HOW.AHEAD,
-                SPEC.HEAD_DIM * (1 + SPEC.OVERLAP),
-            )
-    # Every program that is left waits; each where its work begins, so that what it needs for that is worked out before: 300
-    # instructions stand in front of the loop over entries.
+        if (index < total) & (first.token + first.end - first.start <= tokens.count):
+            live = tokens.kv_score + (first.token - first.start).to(tl.int64) * tokens.stride
+            begin = tl.maximum(first.start, first.window * SPEC.RATIO)
+            prefetch_tokens(live, tokens.stride, begin, first.end, HOW.AHEAD, SPEC.HEAD_DIM * (1 + SPEC.OVERLAP))
+    # Every program that is left waits; each where its work begins, so that what it needs for that is worked out before.
     if index < total:
         wait_for_inputs(HOW.PDL)
-        while index < total:
-            write_item(next_up, verdict, tokens, plan, kv_pool, score_pool, page_size, SPEC, HOW.AHEAD, ALIGNED, PROMPT, JOIN)
-            index = next_item(
-                plan.items,
-                index + programs,
-                total,
-                programs,
-                plan.entry_capacity,
-                tokens.count,
-                SPEC,
-                PROMPT,
-            )
-            if index < total:
-                next_up = load_item(plan.items, index, index < total)
-                verdict = judge_item(next_up, index < total, plan, kv_pool, score_pool, page_size, cache, SPEC, TILE, ONE_PAGE)
+        write_items(index, first, faults, total, programs, launch, HOW, SPEC, tiling)
         if POOLS and ((SLICES > 1 or PROMPT) or ONE_PAGE == 0):
-            # Again: kept in registers meanwhile, these would spill. In a short step over whole rows they do not, and it is done
-            # sooner: one token at ratio 4 takes 1.7 instead of 2.0 us where no window ends, and 3.2 instead of 3.5 where 64 do.
-            item, slot, homes = load_entry(
-                plan, entry_items, task // parts, task < num_entries * parts, kv_pool, score_pool, page_size, SPEC, ONE_PAGE, PROMPT,
-            )  # fmt: skip
+            # Again: kept in registers meanwhile, these would spill. In a short step over whole rows they do not.
+            item, slot, on = load_entry(launch, task // shares.parts, task < shares.tasks, SPEC, tiling)
     if POOLS:
-        # Slices are turns of this loop and not of one inside it, out of which the compiler would take the addresses of all
-        # ways to load rows: 400 instructions more for each entry.
-        turn = task * 0
-        while task < num_entries * parts:
-            wait_for_inputs(HOW.PDL)
-            window, start, end, token, _slot, entry, sequence = item
-            deliver, wrong = judge_slot(entry, slot, window * SPEC.RATIO, plan.entry_capacity, cache, SPEC.ROPE_DIM)
-            mine = entry < 0
-            if JOIN > 0:
-                mine = joins(window, start, entry, plan.entry_capacity, SPEC.RATIO, JOIN) & (homes[4] == 0)
-            if PROMPT:
-                mine = claims(window, start, entry, plan.entry_capacity, SPEC)
-                if mine & (turn + task % parts == 0) & (token + end - start <= tokens.count):
-                    count = homes[5].to(tl.int32) + wrong.to(tl.int32)
-                    if count > 0:
-                        tl.atomic_add(plan.errors, count)
-            if (deliver | mine) & (token + end - start <= tokens.count):
-                # The parts of an entry side by side: memory has rows of 1 KiB open, and gives them slower slice by slice.
-                c0 = (task % parts + turn * parts) * HOW.SLICE
-                if SLICES > 1 and ONE_PAGE:  # known before the work: whether rows are lost
-                    ticket = draw_ticket(scratch.arrivals, entry, deliver & (turn == span - 1) & (homes[4] == 0))
-                y, absent = pool_slice(
-                    tokens, kv_pool, score_pool, page_size, window, start, token, sequence, c0, homes, mine, SPEC, TILE, LANES,
-                    HOW.TOGETHER, HOW.SLICE, ONE_PAGE, PROMPT, ALIGNED, HOW.TARGET.FAST_DIVISION,
-                )  # fmt: skip
-                # Every slice sees the same rows, so either all of them bring theirs or none.
-                finish = deliver & (absent == 0)
-                # Loads that the last of the parts needs are under way while it arrives.
-                _slot, weight, cos, sin = aim_entry(
-                    entry, window * SPEC.RATIO, Plan(None, None, None, plan.entry_capacity, None), cache, SPEC
-                )
-                if SLICES > 1:
-                    if finish:
-                        leave_slice(scratch.workspace, y, entry, c0, SPEC.HEAD_DIM, HOW.SLICE, HOW.TARGET.COHERENT_STORES)
-                    finish = finish & (turn == span - 1)
-                    if ONE_PAGE == 0:
-                        ticket = draw_ticket(scratch.arrivals, entry, finish)
-                    if finish:
-                        finish = is_last(ticket, parts)
-                if finish:
-                    if SLICES > 1:
-                        whole = take_slices(scratch.workspace, scratch.arrivals, entry, SPEC.HEAD_DIM)
-                    else:
-                        whole = y
-                    emit(whole, entry, slot, weight, cos, sin, cache, SPEC, FMT, HOW.TARGET)
-            turn += 1
-            if turn >= span:
-                # Not before the work on this one: that cost 150 of 1,300 instructions, and other programs hide the latency.
-                turn = turn * 0
-                task += programs
-                # By a branch: the way through the loads of an entry that is not there, at the end of a launch, took 0.35 us.
-                if task < num_entries * parts:
-                    item, slot, homes = load_entry(
-                        plan, entry_items, task // parts, task < num_entries * parts, kv_pool, score_pool, page_size, SPEC, ONE_PAGE,
-                        PROMPT,
-                    )  # fmt: skip
+        pool_entries(task, item, slot, on, shares, programs, launch, HOW, SPEC, FMT, tiling)
     wait_for_inputs(HOW.PDL)

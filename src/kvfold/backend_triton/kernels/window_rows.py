@@ -1,5 +1,9 @@
 """Pooling a window of raw rows: where its rows come from, and the order in which they are summed."""
 
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -8,14 +12,55 @@ from .fold import LOG2_E, LOWEST, quotient, spread
 from .record import bf16_bits, bf16_value
 
 
+class Pools(NamedTuple):
+    """A `WindowState`: the `Pool` of values and that of scores, whose pages hold `page_size` positions each."""
+
+    kv: Any
+    score: Any
+    page_size: Any
+
+
+class Pages(NamedTuple):
+    """The pages of a window whose rows lie on one page, and of the window before it, in both pools; -1: none.
+
+    absent: an old row has no page. bad: a row of this window has a page outside its pool or table.
+    """
+
+    kv_before: Any
+    kv: Any
+    score_before: Any
+    score: Any
+    absent: Any
+    bad: Any
+
+
+class Tiling(NamedTuple):
+    """Constants of how rows are pooled. LANES and GROUP are the order of the sums; the others change no bit.
+
+    TILE: rows in flight at once. LANES: sums side by side; row j belongs to lane j % LANES. GROUP: rows of a lane that are
+    weighed against one maximum. SLICE: channels of a part of an entry. ONE_PAGE: a window lies on one page. PROMPT: for long
+    steps, where windows that are all new are common. ALIGNED: rows of kv_score begin at multiples of 16 bytes. JOIN: of
+    how many last rows of a window the new ones are stored by who pools it; 0: of none.
+    """
+
+    TILE: Any
+    LANES: Any
+    GROUP: Any
+    SLICE: Any
+    ONE_PAGE: Any
+    PROMPT: Any
+    ALIGNED: Any
+    JOIN: Any
+
+
 @triton.jit
-def find_pages(table, width, num_pages, sequence, x, wanted, page_size):
+def find_pages(pool, sequence, x, wanted, page_size):
     """Pages of positions `x`, and which of the wanted ones have none (-1) or a bad one (outside the table or the pool)."""
     column = x // page_size
-    inside = column < width
-    at = table + sequence.to(tl.int64) * width + column
+    inside = column < pool.width
+    at = pool.table + sequence.to(tl.int64) * pool.width + column
     page = tl.load(at, mask=wanted & inside, other=-1, cache_modifier=".cg")
-    bad = wanted & ((inside == 0) | (page < -1) | (page >= num_pages))
+    bad = wanted & ((inside == 0) | (page < -1) | (page >= pool.num_pages))
     return page.to(tl.int64), wanted & inside & (page == -1), bad
 
 
@@ -36,10 +81,10 @@ def store_rounded(pool, at, x, mask):
 
 
 @triton.jit
-def add_live_tile(k, s, tokens, j, c, new, token, x, start, RATIO: tl.constexpr, CHANNELS: tl.constexpr, BF16: tl.constexpr):
-    """Puts the new rows of a tile into it, any number of them."""
+def put_new_rows(k, s, tokens, item, j, x, c, new, RATIO: tl.constexpr, CHANNELS: tl.constexpr, BF16: tl.constexpr):
+    """A tile of old rows with the `new` ones put in, any number of them."""
     news = (new.to(tl.int32)[:, None] + c.to(tl.int32) * 0) != 0
-    live = tokens.kv_score + ((token + x - start).to(tl.int64) * tokens.stride)[:, None] + c
+    live = tokens.kv_score + ((item.token + x - item.start).to(tl.int64) * tokens.stride)[:, None] + c
     new_k = tl.load(live, mask=news, other=0.0).to(tl.float32)
     new_s = tl.load(live + CHANNELS, mask=news, other=float("-inf")).to(tl.float32)
     if tokens.ape is not None:
@@ -49,62 +94,58 @@ def add_live_tile(k, s, tokens, j, c, new, token, x, start, RATIO: tl.constexpr,
 
 @triton.jit
 def load_page_rows(
-    tokens, kv_pool, score_pool, page_size, window, start, token, c0, j0, homes, mine, SPEC: tl.constexpr, TILE: tl.constexpr,
-    LANES: tl.constexpr, SLICE: tl.constexpr, BF16: tl.constexpr,
+    tokens, pools, item, c0, j0, pages, mine, SPEC: tl.constexpr, tiling, BF16: tl.constexpr
 ):  # fmt: skip
-    """Rows `[j0, j0 + TILE)` of a window of which all but some of the last LANES rows are old, one behind the other on a page.
+    """Rows `[j0, j0 + TILE)` of a window on one page, of which only some of the last LANES are new: the usual decode.
 
-    The common case by far in decoding. All are loaded, new ones too, over which the live ones are put: a tile that knows no
-    masks takes half the instructions. mine: the new ones are written.
+    All are loaded from the page, and new ones put over what was there: without masks a tile takes half the instructions.
+    mine: the new ones are stored too.
     """
-    c = c0 + tl.arange(0, SLICE)[None, :]
+    LANES: tl.constexpr = tiling.LANES
+    c = c0 + tl.arange(0, tiling.SLICE)[None, :]
     lane = tl.arange(0, LANES)
-    first = (window * SPEC.RATIO) % page_size + j0
-    kv_rows = kv_pool.rows + homes[1] * kv_pool.page_stride + first * kv_pool.row_stride
-    score_rows = score_pool.rows + homes[3] * score_pool.page_stride + first * score_pool.row_stride
+    first = (item.window * SPEC.RATIO) % pools.page_size + j0
+    kv_rows = pools.kv.rows + pages.kv * pools.kv.page_stride + first * pools.kv.row_stride
+    score_rows = pools.score.rows + pages.score * pools.score.page_stride + first * pools.score.row_stride
     # A page spans less than 2**31 elements: one 32-bit offset for each row.
-    kv_at = (lane * kv_pool.row_stride.to(tl.int32))[:, None] + c
-    score_at = (lane * score_pool.row_stride.to(tl.int32))[:, None] + c
+    kv_at = (lane * pools.kv.row_stride.to(tl.int32))[:, None] + c
+    score_at = (lane * pools.score.row_stride.to(tl.int32))[:, None] + c
     ks = ()
     ss = ()
-    for i in tl.static_range(TILE // LANES):
-        # Nobody reads them again: 128 and 256 windows in 20.0 and 36.0 us, and in 21.5 and 39.4 without the hint; where buffers
-        # are 16 times the L2 cache and not 4 times, so that nothing of them is left in it, in 20.6 and 38.2, and 21.5 and 39.3.
+    for i in tl.static_range(tiling.TILE // LANES):
+        # Nobody reads them again in this step (docs/notes/0030-old-rows-leave-the-cache.md).
         k = tl.load(kv_rows + kv_at, eviction_policy="evict_first").to(tl.float32)
         s = tl.load(score_rows + score_at, eviction_policy="evict_first").to(tl.float32)
-        if i == TILE // LANES - 1:
-            # A branch, behind the loads of a tile: new rows waited for earlier held up the loads that no register was free for.
-            if start < window * SPEC.RATIO + j0 + TILE:
+        if i == tiling.TILE // LANES - 1:
+            # Behind the loads of a tile: waiting for new rows earlier holds up loads that have no register yet.
+            if item.start < item.window * SPEC.RATIO + j0 + tiling.TILE:
                 j = lane + j0 + i * LANES  # a tensor first: the interpreter has numbers for the others
-                x = window * SPEC.RATIO + j
-                k, s = add_live_tile(
-                    k, s, tokens, j, c.to(tl.int64) + (j * 0)[:, None], x >= start, token, x, start, SPEC.RATIO,
-                    SPEC.HEAD_DIM, BF16,
-                )  # fmt: skip
+                x = item.window * SPEC.RATIO + j
+                at = c.to(tl.int64) + (j * 0)[:, None]
+                k, s = put_new_rows(k, s, tokens, item, j, x, at, x >= item.start, SPEC.RATIO, SPEC.HEAD_DIM, BF16)
                 if mine:
-                    news = ((x >= start).to(tl.int32)[:, None] + c * 0) != 0
+                    news = ((x >= item.start).to(tl.int32)[:, None] + c * 0) != 0
                     store_rounded(kv_rows, kv_at, k, news)
                     store_rounded(score_rows, score_at, s, news)
         ks = ks + (k,)
         ss = ss + (s,)
-        kv_rows += LANES * kv_pool.row_stride
-        score_rows += LANES * score_pool.row_stride
+        kv_rows += LANES * pools.kv.row_stride
+        score_rows += LANES * pools.score.row_stride
     return ks, ss
 
 
 @triton.jit
-def load_live_rows(
-    tokens, window, start, token, c0, j0, SPEC: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, SLICE: tl.constexpr,
-    BF16: tl.constexpr,
-):  # fmt: skip
-    """Rows `[j0, j0 + TILE)` of a window that is all new: the common case in a prompt."""
+def load_new_rows(tokens, item, c0, j0, SPEC: tl.constexpr, tiling, BF16: tl.constexpr):
+    """Rows `[j0, j0 + TILE)` of a window that is all new: the usual case in a prompt."""
+    LANES: tl.constexpr = tiling.LANES
     CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
-    c = c0 + tl.arange(0, SLICE)[None, :]
+    c = c0 + tl.arange(0, tiling.SLICE)[None, :]
     lane = tl.arange(0, LANES)
-    live = tokens.kv_score + (token + (window - SPEC.OVERLAP) * SPEC.RATIO + j0 - start).to(tl.int64) * tokens.stride
+    first = item.token + (item.window - SPEC.OVERLAP) * SPEC.RATIO + j0 - item.start
+    live = tokens.kv_score + first.to(tl.int64) * tokens.stride
     ks = ()
     ss = ()
-    for i in tl.static_range(TILE // LANES):
+    for i in tl.static_range(tiling.TILE // LANES):
         j = lane + j0 + i * LANES
         bias = c + ((j % SPEC.RATIO) * CHANNELS)[:, None]
         at = lane.to(tl.int64)[:, None] * tokens.stride + c
@@ -113,7 +154,7 @@ def load_live_rows(
             half = tl.where(j < SPEC.RATIO, 0, SPEC.HEAD_DIM)[:, None]
             at += half
             bias += half
-            there = ((window * SPEC.RATIO + j >= SPEC.RATIO).to(tl.int32)[:, None] + c * 0) != 0
+            there = ((item.window * SPEC.RATIO + j >= SPEC.RATIO).to(tl.int32)[:, None] + c * 0) != 0
             k = tl.load(live + at, mask=there, other=0.0).to(tl.float32)
             s = tl.load(live + CHANNELS + at, mask=there, other=float("-inf")).to(tl.float32)
         else:
@@ -128,81 +169,73 @@ def load_live_rows(
 
 
 @triton.jit
-def store_live_rows(
-    pool, page_stride, row_stride, page_size, before, this, xs, window, c0, j0, SPEC: tl.constexpr, TILE: tl.constexpr,
-    LANES: tl.constexpr, SLICE: tl.constexpr,
-):  # fmt: skip
-    """Writes what `load_live_rows` loaded to its pages, `this` and that of the window `before`, of which either may be -1."""
-    c = c0 + tl.arange(0, SLICE)[None, :]
+def store_new_rows(pool, page_size, before, this, xs, window, c0, j0, SPEC: tl.constexpr, tiling):
+    """Stores what `load_new_rows` loaded on its pages, `this` and that of the window `before`, of which either may be -1."""
+    LANES: tl.constexpr = tiling.LANES
+    c = c0 + tl.arange(0, tiling.SLICE)[None, :]
     lane = tl.arange(0, LANES)
     if SPEC.OVERLAP == 0:
         there = (spread(this >= 0, LANES).to(tl.int32)[:, None] + c * 0) != 0
-        rows = pool + this * page_stride + ((window * SPEC.RATIO) % page_size + j0).to(tl.int64) * row_stride
-        at = (lane * row_stride.to(tl.int32))[:, None] + c  # a page spans less than 2**31 elements
-        for i in tl.static_range(TILE // LANES):
+        rows = pool.rows + this * pool.page_stride + ((window * SPEC.RATIO) % page_size + j0).to(tl.int64) * pool.row_stride
+        at = (lane * pool.row_stride.to(tl.int32))[:, None] + c  # a page spans less than 2**31 elements
+        for i in tl.static_range(tiling.TILE // LANES):
             store_rounded(rows, at, xs[i], there)
-            rows += LANES * row_stride
+            rows += LANES * pool.row_stride
     else:
-        for i in tl.static_range(TILE // LANES):
+        for i in tl.static_range(tiling.TILE // LANES):
             j = lane + j0 + i * LANES
             x = window * SPEC.RATIO + j - SPEC.RATIO
             lo = j < SPEC.RATIO
             page = tl.where(lo, before, this)
-            at = page * page_stride + (tl.maximum(x, 0) % page_size).to(tl.int64) * row_stride + tl.where(lo, 0, SPEC.HEAD_DIM)
+            row = (tl.maximum(x, 0) % page_size).to(tl.int64)
+            at = page * pool.page_stride + row * pool.row_stride + tl.where(lo, 0, SPEC.HEAD_DIM)
             there = (((x >= 0) & (page >= 0)).to(tl.int32)[:, None] + c * 0) != 0
-            store_rounded(pool, at[:, None] + c, xs[i], there)
+            store_rounded(pool.rows, at[:, None] + c, xs[i], there)
 
 
 @triton.jit
 def load_any_rows(
-    tokens, kv_pool, score_pool, page_size, window, start, token, sequence, c0, j0, homes, SPEC: tl.constexpr, TILE: tl.constexpr,
-    LANES: tl.constexpr, SLICE: tl.constexpr, ONE_PAGE: tl.constexpr, BF16: tl.constexpr,
+    tokens, pools, item, c0, j0, pages, SPEC: tl.constexpr, tiling, TILE: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
     """Rows `[j0, j0 + TILE)` of a window, wherever they are, and how many old ones are not there."""
+    LANES: tl.constexpr = tiling.LANES
     CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
+    kv_pool, score_pool, page_size = pools
     absent = tl.zeros((), tl.int32)
     ks = ()
     ss = ()
     for i in tl.static_range(TILE // LANES):
         j = tl.arange(0, LANES) + j0 + i * LANES
-        x = (window - SPEC.OVERLAP) * SPEC.RATIO + j
-        old = (x >= 0) & (x < start)
+        x = (item.window - SPEC.OVERLAP) * SPEC.RATIO + j
+        old = (x >= 0) & (x < item.start)
         at = tl.maximum(x, 0)
-        if ONE_PAGE:
-            kv_before, kv_this, score_before, score_this, lost, _bad = homes
+        if tiling.ONE_PAGE:
             before = j < SPEC.RATIO * SPEC.OVERLAP
-            kv_page = tl.where(before, kv_before, kv_this)
-            score_page = tl.where(before, score_before, score_this)
-            row = ((window * SPEC.RATIO) % page_size + j - SPEC.RATIO * SPEC.OVERLAP).to(tl.int64)
+            kv_page = tl.where(before, pages.kv_before, pages.kv)
+            score_page = tl.where(before, pages.score_before, pages.score)
+            row = ((item.window * SPEC.RATIO) % page_size + j - SPEC.RATIO * SPEC.OVERLAP).to(tl.int64)
             if SPEC.OVERLAP:
-                row = tl.where(before, (tl.maximum(window - 1, 0) * SPEC.RATIO) % page_size + j, row)
-            absent = lost.to(tl.int32)
+                row = tl.where(before, (tl.maximum(item.window - 1, 0) * SPEC.RATIO) % page_size + j, row)
+            absent = pages.absent.to(tl.int32)
             old = old & (absent == 0)
         else:
-            kv_page, kv_missing, kv_bad = find_pages(
-                kv_pool.table, kv_pool.width, kv_pool.num_pages, sequence, at, old, page_size
-            )
-            score_page, score_missing, score_bad = find_pages(
-                score_pool.table, score_pool.width, score_pool.num_pages, sequence, at, old, page_size,
-            )  # fmt: skip
+            kv_page, kv_missing, kv_bad = find_pages(kv_pool, item.sequence, at, old, page_size)
+            score_page, score_missing, score_bad = find_pages(score_pool, item.sequence, at, old, page_size)
             lost = kv_missing | kv_bad | score_missing | score_bad
             absent += tl.sum(lost.to(tl.int32), axis=0)
             old = old & (lost == 0)
             row = (at % page_size).to(tl.int64)
         # Overlap: the window before gives its lo half, this window its hi half.
         half = tl.where(j < SPEC.RATIO * SPEC.OVERLAP, 0, SPEC.OVERLAP * SPEC.HEAD_DIM)
-        c = (half[:, None] + (c0 + tl.arange(0, SLICE))[None, :]).to(tl.int64)
+        c = (half[:, None] + (c0 + tl.arange(0, tiling.SLICE))[None, :]).to(tl.int64)
         olds = (old.to(tl.int32)[:, None] + c.to(tl.int32) * 0) != 0
-        k = tl.load(
-            kv_pool.rows + (kv_page * kv_pool.page_stride + row * kv_pool.row_stride)[:, None] + c, mask=olds, other=0.0
-        ).to(tl.float32)  # fmt: skip
-        s = tl.load(
-            score_pool.rows + (score_page * score_pool.page_stride + row * score_pool.row_stride)[:, None] + c,
-            mask=olds,
-            other=float("-inf"),
-        ).to(tl.float32)  # fmt: skip
-        if start < (window - SPEC.OVERLAP) * SPEC.RATIO + j0 + (i + 1) * LANES:
-            k, s = add_live_tile(k, s, tokens, j, c, (x >= 0) & (x >= start), token, x, start, SPEC.RATIO, CHANNELS, BF16)
+        kv_at = (kv_page * kv_pool.page_stride + row * kv_pool.row_stride)[:, None] + c
+        k = tl.load(kv_pool.rows + kv_at, mask=olds, other=0.0).to(tl.float32)
+        score_at = (score_page * score_pool.page_stride + row * score_pool.row_stride)[:, None] + c
+        s = tl.load(score_pool.rows + score_at, mask=olds, other=float("-inf")).to(tl.float32)
+        if item.start < (item.window - SPEC.OVERLAP) * SPEC.RATIO + j0 + (i + 1) * LANES:
+            new = (x >= 0) & (x >= item.start)
+            k, s = put_new_rows(k, s, tokens, item, j, x, c, new, SPEC.RATIO, CHANNELS, BF16)
         ks = ks + (k,)
         ss = ss + (s,)
     return ks, ss, absent
@@ -264,56 +297,50 @@ def sum_lanes(r, l, a, LANES: tl.constexpr, SLICE: tl.constexpr):
 
 @triton.jit
 def pool_slice(
-    tokens, kv_pool, score_pool, page_size, window, start, token, sequence, c0, homes, mine, SPEC: tl.constexpr, TILE: tl.constexpr,
-    LANES: tl.constexpr, GROUP: tl.constexpr, SLICE: tl.constexpr, ONE_PAGE: tl.constexpr, PROMPT: tl.constexpr,
-    ALIGNED: tl.constexpr, FAST_DIVISION: tl.constexpr,
+    tokens, pools, item, c0, pages, mine, SPEC: tl.constexpr, tiling, FAST_DIVISION: tl.constexpr,
 ):  # fmt: skip
     """Channels `[c0, c0 + SLICE)` of a pooled row, and how many old rows it needs that are not there.
 
-    Row j belongs to lane j % LANES, which sums its rows one after the other, GROUP of them with one maximum; then the lanes
-    are summed, and nothing crosses threads before that. LANES and GROUP are the order of the sums, one for every call of a
-    spec; TILE, rows that are in flight at once, SLICE and the number of warps change no bit.
+    Each lane sums its rows one after the other; then the lanes are summed, and nothing crosses threads before that.
 
-    mine: the new rows are written here, of a window that `claims` or `joins` says that of (window.py).
+    mine: the new rows of the window are stored here (window.py says when).
     """
-    BF16: tl.constexpr = kv_pool.rows.dtype.element_ty == tl.bfloat16
+    LANES: tl.constexpr = tiling.LANES
+    GROUP: tl.constexpr = tiling.GROUP
+    SLICE: tl.constexpr = tiling.SLICE
+    TILE: tl.constexpr = tiling.TILE
+    PROMPT: tl.constexpr = tiling.PROMPT
+    BF16: tl.constexpr = pools.kv.rows.dtype.element_ty == tl.bfloat16
     WINDOW_ROWS: tl.constexpr = SPEC.RATIO * (1 + SPEC.OVERLAP)
-    # Where pages hold whole windows, rows that are wherever are rare. By 16 instead of 8 groups of them, their addresses, which
-    # do not change from entry to entry, took 40 registers and were worked out in front of every step: 4,100 instructions
-    # instead of 3,000, and 0.1 us more where no window ends.
-    ANY_TILE: tl.constexpr = LANES * GROUP if ONE_PAGE else TILE
+    PAGE_ROWS: tl.constexpr = (tiling.ONE_PAGE and SPEC.OVERLAP == 0) and GROUP > 1
+    # Where windows lie on one page, other rows are rare, and larger tiles of them cost registers (docs/notes/0031).
+    ANY_TILE: tl.constexpr = LANES * GROUP if tiling.ONE_PAGE else TILE
     r = tl.full((LANES, SLICE), LOWEST, tl.float32)
     l = tl.zeros((LANES, SLICE), tl.float32)
     a = tl.zeros((LANES, SLICE), tl.float32)
     absent = tl.zeros((), tl.int32)
-    if ALIGNED:
+    if tiling.ALIGNED:
         # Known to be a multiple of 4 and no more, so that a thread has 4 channels of kv_score as it has of an fp32 pool.
         tokens = Tokens(tokens.kv_score, (tokens.stride // 4) * 4, tokens.count, tokens.ape)
-    x0 = window * SPEC.RATIO
+    x0 = item.window * SPEC.RATIO
     way = tl.zeros((), tl.int32)
-    if (ONE_PAGE and SPEC.OVERLAP == 0) and GROUP > 1:
-        absent = homes[4].to(tl.int32)
-        way = tl.where((start >= x0 + SPEC.RATIO - LANES) & (absent == 0), 1, 0)
+    if PAGE_ROWS:
+        absent = pages.absent.to(tl.int32)
+        way = tl.where((item.start >= x0 + SPEC.RATIO - LANES) & (absent == 0), 1, 0)
     if PROMPT:
         way = tl.where(mine, 2, way)
     if way == 1:
-        if (ONE_PAGE and SPEC.OVERLAP == 0) and GROUP > 1:
+        if PAGE_ROWS:
             for j0 in range(0, WINDOW_ROWS, TILE):
-                ks, ss = load_page_rows(
-                    tokens, kv_pool, score_pool, page_size, window, start, token, c0, j0, homes, mine, SPEC, TILE, LANES, SLICE, BF16,
-                )  # fmt: skip
+                ks, ss = load_page_rows(tokens, pools, item, c0, j0, pages, mine, SPEC, tiling, BF16)
                 r, l, a = weigh_rows(r, l, a, ks, ss, GROUP)
     elif way == 2:
         if PROMPT:
             for j0 in range(0, WINDOW_ROWS, TILE):
-                ks, ss = load_live_rows(tokens, window, start, token, c0, j0, SPEC, TILE, LANES, SLICE, BF16)
-                store_live_rows(
-                    kv_pool.rows, kv_pool.page_stride, kv_pool.row_stride, page_size, homes[0], homes[1], ks, window, c0, j0,
-                    SPEC, TILE, LANES, SLICE,
-                )  # fmt: skip
-                store_live_rows(
-                    score_pool.rows, score_pool.page_stride, score_pool.row_stride, page_size, homes[2], homes[3], ss, window,
-                    c0, j0, SPEC, TILE, LANES, SLICE,
+                ks, ss = load_new_rows(tokens, item, c0, j0, SPEC, tiling, BF16)
+                store_new_rows(pools.kv, pools.page_size, pages.kv_before, pages.kv, ks, item.window, c0, j0, SPEC, tiling)
+                store_new_rows(
+                    pools.score, pools.page_size, pages.score_before, pages.score, ss, item.window, c0, j0, SPEC, tiling
                 )  # fmt: skip
                 if GROUP > 1:
                     r, l, a = weigh_rows(r, l, a, ks, ss, GROUP)
@@ -322,10 +349,7 @@ def pool_slice(
                     a = ks[0]
     else:
         for j0 in range(0, WINDOW_ROWS, ANY_TILE):
-            ks, ss, lost = load_any_rows(
-                tokens, kv_pool, score_pool, page_size, window, start, token, sequence, c0, j0, homes, SPEC, ANY_TILE, LANES, SLICE,
-                ONE_PAGE, BF16,
-            )  # fmt: skip
+            ks, ss, lost = load_any_rows(tokens, pools, item, c0, j0, pages, SPEC, tiling, ANY_TILE, BF16)
             absent += lost
             if GROUP > 1:
                 r, l, a = weigh_rows(r, l, a, ks, ss, GROUP)
