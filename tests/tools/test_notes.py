@@ -35,7 +35,12 @@ def test_a_note_says_what_was_asked_and_what_came_of_it(path: Path) -> None:
 
 def test_code_names_notes_that_are_there() -> None:
     known = {path.name[:4] for path in FILES}
-    paths = [*(ROOT / "src").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "docs").glob("*.md"), ROOT / "DESIGN.md"]
+    paths = [
+        *(ROOT / "src").rglob("*.py"),
+        *(ROOT / "benchmarks").rglob("*.py"),
+        *(ROOT / "docs").glob("*.md"),
+        ROOT / "DESIGN.md",
+    ]
     named = {number for path in paths for number in re.findall(r"\bnotes? (\d{4})\b", path.read_text())}
     assert named and named <= known, named - known
 
