@@ -5,7 +5,7 @@ Programs and windows are counted per multiprocessor; a call asks its device how 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -88,13 +88,14 @@ def _row(
     max_new_tokens: int,
     *widths: tuple[int, int],
     rows: tuple[int, int] = (1, 8192),
-    spills: tuple[int, ...] = (0, 0, 0),
+    spills: Sequence[int] = (),
     **how: Any,
 ) -> Row:
-    """A row for these widths, or for all. spills: of each."""
+    """A row for these widths, or for all. spills: of each, if any spills."""
+    widths = widths or tuple(_WARPS)
     return tuple(
-        Config(kind, width, rows, max_new_tokens, spills=bytes_, **how)
-        for width, bytes_ in zip(widths or _WARPS, spills, strict=False)
+        Config(kind, width, rows, max_new_tokens, spills=most, **how)
+        for width, most in zip(widths, spills or (0,) * len(widths), strict=True)
     )
 
 
