@@ -88,13 +88,11 @@ def restore(state: FoldState, snapshots: Snapshots, *hits: object) -> None:
 
 def update(plan: PlanData, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
     """`StepPlan.update` while it is traced."""
-    table = plan.cache_block_table
-    _call(
-        OPS.update, start_pos, cu_seqlens, plan.state_slots, table, plan.rows_per_page, plan.start_pos, plan.cu_seqlens,
-        plan.cu_entries, plan.items, plan.num_items, plan.entry_items,
-        plan.entry_slots if table is not None else None,  # otherwise it is the caller's, and only read
-        plan.errors, plan.batch, plan.max_new_tokens, plan.max_tokens, plan.ratio,
-    )  # fmt: skip
+    given = plan.state_slots, plan.cache_block_table, plan.rows_per_page
+    own = plan.start_pos, plan.cu_seqlens, plan.cu_entries, plan.items, plan.num_items, plan.entry_items
+    slots = None if plan.cache_block_table is None else plan.entry_slots  # without a table the caller's, and only read
+    sizes = plan.batch, plan.max_new_tokens, plan.max_tokens, plan.ratio
+    _call(OPS.update, start_pos, cu_seqlens, *given, *own, slots, plan.errors, *sizes)
 
 
 def mark_static(*things: FoldState | WindowState | EntryCache | Snapshots | PlanData | torch.Tensor) -> None:
