@@ -14,7 +14,8 @@ import triton
 
 import kvfold
 from kvfold.backend_triton.table import BUCKETS, MULTIPROCESSORS, item_bucket, pair_buckets
-from kvfold.backend_triton.variants import pair_key, step_key, store_key, variant_of, window_key
+from kvfold.backend_triton.keys import PairKey, step_key, store_key, window_key
+from kvfold.backend_triton.variants import variant_of
 from kvfold.precompile.combinations import TARGETS
 from kvfold.storage.fold_state import state_kind
 from kvfold.storage.formats import FORMATS
@@ -43,7 +44,7 @@ def key_of(case: Case, variant: Variant, pooled: torch.dtype = BF16) -> tuple:
         kind = state_kind(spec)
         types = (BF16, FP32 if kind == "fold" else BF16, rows, weight, True)
         found.append(step_key(spec, fmt, kind, case.new, types, bucket=bucket))
-    return found[0] if len(found) == 1 else pair_key(*found)
+    return found[0] if len(found) == 1 else PairKey(*found)
 
 
 def keys(only: str = "") -> list[tuple]:
