@@ -14,13 +14,19 @@ from .fold import spread
 @triton.jit
 def sequence_of(st, slot, start, end, SPEC: tl.constexpr, c0=0):
     """The state of the sequence that has slot `slot` of `st`; its rows from channel `c0` on."""
+    tags = st.tags + slot * (st.ring + SPEC.HISTORY)
+    rows = slot_rows(st, slot, SPEC) + c0
+    return Sequence(rows, tags, st.ring, first_read(start, SPEC), start, end)
+
+
+@triton.jit
+def slot_rows(st, slot, SPEC: tl.constexpr):
+    """Where the rows of slot `slot` of `st` begin."""
     if SPEC.KIND == "fold":
         LENGTH: tl.constexpr = 3 * SPEC.HEAD_DIM
     else:
         LENGTH: tl.constexpr = 2 * SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
-    tags = st.tags + slot * (st.ring + SPEC.HISTORY)
-    rows = st.rows + slot * (st.ring + SPEC.HISTORY) * LENGTH + c0
-    return Sequence(rows, tags, st.ring, first_read(start, SPEC), start, end)
+    return st.rows + slot * (st.ring + SPEC.HISTORY) * LENGTH
 
 
 @triton.jit
@@ -42,8 +48,9 @@ def tag_addresses(seq, last, SPEC: tl.constexpr):
     """
     x = seq.start - 1 - tl.arange(0, SPEC.HISTORY)
     place = last - tl.arange(0, SPEC.HISTORY)  # the ring is at least as long as the history
+    wanted = x >= seq.h0
     homes = seq.tags + tl.where(place < 0, place + seq.ring, place)
-    return x, x >= seq.h0, homes, seq.tags + seq.ring + (x + SPEC.HISTORY) % SPEC.HISTORY
+    return x, wanted, homes, seq.tags + seq.ring + (x + SPEC.HISTORY) % SPEC.HISTORY
 
 
 @triton.jit
