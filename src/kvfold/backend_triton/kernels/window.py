@@ -333,9 +333,9 @@ def prefetch_entry(item, pages, task, shares, launch, HOW: tl.constexpr, SPEC: t
 
 @triton.jit
 def pool_part(
-    item, slot, pages, part, turn, shares, launch, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr, tiling
+    item, slot, pages, task, turn, shares, launch, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr, tiling
 ):  # fmt: skip
-    """One slice of an entry, slice `turn` of `part`; and the whole entry, where this is the last part of it."""
+    """One slice of an entry, slice `turn` of part `task`; and the whole entry, where this is the last part of it."""
     SLICES: tl.constexpr = SPEC.HEAD_DIM // HOW.SLICE
     window, start, end, token, _slot, entry, _sequence = item
     plan = launch.plan
@@ -347,13 +347,13 @@ def pool_part(
         mine = last_rows_new(window, start, entry, plan.entry_capacity, SPEC.RATIO, tiling.JOIN) & (pages.absent == 0)
     if tiling.PROMPT:
         mine = all_rows_new(window, start, entry, plan.entry_capacity, SPEC)
-        if mine & (turn + part == 0) & (token + end - start <= launch.tokens.count):
+        if mine & (turn + task % shares.parts == 0) & (token + end - start <= launch.tokens.count):
             count = pages.bad.to(tl.int32) + wrong.to(tl.int32)
             if count > 0:
                 tl.atomic_add(plan.errors, count)
     if (deliver | mine) & (token + end - start <= launch.tokens.count):
         # The parts of an entry side by side: memory has rows of 1 KiB open, and gives them slower slice by slice.
-        c0 = (part + turn * shares.parts) * HOW.SLICE
+        c0 = (task % shares.parts + turn * shares.parts) * HOW.SLICE
         if SLICES > 1 and tiling.ONE_PAGE:  # known before the work: whether rows are absent
             ticket = draw_ticket(scratch.arrivals, entry, deliver & (turn == shares.span - 1) & (pages.absent == 0))
         y, absent = pool_slice(launch.tokens, launch.pools, item, c0, pages, mine, SPEC, tiling, HOW.TARGET.FAST_DIVISION)
@@ -389,7 +389,7 @@ def pool_entries(
     turn = scalar(0)
     while task < shares.tasks:
         wait_for_inputs(HOW.PDL)
-        pool_part(item, slot, pages, task % shares.parts, turn, shares, launch, HOW, SPEC, FMT, tiling)
+        pool_part(item, slot, pages, task, turn, shares, launch, HOW, SPEC, FMT, tiling)
         turn += 1
         if turn >= shares.span:
             # The next entry is looked up only now: other programs hide the latency.
@@ -398,6 +398,54 @@ def pool_entries(
             # A branch: behind the last entry there is nothing to load.
             if task < shares.tasks:
                 item, slot, pages = load_entry(launch, task // shares.parts, task < shares.tasks, SPEC, tiling)
+
+
+@triton.jit
+def run_program(
+    pid, programs, launch, cu_entries, batch, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr, tiling,
+    POOLS: tl.constexpr,
+):  # fmt: skip
+    """Program `pid` of `programs`. POOLS: entries go anywhere."""
+    SLICES: tl.constexpr = SPEC.HEAD_DIM // HOW.SLICE
+    plan = launch.plan
+    tokens = launch.tokens
+    # What is read before the wait, the plan and what it was built from, is older than the launch before this one. Loads that
+    # do not need each other stand side by side: one behind the other, they take longer than a short step.
+    total = load_plan(plan.num_items)
+    front = pid
+    if POOLS:
+        num_entries = tl.minimum(load_plan(cu_entries + batch), plan.entry_capacity)
+        shares = share_entries(num_entries, programs, SLICES)
+        task, front = first_work(pid, programs, shares.tasks, SLICES)
+    idle = front >= total
+    if POOLS:
+        idle = idle & (task >= shares.tasks)
+    # Programs with nothing to do make room for the next launch, which starts sooner. If program 0 waits, that is enough for
+    # the launch to end behind the one before it.
+    if idle & (pid > 0):
+        return
+    index = next_item(launch, front, total, programs, SPEC, tiling.PROMPT)
+    first = load_item(plan.items, index, index < total)
+    if POOLS:
+        item, slot, pages = load_entry(launch, task // shares.parts, task < shares.tasks, SPEC, tiling)
+        if HOW.PDL:
+            prefetch_entry(item, pages, task, shares, launch, HOW, SPEC, tiling)
+    faults = check_item(first, index < total, launch, SPEC, tiling)
+    if HOW.PDL:
+        if (index < total) & (first.token + first.end - first.start <= tokens.count):
+            live = tokens.kv_score + (first.token - first.start).to(tl.int64) * tokens.stride
+            begin = tl.maximum(first.start, first.window * SPEC.RATIO)
+            prefetch_tokens(live, tokens.stride, begin, first.end, HOW.AHEAD, SPEC.HEAD_DIM * (1 + SPEC.OVERLAP))
+    # Every program that is left waits; each where its work begins, so that what it needs for that is worked out before.
+    if index < total:
+        wait_for_inputs(HOW.PDL)
+        write_items(index, first, faults, total, programs, launch, HOW, SPEC, tiling)
+        if POOLS and ((SLICES > 1 or tiling.PROMPT) or tiling.ONE_PAGE == 0):
+            # Again: kept in registers meanwhile, these would spill. In a short step over whole rows they do not.
+            item, slot, pages = load_entry(launch, task // shares.parts, task < shares.tasks, SPEC, tiling)
+    if POOLS:
+        pool_entries(task, item, slot, pages, shares, programs, launch, HOW, SPEC, FMT, tiling)
+    wait_for_inputs(HOW.PDL)
 
 
 @triton.jit
@@ -421,47 +469,11 @@ def window_kernel(
         cache_scale,
     )  # fmt: skip
     launch = Launch(plan, entry_items, tokens, Pools(kv_pool, score_pool, page_size), Scratch(workspace, arrivals), output)
-    pid = tl.program_id(0)
-    programs = tl.num_programs(0)
-    SLICES: tl.constexpr = SPEC.HEAD_DIM // HOW.SLICE
     POOLS: tl.constexpr = (output.pages is not None) or (output.rows is not None)
     # Programs that first stored a row and then pooled came last (docs/notes/0032-who-stores-the-last-rows.md).
     JOIN: tl.constexpr = LANES if (POOLS and ONE_PAGE) and ((SPEC.OVERLAP == 0 and HOW.TOGETHER > 1) and not PROMPT) else 0
-    tiling = Tiling(TILE, LANES, HOW.TOGETHER, HOW.SLICE, ONE_PAGE, PROMPT, ALIGNED, JOIN)
-    # What is read before the wait, the plan and what it was built from, is older than the launch before this one. Loads that
-    # do not need each other stand side by side: one behind the other, they take longer than a short step.
-    total = load_plan(plan.num_items)
-    front = pid
-    if POOLS:
-        num_entries = tl.minimum(load_plan(cu_entries + batch), plan.entry_capacity)
-        shares = share_entries(num_entries, programs, SLICES)
-        task, front = first_work(pid, programs, shares.tasks, SLICES)
-    idle = front >= total
-    if POOLS:
-        idle = idle & (task >= shares.tasks)
-    # Programs with nothing to do make room for the next launch, which starts sooner. If program 0 waits, that is enough for
-    # the launch to end behind the one before it.
-    if idle & (pid > 0):
-        return
-    index = next_item(launch, front, total, programs, SPEC, PROMPT)
-    first = load_item(plan.items, index, index < total)
-    if POOLS:
-        item, slot, on = load_entry(launch, task // shares.parts, task < shares.tasks, SPEC, tiling)
-        if HOW.PDL:
-            prefetch_entry(item, on, task, shares, launch, HOW, SPEC, tiling)
-    faults = check_item(first, index < total, launch, SPEC, tiling)
-    if HOW.PDL:
-        if (index < total) & (first.token + first.end - first.start <= tokens.count):
-            live = tokens.kv_score + (first.token - first.start).to(tl.int64) * tokens.stride
-            begin = tl.maximum(first.start, first.window * SPEC.RATIO)
-            prefetch_tokens(live, tokens.stride, begin, first.end, HOW.AHEAD, SPEC.HEAD_DIM * (1 + SPEC.OVERLAP))
-    # Every program that is left waits; each where its work begins, so that what it needs for that is worked out before.
-    if index < total:
-        wait_for_inputs(HOW.PDL)
-        write_items(index, first, faults, total, programs, launch, HOW, SPEC, tiling)
-        if POOLS and ((SLICES > 1 or PROMPT) or ONE_PAGE == 0):
-            # Again: kept in registers meanwhile, these would spill. In a short step over whole rows they do not.
-            item, slot, on = load_entry(launch, task // shares.parts, task < shares.tasks, SPEC, tiling)
-    if POOLS:
-        pool_entries(task, item, slot, on, shares, programs, launch, HOW, SPEC, FMT, tiling)
-    wait_for_inputs(HOW.PDL)
+    # Built in the call: assigned to a variable, its constants would be tensors.
+    run_program(
+        tl.program_id(0), tl.num_programs(0), launch, cu_entries, batch, HOW, SPEC, FMT,
+        Tiling(TILE, LANES, HOW.TOGETHER, HOW.SLICE, ONE_PAGE, PROMPT, ALIGNED, JOIN), POOLS,
+    )  # fmt: skip
