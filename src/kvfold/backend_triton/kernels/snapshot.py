@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 
-
 @triton.jit
 def find_snapshot(snap, k, ended):
     """The snapshot of page k of the sequence, -1 for none. A bad id is counted if the page has `ended` in this step."""
