@@ -280,7 +280,8 @@ import torch
 from kvfold import CompressorSpec
 from kvfold.precompile.combinations import TARGETS
 from kvfold.backend_triton.table import ANY
-from kvfold.backend_triton.variants import step_key, variant_of
+from kvfold.backend_triton.keys import step_key
+from kvfold.backend_triton.variants import variant_of
 from kvfold.storage.formats import FORMATS
 from kvfold.storage.fold_state import state_kind
 

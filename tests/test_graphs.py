@@ -17,7 +17,7 @@ import kvfold
 from kvfold import CompressorSpec, StepPlan
 from kvfold.backend_triton import launch
 from kvfold.backend_triton import launcher as dispatch
-from kvfold.backend_triton.kernels.plan import update_on_gpu
+from kvfold.backend_triton.launch import update_on_gpu
 from kvfold.backend_triton.table import UnsupportedError
 
 GPU = BACKENDS["cuda"]

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import kvfold
-from kvfold.backend_triton.kernels.plan import SEQUENCES, update_on_gpu, windows_per_program
+from kvfold.backend_triton.kernels.plan import SEQUENCES
+from kvfold.backend_triton.keys import windows_per_program
+from kvfold.backend_triton.launch import update_on_gpu
 from kvfold.plan import LIVE, MOST_POSITIONS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

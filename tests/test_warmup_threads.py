@@ -21,7 +21,8 @@ import kvfold
 from kvfold import V4_CSA
 from kvfold.backend_triton import launcher as dispatch
 from kvfold.backend_triton.build import Variant
-from kvfold.backend_triton.variants import plan_key, variant_of, window_key
+from kvfold.backend_triton.keys import plan_key, window_key
+from kvfold.backend_triton.variants import variant_of
 from kvfold.precompile import choices as selection
 from kvfold.precompile.combinations import TARGETS
 
@@ -181,7 +182,7 @@ from kvfold import V4_INDEXER
 from kvfold.backend_triton import launcher as dispatch
 from kvfold.precompile.combinations import TARGETS
 from kvfold.backend_triton.build import Variant
-from kvfold.backend_triton.variants import plan_key, restore_key
+from kvfold.backend_triton.keys import RestoreKey, plan_key
 
 triton.runtime.driver = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: TARGETS["sm_90"]))
 torch.cuda.device = lambda device: nullcontext()
@@ -198,7 +199,7 @@ def load(launcher, variant, compiled):
     return True
 
 Variant.compile, dispatch.Launcher.load = here, load
-keys = [plan_key(4, 1, False, False), restore_key(V4_INDEXER, torch.float32, 4)]
+keys = [plan_key(4, 1, False, False), RestoreKey(V4_INDEXER, torch.float32, 4)]
 results = []
 for workers in (2, 1):  # threads first, as Triton remembers what it read of the kernels
     os.environ["TRITON_CACHE_DIR"] = f"{sys.argv[1]}/{workers}"

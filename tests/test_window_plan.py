@@ -12,7 +12,7 @@ from window_support import WindowEngine
 
 import kvfold
 from kvfold import FoldState, StepPlan
-from kvfold.backend_triton.kernels.plan import update_on_gpu
+from kvfold.backend_triton.launch import update_on_gpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SPEC = SPECS["indexer"]

@@ -295,14 +295,10 @@ def _known(c: Compressor, plan: StepPlan) -> Met | None:
     for thing in (c.cache, c.snapshots):
         if thing is not None:
             held += thing._watched
-    for known, dtype, x in zip(layer.weights, layer.dtypes, (c.ape, c.norm_weight, c.rope)):  # noqa: B905 (every call comes here)
-        if known() is not x:
-            return None
-        if x is not None:
-            if x.dtype is not dtype:
-                return None
-            held.append(x)
-    return met if met.where == where(held) else None  # where a weight died that is now None, their numbers differ
+    given = layer.given((c.ape, c.norm_weight, c.rope))
+    if given is None:
+        return None
+    return met if met.where == where(held + given) else None  # where a weight died that is now None, their numbers differ
 
 
 def _tokens(c: Compressor) -> tuple:

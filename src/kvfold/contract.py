@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+MOST_POSITIONS = 1 << 30  # of a sequence: what kernels add to a position then stays an int32
+
 
 def pooled_bound(window_rows: int) -> float:
     """How far a pooled row, or a fold row, may be from the exact one: the norm of the difference over the norm of the row.

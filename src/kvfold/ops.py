@@ -217,7 +217,7 @@ def _spec_of(text: str) -> CompressorSpec:
 @lru_cache(maxsize=256)
 def _memory(*asked: object) -> list[tuple]:
     """Where the launcher of the last call of a kind, on a device, is kept, as a user's state would keep it; no tensors."""
-    return [(None, None)]
+    return [None]
 
 
 def _cache_of(spec: CompressorSpec, storage, scales, fmt: str, rows_per_page: int, scale: float) -> EntryCache | None:
@@ -238,13 +238,13 @@ def _call_compress(plan: StepPlan, states: list, made: Sequence, backend: str | 
     from .compress import run_compress, run_many
 
     for c, memory in zip(made, states, strict=True):
-        c.state._last = memory[0]
+        c.state._chosen = memory[0]
     if len(made) == 1:
         _run(plan, lambda: run_compress(made[0], plan, rows, backend, pdl))
     else:
         _run(plan, lambda: run_many(made, plan, backend, pdl))
     for c, memory in zip(made, states, strict=True):
-        memory[0] = c.state._last
+        memory[0] = c.state._chosen
 
 
 def _compressor_of(args: Sequence, kind: str):

@@ -75,7 +75,6 @@ class StepPlan(Remembering):
     def _forget(self) -> None:
         self._launcher: Callable[..., None] | None = None  # of `update` on a GPU, made by the first one
         self._came: tuple[int, int] | None = None  # the addresses of what the last `update` was given
-        self._packed: dict[bool, tuple] = {}  # what launches take of it: backend_triton/launch.py
         self._bounds: list[int] = []  # what its tensors span, as `check_apart` returns it
         self._where: list[int] = []  # where they were
 
@@ -293,7 +292,7 @@ class StepPlan(Remembering):
             self.cu_seqlens.copy_(cu_seqlens)
         elif self.start_pos.is_cuda:
             self.fresh = True
-            from .backend_triton.kernels.plan import update_on_gpu  # one launch; the same values, see tests/test_plan.py
+            from .backend_triton.launch import update_on_gpu  # one launch; the same values, see tests/test_plan.py
 
             update_on_gpu(self, start_pos, cu_seqlens)
         else:

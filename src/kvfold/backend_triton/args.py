@@ -1,17 +1,107 @@
-"""What kernels pass on to their parts: run-time arguments by what they are of, and what is compiled in, as values."""
+"""What kernels are given: run-time arguments grouped by what they are of, and what is compiled in.
+
+A kernel takes numbers and addresses one by one and groups them again: its parameters are the fields of one of the classes
+`...Arguments` below, in order, named by `names_of`. Launches fill in the same classes with tensors and numbers, and variants
+with types.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple, get_type_hints
+
+# Types of arguments, by Triton's names. A stride is 64-bit, and counts for the alignment of what lies that far apart.
+STRIDE = "stride"
+Int = Annotated[Any, "i32"]
+Long = Annotated[Any, "i64"]
+Stride = Annotated[Any, STRIDE]
+Float = Annotated[Any, "fp32"]
+Ints = Annotated[Any, "*i32"]
+Longs = Annotated[Any, "*i64"]
+Floats = Annotated[Any, "*fp32"]  # or bf16, where a call may have either
+Bytes = Annotated[Any, "*u8"]
 
 
 class Plan(NamedTuple):
-    items: object
-    num_items: object
-    entry_slots: object
-    entry_capacity: object
-    errors: object
+    """The work of a step, of a `StepPlan`: work items, how many, each entry's cache slot, entries, and the count of errors."""
+
+    items: Ints
+    num_items: Ints
+    entry_slots: Longs
+    entry_capacity: Int
+    errors: Ints
+
+
+class SnapshotTable(NamedTuple):
+    """The plan's table of snapshots, `[sequences, width]`: the snapshot of each page of `page_size` positions."""
+
+    pages: Ints
+    width: Int
+    page_size: Int
+
+
+class Tokens(NamedTuple):
+    """The step's new tokens: `count` rows of `kv_score`, `stride` elements apart, and the bias of their scores."""
+
+    kv_score: Floats
+    stride: Stride
+    count: Int
+    ape: Floats
+
+
+class State(NamedTuple):
+    """A `FoldState`: rows, the position that each stands for, and how many slots of `ring` rows and a history there are."""
+
+    rows: Floats
+    tags: Ints
+    num_slots: Int
+    ring: Int
+
+
+class Snapshots(NamedTuple):
+    """Snapshots of a `FoldState`: rows, the position that each stands for, and how many snapshots there are."""
+
+    rows: Floats
+    tags: Ints
+    count: Int
+
+
+class Scratch(NamedTuple):
+    """What programs of a launch tell each other: pooled channels, and tickets drawn (kernels/slices.py, kernels/items.py)."""
+
+    workspace: Longs
+    arrivals: Ints
+
+
+class Output(NamedTuple):
+    """Where entries go: pooled rows, and a cache with all that finishing an entry takes.
+
+    max_position: rows of `rope`. num_slots: of the cache, `rows_per_page` on each page. scale: of the whole cache, for formats
+    that have one.
+    """
+
+    rows: Floats
+    norm_weight: Floats
+    rope: Floats
+    max_position: Int
+    pages: Bytes
+    page_stride: Stride
+    scales: Bytes
+    scales_stride: Stride
+    rows_per_page: Int
+    num_slots: Long
+    scale: Float
+
+
+class Pool(NamedTuple):
+    """One of the two pools of a `WindowState`, of values or of scores, and its block table `[sequences, width]`."""
+
+    rows: Floats
+    page_stride: Stride
+    row_stride: Stride
+    num_pages: Int
+    table: Ints
+    width: Int
 
 
 class Item(NamedTuple):
@@ -22,84 +112,147 @@ class Item(NamedTuple):
     sequence: its number in the batch.
     """
 
-    window: object
-    start: object
-    end: object
-    token: object
-    slot: object
-    entry: object
-    sequence: object
+    window: Any
+    start: Any
+    end: Any
+    token: Any
+    slot: Any
+    entry: Any
+    sequence: Any
 
 
-class SnapTable(NamedTuple):
-    pages: object
-    width: object
-    page_size: object
+class StepArguments(NamedTuple):
+    """Of `compress` over a `FoldState`."""
+
+    plan: Plan
+    snap_table: SnapshotTable
+    tokens: Tokens
+    state: State
+    snapshots: Snapshots
+    scratch: Scratch
+    output: Output
 
 
-class Tokens(NamedTuple):
-    kv_score: object
-    stride: object
-    count: object
-    ape: object
+class Compressor(NamedTuple):
+    """One of two compressors in one launch: what `StepArguments` has besides the plan."""
+
+    tokens: Tokens
+    state: State
+    snapshots: Snapshots
+    scratch: Scratch
+    output: Output
 
 
-class State(NamedTuple):
-    rows: object
-    tags: object
-    num_slots: object
-    ring: object
+class PairArguments(NamedTuple):
+    """Of `compress_many`."""
+
+    plan: Plan
+    snap_table: SnapshotTable
+    first: Compressor
+    second: Compressor
 
 
-class Snaps(NamedTuple):
-    rows: object
-    tags: object
-    count: object
+class WindowArguments(NamedTuple):
+    """Of `compress` over a `WindowState`."""
+
+    plan: Plan
+    entry_items: Ints
+    cu_entries: Ints
+    batch: Int
+    tokens: Tokens
+    kv_pool: Pool
+    score_pool: Pool
+    page_size: Int
+    scratch: Scratch
+    output: Output
 
 
-class Scratch(NamedTuple):
-    workspace: object
-    arrivals: object
+class StoreArguments(NamedTuple):
+    """Of `store`."""
+
+    plan: Plan
+    pooled: Floats
+    output: Output
 
 
-class Cache(NamedTuple):
-    rows: object
-    norm_weight: object
-    rope: object
-    max_position: object
-    pages: object
-    page_stride: object
-    scales: object
-    scales_stride: object
-    rows_per_page: object
-    num_slots: object
-    scale: object
+class RestoreArguments(NamedTuple):
+    """Of `restore`: for each i, the slot and the snapshot of its last page before `start_pos`."""
+
+    state: State
+    snapshots: Snapshots
+    page_size: Int
+    slots: Ints
+    pages: Ints
+    start_pos: Ints
+    errors: Ints
 
 
-class Pool(NamedTuple):
-    rows: object
-    page_stride: object
-    row_stride: object
-    num_pages: object
-    table: object
-    width: object
+class PlanArguments(NamedTuple):
+    """Of `StepPlan.update`: what it is given, the plan's own tensors, and the cache's block table."""
+
+    start_pos: Ints
+    cu_seqlens: Ints
+    state_slots: Ints
+    batch: Int
+    max_new_tokens: Int
+    max_tokens: Int
+    own_start_pos: Ints
+    own_cu_seqlens: Ints
+    cu_entries: Ints
+    items: Ints
+    num_items: Ints
+    errors: Ints
+    item_capacity: Int
+    entry_items: Ints
+    entry_capacity: Int
+    table: Ints
+    table_width: Int
+    rows_per_page: Int
+    entry_slots: Longs
+    num_chunks: Int
+
+
+def types_of(kind: type, **changed: Any) -> Any:
+    """One of the classes above, filled with the types of its fields, but for those that are `changed`."""
+    hints = get_type_hints(kind, include_extras=True)
+    types = {name: hint.__metadata__[0] if hasattr(hint, "__metadata__") else types_of(hint) for name, hint in hints.items()}
+    return kind(**types | changed)
+
+
+def flat(group: Any) -> list:
+    """The values of a group in order, those of its parts in their places."""
+    return [x for part in group for x in (flat(part) if isinstance(part, tuple) else (part,))]
+
+
+def names_of(kind: type) -> list[str]:
+    """The parameters of the kernel that takes such arguments: a field of a part has the name of the part before it."""
+    return flat(_named(types_of(kind), ""))
+
+
+def _named(group: Any, before: str) -> tuple:
+    parts = group._asdict().items()
+    return tuple(_named(part, f"{before}{name}_") if isinstance(part, tuple) else before + name for name, part in parts)
 
 
 @dataclass(frozen=True)
 class Spec:
+    """A `CompressorSpec` and the kind and history of its `FoldState`, as compiled in. LOG2: of HEAD_DIM."""
+
     RATIO: int
-    OVERLAP: int
-    KIND: str
-    HISTORY: int
     HEAD_DIM: int
     LOG2: int
     ROPE_DIM: int
     EPS: float
     HADAMARD: bool
+    OVERLAP: int = 0
+    KIND: str = ""
+    HISTORY: int = 0
 
 
 @dataclass(frozen=True)
-class Fmt:
+class Format:
+    """A `RecordFormat`, as compiled in: its fields by their names there (storage/formats.py)."""
+
     ROUND_ROWS: bool
     ELEMENT: str
     GROUP: int
@@ -134,9 +287,17 @@ class Target:
 
 
 @dataclass(frozen=True)
-class How:
-    AHEAD: int
-    TOGETHER: int
-    SLICE: int
+class Schedule:
+    """How the work is cut: of a row of the table (`table.Config`), which says what each means.
+
+    SLICE: channels of a program's part of an entry. PDL: launched as a dependent of the launch before it.
+    """
+
+    AHEAD: int = 0
+    TOGETHER: int = 0
+    SLICE: int = 0
     PDL: bool = False
     TARGET: Target = Target()
+
+
+Cache = Output  # as window.py calls it

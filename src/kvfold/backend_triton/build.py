@@ -1,57 +1,38 @@
-"""Compiling kernels: one function, for dispatch, for `warmup` and for ahead-of-time builds, so that all three build the same.
+"""Compiling kernels: one function, for launches, for `warmup` and for ahead-of-time builds, so that all three build the same.
 
-Triton's own just-in-time dispatch is not used on a GPU: it specializes on the values of integers, and reading 40 arguments
-costs it 50 us per call. Here every argument has a fixed type, and what a kernel may be specialized on is in `Variant`.
+Triton's own just-in-time dispatch is not used on a GPU: it specializes on the values of integers, and is slow to read 40
+arguments (docs/notes/0065). Here every argument has a fixed type, and what a kernel may be specialized on is in `Variant`.
 """
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
+from itertools import zip_longest
 
-import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from .args import How, Target
-from .kernels import entry as step
-from .kernels import pair, plan, snapshot, store_rows, window
+from .args import STRIDE, Schedule, Target
+from .kernels import entry, plan, restore, window
 
 KERNELS = {
-    "step": step.step_kernel,
-    "pair": pair.pair_kernel,
+    "step": entry.step_kernel,
+    "pair": entry.pair_kernel,
     "window": window.window_kernel,
-    "store": store_rows.store_kernel,
+    "store": entry.store_kernel,
     "plan": plan.plan_kernel,
-    "restore": snapshot.restore_kernel,
+    "restore": restore.restore_kernel,
 }
-
-# The type of each argument that is no constant, by name. Strides and row counts of pools are 64-bit.
-TYPES = {
-    "kv_score": "*bf16", "kv_stride": "i64", "num_tokens": "i32", "ape": "*fp32", "items": "*i32", "num_items": "*i32",
-    "state_rows": "*fp32", "state_tags": "*i32", "num_slots": "i32", "ring": "i32", "rows": "*fp32", "pooled": "*fp32",
-    "entry_slots": "*i64", "entry_capacity": "i32", "norm_weight": "*fp32", "rope": "*fp32", "max_position": "i32",
-    "pages": "*u8", "page_stride": "i64", "scales": "*u8", "scales_stride": "i64", "rows_per_page": "i32",
-    "cache_slots": "i64", "cache_scale": "fp32", "errors": "*i32",
-    "start_pos": "*i32", "cu_seqlens": "*i32", "state_slots": "*i32", "batch": "i32", "max_new_tokens": "i32",
-    "max_tokens": "i32", "own_start_pos": "*i32", "own_cu_seqlens": "*i32", "cu_entries": "*i32", "item_capacity": "i32",
-    "entry_items": "*i32", "table": "*i32", "table_width": "i32", "num_chunks": "i32",
-    "kv_pool": "*fp32", "kv_page_stride": "i64", "kv_row_stride": "i64", "kv_pages": "i32", "kv_table": "*i32",
-    "kv_width": "i32",
-    "score_pool": "*fp32", "score_page_stride": "i64", "score_row_stride": "i64", "score_pages": "i32", "score_table": "*i32",
-    "score_width": "i32", "page_size": "i32", "workspace": "*i64", "arrivals": "*i32",
-    "snap_table": "*i32", "snap_width": "i32", "snap_page_size": "i32", "snap_rows": "*fp32", "snap_tags": "*i32",
-    "num_snaps": "i32", "snap_ids": "*i32", "slots": "*i32",
-}  # fmt: skip
-POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+INTERPRETED = not isinstance(entry.step_kernel, JITFunction)
 
 
 def facts_of(target: GPUTarget) -> Target:
-    """What kernels for this GPU are built by."""
+    """What kernels for this GPU choose by."""
     nvidia = target.backend == "cuda"
-    facts = Target(
+    return Target(
         BF16_CONVERSION=nvidia,
         E4M3_CONVERSION=nvidia and target.arch >= 89,
         FAST_DIVISION=nvidia,
@@ -59,7 +40,6 @@ def facts_of(target: GPUTarget) -> Target:
         INLINE_PTX=nvidia,
         THREADS_PER_WARP=target.warp_size,
     )
-    return Target(*map(tl.constexpr, astuple(facts)))
 
 
 @dataclass(frozen=True)
@@ -68,49 +48,52 @@ class Variant:
 
     Attributes:
         kernel: a key of `KERNELS`.
-        constants: compile-time arguments by name; None for pointers that this variant leaves out.
-        pointers: the types of pointers that are not as in `TYPES`, by name.
+        arguments: the type of each run-time argument in order, as in args.py; None for those that this variant leaves out.
+        constants: compile-time arguments by name.
         aligned: whether every pointer and stride is a multiple of 16 (bytes, elements), so that accesses are 16 bytes wide.
         pdl: launched as a dependent of the launch before it.
         registers: bound on registers per thread, 0 for none.
     """
 
     kernel: str
+    arguments: tuple[str | None, ...]
     constants: tuple[tuple[str, object], ...]
     num_warps: int
-    pointers: tuple[tuple[str, str], ...] = field(default=())
+    registers: int = 0
     aligned: bool = True
     pdl: bool = False
-    registers: int = 0
 
     def compile(self, target: GPUTarget | None = None) -> CompiledKernel:
         """For `target`, or for the current device."""
-        kernel, constants = KERNELS[self.kernel], dict(self.constants)
-        types = dict(self.pointers)
-        target = target or triton.runtime.driver.active.get_current_target()
-        facts = tl.constexpr(facts_of(target))
-        for name, value in constants.items():
-            if isinstance(value, How):
-                constants[name] = replace(value, PDL=tl.constexpr(self.pdl), TARGET=facts)
-        if "ALIGNED" in kernel.arg_names:
-            constants["ALIGNED"] = self.aligned
-        # The two compressors of a pair have the same arguments, told apart by their ends.
-        plain = {name: name.removesuffix("_0").removesuffix("_1") for name in kernel.arg_names}
-        signature = {
-            name: "constexpr" if name in constants else types.get(name, TYPES.get(plain[name])) for name in kernel.arg_names
+        kernel, target = KERNELS[self.kernel], target or triton.runtime.driver.active.get_current_target()
+        constants = {name: _wrapped(value) for name, value in self.constants_for(target).items()}
+        signature = {name: kind or "constexpr" for name, kind in zip_longest(kernel.arg_names, self.arguments)}
+        aligned = {
+            (i,): [["tt.divisibility", 16]]
+            for i, kind in enumerate(signature.values())
+            if self.aligned and (kind == STRIDE or kind.startswith("*"))
         }
-        aligned = [["tt.divisibility", 16]]
-        attributes = {
-            (i,): aligned
-            for i, (name, kind) in enumerate(signature.items())
-            if self.aligned and (kind.startswith("*") or (name not in constants and plain[name].endswith("_stride")))
-            if (self.kernel, name) != ("window", "kv_stride")  # see `pool_slice`
-        }
+        signature = {name: "i64" if kind == STRIDE else kind for name, kind in signature.items()}
         # The bits must not depend on what the compiler fuses; the fused operations are written out.
         options = {"num_warps": self.num_warps, "enable_fp_fusion": False, "launch_pdl": self.pdl}
         if self.registers and target.backend == "cuda":
             options["maxnreg"] = self.registers
-        return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
+        return triton.compile(ASTSource(kernel, signature, constants, aligned), target=target, options=options)
+
+    def constants_for(self, target: GPUTarget) -> dict[str, object]:
+        """Compile-time arguments, with what is known of the launch and of the GPU; None for arguments that are left out."""
+        names = zip(KERNELS[self.kernel].arg_names, self.arguments, strict=False)  # the constants stand behind
+        constants = {name: None for name, kind in names if kind is None} | dict(self.constants)
+        for name, value in constants.items():
+            if isinstance(value, Schedule):
+                constants[name] = replace(value, PDL=self.pdl, TARGET=facts_of(target))
+        if "ALIGNED" in constants:
+            constants["ALIGNED"] = self.aligned
+        return constants
 
 
-INTERPRETED = not isinstance(step.step_kernel, JITFunction)
+def _wrapped(value):
+    """A constant as Triton takes it: the fields of a dataclass are constants, too."""
+    if not is_dataclass(value):
+        return value
+    return type(value)(**{field.name: tl.constexpr(_wrapped(getattr(value, field.name))) for field in fields(value)})

@@ -1,8 +1,14 @@
-"""From checked arguments to one kernel launch."""
+"""From checked arguments to one kernel launch.
+
+What a call of one layer and one plan launches, and all that is the same from call to call, is prepared once (`Prepared`) and
+remembered by the layer (`storage/remembered.Met`): each call fills in its tokens and scratch.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -11,34 +17,92 @@ from ..spec import CompressorSpec
 from ..storage.fold_state import FoldState
 from ..storage.formats import EntryCache, RecordFormat
 from ..storage.snapshots import Snapshots
-from .launcher import launcher_of, pack, supports_pdl
+from . import args
+from .args import flat, names_of
+from .kernels.plan import SEQUENCES
+from .keys import (
+    PairKey,
+    RestoreKey,
+    Types,
+    plan_key,
+    step_key,
+    store_key,
+    window_key,
+    windows_per_program,
+)
+from .launcher import Launcher, launcher_of, pack, supports_pdl
 from .table import ANY, item_bound, pair_bounds
-from .variants import Types, draws_items, pair_key, restore_key, slices_of, step_key, store_key, window_key
+from .variants import draws_items, slices_of
 
 if TYPE_CHECKING:
     from ..compress import Compressor
     from ..storage.window_state import WindowState
 
 
+def _places(kind: type, *brought: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where a kernel's arguments have what every call brings of itself, and where they have strides."""
+    names = names_of(kind)
+    return tuple(map(names.index, brought)), tuple(i for i, name in enumerate(names) if name.endswith("stride"))
+
+
+_OF_A_CALL = ("tokens_kv_score", "tokens_stride", "tokens_count", "scratch_workspace", "scratch_arrivals", "output_rows")
+_STEP, _WINDOW = _places(args.StepArguments, *_OF_A_CALL), _places(args.WindowArguments, *_OF_A_CALL)
+_PAIR = _places(args.PairArguments, *(f"{one}_{name}" for one in ("first", "second") for name in _OF_A_CALL))
+_STORE = _places(args.StoreArguments, "pooled")
+
+
+class Chosen(NamedTuple):
+    """Which kernel calls launch, and how.
+
+    A state remembers the last one, for calls that come with new plans and caches, as an operator's do: to hash a key takes long.
+    """
+
+    wanted: tuple  # what its key was made of
+    launcher: Launcher
+    programs: int  # most of one compressor
+    few: int = 0  # `Config.pair_programs`
+    slices: int = 1  # programs that share an entry
+    draws: tuple[bool, ...] = ()  # for each compressor, whether programs draw items
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A call of one layer and one plan: what it asked for, what it launches, and its arguments, packed."""
+
+    asked: tuple
+    chosen: Chosen
+    values: list
+    places: tuple[int, ...]  # in `values`, of what a call brings
+    bits: int
+
+    def launch(self, grid: int, brought: tuple, strides: int, pdl: bool) -> None:
+        """brought: values for `places`. strides: of them, or-ed."""
+        found, bits = pack(*brought)
+        values = self.values.copy()
+        for place, value in zip(self.places, found):  # noqa: B905 (every call comes here)
+            values[place] = value
+        self.chosen.launcher(grid, values, self.bits | bits | strides, pdl)
+
+
 def compress_triton(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, pdl: bool | None) -> None:
     """`compress` over a `FoldState`, after its arguments were checked: one launch on the current stream."""
     if plan.item_capacity == 0:
         return
-    device = c.kv_score.device
-    grid = _step_grid(plan, c.kv_score)
-    met = c.state._layer.plans[id(plan)]
-    asked = (item_bound(grid), c.kv_score.dtype, None if rows is None else rows.dtype)
-    if met.asked != asked:
-        met.asked, met.chosen = asked, _choose(c, plan, rows, asked[0])
-    launcher, most, slices, draws = met.chosen
-    if slices > 1:
-        shared = _workspace(c.state, plan.entry_capacity, c.spec.head_dim)
-    else:
-        shared = (None, _arrivals(c.state) if draws else None)
-    own, bits = _plan(plan, False)
-    table, more = _table(plan, c)
-    step, most_bits = _step_arguments(c, rows, shared)
-    launcher(min(grid * slices, most), own + table + step, bits | more | most_bits, use_pdl(pdl, plan, device))
+    grid, met = _step_grid(plan, c.kv_score), c.state._layer.plans[id(plan)]
+    asked = item_bound(grid), c.kv_score.dtype, None if rows is None else rows.dtype
+    call = met.prepared
+    if call is None or call.asked != asked:
+        chosen = _choose(c.state, _step_wanted(c, plan, rows, asked[0]), _choose_step)
+        groups = args.StepArguments(_plan(plan), _snap_table(plan, c), *_compressor(c))
+        call = met.prepared = _prepare(asked, chosen, groups, _STEP)
+    chosen, scratch = call.chosen, (None, None)
+    if chosen.slices > 1:
+        scratch = _workspace(c.state, plan.entry_capacity, c.spec.head_dim)
+    elif chosen.draws[0]:
+        scratch = None, _arrivals(c.state)
+    stride = c.kv_score.stride(0)
+    brought = c.kv_score, stride, c.kv_score.shape[0], *scratch, rows
+    call.launch(min(grid * chosen.slices, chosen.programs), brought, stride, use_pdl(pdl, plan, c.kv_score.device))
 
 
 def compress_pair_triton(pair: tuple[Compressor, Compressor], plan: StepPlan, pdl: bool | None) -> None:
@@ -46,89 +110,60 @@ def compress_pair_triton(pair: tuple[Compressor, Compressor], plan: StepPlan, pd
     if plan.item_capacity == 0:
         return
     first, second = pair
-    device = first.kv_score.device
     grid = max(_step_grid(plan, first.kv_score), _step_grid(plan, second.kv_score))
     items = item_bound(grid, pair_bounds({first.state.kind, second.state.kind}))
     met = first.state._layer.plans[id(plan)]
-    asked = (items, first.kv_score.dtype, second.kv_score.dtype, second.state._layer)
-    if met.asked != asked:
-        met.asked, met.chosen = asked, _choose_pair(first, second, plan, items)
-    launcher, most, few, draws = met.chosen
-    if few and grid <= 2 * most:  # so that the second compressor need not wait for the first one's last windows
-        most = few
-    parts = (
-        _plan(plan, False),
-        _table(plan, first if _snapshots(first) is not None else second),
-        *(_step_arguments(c, None, (_arrivals(c.state) if drawn else None,)) for c, drawn in zip(pair, draws, strict=True)),
-    )
-    values = parts[0][0] + parts[1][0] + parts[2][0] + parts[3][0]
-    bits = parts[0][1] | parts[1][1] | parts[2][1] | parts[3][1]
-    launcher(2 * min(grid, most), values, bits, use_pdl(pdl, plan, device))
+    asked = items, first.kv_score.dtype, second.kv_score.dtype, second.state._layer
+    call = met.prepared
+    if call is None or call.asked != asked:
+        chosen = _choose(first.state, tuple(_step_wanted(c, plan, None, items) for c in pair), _choose_pair)
+        table = _snap_table(plan, first if _snapshots(first) is not None else second)
+        groups = args.PairArguments(_plan(plan), table, *(args.Compressor(*_compressor(c)) for c in pair))
+        call = met.prepared = _prepare(asked, chosen, groups, _PAIR)
+    most, draws = call.chosen.programs, call.chosen.draws
+    if call.chosen.few and grid <= 2 * most:  # so that the second compressor need not wait for the first one's last windows
+        most = call.chosen.few
+    brought: tuple = ()
+    strides = 0
+    for c, drawn in zip(pair, draws, strict=True):
+        stride = c.kv_score.stride(0)
+        brought += c.kv_score, stride, c.kv_score.shape[0], None, _arrivals(c.state) if drawn else None, None
+        strides |= stride
+    call.launch(2 * min(grid, most), brought, strides, use_pdl(pdl, plan, first.kv_score.device))
 
 
 def compress_window_triton(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, pdl: bool | None) -> None:
     """`compress` over a `WindowState`, after its arguments were checked: one launch on the current stream."""
     if plan.item_capacity == 0:
         return
-    spec, state, device = c.spec, c.state, c.kv_score.device
-    met = state._layer.plans[id(plan)]
-    asked = (c.kv_score.dtype, None if rows is None else rows.dtype)
-    if met.asked != asked:
-        met.asked, met.chosen = asked, _choose_window(c, plan, rows)
-    launcher, most, slices = met.chosen
+    spec, state, met = c.spec, c.state, c.state._layer.plans[id(plan)]
+    asked = c.kv_score.dtype, None if rows is None else rows.dtype
+    call = met.prepared
+    if call is None or call.asked != asked:
+        wanted = spec, _format(c), plan.max_new_tokens, _types(c, state.dtype, plan, rows), state.page_size
+        pools = (
+            args.Pool(pool, pool.stride(0), pool.stride(1), pool.shape[0], table, table.shape[1])
+            for pool, table in zip((state.kv, state.score), plan.block_tables, strict=True)
+        )
+        groups = args.WindowArguments(
+            _plan(plan),
+            plan.entry_items,
+            plan.cu_entries,
+            plan.batch,
+            args.Tokens(None, 0, 0, c.ape),
+            *pools,
+            plan.page_size,
+            args.Scratch(None, None),
+            _output(c.cache, spec, c.norm_weight, c.rope),
+        )
+        call = met.prepared = _prepare(asked, _choose(state, wanted, _choose_window), groups, _WINDOW)
+    slices = call.chosen.slices
     pooled = plan.entry_capacity * slices if c.cache is not None or rows is not None else 0
-    programs = min(_step_grid(plan, c.kv_score) + pooled, most)
-    workspace, arrivals = _workspace(state, plan.entry_capacity, spec.head_dim) if slices > 1 else (None, None)
-    kv_table, score_table = plan.block_tables
-    own, bits = _plan(plan, True)
-    kept, score, behind, fixed = _layer(c, state.kv, state.score)
+    programs = min(_step_grid(plan, c.kv_score) + pooled, call.chosen.programs)
+    scratch = _workspace(state, plan.entry_capacity, spec.head_dim) if slices > 1 else (None, None)
     stride = c.kv_score.stride(0)
-    values, more = pack(
-        c.kv_score, stride, c.kv_score.shape[0], *kept, kv_table, kv_table.shape[1],
-        *score, score_table, score_table.shape[1], plan.page_size, workspace, arrivals, rows,
-    )  # fmt: skip
-    launcher(programs, own + values + behind, bits | more | fixed | stride, use_pdl(pdl, plan, device))
-
-
-# What a call of a layer and a plan launches is chosen once (`memory.Met`). To hash a key takes long, so a state keeps the last
-# choice for whoever comes with other objects of the same kinds: new plans and caches in every step, or an operator.
-
-
-def _choose(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, items: int) -> tuple:
-    """The launcher of a call, most programs, slices of an entry, and whether items are drawn."""
-    asked = (plan.max_new_tokens, items, _format(c), _snapshots(c) is not None, *_types(c, c.state.rows.dtype, plan, rows))
-    if c.state._last[0] != asked:
-        key = _step_key(c, plan, rows, items)
-        draws = draws_items(c.spec, key[3])
-        made = launcher_of(key, c.kv_score.device), key[3].programs or ANY, slices_of(c.spec, key[3]), draws
-        c.state._last = asked, made
-    return c.state._last[1]
-
-
-def _choose_pair(first: Compressor, second: Compressor, plan: StepPlan, items: int) -> tuple:
-    """The launcher, most programs, those where windows are few, and for each compressor whether its items are drawn."""
-    pair = first, second
-    asked = (plan.max_new_tokens, items, second.spec)
-    asked += tuple(x for c in pair for x in (_format(c), _snapshots(c) is not None, *_types(c, c.state.rows.dtype, plan, None)))
-    if first.state._last[0] != asked:
-        key = pair_key(_step_key(first, plan, None, items), _step_key(second, plan, None, items))
-        configs = key[1][2], key[2][2]
-        long = all(config.programs for config in configs)
-        draws = tuple(draws_items(c.spec, config) for c, config in zip(pair, configs, strict=True))
-        most = configs[0].programs if long else ANY
-        few = configs[0].pair_programs if long else 0
-        first.state._last = asked, (launcher_of(key, first.kv_score.device), most, few, draws)
-    return first.state._last[1]
-
-
-def _choose_window(c: Compressor, plan: StepPlan, rows: torch.Tensor | None) -> tuple:
-    """The launcher, most programs, and slices of an entry."""
-    state, fmt = c.state, _format(c)
-    asked = (plan.max_new_tokens, c.spec, fmt, *_types(c, state.dtype, plan, rows))
-    if state._last[0] != asked:
-        key = window_key(c.spec, fmt, plan.max_new_tokens, asked[3:], state.page_size)
-        state._last = asked, (launcher_of(key, c.kv_score.device), key[3].programs, slices_of(c.spec, key[3]))
-    return state._last[1]
+    brought = c.kv_score, stride, c.kv_score.shape[0], *scratch, rows
+    call.launch(programs, brought, stride, use_pdl(pdl, plan, c.kv_score.device))
 
 
 def store_triton(
@@ -143,10 +178,14 @@ def store_triton(
     """`store` after its arguments were checked: one launch on the current stream."""
     if plan.item_capacity == 0:
         return
-    own, bits = _plan(plan, False)
-    values, more = pack(pooled, *_epilogue_arguments(cache, spec, norm_weight, rope))
-    launcher = launcher_of(store_key(spec, cache.format, (pooled.dtype, norm_weight.dtype)), pooled.device)
-    launcher(plan.item_capacity, own + values, bits | more | _cache_strides(cache), use_pdl(pdl, plan, pooled.device))
+    met = cache._layer.plans[id(plan)]
+    asked = pooled.dtype, norm_weight.dtype
+    call = met.prepared
+    if call is None or call.asked != asked:
+        launcher = launcher_of(store_key(spec, cache.format, asked), pooled.device)
+        groups = args.StoreArguments(_plan(plan), None, _output(cache, spec, norm_weight, rope))
+        call = met.prepared = _prepare(asked, Chosen(asked, launcher, ANY), groups, _STORE)
+    call.launch(plan.item_capacity, (pooled,), 0, use_pdl(pdl, plan, pooled.device))
 
 
 def restore_triton(
@@ -159,12 +198,45 @@ def restore_triton(
 ) -> None:
     """`restore` after its arguments were checked: one launch on the current stream, ordinary and not a dependent."""
     count = snapshots.rows_per_page
-    kept = (snapshots.rows, snapshots.positions, snapshots.num_pages) if count else (None, None, None)
+    kept, ids = _kept(snapshots if count else None), pages if count else None
+    groups = args.RestoreArguments(_state(state), kept, snapshots.page_size, slots, ids, start_pos, errors)
+    key = RestoreKey(state.spec, state.rows.dtype, count)
+    launcher_of(key, state.device)(slots.shape[0] * max(count, 1), *pack(*flat(groups)))
+
+
+def update_on_gpu(plan: StepPlan, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
+    """`StepPlan.update` after its arguments were checked, for a batch that is not empty."""
+    table, windows = plan.cache_block_table, windows_per_program(plan.windows_per_sequence)
+    chunks = -(-plan.batch // SEQUENCES)
     values, bits = pack(
-        state.rows, state.positions, state.num_slots, state.ring, *kept, snapshots.page_size,
-        slots, pages if count else None, start_pos, errors,
-    )  # fmt: skip
-    launcher_of(restore_key(state.spec, state.rows.dtype, count), state.device)(slots.shape[0] * max(count, 1), values, bits)
+        *args.PlanArguments(
+            start_pos=start_pos,
+            cu_seqlens=cu_seqlens,
+            state_slots=plan.state_slots,
+            batch=plan.batch,
+            max_new_tokens=plan.max_new_tokens,
+            max_tokens=plan.max_tokens,
+            own_start_pos=plan.start_pos,
+            own_cu_seqlens=plan.cu_seqlens,
+            cu_entries=plan.cu_entries,
+            items=plan.items,
+            num_items=plan.num_items,
+            errors=plan.errors,
+            item_capacity=plan.item_capacity,
+            entry_items=plan.entry_items,
+            entry_capacity=plan.entry_capacity,
+            table=table,
+            table_width=table.shape[1] if table is not None else 0,
+            rows_per_page=plan.rows_per_page or 1,
+            entry_slots=plan.entry_slots if table is not None else None,
+            num_chunks=chunks,
+        )
+    )
+    grid = chunks * max(1, -(-plan.windows_per_sequence // windows))
+    if plan._launcher is None:
+        key = plan_key(plan.ratio, plan.windows_per_sequence, plan.state_slots is None, table is None)
+        plan._launcher = launcher_of(key, start_pos.device)
+    plan._launcher(grid, values, bits)
 
 
 def use_pdl(wanted: bool | None, plan: StepPlan, device: torch.device) -> bool:
@@ -178,24 +250,49 @@ def use_pdl(wanted: bool | None, plan: StepPlan, device: torch.device) -> bool:
     return wanted is not False and not fresh and supports_pdl(device)
 
 
-def _format(c: Compressor) -> RecordFormat | None:
-    return c.cache.format if c.cache is not None else None
+def _choose(state: FoldState | WindowState, wanted: tuple, choose: Callable[..., Chosen]) -> Chosen:
+    if state._chosen is None or state._chosen.wanted != wanted:
+        state._chosen = choose(wanted, state.device)
+    return state._chosen
 
 
-def _step_key(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, items: int) -> tuple:
-    state = c.state
-    types = _types(c, state.rows.dtype, plan, rows)
-    return step_key(c.spec, _format(c), state.kind, plan.max_new_tokens, types, _snapshots(c) is not None, items)
+def _choose_step(wanted: tuple, device: torch.device) -> Chosen:
+    key = step_key(*wanted)
+    most, slices = key.config.programs or ANY, slices_of(key.spec, key.config)
+    return Chosen(wanted, launcher_of(key, device), most, 0, slices, (draws_items(key.spec, key.config),))
+
+
+def _choose_pair(wanted: tuple, device: torch.device) -> Chosen:
+    key = PairKey(*(step_key(*one) for one in wanted))
+    config = key.first.config
+    long = config.programs > 0 and key.second.config.programs > 0
+    most, few = (config.programs, config.pair_programs) if long else (ANY, 0)
+    return Chosen(wanted, launcher_of(key, device), most, few, 1, tuple(draws_items(one.spec, one.config) for one in key))
+
+
+def _choose_window(wanted: tuple, device: torch.device) -> Chosen:
+    key = window_key(*wanted)
+    return Chosen(wanted, launcher_of(key, device), key.config.programs, 0, slices_of(key.spec, key.config))
+
+
+def _step_wanted(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, items: int) -> tuple:
+    """Arguments of `step_key`."""
+    types = _types(c, c.state.rows.dtype, plan, rows)
+    return c.spec, _format(c), c.state.kind, plan.max_new_tokens, types, _snapshots(c) is not None, items
 
 
 def _types(c: Compressor, state: torch.dtype, plan: StepPlan, rows: torch.Tensor | None) -> Types:
-    return (
-        c.kv_score.dtype,
-        state,
-        rows.dtype if rows is not None else None,
-        c.norm_weight.dtype if c.cache is not None else None,
-        plan.entry_slots is not None,
+    return Types(
+        kv_score=c.kv_score.dtype,
+        state=state,
+        rows=None if rows is None else rows.dtype,
+        norm_weight=None if c.cache is None else c.norm_weight.dtype,
+        entry_slots=plan.entry_slots is not None,
     )
+
+
+def _format(c: Compressor) -> RecordFormat | None:
+    return c.cache.format if c.cache is not None else None
 
 
 def _snapshots(c: Compressor) -> Snapshots | None:
@@ -203,102 +300,72 @@ def _snapshots(c: Compressor) -> Snapshots | None:
     return c.snapshots if c.snapshots is not None and c.snapshots.rows_per_page else None
 
 
-def _table(plan: StepPlan, c: Compressor) -> tuple[tuple[object, ...], int]:
-    """The snapshot table of a plan, packed, where the call leaves snapshots."""
-    if _snapshots(c) is None:
-        return (None, None, None), 0
-    assert plan.snapshot_table is not None
-    return pack(plan.snapshot_table, plan.snapshot_table.shape[1], plan.snapshot_page_size)
-
-
 def _step_grid(plan: StepPlan, kv_score: torch.Tensor) -> int:
     # At least one program, to count sequences whose tokens an empty kv_score does not have.
     return max(1, min(plan.item_capacity, plan.items_for(kv_score.shape[0])))
 
 
-def _plan(plan: StepPlan, more: bool) -> tuple[tuple[object, ...], int]:
-    """What a launch takes of a plan, packed, and its bits; with `more`, what the kernel over raw rows takes behind that too.
-
-    Packed once for as long as its tensors are the same (`memory.check_made`): an engine has one plan for all layers and steps.
-    """
-    made = plan._packed.get(more)
-    if made is not None:
-        return made
-    values: tuple[object, ...] = plan.items, plan.num_items, plan.entry_slots, plan.entry_capacity, plan.errors
-    if more:
-        values += plan.entry_items, plan.cu_entries, plan.batch
-    made = plan._packed[more] = pack(*values)
-    return made
+def _prepare(asked: tuple, chosen: Chosen, groups: tuple, places: tuple[tuple[int, ...], tuple[int, ...]]) -> Prepared:
+    found, bits = pack(*flat(groups))
+    brought, strides = places
+    for i in strides:
+        bits |= found[i]
+    return Prepared(asked, chosen, list(found), brought, bits)
 
 
-def _step_arguments(c: Compressor, rows: torch.Tensor | None, shared: tuple = ()) -> tuple[tuple[object, ...], int]:
-    """Of one compressor over a `FoldState`, packed, and the bits of its addresses and strides.
-
-    shared: workspace and arrivals; the kernel of a pair has no workspace.
-    """
-    kv_score, state = c.kv_score, c.state
-    assert isinstance(state, FoldState)
-    kept, snapshots, behind, fixed = _layer(c, state.rows, state.positions)
-    stride = kv_score.stride(0)
-    own, bits = pack(kv_score, stride, kv_score.shape[0])
-    more, more_bits = pack(*shared, rows)
-    return own + kept + snapshots + more + behind, bits | more_bits | fixed | stride
+def _plan(plan: StepPlan) -> args.Plan:
+    return args.Plan(plan.items, plan.num_items, plan.entry_slots, plan.entry_capacity, plan.errors)
 
 
-def _layer(c: Compressor, one: torch.Tensor, other: torch.Tensor) -> tuple[tuple, tuple, tuple, int]:
-    """What a layer passes in every step, packed once for as long as it is the same (`compress._check_fixed` looks).
-
-    ape with the state's tensors `one`, then either snapshots or the score pool, then all that the epilogue takes; and the bits
-    of their addresses and strides.
-    """
-    state, layer = c.state, c.state._layer
-    if layer.packed is not None:
-        return layer.packed
-    strides = _cache_strides(c.cache) if c.cache is not None else 0
-    if isinstance(state, FoldState):
-        snapshots = _snapshots(c)
-        kept, bits = pack(c.ape, one, other, one.shape[0], state.ring)
-        between, more = (
-            pack(None, None, None) if snapshots is None else pack(snapshots.rows, snapshots.positions, snapshots.num_pages)
-        )
-    else:
-        kept, bits = pack(c.ape, one, one.stride(0), one.stride(1), one.shape[0])
-        between, more = pack(other, other.stride(0), other.stride(1), other.shape[0])
-        strides |= one.stride(0) | one.stride(1) | other.stride(0) | other.stride(1)
-    behind, most = pack(*_epilogue_arguments(c.cache, c.spec, c.norm_weight, c.rope))
-    layer.packed = kept, between, behind, bits | more | most | strides
-    return layer.packed
+def _snap_table(plan: StepPlan, c: Compressor) -> args.SnapshotTable:
+    """The snapshot table of a plan, where the call leaves snapshots."""
+    table = plan.snapshot_table
+    if _snapshots(c) is None or table is None:
+        return args.SnapshotTable(None, None, None)
+    return args.SnapshotTable(table, table.shape[1], plan.snapshot_page_size)
 
 
-def _epilogue_arguments(
+def _compressor(c: Compressor) -> tuple:
+    """As `args.Compressor`, without what a call brings."""
+    tokens, scratch = args.Tokens(None, 0, 0, c.ape), args.Scratch(None, None)
+    return tokens, _state(c.state), _kept(_snapshots(c)), scratch, _output(c.cache, c.spec, c.norm_weight, c.rope)
+
+
+def _state(state: FoldState) -> args.State:
+    return args.State(state.rows, state.positions, state.num_slots, state.ring)
+
+
+def _kept(snapshots: Snapshots | None) -> args.Snapshots:
+    if snapshots is None:
+        return args.Snapshots(None, None, None)
+    return args.Snapshots(snapshots.rows, snapshots.positions, snapshots.num_pages)
+
+
+def _output(
     cache: EntryCache | None, spec: CompressorSpec, norm_weight: torch.Tensor | None, rope: torch.Tensor | None
-) -> tuple[object, ...]:
-    """From `norm_weight` to `cache_scale`, as every kernel takes them."""
+) -> args.Output:
+    """Without the pooled rows, which a call brings."""
     if cache is None:
-        return (None, None, 0, None, 0, None, 0, 1, 0, 1.0)
+        return args.Output(None, None, None, 0, None, 0, None, 0, 1, 0, 1.0)
+    rope = rope if spec.rope_dim > 0 else None
     pages, scales = cache.pages, cache.scale_pages
-    rotated = spec.rope_dim > 0 and rope is not None
-    return (
-        norm_weight,
-        rope if rotated else None,
-        rope.shape[0] if rotated else 0,
-        pages,
-        pages.stride(0),
-        scales,
-        scales.stride(0) if scales is not None else 0,
-        cache.rows_per_page,
-        pages.shape[0] * cache.rows_per_page,
-        cache.scale,
+    return args.Output(
+        rows=None,
+        norm_weight=norm_weight,
+        rope=rope,
+        max_position=rope.shape[0] if rope is not None else 0,
+        pages=pages,
+        page_stride=pages.stride(0),
+        scales=scales,
+        scales_stride=scales.stride(0) if scales is not None else 0,
+        rows_per_page=cache.rows_per_page,
+        num_slots=pages.shape[0] * cache.rows_per_page,
+        scale=cache.scale,
     )
 
 
-def _cache_strides(cache: EntryCache) -> int:
-    scales = cache.scale_pages
-    return cache.pages.stride(0) | (scales.stride(0) if scales is not None else 0)
-
-
 def _arrivals(state: FoldState | WindowState) -> torch.Tensor:
-    """The count of the items that were drawn (backend_triton/kernels/items.py): zero between calls."""
+    """The count of the items that were drawn (kernels/items.py): zero between calls."""
     return _workspace(state, 1, 0)[1]
 
 

@@ -1,163 +1,191 @@
-"""What each call's kernel is compiled for: from a spec, a format, a row of the table and dtypes to a `Variant`."""
+"""What the kernel of a key is compiled for: the types of its arguments, and its constants."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from ..spec import CompressorSpec
-from ..storage.fold_state import FoldState
+from ..storage.fold_state import ring_and_history, state_kind
 from ..storage.formats import FORMATS, RecordFormat
-from .args import Fmt, How, Spec
-from .build import POINTERS, Variant
-from .kernels.plan import plan_variant, windows_per_program
-from .table import ANY, LANES, ROWS_OF_A_LANE, Config, choose
+from . import args
+from .args import Format, Schedule, Spec, flat, types_of
+from .build import Variant
+from .kernels.plan import NUM_WARPS, SCAN, SEQUENCES
+from .keys import Key, PairKey, PlanKey, RestoreKey, StepKey, StoreKey, Types, WindowKey
+from .table import LANES, ROWS_OF_A_LANE, Config
 
-# Of kv_score, state, rows and norm weight (None: absent), and whether the plan has entry slots.
-Types = tuple[torch.dtype, torch.dtype, "torch.dtype | None", "torch.dtype | None", bool]
-
-
-# Keys name a call's kernel: its kind, then what the function of that kind below takes before `aligned` and `pdl`. `launch`
-# makes them of a call's arguments, `warmup` of what calls will be made of.
+POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", None: None}
 
 
-def variant_of(key: tuple, aligned: bool, pdl: bool) -> Variant:
-    return _VARIANTS[key[0]](*key[1:], aligned, pdl)
+def variant_of(key: Key, aligned: bool, pdl: bool) -> Variant:
+    return replace(_VARIANTS[type(key)](key), aligned=aligned, pdl=pdl)
 
 
-def step_key(
-    spec: CompressorSpec,
-    fmt: RecordFormat | None,
-    kind: str,
-    max_new_tokens: int,
-    types: Types,
-    snapshots: bool = False,
-    items: int = ANY,
-) -> tuple:
-    """`kind`: of the state. `max_new_tokens`: the plan's bound; no item of fold rows is longer than a window. `items`: how many
-    there may be; snapshots take the row for many, which has whole rows.
-    """
-    items = ANY if snapshots else items
-    config = choose(kind, spec, max_new_tokens if kind == "rows" else min(max_new_tokens, spec.ratio), items)
-    return "step", spec, fmt, config, types, snapshots
+def step_variant(key: StepKey) -> Variant:
+    one, how = _compressor(key), _schedule(key)
+    shared = how.SLICE < key.spec.head_dim  # an entry, by several programs
+    workspace, arrivals = one.scratch
+    scratch = args.Scratch(workspace if shared else None, arrivals if shared or draws_items(key.spec, key.config) else None)
+    arguments = args.StepArguments(_plan(key.types), _snap_table(key.snapshots), *one._replace(scratch=scratch))
+    return _variant("step", arguments, key.config, HOW=how, SPEC=_fold_spec(key.spec), FMT=format_of(key.fmt, key.spec))
 
 
-def pair_key(first: tuple, second: tuple) -> tuple:
-    """Of two keys of steps."""
-    return "pair", first[1:], second[1:]
+def pair_variant(key: PairKey) -> Variant:
+    made, constants = [], {}
+    for end, one in (("_0", key.first), ("_1", key.second)):
+        types = _compressor(one)
+        arrivals = types.scratch.arrivals if draws_items(one.spec, one.config) else None
+        made.append(types._replace(scratch=args.Scratch(None, arrivals)))
+        how = replace(_schedule(one), SLICE=one.spec.head_dim)  # they share no entries
+        constants |= {f"HOW{end}": how, f"SPEC{end}": _fold_spec(one.spec), f"FMT{end}": format_of(one.fmt, one.spec)}
+    arguments = args.PairArguments(_plan(key.first.types), _snap_table(key.first.snapshots or key.second.snapshots), *made)
+    config = key.first.config
+    config = replace(config, num_warps=max(config.num_warps, key.second.config.num_warps))
+    return _variant("pair", arguments, config, **constants)
 
 
-def window_key(spec: CompressorSpec, fmt: RecordFormat | None, max_new_tokens: int, types: Types, page_size: int) -> tuple:
-    return "window", spec, fmt, choose("window", spec, max_new_tokens), types, page_size % spec.ratio == 0
-
-
-def store_key(spec: CompressorSpec, fmt: RecordFormat, types: tuple[torch.dtype, torch.dtype]) -> tuple:
-    return "store", spec, fmt, choose("store", spec, 1), types
-
-
-def restore_key(spec: CompressorSpec, state: torch.dtype, rows_per_page: int) -> tuple:
-    """`state`: dtype of its rows."""
-    return "restore", spec, state, rows_per_page
-
-
-def plan_key(ratio: int, windows_per_sequence: int, no_slots: bool, no_table: bool) -> tuple:
-    return "plan", ratio, windows_per_program(windows_per_sequence), no_slots, no_table
-
-
-def step_variant(
-    spec: CompressorSpec,
-    fmt: RecordFormat | None,
-    config: Config,
-    types: Types,
-    snapshots: bool,
-    aligned: bool = True,
-    pdl: bool = False,
-) -> Variant:
-    """One compressor over a `FoldState`. snapshots: whether it leaves any."""
-    constants, pointers = _step(spec, fmt, config, types, snapshots)
-    constants |= {"RATIO": spec.ratio, **({} if types[4] else {"entry_slots": None})}
-    constants |= {} if snapshots else dict.fromkeys(_SNAPSHOT_TABLE)
-    slices = slices_of(spec, config)
-    constants |= {"SLICE": spec.head_dim // slices, **({} if slices > 1 else {"workspace": None})}
-    constants |= {} if slices > 1 or draws_items(spec, config) else {"arrivals": None}
-    constants = grouped(constants)
-    return Variant("step", tuple(constants.items()), config.num_warps, tuple(pointers.items()), aligned, pdl, config.registers)
-
-
-def pair_variant(first: tuple, second: tuple, aligned: bool = True, pdl: bool = False) -> Variant:
-    """Two compressors over FoldStates, each given as the arguments of `step_variant`."""
-    constants: dict[str, object] = {"RATIO": first[0].ratio, **({} if first[3][4] else {"entry_slots": None})}
-    constants |= {} if first[4] or second[4] else dict.fromkeys(_SNAPSHOT_TABLE)
-    pointers: dict[str, str] = {}
-    for end, one in (("_0", first), ("_1", second)):
-        some, others = _step(*one)
-        some |= {} if draws_items(one[0], one[2]) else {"arrivals": None}
-        constants |= {name + end: value for name, value in some.items()}
-        pointers |= {name + end: value for name, value in others.items()}
-    warps = max(first[2].num_warps, second[2].num_warps)
-    ratio = constants.pop("RATIO")
-    for end in ("_0", "_1"):
-        mine = {k.removesuffix(end): v for k, v in constants.items() if k.endswith(end)}
-        constants = {k: v for k, v in constants.items() if not k.endswith(end)}
-        mine = grouped(mine | {"RATIO": ratio, "SLICE": mine["HEAD_DIM"]})
-        constants |= {k + end: v for k, v in mine.items()}
-    return Variant("pair", tuple(constants.items()), warps, tuple(pointers.items()), aligned, pdl, first[2].registers)
-
-
-def _step(
-    spec: CompressorSpec, fmt: RecordFormat | None, config: Config, types: Types, snapshots: bool
-) -> tuple[dict[str, object], dict[str, str]]:
-    """Constants and pointer types of one compressor of a step kernel, but for what two of them share."""
-    state = FoldState.allocate(spec, 0, 1, device="meta")
-    constants = {
-        "KIND": state.kind,
-        "OVERLAP": int(spec.overlap),
-        "HISTORY": state.history,
-        "AHEAD": config.ahead if state.kind == "fold" else min(config.ahead, spec.window_rows),
-        "TOGETHER": windows_together(spec, config),
-        **({} if spec.has_ape else {"ape": None}),
-    }
-    pointers = {"kv_score": POINTERS[types[0]], "state_rows": POINTERS[types[1]]}
-    if snapshots:
-        pointers["snap_rows"] = POINTERS[types[1]]
-    else:
-        constants |= dict.fromkeys(("snap_rows", "snap_tags", "num_snaps"))
-    return _with_epilogue(constants, pointers, spec, fmt, types[2], types[3])
-
-
-def window_variant(
-    spec: CompressorSpec,
-    fmt: RecordFormat | None,
-    config: Config,
-    types: Types,
-    one_page: bool,
-    aligned: bool = True,
-    pdl: bool = False,
-) -> Variant:
-    """One compressor over a `WindowState`. one_page: the page size is a multiple of the ratio."""
-    slices = slices_of(spec, config)
+def window_variant(key: WindowKey) -> Variant:
+    spec, config, types = key.spec, key.config, key.types
     # Powers of two that the window fills: no row that is loaded lies behind it.
     lanes = min(LANES, spec.window_rows)
     together = min(ROWS_OF_A_LANE, spec.window_rows // lanes)
-    constants = {
-        "RATIO": spec.ratio,
-        "OVERLAP": int(spec.overlap),
-        "TILE": max(lanes * together, min(config.tile, spec.window_rows)),
-        "LANES": lanes,
-        "TOGETHER": together,
-        "SLICE": spec.head_dim // slices,
-        "AHEAD": config.ahead,
-        "ONE_PAGE": one_page,
-        "PROMPT": config.prompt and one_page and (fmt is not None or types[2] is not None),
-        **({} if spec.has_ape else {"ape": None}),
-        **({} if types[4] else {"entry_slots": None}),
-        **({} if slices > 1 else {"workspace": None, "arrivals": None}),
-    }
-    pointers = {"kv_score": POINTERS[types[0]], "kv_pool": POINTERS[types[1]], "score_pool": POINTERS[types[1]]}
-    constants, pointers = _with_epilogue(constants, pointers, spec, fmt, types[2], types[3])
-    constants = grouped(constants)
-    return Variant(
-        "window", tuple(constants.items()), config.num_warps, tuple(pointers.items()), aligned, pdl, config.registers
+    slices = slices_of(spec, config)
+    how = Schedule(config.ahead, together, spec.head_dim // slices)
+    arguments = types_of(
+        args.WindowArguments,
+        plan=_plan(types),
+        # Of the rows of kv_score the kernel says itself where they are aligned (`window_rows.pool_slice`).
+        tokens=_tokens(spec, types)._replace(stride="i64"),
+        kv_pool=types_of(args.Pool, rows=POINTERS[types.state]),
+        score_pool=types_of(args.Pool, rows=POINTERS[types.state]),
+        output=_output(spec, key.fmt, types.rows, types.norm_weight),
+        **({} if slices > 1 else {"scratch": args.Scratch(None, None)}),
     )
+    return _variant(
+        "window",
+        arguments,
+        config,
+        HOW=how,
+        SPEC=replace(spec_of(spec), OVERLAP=int(spec.overlap)),
+        FMT=format_of(key.fmt, spec),
+        TILE=max(lanes * together, min(config.tile, spec.window_rows)),
+        LANES=lanes,
+        ONE_PAGE=key.one_page,
+        PROMPT=config.prompt and key.one_page and (key.fmt is not None or types.rows is not None),
+        ALIGNED=False,
+    )
+
+
+def store_variant(key: StoreKey) -> Variant:
+    arguments = types_of(
+        args.StoreArguments, pooled=POINTERS[key.rows], output=_output(key.spec, key.fmt, None, key.norm_weight)
+    )
+    return _variant("store", arguments, key.config, HOW=Schedule(), SPEC=spec_of(key.spec), FMT=format_of(key.fmt, key.spec))
+
+
+def restore_variant(key: RestoreKey) -> Variant:
+    kind, (_, history) = state_kind(key.spec), ring_and_history(key.spec, 1)
+    pointer = POINTERS[key.state]
+    arguments = types_of(args.RestoreArguments, state=types_of(args.State, rows=pointer), snapshots=_snapshots(pointer))
+    if not key.rows_per_page:
+        arguments = arguments._replace(snapshots=_snapshots(None), pages=None)
+    constants = {
+        "KIND": kind,
+        "RATIO": key.spec.ratio,
+        "HISTORY": history,
+        "ROWS": key.rows_per_page,
+        "PARTS": 3 if kind == "fold" else 2 * key.spec.channels // key.spec.head_dim,
+        "PART": key.spec.head_dim,
+        "BLOCK": 32,
+    }
+    return Variant("restore", tuple(flat(arguments)), tuple(constants.items()), 4)
+
+
+def plan_variant(key: PlanKey) -> Variant:
+    absent = ["state_slots"] * key.no_slots + ["table", "entry_slots"] * key.no_table
+    arguments = types_of(args.PlanArguments, **dict.fromkeys(absent))
+    constants = {"RATIO": key.ratio, "SEQUENCES": SEQUENCES, "WINDOWS": key.windows, "SCAN": SCAN}
+    return Variant("plan", tuple(flat(arguments)), tuple(constants.items()), NUM_WARPS)
+
+
+_VARIANTS: dict[type, Callable[[Any], Variant]] = {
+    StepKey: step_variant,
+    PairKey: pair_variant,
+    WindowKey: window_variant,
+    StoreKey: store_variant,
+    RestoreKey: restore_variant,
+    PlanKey: plan_variant,
+}
+
+
+def _variant(kernel: str, arguments: tuple, config: Config, **constants: object) -> Variant:
+    return Variant(kernel, tuple(flat(arguments)), tuple(constants.items()), config.num_warps, config.registers)
+
+
+def _plan(types: Types) -> args.Plan:
+    plan = types_of(args.Plan)
+    return plan if types.entry_slots else plan._replace(entry_slots=None)
+
+
+def _snap_table(wanted: bool) -> args.SnapshotTable:
+    return types_of(args.SnapshotTable) if wanted else args.SnapshotTable(None, None, None)
+
+
+def _snapshots(pointer: str | None) -> args.Snapshots:
+    return args.Snapshots(None, None, None) if pointer is None else types_of(args.Snapshots, rows=pointer)
+
+
+def _tokens(spec: CompressorSpec, types: Types) -> args.Tokens:
+    tokens = types_of(args.Tokens, kv_score=POINTERS[types.kv_score])
+    return tokens if spec.has_ape else tokens._replace(ape=None)
+
+
+def _compressor(key: StepKey) -> args.Compressor:
+    """Types of what one compressor over a `FoldState` takes, with all scratch that there is."""
+    pointer = POINTERS[key.types.state]
+    return types_of(
+        args.Compressor,
+        tokens=_tokens(key.spec, key.types),
+        state=types_of(args.State, rows=pointer),
+        snapshots=_snapshots(pointer if key.snapshots else None),
+        output=_output(key.spec, key.fmt, key.types.rows, key.types.norm_weight),
+    )
+
+
+def _output(
+    spec: CompressorSpec, fmt: RecordFormat | None, rows: torch.dtype | None, norm_weight: torch.dtype | None
+) -> args.Output:
+    output = types_of(args.Output, rows=POINTERS[rows], norm_weight=POINTERS[norm_weight])
+    if fmt is None:
+        return output._replace(norm_weight=None, rope=None, pages=None, scales=None)
+    absent = ["scales"] * (not fmt.separate) + ["rope"] * (not spec.rope_dim)
+    return output._replace(**dict.fromkeys(absent))
+
+
+def _schedule(key: StepKey) -> Schedule:
+    spec, config = key.spec, key.config
+    ahead = config.ahead if state_kind(spec) == "fold" else min(config.ahead, spec.window_rows)
+    return Schedule(ahead, windows_together(spec, config), spec.head_dim // slices_of(spec, config))
+
+
+def spec_of(spec: CompressorSpec) -> Spec:
+    """What finishing an entry is compiled for."""
+    log2 = spec.head_dim.bit_length() - 1
+    return Spec(spec.ratio, spec.head_dim, log2, spec.rope_dim, spec.norm_eps, spec.hadamard)
+
+
+def _fold_spec(spec: CompressorSpec) -> Spec:
+    history = ring_and_history(spec, 1)[1]
+    return replace(spec_of(spec), OVERLAP=int(spec.overlap), KIND=state_kind(spec), HISTORY=history)
+
+
+def format_of(fmt: RecordFormat | None, spec: CompressorSpec) -> Format:
+    """Without a cache nothing of a format is compiled in; any value serves, and one value means one kernel."""
+    return Format(**(fmt or FORMATS["bf16"]).constants(spec))
 
 
 def draws_items(spec: CompressorSpec, config: Config) -> bool:
@@ -175,98 +203,3 @@ def windows_together(spec: CompressorSpec, config: Config) -> int:
 def slices_of(spec: CompressorSpec, config: Config) -> int:
     """Programs that share the channels of an entry."""
     return spec.head_dim // min(config.slice, spec.head_dim) if config.slice else 1
-
-
-def store_variant(
-    spec: CompressorSpec,
-    fmt: RecordFormat,
-    config: Config,
-    types: tuple[torch.dtype, torch.dtype],
-    aligned: bool = True,
-    pdl: bool = False,
-) -> Variant:
-    """The store kernel. `types`: of the pooled rows and the norm weight."""
-    constants, pointers = _with_epilogue({"RATIO": spec.ratio}, {"pooled": POINTERS[types[0]]}, spec, fmt, None, types[1])
-    del constants["rows"]
-    constants = grouped(constants)
-    return Variant("store", tuple(constants.items()), config.num_warps, tuple(pointers.items()), aligned, pdl, config.registers)
-
-
-def restore_variant(
-    spec: CompressorSpec, state: torch.dtype, rows_per_page: int, aligned: bool = True, pdl: bool = False
-) -> Variant:
-    """`restore`. `state`: dtype of its rows."""
-    like = FoldState.allocate(spec, 0, 1, device="meta")
-    constants = {
-        "KIND": like.kind,
-        "RATIO": spec.ratio,
-        "HISTORY": like.history,
-        "ROWS": rows_per_page,
-        "PARTS": 3 if like.kind == "fold" else 2 * spec.channels // spec.head_dim,
-        "PART": spec.head_dim,
-        "BLOCK": 32,
-        **({} if rows_per_page else dict.fromkeys(("snap_rows", "snap_tags", "num_snaps", "snap_ids"))),
-    }
-    pointers = {"state_rows": POINTERS[state], **({"snap_rows": POINTERS[state]} if rows_per_page else {})}
-    return Variant("restore", tuple(constants.items()), 4, tuple(pointers.items()), aligned, pdl)
-
-
-def _with_epilogue(
-    constants: dict[str, object],
-    pointers: dict[str, str],
-    spec: CompressorSpec,
-    fmt: RecordFormat | None,
-    rows: torch.dtype | None,
-    norm_weight: torch.dtype | None,
-) -> tuple[dict[str, object], dict[str, str]]:
-    constants |= epilogue_constants(fmt, spec)
-    if rows is None:
-        constants["rows"] = None
-    else:
-        pointers["rows"] = POINTERS[rows]
-    if fmt is None:
-        constants |= dict.fromkeys(("norm_weight", "rope", "pages", "scales"))
-    else:
-        assert norm_weight is not None
-        pointers["norm_weight"] = POINTERS[norm_weight]
-        constants |= {} if fmt.separate else {"scales": None}
-        constants |= {} if spec.rope_dim else {"rope": None}
-    return constants, pointers
-
-
-_SNAPSHOT_TABLE = ("snap_table", "snap_width", "snap_page_size")  # of the plan, left out where no compressor needs it
-_VARIANTS = {
-    "step": step_variant,
-    "pair": pair_variant,
-    "window": window_variant,
-    "store": store_variant,
-    "plan": plan_variant,
-    "restore": restore_variant,
-}
-
-
-def epilogue_constants(fmt: RecordFormat | None, spec: CompressorSpec) -> dict[str, object]:
-    """What the epilogue is compiled for."""
-    # Without a cache nothing of a format is compiled in; any value serves, and one value means one kernel.
-    fmt = fmt or FORMATS["bf16"]
-    return {
-        "HEAD_DIM": spec.head_dim,
-        "LOG2": spec.head_dim.bit_length() - 1,
-        "ROPE_DIM": spec.rope_dim,
-        "EPS": spec.norm_eps,
-        "HADAMARD": spec.hadamard,
-        **fmt.constants(spec),
-    }
-
-
-def grouped(constants):
-    from dataclasses import MISSING, fields
-
-    found = {}
-    rest = dict(constants)
-    for name, kind in (("SPEC", Spec), ("FMT", Fmt), ("HOW", How)):
-        import triton.language as tl
-
-        given = {f.name: tl.constexpr(rest.pop(f.name, 0)) for f in fields(kind) if f.default is MISSING}  # the rest: the target's
-        found[name] = kind(**given)
-    return found | rest

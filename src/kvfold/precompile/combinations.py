@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,10 +18,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
 from ..backend_triton import table as configs
-from ..backend_triton.build import KERNELS, Variant
-from ..backend_triton.kernels.pdl import AVAILABLE
+from ..backend_triton.build import Variant
+from ..backend_triton.keys import Key, PairKey, RestoreKey, plan_key, step_key, store_key, window_key
 from ..backend_triton.table import ANY, Config, UnsupportedError, choose
-from ..backend_triton.variants import pair_key, plan_key, restore_key, step_key, store_key, variant_of, window_key
+from ..backend_triton.variants import variant_of
 from ..spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
 from ..storage.fold_state import state_kind
 from ..storage.formats import FORMATS, RecordFormat
@@ -95,10 +95,10 @@ class Combination:
         """As dispatch builds it for fp32 state, weights and, without a cache, rows."""
         return variant_of(self.key(), True, pdl)
 
-    def key(self) -> tuple:
+    def key(self) -> Key:
         fp32 = torch.float32
         if self.kind == "restore":
-            return restore_key(self.spec, fp32, Snapshots.allocate(self.spec, 0, self.page_size, device="meta").rows_per_page)
+            return RestoreKey(self.spec, fp32, Snapshots.allocate(self.spec, 0, self.page_size, device="meta").rows_per_page)
         if self.config is None:
             return plan_key(self.spec.ratio, 1, False, False)
         if self.kind == "store":
@@ -113,7 +113,7 @@ class Combination:
         if self.other is None:
             return first
         spec, fmt = self.other
-        return pair_key(first, step_key(spec, fmt, state_kind(spec), bound, types, self.snapshots, items))
+        return PairKey(first, step_key(spec, fmt, state_kind(spec), bound, types, self.snapshots, items))
 
 
 def _spec_words(spec: CompressorSpec) -> list[str]:
@@ -197,9 +197,13 @@ def _stores_alike(spec: CompressorSpec, other: CompressorSpec) -> bool:
 
 
 def compile_one(combination: Combination, target: str) -> CompiledKernel:
-    """For a name of `TARGETS`; as a dependent launch where there are such, which all but the first of a step are."""
-    gpu = TARGETS[target]
-    return combination.variant(pdl=AVAILABLE and gpu.backend == "cuda" and gpu.arch >= 90).compile(gpu)
+    """For a name of `TARGETS`."""
+    return compiled_variant(combination, TARGETS[target]).compile(TARGETS[target])
+
+
+def compiled_variant(combination: Combination, gpu: GPUTarget) -> Variant:
+    """As a dependent launch where there are such, which all but the first of a step are."""
+    return combination.variant(pdl=gpu.backend == "cuda" and gpu.arch >= 90)
 
 
 def file_of(combination: Combination, target: str) -> str:
@@ -214,8 +218,7 @@ def build(combination: Combination, target: str, folder: Path, allowed: int | No
     path = folder / file_of(combination, target)
     binary = compiled.asm[path.suffix[1:]]
     path.write_bytes(binary)
-    variant = combination.variant()
-    names = KERNELS[variant.kernel].arg_names
+    variant = compiled_variant(combination, gpu)
     return AotKernel(
         name=combination.name,
         file=path.name,
@@ -224,7 +227,7 @@ def build(combination: Combination, target: str, folder: Path, allowed: int | No
         entry=compiled.metadata.name,
         resources=resources(compiled, gpu),
         allowed=allowed,
-        constants={names[i]: value for (i,), value in sorted(compiled.src.constants.items())},
+        constants={name: asdict(x) if is_dataclass(x) else x for name, x in variant.constants_for(gpu).items()},
         signature={name: kind for name, kind in compiled.src.signature.items() if kind != "constexpr"},
         options={name: getattr(compiled.metadata, name, None) for name in OPTIONS} | {"aligned": variant.aligned},
     )

@@ -65,9 +65,7 @@ def _assembled_again(compiled: CompiledKernel, target: GPUTarget, known: tuple[i
 
 
 def _cuobjdump(option: str, cubin: Path) -> str:
-    path = path_to_cuobjdump()
-    path = path[0] if isinstance(path, tuple) else path  # Triton 3.3 has its version beside it
-    done = subprocess.run([path, option, str(cubin)], capture_output=True, text=True)
+    done = subprocess.run([path_to_cuobjdump(), option, str(cubin)], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"cuobjdump {option} failed: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import product
-from typing import NamedTuple
+from collections.abc import Iterable
 
 import torch
 
 from ..arguments.checks import check_int, check_switch, check_type, usable_device
 from ..spec import CompressorSpec
-from ..storage.fold_state import state_kind
 from ..storage.formats import RecordFormat
 from .choices import FLOATS, check_all, check_choices, check_formats, check_workers, defined_for, several
 
@@ -64,7 +61,7 @@ def warmup(
         pdl: as the calls will have it. False leaves out the kernels that are launched as dependents.
         device: default: the current one.
         workers: threads that compile at once, from 1 to 256; with 1 one kernel after the other. Default: the cores that this
-            process may use, 16 at most. With a Triton that compiles in one thread only (before 3.5), and for AMD, it is one.
+            process may use, 16 at most. For AMD it is one.
 
     Returns:
         How many kernels were compiled; 0 when all were there.
@@ -91,110 +88,26 @@ def warmup(
     workers = check_workers(workers)
     chosen = defined_for(specs, names)
 
-    from ..backend_triton import launcher as dispatch
+    from ..backend_triton import keys
+    from ..backend_triton.launcher import INTERPRETED, supports_pdl
+    from ..backend_triton.prepare import prepare
 
-    gpu = _gpu(device, dispatch.INTERPRETED)
-    w = _Wanted(dtypes, steps, state_dtypes, norms, snapshots)
-    keys = [*_plan_keys({spec.ratio for spec in (*specs, *(one[0] for pair in pairs for one in pair))}, states)]
+    gpu = _gpu(device, INTERPRETED)
+    w = keys.Wanted(dtypes, steps, state_dtypes, norms, snapshots)
+    paired = [spec for pair in pairs for spec, _ in pair]
+    found = [*keys.plan_keys({spec.ratio for spec in (*specs, *paired)}, states)]
     for spec, fmt in chosen:
         for some in rows:
-            keys += _store_keys(spec, fmt, w, some)
-            keys += _step_keys(spec, fmt, w, some) if "fold" in states else ()
-            keys += _window_keys(spec, fmt, w, some, pages) if "window" in states else ()
+            found += keys.store_keys(spec, fmt, w, some)
+            found += keys.step_keys(spec, fmt, w, some) if "fold" in states else ()
+            found += keys.window_keys(spec, fmt, w, some, pages) if "window" in states else ()
     for pair in pairs:
-        keys += _pair_keys(pair, w)
+        found += keys.pair_keys(pair, w)
     if True in snapshots:
-        for spec in dict.fromkeys((*(specs if "fold" in states else ()), *(one[0] for pair in pairs for one in pair))):
-            keys += _restore_keys(spec, w)
-    dependent = pdl is not False and dispatch.supports_pdl(gpu)
-    return dispatch.prepare(keys, gpu, lambda key: dependent and key[0] not in ("plan", "restore"), workers)
-
-
-class _Wanted(NamedTuple):
-    """What keys of all kinds are made for."""
-
-    dtypes: tuple[torch.dtype, ...]
-    steps: tuple[int, ...]
-    state_dtypes: tuple[torch.dtype, ...]
-    norms: tuple[torch.dtype, ...]
-    snapshots: tuple[bool, ...]
-
-    def epilogues(self, fmt: RecordFormat | None) -> list[tuple[torch.dtype | None, bool]]:
-        """Dtype of the norm weight, and whether the plan has entry slots, without which there can be no cache."""
-        return [(norm, True) for norm in self.norms] if fmt is not None else [(None, True), (None, False)]
-
-
-def _plan_keys(ratios: set[int], states: tuple[str, ...]) -> Iterator[tuple]:
-    """Of `StepPlan.update`, for both widths of the kernel: a plan of any length has one of them."""
-    from ..backend_triton.variants import plan_key
-
-    for ratio, windows, state, no_table in product(sorted(ratios), (1, 1 << 20), states, (False, True)):
-        yield plan_key(ratio, windows, state == "window", no_table)
-
-
-def _store_keys(spec: CompressorSpec, fmt: RecordFormat | None, w: _Wanted, rows: torch.dtype | None) -> Iterator[tuple]:
-    from ..backend_triton.variants import store_key
-
-    if fmt is not None and rows is not None:
-        for norm in w.norms:
-            yield store_key(spec, fmt, (rows, norm))
-
-
-def _step_keys(
-    spec: CompressorSpec, fmt: RecordFormat | None, w: _Wanted, rows: torch.dtype | None, bounds: tuple[int, ...] | None = None
-) -> Iterator[tuple]:
-    """Of `compress` over a `FoldState`: fold rows are always fp32, and input rows kept in bf16 are bf16 when they come."""
-    from ..backend_triton.table import ITEM_BOUNDS
-    from ..backend_triton.variants import step_key
-
-    kind = state_kind(spec)
-    # A page may end with nothing to keep, which the call without snapshots serves.
-    leaves = sorted({snap and count > 0 for snap in w.snapshots for count in _snapshot_rows(spec)})
-    for dtype, state, bound in product(w.dtypes, _state_dtypes(kind, w), w.steps):
-        if dtype == torch.bfloat16 or state == torch.float32:
-            for (norm, slots), snap, items in product(w.epilogues(fmt), leaves, bounds or ITEM_BOUNDS):
-                yield step_key(spec, fmt, kind, bound, (dtype, state, rows, norm, slots), snap, items)
-
-
-def _restore_keys(spec: CompressorSpec, w: _Wanted) -> Iterator[tuple]:
-    from ..backend_triton.variants import restore_key
-
-    for state, count in product(_state_dtypes(state_kind(spec), w), _snapshot_rows(spec)):
-        yield restore_key(spec, state, count)
-
-
-def _snapshot_rows(spec: CompressorSpec) -> tuple[int, ...]:
-    """Rows that a snapshot can have: of fold rows, with a page size that is a multiple of the ratio, and with any other."""
-    if state_kind(spec) == "fold":
-        return (0, 1)
-    return (spec.ratio * int(spec.overlap),)
-
-
-def _state_dtypes(kind: str, w: _Wanted) -> tuple[torch.dtype, ...]:
-    return w.state_dtypes if kind == "rows" else (torch.float32,)
-
-
-def _window_keys(
-    spec: CompressorSpec, fmt: RecordFormat | None, w: _Wanted, rows: torch.dtype | None, pages: tuple[int, ...] | None
-) -> Iterator[tuple]:
-    """Of `compress` over a `WindowState`: what matters of a page size is whether the ratio divides it."""
-    from ..backend_triton.variants import window_key
-
-    for dtype, state, bound, page in product(w.dtypes, w.state_dtypes, w.steps, pages or (spec.ratio, 1)):
-        for norm, slots in w.epilogues(fmt):
-            yield window_key(spec, fmt, bound, (dtype, state, rows, norm, slots), page)
-
-
-def _pair_keys(pair: tuple[tuple[CompressorSpec, RecordFormat | None], ...], w: _Wanted) -> Iterator[tuple]:
-    """Of `compress_many`: the two may differ in dtypes, but their plan is one."""
-    from ..backend_triton.table import pair_bounds
-    from ..backend_triton.variants import pair_key
-
-    for bound, items in product(w.steps, pair_bounds({state_kind(spec) for spec, _ in pair})):
-        first, second = ([*_step_keys(spec, fmt, w._replace(steps=(bound,)), None, (items,))] for spec, fmt in pair)
-        for one, other in product(first, second):
-            if one[4][-1] == other[4][-1]:  # entry slots, which the plan has or not
-                yield pair_key(one, other)
+        for spec in dict.fromkeys((*(specs if "fold" in states else ()), *paired)):
+            found += keys.restore_keys(spec, w)
+    dependent = pdl is not False and supports_pdl(gpu)
+    return prepare(found, gpu, lambda key: dependent and not isinstance(key, (keys.PlanKey, keys.RestoreKey)), workers)
 
 
 def _gpu(device: torch.device | str | int | None, interpreted: bool) -> torch.device:

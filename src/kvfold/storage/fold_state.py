@@ -62,7 +62,7 @@ class FoldState(RememberingState):
         check_spec("spec", spec)
         check_int("max_new_tokens", self.max_new_tokens, 1, 1 << 20)
         self.kind = state_kind(spec)
-        self.ring, self.history = _ring_and_history(spec, self.max_new_tokens)
+        self.ring, self.history = ring_and_history(spec, self.max_new_tokens)
         row = (3, spec.head_dim) if self.kind == "fold" else (2 * spec.channels,)
         self._tensors = check_rows(spec, self.rows, self.positions, (self.ring + self.history, *row))
         self._forget_calls()
@@ -91,7 +91,7 @@ class FoldState(RememberingState):
         check_int("max_new_tokens", max_new_tokens, 1, 1 << 20)
         check_float("dtype", dtype)
         device = usable_device("device", device)
-        ring, history = _ring_and_history(spec, max_new_tokens)
+        ring, history = ring_and_history(spec, max_new_tokens)
         if state_kind(spec) == "fold":
             rows = torch.zeros(num_slots, ring + history, 3, spec.head_dim, dtype=torch.float32, device=device)
         else:
@@ -163,7 +163,7 @@ def history_start(spec: CompressorSpec, position: int) -> int:
     return max(window - int(spec.overlap), 0) * spec.ratio
 
 
-def _ring_and_history(spec: CompressorSpec, max_new_tokens: int) -> tuple[int, int]:
+def ring_and_history(spec: CompressorSpec, max_new_tokens: int) -> tuple[int, int]:
     if state_kind(spec) == "fold":
         return max_new_tokens + 1, 1
     history = 1 << (spec.window_rows - 1).bit_length()

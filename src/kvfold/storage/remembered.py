@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch._subclasses import FakeTensor
@@ -106,7 +107,7 @@ class RememberingState(Remembering):
 
     def _forget_calls(self) -> None:
         """All but the scratch, which recorded CUDA graphs go on using."""
-        self._last: tuple = (None, None)  # what the last call asked for, and its launcher: backend_triton/launch.py
+        self._chosen: tuple | None = None  # the kernel of the last call: backend_triton/launch.py
         self._layer = None
         self._pair: tuple = (None, None)  # `_layer` of both states of the last launch of two
 
@@ -122,7 +123,7 @@ class Layer:
     the same dtype: a module that is cast twice may come back to its first address.
     """
 
-    __slots__ = ("bounds", "dtypes", "packed", "plans", "tokens", "weights", "where")
+    __slots__ = ("bounds", "dtypes", "plans", "tokens", "weights", "where")
 
     def __init__(self, tokens: tuple, weights: Sequence[torch.Tensor | None], places: Sequence[Place]) -> None:
         """Raises ValueError, which names two of `places` that share memory."""
@@ -133,15 +134,23 @@ class Layer:
         self.where = where([x for x in weights if x is not None])
         self.bounds = check_apart(places)
         self.plans: dict[int, Met] = {}
-        self.packed: tuple | None = None  # what a launch takes of it: backend_triton/launch.py
 
     def same(self, tokens: tuple, weights: tuple[torch.Tensor | None, ...]) -> bool:
-        if self.tokens != tokens:
-            return False
-        for known, dtype, x in zip(self.weights, self.dtypes, weights, strict=True):
-            if known() is not x or (x is not None and x.dtype is not dtype):
-                return False
-        return self.where == where([x for x in weights if x is not None])  # other lengths, where one died that is now None
+        given = self.given(weights)
+        # Their lengths differ where a weight died that is now None.
+        return self.tokens == tokens and given is not None and self.where == where(given)
+
+    def given(self, weights: tuple[torch.Tensor | None, ...]) -> list[torch.Tensor] | None:
+        """Those of `weights` that are there; None where one is another tensor than before, or of another dtype."""
+        found = []
+        for known, dtype, x in zip(self.weights, self.dtypes, weights):  # noqa: B905 (every call comes here)
+            if known() is not x:
+                return None
+            if x is not None:
+                if x.dtype is not dtype:
+                    return None
+                found.append(x)
+        return found
 
     def met(self, plan: Checked) -> Met | None:
         """What is known of this plan as it is now."""
@@ -162,10 +171,10 @@ class Layer:
 class Met:
     """A layer and a plan together: what their tensors span, and the room between it where those of the last call lay.
 
-    asked, chosen: what the last call's `kv_score` and `rows` were like, and what it launched: backend_triton/launch.py.
+    prepared: what their last call launched: backend_triton/launch.py.
     """
 
-    __slots__ = ("asked", "bounds", "chosen", "device", "kv_score", "other", "rows", "rows_in_bf16", "token", "where")
+    __slots__ = ("bounds", "device", "kv_score", "other", "prepared", "rows", "rows_in_bf16", "token", "where")
 
     device: torch.device
     rows_in_bf16: bool  # so that kv_score must be, too
@@ -174,4 +183,4 @@ class Met:
         self.token, self.bounds = token, bounds
         self.where: list = []  # all tensors of the last call but `kv_score` and `rows`
         self.kv_score = self.rows = self.other = NO_ROOM
-        self.asked = self.chosen = None
+        self.prepared: Any = None

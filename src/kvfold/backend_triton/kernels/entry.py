@@ -1,53 +1,146 @@
-"""`compress`: the kernel of one compressor, and what it shares with that of two: a short step or a long one."""
+"""The kernels of `compress`, `compress_many` and `store`: from flat parameters, named by args.py, to one program's work."""
 
 import triton
 import triton.language as tl
 
-from ..args import Cache, Plan, Scratch, Snaps, SnapTable, State, Tokens
+from ..args import Output, Plan, Scratch, Snapshots, SnapshotTable, State, Tokens
+from .finish import aim_entry, emit, judge_slot
+from .items import load_item
 from .long_fold import prefill_fold
 from .long_rows import prefill_rows
 from .long_rows_narrow import prefill_abreast
+from .pdl import load_plan, wait_for_inputs
 from .short import count_overflow, decode_item
 
 
 @triton.jit
 def run_step(
-    pid, programs, plan, snap_table, tokens, st, snaps, scratch, cache, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr,
+    pid, programs, plan, snap_table, tokens, state, snapshots, scratch, output, HOW: tl.constexpr, SPEC: tl.constexpr,
+    FMT: tl.constexpr,
 ):  # fmt: skip
     """Program `pid` of the `programs` of one compressor.
 
     TOGETHER: 0 for a short step, a program for each work item; otherwise how many windows a program folds side by side.
     """
     if HOW.TOGETHER == 0:
-        decode_item(pid, plan, snap_table, tokens, st, snaps, cache, HOW, SPEC, FMT)
+        decode_item(pid, plan, snap_table, tokens, state, snapshots, output, HOW, SPEC, FMT)
         if pid == programs - 1:
             count_overflow(plan, programs, SPEC.RATIO)
     elif SPEC.KIND == "fold":
-        prefill_fold(pid, programs, plan, snap_table, tokens, st, snaps, scratch, cache, HOW, SPEC, FMT)
-    elif HOW.TOGETHER > 1 and snaps.rows is None:
+        prefill_fold(pid, programs, plan, snap_table, tokens, state, snapshots, scratch, output, HOW, SPEC, FMT)
+    elif HOW.TOGETHER > 1 and snapshots.rows is None:
         prefill_abreast(
-            pid, programs, plan, snap_table, tokens, st, snaps, scratch.arrivals, cache, HOW, SPEC, HOW.TOGETHER, FMT
+            pid, programs, plan, snap_table, tokens, state, snapshots, scratch.arrivals, output, HOW, SPEC, HOW.TOGETHER, FMT
         )
     else:
-        prefill_rows(pid, programs, plan, snap_table, tokens, st, snaps, scratch.arrivals, cache, HOW, SPEC, FMT)
+        prefill_rows(pid, programs, plan, snap_table, tokens, state, snapshots, scratch.arrivals, output, HOW, SPEC, FMT)
 
 
 @triton.jit
 def step_kernel(
-    items, num_items, entry_slots, entry_capacity, errors, snap_table, snap_width, snap_page_size,
-    kv_score, kv_stride, num_tokens, ape, state_rows, state_tags, num_slots, ring, snap_rows, snap_tags, num_snaps,
-    workspace, arrivals, rows, norm_weight, rope, max_position, pages, page_stride, scales, scales_stride, rows_per_page,
-    cache_slots, cache_scale,
+    plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors,
+    snap_table_pages, snap_table_width, snap_table_page_size,
+    tokens_kv_score, tokens_stride, tokens_count, tokens_ape,
+    state_rows, state_tags, state_num_slots, state_ring,
+    snapshots_rows, snapshots_tags, snapshots_count,
+    scratch_workspace, scratch_arrivals,
+    output_rows, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride, output_scales,
+    output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
     HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
-    """`compress` over a `FoldState`."""
-    plan = Plan(items, num_items, entry_slots, entry_capacity, errors)
-    snap_table = SnapTable(snap_table, snap_width, snap_page_size)
-    tokens = Tokens(kv_score, kv_stride, num_tokens, ape)
-    st = State(state_rows, state_tags, num_slots, ring)
-    snaps = Snaps(snap_rows, snap_tags, num_snaps)
-    scratch = Scratch(workspace, arrivals)
-    cache = Cache(
-        rows, norm_weight, rope, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots, cache_scale
+    """`compress` over a `FoldState`; parameters as `StepArguments`."""
+    plan = Plan(plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors)
+    snap_table = SnapshotTable(snap_table_pages, snap_table_width, snap_table_page_size)
+    tokens = Tokens(tokens_kv_score, tokens_stride, tokens_count, tokens_ape)
+    state = State(state_rows, state_tags, state_num_slots, state_ring)
+    snapshots = Snapshots(snapshots_rows, snapshots_tags, snapshots_count)
+    scratch = Scratch(scratch_workspace, scratch_arrivals)
+    output = Output(
+        output_rows, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride, output_scales,
+        output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
     )  # fmt: skip
-    run_step(tl.program_id(0), tl.num_programs(0), plan, snap_table, tokens, st, snaps, scratch, cache, HOW, SPEC, FMT)
+    run_step(tl.program_id(0), tl.num_programs(0), plan, snap_table, tokens, state, snapshots, scratch, output, HOW, SPEC, FMT)
+
+
+@triton.jit
+def pair_kernel(
+    plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors,
+    snap_table_pages, snap_table_width, snap_table_page_size,
+    first_tokens_kv_score, first_tokens_stride, first_tokens_count, first_tokens_ape,
+    first_state_rows, first_state_tags, first_state_num_slots, first_state_ring,
+    first_snapshots_rows, first_snapshots_tags, first_snapshots_count,
+    first_scratch_workspace, first_scratch_arrivals,
+    first_output_rows, first_output_norm_weight, first_output_rope, first_output_max_position, first_output_pages,
+    first_output_page_stride, first_output_scales, first_output_scales_stride, first_output_rows_per_page,
+    first_output_num_slots, first_output_scale,
+    second_tokens_kv_score, second_tokens_stride, second_tokens_count, second_tokens_ape,
+    second_state_rows, second_state_tags, second_state_num_slots, second_state_ring,
+    second_snapshots_rows, second_snapshots_tags, second_snapshots_count,
+    second_scratch_workspace, second_scratch_arrivals,
+    second_output_rows, second_output_norm_weight, second_output_rope, second_output_max_position, second_output_pages,
+    second_output_page_stride, second_output_scales, second_output_scales_stride, second_output_rows_per_page,
+    second_output_num_slots, second_output_scale,
+    HOW_0: tl.constexpr, SPEC_0: tl.constexpr, FMT_0: tl.constexpr, HOW_1: tl.constexpr, SPEC_1: tl.constexpr,
+    FMT_1: tl.constexpr,
+):  # fmt: skip
+    """`compress_many`: the first half of the programs is of one compressor, the second of the other."""
+    plan = Plan(plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors)
+    snap_table = SnapshotTable(snap_table_pages, snap_table_width, snap_table_page_size)
+    half = tl.num_programs(0) // 2
+    pid = tl.program_id(0)
+    if pid < half:
+        run_step(
+            pid, half, plan, snap_table,
+            Tokens(first_tokens_kv_score, first_tokens_stride, first_tokens_count, first_tokens_ape),
+            State(first_state_rows, first_state_tags, first_state_num_slots, first_state_ring),
+            Snapshots(first_snapshots_rows, first_snapshots_tags, first_snapshots_count),
+            Scratch(first_scratch_workspace, first_scratch_arrivals),
+            Output(
+                first_output_rows, first_output_norm_weight, first_output_rope, first_output_max_position,
+                first_output_pages, first_output_page_stride, first_output_scales, first_output_scales_stride,
+                first_output_rows_per_page, first_output_num_slots, first_output_scale,
+            ),
+            HOW_0, SPEC_0, FMT_0,
+        )  # fmt: skip
+    else:
+        run_step(
+            pid - half, half, plan, snap_table,
+            Tokens(second_tokens_kv_score, second_tokens_stride, second_tokens_count, second_tokens_ape),
+            State(second_state_rows, second_state_tags, second_state_num_slots, second_state_ring),
+            Snapshots(second_snapshots_rows, second_snapshots_tags, second_snapshots_count),
+            Scratch(second_scratch_workspace, second_scratch_arrivals),
+            Output(
+                second_output_rows, second_output_norm_weight, second_output_rope, second_output_max_position,
+                second_output_pages, second_output_page_stride, second_output_scales, second_output_scales_stride,
+                second_output_rows_per_page, second_output_num_slots, second_output_scale,
+            ),
+            HOW_1, SPEC_1, FMT_1,
+        )  # fmt: skip
+
+
+@triton.jit
+def store_kernel(
+    plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors,
+    pooled,
+    output_rows, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride, output_scales,
+    output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
+    HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr,
+):  # fmt: skip
+    """`store`, of pooled rows that somebody else made: one program per work item whose window ends."""
+    plan = Plan(plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors)
+    output = Output(
+        output_rows, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride, output_scales,
+        output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
+    )  # fmt: skip
+    pid = tl.program_id(0)
+    item = load_item(plan.items, pid)
+    position = item.window * SPEC.RATIO
+    entry = tl.where(pid < load_plan(plan.num_items), item.entry, -1)
+    cache_slot, weight, cos, sin = aim_entry(entry, position, plan, output, SPEC)
+    wait_for_inputs(HOW.PDL)
+    deliver, refused = judge_slot(entry, cache_slot, position, plan.entry_capacity, output, SPEC.ROPE_DIM)
+    if deliver:
+        y = tl.load(pooled + entry.to(tl.int64) * SPEC.HEAD_DIM + tl.arange(0, SPEC.HEAD_DIM)).to(tl.float32)
+        emit(y, entry, cache_slot, weight, cos, sin, output, SPEC, FMT, HOW.TARGET)
+    if refused:
+        tl.atomic_add(plan.errors, 1)

@@ -8,20 +8,31 @@ import triton
 import triton.language as tl
 
 from ..args import Item
+from .pdl import load_plan
 from .slices import draw_ticket
 
 
 @triton.jit
-def load_item(items, index, there):
-    """Window, start, end, token, slot, entry and sequence of a work item; no tokens and no entry where it is not there."""
+def load_number(at, there, other):
+    """A number of a work item, past the L1 cache; `there` None: it is there."""
+    if there is None:
+        number = load_plan(at)
+    else:
+        number = tl.load(at, mask=there, other=other, cache_modifier=".cg")
+    return number
+
+
+@triton.jit
+def load_item(items, index, there=None):
+    """A work item; of one that is not `there` no tokens and no entry."""
     item = items + index * 8
-    window = tl.load(item, mask=there, other=0, cache_modifier=".cg")
-    start = tl.load(item + 1, mask=there, other=0, cache_modifier=".cg")
-    end = tl.load(item + 2, mask=there, other=0, cache_modifier=".cg")
-    token = tl.load(item + 3, mask=there, other=0, cache_modifier=".cg")
-    slot = tl.load(item + 4, mask=there, other=0, cache_modifier=".cg").to(tl.int64)
-    entry = tl.load(item + 5, mask=there, other=-1, cache_modifier=".cg")
-    sequence = tl.load(item + 6, mask=there, other=0, cache_modifier=".cg")
+    window = load_number(item, there, 0)
+    start = load_number(item + 1, there, 0)
+    end = load_number(item + 2, there, 0)
+    token = load_number(item + 3, there, 0)
+    slot = load_number(item + 4, there, 0).to(tl.int64)
+    entry = load_number(item + 5, there, -1)
+    sequence = load_number(item + 6, there, 0)
     return Item(window, start, end, token, slot, entry, sequence)
 
 

@@ -211,7 +211,9 @@ def fold_last(
         ls = ls + (l,)
         as_ = as_ + (a,)
     if leaves:
-        leave_slice(workspace, quotient(a, l, HOW.TARGET.FAST_DIVISION), entry, c0, SPEC.HEAD_DIM, HOW.SLICE, HOW.TARGET.COHERENT_STORES)
+        leave_slice(
+            workspace, quotient(a, l, HOW.TARGET.FAST_DIVISION), entry, c0, SPEC.HEAD_DIM, HOW.SLICE, HOW.TARGET.COHERENT_STORES
+        )
     forgotten = end - ring - x0 - begin
     places = places_from(tags, x0 + begin, h0, start, end, ring, SPEC.HISTORY, HOW.AHEAD)
     for i in tl.static_range(AHEAD):

@@ -1,22 +1,12 @@
 """Programmatic dependent launch: a kernel starts while the one before it on the stream still runs.
 
 What a kernel reads before `wait_for_inputs` must have been written before the launch that it follows had begun
-(DESIGN.md, Dependent launch). Needs sm_90 and a Triton whose kernels can call the intrinsics (3.5).
+(DESIGN.md, Dependent launch). Needs sm_90.
 """
-
-import inspect
 
 import triton
 import triton.language as tl
-
-try:
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-    # Triton 3.4 has them too, and hands them an argument that they do not take.
-    AVAILABLE = "_semantic" in inspect.signature(gdc_wait).parameters
-except ImportError:
-    gdc_launch_dependents = gdc_wait = None
-    AVAILABLE = False
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit

@@ -1,20 +1,12 @@
 """`StepPlan.update` on a GPU: one launch, whatever the batch and the number of items."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import triton
 import triton.language as tl
 
-if TYPE_CHECKING:
-    import torch
-
-    from ...plan import StepPlan
-    from ..build import Variant
+from ... import contract
 
 SEQUENCES = 16  # per program
-MOST_POSITIONS = tl.constexpr(1 << 30)  # as in kvfold/plan.py
+MOST_POSITIONS = tl.constexpr(contract.MOST_POSITIONS)
 SCAN = 1024  # sequences before them that it counts at a time
 NUM_WARPS = 4
 
@@ -51,7 +43,7 @@ def plan_kernel(
 ):  # fmt: skip
     """One program for SEQUENCES sequences and up to WINDOWS windows of each; behind a long prompt stand more programs.
 
-    Each counts what all sequences before its own have: 3 us for 1,024 of them, where a second launch would cost as much.
+    Each counts what all sequences before its own have, which costs no more than a second launch (docs/notes/0010).
     """
     chunk = tl.program_id(0) % num_chunks
     part = tl.program_id(0) // num_chunks
@@ -122,52 +114,3 @@ def plan_kernel(
                 tl.store(entry_items + spare, tl.full((SCAN,), -1, tl.int32), mask=spare < entry_capacity)
                 if table is not None:
                     tl.store(entry_slots + spare, tl.full((SCAN,), -1, tl.int64), mask=spare < entry_capacity)
-
-
-def windows_per_program(windows_per_sequence: int) -> int:
-    """Wide enough for a decode step, or for a long prompt."""
-    return 8 if windows_per_sequence <= 8 else 64
-
-
-def update_on_gpu(plan: StepPlan, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
-    """`StepPlan.update` after its arguments were checked, for a batch that is not empty."""
-    from ..launcher import launcher_of, pack  # which builds this kernel among others
-    from ..variants import plan_key
-
-    table, windows = plan.cache_block_table, windows_per_program(plan.windows_per_sequence)
-    chunks = -(-plan.batch // SEQUENCES)
-    values, bits = pack(
-        start_pos,
-        cu_seqlens,
-        plan.state_slots,
-        plan.batch,
-        plan.max_new_tokens,
-        plan.max_tokens,
-        plan.start_pos,
-        plan.cu_seqlens,
-        plan.cu_entries,
-        plan.items,
-        plan.num_items,
-        plan.errors,
-        plan.item_capacity,
-        plan.entry_items,
-        plan.entry_capacity,
-        table,
-        table.shape[1] if table is not None else 0,
-        plan.rows_per_page or 1,
-        plan.entry_slots if table is not None else None,
-        chunks,
-    )
-    grid = chunks * max(1, -(-plan.windows_per_sequence // windows))
-    if plan._launcher is None:
-        key = plan_key(plan.ratio, plan.windows_per_sequence, plan.state_slots is None, table is None)
-        plan._launcher = launcher_of(key, start_pos.device)
-    plan._launcher(grid, values, bits)
-
-
-def plan_variant(ratio: int, windows: int, no_slots: bool, no_table: bool, aligned: bool = True, pdl: bool = False) -> Variant:
-    from ..build import Variant
-
-    absent = ["state_slots"] * no_slots + ["table", "entry_slots"] * no_table
-    constants = {"RATIO": ratio, "SEQUENCES": SEQUENCES, "WINDOWS": windows, "SCAN": SCAN, **dict.fromkeys(absent)}
-    return Variant("plan", tuple(constants.items()), NUM_WARPS, (), aligned, pdl)

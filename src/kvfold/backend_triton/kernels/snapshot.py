@@ -1,4 +1,4 @@
-"""Snapshots of prefix-cache pages: what a step copies out, and the kernel that puts them into slots again.
+"""Snapshots of prefix-cache pages: what a step copies out.
 
 A step's programs get all that they need in one tuple, `snap`, or None where no snapshots are taken: then nothing of this is
 compiled in. It is (row of the plan's table for the sequence, its width, positions per page, snapshot rows, their tags, number
@@ -7,9 +7,6 @@ of snapshots, errors).
 
 import triton
 import triton.language as tl
-
-from .fold import spread
-from .plan import MOST_POSITIONS
 
 
 @triton.jit
@@ -69,58 +66,3 @@ def snapshot_rows(live, kv_stride, window, begin, stop, snap, RATIO: tl.constexp
                     value = tl.load(live + x.to(tl.int64) * kv_stride + c)
                     tl.store(rows + row * (2 * CHANNELS) + c, value.to(rows.dtype.element_ty))
                     tl.store(tags + row, x)
-
-
-@triton.jit
-def restore_kernel(
-    state_rows, state_tags, num_slots, ring, snap_rows, snap_tags, num_snaps, snap_page_size,
-    slots, snap_ids, start_pos, errors,
-    KIND: tl.constexpr, RATIO: tl.constexpr, HISTORY: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
-    PART: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """`restore`: one program for each row of each snapshot; the first of them sets the slot's tags, to -1 if it is refused.
-
-    ROWS: of a snapshot, each PARTS * PART elements. All programs of a snapshot come to the same verdict, as they judge by
-    arguments and tags of the snapshot, which none of them writes. The slot's tags are written by one and read by none.
-    """
-    i = tl.program_id(0)
-    r = tl.program_id(0) * 0
-    if ROWS > 1:
-        i = tl.program_id(0) // ROWS
-        r = tl.program_id(0) % ROWS
-    slot = tl.load(slots + i).to(tl.int64)
-    start = tl.load(start_pos + i)
-    wanted = (slot != -1) & (start != 0)
-    there = (slot >= 0) & (slot < num_slots)
-    fine = there & (start > 0) & (start <= MOST_POSITIONS) & (start % snap_page_size == 0)
-    # A step that starts at the end of a window without overlap reads nothing.
-    reads = start * 0
-    if ROWS > 0:
-        page = tl.load(snap_ids + i).to(tl.int64)
-        reads = reads + ROWS
-        if KIND == "fold":
-            reads = tl.where(start % RATIO == 0, 0, reads)
-        fine = fine & ((reads == 0) | ((page >= 0) & (page < num_snaps)))
-        for base in range(0, ROWS, BLOCK):
-            j = base + tl.arange(0, BLOCK)
-            looked = (j < ROWS) & spread(fine & wanted & (reads > 0), BLOCK)
-            tag = tl.load(snap_tags + page * ROWS + j, mask=looked, other=0)
-            fine = fine & (tl.sum((looked & (tag != start - ROWS + j)).to(tl.int32), axis=0) == 0)
-    reads = tl.where(fine, reads, 0)
-    row = slot * (ring + HISTORY)
-    if ROWS > 0:
-        if wanted & (reads > 0):
-            to = state_rows + (row + (start - ROWS + r) % ring) * (PARTS * PART) + tl.arange(0, PART)
-            at = snap_rows + (page * ROWS + r) * (PARTS * PART) + tl.arange(0, PART)
-            for p in tl.static_range(PARTS):
-                tl.store(to + p * PART, tl.load(at + p * PART))
-    if wanted & there & (r == 0):
-        # Home h belongs to the last position before the start that lives there, and holds it if the step reads it.
-        last = tl.maximum(start, 1) - 1
-        for base in range(0, ring + HISTORY, BLOCK):
-            home = base + tl.arange(0, BLOCK)
-            back = (last % ring - home + ring) % ring
-            tag = tl.where((home < ring) & (back < reads), last - back, -1)
-            tl.store(state_tags + row + home, tag, mask=home < ring + HISTORY)
-    if wanted & (fine == 0) & (r == 0):
-        tl.atomic_add(errors, 1)

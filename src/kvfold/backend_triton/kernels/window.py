@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..args import Cache, Plan, Pool, Scratch, Tokens
+from ..args import Output, Plan, Pool, Scratch, Tokens
 from .finish import emit, judge_slot, load_finish
 from .fold import spread
 from .items import load_item
@@ -450,25 +450,33 @@ def run_program(
 
 @triton.jit
 def window_kernel(
-    items, num_items, entry_slots, entry_capacity, errors, entry_items, cu_entries, batch,
-    kv_score, kv_stride, num_tokens, ape,
-    kv_pool, kv_page_stride, kv_row_stride, kv_pages, kv_table, kv_width,
-    score_pool, score_page_stride, score_row_stride, score_pages, score_table, score_width, page_size,
-    workspace, arrivals,
-    rows, norm_weight, rope, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots, cache_scale,
+    plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors,
+    entry_items, cu_entries, batch,
+    tokens_kv_score, tokens_stride, tokens_count, tokens_ape,
+    kv_pool_rows, kv_pool_page_stride, kv_pool_row_stride, kv_pool_num_pages, kv_pool_table, kv_pool_width,
+    score_pool_rows, score_pool_page_stride, score_pool_row_stride, score_pool_num_pages, score_pool_table,
+    score_pool_width,
+    page_size,
+    scratch_workspace, scratch_arrivals,
+    output_rows, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride, output_scales,
+    output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
     HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
     ONE_PAGE: tl.constexpr, PROMPT: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """`compress` over a `WindowState`."""
-    plan = Plan(items, num_items, entry_slots, entry_capacity, errors)
-    tokens = Tokens(kv_score, kv_stride, num_tokens, ape)
-    kv_pool = Pool(kv_pool, kv_page_stride, kv_row_stride, kv_pages, kv_table, kv_width)
-    score_pool = Pool(score_pool, score_page_stride, score_row_stride, score_pages, score_table, score_width)
-    output = Cache(
-        rows, norm_weight, rope, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots,
-        cache_scale,
+    plan = Plan(plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors)
+    tokens = Tokens(tokens_kv_score, tokens_stride, tokens_count, tokens_ape)
+    kv_pool = Pool(kv_pool_rows, kv_pool_page_stride, kv_pool_row_stride, kv_pool_num_pages, kv_pool_table, kv_pool_width)
+    score_pool = Pool(
+        score_pool_rows, score_pool_page_stride, score_pool_row_stride, score_pool_num_pages, score_pool_table,
+        score_pool_width,
     )  # fmt: skip
-    launch = Launch(plan, entry_items, tokens, Pools(kv_pool, score_pool, page_size), Scratch(workspace, arrivals), output)
+    output = Output(
+        output_rows, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride, output_scales,
+        output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
+    )  # fmt: skip
+    scratch = Scratch(scratch_workspace, scratch_arrivals)
+    launch = Launch(plan, entry_items, tokens, Pools(kv_pool, score_pool, page_size), scratch, output)
     POOLS: tl.constexpr = (output.pages is not None) or (output.rows is not None)
     # Programs that first stored a row and then pooled came last (docs/notes/0032-who-stores-the-last-rows.md).
     JOIN: tl.constexpr = LANES if (POOLS and ONE_PAGE) and ((SPEC.OVERLAP == 0 and HOW.TOGETHER > 1) and not PROMPT) else 0

@@ -1,0 +1,66 @@
+"""`restore`: puts snapshots of prefix-cache pages into slots."""
+
+import triton
+import triton.language as tl
+
+from ... import contract
+from .fold import spread
+from .vectors import scalar
+
+MOST_POSITIONS = tl.constexpr(contract.MOST_POSITIONS)
+
+
+@triton.jit
+def restore_kernel(
+    state_rows, state_tags, state_num_slots, state_ring,
+    snapshots_rows, snapshots_tags, snapshots_count,
+    page_size, slots, pages, start_pos, errors,
+    KIND: tl.constexpr, RATIO: tl.constexpr, HISTORY: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    PART: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program for each row of each snapshot; the first of them sets the slot's tags, to -1 if it is refused.
+
+    ROWS: of a snapshot, each PARTS * PART elements. All programs of a snapshot come to the same verdict, as they judge by
+    arguments and tags of the snapshot, which none of them writes. The slot's tags are written by one and read by none.
+    """
+    i = tl.program_id(0)
+    r = scalar(0)
+    if ROWS > 1:
+        i = tl.program_id(0) // ROWS
+        r = tl.program_id(0) % ROWS
+    slot = tl.load(slots + i).to(tl.int64)
+    start = tl.load(start_pos + i)
+    wanted = (slot != -1) & (start != 0)
+    there = (slot >= 0) & (slot < state_num_slots)
+    fine = there & (start > 0) & (start <= MOST_POSITIONS) & (start % page_size == 0)
+    # A step that starts at the end of a window without overlap reads nothing.
+    reads = scalar(0)
+    if ROWS > 0:
+        page = tl.load(pages + i).to(tl.int64)
+        reads = reads + ROWS
+        if KIND == "fold":
+            reads = tl.where(start % RATIO == 0, 0, reads)
+        fine = fine & ((reads == 0) | ((page >= 0) & (page < snapshots_count)))
+        for base in range(0, ROWS, BLOCK):
+            j = base + tl.arange(0, BLOCK)
+            looked = (j < ROWS) & spread(fine & wanted & (reads > 0), BLOCK)
+            tag = tl.load(snapshots_tags + page * ROWS + j, mask=looked, other=0)
+            fine = fine & (tl.sum((looked & (tag != start - ROWS + j)).to(tl.int32), axis=0) == 0)
+    reads = tl.where(fine, reads, 0)
+    row = slot * (state_ring + HISTORY)
+    if ROWS > 0:
+        if wanted & (reads > 0):
+            to = state_rows + (row + (start - ROWS + r) % state_ring) * (PARTS * PART) + tl.arange(0, PART)
+            at = snapshots_rows + (page * ROWS + r) * (PARTS * PART) + tl.arange(0, PART)
+            for p in tl.static_range(PARTS):
+                tl.store(to + p * PART, tl.load(at + p * PART))
+    if wanted & there & (r == 0):
+        # Home h belongs to the last position before the start that lives there, and holds it if the step reads it.
+        last = tl.maximum(start, 1) - 1
+        for base in range(0, state_ring + HISTORY, BLOCK):
+            home = base + tl.arange(0, BLOCK)
+            back = (last % state_ring - home + state_ring) % state_ring
+            tag = tl.where((home < state_ring) & (back < reads), last - back, -1)
+            tl.store(state_tags + row + home, tag, mask=home < state_ring + HISTORY)
+    if wanted & (fine == 0) & (r == 0):
+        tl.atomic_add(errors, 1)

@@ -1,0 +1,192 @@
+"""Which kernel a call needs: keys, by which launchers are found. Launches make them of calls, `warmup` of what calls will be.
+
+A key names all that its kernel depends on, but for the alignment of tensors and dependent launch. Those of two kinds are never
+equal: they differ in length, in types, or in the kind of the table's row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import NamedTuple
+
+import torch
+
+from ..spec import CompressorSpec
+from ..storage.fold_state import state_kind
+from ..storage.formats import RecordFormat
+from .table import ANY, ITEM_BOUNDS, Config, choose, pair_bounds
+
+
+class Types(NamedTuple):
+    """Dtypes of a call's tensors, None for those that it has not, and whether its plan has entry slots."""
+
+    kv_score: torch.dtype
+    state: torch.dtype
+    rows: torch.dtype | None
+    norm_weight: torch.dtype | None
+    entry_slots: bool
+
+
+class StepKey(NamedTuple):
+    """Of `compress` over a `FoldState`. snapshots: whether it leaves any."""
+
+    spec: CompressorSpec
+    fmt: RecordFormat | None
+    config: Config
+    types: Types
+    snapshots: bool
+
+
+class PairKey(NamedTuple):
+    """Of `compress_many`."""
+
+    first: StepKey
+    second: StepKey
+
+
+class WindowKey(NamedTuple):
+    """Of `compress` over a `WindowState`. one_page: a window has its rows on one page, as the ratio divides the page size."""
+
+    spec: CompressorSpec
+    fmt: RecordFormat | None
+    config: Config
+    types: Types
+    one_page: bool
+
+
+class StoreKey(NamedTuple):
+    """Of `store`. rows: dtype of the pooled rows."""
+
+    spec: CompressorSpec
+    fmt: RecordFormat
+    config: Config
+    rows: torch.dtype
+    norm_weight: torch.dtype
+
+
+class RestoreKey(NamedTuple):
+    """Of `restore`. state: dtype of its rows. rows_per_page: of a snapshot."""
+
+    spec: CompressorSpec
+    state: torch.dtype
+    rows_per_page: int
+
+
+class PlanKey(NamedTuple):
+    """Of `StepPlan.update`. windows: of a sequence that one program takes."""
+
+    ratio: int
+    windows: int
+    no_slots: bool
+    no_table: bool
+
+
+Key = StepKey | PairKey | WindowKey | StoreKey | RestoreKey | PlanKey
+
+
+def step_key(
+    spec: CompressorSpec,
+    fmt: RecordFormat | None,
+    kind: str,
+    max_new_tokens: int,
+    types: tuple,
+    snapshots: bool = False,
+    items: int = ANY,
+) -> StepKey:
+    """Of a call with up to so many work `items`, of a plan for `max_new_tokens`. kind: of the state. types: as `Types`."""
+    # Snapshots take the row for many items, which has whole rows. No item of fold rows is longer than a window.
+    bound = max_new_tokens if kind == "rows" else min(max_new_tokens, spec.ratio)
+    return StepKey(spec, fmt, choose(kind, spec, bound, ANY if snapshots else items), Types(*types), snapshots)
+
+
+def window_key(spec: CompressorSpec, fmt: RecordFormat | None, max_new_tokens: int, types: tuple, page_size: int) -> WindowKey:
+    return WindowKey(spec, fmt, choose("window", spec, max_new_tokens), Types(*types), page_size % spec.ratio == 0)
+
+
+def store_key(spec: CompressorSpec, fmt: RecordFormat, types: tuple[torch.dtype, torch.dtype]) -> StoreKey:
+    """types: of the pooled rows and the norm weight."""
+    return StoreKey(spec, fmt, choose("store", spec, 1), *types)
+
+
+def plan_key(ratio: int, windows_per_sequence: int, no_slots: bool, no_table: bool) -> PlanKey:
+    return PlanKey(ratio, windows_per_program(windows_per_sequence), no_slots, no_table)
+
+
+def windows_per_program(windows_per_sequence: int) -> int:
+    """Wide enough for a decode step, or for a long prompt."""
+    return 8 if windows_per_sequence <= 8 else 64
+
+
+class Wanted(NamedTuple):
+    """What `warmup` makes keys of all kinds for."""
+
+    dtypes: tuple[torch.dtype, ...]
+    steps: tuple[int, ...]
+    state_dtypes: tuple[torch.dtype, ...]
+    norms: tuple[torch.dtype, ...]
+    snapshots: tuple[bool, ...]
+
+    def finishes(self, fmt: RecordFormat | None) -> list[tuple[torch.dtype | None, bool]]:
+        """Dtype of the norm weight, and whether the plan has entry slots, without which there can be no cache."""
+        return [(norm, True) for norm in self.norms] if fmt is not None else [(None, True), (None, False)]
+
+    def states(self, spec: CompressorSpec) -> tuple[torch.dtype, ...]:
+        """Dtypes of a `FoldState`: fold rows are always fp32."""
+        return self.state_dtypes if state_kind(spec) == "rows" else (torch.float32,)
+
+
+def plan_keys(ratios: set[int], states: tuple[str, ...]) -> Iterator[PlanKey]:
+    """For both widths of the kernel: a plan of any length has one of them."""
+    for ratio, windows, state, no_table in product(sorted(ratios), (1, 1 << 20), states, (False, True)):
+        yield plan_key(ratio, windows, state == "window", no_table)
+
+
+def store_keys(spec: CompressorSpec, fmt: RecordFormat | None, w: Wanted, rows: torch.dtype | None) -> Iterator[StoreKey]:
+    if fmt is not None and rows is not None:
+        for norm in w.norms:
+            yield store_key(spec, fmt, (rows, norm))
+
+
+def step_keys(
+    spec: CompressorSpec,
+    fmt: RecordFormat | None,
+    w: Wanted,
+    rows: torch.dtype | None,
+    bounds: tuple[int, ...] = ITEM_BOUNDS,
+) -> Iterator[StepKey]:
+    """bounds: of work items. Input rows that are kept in bf16 are bf16 when they come."""
+    # A page may end with nothing to keep, which the call without snapshots serves.
+    leaves = sorted({snap and count > 0 for snap in w.snapshots for count in snapshot_rows(spec)})
+    for dtype, state, bound in product(w.dtypes, w.states(spec), w.steps):
+        if dtype == torch.bfloat16 or state == torch.float32:
+            for (norm, slots), snap, items in product(w.finishes(fmt), leaves, bounds):
+                yield step_key(spec, fmt, state_kind(spec), bound, (dtype, state, rows, norm, slots), snap, items)
+
+
+def pair_keys(pair: tuple[tuple[CompressorSpec, RecordFormat | None], ...], w: Wanted) -> Iterator[PairKey]:
+    """The two may differ in dtypes, but their plan is one."""
+    for bound, items in product(w.steps, pair_bounds({state_kind(spec) for spec, _ in pair})):
+        first, second = ([*step_keys(spec, fmt, w._replace(steps=(bound,)), None, (items,))] for spec, fmt in pair)
+        for one, other in product(first, second):
+            if one.types.entry_slots == other.types.entry_slots:  # which the plan has or not
+                yield PairKey(one, other)
+
+
+def window_keys(
+    spec: CompressorSpec, fmt: RecordFormat | None, w: Wanted, rows: torch.dtype | None, pages: tuple[int, ...] | None
+) -> Iterator[WindowKey]:
+    """pages: sizes; None: any. What matters of one is whether the ratio divides it."""
+    for dtype, state, bound, page in product(w.dtypes, w.state_dtypes, w.steps, pages or (spec.ratio, 1)):
+        for norm, slots in w.finishes(fmt):
+            yield window_key(spec, fmt, bound, (dtype, state, rows, norm, slots), page)
+
+
+def restore_keys(spec: CompressorSpec, w: Wanted) -> Iterator[RestoreKey]:
+    for state, count in product(w.states(spec), snapshot_rows(spec)):
+        yield RestoreKey(spec, state, count)
+
+
+def snapshot_rows(spec: CompressorSpec) -> tuple[int, ...]:
+    """Rows that a snapshot can have: of fold rows, with a page size that is a multiple of the ratio, and with any other."""
+    return (0, 1) if state_kind(spec) == "fold" else (spec.ratio * int(spec.overlap),)
