@@ -1,7 +1,7 @@
 """Compiling kernels: one function, for launches, for `warmup` and for ahead-of-time builds, so that all three build the same.
 
-Triton's own just-in-time dispatch is not used on a GPU: it specializes on the values of integers, and reading 40 arguments
-takes it 50 us per call. Here every argument has a fixed type, and what a kernel may be specialized on is in `Variant`.
+Triton's own just-in-time dispatch is not used on a GPU: it specializes on the values of integers, and is slow to read 40
+arguments (docs/notes/0065). Here every argument has a fixed type, and what a kernel may be specialized on is in `Variant`.
 """
 
 from __future__ import annotations

@@ -37,12 +37,18 @@ from .launcher import Launcher, launcher_of, multiprocessors, pack, supports_pdl
 from .table import ANY, item_bucket, pair_buckets
 from .variants import draws_items, slices_of
 
-# What every call brings of itself: the values of a prepared call in these places are not used.
+
+
+def _places(kind: type, *brought: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where a kernel's arguments have what every call brings of itself, and where they have strides."""
+    names = names_of(kind)
+    return tuple(map(names.index, brought)), tuple(i for i, name in enumerate(names) if name.endswith("stride"))
+
+
 _OF_A_CALL = ("tokens_kv_score", "tokens_stride", "tokens_count", "scratch_workspace", "scratch_arrivals", "output_rows")
-_STEP = tuple(map(names_of(args.StepArguments).index, _OF_A_CALL))
-_PAIR = tuple(names_of(args.PairArguments).index(f"{one}_{name}") for one in ("first", "second") for name in _OF_A_CALL)
-_WINDOW = tuple(map(names_of(args.WindowArguments).index, _OF_A_CALL))
-_STORE = (names_of(args.StoreArguments).index("pooled"),)
+_STEP, _WINDOW = _places(args.StepArguments, *_OF_A_CALL), _places(args.WindowArguments, *_OF_A_CALL)
+_PAIR = _places(args.PairArguments, *(f"{one}_{name}" for one in ("first", "second") for name in _OF_A_CALL))
+_STORE = _places(args.StoreArguments, "pooled")
 
 
 class Chosen(NamedTuple):
@@ -194,17 +200,10 @@ def restore_triton(
 ) -> None:
     """`restore` after its arguments were checked: one launch on the current stream, ordinary and not a dependent."""
     count = snapshots.rows_per_page
-    groups = args.RestoreArguments(
-        _state(state),
-        _kept(snapshots if count else None),
-        snapshots.page_size,
-        slots,
-        pages if count else None,
-        start_pos,
-        errors,
-    )
+    kept, ids = _kept(snapshots if count else None), pages if count else None
+    groups = args.RestoreArguments(_state(state), kept, snapshots.page_size, slots, ids, start_pos, errors)
     key = RestoreKey(state.spec, state.rows.dtype, count)
-    launcher_of(key, state.device)(slots.shape[0] * max(count, 1), *_packed(groups))
+    launcher_of(key, state.device)(slots.shape[0] * max(count, 1), *pack(*flat(groups)))
 
 
 def update_on_gpu(plan: StepPlan, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
@@ -311,18 +310,12 @@ def _step_grid(plan: StepPlan, kv_score: torch.Tensor) -> int:
     return max(1, min(plan.item_capacity, plan.items_for(kv_score.shape[0])))
 
 
-def _prepare(asked: tuple, chosen: Chosen, groups: tuple, places: tuple[int, ...]) -> Prepared:
-    values, bits = _packed(groups)
-    return Prepared(asked, chosen, values, places, bits)
-
-
-def _packed(groups: tuple) -> tuple[list, int]:
-    """Arguments as a launch takes them, and all their addresses and strides, or-ed."""
+def _prepare(asked: tuple, chosen: Chosen, groups: tuple, places: tuple[tuple[int, ...], tuple[int, ...]]) -> Prepared:
     found, bits = pack(*flat(groups))
-    for name, value in zip(names_of(type(groups)), found, strict=True):
-        if name.endswith("stride"):
-            bits |= value
-    return list(found), bits
+    brought, strides = places
+    for i in strides:
+        bits |= found[i]
+    return Prepared(asked, chosen, list(found), brought, bits)
 
 
 def _plan(plan: StepPlan) -> args.Plan:

@@ -48,7 +48,7 @@ def _hooked() -> bool:
 class Launcher:
     """Launches the kernels of one key on one device: the same calls in the four variants of aligned and dependent.
 
-    A state or a plan keeps the launcher of its last call, as to hash a key takes 8 us of host time.
+    A state or a plan keeps the launcher of its last call, as hashing a key takes long (docs/notes/0011).
     """
 
     __slots__ = ("built", "device", "key")

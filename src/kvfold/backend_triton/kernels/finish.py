@@ -1,6 +1,6 @@
 """From a pooled row in registers to a finished entry: RMSNorm, RoPE, Hadamard; and its delivery.
 
-COUNT entries of one sequence in a row can go side by side; abreast.py says how.
+COUNT entries of one sequence in a row can go side by side; vectors.py says how.
 """
 
 import triton
@@ -53,8 +53,8 @@ def rotate(y, cos, sin, SPEC: tl.constexpr, COUNT: tl.constexpr):
 @triton.jit
 def hadamard(y, SPEC: tl.constexpr, COUNT: tl.constexpr):
     """Sylvester order, all channels, divided by sqrt(HEAD_DIM) at the end."""
-    # The other one of two elements is what is left of both of them by exclusive or, and that reduction is one shuffle inside a
-    # warp; to move every bit of the channel index into a thread in turn went through shared memory LOG2 times.
+    # Of two elements, their exclusive or without the one is the other: a reduction, which is one shuffle inside a warp. To move
+    # each bit of the channel index into a thread in turn would go through shared memory LOG2 times.
     sign = tl.where(tl.arange(0, 2)[None, :, None] == 1, -1.0, 1.0)
     LOG2: tl.constexpr = SPEC.LOG2
     for i in tl.static_range(LOG2):

@@ -43,7 +43,7 @@ def plan_kernel(
 ):  # fmt: skip
     """One program for SEQUENCES sequences and up to WINDOWS windows of each; behind a long prompt stand more programs.
 
-    Each counts what all sequences before its own have: 3 us for 1,024 of them, where a second launch would cost as much.
+    Each counts what all sequences before its own have, which costs no more than a second launch (docs/notes/0010).
     """
     chunk = tl.program_id(0) % num_chunks
     part = tl.program_id(0) // num_chunks

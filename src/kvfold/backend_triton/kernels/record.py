@@ -148,7 +148,7 @@ def store_record(
             # A NaN does not choose the scale of its neighbours.
             magnitude = tl.where(v == v, tl.abs(v), 0.0)
             if FMT.GROUP == COUNT * SPEC.HEAD_DIM:
-                # One group is scalars: Triton 3.3 does not compile a reshape to [1, HEAD_DIM] behind the Hadamard transform.
+                # One group for the whole entry: its scale is a scalar.
                 stored, factor = group_scale(tl.max(magnitude, axis=0), cache.scale, MAX, FMT)
                 tl.store(tail_scales, stored.to(tail_scales.dtype.element_ty))
                 if FMT.DIVIDE:

@@ -8,7 +8,6 @@ import triton.language as tl
 
 from ..args import Snap
 
-
 @triton.jit
 def snap_of(sequence, snap_table, snaps, plan):
     """Where the snapshots of sequence `sequence` go."""

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..args import Cache, Plan, Pool, Scratch, Tokens
+from ..args import Output, Plan, Pool, Scratch, Tokens
 from .finish import emit, judge_slot, load_finish
 from .fold import spread
 from .items import load_item
@@ -333,9 +333,9 @@ def prefetch_entry(item, pages, task, shares, launch, HOW: tl.constexpr, SPEC: t
 
 @triton.jit
 def pool_part(
-    item, slot, pages, part, turn, shares, launch, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr, tiling
+    item, slot, pages, task, turn, shares, launch, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr, tiling
 ):  # fmt: skip
-    """One slice of an entry, slice `turn` of `part`; and the whole entry, where this is the last part of it."""
+    """One slice of an entry, slice `turn` of part `task`; and the whole entry, where this is the last part of it."""
     SLICES: tl.constexpr = SPEC.HEAD_DIM // HOW.SLICE
     window, start, end, token, _slot, entry, _sequence = item
     plan = launch.plan
@@ -347,13 +347,13 @@ def pool_part(
         mine = last_rows_new(window, start, entry, plan.entry_capacity, SPEC.RATIO, tiling.JOIN) & (pages.absent == 0)
     if tiling.PROMPT:
         mine = all_rows_new(window, start, entry, plan.entry_capacity, SPEC)
-        if mine & (turn + part == 0) & (token + end - start <= launch.tokens.count):
+        if mine & (turn + task % shares.parts == 0) & (token + end - start <= launch.tokens.count):
             count = pages.bad.to(tl.int32) + wrong.to(tl.int32)
             if count > 0:
                 tl.atomic_add(plan.errors, count)
     if (deliver | mine) & (token + end - start <= launch.tokens.count):
         # The parts of an entry side by side: memory has rows of 1 KiB open, and gives them slower slice by slice.
-        c0 = (part + turn * shares.parts) * HOW.SLICE
+        c0 = (task % shares.parts + turn * shares.parts) * HOW.SLICE
         if SLICES > 1 and tiling.ONE_PAGE:  # known before the work: whether rows are absent
             ticket = draw_ticket(scratch.arrivals, entry, deliver & (turn == shares.span - 1) & (pages.absent == 0))
         y, absent = pool_slice(launch.tokens, launch.pools, item, c0, pages, mine, SPEC, tiling, HOW.TARGET.FAST_DIVISION)
@@ -389,7 +389,7 @@ def pool_entries(
     turn = scalar(0)
     while task < shares.tasks:
         wait_for_inputs(HOW.PDL)
-        pool_part(item, slot, pages, task % shares.parts, turn, shares, launch, HOW, SPEC, FMT, tiling)
+        pool_part(item, slot, pages, task, turn, shares, launch, HOW, SPEC, FMT, tiling)
         turn += 1
         if turn >= shares.span:
             # The next entry is looked up only now: other programs hide the latency.
@@ -401,33 +401,14 @@ def pool_entries(
 
 
 @triton.jit
-def window_kernel(
-    items, num_items, entry_slots, entry_capacity, errors, entry_items, cu_entries, batch,
-    kv_score, kv_stride, num_tokens, ape,
-    kv_pool, kv_page_stride, kv_row_stride, kv_pages, kv_table, kv_width,
-    score_pool, score_page_stride, score_row_stride, score_pages, score_table, score_width, page_size,
-    workspace, arrivals,
-    rows, norm_weight, rope, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots, cache_scale,
-    HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
-    ONE_PAGE: tl.constexpr, PROMPT: tl.constexpr, ALIGNED: tl.constexpr,
+def run_program(
+    pid, programs, launch, cu_entries, batch, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr, tiling,
+    POOLS: tl.constexpr,
 ):  # fmt: skip
-    """`compress` over a `WindowState`."""
-    plan = Plan(items, num_items, entry_slots, entry_capacity, errors)
-    tokens = Tokens(kv_score, kv_stride, num_tokens, ape)
-    kv_pool = Pool(kv_pool, kv_page_stride, kv_row_stride, kv_pages, kv_table, kv_width)
-    score_pool = Pool(score_pool, score_page_stride, score_row_stride, score_pages, score_table, score_width)
-    output = Cache(
-        rows, norm_weight, rope, max_position, pages, page_stride, scales, scales_stride, rows_per_page, cache_slots,
-        cache_scale,
-    )  # fmt: skip
-    launch = Launch(plan, entry_items, tokens, Pools(kv_pool, score_pool, page_size), Scratch(workspace, arrivals), output)
-    pid = tl.program_id(0)
-    programs = tl.num_programs(0)
+    """Program `pid` of `programs`. POOLS: entries go anywhere."""
     SLICES: tl.constexpr = SPEC.HEAD_DIM // HOW.SLICE
-    POOLS: tl.constexpr = (output.pages is not None) or (output.rows is not None)
-    # Programs that first stored a row and then pooled came last (docs/notes/0032-who-stores-the-last-rows.md).
-    JOIN: tl.constexpr = LANES if (POOLS and ONE_PAGE) and ((SPEC.OVERLAP == 0 and HOW.TOGETHER > 1) and not PROMPT) else 0
-    tiling = Tiling(TILE, LANES, HOW.TOGETHER, HOW.SLICE, ONE_PAGE, PROMPT, ALIGNED, JOIN)
+    plan = launch.plan
+    tokens = launch.tokens
     # What is read before the wait, the plan and what it was built from, is older than the launch before this one. Loads that
     # do not need each other stand side by side: one behind the other, they take longer than a short step.
     total = load_plan(plan.num_items)
@@ -443,12 +424,12 @@ def window_kernel(
     # the launch to end behind the one before it.
     if idle & (pid > 0):
         return
-    index = next_item(launch, front, total, programs, SPEC, PROMPT)
+    index = next_item(launch, front, total, programs, SPEC, tiling.PROMPT)
     first = load_item(plan.items, index, index < total)
     if POOLS:
-        item, slot, on = load_entry(launch, task // shares.parts, task < shares.tasks, SPEC, tiling)
+        item, slot, pages = load_entry(launch, task // shares.parts, task < shares.tasks, SPEC, tiling)
         if HOW.PDL:
-            prefetch_entry(item, on, task, shares, launch, HOW, SPEC, tiling)
+            prefetch_entry(item, pages, task, shares, launch, HOW, SPEC, tiling)
     faults = check_item(first, index < total, launch, SPEC, tiling)
     if HOW.PDL:
         if (index < total) & (first.token + first.end - first.start <= tokens.count):
@@ -459,9 +440,48 @@ def window_kernel(
     if index < total:
         wait_for_inputs(HOW.PDL)
         write_items(index, first, faults, total, programs, launch, HOW, SPEC, tiling)
-        if POOLS and ((SLICES > 1 or PROMPT) or ONE_PAGE == 0):
+        if POOLS and ((SLICES > 1 or tiling.PROMPT) or tiling.ONE_PAGE == 0):
             # Again: kept in registers meanwhile, these would spill. In a short step over whole rows they do not.
-            item, slot, on = load_entry(launch, task // shares.parts, task < shares.tasks, SPEC, tiling)
+            item, slot, pages = load_entry(launch, task // shares.parts, task < shares.tasks, SPEC, tiling)
     if POOLS:
-        pool_entries(task, item, slot, on, shares, programs, launch, HOW, SPEC, FMT, tiling)
+        pool_entries(task, item, slot, pages, shares, programs, launch, HOW, SPEC, FMT, tiling)
     wait_for_inputs(HOW.PDL)
+
+
+@triton.jit
+def window_kernel(
+    plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors,
+    entry_items, cu_entries, batch,
+    tokens_kv_score, tokens_stride, tokens_count, tokens_ape,
+    kv_pool_rows, kv_pool_page_stride, kv_pool_row_stride, kv_pool_num_pages, kv_pool_table, kv_pool_width,
+    score_pool_rows, score_pool_page_stride, score_pool_row_stride, score_pool_num_pages, score_pool_table,
+    score_pool_width,
+    page_size,
+    scratch_workspace, scratch_arrivals,
+    output_rows, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride, output_scales,
+    output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
+    HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
+    ONE_PAGE: tl.constexpr, PROMPT: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """`compress` over a `WindowState`."""
+    plan = Plan(plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors)
+    tokens = Tokens(tokens_kv_score, tokens_stride, tokens_count, tokens_ape)
+    kv_pool = Pool(kv_pool_rows, kv_pool_page_stride, kv_pool_row_stride, kv_pool_num_pages, kv_pool_table, kv_pool_width)
+    score_pool = Pool(
+        score_pool_rows, score_pool_page_stride, score_pool_row_stride, score_pool_num_pages, score_pool_table,
+        score_pool_width,
+    )  # fmt: skip
+    output = Output(
+        output_rows, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride, output_scales,
+        output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
+    )  # fmt: skip
+    scratch = Scratch(scratch_workspace, scratch_arrivals)
+    launch = Launch(plan, entry_items, tokens, Pools(kv_pool, score_pool, page_size), scratch, output)
+    POOLS: tl.constexpr = (output.pages is not None) or (output.rows is not None)
+    # Programs that first stored a row and then pooled came last (docs/notes/0032-who-stores-the-last-rows.md).
+    JOIN: tl.constexpr = LANES if (POOLS and ONE_PAGE) and ((SPEC.OVERLAP == 0 and HOW.TOGETHER > 1) and not PROMPT) else 0
+    # Built in the call: assigned to a variable, its constants would be tensors.
+    run_program(
+        tl.program_id(0), tl.num_programs(0), launch, cu_entries, batch, HOW, SPEC, FMT,
+        Tiling(TILE, LANES, HOW.TOGETHER, HOW.SLICE, ONE_PAGE, PROMPT, ALIGNED, JOIN), POOLS,
+    )  # fmt: skip

@@ -229,10 +229,10 @@ def load_any_rows(
         half = tl.where(j < SPEC.RATIO * SPEC.OVERLAP, 0, SPEC.OVERLAP * SPEC.HEAD_DIM)
         c = (half[:, None] + (c0 + tl.arange(0, tiling.SLICE))[None, :]).to(tl.int64)
         olds = (old.to(tl.int32)[:, None] + c.to(tl.int32) * 0) != 0
-        kv_at = (kv_page * kv_pool.page_stride + row * kv_pool.row_stride)[:, None] + c
-        k = tl.load(kv_pool.rows + kv_at, mask=olds, other=0.0).to(tl.float32)
-        score_at = (score_page * score_pool.page_stride + row * score_pool.row_stride)[:, None] + c
-        s = tl.load(score_pool.rows + score_at, mask=olds, other=float("-inf")).to(tl.float32)
+        kv_row = kv_pool.rows + (kv_page * kv_pool.page_stride + row * kv_pool.row_stride)[:, None]
+        k = tl.load(kv_row + c, mask=olds, other=0.0).to(tl.float32)
+        score_row = score_pool.rows + (score_page * score_pool.page_stride + row * score_pool.row_stride)[:, None]
+        s = tl.load(score_row + c, mask=olds, other=float("-inf")).to(tl.float32)
         if item.start < (item.window - SPEC.OVERLAP) * SPEC.RATIO + j0 + (i + 1) * LANES:
             new = (x >= 0) & (x >= item.start)
             k, s = put_new_rows(k, s, tokens, item, j, x, c, new, SPEC.RATIO, CHANNELS, BF16)
