@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from enum import Enum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,36 +15,39 @@ if TYPE_CHECKING:
     from ..explain import Explanation, Row
     from ..spec import CompressorSpec
 
-# What `kvfold.explain` calls its arguments, as the options are called here.
-OPTIONS = {
-    name: "--" + name.replace("_", "-") for name in ("start", "new", "max_new_tokens", "rows_per_page", "state", "page_size")
-}
-OPTIONS["fmt"] = "--format"
 SHOWN = 12  # rows of a table before its middle is left out
+
+
+class State(str, Enum):
+    fold = "fold"
+    window = "window"
 
 
 def explain(
     spec: Annotated[str, typer.Argument(help="hca, csa, indexer, or fields: ratio=4,head_dim=512,overlap=true")],
-    start: Annotated[int, typer.Option(help="Tokens that the sequence has, which came in one step.")],
-    new: Annotated[int, typer.Option(help="Tokens of the step.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Longest step that can be rewound to anywhere (FoldState).")] = 4,
+    start: Annotated[int, typer.Option(min=0, help="Tokens that the sequence has, which came in one step.")],
+    new: Annotated[int, typer.Option(min=1, help="Tokens of the step.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest step that can be rewound to anywhere (FoldState).")] = 4,
     fmt: Annotated[str | None, typer.Option("--format", help="Record format of the cache; default: no bytes.")] = None,
-    rows_per_page: Annotated[int, typer.Option(help="Entries per page of the cache.")] = 64,
-    state: Annotated[str, typer.Option(help="fold or window.")] = "fold",
-    page_size: Annotated[int, typer.Option(help="Positions per page of a WindowState.")] = 128,
+    rows_per_page: Annotated[int, typer.Option(min=1, help="Entries per page of the cache.")] = 64,
+    state: Annotated[State, typer.Option(help="What the compressor keeps its state in.")] = State.fold,
+    page_size: Annotated[int, typer.Option(min=1, help="Positions per page of a WindowState.")] = 128,
 ) -> None:
     """Which positions make which entry, which state rows and bytes a step touches, and where one can rewind to."""
     from ..explain import explain as find
+    from ..storage.formats import get_format
 
     try:
-        parsed = parse_spec(spec)
+        known = None if fmt is None else get_format(fmt)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--format") from None
+    try:
         said = find(
-            parsed, start, new, max_new_tokens=max_new_tokens, fmt=fmt, rows_per_page=rows_per_page, state=state,
-            page_size=page_size,
+            parse_spec(spec), start, new, max_new_tokens=max_new_tokens, fmt=known, rows_per_page=rows_per_page,
+            state=state.value, page_size=page_size,
         )  # fmt: skip
     except (TypeError, ValueError) as error:
-        name, _, rest = str(error).partition(" ")
-        raise typer.BadParameter(f"{OPTIONS.get(name, name)} {rest}") from None
+        raise typer.BadParameter(str(error)) from None
     _show(said, fmt, make_console())
 
 

@@ -15,13 +15,12 @@ from typing import Any
 import torch
 
 from ..calls.checks import BACKENDS
-from ..contract import ITEM_FIELDS, MOST_ITEMS, MOST_POSITIONS
+from ..contract import INT32_MAX, ITEM_FIELDS, MOST_ITEMS, MOST_POSITIONS
 from ..spec import CompressorSpec
 from ..storage.formats import RecordFormat
 from ..storage.snapshots import MOST_PAGE
 from .call import spread_of
 
-MOST = (1 << 31) - 1
 ROOM, ROOM_PER_BYTE = 2 << 30, 1024  # the default of `max_bytes`
 WORK = 12  # bytes that the torch backend takes for a channel of a row of a window
 LONGEST = 200  # characters of a name
@@ -33,8 +32,8 @@ ABOUT = {
 }  # fmt: skip
 COMPRESSOR = {"spec": (dict,), "state": _MAYBE, "cache": _MAYBE, "snapshots": _MAYBE}
 NUMBERS = {  # of a plan, and what each may be
-    "ratio": (1, 4096), "max_new_tokens": (1, MOST), "batch": (0, MOST), "max_tokens": (0, MOST), "entry_capacity": (0, MOST),
-    "item_capacity": (0, MOST_ITEMS), "rows_per_page": (1, 1 << 20), "page_size": (1, MOST),
+    "ratio": (1, 4096), "max_new_tokens": (1, INT32_MAX), "batch": (0, INT32_MAX), "max_tokens": (0, INT32_MAX),
+    "entry_capacity": (0, INT32_MAX), "item_capacity": (0, MOST_ITEMS), "rows_per_page": (1, 1 << 20), "page_size": (1, INT32_MAX),
     "snapshot_page_size": (1, MOST_PAGE),
 }  # fmt: skip
 LEFT_OUT = ("rows_per_page", "page_size", "snapshot_page_size")
