@@ -54,7 +54,7 @@ _STORE = _places(args.StoreArguments, "pooled")
 class Chosen(NamedTuple):
     """Which kernel calls launch, and how.
 
-    A state remembers the last one, for calls that come with new plans and caches, as an operator's do: to hash a key takes long.
+    A state remembers the last one, for calls with new plans and caches, as an operator's are: hashing a key takes long.
     """
 
     wanted: tuple  # what its key was made of

@@ -28,7 +28,7 @@ def variant_of(key: Key, aligned: bool, pdl: bool) -> Variant:
 
 def step_variant(key: StepKey) -> Variant:
     one, how = _compressor(key), _schedule(key)
-    shared = key.spec.head_dim > how.SLICE  # an entry, by several programs
+    shared = slices_of(key.spec, key.config) > 1  # an entry, by several programs
     workspace, arrivals = one.scratch
     scratch = args.Scratch(workspace if shared else None, arrivals if shared or draws_items(key.spec, key.config) else None)
     arguments = args.StepArguments(_plan(key.types), _snap_table(key.snapshots), *one._replace(scratch=scratch))
