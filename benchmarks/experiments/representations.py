@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 import kvfold
-from kvfold.backend_triton.kernels.finish import aim_entry, emit, judge_slot
+from kvfold.backend_triton.kernels.finish import emit, entry_address, slot_valid
 from kvfold.backend_triton.kernels.fold import empty_fold, fold_step, spread
 from kvfold.backend_triton.kernels.pdl import wait_for_inputs
 from kvfold.backend_triton.launcher import supports_pdl
@@ -100,7 +100,7 @@ def fold_rows_kernel(
     slot = tl.load(state_slots + b).to(tl.int64)
     window = start // RATIO
     entry = tl.where(end // RATIO > window, tl.load(cu_entries + b), -1)
-    cache_slot, weight, cos, sin = aim_entry(
+    cache_slot, weight, cos, sin = entry_address(
         entry, window * RATIO, entry_slots, entry_capacity, norm_weight, rope, max_position, pages, HEAD_DIM, ROPE_DIM
     )  # fmt: skip
     lo_bias = load_each(ape, 2 * HEAD_DIM, start, end, 0.0, 0, RATIO, NEW, HEAD_DIM)
@@ -134,7 +134,7 @@ def fold_rows_kernel(
             for j in tl.static_range(6):
                 tl.store(row + j * HEAD_DIM, kept[j], mask=spread(inside | (j < 3), HEAD_DIM))
             tl.store(tags + x % ring, x)
-    deliver, refused = judge_slot(entry, cache_slot, window * RATIO, entry_capacity, max_position, pages, cache_slots, ROPE_DIM)
+    deliver, refused = slot_valid(entry, cache_slot, window * RATIO, entry_capacity, max_position, pages, cache_slots, ROPE_DIM)
     if held & deliver:
         emit(
             entry_a / entry_l, entry, cache_slot, weight, cos, sin,

@@ -13,8 +13,8 @@ import torch
 import triton
 
 import kvfold
-from kvfold.backend_triton.table import BUCKETS, MULTIPROCESSORS, item_bucket, pair_buckets
 from kvfold.backend_triton.keys import PairKey, step_key, store_key, window_key
+from kvfold.backend_triton.table import BUCKETS, MULTIPROCESSORS, item_bucket, pair_buckets
 from kvfold.backend_triton.variants import variant_of
 from kvfold.precompile.combinations import TARGETS
 from kvfold.storage.fold_state import state_kind

@@ -191,7 +191,9 @@ def _cache(cache: EntryCache | None, spec: CompressorSpec) -> tuple:
     if cache.spec._text != spec._text:
         raise ValueError(f"cache must be for {spec}, got {cache.spec}")
     if not cache._named:
-        raise ValueError(f"cache must have a format of kvfold.records.FORMATS when it is traced, got {cache.format.name!r}")
+        raise ValueError(
+            f"cache must have a format of kvfold.storage.formats.FORMATS when it is traced, got {cache.format.name!r}"
+        )
     return cache.storage, cache.scales, cache.format.name, cache.rows_per_page, cache.scale
 
 

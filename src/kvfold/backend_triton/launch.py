@@ -38,7 +38,6 @@ from .table import ANY, item_bucket, pair_buckets
 from .variants import draws_items, slices_of
 
 
-
 def _places(kind: type, *brought: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Where a kernel's arguments have what every call brings of itself, and where they have strides."""
     names = names_of(kind)

@@ -1,4 +1,4 @@
-"""The command line: registers the commands of `kvfold.commands`."""
+"""The command line: registers the commands of `kvfold.cli`."""
 
 from __future__ import annotations
 

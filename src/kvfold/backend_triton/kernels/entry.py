@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..args import Output, Plan, Scratch, Snapshots, SnapshotTable, State, Tokens
-from .finish import aim_entry, emit, judge_slot
+from .finish import emit, entry_address, slot_valid
 from .items import load_item
 from .long_fold import long_fold_step
 from .long_rows import long_rows_step
@@ -134,9 +134,9 @@ def store_kernel(
     item = load_item(plan.items, pid)
     position = item.window * SPEC.RATIO
     entry = tl.where(pid < load_plan(plan.num_items), item.entry, -1)
-    cache_slot, weight, cos, sin = aim_entry(entry, position, plan, output, SPEC)
+    cache_slot, weight, cos, sin = entry_address(entry, position, plan, output, SPEC)
     wait_for_inputs(HOW.PDL)
-    deliver, refused = judge_slot(entry, cache_slot, position, plan.entry_capacity, output, SPEC.ROPE_DIM)
+    deliver, refused = slot_valid(entry, cache_slot, position, plan.entry_capacity, output, SPEC.ROPE_DIM)
     if deliver:
         y = tl.load(pooled + entry.to(tl.int64) * SPEC.HEAD_DIM + tl.arange(0, SPEC.HEAD_DIM)).to(tl.float32)
         emit(y, entry, cache_slot, weight, cos, sin, output, SPEC, FMT, HOW.TARGET)

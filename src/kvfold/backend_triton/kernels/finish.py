@@ -66,14 +66,14 @@ def hadamard(y, SPEC: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def aim_entry(entry, position, plan, cache, SPEC: tl.constexpr):
+def entry_address(entry, position, plan, cache, SPEC: tl.constexpr):
     """Where entry `entry` (-1: none) goes, and what else it needs besides its row: all that may be read before the wait.
 
     Returns its cache slot (-1: none), norm weight, cosines and sines. What the slot says is judged behind the wait
-    (`judge_slot`): looking at it here would make the wait wait.
+    (`slot_valid`): looking at it here would make the wait wait.
     """
     weight, cos, sin = load_finish(position, cache, SPEC)
-    return aim_slot(entry, plan), weight, cos, sin
+    return entry_slot(entry, plan), weight, cos, sin
 
 
 @triton.jit
@@ -91,7 +91,7 @@ def load_finish(position, cache, SPEC: tl.constexpr, COUNT: tl.constexpr = 1):
 
 
 @triton.jit
-def aim_slot(entry, plan):
+def entry_slot(entry, plan):
     """The cache slot of entry `entry` of the plan; -1 where there is none."""
     inside = (entry >= 0) & (entry < plan.entry_capacity)
     if plan.entry_slots is not None:
@@ -102,7 +102,7 @@ def aim_slot(entry, plan):
 
 
 @triton.jit
-def judge_slot(entry, slot, position, entry_capacity, cache, ROPE_DIM: tl.constexpr):
+def slot_valid(entry, slot, position, entry_capacity, cache, ROPE_DIM: tl.constexpr):
     """Whether entry `entry` is delivered to cache slot `slot`, and whether it is refused."""
     keep = slot != -1
     wrong = entry >= entry_capacity

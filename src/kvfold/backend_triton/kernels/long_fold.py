@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ..args import Opened
-from .finish import aim_entry, aim_slot, emit, judge_slot, load_finish
+from .finish import emit, entry_address, entry_slot, load_finish, slot_valid
 from .fold import empty_fold, fold_step, minus_zero, quotient, spread
 from .items import load_item
 from .pdl import load_plan, wait_for_inputs
@@ -211,10 +211,10 @@ def deliver_entry(
 ):  # fmt: skip
     """Finishes and stores an entry that is there and wanted, and counts one that is refused.
 
-    y: the pooled row; None where programs that share it have written their slices. needs: of `aim_entry`.
+    y: the pooled row; None where programs that share it have written their slices. needs: of `entry_address`.
     """
     cache_slot, weight, cos, sin = needs
-    deliver, refused = judge_slot(entry, cache_slot, position, plan.entry_capacity, cache, SPEC.ROPE_DIM)
+    deliver, refused = slot_valid(entry, cache_slot, position, plan.entry_capacity, cache, SPEC.ROPE_DIM)
     # A step that only moves the state on finishes nothing; Triton 3.6 fails on slices that nobody uses.
     FINISHES: tl.constexpr = (cache.rows is not None) or (cache.pages is not None)
     finish = (entry >= 0) & deliver & FINISHES
@@ -246,7 +246,7 @@ def long_fold_step(
     if HOW.TOGETHER == 2:
         item_1 = load_item(plan.items, index + programs, index + programs < total)
     if HOW.SLICE < SPEC.HEAD_DIM:
-        cache_slot = aim_slot(item.entry, plan)  # ahead of the prefetches, which would delay it
+        cache_slot = entry_slot(item.entry, plan)  # ahead of the prefetches, which would delay it
     if HOW.PDL and HOW.SLICE < SPEC.HEAD_DIM:
         prefetch_item(item, index < total, pid % SLICES * HOW.SLICE, tokens, SPEC, HOW.SLICE)
     wait_for_inputs(HOW.PDL)
@@ -288,7 +288,7 @@ def long_fold_step(
             if HOW.SLICE < SPEC.HEAD_DIM:  # loaded while the window is folded; whole windows have no registers to spare
                 weight, cos, sin = load_finish(mine.x0, cache, SPEC)
                 needs = (cache_slot, weight, cos, sin)
-                due, _refused = judge_slot(mine.entry, cache_slot, mine.x0, plan.entry_capacity, cache, SPEC.ROPE_DIM)
+                due, _refused = slot_valid(mine.entry, cache_slot, mine.x0, plan.entry_capacity, cache, SPEC.ROPE_DIM)
                 leaves = (mine.entry >= 0) & due & FINISHES
                 ticket = draw_ticket(scratch.arrivals, mine.entry, leaves, 8 * HOW.TARGET.THREADS_PER_WARP)
             snap = None
@@ -324,7 +324,7 @@ def long_fold_step(
                 # Snapshots inside a window are rare (pages that are no multiple of the ratio): all their tokens are the rest.
                 y = fold_rest(m, l, a, loaded, early, mine, place, seq, tokens.stride, ape, snap, HOW, SPEC)
                 ticket = None
-                needs = aim_entry(mine.entry, mine.x0, plan, cache, SPEC)
+                needs = entry_address(mine.entry, mine.x0, plan, cache, SPEC)
             deliver_entry(
                 y, mine.entry, mine.x0, needs, ticket, c0, scratch, plan, cache, HOW.TARGET, HOW.SLICE, SPEC, FMT,
             )  # fmt: skip
@@ -333,6 +333,6 @@ def long_fold_step(
         index = (unit + HOW.TOGETHER * programs) // SLICES
         item = load_item(plan.items, index, index < total)
         if HOW.SLICE < SPEC.HEAD_DIM:
-            cache_slot = aim_slot(item.entry, plan)
+            cache_slot = entry_slot(item.entry, plan)
         if HOW.TOGETHER == 2:
             item_1 = load_item(plan.items, index + programs, index + programs < total)

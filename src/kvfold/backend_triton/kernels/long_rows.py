@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..args import Sequence
-from .finish import aim_slot, load_finish
+from .finish import entry_slot, load_finish
 from .items import dealt_items, draw_item, item_after, load_item, next_index, pause
 from .long_fold import deliver_entry
 from .pdl import load_plan, wait_for_inputs
@@ -37,8 +37,8 @@ def take_item(
         tl.atomic_add(plan.errors, 1)
     if held:
         if entry >= 0:
-            # Loaded while the window is folded, which has no registers to spare for the rest of `aim_entry`.
-            cache_slot = aim_slot(entry, plan)
+            # Loaded while the window is folded, which has no registers to spare for the rest of `entry_address`.
+            cache_slot = entry_slot(entry, plan)
             if not LIVE or (window - SPEC.OVERLAP) * SPEC.RATIO < start:
                 y = pool_window(live, tokens, biases, seq, window, None, "find", HOW, SPEC)
             else:

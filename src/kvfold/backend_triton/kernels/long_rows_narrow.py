@@ -6,7 +6,7 @@ One window of the indexer has too few loads in flight to hide its own waits, and
 import triton
 import triton.language as tl
 
-from .finish import aim_slot, emit, judge_slot, load_finish
+from .finish import emit, entry_slot, load_finish, slot_valid
 from .fold import empty_group, quotient
 from .items import dealt_items, draw_item, item_after, load_item, next_index
 from .long_rows import take_item
@@ -40,14 +40,14 @@ def take_items(
     window, start, end, token, slot, entry, _ = item
     i = numbers(COUNT)
     position = (window + i) * SPEC.RATIO
-    cache_slot = aim_slot(entry + i, plan)
+    cache_slot = entry_slot(entry + i, plan)
     live = tokens.kv_score + (token - start).to(tl.int64) * tokens.stride
     ks, ss = load_live(live, tokens, window, 0, ROWS, SPEC, HOW.TARGET.INLINE_PTX, COUNT)
     m, l, a = empty_group(COUNT * SPEC.HEAD_DIM)
     m, l, a = fold_part(m, l, a, ks, ss, tokens.ape, None, 0, True, SPEC, ROWS, COUNT)
     y = quotient(a, l, HOW.TARGET.FAST_DIVISION)
     weight, cos, sin = load_finish(position, cache, SPEC, COUNT)
-    deliver, wrong = judge_slot(entry + i, cache_slot, position, plan.entry_capacity, cache, SPEC.ROPE_DIM)
+    deliver, wrong = slot_valid(entry + i, cache_slot, position, plan.entry_capacity, cache, SPEC.ROPE_DIM)
     emit(y, entry, cache_slot, weight, cos, sin, cache, SPEC, FMT, HOW.TARGET, COUNT, deliver)
     refused = tl.sum(tl.reshape(wrong.to(tl.int32), (COUNT,)), axis=0)
     if refused > 0:

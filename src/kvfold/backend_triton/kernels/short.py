@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ..args import History, Sequence
-from .finish import aim_entry, emit, judge_slot
+from .finish import emit, entry_address, slot_valid
 from .fold import empty_fold, fold_step, minus_zero, quotient, spread
 from .items import load_item
 from .pdl import load_plan, wait_for_inputs
@@ -137,7 +137,7 @@ def short_step(pid, plan, snap_table, tokens, st, snaps, cache, HOW: tl.constexp
     if snaps.rows is not None:
         snap = snap_of(sequence, snap_table, snaps, plan)
     first = here & (window == start // SPEC.RATIO)
-    cache_slot, weight, cos, sin = aim_entry(entry, window * SPEC.RATIO, plan, cache, SPEC)
+    cache_slot, weight, cos, sin = entry_address(entry, window * SPEC.RATIO, plan, cache, SPEC)
     usable = here & (slot < st.num_slots) & (token + end - start <= tokens.count)
     held = usable
     refused = False
@@ -174,7 +174,7 @@ def short_step(pid, plan, snap_table, tokens, st, snaps, cache, HOW: tl.constexp
             oldest = tl.maximum(begin, end - st.ring)
             # Loaded before the entry is finished, stored after.
             copies = load_rows(live, tokens, window, oldest, stop, SPEC)
-        deliver, refused = judge_slot(entry, cache_slot, window * SPEC.RATIO, plan.entry_capacity, cache, SPEC.ROPE_DIM)
+        deliver, refused = slot_valid(entry, cache_slot, window * SPEC.RATIO, plan.entry_capacity, cache, SPEC.ROPE_DIM)
         if held & deliver:
             emit(y, entry, cache_slot, weight, cos, sin, cache, SPEC, FMT, HOW.TARGET)
         if SPEC.KIND != "fold":

@@ -8,11 +8,13 @@ import triton.language as tl
 
 from ..args import Snap
 
+
 @triton.jit
 def snap_of(sequence, snap_table, snaps, plan):
     """Where the snapshots of sequence `sequence` go."""
     table = snap_table.pages + sequence.to(tl.int64) * snap_table.width
     return Snap(table, snap_table.width, snap_table.page_size, snaps.rows, snaps.tags, snaps.count, plan.errors)
+
 
 @triton.jit
 def find_snapshot(snap, k, ended):

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from ..args import Output, Plan, Pool, Scratch, Tokens
-from .finish import emit, judge_slot, load_finish
+from .finish import emit, load_finish, slot_valid
 from .fold import spread
 from .items import load_item
 from .pdl import load_plan, wait_for_inputs
@@ -234,7 +234,7 @@ def check_item(item, there, launch, SPEC: tl.constexpr, tiling):
         if plan.entry_slots is not None:
             slot = tl.load(plan.entry_slots + item.entry, mask=item.entry < plan.entry_capacity, other=-1, cache_modifier=".cg")
         position = item.window * SPEC.RATIO
-        _deliver, refused = judge_slot(item.entry, slot, position, plan.entry_capacity, launch.output, SPEC.ROPE_DIM)
+        _deliver, refused = slot_valid(item.entry, slot, position, plan.entry_capacity, launch.output, SPEC.ROPE_DIM)
         wanted = (item.entry >= plan.entry_capacity) | (slot != -1)
     return Faults(bad, missing, wanted, refused)
 
@@ -341,7 +341,7 @@ def pool_part(
     plan = launch.plan
     scratch = launch.scratch
     position = window * SPEC.RATIO
-    deliver, wrong = judge_slot(entry, slot, position, plan.entry_capacity, launch.output, SPEC.ROPE_DIM)
+    deliver, wrong = slot_valid(entry, slot, position, plan.entry_capacity, launch.output, SPEC.ROPE_DIM)
     mine = entry < 0
     if tiling.JOIN > 0:
         mine = last_rows_new(window, start, entry, plan.entry_capacity, SPEC.RATIO, tiling.JOIN) & (pages.absent == 0)
