@@ -179,32 +179,6 @@ def fold_rest(m, l, a, loaded, early, mine, begin, seq, kv_stride, ape, snap, HO
 
 
 @triton.jit
-def fold_last(m, l, a, loaded, leaves, workspace, mine, c0, begin, seq, HOW: tl.constexpr, SPEC: tl.constexpr):
-    """Folds the loaded stretch with which a window ends, from place `begin` on, and writes the slice if it `leaves`.
-
-    The rows that the state keeps are stored after it, as nobody waits for them.
-    """
-    AHEAD: tl.constexpr = HOW.AHEAD
-    biases, ks, ss = loaded
-    ms = ()
-    ls = ()
-    as_ = ()
-    for i in tl.static_range(AHEAD):
-        m, l, a = fold_step(m, l, a, ks[i].to(tl.float32), ss[i].to(tl.float32) + biases[i])
-        ms = ms + (m,)
-        ls = ls + (l,)
-        as_ = as_ + (a,)
-    if leaves:
-        y = quotient(a, l, HOW.TARGET.FAST_DIVISION)
-        leave_slice(workspace, y, mine.entry, c0, SPEC.HEAD_DIM, HOW.SLICE, HOW.TARGET.COHERENT_STORES)
-    forgotten = mine.end - seq.ring - mine.x0 - begin
-    places = places_from(seq, mine.x0 + begin, SPEC, AHEAD)
-    for i in tl.static_range(AHEAD):
-        if i >= forgotten:
-            keep_fold(ms[i], ls[i], as_[i], mine.x0 + begin + i, places[i], i >= forgotten, seq, SPEC, HOW.SLICE)
-
-
-@triton.jit
 def deliver_entry(
     y, entry, position, needs, ticket, c0, scratch, plan, cache, TARGET: tl.constexpr, SLICE: tl.constexpr,
     SPEC: tl.constexpr, FMT: tl.constexpr,
@@ -310,19 +284,13 @@ def long_fold_step(
                     a = one_a[0]
                 place += alone * HOW.AHEAD
             seq = sequence_of(st, mine.slot, mine.start, mine.end, SPEC, c0)
+            # Snapshots inside a window are rare (pages that are no multiple of the ratio): all their tokens are the rest.
+            y = fold_rest(m, l, a, loaded, early, mine, place, seq, tokens.stride, ape, snap, HOW, SPEC)
             if HOW.SLICE < SPEC.HEAD_DIM:
-                if (early > 0) & (place + HOW.AHEAD == mine.stop):
-                    fold_last(m, l, a, loaded, leaves, scratch.workspace, mine, c0, place, seq, HOW, SPEC)
-                else:
-                    y = fold_rest(m, l, a, loaded, early, mine, place, seq, tokens.stride, ape, snap, HOW, SPEC)
-                    if leaves:
-                        leave_slice(
-                            scratch.workspace, y, mine.entry, c0, SPEC.HEAD_DIM, HOW.SLICE, HOW.TARGET.COHERENT_STORES,
-                        )  # fmt: skip
+                if leaves:
+                    leave_slice(scratch.workspace, y, mine.entry, c0, SPEC.HEAD_DIM, HOW.SLICE, HOW.TARGET.COHERENT_STORES)
                 y = None
             else:
-                # Snapshots inside a window are rare (pages that are no multiple of the ratio): all their tokens are the rest.
-                y = fold_rest(m, l, a, loaded, early, mine, place, seq, tokens.stride, ape, snap, HOW, SPEC)
                 ticket = None
                 needs = entry_address(mine.entry, mine.x0, plan, cache, SPEC)
             deliver_entry(
