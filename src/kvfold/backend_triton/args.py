@@ -290,13 +290,15 @@ class Target:
 class Schedule:
     """How the work is cut: of a row of the table (`table.Config`), which says what each means.
 
-    SLICE: channels of a program's part of an entry. PDL: launched as a dependent of the launch before it.
+    SLICE: channels of a program's part of an entry. PDL: launched as a dependent of the launch before it. MULTIPROCESSORS: of
+    the GPU.
     """
 
     AHEAD: int = 0
     TOGETHER: int = 0
     SLICE: int = 0
     PDL: bool = False
+    MULTIPROCESSORS: int = 132
     TARGET: Target = Target()
 
 

@@ -17,6 +17,7 @@ from triton.runtime.jit import JITFunction
 
 from .args import STRIDE, Schedule, Target
 from .kernels import entry, plan, restore, window
+from .table import MULTIPROCESSORS
 
 KERNELS = {
     "step": entry.step_kernel,
@@ -52,6 +53,7 @@ class Variant:
         constants: compile-time arguments by name.
         aligned: whether every pointer and stride is a multiple of 16 (bytes, elements), so that accesses are 16 bytes wide.
         pdl: launched as a dependent of the launch before it.
+        multiprocessors: of the GPU.
         registers: bound on registers per thread, 0 for none.
     """
 
@@ -62,6 +64,7 @@ class Variant:
     registers: int = 0
     aligned: bool = True
     pdl: bool = False
+    multiprocessors: int = MULTIPROCESSORS
 
     def compile(self, target: GPUTarget | None = None) -> CompiledKernel:
         """For `target`, or for the current device."""
@@ -86,7 +89,7 @@ class Variant:
         constants = {name: None for name, kind in names if kind is None} | dict(self.constants)
         for name, value in constants.items():
             if isinstance(value, Schedule):
-                constants[name] = replace(value, PDL=self.pdl, TARGET=facts_of(target))
+                constants[name] = replace(value, PDL=self.pdl, MULTIPROCESSORS=self.multiprocessors, TARGET=facts_of(target))
         if "ALIGNED" in constants:
             constants["ALIGNED"] = self.aligned
         return constants

@@ -86,7 +86,7 @@ class Launcher:
         """Compiles for the current device and loads the kernel, which the capture of a CUDA graph may not do."""
         with one_thread:
             if (aligned, pdl) not in self.built:  # by another thread, since this one looked
-                variant = variant_of(self.key, aligned, pdl)
+                variant = variant_of(self.key, aligned, pdl, multiprocessors(self.device))
                 self.load(variant, variant.compile())
             return self.built[aligned, pdl]
 

@@ -14,7 +14,7 @@ from triton.compiler import CompiledKernel
 
 from .build import Variant
 from .keys import Key
-from .launcher import Launcher, launcher_of, one_thread
+from .launcher import Launcher, launcher_of, multiprocessors, one_thread
 from .variants import variant_of
 
 # Whether Triton compiles in several threads at once. Not for AMD: there two threads that begin together may end the process
@@ -28,11 +28,12 @@ def prepare(keys: Iterable[Key], device: torch.device, dependent: Callable[[Key]
     They are compiled in `workers` threads, and loaded in this one as they come. When one does not compile, those that were
     loaded can be launched, and what was not begun is left. Returns how many were built here.
     """
+    count = multiprocessors(device)
     wanted: dict[Variant, list[Launcher]] = {}  # some keys differ in what their kernels do not depend on
     for launcher in (launcher_of(key, device) for key in dict.fromkeys(keys)):
         for aligned, pdl in product((True, False), (False, True)[: 1 + dependent(launcher.key)]):
             if (aligned, pdl) not in launcher.built:
-                wanted.setdefault(variant_of(launcher.key, aligned, pdl), []).append(launcher)
+                wanted.setdefault(variant_of(launcher.key, aligned, pdl, count), []).append(launcher)
     if not wanted:
         return 0
     built = 0

@@ -17,13 +17,13 @@ from .args import Format, Schedule, Spec, flat, types_of
 from .build import Variant
 from .kernels.plan import NUM_WARPS, SCAN, SEQUENCES
 from .keys import Key, PairKey, PlanKey, RestoreKey, StepKey, StoreKey, Types, WindowKey
-from .table import Config
+from .table import MULTIPROCESSORS, Config
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", None: None}
 
 
-def variant_of(key: Key, aligned: bool, pdl: bool) -> Variant:
-    return replace(_VARIANTS[type(key)](key), aligned=aligned, pdl=pdl)
+def variant_of(key: Key, aligned: bool, pdl: bool, multiprocessors: int = MULTIPROCESSORS) -> Variant:
+    return replace(_VARIANTS[type(key)](key), aligned=aligned, pdl=pdl, multiprocessors=multiprocessors)
 
 
 def step_variant(key: StepKey) -> Variant:

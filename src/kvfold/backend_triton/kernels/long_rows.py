@@ -80,7 +80,9 @@ def long_rows_step(
     if HOW.PDL and ITEM_AHEAD:
         # All programs of a short prompt, which leaves room for the next launch; of a longer one only those that begin last,
         # when the launch before reads no more (docs/notes/0023).
-        if (total <= 594) | (pid >= 924):
+        FEW: tl.constexpr = HOW.MULTIPROCESSORS * 9 // 2
+        LAST: tl.constexpr = HOW.MULTIPROCESSORS * 7
+        if (total <= FEW) | (pid >= LAST):
             prefetch_item(item, pid < total, 0, tokens, SPEC, SPEC.HEAD_DIM)
     wait_for_inputs(HOW.PDL)
     if HOW.TARGET.INLINE_PTX and ITEM_AHEAD:
@@ -88,7 +90,7 @@ def long_rows_step(
         # overlap (docs/notes/0023). Not where the first window has old rows to look for.
         twice = (total > programs) & (total <= 2 * programs)
         if twice & (item.entry >= 0) & ((item.window - SPEC.OVERLAP) * SPEC.RATIO >= item.start):
-            pause(pid // 132 % 2 * 3600)
+            pause(pid // HOW.MULTIPROCESSORS % 2 * 3600)
     dealt = dealt_items(total, programs)
     index = pid
     while index < total:
