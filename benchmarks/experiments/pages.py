@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from kvfold.backend_triton.kernels.pdl import wait_for_inputs
-from kvfold.backend_triton.launcher import supports_pdl
+from kvfold.backend_triton.launcher import multiprocessors, supports_pdl
 
 from ..lib import protocol
 from ..lib.floor import PAGE_SIZE
@@ -25,7 +25,7 @@ ROWS = tl.constexpr(PAGE_SIZE)
 # Channels per piece, rows at a time: a thread has 16 bytes of each load, or 8 in the first.
 PIECES = ((32, 8), (64, 8), (128, 4), (512, 1))
 LOADS = 8  # of values and as many of scores, in flight per thread
-PROGRAMS, NUM_WARPS, REGISTERS = 528, 4, 128  # as the row of the table that serves ratio 128
+PROGRAMS, NUM_WARPS, REGISTERS = 4, 4, 128  # as the row of the table that serves ratio 128; programs per multiprocessor
 
 
 @triton.jit
@@ -55,17 +55,17 @@ def read_kernel(
 
 def calls_of(entries: int, piece: int, lanes: int) -> list[Callable[[], None]]:
     """One call for each buffer set. Twice as many pages as are read, as every sequence has one of the window before too."""
-    parts = HEAD_DIM.value // piece
-    while entries * parts > PROGRAMS and parts > 1:
-        parts //= 2
     out = torch.empty(ROWS.value, HEAD_DIM.value, device="cuda")
-    options = {"launch_pdl": True} if supports_pdl(torch.device("cuda")) else {}
+    parts, programs = HEAD_DIM.value // piece, PROGRAMS * multiprocessors(out.device)
+    while entries * parts > programs and parts > 1:
+        parts //= 2
+    options = {"launch_pdl": True} if supports_pdl(out.device) else {}
     calls = []
     for _ in range(protocol.buffer_sets(entries * 2 * ROWS.value * HEAD_DIM.value * 4)):
         kv, score = (torch.randn(2 * entries, ROWS.value, HEAD_DIM.value, device="cuda") for _ in range(2))
         pages = torch.cat([torch.randperm(2 * entries, device="cuda")[:entries] for _ in range(2)]).int()
         calls.append(
-            lambda kv=kv, score=score, pages=pages: read_kernel[(PROGRAMS,)](
+            lambda kv=kv, score=score, pages=pages: read_kernel[(programs,)](
                 kv, score, pages, out, entries, parts, HEAD_DIM.value // piece // parts, piece, lanes, LOADS, bool(options),
                 num_warps=NUM_WARPS, maxnreg=REGISTERS, **options,
             )

@@ -13,35 +13,39 @@ import torch
 import triton
 import triton.language as tl
 
+from kvfold import V4_CSA
+from kvfold.backend_triton.args import Tokens
 from kvfold.backend_triton.kernels.fold import empty_group, quotient, widen
 from kvfold.backend_triton.kernels.pdl import wait_for_inputs
 from kvfold.backend_triton.kernels.rows import fold_part, load_live
-from kvfold.backend_triton.launcher import supports_pdl
+from kvfold.backend_triton.launcher import multiprocessors, supports_pdl
 
 from ..lib import protocol
+from ..lib.constants import constants
 
-SHAPE = (512, 4, 144)  # head_dim, ratio, and words of a record of 576 bytes, without its tail
-PROGRAMS, NUM_WARPS, REGISTERS = 1056, 2, 128  # as the row of the table that serves long prompts
+WORDS = 144  # of a record of 576 bytes, without its tail
+PROGRAMS, NUM_WARPS, REGISTERS = 8, 2, 128  # as the row of the table that serves long prompts; programs per multiprocessor
 PARTS = {"read": (False, False), "read, fold": (True, False), "read, write": (False, True), "read, fold, write": (True, True)}
 
 
 @triton.jit
 def parts_kernel(
     kv_score, ape, records, windows,
-    HEAD_DIM: tl.constexpr, RATIO: tl.constexpr, WORDS: tl.constexpr,
-    FOLD: tl.constexpr, WRITE: tl.constexpr, PDL: tl.constexpr, HARDWARE: tl.constexpr,
+    WORDS: tl.constexpr, FOLD: tl.constexpr, WRITE: tl.constexpr, HOW: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """Windows 1 to `windows` of one sequence; what is not written is summed, of which no infinity comes, and so nothing."""
+    HEAD_DIM: tl.constexpr = SPEC.HEAD_DIM
+    tokens = Tokens(kv_score, 4 * HEAD_DIM, None, ape)
     c = tl.arange(0, HEAD_DIM)
     total = tl.zeros((HEAD_DIM,), tl.float32)
-    wait_for_inputs(PDL)
+    wait_for_inputs(HOW.PDL)
     for number in range(tl.program_id(0) + 1, windows, tl.num_programs(0)):
         window = tl.full((), 0, tl.int32) + number  # a tensor also in the interpreter
-        ks, ss = load_live(kv_score, 4 * HEAD_DIM, window, 0, 2 * RATIO, RATIO, 1, HEAD_DIM, HARDWARE)
+        ks, ss = load_live(kv_score, tokens, window, 0, 2 * SPEC.RATIO, SPEC, HOW.TARGET.INLINE_PTX)
         m, l, a = empty_group(HEAD_DIM)
         if FOLD:
-            m, l, a = fold_part(m, l, a, ks, ss, ape, None, 0, True, RATIO, 1, 2 * RATIO, HEAD_DIM)
-            y = quotient(a, l, HARDWARE)
+            m, l, a = fold_part(m, l, a, ks, ss, ape, None, 0, True, SPEC, 2 * SPEC.RATIO)
+            y = quotient(a, l, HOW.TARGET.FAST_DIVISION)
         else:
             for i in tl.static_range(8):
                 a += widen(ks[i]) + widen(ss[i])
@@ -58,17 +62,17 @@ def parts_kernel(
 
 def calls_of(tokens: int, fold: bool, write: bool) -> list[Callable[[], None]]:
     """One call for each buffer set."""
-    head_dim, ratio, words = SHAPE
-    windows, width = tokens // ratio, 4 * head_dim
-    ape = torch.randn(ratio, 2 * head_dim, device="cuda")
-    options = {"launch_pdl": True} if supports_pdl(torch.device("cuda")) else {}
+    windows, width = tokens // V4_CSA.ratio, 2 * V4_CSA.channels
+    ape = torch.randn(V4_CSA.ratio, V4_CSA.channels, device="cuda")
+    programs = PROGRAMS * multiprocessors(ape.device)
+    options = {"launch_pdl": True} if supports_pdl(ape.device) else {}
     calls = []
     for _ in range(protocol.buffer_sets(tokens * width * 2)):
         kv_score = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
-        records = torch.empty(windows * words, device="cuda")
+        records = torch.empty(windows * WORDS, device="cuda")
         calls.append(
-            lambda kv_score=kv_score, records=records: parts_kernel[(PROGRAMS,)](
-                kv_score, ape, records, windows, *SHAPE, fold, write, bool(options), True,
+            lambda kv_score=kv_score, records=records: parts_kernel[(programs,)](
+                kv_score, ape, records, windows, WORDS, fold, write, **constants(V4_CSA, pdl=bool(options)),
                 num_warps=NUM_WARPS, maxnreg=REGISTERS, enable_fp_fusion=False, **options,
             )
         )  # fmt: skip

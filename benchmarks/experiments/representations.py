@@ -20,14 +20,15 @@ import triton
 import triton.language as tl
 
 import kvfold
+from kvfold.backend_triton.args import Output, Plan, flat
 from kvfold.backend_triton.kernels.finish import emit, entry_address, slot_valid
 from kvfold.backend_triton.kernels.fold import empty_fold, fold_step, spread
 from kvfold.backend_triton.kernels.pdl import wait_for_inputs
 from kvfold.backend_triton.launcher import supports_pdl
-from kvfold.backend_triton.variants import epilogue_constants
 
 from ..lib import floor, protocol, table
 from ..lib.calls import Step, Weights, calls_of
+from ..lib.constants import constants
 from ..lib.protocol import Case, Variant
 
 FORMATS = {512: "fp8_ds_mla", 128: "indexer_fp8_vllm"}  # the 584-byte record is for 512 channels only
@@ -80,19 +81,24 @@ def load_fold(row, wanted, HEAD_DIM: tl.constexpr):
     return m, l, tl.load(at + 2 * HEAD_DIM, mask=there, other=a)
 
 
-@triton.jit(do_not_specialize=("entry_capacity", "ring", "max_position", "rows_per_page", "cache_slots"))
+@triton.jit(
+    do_not_specialize=("plan_entry_capacity", "ring", "output_max_position", "output_rows_per_page", "output_num_slots")
+)
 def fold_rows_kernel(
-    start_pos, cu_seqlens, state_slots, cu_entries, entry_slots, entry_capacity, errors,
-    kv_score, kv_stride, ape, state_rows, state_tags, ring,
-    norm_weight, rope, max_position, pages, page_stride, rows_per_page, cache_slots,
-    PDL: tl.constexpr, RATIO: tl.constexpr, NEW: tl.constexpr,
-    HEAD_DIM: tl.constexpr, LOG2: tl.constexpr, ROPE_DIM: tl.constexpr, EPS: tl.constexpr, HADAMARD: tl.constexpr,
-    ROUND_ROWS: tl.constexpr, ELEMENT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, FLOOR: tl.constexpr,
-    FLOOR_ON_SCALE: tl.constexpr, DIVIDE: tl.constexpr, ROTATED_BF16: tl.constexpr, PAD: tl.constexpr,
-    ROUND_VALUES: tl.constexpr, TIES_TO_ZERO: tl.constexpr, ROW_BYTES: tl.constexpr, TAIL_BYTES: tl.constexpr,
-    HARDWARE: tl.constexpr,
+    plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors,
+    output_rows, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride, output_scales,
+    output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
+    start_pos, cu_seqlens, state_slots, cu_entries, kv_score, kv_stride, ape, state_rows, state_tags, ring,
+    NEW: tl.constexpr, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
-    """One sequence: at most NEW <= RATIO new tokens, so at most one entry. Every sequence must have tokens and a slot."""
+    """One sequence: at most NEW <= ratio new tokens, so at most one entry. Every sequence must have tokens and a slot."""
+    plan = Plan(plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors)
+    output = Output(
+        output_rows, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride, output_scales,
+        output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
+    )  # fmt: skip
+    RATIO: tl.constexpr = SPEC.RATIO
+    HEAD_DIM: tl.constexpr = SPEC.HEAD_DIM
     b = tl.program_id(0)
     start = tl.load(start_pos + b)
     token = tl.load(cu_seqlens + b)
@@ -100,16 +106,14 @@ def fold_rows_kernel(
     slot = tl.load(state_slots + b).to(tl.int64)
     window = start // RATIO
     entry = tl.where(end // RATIO > window, tl.load(cu_entries + b), -1)
-    cache_slot, weight, cos, sin = entry_address(
-        entry, window * RATIO, entry_slots, entry_capacity, norm_weight, rope, max_position, pages, HEAD_DIM, ROPE_DIM
-    )  # fmt: skip
+    cache_slot, weight, cos, sin = entry_address(entry, window * RATIO, plan, output, SPEC)
     lo_bias = load_each(ape, 2 * HEAD_DIM, start, end, 0.0, 0, RATIO, NEW, HEAD_DIM)
     hi_bias = load_each(ape, 2 * HEAD_DIM, start, end, 0.0, HEAD_DIM, RATIO, NEW, HEAD_DIM)
     tags = state_tags + slot * (ring + 1)
     state = state_rows + slot * (ring + 1) * (6 * HEAD_DIM)
     home = tl.maximum(start - 1, 0) % ring
     live = kv_score + (token - start).to(tl.int64) * kv_stride
-    wait_for_inputs(PDL)
+    wait_for_inputs(HOW.PDL)
     tag = tl.load(tags + home)
     m, l, a = load_fold(state + home * (6 * HEAD_DIM), start > 0, HEAD_DIM)
     next_m, next_l, next_a = load_fold(state + home * (6 * HEAD_DIM) + 3 * HEAD_DIM, start % RATIO != 0, HEAD_DIM)
@@ -134,16 +138,11 @@ def fold_rows_kernel(
             for j in tl.static_range(6):
                 tl.store(row + j * HEAD_DIM, kept[j], mask=spread(inside | (j < 3), HEAD_DIM))
             tl.store(tags + x % ring, x)
-    deliver, refused = slot_valid(entry, cache_slot, window * RATIO, entry_capacity, max_position, pages, cache_slots, ROPE_DIM)
+    deliver, refused = slot_valid(entry, cache_slot, window * RATIO, plan.entry_capacity, output, SPEC.ROPE_DIM)
     if held & deliver:
-        emit(
-            entry_a / entry_l, entry, cache_slot, weight, cos, sin,
-            None, pages, page_stride, None, 0, rows_per_page, 1.0,
-            HEAD_DIM, LOG2, ROPE_DIM, EPS, HADAMARD, ROUND_ROWS, ELEMENT, GROUP, SCALE, FLOOR, FLOOR_ON_SCALE, DIVIDE,
-            ROTATED_BF16, PAD, ROUND_VALUES, TIES_TO_ZERO, ROW_BYTES, TAIL_BYTES, HARDWARE,
-        )  # fmt: skip
+        emit(entry_a / entry_l, entry, cache_slot, weight, cos, sin, output, SPEC, FMT, HOW.TARGET)
     if (held == 0) | refused:
-        tl.atomic_add(errors, 1)
+        tl.atomic_add(plan.errors, 1)
 
 
 def compress_fold_rows(
@@ -151,12 +150,24 @@ def compress_fold_rows(
 ) -> None:
     """What `kvfold.compress` does, with this state. The plan must not be the latest launch on the stream."""
     pdl, rope, pages, per_page = supports_pdl(kv_score.device), weights.rope, cache.pages, cache.rows_per_page
+    work = Plan(None, None, plan.entry_slots, plan.entry_capacity, plan.errors)
+    output = Output(
+        None,
+        weights.norm_weight,
+        rope,
+        rope.shape[0],
+        pages,
+        pages.stride(0),
+        None,
+        0,
+        per_page,
+        pages.shape[0] * per_page,
+        1.0,
+    )
     fold_rows_kernel[(plan.batch,)](
-        plan.start_pos, plan.cu_seqlens, plan.state_slots, plan.cu_entries, plan.entry_slots, plan.entry_capacity, plan.errors,
+        *flat((work, output)), plan.start_pos, plan.cu_seqlens, plan.state_slots, plan.cu_entries,
         kv_score, kv_score.stride(0), weights.ape, state.rows, state.positions, state.rows.shape[1] - 1,
-        weights.norm_weight, rope, rope.shape[0], pages, pages.stride(0), per_page, pages.shape[0] * per_page,
-        PDL=pdl, RATIO=plan.ratio, NEW=plan.max_new_tokens, **epilogue_constants(cache.format, cache.spec),
-        HARDWARE=kv_score.is_cuda and torch.cuda.get_device_capability() >= (8, 9),
+        NEW=plan.max_new_tokens, **constants(cache.spec, cache.format, pdl),
         num_warps=warps, enable_fp_fusion=False, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The picture of what one launch does: docs/architecture.svg.
+"""The picture of what one launch does: docs/plots/architecture.svg.
 
 python -m benchmarks.publish.architecture [FILE]
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-FILE = Path(__file__).parents[2] / "docs" / "architecture.svg"
+FILE = Path(__file__).parents[2] / "docs" / "plots" / "architecture.svg"
 BLUE, ORANGE, GREEN, GREY = "#1f6f8b", "#b5651d", "#3d8b40", "#555555"
 STYLE = {"svg.hashsalt": "kvfold", "svg.fonttype": "path", "font.family": "DejaVu Sans", "mathtext.fontset": "dejavusans"}
 

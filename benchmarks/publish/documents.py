@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..lib import measured, protocol
 from ..lib.measured import Rows
-from . import layouts, plot
+from . import architecture, layouts, plot
 from .plot import Panel
 
 PAGES = ("README.md", "docs/configs.md", "docs/engine.md", "docs/performance.md", "docs/records.md")
@@ -106,7 +106,7 @@ def stale(root: Path, results: Path, write: bool) -> list[str]:
                 plot.draw(panels, path)
     for path in sorted((*(root / "docs/tables").glob("*.md"), *(root / "docs/plots").glob("*.svg"))):
         name = path.relative_to(root).as_posix()
-        if name not in texts and name not in drawn:
+        if name not in texts and name not in drawn and path.name != architecture.FILE.name:
             found.append(name)
             if write:
                 path.unlink()

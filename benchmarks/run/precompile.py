@@ -13,7 +13,7 @@ import torch
 import triton
 
 import kvfold
-from kvfold.backend_triton.keys import PairKey, step_key, store_key, window_key
+from kvfold.backend_triton.keys import Key, PairKey, StepKey, WindowKey, step_key, store_key, window_key
 from kvfold.backend_triton.table import BUCKETS, MULTIPROCESSORS, item_bucket, pair_buckets
 from kvfold.backend_triton.variants import variant_of
 from kvfold.precompile.combinations import TARGETS
@@ -29,7 +29,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 WAYS = (False, True)  # a call is launched in: as a dependent or not
 
 
-def key_of(case: Case, variant: Variant, pooled: torch.dtype = BF16) -> tuple:
+def key_of(case: Case, variant: Variant, pooled: torch.dtype = BF16) -> StepKey | PairKey | WindowKey:
     """Of the call that a benchmark makes of a case. pooled: dtype of the rows, where there is no cache."""
     specs = variant.specs(case)
     formats = [None if output == "rows" else FORMATS[output] for output in variant.outputs]
@@ -47,12 +47,12 @@ def key_of(case: Case, variant: Variant, pooled: torch.dtype = BF16) -> tuple:
     return found[0] if len(found) == 1 else PairKey(*found)
 
 
-def keys(only: str = "") -> list[tuple]:
+def keys(only: str = "") -> list[Key]:
     """Of the calls that `decode`, `prefill`, `launches` and `window_reduction` make, by the rows of `compare` that need them.
 
     only: rows whose name has one of these, separated by commas, in it.
     """
-    found: dict[str, tuple] = {}
+    found: dict[str, Key] = {}
     for bench in (decode, prefill):
         kind, variants = bench.__name__.rpartition(".")[2], [Variant.parse(name) for name in bench.DEFAULT.split(",")]
         fitting = [(case, variant) for case in protocol.cases() for variant in variants if variant.fits(case)]
@@ -67,7 +67,7 @@ def keys(only: str = "") -> list[tuple]:
     return list(dict.fromkeys(key for name, key in found.items() if any(words in name for words in only.split(","))))
 
 
-def build(job: tuple[tuple, bool, str]) -> None:
+def build(job: tuple[Key, bool, str]) -> None:
     key, pdl, target = job
     variant_of(key, True, pdl).compile(TARGETS[target])
 

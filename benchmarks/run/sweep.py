@@ -20,6 +20,7 @@ from multiprocessing import get_context
 import torch
 
 from kvfold.backend_triton import table as configs
+from kvfold.backend_triton.keys import PairKey
 from kvfold.backend_triton.table import Config
 
 from ..lib import floor, protocol
@@ -57,7 +58,7 @@ def changes_of(text: str) -> dict[str, float]:
 def own_row(case: Case, variant: Variant) -> Config:
     """The row of the table that serves the call, or its first compressor."""
     key = key_of(case, variant)
-    return key[1][2] if key[0] == "pair" else key[3]
+    return key.first.config if isinstance(key, PairKey) else key.config
 
 
 @contextmanager

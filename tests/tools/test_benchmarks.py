@@ -16,6 +16,7 @@ from support.helpers import Weights, make_tokens, norm_error
 import kvfold
 from benchmarks.experiments import pages, parts, window_reduction
 from benchmarks.lib import bounded, calls, floor, protocol
+from benchmarks.lib.constants import constants
 from benchmarks.lib.protocol import Case, Variant
 from benchmarks.run import decode, launches, precompile, record
 
@@ -253,7 +254,7 @@ def test_every_timed_call_has_its_kernel_compiled_before() -> None:
     assert {precompile.key_of(case, launches.POOL, torch.float32) for case in launches.CASES} <= set(keys)
     step = calls.Step(HIT, Variant.parse("window:fp8_ds_mla"), device="cpu")
     (buffers,) = step.buffers()
-    assert precompile.key_of(HIT, step.variant)[2] is buffers.cache.format
+    assert precompile.key_of(HIT, step.variant).fmt is buffers.cache.format
 
 
 @pytest.mark.parametrize(("fold", "write"), parts.PARTS.values(), ids=parts.PARTS)
@@ -264,7 +265,8 @@ def test_the_parts_of_a_prompt(fold: bool, write: bool) -> None:
     records = torch.full((4 * 144,), -7.0, device=DEVICE)
     if not write:
         tokens[:, :1024] = torch.inf  # the sum of what was read is written where it is infinite
-    parts.parts_kernel[(2,)](tokens, ape, records, 4, *parts.SHAPE, fold, write, False, False, enable_fp_fusion=False)
+    compiled_in = constants(kvfold.V4_CSA)
+    parts.parts_kernel[(2,)](tokens, ape, records, 4, parts.WORDS, fold, write, **compiled_in, enable_fp_fusion=False)
     if not write:
         assert records[:512].isinf().all() and (records[512:] == -7).all()
         return

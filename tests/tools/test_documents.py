@@ -38,7 +38,6 @@ def sample(folder: Path) -> Path:
             row("decode", CSA_HIT.name, many, 3.25, floor_us=2.0),
             row("decode", HIT.name, "fold:fp8_ds_mla", 4.125, H100, floor_us=2.0),
         ],
-        "fold": [row("decode", HIT.name, "fold:bf16", 88.0), row("prefill", PROMPT.name, "fold:fp8_ds_mla", 88.0)],
         "prefill": [
             row("prefill", PROMPT.name, "fold:fp8_ds_mla", 15.625, floor_us=10.0, ns_per_token=1.9),
             row("prefill", "pre hd512 r128 b1 s1024", "fold:fp8_ds_mla", 9.5, floor_us=3.0, ns_per_token=9.3),
@@ -102,7 +101,7 @@ def test_the_rows_that_count(tmp_path: Path) -> None:
     both = protocol.best_peer(CSA_HIT), protocol.best_peer(Case("decode", 128, 4, 16, 4, "hit"))
     assert both[0] and both[1] and f"| {both[0][0] + both[1][0]:.2f} |" in text
     everything = json.dumps(documents.parts(rows)) + json.dumps(documents.tables(rows)) + str(documents.pictures(rows))
-    assert not any(number in everything for number in ("99.0", "88.0", "77.0"))
+    assert not any(number in everything for number in ("99.0", "77.0"))
 
 
 def test_devices_never_share_a_table(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ class Variant:
     def compile(self, target: GPUTarget | None = None) -> CompiledKernel:
         """For `target`, or for the current device."""
         kernel, target = KERNELS[self.kernel], target or triton.runtime.driver.active.get_current_target()
-        constants = {name: _wrapped(value) for name, value in self.constants_for(target).items()}
+        constants = {name: wrapped(value) for name, value in self.constants_for(target).items()}
         signature = {name: kind or "constexpr" for name, kind in zip_longest(kernel.arg_names, self.arguments)}
         aligned = {
             (i,): [["tt.divisibility", 16]]
@@ -95,8 +95,8 @@ class Variant:
         return constants
 
 
-def _wrapped(value):
+def wrapped(value):
     """A constant as Triton takes it: the fields of a dataclass are constants, too."""
     if not is_dataclass(value):
         return value
-    return type(value)(**{field.name: tl.constexpr(_wrapped(getattr(value, field.name))) for field in fields(value)})
+    return type(value)(**{field.name: tl.constexpr(wrapped(getattr(value, field.name))) for field in fields(value)})
