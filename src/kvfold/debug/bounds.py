@@ -33,8 +33,8 @@ ABOUT = {
 COMPRESSOR = {"spec": (dict,), "state": _MAYBE, "cache": _MAYBE, "snapshots": _MAYBE}
 NUMBERS = {  # of a plan, and what each may be
     "ratio": (1, 4096), "max_new_tokens": (1, INT32_MAX), "batch": (0, INT32_MAX), "max_tokens": (0, INT32_MAX),
-    "entry_capacity": (0, INT32_MAX), "item_capacity": (0, MOST_ITEMS), "rows_per_page": (1, 1 << 20), "page_size": (1, INT32_MAX),
-    "snapshot_page_size": (1, MOST_PAGE),
+    "entry_capacity": (0, INT32_MAX), "item_capacity": (0, MOST_ITEMS), "rows_per_page": (1, 1 << 20),
+    "page_size": (1, INT32_MAX), "snapshot_page_size": (1, MOST_PAGE),
 }  # fmt: skip
 LEFT_OUT = ("rows_per_page", "page_size", "snapshot_page_size")
 FLOATS, INTS = (torch.float32, torch.bfloat16), (torch.int32,)
