@@ -10,8 +10,8 @@ from support.transformers_support import LAYERS, LAYERS_MOVE, NAMES, close, ids,
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, StaticLayer
 
+from kvfold.integrations.transformers import UnsupportedError, entries, patch, rewind, unpatch
 from kvfold.integrations.transformers import cache as transformers_cache
-from kvfold.integrations.transformers.patch import UnsupportedError, entries, patch, rewind, unpatch
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

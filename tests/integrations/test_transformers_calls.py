@@ -10,7 +10,7 @@ pytest.importorskip("transformers", minversion="5.17")
 from support.transformers_support import LAYERS, TWO, begun, close, compressors, ids, run, step, tiny, two_patched, unpatched
 from transformers import DynamicCache
 
-from kvfold.integrations.transformers.patch import UnsupportedError, entries, patch, rewind
+from kvfold.integrations.transformers import UnsupportedError, entries, patch, rewind
 
 TOKENS = ids(40, 2)
 model = two_patched  # the fixture

@@ -19,8 +19,8 @@ from support.transformers_support import NAMES, TWO, begun, close, compressors, 
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
+from kvfold.integrations.transformers import UnsupportedError, entries, patch, unpatch
 from kvfold.integrations.transformers import cache as transformers_cache
-from kvfold.integrations.transformers.patch import UnsupportedError, entries, patch, unpatch
 
 TOKENS = ids(40, 2)
 model = two_patched  # the fixture

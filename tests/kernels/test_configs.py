@@ -16,6 +16,7 @@ from support.window_support import WindowEngine, run
 
 from kvfold import CompressorSpec, reference
 from kvfold.backend_triton import table as configs
+from kvfold.backend_triton.keys import Types, WindowKey
 from kvfold.backend_triton.table import ANY, BUCKETS, CONFIGS, Config, UnsupportedError, choose
 from kvfold.backend_triton.variants import draws_items, variant_of
 from kvfold.contract import pooled_bound
@@ -73,9 +74,9 @@ def test_window_sums_do_not_follow_the_row() -> None:
     for spec in SPECS:
         if is_served("window", spec):
             rows = {choose("window", spec, n, items) for n in STEPS for items in ITEMS}
-            keys = [("window", spec, None, row, (*[torch.float32] * 3, None, True), True) for row in rows]
-            order = ("LANES", "TOGETHER")
-            assert len({tuple(dict(variant_of(key, True, False).constants)[name] for name in order) for key in keys}) == 1
+            types = Types(*[torch.float32] * 3, None, True)
+            built = [dict(variant_of(WindowKey(spec, None, row, types, True), True, False).constants) for row in rows]
+            assert len({(constants["LANES"], constants["HOW"].TOGETHER) for constants in built}) == 1
             assert {row.prompt for row in rows} == {False, True}
 
 

@@ -17,6 +17,8 @@ import kvfold
 from kvfold import CompressorSpec, StepPlan
 from kvfold.backend_triton import launch
 from kvfold.backend_triton import launcher as dispatch
+from kvfold.backend_triton import prepare as preparing
+from kvfold.backend_triton.keys import PairKey, PlanKey, StepKey, StoreKey, WindowKey
 from kvfold.backend_triton.launch import update_on_gpu
 from kvfold.backend_triton.table import UnsupportedError
 
@@ -310,7 +312,7 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> Calls:
         found.update((key, *how) for key in keys for how in product((False, True)[: 1 + dependent(key)], (True, False)))
         return len(found) - before
 
-    monkeypatch.setattr(dispatch, "prepare", prepare)
+    monkeypatch.setattr(preparing, "prepare", prepare)
     # Its module has the name of the function, which hides it.
     monkeypatch.setattr(sys.modules["kvfold.precompile.warmup"], "_gpu", lambda device, interpreted: torch.device("cuda", 0))
     for module in (dispatch, launch):
@@ -342,7 +344,7 @@ def test_the_keys_are_those_of_launches(prepared: Calls, asked: Calls) -> None:
     warm_the_chain()
     backend = BACKENDS["cuda" if torch.cuda.is_available() else "interpreter"]
     Chain(backend).launch()
-    assert {key[0] for key, *_ in asked} == {"step", "pair", "window", "store", "plan"}
+    assert {type(key) for key, *_ in asked} == {StepKey, PairKey, WindowKey, StoreKey, PlanKey}
     assert asked <= prepared
     with pytest.raises(UnsupportedError, match="power of two"):
         kvfold.warmup([CompressorSpec(head_dim=64, ratio=3)], [None], states=("window",))
@@ -356,4 +358,4 @@ def test_workloads_launch_what_was_warmed(what: str, prepared: Calls, asked: Cal
     for seed in range(SEEDS):
         Workload(seed, WARMED[what], torch.device("cuda" if torch.cuda.is_available() else "cpu")).call()
     assert asked <= prepared
-    assert {key[0] for key, *_ in prepared - asked} <= {"plan"}
+    assert {type(key) for key, *_ in prepared - asked} <= {PlanKey}

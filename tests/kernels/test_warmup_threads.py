@@ -20,6 +20,7 @@ from test_aot import python
 import kvfold
 from kvfold import V4_CSA
 from kvfold.backend_triton import launcher as dispatch
+from kvfold.backend_triton import prepare as preparing
 from kvfold.backend_triton.build import Variant
 from kvfold.backend_triton.keys import plan_key, window_key
 from kvfold.backend_triton.variants import variant_of
@@ -65,7 +66,7 @@ def compiles(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Compiler]:
     monkeypatch.setattr(dispatch, "KERNELS", {name: SimpleNamespace(constexprs=(3, 4)) for name in dispatch.KERNELS})
     monkeypatch.setattr(dispatch, "compilations", 0)
     monkeypatch.setattr(dispatch, "_launchers", {})
-    monkeypatch.setattr(dispatch, "THREADED", True)
+    monkeypatch.setattr(preparing, "THREADED", True)
 
     def put(during: Callable[[Variant], None] = lambda variant: time.sleep(0.01)) -> Compiler:
         compiler = Compiler(during)
@@ -76,7 +77,7 @@ def compiles(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Compiler]:
 
 
 def prepare(workers: int, keys: list[tuple] = KEYS, dependent: bool = False) -> int:
-    return dispatch.prepare(keys, DEVICE, lambda key: dependent, workers)
+    return preparing.prepare(keys, DEVICE, lambda key: dependent, workers)
 
 
 def built() -> list[tuple]:
@@ -102,7 +103,7 @@ def test_one_after_the_other(
     compiles: Callable[..., Compiler], monkeypatch: pytest.MonkeyPatch, threaded: bool, workers: int
 ) -> None:
     """Where that is asked for, and where Triton does no more: then nothing else is compiled beside it either."""
-    monkeypatch.setattr(dispatch, "THREADED", threaded)
+    monkeypatch.setattr(preparing, "THREADED", threaded)
     compiler = compiles()
     calls = threading.Thread(target=lambda: dispatch.Launcher(plan_key(64, 1, False, False), DEVICE).build(True, False))
     compiler.loaded = lambda: None  # by the call, in its thread
@@ -166,7 +167,7 @@ def test_as_many_as_there_are_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 5)
     assert selection.check_workers(None) == 5 and selection.check_workers(256) == 256
     given = []
-    monkeypatch.setattr(dispatch, "prepare", lambda keys, device, dependent, workers: given.append(workers) or len(given))
+    monkeypatch.setattr(preparing, "prepare", lambda keys, device, dependent, workers: given.append(workers) or len(given))
     monkeypatch.setattr(sys.modules["kvfold.precompile.warmup"], "_gpu", lambda device, interpreted: DEVICE)
     assert [kvfold.warmup([], []), kvfold.warmup([], [], workers=7)] == [1, 2] and given == [5, 7]
 
@@ -180,6 +181,7 @@ import torch
 import triton
 from kvfold import V4_INDEXER
 from kvfold.backend_triton import launcher as dispatch
+from kvfold.backend_triton import prepare as preparing
 from kvfold.precompile.combinations import TARGETS
 from kvfold.backend_triton.build import Variant
 from kvfold.backend_triton.keys import RestoreKey, plan_key
@@ -204,14 +206,14 @@ results = []
 for workers in (2, 1):  # threads first, as Triton remembers what it read of the kernels
     os.environ["TRITON_CACHE_DIR"] = f"{sys.argv[1]}/{workers}"
     threads.clear()
-    count = dispatch.prepare(keys, torch.device("cuda", 0), lambda key: False, workers)
+    count = preparing.prepare(keys, torch.device("cuda", 0), lambda key: False, workers)
     results.append([count, len(threads), len(os.listdir(os.environ["TRITON_CACHE_DIR"])) > 0, dict(found)])
     found.clear()
 print(json.dumps(results))
 """
 
 
-@pytest.mark.skipif(not dispatch.THREADED, reason="this Triton compiles in one thread")
+@pytest.mark.skipif(not preparing.THREADED, reason="this Triton compiles in one thread")
 def test_threads_compile_the_same(tmp_path: Path) -> None:
     """To the byte, each in a process and with a cache that have seen none of it."""
     (several, alone) = json.loads(python(tmp_path, REAL, tmp_path / "caches"))

@@ -16,7 +16,8 @@ from torch import Tensor
 import kvfold
 from kvfold import CompressorSpec, FoldState, Snapshots
 from kvfold.backend_triton import launch
-from kvfold.backend_triton import launcher as dispatch
+from kvfold.backend_triton import prepare as preparing
+from kvfold.backend_triton.keys import PairKey, RestoreKey, StepKey
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -470,14 +471,14 @@ def test_mistakes_in_snapshots() -> None:
 def test_warmup_prepares_what_calls_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU: the keys of calls with snapshots and of `restore`, with page sizes that keep something and nothing."""
     prepared, asked = set(), set()
-    monkeypatch.setattr(dispatch, "prepare", lambda keys, device, dependent, workers: prepared.update(keys) or 1)
+    monkeypatch.setattr(preparing, "prepare", lambda keys, device, dependent, workers: prepared.update(keys) or 1)
     monkeypatch.setattr(sys.modules["kvfold.precompile.warmup"], "_gpu", lambda device, interpreted: torch.device("cuda", 0))
     fold = CompressorSpec(head_dim=64, ratio=16)
     for spec in (SPEC, fold):
         many = [((spec, None), (spec, None))]
         options = {"dtypes": (FP32,), "rows": (FP32,), "max_new_tokens": (9,), "many": many}
         kvfold.warmup([spec], ["fp32"], snapshots=(True,), **options)
-    assert any(key[0] == "restore" for key in prepared)
+    assert any(isinstance(key, RestoreKey) for key in prepared)
     backend = BACKENDS["cuda" if torch.cuda.is_available() else "interpreter"]
     monkeypatch.setattr(launch, "launcher_of", lambda key, device: asked.add(key) or (lambda *arguments: None))
     for spec, size in ((SPEC, 8), (fold, 8), (fold, 16)):
@@ -492,9 +493,9 @@ def test_warmup_prepares_what_calls_ask_for(monkeypatch: pytest.MonkeyPatch) -> 
         rows = make_tokens(spec, 9, seed=0).to(backend.device)
         pair = [(rows, e.state, None, spec, e.ape, None, None, e.snapshots) for e in (first, second)]
         kvfold.compress_many(pair, plan, backend=backend.name)
-    kinds = {(key[0], key[-1]) for key in asked if key[0] in ("step", "restore")}
-    assert kinds == {("step", True), ("step", False), ("restore", 4), ("restore", 1), ("restore", 0)}
-    assert any(key[0] == "pair" for key in asked) and asked <= prepared
+    kinds = {(type(key), key[-1]) for key in asked if isinstance(key, StepKey | RestoreKey)}
+    assert kinds == {(StepKey, True), (StepKey, False), (RestoreKey, 4), (RestoreKey, 1), (RestoreKey, 0)}
+    assert any(isinstance(key, PairKey) for key in asked) and asked <= prepared
     for wrong in (True, (None,), "yes"):
         with pytest.raises((TypeError, ValueError), match=r"^snapshots\b"):
             kvfold.warmup([SPEC], ["fp32"], snapshots=wrong)

@@ -1,23 +1,29 @@
 """`store_record` alone in a kernel: one row of fp32 per program, so that tests choose what reaches the quantizer."""
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
+from kvfold.backend_triton.args import Output, Target
+from kvfold.backend_triton.build import INTERPRETED, _wrapped
 from kvfold.backend_triton.kernels.record import store_record
+from kvfold.backend_triton.variants import format_of, spec_of
+from kvfold.storage.cache import EntryCache
 
 
 @triton.jit(do_not_specialize=["rows_per_page"])  # as kvfold builds kernels: a page of one row is a number like any other
 def write_records(
     entries, slots, pages, page_stride, scales, scales_stride, rows_per_page, cache_scale,
-    HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, ELEMENT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr,
-    FLOOR: tl.constexpr, FLOOR_ON_SCALE: tl.constexpr, DIVIDE: tl.constexpr, ROTATED_BF16: tl.constexpr,
-    PAD: tl.constexpr, ROUND_VALUES: tl.constexpr, TIES_TO_ZERO: tl.constexpr,
-    ROW_BYTES: tl.constexpr, TAIL_BYTES: tl.constexpr,
+    SPEC: tl.constexpr, FMT: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
+    cache = Output(None, None, None, None, pages, page_stride, scales, scales_stride, rows_per_page, None, cache_scale)
     i = tl.program_id(0)
-    y = tl.load(entries + i.to(tl.int64) * HEAD_DIM + tl.arange(0, HEAD_DIM))
-    store_record(
-        y, tl.load(slots + i), pages, page_stride, scales, scales_stride, rows_per_page, cache_scale,
-        HEAD_DIM, ROPE_DIM, ELEMENT, GROUP, SCALE, FLOOR, FLOOR_ON_SCALE, DIVIDE, ROTATED_BF16,
-        PAD, ROUND_VALUES, TIES_TO_ZERO, ROW_BYTES, TAIL_BYTES,
-    )  # fmt: skip
+    y = tl.load(entries + i.to(tl.int64) * SPEC.HEAD_DIM + tl.arange(0, SPEC.HEAD_DIM))
+    store_record(y, tl.load(slots + i), cache, SPEC, FMT, TARGET)
+
+
+def constants_of(cache: EntryCache) -> dict[str, Any]:
+    """Of a GPU without instructions for bf16 and e4m3, so that all is rounded by hand."""
+    found = {"SPEC": spec_of(cache.spec), "FMT": format_of(cache.format, cache.spec), "TARGET": Target()}
+    return found if INTERPRETED else {name: _wrapped(value) for name, value in found.items()}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache as once
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -100,10 +98,10 @@ def write(backend: Backend, cache: EntryCache, slots: list[int], entries: np.nda
     if backend.name == "torch":
         pack_records(cache, at, y)
         return
-    constants = cache.format.constants(cache.spec)
-    del constants["ROUND_ROWS"]  # concerns what comes before the norm
+    from support.record_kernel import constants_of, write_records  # triton, which the torch backend does not need
+
     scales = cache.scale_pages
-    _kernel()[(len(slots),)](
+    write_records[(len(slots),)](
         y,
         at,
         cache.pages,
@@ -112,19 +110,10 @@ def write(backend: Backend, cache: EntryCache, slots: list[int], entries: np.nda
         scales.stride(0) if scales is not None else 0,
         cache.rows_per_page,
         cache.scale,
-        HEAD_DIM=cache.spec.head_dim,
-        ROPE_DIM=cache.spec.rope_dim,
-        **constants,
+        **constants_of(cache),
         num_warps=4 if cache.spec.head_dim > 128 else 1,
         enable_fp_fusion=False,
     )
-
-
-@once
-def _kernel() -> Any:
-    from support.record_kernel import write_records  # imports triton, which the torch backend does not need
-
-    return write_records
 
 
 def random_entries(n: int, hd: int, seed: int) -> np.ndarray:

@@ -9,7 +9,7 @@ pytest.importorskip("transformers", minversion="5.17")
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM, DynamicCache
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as v4
 
-from kvfold.integrations.transformers.patch import patch, unpatch
+from kvfold.integrations.transformers import patch, unpatch
 
 BOUND = 1e-4
 # transformers 5.17 reorders and resets the sliding keys of a cache and forgets its compressors; 5.23 does both.

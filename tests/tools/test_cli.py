@@ -62,7 +62,7 @@ def test_what_systems_keep_differs_in_state_alone(text):
 
 
 def test_the_picture_of_the_readme_is_small():
-    assert (Path(demo.__file__).parents[2] / "docs" / "kvfold-demo.png").stat().st_size < 300_000
+    assert (Path(__file__).parents[2] / "docs" / "kvfold-demo.png").stat().st_size < 300_000
 
 
 def test_disagreement_fails(text, tmp_path, monkeypatch):

@@ -55,7 +55,7 @@ def test_a_model_is_patched_as_the_readme_says() -> None:
     tokens = torch.arange(20)[None]
     with torch.no_grad():
         patched = scope["model"](tokens).logits
-        from kvfold.integrations.transformers.patch import unpatch
+        from kvfold.integrations.transformers import unpatch
 
         unpatch(scope["model"])
         torch.testing.assert_close(patched, scope["model"](tokens).logits, rtol=0, atol=1e-4)  # as in test_transformers.py

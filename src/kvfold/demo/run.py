@@ -131,7 +131,7 @@ def run(tokens: torch.Tensor, *, device: str, drafts: int, seed: int, advance: A
         decoded: how many tokens at the end are decoded one by one.
         advance: called with the number of tokens done since the last call.
     """
-    from ..integrations.transformers.patch import patch, unpatch
+    from ..integrations.transformers import patch, unpatch
 
     model = build_model(seed, device)
     tokens = tokens.to(device)
@@ -186,7 +186,7 @@ def _theirs(cache: Any, name: Name) -> torch.Tensor:
 
 
 def _ours(cache: Any, name: Name) -> torch.Tensor:
-    from ..integrations.transformers.patch import entries
+    from ..integrations.transformers import entries
 
     return entries(cache, *name)
 
@@ -282,7 +282,7 @@ def _decode_with_drafts(
     """Decodes through the whole model; rejected drafts are wrong bytes, and kvfold is told only where to go on."""
     from transformers import DynamicCache
 
-    from ..integrations.transformers.patch import rewind
+    from ..integrations.transformers import rewind
 
     draw = torch.Generator().manual_seed(seed)
     cache, want, differences = DynamicCache(config=model.config), result.ours["decode"].logits, []
@@ -309,7 +309,7 @@ def _replay(
     A matrix product rounds differently for different batch shapes, so the bits of a run of the model are promised only from
     `kv_score` on. Accepted tokens get the rows that the plain run had, rejected ones noise.
     """
-    from ..integrations.transformers.patch import rope_table
+    from ..integrations.transformers import rope_table
 
     rows, spec, plain = result.rows[name], result.specs[name], result.ours["decode"]
     device, length = rows.device, rows.shape[0]

@@ -17,6 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
+from .._version import __version__
 from ..backend_triton import table as configs
 from ..backend_triton.build import Variant
 from ..backend_triton.keys import Key, PairKey, RestoreKey, plan_key, step_key, store_key, window_key
@@ -236,8 +237,6 @@ def build(combination: Combination, target: str, folder: Path, allowed: int | No
 
 def versions(target: str) -> dict[str, str]:
     """Of all that has a hand in the binaries."""
-    from .. import __version__
-
     found = {"kvfold": __version__, "torch": torch.__version__, "triton": triton.__version__}
     if TARGETS[target].backend == "cuda":
         from triton.backends.nvidia.compiler import get_ptxas_version
