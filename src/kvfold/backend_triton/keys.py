@@ -1,6 +1,6 @@
 """Which kernel a call needs: keys, by which launchers are found. Launches make them of calls, `warmup` of what calls will be.
 
-A key names all that its kernel depends on, but for the alignment of tensors and dependent launch. Those of two kinds are never
+A key names all that its kernel depends on, but for the alignment of tensors and dependent launch. Keys of two kinds are never
 equal: they differ in length, in types, or in the kind of the table's row.
 """
 

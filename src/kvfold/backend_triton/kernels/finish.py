@@ -53,8 +53,8 @@ def rotate(y, cos, sin, SPEC: tl.constexpr, COUNT: tl.constexpr):
 @triton.jit
 def hadamard(y, SPEC: tl.constexpr, COUNT: tl.constexpr):
     """Sylvester order, all channels, divided by sqrt(HEAD_DIM) at the end."""
-    # Of two elements, their exclusive or without the one is the other: a reduction, which is one shuffle inside a warp. To move
-    # each bit of the channel index into a thread in turn would go through shared memory LOG2 times.
+    # The other of two elements is the exclusive or of both, without this one: a reduction, which is one shuffle inside a warp.
+    # Moving channels so that each pair is in one thread would go through shared memory LOG2 times.
     sign = tl.where(tl.arange(0, 2)[None, :, None] == 1, -1.0, 1.0)
     LOG2: tl.constexpr = SPEC.LOG2
     for i in tl.static_range(LOG2):
@@ -69,7 +69,7 @@ def hadamard(y, SPEC: tl.constexpr, COUNT: tl.constexpr):
 def entry_address(entry, position, plan, cache, SPEC: tl.constexpr):
     """Where entry `entry` (-1: none) goes, and what else it needs besides its row: all that may be read before the wait.
 
-    Returns its cache slot (-1: none), norm weight, cosines and sines. What the slot says is judged behind the wait
+    Returns its cache slot (-1: none), norm weight, cosines and sines. What the slot says is checked behind the wait
     (`slot_valid`): looking at it here would make the wait wait.
     """
     weight, cos, sin = load_finish(position, cache, SPEC)
@@ -78,7 +78,7 @@ def entry_address(entry, position, plan, cache, SPEC: tl.constexpr):
 
 @triton.jit
 def load_finish(position, cache, SPEC: tl.constexpr, COUNT: tl.constexpr = 1):
-    """Norm weight, cosines and sines of an entry; of no meaning where there is no cache."""
+    """Norm weight, cosines and sines of an entry; zeros where there is no cache."""
     c = channels(SPEC.HEAD_DIM, COUNT)
     weight = tl.zeros((COUNT * SPEC.HEAD_DIM,), tl.float32)
     cos = tl.zeros((COUNT * SPEC.HEAD_DIM // 2,), tl.float32)

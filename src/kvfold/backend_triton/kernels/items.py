@@ -55,7 +55,7 @@ def item_after(item, items, index, programs, total, RATIO: tl.constexpr):
 
 @triton.jit
 def dealt_items(total, programs):
-    """How many of `total` items are dealt out: every program has as many of them, or there is but one for some."""
+    """How many of `total` items are dealt out, as many to each program; or one to each, of which some may not be there."""
     rounds = total // programs
     return tl.maximum(rounds - rounds // 5, 1) * programs
 

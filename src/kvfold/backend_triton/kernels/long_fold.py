@@ -108,7 +108,7 @@ def fold_stretches(ms, ls, as_, lives, lo, stretches, more, kv_stride, ape, HOW:
     """
     AHEAD: tl.constexpr = HOW.AHEAD
     W: tl.constexpr = len(lives)
-    # 1, which the compiler may know of short stretches only (docs/notes/0021).
+    # 1, which the compiler may not know where stretches are long (docs/notes/0021).
     once = 1
     if AHEAD >= 16:
         once = (kv_stride >= 0).to(tl.int32)
@@ -124,7 +124,7 @@ def fold_stretches(ms, ls, as_, lives, lo, stretches, more, kv_stride, ape, HOW:
         for w in tl.static_range(W):
             next_ats = next_ats + (ats[w] + ahead.to(tl.int64) * kv_stride,)
         next_biases, next_ks, next_ss = load_tokens_ahead(next_ats, kv_stride, ape, lo + ahead, HOW, SPEC)
-        # A loop of one turn, which the compiler moves no load behind; it does so otherwise when registers are short.
+        # A loop of one turn, as the compiler moves no load behind a loop; without it, it does when registers are short.
         for _ in range(0, once):
             for i in tl.static_range(AHEAD):
                 new_ms = ()
@@ -173,7 +173,7 @@ def fold_rest(m, l, a, loaded, early, mine, begin, seq, kv_stride, ape, snap, HO
         for i in tl.static_range(AHEAD):
             m, l, a = fold_step(m, l, a, ks[i].to(tl.float32), ss[i].to(tl.float32) + biases[i])
             x = mine.x0 + j0 + i
-            due = snapshot_fold(m, l, a, x, due, mine.x0 + mine.stop, snap, SPEC)  # of whole rows: step_key
+            due = snapshot_fold(m, l, a, x, due, mine.x0 + mine.stop, snap, SPEC)  # whole rows: keys.step_key
             keep_fold(m, l, a, x, places[i], (i < left) & (i >= forgotten), seq, SPEC, HOW.SLICE)
     return quotient(a, l, HOW.TARGET.FAST_DIVISION)
 

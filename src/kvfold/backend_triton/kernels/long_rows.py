@@ -73,7 +73,7 @@ def long_rows_step(
     ITEM_AHEAD: tl.constexpr = HOW.AHEAD < SPEC.RATIO * (1 + SPEC.OVERLAP)
     total = load_plan(plan.num_items)
     biases = None
-    # Wider, they would take half of the registers, and are read from the L1 cache for each window instead.
+    # Of wider entries they would take half of the registers, and are read from the L1 cache for each window instead.
     if HOW.AHEAD >= SPEC.RATIO * (1 + SPEC.OVERLAP) and SPEC.HEAD_DIM <= 256:
         biases = load_biases(tokens.ape, 0, total > 0, SPEC, HOW.AHEAD)
     item = load_item(plan.items, pid, pid < total)
@@ -86,8 +86,8 @@ def long_rows_step(
             prefetch_item(item, pid < total, 0, tokens, SPEC, SPEC.HEAD_DIM)
     wait_for_inputs(HOW.PDL)
     if HOW.TARGET.INLINE_PTX and ITEM_AHEAD:
-        # Where programs have two windows, half of those of a multiprocessor begin 1.8 us later, so that loading and folding
-        # overlap (docs/notes/0023). Not where the first window has old rows to look for.
+        # Where programs have two windows, half of those of a multiprocessor begin later, so that loading and folding overlap
+        # (docs/notes/0023). Not where the first window has old rows to look for.
         twice = (total > programs) & (total <= 2 * programs)
         if twice & (item.entry >= 0) & ((item.window - SPEC.OVERLAP) * SPEC.RATIO >= item.start):
             pause(pid // HOW.MULTIPROCESSORS % 2 * 3600)

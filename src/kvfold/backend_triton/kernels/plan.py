@@ -41,7 +41,7 @@ def plan_kernel(
     table, table_width, rows_per_page, entry_slots, num_chunks,
     RATIO: tl.constexpr, SEQUENCES: tl.constexpr, WINDOWS: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
-    """One program for SEQUENCES sequences and up to WINDOWS windows of each; behind a long prompt stand more programs.
+    """One program for SEQUENCES sequences and up to WINDOWS windows of each; of a long prompt there are more programs.
 
     Each counts what all sequences before its own have, which costs no more than a second launch (docs/notes/0010).
     """

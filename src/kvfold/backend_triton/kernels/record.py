@@ -1,4 +1,4 @@
-"""From the finished row to the stored record: scales, element encodings, bytes. The layout is `records.RecordFormat`.
+"""From the finished row to the stored record: scales, element encodings, bytes. The layout is a `RecordFormat`.
 
 Everything is rounded by IEEE operations and integer arithmetic, so that the bytes are the same on every GPU and under the
 interpreter. For bf16 and e4m3 a GPU may have an instruction (`args.Target`), which gives the same bytes.
@@ -160,7 +160,7 @@ def store_record(
                 amax = tl.max(tl.reshape(magnitude, (COUNT * GROUPS, FMT.GROUP)), axis=1)
                 stored, factor = group_scale(amax, cache.scale, MAX, FMT)
                 codes = abreast(stored.to(tail_scales.dtype.element_ty), GROUPS, COUNT)
-                # A value for each of some threads that all have it: for one alone it went through shared memory.
+                # One scale of an entry is spread over 16 threads, of which one stores it: else it goes through shared memory.
                 SAME: tl.constexpr = 16 if COUNT > 1 and GROUPS == 1 else GROUPS
                 group = span(SAME, COUNT)
                 live = wherever(group < QUANTIZED // FMT.GROUP, wanted, COUNT)

@@ -20,8 +20,8 @@ def restore_kernel(
 ):  # fmt: skip
     """One program for each row of each snapshot; the first of them sets the slot's tags, to -1 if it is refused.
 
-    ROWS: of a snapshot, each PARTS * PART elements. All programs of a snapshot come to the same verdict, as they judge by
-    arguments and tags of the snapshot, which none of them writes. The slot's tags are written by one and read by none.
+    ROWS: of a snapshot, each PARTS * PART elements. All programs of a snapshot agree on whether it is refused, as they look
+    at arguments and tags of the snapshot, which none of them writes. The slot's tags are written by one and read by none.
     """
     i = tl.program_id(0)
     r = scalar(0)

@@ -1,6 +1,6 @@
 """One program of a short step over `FoldState`: one work item, which is one window of one sequence, all channels.
 
-A decode step is one memory latency long. So a program first reads what no kernel in flight can change, then waits for the
+A decode step takes about one memory latency. So a program first reads what no kernel in flight can change, then waits for the
 launch before, then issues all loads of state and tokens at once, and checks the tags meanwhile.
 """
 
@@ -124,7 +124,7 @@ def pool_item(live, tokens, seq, window, this, last, ends, HOW: tl.constexpr, SP
 
 @triton.jit
 def short_step(pid, plan, snap_table, tokens, st, snaps, cache, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr):
-    """Work item `pid` of one compressor. All items of a sequence come to the same verdict on whether it can go on.
+    """Work item `pid` of one compressor. All items of a sequence agree on whether it can go on.
 
     No item has more than AHEAD new tokens (state of fold rows) or rows (of input rows): all are loaded at once.
     """
@@ -191,7 +191,7 @@ def short_step(pid, plan, snap_table, tokens, st, snaps, cache, HOW: tl.constexp
                 if first:
                     retire_rows(seq, history, SPEC)
     else:
-        # Whoever waits for this launch must have waited for the one before, also where no program has anything to do.
+        # The next launch waits for this one alone, so this one must end after the one before it, also where it does nothing.
         wait_for_inputs(HOW.PDL)
     if (first & (held == 0)) | (held & refused):
         tl.atomic_add(plan.errors, 1)

@@ -1,8 +1,8 @@
-"""COUNT entries of one sequence in a row, side by side in one vector: what a warp would do for one small one, it does for all.
+"""Vectors over COUNT small entries of one sequence, which stand in a row: a warp has too little to do for one of them.
 
-What is computed of their channels is flat, `[COUNT * LENGTH]`; what there is one of for each is `[COUNT, 1]`, and addresses are
-`[COUNT, LENGTH]`, by which a thread whose channels are of one entry reads and writes them at once. With COUNT 1 these are all
-what they were without: `[LENGTH]`, a scalar, and `[LENGTH]`.
+Values of their channels are flat, `[COUNT * LENGTH]`; a number of each entry is `[COUNT, 1]`, and addresses are
+`[COUNT, LENGTH]`, by which a thread whose channels are of one entry reads and writes them at once. With COUNT 1 the shapes are
+those of a single entry: `[LENGTH]`, a scalar, and `[LENGTH]`.
 """
 
 import triton
@@ -26,7 +26,7 @@ def span(LENGTH: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def channels(LENGTH: tl.constexpr, COUNT: tl.constexpr):
-    """`0..LENGTH - 1`, COUNT times, for what is computed."""
+    """`0..LENGTH - 1`, COUNT times, for values."""
     c = tl.arange(0, COUNT * LENGTH)
     if COUNT > 1:
         c = c % LENGTH
@@ -35,7 +35,7 @@ def channels(LENGTH: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def abreast(x, LENGTH: tl.constexpr, COUNT: tl.constexpr):
-    """Computed values, as they are stored."""
+    """Values, in the shape of addresses, to be stored."""
     if COUNT > 1:
         x = tl.reshape(x, (COUNT, LENGTH))
     return x
@@ -43,7 +43,7 @@ def abreast(x, LENGTH: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def flat(x, LENGTH: tl.constexpr, COUNT: tl.constexpr):
-    """Loaded values, or what there is one of for each, as they are computed with."""
+    """Loaded values, or a number of each entry, in the flat shape of values."""
     if COUNT > 1:
         x = tl.reshape(tl.broadcast_to(x, (COUNT, LENGTH)), (COUNT * LENGTH,))
     return x
@@ -51,7 +51,7 @@ def flat(x, LENGTH: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def wherever(mask, wanted, COUNT: tl.constexpr):
-    """`mask` of the entries that are `wanted`; of one, which is, `mask`."""
+    """`mask`, but of several entries only those that are `wanted`; a single one is."""
     if COUNT > 1:
         mask = mask & wanted
     return mask

@@ -7,7 +7,7 @@ only where there is much of both. Where several programs share an entry, one of 
 no bit.
 
 Two kinds of new rows are stored by the program that pools them, and by nobody else: in a long step (PROMPT) those of windows
-that are all new, which are so read once (`all_rows_new`); in a short one (JOIN) the last rows of a window on one page
+that are all new, so that these are read once (`all_rows_new`); in a short one (JOIN) the last rows of a window on one page
 (`last_rows_new`).
 """
 
@@ -71,7 +71,7 @@ def write_rows(launch, item, begin, stop, halves, AHEAD: tl.constexpr, SPEC: tl.
     tokens = launch.tokens
     c = tl.arange(0, CHANNELS)
     if tiling.ALIGNED:
-        # Says that it is a multiple, which the signature does not: `pool_slice` says another one.
+        # Tells the compiler that the stride is a multiple of 16; the signature does not, as `pool_slice` is better told less.
         tokens = Tokens(tokens.kv_score, (tokens.stride // 16) * 16, tokens.count, tokens.ape)
     refused = tl.zeros((), tl.int32)
     for base in range(0, stop - begin, AHEAD):
@@ -207,7 +207,7 @@ def rows_left(item, entry_capacity, SPEC: tl.constexpr):
 def next_item(launch, index, total, programs, SPEC: tl.constexpr, PROMPT: tl.constexpr):
     """The first work item from `index` on, in steps of `programs`, that has rows left to store; `total` or more: none."""
     if PROMPT:
-        # Of a long prompt hardly any: 32 are looked at in the latency of one.
+        # Of a long prompt hardly any has: 32 are looked at in the latency of one.
         found = total
         while (index < total) & (found == total):
             i = index + tl.arange(0, 32) * programs
@@ -357,7 +357,7 @@ def pool_part(
         if SLICES > 1 and tiling.ONE_PAGE:  # known before the work: whether rows are absent
             ticket = draw_ticket(scratch.arrivals, entry, deliver & (turn == shares.span - 1) & (pages.absent == 0))
         y, absent = pool_slice(launch.tokens, launch.pools, item, c0, pages, mine, SPEC, tiling, HOW.TARGET.FAST_DIVISION)
-        # Every slice sees the same rows, so either all of them bring theirs or none.
+        # Every slice sees the same rows, so either all slices are written or none.
         finish = deliver & (absent == 0)
         # Loads that the last of the parts needs are under way while it arrives.
         weight, cos, sin = load_finish(position, launch.output, SPEC)
@@ -478,7 +478,7 @@ def window_kernel(
     scratch = Scratch(scratch_workspace, scratch_arrivals)
     launch = Launch(plan, entry_items, tokens, Pools(kv_pool, score_pool, page_size), scratch, output)
     POOLS: tl.constexpr = (output.pages is not None) or (output.rows is not None)
-    # Programs that first stored a row and then pooled came last (docs/notes/0032-who-stores-the-last-rows.md).
+    # Programs that first stored a row and then pooled would end last (docs/notes/0032-who-stores-the-last-rows.md).
     JOIN: tl.constexpr = LANES if (POOLS and ONE_PAGE) and ((SPEC.OVERLAP == 0 and HOW.TOGETHER > 1) and not PROMPT) else 0
     # Built in the call: assigned to a variable, its constants would be tensors.
     run_program(
