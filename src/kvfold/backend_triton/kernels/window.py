@@ -292,11 +292,11 @@ def share_entries(num_entries, programs, SLICES: tl.constexpr):
     while (parts > 1) & (num_entries * parts > programs):
         parts = parts // 2
         span = span * 2
-    return Shares(parts, span, num_entries * parts)
+    return parts, span
 
 
 @triton.jit
-def first_work(pid, programs, tasks, SLICES: tl.constexpr):
+def first_work(pid, programs, num_entries, parts, SLICES: tl.constexpr):
     """The first part of an entry and the first work item of a program.
 
     Programs start in order, so those at the front get the longer way, which is pooling where it has slices.
@@ -305,7 +305,7 @@ def first_work(pid, programs, tasks, SLICES: tl.constexpr):
     front = pid
     if SLICES > 1:
         task = pid
-        behind = pid - tl.minimum(tasks, programs)
+        behind = pid - tl.minimum(num_entries * parts, programs)
         front = tl.where(behind < 0, behind + programs, behind)
     return task, front
 
@@ -402,30 +402,14 @@ def pool_entries(
 
 @triton.jit
 def run_program(
-    pid, programs, launch, cu_entries, batch, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr, tiling,
+    front, total, task, shares, programs, launch, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr, tiling,
     POOLS: tl.constexpr,
 ):  # fmt: skip
-    """Program `pid` of `programs`. POOLS: entries go anywhere."""
+    """A program whose first work item is `front` of `total` and whose first part of an entry is `task`. POOLS: it has such."""
     SLICES: tl.constexpr = SPEC.HEAD_DIM // HOW.SLICE
-    plan = launch.plan
     tokens = launch.tokens
-    # What is read before the wait, the plan and what it was built from, is older than the launch before this one. Loads that
-    # do not need each other stand side by side: one behind the other, they take longer than a short step.
-    total = load_plan(plan.num_items)
-    front = pid
-    if POOLS:
-        num_entries = tl.minimum(load_plan(cu_entries + batch), plan.entry_capacity)
-        shares = share_entries(num_entries, programs, SLICES)
-        task, front = first_work(pid, programs, shares.tasks, SLICES)
-    idle = front >= total
-    if POOLS:
-        idle = idle & (task >= shares.tasks)
-    # Programs with nothing to do make room for the next launch, which starts sooner. If program 0 waits, that is enough for
-    # the launch to end behind the one before it.
-    if idle & (pid > 0):
-        return
     index = next_item(launch, front, total, programs, SPEC, tiling.PROMPT)
-    first = load_item(plan.items, index, index < total)
+    first = load_item(launch.plan.items, index, index < total)
     if POOLS:
         item, slot, pages = load_entry(launch, task // shares.parts, task < shares.tasks, SPEC, tiling)
         if HOW.PDL:
@@ -480,8 +464,29 @@ def window_kernel(
     POOLS: tl.constexpr = (output.pages is not None) or (output.rows is not None)
     # Programs that first stored a row and then pooled would end last (docs/notes/0032-who-stores-the-last-rows.md).
     JOIN: tl.constexpr = LANES if (POOLS and ONE_PAGE) and ((SPEC.OVERLAP == 0 and HOW.TOGETHER > 1) and not PROMPT) else 0
-    # Built in the call: assigned to a variable, its constants would be tensors.
+    SLICES: tl.constexpr = SPEC.HEAD_DIM // HOW.SLICE
+    pid = tl.program_id(0)
+    programs = tl.num_programs(0)
+    # What is read before the wait, the plan and what it was built from, is older than the launch before this one. Loads that
+    # do not need each other stand side by side: one behind the other, they take longer than a short step.
+    total = load_plan(plan.num_items)
+    front = pid
+    task = pid
+    shares = ()
+    if POOLS:
+        num_entries = tl.minimum(load_plan(cu_entries + batch), plan.entry_capacity)
+        parts, span = share_entries(num_entries, programs, SLICES)
+        task, front = first_work(pid, programs, num_entries, parts, SLICES)
+    idle = front >= total
+    if POOLS:
+        shares = Shares(parts, span, num_entries * parts)
+        idle = idle & (task >= shares.tasks)
+    # Programs with nothing to do make room for the next launch, which starts sooner. If program 0 waits, that is enough for
+    # the launch to end behind the one before it.
+    if idle & (pid > 0):
+        return
+    # The tiling is built in the call: assigned to a variable, its constants would be tensors.
     run_program(
-        tl.program_id(0), tl.num_programs(0), launch, cu_entries, batch, HOW, SPEC, FMT,
+        front, total, task, shares, programs, launch, HOW, SPEC, FMT,
         Tiling(TILE, LANES, HOW.TOGETHER, HOW.SLICE, ONE_PAGE, PROMPT, ALIGNED, JOIN), POOLS,
     )  # fmt: skip

@@ -187,8 +187,8 @@ def store_new_rows(pool, page_size, before, this, xs, window, c0, j0, SPEC: tl.c
             x = window * SPEC.RATIO + j - SPEC.RATIO
             lo = j < SPEC.RATIO
             page = tl.where(lo, before, this)
-            row = (tl.maximum(x, 0) % page_size).to(tl.int64)
-            at = page * pool.page_stride + row * pool.row_stride + tl.where(lo, 0, SPEC.HEAD_DIM)
+            at = page * pool.page_stride + (tl.maximum(x, 0) % page_size).to(tl.int64) * pool.row_stride
+            at += tl.where(lo, 0, SPEC.HEAD_DIM)
             there = (((x >= 0) & (page >= 0)).to(tl.int32)[:, None] + c * 0) != 0
             store_rounded(pool.rows, at[:, None] + c, xs[i], there)
 
