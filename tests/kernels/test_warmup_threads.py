@@ -63,6 +63,7 @@ def compiles(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Compiler]:
     active = SimpleNamespace(get_current_target=lambda: TARGET)
     monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=active))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(dispatch, "_count_multiprocessors", lambda index: 132)
     monkeypatch.setattr(dispatch, "KERNELS", {name: SimpleNamespace(constexprs=(3, 4)) for name in dispatch.KERNELS})
     monkeypatch.setattr(dispatch, "compilations", 0)
     monkeypatch.setattr(dispatch, "_launchers", {})
@@ -188,6 +189,7 @@ from kvfold.backend_triton.keys import RestoreKey, plan_key
 
 triton.runtime.driver = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: TARGETS["sm_90"]))
 torch.cuda.device = lambda device: nullcontext()
+dispatch._count_multiprocessors = lambda index: 132
 threads, compile = set(), Variant.compile
 found = {}
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from kvfold.backend_triton.args import Output, Target
-from kvfold.backend_triton.build import INTERPRETED, _wrapped
+from kvfold.backend_triton.build import INTERPRETED, wrapped
 from kvfold.backend_triton.kernels.record import store_record
 from kvfold.backend_triton.variants import format_of, spec_of
 from kvfold.storage.cache import EntryCache
@@ -26,4 +26,4 @@ def write_records(
 def constants_of(cache: EntryCache) -> dict[str, Any]:
     """Of a GPU without instructions for bf16 and e4m3, so that all is rounded by hand."""
     found = {"SPEC": spec_of(cache.spec), "FMT": format_of(cache.format, cache.spec), "TARGET": Target()}
-    return found if INTERPRETED else {name: _wrapped(value) for name, value in found.items()}
+    return found if INTERPRETED else {name: wrapped(value) for name, value in found.items()}
