@@ -354,6 +354,3 @@ class Snap(NamedTuple):
     tags: object
     count: object
     errors: object
-
-
-Cache = Output  # as window.py calls it
