@@ -17,8 +17,7 @@ from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState
 from ..storage.formats import RecordFormat
 from ..storage.snapshots import Snapshots
-from ..storage.step import Compressor
-from ..storage.step import PlanData as StepPlan
+from ..storage.step import Compressor, PlanData
 from ..storage.window_state import WindowState
 from . import args
 from .args import flat, names_of
@@ -83,7 +82,7 @@ class Prepared:
         self.chosen.launcher(grid, values, self.bits | bits | strides, pdl)
 
 
-def compress_triton(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, pdl: bool | None) -> None:
+def compress_triton(c: Compressor, plan: PlanData, rows: torch.Tensor | None, pdl: bool | None) -> None:
     """`compress` over a `FoldState`, after its arguments were checked: one launch on the current stream."""
     if plan.item_capacity == 0:
         return
@@ -105,7 +104,7 @@ def compress_triton(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, pd
     call.launch(min(grid * chosen.slices, chosen.programs), brought, stride, use_pdl(pdl, plan, c.kv_score.device))
 
 
-def compress_pair_triton(pair: tuple[Compressor, Compressor], plan: StepPlan, pdl: bool | None) -> None:
+def compress_pair_triton(pair: tuple[Compressor, Compressor], plan: PlanData, pdl: bool | None) -> None:
     """`compress_many` of two, after their arguments were checked: one launch on the current stream."""
     if plan.item_capacity == 0:
         return
@@ -133,7 +132,7 @@ def compress_pair_triton(pair: tuple[Compressor, Compressor], plan: StepPlan, pd
     call.launch(2 * min(grid, most), brought, strides, use_pdl(pdl, plan, first.kv_score.device))
 
 
-def compress_window_triton(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, pdl: bool | None) -> None:
+def compress_window_triton(c: Compressor, plan: PlanData, rows: torch.Tensor | None, pdl: bool | None) -> None:
     """`compress` over a `WindowState`, after its arguments were checked: one launch on the current stream."""
     if plan.item_capacity == 0:
         return
@@ -169,7 +168,7 @@ def compress_window_triton(c: Compressor, plan: StepPlan, rows: torch.Tensor | N
 
 def store_triton(
     pooled: torch.Tensor,
-    plan: StepPlan,
+    plan: PlanData,
     cache: EntryCache,
     spec: CompressorSpec,
     norm_weight: torch.Tensor,
@@ -205,7 +204,7 @@ def restore_triton(
     launcher_of(key, state.device)(slots.shape[0] * max(count, 1), *pack(*flat(groups)))
 
 
-def update_on_gpu(plan: StepPlan, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
+def update_on_gpu(plan: PlanData, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
     """`StepPlan.update` after its arguments were checked, for a batch that is not empty."""
     table, windows = plan.cache_block_table, windows_per_program(plan.windows_per_sequence)
     chunks = -(-plan.batch // SEQUENCES)
@@ -240,7 +239,7 @@ def update_on_gpu(plan: StepPlan, start_pos: torch.Tensor, cu_seqlens: torch.Ten
     plan._launcher(grid, values, bits)
 
 
-def use_pdl(wanted: bool | None, plan: StepPlan, device: torch.device) -> bool:
+def use_pdl(wanted: bool | None, plan: PlanData, device: torch.device) -> bool:
     """Whether to launch as a dependent: what is read before the wait, the plan, must be older than the launch before.
 
     The first launch after `plan.update` is an ordinary one, so every later one starts when the plan has long been written.
@@ -279,13 +278,13 @@ def _choose_window(wanted: tuple, device: torch.device) -> Chosen:
     )
 
 
-def _step_wanted(c: Compressor, plan: StepPlan, rows: torch.Tensor | None, bucket: float) -> tuple:
+def _step_wanted(c: Compressor, plan: PlanData, rows: torch.Tensor | None, bucket: float) -> tuple:
     """Arguments of `step_key`."""
     types = _types(c, c.state.rows.dtype, plan, rows)
     return c.spec, _format(c), c.state.kind, plan.max_new_tokens, types, _snapshots(c) is not None, bucket
 
 
-def _types(c: Compressor, state: torch.dtype, plan: StepPlan, rows: torch.Tensor | None) -> Types:
+def _types(c: Compressor, state: torch.dtype, plan: PlanData, rows: torch.Tensor | None) -> Types:
     return Types(
         kv_score=c.kv_score.dtype,
         state=state,
@@ -304,7 +303,7 @@ def _snapshots(c: Compressor) -> Snapshots | None:
     return c.snapshots if c.snapshots is not None and c.snapshots.rows_per_page else None
 
 
-def _step_grid(plan: StepPlan, kv_score: torch.Tensor) -> int:
+def _step_grid(plan: PlanData, kv_score: torch.Tensor) -> int:
     # At least one program, to count sequences whose tokens an empty kv_score does not have.
     return max(1, min(plan.item_capacity, plan.items_for(kv_score.shape[0])))
 
@@ -317,11 +316,11 @@ def _prepare(asked: tuple, chosen: Chosen, groups: tuple, places: tuple[tuple[in
     return Prepared(asked, chosen, list(found), brought, bits)
 
 
-def _plan(plan: StepPlan) -> args.Plan:
+def _plan(plan: PlanData) -> args.Plan:
     return args.Plan(plan.items, plan.num_items, plan.entry_slots, plan.entry_capacity, plan.errors)
 
 
-def _snap_table(plan: StepPlan, c: Compressor) -> args.SnapshotTable:
+def _snap_table(plan: PlanData, c: Compressor) -> args.SnapshotTable:
     """The snapshot table of a plan, where the call leaves snapshots."""
     table = plan.snapshot_table
     if _snapshots(c) is None or table is None:
