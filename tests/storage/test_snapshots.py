@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import random
 import re
-import sys
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from conftest import BACKENDS
-from support.helpers import SPECS, Backend, Engine, Weights, bits, make_tokens
+from support.helpers import SPECS, Backend, Engine, Weights, bits, call_restore, make_tokens
 from torch import Tensor
 
 import kvfold
 from kvfold import CompressorSpec, FoldState, Snapshots
-from kvfold.backend_triton import launch
-from kvfold.backend_triton import prepare as preparing
-from kvfold.backend_triton.keys import PairKey, RestoreKey, StepKey
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -170,16 +166,6 @@ def resume(prefix: Prefix, snapshots: Snapshots, pages: list[int]) -> None:
         made = slice(end // ratio, at[slot] // ratio)
         ours, theirs = (one.records(i, made.stop)[made] for one, i in ((engine, slot), (prefix.whole, 0)))
         assert torch.equal(ours, theirs), f"entries behind {end}"
-
-
-def call_restore(engine: Engine, snapshots: Snapshots, slots: list[int], pages: list[int], ends: list[int]) -> int:
-    """Returns how many were refused."""
-    slots, pages, start_pos, errors = (
-        torch.tensor(x, dtype=torch.int32, device=engine.backend.device) for x in (slots, pages, ends, [0])
-    )
-    kvfold.restore(engine.state, snapshots, slots, pages, start_pos, errors, backend=engine.backend.name)
-    engine.check_canaries()
-    return int(errors)
 
 
 SMALL = {name: CASES[name] for name in ("indexer-4", "fold-16 pages of 5")}
@@ -466,36 +452,3 @@ def test_mistakes_in_snapshots() -> None:
             Snapshots(fold, bad_rows, bad_tags, 8)
     assert Snapshots(fold, rows, tags, 8).bytes_per_page == 3 * 64 * 4 + 4
     assert Snapshots.allocate(fold, 2, 8, dtype=BF16).rows.dtype == FP32  # fold rows are fp32, as in FoldState.allocate
-
-
-def test_warmup_prepares_what_calls_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU: the keys of calls with snapshots and of `restore`, with page sizes that keep something and nothing."""
-    prepared, asked = set(), set()
-    monkeypatch.setattr(preparing, "prepare", lambda keys, device, dependent, workers: prepared.update(keys) or 1)
-    monkeypatch.setattr(sys.modules["kvfold.precompile.warmup"], "_gpu", lambda device, interpreted: torch.device("cuda", 0))
-    fold = CompressorSpec(head_dim=64, ratio=16)
-    for spec in (SPEC, fold):
-        many = [((spec, None), (spec, None))]
-        options = {"dtypes": (FP32,), "rows": (FP32,), "max_new_tokens": (9,), "many": many}
-        kvfold.warmup([spec], ["fp32"], snapshots=(True,), **options)
-    assert any(isinstance(key, RestoreKey) for key in prepared)
-    backend = BACKENDS["cuda" if torch.cuda.is_available() else "interpreter"]
-    monkeypatch.setattr(launch, "launcher_of", lambda key, device: asked.add(key) or (lambda *arguments: None))
-    for spec, size in ((SPEC, 8), (fold, 8), (fold, 16)):
-        first, second = (
-            Engine(spec, backend, num_slots=1, max_new_tokens=2),
-            Engine(spec, backend, num_slots=1, max_new_tokens=2),
-        )
-        for engine in (first, second):
-            engine.make_snapshots(1, size)
-        call_restore(first, first.snapshots, [0], [0], [0])
-        plan = first.step([(0, 0, make_tokens(spec, 9, seed=0))], snapshot_table=[[0]]).plan
-        rows = make_tokens(spec, 9, seed=0).to(backend.device)
-        pair = [(rows, e.state, None, spec, e.ape, None, None, e.snapshots) for e in (first, second)]
-        kvfold.compress_many(pair, plan, backend=backend.name)
-    kinds = {(type(key), key[-1]) for key in asked if isinstance(key, StepKey | RestoreKey)}
-    assert kinds == {(StepKey, True), (StepKey, False), (RestoreKey, 4), (RestoreKey, 1), (RestoreKey, 0)}
-    assert any(isinstance(key, PairKey) for key in asked) and asked <= prepared
-    for wrong in (True, (None,), "yes"):
-        with pytest.raises((TypeError, ValueError), match=r"^snapshots\b"):
-            kvfold.warmup([SPEC], ["fp32"], snapshots=wrong)

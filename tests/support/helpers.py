@@ -262,6 +262,16 @@ class Engine:
         self.cache.storage[to_page, to_byte] = self.cache.storage[page, byte]
 
 
+def call_restore(engine: Engine, snapshots: kvfold.Snapshots, slots: list[int], pages: list[int], ends: list[int]) -> int:
+    """`restore` between canaries; returns how many were refused."""
+    slots, pages, start_pos, errors = (
+        torch.tensor(x, dtype=torch.int32, device=engine.backend.device) for x in (slots, pages, ends, [0])
+    )
+    kvfold.restore(engine.state, snapshots, slots, pages, start_pos, errors, backend=engine.backend.name)
+    engine.check_canaries()
+    return int(errors)
+
+
 def bits(x: Tensor) -> Tensor:
     """The same memory as integers, so that NaNs compare too."""
     return x.view(torch.int16 if x.dtype == torch.bfloat16 else torch.int32)

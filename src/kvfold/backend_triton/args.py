@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
+from .table import MULTIPROCESSORS
+
 # Types of arguments, by Triton's names. A stride is 64-bit, and counts for the alignment of what lies that far apart.
 STRIDE = "stride"
 Int = Annotated[Any, "i32"]
@@ -298,7 +300,7 @@ class Schedule:
     TOGETHER: int = 0
     SLICE: int = 0
     PDL: bool = False
-    MULTIPROCESSORS: int = 132
+    MULTIPROCESSORS: int = MULTIPROCESSORS
     TARGET: Target = Target()
 
 

@@ -131,10 +131,6 @@ def supports_pdl(device: torch.device) -> bool:
     return not INTERPRETED and device.type == "cuda" and _is_hopper(device.index or 0)
 
 
-_hopper: dict[int, bool] = {}
-
-
+@cache
 def _is_hopper(index: int) -> bool:
-    if index not in _hopper:
-        _hopper[index] = torch.version.hip is None and torch.cuda.get_device_capability(index)[0] >= 9
-    return _hopper[index]
+    return torch.version.hip is None and torch.cuda.get_device_capability(index)[0] >= 9
