@@ -6,7 +6,10 @@ the width). Its tokens are NaN, so that the state rows which hold NaN afterwards
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -124,131 +127,91 @@ def explain(
     check_int("page_size", page_size, 1, MOST)
     if state not in ("fold", "window"):
         raise ValueError(f"state must be 'fold' or 'window', got {state!r}")
-    narrow = replace(spec, head_dim=16, rope_dim=0, hadamard=False)
-    step = _FoldStep(narrow, max_new_tokens) if state == "fold" else _PagedStep(narrow, start + new, page_size)
-    if start:
-        step.take(0, start, 1.0, rows_per_page)
-    reads = step.reads(start, new)
-    before = step.contents()
-    plan = step.take(start, new, torch.nan, rows_per_page)
-    writes, emptied = step.changes(before)
-    starts, any_window = step.starts(start, new)
+    narrow = replace(spec, head_dim=16, rope_dim=0, hadamard=False, has_ape=False)
+    if state == "fold":
+        slot = FoldState.allocate(narrow, 1, max_new_tokens)
+        take = partial(_take, slot, narrow, rows_per_page, state_slots=torch.zeros(1, dtype=torch.int32))
+        plan, found = _over_a_slot(slot, start, new, take)
+    else:
+        table = torch.arange(-(-(start + new) // page_size), dtype=torch.int32)[None]
+        pages = WindowState.allocate(narrow, table.numel(), page_size)
+        take = partial(_take, pages, narrow, rows_per_page, block_tables=(table, table.clone()), page_size=page_size)
+        plan, found = _over_pages(pages, narrow, start, new, take)
     entries = _entries(spec, plan, None if fmt is None else get_format(fmt), rows_per_page)
-    ring, history = (step.state.ring, step.state.history) if isinstance(step, _FoldStep) else (0, 0)
-    kind = step.state.kind if isinstance(step, _FoldStep) else "window"
-    return Explanation(spec, kind, start, new, ring, history, entries, reads, writes, emptied, starts, any_window)
+    return Explanation(spec=spec, start=start, new=new, entries=entries, **found)
 
 
-def _step(
-    narrow: CompressorSpec, state: FoldState | WindowState, start: int, new: int, fill: float, plan: StepPlan
+def _take(
+    state: FoldState | WindowState, spec: CompressorSpec, rows_per_page: int, start: int, new: int, fill: float, **where: Any
 ) -> StepPlan:
-    """Takes the step, its tokens all `fill`."""
-    rows = torch.full((1, 2 * narrow.channels), fill, dtype=torch.float32).expand(
-        new, -1
-    )  # one row in memory, however many tokens
-    ape = torch.zeros(narrow.ratio, narrow.channels, dtype=torch.float32) if narrow.has_ape else None
-    compress(rows, plan, state, None, spec=narrow, ape=ape, norm_weight=None, rope=None, backend="torch")
+    """Takes a step whose tokens are all `fill`, of one sequence whose cache pages are numbered as its block table is."""
+    table = torch.arange(-(-(start + new) // (spec.ratio * rows_per_page)), dtype=torch.int32)[None]
+    begin, ends = torch.tensor([start], dtype=torch.int32), torch.tensor([0, new], dtype=torch.int32)
+    plan = StepPlan.build(spec.ratio, begin, ends, new, cache_block_table=table, rows_per_page=rows_per_page, **where)
+    tokens = torch.full((1, 2 * spec.channels), fill, dtype=torch.float32).expand(new, -1)  # one row in memory
+    compress(tokens, plan, state, None, spec=spec, ape=None, norm_weight=None, rope=None, backend="torch")
     if int(plan.errors):
         raise RuntimeError(f"the step from {start} was refused")
     return plan
 
 
-def _plan(narrow: CompressorSpec, start: int, new: int, rows_per_page: int, **where: object) -> StepPlan:
-    """The plan of one sequence whose cache pages are numbered as its block table is."""
-    table = torch.arange(-(-(start + new) // (narrow.ratio * rows_per_page)), dtype=torch.int32)[None]
-    ends = torch.tensor([0, new], dtype=torch.int32)
-    return StepPlan.build(narrow.ratio, torch.tensor([start], dtype=torch.int32), ends, new, **where,
-                          cache_block_table=table, rows_per_page=rows_per_page)  # type: ignore[arg-type]  # fmt: skip
+def _over_a_slot(state: FoldState, start: int, new: int, take: Callable[..., StepPlan]) -> tuple[StepPlan, dict[str, Any]]:
+    """Takes the step over the only slot of `state`; its plan, and what `Explanation` says of the state."""
+    held, end = StateRows(state), start + new
+
+    def row(position: int, place: int) -> Row:
+        return Row(position, None, place, place >= state.ring)
+
+    def find(position: int) -> int:
+        return int(held.find(torch.tensor([0]), torch.tensor([position])))
+
+    if start:
+        take(0, start, 1.0)
+    reads = tuple(row(x, find(x)) for x in state.history_of(start))
+    before = state.positions[0].tolist()
+    plan = take(start, new, torch.nan)
+    tags, fresh = state.positions[0].tolist(), state.rows[0].isnan().flatten(1).any(1).tolist()
+    writes = [row(tag, i) for i, tag in enumerate(tags) if fresh[i] and tag >= 0]
+    emptied = [row(before[i], i) for i, tag in enumerate(tags) if tag < 0 <= before[i]]
+    # Each position is asked for, by the rule that refuses a step; older ones than a slot has rows cannot be held.
+    asked = sorted({0, *range(max(0, end - len(tags) - state.spec.window_rows), end + 1)})
+    starts = tuple(p for p in asked if all(find(x) >= 0 for x in state.history_of(p)))
+    return plan, {
+        "kind": state.kind, "ring": state.ring, "history": state.history, "reads": reads,
+        "writes": tuple(sorted(writes, key=lambda written: written.position)), "emptied": tuple(emptied),
+        "starts": starts, "any_window": not state.history_of(state.spec.ratio),
+    }  # fmt: skip
 
 
-class _FoldStep:
-    """Steps over a `FoldState` of one slot."""
-
-    def __init__(self, narrow: CompressorSpec, max_new_tokens: int) -> None:
-        self.narrow, self.state = narrow, FoldState.allocate(narrow, 1, max_new_tokens)
-
-    def take(self, start: int, new: int, fill: float, rows_per_page: int) -> StepPlan:
-        plan = _plan(self.narrow, start, new, rows_per_page, state_slots=torch.zeros(1, dtype=torch.int32))
-        return _step(self.narrow, self.state, start, new, fill, plan)
-
-    def contents(self) -> list[int]:
-        return self.state.positions[0].tolist()
-
-    def _find(self, position: int) -> int:
-        return int(StateRows(self.state).find(torch.tensor([0]), torch.tensor([position])))
-
-    def _row(self, position: int, row: int) -> Row:
-        return Row(position, None, row, row >= self.state.ring)
-
-    def reads(self, start: int, new: int) -> tuple[Row, ...]:
-        return tuple(self._row(x, self._find(x)) for x in self.state.history_of(start))
-
-    def changes(self, before: list[int]) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
-        new, tags = self.state.rows[0].isnan().flatten(1).any(1).tolist(), self.contents()
-        written = [self._row(tags[i], i) for i in range(len(tags)) if new[i] and tags[i] >= 0]
-        emptied = [self._row(before[i], i) for i in range(len(tags)) if tags[i] < 0 <= before[i]]
-        return tuple(sorted(written, key=lambda row: row.position)), tuple(emptied)
-
-    def starts(self, start: int, new: int) -> tuple[tuple[int, ...], bool]:
-        """Each position is asked for, by the rule that refuses a step; older ones than a slot has rows cannot be held."""
-        end, slot = start + new, self.state.ring + self.state.history
-        oldest = max(0, end - slot - self.narrow.window_rows)
-        held = [p for p in sorted({0, *range(oldest, end + 1)}) if all(self._find(x) >= 0 for x in self.state.history_of(p))]
-        return tuple(held), len(self.state.history_of(self.narrow.ratio)) == 0
-
-
-class _PagedStep:
-    """Steps over a `WindowState` that has all pages of one sequence, numbered as its block tables are."""
-
-    def __init__(self, narrow: CompressorSpec, length: int, page_size: int) -> None:
-        pages = -(-length // page_size)
-        self.narrow, self.state = narrow, WindowState.allocate(narrow, pages, page_size)
-        self.state.kv.zero_()
-        self.state.score.zero_()
-        self.table = torch.arange(pages, dtype=torch.int32)[None]
-
-    def _make_plan(self, start: int, new: int, rows_per_page: int) -> StepPlan:
-        where = {"block_tables": (self.table, self.table.clone()), "page_size": self.state.page_size}
-        return _plan(self.narrow, start, new, rows_per_page, **where)
-
-    def take(self, start: int, new: int, fill: float, rows_per_page: int) -> StepPlan:
-        return _step(self.narrow, self.state, start, new, fill, self._make_plan(start, new, rows_per_page))
-
-    def contents(self) -> list[int]:
-        return []
-
-    def _row(self, position: int) -> Row:
-        return Row(position, position // self.state.page_size, position % self.state.page_size)
-
-    def reads(self, start: int, new: int) -> tuple[Row, ...]:
-        items = Items.of(self._make_plan(start, new, 1))
-        position, old = window_positions(items[items.entry >= 0], self.narrow)
-        return tuple(self._row(x) for x in sorted(set(position[old].tolist())))
-
-    def changes(self, before: list[int]) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
-        new = self.state.kv.isnan().any(2).nonzero().tolist()
-        return tuple(Row(page * self.state.page_size + row, page, row) for page, row in new), ()
-
-    def starts(self, start: int, new: int) -> tuple[tuple[int, ...], bool]:
-        """All pages are there, so a step can start anywhere."""
-        return tuple(range(start, start + new + 1)), True
+def _over_pages(
+    state: WindowState, spec: CompressorSpec, start: int, new: int, take: Callable[..., StepPlan]
+) -> tuple[StepPlan, dict[str, Any]]:
+    """The same over pages that are all of one sequence, numbered as its block tables are: the next step can start anywhere."""
+    state.kv.zero_()
+    if start:
+        take(0, start, 1.0)
+    plan = take(start, new, torch.nan)
+    items = Items.of(plan)
+    position, old = window_positions(items[items.entry >= 0], spec)
+    touched = {"reads": position[old].unique(), "writes": state.kv.isnan().any(2).flatten().nonzero()[:, 0]}
+    rows = {name: tuple(Row(x, *divmod(x, state.page_size)) for x in found.tolist()) for name, found in touched.items()}
+    anywhere = {"starts": tuple(range(start, start + new + 1)), "any_window": True}
+    return plan, {"kind": "window", "ring": 0, "history": 0, "emptied": (), **rows, **anywhere}
 
 
 def _entries(spec: CompressorSpec, plan: StepPlan, fmt: RecordFormat | None, rows_per_page: int) -> tuple[Entry, ...]:
     items = Items.of(plan)
     made = items[items.entry >= 0]
-    assert plan.entry_slots is not None
-    slots, found = plan.entry_slots[made.entry], []
+    slots, found, cut = plan.entry_slots[made.entry], [], spec.window_rows - spec.ratio
     position, _ = window_positions(made, spec)
     cache = None
     if fmt is not None and len(slots):
         cache = EntryCache.allocate(fmt, int(slots.max()) // rows_per_page + 1, rows_per_page, spec, device="meta")
     for window, slot, positions in zip(made.window.tolist(), slots.tolist(), position.tolist(), strict=True):
-        cut = spec.window_rows - spec.ratio
         lo, hi = positions[:cut], positions[cut:]
         earlier = range(lo[0], lo[-1] + 1) if lo and lo[0] >= 0 else range(0)
         spans = () if cache is None else _spans(cache, slot)
-        place = slot // rows_per_page, slot % rows_per_page
+        place = divmod(slot, rows_per_page)
         found.append(Entry(window, *place, earlier, range(hi[0], hi[-1] + 1), window * spec.ratio, spans))
     return tuple(found)
 
@@ -257,11 +220,12 @@ def _spans(cache: EntryCache, slot: int) -> tuple[Span, ...]:
     """The bytes of one record, in the order of `EntryCache.raw`."""
     fmt, spec, at = cache.format, cache.spec, torch.tensor([slot])
     (_, page, record), (_, _, tail) = record_address(cache, at), tail_address(cache, at)
-    rotated = 2 * (spec.head_dim - fmt.quantized(spec))
-    scales, number = fmt.groups(spec) * fmt.scale_bytes, int(page)
-    fields = [("values", "page", int(record), fmt.row_bytes(spec) - rotated)]
-    fields.append(("rotated", "page", int(record) + fmt.row_bytes(spec) - rotated, rotated))
+    values, scales = fmt.values_bytes(spec), fmt.groups(spec) * fmt.scale_bytes
     side = "scale page" if fmt.separate else "page"
-    fields.append(("scales", side, int(tail), scales))
-    fields.append(("pad", side, int(tail) + scales, fmt.pad if fmt.pad_written else 0))
-    return tuple(Span(what, buffer, number, at, at + size) for what, buffer, at, size in fields if size)
+    fields = (
+        ("values", "page", int(record), values),
+        ("rotated", "page", int(record) + values, fmt.row_bytes(spec) - values),
+        ("scales", side, int(tail), scales),
+        ("pad", side, int(tail) + scales, fmt.pad if fmt.pad_written else 0),
+    )
+    return tuple(Span(what, buffer, int(page), at, at + size) for what, buffer, at, size in fields if size)
