@@ -50,37 +50,35 @@ _ANNOTATED = {  # how a field is written, and what JSON makes of it
     "tuple[int, ...]": (list,),
 }  # fmt: skip
 STATES = {None: (), "FoldState": ("state.rows", "state.positions"), "WindowState": ("state.kv", "state.score")}
-POOLS = ("state.rows", "state.positions", "state.kv", "state.score", "cache.pages", "cache.scale_pages", "snapshots.rows",
-         "snapshots.positions", "rope")  # fmt: skip
-DTYPES = {  # of a compressor's tensors
+DTYPES = {  # of a compressor's tensors, as files name them
     "kv_score": FLOATS, "ape": (torch.float32,), "norm_weight": FLOATS, "rope": (torch.float32,), "state.rows": FLOATS,
     "state.positions": INTS, "state.kv": FLOATS, "state.score": FLOATS, "cache.pages": (torch.uint8,),
     "cache.scale_pages": (torch.uint8,), "snapshots.rows": FLOATS, "snapshots.positions": INTS,
 }  # fmt: skip
+POOLS = DTYPES.keys() - {"kv_score", "ape", "norm_weight"}  # of which a file may have only some rows
 
 
 class RoomError(Exception):
     """A call needs more memory than `max_bytes`. The file is not damaged: `replay` raises a ValueError with this text."""
 
 
-def check_path(path: str | os.PathLike) -> str:
-    """A path that may be read as a file: neither a folder nor a pipe, which would block."""
+def check_path(path: str | os.PathLike, *, new: bool = False) -> str:
+    """A path that may be read as a file: neither a folder nor a pipe, which would block. new: or at which one may come.
+
+    (safetensors would put its file in the place of a device, too.)
+    """
     text = path_text(path)
     try:
         kind = os.stat(text).st_mode
+    except FileNotFoundError:
+        if new:
+            return text
+        raise
     except ValueError as error:
         raise ValueError(f"path must name a file, got {text!r}: {error}") from None
     if not stat.S_ISREG(kind):
         raise ValueError(f"path must name a file, {text} is {'a folder' if stat.S_ISDIR(kind) else 'a pipe or a device'}")
     return text
-
-
-def check_new_path(path: str | os.PathLike) -> str:
-    """A path at which a file may be or come; safetensors would put its file in the place of a device, too."""
-    try:
-        return check_path(path)
-    except FileNotFoundError:
-        return path_text(path)
 
 
 def path_text(path: str | os.PathLike) -> str:
@@ -234,8 +232,8 @@ def check_stored(about: dict, stored: Mapping[str, tuple[torch.dtype, list[int]]
     """Names, dtypes and shapes of the tensors in the file against the metadata, before any is read."""
     layouts, plan = about["tensors"], about["plan"]
     for name in sorted(stored.keys() | layouts.keys() | about["crc32"].keys()):
-        whose = name.removesuffix(".kept") if name.endswith(".kept") else name
-        pool = whose.partition(".")[2] in POOLS and whose[0].isdigit()
+        whose = name.removesuffix(".kept")
+        pool = whose.partition(".")[2] in POOLS
         if name not in stored or name not in about["crc32"] or whose not in layouts or (whose != name and not pool):
             raise ValueError(f"tensor {_short(name)[1:-1]} is missing, new or changed")
     for name, layout in layouts.items():
@@ -262,19 +260,14 @@ def check_stored(about: dict, stored: Mapping[str, tuple[torch.dtype, list[int]]
             )
         if layout["address"] % dtype.itemsize:
             raise ValueError(f"tensors.{name}.address must be a multiple of {dtype.itemsize}, got {layout['address']}")
-    sizes = {"batch": plan["batch"], "batch + 1": plan["batch"] + 1, "8": len(ITEM_FIELDS), "1": 1}
-    sizes |= {name: plan[name] for name in ("entry_capacity", "item_capacity")}
     if ("plan.kv_table" in layouts) == ("plan.state_slots" in layouts):  # what else goes together `StepPlan` checks
         raise ValueError("tensors must have either plan.state_slots or plan.kv_table")
-    for name, want in PLAN_SHAPES.items():
-        layout = layouts.get(f"plan.{name}")
-        if layout is None:
-            continue
-        if len(layout["shape"]) != len(want) or any(
-            size is not None and sizes[size] != have for size, have in zip(want, layout["shape"], strict=True)
-        ):
-            shape = [size and sizes[size] for size in want]
-            raise ValueError(f"tensors.plan.{name}.shape must be {shape} by the plan's numbers, got {layout['shape']}")
+    sizes = plan | {"batch + 1": plan["batch"] + 1, "8": len(ITEM_FIELDS), "1": 1, None: None}
+    for name, symbols in PLAN_SHAPES.items():
+        if f"plan.{name}" in layouts:
+            want, have = [sizes[symbol] for symbol in symbols], layouts[f"plan.{name}"]["shape"]
+            if len(have) != len(want) or any(size not in (None, n) for size, n in zip(want, have, strict=True)):
+                raise ValueError(f"tensors.plan.{name}.shape must be {want} by the plan's numbers, got {have}")
 
 
 def _overlap(shape: list[int], stride: list[int]) -> bool:
@@ -306,16 +299,13 @@ def check_items(plan: dict, items: torch.Tensor, num_items: torch.Tensor, entry_
             row = int((~right).nonzero()[0, 0])
             have = f"{field} {int(items[row, ITEM_FIELDS.index(field)])}"
             raise ValueError(f"plan.items[{row}] must be what an update of the plan can make, got {have}")
-    most = max(count, 1) - 1
-    if entry_items.numel() and not -1 <= int(entry_items.min()) <= int(entry_items.max()) <= most:
-        have = f"{int(entry_items.min())} to {int(entry_items.max())}"
-        raise ValueError(f"plan.entry_items must be from -1 to {most}, got {have}")
+    check_within("plan.entry_items", entry_items, -1, max(count, 1) - 1)
     return max(count * 2 * ratio, int(torch.stack((sequence, length), dim=1).unique(dim=0)[:, 1].sum()))
 
 
-def check_kept(name: str, kept: torch.Tensor, size: int) -> None:
-    if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < size:
-        raise ValueError(f"tensor {name}.kept must be from 0 to {size - 1}, got {int(kept.min())} to {int(kept.max())}")
+def check_within(name: str, values: torch.Tensor, low: int, high: int) -> None:
+    if values.numel() and not low <= int(values.min()) <= int(values.max()) <= high:
+        raise ValueError(f"{name} must be from {low} to {high}, got {int(values.min())} to {int(values.max())}")
 
 
 def room_of(about: dict, dtypes: Mapping[str, torch.dtype], rows: int) -> dict[str, int]:

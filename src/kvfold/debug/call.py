@@ -20,11 +20,6 @@ from ..storage.window_state import WindowState
 from ..store import store
 from .compare import UNWRITTEN
 
-PLAN_TENSORS = (
-    "start_pos", "cu_seqlens", "state_slots", "cache_block_table", "entry_slots", "snapshot_table", "cu_entries", "items",
-    "num_items", "entry_items", "errors",
-)  # fmt: skip
-
 
 @dataclass
 class Call:
@@ -82,12 +77,10 @@ class Call:
 
     def on_copies(self, rows: torch.dtype | None, backend: str) -> Call:
         """The call, made on copies; its `plan.errors` count from 0, and rows of entries that are not made keep `UNWRITTEN`."""
-        made, plan, out = tuple(map(_copy, self.compressors)), _copy_plan(self.plan), None
-        plan.errors.zero_()
+        made, plan, out = tuple(map(_copy, self.compressors)), copy_plan(self.plan), None
         if rows is not None:
-            shape, device = (plan.entry_capacity, self.compressors[0].spec.head_dim), plan.items.device
-            whole = torch.full(shape, UNWRITTEN, dtype=torch.int32, device=device)
-            out = (whole << 16).view(rows) if rows == torch.float32 else whole.short().view(rows)
+            shape, (integers, fill) = (plan.entry_capacity, made[0].spec.head_dim), UNWRITTEN[rows]
+            out = torch.full(shape, fill, dtype=integers, device=plan.items.device).view(rows)
         new = replace(self, compressors=made, plan=plan, rows=out, backend=backend)
         new.run()
         return new
@@ -118,13 +111,15 @@ def _copy(c: Compressor) -> Compressor:
     return c._replace(state=state, cache=cache, snapshots=snapshots)
 
 
-def _copy_plan(plan: StepPlan) -> StepPlan:
+def copy_plan(plan: StepPlan) -> StepPlan:
+    """A plan with tensors of its own, whose `errors` count from 0."""
     new = copy.copy(plan)
-    for name in PLAN_TENSORS:
-        tensor = getattr(plan, name)
-        setattr(new, name, None if tensor is None else tensor.clone())
-    new.block_tables = None if plan.block_tables is None else tuple(table.clone() for table in plan.block_tables)
-    new._launcher, new.fresh = None, True
+    for name, x in vars(plan).items():
+        if isinstance(x, torch.Tensor):
+            setattr(new, name, x.clone())
+    new.block_tables = plan.block_tables and tuple(table.clone() for table in plan.block_tables)
+    new.fresh = True
+    new.errors.zero_()
     return new
 
 

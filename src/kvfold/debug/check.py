@@ -18,7 +18,7 @@ from ..storage.pack import unpack_records
 from ..storage.snapshots import Snapshots
 from ..storage.step import Compressor
 from ..storage.window_state import WindowState
-from .call import Call, check_history, check_outside
+from .call import Call, check_history, check_outside, copy_plan
 from .compare import Difference, bytes_of, explained, first_channels, off, pooled_differences, put_bytes, size_of, written
 from .exact import exact_of_call
 from .refusals import Refusal, call_refusals, plan_refusals
@@ -223,13 +223,8 @@ def _step_differences(
 
 def _plan_differences(plan: StepPlan) -> tuple[list[Difference], int]:
     """Where a plan is not what its tensors say, as one was written after `update`; and how many `update` refuses."""
-    slots = plan.entry_slots if plan.cache_block_table is None else None
-    now = StepPlan.build(
-        plan.ratio, plan.start_pos, plan.cu_seqlens, plan.max_new_tokens, state_slots=plan.state_slots,
-        block_tables=plan.block_tables, page_size=plan.page_size, entry_slots=slots, max_tokens=plan.max_tokens,
-        cache_block_table=plan.cache_block_table, rows_per_page=plan.rows_per_page, snapshot_table=plan.snapshot_table,
-        snapshot_page_size=plan.snapshot_page_size,
-    )  # fmt: skip
+    now = copy_plan(plan)
+    now.update(plan.start_pos, plan.cu_seqlens)
     n, entries = int(now.num_items), min(int(now.cu_entries[-1]), now.entry_capacity)
     for name, count in (("num_items", 1), ("items", n), ("entry_slots", entries)):
         have, should = getattr(plan, name), getattr(now, name)

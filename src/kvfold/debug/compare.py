@@ -18,7 +18,8 @@ from ..storage.pack import (
     tail_address,
 )
 
-UNWRITTEN = 0x7FAD  # a NaN that no backend writes
+# Of pooled rows that no backend has written: a NaN that none writes, as integers of the same size.
+UNWRITTEN = {torch.float32: (torch.int32, 0x7FAD0000), torch.bfloat16: (torch.int16, 0x7FAD)}
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Difference:
 
 
 def written(rows: torch.Tensor) -> torch.Tensor:
-    fill = UNWRITTEN << 16 if rows.dtype == torch.float32 else UNWRITTEN
-    return (rows.view(torch.int32 if rows.dtype == torch.float32 else torch.int16) != fill).any(1)
+    integers, fill = UNWRITTEN[rows.dtype]
+    return (rows.view(integers) != fill).any(1)
 
 
 def size_of(rows: torch.Tensor) -> torch.Tensor:

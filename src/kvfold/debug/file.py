@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..arguments.files import write_atomically
+from ..backend_torch.items import Items
 from ..plan import StepPlan
 from ..spec import CompressorSpec
 from ..storage.cache import EntryCache
@@ -28,24 +29,26 @@ from ..storage.snapshots import Snapshots
 from ..storage.step import Compressor
 from ..storage.window_state import WindowState
 from .bounds import (
+    DTYPES,
     NUMBERS,
+    PLAN_SHAPES,
     RoomError,
     check_about,
     check_items,
-    check_kept,
-    check_new_path,
     check_path,
     check_room,
     check_stored,
+    check_within,
     default_room,
     parse,
     room_of,
 )
-from .call import PLAN_TENSORS, Call, check_history, laid_out
+from .call import Call, check_history, laid_out
 
 VERSION = 1  # grows when a file of this version can no longer be read as it was
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8}
 _DAMAGES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)  # what a wrong field can cause
+PLAN_TENSORS = [name for name in PLAN_SHAPES if name not in ("kv_table", "score_table")]
 T = TypeVar("T")
 
 
@@ -56,24 +59,23 @@ def tensors_of(call: Call) -> dict[str, torch.Tensor]:
     found["plan.kv_table"], found["plan.score_table"] = plan.block_tables or (None, None)
     found["rows"] = call.rows
     for i, c in enumerate(call.compressors):
-        some = {"kv_score": c.kv_score, "ape": c.ape, "norm_weight": c.norm_weight, "rope": c.rope}
-        parts = {"state": ("rows", "positions", "kv", "score"), "cache": ("pages", "scale_pages")}
-        for what, names in (parts | {"snapshots": ("rows", "positions")}).items():
-            some |= {f"{what}.{name}": getattr(getattr(c, what), name, None) for name in names}
-        found |= {f"{i}.{name}": tensor for name, tensor in some.items()}
+        for name in DTYPES:
+            part, _, field = name.rpartition(".")
+            found[f"{i}.{name}"] = getattr(getattr(c, part) if part else c, field, None)
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def write(path: str | os.PathLike, call: Call, history: Sequence[torch.Tensor | None] | None, whole: bool) -> None:
-    safetensors, place = _safetensors(), Path(check_new_path(path))
+    safetensors, place = _safetensors(), Path(check_path(path, new=True))
     named = tensors_of(call) | {f"history.{b}": x for b, x in enumerate(history or ()) if x is not None}
-    kept, stored, layouts = {} if whole else _touched(call), {}, {}
+    touched, stored, layouts = {} if whole else _touched(call), {}, {}
     for name, tensor in named.items():
-        here = kept.get(name)
-        stored[name] = (tensor if here is None else tensor[here]).detach().to("cpu", copy=True).contiguous()
-        if here is not None:
-            stored[f"{name}.kept"] = here.cpu()
         layouts[name] = {"shape": [*tensor.shape], "stride": [*tensor.stride()], "address": tensor.data_ptr() % 16}
+        if name in touched:  # what is no index of the tensor is refused by the call, and so is nothing to keep
+            indices = touched[name]
+            kept = indices[(indices >= 0) & (indices < len(tensor))].unique()
+            stored[f"{name}.kept"], tensor = kept.cpu(), tensor[kept]
+        stored[name] = tensor.detach().to("cpu", copy=True).contiguous()
     about = {
         "call": call.name,
         "backend": call.backend,
@@ -175,34 +177,24 @@ def _sum(tensor: torch.Tensor) -> int:
 
 def _touched(call: Call) -> dict[str, torch.Tensor]:
     """Of tensors that are larger than a step: the indices, along their first dimension, that the call reads or writes."""
-    plan, found = call.plan, {}
-    items = plan.items[: int(plan.num_items)].long()
-    spans = items[:, [4, 6, 1, 2]].unique(dim=0)  # slot, sequence, start and end
+    plan, found, items = call.plan, {}, Items.of(call.plan)
+    slot, sequence, start, end = torch.stack((items.slot, items.sequence, items.start, items.end)).unique(dim=1)
     for i, c in enumerate(call.compressors):
+        here = {"rope": items.window * plan.ratio}
         if isinstance(c.state, FoldState):
-            slots = spans[:, 0] if plan.state_slots is None else torch.cat((spans[:, 0], plan.state_slots.long()))
-            _put(found, c.state, f"{i}.state", ("rows", "positions"), slots)
+            here["state.rows"] = here["state.positions"] = torch.cat((slot, plan.state_slots.long()))
         elif isinstance(c.state, WindowState):
-            first = (spans[:, 2] // plan.ratio - int(c.spec.overlap)).clamp(min=0) * plan.ratio
+            first = (start // plan.ratio - int(c.spec.overlap)).clamp(min=0) * plan.ratio
             for name, table in zip(("kv", "score"), plan.block_tables, strict=True):
-                pages = _pages(table, spans[:, 0], first, spans[:, 3], plan.page_size)
-                _put(found, c.state, f"{i}.state", (name,), pages)
+                here[f"state.{name}"] = _pages(table, slot, first, end, plan.page_size)
         if c.snapshots is not None:
-            pages = _pages(plan.snapshot_table, spans[:, 1], spans[:, 2], spans[:, 3], plan.snapshot_page_size)
-            _put(found, c.snapshots, f"{i}.snapshots", ("rows", "positions"), pages)
+            pages = _pages(plan.snapshot_table, sequence, start, end, plan.snapshot_page_size)
+            here["snapshots.rows"] = here["snapshots.positions"] = pages
         if c.cache is not None:
             pages = plan.entry_slots.div(c.cache.rows_per_page, rounding_mode="floor")
-            _put(found, c.cache, f"{i}.cache", ("pages", "scale_pages"), pages)
-        _put(found, c, f"{i}", ("rope",), items[:, 0] * plan.ratio)
+            here["cache.pages"] = here["cache.scale_pages"] = pages
+        found |= {f"{i}.{name}": indices for name, indices in here.items()}
     return found
-
-
-def _put(found: dict[str, torch.Tensor], of: object, prefix: str, names: tuple[str, ...], indices: torch.Tensor) -> None:
-    """What is no index of the tensor is refused by the call, and so is nothing to keep."""
-    for name in names:
-        tensor = getattr(of, name)
-        if tensor is not None:
-            found[f"{prefix}.{name}"] = indices[(indices >= 0) & (indices < tensor.shape[0])].unique()
 
 
 def _pages(table: torch.Tensor, row: torch.Tensor, first: torch.Tensor, end: torch.Tensor, size: int) -> torch.Tensor:
@@ -265,7 +257,7 @@ def _lay_out(name: str, about: dict, file: Any, partly: bool, device: torch.devi
     made = laid_out(layout["shape"], layout["stride"], layout["address"], contents.dtype, device)
     if partly:
         kept = _checked(f"{name}.kept", about, file)
-        check_kept(name, kept, len(made))
+        check_within(f"tensor {name}.kept", kept, 0, len(made) - 1)
         if name.endswith(".positions"):
             made.fill_(-1)  # no row is held
         made[kept.to(device)] = contents.to(device)
