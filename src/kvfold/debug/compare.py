@@ -7,16 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..storage.cache import EntryCache
-from ..storage.pack import (
-    bf16_bits,
-    e2m1_codes,
-    e4m3_bytes,
-    gather,
-    group_scale,
-    record_address,
-    scatter,
-    tail_address,
-)
+from ..storage.pack import bf16_bits, e2m1_codes, e4m3_bytes, gather, group_scale, record_address, scatter, tail_address
 
 # Of pooled rows that no backend has written: a NaN that none writes, as integers of the same size.
 UNWRITTEN = {torch.float32: (torch.int32, 0x7FAD0000), torch.bfloat16: (torch.int16, 0x7FAD)}

@@ -28,27 +28,13 @@ from ..storage.formats import RecordFormat
 from ..storage.snapshots import Snapshots
 from ..storage.step import Compressor
 from ..storage.window_state import WindowState
-from .bounds import (
-    DTYPES,
-    NUMBERS,
-    PLAN_SHAPES,
-    RoomError,
-    check_about,
-    check_items,
-    check_path,
-    check_room,
-    check_stored,
-    check_within,
-    default_room,
-    parse,
-    room_of,
-)
+from . import bounds
 from .call import Call, check_history, laid_out
 
 VERSION = 1  # grows when a file of this version can no longer be read as it was
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8}
 _DAMAGES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)  # what a wrong field can cause
-PLAN_TENSORS = [name for name in PLAN_SHAPES if name not in ("kv_table", "score_table")]
+PLAN_TENSORS = [name for name in bounds.PLAN_SHAPES if name not in ("kv_table", "score_table")]
 T = TypeVar("T")
 
 
@@ -59,14 +45,14 @@ def tensors_of(call: Call) -> dict[str, torch.Tensor]:
     found["plan.kv_table"], found["plan.score_table"] = plan.block_tables or (None, None)
     found["rows"] = call.rows
     for i, c in enumerate(call.compressors):
-        for name in DTYPES:
+        for name in bounds.DTYPES:
             part, _, field = name.rpartition(".")
             found[f"{i}.{name}"] = getattr(getattr(c, part) if part else c, field, None)
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def write(path: str | os.PathLike, call: Call, history: Sequence[torch.Tensor | None] | None, whole: bool) -> None:
-    safetensors, place = _safetensors(), Path(check_path(path, new=True))
+    safetensors, place = _safetensors(), Path(bounds.check_path(path, new=True))
     named = tensors_of(call) | {f"history.{b}": x for b, x in enumerate(history or ()) if x is not None}
     touched, stored, layouts = {} if whole else _touched(call), {}, {}
     for name, tensor in named.items():
@@ -82,7 +68,7 @@ def write(path: str | os.PathLike, call: Call, history: Sequence[torch.Tensor | 
         "pdl": call.pdl,
         "device": _device(call.plan.items.device),
         "versions": _versions(),
-        "plan": {name: getattr(call.plan, name) for name in NUMBERS},
+        "plan": {name: getattr(call.plan, name) for name in bounds.NUMBERS},
         "compressors": [_numbers(c) for c in call.compressors],
         "tensors": layouts,
         "crc32": {name: _sum(tensor) for name, tensor in stored.items()},
@@ -102,9 +88,9 @@ def read(
     path: str | os.PathLike, device: torch.device, max_bytes: int | None
 ) -> tuple[Call, list[torch.Tensor | None] | None, dict]:
     """The call with tensors of its own on `device`, its history, and the metadata; all checked before it is made use of."""
-    text = check_path(path)
+    text = bounds.check_path(path)
     if max_bytes is None:
-        max_bytes = default_room(os.path.getsize(text), device)
+        max_bytes = bounds.default_room(os.path.getsize(text), device)
     safetensors = _safetensors()
     try:
         with safetensors.safe_open(text, framework="pt") as file:
@@ -113,11 +99,11 @@ def read(
             try:
                 if said["crc32"] != str(zlib.crc32(said["about"].encode())):
                     raise ValueError("its numbers have changed")
-                about = check_about(parse(said["about"]))
+                about = bounds.check_about(bounds.parse(said["about"]))
                 return *_make(text, about, file, device, max_bytes), about
             except _DAMAGES as error:
                 raise ValueError(f"path must name a whole file of kvfold.dump, {text} is damaged: {error}") from error
-    except RoomError as error:
+    except bounds.RoomError as error:
         raise ValueError(str(error)) from None
     except safetensors.SafetensorError as error:
         raise ValueError(f"path must name a file of kvfold.dump, {text} is none or is damaged: {error}") from None
@@ -139,11 +125,11 @@ def _make(
     specs = [_built(f"compressors[{i}].spec", CompressorSpec, **one["spec"]) for i, one in enumerate(about["compressors"])]
     slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (no dict, it does not iterate)
     stored = {name: (_dtype(name, one), list(one.get_shape())) for name, one in slices.items()}
-    check_stored(about, stored)
+    bounds.check_stored(about, stored)
     small = {name: _checked(name, about, file) for name in ("plan.items", "plan.num_items", "plan.entry_items")}
-    rows = check_items(about["plan"], *small.values(), "plan.kv_table" in about["tensors"])
-    need = room_of(about, {name: dtype for name, (dtype, _) in stored.items()}, rows)
-    check_room(path, need, max_bytes)
+    rows = bounds.check_items(about["plan"], *small.values(), "plan.kv_table" in about["tensors"])
+    need = bounds.room_of(about, {name: dtype for name, (dtype, _) in stored.items()}, rows)
+    bounds.check_room(path, need, max_bytes)
     named = {name: _lay_out(name, about, file, name + ".kept" in stored, device) for name in about["tensors"]}
     for name in PLAN_TENSORS:
         setattr(plan, name, named.get(f"plan.{name}"))
@@ -257,7 +243,7 @@ def _lay_out(name: str, about: dict, file: Any, partly: bool, device: torch.devi
     made = laid_out(layout["shape"], layout["stride"], layout["address"], contents.dtype, device)
     if partly:
         kept = _checked(f"{name}.kept", about, file)
-        check_within(f"tensor {name}.kept", kept, 0, len(made) - 1)
+        bounds.check_within(f"tensor {name}.kept", kept, 0, len(made) - 1)
         if name.endswith(".positions"):
             made.fill_(-1)  # no row is held
         made[kept.to(device)] = contents.to(device)
@@ -280,7 +266,7 @@ def _built(whose: str, kind: Callable[..., T], /, *args: Any, **fields: Any) -> 
 def _numbered(numbers: dict) -> StepPlan:
     """The plan, of which the tensors are still missing; `check` makes another one of its numbers."""
     plan = StepPlan()
-    for name in NUMBERS:
+    for name in bounds.NUMBERS:
         setattr(plan, name, numbers[name])
     least = plan.items_for(plan.max_tokens)
     if plan.item_capacity < least:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ..backend_torch.items import Items, StateRows, history_starts
+from ..backend_torch.items import Items, StateRows
 from ..contract import MOST_POSITIONS
 from ..plan import StepPlan
 from ..storage.cache import EntryCache
-from ..storage.fold_state import FoldState
+from ..storage.fold_state import FoldState, history_start
 from ..storage.snapshots import Snapshots
 from ..storage.step import Compressor
 from ..storage.window_state import WindowState
@@ -45,8 +45,7 @@ class Refusal:
 def plan_refusals(plan: StepPlan) -> list[Refusal]:
     """What `StepPlan.update` counts, of the tensors that the plan was built from."""
     found, entry = [], 0
-    for b, slot, start, token, behind in sequences(plan):
-        reason = sequence_reason(plan, b, slot, start, token, behind)
+    for b, start, token, behind, reason in sequences(plan):
         if reason:
             found.append(Refusal(b, -1, reason))
             continue
@@ -60,14 +59,12 @@ def plan_refusals(plan: StepPlan) -> list[Refusal]:
 def call_refusals(c: Compressor, plan: StepPlan) -> list[Refusal]:
     """What `compress`, or `store` of a compressor without a state, counts of a plan as it is."""
     items, found = Items.of(plan), []
-    if isinstance(c.state, FoldState):
-        found = _fold_refusals(c.state, c, items)
-    elif isinstance(c.state, WindowState):
-        found = [Refusal(b, -1, reason) for b, reason in _short_tokens(c, items)]
+    if c.state is not None:
+        found = list(_sequence_refusals(c, items))
     gone = torch.tensor([r.sequence for r in found], dtype=torch.int64, device=items.sequence.device)
     items = items[~torch.isin(items.sequence, gone)]
     if isinstance(c.state, WindowState):
-        pages, made = _page_refusals(c.state, plan, items, int(c.spec.overlap))
+        pages, made = _page_refusals(c, plan, items)
         found += pages
         items = items[torch.tensor(made, dtype=torch.bool, device=items.window.device)]
     if c.snapshots is not None:
@@ -75,47 +72,37 @@ def call_refusals(c: Compressor, plan: StepPlan) -> list[Refusal]:
     return [*found, *_entry_refusals(c, plan, items)]
 
 
-def sequences(plan: StepPlan) -> Iterator[tuple[int, int, int, int, int]]:
-    """Sequence, slot, start, first row of kv_score and the one behind its last, of sequences that are not absent."""
+def sequences(plan: StepPlan) -> Iterator[tuple[int, int, int, int, str]]:
+    """Of those not absent: sequence, start, first row of kv_score and the one behind its last, and why it is refused."""
     offsets = plan.cu_seqlens.tolist()
     slots = [0] * plan.batch if plan.state_slots is None else plan.state_slots.tolist()
     for b, (slot, start) in enumerate(zip(slots, plan.start_pos.tolist(), strict=True)):
-        if slot != -1 and offsets[b] != offsets[b + 1]:
-            yield b, slot, start, offsets[b], offsets[b + 1]
-
-
-def sequence_reason(plan: StepPlan, b: int, slot: int, start: int, token: int, behind: int) -> str:
-    length = behind - token
-    if slot < -1:
-        return f"state_slots[{b}] is {slot}; slots count from 0, and -1 leaves a sequence out"
-    if start < 0:
-        return f"start_pos[{b}] is {start}, below 0"
-    if length < 0:
-        return f"cu_seqlens goes back from {token} to {behind} at [{b + 1}], which is {length} new tokens"
-    if length > plan.max_new_tokens:
-        return f"it has {length} new tokens, more than the plan's max_new_tokens={plan.max_new_tokens}"
-    if token < 0:
-        return f"cu_seqlens[{b}] is {token}, below 0"
-    if behind > plan.max_tokens:
-        return f"its new tokens are kv_score rows {token} to {behind - 1}, beyond the plan's max_tokens={plan.max_tokens}"
-    if start + length > MOST_POSITIONS:
-        return f"it ends at position {start + length}, beyond 2**30"
-    return ""
+        token, behind = offsets[b : b + 2]
+        new, rows = behind - token, f"kv_score rows {token} to {behind - 1}"
+        if slot == -1 or new == 0:
+            continue
+        rules = (
+            (slot < -1, f"state_slots[{b}] is {slot}; slots count from 0, and -1 leaves a sequence out"),
+            (start < 0, f"start_pos[{b}] is {start}, below 0"),
+            (new < 0, f"cu_seqlens goes back from {token} to {behind} at [{b + 1}], which is {new} new tokens"),
+            (new > plan.max_new_tokens, f"it has {new} new tokens, more than the plan's max_new_tokens={plan.max_new_tokens}"),
+            (token < 0, f"cu_seqlens[{b}] is {token}, below 0"),
+            (behind > plan.max_tokens, f"its new tokens are {rows}, beyond the plan's max_tokens={plan.max_tokens}"),
+            (start + new > MOST_POSITIONS, f"it ends at position {start + new}, beyond 2**30"),
+        )
+        yield b, start, token, behind, next((reason for broken, reason in rules if broken), "")
 
 
 def _table_refusals(plan: StepPlan, b: int, windows: range, room: int) -> Iterator[Refusal]:
     """Entries for which a plan finds no page in `cache_block_table`. room: entries that the plan has a place for."""
-    table, size = plan.cache_block_table, plan.rows_per_page
-    assert table is not None and size is not None
-    row = table[b].tolist()
+    row = plan.cache_block_table[b].tolist()
     for window in windows[: max(room, 0)]:
-        column = window // size
+        column = window // plan.rows_per_page
         if column >= len(row):
             columns = "column" if len(row) == 1 else "columns"
             yield Refusal(b, window, f"cache_block_table has {len(row)} {columns}, and its entry is in page {column}")
-        elif row[column] < -1:
-            reason = f"cache_block_table[{b}, {column}] is {row[column]}; pages count from 0, and -1 drops an entry"
-            yield Refusal(b, window, reason)
+        elif (page := row[column]) < -1:
+            yield Refusal(b, window, f"cache_block_table[{b}, {column}] is {page}; pages count from 0, and -1 drops an entry")
 
 
 def heads(items: Items) -> list[tuple[int, int, int, int, int]]:
@@ -124,43 +111,33 @@ def heads(items: Items) -> list[tuple[int, int, int, int, int]]:
     return torch.stack(columns, dim=1).unique(dim=0).tolist()
 
 
-def _short_tokens(c: Compressor, items: Items) -> Iterator[tuple[int, str]]:
-    have = c.kv_score.shape[0]
-    for b, _, start, end, token in heads(items):
-        if token + end - start > have:
-            yield b, f"its new tokens are kv_score rows {token} to {token + end - start - 1}, and kv_score has {have} rows"
-
-
-def _fold_refusals(state: FoldState, c: Compressor, items: Items) -> list[Refusal]:
-    found, short, held = [], dict(_short_tokens(c, items)), StateRows(state)
-    for b, slot, start, _, _ in heads(items):
-        if slot >= state.num_slots:
-            found.append(Refusal(b, -1, f"its state slot is {slot}, and the state has {state.num_slots} slots"))
-        elif b in short:
-            found.append(Refusal(b, -1, short[b]))
-        else:
-            at = torch.tensor([start], device=state.device)
-            need = torch.arange(int(history_starts(c.spec, state.kind, at)), start, device=state.device)
-            gone = need[held.find(torch.full_like(need, slot), need) < 0].tolist()
+def _sequence_refusals(c: Compressor, items: Items) -> Iterator[Refusal]:
+    have, state = len(c.kv_score), c.state
+    for b, slot, start, end, token in heads(items):
+        behind = token + end - start
+        if isinstance(state, FoldState) and slot >= state.num_slots:
+            yield Refusal(b, -1, f"its state slot is {slot}, and the state has {state.num_slots} slots")
+        elif behind > have:
+            yield Refusal(b, -1, f"its new tokens are kv_score rows {token} to {behind - 1}, and kv_score has {have} rows")
+        elif isinstance(state, FoldState):
+            need = torch.arange(history_start(c.spec, start), start, device=state.device)
+            gone = need[StateRows(state).find(torch.full_like(need, slot), need) < 0].tolist()
             if gone:
                 which = f"position {gone[0]}" if len(gone) == 1 else f"positions {gone[0]} to {gone[-1]}"
-                found.append(Refusal(b, -1, f"state slot {slot} holds no row of {which}, which a start at {start} needs"))
-    return found
+                yield Refusal(b, -1, f"state slot {slot} holds no row of {which}, which a start at {start} needs")
 
 
-def _page_refusals(state: WindowState, plan: StepPlan, items: Items, overlap: int) -> tuple[list[Refusal], list[bool]]:
+def _page_refusals(c: Compressor, plan: StepPlan, items: Items) -> tuple[list[Refusal], list[bool]]:
     """Windows whose block tables are wrong, and for each item whether all rows of its window are found."""
-    assert plan.block_tables is not None
     found, made, ratio = [], [], plan.ratio
     tables = [table.cpu() for table in plan.block_tables]
-    pools = state.kv.shape[0], state.score.shape[0]
     slots = None if plan.entry_slots is None or not plan.entry_capacity else plan.entry_slots.tolist()
     columns = (items.window, items.start, items.end, items.entry, items.sequence)
     for window, start, end, entry, b in torch.stack(columns, dim=1).tolist():
-        old = range(max(window - overlap, 0) * ratio, min(start, (window + 1) * ratio)) if entry >= 0 else range(0)
+        old = range(max(window - int(c.spec.overlap), 0) * ratio, min(start, (window + 1) * ratio)) if entry >= 0 else range(0)
         new = range(max(start, window * ratio), min(end, (window + 1) * ratio))
-        missing, unread = _page_reasons(tables, pools, b, old, state.page_size)
-        _, unwritten = _page_reasons(tables, pools, b, new, state.page_size)
+        missing, unread = _page_reasons(c.state, tables, b, old)
+        _, unwritten = _page_reasons(c.state, tables, b, new)
         wanted = entry >= plan.entry_capacity or slots is None or slots[entry] >= 0
         reason = unread or unwritten or (missing if wanted else "")
         if reason:
@@ -169,14 +146,15 @@ def _page_refusals(state: WindowState, plan: StepPlan, items: Items, overlap: in
     return found, made
 
 
-def _page_reasons(tables: list[torch.Tensor], pools: tuple[int, int], b: int, positions: range, size: int) -> tuple[str, str]:
+def _page_reasons(state: WindowState, tables: list[torch.Tensor], b: int, positions: range) -> tuple[str, str]:
     """Why rows of positions are not found: where there is no page, and where a table is wrong; "" for neither."""
     missing = wrong = ""
     if not positions:
         return missing, wrong
-    for i, (table, pages) in enumerate(zip(tables, pools, strict=True)):
-        width, what = table.shape[1], ("values", "scores")[i]
-        first, last = positions[0] // size, positions[-1] // size
+    size = state.page_size
+    first, last = positions[0] // size, positions[-1] // size
+    for i, (table, pages, what) in enumerate(zip(tables, (len(state.kv), len(state.score)), ("values", "scores"), strict=True)):
+        width = table.shape[1]
         for column, page in enumerate(table[b, first : last + 1].tolist(), first):
             name = f"block_tables[{i}][{b}, {column}], the page with the {what} of position {max(positions[0], column * size)},"
             if page == -1:
@@ -202,12 +180,11 @@ def _snapshot_refusals(snapshots: Snapshots, plan: StepPlan, items: Items) -> It
 
 def snapshot_pages(snapshots: Snapshots, plan: StepPlan, b: int, start: int, end: int) -> Iterator[tuple[int, int]]:
     """Pages of which a step over `[start, end)` has rows to keep, and what the table says of each."""
-    assert plan.snapshot_table is not None
     size = snapshots.page_size
-    pages = range(start // size, min((end - 1) // size + 1, plan.snapshot_table.shape[1]))
-    row = plan.snapshot_table[b, pages.start : max(pages.start, pages.stop)].tolist()
+    pages = range(start // size, (end - 1) // size + 1)
+    row = plan.snapshot_table[b, pages.start : pages.stop].tolist()
     last = torch.tensor([(k + 1) * size - 1 for k in pages], dtype=torch.int64)
-    for k, page, kept in zip(pages, row, snapshots.of(last).tolist(), strict=True):
+    for k, page, kept in zip(pages, row, snapshots.of(last).tolist(), strict=False):  # the table may be shorter
         if kept and (k + 1) * size - snapshots.rows_per_page < end:
             yield k, page
 

@@ -5,6 +5,7 @@ Programs of a launch run at once, so which of the two is kept is chance; so is w
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -17,14 +18,14 @@ from ..storage.fold_state import FoldState
 from ..storage.snapshots import Snapshots
 from ..storage.step import Compressor
 from ..storage.window_state import WindowState
-from .refusals import Refusal, heads, sequence_reason, sequences, snapshot_pages
+from .refusals import Refusal, heads, sequences, snapshot_pages
 
 
 def undefined_in_plan(plan: StepPlan) -> list[Refusal]:
     """Tokens that two sequences take, and windows for which the plan has no work item."""
     found, windows, taken = [], 0, []
-    for b, slot, start, token, behind in sequences(plan):
-        if sequence_reason(plan, b, slot, start, token, behind):
+    for b, start, token, behind, refused in sequences(plan):
+        if refused:
             continue
         last = (start + behind - token - 1) // plan.ratio
         windows += last - start // plan.ratio + 1
@@ -69,7 +70,6 @@ def _shared(places: Iterable[tuple[int, int, int, str]], name: str) -> Iterator[
 
 
 def _cache_slots(cache: EntryCache, plan: StepPlan, items: Items) -> Iterator[tuple[int, int, int, str]]:
-    assert plan.entry_slots is not None
     made = items[(items.entry >= 0) & (items.entry < plan.entry_capacity)]
     slots = plan.entry_slots[made.entry]
     for slot, b, window in torch.stack((slots, made.sequence, made.window), dim=1).tolist():
@@ -86,9 +86,7 @@ def _snapshot_rows(snapshots: Snapshots, plan: StepPlan, items: Items) -> Iterat
 
 def _shared_rows(c: Compressor, plan: StepPlan, items: Items) -> Iterator[Refusal]:
     """Rows of an engine's pools that two windows write, or that one window reads and another one writes."""
-    state = c.state
-    assert isinstance(state, WindowState) and plan.block_tables is not None
-    start = items.start[:, None]
+    state, start = c.state, items.start[:, None]
     position, old = window_positions(items, c.spec)
     reads = old & (items.entry >= 0)[:, None]
     writes = (position >= torch.maximum(start, items.window[:, None] * c.spec.ratio)) & (position < items.end[:, None])
@@ -99,10 +97,9 @@ def _shared_rows(c: Compressor, plan: StepPlan, items: Items) -> Iterator[Refusa
         places, counts = row[written].unique(return_counts=True)
         shared = torch.cat((places[counts > 1], places[torch.isin(places, row[read])]))
         held = torch.isin(row, shared) & (written | read)
-        users: dict[int, list[tuple[int, int]]] = {}
+        users, told = defaultdict(list), set()
         for i, j in held.nonzero().tolist():
-            users.setdefault(int(row[i, j]), []).append((i, j))
-        told: set[int] = set()
+            users[int(row[i, j])].append((i, j))
         for i, j in (held & written).nonzero().tolist():
             if i not in told:
                 told.add(i)
