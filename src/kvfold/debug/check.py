@@ -9,6 +9,7 @@ import torch
 
 from .. import reference
 from ..backend_torch.finish import finish
+from ..backend_torch.items import Items
 from ..contract import pooled_bound
 from ..plan import StepPlan
 from ..spec import CompressorSpec
@@ -21,7 +22,7 @@ from ..storage.window_state import WindowState
 from .call import Call, check_history, check_outside, copy_plan
 from .compare import Difference, bytes_of, explained, first_channels, off, pooled_differences, put_bytes, size_of, written
 from .exact import exact_of_call
-from .refusals import Refusal, call_refusals, plan_refusals
+from .refusals import Refusal, call_refusals, heads, plan_refusals
 from .undefined import undefined_in_call, undefined_in_plan
 
 EPILOGUE = 5e-7  # of an entry, of its norm: what the order of fp32 operations behind the pooling can change
@@ -145,80 +146,77 @@ def check(
 
 def compare(call: Call, full_history: Sequence[torch.Tensor | None] | None = None) -> Report:
     """`check` of a call whose arguments were checked."""
-    plan, backend, fp32 = call.plan, call.backend, torch.float32
-    items = plan.items[: int(plan.num_items)].long()
-    live = items[(items[:, 5] >= 0) & (items[:, 5] < plan.entry_capacity)]
+    plan, items = call.plan, Items.of(call.plan)
     found, planned = _plan_differences(plan)
     refusals, undefined = plan_refusals(plan) if planned else [], undefined_in_plan(plan)
     entries, referenced, errors = 0, 0, 0
-    got = call.on_copies(None if call.rows is None else call.rows.dtype, backend)
+    got = call.on_copies(None if call.rows is None else call.rows.dtype, call.backend)
     counted, seen = int(got.plan.errors), set()
-    for i, (c, done) in enumerate(zip(call.compressors, got.compressors, strict=True)):
+    for i, c in enumerate(call.compressors):
         which = f"compressors[{i}]" if len(call.compressors) > 1 else ""
         if call.name == "store":
-            want = call.on_copies(None, "torch")
-            made = live[_slots(plan, c.cache, live) >= 0]
-            made = made if c.rope is None else made[made[:, 0] * c.spec.ratio < len(c.rope)]
-            here, exact = _record_differences(c, done.cache, want.compressors[0].cache, c.kv_score.float(), made, plan), 0
-            seen |= set(made[:, 6].tolist())
+            here, made, exact, due = _store_differences(call, got)
         else:
-            want = call.alone(i).on_copies(fp32, "torch")
-            probe = got if call.rows is not None and call.rows.dtype == fp32 else call.alone(i).on_copies(fp32, backend)
-            here, made, exact = _step_differences(c, done, want, probe, got.rows, live, items, plan, full_history)
-            seen |= set(items[:, 6].tolist())
-        entries, referenced, due = entries + len(made), referenced + exact, int(want.plan.errors)
+            here, made, exact, due = _step_differences(call, i, got, full_history)
+        seen |= set((made if call.name == "store" else items).sequence.tolist())
+        entries, referenced, errors = entries + len(made.entry), referenced + exact, errors + due
         undefined += [replace(r, where=which) for r in undefined_in_call(c, plan)]
         if counted or due:
             refusals += [replace(r, where=which) for r in call_refusals(c, plan)]
-        errors += due
         found += [replace(d, where=", ".join(filter(None, (which, d.where)))) for d in here]
     if counted != errors:
         found.append(Difference(-1, -1, "errors", None, counted, errors, "torch"))
     found.sort(key=lambda d: (d.sequence, d.window, STAGES.index(d.stage)))
     seen -= {r.sequence for r in refusals if r.window < 0}
     why = tuple(refusals), tuple(undefined)
-    return Report(backend, entries, referenced, planned + counted, tuple(found), len(seen), *why)
+    return Report(call.backend, entries, referenced, planned + counted, tuple(found), len(seen), *why)
+
+
+def _entries(plan: StepPlan) -> Items:
+    """The items whose entries have a place in the plan."""
+    items = Items.of(plan)
+    return items[(items.entry >= 0) & (items.entry < plan.entry_capacity)]
+
+
+def _store_differences(call: Call, got: Call) -> tuple[list[Difference], Items, int, int]:
+    """What differs, the items whose entries were made, how many of them fp64 was there for, and how many are refused."""
+    c, live, want = call.compressors[0], _entries(call.plan), call.on_copies(None, "torch")
+    made = live[_slots(call.plan, c.cache, live) >= 0]
+    made = made if c.rope is None else made[made.window * c.spec.ratio < len(c.rope)]
+    caches = got.compressors[0].cache, want.compressors[0].cache
+    return _record_differences(c, *caches, c.kv_score.float(), made, call.plan), made, 0, int(want.plan.errors)
 
 
 def _step_differences(
-    c: Compressor,
-    got: Compressor,
-    want: Call,
-    probe: Call,
-    rows: torch.Tensor | None,
-    live: torch.Tensor,
-    items: torch.Tensor,
-    plan: StepPlan,
-    history: Sequence[torch.Tensor | None] | None,
-) -> tuple[list[Difference], torch.Tensor, int]:
-    """Of one compressor: what differs, the items whose entries were made, and how many of them fp64 was there for.
-
-    want, probe: `compress` with fp32 pooled rows, by the torch backend and by the one that is checked. rows: those of the call.
-    """
-    assert probe.rows is not None and want.rows is not None
-    due = want.compressors[0]
-    there = written(want.rows)[live[:, 5]]
-    found = pooled_differences(probe.rows, want.rows, live, pooled_bound(c.spec.window_rows), "torch")
-    if rows is not None and rows.dtype == torch.bfloat16:
-        found += pooled_differences(rows, want.rows, live, pooled_bound(c.spec.window_rows) + 2.0**-8, "torch")
-    made = live[there]
-    if got.cache is not None:
-        found += _record_differences(c, got.cache, due.cache, probe.rows, made, plan)
-    exact, known, bound = exact_of_call(c, plan, made, history, probe.rows)
+    call: Call, i: int, got: Call, history: Sequence[torch.Tensor | None] | None
+) -> tuple[list[Difference], Items, int, int]:
+    """The same of compressor i, which is called again by itself for pooled rows in fp32, also of the torch backend."""
+    c, done, plan, fp32, alone = call.compressors[i], got.compressors[i], call.plan, torch.float32, call.alone(i)
+    want = alone.on_copies(fp32, "torch")
+    probe = got if got.rows is not None and got.rows.dtype == fp32 else alone.on_copies(fp32, call.backend)
+    due, items, live, bound = want.compressors[0], Items.of(plan), _entries(plan), pooled_bound(c.spec.window_rows)
+    found = pooled_differences(probe.rows, want.rows, live, bound, "torch")
+    if got.rows is not None and got.rows.dtype == torch.bfloat16:
+        found += pooled_differences(got.rows, want.rows, live, bound + 2.0**-8, "torch")
+    made = live[written(want.rows)[live.entry]]
+    if c.cache is not None:
+        found += _record_differences(c, done.cache, due.cache, probe.rows, made, plan)
+    exact, known, bounds = exact_of_call(c, plan, made, history, probe.rows)
     if known.numel():
         expected = made[known]
         truth = torch.zeros_like(want.rows, dtype=torch.float64)
-        truth[expected[:, 5]] = exact
-        found += pooled_differences(probe.rows, truth, expected, bound, "fp64")
-        if got.cache is not None:
-            found += _value_differences(c, got.cache, exact, bound, expected, plan)
-    if isinstance(got.state, WindowState):
-        return found + _page_differences(got.state, due.state), made, known.numel()
-    owner = dict(zip(items[:, 4].tolist(), items[:, 6].tolist(), strict=True))
-    found += _row_differences(got.state, due.state, "state", owner)
-    if got.snapshots is not None:
-        found += _row_differences(got.snapshots, due.snapshots, "snapshot", _owners(plan, items))
-    return found, made, known.numel()
+        truth[expected.entry] = exact
+        found += pooled_differences(probe.rows, truth, expected, bounds, "fp64")
+        if c.cache is not None:
+            found += _value_differences(c, done.cache, exact, bounds, expected, plan)
+    if isinstance(c.state, WindowState):
+        found += _page_differences(done.state, due.state)
+    else:
+        owner = {slot: b for b, slot, *_ in heads(items)}
+        found += _row_differences(done.state, due.state, "state", owner)
+    if c.snapshots is not None:
+        found += _row_differences(done.snapshots, due.snapshots, "snapshot", _owners(plan, items))
+    return found, made, known.numel(), int(want.plan.errors)
 
 
 def _plan_differences(plan: StepPlan) -> tuple[list[Difference], int]:
@@ -237,15 +235,14 @@ def _plan_differences(plan: StepPlan) -> tuple[list[Difference], int]:
     return [], int(now.errors)
 
 
-def _slots(plan: StepPlan, cache: EntryCache, live: torch.Tensor) -> torch.Tensor:
+def _slots(plan: StepPlan, cache: EntryCache, items: Items) -> torch.Tensor:
     """The cache slot of each item, -1 for none that can be."""
-    assert plan.entry_slots is not None
-    slot = plan.entry_slots[live[:, 5]]
+    slot = plan.entry_slots[items.entry]
     return torch.where((slot >= 0) & (slot < cache.num_slots), slot, -1)
 
 
 def _record_differences(
-    c: Compressor, got: EntryCache, want: EntryCache, rows: torch.Tensor, made: torch.Tensor, plan: StepPlan
+    c: Compressor, got: EntryCache, want: EntryCache, rows: torch.Tensor, made: Items, plan: StepPlan
 ) -> list[Difference]:
     """Records that the pooled rows of this call do not explain, and bytes of pages that are in no record of the step."""
     slots, found = _slots(plan, got, made), []
@@ -253,15 +250,16 @@ def _record_differences(
     other = (have != due).any(1).nonzero()[:, 0]
     item, size = made[other], got.format.row_bytes(c.spec)
     if other.numel():
-        pooled = rows[item[:, 5]]
+        pooled = rows[item.entry]
         pooled = pooled.bfloat16().float() if got.format.round_rows else pooled
-        y = finish(pooled, c.spec, c.norm_weight, c.rope, item[:, 0] * c.spec.ratio)
+        y = finish(pooled, c.spec, c.norm_weight, c.rope, item.window * c.spec.ratio)
         fine = explained(got, have[other], y, EPILOGUE * size_of(y))
         for i, channel in first_channels(~fine):
             byte = int((have[other[i]] != due[other[i]]).nonzero()[0])
             where = f"slot {int(slots[other[i]])}, {f'record byte {byte}' if byte < size else f'tail byte {byte - size}'}"
             values = (f"{int(x[other[i], byte]):#04x}" for x in (have, due))
-            found.append(Difference(int(item[i, 6]), int(item[i, 0]), "record bytes", channel, *values, "torch", where))
+            place = int(item.sequence[i]), int(item.window[i])
+            found.append(Difference(*place, "record bytes", channel, *values, "torch", where))
     put_bytes(want, slots, have)
     for name, a, b in (("page", got.pages, want.pages), ("scale page", got.scale_pages, want.scale_pages)):
         for page, byte in [] if a is None else first_channels(a != b):
@@ -271,7 +269,7 @@ def _record_differences(
 
 
 def _value_differences(
-    c: Compressor, cache: EntryCache, exact: torch.Tensor, bound: torch.Tensor, made: torch.Tensor, plan: StepPlan
+    c: Compressor, cache: EntryCache, exact: torch.Tensor, bound: torch.Tensor, made: Items, plan: StepPlan
 ) -> list[Difference]:
     """Entries that read back as something which the fp64 entry, within the bound of its pooled row, does not round to."""
     spec, slots, found = c.spec, _slots(plan, cache, made), []
@@ -279,7 +277,7 @@ def _value_differences(
     over = exact.square().sum(dim=1, keepdim=True) > torch.finfo(torch.float32).max  # the norm's sum is infinite in fp32
     y = torch.where(over & exact.isfinite(), 0.0, y)
     if spec.rope_dim:
-        y = reference.rope(y, c.rope, made[:, 0] * spec.ratio, spec.rope_dim)
+        y = reference.rope(y, c.rope, made.window * spec.ratio, spec.rope_dim)
     y = reference.hadamard(y) if spec.hadamard else y
     heaviest = c.norm_weight.double().abs().nan_to_num(nan=0.0, posinf=0.0).max()
     pooled = 2 * bound * spec.head_dim**0.5 * heaviest
@@ -291,15 +289,14 @@ def _value_differences(
     fine = explained(cache, bytes_of(cache, slots), y.float(), slack.float())
     for i, channel in first_channels(~fine):
         value = float(unpack_records(cache, slots[i : i + 1])[0, channel])
-        place = int(made[i, 6]), int(made[i, 0])
+        place = int(made.sequence[i]), int(made.window[i])
         found.append(Difference(*place, "read-back value", channel, value, float(y[i, channel]), "fp64"))
     return found
 
 
 def _page_differences(got: WindowState, want: WindowState) -> list[Difference]:
     found: list[Difference] = []
-    for name in ("kv", "score"):
-        a, b = getattr(got, name), getattr(want, name)
+    for name, a, b in (("kv", got.kv, want.kv), ("score", got.score, want.score)):
         integers = torch.int16 if a.dtype == torch.bfloat16 else torch.int32
         same = (a.contiguous().view(integers) == b.contiguous().view(integers)) | (a.isnan() & b.isnan())
         for page, row, channel in first_channels(~same):
@@ -344,10 +341,9 @@ def _fold_rows_off(got: torch.Tensor, want: torch.Tensor, bound: float) -> torch
     return wrong & ~over
 
 
-def _owners(plan: StepPlan, items: torch.Tensor) -> dict[int, int]:
+def _owners(plan: StepPlan, items: Items) -> dict[int, int]:
     """Whose sequence's each snapshot of the step is."""
-    found: dict[int, int] = {}
-    for b, start, end in items[:, [6, 1, 2]].unique(dim=0).tolist():
-        ended = plan.snapshot_table[b, start // plan.snapshot_page_size : -(-end // plan.snapshot_page_size)]
-        found |= dict.fromkeys(ended.tolist(), b)
+    found, size = {}, plan.snapshot_page_size
+    for b, _, start, end, _ in heads(items):
+        found |= dict.fromkeys(plan.snapshot_table[b, start // size : -(-end // size)].tolist(), b)
     return found

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..backend_torch.items import Items
 from ..storage.cache import EntryCache
 from ..storage.pack import bf16_bits, e2m1_codes, e4m3_bytes, gather, group_scale, record_address, scatter, tail_address
 
@@ -68,22 +69,22 @@ def first_channels(wrong: torch.Tensor) -> list[tuple[int, ...]]:
 
 
 def pooled_differences(
-    got: torch.Tensor, want: torch.Tensor, live: torch.Tensor, bound: float | torch.Tensor, against: str
+    got: torch.Tensor, want: torch.Tensor, items: Items, bound: float | torch.Tensor, against: str
 ) -> list[Difference]:
-    """Of the entries of work items `live`. bound: as for `off`, for all of them or for each."""
-    found, entry = [], live[:, 5]
+    """Of the entries of work items. bound: as for `off`, for all of them or for each."""
+    found, entry = [], items.entry
     have = written(got)[entry]
     due = written(want)[entry] if want.dtype == torch.float32 else torch.ones_like(have)
     for i in (have != due).nonzero()[:, 0].tolist():
         words = ("made", "not made") if have[i] else ("not made", "made")
-        found.append(Difference(int(live[i, 6]), int(live[i, 0]), "pooled row", None, *words, against))
+        found.append(Difference(int(items.sequence[i]), int(items.window[i]), "pooled row", None, *words, against))
     both = (have & due).nonzero()[:, 0]
     bound = bound[both] if isinstance(bound, torch.Tensor) else bound
     wrong = off(got[entry[both]], want[entry[both]], bound, flushed=against == "torch")
     for i, channel in first_channels(wrong):
-        item = live[both[i]]
-        values = float(got[item[5], channel]), float(want[item[5], channel])
-        found.append(Difference(int(item[6]), int(item[0]), "pooled row", channel, *values, against))
+        item = items[both[i]]
+        values = float(got[item.entry, channel]), float(want[item.entry, channel])
+        found.append(Difference(int(item.sequence), int(item.window), "pooled row", channel, *values, against))
     return found
 
 

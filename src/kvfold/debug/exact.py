@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from .. import reference
+from ..backend_torch.items import Items
 from ..contract import pooled_bound, pooled_worst
 from ..plan import StepPlan
 from ..spec import CompressorSpec
@@ -15,36 +16,35 @@ from ..storage.fold_state import FoldState
 from ..storage.step import Compressor
 from ..storage.window_state import WindowState
 from .compare import size_of
+from .refusals import heads
 
 FLUSHED = -80.0  # of a score below its window's largest: weights under 2**-115, which one exp2 may make 0 and another not
 
 
 def exact_of_call(
-    c: Compressor, plan: StepPlan, made: torch.Tensor, history: Sequence[torch.Tensor | None] | None, got: torch.Tensor
+    c: Compressor, plan: StepPlan, made: Items, history: Sequence[torch.Tensor | None] | None, got: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """fp64 pooled rows `[k, head_dim]` of the entries whose sequence is known from its start, and which of `made` they are.
 
     The third, fp64 `[k, 1]`, is how far each may be off, of its norm: what roundings alone can do to any values and scores.
 
     Args:
-        made: work items.
         history: `full_history` of `check`.
         got: pooled rows of the call by entry, for channels that may be infinite or NaN: those are as in `got` then.
     """
     spec, found, known, bounds = c.spec, [], [], []
     starts = plan.start_pos.tolist()
-    for b in made[:, 6].unique().tolist():
-        mine = (made[:, 6] == b).nonzero()[:, 0]
-        start, end, token = made[mine[0], 1:4].tolist()
+    for b, _, start, end, token in heads(made):
         before = c.kv_score[:0] if start == 0 else None if history is None or start != starts[b] else history[b]
         if before is None:
             continue
-        skip = max(int(made[mine[0], 0]) - int(spec.overlap), 0)
+        mine = (made.sequence == b).nonzero()[:, 0]
+        skip = max(int(made.window[mine[0]]) - int(spec.overlap), 0)
         new = c.kv_score[token : token + end - start]
         tokens = torch.cat((before[skip * spec.ratio :].to(c.kv_score), new))[-(end - skip * spec.ratio) :].float()
-        window = made[mine, 0] - skip
+        window = made.window[mine] - skip
         exact, either = exact_rows(tokens, spec, c.ape, c.state)[window], _either(tokens, spec, c.ape, c.state)[window]
-        have = got[made[mine, 5]].double()
+        have = got[made.entry[mine]].double()
         found.append(torch.where(either & (have.isnan() | (have == exact)), have, exact))
         known.append(mine)
         sizes = torch.cat((tokens[:, : spec.channels].abs(), tokens[:, spec.channels :]), dim=1)
@@ -52,8 +52,8 @@ def exact_of_call(
         # A row of zeros has roundings of the values that cancel in it, and of nothing else.
         bounds.append(pooled_worst(spec.window_rows) * mean / size_of(exact).clamp(min=torch.finfo(torch.float32).tiny))
     if not known:
-        nothing = torch.zeros(0, spec.head_dim, device=made.device)
-        return nothing, torch.zeros(0, dtype=torch.int64, device=made.device), nothing[:, :1]
+        nothing = torch.zeros(0, spec.head_dim, device=got.device)
+        return nothing, torch.zeros(0, dtype=torch.int64, device=got.device), nothing[:, :1]
     bound = torch.cat(bounds).clamp(min=pooled_bound(spec.window_rows))
     return torch.cat(found), torch.cat(known), bound
 
