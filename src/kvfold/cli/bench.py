@@ -17,16 +17,10 @@ from .failures import stop
 PACKAGE = Path(__file__).parents[1]
 
 
-class What(str, Enum):
-    decode = "decode"
-    prefill = "prefill"
-    store = "store"
-    plan = "plan"
-
-
-MODULES = {What.decode: "run.decode", What.prefill: "run.prefill", What.store: "run.store", What.plan: "run.overhead"}
+MODULES = {"decode": "run.decode", "prefill": "run.prefill", "store": "run.store", "plan": "run.overhead"}
 # What is left out of a first look. The others have few cases, or none to spare.
-QUICK = {What.decode: ("--quick",), What.prefill: ("--only", "b1 s8192")}
+QUICK = {"decode": ("--quick",), "prefill": ("--only", "b1 s8192")}
+What = Enum("What", {name: name for name in MODULES})
 
 
 def bench(
@@ -44,16 +38,16 @@ def bench(
         raise typer.BadParameter("--plot is drawn from decode rows: it needs `bench decode --out FILE`")
     if plot is not None and util.find_spec("matplotlib") is None:
         raise stop("--plot needs matplotlib: pip install 'kvfold[demo]'", "kvfold bench")
-    if quick and what not in QUICK:
+    if quick and what.value not in QUICK:
         raise typer.BadParameter(f"--quick is for {' and '.join(QUICK)}, got {what.value}")
     if not torch.cuda.is_available():
         raise stop("needs a GPU, and torch finds none", "kvfold bench")
     for path in filter(None, (out, plot)):
         check_writable(path)
-    arguments = list(QUICK[what]) if quick else []
+    arguments = list(QUICK[what.value]) if quick else []
     if folder().parent == PACKAGE:  # installed: git would name the commit of whatever repository the user stands in
         arguments += ["--commit", f"kvfold {__version__}"]
-    code = run(MODULES[what], *arguments, *(["--out", str(out)] if out else []))
+    code = run(MODULES[what.value], *arguments, *(["--out", str(out)] if out else []))
     if code == 0 and plot is not None:
         code = run("publish.plot", "--rows", str(out), "--picture", str(plot))
     if code:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 SHOWN = 12  # rows of a table before its middle is left out
 
 
-class State(str, Enum):
-    fold = "fold"
-    window = "window"
+State = Enum("State", {"fold": "fold", "window": "window"})
 
 
 def explain(
@@ -58,9 +56,8 @@ def parse_spec(text: str) -> CompressorSpec:
     presets = {"hca": V4_HCA, "csa": V4_CSA, "indexer": V4_INDEXER}
     if text in presets:
         return presets[text]
-    kinds = {"head_dim": int, "ratio": int, "overlap": _flag, "has_ape": _flag, "rope_dim": int, "norm_eps": float}
-    kinds["hadamard"] = _flag
-    fields: dict = {}
+    kinds = dict.fromkeys(("head_dim", "ratio", "rope_dim"), int) | dict.fromkeys(("overlap", "has_ape", "hadamard"), _flag)
+    kinds["norm_eps"], fields = float, {}
     for part in text.split(","):
         name, _, value = part.partition("=")
         if name not in kinds:
@@ -97,31 +94,25 @@ def _show(said: Explanation, fmt: str | None, console: Console) -> None:
     _print(console, f"Entries: {len(said.entries)}", columns, cells)
     for title, rows in (("reads", said.reads), ("writes", said.writes), ("empties", said.emptied)):
         if rows or title != "empties":
-            _print(console, f"State rows that it {title}: {len(rows)}", ("position", "state row"), _places(rows))
+            cells = [[str(row.position), _place(row)] for row in rows]
+            _print(console, f"State rows that it {title}: {len(rows)}", ("position", "state row"), cells)
     starts = ", ".join(_runs(said.starts)) + (", or the first position of any window before" if said.any_window else "")
     console.print(f"The next step can start at: {starts}", soft_wrap=True, highlight=False)
 
 
-def _places(rows: tuple[Row, ...]) -> list[list[str]]:
-    return [
-        [str(r.position), f"page {r.page}, row {r.row}" if r.page is not None else f"{r.row}{' (spare)' if r.spare else ''}"]
-        for r in rows
-    ]
+def _place(row: Row) -> str:
+    return f"{row.row}{' (spare)' if row.spare else ''}" if row.page is None else f"page {row.page}, row {row.row}"
 
 
 def _span(positions: range) -> str:
     return f"{positions.start}..{positions.stop - 1}"
 
 
-def _runs(positions: Iterable[int]) -> list[str]:
+def _runs(positions: Sequence[int]) -> list[str]:
     """Neighbours as one."""
-    found: list[list[int]] = []
-    for p in positions:
-        if found and found[-1][1] == p - 1:
-            found[-1][1] = p
-        else:
-            found.append([p, p])
-    return [str(a) if a == b else f"{a} to {b}" for a, b in found]
+    known = set(positions)
+    firsts, lasts = ([p for p in positions if p + step not in known] for step in (-1, 1))
+    return [str(a) if a == b else f"{a} to {b}" for a, b in zip(firsts, lasts, strict=True)]
 
 
 def _print(console: Console, title: str, columns: Sequence[str], cells: list[list[str]]) -> None:

@@ -22,9 +22,8 @@ def info(
     console = make_console()
     if not formats:
         print_table(console, "Versions", ("what", "version"), _versions())
-        print_table(
-            console, "Kernels: the first row that serves a call; windows and programs per multiprocessor", COLUMNS, in_words()
-        )
+        title = "Kernels: the first row that serves a call; windows and programs per multiprocessor"
+        print_table(console, title, COLUMNS, in_words())
     print_table(console, "Record formats", FORMATS + MORE if formats else FORMATS, _formats(every_field=formats))
 
 
@@ -44,20 +43,15 @@ def _versions() -> Rows:
         except metadata.PackageNotFoundError:
             rows.append((package, "not installed"))
     if torch.cuda.is_available():
+        from ..backend_triton.launcher import supports_pdl
+
         rows.append(("GPU", torch.cuda.get_device_name()))
         rows.append(("capability", ".".join(map(str, torch.cuda.get_device_capability()))))
-        rows.append(("dependent launch", _dependent_launch()))
+        pdl = supports_pdl(torch.device("cuda", torch.cuda.current_device()))
+        rows.append(("dependent launch", "yes" if pdl else "no: needs sm_90 and triton 3.5"))
     else:
         rows.append(("GPU", "none found; kvfold runs on its torch backend"))
     return rows
-
-
-def _dependent_launch() -> str:
-    import torch
-
-    from ..backend_triton.launcher import supports_pdl
-
-    return "yes" if supports_pdl(torch.device("cuda", torch.cuda.current_device())) else "no: needs sm_90 and triton 3.5"
 
 
 def _formats(every_field: bool) -> Rows:

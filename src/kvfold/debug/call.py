@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from ..arguments.checks import check_dtype, check_type, traced
 from ..calls.checks import check_compress, check_many, check_store, compressors_of
@@ -19,6 +20,8 @@ from ..storage.step import Compressor
 from ..storage.window_state import WindowState
 from ..store import store
 from .compare import UNWRITTEN
+
+History = Sequence[Tensor | None] | None  # of `check`: `full_history`
 
 
 @dataclass
@@ -35,12 +38,12 @@ class Call:
     name: str
     compressors: tuple[Compressor, ...]
     plan: StepPlan
-    rows: torch.Tensor | None
+    rows: Tensor | None
     backend: str
     pdl: bool | None = None
 
     @classmethod
-    def of(cls, given: Compressor, plan: StepPlan, rows: torch.Tensor | None, backend: str | None) -> Call:
+    def of(cls, given: Compressor, plan: StepPlan, rows: Tensor | None, backend: str | None) -> Call:
         """From the arguments of any of the three, which tell them apart. Raises what the call itself would."""
         if isinstance(given.kv_score, Sequence) and not isinstance(given.kv_score, (str, bytes)):
             _leave_out(given._asdict() | {"kv_score": None, "rows": rows}, "when compressors are given")
@@ -115,7 +118,7 @@ def copy_plan(plan: StepPlan) -> StepPlan:
     """A plan with tensors of its own, whose `errors` count from 0."""
     new = copy.copy(plan)
     for name, x in vars(plan).items():
-        if isinstance(x, torch.Tensor):
+        if isinstance(x, Tensor):
             setattr(new, name, x.clone())
     new.block_tables = plan.block_tables and tuple(table.clone() for table in plan.block_tables)
     new.fresh = True
@@ -123,7 +126,7 @@ def copy_plan(plan: StepPlan) -> StepPlan:
     return new
 
 
-def _twin(x: torch.Tensor) -> torch.Tensor:
+def _twin(x: Tensor) -> Tensor:
     return laid_out(x.shape, x.stride(), x.data_ptr() % 16, x.dtype, x.device).copy_(x)
 
 
@@ -137,9 +140,7 @@ def spread_of(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, int]:
     return outer, span + (shape[0] - 1) * outer
 
 
-def laid_out(
-    shape: Sequence[int], stride: Sequence[int], address: int, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
+def laid_out(shape: Sequence[int], stride: Sequence[int], address: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros of which address and strides are, mod 16, what kernels are chosen by; gaps between pages shrink."""
     outer, elements = spread_of(shape, stride)
     if elements == 0:
@@ -149,18 +150,18 @@ def laid_out(
     return flat[address : address + size].view(dtype).as_strided(shape, (outer, *stride[1:]))
 
 
-def check_history(history: Sequence[torch.Tensor | None] | None, call: Call) -> None:
+def check_history(history: History, call: Call) -> None:
     """Checks `full_history`, of a call whose other arguments were checked."""
     if history is None:
         return
     if call.name != "compress":
         raise TypeError(f"full_history must be left out for {call.name}, got {type(history).__name__}")
     plan, spec = call.plan, call.compressors[0].spec
-    if isinstance(history, (torch.Tensor, str)) or not isinstance(history, Sequence) or len(history) != plan.batch:
+    if isinstance(history, (Tensor, str)) or not isinstance(history, Sequence) or len(history) != plan.batch:
         raise ValueError(f"full_history must have a tensor or None for each of the plan's {plan.batch} sequences")
     for b, (start, one) in enumerate(zip(plan.start_pos.tolist(), history, strict=True)):
         if one is not None:
-            check_type(f"full_history[{b}]", one, torch.Tensor)
+            check_type(f"full_history[{b}]", one, Tensor)
             check_dtype(f"full_history[{b}]", one, (torch.float32, torch.bfloat16))
             if tuple(one.shape) != (start, 2 * spec.channels):
                 raise ValueError(f"full_history[{b}] must be [{start}, {2 * spec.channels}], got {list(one.shape)}")

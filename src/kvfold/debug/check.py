@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from .. import reference
 from ..backend_torch.finish import finish
@@ -19,7 +20,7 @@ from ..storage.pack import unpack_records
 from ..storage.snapshots import Snapshots
 from ..storage.step import Compressor
 from ..storage.window_state import WindowState
-from .call import Call, check_history, check_outside, copy_plan
+from .call import Call, History, check_history, check_outside, copy_plan
 from .compare import Difference, bytes_of, explained, first_channels, off, pooled_differences, put_bytes, size_of, written
 from .exact import exact_of_call
 from .refusals import Refusal, call_refusals, heads, plan_refusals
@@ -100,19 +101,19 @@ def _some(lines: Sequence[object]) -> list[str]:
 
 
 def check(
-    kv_score: torch.Tensor | Sequence[Compressor | tuple],
+    kv_score: Tensor | Sequence[Compressor | tuple],
     plan: StepPlan,
     state: FoldState | WindowState | EntryCache | None = None,
     cache: EntryCache | None = None,
     *,
     spec: CompressorSpec | None = None,
-    ape: torch.Tensor | None = None,
-    norm_weight: torch.Tensor | None = None,
-    rope: torch.Tensor | None = None,
-    rows: torch.Tensor | None = None,
+    ape: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    rope: Tensor | None = None,
+    rows: Tensor | None = None,
     snapshots: Snapshots | None = None,
     backend: str | None = None,
-    full_history: Sequence[torch.Tensor | None] | None = None,
+    full_history: Sequence[Tensor | None] | None = None,
 ) -> Report:
     """Makes a call on copies of what it writes, and says where it first differs from the torch backend.
 
@@ -144,7 +145,7 @@ def check(
     return compare(call, full_history)
 
 
-def compare(call: Call, full_history: Sequence[torch.Tensor | None] | None = None) -> Report:
+def compare(call: Call, full_history: History = None) -> Report:
     """`check` of a call whose arguments were checked."""
     plan, items = call.plan, Items.of(call.plan)
     found, planned = _plan_differences(plan)
@@ -187,9 +188,7 @@ def _store_differences(call: Call, got: Call) -> tuple[list[Difference], Items, 
     return _record_differences(c, *caches, c.kv_score.float(), made, call.plan), made, 0, int(want.plan.errors)
 
 
-def _step_differences(
-    call: Call, i: int, got: Call, history: Sequence[torch.Tensor | None] | None
-) -> tuple[list[Difference], Items, int, int]:
+def _step_differences(call: Call, i: int, got: Call, history: History) -> tuple[list[Difference], Items, int, int]:
     """The same of compressor i, which is called again by itself for pooled rows in fp32, also of the torch backend."""
     c, done, plan, fp32, alone = call.compressors[i], got.compressors[i], call.plan, torch.float32, call.alone(i)
     want = alone.on_copies(fp32, "torch")
@@ -235,14 +234,14 @@ def _plan_differences(plan: StepPlan) -> tuple[list[Difference], int]:
     return [], int(now.errors)
 
 
-def _slots(plan: StepPlan, cache: EntryCache, items: Items) -> torch.Tensor:
+def _slots(plan: StepPlan, cache: EntryCache, items: Items) -> Tensor:
     """The cache slot of each item, -1 for none that can be."""
     slot = plan.entry_slots[items.entry]
     return torch.where((slot >= 0) & (slot < cache.num_slots), slot, -1)
 
 
 def _record_differences(
-    c: Compressor, got: EntryCache, want: EntryCache, rows: torch.Tensor, made: Items, plan: StepPlan
+    c: Compressor, got: EntryCache, want: EntryCache, rows: Tensor, made: Items, plan: StepPlan
 ) -> list[Difference]:
     """Records that the pooled rows of this call do not explain, and bytes of pages that are in no record of the step."""
     slots, found = _slots(plan, got, made), []
@@ -269,7 +268,7 @@ def _record_differences(
 
 
 def _value_differences(
-    c: Compressor, cache: EntryCache, exact: torch.Tensor, bound: torch.Tensor, made: Items, plan: StepPlan
+    c: Compressor, cache: EntryCache, exact: Tensor, bound: Tensor, made: Items, plan: StepPlan
 ) -> list[Difference]:
     """Entries that read back as something which the fp64 entry, within the bound of its pooled row, does not round to."""
     spec, slots, found = c.spec, _slots(plan, cache, made), []
@@ -333,7 +332,7 @@ def _row_differences(
     return found
 
 
-def _fold_rows_off(got: torch.Tensor, want: torch.Tensor, bound: float) -> torch.Tensor:
+def _fold_rows_off(got: Tensor, want: Tensor, bound: float) -> Tensor:
     """Channels to blame of fold rows `[n, 3, head_dim]`: m is a maximum of inputs, and so exact."""
     (m, l, a), due = got.unbind(1), want.unbind(1)
     over = (l.isnan() & due[1].isnan())[:, None]  # such a channel gives NaN, whatever its m and a are

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..backend_torch.items import Items
 from ..storage.cache import EntryCache
@@ -34,17 +35,17 @@ class Difference:
         return f"{self.stage}: {', '.join(place) or 'call'}: got {self.got}, {self.against} has {self.want}"
 
 
-def written(rows: torch.Tensor) -> torch.Tensor:
+def written(rows: Tensor) -> Tensor:
     integers, fill = UNWRITTEN[rows.dtype]
     return (rows.view(integers) != fill).any(1)
 
 
-def size_of(rows: torch.Tensor) -> torch.Tensor:
+def size_of(rows: Tensor) -> Tensor:
     """fp64 `[n, 1]`: the norm of each row, of the channels that are finite."""
     return torch.where(rows.isfinite(), rows, 0.0).double().norm(dim=1, keepdim=True)
 
 
-def off(got: torch.Tensor, want: torch.Tensor, bound: float | torch.Tensor, *, flushed: bool = False) -> torch.Tensor:
+def off(got: Tensor, want: Tensor, bound: float | Tensor, *, flushed: bool = False) -> Tensor:
     """bool like `want` `[n, channels]`: channels to blame in the rows that are further apart than `bound` of their norm.
 
     bound: a number, or `[n, 1]`.
@@ -63,14 +64,12 @@ def off(got: torch.Tensor, want: torch.Tensor, bound: float | torch.Tensor, *, f
     return wild | far & (gap.abs() > bound * size / want.shape[1] ** 0.5)
 
 
-def first_channels(wrong: torch.Tensor) -> list[tuple[int, ...]]:
+def first_channels(wrong: Tensor) -> list[tuple[int, ...]]:
     """Indices of the first channel of each row that has one; bool `[..., channels]`."""
     return [(*row, int(wrong[tuple(row)].nonzero()[0])) for row in wrong.any(-1).nonzero().tolist()]
 
 
-def pooled_differences(
-    got: torch.Tensor, want: torch.Tensor, items: Items, bound: float | torch.Tensor, against: str
-) -> list[Difference]:
+def pooled_differences(got: Tensor, want: Tensor, items: Items, bound: float | Tensor, against: str) -> list[Difference]:
     """Of the entries of work items. bound: as for `off`, for all of them or for each."""
     found, entry = [], items.entry
     have = written(got)[entry]
@@ -79,7 +78,7 @@ def pooled_differences(
         words = ("made", "not made") if have[i] else ("not made", "made")
         found.append(Difference(int(items.sequence[i]), int(items.window[i]), "pooled row", None, *words, against))
     both = (have & due).nonzero()[:, 0]
-    bound = bound[both] if isinstance(bound, torch.Tensor) else bound
+    bound = bound[both] if isinstance(bound, Tensor) else bound
     wrong = off(got[entry[both]], want[entry[both]], bound, flushed=against == "torch")
     for i, channel in first_channels(wrong):
         item = items[both[i]]
@@ -88,28 +87,28 @@ def pooled_differences(
     return found
 
 
-def bytes_of(cache: EntryCache, slots: torch.Tensor) -> torch.Tensor:
+def bytes_of(cache: EntryCache, slots: Tensor) -> Tensor:
     """Record and tail of each slot, uint8 `[n, record_bytes]`."""
     record = gather(*record_address(cache, slots), cache.format.row_bytes(cache.spec))
     tail = gather(*tail_address(cache, slots), cache.format.tail_bytes(cache.spec))
     return torch.cat((record, tail), dim=1)
 
 
-def put_bytes(cache: EntryCache, slots: torch.Tensor, data: torch.Tensor) -> None:
+def put_bytes(cache: EntryCache, slots: Tensor, data: Tensor) -> None:
     """The opposite of `bytes_of`."""
     width = cache.format.row_bytes(cache.spec)
     scatter(*record_address(cache, slots), data[:, :width])
     scatter(*tail_address(cache, slots), data[:, width:])
 
 
-def _key(code: torch.Tensor, sign: int) -> torch.Tensor:
+def _key(code: Tensor, sign: int) -> Tensor:
     """Codes of sign and magnitude as integers in the order of their values, -0 before 0."""
     code = code.long() & (2 * sign - 1)
     magnitude = code & (sign - 1)
     return torch.where(code >= sign, ~magnitude, magnitude)
 
 
-def explained(cache: EntryCache, data: torch.Tensor, y: torch.Tensor, slack: torch.Tensor) -> torch.Tensor:
+def explained(cache: EntryCache, data: Tensor, y: Tensor, slack: Tensor) -> Tensor:
     """bool `[n, head_dim]`: whether the records `data` are entries between `y - slack` and `y + slack`, scales included."""
     fmt, spec = cache.format, cache.spec
     low, high = (y - slack).float(), (y + slack).float()
@@ -152,6 +151,6 @@ def explained(cache: EntryCache, data: torch.Tensor, y: torch.Tensor, slack: tor
     return torch.cat((codes & right, kept), dim=1)
 
 
-def _between(code: torch.Tensor, low: torch.Tensor, high: torch.Tensor, sign: int) -> torch.Tensor:
+def _between(code: Tensor, low: Tensor, high: Tensor, sign: int) -> Tensor:
     code, low, high = (_key(x, sign) for x in (code, low, high))
     return (code >= low) & (code <= high)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from .. import reference
 from ..backend_torch.items import Items
@@ -15,15 +15,14 @@ from ..spec import CompressorSpec
 from ..storage.fold_state import FoldState
 from ..storage.step import Compressor
 from ..storage.window_state import WindowState
+from .call import History
 from .compare import size_of
 from .refusals import heads
 
 FLUSHED = -80.0  # of a score below its window's largest: weights under 2**-115, which one exp2 may make 0 and another not
 
 
-def exact_of_call(
-    c: Compressor, plan: StepPlan, made: Items, history: Sequence[torch.Tensor | None] | None, got: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def exact_of_call(c: Compressor, plan: StepPlan, made: Items, history: History, got: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """fp64 pooled rows `[k, head_dim]` of the entries whose sequence is known from its start, and which of `made` they are.
 
     The third, fp64 `[k, 1]`, is how far each may be off, of its norm: what roundings alone can do to any values and scores.
@@ -58,9 +57,7 @@ def exact_of_call(
     return torch.cat(found), torch.cat(known), bound
 
 
-def exact_rows(
-    tokens: torch.Tensor, spec: CompressorSpec, ape: torch.Tensor | None, state: FoldState | WindowState
-) -> torch.Tensor:
+def exact_rows(tokens: Tensor, spec: CompressorSpec, ape: Tensor | None, state: FoldState | WindowState) -> Tensor:
     """fp64 pooled rows `[windows, head_dim]` of tokens from the start of a window, of the rows as `state` keeps them.
 
     A score of +inf makes its channel NaN, as in the reference; over fold rows, if it is the only one, its token's value.
@@ -76,17 +73,15 @@ def exact_rows(
     return torch.where(alone, torch.where(top, value, 0.0).sum(dim=1), rows)
 
 
-def _either(
-    tokens: torch.Tensor, spec: CompressorSpec, ape: torch.Tensor | None, state: FoldState | WindowState
-) -> torch.Tensor:
+def _either(tokens: Tensor, spec: CompressorSpec, ape: Tensor | None, state: FoldState | WindowState) -> Tensor:
     """bool `[windows, head_dim]`: an infinite value is NaN instead where its weight is 0, which is a matter of exp2."""
     value, score = reference.windows_of(*_as_kept(tokens, spec, ape, state))
     return (value.isinf() & (score - score.amax(dim=1, keepdim=True) < FLUSHED)).any(1)
 
 
 def _as_kept(
-    tokens: torch.Tensor, spec: CompressorSpec, ape: torch.Tensor | None, state: FoldState | WindowState
-) -> tuple[torch.Tensor, CompressorSpec, torch.Tensor | None]:
+    tokens: Tensor, spec: CompressorSpec, ape: Tensor | None, state: FoldState | WindowState
+) -> tuple[Tensor, CompressorSpec, Tensor | None]:
     """Tokens as a bf16 `WindowState` keeps them: both halves rounded, the bias added before."""
     if not isinstance(state, WindowState) or state.dtype != torch.bfloat16:
         return tokens, spec, ape

@@ -10,13 +10,14 @@ import json
 import os
 import platform
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from ..arguments.files import write_atomically
 from ..backend_torch.items import Items
@@ -29,7 +30,7 @@ from ..storage.snapshots import Snapshots
 from ..storage.step import Compressor
 from ..storage.window_state import WindowState
 from . import bounds
-from .call import Call, check_history, laid_out
+from .call import Call, History, check_history, laid_out
 
 VERSION = 1  # grows when a file of this version can no longer be read as it was
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8}
@@ -38,7 +39,7 @@ PLAN_TENSORS = [name for name in bounds.PLAN_SHAPES if name not in ("kv_table", 
 T = TypeVar("T")
 
 
-def tensors_of(call: Call) -> dict[str, torch.Tensor]:
+def tensors_of(call: Call) -> dict[str, Tensor]:
     """All tensors of a call, by the names that they have in the file."""
     plan = call.plan
     found = {f"plan.{name}": getattr(plan, name) for name in PLAN_TENSORS}
@@ -51,7 +52,7 @@ def tensors_of(call: Call) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
-def write(path: str | os.PathLike, call: Call, history: Sequence[torch.Tensor | None] | None, whole: bool) -> None:
+def write(path: str | os.PathLike, call: Call, history: History, whole: bool) -> None:
     safetensors, place = _safetensors(), Path(bounds.check_path(path, new=True))
     named = tensors_of(call) | {f"history.{b}": x for b, x in enumerate(history or ()) if x is not None}
     touched, stored, layouts = {} if whole else _touched(call), {}, {}
@@ -84,9 +85,7 @@ def write(path: str | os.PathLike, call: Call, history: Sequence[torch.Tensor | 
         raise OSError(f"path cannot be written, {place}: {error}") from None
 
 
-def read(
-    path: str | os.PathLike, device: torch.device, max_bytes: int | None
-) -> tuple[Call, list[torch.Tensor | None] | None, dict]:
+def read(path: str | os.PathLike, device: torch.device, max_bytes: int | None) -> tuple[Call, History, dict]:
     """The call with tensors of its own on `device`, its history, and the metadata; all checked before it is made use of."""
     text = bounds.check_path(path)
     if max_bytes is None:
@@ -117,9 +116,7 @@ def _check_version(path: str, said: dict[str, str]) -> None:
         raise ValueError(f"path must name a file of format version {VERSION}, {path} has {have}")
 
 
-def _make(
-    path: str, about: dict, file: Any, device: torch.device, max_bytes: int
-) -> tuple[Call, list[torch.Tensor | None] | None]:
+def _make(path: str, about: dict, file: Any, device: torch.device, max_bytes: int) -> tuple[Call, History]:
     """The call and its history: first what is small and bounds the rest, then the rest."""
     plan = _numbered(about["plan"])
     specs = [_built(f"compressors[{i}].spec", CompressorSpec, **one["spec"]) for i, one in enumerate(about["compressors"])]
@@ -154,14 +151,14 @@ def _safetensors() -> Any:
     return safetensors
 
 
-def _sum(tensor: torch.Tensor) -> int:
+def _sum(tensor: Tensor) -> int:
     return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 # What a call touches, so that a file need not hold the rest.
 
 
-def _touched(call: Call) -> dict[str, torch.Tensor]:
+def _touched(call: Call) -> dict[str, Tensor]:
     """Of tensors that are larger than a step: the indices, along their first dimension, that the call reads or writes."""
     plan, found, items = call.plan, {}, Items.of(call.plan)
     slot, sequence, start, end = torch.stack((items.slot, items.sequence, items.start, items.end)).unique(dim=1)
@@ -183,7 +180,7 @@ def _touched(call: Call) -> dict[str, torch.Tensor]:
     return found
 
 
-def _pages(table: torch.Tensor, row: torch.Tensor, first: torch.Tensor, end: torch.Tensor, size: int) -> torch.Tensor:
+def _pages(table: Tensor, row: Tensor, first: Tensor, end: Tensor, size: int) -> Tensor:
     """What a table says of the pages of positions `[first, end)` of each sequence, which has this row of the table."""
     inside = (row >= 0) & (row < table.shape[0])
     row, first, end = row[inside], first[inside, None], end[inside, None]
@@ -231,14 +228,14 @@ def _dtype(name: str, one: Any) -> torch.dtype:
     return _DTYPES[one.get_dtype()]
 
 
-def _checked(name: str, about: dict, file: Any) -> torch.Tensor:
+def _checked(name: str, about: dict, file: Any) -> Tensor:
     tensor = file.get_tensor(name)
     if _sum(tensor) != about["crc32"][name]:
         raise ValueError(f"tensor {name} is missing, new or changed")
     return tensor
 
 
-def _lay_out(name: str, about: dict, file: Any, partly: bool, device: torch.device) -> torch.Tensor:
+def _lay_out(name: str, about: dict, file: Any, partly: bool, device: torch.device) -> Tensor:
     layout, contents = about["tensors"][name], _checked(name, about, file)
     made = laid_out(layout["shape"], layout["stride"], layout["address"], contents.dtype, device)
     if partly:
@@ -274,8 +271,8 @@ def _numbered(numbers: dict) -> StepPlan:
     return plan
 
 
-def _compressor(i: int, numbers: dict, spec: CompressorSpec, named: dict[str, torch.Tensor]) -> Compressor:
-    def get(name: str) -> torch.Tensor | None:
+def _compressor(i: int, numbers: dict, spec: CompressorSpec, named: dict[str, Tensor]) -> Compressor:
+    def get(name: str) -> Tensor | None:
         return named.get(f"{i}.{name}")
 
     state, cache, snapshots, whose = numbers["state"], numbers["cache"], numbers["snapshots"], f"compressors[{i}]"

@@ -18,30 +18,22 @@ LONGEST = 1 << 20
 COLOURS = {"transformers": "#b5651d", "raw fp32 rows": "#7a7a7a", "kvfold": "#1f6f8b"}
 
 
-def window_weights(result: Result) -> tuple[torch.Tensor, int]:
-    """Softmax weight of each token in each window of the first HCA layer, in its most selective channel.
-
-    Returns:
-        fp32 `[windows, ratio]` and the channel.
-    """
-    name = next(n for n, spec in result.specs.items() if not spec.overlap)
-    spec = result.specs[name]
+def window_weights(result: Result) -> torch.Tensor:
+    """Softmax weight of each token in each window of the first HCA layer, fp32 `[windows, ratio, channels]`."""
+    name, spec = next((name, spec) for name, spec in result.specs.items() if not spec.overlap)
     scores = result.rows[name][:, spec.channels :].float().cpu()
-    windows = len(scores) // spec.ratio
-    weights = (scores[: windows * spec.ratio].view(windows, spec.ratio, -1) + result.biases[name].float().cpu()).softmax(1)
-    # Selective: few tokens share the weight in every window, measured by entropy.
-    entropy = -(weights * weights.clamp(min=1e-30).log()).sum(1).mean(0)
-    channel = int(entropy.argmin())
-    return weights[:, :, channel], channel
+    whole = scores[: len(scores) // spec.ratio * spec.ratio].unflatten(0, (-1, spec.ratio))
+    return (whole + result.biases[name].float().cpu()).softmax(1)
 
 
 def draw(result: Result, path: Path) -> None:
     """Writes the PNG to `path`, whose directory must exist."""
+    weights = window_weights(result)
     with matplotlib.rc_context({"font.family": "DejaVu Sans", "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(15, 8.2), dpi=110, facecolor="white", layout="constrained")
         grid = figure.add_gridspec(2, 2, height_ratios=(1.0, 1.15), width_ratios=(1.0, 1.0))
-        _draw_text(figure, figure.add_subplot(grid[0, :]), result)
-        _draw_channels(figure, figure.add_subplot(grid[1, 0]), result)
+        _draw_text(figure, figure.add_subplot(grid[0, :]), weights, result.tokens)
+        _draw_channels(figure, figure.add_subplot(grid[1, 0]), weights[0].T)
         _draw_bytes(figure.add_subplot(grid[1, 1]), result)
         drawn = io.BytesIO()
         figure.savefig(drawn)
@@ -49,13 +41,14 @@ def draw(result: Result, path: Path) -> None:
     Image.open(drawn).convert("RGB").quantize(192).save(path, optimize=True)
 
 
-def _draw_text(figure: Figure, axes, result: Result) -> None:  # type: ignore[no-untyped-def]
-    weights, channel = window_weights(result)
-    shown, ratio = weights[:SHOWN_WINDOWS], weights.shape[1]
+def _draw_text(figure: Figure, axes, weights: torch.Tensor, tokens: torch.Tensor) -> None:  # type: ignore[no-untyped-def]
+    """The most selective channel: few tokens share the weight in every window, measured by entropy."""
+    channel = int((weights * weights.clamp(min=1e-30).log()).sum(1).mean(0).argmax())
+    shown, ratio = weights[:SHOWN_WINDOWS, :, channel], weights.shape[1]
     image = axes.imshow(shown.numpy(), aspect="auto", cmap="YlGnBu", vmin=0, vmax=float(shown.max()))
     for window in range(len(shown)):
         for place in range(ratio):
-            value = int(result.tokens[window * ratio + place])
+            value = int(tokens[window * ratio + place])
             text = chr(value) if 32 < value < 127 else {32: "", 10: "↵"}.get(value, "·")
             dark = float(shown[window, place]) > 0.55 * float(shown.max())
             axes.text(place, window, text, ha="center", va="center", fontsize=6.3, family="DejaVu Sans Mono",
@@ -73,17 +66,13 @@ def _draw_text(figure: Figure, axes, result: Result) -> None:  # type: ignore[no
     figure.colorbar(image, ax=axes, pad=0.005, fraction=0.012, label="weight (sum 1)")
 
 
-def _draw_channels(figure: Figure, axes, result: Result) -> None:  # type: ignore[no-untyped-def]
-    name = next(n for n, spec in result.specs.items() if not spec.overlap)
-    spec = result.specs[name]
-    scores = result.rows[name][: spec.ratio, spec.channels :].float().cpu() + result.biases[name].float().cpu()
-    weights = scores.softmax(0).T  # [channels, tokens]
-    peak = weights.argmax(1)
-    ordered = weights[peak.argsort()]
+def _draw_channels(figure: Figure, axes, weights: torch.Tensor) -> None:  # type: ignore[no-untyped-def]
+    """weights: `[channels, ratio]`."""
+    ordered = weights[weights.argmax(1).argsort()]
     image = axes.imshow(
         ordered.clamp(min=1e-4).log10().numpy(), aspect="auto", cmap="magma", vmin=-4, vmax=0, interpolation="nearest"
     )
-    axes.set_title(f"Entry 0 in all {spec.head_dim} channels, ordered by the token that each favours", loc="left", fontsize=11)
+    axes.set_title(f"Entry 0 in all {len(weights)} channels, ordered by the token that each favours", loc="left", fontsize=11)
     axes.set_xlabel("token in its window")
     axes.set_ylabel("channel")
     axes.set_yticks([])

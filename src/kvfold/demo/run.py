@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..backend_torch.items import StateRows
 from ..compress import compress
 from ..plan import StepPlan
 from ..spec import CompressorSpec
@@ -88,11 +90,9 @@ def read_text(path: Path | None, most: int = MOST_TOKENS) -> tuple[torch.Tensor,
         path = design if here.parents[2].name == "src" and design.is_file() else here
     if not path.is_file():
         raise ValueError(f"--text must name a file, got {path}")
-    data = path.read_bytes()[:most]
+    data, least = path.read_bytes()[:most], f"{FEWEST_TOKENS} bytes, for ten entries at ratio 128"
     if len(data) < min(FEWEST_TOKENS, most):
-        raise ValueError(
-            f"--text must have at least {FEWEST_TOKENS} bytes, for ten entries at ratio 128; {path} has {len(data)}"
-        )
+        raise ValueError(f"--text must have at least {least}; {path} has {len(data)}")
     return torch.tensor(list(data))[None], path
 
 
@@ -131,42 +131,37 @@ def run(tokens: torch.Tensor, *, device: str, drafts: int, seed: int, advance: A
         decoded: how many tokens at the end are decoded one by one.
         advance: called with the number of tokens done since the last call.
     """
-    from ..integrations.transformers import patch, unpatch
+    from ..integrations.transformers import entries, patch, unpatch
 
-    model = build_model(seed, device)
-    tokens = tokens.to(device)
-    prefilled = tokens.shape[1] - decoded
-    plans = schedules(tokens.shape[1], prefilled, seed)
-    _read(model, tokens[:, :64], [60, 1, 1, 1, 1], _theirs, lambda n: None)  # warm up, not timed
-    theirs = {name: _read(model, tokens, lengths, _theirs, advance) for name, lengths in plans.items()}
+    def theirs_of(cache: Any, layer: int, what: str) -> torch.Tensor:
+        return cache.layers[layer].compressed_kv[what]
+
+    model, tokens, length = build_model(seed, device), tokens.to(device), tokens.shape[1]
+    parts, prefilled = _parts(model), length - decoded
+    plans = schedules(length, prefilled, seed)
+    _read(model, tokens[:, :64], [60, 1, 1, 1, 1], theirs_of)  # warm up, not timed
+    theirs = {name: _read(model, tokens, lengths, theirs_of, advance) for name, lengths in plans.items()}
     patch(model, max_new_tokens=1 + drafts)
-    _read(model, tokens[:, :64], [60, 1, 1, 1, 1], _ours, lambda n: None)
-    ours = {name: _read(model, tokens, lengths, _ours, advance) for name, lengths in plans.items() if name != "decode"}
-    with _recorded(model) as recorded:
-        ours["decode"] = _read(model, tokens, plans["decode"], _ours, advance)
+    _read(model, tokens[:, :64], [60, 1, 1, 1, 1], entries)
+    ours = {name: _read(model, tokens, plans[name], entries, advance) for name in ("prefill", "chunks")}
+    with _recorded(parts) as recorded:
+        ours["decode"] = _read(model, tokens, plans["decode"], entries, advance)
     rows = {name: torch.cat([torch.cat(kv), torch.cat(gate)], dim=1) for name, (kv, gate) in recorded.items()}
-    specs = {name: ours["decode"].cache.layers[name[0]].kvfold.folds[name[1]].spec for name in rows}
-    result = Result(
-        tokens=tokens[0].cpu(),
-        prefilled=prefilled,
-        specs=specs,
-        theirs=theirs,
-        ours=ours,
-        rows=rows,
-        biases={name: part.position_bias.detach() for name, part in _parts(model).items()},
-    )
+    specs = {(layer, what): ours["decode"].cache.layers[layer].kvfold.folds[what].spec for layer, what in parts}
+    biases = {name: part.position_bias.detach() for name, part in parts.items()}
+    result = Result(tokens[0].cpu(), prefilled, specs, theirs, ours, rows, biases)
     _compare(result)
-    steps = _draft_steps(tokens.shape[1], prefilled, drafts, seed)
+    steps = _draft_steps(length, prefilled, drafts, seed)
     result.draft_steps = len(steps)
     result.drafted = sum(new - 1 for _, new, _ in steps)
     result.rejected = sum(new - accepted for _, new, accepted in steps)
     _decode_with_drafts(model, tokens, steps, seed, result, advance)
-    for name, part in _parts(model).items():
+    for name, part in parts.items():
         result.identical[name] = _replay(result, name, part, steps, drafts, seed)
         if not all(result.identical[name]):
             result.problems.append(f"layer {name[0]} {name[1]}: entries or state after drafts are not bit-identical")
-        advance(tokens.shape[1] // len(specs))
-    advance(tokens.shape[1] % len(specs))
+        advance(length // len(parts))
+    advance(length % len(parts))
     unpatch(model)
     return result
 
@@ -181,48 +176,35 @@ def _parts(model: Any) -> dict[Name, Any]:
     return parts
 
 
-def _theirs(cache: Any, name: Name) -> torch.Tensor:
-    return cache.layers[name[0]].compressed_kv[name[1]]
-
-
-def _ours(cache: Any, name: Name) -> torch.Tensor:
-    from ..integrations.transformers import entries
-
-    return entries(cache, *name)
-
-
-def _read(model: Any, tokens: torch.Tensor, lengths: list[int], get: Callable, advance: Advance) -> Pass:
-    """Feeds `tokens` to `model` in pieces of these lengths, with a new cache."""
+def _read(
+    model: Any, tokens: torch.Tensor, lengths: list[int], get: Callable[..., torch.Tensor], advance: Advance | None = None
+) -> Pass:
+    """Feeds `tokens` to `model` in pieces of these lengths, with a new cache, whose entries `get` finds."""
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
     logits, milliseconds, buffered = [], [], dict.fromkeys(range(len(model.model.layers)), 0)
+    wait = torch.cuda.synchronize if tokens.is_cuda else lambda: None
     for piece in tokens.split(lengths, dim=1):
-        _wait(tokens.device)
+        wait()
         began = time.perf_counter()
-        out = model(piece, past_key_values=cache).logits[0]
-        _wait(tokens.device)
+        logits.append(model(piece, past_key_values=cache).logits[0])
+        wait()
         milliseconds.append(1e3 * (time.perf_counter() - began))
-        logits.append(out)
         for index, layer in enumerate(cache.layers):
             buffered[index] = max(buffered[index], _buffered(layer))
-        advance(piece.shape[1])
-    made = {name: get(cache, name)[0] for name in _parts(model)}
+        if advance:
+            advance(piece.shape[1])
+    made = {name: get(cache, *name)[0] for name in _parts(model)}
     return Pass(torch.cat(logits), made, milliseconds, buffered, cache)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 @contextmanager
-def _recorded(model: Any) -> Iterator[dict[Name, tuple[list[torch.Tensor], list[torch.Tensor]]]]:
+def _recorded(parts: dict[Name, Any]) -> Iterator[dict[Name, tuple[list[torch.Tensor], list[torch.Tensor]]]]:
     """Collects what the projections of every compressor return: `[tokens, channels]` pieces of K and of S."""
-    seen: dict[Name, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+    seen: dict[Name, tuple[list[torch.Tensor], list[torch.Tensor]]] = {name: ([], []) for name in parts}
     handles = []
-    for name, part in _parts(model).items():
-        seen[name] = ([], [])
+    for name, part in parts.items():
         for rows, projection in zip(seen[name], (part.kv_proj, part.gate_proj), strict=True):
             handles.append(projection.register_forward_hook(lambda m, a, out, rows=rows: rows.append(out[0])))
     try:
@@ -254,8 +236,8 @@ def largest(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def unexcused(ours: torch.Tensor, theirs: torch.Tensor) -> int:
     """Greedy tokens that differ although transformers' best two logits are more than twice the bound apart."""
-    best = theirs.topk(2, dim=-1).values
-    return int(((ours.argmax(-1) != theirs.argmax(-1)) & (best[:, 0] - best[:, 1] > 2 * BOUND)).sum())
+    best, second = theirs.topk(2, dim=-1).values.unbind(-1)
+    return int(((ours.argmax(-1) != theirs.argmax(-1)) & (best - second > 2 * BOUND)).sum())
 
 
 def _buffered(layer: Any) -> int:
@@ -315,24 +297,15 @@ def _replay(
     device, length = rows.device, rows.shape[0]
     state = FoldState.allocate(spec, 1, 1 + drafts, device=device)
     cache = EntryCache.allocate("fp32", 1, length // spec.ratio + 2, spec, device=device)
-    noise = torch.Generator().manual_seed(seed)
-    weights = {
-        "ape": part.position_bias.detach(),
-        "norm_weight": part.kv_norm.weight.detach(),
-        "rope": rope_table(part.rotary_emb, torch.arange(length + drafts, device=device)),
-    }
+    noise, ints = torch.Generator().manual_seed(seed), {"dtype": torch.int32, "device": device}
+    rope = rope_table(part.rotary_emb, torch.arange(length + drafts, device=device))
+    weights = {"ape": part.position_bias.detach(), "norm_weight": part.kv_norm.weight.detach(), "rope": rope}
+    where = {"state_slots": torch.zeros(1, **ints), "cache_block_table": torch.zeros(1, 1, **ints)}
     for start, new, accepted in [(0, result.prefilled, result.prefilled), *steps]:
         step = rows[start : start + new].clone()
         step[accepted:] = torch.randn(new - accepted, rows.shape[1], generator=noise).to(device)
-        plan = StepPlan.build(
-            spec.ratio,
-            torch.tensor([start], dtype=torch.int32, device=device),
-            torch.tensor([0, new], dtype=torch.int32, device=device),
-            new,
-            state_slots=torch.zeros(1, dtype=torch.int32, device=device),
-            cache_block_table=torch.zeros(1, 1, dtype=torch.int32, device=device),
-            rows_per_page=cache.rows_per_page,
-        )
+        begin, ends = torch.tensor([start], **ints), torch.tensor([0, new], **ints)
+        plan = StepPlan.build(spec.ratio, begin, ends, new, **where, rows_per_page=cache.rows_per_page)
         compress(step, plan, state, cache, spec=spec, **weights)
         if int(plan.errors):
             return False, False
@@ -341,36 +314,30 @@ def _replay(
     other = plain.cache.layers[name[0]].kvfold.folds[name[1]].state
     # At the end of a window an HCA step would read nothing, and that row is not kept; the one before says as much.
     kept = state.history_of(length) or range(length - 2, length - 1)
-    same_state = all(torch.equal(_bits(state_row(state, x)), _bits(state_row(other, x))) for x in kept)
-    return torch.equal(_bits(got), _bits(want)), same_state
+    return _same_bits(got, want), _same_bits(_state_rows(state, kept), _state_rows(other, kept))
 
 
-def state_row(state: FoldState, position: int) -> torch.Tensor:
-    """The row of slot 0 that stands for `position`, from its home or its spare row (DESIGN.md, State).
-
-    Raises:
-        LookupError: the state does not hold it.
-    """
-    for row in (position % state.ring, state.ring + position % state.history):
-        if int(state.positions[0, row]) == position:
-            return state.rows[0, row]
-    raise LookupError(f"the state holds no row for position {position}")
+def _state_rows(state: FoldState, positions: range) -> torch.Tensor:
+    """The rows of slot 0 that stand for these positions. Raises LookupError if it does not hold one of them."""
+    held, wanted = StateRows(state), torch.tensor(positions, device=state.device)
+    rows = held.find(torch.zeros_like(wanted), wanted)
+    if bool((rows < 0).any()):
+        raise LookupError(f"the state does not hold all of {positions}")
+    return held.data[rows]
 
 
-def _bits(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous().view(torch.int32)
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.int32), b.contiguous().view(torch.int32))
 
 
 def kept_bytes(result: Result) -> dict[str, Kept]:
     """What each system keeps for this model: state in fp32 as this model is, entries in `ENTRY_FORMAT` on all sides, so that
     they differ in state alone. That of transformers is measured, its unpooled rows at their most while decoding.
     """
-    cache = result.ours["decode"].cache
-    raw: dict[int, int] = {}
-    folded: dict[int, int] = {}
+    layers, raw, folded = result.ours["decode"].cache.layers, Counter(), Counter()
     for (layer, name), spec in result.specs.items():
-        raw[layer] = raw.get(layer, 0) + spec.window_rows * 2 * spec.channels * 4
-        folded[layer] = folded.get(layer, 0) + cache.layers[layer].kvfold.folds[name].state.bytes_per_slot
+        raw[layer] += spec.window_rows * 2 * spec.channels * 4
+        folded[layer] += layers[layer].kvfold.folds[name].state.bytes_per_slot
 
     def entries(context: int) -> int:
         row = FORMATS[ENTRY_FORMAT].page_bytes
@@ -385,6 +352,4 @@ def kept_bytes(result: Result) -> dict[str, Kept]:
 
 def kind(result: Result, name: Name) -> str:
     """`HCA`, `CSA` or `CSA indexer`."""
-    if name[1] == "indexer":
-        return "CSA indexer"
-    return "CSA" if result.specs[name].overlap else "HCA"
+    return "CSA indexer" if name[1] == "indexer" else "CSA" if result.specs[name].overlap else "HCA"

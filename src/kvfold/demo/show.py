@@ -9,20 +9,17 @@ from rich.table import Table
 
 from .run import BOUND, ENTRY_FORMAT, Result, kept_bytes, kind, largest, unexcused
 
-READINGS = {"prefill": "prefill", "chunks": "chunks", "decode": "decode"}
+READINGS = ("prefill", "chunks", "decode")
 
 
 def show(result: Result, console: Console) -> None:
     """All tables, then `result.problems` or a line that says there are none."""
-    console.print(_entries(result))
-    console.print(_logits(result))
-    console.print(_bytes(result))
-    console.print(_times(result))
+    for table in (_entries, _logits, _bytes, _times):
+        console.print(table(result))
     _drafts(result, console)
-    if result.problems:
-        for problem in result.problems:
-            console.print(f"[bold red]disagreement[/] {problem}")
-    else:
+    for problem in result.problems:
+        console.print(f"[bold red]disagreement[/] {problem}")
+    if not result.problems:
         console.print(f"[bold green]all agree[/] within {BOUND:g} (fp32), drafts to the bit")
 
 
@@ -30,41 +27,41 @@ def _number(value: float, bound: float = BOUND) -> str:
     return f"[{'green' if value <= bound else 'bold red'}]{value:.1e}[/]"
 
 
+def _table(title: str, *columns: str, words: int = 0) -> Table:
+    """A table of numbers but for the column `words`."""
+    table = Table(title=title)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == words else "right", no_wrap=i == words)
+    return table
+
+
 def _entries(result: Result) -> Table:
-    table = Table(title=f"Entries: largest difference from transformers (root mean square 1, bound {BOUND:g})")
-    for column in ("layer", "compressor", "ratio", "width", "entries", *READINGS.values()):
-        table.add_column(column, justify="left" if column == "compressor" else "right", no_wrap=column == "compressor")
+    title = f"Entries: largest difference from transformers (root mean square 1, bound {BOUND:g})"
+    table = _table(title, "layer", "compressor", "ratio", "width", "entries", *READINGS, words=1)
     for name, spec in result.specs.items():
+        sides = [(result.ours[reading].entries[name], result.theirs[reading].entries[name]) for reading in READINGS]
+        found = [_number(largest(a, b)) if len(a) == len(b) else "[bold red]count[/]" for a, b in sides]
         made = len(result.ours["decode"].entries[name])
-        differences = [
-            _number(largest(result.ours[r].entries[name], result.theirs[r].entries[name]))
-            if len(result.ours[r].entries[name]) == len(result.theirs[r].entries[name])
-            else "[bold red]count[/]"
-            for r in READINGS
-        ]
-        layer, ratio, width = str(name[0]), str(spec.ratio), str(spec.head_dim)
-        table.add_row(layer, kind(result, name), ratio, width, str(made), *differences)
+        table.add_row(str(name[0]), kind(result, name), *map(str, (spec.ratio, spec.head_dim, made)), *found)
     return table
 
 
 def _logits(result: Result) -> Table:
-    table = Table(title=f"Logits of {len(result.tokens)} tokens (bound {BOUND:g})")
-    for column in ("reading", "calls", "difference", "logits' spread", "same greedy token"):
-        table.add_column(column, justify="left" if column == "reading" else "right")
-    for reading, title in READINGS.items():
+    title = f"Logits of {len(result.tokens)} tokens (bound {BOUND:g})"
+    table = _table(title, "reading", "calls", "difference", "logits' spread", "same greedy token")
+    for reading in READINGS:
         ours, theirs = result.ours[reading], result.theirs[reading]
         same = float((ours.logits.argmax(-1) == theirs.logits.argmax(-1)).float().mean())
         excuse = "" if same == 1 or unexcused(ours.logits, theirs.logits) else " (ties)"
         difference, spread = _number(largest(ours.logits, theirs.logits)), f"{float(theirs.logits.std()):.2f}"
-        table.add_row(title, str(len(ours.milliseconds)), difference, spread, f"{same:.2%}{excuse}")
+        table.add_row(reading, str(len(ours.milliseconds)), difference, spread, f"{same:.2%}{excuse}")
     return table
 
 
 def _bytes(result: Result) -> Table:
     length = len(result.tokens)
-    table = Table(title=f"Bytes per sequence, all compressors, at {length} tokens")
-    for column in ("kept by", "HCA layer", "CSA layer", "all state", "entries", "together"):
-        table.add_column(column, justify="left" if column == "kept by" else "right", no_wrap=True)
+    title = f"Bytes per sequence, all compressors, at {length} tokens"
+    table = _table(title, "kept by", "HCA layer", "CSA layer", "all state", "entries", "together")
     hca = next(name[0] for name in result.specs if kind(result, name) == "HCA")
     csa = next(name[0] for name in result.specs if kind(result, name) == "CSA")
     for system, kept in kept_bytes(result).items():
@@ -78,9 +75,7 @@ def _bytes(result: Result) -> Table:
 
 
 def _times(result: Result) -> Table:
-    table = Table(title="Milliseconds per call of the whole model")
-    for column in ("call", "transformers", "kvfold"):
-        table.add_column(column, justify="left" if column == "call" else "right")
+    table = _table("Milliseconds per call of the whole model", "call", "transformers", "kvfold")
     sides = (result.theirs, result.ours)
     table.add_row(f"prefill of {len(result.tokens)} tokens", *(f"{side['prefill'].milliseconds[0]:.1f}" for side in sides))
     table.add_row("random chunks, mean call", *(f"{statistics.mean(side['chunks'].milliseconds):.1f}" for side in sides))
