@@ -42,9 +42,9 @@ def aot(
 
     console = make_console()
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
-    wrong = [name for name in dtype or () if name not in dtypes]
-    if wrong:
-        raise typer.BadParameter(f"--dtype must be bf16 or fp32, got {wrong[0]!r}")
+    for name in dtype or ():
+        if name not in dtypes:
+            raise typer.BadParameter(f"--dtype must be bf16 or fp32, got {name!r}")
     with make_progress(console) as progress:
         task = progress.add_task("", total=None)
         try:

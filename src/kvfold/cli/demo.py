@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from ..arguments.files import check_writable, write_atomically
 from .failures import MOST_SEED, stop
-from .show import check_device, make_console
+from .show import check_device, make_console, make_progress
 
 
 def demo(
@@ -38,13 +37,10 @@ def demo(
     picture = out / "kvfold-demo.png"
     check_writable(picture)
     console.print(f"{ids.shape[1]} bytes of {path.name} through 2 HCA and 2 CSA layers, fp32 on {device}, seed {seed}")
-    columns = (TextColumn("reading"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("reading", total=job.work(ids.shape[1]))
-        result = job.run(
-            ids, device=device, drafts=drafts, seed=seed, decoded=decode or job.DECODED,
-            advance=lambda done: progress.advance(task, done),
-        )  # fmt: skip
+    with make_progress(console) as progress:
+        task = progress.add_task("tokens read", total=job.work(ids.shape[1]))
+        how = {"device": device, "drafts": drafts, "seed": seed, "decoded": decode or job.DECODED}
+        result = job.run(ids, advance=lambda done: progress.advance(task, done), **how)
     show(result, console)
     with write_atomically(picture) as beside:
         draw(result, beside)

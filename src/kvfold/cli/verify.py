@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +18,7 @@ from .failures import MOST_SEED, stop
 from .show import check_device, make_console, make_progress
 
 if TYPE_CHECKING:
-    from ..verify.cases import Case, Result
+    from ..verify.cases import Result
 
 
 def verify(
@@ -87,7 +86,14 @@ def _run_list(
     if not cases:
         raise typer.BadParameter(f"--only must be in the line of some case, got {only!r}")
     _headline(console, f"{len(cases)} cases", about)
-    results = _show(console, cases, run(cases), about["backend"])
+    results = []
+    with make_progress(console) as progress:
+        task = progress.add_task("", total=len(cases))
+        for result in run(cases):
+            results.append(result)
+            progress.update(task, advance=1, description=escape(result.name))
+            if not result.skipped:
+                _show(console, result, about["backend"])
     failed, skipped = sum(bool(r.problem) for r in results), Counter(r.skipped for r in results if r.skipped)
     ran, seconds = len(results) - skipped.total(), sum(r.seconds for r in results)
     left = [f"{count} skipped: {reason}" for reason, count in skipped.items()]
@@ -101,22 +107,12 @@ def _run_list(
     return {"failed": failed, "skipped": skipped.total(), "results": rows}, failed
 
 
-def _show(console: Console, cases: list[Case], found: Iterable[Result], backend: str) -> list[Result]:
-    """A line for each case that ran."""
-    results = []
-    with make_progress(console) as progress:
-        task = progress.add_task("", total=len(cases))
-        for result in found:
-            results.append(result)
-            progress.update(task, advance=1, description=escape(result.name))
-            if result.skipped:
-                continue
-            verdict = "[green]pass[/]" if result.passed else "[bold red]FAIL[/]"
-            line = f"{verdict} {escape(f'{result.group}: {result.name}, {backend}')}  {result.figure}  {result.seconds:.1f} s"
-            console.print(line, soft_wrap=True, highlight=False)
-            if not result.passed:
-                console.print(f"     {result.problem}", style="red", soft_wrap=True, highlight=False, markup=False)
-    return results
+def _show(console: Console, result: Result, backend: str) -> None:
+    verdict = "[green]pass[/]" if result.passed else "[bold red]FAIL[/]"
+    line = f"{verdict} {escape(f'{result.group}: {result.name}, {backend}')}  {result.figure}  {result.seconds:.1f} s"
+    console.print(line, soft_wrap=True, highlight=False)
+    if not result.passed:
+        console.print(f"     {result.problem}", style="red", soft_wrap=True, highlight=False, markup=False)
 
 
 def _run_random(

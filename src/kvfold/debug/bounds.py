@@ -67,7 +67,9 @@ def check_path(path: str | os.PathLike, *, new: bool = False) -> str:
 
     (safetensors would put its file in the place of a device, too.)
     """
-    text = path_text(path)
+    text = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if not isinstance(text, str):
+        raise TypeError(f"path must be a str or an os.PathLike of one, got {type(text).__name__}")
     try:
         kind = os.stat(text).st_mode
     except FileNotFoundError:
@@ -79,14 +81,6 @@ def check_path(path: str | os.PathLike, *, new: bool = False) -> str:
     if not stat.S_ISREG(kind):
         raise ValueError(f"path must name a file, {text} is {'a folder' if stat.S_ISDIR(kind) else 'a pipe or a device'}")
     return text
-
-
-def path_text(path: str | os.PathLike) -> str:
-    if isinstance(path, os.PathLike):
-        path = os.fspath(path)
-    if not isinstance(path, str):
-        raise TypeError(f"path must be a str or an os.PathLike of one, got {type(path).__name__}")
-    return path
 
 
 def parse(text: str) -> object:
@@ -308,18 +302,14 @@ def check_within(name: str, values: torch.Tensor, low: int, high: int) -> None:
         raise ValueError(f"{name} must be from {low} to {high}, got {int(values.min())} to {int(values.max())}")
 
 
-def room_of(about: dict, dtypes: Mapping[str, torch.dtype], rows: int) -> dict[str, int]:
-    """Bytes of memory by what takes them: the call's tensors, and what the torch backend makes of so many rows of windows."""
+def check_room(path: str, about: dict, stored: Mapping[str, tuple[torch.dtype, list[int]]], rows: int, most: int) -> None:
+    """Bounds the memory of the call's tensors, and what the torch backend makes of so many rows of windows."""
     need = {}
     for name, layout in about["tensors"].items():
-        size = 16 + spread_of(layout["shape"], layout["stride"])[1] * dtypes[name].itemsize
+        size = 16 + spread_of(layout["shape"], layout["stride"])[1] * stored[name][0].itemsize
         need[f"tensors.{name} of shape {layout['shape']} and strides {layout['stride']}"] = size
     for i, one in enumerate(about["compressors"]):
         need[f"plan.items for compressors[{i}]"] = WORK * rows * one["spec"]["head_dim"]
-    return need
-
-
-def check_room(path: str, need: dict[str, int], most: int) -> None:
     total = sum(need.values())
     if total > most:
         what = max(need, key=need.__getitem__)

@@ -125,8 +125,7 @@ def _make(path: str, about: dict, file: Any, device: torch.device, max_bytes: in
     bounds.check_stored(about, stored)
     small = {name: _checked(name, about, file) for name in ("plan.items", "plan.num_items", "plan.entry_items")}
     rows = bounds.check_items(about["plan"], *small.values(), "plan.kv_table" in about["tensors"])
-    need = bounds.room_of(about, {name: dtype for name, (dtype, _) in stored.items()}, rows)
-    bounds.check_room(path, need, max_bytes)
+    bounds.check_room(path, about, stored, rows, max_bytes)
     named = {name: _lay_out(name, about, file, name + ".kept" in stored, device) for name in about["tensors"]}
     for name in PLAN_TENSORS:
         setattr(plan, name, named.get(f"plan.{name}"))
@@ -261,7 +260,7 @@ def _built(whose: str, kind: Callable[..., T], /, *args: Any, **fields: Any) -> 
 
 
 def _numbered(numbers: dict) -> StepPlan:
-    """The plan, of which the tensors are still missing; `check` makes another one of its numbers."""
+    """The plan, of which the tensors are still missing."""
     plan = StepPlan()
     for name in bounds.NUMBERS:
         setattr(plan, name, numbers[name])

@@ -17,7 +17,6 @@ from ..storage.snapshots import Snapshots
 from ..storage.step import Compressor
 from ..storage.window_state import WindowState
 from . import file as debug_file
-from .bounds import path_text
 from .call import Call, check_history, check_outside
 from .check import Report, compare
 
@@ -67,7 +66,6 @@ def dump(
         ImportError: without safetensors (`pip install "kvfold[debug]"`).
     """
     check_outside("dump", kv_score)
-    path_text(path)
     check_switch("pdl", pdl)
     if not isinstance(whole, bool):
         raise TypeError(f"whole must be a bool, got {type(whole).__name__}")
@@ -160,7 +158,6 @@ def replay(
         OSError: for no file, or one that may not be read.
         ImportError: without safetensors (`pip install "kvfold[debug]"`).
     """
-    path_text(path)
     if max_bytes is not None:
         check_int("max_bytes", max_bytes, 0, 1 << 62)
     place = _device(device)

@@ -17,6 +17,7 @@ def build_model(seed: int, device: str) -> DeepseekV4ForCausalLM:
         seed: of all weights. Uses and restores the global CPU generator.
         device: `"cpu"` or `"cuda"`; weights are drawn on the CPU, so they do not depend on it.
     """
+    yarn = {"rope_type": "yarn", "factor": 16, "original_max_position_embeddings": 65536, "beta_fast": 32, "beta_slow": 1}
     config = DeepseekV4Config(
         vocab_size=256,
         hidden_size=128,
@@ -33,13 +34,7 @@ def build_model(seed: int, device: str) -> DeepseekV4ForCausalLM:
         index_n_heads=4,
         hc_mult=2,
         hc_sinkhorn_iters=4,
-        rope_parameters={
-            "rope_type": "yarn",
-            "factor": 16,
-            "original_max_position_embeddings": 65536,
-            "beta_fast": 32,
-            "beta_slow": 1,
-        },
+        rope_parameters=yarn,
         initializer_range=0.08,
         bos_token_id=None,
         eos_token_id=None,
@@ -51,9 +46,7 @@ def build_model(seed: int, device: str) -> DeepseekV4ForCausalLM:
             for name, parameter in model.named_parameters():
                 if name.endswith("position_bias"):
                     parameter.normal_(std=0.5)
-                elif ".compressor" in name and name.endswith("gate_proj.weight"):
-                    # Scores spread by about 2: some tokens of a window matter much more than others.
+                # Scores spread by about 2, so that some tokens of a window matter much more than others; so do logits.
+                elif name == "lm_head.weight" or (".compressor" in name and name.endswith("gate_proj.weight")):
                     parameter.normal_(std=2.0 * config.hidden_size**-0.5)
-                elif name == "lm_head.weight":
-                    parameter.normal_(std=2.0 * config.hidden_size**-0.5)  # logits of magnitude 2, not of 0.01
     return model.to(device)

@@ -14,12 +14,10 @@ from typing import Any
 import torch
 
 from ..backend_torch.items import StateRows
-from ..compress import compress
-from ..plan import StepPlan
 from ..spec import CompressorSpec
-from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState
 from ..storage.formats import FORMATS
+from ..testing.engine import Engine, Part, Step
 from .model import build_model
 
 FEWEST_TOKENS = 1500
@@ -59,7 +57,7 @@ class Kept:
 
 @dataclass
 class Result:
-    """What the demo found; `problems` is empty when all agreed within the stated bounds."""
+    """What the demo found; `problems` is empty when all agreed within the stated bounds. steps: see `_draft_steps`."""
 
     tokens: torch.Tensor
     prefilled: int
@@ -68,9 +66,7 @@ class Result:
     ours: dict[str, Pass]
     rows: dict[Name, torch.Tensor]
     biases: dict[Name, torch.Tensor]
-    drafted: int = 0
-    rejected: int = 0
-    draft_steps: int = 0
+    steps: list[tuple[int, int, int]]
     draft_logits: float = 0.0
     identical: dict[Name, tuple[bool, bool]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -149,15 +145,12 @@ def run(tokens: torch.Tensor, *, device: str, drafts: int, seed: int, advance: A
     rows = {name: torch.cat([torch.cat(kv), torch.cat(gate)], dim=1) for name, (kv, gate) in recorded.items()}
     specs = {(layer, what): ours["decode"].cache.layers[layer].kvfold.folds[what].spec for layer, what in parts}
     biases = {name: part.position_bias.detach() for name, part in parts.items()}
-    result = Result(tokens[0].cpu(), prefilled, specs, theirs, ours, rows, biases)
-    _compare(result)
     steps = _draft_steps(length, prefilled, drafts, seed)
-    result.draft_steps = len(steps)
-    result.drafted = sum(new - 1 for _, new, _ in steps)
-    result.rejected = sum(new - accepted for _, new, accepted in steps)
-    _decode_with_drafts(model, tokens, steps, seed, result, advance)
+    result = Result(tokens[0].cpu(), prefilled, specs, theirs, ours, rows, biases, steps)
+    _compare(result)
+    _decode_with_drafts(model, tokens, result, seed, advance)
     for name, part in parts.items():
-        result.identical[name] = _replay(result, name, part, steps, drafts, seed)
+        result.identical[name] = _replay(result, name, part, drafts)
         if not all(result.identical[name]):
             result.problems.append(f"layer {name[0]} {name[1]}: entries or state after drafts are not bit-identical")
         advance(length // len(parts))
@@ -258,9 +251,7 @@ def _draft_steps(length: int, prefilled: int, drafts: int, seed: int) -> list[tu
     return steps
 
 
-def _decode_with_drafts(
-    model: Any, tokens: torch.Tensor, steps: list[tuple[int, int, int]], seed: int, result: Result, advance: Advance
-) -> None:
+def _decode_with_drafts(model: Any, tokens: torch.Tensor, result: Result, seed: int, advance: Advance) -> None:
     """Decodes through the whole model; rejected drafts are wrong bytes, and kvfold is told only where to go on."""
     from transformers import DynamicCache
 
@@ -270,7 +261,7 @@ def _decode_with_drafts(
     cache, want, differences = DynamicCache(config=model.config), result.ours["decode"].logits, []
     model(tokens[:, : result.prefilled], past_key_values=cache)
     advance(result.prefilled)
-    for start, new, accepted in steps:
+    for start, new, accepted in result.steps:
         piece = tokens[:, start : start + new].clone()
         wrong = torch.randint(1, 256, (new - accepted,), generator=draw).to(tokens.device)
         piece[0, accepted:] = (piece[0, accepted:] + wrong) % 256
@@ -283,44 +274,34 @@ def _decode_with_drafts(
         result.problems.append(f"drafts: logits differ from those of plain decoding by more than {BOUND:g}")
 
 
-def _replay(
-    result: Result, name: Name, part: Any, steps: list[tuple[int, int, int]], drafts: int, seed: int
-) -> tuple[bool, bool]:
+def _replay(result: Result, name: Name, part: Any, drafts: int) -> tuple[bool, bool]:
     """Drafts on the recorded rows of the plain run: are entries and final state the same bits?
 
     A matrix product rounds differently for different batch shapes, so the bits of a run of the model are promised only from
-    `kv_score` on. Accepted tokens get the rows that the plain run had, rejected ones noise.
+    `kv_score` on. Accepted tokens get the rows that the plain run had, rejected ones NaN.
     """
     from ..integrations.transformers import rope_table
 
     rows, spec, plain = result.rows[name], result.specs[name], result.ours["decode"]
-    device, length = rows.device, rows.shape[0]
-    state = FoldState.allocate(spec, 1, 1 + drafts, device=device)
-    cache = EntryCache.allocate("fp32", 1, length // spec.ratio + 2, spec, device=device)
-    noise, ints = torch.Generator().manual_seed(seed), {"dtype": torch.int32, "device": device}
-    rope = rope_table(part.rotary_emb, torch.arange(length + drafts, device=device))
-    weights = {"ape": part.position_bias.detach(), "norm_weight": part.kv_norm.weight.detach(), "rope": rope}
-    where = {"state_slots": torch.zeros(1, **ints), "cache_block_table": torch.zeros(1, 1, **ints)}
-    for start, new, accepted in [(0, result.prefilled, result.prefilled), *steps]:
-        step = rows[start : start + new].clone()
-        step[accepted:] = torch.randn(new - accepted, rows.shape[1], generator=noise).to(device)
-        begin, ends = torch.tensor([start], **ints), torch.tensor([0, new], **ints)
-        plan = StepPlan.build(spec.ratio, begin, ends, new, **where, rows_per_page=cache.rows_per_page)
-        compress(step, plan, state, cache, spec=spec, **weights)
-        if int(plan.errors):
-            return False, False
-    want = plain.entries[name]
-    got = cache.read(torch.arange(len(want), device=device))
+    length, rope = len(rows), rope_table(part.rotary_emb, torch.arange(len(rows), device=rows.device))
+    weights = {"spec": spec, "ape": part.position_bias.detach(), "norm_weight": part.kv_norm.weight.detach(), "rope": rope}
+    engine = Engine.make([rows], weights, fmt="fp32", most=1 + drafts, rows=None)
+    steps = [(0, result.prefilled, result.prefilled), *result.steps]
+    try:
+        engine.run([Step(new, (Part(0, start, new, accepted),)) for start, new, accepted in steps])
+    except AssertionError:  # refused
+        return False, False
     other = plain.cache.layers[name[0]].kvfold.folds[name[1]].state
     # At the end of a window an HCA step would read nothing, and that row is not kept; the one before says as much.
-    kept = state.history_of(length) or range(length - 2, length - 1)
-    return _same_bits(got, want), _same_bits(_state_rows(state, kept), _state_rows(other, kept))
+    kept = other.history_of(length) or range(length - 2, length - 1)
+    states = _state_rows(engine.state, engine.slots[0], kept), _state_rows(other, 0, kept)
+    return _same_bits(engine.entries()[0], plain.entries[name]), _same_bits(*states)
 
 
-def _state_rows(state: FoldState, positions: range) -> torch.Tensor:
-    """The rows of slot 0 that stand for these positions. Raises LookupError if it does not hold one of them."""
+def _state_rows(state: FoldState, slot: int, positions: range) -> torch.Tensor:
+    """The rows of a slot that stand for these positions. Raises LookupError if it does not hold one of them."""
     held, wanted = StateRows(state), torch.tensor(positions, device=state.device)
-    rows = held.find(torch.zeros_like(wanted), wanted)
+    rows = held.find(torch.full_like(wanted, slot), wanted)
     if bool((rows < 0).any()):
         raise LookupError(f"the state does not hold all of {positions}")
     return held.data[rows]

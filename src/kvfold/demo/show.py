@@ -84,10 +84,12 @@ def _times(result: Result) -> Table:
 
 
 def _drafts(result: Result, console: Console) -> None:
-    if not result.drafted:
+    drafted = sum(new - 1 for _, new, _ in result.steps)
+    rejected = sum(new - accepted for _, new, accepted in result.steps)
+    if not drafted:
         console.print("No drafts asked for.")
     console.print(
-        f"Drafts: {result.draft_steps} steps, {result.rejected} of {result.drafted} proposals rejected: the next step just"
+        f"Drafts: {len(result.steps)} steps, {rejected} of {drafted} proposals rejected: the next step just"
         " starts at a smaller position. Logits of accepted tokens differ from plain decoding by"
         f" {_number(result.draft_logits)}."
     )
@@ -97,5 +99,5 @@ def _drafts(result: Result, console: Console) -> None:
     console.print(
         f"Bits: {entries} entries of {len(result.identical)} compressors and their final state are {verdict} to the plain run."
         " (Bits are promised from the projected rows on: a matrix product itself rounds differently for another batch"
-        " shape, so accepted tokens get the rows recorded in the plain run, rejected ones noise.)"
+        " shape, so accepted tokens get the rows recorded in the plain run, rejected ones NaN.)"
     )
