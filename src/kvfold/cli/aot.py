@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from .explain import parse_spec
-from .failures import stop
+from .failures import stop, wrong_arguments
 from .show import make_console, make_progress, print_table
 
 
@@ -45,21 +45,18 @@ def aot(
     for name in dtype or ():
         if name not in dtypes:
             raise typer.BadParameter(f"--dtype must be bf16 or fp32, got {name!r}")
+    specs = [one for text in spec or ("hca", "csa", "indexer") for one in _specs(text)]
+    formats = [None if name == "rows" else name for name in fmt or ("rows", *FORMATS)]
     with make_progress(console) as progress:
         task = progress.add_task("", total=None)
+
+        def show(done: int, total: int, name: str) -> None:
+            progress.update(task, completed=done, total=total, description=escape(name))
+
         try:
-            report = compile_all(
-                target,
-                out,
-                [one for text in spec or ("hca", "csa", "indexer") for one in _specs(text)],
-                [None if name == "rows" else name for name in fmt or ("rows", *FORMATS)],
-                dtypes=[dtypes[name] for name in dtype or ("bf16",)],
-                strict=strict,
-                workers=workers,
-                progress=lambda done, total, name: progress.update(task, completed=done, total=total, description=escape(name)),
-            )
-        except (TypeError, ValueError) as error:
-            raise typer.BadParameter(str(error)) from None
+            with wrong_arguments(TypeError, ValueError):
+                how = {"dtypes": [dtypes[name] for name in dtype or ("bf16",)], "strict": strict, "workers": workers}
+                report = compile_all(target, out, specs, formats, progress=show, **how)
         except (ImportError, RuntimeError) as error:
             raise stop(str(error), "kvfold aot") from None
     print_table(console, f"Kernels for {report.target}", COLUMNS, [kernel.cells() for kernel in report.kernels])
@@ -70,12 +67,9 @@ def aot(
 
 
 def _specs(text: str) -> list:
-    """One, or those of the table."""
     if text == "table":
         from ..precompile.combinations import SPECS
 
         return list(SPECS)
-    try:
+    with wrong_arguments(TypeError, ValueError, option="--spec"):
         return [parse_spec(text)]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"--spec: {error}") from None

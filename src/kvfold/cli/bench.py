@@ -55,11 +55,7 @@ def bench(
 
 
 def folder() -> Path:
-    """The folder `benchmarks`: inside an installed package, or at the root of a checkout.
-
-    Raises:
-        FileNotFoundError: in neither place.
-    """
+    """The folder `benchmarks`: inside an installed package, or at the root of a checkout."""
     for place in (PACKAGE / "benchmarks", PACKAGE.parents[1] / "benchmarks"):
         if (place / "lib" / "protocol.py").is_file():
             return place

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..arguments.files import check_writable, write_atomically
-from .failures import MOST_SEED, stop
+from .failures import MOST_SEED, stop, wrong_arguments
 from .show import check_device, make_console, make_progress
 
 
@@ -30,10 +30,8 @@ def demo(
     except ImportError as error:
         raise stop(f"needs {error.name}: pip install 'kvfold[demo]'", "kvfold demo") from None
     check_device(device)
-    try:
+    with wrong_arguments(ValueError):
         ids, path = job.read_text(text, tokens or job.MOST_TOKENS)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
     picture = out / "kvfold-demo.png"
     check_writable(picture)
     console.print(f"{ids.shape[1]} bytes of {path.name} through 2 HCA and 2 CSA layers, fp32 on {device}, seed {seed}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from .failures import wrong_arguments
 from .show import make_console, print_table
 
 if TYPE_CHECKING:
@@ -35,17 +36,11 @@ def explain(
     from ..explain import explain as find
     from ..storage.formats import get_format
 
-    try:
+    with wrong_arguments(ValueError, option="--format"):
         known = None if fmt is None else get_format(fmt)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--format") from None
-    try:
-        said = find(
-            parse_spec(spec), start, new, max_new_tokens=max_new_tokens, fmt=known, rows_per_page=rows_per_page,
-            state=state.value, page_size=page_size,
-        )  # fmt: skip
-    except (TypeError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from None
+    how = {"max_new_tokens": max_new_tokens, "rows_per_page": rows_per_page, "state": state.value, "page_size": page_size}
+    with wrong_arguments(TypeError, ValueError):
+        said = find(parse_spec(spec), start, new, fmt=known, **how)
     _show(said, fmt, make_console())
 
 

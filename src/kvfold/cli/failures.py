@@ -80,6 +80,15 @@ def one_line(ctx: Any = None) -> Iterator[None]:
     raise typer.Exit(code)
 
 
+@contextmanager
+def wrong_arguments(*kinds: type[Exception], option: str | None = None) -> Iterator[None]:
+    """Errors of these kinds say which argument is wrong; option: where they do not."""
+    try:
+        yield
+    except kinds as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None
+
+
 def say(words: str, command: str = "kvfold") -> None:
     """One line on stderr, if anybody can still read it."""
     with suppress(OSError):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-from importlib import metadata
 from typing import Annotated
 
 import typer
@@ -34,14 +32,9 @@ MORE = ("page of 64", "tail at", "floor", "pad", "bf16 first", "e2m1 ties")
 def _versions() -> Rows:
     import torch
 
-    from .._version import __version__
+    from ..debug.file import versions
 
-    rows = [("python", platform.python_version()), ("kvfold", __version__)]
-    for package in ("torch", "triton", "transformers"):
-        try:
-            rows.append((package, metadata.version(package)))
-        except metadata.PackageNotFoundError:
-            rows.append((package, "not installed"))
+    rows = list(versions("torch", "triton", "transformers").items())
     if torch.cuda.is_available():
         from ..backend_triton.launcher import supports_pdl
 

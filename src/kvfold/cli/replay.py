@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .failures import wrong_arguments
 from .show import make_console
 
 
@@ -27,12 +28,10 @@ def replay(
     from ..debug.replay import replay as again
 
     console = make_console()
-    try:
+    with wrong_arguments(ImportError, OSError, RuntimeError, TypeError, ValueError):
         if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"--device must be cpu (no GPU here), got {device!r}")
         made = again(file, device=device, backend=backend, max_bytes=max_bytes)
-    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from None
     console.print(str(made), soft_wrap=True, highlight=False, markup=False)
     if check:
         report = made.check()

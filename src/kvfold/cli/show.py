@@ -55,7 +55,7 @@ def print_table(console: Console, title: str, columns: Sequence[str], rows: Sequ
         console.print(table)
         return
     if title:
-        console.print(f"[bold]{title}[/]", soft_wrap=True, highlight=False)
+        console.print(f"[bold]{title}[/]", highlight=False)
     for row in rows:
         rest = "; ".join(f"{column}: {cell}" for column, cell in zip(columns[1:], row[1:], strict=True)).replace("\n", ", ")
         text = Text.assemble((row[0], "bold"), f"  {rest}")

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..arguments.files import check_writable, write_atomically
-from .failures import MOST_SEED, stop
+from .failures import MOST_SEED, stop, wrong_arguments
 from .show import check_device, make_console, make_progress
 
 if TYPE_CHECKING:
@@ -79,10 +79,8 @@ def _run_list(
     from ..verify.cases import list_cases
     from ..verify.cases import verify as run
 
-    try:
+    with wrong_arguments(ValueError):
         cases = [case for case in list_cases(device, backend=backend, quick=quick) if only in f"{case.group}: {case.name}"]
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
     if not cases:
         raise typer.BadParameter(f"--only must be in the line of some case, got {only!r}")
     _headline(console, f"{len(cases)} cases", about)
@@ -121,10 +119,8 @@ def _run_random(
     """Drawn cases; a summary, and how many failed. Of each that fails its program is printed."""
     from ..verify.run import summary, verify_random
 
-    try:
+    with wrong_arguments(ValueError):
         found = verify_random(cases, seed, device=device, backend=backend, first=first, workers=workers)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
     _headline(console, f"{cases} random cases of seed {seed}", about)
     outcomes = []
     with make_progress(console) as progress:

@@ -37,7 +37,6 @@ NUMBERS = {  # of a plan, and what each may be
     "page_size": (1, INT32_MAX), "snapshot_page_size": (1, MOST_PAGE),
 }  # fmt: skip
 LEFT_OUT = ("rows_per_page", "page_size", "snapshot_page_size")
-FLOATS, INTS = (torch.float32, torch.bfloat16), (torch.int32,)
 PLAN_SHAPES = {  # in numbers of the plan; None for any
     "start_pos": ("batch",), "cu_seqlens": ("batch + 1",), "state_slots": ("batch",), "cache_block_table": ("batch", None),
     "entry_slots": ("entry_capacity",), "snapshot_table": ("batch", None), "cu_entries": ("batch + 1",),
@@ -50,12 +49,10 @@ _ANNOTATED = {  # how a field is written, and what JSON makes of it
     "tuple[int, ...]": (list,),
 }  # fmt: skip
 STATES = {None: (), "FoldState": ("state.rows", "state.positions"), "WindowState": ("state.kv", "state.score")}
-DTYPES = {  # of a compressor's tensors, as files name them
-    "kv_score": FLOATS, "ape": (torch.float32,), "norm_weight": FLOATS, "rope": (torch.float32,), "state.rows": FLOATS,
-    "state.positions": INTS, "state.kv": FLOATS, "state.score": FLOATS, "cache.pages": (torch.uint8,),
-    "cache.scale_pages": (torch.uint8,), "snapshots.rows": FLOATS, "snapshots.positions": INTS,
-}  # fmt: skip
-POOLS = DTYPES.keys() - {"kv_score", "ape", "norm_weight"}  # of which a file may have only some rows
+# A compressor's tensors; of pools a file may have only some rows.
+POOLS = ("rope", "state.rows", "state.positions", "state.kv", "state.score", "cache.pages", "cache.scale_pages",
+         "snapshots.rows", "snapshots.positions")  # fmt: skip
+TENSORS = ("kv_score", "ape", "norm_weight", *POOLS)
 
 
 class RoomError(Exception):
@@ -63,10 +60,7 @@ class RoomError(Exception):
 
 
 def check_path(path: str | os.PathLike, *, new: bool = False) -> str:
-    """A path that may be read as a file: neither a folder nor a pipe, which would block. new: or at which one may come.
-
-    (safetensors would put its file in the place of a device, too.)
-    """
+    """A path that may be read as a file: neither a folder nor a pipe, which would block. new: or at which one may come."""
     text = os.fspath(path) if isinstance(path, os.PathLike) else path
     if not isinstance(text, str):
         raise TypeError(f"path must be a str or an os.PathLike of one, got {type(text).__name__}")
@@ -223,7 +217,7 @@ def _check_layout(name: str, layout: dict) -> None:
 
 
 def check_stored(about: dict, stored: Mapping[str, tuple[torch.dtype, list[int]]]) -> None:
-    """Names, dtypes and shapes of the tensors in the file against the metadata, before any is read."""
+    """Names and shapes of the tensors in the file against the metadata, before any is read; the call checks their dtypes."""
     layouts, plan = about["tensors"], about["plan"]
     for name in sorted(stored.keys() | layouts.keys() | about["crc32"].keys()):
         whose = name.removesuffix(".kept")
@@ -231,29 +225,20 @@ def check_stored(about: dict, stored: Mapping[str, tuple[torch.dtype, list[int]]
         if name not in stored or name not in about["crc32"] or whose not in layouts or (whose != name and not pool):
             raise ValueError(f"tensor {_short(name)[1:-1]} is missing, new or changed")
     for name, layout in layouts.items():
-        dtype, shape = stored[name]
-        what, kept = name.partition(".")[2], stored.get(f"{name}.kept")
-        if name.startswith("plan."):
-            accepted = (torch.int64,) if what == "entry_slots" else INTS
-        else:
-            accepted = DTYPES.get(what, FLOATS)
-        if dtype not in accepted:
-            raise ValueError(f"tensor {name} must be {' or '.join(map(str, accepted))}, got {dtype}")
-        due = layout["shape"]
+        (dtype, shape), kept = stored[name], stored.get(f"{name}.kept")
+        due, stride = layout["shape"], layout["stride"]
+        # Rows of kv_score may share bytes, as after `expand`; nothing that is written may.
+        inner = 1 if name.endswith(".kv_score") or name.startswith("history.") else 0
+        if _overlap(due[inner:], stride[inner:]):
+            raise ValueError(f"tensors.{name}.stride must keep its elements apart, got {stride} for {due}")
+        if layout["address"] % dtype.itemsize:
+            raise ValueError(f"tensors.{name}.address must be a multiple of {dtype.itemsize}, got {layout['address']}")
         if kept is not None:
             if kept[0] != torch.int64 or len(kept[1]) != 1 or kept[1][0] > due[0]:
                 raise ValueError(f"tensor {name}.kept must be torch.int64 [{due[0]}] at most, got {kept[0]} {kept[1]}")
             due = [*kept[1], *due[1:]]
         if shape != due:
             raise ValueError(f"tensor {name} must have shape {due}, got {shape}")
-        # Rows of kv_score may share bytes, as after `expand`; nothing that is written may.
-        inner = 1 if what == "kv_score" or name.startswith("history.") else 0
-        if _overlap(layout["shape"][inner:], layout["stride"][inner:]):
-            raise ValueError(
-                f"tensors.{name}.stride must keep its elements apart, got {layout['stride']} for {layout['shape']}"
-            )
-        if layout["address"] % dtype.itemsize:
-            raise ValueError(f"tensors.{name}.address must be a multiple of {dtype.itemsize}, got {layout['address']}")
     if ("plan.kv_table" in layouts) == ("plan.state_slots" in layouts):  # what else goes together `StepPlan` checks
         raise ValueError("tensors must have either plan.state_slots or plan.kv_table")
     sizes = plan | {"batch + 1": plan["batch"] + 1, "8": len(ITEM_FIELDS), "1": 1, None: None}

@@ -31,8 +31,9 @@ def exact_of_call(c: Compressor, plan: StepPlan, made: Items, history: History, 
         history: `full_history` of `check`.
         got: pooled rows of the call by entry, for channels that may be infinite or NaN: those are as in `got` then.
     """
-    spec, found, known, bounds = c.spec, [], [], []
-    starts = plan.start_pos.tolist()
+    spec, starts = c.spec, plan.start_pos.tolist()
+    none = torch.zeros(0, spec.head_dim, dtype=torch.float64, device=got.device)
+    found, known, bounds = [none], [none.long()[:, 0]], [none[:, :1]]
     for b, _, start, end, token in heads(made):
         before = c.kv_score[:0] if start == 0 else None if history is None or start != starts[b] else history[b]
         if before is None:
@@ -50,9 +51,6 @@ def exact_of_call(c: Compressor, plan: StepPlan, made: Items, history: History, 
         mean = size_of(exact_rows(sizes, spec, c.ape, c.state)[window])
         # A row of zeros has roundings of the values that cancel in it, and of nothing else.
         bounds.append(pooled_worst(spec.window_rows) * mean / size_of(exact).clamp(min=torch.finfo(torch.float32).tiny))
-    if not known:
-        nothing = torch.zeros(0, spec.head_dim, device=got.device)
-        return nothing, torch.zeros(0, dtype=torch.int64, device=got.device), nothing[:, :1]
     bound = torch.cat(bounds).clamp(min=pooled_bound(spec.window_rows))
     return torch.cat(found), torch.cat(known), bound
 

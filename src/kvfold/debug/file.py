@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .._version import __version__
 from ..arguments.files import write_atomically
 from ..backend_torch.items import Items
 from ..plan import StepPlan
@@ -46,14 +47,14 @@ def tensors_of(call: Call) -> dict[str, Tensor]:
     found["plan.kv_table"], found["plan.score_table"] = plan.block_tables or (None, None)
     found["rows"] = call.rows
     for i, c in enumerate(call.compressors):
-        for name in bounds.DTYPES:
+        for name in bounds.TENSORS:
             part, _, field = name.rpartition(".")
             found[f"{i}.{name}"] = getattr(getattr(c, part) if part else c, field, None)
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def write(path: str | os.PathLike, call: Call, history: History, whole: bool) -> None:
-    safetensors, place = _safetensors(), Path(bounds.check_path(path, new=True))
+    safetensors, place = _safetensors(), Path(bounds.check_path(path, new=True))  # it would take the place of a device, too
     named = tensors_of(call) | {f"history.{b}": x for b, x in enumerate(history or ()) if x is not None}
     touched, stored, layouts = {} if whole else _touched(call), {}, {}
     for name, tensor in named.items():
@@ -68,7 +69,7 @@ def write(path: str | os.PathLike, call: Call, history: History, whole: bool) ->
         "backend": call.backend,
         "pdl": call.pdl,
         "device": _device(call.plan.items.device),
-        "versions": _versions(),
+        "versions": versions("torch", "triton"),
         "plan": {name: getattr(call.plan, name) for name in bounds.NUMBERS},
         "compressors": [_numbers(c) for c in call.compressors],
         "tensors": layouts,
@@ -202,15 +203,14 @@ def _numbers(c: Compressor) -> dict:
     }
 
 
-def _versions() -> dict[str, str]:
-    from .._version import __version__
-
-    found = {"kvfold": __version__, "python": platform.python_version()}
-    for package in ("torch", "triton"):
+def versions(*packages: str) -> dict[str, str]:
+    """Of Python, kvfold and these packages."""
+    found = {"python": platform.python_version(), "kvfold": __version__}
+    for package in packages:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "none"
+            found[package] = "not installed"
     return found
 
 

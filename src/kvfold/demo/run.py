@@ -76,9 +76,6 @@ def read_text(path: Path | None, most: int = MOST_TOKENS) -> tuple[torch.Tensor,
     """The first `most` bytes of a file as token ids, int64 `[1, n]`, and the path used.
 
     Without a path it is the repository's DESIGN.md, or this module where kvfold was installed without its repository.
-
-    Raises:
-        ValueError: no such file, or too short.
     """
     if path is None:
         here = Path(__file__).resolve()
