@@ -54,7 +54,7 @@ def tensors_of(call: Call) -> dict[str, Tensor]:
 
 
 def write(path: str | os.PathLike, call: Call, history: History, whole: bool) -> None:
-    safetensors, place = _safetensors(), Path(bounds.check_path(path, new=True))  # it would take the place of a device, too
+    safetensors, place = _safetensors(), Path(bounds.check_path(path, new=True))  # safetensors writes over devices, too
     named = tensors_of(call) | {f"history.{b}": x for b, x in enumerate(history or ()) if x is not None}
     touched, stored, layouts = {} if whole else _touched(call), {}, {}
     for name, tensor in named.items():
