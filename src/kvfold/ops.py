@@ -14,6 +14,7 @@ from itertools import islice
 
 import torch
 from torch._subclasses import FakeTensor
+from torch.utils._pytree import tree_leaves
 
 from .arguments.checks import check_type
 from .calls.run import run_compress, run_many, run_restore, run_store, run_update
@@ -122,11 +123,9 @@ def mark_static(*things: FoldState | WindowState | EntryCache | Snapshots | Plan
         if not isinstance(thing, (FoldState, WindowState, EntryCache, Snapshots, PlanData, torch.Tensor)):
             kinds = "a state, a cache, snapshots, a plan or a tensor"
             raise TypeError(f"things[{i}] must be {kinds}, got {type(thing).__name__}")
-        held = [thing] if isinstance(thing, torch.Tensor) else vars(thing).values()
-        for value in held:
-            for tensor in value if isinstance(value, tuple) else (value,):
-                if isinstance(tensor, torch.Tensor):
-                    torch._dynamo.mark_static_address(tensor, guard=False)
+        for tensor in tree_leaves(thing if isinstance(thing, torch.Tensor) else vars(thing)):
+            if isinstance(tensor, torch.Tensor):
+                torch._dynamo.mark_static_address(tensor, guard=False)
 
 
 def _call(operator: torch._ops.OpOverloadPacket, *args: object) -> None:
@@ -315,14 +314,10 @@ def _define(name: str, arguments: tuple[str, ...], run: Callable[..., None]) -> 
     torch.library.register_fake(name, lambda *args: None, lib=_LIBRARY)
 
 
-def _named(group: tuple[str, ...], i: int) -> tuple[str, ...]:
-    return tuple(f"{argument}_{i}" for argument in group)
-
-
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _define("compress", FOLD_PLAN + FOLD + ROWS + HOW, _compress)
 _define("compress_window", PLAN + TABLES + WINDOW + ROWS + HOW, _compress_window)
-_define("compress_many", FOLD_PLAN + _named(FOLD, 0) + _named(FOLD, 1) + HOW, _compress_many)
+_define("compress_many", (*FOLD_PLAN, *(f"{argument}_{i}" for i in (0, 1) for argument in FOLD), *HOW), _compress_many)
 _define("store", ("Tensor rows", *PLAN, *SPEC, *CACHE, *WEIGHTS[1:], *HOW), _store)
 _define("restore", SPEC + STATE + KEPT + HITS, _restore)
 _define("update", ("Tensor start_pos", "Tensor cu_seqlens", *WHOLE_PLAN), _update)

@@ -27,14 +27,12 @@ def restore_torch(
     h0 = history_starts(state.spec, state.kind, start)
     reads = fine & (h0 < start)
     fine &= ~reads | ((pages >= 0) & (pages < snapshots.num_pages))
-    for row in range(snapshots.rows_per_page):
-        known = fine & reads
-        fine[known] = snapshots.positions[pages[known], row] == h0[known] + row
+    known = fine & reads
+    position = h0[:, None] + torch.arange(snapshots.rows_per_page, device=h0.device)
+    fine[known] = (snapshots.positions[pages[known]] == position[known]).all(1)
     errors += (wanted & ~fine).sum().int()
-    fine &= wanted
     state.positions[slots[wanted & there]] = -1
-    for row in range(snapshots.rows_per_page):
-        known = fine & reads
-        slot, x = slots[known], h0[known] + row
-        state.rows[slot, x % state.ring] = snapshots.rows[pages[known], row].view(-1, *state.rows.shape[2:])
-        state.positions[slot, x % state.ring] = x.int()
+    known = fine & reads & wanted
+    at = slots[known][:, None], position[known] % state.ring
+    state.rows[at] = snapshots.rows[pages[known]].view(*at[1].shape, *state.rows.shape[2:])
+    state.positions[at] = position[known].int()
