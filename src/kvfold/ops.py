@@ -23,7 +23,7 @@ from .storage.cache import EntryCache
 from .storage.fold_state import FoldState
 from .storage.remembered import check_made
 from .storage.snapshots import Snapshots
-from .storage.step import LIVE, Compressor, PlanData
+from .storage.step import LIVE, Compressor, Hits, PlanData
 from .storage.window_state import WindowState
 
 # Operators are global to a process: each copy of the package, loaded under a name of its own, has its own.
@@ -96,11 +96,11 @@ def store(c: Compressor, plan: PlanData, backend: str | None, pdl: bool | None) 
     _call(OPS.store, c.kv_score, *_plan(plan, _PLAN), *_to_cache(c), c.norm_weight, c.rope, backend, pdl)
 
 
-def restore(state: FoldState, snapshots: Snapshots, *hits: object) -> None:
-    """`kvfold.restore` while it is traced; `hits` are its other arguments, as in `HITS`."""
+def restore(state: FoldState, snapshots: Snapshots, hits: Hits, backend: str | None) -> None:
+    """`kvfold.restore` while it is traced."""
     check_type("snapshots", snapshots, Snapshots)
     check_spec("spec", state.spec)
-    _call(OPS.restore, state.spec._text, *_state(state), *_snapshots(snapshots, state.spec), *hits)
+    _call(OPS.restore, state.spec._text, *_state(state), *_snapshots(snapshots, state.spec), *hits, backend)
 
 
 def update(plan: PlanData, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
@@ -290,9 +290,9 @@ def _store(rows: torch.Tensor, *args: object) -> None:
 
 
 def _restore(*args: object) -> None:
-    (text,), state, kept, hits = _cut(args, SPEC, STATE, KEPT, HITS)
+    (text,), state, kept, (*hits, backend) = _cut(args, SPEC, STATE, KEPT, HITS)
     spec = _spec_of(text)
-    run_restore(FoldState(spec, *state), Snapshots(spec, *kept), *hits)
+    run_restore(FoldState(spec, *state), Snapshots(spec, *kept), Hits(*hits), backend)
 
 
 def _update(start_pos: torch.Tensor, cu_seqlens: torch.Tensor, *flat: object) -> None:

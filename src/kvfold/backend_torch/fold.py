@@ -176,7 +176,6 @@ def _wanted(c: Compressor, held: StateRows, position: torch.Tensor, end: torch.T
 def _store_snapshots(new: _Kept, items: Items, plan: PlanData, snapshots: Snapshots) -> None:
     """Writes those of the rows that belong to the snapshot of a page, each where the plan's table says."""
     table, size = plan.snapshot_table, snapshots.page_size
-    assert table is not None
     new = new.where(snapshots.of(new.position) & (new.position // size < table.shape[1]))
     target = table[items.sequence[new.item], new.position // size].long()
     wrong = (target < -1) | (target >= snapshots.num_pages)

@@ -58,7 +58,6 @@ def update_torch(plan: PlanData, start_pos: torch.Tensor, cu_seqlens: torch.Tens
 
 def _fill_entry_slots(plan: PlanData, first: torch.Tensor, entries: torch.Tensor) -> None:
     table, rows = plan.cache_block_table, plan.rows_per_page
-    assert table is not None and rows is not None and plan.entry_slots is not None
     if table.shape[1] == 0:
         plan.entry_slots.fill_(-1)
         plan.errors.add_(plan.cu_entries[-1:])

@@ -7,19 +7,14 @@ import torch
 from ..contract import MOST_POSITIONS
 from ..storage.fold_state import FoldState
 from ..storage.snapshots import Snapshots
+from ..storage.step import Hits
 from .items import history_starts
 
 
 @torch.inference_mode()
-def restore_torch(
-    state: FoldState,
-    snapshots: Snapshots,
-    slots: torch.Tensor,
-    pages: torch.Tensor,
-    start: torch.Tensor,
-    errors: torch.Tensor,
-) -> None:
+def restore_torch(state: FoldState, snapshots: Snapshots, hits: Hits) -> None:
     """`restore` after its arguments were checked."""
+    slots, pages, start, _ = (x.long() for x in hits)
     wanted = (slots != -1) & (start != 0)
     there = (slots >= 0) & (slots < state.num_slots)
     fine = there & (start > 0) & (start <= MOST_POSITIONS)
@@ -30,7 +25,7 @@ def restore_torch(
     known = fine & reads
     position = h0[:, None] + torch.arange(snapshots.rows_per_page, device=h0.device)
     fine[known] = (snapshots.positions[pages[known]] == position[known]).all(1)
-    errors += (wanted & ~fine).sum().int()
+    hits.errors.add_((wanted & ~fine).sum().int())
     state.positions[slots[wanted & there]] = -1
     known = fine & reads & wanted
     at = slots[known][:, None], position[known] % state.ring

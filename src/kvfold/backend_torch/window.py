@@ -10,7 +10,7 @@ import torch
 from ..spec import CompressorSpec
 from ..storage.pack import bf16_bits
 from ..storage.step import Compressor, PlanData
-from .finish import emit
+from .finish import emit, slots_of
 from .items import Items
 
 
@@ -46,7 +46,6 @@ def compress_window_torch(c: Compressor, plan: PlanData, rows: torch.Tensor | No
     items = items[usable]
     if items.window.numel() == 0:
         return
-    assert plan.block_tables is not None
     value, score = Pages(state.kv, plan.block_tables[0]), Pages(state.score, plan.block_tables[1])
 
     ends = items.entry >= 0
@@ -55,7 +54,8 @@ def compress_window_torch(c: Compressor, plan: PlanData, rows: torch.Tensor | No
     made = items[ends & ~missing & ~bad]
     pooled = _pool(made, c, value, score)  # all old rows are read before any is written
     bad |= _write(items, c, value, score)
-    plan.errors.add_((bad | missing & _wanted(items, plan)).sum().int())
+    wanted = (items.entry >= plan.entry_capacity) | (slots_of(items, plan) >= 0)
+    plan.errors.add_((bad | missing & wanted).sum().int())
     emit(pooled, made, plan, c, rows)
 
 
@@ -126,12 +126,3 @@ def _write(items: Items, c: Compressor, value: Pages, score: Pages) -> torch.Ten
         pages.pool[page[there], x[there] % pages.pool.shape[1]] = row[there]
         bad[item[wrong]] = True
     return bad
-
-
-def _wanted(items: Items, plan: PlanData) -> torch.Tensor:
-    """Whether somebody takes the entry of each item: one that its slot drops need not be there."""
-    beyond = items.entry >= plan.entry_capacity
-    if plan.entry_slots is None or plan.entry_capacity == 0:
-        return torch.ones_like(beyond)
-    slot = plan.entry_slots[torch.where((items.entry >= 0) & ~beyond, items.entry, 0)]
-    return beyond | (slot >= 0)

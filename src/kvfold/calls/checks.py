@@ -26,7 +26,7 @@ from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState
 from ..storage.remembered import Layer, Met, check_made, where
 from ..storage.snapshots import Snapshots
-from ..storage.step import Compressor, PlanData, plan_places
+from ..storage.step import Compressor, Hits, PlanData, plan_places
 from ..storage.window_state import WindowState
 
 BACKENDS = ("triton", "torch")
@@ -193,7 +193,6 @@ def _meet(c: Compressor, plan: PlanData) -> Met:
     owner = c.cache if c.state is None else c.state
     tokens, weights, layer = _tokens(c), (c.ape, c.norm_weight, c.rope), owner._layer
     if layer is None or not layer.same(tokens, weights):
-        _check_ratio(c, plan)
         if c.state is not None:
             _check_state(c)
         _check_epilogue(c)
@@ -223,15 +222,11 @@ def _check_state(c: Compressor) -> None:
         _check_snapshots(c.snapshots, state)
 
 
-def _check_ratio(c: Compressor, plan: PlanData) -> None:
+def _check_plan(c: Compressor, plan: PlanData) -> None:
+    """Checks that a plan is for this layer."""
     if plan.ratio != c.spec.ratio:
         raise ValueError(f"plan must be for ratio {c.spec.ratio}, got ratio {plan.ratio}")
     check_device("plan", plan.items, c.kv_score.device)
-
-
-def _check_plan(c: Compressor, plan: PlanData) -> None:
-    """Checks that a plan is for this layer."""
-    _check_ratio(c, plan)
     if c.cache is not None:
         if plan.entry_slots is None:
             raise ValueError("plan must have entry_slots or a cache_block_table when a cache is given, got neither")
@@ -298,7 +293,6 @@ def check_store(c: Compressor, plan: PlanData, backend: str | None) -> str:
     check_spec("spec", c.spec)
     check_made("plan", plan, PlanData)
     check_made("cache", cache, EntryCache)
-    assert cache is not None
     met = _meet(c, plan)
     check_tensor("rows", rows, (plan.entry_capacity, c.spec.head_dim), _FLOATS, cache.device)
     start = rows.data_ptr()
@@ -308,27 +302,19 @@ def check_store(c: Compressor, plan: PlanData, backend: str | None) -> str:
     return chosen
 
 
-def check_restore(
-    state: FoldState,
-    snapshots: Snapshots,
-    slots: torch.Tensor,
-    pages: torch.Tensor,
-    start_pos: torch.Tensor,
-    errors: torch.Tensor,
-    backend: str | None,
-) -> str:
+def check_restore(state: FoldState, snapshots: Snapshots, hits: Hits, backend: str | None) -> str:
     """Checks the arguments of `restore` and returns the backend to use."""
     check_made("state", state, FoldState)
     chosen = choose_backend(backend, "state", state.rows)
     _check_snapshots(snapshots, state)
-    check_tensor("slots", slots, (None,), (torch.int32,), state.device)
-    check_tensor("pages", pages, tuple(slots.shape), (torch.int32,), state.device)
-    check_tensor("start_pos", start_pos, tuple(slots.shape), (torch.int32,), state.device)
-    check_tensor("errors", errors, (1,), (torch.int32,), state.device)
-    written = (("state", state.rows), ("state", state.positions), ("errors", errors))
-    read = (("snapshots", snapshots.rows), ("snapshots", snapshots.positions))
-    read += (("slots", slots), ("pages", pages), ("start_pos", start_pos))
-    check_apart([*(Place(name, x, written=True) for name, x in written), *(Place(name, x) for name, x in read)])
+    check_tensor("slots", hits.slots, (None,), (torch.int32,), state.device)
+    count = hits.slots.shape[0]
+    for name, size in (("pages", count), ("start_pos", count), ("errors", 1)):
+        check_tensor(name, getattr(hits, name), (size,), (torch.int32,), state.device)
+    places = [Place("state", x, written=True) for x in state._tensors]
+    places += [Place("errors", hits.errors, written=True), *(Place("snapshots", x) for x in snapshots._tensors)]
+    places += [Place(name, getattr(hits, name)) for name in ("slots", "pages", "start_pos")]
+    check_apart(places)
     return chosen
 
 

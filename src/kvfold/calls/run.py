@@ -15,7 +15,7 @@ from ..backend_torch.restore import restore_torch
 from ..backend_torch.window import compress_window_torch
 from ..storage.fold_state import FoldState
 from ..storage.snapshots import Snapshots
-from ..storage.step import Compressor, PlanData
+from ..storage.step import Compressor, Hits, PlanData
 from .checks import check_compress, check_many, check_restore, check_store, check_update
 
 
@@ -63,22 +63,14 @@ def run_store(c: Compressor, plan: PlanData, backend: str | None, pdl: bool | No
         _triton().store_triton(c.kv_score, plan, c.cache, c.spec, c.norm_weight, c.rope, pdl)
 
 
-def run_restore(
-    state: FoldState,
-    snapshots: Snapshots,
-    slots: torch.Tensor,
-    pages: torch.Tensor,
-    start_pos: torch.Tensor,
-    errors: torch.Tensor,
-    backend: str | None,
-) -> None:
-    chosen = check_restore(state, snapshots, slots, pages, start_pos, errors, backend)
-    if slots.shape[0] == 0:
+def run_restore(state: FoldState, snapshots: Snapshots, hits: Hits, backend: str | None) -> None:
+    chosen = check_restore(state, snapshots, hits, backend)
+    if hits.slots.shape[0] == 0:
         return
     if chosen == "torch":
-        restore_torch(state, snapshots, slots.long(), pages.long(), start_pos.long(), errors)
+        restore_torch(state, snapshots, hits)
     else:
-        _triton().restore_triton(state, snapshots, slots, pages, start_pos, errors)
+        _triton().restore_triton(state, snapshots, *hits)
 
 
 def run_update(plan: PlanData, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:

@@ -162,6 +162,10 @@ class EntryCache(Checked):
         return {name: field[0] for name, field in read_fields(self, torch.tensor([slot], device=self.device)).items()}
 
 
+def _made_again(scales: torch.Tensor | None, scale: float, *rest: object) -> EntryCache:
+    return EntryCache(*rest, scales=scales, scale=scale)  # type: ignore[arg-type]
+
+
 def _check_layout(fmt: RecordFormat, rows_per_page: int, spec: CompressorSpec) -> None:
     check_spec("spec", spec)
     check_int("rows_per_page", rows_per_page, 1, 1 << 20)
@@ -219,7 +223,3 @@ def _byte_pages(name: str, storage: torch.Tensor, encoding: str, page_bytes: int
     pages = flat.view(torch.uint8)[:, :page_bytes]
     check_memory(name, pages, fake=True)  # a view made inside of a transform is none of plain memory
     return pages
-
-
-def _made_again(scales: torch.Tensor | None, scale: float, *rest: object) -> EntryCache:
-    return EntryCache(*rest, scales=scales, scale=scale)  # type: ignore[arg-type]

@@ -126,18 +126,11 @@ class RecordFormat:
 
     def constants(self, spec: CompressorSpec) -> dict[str, object]:
         """What the kernels' epilogue is compiled for."""
+        same = ("round_rows", "element", "group", "scale", "floor", "divide", "rotated_bf16", "round_values", "ties_to_zero")
         return {
-            "ROUND_ROWS": self.round_rows,
-            "ELEMENT": self.element,
-            "GROUP": self.group,
-            "SCALE": self.scale,
-            "FLOOR": self.floor,
+            **{name.upper(): getattr(self, name) for name in same},
             "FLOOR_ON_SCALE": self.floor_on == "scale",
-            "DIVIDE": self.divide,
-            "ROTATED_BF16": self.rotated_bf16,
             "PAD": self.pad if self.pad_written else 0,
-            "ROUND_VALUES": self.round_values,
-            "TIES_TO_ZERO": self.ties_to_zero,
             "ROW_BYTES": self.row_bytes(spec),
             "TAIL_BYTES": self.tail_bytes(spec),
         }

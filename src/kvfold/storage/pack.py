@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
+from torch.nn.functional import pad
 
 from ..spec import CompressorSpec
 from .formats import RecordFormat
@@ -51,10 +52,7 @@ def pack_records(cache: Records, slots: torch.Tensor, entries: torch.Tensor) -> 
         amax = grouped.abs().nan_to_num(nan=0.0, posinf=float("inf")).amax(-1)
         stored, factor = group_scale(amax, fmt, cache.scale)
         values = (grouped / factor[..., None] if fmt.divide else grouped * factor[..., None]).flatten(1)
-        tail = stored
-        if fmt.pad_written:
-            tail = torch.cat((stored, stored.new_zeros(len(stored), fmt.pad)), dim=1)
-        scatter(*tail_address(cache, slots), tail)
+        scatter(*tail_address(cache, slots), pad(stored, (0, fmt.pad if fmt.pad_written else 0)))
     if fmt.element == "e4m3":
         record = e4m3_bytes(values)
     else:
@@ -123,10 +121,10 @@ def read_fields(cache: Records, slots: torch.Tensor) -> dict[str, torch.Tensor]:
         fields["rotated"] = rotated.contiguous().view(torch.bfloat16)
     if fmt.scale_bytes:
         tail = gather(*tail_address(cache, slots), fmt.tail_bytes(spec))
-        scales, pad = tail.tensor_split([fmt.groups(spec) * fmt.scale_bytes], dim=1)
+        scales, unused = tail.tensor_split([fmt.groups(spec) * fmt.scale_bytes], dim=1)
         fields["scales"] = scales.contiguous().view(_DTYPES[fmt.scale])
         if fmt.pad:
-            fields["pad"] = pad
+            fields["pad"] = unused
     return fields
 
 
@@ -153,7 +151,6 @@ def unpack_records(cache: Records, slots: torch.Tensor) -> torch.Tensor:
 def _divide(a: torch.Tensor | float, b: torch.Tensor | float) -> torch.Tensor:
     """a / b, correctly rounded on every device; one of the two is a tensor."""
     like = a if isinstance(a, torch.Tensor) else b
-    assert isinstance(like, torch.Tensor)
     a, b = (x if isinstance(x, torch.Tensor) else torch.full_like(like, x) for x in (a, b))
     return a / b
 

@@ -38,6 +38,15 @@ class Compressor(NamedTuple):
     snapshots: Snapshots | None = None
 
 
+class Hits(NamedTuple):
+    """What `restore` is to do, slot by slot; the arguments are its own."""
+
+    slots: torch.Tensor
+    pages: torch.Tensor
+    start_pos: torch.Tensor
+    errors: torch.Tensor
+
+
 class PlanData(Checked):
     """The bounds and tensors of a `StepPlan`, which says what they are; an operator's plan of one call is this alone."""
 
@@ -89,22 +98,17 @@ class PlanData(Checked):
             if self.cache_block_table is not None:
                 raise ValueError("entry_slots and cache_block_table exclude each other, got both")
             check_tensor("entry_slots", self.entry_slots, (None,), (torch.int64,), device, fake=True)
-        most = min(batch * self.max_new_tokens, INT32_MAX)
-        if self.max_tokens is not None:
-            check_int("max_tokens", self.max_tokens, 0, INT32_MAX)
-            most = min(self.max_tokens, most)
-        self.max_tokens = most
+        if self.max_tokens is None:
+            self.max_tokens = INT32_MAX
+        check_int("max_tokens", self.max_tokens, 0, INT32_MAX)
+        self.max_tokens = min(self.max_tokens, batch * self.max_new_tokens)
         self._check_places(device)
         self._set_capacities()
         if self.cache_block_table is not None:
             self.entry_slots = torch.empty(self.entry_capacity, dtype=torch.int64, device=device)
-        self.start_pos = torch.empty_like(start_pos)
-        self.cu_seqlens = torch.empty_like(cu_seqlens)
-        self.cu_entries = torch.zeros_like(cu_seqlens)
-        self.items = torch.zeros(self.item_capacity, len(ITEM_FIELDS), dtype=torch.int32, device=device)
-        self.num_items = torch.zeros(1, dtype=torch.int32, device=device)
-        self.entry_items = torch.full((self.entry_capacity,), -1, dtype=torch.int32, device=device)
-        self.errors = torch.zeros(1, dtype=torch.int32, device=device)
+        for name, shape in self._shapes().items():
+            setattr(self, name, torch.zeros(shape, dtype=torch.int32, device=device))
+        self.entry_items.fill_(-1)
 
     def _set_capacities(self) -> None:
         """Most work items and entries of a step; entries are those that the caller has slots for, or as many as can be."""
@@ -124,17 +128,21 @@ class PlanData(Checked):
                 f"of {ratio} in {batch} sequences"
             )
 
-    def _check(self) -> None:
-        for name in ("ratio", "max_new_tokens", "batch", "entry_capacity", "item_capacity", *["max_tokens"] * self._whole):
-            check_int(name, getattr(self, name), 0, INT32_MAX)
-        device, ints = getattr(self.items, "device", None), (torch.int32,)
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the int32 tensors that are the plan's own."""
         shapes = {"items": (self.item_capacity, len(ITEM_FIELDS)), "num_items": (1,), "errors": (1,)}
         if self._whole:
             shapes |= {"start_pos": (self.batch,), "cu_seqlens": (self.batch + 1,)}
         if self._whole or self.block_tables is not None:
             shapes |= {"cu_entries": (self.batch + 1,), "entry_items": (self.entry_capacity,)}
-        for name, shape in shapes.items():
-            check_tensor(name, getattr(self, name), shape, ints, device, fake=True)
+        return shapes
+
+    def _check(self) -> None:
+        for name in ("ratio", "max_new_tokens", "batch", "entry_capacity", "item_capacity", *["max_tokens"] * self._whole):
+            check_int(name, getattr(self, name), 0, INT32_MAX)
+        device = getattr(self.items, "device", None)
+        for name, shape in self._shapes().items():
+            check_tensor(name, getattr(self, name), shape, (torch.int32,), device, fake=True)
         if self.entry_slots is not None or self.cache_block_table is not None:
             check_tensor("entry_slots", self.entry_slots, (self.entry_capacity,), (torch.int64,), device, fake=True)
         self._check_places(device)
