@@ -146,10 +146,14 @@ def _known(c: Compressor, plan: PlanData) -> Met | None:
     met = None if layer is None else layer.met(plan)
     if met is None or layer.tokens != _tokens(c):
         return None
+    held = [*c.state._watched, *plan._watched]
+    for thing in (c.cache, c.snapshots):
+        if thing is not None:
+            held += thing._watched
     given = layer.given((c.ape, c.norm_weight, c.rope))
     if given is None:
         return None
-    return met if met.where == where(_watched(c, plan) + given) else None  # a weight that died changes their number
+    return met if met.where == where(held + given) else None  # where a weight died that is now None, their numbers differ
 
 
 def _tokens(c: Compressor) -> tuple:
@@ -163,14 +167,6 @@ def _tokens(c: Compressor) -> tuple:
     )
 
 
-def _watched(c: Compressor, plan: PlanData) -> list[torch.Tensor]:
-    held = [*c.state._watched, *plan._watched]
-    for thing in (c.cache, c.snapshots):
-        if thing is not None:
-            held += thing._watched
-    return held
-
-
 def _check_fixed(c: Compressor, plan: PlanData) -> Met:
     """Checks what a layer passes in every step, and the plan."""
     state = c.state
@@ -181,10 +177,10 @@ def _check_fixed(c: Compressor, plan: PlanData) -> Met:
     for name, thing, kind in (("cache", c.cache, EntryCache), ("snapshots", c.snapshots, Snapshots)):
         if thing is not None:
             check_made(name, thing, kind)
-    met = _meet(c, plan)
-    kept = state._tensors[0]
+    met, kept = _meet(c, plan), state._tensors[0]
+    held = [x for thing in (state, plan, c.cache, c.snapshots) if thing is not None for x in thing._watched]
     met.device, met.rows_in_bf16 = kept.device, isinstance(state, FoldState) and kept.dtype is torch.bfloat16
-    met.where = where([*_watched(c, plan), *(x for x in (c.ape, c.norm_weight, c.rope) if x is not None)])
+    met.where = where([*held, *(x for x in (c.ape, c.norm_weight, c.rope) if x is not None)])
     return met
 
 
