@@ -277,7 +277,8 @@ def _compress_window(*args: object) -> None:
 
 def _compress_many(*args: object) -> None:
     flat, *both, how = _cut(args, FOLD_PLAN, FOLD, FOLD, HOW)
-    plan, (first, _), (second, memory) = _plan_of(_FOLD_PLAN, flat), *(_compressor_of(one, "fold") for one in both)
+    plan = _plan_of(_FOLD_PLAN, flat)
+    (first, _), (second, memory) = (_compressor_of(one, "fold") for one in both)
     of_both = _memory("pair", first.spec, second.spec, first.kv_score.device)
     _run(plan, lambda: run_many((first, second), plan, *how), (first.state, of_both), (second.state, memory))
 
