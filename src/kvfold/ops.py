@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import islice
 
 import torch
 from torch._subclasses import FakeTensor
+from torch.utils._pytree import tree_leaves
 
 from .arguments.checks import check_type
 from .calls.run import run_compress, run_many, run_restore, run_store, run_update
@@ -21,7 +23,7 @@ from .storage.cache import EntryCache
 from .storage.fold_state import FoldState
 from .storage.remembered import check_made
 from .storage.snapshots import Snapshots
-from .storage.step import LIVE, Compressor, PlanData
+from .storage.step import LIVE, Compressor, Hits, PlanData
 from .storage.window_state import WindowState
 
 # Operators are global to a process: each copy of the package, loaded under a name of its own, has its own.
@@ -33,34 +35,50 @@ PLAN = (
     "Tensor items", "Tensor num_items", "Tensor? entry_slots", "Tensor! errors", "SymInt entry_capacity", "SymInt batch",
     "SymInt max_new_tokens", "SymInt ratio", "SymInt? entries_per_page",
 )  # fmt: skip
-FOLD_PLAN = ("Tensor? state_slots", "Tensor? snapshot_table", "SymInt? snapshot_page_size")
-WINDOW_PLAN = ("Tensor entry_items", "Tensor cu_entries", "Tensor? kv_table", "Tensor? score_table", "SymInt? page_size")
-SPEC = ("str spec",)
+FOLD_PLAN = (*PLAN, "Tensor? state_slots", "Tensor? snapshot_table", "SymInt? snapshot_page_size")
+TABLES = ("Tensor entry_items", "Tensor cu_entries", "Tensor? kv_table", "Tensor? score_table", "SymInt? page_size")
 STATE = ("Tensor! state_rows", "Tensor! positions", "SymInt rewind")
 SNAPSHOTS = ("Tensor!? snapshot_rows", "Tensor!? snapshot_positions", "SymInt? page_size")
-FOLD = ("Tensor kv_score", *STATE, *SNAPSHOTS)
-WINDOW = ("Tensor kv_score", "Tensor! kv", "Tensor! score")
+SPEC = ("str spec",)
 CACHE = ("Tensor!? storage", "Tensor!? scales", "str format", "SymInt rows_per_page", "float cache_scale")
 WEIGHTS = ("Tensor? ape", "Tensor? norm_weight", "Tensor? rope")
+ONE = SPEC + CACHE + WEIGHTS
+FOLD = ("Tensor kv_score", *STATE, *SNAPSHOTS, *ONE)
+WINDOW = ("Tensor kv_score", "Tensor! kv", "Tensor! score", *ONE)
+ROWS = ("Tensor!? rows",)
 HOW = ("str? backend", "bool? pdl")
 KEPT = ("Tensor snapshot_rows", "Tensor snapshot_positions", "SymInt page_size")  # SNAPSHOTS that are there, and only read
 HITS = ("Tensor slots", "Tensor pages", "Tensor start_pos", "Tensor! errors", "str? backend")
-_PLANNED = {text.split()[-1] for text in (*PLAN, *FOLD_PLAN, *WINDOW_PLAN)}
-UPDATE = (
-    "Tensor start_pos", "Tensor cu_seqlens", "Tensor? state_slots", "Tensor? cache_block_table", "SymInt? rows_per_page",
-    "Tensor! own_start_pos", "Tensor! own_cu_seqlens", "Tensor! cu_entries", "Tensor! items", "Tensor! num_items",
-    "Tensor! entry_items", "Tensor!? entry_slots", "Tensor! errors", "SymInt batch", "SymInt max_new_tokens",
-    "SymInt max_tokens", "SymInt ratio",
+WHOLE_PLAN = (
+    "Tensor? state_slots", "Tensor? cache_block_table", "SymInt? rows_per_page", "Tensor! own_start_pos",
+    "Tensor! own_cu_seqlens", "Tensor! cu_entries", "Tensor! items", "Tensor! num_items", "Tensor! entry_items",
+    "Tensor!? entry_slots", "Tensor! errors", "SymInt batch", "SymInt max_new_tokens", "SymInt max_tokens", "SymInt ratio",
 )  # fmt: skip
+
+# Which argument of a call an operator's argument belongs to, where names differ.
+OWNERS = {
+    "storage": "cache", "scales": "cache", "kv": "state", "score": "state", "positions": "state", "state_rows": "state",
+    "snapshot_rows": "snapshots", "snapshot_positions": "snapshots",
+    **{text.split()[-1]: "plan" for text in FOLD_PLAN + TABLES},
+}  # fmt: skip
+_RENAMED = {"entries_per_page": "rows_per_page", "own_start_pos": "start_pos", "own_cu_seqlens": "cu_seqlens"}
+
+
+def _attributes(group: tuple[str, ...]) -> tuple[str, ...]:
+    """The attributes of a plan that become these arguments."""
+    names = [text.split()[-1] for text in group]
+    return tuple(_RENAMED.get(name, name) for name in names)
+
+
+_PLAN, _FOLD_PLAN, _WHOLE_PLAN = _attributes(PLAN), _attributes(FOLD_PLAN), _attributes(WHOLE_PLAN)
 
 
 def compress(c: Compressor, plan: PlanData, rows: torch.Tensor | None, backend: str | None, pdl: bool | None) -> None:
     """`kvfold.compress` while it is traced."""
-    common = (_text(c.spec), *_cache(c.cache, c.spec), c.ape, c.norm_weight, c.rope, rows, backend, pdl)
     if isinstance(c.state, WindowState):
-        _call(OPS.compress_window, *_plan(plan), *_window_plan(plan), *_window_state(c), *common)
+        _call(OPS.compress_window, *_plan(plan, _PLAN), *_tables(plan), *_window(c), rows, backend, pdl)
     else:
-        _call(OPS.compress, *_plan(plan), *_fold_plan(plan), *_fold(c), *common)
+        _call(OPS.compress, *_plan(plan, _FOLD_PLAN), *_fold(c), rows, backend, pdl)
 
 
 def compress_many(compressors: Sequence[Compressor], plan: PlanData, backend: str | None, pdl: bool | None) -> None:
@@ -68,31 +86,29 @@ def compress_many(compressors: Sequence[Compressor], plan: PlanData, backend: st
     if len(compressors) == 1:
         compress(compressors[0], plan, None, backend, pdl)
         return
-    flat = []
-    for c in compressors:
-        flat += [*_fold(c), _text(c.spec), *_cache(c.cache, c.spec), c.ape, c.norm_weight, c.rope]
-    _call(OPS.compress_many, *_plan(plan), *_fold_plan(plan), *flat, backend, pdl)
+    first, second = compressors
+    _call(OPS.compress_many, *_plan(plan, _FOLD_PLAN), *_fold(first), *_fold(second), backend, pdl)
 
 
 def store(c: Compressor, plan: PlanData, backend: str | None, pdl: bool | None) -> None:
     """`kvfold.store` while it is traced."""
     check_type("cache", c.cache, EntryCache)
-    _call(OPS.store, c.kv_score, *_plan(plan), _text(c.spec), *_cache(c.cache, c.spec), c.norm_weight, c.rope, backend, pdl)
+    _call(OPS.store, c.kv_score, *_plan(plan, _PLAN), *_to_cache(c), c.norm_weight, c.rope, backend, pdl)
 
 
-def restore(state: FoldState, snapshots: Snapshots, *hits: object) -> None:
-    """`kvfold.restore` while it is traced; `hits` are its other arguments, as in `HITS`."""
+def restore(state: FoldState, snapshots: Snapshots, hits: Hits, backend: str | None) -> None:
+    """`kvfold.restore` while it is traced."""
     check_type("snapshots", snapshots, Snapshots)
-    _call(OPS.restore, _text(state.spec), *_state(state), *_snapshots(snapshots, state.spec), *hits)
+    check_spec("spec", state.spec)
+    _call(OPS.restore, state.spec._text, *_state(state), *_snapshots(snapshots, state.spec), *hits, backend)
 
 
 def update(plan: PlanData, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
     """`StepPlan.update` while it is traced."""
-    given = plan.state_slots, plan.cache_block_table, plan.rows_per_page
-    own = plan.start_pos, plan.cu_seqlens, plan.cu_entries, plan.items, plan.num_items, plan.entry_items
-    slots = None if plan.cache_block_table is None else plan.entry_slots  # without a table the caller's, and only read
-    sizes = plan.batch, plan.max_new_tokens, plan.max_tokens, plan.ratio
-    _call(OPS.update, start_pos, cu_seqlens, *given, *own, slots, plan.errors, *sizes)
+    flat = _plan(plan, _WHOLE_PLAN)
+    if plan.cache_block_table is None:
+        flat[_WHOLE_PLAN.index("entry_slots")] = None  # the caller's, and only read
+    _call(OPS.update, start_pos, cu_seqlens, *flat)
 
 
 def mark_static(*things: FoldState | WindowState | EntryCache | Snapshots | PlanData | torch.Tensor) -> None:
@@ -107,18 +123,9 @@ def mark_static(*things: FoldState | WindowState | EntryCache | Snapshots | Plan
         if not isinstance(thing, (FoldState, WindowState, EntryCache, Snapshots, PlanData, torch.Tensor)):
             kinds = "a state, a cache, snapshots, a plan or a tensor"
             raise TypeError(f"things[{i}] must be {kinds}, got {type(thing).__name__}")
-        held = [thing] if isinstance(thing, torch.Tensor) else vars(thing).values()
-        for value in held:
-            for tensor in value if isinstance(value, tuple) else (value,):
-                if isinstance(tensor, torch.Tensor):
-                    torch._dynamo.mark_static_address(tensor, guard=False)
-
-
-# Which argument of a call an operator's argument belongs to, where names differ.
-OWNERS = {
-    "storage": "cache", "scales": "cache", "kv": "state", "score": "state", "positions": "state", "state_rows": "state",
-    "snapshot_rows": "snapshots", "snapshot_positions": "snapshots", **dict.fromkeys(_PLANNED, "plan"),
-}  # fmt: skip
+        for tensor in tree_leaves(thing if isinstance(thing, torch.Tensor) else vars(thing)):
+            if isinstance(tensor, torch.Tensor):
+                torch._dynamo.mark_static_address(tensor, guard=False)
 
 
 def _call(operator: torch._ops.OpOverloadPacket, *args: object) -> None:
@@ -135,34 +142,25 @@ def _call(operator: torch._ops.OpOverloadPacket, *args: object) -> None:
 # From objects to arguments. This much is traced: attribute reads, and the checks of what an operator cannot see.
 
 
-def _plan(plan: PlanData) -> tuple:
+def _plan(plan: PlanData, attributes: tuple[str, ...]) -> list:
     check_type("plan", plan, PlanData)
-    return (
-        plan.items, plan.num_items, plan.entry_slots, plan.errors, plan.entry_capacity, plan.batch, plan.max_new_tokens,
-        plan.ratio, plan.rows_per_page,
-    )  # fmt: skip
+    return [getattr(plan, name) for name in attributes]
 
 
-def _fold_plan(plan: PlanData) -> tuple:
-    return plan.state_slots, plan.snapshot_table, plan.snapshot_page_size
-
-
-def _window_plan(plan: PlanData) -> tuple:
+def _tables(plan: PlanData) -> tuple:
     kv_table, score_table = plan.block_tables if plan.block_tables is not None else (None, None)
     return plan.entry_items, plan.cu_entries, kv_table, score_table, plan.page_size
 
 
-def _text(spec: CompressorSpec) -> str:
-    check_spec("spec", spec)
-    return spec._text
-
-
 def _fold(c: Compressor) -> tuple:
-    check_type("state", c.state, FoldState)
-    check_spec("spec", c.spec)
-    if c.state.spec._text != c.spec._text:
-        raise ValueError(f"state must be for {c.spec}, got {c.state.spec}")
-    return c.kv_score, *_state(c.state), *_snapshots(c.snapshots, c.spec)
+    _check_of("state", c.state, FoldState, c.spec)
+    return c.kv_score, *_state(c.state), *_snapshots(c.snapshots, c.spec), *_one(c)
+
+
+def _window(c: Compressor) -> tuple:
+    if c.snapshots is not None:
+        raise ValueError("snapshots must be None for a WindowState, whose pages are shared as they are")
+    return c.kv_score, c.state.kv, c.state.score, *_one(c)
 
 
 def _state(state: FoldState) -> tuple:
@@ -172,44 +170,44 @@ def _state(state: FoldState) -> tuple:
 def _snapshots(snapshots: Snapshots | None, spec: CompressorSpec) -> tuple:
     if snapshots is None:
         return None, None, None
-    check_type("snapshots", snapshots, Snapshots)
-    if snapshots.spec._text != spec._text:
-        raise ValueError(f"snapshots must be for {spec}, got {snapshots.spec}")
+    _check_of("snapshots", snapshots, Snapshots, spec)
     return snapshots.rows, snapshots.positions, snapshots.page_size
 
 
-def _window_state(c: Compressor) -> tuple:
-    if c.snapshots is not None:
-        raise ValueError("snapshots must be None for a WindowState, whose pages are shared as they are")
-    return c.kv_score, c.state.kv, c.state.score
+def _one(c: Compressor) -> tuple:
+    return *_to_cache(c), c.ape, c.norm_weight, c.rope
 
 
-def _cache(cache: EntryCache | None, spec: CompressorSpec) -> tuple:
+def _to_cache(c: Compressor) -> tuple:
+    cache, spec = c.cache, c.spec
+    check_spec("spec", spec)
     if cache is None:
-        return None, None, "", 0, 1.0
-    check_type("cache", cache, EntryCache)
-    if cache.spec._text != spec._text:
-        raise ValueError(f"cache must be for {spec}, got {cache.spec}")
+        return spec._text, None, None, "", 0, 1.0
+    _check_of("cache", cache, EntryCache, spec)
     if not cache._named:
         raise ValueError(
             f"cache must have a format of kvfold.storage.formats.FORMATS when it is traced, got {cache.format.name!r}"
         )
-    return cache.storage, cache.scales, cache.format.name, cache.rows_per_page, cache.scale
+    return spec._text, cache.storage, cache.scales, cache.format.name, cache.rows_per_page, cache.scale
+
+
+def _check_of(name: str, value: object, kind: type, spec: CompressorSpec) -> None:
+    check_type(name, value, kind)
+    check_spec("spec", spec)
+    if value.spec._text != spec._text:
+        raise ValueError(f"{name} must be for {spec}, got {value.spec}")
 
 
 # From arguments to objects, which live for one call.
 
 
-def _plan_of(
-    items, num_items, entry_slots, errors, entry_capacity, batch, max_new_tokens, ratio, rows_per_page
-) -> PlanData:  # fmt: skip
+def _plan_of(attributes: tuple[str, ...], values: Sequence, whole: bool = False) -> PlanData:
     plan = PlanData()
-    plan.ratio, plan.max_new_tokens, plan.batch = ratio, max_new_tokens, batch
-    plan.items, plan.num_items, plan.entry_slots, plan.errors = items, num_items, entry_slots, errors
-    plan.item_capacity, plan.entry_capacity = items.shape[0], entry_capacity
-    plan.cache_block_table, plan.rows_per_page = None, rows_per_page
     plan.state_slots = plan.block_tables = plan.page_size = plan.snapshot_table = plan.snapshot_page_size = None
-    plan._whole = False
+    plan.cache_block_table, plan._whole = None, whole
+    for name, value in zip(attributes, values, strict=True):
+        setattr(plan, name, value)
+    plan.item_capacity = plan.items.shape[0]
     return plan
 
 
@@ -228,28 +226,23 @@ def _cache_of(spec: CompressorSpec, storage, scales, fmt: str, rows_per_page: in
     return None if storage is None else EntryCache(storage, fmt, rows_per_page, spec, scales=scales, scale=scale)
 
 
-def _run(plan: PlanData, call: Callable[[], None]) -> None:
-    """Makes a call with a plan of one call, which is as fresh as the user's plan over the same items; see `use_pdl`."""
+def _run(plan: PlanData, call: Callable[[], None], *remembering: tuple[FoldState | WindowState, list]) -> None:
+    """Makes a call with a plan of one call, which is as fresh as the user's plan over the same items; see `use_pdl`.
+
+    remembering: states of one call, and where each finds its launcher and leaves it for the next one.
+    """
     user = LIVE.get(plan.items.data_ptr())
     plan.fresh = user is None or user.fresh
+    for state, memory in remembering:
+        state._chosen = memory[0]
     call()
+    for state, memory in remembering:
+        memory[0] = state._chosen
     if user is not None:
         user.fresh = plan.fresh
 
 
-def _call_compress(plan: PlanData, states: list, made: Sequence, backend: str | None, pdl: bool | None, rows=None) -> None:
-    """The eager call for compressors whose states remember their launchers in `states`."""
-    for c, memory in zip(made, states, strict=True):
-        c.state._chosen = memory[0]
-    if len(made) == 1:
-        _run(plan, lambda: run_compress(made[0], plan, rows, backend, pdl))
-    else:
-        _run(plan, lambda: run_many(made, plan, backend, pdl))
-    for c, memory in zip(made, states, strict=True):
-        memory[0] = c.state._chosen
-
-
-def _compressor_of(args: Sequence, kind: str) -> tuple[Compressor, list[tuple]]:
+def _compressor_of(args: Sequence, kind: str) -> tuple[Compressor, list]:
     """A `Compressor` from the arguments of its state, spec, cache and weights, and the memory of its launcher."""
     kv_score, *held = args[: -len(ONE)]
     (text,), flat_cache, weights = _cut(args[-len(ONE) :], SPEC, CACHE, WEIGHTS)
@@ -263,89 +256,69 @@ def _compressor_of(args: Sequence, kind: str) -> tuple[Compressor, list[tuple]]:
     return Compressor(kv_score, FoldState(spec, *state), cache, spec, *weights, snapshots), memory
 
 
-def _cut(args: Sequence, *groups: tuple[str, ...]) -> list[Sequence]:
-    found, at = [], 0
-    for group in groups:
-        found.append(args[at : at + len(group)])
-        at += len(group)
-    return found
-
-
-ONE = SPEC + CACHE + WEIGHTS
-ROWS = ("Tensor!? rows",)
+def _cut(args: Sequence, *groups: tuple[str, ...]) -> list[list]:
+    rest = iter(args)
+    return [list(islice(rest, len(group))) for group in groups]
 
 
 def _compress(*args: object) -> None:
-    flat, more, c, (rows,), how = _cut(args, PLAN, FOLD_PLAN, FOLD + ONE, ROWS, HOW)
-    plan = _plan_of(*flat)
-    plan.state_slots, plan.snapshot_table, plan.snapshot_page_size = more
-    made, memory = _compressor_of(c, "fold")
-    _call_compress(plan, [memory], [made], *how, rows=rows)
+    flat, one, (rows,), how = _cut(args, FOLD_PLAN, FOLD, ROWS, HOW)
+    plan, (c, memory) = _plan_of(_FOLD_PLAN, flat), _compressor_of(one, "fold")
+    _run(plan, lambda: run_compress(c, plan, rows, *how), (c.state, memory))
 
 
 def _compress_window(*args: object) -> None:
-    flat, more, c, (rows,), how = _cut(args, PLAN, WINDOW_PLAN, WINDOW + ONE, ROWS, HOW)
-    plan = _plan_of(*flat)
-    plan.entry_items, plan.cu_entries, kv_table, score_table, plan.page_size = more
+    flat, tables, one, (rows,), how = _cut(args, PLAN, TABLES, WINDOW, ROWS, HOW)
+    plan, (c, memory) = _plan_of(_PLAN, flat), _compressor_of(one, "window")
+    plan.entry_items, plan.cu_entries, kv_table, score_table, plan.page_size = tables
     plan.block_tables = None if kv_table is None else (kv_table, score_table)
-    made, memory = _compressor_of(c, "window")
-    _call_compress(plan, [memory], [made], *how, rows=rows)
+    _run(plan, lambda: run_compress(c, plan, rows, *how), (c.state, memory))
 
 
 def _compress_many(*args: object) -> None:
-    flat, more, first, second, how = _cut(args, PLAN, FOLD_PLAN, FOLD + ONE, FOLD + ONE, HOW)
-    plan = _plan_of(*flat)
-    plan.state_slots, plan.snapshot_table, plan.snapshot_page_size = more
-    made, memories = zip(*(_compressor_of(c, "fold") for c in (first, second)), strict=True)
-    _call_compress(plan, [_memory("pair", *(c.spec for c in made), made[0].kv_score.device), memories[1]], made, *how)
+    flat, *both, how = _cut(args, FOLD_PLAN, FOLD, FOLD, HOW)
+    plan = _plan_of(_FOLD_PLAN, flat)
+    (first, _), (second, memory) = (_compressor_of(one, "fold") for one in both)
+    of_both = _memory("pair", first.spec, second.spec, first.kv_score.device)
+    _run(plan, lambda: run_many((first, second), plan, *how), (first.state, of_both), (second.state, memory))
 
 
 def _store(rows: torch.Tensor, *args: object) -> None:
     flat, (text,), cache, weights, how = _cut(args, PLAN, SPEC, CACHE, WEIGHTS[1:], HOW)
-    plan, spec = _plan_of(*flat), _spec_of(text)
+    plan, spec = _plan_of(_PLAN, flat), _spec_of(text)
     c = Compressor(rows, None, _cache_of(spec, *cache), spec, None, *weights)
     _run(plan, lambda: run_store(c, plan, *how))
 
 
 def _restore(*args: object) -> None:
-    (text,), state, kept, hits = _cut(args, SPEC, STATE, KEPT, HITS)
+    (text,), state, kept, (*hits, backend) = _cut(args, SPEC, STATE, KEPT, HITS)
     spec = _spec_of(text)
-    run_restore(FoldState(spec, *state), Snapshots(spec, *kept), *hits)
+    run_restore(FoldState(spec, *state), Snapshots(spec, *kept), Hits(*hits), backend)
 
 
-def _update(
-    start_pos, cu_seqlens, state_slots, table, rows_per_page, own_start_pos, own_cu_seqlens, cu_entries, items, num_items,
-    entry_items, entry_slots, errors, batch, max_new_tokens, max_tokens, ratio,
-) -> None:  # fmt: skip
-    sizes = entry_items.shape[0], batch, max_new_tokens, ratio, rows_per_page
-    plan = _plan_of(items, num_items, entry_slots, errors, *sizes)
-    plan._whole, plan.state_slots, plan.cache_block_table, plan.max_tokens = True, state_slots, table, max_tokens
-    plan.start_pos, plan.cu_seqlens, plan.cu_entries, plan.entry_items = own_start_pos, own_cu_seqlens, cu_entries, entry_items
+def _update(start_pos: torch.Tensor, cu_seqlens: torch.Tensor, *flat: object) -> None:
+    plan = _plan_of(_WHOLE_PLAN, flat, whole=True)
+    plan.entry_capacity = plan.entry_items.shape[0]
     check_made("plan", plan, PlanData)
-    user = LIVE.get(items.data_ptr())
+    user = LIVE.get(plan.items.data_ptr())
     if user is not None:
         user.fresh, plan._launcher = True, user._launcher
     run_update(plan, start_pos, cu_seqlens)
 
 
 def _define(name: str, arguments: tuple[str, ...], run: Callable[..., None]) -> None:
-    schema, letters = [], iter("abcdefghijklmnopqrstuvwxyz")
-    for argument in arguments:
-        schema.append(argument.replace("!", f"({next(letters)}!)") if "!" in argument else argument)
+    letters = iter("abcdefghijklmnopqrstuvwxyz")
+    schema = [text.replace("!", f"({next(letters)}!)") if "!" in text else text for text in arguments]
     name = f"{NAMESPACE}::{name}"
     torch.library.define(name, f"({', '.join(schema)}) -> ()", tags=(torch.Tag.pt2_compliant_tag,), lib=_LIBRARY)
     torch.library.impl(name, "CompositeExplicitAutograd", run, lib=_LIBRARY)
     torch.library.register_fake(name, lambda *args: None, lib=_LIBRARY)
 
 
-def _named(group: tuple[str, ...], i: int) -> tuple[str, ...]:
-    return tuple(f"{argument}_{i}" for argument in group)
-
-
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
-_define("compress", PLAN + FOLD_PLAN + FOLD + ONE + ROWS + HOW, _compress)
-_define("compress_window", PLAN + WINDOW_PLAN + WINDOW + ONE + ROWS + HOW, _compress_window)
-_define("compress_many", PLAN + FOLD_PLAN + _named(FOLD + ONE, 0) + _named(FOLD + ONE, 1) + HOW, _compress_many)
+_define("compress", FOLD_PLAN + FOLD + ROWS + HOW, _compress)
+_define("compress_window", PLAN + TABLES + WINDOW + ROWS + HOW, _compress_window)
+_define("compress_many", (*FOLD_PLAN, *(f"{argument}_{i}" for i in (0, 1) for argument in FOLD), *HOW), _compress_many)
 _define("store", ("Tensor rows", *PLAN, *SPEC, *CACHE, *WEIGHTS[1:], *HOW), _store)
 _define("restore", SPEC + STATE + KEPT + HITS, _restore)
-_define("update", UPDATE, _update)
+_define("update", ("Tensor start_pos", "Tensor cu_seqlens", *WHOLE_PLAN), _update)

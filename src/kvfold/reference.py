@@ -38,9 +38,8 @@ def windows_of(
     if ape is not None and ape.shape != (spec.ratio, spec.channels):
         raise ValueError(f"ape must be [{spec.ratio}, {spec.channels}], got {list(ape.shape)}")
     windows, hd = kv_score.shape[0] // spec.ratio, spec.head_dim
-    value, score = kv_score.to(dtype)[: windows * spec.ratio].split(spec.channels, dim=1)
-    value = value.reshape(windows, spec.ratio, spec.channels)
-    score = score.reshape(windows, spec.ratio, spec.channels)
+    rows = kv_score.to(dtype)[: windows * spec.ratio].reshape(windows, spec.ratio, 2 * spec.channels)
+    value, score = rows.split(spec.channels, dim=2)
     if ape is not None:
         score = score + ape.to(dtype)
     if spec.overlap:

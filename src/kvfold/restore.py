@@ -9,6 +9,7 @@ from .arguments.checks import check_type, traced
 from .calls.run import run_restore
 from .storage.fold_state import FoldState
 from .storage.snapshots import Snapshots
+from .storage.step import Hits
 
 
 def restore(
@@ -43,4 +44,4 @@ def restore(
     """
     check_type("state", state, FoldState)
     run = ops.restore if traced(getattr(state, "rows", None)) else run_restore
-    run(state, snapshots, slots, pages, start_pos, errors, backend)
+    run(state, snapshots, Hits(slots, pages, start_pos, errors), backend)

@@ -126,6 +126,28 @@ def test_pools_that_are_one_tensor() -> None:
     assert torch.equal(rows[0], rows[1]) and rows[0].any()
 
 
+def test_another_page_size_may_be_another_kernel(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operator remembers which kernel its last call launched: one for pages of whole windows is none for any others."""
+    start, ends = lengths_of(backend, [0, 0], [12, 9])
+    table = torch.tensor([[2, 0], [3, 1]], dtype=torch.int32, device=backend.device)
+    scores = torch.randn(21, 2 * MAIN.channels, generator=torch.Generator().manual_seed(0)).to(backend.device)
+    weights = Layer(backend).weights[MAIN]
+
+    def call(page_size: int) -> list[torch.Tensor]:
+        kv, score = torch.zeros(2, 5, page_size, MAIN.channels, device=backend.device)
+        plan = StepPlan.build(4, start, ends, 12, block_tables=(table, table), page_size=page_size)
+        rows = torch.zeros(plan.entry_capacity, MAIN.head_dim, device=backend.device)
+        state = kvfold.WindowState(kv, score)
+        kvfold.compress(scores, plan, state, None, spec=MAIN, **weights, rows=rows, backend=backend.name)
+        assert int(plan.errors) == 0 and rows.any() and kv.any()
+        return [kv, score, rows]
+
+    eager = [call(page_size) for page_size in (8, 6)]
+    through_operators(monkeypatch)
+    for page_size, expected in zip((8, 6), eager, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(call(page_size), expected, strict=True)), page_size
+
+
 def test_results_are_seen_by_the_graph() -> None:
     """What follows a call in the same graph reads what the call wrote, and what precedes it is read by the call."""
     layer = Layer(CPU)

@@ -144,7 +144,7 @@ def state_rows_go_astray(patch: pytest.MonkeyPatch) -> None:
 
 def old_pages_are_not_read(patch: pytest.MonkeyPatch) -> None:
     real = backend_window._pool
-    patch.setattr(backend_window, "_pool", lambda items, tokens, value, score, spec: real(items, tokens, value, value, spec))
+    patch.setattr(backend_window, "_pool", lambda items, c, value, score: real(items, c, value, value))
 
 
 def one_table_for_both_pools(patch: pytest.MonkeyPatch) -> None:
@@ -170,9 +170,9 @@ def snapshots_are_forgotten(patch: pytest.MonkeyPatch) -> None:
 def a_restored_row_is_another(patch: pytest.MonkeyPatch) -> None:
     real = calls_run.restore_torch
 
-    def wrong(state, snapshots, slots, *rest):
-        real(state, snapshots, slots, *rest)
-        state.rows[slots] = -state.rows[slots]
+    def wrong(state, snapshots, hits):
+        real(state, snapshots, hits)
+        state.rows[hits.slots] = -state.rows[hits.slots]
 
     patch.setattr(calls_run, "restore_torch", wrong)
 

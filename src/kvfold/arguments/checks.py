@@ -158,7 +158,6 @@ def check_tensor(
 ) -> None:
     """A plain, contiguous tensor of this shape, dtype and device. fake: see `check_memory`."""
     check_memory(name, tensor, fake=fake)
-    assert isinstance(tensor, torch.Tensor)
     check_dtype(name, tensor, accepted)
     check_shape(name, tensor, shape)
     check_device(name, tensor, device)

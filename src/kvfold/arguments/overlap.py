@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -45,18 +47,15 @@ def share_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     """
     if a.numel() == 0 or b.numel() == 0:
         return False
-    low: dict[int, int] = {}
-    high: dict[int, int] = {}
-    for tensor, ends, sign in ((a, high, 1), (b, low, -1)):
-        for stride, count in _runs(tensor):
-            ends[stride] = ends.get(stride, 0) + sign * (count - 1)
+    low, high = Counter(), Counter()  # of the multiples of a stride
+    for stride, count in _runs(a):
+        high[stride] += count - 1
+    for stride, count in _runs(b):
+        low[stride] -= count - 1
     strides = sorted({*low, *high}, reverse=True)
     # What the strides from each on can reach; the last one is 1, so that all between can be reached.
-    least, most = [0], [0]
-    for stride in reversed(strides):
-        least.append(least[-1] + stride * low.get(stride, 0))
-        most.append(most[-1] + stride * high.get(stride, 0))
-    least.reverse(), most.reverse()
+    reach = [[stride * times[stride] for stride in reversed(strides)] for times in (low, high)]
+    least, most = ([*accumulate(each, initial=0)][::-1] for each in reach)
     steps, open_ends = 0, [(0, b.data_ptr() - a.data_ptr())]
     while open_ends and steps < MOST_STEPS:
         steps += 1
@@ -66,8 +65,8 @@ def share_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
         stride = strides[k]
         if stride == 1:
             return True
-        first = max(low.get(stride, 0), -(-(rest - most[k + 1]) // stride))
-        last = min(high.get(stride, 0), (rest - least[k + 1]) // stride)
+        first = max(low[stride], -(-(rest - most[k + 1]) // stride))
+        last = min(high[stride], (rest - least[k + 1]) // stride)
         open_ends += [(k + 1, rest - times * stride) for times in range(first, min(last, first + MOST_STEPS) + 1)]
     return False
 

@@ -24,7 +24,6 @@ def finish(
     mean = tree_sum(y * y) * (1.0 / spec.head_dim)
     y = y * (1.0 / torch.sqrt(mean + spec.norm_eps))[:, None] * weight.float()
     if spec.rope_dim:
-        assert table is not None
         cos, sin = table[positions].chunk(2, dim=1)
         x = y[:, -spec.rope_dim :]
         even, odd = x[:, 0::2], x[:, 1::2]
@@ -40,20 +39,23 @@ def finish(
     return y
 
 
+def slots_of(items: Items, plan: PlanData) -> torch.Tensor:
+    """The cache slot of each item's entry: -1 where it is dropped or there is none, 0 where the plan has no slots."""
+    if plan.entry_slots is None or plan.entry_capacity == 0:
+        return torch.zeros_like(items.entry)
+    inside = (items.entry >= 0) & (items.entry < plan.entry_capacity)
+    return torch.where(inside, plan.entry_slots[torch.where(inside, items.entry, 0)], -1)
+
+
 def emit(pooled: torch.Tensor, items: Items, plan: PlanData, c: Compressor, rows: torch.Tensor | None) -> None:
     """Delivers the pooled rows of the items whose window ends: to `rows` and to the cache, either of which may be None."""
     cache, spec, rope = c.cache, c.spec, c.rope
     entry, position = items.entry, items.window * spec.ratio
-    wrong = entry >= plan.entry_capacity
-    keep = (entry >= 0) & ~wrong
-    slot = torch.zeros_like(entry)
-    if plan.entry_slots is not None and plan.entry_capacity:
-        slot = torch.where(keep, plan.entry_slots[torch.where(keep, entry, 0)], -1)
-        keep &= slot != -1
+    wrong, slot = entry >= plan.entry_capacity, slots_of(items, plan)
+    keep = (entry >= 0) & ~wrong & (slot != -1)
     if cache is not None:
         bad = (slot < -1) | (slot >= cache.num_slots)
         if spec.rope_dim:
-            assert rope is not None
             bad |= position >= rope.shape[0]
         wrong |= keep & bad
         keep &= ~bad
@@ -65,7 +67,6 @@ def emit(pooled: torch.Tensor, items: Items, plan: PlanData, c: Compressor, rows
         values = pooled[kept]
         rows[entry[kept]] = bf16_bits(values).view(torch.bfloat16) if rows.dtype == torch.bfloat16 else values
     if cache is not None:
-        assert c.norm_weight is not None
         y = pooled[kept].bfloat16().float() if cache.format.round_rows else pooled[kept]
         pack_records(cache, slot[kept], finish(y, spec, c.norm_weight, rope, position[kept]))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -85,16 +85,14 @@ def compress_torch(c: Compressor, plan: PlanData, rows: torch.Tensor | None) -> 
         return
     if c.ape is None:
         c = c._replace(ape=torch.zeros(spec.ratio, spec.channels, dtype=torch.float32, device=kv_score.device))
-    pooled, stores = (_fold_items if state.kind == "fold" else _fold_rows)(c, items, held)
+    pooled, new = (_fold_items if state.kind == "fold" else _fold_rows)(c, items, held)
     if c.snapshots is not None:
-        for store in stores:
-            _store_snapshots(store, items, plan, c.snapshots)
-    _store(stores, items, h0, held, spec)
+        _store_snapshots(new, items, plan, c.snapshots)
+    _store(new, items, h0, held, spec)
     emit(pooled, items, plan, c, rows)
 
 
-@dataclass
-class _Store:
+class _Kept(NamedTuple):
     """Rows for the state, snapshots or both: `data[i]` for `position[i]` of the sequence of `item[i]`, tagged `tag[i]`."""
 
     item: torch.Tensor
@@ -102,8 +100,8 @@ class _Store:
     data: torch.Tensor
     tag: torch.Tensor
 
-    def __getitem__(self, mask: torch.Tensor) -> _Store:
-        return _Store(*(column[mask] for column in vars(self).values()))
+    def where(self, mask: torch.Tensor) -> _Kept:
+        return _Kept(*(column[mask] for column in self))
 
 
 def _masked(live: torch.Tensor, k: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,32 +114,30 @@ def _empty_fold(n: int, spec: CompressorSpec, device: torch.device) -> tuple[tor
     return torch.full_like(zeros, LOWEST), zeros, zeros
 
 
-def _fold_items(c: Compressor, items: Items, held: StateRows) -> tuple[torch.Tensor, list[_Store]]:
+def _fold_items(c: Compressor, items: Items, held: StateRows) -> tuple[torch.Tensor, _Kept]:
     """State of fold rows: resume from the row before the step, fold the new tokens of each window."""
     kv_score, spec = c.kv_score, c.spec
     position = torch.maximum(items.start, items.window * spec.ratio)
     count = torch.minimum(items.end, (items.window + 1) * spec.ratio) - position
     state = _empty_fold(len(position), spec, kv_score.device)
     resumes = (position == items.start) & (items.start % spec.ratio != 0)
-    if bool(resumes.any()):
-        row = torch.where(resumes, held.find(items.slot, items.start - 1), 0)
-        kept = held.data[row].unbind(1)
-        state = tuple(torch.where(resumes[:, None], old, new) for old, new in zip(kept, state, strict=True))
-    stores = []
+    old = held.data[torch.where(resumes, held.find(items.slot, items.start - 1), 0)].unbind(1)
+    state = tuple(torch.where(resumes[:, None], kept, new) for kept, new in zip(old, state, strict=True))
+    found = []
     for i in range(int(count.max())):
         live, x = i < count, position + i
         row = torch.where(live, items.token + x - items.start, 0)
         k, s = kv_score[row].float().split(spec.channels, dim=1)
         state = fold_step(state, *_masked(live, k, s + c.ape[x % spec.ratio]))
-        kept = (live & ((x >= items.end - held.ring) | _has_snapshot(c.snapshots, x))).nonzero()[:, 0]
-        if kept.numel():
-            # No step resumes from the end of a window: that row is not kept, only what stood there is gone.
-            tag = torch.where(x[kept] % spec.ratio == spec.ratio - 1, -1, x[kept])
-            stores.append(_Store(kept, x[kept], torch.stack([part[kept] for part in state], dim=1), tag))
-    return state[2] / state[1], stores
+        item = (live & _wanted(c, held, x, items.end)).nonzero()[:, 0]
+        x = x[item]
+        # No step resumes from the end of a window: that row is not kept, only what stood there is gone.
+        tag = torch.where(x % spec.ratio == spec.ratio - 1, -1, x)
+        found.append(_Kept(item, x, torch.stack([part[item] for part in state], dim=1), tag))
+    return state[2] / state[1], _Kept(*map(torch.cat, zip(*found, strict=True)))
 
 
-def _fold_rows(c: Compressor, items: Items, held: StateRows) -> tuple[torch.Tensor, list[_Store]]:
+def _fold_rows(c: Compressor, items: Items, held: StateRows) -> tuple[torch.Tensor, _Kept]:
     """State of input rows: fold all rows of each window that ends here, old ones from the state and new ones live."""
     kv_score, spec = c.kv_score, c.spec
     pooled = torch.zeros(len(items.window), spec.head_dim, dtype=torch.float32, device=kv_score.device)
@@ -150,8 +146,7 @@ def _fold_rows(c: Compressor, items: Items, held: StateRows) -> tuple[torch.Tens
         done = items[ends]
         m, l, zeros = _empty_fold(len(ends), spec, kv_score.device)
         state = m, l, -zeros  # -0: the first product is then what it is without a sum
-        ks: list[torch.Tensor] = []
-        ss: list[torch.Tensor] = []
+        ks, ss = [], []
         for j in range(spec.window_rows):
             x = (done.window - int(spec.overlap)) * spec.ratio + j
             half = slice(0, spec.head_dim) if spec.overlap and j < spec.ratio else slice(-spec.head_dim, None)
@@ -159,50 +154,43 @@ def _fold_rows(c: Compressor, items: Items, held: StateRows) -> tuple[torch.Tens
             live = kv_score[torch.where(old, 0, done.token + x - done.start)].float()
             kept = held.data[held.find(done.slot, x).clamp(min=0)].float()
             k, s = torch.where(old[:, None], kept, live).split(spec.channels, dim=1)
-            bias = c.ape[x % spec.ratio]
-            k, s = _masked(x >= 0, k[:, half], s[:, half] + bias[:, half])
+            k, s = _masked(x >= 0, k[:, half], (s + c.ape[x % spec.ratio])[:, half])
             ks.append(k)
             ss.append(s)
-            if len(ks) == ROWS_AT_ONCE or j == spec.window_rows - 1:
-                state = fold_group(state, ks, ss)
-                ks, ss = [], []
+        for j in range(0, spec.window_rows, ROWS_AT_ONCE):
+            state = fold_group(state, ks[j : j + ROWS_AT_ONCE], ss[j : j + ROWS_AT_ONCE])
         pooled[ends] = state[2] / state[1]
-    stores = []
-    for j in range(spec.ratio):
-        x = items.window * spec.ratio + j
-        live = (x >= items.start) & (x < items.end)
-        kept = (live & ((x >= items.end - held.ring) | _has_snapshot(c.snapshots, x))).nonzero()[:, 0]
-        if kept.numel():
-            row = (items.token + x - items.start)[kept]
-            stores.append(_Store(kept, x[kept], kv_score[row].to(held.data.dtype), x[kept]))
-    return pooled, stores
+    item, x = items.new_tokens(spec.ratio)
+    wanted = _wanted(c, held, x, items.end[item])
+    item, x = item[wanted], x[wanted]
+    rows = kv_score[items.token[item] + x - items.start[item]]
+    return pooled, _Kept(item, x, rows.to(held.data.dtype), x)
 
 
-def _has_snapshot(snapshots: Snapshots | None, position: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(position, dtype=torch.bool) if snapshots is None else snapshots.of(position)
+def _wanted(c: Compressor, held: StateRows, position: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+    """Whether the state keeps the rows of new positions of steps that stop at `end`, or the snapshot of a page does."""
+    kept = position >= end - held.ring
+    return kept if c.snapshots is None else kept | c.snapshots.of(position)
 
 
-def _store_snapshots(store: _Store, items: Items, plan: PlanData, snapshots: Snapshots) -> None:
+def _store_snapshots(new: _Kept, items: Items, plan: PlanData, snapshots: Snapshots) -> None:
     """Writes those of the rows that belong to the snapshot of a page, each where the plan's table says."""
-    table, size, ratio = plan.snapshot_table, snapshots.page_size, plan.ratio
-    assert table is not None
-    page = store.position // size
-    kept = (snapshots.of(store.position) & (page < table.shape[1])).nonzero()[:, 0]
-    item, position, page = store.item[kept], store.position[kept], page[kept]
-    target = table[items.sequence[item], page].long()
+    table, size = plan.snapshot_table, snapshots.page_size
+    new = new.where(snapshots.of(new.position) & (new.position // size < table.shape[1]))
+    target = table[items.sequence[new.item], new.position // size].long()
     wrong = (target < -1) | (target >= snapshots.num_pages)
-    plan.errors.add_((wrong & ((position + 1) % size == 0)).sum().int())
-    inside = ~wrong & (target >= 0)
-    at = target[inside], position[inside] % ratio % snapshots.rows_per_page
-    snapshots.rows[at] = store.data[kept][inside].flatten(1)
-    snapshots.positions[at] = position[inside].int()
+    plan.errors.add_((wrong & ((new.position + 1) % size == 0)).sum().int())
+    there = ~wrong & (target >= 0)
+    new = new.where(there)
+    at = target[there], new.position % plan.ratio % snapshots.rows_per_page
+    snapshots.rows[at] = new.data.flatten(1)
+    snapshots.positions[at] = new.position.int()
 
 
-def _store(stores: list[_Store], items: Items, h0: torch.Tensor, held: StateRows, spec: CompressorSpec) -> None:
-    stores = [store[store.position >= items.end[store.item] - held.ring] for store in stores]
-    places = [held.place(items.slot[store.item], store.position, h0[store.item], items.start[store.item]) for store in stores]
+def _store(new: _Kept, items: Items, h0: torch.Tensor, held: StateRows, spec: CompressorSpec) -> None:
+    new = new.where(new.position >= items.end[new.item] - held.ring)
+    place = held.place(items.slot[new.item], new.position, h0[new.item], items.start[new.item])
     first = items.window == items.start // spec.ratio
     held.retire(items.slot[first], h0[first], items.start[first], items.end[first])
-    for store, place in zip(stores, places, strict=True):
-        held.tags[place] = store.tag.int()
-        held.data[place[store.tag >= 0]] = store.data[store.tag >= 0]
+    held.tags[place] = new.tag.int()
+    held.data[place[new.tag >= 0]] = new.data[new.tag >= 0]

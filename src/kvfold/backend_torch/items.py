@@ -28,6 +28,12 @@ class Items:
         live = plan.items[: int(plan.num_items)].long()
         return cls(*live.unbind(1)[:7])
 
+    def new_tokens(self, ratio: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The item of each new token, and its position."""
+        position = self.window[:, None] * ratio + torch.arange(ratio, device=self.window.device)
+        item, place = ((position >= self.start[:, None]) & (position < self.end[:, None])).nonzero(as_tuple=True)
+        return item, position[item, place]
+
     def __getitem__(self, mask: torch.Tensor) -> Items:
         return Items(*(column[mask] for column in vars(self).values()))
 

@@ -20,15 +20,8 @@ def update_torch(plan: PlanData, start_pos: torch.Tensor, cu_seqlens: torch.Tens
     # With block tables a sequence is its own slot, which is never absent and never wrong.
     slots = torch.arange(plan.batch, device=device) if plan.state_slots is None else plan.state_slots
     absent = (slots == -1) | (length == 0)
-    wrong = ~absent & (
-        (slots < -1)
-        | (start < 0)
-        | (length < 0)
-        | (length > plan.max_new_tokens)
-        | (token < 0)
-        | (token + length > plan.max_tokens)
-        | (end > MOST_POSITIONS)
-    )
+    misplaced = (slots < -1) | (start < 0) | (end > MOST_POSITIONS) | (token < 0) | (token + length > plan.max_tokens)
+    wrong = ~absent & (misplaced | (length < 0) | (length > plan.max_new_tokens))
     live = ~(absent | wrong)
     first = start.div(ratio, rounding_mode="floor")
     windows = torch.where(live, (end - 1).div(ratio, rounding_mode="floor") - first + 1, 0)
@@ -58,7 +51,6 @@ def update_torch(plan: PlanData, start_pos: torch.Tensor, cu_seqlens: torch.Tens
 
 def _fill_entry_slots(plan: PlanData, first: torch.Tensor, entries: torch.Tensor) -> None:
     table, rows = plan.cache_block_table, plan.rows_per_page
-    assert table is not None and rows is not None and plan.entry_slots is not None
     if table.shape[1] == 0:
         plan.entry_slots.fill_(-1)
         plan.errors.add_(plan.cu_entries[-1:])

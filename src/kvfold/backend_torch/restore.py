@@ -7,19 +7,14 @@ import torch
 from ..contract import MOST_POSITIONS
 from ..storage.fold_state import FoldState
 from ..storage.snapshots import Snapshots
+from ..storage.step import Hits
 from .items import history_starts
 
 
 @torch.inference_mode()
-def restore_torch(
-    state: FoldState,
-    snapshots: Snapshots,
-    slots: torch.Tensor,
-    pages: torch.Tensor,
-    start: torch.Tensor,
-    errors: torch.Tensor,
-) -> None:
+def restore_torch(state: FoldState, snapshots: Snapshots, hits: Hits) -> None:
     """`restore` after its arguments were checked."""
+    slots, pages, start, _ = (x.long() for x in hits)
     wanted = (slots != -1) & (start != 0)
     there = (slots >= 0) & (slots < state.num_slots)
     fine = there & (start > 0) & (start <= MOST_POSITIONS)
@@ -27,14 +22,12 @@ def restore_torch(
     h0 = history_starts(state.spec, state.kind, start)
     reads = fine & (h0 < start)
     fine &= ~reads | ((pages >= 0) & (pages < snapshots.num_pages))
-    for row in range(snapshots.rows_per_page):
-        known = fine & reads
-        fine[known] = snapshots.positions[pages[known], row] == h0[known] + row
-    errors += (wanted & ~fine).sum().int()
-    fine &= wanted
+    known = fine & reads
+    position = h0[:, None] + torch.arange(snapshots.rows_per_page, device=h0.device)
+    fine[known] = (snapshots.positions[pages[known]] == position[known]).all(1)
+    hits.errors.add_((wanted & ~fine).sum().int())
     state.positions[slots[wanted & there]] = -1
-    for row in range(snapshots.rows_per_page):
-        known = fine & reads
-        slot, x = slots[known], h0[known] + row
-        state.rows[slot, x % state.ring] = snapshots.rows[pages[known], row].view(-1, *state.rows.shape[2:])
-        state.positions[slot, x % state.ring] = x.int()
+    known = fine & reads & wanted
+    at = slots[known][:, None], position[known] % state.ring
+    state.rows[at] = snapshots.rows[pages[known]].view(*at[1].shape, *state.rows.shape[2:])
+    state.positions[at] = position[known].int()

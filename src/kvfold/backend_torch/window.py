@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 
 from ..spec import CompressorSpec
 from ..storage.pack import bf16_bits
 from ..storage.step import Compressor, PlanData
-from .finish import emit
+from .finish import emit, slots_of
 from .items import Items
 
 
@@ -30,27 +31,6 @@ class Pages:
         wrong = (column >= width) | (page < -1) | (page >= self.pool.shape[0])
         return torch.where(wrong, -1, page), wrong
 
-    def rows(self, page: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        return self.pool[page, position % self.pool.shape[1]]
-
-
-@dataclass
-class _Tokens:
-    """The step's new tokens, as the rows that the state keeps of them."""
-
-    kv_score: torch.Tensor
-    ape: torch.Tensor | None
-    dtype: torch.dtype
-
-    def rows(self, token: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Value and score rows `[n, channels]` of `kv_score[token]`, which are at `position`, in the dtype of the state."""
-        k, s = self.kv_score[token].float().chunk(2, dim=1)
-        if self.ape is not None:
-            s = s + self.ape[position % self.ape.shape[0]]
-        if self.dtype == torch.float32:
-            return k, s
-        return bf16_bits(k).view(torch.bfloat16), bf16_bits(s).view(torch.bfloat16)
-
 
 @torch.inference_mode()
 def compress_window_torch(c: Compressor, plan: PlanData, rows: torch.Tensor | None) -> None:
@@ -66,18 +46,27 @@ def compress_window_torch(c: Compressor, plan: PlanData, rows: torch.Tensor | No
     items = items[usable]
     if items.window.numel() == 0:
         return
-    assert plan.block_tables is not None
     value, score = Pages(state.kv, plan.block_tables[0]), Pages(state.score, plan.block_tables[1])
-    tokens = _Tokens(kv_score, c.ape, state.dtype)
 
     ends = items.entry >= 0
     missing, bad = _check_old_rows(items, value, score, spec)
     missing, bad = ends & missing, ends & bad
     made = items[ends & ~missing & ~bad]
-    pooled = _pool(made, tokens, value, score, spec)  # all old rows are read before any is written
-    bad |= _write(items, tokens, value, score, spec)
-    plan.errors.add_((bad | missing & _wanted(items, plan)).sum().int())
+    pooled = _pool(made, c, value, score)  # all old rows are read before any is written
+    bad |= _write(items, c, value, score)
+    wanted = (items.entry >= plan.entry_capacity) | (slots_of(items, plan) >= 0)
+    plan.errors.add_((bad | missing & wanted).sum().int())
     emit(pooled, made, plan, c, rows)
+
+
+def _new_rows(c: Compressor, token: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Value and score rows `[n, channels]` of `kv_score[token]`, which are at `position`, as the state keeps them."""
+    k, s = c.kv_score[token].float().chunk(2, dim=1)
+    if c.ape is not None:
+        s = s + c.ape[position % c.spec.ratio]
+    if c.state.dtype == torch.float32:
+        return k, s
+    return bf16_bits(k).view(torch.bfloat16), bf16_bits(s).view(torch.bfloat16)
 
 
 def window_positions(items: Items, spec: CompressorSpec) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,11 +86,12 @@ def _check_old_rows(items: Items, value: Pages, score: Pages, spec: CompressorSp
     return (old & missing).any(1), (old & bad).any(1)
 
 
-def _pool(items: Items, tokens: _Tokens, value: Pages, score: Pages, spec: CompressorSpec) -> torch.Tensor:
+def _pool(items: Items, c: Compressor, value: Pages, score: Pages) -> torch.Tensor:
     """fp32 `[n, head_dim]`: the softmax-weighted means of windows of which all old rows are there.
 
     Maximum and sums run over the rows in position order, elementwise over items, so that no bit depends on the batch.
     """
+    spec = c.spec
     if items.window.numel() == 0:
         return torch.zeros(0, spec.head_dim, dtype=torch.float32, device=items.window.device)
     position, old = window_positions(items, spec)
@@ -109,17 +99,15 @@ def _pool(items: Items, tokens: _Tokens, value: Pages, score: Pages, spec: Compr
     for j in range(spec.window_rows):
         x, kept = position[:, j], old[:, j].nonzero()[:, 0]
         token = torch.where((x >= 0) & ~old[:, j], items.token + x - items.start, 0)
-        k, s = (row.float() for row in tokens.rows(token, x))
+        k, s = (row.float() for row in _new_rows(c, token, x))
         for pages, row in ((value, k), (score, s)):
             page, _ = pages.find(items.slot[kept], x[kept])
-            row[kept] = pages.rows(page, x[kept]).float()
+            row[kept] = pages.pool[page, x[kept] % pages.pool.shape[1]].float()
         half = slice(0, spec.head_dim) if spec.overlap and j < spec.ratio else slice(-spec.head_dim, None)
         before_first = (x < 0)[:, None]  # window 0 has no window before it
         values.append(torch.where(before_first, -0.0, k[:, half]))
         scores.append(torch.where(before_first, -torch.inf, s[:, half]))
-    top = scores[0]
-    for s in scores[1:]:
-        top = torch.maximum(top, s)
+    top = reduce(torch.maximum, scores)
     weight, total = torch.zeros_like(top), torch.zeros_like(top)
     for k, s in zip(values, scores, strict=True):
         e = torch.exp(s - top)  # 0 where s is -inf, NaN where all of them are
@@ -127,13 +115,10 @@ def _pool(items: Items, tokens: _Tokens, value: Pages, score: Pages, spec: Compr
     return total / weight
 
 
-def _write(items: Items, tokens: _Tokens, value: Pages, score: Pages, spec: CompressorSpec) -> torch.Tensor:
+def _write(items: Items, c: Compressor, value: Pages, score: Pages) -> torch.Tensor:
     """Keeps the new rows of each item where they have a page; whether a table was wrong for one of them."""
-    position = items.window[:, None] * spec.ratio + torch.arange(spec.ratio, device=items.window.device)
-    new = (position >= items.start[:, None]) & (position < items.end[:, None])
-    item, place = new.nonzero(as_tuple=True)
-    x = position[item, place]
-    kept = tokens.rows(items.token[item] + x - items.start[item], x)
+    item, x = items.new_tokens(c.spec.ratio)
+    kept = _new_rows(c, items.token[item] + x - items.start[item], x)
     bad = torch.zeros_like(items.window, dtype=torch.bool)
     for pages, row in zip((value, score), kept, strict=True):
         page, wrong = pages.find(items.slot[item], x)
@@ -141,12 +126,3 @@ def _write(items: Items, tokens: _Tokens, value: Pages, score: Pages, spec: Comp
         pages.pool[page[there], x[there] % pages.pool.shape[1]] = row[there]
         bad[item[wrong]] = True
     return bad
-
-
-def _wanted(items: Items, plan: PlanData) -> torch.Tensor:
-    """Whether somebody takes the entry of each item: one that its slot drops need not be there."""
-    beyond = items.entry >= plan.entry_capacity
-    if plan.entry_slots is None or plan.entry_capacity == 0:
-        return torch.ones_like(beyond)
-    slot = plan.entry_slots[torch.where((items.entry >= 0) & ~beyond, items.entry, 0)]
-    return beyond | (slot >= 0)

@@ -26,7 +26,7 @@ from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState
 from ..storage.remembered import Layer, Met, check_made, where
 from ..storage.snapshots import Snapshots
-from ..storage.step import Compressor, PlanData, plan_places
+from ..storage.step import Compressor, Hits, PlanData, plan_places
 from ..storage.window_state import WindowState
 
 BACKENDS = ("triton", "torch")
@@ -108,18 +108,16 @@ def check_compress(c: Compressor, plan: PlanData, rows: torch.Tensor | None, bac
 
 def check_many(compressors: Sequence[Compressor], plan: PlanData, backend: str | None) -> str:
     """Checks the arguments of `compress_many` and returns the backend to use."""
-    found: list[Compressor] = []
     chosen = ""
     for i, c in enumerate(compressors):
         try:
             check_type("state", c.state, FoldState)
             chosen = check_compress(c, plan, None, backend)
-            if found:
-                check_device("kv_score", c.kv_score, found[0].kv_score.device)
-                _check_pair(found[0], c, plan)
+            if i == 1:
+                check_device("kv_score", c.kv_score, compressors[0].kv_score.device)
+                _check_pair(compressors[0], c, plan)
         except (TypeError, ValueError) as error:
             raise type(error)(f"compressors[{i}]: {error}") from None
-        found.append(c)
     return chosen
 
 
@@ -163,7 +161,7 @@ def _tokens(c: Compressor) -> tuple:
     cache, snapshots = c.cache, c.snapshots
     return (
         c.spec,
-        c.state._token,
+        c.state is not None and c.state._token,
         None if cache is None else (isinstance(cache, EntryCache) and cache._token) or _UNKNOWN,
         None if snapshots is None else (isinstance(snapshots, Snapshots) and snapshots._token) or _UNKNOWN,
     )
@@ -171,61 +169,60 @@ def _tokens(c: Compressor) -> tuple:
 
 def _check_fixed(c: Compressor, plan: PlanData) -> Met:
     """Checks what a layer passes in every step, and the plan."""
-    state, cache, snapshots = c.state, c.cache, c.snapshots
+    state = c.state
     if not isinstance(state, (FoldState, WindowState)):
         raise TypeError(f"state must be a FoldState or a WindowState, got {type(state).__name__}")
     check_made("state", state, type(state))
     check_made("plan", plan, PlanData)
-    if cache is not None:
-        check_made("cache", cache, EntryCache)
-    if snapshots is not None:
-        check_made("snapshots", snapshots, Snapshots)
-    tokens, weights = _tokens(c), (c.ape, c.norm_weight, c.rope)
-    layer = state._layer
+    for name, thing, kind in (("cache", c.cache, EntryCache), ("snapshots", c.snapshots, Snapshots)):
+        if thing is not None:
+            check_made(name, thing, kind)
+    met, kept = _meet(c, plan), state._tensors[0]
+    held = [x for thing in (state, plan, c.cache, c.snapshots) if thing is not None for x in thing._watched]
+    met.device, met.rows_in_bf16 = kept.device, isinstance(state, FoldState) and kept.dtype is torch.bfloat16
+    met.where = where([*held, *(x for x in (c.ape, c.norm_weight, c.rope) if x is not None)])
+    return met
+
+
+def _meet(c: Compressor, plan: PlanData) -> Met:
+    """What is known of a layer and a plan, which are checked where they are not known as they are now."""
+    owner = c.cache if c.state is None else c.state
+    tokens, weights, layer = _tokens(c), (c.ape, c.norm_weight, c.rope), owner._layer
     if layer is None or not layer.same(tokens, weights):
-        _check_ratio(c, plan)
-        _check_layer(c)
-        layer = state._layer = Layer(tokens, weights, _places(c))
+        if c.state is not None:
+            _check_state(c)
+        _check_epilogue(c)
+        layer = owner._layer = Layer(tokens, weights, _places(c))
     met = layer.met(plan)
     if met is None:
         _check_plan(c, plan)
         met = layer.meet(plan, lambda: [*_places(c), *plan_places(plan)])
-    held = [x for thing in (state, plan, cache, snapshots) if thing is not None for x in thing._watched]
-    kept = state._tensors[0]
-    met.device, met.rows_in_bf16 = kept.device, isinstance(state, FoldState) and kept.dtype is torch.bfloat16
-    met.where = where([*held, *(x for x in weights if x is not None)])
     return met
 
 
-def _check_layer(c: Compressor) -> None:
-    """Checks what does not change from step to step."""
+def _check_state(c: Compressor) -> None:
+    """Checks what a layer keeps of the tokens, and in what it keeps it."""
     spec, state, device = c.spec, c.state, c.kv_score.device
     check_device("state", state._tensors[0], device)
-    if isinstance(state, FoldState):
-        if state.spec != spec:
-            raise ValueError(f"state must be for {spec}, got {state.spec}")
-    elif state.channels != spec.channels:
-        raise ValueError(f"state must have {spec.channels} channels for {spec}, got {state.channels}")
+    if isinstance(state, WindowState):
+        if state.channels != spec.channels:
+            raise ValueError(f"state must have {spec.channels} channels for {spec}, got {state.channels}")
+    elif state.spec != spec:
+        raise ValueError(f"state must be for {spec}, got {state.spec}")
     if spec.has_ape:
         check_tensor("ape", c.ape, (spec.ratio, spec.channels), (torch.float32,), device)
     elif c.ape is not None:
         raise ValueError("ape must be None, as spec.has_ape is False")
-    _check_epilogue(c)
     if c.snapshots is not None:
         check_type("state", state, FoldState)  # the pages of a WindowState are shared as they are
         _check_snapshots(c.snapshots, state)
 
 
-def _check_ratio(c: Compressor, plan: PlanData) -> None:
-    """Checks that a plan is for this ratio, and on this device."""
+def _check_plan(c: Compressor, plan: PlanData) -> None:
+    """Checks that a plan is for this layer."""
     if plan.ratio != c.spec.ratio:
         raise ValueError(f"plan must be for ratio {c.spec.ratio}, got ratio {plan.ratio}")
     check_device("plan", plan.items, c.kv_score.device)
-
-
-def _check_plan(c: Compressor, plan: PlanData) -> None:
-    """Checks that a plan is for this layer."""
-    _check_ratio(c, plan)
     if c.cache is not None:
         if plan.entry_slots is None:
             raise ValueError("plan must have entry_slots or a cache_block_table when a cache is given, got neither")
@@ -233,10 +230,9 @@ def _check_plan(c: Compressor, plan: PlanData) -> None:
         have, want = plan.rows_per_page, c.cache.rows_per_page
         if have is not None and have != want:
             raise ValueError(f"plan must be for pages of {want} entries like cache, got rows_per_page={have}")
-    if isinstance(c.state, FoldState):
-        if plan.state_slots is None:
-            raise ValueError("plan must have state_slots for a FoldState, got block_tables")
-    elif isinstance(c.state, WindowState):
+    if isinstance(c.state, FoldState) and plan.state_slots is None:
+        raise ValueError("plan must have state_slots for a FoldState, got block_tables")
+    if isinstance(c.state, WindowState):
         have, want = plan.page_size, c.state.page_size
         if plan.block_tables is None:
             raise ValueError("plan must have block_tables for a WindowState, got state_slots")
@@ -271,16 +267,10 @@ def _check_epilogue(c: Compressor) -> None:
 
 def _places(c: Compressor) -> list[Place]:
     """What a layer passes in every step."""
-    places = []
-    if c.state is not None:
-        paged = isinstance(c.state, WindowState)
-        places += [Place("state", x, written=True, paged=paged) for x in c.state._tensors]
-    if c.cache is not None:
-        places += [Place("cache", x, written=True, paged=True) for x in c.cache._tensors]
-    if c.snapshots is not None:
-        places += [Place("snapshots", x, written=True) for x in c.snapshots._tensors]
+    held = (("state", c.state, isinstance(c.state, WindowState)), ("cache", c.cache, True), ("snapshots", c.snapshots, False))
+    written = [Place(name, x, True, paged) for name, thing, paged in held if thing is not None for x in thing._tensors]
     weights = (("ape", c.ape), ("norm_weight", c.norm_weight), ("rope", c.rope))
-    return places + [Place(name, weight) for name, weight in weights if weight is not None]
+    return written + [Place(name, weight) for name, weight in weights if weight is not None]
 
 
 def _find_room(place: Place, start: int, end: int, c: Compressor, plan: PlanData, met: Met) -> tuple[int, int]:
@@ -299,17 +289,8 @@ def check_store(c: Compressor, plan: PlanData, backend: str | None) -> str:
     check_spec("spec", c.spec)
     check_made("plan", plan, PlanData)
     check_made("cache", cache, EntryCache)
-    assert cache is not None
-    tokens, weights = (c.spec, cache._token), (c.norm_weight, c.rope)
-    layer = cache._layer
-    if layer is None or not layer.same(tokens, weights):
-        _check_epilogue(c)
-        layer = cache._layer = Layer(tokens, weights, _places(c))
+    met = _meet(c, plan)
     check_tensor("rows", rows, (plan.entry_capacity, c.spec.head_dim), _FLOATS, cache.device)
-    met = layer.met(plan)
-    if met is None:
-        _check_plan(c, plan)
-        met = layer.meet(plan, lambda: [*_places(c), *plan_places(plan)])
     start = rows.data_ptr()
     end = start + rows.nbytes
     if start < met.rows[0] or end > met.rows[1]:
@@ -317,27 +298,19 @@ def check_store(c: Compressor, plan: PlanData, backend: str | None) -> str:
     return chosen
 
 
-def check_restore(
-    state: FoldState,
-    snapshots: Snapshots,
-    slots: torch.Tensor,
-    pages: torch.Tensor,
-    start_pos: torch.Tensor,
-    errors: torch.Tensor,
-    backend: str | None,
-) -> str:
+def check_restore(state: FoldState, snapshots: Snapshots, hits: Hits, backend: str | None) -> str:
     """Checks the arguments of `restore` and returns the backend to use."""
     check_made("state", state, FoldState)
     chosen = choose_backend(backend, "state", state.rows)
     _check_snapshots(snapshots, state)
-    check_tensor("slots", slots, (None,), (torch.int32,), state.device)
-    check_tensor("pages", pages, tuple(slots.shape), (torch.int32,), state.device)
-    check_tensor("start_pos", start_pos, tuple(slots.shape), (torch.int32,), state.device)
-    check_tensor("errors", errors, (1,), (torch.int32,), state.device)
-    written = (("state", state.rows), ("state", state.positions), ("errors", errors))
-    read = (("snapshots", snapshots.rows), ("snapshots", snapshots.positions))
-    read += (("slots", slots), ("pages", pages), ("start_pos", start_pos))
-    check_apart([*(Place(name, x, written=True) for name, x in written), *(Place(name, x) for name, x in read)])
+    check_tensor("slots", hits.slots, (None,), (torch.int32,), state.device)
+    count = hits.slots.shape[0]
+    for name, size in (("pages", count), ("start_pos", count), ("errors", 1)):
+        check_tensor(name, getattr(hits, name), (size,), (torch.int32,), state.device)
+    places = [Place("state", x, written=True) for x in state._tensors]
+    places += [Place("errors", hits.errors, written=True), *(Place("snapshots", x) for x in snapshots._tensors)]
+    places += [Place(name, getattr(hits, name)) for name in ("slots", "pages", "start_pos")]
+    check_apart(places)
     return chosen
 
 

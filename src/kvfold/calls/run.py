@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 
@@ -14,10 +15,15 @@ from ..backend_torch.restore import restore_torch
 from ..backend_torch.window import compress_window_torch
 from ..storage.fold_state import FoldState
 from ..storage.snapshots import Snapshots
-from ..storage.step import Compressor, PlanData
+from ..storage.step import Compressor, Hits, PlanData
 from .checks import check_compress, check_many, check_restore, check_store, check_update
 
-# `backend_triton` is imported by its first call: it imports triton, which the torch backend does not need.
+
+def _triton() -> ModuleType:
+    """Imported by its first call, as it imports triton, which the torch backend does not need."""
+    from ..backend_triton import launch
+
+    return launch
 
 
 def run_compress(c: Compressor, plan: PlanData, rows: torch.Tensor | None, backend: str | None, pdl: bool | None) -> None:
@@ -26,12 +32,12 @@ def run_compress(c: Compressor, plan: PlanData, rows: torch.Tensor | None, backe
     if plan.batch == 0:
         return
     if chosen == "torch":
-        _compress_torch(c, plan, rows)
+        run = compress_torch if isinstance(c.state, FoldState) else compress_window_torch
+        run(c, plan, rows)
+    elif isinstance(c.state, FoldState):
+        _triton().compress_triton(c, plan, rows, pdl)
     else:
-        from ..backend_triton import launch
-
-        run = launch.compress_triton if isinstance(c.state, FoldState) else launch.compress_window_triton
-        run(c, plan, rows, pdl)
+        _triton().compress_window_triton(c, plan, rows, pdl)
 
 
 def run_many(compressors: Sequence[Compressor], plan: PlanData, backend: str | None, pdl: bool | None) -> None:
@@ -41,19 +47,11 @@ def run_many(compressors: Sequence[Compressor], plan: PlanData, backend: str | N
         return
     if chosen == "torch":
         for c in compressors:
-            _compress_torch(c, plan, None)
+            compress_torch(c, plan, None)
+    elif len(compressors) == 1:
+        _triton().compress_triton(compressors[0], plan, None, pdl)
     else:
-        from ..backend_triton import launch
-
-        if len(compressors) == 1:
-            launch.compress_triton(compressors[0], plan, None, pdl)
-        else:
-            launch.compress_pair_triton((compressors[0], compressors[1]), plan, pdl)
-
-
-def _compress_torch(c: Compressor, plan: PlanData, rows: torch.Tensor | None) -> None:
-    run = compress_torch if isinstance(c.state, FoldState) else compress_window_torch
-    run(c, plan, rows)
+        _triton().compress_pair_triton((compressors[0], compressors[1]), plan, pdl)
 
 
 def run_store(c: Compressor, plan: PlanData, backend: str | None, pdl: bool | None) -> None:
@@ -62,29 +60,17 @@ def run_store(c: Compressor, plan: PlanData, backend: str | None, pdl: bool | No
     if check_store(c, plan, backend) == "torch":
         store_torch(c, plan)
     else:
-        from ..backend_triton import launch
-
-        launch.store_triton(c.kv_score, plan, c.cache, c.spec, c.norm_weight, c.rope, pdl)
+        _triton().store_triton(c.kv_score, plan, c.cache, c.spec, c.norm_weight, c.rope, pdl)
 
 
-def run_restore(
-    state: FoldState,
-    snapshots: Snapshots,
-    slots: torch.Tensor,
-    pages: torch.Tensor,
-    start_pos: torch.Tensor,
-    errors: torch.Tensor,
-    backend: str | None,
-) -> None:
-    chosen = check_restore(state, snapshots, slots, pages, start_pos, errors, backend)
-    if slots.shape[0] == 0:
+def run_restore(state: FoldState, snapshots: Snapshots, hits: Hits, backend: str | None) -> None:
+    chosen = check_restore(state, snapshots, hits, backend)
+    if hits.slots.shape[0] == 0:
         return
     if chosen == "torch":
-        restore_torch(state, snapshots, slots.long(), pages.long(), start_pos.long(), errors)
+        restore_torch(state, snapshots, hits)
     else:
-        from ..backend_triton import launch
-
-        launch.restore_triton(state, snapshots, slots, pages, start_pos, errors)
+        _triton().restore_triton(state, snapshots, *hits)
 
 
 def run_update(plan: PlanData, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
@@ -93,9 +79,7 @@ def run_update(plan: PlanData, start_pos: torch.Tensor, cu_seqlens: torch.Tensor
         plan.cu_seqlens.copy_(cu_seqlens)
     elif plan.start_pos.is_cuda:
         plan.fresh = True
-        from ..backend_triton.launch import update_on_gpu
-
-        update_on_gpu(plan, start_pos, cu_seqlens)
+        _triton().update_on_gpu(plan, start_pos, cu_seqlens)
     else:
         check_eager("start_pos")
         update_torch(plan, start_pos, cu_seqlens)

@@ -11,7 +11,7 @@ from ..arguments.overlap import Place, check_apart
 from ..contract import INT32_MAX
 from ..spec import CompressorSpec, check_spec
 from .formats import FORMATS, RecordFormat, get_format
-from .pack import raw_fields, unpack_records
+from .pack import read_fields, unpack_records
 from .remembered import Checked, Layer, check_made
 
 
@@ -60,39 +60,34 @@ class EntryCache(Checked):
         self._validate()
 
     def _check(self) -> None:
-        storage, scales, spec, rows_per_page = self.storage, self.scales, self.spec, self.rows_per_page
+        storage, scales, spec, rows_per_page, fmt = self.storage, self.scales, self.spec, self.rows_per_page, self.format
         check_memory("storage", storage, fake=True)
-        check_spec("spec", spec)
-        check_int("rows_per_page", rows_per_page, 1, 1 << 20)
-        check_type("format", self.format, RecordFormat)
-        get_format(self.format)
-        self.format.check(spec)
-        self.page_bytes, self.scale = self.format.page_bytes(spec, rows_per_page), _number("scale", self.scale)
+        check_type("format", fmt, RecordFormat)
+        _check_layout(fmt, rows_per_page, spec)
+        self.page_bytes, self.scale = fmt.page_bytes(spec, rows_per_page), _number("scale", self.scale)
         if not 2.0**-126 <= self.scale <= 2.0**126:  # both it and its inverse are normal numbers in fp32
             raise ValueError(f"scale must be from 2**-126 to 2**126, got {self.scale}")
-        if self.scale != 1 and not self.format.takes_scale:
-            raise ValueError(f"scale must be 1: format {self.format.name!r} takes none, got {self.scale}")
-        if self.format.scale_bytes and not self.format.separate and rows_per_page * self.format.row_bytes(spec) > INT32_MAX:
+        if self.scale != 1 and not fmt.takes_scale:
+            raise ValueError(f"scale must be 1: format {fmt.name!r} takes none, got {self.scale}")
+        if fmt.scale_bytes and not fmt.separate and rows_per_page * fmt.row_bytes(spec) > INT32_MAX:
             raise ValueError(  # where kernels find the tails, in 32 bits
-                f"rows_per_page must leave a page's rows below 2**31 bytes in format {self.format.name!r}, got {rows_per_page}"
+                f"rows_per_page must leave a page's rows below 2**31 bytes in format {fmt.name!r}, got {rows_per_page}"
             )
-        _check_page_dtype("storage", storage, self.format.element)
-        self.pages = _byte_pages("storage", storage, self.page_bytes, self.format.alignment)
+        self.pages = _byte_pages("storage", storage, fmt.element, self.page_bytes, fmt.alignment)
         if self.num_slots >= 1 << 32:  # kernels find the page of a slot in 32 bits (backend_triton/kernels/record.py)
             raise ValueError(f"storage must have fewer than 2**32 slots, got {self.num_slots}")
         self.scale_pages = None
-        if self.format.separate:
+        if fmt.separate:
             check_memory("scales", scales, fake=True)
             check_device("scales", scales, storage.device)
             if scales.shape[:1] != storage.shape[:1]:
                 raise ValueError(f"scales must have {storage.shape[0]} pages like storage, got {list(scales.shape)}")
-            _check_page_dtype("scales", scales, self.format.scale)
-            size = rows_per_page * self.format.tail_bytes(spec)
-            self.scale_pages = _byte_pages("scales", scales, size, self.format.scale_bytes)
+            size = rows_per_page * fmt.tail_bytes(spec)
+            self.scale_pages = _byte_pages("scales", scales, fmt.scale, size, fmt.scale_bytes)
             check_apart((Place("scales", self.scale_pages, written=True), Place("storage", self.pages, written=True)))
         elif scales is not None:
-            raise ValueError(f"scales must be None: format {self.format.name!r} keeps its scales in the page")
-        self._named = FORMATS.get(self.format.name) == self.format  # so an operator (ops.py) can be told it by its name
+            raise ValueError(f"scales must be None: format {fmt.name!r} keeps its scales in the page")
+        self._named = FORMATS.get(fmt.name) == fmt  # so an operator (ops.py) can be told it by its name
         self._tensors = (self.pages,) if self.scale_pages is None else (self.pages, self.scale_pages)
         self._layer: Layer | None = None  # what the last `store` got with this cache: store.py
 
@@ -112,16 +107,12 @@ class EntryCache(Checked):
         scale: float = 1.0,
     ) -> EntryCache:
         """A zeroed cache: uint8 `[num_pages, page_bytes]`, and uint8 scales where the format keeps them apart."""
-        check_spec("spec", spec)
         check_int("num_pages", num_pages, 0, INT32_MAX)
-        check_int("rows_per_page", rows_per_page, 1, 1 << 20)
         fmt = get_format(fmt)
-        fmt.check(spec)
-        device = usable_device("device", device)
-        page_bytes, scales = fmt.page_bytes(spec, rows_per_page), None
-        storage = torch.zeros(num_pages, page_bytes, dtype=torch.uint8, device=device)
-        if fmt.separate:
-            scales = torch.zeros(num_pages, rows_per_page * fmt.tail_bytes(spec), dtype=torch.uint8, device=device)
+        _check_layout(fmt, rows_per_page, spec)
+        bytes_of = {"dtype": torch.uint8, "device": usable_device("device", device)}
+        storage = torch.zeros(num_pages, fmt.page_bytes(spec, rows_per_page), **bytes_of)
+        scales = torch.zeros(num_pages, rows_per_page * fmt.tail_bytes(spec), **bytes_of) if fmt.separate else None
         return cls(storage, fmt, rows_per_page, spec, scales=scales, scale=scale)
 
     @property
@@ -168,7 +159,17 @@ class EntryCache(Checked):
         check_int("slot", slot, 0, self.num_slots - 1)
         if self.device.type == "meta":
             raise ValueError("slot must be of a cache on a CPU or a GPU, got the meta device")
-        return raw_fields(self, torch.tensor([slot], device=self.device))
+        return {name: field[0] for name, field in read_fields(self, torch.tensor([slot], device=self.device)).items()}
+
+
+def _made_again(scales: torch.Tensor | None, scale: float, *rest: object) -> EntryCache:
+    return EntryCache(*rest, scales=scales, scale=scale)  # type: ignore[arg-type]
+
+
+def _check_layout(fmt: RecordFormat, rows_per_page: int, spec: CompressorSpec) -> None:
+    check_spec("spec", spec)
+    check_int("rows_per_page", rows_per_page, 1, 1 << 20)
+    get_format(fmt).check(spec)
 
 
 def _number(name: str, value: object) -> float:
@@ -183,41 +184,7 @@ def _number(name: str, value: object) -> float:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
 
 
-def _byte_pages(name: str, storage: torch.Tensor, page_bytes: int, unit: int) -> torch.Tensor:
-    """The pages as uint8 `[num_pages, page_bytes]`, checked to be dense, disjoint and aligned to `unit` bytes."""
-    if storage.dim() < 2:
-        raise ValueError(f"{name} must have a page dimension and one more, got shape {list(storage.shape)}")
-    num_pages, item = storage.shape[0], storage.element_size()
-    have = storage[:1].numel() * item if num_pages else page_bytes
-    if have < page_bytes:
-        raise ValueError(f"{name} must have at least {page_bytes} bytes per page, got {have}")
-    dense = 1
-    for size, stride in zip(reversed(storage.shape[1:]), reversed(storage.stride()[1:]), strict=True):
-        if size > 1 and stride != dense:
-            raise ValueError(f"{name} must be dense within a page, got strides {tuple(storage.stride())}")
-        dense *= size
-    if num_pages > 1 and storage.stride(0) < dense:
-        raise ValueError(f"{name} must have pages that do not overlap, got strides {tuple(storage.stride())}")
-    if num_pages == 0:
-        return torch.empty(0, page_bytes, dtype=torch.uint8, device=storage.device)
-    if storage.data_ptr() % unit or (num_pages > 1 and storage.stride(0) * item % unit):
-        raise ValueError(f"{name} must have pages that start at a multiple of {unit} bytes")
-    flat = storage.detach().as_strided((num_pages, dense), (storage.stride(0), 1))
-    pages = flat.view(torch.uint8)[:, :page_bytes]
-    check_memory(name, pages, fake=True)  # a view made inside of a transform is none of plain memory
-    return pages
-
-
-def _made_again(scales: torch.Tensor | None, scale: float, *rest: object) -> EntryCache:
-    return EntryCache(*rest, scales=scales, scale=scale)  # type: ignore[arg-type]
-
-
-def _dtypes(*names: str) -> tuple[torch.dtype, ...]:
-    """Those that this torch has."""
-    return tuple(getattr(torch, name) for name in names if hasattr(torch, name))
-
-
-_INTEGERS = _dtypes("uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64")
+_INTEGERS = ("uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64")
 _FLOATS = {
     "bf16": "bfloat16",
     "fp32": "float32",
@@ -228,10 +195,31 @@ _FLOATS = {
 }
 
 
-def _check_page_dtype(name: str, pages: torch.Tensor, encoding: str) -> None:
-    """Raises TypeError unless `pages` are integers, which hold any bytes, or floats of this encoding of elements or scales."""
-    if pages.dtype not in (*_INTEGERS, *_dtypes(_FLOATS[encoding])):
+def _byte_pages(name: str, storage: torch.Tensor, encoding: str, page_bytes: int, unit: int) -> torch.Tensor:
+    """The pages as uint8 `[num_pages, page_bytes]`, checked to be dense, disjoint and aligned to `unit` bytes.
+
+    encoding: that of the elements or scales in them. Integers hold any; floats must be of it, in a dtype that this torch has.
+    """
+    if storage.dtype not in [getattr(torch, dtype, None) for dtype in (*_INTEGERS, _FLOATS[encoding])]:
         raise TypeError(
             f"{name} must be of an integer dtype, as torch.uint8, or of torch.{_FLOATS[encoding]}, since it holds {encoding}, "
-            f"got {pages.dtype}"
+            f"got {storage.dtype}"
         )
+    if storage.dim() < 2:
+        raise ValueError(f"{name} must have a page dimension and one more, got shape {list(storage.shape)}")
+    num_pages, item = storage.shape[0], storage.element_size()
+    if num_pages == 0:
+        return torch.empty(0, page_bytes, dtype=torch.uint8, device=storage.device)
+    have = storage[0].numel()
+    if have * item < page_bytes:
+        raise ValueError(f"{name} must have at least {page_bytes} bytes per page, got {have * item}")
+    if not storage[0].is_contiguous():
+        raise ValueError(f"{name} must be dense within a page, got strides {tuple(storage.stride())}")
+    if num_pages > 1 and storage.stride(0) < have:
+        raise ValueError(f"{name} must have pages that do not overlap, got strides {tuple(storage.stride())}")
+    if storage.data_ptr() % unit or (num_pages > 1 and storage.stride(0) * item % unit):
+        raise ValueError(f"{name} must have pages that start at a multiple of {unit} bytes")
+    flat = storage.detach().as_strided((num_pages, have), (storage.stride(0), 1))
+    pages = flat.view(torch.uint8)[:, :page_bytes]
+    check_memory(name, pages, fake=True)  # a view made inside of a transform is none of plain memory
+    return pages

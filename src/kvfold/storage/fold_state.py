@@ -64,8 +64,7 @@ class FoldState(RememberingState):
         check_int("max_new_tokens", self.max_new_tokens, 1, 1 << 20)
         self.kind = state_kind(spec)
         self.ring, self.history = ring_and_history(spec, self.max_new_tokens)
-        row = (3, spec.head_dim) if self.kind == "fold" else (2 * spec.channels,)
-        self._tensors = check_rows(spec, self.rows, self.positions, (self.ring + self.history, *row))
+        self._tensors = check_rows(spec, self.rows, self.positions, (self.ring + self.history, *_row_shape(spec)))
         self._forget_calls()
 
     @classmethod
@@ -90,15 +89,8 @@ class FoldState(RememberingState):
         check_spec("spec", spec)
         check_int("num_slots", num_slots, 0, INT32_MAX)
         check_int("max_new_tokens", max_new_tokens, 1, 1 << 20)
-        check_float("dtype", dtype)
-        device = usable_device("device", device)
-        ring, history = ring_and_history(spec, max_new_tokens)
-        if state_kind(spec) == "fold":
-            rows = torch.zeros(num_slots, ring + history, 3, spec.head_dim, dtype=torch.float32, device=device)
-        else:
-            rows = torch.zeros(num_slots, ring + history, 2 * spec.channels, dtype=dtype, device=device)
-        positions = torch.full((num_slots, ring + history), -1, dtype=torch.int32, device=device)
-        return cls(spec, rows, positions, max_new_tokens)
+        shape = num_slots, sum(ring_and_history(spec, max_new_tokens)), *_row_shape(spec)
+        return cls(spec, *empty_rows(spec, shape, dtype, device), max_new_tokens)
 
     @property
     def num_slots(self) -> int:
@@ -111,8 +103,7 @@ class FoldState(RememberingState):
     @property
     def bytes_per_slot(self) -> int:
         """Bytes that one sequence occupies: its rows and their positions."""
-        rows, tags = self.rows, self.positions
-        return rows[0:1].numel() * rows.element_size() + tags[0:1].numel() * tags.element_size() if self.num_slots else 0
+        return self.rows[:1].nbytes + self.positions[:1].nbytes
 
     def forget(self, slots: torch.Tensor) -> None:
         """Makes these slots empty: a step that needs a row of a former owner is refused then.
@@ -142,6 +133,20 @@ class FoldState(RememberingState):
         check_made("state", self, FoldState)
         check_int("position", position, 0, INT32_MAX)
         return range(history_start(self.spec, position), position)
+
+
+def _row_shape(spec: CompressorSpec) -> tuple[int, ...]:
+    return (3, spec.head_dim) if state_kind(spec) == "fold" else (2 * spec.channels,)
+
+
+def empty_rows(
+    spec: CompressorSpec, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of slots or pages that hold nothing, `shape` in all, and their tags; `dtype` is that of input rows."""
+    check_float("dtype", dtype)
+    device = usable_device("device", device)
+    dtype = torch.float32 if state_kind(spec) == "fold" else dtype
+    return torch.zeros(shape, dtype=dtype, device=device), torch.full(shape[:2], -1, dtype=torch.int32, device=device)
 
 
 def check_rows(

@@ -16,8 +16,6 @@ SCALE_BYTES = {"ue8m0": 1, "e4m3": 1, "pow2": 4, "fp32": 4}
 _OF_SCALES = ("group", "floor", "floor_on", "pad", "pad_written", "separate", "divide")
 _OF_CODES = ("scale", "rotated_bf16", "round_values", "ties_to_zero", *_OF_SCALES)
 _SWITCHES = ("rotated_bf16", "pad_written", "separate", "round_rows", "round_values", "ties_to_zero", "divide")
-_SMALLEST = 2.0**-126  # normal fp32
-_LARGEST_FLOOR = 2.0**100
 
 
 @dataclass(frozen=True)
@@ -79,32 +77,27 @@ class RecordFormat:
 
     def check(self, spec: CompressorSpec) -> None:
         """Raises ValueError when the layout is not defined for `spec`."""
+        problem = self._problem(spec)
+        if problem:
+            raise ValueError(f"format {self.name!r} {problem}")
+
+    def _problem(self, spec: CompressorSpec) -> str:
         if self.head_dims and spec.head_dim not in self.head_dims:
-            raise ValueError(
-                f"format {self.name!r} is defined for head_dim in {self.head_dims}, got spec.head_dim={spec.head_dim}"
-            )
-        if self.rope_dim is not None and spec.rope_dim != self.rope_dim:
-            raise ValueError(f"format {self.name!r} is defined for rope_dim={self.rope_dim}, got spec.rope_dim={spec.rope_dim}")
-        if self.group and spec.head_dim % self.group:
-            raise ValueError(
-                f"format {self.name!r} needs head_dim in groups of {self.group}, got spec.head_dim={spec.head_dim}"
-            )
-        if self.rotated_bf16:
-            step = max(self.group, 1)
-            if not self.quantized(spec) or self.quantized(spec) % step:
-                raise ValueError(
-                    f"format {self.name!r} needs groups of {step} before the rotated channels, "
-                    f"got spec.rope_dim={spec.rope_dim} of spec.head_dim={spec.head_dim}"
-                )
-            if self.values_bytes(spec) % 2 or self.row_bytes(spec) % self.alignment:
-                raise ValueError(
-                    f"format {self.name!r} needs fields at multiples of their size, got spec.rope_dim={spec.rope_dim}"
-                )
-            if not self.separate and self.tail_bytes(spec) % 2 and self.page_align % 2:  # the next page starts behind them
-                raise ValueError(
-                    f"format {self.name!r} needs an even page_align, or tails of an even size, "
-                    f"got {self.tail_bytes(spec)} bytes for spec.head_dim={spec.head_dim}"
-                )
+            return f"is defined for head_dim in {self.head_dims}, got spec.head_dim={spec.head_dim}"
+        if self.rope_dim not in (None, spec.rope_dim):
+            return f"is defined for rope_dim={self.rope_dim}, got spec.rope_dim={spec.rope_dim}"
+        step, tail, got = max(self.group, 1), self.tail_bytes(spec), f"got spec.rope_dim={spec.rope_dim}"
+        if spec.head_dim % step:
+            return f"needs head_dim in groups of {step}, got spec.head_dim={spec.head_dim}"
+        if not self.rotated_bf16:
+            return ""
+        if not self.quantized(spec) or self.quantized(spec) % step:
+            return f"needs groups of {step} before the rotated channels, {got} of spec.head_dim={spec.head_dim}"
+        if self.values_bytes(spec) % 2 or self.row_bytes(spec) % self.alignment:
+            return f"needs fields at multiples of their size, {got}"
+        if not self.separate and tail % 2 and self.page_align % 2:  # the next page starts behind them
+            return f"needs an even page_align, or tails of an even size, got {tail} bytes for spec.head_dim={spec.head_dim}"
+        return ""
 
     @property
     def element_max(self) -> float:
@@ -133,18 +126,11 @@ class RecordFormat:
 
     def constants(self, spec: CompressorSpec) -> dict[str, object]:
         """What the kernels' epilogue is compiled for."""
+        same = ("round_rows", "element", "group", "scale", "floor", "divide", "rotated_bf16", "round_values", "ties_to_zero")
         return {
-            "ROUND_ROWS": self.round_rows,
-            "ELEMENT": self.element,
-            "GROUP": self.group,
-            "SCALE": self.scale,
-            "FLOOR": self.floor,
+            **{name.upper(): getattr(self, name) for name in same},
             "FLOOR_ON_SCALE": self.floor_on == "scale",
-            "DIVIDE": self.divide,
-            "ROTATED_BF16": self.rotated_bf16,
             "PAD": self.pad if self.pad_written else 0,
-            "ROUND_VALUES": self.round_values,
-            "TIES_TO_ZERO": self.ties_to_zero,
             "ROW_BYTES": self.row_bytes(spec),
             "TAIL_BYTES": self.tail_bytes(spec),
         }
@@ -202,17 +188,16 @@ def _check_format(fmt: RecordFormat) -> None:
 
 def _check_types(fmt: RecordFormat) -> None:
     """Each field by itself."""
-    for name in ("name", "source"):
-        check_type(name, getattr(fmt, name), str)
+    kinds = {str: ("name", "source", "element", "scale", "floor_on"), bool: _SWITCHES, tuple: ("head_dims",)}
+    for kind, names in kinds.items():
+        for name in names:
+            check_type(name, getattr(fmt, name), kind)
     if not fmt.name:
         raise ValueError("name must not be empty, got ''")
     known = {"element": ELEMENT_BITS, "scale": ("none", "static", *SCALE_BYTES), "floor_on": ("amax", "scale")}
     for name, accepted in known.items():
-        check_type(name, getattr(fmt, name), str)
         if getattr(fmt, name) not in accepted:
             raise ValueError(f"{name} must be one of {list(accepted)}, got {getattr(fmt, name)!r}")
-    for name in _SWITCHES:
-        check_type(name, getattr(fmt, name), bool)
     check_int("group", fmt.group, 0, 4096)
     check_int("pad", fmt.pad, 0, 4096)
     check_int("page_align", fmt.page_align, 1, 1 << 30)
@@ -220,7 +205,6 @@ def _check_types(fmt: RecordFormat) -> None:
         raise TypeError(f"floor must be a float, got {type(fmt.floor).__name__}")
     if not 0 <= fmt.floor < math.inf:
         raise ValueError(f"floor must be finite and not negative, got {fmt.floor}")
-    check_type("head_dims", fmt.head_dims, tuple)
     for head_dim in fmt.head_dims:
         check_int("head_dims", head_dim, 16, 4096)
         if head_dim & (head_dim - 1):
@@ -244,19 +228,19 @@ def _check_scales(fmt: RecordFormat) -> None:
     if fmt.group < 1 or fmt.group & (fmt.group - 1):
         raise ValueError(f"group must be a power of two from 1 to 4096 where scale is {fmt.scale!r}, got {fmt.group}")
     on_scale = fmt.floor_on == "scale"
-    # The smallest scale must be a number that it can be divided by.
-    low, high = _SMALLEST * (1 if on_scale else ELEMENT_MAX[fmt.element]), _LARGEST_FLOOR
-    if fmt.scale == "e4m3" and on_scale:
+    divide = fmt.scale == "e4m3" and on_scale  # group_scale gives an inverse for all others
+    # The smallest scale, a normal fp32, must be a number that it can be divided by.
+    low, high = 2.0**-126 * (1 if on_scale else ELEMENT_MAX[fmt.element]), 2.0**100
+    if divide:
         low, high = 2.0**-9, 448.0
     without = not on_scale and fmt.scale in ("e4m3", "fp32")
     if not (low <= fmt.floor <= high or (without and fmt.floor == 0)):
         zero = "0, or " if without else ""
         where = f"where element is {fmt.element!r}, scale {fmt.scale!r} and floor_on {fmt.floor_on!r}"
         raise ValueError(f"floor must be {zero}from {low!r} to {high!r} {where}, got {fmt.floor!r}")
-    divide = fmt.scale == "e4m3" and on_scale
-    if fmt.divide != divide:  # group_scale gives an inverse for all but these
-        where = "where scale is 'e4m3' and floor_on 'scale'" if divide else "unless scale is 'e4m3' and floor_on 'scale'"
-        raise ValueError(f"divide must be {divide} {where}, got {fmt.divide}")
+    if fmt.divide != divide:
+        where = "where" if divide else "unless"
+        raise ValueError(f"divide must be {divide} {where} scale is 'e4m3' and floor_on 'scale', got {fmt.divide}")
     if fmt.pad % fmt.scale_bytes:
         raise ValueError(f"pad must be a multiple of {fmt.scale_bytes} where scale is {fmt.scale!r}, got {fmt.pad}")
     if fmt.pad_written and fmt.pad & (fmt.pad - 1):  # a vector of a kernel

@@ -9,10 +9,18 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
+from torch.nn.functional import pad
 
 from ..spec import CompressorSpec
 from .formats import RecordFormat
 
+_DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+    "pow2": torch.float32,
+    "e4m3": torch.float8_e4m3fn,
+    "ue8m0": torch.uint8,
+}
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # Between neighbouring codes; a tie goes to the even code, so it goes up behind the odd codes 1, 3 and 5.
 _E2M1_THRESHOLDS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
@@ -44,10 +52,7 @@ def pack_records(cache: Records, slots: torch.Tensor, entries: torch.Tensor) -> 
         amax = grouped.abs().nan_to_num(nan=0.0, posinf=float("inf")).amax(-1)
         stored, factor = group_scale(amax, fmt, cache.scale)
         values = (grouped / factor[..., None] if fmt.divide else grouped * factor[..., None]).flatten(1)
-        tail = stored
-        if fmt.pad_written:
-            tail = torch.cat((stored, stored.new_zeros(len(stored), fmt.pad)), dim=1)
-        scatter(*tail_address(cache, slots), tail)
+        scatter(*tail_address(cache, slots), pad(stored, (0, fmt.pad if fmt.pad_written else 0)))
     if fmt.element == "e4m3":
         record = e4m3_bytes(values)
     else:
@@ -103,64 +108,49 @@ def e2m1_codes(x: torch.Tensor, ties_to_zero: bool) -> torch.Tensor:
     return torch.where(x.isnan(), 7, code | sign.to(torch.uint8) << 3)
 
 
-def raw_fields(cache: Records, slots: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The fields of one record; see `EntryCache.raw`."""
+def read_fields(cache: Records, slots: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The fields of `EntryCache.raw`, `[n, ...]` each, from int64 `slots`, all of them valid."""
     fmt, spec = cache.format, cache.spec
-    record = gather(*record_address(cache, slots), fmt.row_bytes(spec))[0]
-    if fmt.element in ("bf16", "fp32"):
-        return {"values": record.view(torch.bfloat16 if fmt.element == "bf16" else torch.float32)}
-    size = fmt.values_bytes(spec)
-    values = record[:size]
-    if fmt.element == "e4m3":
-        fields = {"values": values.view(torch.float8_e4m3fn)}
+    record = gather(*record_address(cache, slots), fmt.row_bytes(spec))
+    values, rotated = record.tensor_split([fmt.values_bytes(spec)], dim=1)
+    if fmt.element == "e2m1":
+        fields = {"values": torch.stack((values & 15, values >> 4), dim=2).flatten(1)}
     else:
-        fields = {"values": torch.stack((values & 15, values >> 4), dim=1).flatten()}
+        fields = {"values": values.contiguous().view(_DTYPES[fmt.element])}
     if fmt.rotated_bf16:
-        fields["rotated"] = record[size:].clone().view(torch.bfloat16)
+        fields["rotated"] = rotated.contiguous().view(torch.bfloat16)
     if fmt.scale_bytes:
-        tail = gather(*tail_address(cache, slots), fmt.tail_bytes(spec))[0]
-        scales = tail[: fmt.groups(spec) * fmt.scale_bytes].clone()
-        dtype = {"ue8m0": torch.uint8, "e4m3": torch.float8_e4m3fn}.get(fmt.scale, torch.float32)
-        fields["scales"] = scales.view(dtype)
+        tail = gather(*tail_address(cache, slots), fmt.tail_bytes(spec))
+        scales, unused = tail.tensor_split([fmt.groups(spec) * fmt.scale_bytes], dim=1)
+        fields["scales"] = scales.contiguous().view(_DTYPES[fmt.scale])
         if fmt.pad:
-            fields["pad"] = tail[-fmt.pad :].clone()
+            fields["pad"] = unused
     return fields
 
 
 def unpack_records(cache: Records, slots: torch.Tensor) -> torch.Tensor:
     """fp32 `[n, head_dim]` from int64 `slots`, all of them valid."""
-    fmt, spec = cache.format, cache.spec
-    record = gather(*record_address(cache, slots), fmt.row_bytes(spec))
-    if fmt.element in ("bf16", "fp32"):
-        return record.view(torch.bfloat16 if fmt.element == "bf16" else torch.float32).float()
-    record, rotated = record.split((fmt.values_bytes(spec), fmt.row_bytes(spec) - fmt.values_bytes(spec)), dim=1)
-    if fmt.element == "e4m3":
-        values = record.contiguous().view(torch.float8_e4m3fn).float()
-    else:
-        table = torch.tensor(_E2M1 + tuple(-value for value in _E2M1), dtype=torch.float32, device=record.device)
-        values = table[torch.stack((record & 15, record >> 4), dim=2).flatten(1).long()]
+    fmt, fields = cache.format, read_fields(cache, slots)
+    values, scales = fields["values"], fields.get("scales")
+    if fmt.element == "e2m1":
+        table = torch.tensor(_E2M1 + tuple(-value for value in _E2M1), dtype=torch.float32, device=values.device)
+        values = table[values.long()]
+    values = values.float()
     if fmt.scale == "static":
         values = values * cache.scale
-    else:
-        tail = gather(*tail_address(cache, slots), fmt.tail_bytes(spec))[:, : fmt.groups(spec) * fmt.scale_bytes].contiguous()
-        if fmt.scale == "ue8m0":
-            scale = (tail.int() << 23).view(torch.float32)
-        elif fmt.scale == "e4m3":
-            scale = tail.view(torch.float8_e4m3fn).float()
-            if fmt.floor_on == "amax":
-                scale = _divide(scale, cache.scale)
-        else:
-            scale = tail.view(torch.float32)
-        values = (values.unflatten(1, (-1, fmt.group)) * scale[..., None]).flatten(1)
+    elif scales is not None:
+        factor = (scales.int() << 23).view(torch.float32) if fmt.scale == "ue8m0" else scales.float()
+        if fmt.scale == "e4m3" and fmt.floor_on == "amax":
+            factor = _divide(factor, cache.scale)
+        values = (values.unflatten(1, (-1, fmt.group)) * factor[..., None]).flatten(1)
     if fmt.rotated_bf16:
-        values = torch.cat((values, rotated.contiguous().view(torch.bfloat16).float()), dim=1)
+        values = torch.cat((values, fields["rotated"].float()), dim=1)
     return values
 
 
 def _divide(a: torch.Tensor | float, b: torch.Tensor | float) -> torch.Tensor:
     """a / b, correctly rounded on every device; one of the two is a tensor."""
     like = a if isinstance(a, torch.Tensor) else b
-    assert isinstance(like, torch.Tensor)
     a, b = (x if isinstance(x, torch.Tensor) else torch.full_like(like, x) for x in (a, b))
     return a / b
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ class Checked:
     _tensors: tuple[torch.Tensor, ...] = ()
     _watched: tuple[torch.Tensor, ...] = ()
     _addresses: list | None = None
+    _watched_on_gpu = True
     _made_by = "allocate"
     _unchecked: tuple[str, ...] = ()  # attributes that no check looks at
 
@@ -45,8 +47,8 @@ class Checked:
             object.__setattr__(self, "_token", None)
 
     def __getstate__(self) -> dict[str, object]:
-        """What copies and pickles take: they are checked again."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("_token", "_tensors", "_watched", "_addresses")}
+        """What copies and pickles take: they are checked again, and remember nothing, as their memory is their own."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
     def _check(self) -> None:
         """Checks the attributes together and sets `_tensors`. Raises TypeError and ValueError, which name an attribute."""
@@ -54,24 +56,17 @@ class Checked:
 
     def _validate(self) -> None:
         self._check()
-        self._watched = self._watch()
+        self._watched = self._tensors if self._watched_on_gpu or not self._tensors[0].is_cuda else ()
         fake = any(isinstance(x, FakeTensor) for x in self._tensors)
         self._addresses = None if fake else where(self._watched)
         self._token = object()
 
-    def _watch(self) -> tuple[torch.Tensor, ...]:
-        return self._tensors
-
 
 def check_made(name: str, value: object, kind: type[Checked]) -> None:
     """An object of this kind, whose attributes fit together and whose memory is there."""
-    if not isinstance(value, kind):
-        check_type(name, value, kind)
-    elif value._token is None or value._addresses != where(value._watched):
-        _check_again(name, value, kind)
-
-
-def _check_again(name: str, value: Checked, kind: type[Checked]) -> None:
+    check_type(name, value, kind)
+    if value._token is not None and value._addresses == where(value._watched):
+        return
     try:
         value._validate()
     except AttributeError as error:
@@ -82,38 +77,27 @@ def _check_again(name: str, value: Checked, kind: type[Checked]) -> None:
         raise TypeError(f"{name} must be of real tensors like the others, got FakeTensors")
 
 
-class Remembering(Checked):
-    """Base of what remembers its calls. What it remembers is of its own tensors, by address: a copy begins without it."""
-
-    def _forget(self) -> None:
-        """Sets everything remembered to what it is before the first call; all of it, and nothing else."""
-        raise NotImplementedError
-
-    def __getstate__(self) -> dict[str, object]:
-        blank = object.__new__(type(self))
-        blank._forget()
-        return {**super().__getstate__(), **blank.__dict__}
-
-
-class RememberingState(Remembering):
+class RememberingState(Checked):
     """A state, over which calls of one layer are made again and again."""
 
+    _workspaces: list  # scratch of the kernels, made once and kept for the next call: backend_triton/launch.py
+    _recorded: list  # the same for calls that made theirs while they were recorded in a CUDA graph
+    _chosen: tuple | None = None  # the kernel of the last call: backend_triton/launch.py
     _layer: Layer | None = None  # what the last call got with this state
+    _pair: tuple = (None, None)  # `_layer` of both states of the last launch of two
+
+    def __setstate__(self, attributes: dict[str, object]) -> None:
+        vars(self).update(attributes)
+        self._forget()
 
     def _forget(self) -> None:
-        self._workspaces: list = []  # scratch of the kernels, made once and kept for the next call: backend_triton/launch.py
-        self._recorded: list = []  # the same for calls that made theirs while they were recorded in a CUDA graph
+        """Sets everything remembered to what it is before the first call."""
+        self._workspaces, self._recorded = [], []
         self._forget_calls()
 
     def _forget_calls(self) -> None:
         """All but the scratch, which recorded CUDA graphs go on using."""
-        self._chosen: tuple | None = None  # the kernel of the last call: backend_triton/launch.py
-        self._layer = None
-        self._pair: tuple = (None, None)  # `_layer` of both states of the last launch of two
-
-
-def _nothing() -> None:
-    """The reference to a weight that was not given."""
+        self._chosen, self._layer, self._pair = None, None, (None, None)
 
 
 class Layer:
@@ -129,7 +113,7 @@ class Layer:
         """Raises ValueError, which names two of `places` that share memory."""
         self.tokens = tokens
         # Weak: a layer must not keep the weights of a caller alive.
-        self.weights = [_nothing if x is None else weakref.ref(x) for x in weights]
+        self.weights = [(lambda: None) if x is None else weakref.ref(x) for x in weights]
         self.dtypes = [None if x is None else x.dtype for x in weights]
         self.where = where([x for x in weights if x is not None])
         self.bounds = check_apart(places)
@@ -168,19 +152,16 @@ class Layer:
         return known
 
 
+@dataclass(slots=True, eq=False)
 class Met:
-    """A layer and a plan together: what their tensors span, and the room between it where those of the last call lay.
+    """A layer and a plan together: what their tensors span, and the room between it where those of the last call lay."""
 
-    prepared: what their last call launched: backend_triton/launch.py.
-    """
-
-    __slots__ = ("bounds", "device", "kv_score", "other", "prepared", "rows", "rows_in_bf16", "token", "where")
-
-    device: torch.device
-    rows_in_bf16: bool  # so that kv_score must be, too
-
-    def __init__(self, token: object, bounds: list[int]) -> None:
-        self.token, self.bounds = token, bounds
-        self.where: list = []  # all tensors of the last call but `kv_score` and `rows`
-        self.kv_score = self.rows = self.other = NO_ROOM
-        self.prepared: Any = None
+    token: object
+    bounds: list[int]
+    where: list = field(default_factory=list)  # all tensors of the last call but `kv_score` and `rows`
+    kv_score: tuple[int, int] = NO_ROOM
+    rows: tuple[int, int] = NO_ROOM
+    other: tuple[int, int] = NO_ROOM
+    device: torch.device | None = None
+    rows_in_bf16: bool = False  # so that kv_score must be, too
+    prepared: Any = None  # what the last call launched: backend_triton/launch.py

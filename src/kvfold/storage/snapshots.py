@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from ..arguments.checks import check_contiguous, check_dtype, check_float, check_int, check_memory, usable_device
+from ..arguments.checks import check_contiguous, check_dtype, check_int, check_memory
 from ..contract import INT32_MAX
 from ..spec import CompressorSpec, check_spec
-from .fold_state import check_rows, history_start, state_kind
+from .fold_state import check_rows, empty_rows, history_start, state_kind
 from .remembered import Checked, check_made
 
 MOST_PAGE = 1 << 30  # positions per page: the end of the page of any position then is an int32
@@ -43,8 +43,9 @@ class Snapshots(Checked):
 
     def _check(self) -> None:
         check_spec("spec", self.spec)
-        self.rows_per_page, width = _shape(self.spec, self.page_size)
-        self._tensors = check_rows(self.spec, self.rows, self.positions, (self.rows_per_page, width))
+        shape = _shape(self.spec, self.page_size)
+        self.rows_per_page = shape[0]
+        self._tensors = check_rows(self.spec, self.rows, self.positions, shape)
 
     @classmethod
     def allocate(
@@ -65,12 +66,7 @@ class Snapshots(Checked):
         """
         check_spec("spec", spec)
         check_int("num_pages", num_pages, 0, INT32_MAX)
-        check_float("dtype", dtype)
-        device = usable_device("device", device)
-        count, width = _shape(spec, page_size)
-        dtype = torch.float32 if state_kind(spec) == "fold" else dtype
-        rows = torch.zeros(num_pages, count, width, dtype=dtype, device=device)
-        return cls(spec, rows, torch.full((num_pages, count), -1, dtype=torch.int32, device=device), page_size)
+        return cls(spec, *empty_rows(spec, (num_pages, *_shape(spec, page_size)), dtype, device), page_size)
 
     @property
     def num_pages(self) -> int:

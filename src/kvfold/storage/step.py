@@ -14,7 +14,7 @@ from ..contract import INT32_MAX, ITEM_FIELDS, MOST_ITEMS
 from ..spec import CompressorSpec
 from .cache import EntryCache
 from .fold_state import FoldState
-from .remembered import Remembering, where
+from .remembered import Checked, where
 from .snapshots import MOST_PAGE, Snapshots
 from .window_state import WindowState
 
@@ -38,7 +38,16 @@ class Compressor(NamedTuple):
     snapshots: Snapshots | None = None
 
 
-class PlanData(Remembering):
+class Hits(NamedTuple):
+    """What `restore` is to do, slot by slot; the arguments are its own."""
+
+    slots: torch.Tensor
+    pages: torch.Tensor
+    start_pos: torch.Tensor
+    errors: torch.Tensor
+
+
+class PlanData(Checked):
     """The bounds and tensors of a `StepPlan`, which says what they are; an operator's plan of one call is this alone."""
 
     ratio: int
@@ -67,16 +76,13 @@ class PlanData(Remembering):
     _called = "StepPlan"  # in messages
     _made_by = "build"
     _unchecked = ("fresh",)
+    _watched_on_gpu = False  # `update` looks for its tensors, once for all layers of the step
     _whole = True  # an operator's plan of one call is not: it has no tensors of `update` (ops.py)
 
-    def __init__(self) -> None:
-        self._forget()
-
-    def _forget(self) -> None:
-        self._launcher: Callable[..., None] | None = None  # of `update` on a GPU, made by the first one
-        self._came: tuple[int, int] | None = None  # the addresses of what the last `update` was given
-        self._bounds: list[int] = []  # what its tensors span, as `check_apart` returns it
-        self._where: list[int] = []  # where they were
+    _launcher: Callable[..., None] | None = None  # of `update` on a GPU, made by the first one
+    _came: tuple[int, int] | None = None  # the addresses of what the last `update` was given
+    _bounds: list[int]  # what its tensors span, as `check_apart` returns it
+    _where: list  # where they were
 
     def _allocate(self, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
         """Checks what `StepPlan.build` was given, which set it as attributes, and makes the plan's own tensors."""
@@ -92,103 +98,93 @@ class PlanData(Remembering):
             if self.cache_block_table is not None:
                 raise ValueError("entry_slots and cache_block_table exclude each other, got both")
             check_tensor("entry_slots", self.entry_slots, (None,), (torch.int64,), device, fake=True)
-        most = min(batch * self.max_new_tokens, INT32_MAX)
-        if self.max_tokens is not None:
-            check_int("max_tokens", self.max_tokens, 0, INT32_MAX)
-            most = min(self.max_tokens, most)
-        self.max_tokens = most
+        if self.max_tokens is None:
+            self.max_tokens = INT32_MAX
+        check_int("max_tokens", self.max_tokens, 0, INT32_MAX)
+        self.max_tokens = min(self.max_tokens, batch * self.max_new_tokens)
         self._check_places(device)
-        self._set_capacities(None if self.entry_slots is None else self.entry_slots.shape[0])
+        self._set_capacities()
         if self.cache_block_table is not None:
             self.entry_slots = torch.empty(self.entry_capacity, dtype=torch.int64, device=device)
-        self.start_pos = torch.empty_like(start_pos)
-        self.cu_seqlens = torch.empty_like(cu_seqlens)
-        self.cu_entries = torch.zeros_like(cu_seqlens)
-        self.items = torch.zeros(self.item_capacity, len(ITEM_FIELDS), dtype=torch.int32, device=device)
-        self.num_items = torch.zeros(1, dtype=torch.int32, device=device)
-        self.entry_items = torch.full((self.entry_capacity,), -1, dtype=torch.int32, device=device)
-        self.errors = torch.zeros(1, dtype=torch.int32, device=device)
+        for name, shape in self._shapes().items():
+            setattr(self, name, torch.zeros(shape, dtype=torch.int32, device=device))
+        self.entry_items.fill_(-1)
 
-    def _set_capacities(self, entries: int | None) -> None:
-        """Most work items and entries of a step. entries: those that the caller has slots for; None: as many as can be."""
-        batch, ratio = self.batch, self.ratio
+    def _set_capacities(self) -> None:
+        """Most work items and entries of a step; entries are those that the caller has slots for, or as many as can be."""
+        batch, ratio, windows = self.batch, self.ratio, self.batch * self.windows_per_sequence
         self.item_capacity = self.items_for(self.max_tokens)
-        if entries is None:
+        if self.entry_slots is None:
             self.entry_capacity = min(batch * -(-self.max_new_tokens // ratio), self.max_tokens // ratio + batch)
         else:
-            self.entry_capacity = entries
+            self.entry_capacity = self.entry_slots.shape[0]
             if self.item_capacity:
                 # Lengths that overlap in kv_score, as with offsets that go back, end more windows than max_tokens can: every
                 # entry that has a place then still has an item, which comes at most B behind it.
-                enough = min(batch * self.windows_per_sequence, entries + batch)
-                self.item_capacity = max(self.item_capacity, enough)
-        if batch * self.windows_per_sequence > INT32_MAX or self.item_capacity > MOST_ITEMS:
+                self.item_capacity = max(self.item_capacity, min(windows, self.entry_capacity + batch))
+        if windows > INT32_MAX or self.item_capacity > MOST_ITEMS:
             raise ValueError(
                 f"max_new_tokens={self.max_new_tokens} and max_tokens={self.max_tokens} must mean at most {MOST_ITEMS} windows "
                 f"of {ratio} in {batch} sequences"
             )
 
-    def _check(self) -> None:
-        for name in ("ratio", "max_new_tokens", "batch", "entry_capacity", "item_capacity", *["max_tokens"] * self._whole):
-            check_int(name, getattr(self, name), 0, INT32_MAX)
-        device, ints = getattr(self.items, "device", None), (torch.int32,)
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the int32 tensors that are the plan's own."""
         shapes = {"items": (self.item_capacity, len(ITEM_FIELDS)), "num_items": (1,), "errors": (1,)}
         if self._whole:
             shapes |= {"start_pos": (self.batch,), "cu_seqlens": (self.batch + 1,)}
         if self._whole or self.block_tables is not None:
             shapes |= {"cu_entries": (self.batch + 1,), "entry_items": (self.entry_capacity,)}
-        for name, shape in shapes.items():
-            check_tensor(name, getattr(self, name), shape, ints, device, fake=True)
+        return shapes
+
+    def _check(self) -> None:
+        for name in ("ratio", "max_new_tokens", "batch", "entry_capacity", "item_capacity", *["max_tokens"] * self._whole):
+            check_int(name, getattr(self, name), 0, INT32_MAX)
+        device = getattr(self.items, "device", None)
+        for name, shape in self._shapes().items():
+            check_tensor(name, getattr(self, name), shape, (torch.int32,), device, fake=True)
         if self.entry_slots is not None or self.cache_block_table is not None:
             check_tensor("entry_slots", self.entry_slots, (self.entry_capacity,), (torch.int64,), device, fake=True)
         self._check_places(device)
-        self._forget()
+        self._launcher = self._came = None
         places = plan_places(self, updating=True)
         self._bounds = check_apart(places)
         self._tensors = tuple(place.tensor for place in places)
         self._where = [] if traced(self.items) else where(self._tensors)
 
-    def _watch(self) -> tuple[torch.Tensor, ...]:
-        """None on a GPU, where `update` looks for them once for all layers of the step."""
-        return () if self.items.is_cuda else self._tensors
-
     def _check_places(self, device: torch.device) -> None:
-        """Checks what says where state, snapshots and entries are."""
-        self._check_state(device)
-        if self.cache_block_table is not None:
-            check_tensor("cache_block_table", self.cache_block_table, (self.batch, None), (torch.int32,), device, fake=True)
-            if self.rows_per_page is None:
-                raise ValueError("rows_per_page must be given with cache_block_table, got None")
-        if self.rows_per_page is not None:
-            check_int("rows_per_page", self.rows_per_page, 1, 1 << 20)
-        if self.snapshot_table is not None:
-            if self.block_tables is not None:
-                raise ValueError("snapshot_table must be None with block_tables, whose pages are shared as they are")
-            check_tensor("snapshot_table", self.snapshot_table, (self.batch, None), (torch.int32,), device, fake=True)
-            if self.snapshot_page_size is None:
-                raise ValueError("snapshot_page_size must be given with snapshot_table, got None")
-            check_int("snapshot_page_size", self.snapshot_page_size, 1, MOST_PAGE)
-        elif self.snapshot_page_size is not None:
-            raise ValueError(f"snapshot_page_size must be None without snapshot_table, got {self.snapshot_page_size!r}")
-
-    def _check_state(self, device: torch.device) -> None:
-        """Checks that the plan is told, in one way at most, where the sequences keep their state."""
-        tables = self.block_tables
+        """Checks what says where snapshots and entries are, and, in one way at most, where the state is."""
+        tables, batch, ints = self.block_tables, self.batch, (torch.int32,)
+        named = ("cache_block_table", self.cache_block_table), ("snapshot_table", self.snapshot_table)
+        paged = {name: table for name, table in named if table is not None}
         if self.state_slots is not None:
             if tables is not None:
                 raise ValueError("state_slots and block_tables exclude each other, got both")
-            check_tensor("state_slots", self.state_slots, (self.batch,), (torch.int32,), device, fake=True)
-        if tables is None:
-            if self.page_size is not None:
-                raise ValueError(f"page_size must be None without block_tables, got {self.page_size!r}")
-            return
-        if not isinstance(tables, tuple) or len(tables) != 2:
-            raise TypeError("block_tables must be a tuple of two tensors, of value pages and of score pages")
-        for i, table in enumerate(tables):
-            check_tensor(f"block_tables[{i}]", table, (self.batch, None), (torch.int32,), device, fake=True)
-        if self.page_size is None:
-            raise ValueError("page_size must be given with block_tables, got None")
-        check_int("page_size", self.page_size, 1, INT32_MAX)
+            check_tensor("state_slots", self.state_slots, (batch,), ints, device, fake=True)
+        if tables is not None:
+            if not isinstance(tables, tuple) or len(tables) != 2:
+                raise TypeError("block_tables must be a tuple of two tensors, of value pages and of score pages")
+            if self.snapshot_table is not None:
+                raise ValueError("snapshot_table must be None with block_tables, whose pages are shared as they are")
+            paged |= {f"block_tables[{i}]": table for i, table in enumerate(tables)}
+        for name, table in paged.items():
+            check_tensor(name, table, (batch, None), ints, device, fake=True)
+        self._check_size("page_size", INT32_MAX, "block_tables")
+        self._check_size("snapshot_page_size", MOST_PAGE, "snapshot_table")
+        if self.rows_per_page is not None:
+            check_int("rows_per_page", self.rows_per_page, 1, 1 << 20)
+        elif self.cache_block_table is not None:
+            raise ValueError("rows_per_page must be given with cache_block_table, got None")
+
+    def _check_size(self, name: str, most: int, tables: str) -> None:
+        """The size of pages is given with their tables, and not without."""
+        size, there = getattr(self, name), getattr(self, tables) is not None
+        if there and size is None:
+            raise ValueError(f"{name} must be given with {tables}, got None")
+        if not there and size is not None:
+            raise ValueError(f"{name} must be None without {tables}, got {size!r}")
+        if there:
+            check_int(name, size, 1, most)
 
     def items_for(self, tokens: int) -> int:
         """Most windows that a step with this many tokens in all can touch; known to the host."""
@@ -202,17 +198,20 @@ class PlanData(Remembering):
         return (self.max_new_tokens + self.ratio - 2) // self.ratio + 1
 
 
-_READ = ("items", "num_items", "entry_items", "cu_entries", "entry_slots", "state_slots", "snapshot_table")
+# What calls read of a plan, as far as it is there, and what `update` writes.
+_READ = (
+    "items", "num_items", "entry_items", "cu_entries", "entry_slots", "state_slots", "snapshot_table", "start_pos",
+    "cu_seqlens", "cache_block_table",
+)  # fmt: skip
 _OWN = ("start_pos", "cu_seqlens", "cu_entries", "items", "num_items", "entry_items")
 
 
 def plan_places(plan: PlanData, updating: bool = False) -> list[Place]:
     """The tensors of a plan: all but `errors` are read by calls. updating: as `update` takes them, which writes its own."""
-    names = (*_READ, "start_pos", "cu_seqlens", "cache_block_table") if plan._whole else _READ
     own = _OWN if updating else ()
-    if updating and plan._whole and plan.cache_block_table is not None:
+    if updating and plan.cache_block_table is not None:
         own = (*own, "entry_slots")
-    found = [(name, getattr(plan, name, None)) for name in names]
+    found = [(name, getattr(plan, name, None)) for name in _READ]
     found += [("block_tables", table) for table in plan.block_tables or ()]
     places = [Place(f"plan.{name}", x, written=name in own) for name, x in found if x is not None]
     return [Place("plan.errors", plan.errors, written=True), *places]
