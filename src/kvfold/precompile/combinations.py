@@ -104,7 +104,6 @@ class Combination:
         if self.config is None:
             return plan_key(self.spec.ratio, 1, False, False)
         if self.kind == "store":
-            assert self.fmt is not None
             return store_key(self.spec, self.fmt, (fp32, fp32))
         types = (self.dtype, fp32, fp32 if self.fmt is None else None, fp32, True)
         bound = self.config.max_new_tokens
@@ -132,12 +131,10 @@ def combinations(
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,),
 ) -> Iterator[Combination]:
     """Every kernel that dispatch can choose for these, but for the dtypes of state and weights: each once."""
-    seen: set[tuple] = set()
-    for found in _all(specs, formats, dtypes):
-        key = found.key()
-        if key not in seen:
-            seen.add(key)
-            yield found
+    found: dict[Key, Combination] = {}
+    for one in _all(specs, formats, dtypes):
+        found.setdefault(one.key(), one)
+    yield from found.values()
 
 
 def _all(
@@ -153,7 +150,7 @@ def _all(
         for i, spec in enumerate(specs):
             if not _reaches(config, spec):
                 continue
-            fitting = [fmt for fmt in formats if fmt is None or fits(spec, fmt)]
+            fitting = [fmt for fmt in formats if fits(spec, fmt)]
             if config.kind == "store":
                 if not any(_stores_alike(spec, other) for other in specs[:i]):
                     for fmt in filter(None, fitting):
@@ -200,12 +197,12 @@ def _stores_alike(spec: CompressorSpec, other: CompressorSpec) -> bool:
 
 def compile_one(combination: Combination, target: str) -> CompiledKernel:
     """For a name of `TARGETS`."""
-    return compiled_variant(combination, TARGETS[target]).compile(TARGETS[target])
+    return combination.variant(dependent(target)).compile(TARGETS[target])
 
 
-def compiled_variant(combination: Combination, gpu: GPUTarget) -> Variant:
-    """As a dependent launch where there are such, which all but the first of a step are."""
-    return combination.variant(pdl=gpu.backend == "cuda" and gpu.arch >= 90)
+def dependent(target: str) -> bool:
+    """Whether there are dependent launches, which all but the first of a step are."""
+    return TARGETS[target].backend == "cuda" and TARGETS[target].arch >= 90
 
 
 def file_of(combination: Combination, target: str) -> str:
@@ -216,11 +213,10 @@ def file_of(combination: Combination, target: str) -> str:
 
 def build(combination: Combination, target: str, folder: Path, allowed: int | None) -> AotKernel:
     """Compiles, writes the binary under the kernel's name into `folder`, and says all about it."""
-    gpu, compiled = TARGETS[target], compile_one(combination, target)
-    path = folder / file_of(combination, target)
+    gpu, variant, path = TARGETS[target], combination.variant(dependent(target)), folder / file_of(combination, target)
+    compiled = variant.compile(gpu)
     binary = compiled.asm[path.suffix[1:]]
     path.write_bytes(binary)
-    variant = compiled_variant(combination, gpu)
     return AotKernel(
         name=combination.name,
         file=path.name,

@@ -68,7 +68,7 @@ def same_records(cache: EntryCache, slots: list[list[int]], whole: list[Tensor],
 
 def untouched(cache: EntryCache, slots: list[list[int]]) -> None:
     """Raises Mismatch if a byte was written that is of no record of these slots; bytes between pages are looked at too."""
-    ids = torch.tensor(sorted({slot for some in slots for slot in some if slot >= 0}), dtype=torch.int64, device=cache.device)
+    ids = _ids(sorted({slot for some in slots for slot in some if slot >= 0}), cache)
     gap = cache.storage.untyped_storage().nbytes() // cache.num_pages - cache.page_bytes
     blank = make_cache(cache.format.name, cache.spec, cache.num_pages, cache.rows_per_page, str(cache.device), gap=gap)
     put_bytes(blank, ids, bytes_of(cache, ids))
@@ -96,11 +96,8 @@ def untouched_state(engine: Engine) -> None:
             raise Mismatch(f"pages {others} of state.{name}: of no sequence, yet written")
 
 
-def packed(engine: Engine, rows: list[Tensor]) -> bool:
-    """Raises Mismatch unless the records are what the torch packer makes of pooled rows, but for roundings of the norm.
-
-    Returns whether the bytes are the same.
-    """
+def packed(engine: Engine, rows: list[Tensor]) -> str:
+    """Raises Mismatch unless the records are what the torch packer makes of pooled rows; says how nearly they are."""
     exact, cache = True, engine.cache
     for b, some in enumerate(engine.entry_slots):
         if not some:
@@ -117,7 +114,7 @@ def packed(engine: Engine, rows: list[Tensor]) -> bool:
         if cache.format.element == "fp32":
             fine |= y.isnan() & cache.read(at).isnan()
         blame(~fine, "record bytes", b, cache.read(at), y, "the packer")
-    return exact
+    return "bytes equal" if exact else "bytes equal but for roundings of the norm"
 
 
 def _ids(slots: list[int], cache: EntryCache) -> Tensor:
