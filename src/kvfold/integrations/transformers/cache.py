@@ -22,20 +22,27 @@ FIRST_CAPACITY = 64
 _FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
-class Plans:
-    """The last `StepPlan` of each ratio and device: built once per step shape, shared by the layers and compressors of a cache.
+class CacheFold:
+    """What kvfold keeps for a cache as a whole. Copies and pickles begin anew.
 
-    A cache serves one thread at a time, and so do its plans. A decode step differs from the one before only in its start, so
-    it is an `update` in place.
+    A cache serves one thread at a time, and so do its plans.
+
+    Attributes:
+        before: the cache before the step that is being made, None between steps.
     """
 
     def __init__(self) -> None:
         self._last: dict[tuple[int, torch.device], tuple[tuple, int, StepPlan]] = {}
+        self.before: Any = None
 
-    def get(self, ratio: int, device: torch.device, batch: int, start: int, new: int, capacity: int) -> StepPlan:
+    def __reduce__(self) -> tuple:
+        return CacheFold, ()
+
+    def plan(self, ratio: int, device: torch.device, batch: int, start: int, new: int, capacity: int) -> StepPlan:
         """Plan of a uniform step: `batch` sequences which all have `start` tokens and get `new` more.
 
-        Slot and page of a sequence are its batch row; a page has `capacity` entries.
+        Slot and page of a sequence are its batch row; a page has `capacity` entries. Layers and compressors of one ratio and
+        device share it. A decode step differs from the one before only in its start, so it is an `update` in place.
         """
         key, ints = (batch, new, capacity), {"dtype": torch.int32, "device": device}
         known, before, plan = self._last.get((ratio, device), (None, start, None))
@@ -49,22 +56,6 @@ class Plans:
             plan.update(torch.full((batch,), start, **ints), plan.cu_seqlens)
         self._last[ratio, device] = key, start, plan
         return plan
-
-
-class CacheFold:
-    """What kvfold keeps for a cache as a whole. Copies and pickles begin anew.
-
-    Attributes:
-        plans: of its steps.
-        before: the cache before the step that is being made, None between steps.
-    """
-
-    def __init__(self) -> None:
-        self.plans = Plans()
-        self.before: Any = None
-
-    def __reduce__(self) -> tuple:
-        return CacheFold, ()
 
 
 class CompressorFold:
@@ -82,6 +73,7 @@ class CompressorFold:
 
     def __init__(self, spec: CompressorSpec, batch: int, max_new_tokens: int, like: torch.Tensor) -> None:
         """`like`: a `kv_score` tensor, for device and dtype."""
+        _check_dtypes(like.dtype, like.dtype)
         self.spec = spec
         kept = like.dtype if state_kind(spec) == "rows" else torch.float32
         self.state = FoldState.allocate(spec, batch, max_new_tokens, device=like.device, dtype=kept)
@@ -99,7 +91,7 @@ class CompressorFold:
         same = replace(self.spec, norm_eps=spec.norm_eps)
         if same != spec:
             raise UnsupportedError(f"a compressor that was {self.spec} and is {spec} on one cache: start with a new cache")
-        check_dtypes(rows, entries)
+        _check_dtypes(rows, entries)
         state = self.state
         if state.kind == "rows" and torch.promote_types(state.rows.dtype, rows) != state.rows.dtype:
             self.state = FoldState(spec, state.rows.float(), state.positions, state.max_new_tokens)
@@ -108,7 +100,7 @@ class CompressorFold:
         self.storage = self.storage.to(torch.promote_types(self.storage.dtype, entries))
         self.spec = spec
 
-    def advance(self, kv_score: torch.Tensor, start: int, new: int, plans: Plans, check: bool, **weights: Any) -> None:
+    def advance(self, kv_score: torch.Tensor, start: int, new: int, shared: CacheFold, check: bool, **weights: Any) -> None:
         """Folds `kv_score` `[batch * new, 2 * channels]`, sequence-major, at positions `start .. start + new - 1`.
 
         Mutates state, storage and count. `check` reads the plan's error counter, which waits for the device. weights, and the
@@ -123,7 +115,7 @@ class CompressorFold:
         end = start + new
         self._reserve(end // self.spec.ratio)
         batch, capacity = self.storage.shape[:2]
-        plan = plans.get(self.spec.ratio, self.storage.device, batch, start, new, capacity)
+        plan = shared.plan(self.spec.ratio, self.storage.device, batch, start, new, capacity)
         if check:
             plan.errors.zero_()
         if self.cache is None or self.cache.storage is not self.storage or self.cache.spec is not self.spec:
@@ -160,7 +152,7 @@ class CompressorFold:
         self.storage = grown
 
 
-def check_dtypes(rows: torch.dtype, entries: torch.dtype) -> None:
+def _check_dtypes(rows: torch.dtype, entries: torch.dtype) -> None:
     """Refuses dtypes of projections and of entries that kvfold does not take."""
     if rows not in _FORMATS:
         raise UnsupportedError(f"projections of dtype {rows}: kvfold takes torch.float32 or torch.bfloat16")
@@ -188,8 +180,7 @@ class LayerFold:
     def __init__(self, max_new_tokens: int) -> None:
         self.max_new_tokens = max_new_tokens
         self.folds: dict[str, CompressorFold] = {}
-        self.length = 0
-        self.step_start = 0
+        self.length = self.step_start = 0
         self.rewound = False
         # The sliding keys before and after the last step. References, not copies: transformers never writes into them.
         self.keys_before: torch.Tensor | None = None
@@ -221,7 +212,7 @@ class LayerFold:
             UnsupportedError: more was asked for than the last step.
         """
         keys = self.keys_at(length, window)
-        self.rewound = self.rewound or length != self.length
+        self.rewound |= length != self.length
         self.length = self.step_start = length
         for fold in self.folds.values():
             fold.count, fold.length = length // fold.spec.ratio, length
