@@ -148,7 +148,7 @@ def _all(
             yield Combination("restore", spec, page_size=page_size)
     for config in configs.CONFIGS:
         for i, spec in enumerate(specs):
-            if not _reaches(config, spec):
+            if not reaches(config, spec):
                 continue
             fitting = [fmt for fmt in formats if fits(spec, fmt)]
             if config.kind == "store":
@@ -180,7 +180,7 @@ def _pairs(config: Config, formats: tuple[RecordFormat | None, ...], dtype: torc
         yield Combination("pair", V4_CSA, firsts[-1], config, (V4_INDEXER, seconds[-1]), snapshots=True, dtype=dtype)
 
 
-def _reaches(config: Config, spec: CompressorSpec) -> bool:
+def reaches(config: Config, spec: CompressorSpec) -> bool:
     """Whether some call of the spec gets this row of the table."""
     if config.kind not in ("store", "window", state_kind(spec)):
         return False

@@ -224,12 +224,10 @@ class Engine:
 
     def kv_score(self, step: Step, wrong: bool = False) -> Tensor:
         """The rows of a step: NaN for those that are not kept, for padding, and for all with `wrong`."""
-        nan = torch.full_like(self.tokens[0][:1], torch.nan)
-        rows = [
-            x
-            for b, start, new, kept in step.parts
-            for x in (self.tokens[b][start : start + kept * (not wrong)], nan.repeat(new - kept * (not wrong), 1))
-        ]
+        nan, rows = torch.full_like(self.tokens[0][:1], torch.nan), []
+        for b, start, new, kept in step.parts:
+            some = 0 if wrong else kept
+            rows += [self.tokens[b][start : start + some], nan.repeat(new - some, 1)]
         kv_score = torch.cat([*rows, nan.repeat(sum(step.absent) + step.behind, 1)])
         left, right = self.beside
         wide = torch.nn.functional.pad(kv_score, (left, right), value=torch.nan)

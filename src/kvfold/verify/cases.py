@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from ..backend_triton.table import ANY, BUCKETS, CONFIGS, Config, choose
 from ..calls.checks import choose_backend
 from ..contract import pooled_bound
 from ..debug.check import check
+from ..precompile.combinations import reaches
 from ..spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
 from ..storage.formats import FORMATS
 from ..testing.data import make_tokens, make_weights
@@ -39,11 +41,7 @@ LONG = 4096  # the bound of a step that no row for short steps serves
 
 @dataclass(frozen=True)
 class Case:
-    """One configuration or promise. `run` returns the figure to show, and raises if it does not hold.
-
-    Attributes:
-        skip: why it cannot be run here; "" where it can.
-    """
+    """One configuration or promise. `run` returns the figure to show, and raises if it does not hold. skip: why not to."""
 
     group: str
     name: str
@@ -53,12 +51,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a case.
-
-    Attributes:
-        problem: the first difference, or the error; "" when there was none.
-        skipped: why it was not run; "" when it was.
-    """
+    """What came of a case. problem: the first difference, or the error. skipped: why it was not run."""
 
     group: str
     name: str
@@ -69,7 +62,6 @@ class Result:
 
     @property
     def passed(self) -> bool:
-        """Whether it was run, and holds."""
         return not self.problem and not self.skipped
 
 
@@ -102,10 +94,7 @@ def list_cases(device: torch.device | str = "cpu", *, backend: str | None = None
     """
     device = torch.device(device)
     lab = Lab(device, choose_backend(backend, "device", torch.empty(0, device=device)))
-    table = list(_table_cases(lab, quick))
-    if lab.backend == "torch":
-        table = [replace(case, skip=NO_KERNEL) for case in table]
-    return [*table, *_format_cases(lab), *_equivalence_cases(lab)]
+    return [*_table_cases(lab, quick), *_format_cases(lab), *_equivalence_cases(lab)]
 
 
 class Lab(NamedTuple):
@@ -141,26 +130,20 @@ class Lab(NamedTuple):
 
 
 def representative(config: Config) -> tuple[CompressorSpec, int]:
-    """A spec and a bound of new tokens that this row of the table serves, as like V4 as its bounds allow.
-
-    Raises:
-        LookupError: there is none among the usual shapes.
-    """
-    low, high = config.head_dims
-    widths = [width for width in (512, 128, 256, low) if low <= width <= high]
+    """A spec and a bound of new tokens that this row of the table serves, as like V4 as its bounds allow."""
     bound = min(config.max_new_tokens, LONG)
-    for width in widths:
-        base = replace(V4_INDEXER if width == 128 else V4_CSA, head_dim=width, rope_dim=min(64, width))
-        for ratio, overlap in ((4, True), (32, False), (128, False), (16, True), (4, False), (config.window_rows[0], False)):
-            spec = replace(base, ratio=ratio, overlap=overlap, hadamard=base.hadamard and overlap)
-            kinds = {"fold": not overlap and ratio > 8, "rows": overlap or ratio <= 8}
-            serves = config.serves(config.kind, width, spec.window_rows, bound, config.bucket) and kinds.get(config.kind, True)
-            if serves and choose(config.kind, spec, bound, config.bucket) is config:
-                return spec, bound
+    shapes = ((4, True), (32, False), (128, False), (16, True), (4, False), (config.window_rows[0], False))
+    for width, (ratio, overlap) in product((512, 128, 256, config.head_dims[0]), shapes):
+        preset = V4_INDEXER if width == 128 else V4_CSA
+        spec = replace(preset, head_dim=width, rope_dim=min(64, width), ratio=ratio, overlap=overlap)
+        spec = replace(spec, hadamard=preset.hadamard and overlap)
+        if reaches(config, spec):
+            return spec, bound
     raise LookupError(f"no usual shape is served by {config}")
 
 
 def _table_cases(lab: Lab, quick: bool) -> Iterator[Case]:
+    skip = NO_KERNEL if lab.backend == "torch" else ""
     for index, config in enumerate(CONFIGS):
         for state, rows in DTYPES[config.kind][: 1 if quick else None]:
             limit = "any" if config.max_new_tokens > LONG else str(config.max_new_tokens)
@@ -168,10 +151,10 @@ def _table_cases(lab: Lab, quick: bool) -> Iterator[Case]:
             name += f"{config.window_rows[0]}-{config.window_rows[1]} rows, new <= {limit}"
             name += f", windows <= {config.bucket:g} per multiprocessor; " if config.bucket < ANY else "; "
             if config.kind == "store":
-                yield Case("table", name + f"rows {NAMES[rows]}", partial(check_store, lab, config, rows))
+                yield Case("table", name + f"rows {NAMES[rows]}", partial(check_store, lab, config, rows), skip)
             else:
                 name += f"state {NAMES[state]}, kv_score {NAMES[rows]}"
-                yield Case("table", name, partial(check_config, lab, config, state, rows))
+                yield Case("table", name, partial(check_config, lab, config, state, rows), skip)
 
 
 def _format_cases(lab: Lab) -> Iterator[Case]:

@@ -304,11 +304,11 @@ class _Drawer:
         return rng.choice((0, rng.randint(new - most, new)))
 
     def _step(self, parts: tuple[tuple[int, int, int, int], ...]) -> Step:
-        rng, most = self.rng, max((part[2] for part in parts), default=1)
+        rng = self.rng
         # Over raw rows a sequence without pages has entries that nobody takes, which only its cache table can say.
         some = rng.choice((0, 0, 1, 2))
         absent = tuple(rng.randint(0, 3) if self.fold else 0 for _ in range(some))
-        most = max(most, *absent, 1) if absent else max(most, 1)
+        most = max(1, *(new for _, _, new, _ in parts), *absent)
         bound = self.shape.bound if most <= self.shape.bound else LONG
         room = (len(parts) + some) * -(-bound // self.ratio) * self.shape.spec.head_dim
         return Step(bound, parts, absent, rng.choice((0, 0, 3)), rng.random() < 0.2 and room <= 1 << 20)

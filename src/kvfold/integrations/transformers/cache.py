@@ -23,26 +23,19 @@ _FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 class CacheFold:
-    """What kvfold keeps for a cache as a whole. Copies and pickles begin anew.
-
-    A cache serves one thread at a time, and so do its plans.
-
-    Attributes:
-        before: the cache before the step that is being made, None between steps.
-    """
+    """What kvfold keeps for a cache as a whole, which serves one thread at a time. Copies and pickles begin anew."""
 
     def __init__(self) -> None:
         self._last: dict[tuple[int, torch.device], tuple[tuple, int, StepPlan]] = {}
-        self.before: Any = None
+        self.before: Any = None  # the cache before the step that is being made
 
     def __reduce__(self) -> tuple:
         return CacheFold, ()
 
     def plan(self, ratio: int, device: torch.device, batch: int, start: int, new: int, capacity: int) -> StepPlan:
-        """Plan of a uniform step: `batch` sequences which all have `start` tokens and get `new` more.
+        """Of a step of all sequences from `start` on, for compressors of one ratio and device; a page has `capacity` entries.
 
-        Slot and page of a sequence are its batch row; a page has `capacity` entries. Layers and compressors of one ratio and
-        device share it. A decode step differs from the one before only in its start, so it is an `update` in place.
+        A decode step differs from the one before only in its start, so it is an `update` in place.
         """
         key, ints = (batch, new, capacity), {"dtype": torch.int32, "device": device}
         known, before, plan = self._last.get((ratio, device), (None, start, None))
@@ -62,10 +55,9 @@ class CompressorFold:
     """State and entries of one compressor (main or indexer) in one cache layer; batch row = state slot = page.
 
     Attributes:
-        state: the `FoldState`; rows of the fold for HCA, the last input rows in their own dtype for CSA and indexer.
+        state: the `FoldState`; its input rows are in their own dtype.
         storage: `[batch, capacity, head_dim]` in the dtype that the module's norm returns (fp32 or bf16).
         cache: `storage` as a cache of one page per sequence, made at the first step after it changed.
-        count: entries that count, in `storage[:, :count]`.
         length: tokens that it has seen.
         written: the furthest that `length` was, in this timeline or in one that was taken back.
         made_of: dtypes of the last step's rows and norm weight.
@@ -79,39 +71,29 @@ class CompressorFold:
         self.state = FoldState.allocate(spec, batch, max_new_tokens, device=like.device, dtype=kept)
         self.storage = torch.empty(batch, 0, spec.head_dim, device=like.device, dtype=torch.bfloat16)
         self.cache: EntryCache | None = None
-        self.count = self.length = self.written = 0
+        self.length = self.written = 0
         self.made_of: tuple[torch.dtype, torch.dtype] | None = None
 
     def adapt(self, spec: CompressorSpec, rows: torch.dtype, entries: torch.dtype) -> None:
-        """Goes on with another spec or other dtypes. Tensors become fp32 where the new rows are, and keep every bit.
-
-        Raises:
-            UnsupportedError: a spec of another shape, or a dtype that kvfold does not take.
-        """
-        same = replace(self.spec, norm_eps=spec.norm_eps)
-        if same != spec:
+        """Goes on with another spec or other dtypes. Tensors become fp32 where the new rows are, and keep every bit."""
+        if replace(self.spec, norm_eps=spec.norm_eps) != spec:
             raise UnsupportedError(f"a compressor that was {self.spec} and is {spec} on one cache: start with a new cache")
         _check_dtypes(rows, entries)
         state = self.state
-        if state.kind == "rows" and torch.promote_types(state.rows.dtype, rows) != state.rows.dtype:
-            self.state = FoldState(spec, state.rows.float(), state.positions, state.max_new_tokens)
-        elif spec != self.spec:
-            self.state = FoldState(spec, state.rows, state.positions, state.max_new_tokens)
+        kept = state.rows
+        if state.kind == "rows":
+            kept = kept.to(torch.promote_types(kept.dtype, rows))
+        if kept is not state.rows or spec != self.spec:
+            self.state = FoldState(spec, kept, state.positions, state.max_new_tokens)
         self.storage = self.storage.to(torch.promote_types(self.storage.dtype, entries))
         self.spec = spec
 
     def advance(self, kv_score: torch.Tensor, start: int, new: int, shared: CacheFold, check: bool, **weights: Any) -> None:
         """Folds `kv_score` `[batch * new, 2 * channels]`, sequence-major, at positions `start .. start + new - 1`.
 
-        Mutates state, storage and count. `check` reads the plan's error counter, which waits for the device. weights, and the
-        backend: as `compress` takes them.
-
-        Raises:
-            UnsupportedError: `start` is beyond what it has seen.
-            RuntimeError: the state does not hold the rows that a step from `start` needs.
+        `check` reads the plan's error counter, which waits for the device. weights, and the backend: as `compress` takes them.
         """
-        if start > self.length:
-            raise _missing(start, self.length)
+        _check_seen(start, self.length)
         end = start + new
         self._reserve(end // self.spec.ratio)
         batch, capacity = self.storage.shape[:2]
@@ -127,11 +109,11 @@ class CompressorFold:
                 f"kvfold refused {refused} of {batch} sequences: its state cannot continue from position {start}. Rewind"
                 f" further than {self.state.max_new_tokens} tokens? See max_new_tokens of patch()"
             )
-        self.count, self.length = end // self.spec.ratio, end
+        self.length = end
 
     def entries(self) -> torch.Tensor:
         """`[batch, count, head_dim]`, a view of the storage: later steps write behind it, a rewind lets them write in it."""
-        return self.storage[:, : self.count]
+        return self.storage[:, : self.length // self.spec.ratio]
 
     def select(self, indices: torch.Tensor) -> None:
         """Makes batch row i what batch row `indices[i]` was; `indices` may repeat rows or leave some out."""
@@ -143,13 +125,9 @@ class CompressorFold:
 
     def _reserve(self, count: int) -> None:
         # Doubling: over a whole generation, at most one more copy per entry, however long it gets.
-        batch, capacity, width = self.storage.shape
-        if count <= capacity and capacity:
-            return
-        capacity = max(FIRST_CAPACITY, 1 << (count - 1).bit_length() if count else 0)
-        grown = self.storage.new_zeros(batch, capacity, width)
-        grown[:, : self.count] = self.storage[:, : self.count]
-        self.storage = grown
+        wanted, capacity = max(FIRST_CAPACITY, 1 << (count - 1).bit_length()), self.storage.shape[1]
+        if count > capacity or not capacity:
+            self.storage = torch.nn.functional.pad(self.storage, (0, 0, 0, wanted - capacity))
 
 
 def _check_dtypes(rows: torch.dtype, entries: torch.dtype) -> None:
@@ -160,11 +138,12 @@ def _check_dtypes(rows: torch.dtype, entries: torch.dtype) -> None:
         raise UnsupportedError(f"entries of dtype {entries}: kvfold keeps torch.float32 or torch.bfloat16 entries")
 
 
-def _missing(start: int, seen: int) -> UnsupportedError:
-    return UnsupportedError(
-        f"a cache that already holds {start} tokens of which kvfold saw {seen}: patch() the model before"
-        " its first step on a cache, and start with a new cache"
-    )
+def _check_seen(start: int, seen: int) -> None:
+    if start > seen:
+        raise UnsupportedError(
+            f"a cache that already holds {start} tokens of which kvfold saw {seen}: patch() the model before"
+            " its first step on a cache, and start with a new cache"
+        )
 
 
 class LayerFold:
@@ -187,17 +166,11 @@ class LayerFold:
         self.keys: torch.Tensor | None = None
 
     def begin(self, batch: int, start: int, new: int, keys: torch.Tensor | None) -> None:
-        """A step of `new` tokens for each of `batch` sequences begins at `start`; `keys` are the sliding keys after it.
-
-        Raises:
-            UnsupportedError: another batch than the layer's, or `start` is beyond what kvfold has seen, or too far back.
-                Nothing is changed then.
-        """
+        """A step of `new` tokens begins at `start`; `keys`: the sliding keys after it. Where it raises, nothing is changed."""
         for fold in self.folds.values():
             if fold.storage.shape[0] != batch:
                 raise UnsupportedError(f"a batch of {batch} on a cache of {fold.storage.shape[0]} sequences")
-        if start > self.length:
-            raise _missing(start, self.length)
+        _check_seen(start, self.length)
         if start < self.length:
             self._check_rewind(start)
             self.rewound = True
@@ -206,16 +179,12 @@ class LayerFold:
         self.keys_before, self.keys = self.keys, keys
 
     def rewind(self, length: int, window: int) -> torch.Tensor:
-        """Back to `length` tokens. Returns the sliding keys `[batch, 1, <= window - 1, head_dim]` as they were then.
-
-        Raises:
-            UnsupportedError: more was asked for than the last step.
-        """
+        """Back to `length` tokens. Returns the sliding keys `[batch, 1, <= window - 1, head_dim]` as they were then."""
         keys = self.keys_at(length, window)
         self.rewound |= length != self.length
         self.length = self.step_start = length
         for fold in self.folds.values():
-            fold.count, fold.length = length // fold.spec.ratio, length
+            fold.length = length
         self.keys_before, self.keys = None, keys
         return keys
 

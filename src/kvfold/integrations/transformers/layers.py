@@ -75,11 +75,7 @@ def _new(layer_class: type) -> Any:
 
 
 def rewind_layer(layer: Any, length: int) -> None:
-    """A layer that kvfold pools for back to `length` tokens.
-
-    Raises:
-        UnsupportedError: further back than the last step; nothing is changed then.
-    """
+    """A layer that kvfold pools for back to `length` tokens."""
     layer.keys = layer.values = layer.kvfold.rewind(length, layer.sliding_window)
     layer.cumulative_length = length
 

@@ -168,18 +168,12 @@ def rewind(past_key_values: Any, length: int) -> None:
 
 
 class _Step:
-    """What the layers of a model's step share beside the cache.
-
-    Attributes:
-        fold: stands for that of a cache where there is none.
-        checked: the positions that the step's layers were found to be given.
-        asked: a layer was asked whether its input wants a gradient.
-    """
+    """What the layers of a model's step share beside the cache."""
 
     def __init__(self) -> None:
-        self.fold = CacheFold()
-        self.checked: weakref.ref | None = None
-        self.asked = False
+        self.fold = CacheFold()  # for that of a cache, where there is none
+        self.checked: weakref.ref | None = None  # the positions that the layers were found to be given
+        self.asked = False  # whether a layer's input was asked if it wants a gradient
 
 
 class _Thread(threading.local):

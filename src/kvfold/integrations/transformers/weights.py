@@ -31,12 +31,7 @@ def parts(module: nn.Module) -> dict[str, Any]:
 
 
 def spec_of(part: Any) -> CompressorSpec:
-    """The spec of a compressor or indexer as it is now.
-
-    Raises:
-        ValueError: a geometry that `CompressorSpec` refuses.
-        UnsupportedError: a rotary embedding that changes with the sequence length.
-    """
+    """The spec of a compressor or indexer as it is now."""
     rotary, kind = part.rotary_emb, part.rope_layer_type
     if rotary.rope_type[kind] in _VARYING_ROPE:
         raise UnsupportedError(f"rope type {rotary.rope_type[kind]!r}: it changes with the length")
@@ -108,12 +103,7 @@ def not_loaded(module: nn.Module, name: str) -> UnsupportedError:
 
 
 def check_gradients(module: nn.Module, hidden_states: torch.Tensor, first: bool) -> None:
-    """Refuses what would silently give a wrong gradient. `first`: no earlier layer of this step was asked.
-
-    Raises:
-        UnsupportedError: in train mode, a parameter of the compressor or its input requires a gradient; in eval mode, the
-            input depends on a tensor that requires one and is no parameter.
-    """
+    """Refuses what would silently give a wrong gradient. `first`: no earlier layer of this step was asked."""
     if not torch.is_grad_enabled():
         return
     if module.training:
