@@ -55,23 +55,19 @@ def aot(
     Not compiled: other dtypes of those and other launches, and `store` again for a spec that differs in the ratio alone.
     Default: what DeepSeek-V4 has, about 200 kernels and several minutes of two cores. An engine names its formats.
 
-    Spills are what `Resources.spilled` counts. On sm_90 a kernel may spill what its row of the table was measured with and
-    chosen all the same (`Config.spills`; 0 for most), whatever the dtype and whatever Triton compiles it now. On other targets
-    no row was measured: spills are reported and fail nothing. `strict=True` allows none on any target, `strict=False` all.
-
     Args:
         target: sm_80, sm_89, sm_90, sm_100, sm_103, sm_120, gfx942 or gfx950.
-        out_dir: the folder for the files, made if it is not there. Only files that an earlier call for this target wrote, and
-            that are still as it wrote them, are removed: its `kernels.json` has their names and hashes. Those that were
-            changed since are kept, and the report says so (`kept`). All files come when all is compiled. Written are a
-            `.cubin` or `.hsaco` for each kernel, under its name, `kernels.json` (`AotReport.to_json`: of each kernel its
-            file with sha256 and size, constants, signature, options, resources; and versions) and `kernels.txt`, the table.
-            Names and numbers are stable. A cubin has in it, for profilers, the lines and the folder of kvfold's sources:
-            its sha256 is the same only for the same ones.
+        out_dir: the folder for the files, made if it is not there. All files come when all is compiled: a `.cubin` or `.hsaco`
+            for each kernel, under its name, `kernels.json` (`AotReport.to_json`) and `kernels.txt`, the table. Names and
+            numbers are stable. A cubin has in it, for profilers, the lines and the folder of kvfold's sources: its sha256 is
+            the same only for the same ones. Files of an earlier call for this target are removed, by the names and hashes in
+            its `kernels.json`; those that were changed since are kept, and the report says so (`kept`).
         specs: the compressors.
         formats: names of record formats, or None for pooled rows without a cache, each for every spec that it is defined for.
         dtypes: of `kv_score`: bf16, fp32 or both.
-        strict: whether all spills are failures; see above.
+        strict: True allows no spills (`Resources.spilled`), False all. Default: on sm_90 what the kernel's row of the table was
+            measured with (`Config.spills`; 0 for most), whatever the dtype and whatever Triton compiles it now; on other
+            targets, where no row was measured, all.
         workers: processes that compile at once, from 1 to 256; with 1 it is this one. Default: the cores that this process may
             use, 16 at most. They are spawned: a script calls this under `if __name__ == "__main__"`.
         progress: called after each kernel with how many are done, of how many, and a name.

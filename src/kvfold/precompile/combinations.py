@@ -53,12 +53,8 @@ OPTIONS = ("num_warps", "maxnreg", "launch_pdl", "enable_fp_fusion")  # that ker
 class Combination:
     """One kernel to compile. Without `fmt` there is no cache, only pooled rows; "plan" and "restore" have no `config` either.
 
-    Attributes:
-        kind: of a row of the table, or `"pair"` for `compress_many`, or `"plan"` or `"restore"`.
-        other: of a pair, the second spec and its format.
-        page_size: of a `WindowState`.
-        snapshots: whether the call leaves any.
-        dtype: of kv_score.
+    kind: of a row of the table, or `"pair"` for `compress_many`, or `"plan"` or `"restore"`. other: the second of a pair.
+    page_size: of a `WindowState`. snapshots: whether the call leaves any. dtype: of kv_score.
     """
 
     kind: str
@@ -109,12 +105,10 @@ class Combination:
         bound = self.config.max_new_tokens
         if self.kind == "window":
             return window_key(self.spec, self.fmt, bound, types, self.page_size)
-        bucket = self.config.bucket
-        first = step_key(self.spec, self.fmt, self.config.kind, bound, types, self.snapshots, bucket)
-        if self.other is None:
-            return first
-        spec, fmt = self.other
-        return PairKey(first, step_key(spec, fmt, state_kind(spec), bound, types, self.snapshots, bucket))
+        both = [(self.spec, self.fmt), *([self.other] if self.other else [])]
+        more = bound, types, self.snapshots, self.config.bucket
+        found = [step_key(spec, fmt, state_kind(spec), *more) for spec, fmt in both]
+        return PairKey(*found) if self.other else found[0]
 
 
 def _spec_words(spec: CompressorSpec) -> list[str]:
@@ -140,8 +134,8 @@ def combinations(
 def _all(
     specs: tuple[CompressorSpec, ...], formats: tuple[RecordFormat | None, ...], dtypes: tuple[torch.dtype, ...]
 ) -> Iterator[Combination]:
-    for ratio in sorted({spec.ratio for spec in specs}):
-        yield Combination("plan", next(spec for spec in specs if spec.ratio == ratio))
+    for spec in sorted(specs, key=lambda spec: spec.ratio):
+        yield Combination("plan", spec)
     for spec in specs:
         # Pages of fold rows may end inside windows.
         for page_size in (spec.ratio, 1) if state_kind(spec) == "fold" else (spec.ratio,):
@@ -206,7 +200,6 @@ def dependent(target: str) -> bool:
 
 
 def file_of(combination: Combination, target: str) -> str:
-    """The name of its binary."""
     end = "cubin" if TARGETS[target].backend == "cuda" else "hsaco"
     return f"{combination.name.replace(' ', '-')}.{end}"
 

@@ -152,13 +152,13 @@ class Engine:
             return [[next(free) for _ in range(n)] for n in counts]
 
         lengths = [len(text) for text in tokens]
-        if kind == "fold":
-            state: FoldState | WindowState = make_state(spec, len(lengths) + 1, most, dtype, device)
-            options["slots"] = shuffle.sample(range(len(lengths) + 1), len(lengths))
-        else:
+        if kind == "window":
             counts = [-(-(n + most) // page_size) for n in lengths]
-            state = make_pools(spec, sum(counts), page_size, dtype, device)
+            state: FoldState | WindowState = make_pools(spec, sum(counts), page_size, dtype, device)
             options |= {"kv": deal(counts), "score": deal(counts)}
+        else:
+            state = make_state(spec, len(lengths) + 1, most, dtype, device)
+            options["slots"] = shuffle.sample(range(len(lengths) + 1), len(lengths))
         pages = deal([-(-(n // spec.ratio + most) // rows_per_page) for n in lengths])
         cache = make_cache(fmt, spec, sum(map(len, pages)), rows_per_page, device)
         return cls(tokens, weights, state, cache, pages=pages, rows_per_page=rows_per_page, backend=backend, **options)  # type: ignore[arg-type]

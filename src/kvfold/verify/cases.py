@@ -26,6 +26,7 @@ from .case import Mismatch, close, close_to_fp64, packed, records, same_records,
 
 BF16, FP32 = torch.bfloat16, torch.float32
 NAMES = {BF16: "bf16", FP32: "fp32"}
+Cut = Callable[[list[int]], list[Step]]  # of sequences of these lengths
 Inputs = tuple[list[Tensor], dict]  # tokens and weights, as `Engine.make` takes them
 # (state, kv_score) for each kind of kernel; the first is what engines use, and all that `quick` looks at.
 DTYPES = {
@@ -107,10 +108,6 @@ class Lab(NamedTuple):
     def real(self) -> bool:
         return self.device.type != "cpu"
 
-    @property
-    def batch(self) -> int:
-        return 16 if self.real else 2
-
     def spec(self, spec: CompressorSpec) -> CompressorSpec:
         """V4's compressor, with shorter windows on a CPU: of the same kind of state, and a tile of raw rows per entry."""
         return spec if self.real or spec.ratio <= 32 else replace(spec, ratio=32)
@@ -119,14 +116,13 @@ class Lab(NamedTuple):
         """Sequences of one length, the same on every machine."""
         length = max(2 * spec.ratio + spec.ratio // 2 + 1, 5 * spec.ratio if spec.ratio <= 8 else 0)
         draw = torch.Generator().manual_seed(7)
-        tokens = make_tokens(spec, [length] * (batch or self.batch), "normal", draw, dtype, self.device)
+        tokens = make_tokens(spec, [length] * (batch or (16 if self.real else 2)), "normal", draw, dtype, self.device)
         return tokens, make_weights(spec, length, "normal", draw, FP32, self.device)
 
-    def engine(self, inputs: Inputs, kind: str = "fold", **options: object) -> Engine:
-        """kind: of a state, or of a row of the table."""
+    def engine(self, inputs: Inputs, **options: object) -> Engine:
         fmt = {512: "fp8_ds_mla", 128: "indexer_mxfp4"}.get(inputs[1]["spec"].head_dim, "bf16")
         options = {"fmt": fmt, "backend": self.backend} | options
-        return Engine.make(*inputs, kind="window" if kind == "window" else "fold", **options)  # type: ignore[arg-type]
+        return Engine.make(*inputs, **options)  # type: ignore[arg-type]
 
 
 def representative(config: Config) -> tuple[CompressorSpec, int]:
@@ -189,15 +185,15 @@ def check_config(lab: Lab, config: Config, state: torch.dtype, rows: torch.dtype
     spec, bound = representative(config)
     # A row for many windows is taken when there are many.
     others = [n for n in BUCKETS if n < config.bucket and choose(config.kind, spec, bound, n) is not config]
-    batch = int(max(others) * multiprocessors(lab.device)) // 2 + 4 if others and lab.real else lab.batch
+    batch = int(max(others) * multiprocessors(lab.device)) // 2 + 4 if others and lab.real else None
     spec = lab.spec(spec)
     if choose(config.kind, spec, bound, config.bucket) is not config:
         raise LookupError(f"{spec} is not served by {config}")
     inputs = lab.inputs(spec, rows, batch)
-    whole = lab.engine(inputs, config.kind, dtype=state)
+    whole = lab.engine(inputs, kind=config.kind, dtype=state)
     short = bound < whole.lengths[0]
     steps = drafts(whole.lengths, bound, spec.ratio - 1) if short else chunks(whole.lengths)
-    cut = lab.engine(inputs, config.kind, dtype=state, most=bound if short else DRAFTS)
+    cut = lab.engine(inputs, kind=config.kind, dtype=state, most=bound if short else DRAFTS)
     run_checked(cut, [*steps[:1], *(step._replace(bound=bound) for step in steps[1:])])
     return same_as_prefill(cut, whole)
 
@@ -213,7 +209,7 @@ def check_store(lab: Lab, config: Config, dtype: torch.dtype) -> str:
 
 def check_format(lab: Lab, spec: CompressorSpec, fmt: str) -> str:
     """The bytes of one record format: packed from kvfold's own pooled rows, the same by `store`, none outside of records."""
-    inputs = lab.inputs(lab.spec(spec))
+    inputs = lab.inputs(spec)
     engine, apart = (lab.engine(inputs, fmt=fmt) for _ in range(2))
     run_checked(engine, chunks(engine.lengths))
     figure = packed(engine, engine.pooled)
@@ -224,21 +220,13 @@ def check_format(lab: Lab, spec: CompressorSpec, fmt: str) -> str:
     return figure
 
 
-def check_cut(
-    cut: Callable[[list[int]], list[Step]],
-    lab: Lab,
-    spec: CompressorSpec,
-    kind: str,
-    *,
-    padding: bool = False,
-    reused: bool = False,
-) -> str:
+def check_cut(cut: Cut, lab: Lab, spec: CompressorSpec, kind: str, *, padding: bool = False, reused: bool = False) -> str:
     """A sequence cut in some way has the bits of one prefill.
 
     padding: absent sequences and rows of NaN behind the batch. reused: the slots or pages had an owner whose tokens were NaN.
     """
     inputs = lab.inputs(spec)
-    whole, other = (lab.engine(inputs, kind) for _ in range(2))
+    whole, other = (lab.engine(inputs, kind=kind) for _ in range(2))
     if reused:
         other.run(drafts(other.lengths, DRAFTS, spec.ratio), wrong=True)
     steps = cut(other.lengths)
@@ -250,7 +238,7 @@ def check_cut(
 
 def check_states(lab: Lab, spec: CompressorSpec) -> str:
     """Both states give the same entries up to fp32 rounding."""
-    fold, window = (lab.engine(lab.inputs(spec), kind) for kind in ("fold", "window"))
+    fold, window = (lab.engine(lab.inputs(spec), kind=kind) for kind in ("fold", "window"))
     for engine in (fold, window):
         engine.run(chunks(engine.lengths))
         close_to_fp64(engine)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pprint import pformat
 
 from ..testing.engine import Step
-from .random import LONG, RandomCase, Shape
+from .random import LONG, Pages, RandomCase, Shape
 
-WIDTH = 120
-Pages = tuple[tuple[int, ...], ...]
+shown = partial(pformat, width=120, compact=True)
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,9 @@ def _inputs(case: RandomCase, place: Place) -> Iterator[str]:
     yield "# Steps: the plan's bound, (sequence, start, new tokens, kept ones), absent sequences, rows behind, spare room."
     whole = Step(max(LONG, *case.lengths), tuple((b, 0, n, n) for b, n in enumerate(case.lengths)))
     yield f"prefill = {tuple(whole)}"
-    yield f"steps = {_shown([tuple(step) for step in case.steps])}"
+    yield f"steps = {shown([tuple(step) for step in case.steps])}"
     for name, kept in zip(("plain", "where"), _kept(case), strict=True):
-        yield f"{name} = {_shown(kept)}"
-
-
-def _shown(value: object) -> str:
-    return pformat(value, width=WIDTH, compact=True)
+        yield f"{name} = {shown(kept)}"
 
 
 def _kept(case: RandomCase) -> tuple[dict, dict]:

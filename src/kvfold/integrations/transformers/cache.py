@@ -27,7 +27,6 @@ class CacheFold:
 
     def __init__(self) -> None:
         self._last: dict[tuple[int, torch.device], tuple[tuple, int, StepPlan]] = {}
-        self.before: Any = None  # the cache before the step that is being made
 
     def __reduce__(self) -> tuple:
         return CacheFold, ()

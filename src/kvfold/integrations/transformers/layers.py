@@ -109,13 +109,13 @@ class Snapshot:
     """A cache as it is before a step. Holds references: a step replaces tensors, or writes behind the part that counts."""
 
     def __init__(self, cache: Any) -> None:
+        self._cache = cache
         self._layers = [(layer, type(layer), _copied(layer)) for layer in cache.layers]
         folds = [layer.kvfold for layer in cache.layers if hasattr(layer, "kvfold")]
         self._folds = [(fold, _copied(fold), [(one, _copied(one)) for one in fold.folds.values()]) for fold in folds]
 
-    def restore(self, cache: Any) -> None:
-        """Puts `cache` back."""
-        cache.layers[:] = [layer for layer, _, _ in self._layers]
+    def restore(self) -> None:
+        self._cache.layers[:] = [layer for layer, _, _ in self._layers]
         for layer, kind, kept in self._layers:
             layer.__class__ = kind
             layer.__dict__.clear()

@@ -29,22 +29,9 @@ import torch
 from torch import nn
 
 from ...contract import UnsupportedError
+from . import weights
 from .cache import CacheFold, CompressorFold, LayerFold
 from .layers import Snapshot, cache_fold, check_layer, layer_fold, rewind_layer, v4
-from .weights import (
-    RopeTables,
-    check_gradients,
-    check_gradients_of,
-    entry_dtype,
-    norm_weight,
-    not_loaded,
-    parts,
-    position_bias,
-    rope_table,
-    spec_of,
-)
-
-__all__ = ["UnsupportedError", "entries", "patch", "rewind", "rope_table", "unpatch"]
 
 _MARK = "_kvfold"
 # Where the compressors' and the model's forward take the cache; versions of transformers name it differently.
@@ -88,8 +75,8 @@ def patch(model: nn.Module, *, backend: str | None = None, max_new_tokens: int =
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be an int of at least 1, got {max_new_tokens!r}")
     for module in modules:  # all checks before the first change
-        for part in parts(module).values():
-            spec_of(part)
+        for part in weights.parts(module).values():
+            weights.spec_of(part)
     hook = _CompressorHook(backend, max_new_tokens)
     for module in modules:
         # Handles stay with their hooks: unpickled, they keep later hooks of the process from taking their number.
@@ -168,9 +155,10 @@ def rewind(past_key_values: Any, length: int) -> None:
 
 
 class _Step:
-    """What the layers of a model's step share beside the cache."""
+    """What the layers of a model's step share beside the cache. before: the cache as it was."""
 
-    def __init__(self) -> None:
+    def __init__(self, before: Snapshot | None = None) -> None:
+        self.before = before
         self.fold = CacheFold()  # for that of a cache, where there is none
         self.checked: weakref.ref | None = None  # the positions that the layers were found to be given
         self.asked = False  # whether a layer's input was asked if it wants a gradient
@@ -198,21 +186,15 @@ def _before_step(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None
         for layer, decoder in zip(cache.layers, module.layers, strict=False):
             if getattr(decoder.self_attn, "compressor", None) is not None:
                 check_layer(layer)
-        cache_fold(cache).before = Snapshot(cache)
-    _thread.step = _Step()
+    _thread.step = _Step(None if cache is None else Snapshot(cache))
 
 
 @torch.compiler.disable
 def _after_step(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
     """After a model's forward, or after it failed: then there is no output."""
-    _thread.step = None
-    cache = _argument(args, kwargs, *_CACHE)
-    if cache is None:
-        return
-    fold = cache_fold(cache)
-    before, fold.before = fold.before, None
-    if output is None and before is not None:
-        before.restore(cache)
+    step, _thread.step = _thread.step, None
+    if output is None and step is not None and step.before is not None:
+        step.before.restore()
 
 
 def _argument(args: tuple, kwargs: dict[str, Any], place: int, *names: str) -> Any:
@@ -228,7 +210,7 @@ class _CompressorHook:
     def __init__(self, backend: str | None, max_new_tokens: int) -> None:
         self.backend = backend
         self.max_new_tokens = max_new_tokens
-        self.tables = RopeTables()
+        self.tables = weights.RopeTables()
 
     def __reduce__(self) -> tuple:
         return _CompressorHook, (self.backend, self.max_new_tokens)
@@ -240,10 +222,10 @@ class _CompressorHook:
         if not isinstance(hidden_states, torch.Tensor) or not isinstance(position_ids, torch.Tensor) or layer_idx is None:
             return None  # the forward says better what is missing
         if hidden_states.device.type == "meta":
-            raise not_loaded(module, "the input")
+            raise weights.not_loaded(module, "the input")
         batch, new = hidden_states.shape[:2]
         step = _thread.step or _Step()  # a compressor may be called by itself
-        check_gradients(module, hidden_states, not step.asked)
+        weights.check_gradients(module, hidden_states, not step.asked)
         if cache is None:
             fold, shared, start, keys = LayerFold(1), step.fold, 0, None
         else:
@@ -256,15 +238,11 @@ class _CompressorHook:
             _check_positions(position_ids, start, new, step)
         fold.begin(batch, start, new, keys)
         step.asked = True
-        return _replaced(args, kwargs, _StandIn(cache, layer_idx, _PoolingLayer(module, self, fold, shared, start, new)))
-
-
-def _replaced(args: tuple, kwargs: dict[str, Any], cache: _StandIn) -> tuple[tuple, dict[str, Any]]:
-    """Arguments of a compressor with another cache, under the name or in the place that it was given."""
-    place, *names = _CACHE
-    if len(args) > place:
-        return (*args[:place], cache, *args[place + 1 :]), kwargs
-    return args, kwargs | {next(name for name in names if name in kwargs): cache}
+        stand_in = _StandIn(cache, layer_idx, _PoolingLayer(module, self, fold, shared, start, new))
+        place, *names = _CACHE
+        if len(args) > place:
+            return (*args[:place], stand_in, *args[place + 1 :]), kwargs
+        return args, kwargs | {next(name for name in names if name in kwargs): stand_in}
 
 
 def _check_positions(position_ids: torch.Tensor, start: int, new: int, step: _Step) -> None:
@@ -304,24 +282,24 @@ class _PoolingLayer:
 
     @torch.compiler.disable
     def store_compression_weights(self, name: str, kv: torch.Tensor, gate: torch.Tensor):
-        part, device = parts(self.module)[name], kv.device
-        check_gradients_of(part, kv_proj=kv, gate_proj=gate, position_bias=part.position_bias)
+        part, device = weights.parts(self.module)[name], kv.device
+        weights.refuse_gradients(part, {"kv_proj": kv, "gate_proj": gate, "position_bias": part.position_bias})
         # What is kept must outlive an inference_mode block, in which tensors are made that nobody may write to later.
         with torch.inference_mode(False), torch.no_grad():
-            ape, weight, spec = position_bias(part), norm_weight(part, device), spec_of(part)
+            ape, weight, spec = weights.position_bias(part), weights.norm_weight(part, device), weights.spec_of(part)
             fold = self.fold.folds.get(name)
             if fold is None:
                 fold = CompressorFold(spec, kv.shape[0], self.fold.max_new_tokens, kv)
             if fold.made_of != (kv.dtype, weight.dtype) or fold.spec != spec:
-                fold.adapt(spec, kv.dtype, entry_dtype(part, kv.dtype, device))
+                fold.adapt(spec, kv.dtype, weights.entry_dtype(part, kv.dtype, device))
                 fold.made_of = kv.dtype, weight.dtype
             self.fold.folds[name] = fold
             # A CPU tells at once; elsewhere ask where waiting costs little (prefill) or an error is possible (rewind).
             look = self.new > 1 or self.fold.rewound
             rope = self.hook.tables.get(part, self.start + self.new, device, look)
             rows, check = torch.cat([kv, gate], dim=-1).flatten(0, 1), look or device.type == "cpu"
-            weights = {"ape": ape, "norm_weight": weight, "rope": rope, "backend": self.hook.backend}
-            fold.advance(rows, self.start, self.new, self.shared, check, **weights)
+            options = {"ape": ape, "norm_weight": weight, "rope": rope, "backend": self.hook.backend}
+            fold.advance(rows, self.start, self.new, self.shared, check, **options)
         return kv[:, :0], gate[:, :0], 0
 
     def update_compressor_states(self, name: str, compressed: torch.Tensor) -> torch.Tensor:

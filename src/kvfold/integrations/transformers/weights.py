@@ -107,8 +107,7 @@ def check_gradients(module: nn.Module, hidden_states: torch.Tensor, first: bool)
     if not torch.is_grad_enabled():
         return
     if module.training:
-        names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-        _refuse_gradients(names + ["hidden_states"] * hidden_states.requires_grad)
+        refuse_gradients(module, dict(module.named_parameters()) | {"hidden_states": hidden_states})
     elif hidden_states.requires_grad and (hidden_states.grad_fn is None or first) and _has_input(hidden_states):
         raise UnsupportedError(
             "gradients through the compressor to a model's input: hidden_states depends on a tensor that requires one and is no"
@@ -116,14 +115,10 @@ def check_gradients(module: nn.Module, hidden_states: torch.Tensor, first: bool)
         )
 
 
-def check_gradients_of(part: Any, **tensors: torch.Tensor) -> None:
-    """The same in train mode for what projections return: a replica's weights are no parameters."""
-    if part.training and torch.is_grad_enabled():
-        _refuse_gradients([name for name, tensor in tensors.items() if tensor.requires_grad])
-
-
-def _refuse_gradients(names: list[str]) -> None:
-    if names:
+def refuse_gradients(part: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """In train mode none of these may require one, projections too: a replica's weights are no parameters."""
+    names = [name for name, tensor in tensors.items() if tensor.requires_grad]
+    if names and part.training and torch.is_grad_enabled():
         raise UnsupportedError(
             f"gradients through the compressor in train mode, which {', '.join(names)} would need: use torch.no_grad(), freeze"
             " it, or unpatch(model) to train with transformers' own"
