@@ -22,7 +22,7 @@ from ..spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
 from ..storage.formats import FORMATS
 from ..testing.data import make_tokens, make_weights
 from ..testing.engine import Engine, Step, chunks, drafts, prefill, run_many
-from .case import Mismatch, close, close_to_fp64, packed, records, same_records, same_rows, untouched
+from .case import Mismatch, close, close_to_fp64, packed, same, same_records, untouched
 
 BF16, FP32 = torch.bfloat16, torch.float32
 NAMES = {BF16: "bf16", FP32: "fp32"}
@@ -214,9 +214,9 @@ def check_format(lab: Lab, spec: CompressorSpec, fmt: str) -> str:
     run_checked(engine, chunks(engine.lengths))
     figure = packed(engine, engine.pooled)
     apart.store(engine.pooled)
-    same_records(apart.cache, apart.entry_slots, records(engine.cache, engine.entry_slots), "compress")
+    same_records(apart, engine, "compress")
     for one in (engine, apart):
-        untouched(one.cache, one.entry_slots)
+        untouched(one)
     return figure
 
 
@@ -254,7 +254,7 @@ def check_many(lab: Lab) -> str:
         engine.run(steps)
     run_many(together, steps)
     for one, other in zip(together, alone, strict=True):
-        same_records(one.cache, one.entry_slots, records(other.cache, other.entry_slots), "compress")
+        same_records(one, other, "compress")
     return "bits equal"
 
 
@@ -274,6 +274,5 @@ def same_as_prefill(engine: Engine, whole: Engine) -> str:
     """Raises unless what `engine` has is close to fp64, and to the bit what `whole` gets in one prefill."""
     whole.run(prefill(whole.lengths))
     error = close_to_fp64(engine)
-    same_rows(engine.pooled, whole.pooled, None)
-    same_records(engine.cache, engine.entry_slots, records(whole.cache, whole.entry_slots))
+    same(engine, whole)
     return f"{error:.1e}, bits equal"

@@ -102,7 +102,6 @@ def _whole(case: RandomCase, end: str, shape: Shape) -> Iterator[str]:
     yield f"whole{end}.run([prefill])\njudge.close_to_fp64(whole{end})"
     if shape.fmt is not None:
         yield f"judge.packed(whole{end}, whole{end}.pooled)"
-        yield f"records{end} = judge.records(whole{end}.cache, whole{end}.entry_slots)"
 
 
 def _in_pieces(case: RandomCase) -> Iterator[str]:
@@ -115,19 +114,14 @@ def _in_pieces(case: RandomCase) -> Iterator[str]:
     for end, one in _compressors(case):
         yield _engine(case, "run", one, end, pieces=True)
     yield "run.run(steps)" if shape.other is None else "testing.run_many([run, run2], steps)"
-    if shape.rows is not None:
-        yield f"judge.same_rows(run.pooled, whole.pooled, {'None' if shape.addressing == 'none' else 'run.entry_slots'})"
-    for end, one in _compressors(case):
-        if one.fmt is not None:
-            yield f"judge.same_records(run{end}.cache, run{end}.entry_slots, records{end})"
-            yield f"judge.untouched(run{end}.cache, run{end}.entry_slots)"
-        yield f"judge.untouched_state(run{end})"
+    for end, _ in _compressors(case):
+        yield f"judge.same(run{end}, whole{end})\njudge.untouched_state(run{end})"
 
 
 def _store(case: RandomCase) -> Iterator[str]:
     yield "# The same bytes by `store`."
     yield _engine(case, "apart", case.shape, pieces=False, state="whole.state")
-    yield "apart.store(whole.pooled)\njudge.same_records(apart.cache, apart.entry_slots, records, 'compress')"
+    yield "apart.store(whole.pooled)\njudge.same_records(apart, whole, 'compress')"
 
 
 def _hit(case: RandomCase) -> Iterator[str]:
@@ -137,10 +131,4 @@ def _hit(case: RandomCase) -> Iterator[str]:
     yield "# A prefix hit at the end of a page: another slot goes on from its snapshot."
     yield _engine(case, "again", shape, pieces=True, state="run.state")
     yield f"again.hit({b}, {start}, {free})\nagain.run([{tuple(rest)}])"
-    since = f"[{b}][{start // shape.spec.ratio}:]"
-    if shape.rows is not None:
-        some = "None" if shape.addressing == "none" else f"[again.entry_slots{since}]"
-        yield f"judge.same_rows([again.pooled{since}], [whole.pooled{since}], {some})"
-    if shape.fmt is not None:
-        yield f"judge.same_records(again.cache, [again.entry_slots{since}], [records{since}])"
-        yield f"judge.untouched(again.cache, [again.entry_slots{since}])"
+    yield f"judge.same(again, whole, since=({b}, {start // shape.spec.ratio}))"

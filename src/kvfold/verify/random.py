@@ -111,13 +111,10 @@ class RandomCase:
         new = [n for step in self.steps for _, start, n, _ in step.parts if start and n]
         most = max(new, default=0)
         found = ["prefill" if most == 0 else "decode" if most == 1 else "short steps" if most <= max(BOUNDS) else "chunks"]
-        found += ["rejected"] * self.rejected + ["padding"] * any(s.absent or s.behind for s in self.steps)
+        found += ["rejected"] * any(kept < new for step in self.steps for _, _, new, kept in step.parts)
+        found += ["padding"] * any(step.absent or step.behind for step in self.steps)
         found += ["restore"] * (self.hit is not None) + ["pair"] * (self.shape.other is not None)
         return ", ".join(found)
-
-    @property
-    def rejected(self) -> bool:
-        return any(kept < new for step in self.steps for _, _, new, kept in step.parts)
 
 
 def draw_case(seed: int, index: int, budget: Budget) -> RandomCase:

@@ -41,11 +41,6 @@ class Outcome:
     def passed(self) -> bool:
         return not self.problem
 
-    @property
-    def lost(self) -> bool:
-        """Whether nothing more can be run on the device by this process."""
-        return any(words in self.problem for words in LOST)
-
 
 def verify_random(
     cases: int,
@@ -85,7 +80,7 @@ def _run(indices: range, seed: int, place: Place, workers: int) -> Iterator[Outc
     here = (run_case(_drawn(seed, place, index), place) for index in indices)
     for outcome in _run_apart(indices, seed, place, workers) if workers else here:
         yield outcome
-        if outcome.lost:
+        if any(words in outcome.problem for words in LOST):
             return
 
 

@@ -164,13 +164,7 @@ class _Step:
         self.asked = False  # whether a layer's input was asked if it wants a gradient
 
 
-class _Thread(threading.local):
-    """The step that a model makes in this thread, if one does."""
-
-    step: _Step | None = None
-
-
-_thread = _Thread()
+_thread = threading.local()  # `step`: what a model makes in this thread, None between two
 
 
 @torch.compiler.disable
@@ -192,7 +186,7 @@ def _before_step(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None
 @torch.compiler.disable
 def _after_step(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
     """After a model's forward, or after it failed: then there is no output."""
-    step, _thread.step = _thread.step, None
+    step, _thread.step = getattr(_thread, "step", None), None
     if output is None and step is not None and step.before is not None:
         step.before.restore()
 
@@ -224,7 +218,7 @@ class _CompressorHook:
         if hidden_states.device.type == "meta":
             raise weights.not_loaded(module, "the input")
         batch, new = hidden_states.shape[:2]
-        step = _thread.step or _Step()  # a compressor may be called by itself
+        step = getattr(_thread, "step", None) or _Step()  # a compressor may be called by itself
         weights.check_gradients(module, hidden_states, not step.asked)
         if cache is None:
             fold, shared, start, keys = LayerFold(1), step.fold, 0, None
