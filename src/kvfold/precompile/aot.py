@@ -110,16 +110,14 @@ def aot(
     folder.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=".aot-", dir=folder))
     try:
-        made: list[AotKernel] = []
-        failed: dict[str, str] = {}
+        became: dict[str, AotKernel | str] = {}
         for one, found in zip(wanted, _compile(wanted, target, beside, strict, workers), strict=True):
-            if isinstance(found, AotKernel):
-                made.append(found)
-            else:
-                failed[one.name] = found
+            became[one.name] = found
             if progress is not None:
-                progress(len(made) + len(failed), len(wanted), one.name)
-        report = AotReport(target, folder, kernels.versions(target), tuple(made), failed, tuple(kept))
+                progress(len(became), len(wanted), one.name)
+        made = tuple(found for found in became.values() if isinstance(found, AotKernel))
+        failed = {name: found for name, found in became.items() if isinstance(found, str)}
+        report = AotReport(target, folder, kernels.versions(target), made, failed, tuple(kept))
         (beside / TABLE).write_text(report.table() + "\n", encoding="utf-8")
         (beside / JSON).write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
         for name in old:
