@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,13 +18,14 @@ import torch
 from ..arguments.checks import check_switch, check_type
 from ..spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
 from ..storage.formats import FORMATS
-from .choices import FLOATS, check_all, check_choices, check_formats, check_workers, defined_for
+from .choices import FLOATS, check_all, check_choices, check_formats, check_workers, defined_for, processes
 from .report import AotKernel, AotReport
 
 if TYPE_CHECKING:
     from .combinations import Combination
 
 JSON, TABLE = "kernels.json", "kernels.txt"
+OURS = re.compile(r"kernels\.txt|\w[\w.+-]*\.(cubin|hsaco)")  # names that `aot` gives, and no paths
 MOST_JSON = 1 << 26  # bytes; of all kernels of V4 it has half a megabyte
 MEASURED = "sm_90"  # where rows of the table were chosen by measurement, and so what they spill
 
@@ -56,23 +55,19 @@ def aot(
     Not compiled: other dtypes of those and other launches, and `store` again for a spec that differs in the ratio alone.
     Default: what DeepSeek-V4 has, about 200 kernels and several minutes of two cores. An engine names its formats.
 
-    Spills are what `Resources.spilled` counts. On sm_90 a kernel may spill what its row of the table was measured with and
-    chosen all the same (`Config.spills`; 0 for most), whatever the dtype and whatever Triton compiles it now. On other targets
-    no row was measured: spills are reported and fail nothing. `strict=True` allows none on any target, `strict=False` all.
-
     Args:
         target: sm_80, sm_89, sm_90, sm_100, sm_103, sm_120, gfx942 or gfx950.
-        out_dir: the folder for the files, made if it is not there. Only files that an earlier call for this target wrote, and
-            that are still as it wrote them, are removed: its `kernels.json` has their names and hashes. Those that were
-            changed since are kept, and the report says so (`kept`). All files come when all is compiled. Written are a
-            `.cubin` or `.hsaco` for each kernel, under its name, `kernels.json` (`AotReport.to_json`: of each kernel its
-            file with sha256 and size, constants, signature, options, resources; and versions) and `kernels.txt`, the table.
-            Names and numbers are stable. A cubin has in it, for profilers, the lines and the folder of kvfold's sources:
-            its sha256 is the same only for the same ones.
+        out_dir: the folder for the files, made if it is not there. All files come when all is compiled: a `.cubin` or `.hsaco`
+            for each kernel, under its name, `kernels.json` (`AotReport.to_json`) and `kernels.txt`, the table. Names and
+            numbers are stable. A cubin has in it, for profilers, the lines and the folder of kvfold's sources: its sha256 is
+            the same only for the same ones. Files of an earlier call for this target are removed, by the names and hashes in
+            its `kernels.json`; those that were changed since are kept, and the report says so (`kept`).
         specs: the compressors.
         formats: names of record formats, or None for pooled rows without a cache, each for every spec that it is defined for.
         dtypes: of `kv_score`: bf16, fp32 or both.
-        strict: whether all spills are failures; see above.
+        strict: True allows no spills (`Resources.spilled`), False all. Default: on sm_90 what the kernel's row of the table was
+            measured with (`Config.spills`; 0 for most), whatever the dtype and whatever Triton compiles it now; on other
+            targets, where no row was measured, all.
         workers: processes that compile at once, from 1 to 256; with 1 it is this one. Default: the cores that this process may
             use, 16 at most. They are spawned: a script calls this under `if __name__ == "__main__"`.
         progress: called after each kernel with how many are done, of how many, and a name.
@@ -108,21 +103,21 @@ def aot(
         raise RuntimeError("aot compiles for a GPU, but TRITON_INTERPRET is set and kernels are interpreted")
     folder = Path(os.path.realpath(out_dir))
     old, kept = _earlier(folder, target)
-    wanted = list(kernels.combinations(tuple(dict.fromkeys(specs)), tuple(dict.fromkeys(names)), tuple(dict.fromkeys(dtypes))))
-    _check_free(folder, [*(kernels.file_of(one, target) for one in wanted), TABLE], old)
+    wanted = list(kernels.combinations(specs, names, dtypes))
+    for name in (*(kernels.file_of(one, target) for one in wanted), TABLE):
+        if name not in old and os.path.lexists(folder / name):
+            raise ValueError(f"out_dir must not have a {name} that aot did not write or that was changed since, got {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=".aot-", dir=folder))
     try:
-        made: list[AotKernel] = []
-        failed: dict[str, str] = {}
+        became: dict[str, AotKernel | str] = {}
         for one, found in zip(wanted, _compile(wanted, target, beside, strict, workers), strict=True):
-            if isinstance(found, AotKernel):
-                made.append(found)
-            else:
-                failed[one.name] = found
+            became[one.name] = found
             if progress is not None:
-                progress(len(made) + len(failed), len(wanted), one.name)
-        report = AotReport(target, folder, kernels.versions(target), tuple(made), failed, tuple(kept))
+                progress(len(became), len(wanted), one.name)
+        made = tuple(found for found in became.values() if isinstance(found, AotKernel))
+        failed = {name: found for name, found in became.items() if isinstance(found, str)}
+        report = AotReport(target, folder, kernels.versions(target), made, failed, tuple(kept))
         (beside / TABLE).write_text(report.table() + "\n", encoding="utf-8")
         (beside / JSON).write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
         for name in old:
@@ -138,32 +133,23 @@ def _compile(
     wanted: list[Combination], target: str, folder: Path, strict: bool | None, workers: int
 ) -> Iterator[AotKernel | str]:
     """What each became, in order."""
-    allowed = [_allowed(one, target, strict) for one in wanted]
-    attempt = partial(_attempt, target, folder)
-    workers = min(workers, len(wanted))
+    attempt, workers = partial(_attempt, target, folder, strict), min(workers, len(wanted))
     if workers == 1:
-        yield from map(attempt, wanted, allowed)
+        yield from map(attempt, wanted)
         return
-    # Forked, they would have the locks of a caller's threads, and its CUDA.
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        yield from pool.map(attempt, wanted, allowed)
+    with processes(workers) as pool:
+        yield from pool.map(attempt, wanted)
 
 
-def _attempt(target: str, folder: Path, one: Combination, allowed: int | None) -> AotKernel | str:
+def _attempt(target: str, folder: Path, strict: bool | None, one: Combination) -> AotKernel | str:
     """The kernel, or why it did not compile."""
     from . import combinations as kernels
 
+    allowed = {None: one.spills if target == MEASURED else None, True: 0, False: None}[strict]
     try:
         return kernels.build(one, target, folder, allowed)
     except Exception as error:  # whatever a compiler raises: the others shall be compiled
         return f"{type(error).__name__}: {error}"
-
-
-def _allowed(one: Combination, target: str, strict: bool | None) -> int | None:
-    """Bytes that a kernel may spill; None for any."""
-    if strict is None:
-        return one.spills if target == MEASURED else None
-    return 0 if strict else None
 
 
 def _earlier(folder: Path, target: str) -> tuple[list[str], list[str]]:
@@ -173,8 +159,7 @@ def _earlier(folder: Path, target: str) -> tuple[list[str], list[str]]:
     if not os.path.lexists(folder / JSON):
         return [], []
     foreign = f"out_dir must be a folder without other {JSON}, got {folder} with one that aot did not write"
-    about = (folder / JSON).lstat()
-    if not stat.S_ISREG(about.st_mode) or about.st_size > MOST_JSON:
+    if not _is_file(folder / JSON) or (folder / JSON).stat().st_size > MOST_JSON:
         raise ValueError(foreign)
     try:
         report = json.loads((folder / JSON).read_text())
@@ -186,30 +171,15 @@ def _earlier(folder: Path, target: str) -> tuple[list[str], list[str]]:
         raise ValueError(foreign) from error
     if was != target:
         raise ValueError(f"out_dir must be another for each target, got {folder}, where the kernels of {was} are")
-    there = [name for name in recorded if _is_ours(name) and os.path.lexists(folder / name)]
-    same = [name for name in there if _digest(folder / name) == recorded[name]]
+    there = [name for name in recorded if OURS.fullmatch(name) and os.path.lexists(folder / name)]
+    same = [name for name in there if _is_file(folder / name) and _digest(folder / name) == recorded[name]]
     return same, [name for name in there if name not in same]
 
 
-def _is_ours(name: str) -> bool:
-    """Whether it is a name that `aot` gives, and no path."""
-    plain = os.path.basename(name) == name and "\\" not in name and "\0" not in name and not name.startswith(".")
-    return plain and (name == TABLE or name.endswith((".cubin", ".hsaco")))
+def _is_file(path: Path) -> bool:
+    """Whether it is a regular file, and no link to one."""
+    return path.is_file() and not path.is_symlink()
 
 
-def _digest(path: Path) -> str | None:
-    """sha256 of a regular file; None for anything else, such as a link."""
-    if not stat.S_ISREG(path.lstat().st_mode):
-        return None
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            found.update(part)
-    return found.hexdigest()
-
-
-def _check_free(folder: Path, names: list[str], old: list[str]) -> None:
-    """Refuses to replace a file that is not in `old`."""
-    for name in names:
-        if name not in old and os.path.lexists(folder / name):
-            raise ValueError(f"out_dir must not have a {name} that aot did not write or that was changed since, got {folder}")
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

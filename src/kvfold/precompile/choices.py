@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import torch
 
@@ -21,20 +23,19 @@ def defined_for(
     """The specs with the formats that are defined for them."""
     found = []
     for fmt in formats:
-        fitting = [spec for spec in specs if fmt is None or fits(spec, fmt)]
+        fitting = [spec for spec in specs if fits(spec, fmt)]
         if specs and not fitting:
-            assert fmt is not None
             raise ValueError(f"formats must be defined for one of the specs at least, got {fmt.name!r} for {list(specs)}")
         found += [(spec, fmt) for spec in fitting]
     return found
 
 
-def fits(spec: CompressorSpec, fmt: RecordFormat) -> bool:
+def fits(spec: CompressorSpec, fmt: RecordFormat | None) -> bool:
+    """Whether a format is defined for a spec; None, pooled rows without a cache, is for any."""
     try:
-        fmt.check(spec)
+        return fmt is None or fmt.check(spec) is None
     except ValueError:
         return False
-    return True
 
 
 def check_formats(name: str, formats: Iterable[str | None]) -> tuple[RecordFormat | None, ...]:
@@ -70,3 +71,8 @@ def check_workers(workers: int | None) -> int:
         return min(cores, MOST_WORKERS)
     check_int("workers", workers, 1, 256)
     return workers
+
+
+def processes(workers: int) -> ProcessPoolExecutor:
+    """Spawned: forked, they would have the locks of a caller's threads, and its CUDA."""
+    return ProcessPoolExecutor(workers, get_context("spawn"))

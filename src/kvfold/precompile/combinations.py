@@ -53,12 +53,8 @@ OPTIONS = ("num_warps", "maxnreg", "launch_pdl", "enable_fp_fusion")  # that ker
 class Combination:
     """One kernel to compile. Without `fmt` there is no cache, only pooled rows; "plan" and "restore" have no `config` either.
 
-    Attributes:
-        kind: of a row of the table, or `"pair"` for `compress_many`, or `"plan"` or `"restore"`.
-        other: of a pair, the second spec and its format.
-        page_size: of a `WindowState`.
-        snapshots: whether the call leaves any.
-        dtype: of kv_score.
+    kind: of a row of the table, or `"pair"` for `compress_many`, or `"plan"` or `"restore"`. other: the second of a pair.
+    page_size: of a `WindowState`. snapshots: whether the call leaves any. dtype: of kv_score.
     """
 
     kind: str
@@ -104,18 +100,15 @@ class Combination:
         if self.config is None:
             return plan_key(self.spec.ratio, 1, False, False)
         if self.kind == "store":
-            assert self.fmt is not None
             return store_key(self.spec, self.fmt, (fp32, fp32))
         types = (self.dtype, fp32, fp32 if self.fmt is None else None, fp32, True)
         bound = self.config.max_new_tokens
         if self.kind == "window":
             return window_key(self.spec, self.fmt, bound, types, self.page_size)
-        bucket = self.config.bucket
-        first = step_key(self.spec, self.fmt, self.config.kind, bound, types, self.snapshots, bucket)
-        if self.other is None:
-            return first
-        spec, fmt = self.other
-        return PairKey(first, step_key(spec, fmt, state_kind(spec), bound, types, self.snapshots, bucket))
+        both = [(self.spec, self.fmt), *([self.other] if self.other else [])]
+        more = bound, types, self.snapshots, self.config.bucket
+        found = [step_key(spec, fmt, state_kind(spec), *more) for spec, fmt in both]
+        return PairKey(*found) if self.other else found[0]
 
 
 def _spec_words(spec: CompressorSpec) -> list[str]:
@@ -132,28 +125,26 @@ def combinations(
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,),
 ) -> Iterator[Combination]:
     """Every kernel that dispatch can choose for these, but for the dtypes of state and weights: each once."""
-    seen: set[tuple] = set()
-    for found in _all(specs, formats, dtypes):
-        key = found.key()
-        if key not in seen:
-            seen.add(key)
-            yield found
+    found: dict[Key, Combination] = {}
+    for one in _all(specs, formats, dtypes):
+        found.setdefault(one.key(), one)
+    yield from found.values()
 
 
 def _all(
     specs: tuple[CompressorSpec, ...], formats: tuple[RecordFormat | None, ...], dtypes: tuple[torch.dtype, ...]
 ) -> Iterator[Combination]:
-    for ratio in sorted({spec.ratio for spec in specs}):
-        yield Combination("plan", next(spec for spec in specs if spec.ratio == ratio))
+    for spec in sorted(specs, key=lambda spec: spec.ratio):
+        yield Combination("plan", spec)
     for spec in specs:
         # Pages of fold rows may end inside windows.
         for page_size in (spec.ratio, 1) if state_kind(spec) == "fold" else (spec.ratio,):
             yield Combination("restore", spec, page_size=page_size)
     for config in configs.CONFIGS:
         for i, spec in enumerate(specs):
-            if not _reaches(config, spec):
+            if not reaches(config, spec):
                 continue
-            fitting = [fmt for fmt in formats if fmt is None or fits(spec, fmt)]
+            fitting = [fmt for fmt in formats if fits(spec, fmt)]
             if config.kind == "store":
                 if not any(_stores_alike(spec, other) for other in specs[:i]):
                     for fmt in filter(None, fitting):
@@ -183,7 +174,7 @@ def _pairs(config: Config, formats: tuple[RecordFormat | None, ...], dtype: torc
         yield Combination("pair", V4_CSA, firsts[-1], config, (V4_INDEXER, seconds[-1]), snapshots=True, dtype=dtype)
 
 
-def _reaches(config: Config, spec: CompressorSpec) -> bool:
+def reaches(config: Config, spec: CompressorSpec) -> bool:
     """Whether some call of the spec gets this row of the table."""
     if config.kind not in ("store", "window", state_kind(spec)):
         return False
@@ -200,27 +191,25 @@ def _stores_alike(spec: CompressorSpec, other: CompressorSpec) -> bool:
 
 def compile_one(combination: Combination, target: str) -> CompiledKernel:
     """For a name of `TARGETS`."""
-    return compiled_variant(combination, TARGETS[target]).compile(TARGETS[target])
+    return combination.variant(dependent(target)).compile(TARGETS[target])
 
 
-def compiled_variant(combination: Combination, gpu: GPUTarget) -> Variant:
-    """As a dependent launch where there are such, which all but the first of a step are."""
-    return combination.variant(pdl=gpu.backend == "cuda" and gpu.arch >= 90)
+def dependent(target: str) -> bool:
+    """Whether there are dependent launches, which all but the first of a step are."""
+    return TARGETS[target].backend == "cuda" and TARGETS[target].arch >= 90
 
 
 def file_of(combination: Combination, target: str) -> str:
-    """The name of its binary."""
     end = "cubin" if TARGETS[target].backend == "cuda" else "hsaco"
     return f"{combination.name.replace(' ', '-')}.{end}"
 
 
 def build(combination: Combination, target: str, folder: Path, allowed: int | None) -> AotKernel:
     """Compiles, writes the binary under the kernel's name into `folder`, and says all about it."""
-    gpu, compiled = TARGETS[target], compile_one(combination, target)
-    path = folder / file_of(combination, target)
+    gpu, variant, path = TARGETS[target], combination.variant(dependent(target)), folder / file_of(combination, target)
+    compiled = variant.compile(gpu)
     binary = compiled.asm[path.suffix[1:]]
     path.write_bytes(binary)
-    variant = compiled_variant(combination, gpu)
     return AotKernel(
         name=combination.name,
         file=path.name,

@@ -152,13 +152,13 @@ class Engine:
             return [[next(free) for _ in range(n)] for n in counts]
 
         lengths = [len(text) for text in tokens]
-        if kind == "fold":
-            state: FoldState | WindowState = make_state(spec, len(lengths) + 1, most, dtype, device)
-            options["slots"] = shuffle.sample(range(len(lengths) + 1), len(lengths))
-        else:
+        if kind == "window":
             counts = [-(-(n + most) // page_size) for n in lengths]
-            state = make_pools(spec, sum(counts), page_size, dtype, device)
+            state: FoldState | WindowState = make_pools(spec, sum(counts), page_size, dtype, device)
             options |= {"kv": deal(counts), "score": deal(counts)}
+        else:
+            state = make_state(spec, len(lengths) + 1, most, dtype, device)
+            options["slots"] = shuffle.sample(range(len(lengths) + 1), len(lengths))
         pages = deal([-(-(n // spec.ratio + most) // rows_per_page) for n in lengths])
         cache = make_cache(fmt, spec, sum(map(len, pages)), rows_per_page, device)
         return cls(tokens, weights, state, cache, pages=pages, rows_per_page=rows_per_page, backend=backend, **options)  # type: ignore[arg-type]
@@ -170,7 +170,11 @@ class Engine:
     @property
     def entry_slots(self) -> list[list[int]]:
         """The cache slot of each window, by sequence; -1 where it has no page."""
-        return [self._slots_of(b, range(n // self.spec.ratio)) for b, n in enumerate(self.lengths)]
+        size, found = self.rows_per_page, []
+        for pages, n in zip(self.pages, self.lengths, strict=True):
+            at = [(pages[w // size], w % size) for w in range(n // self.spec.ratio)]
+            found.append([-1 if page < 0 else page * size + row for page, row in at])
+        return found
 
     def entries(self) -> list[Tensor]:
         """What the cache holds of each sequence: fp32 `[windows, head_dim]`, dequantized. Every window must have a page."""
@@ -224,12 +228,10 @@ class Engine:
 
     def kv_score(self, step: Step, wrong: bool = False) -> Tensor:
         """The rows of a step: NaN for those that are not kept, for padding, and for all with `wrong`."""
-        nan = torch.full_like(self.tokens[0][:1], torch.nan)
-        rows = [
-            x
-            for b, start, new, kept in step.parts
-            for x in (self.tokens[b][start : start + kept * (not wrong)], nan.repeat(new - kept * (not wrong), 1))
-        ]
+        nan, rows = torch.full_like(self.tokens[0][:1], torch.nan), []
+        for b, start, new, kept in step.parts:
+            some = 0 if wrong else kept
+            rows += [self.tokens[b][start : start + some], nan.repeat(new - some, 1)]
         kv_score = torch.cat([*rows, nan.repeat(sum(step.absent) + step.behind, 1)])
         left, right = self.beside
         wide = torch.nn.functional.pad(kv_score, (left, right), value=torch.nan)
@@ -251,8 +253,8 @@ class Engine:
         if self.addressing == "table":
             options |= {"cache_block_table": self._table(self.pages, step), "rows_per_page": self.rows_per_page}
         elif self.addressing == "slots":
-            ended = [(b, range(start // ratio, (start + new) // ratio)) for b, start, new, _ in parts]
-            slots = [slot for b, windows in ended for slot in self._slots_of(b, windows)]
+            known = self.entry_slots
+            slots = [slot for b, start, new, _ in parts for slot in known[b][start // ratio : (start + new) // ratio]]
             options["entry_slots"] = torch.tensor([*slots, -1, -1], dtype=torch.int64, device=self.device)
         if self.snapshots is not None:
             options["snapshot_table"] = self._table(self.snapshot_pages, step)
@@ -260,10 +262,6 @@ class Engine:
         starts = [*(part[1] for part in parts), *[7] * len(absent)]
         room, ends = None if step.loose else sum(lengths), self._ints([0, *accumulate(lengths)])
         return StepPlan.build(ratio, self._ints(starts), ends, step.bound, max_tokens=room, **options)
-
-    def _slots_of(self, sequence: int, windows: range) -> list[int]:
-        found = [(self.pages[sequence][w // self.rows_per_page], w % self.rows_per_page) for w in windows]
-        return [-1 if page < 0 else page * self.rows_per_page + row for page, row in found]
 
     def _table(self, pages: Pages, step: Step) -> Tensor:
         """Pages of the sequences of a step, -1 behind the last one of each."""
@@ -275,8 +273,7 @@ class Engine:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
     def _unwritten(self, count: int) -> Tensor:
-        like = {"dtype": self.rows or torch.float32, "device": self.device}
-        return torch.full((count, self.spec.head_dim), UNWRITTEN, **like)
+        return torch.full((count, self.spec.head_dim), UNWRITTEN, dtype=self.rows or torch.float32, device=self.device)
 
 
 def run_many(engines: Sequence[Engine], steps: Sequence[Step]) -> None:

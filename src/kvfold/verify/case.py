@@ -10,7 +10,6 @@ from ..contract import pooled_bound
 from ..debug.check import EPILOGUE
 from ..debug.compare import Difference, bytes_of, explained, off, put_bytes
 from ..debug.exact import exact_rows
-from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState
 from ..storage.pack import bf16_bits
 from ..testing.data import make_cache
@@ -35,40 +34,44 @@ def close(rows: list[Tensor], wanted: list[Tensor], bound: float, against: str) 
     return float(((got - want).norm(dim=-1) / want.norm(dim=-1)).max())
 
 
-def same_rows(rows: list[Tensor], whole: list[Tensor], slots: list[list[int]] | None, against: str = "one prefill") -> None:
-    """Raises Mismatch unless the pooled rows have the bits of `whole`, rounded to their dtype; a NaN is as good as another.
+def same(engine: Engine, whole: Engine, since: tuple[int, int] | None = None) -> None:
+    """Raises Mismatch unless pooled rows and records have the bits of one prefill, and nothing else of the cache was written.
 
-    slots: of each window, -1 where its row must have been left alone; None for no such.
+    Pooled rows are rounded to their dtype, and a NaN is as good as another. A window without a slot has its row left alone.
+
+    since: sequence and window, from which on its windows are looked at; default: all that there are.
     """
-    for b, (got, want) in enumerate(zip(rows, whole, strict=True)):
+    for b, first, slots in _windows(engine, since) if engine.rows is not None else ():
+        got, want = engine.pooled[b], whole.pooled[b]
         if got.dtype == torch.bfloat16:
             want = bf16_bits(want).view(torch.bfloat16)
-        if slots is not None:
-            there = torch.tensor(slots[b], dtype=torch.int64, device=got.device)[:, None] >= 0
-            want = torch.where(there, want, torch.full_like(want, UNWRITTEN))
+        if engine.addressing != "none":
+            want = torch.where(slots[:, None] >= 0, want, torch.full_like(want, UNWRITTEN))
         bits = torch.int16 if got.dtype == torch.bfloat16 else torch.int32
         wrong = (got.view(bits) != want.view(bits)) & ~(got.isnan() & want.isnan())
-        blame(wrong, "pooled row", b, got, want, against, "bits")
+        wrong[:first] = False
+        blame(wrong, "pooled row", b, got, want, "one prefill", "bits")
+    if engine.cache is not None:
+        same_records(engine, whole, "one prefill", since)
+        untouched(engine, since)
 
 
-def records(cache: EntryCache, slots: list[list[int]]) -> list[Tensor]:
-    """uint8 `[windows, record bytes]` of each sequence; of a window without a slot those of slot 0."""
-    return [bytes_of(cache, _ids(some, cache).clamp(min=0)) for some in slots]
-
-
-def same_records(cache: EntryCache, slots: list[list[int]], whole: list[Tensor], against: str = "one prefill") -> None:
-    """Raises Mismatch unless the records have the bytes of `whole`; a window without a slot has none."""
-    for b, (got, want) in enumerate(zip(records(cache, slots), whole, strict=True)):
-        wrong = (got != want) & (_ids(slots[b], cache) >= 0)[:, None]
-        if cache.format.element == "fp32":  # a NaN there has whatever bits it had
+def same_records(engine: Engine, whole: Engine, against: str, since: tuple[int, int] | None = None) -> None:
+    """Raises Mismatch unless the records have the same bytes; a window without a slot has none."""
+    for (b, first, slots), (_, _, others) in zip(_windows(engine, since), _windows(whole, since), strict=True):
+        got, want = (bytes_of(e.cache, ids.clamp(min=0)) for e, ids in ((engine, slots), (whole, others)))
+        wrong = (got != want) & (slots >= 0)[:, None]
+        if engine.cache.format.element == "fp32":  # a NaN there has whatever bits it had
             nan = got.view(torch.float32).isnan() & want.view(torch.float32).isnan()
             wrong &= ~nan.repeat_interleave(4, dim=1)
+        wrong[:first] = False
         blame(wrong, "record bytes", b, got, want, against)
 
 
-def untouched(cache: EntryCache, slots: list[list[int]]) -> None:
-    """Raises Mismatch if a byte was written that is of no record of these slots; bytes between pages are looked at too."""
-    ids = torch.tensor(sorted({slot for some in slots for slot in some if slot >= 0}), dtype=torch.int64, device=cache.device)
+def untouched(engine: Engine, since: tuple[int, int] | None = None) -> None:
+    """Raises Mismatch if a byte was written that is of no record; bytes between pages are looked at too."""
+    cache, ids = engine.cache, torch.cat([slots[first:] for _, first, slots in _windows(engine, since)])
+    ids = ids[ids >= 0].unique()
     gap = cache.storage.untyped_storage().nbytes() // cache.num_pages - cache.page_bytes
     blank = make_cache(cache.format.name, cache.spec, cache.num_pages, cache.rows_per_page, str(cache.device), gap=gap)
     put_bytes(blank, ids, bytes_of(cache, ids))
@@ -79,6 +82,12 @@ def untouched(cache: EntryCache, slots: list[list[int]]) -> None:
                 at = int((a != b).nonzero()[0])
                 page, byte = divmod(at, len(a) // cache.num_pages)
                 raise Mismatch(f"{name} {page}, byte {byte}: outside of all records, yet written")
+
+
+def _windows(engine: Engine, since: tuple[int, int] | None = None) -> list[tuple[int, int, Tensor]]:
+    """Sequences to look at, the first window of each that counts, and the slots of all its windows."""
+    slots = [torch.tensor(some, dtype=torch.int64, device=engine.device) for some in engine.entry_slots]
+    return [(b, 0, some) for b, some in enumerate(slots)] if since is None else [(*since, slots[since[0]])]
 
 
 def untouched_state(engine: Engine) -> None:
@@ -96,32 +105,24 @@ def untouched_state(engine: Engine) -> None:
             raise Mismatch(f"pages {others} of state.{name}: of no sequence, yet written")
 
 
-def packed(engine: Engine, rows: list[Tensor]) -> bool:
-    """Raises Mismatch unless the records are what the torch packer makes of pooled rows, but for roundings of the norm.
-
-    Returns whether the bytes are the same.
-    """
+def packed(engine: Engine, rows: list[Tensor]) -> str:
+    """Raises Mismatch unless the records are what the torch packer makes of pooled rows; says how nearly they are."""
     exact, cache = True, engine.cache
-    for b, some in enumerate(engine.entry_slots):
-        if not some:
+    for b, _, slots in _windows(engine):
+        if not len(slots):
             continue
         pooled = rows[b].bfloat16().float() if cache.format.round_rows else rows[b]
-        position = torch.arange(len(some), device=pooled.device) * cache.spec.ratio
+        position = torch.arange(len(slots), device=pooled.device) * cache.spec.ratio
         y = finish(pooled, cache.spec, engine.weights["norm_weight"], engine.weights["rope"], position)
-        at = _ids(some, cache)
-        data, norm = bytes_of(cache, at), y.norm(dim=1, keepdim=True)
+        data, norm = bytes_of(cache, slots), y.norm(dim=1, keepdim=True)
         fine = explained(cache, data, y, torch.zeros_like(norm))
         if not bool(fine.all()):
             exact = False
             fine |= explained(cache, data, y, EPILOGUE * norm)  # which may be NaN
         if cache.format.element == "fp32":
-            fine |= y.isnan() & cache.read(at).isnan()
-        blame(~fine, "record bytes", b, cache.read(at), y, "the packer")
-    return exact
-
-
-def _ids(slots: list[int], cache: EntryCache) -> Tensor:
-    return torch.tensor(slots, dtype=torch.int64, device=cache.device)
+            fine |= y.isnan() & cache.read(slots).isnan()
+        blame(~fine, "record bytes", b, cache.read(slots), y, "the packer")
+    return "bytes equal" if exact else "bytes equal but for roundings of the norm"
 
 
 def blame(wrong: Tensor, stage: str, sequence: int, got: Tensor, want: Tensor, against: str, where: str = "") -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -16,13 +17,17 @@ from ..backend_triton.table import ANY, BUCKETS, CONFIGS, Config, choose
 from ..calls.checks import choose_backend
 from ..contract import pooled_bound
 from ..debug.check import check
+from ..precompile.combinations import reaches
 from ..spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
 from ..storage.formats import FORMATS
 from ..testing.data import make_tokens, make_weights
 from ..testing.engine import Engine, Step, chunks, drafts, prefill, run_many
-from .case import Mismatch, close, close_to_fp64, packed, records, same_records, same_rows, untouched
+from .case import Mismatch, close, close_to_fp64, packed, same, same_records, untouched
 
 BF16, FP32 = torch.bfloat16, torch.float32
+NAMES = {BF16: "bf16", FP32: "fp32"}
+Cut = Callable[[list[int]], list[Step]]  # of sequences of these lengths
+Inputs = tuple[list[Tensor], dict]  # tokens and weights, as `Engine.make` takes them
 # (state, kv_score) for each kind of kernel; the first is what engines use, and all that `quick` looks at.
 DTYPES = {
     "fold": ((FP32, BF16), (FP32, FP32)),
@@ -37,11 +42,7 @@ LONG = 4096  # the bound of a step that no row for short steps serves
 
 @dataclass(frozen=True)
 class Case:
-    """One configuration or promise. `run` returns the figure to show, and raises if it does not hold.
-
-    Attributes:
-        skip: why it cannot be run here; "" where it can.
-    """
+    """One configuration or promise. `run` returns the figure to show, and raises if it does not hold. skip: why not to."""
 
     group: str
     name: str
@@ -51,12 +52,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a case.
-
-    Attributes:
-        problem: the first difference, or the error; "" when there was none.
-        skipped: why it was not run; "" when it was.
-    """
+    """What came of a case. problem: the first difference, or the error. skipped: why it was not run."""
 
     group: str
     name: str
@@ -67,7 +63,6 @@ class Result:
 
     @property
     def passed(self) -> bool:
-        """Whether it was run, and holds."""
         return not self.problem and not self.skipped
 
 
@@ -100,29 +95,10 @@ def list_cases(device: torch.device | str = "cpu", *, backend: str | None = None
     """
     device = torch.device(device)
     lab = Lab(device, choose_backend(backend, "device", torch.empty(0, device=device)))
-    table = list(_table_cases(lab, quick))
-    if lab.backend == "torch":
-        table = [replace(case, skip=NO_KERNEL) for case in table]
-    return [*table, *_format_cases(lab), *_equivalence_cases(lab)]
+    return [*_table_cases(lab, quick), *_format_cases(lab), *_equivalence_cases(lab)]
 
 
-class Streams(NamedTuple):
-    """The tokens of some sequences of one length, and a compressor's weights as `compress` takes them."""
-
-    tokens: list[Tensor]
-    weights: dict
-
-    @property
-    def spec(self) -> CompressorSpec:
-        return self.weights["spec"]
-
-    @property
-    def lengths(self) -> list[int]:
-        return [len(text) for text in self.tokens]
-
-
-@dataclass(frozen=True)
-class Lab:
+class Lab(NamedTuple):
     """Where cases run, and how large they are."""
 
     device: torch.device
@@ -132,66 +108,49 @@ class Lab:
     def real(self) -> bool:
         return self.device.type != "cpu"
 
-    @property
-    def batch(self) -> int:
-        return 16 if self.real else 2
-
     def spec(self, spec: CompressorSpec) -> CompressorSpec:
         """V4's compressor, with shorter windows on a CPU: of the same kind of state, and a tile of raw rows per entry."""
         return spec if self.real or spec.ratio <= 32 else replace(spec, ratio=32)
 
-    def streams(self, spec: CompressorSpec, dtype: torch.dtype, batch: int | None = None) -> Streams:
+    def inputs(self, spec: CompressorSpec, dtype: torch.dtype = BF16, batch: int | None = None) -> Inputs:
+        """Sequences of one length, the same on every machine."""
         length = max(2 * spec.ratio + spec.ratio // 2 + 1, 5 * spec.ratio if spec.ratio <= 8 else 0)
-        draw = torch.Generator().manual_seed(7)  # the same on every machine
-        tokens = make_tokens(spec, [length] * (batch or self.batch), "normal", draw, dtype, self.device)
-        return Streams(tokens, make_weights(spec, length, "normal", draw, FP32, self.device))
+        draw = torch.Generator().manual_seed(7)
+        tokens = make_tokens(spec, [length] * (batch or (16 if self.real else 2)), "normal", draw, dtype, self.device)
+        return tokens, make_weights(spec, length, "normal", draw, FP32, self.device)
 
-    def engine(self, streams: Streams, kind: str, **options: object) -> Engine:
-        options = {"fmt": _format_for(streams.spec), "backend": self.backend} | options
-        return Engine.make(*streams, kind="window" if kind == "window" else "fold", **options)  # type: ignore[arg-type]
+    def engine(self, inputs: Inputs, **options: object) -> Engine:
+        fmt = {512: "fp8_ds_mla", 128: "indexer_mxfp4"}.get(inputs[1]["spec"].head_dim, "bf16")
+        options = {"fmt": fmt, "backend": self.backend} | options
+        return Engine.make(*inputs, **options)  # type: ignore[arg-type]
 
 
 def representative(config: Config) -> tuple[CompressorSpec, int]:
-    """A spec and a bound of new tokens that this row of the table serves, as like V4 as its bounds allow.
-
-    Raises:
-        LookupError: there is none among the usual shapes.
-    """
-    low, high = config.head_dims
-    widths = [width for width in (512, 128, 256, low) if low <= width <= high]
+    """A spec and a bound of new tokens that this row of the table serves, as like V4 as its bounds allow."""
     bound = min(config.max_new_tokens, LONG)
-    for width in widths:
-        base = replace(V4_INDEXER if width == 128 else V4_CSA, head_dim=width, rope_dim=min(64, width))
-        for ratio, overlap in ((4, True), (32, False), (128, False), (16, True), (4, False), (config.window_rows[0], False)):
-            spec = replace(base, ratio=ratio, overlap=overlap, hadamard=base.hadamard and overlap)
-            kinds = {"fold": not overlap and ratio > 8, "rows": overlap or ratio <= 8}
-            serves = config.serves(config.kind, width, spec.window_rows, bound, config.bucket) and kinds.get(config.kind, True)
-            if serves and choose(config.kind, spec, bound, config.bucket) is config:
-                return spec, bound
+    shapes = ((4, True), (32, False), (128, False), (16, True), (4, False), (config.window_rows[0], False))
+    for width, (ratio, overlap) in product((512, 128, 256, config.head_dims[0]), shapes):
+        preset = V4_INDEXER if width == 128 else V4_CSA
+        spec = replace(preset, head_dim=width, rope_dim=min(64, width), ratio=ratio, overlap=overlap)
+        spec = replace(spec, hadamard=preset.hadamard and overlap)
+        if reaches(config, spec):
+            return spec, bound
     raise LookupError(f"no usual shape is served by {config}")
 
 
-def _format_for(spec: CompressorSpec) -> str:
-    return {512: "fp8_ds_mla", 128: "indexer_mxfp4"}.get(spec.head_dim, "bf16")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return {BF16: "bf16", FP32: "fp32"}[dtype]
-
-
 def _table_cases(lab: Lab, quick: bool) -> Iterator[Case]:
+    skip = NO_KERNEL if lab.backend == "torch" else ""
     for index, config in enumerate(CONFIGS):
-        some = DTYPES.get(config.kind, DTYPES["fold"])
-        for state, rows in some[:1] if quick else some:
+        for state, rows in DTYPES[config.kind][: 1 if quick else None]:
             limit = "any" if config.max_new_tokens > LONG else str(config.max_new_tokens)
             name = f"{index}: {config.kind} hd {config.head_dims[0]}-{config.head_dims[1]}, "
             name += f"{config.window_rows[0]}-{config.window_rows[1]} rows, new <= {limit}"
             name += f", windows <= {config.bucket:g} per multiprocessor; " if config.bucket < ANY else "; "
             if config.kind == "store":
-                yield Case("table", name + f"rows {_name(rows)}", partial(check_store, lab, config, rows))
+                yield Case("table", name + f"rows {NAMES[rows]}", partial(check_store, lab, config, rows), skip)
             else:
-                name += f"state {_name(state)}, kv_score {_name(rows)}"
-                yield Case("table", name, partial(check_config, lab, config, state, rows))
+                name += f"state {NAMES[state]}, kv_score {NAMES[rows]}"
+                yield Case("table", name, partial(check_config, lab, config, state, rows), skip)
 
 
 def _format_cases(lab: Lab) -> Iterator[Case]:
@@ -205,8 +164,7 @@ def _equivalence_cases(lab: Lab) -> Iterator[Case]:
     for label, preset in (("hca", V4_HCA), ("csa", V4_CSA), ("indexer", V4_INDEXER)):
         spec = lab.spec(preset)
         label += f" at ratio {spec.ratio}" * (spec != preset)
-        for kind in ("fold", "window"):
-            state = {"fold": "FoldState", "window": "WindowState"}[kind]
+        for kind, state in (("fold", "FoldState"), ("window", "WindowState")):
             ways = {
                 "chunks": partial(check_cut, chunks),
                 "decode": partial(check_cut, partial(drafts, new=1, first=spec.ratio - 1)),
@@ -227,115 +185,94 @@ def check_config(lab: Lab, config: Config, state: torch.dtype, rows: torch.dtype
     spec, bound = representative(config)
     # A row for many windows is taken when there are many.
     others = [n for n in BUCKETS if n < config.bucket and choose(config.kind, spec, bound, n) is not config]
-    batch = int(max(others) * multiprocessors(lab.device)) // 2 + 4 if others and lab.real else lab.batch
-    streams = lab.streams(lab.spec(spec) if config.kind == "window" or spec.ratio > 32 else spec, rows, batch)
-    if choose(config.kind, streams.spec, bound, config.bucket) is not config:
-        raise LookupError(f"{streams.spec} is not served by {config}")
-    short = bound < streams.lengths[0]
-    steps = drafts(streams.lengths, bound, streams.spec.ratio - 1) if short else chunks(streams.lengths)
-    steps[1:] = [step._replace(bound=bound) for step in steps[1:]]
-    whole = lab.engine(streams, config.kind, dtype=state)
-    whole.run(prefill(streams.lengths))
-    cut = lab.engine(streams, config.kind, dtype=state, most=bound if short else DRAFTS)
-    cut.run(steps[:-1])
-    check_step(cut, steps[-1])
-    cut.run(steps[-1:])
-    error = close_to_fp64(cut)
-    compare_bits(cut, whole, "one prefill")
-    return f"{error:.1e}, bits equal"
-
-
-def check_step(engine: Engine, step: Step) -> None:
-    """Raises unless `kvfold.check` of a step finds nothing. The step is not taken; all history is known."""
-    known = [engine.tokens[part.sequence][: part.start] for part in step.parts]
-    report = check(engine.kv_score(step), engine.plan(step), engine.state, engine.cache, **engine.weights,
-                           backend=engine.backend, full_history=known)  # fmt: skip
-    if report.first is not None or report.errors:
-        raise Mismatch(str(report))
+    batch = int(max(others) * multiprocessors(lab.device)) // 2 + 4 if others and lab.real else None
+    spec = lab.spec(spec)
+    if choose(config.kind, spec, bound, config.bucket) is not config:
+        raise LookupError(f"{spec} is not served by {config}")
+    inputs = lab.inputs(spec, rows, batch)
+    whole = lab.engine(inputs, kind=config.kind, dtype=state)
+    short = bound < whole.lengths[0]
+    steps = drafts(whole.lengths, bound, spec.ratio - 1) if short else chunks(whole.lengths)
+    cut = lab.engine(inputs, kind=config.kind, dtype=state, most=bound if short else DRAFTS)
+    run_checked(cut, [*steps[:1], *(step._replace(bound=bound) for step in steps[1:])])
+    return same_as_prefill(cut, whole)
 
 
 def check_store(lab: Lab, config: Config, dtype: torch.dtype) -> str:
     """`kvfold.store` of this row of the table: records that its rows explain."""
     spec, _ = representative(config)
-    engine = lab.engine(lab.streams(spec, dtype), "fold")
+    engine = lab.engine(lab.inputs(spec, dtype))
     rows = [text[: len(text) // spec.ratio, : spec.head_dim] for text in engine.tokens]
     engine.store(rows)
-    return explain_records(engine, [some.float() for some in rows])
+    return packed(engine, [some.float() for some in rows])
 
 
 def check_format(lab: Lab, spec: CompressorSpec, fmt: str) -> str:
     """The bytes of one record format: packed from kvfold's own pooled rows, the same by `store`, none outside of records."""
-    streams = lab.streams(lab.spec(spec), BF16)
-    engine, apart = (lab.engine(streams, "fold", fmt=fmt) for _ in range(2))
-    steps = chunks(streams.lengths)
-    engine.run(steps[:-1])
-    check_step(engine, steps[-1])
-    engine.run(steps[-1:])
-    figure = explain_records(engine, engine.pooled)
+    inputs = lab.inputs(spec)
+    engine, apart = (lab.engine(inputs, fmt=fmt) for _ in range(2))
+    run_checked(engine, chunks(engine.lengths))
+    figure = packed(engine, engine.pooled)
     apart.store(engine.pooled)
-    compare_bits(apart, engine, "compress", pooled=False)
+    same_records(apart, engine, "compress")
     for one in (engine, apart):
-        untouched(one.cache, one.entry_slots)
+        untouched(one)
     return figure
 
 
-def check_cut(
-    cut: Callable[[list[int]], list[Step]],
-    lab: Lab,
-    spec: CompressorSpec,
-    kind: str,
-    *,
-    padding: bool = False,
-    reused: bool = False,
-) -> str:
+def check_cut(cut: Cut, lab: Lab, spec: CompressorSpec, kind: str, *, padding: bool = False, reused: bool = False) -> str:
     """A sequence cut in some way has the bits of one prefill.
 
     padding: absent sequences and rows of NaN behind the batch. reused: the slots or pages had an owner whose tokens were NaN.
     """
-    streams = lab.streams(spec, BF16)
-    whole, other = lab.engine(streams, kind), lab.engine(streams, kind)
-    whole.run(prefill(streams.lengths))
+    inputs = lab.inputs(spec)
+    whole, other = (lab.engine(inputs, kind=kind) for _ in range(2))
     if reused:
-        other.run(drafts(streams.lengths, DRAFTS, spec.ratio), wrong=True)
-    steps = cut(streams.lengths)
+        other.run(drafts(other.lengths, DRAFTS, spec.ratio), wrong=True)
+    steps = cut(other.lengths)
     if padding:
         steps = [step._replace(bound=max(step.bound, 2), absent=(2, 0), behind=5) for step in steps]
     other.run(steps)
-    error = close_to_fp64(other)
-    compare_bits(other, whole, "one prefill")
-    return f"{error:.1e}, bits equal"
+    return same_as_prefill(other, whole)
 
 
 def check_states(lab: Lab, spec: CompressorSpec) -> str:
     """Both states give the same entries up to fp32 rounding."""
-    streams = lab.streams(spec, BF16)
-    fold, window = lab.engine(streams, "fold"), lab.engine(streams, "window")
+    fold, window = (lab.engine(lab.inputs(spec), kind=kind) for kind in ("fold", "window"))
     for engine in (fold, window):
-        engine.run(chunks(streams.lengths))
+        engine.run(chunks(engine.lengths))
         close_to_fp64(engine)
     return f"{close(window.pooled, fold.pooled, 2 * pooled_bound(spec.window_rows), 'FoldState'):.1e}"
 
 
 def check_many(lab: Lab) -> str:
     """`compress_many` writes the records of two calls of `compress`."""
-    both = [lab.streams(spec, BF16) for spec in (V4_CSA, V4_INDEXER)]
-    alone, together = ([lab.engine(streams, "fold") for streams in both] for _ in range(2))
-    steps = drafts(both[0].lengths, DRAFTS, V4_CSA.ratio + 1)
+    both = [lab.inputs(spec) for spec in (V4_CSA, V4_INDEXER)]
+    alone, together = ([lab.engine(inputs) for inputs in both] for _ in range(2))
+    steps = drafts(alone[0].lengths, DRAFTS, V4_CSA.ratio + 1)
     for engine in alone:
         engine.run(steps)
     run_many(together, steps)
     for one, other in zip(together, alone, strict=True):
-        compare_bits(one, other, "compress", pooled=False)
+        same_records(one, other, "compress")
     return "bits equal"
 
 
-def compare_bits(got: Engine, want: Engine, against: str, *, pooled: bool = True) -> None:
-    """Pooled rows and records of two engines, to the bit."""
-    if pooled:
-        same_rows(got.pooled, want.pooled, None, against)
-    same_records(got.cache, got.entry_slots, records(want.cache, want.entry_slots), against)
+def run_checked(engine: Engine, steps: list[Step]) -> None:
+    """Runs steps, and raises unless `kvfold.check` of the last one finds nothing."""
+    engine.run(steps[:-1])
+    last = steps[-1]
+    known = [engine.tokens[part.sequence][: part.start] for part in last.parts]
+    report = check(engine.kv_score(last), engine.plan(last), engine.state, engine.cache, **engine.weights,
+                   backend=engine.backend, full_history=known)  # fmt: skip
+    if report.first is not None or report.errors:
+        raise Mismatch(str(report))
+    engine.run([last])
 
 
-def explain_records(engine: Engine, pooled: list[Tensor]) -> str:
-    """Raises unless the torch packer makes the records of `pooled`, by sequence; says how nearly it does."""
-    return "bytes equal" if packed(engine, pooled) else "bytes equal but for roundings of the norm"
+def same_as_prefill(engine: Engine, whole: Engine) -> str:
+    """Raises unless what `engine` has is close to fp64, and to the bit what `whole` gets in one prefill."""
+    whole.run(prefill(whole.lengths))
+    error = close_to_fp64(engine)
+    same(engine, whole)
+    return f"{error:.1e}, bits equal"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pprint import pformat
 
 from ..testing.engine import Step
-from .random import LONG, RandomCase, Shape
+from .random import LONG, Pages, RandomCase, Shape
 
-WIDTH = 120
-Pages = tuple[tuple[int, ...], ...]
+shown = partial(pformat, width=120, compact=True)
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,9 @@ def _inputs(case: RandomCase, place: Place) -> Iterator[str]:
     yield "# Steps: the plan's bound, (sequence, start, new tokens, kept ones), absent sequences, rows behind, spare room."
     whole = Step(max(LONG, *case.lengths), tuple((b, 0, n, n) for b, n in enumerate(case.lengths)))
     yield f"prefill = {tuple(whole)}"
-    yield f"steps = {_shown([tuple(step) for step in case.steps])}"
+    yield f"steps = {shown([tuple(step) for step in case.steps])}"
     for name, kept in zip(("plain", "where"), _kept(case), strict=True):
-        yield f"{name} = {_shown(kept)}"
-
-
-def _shown(value: object) -> str:
-    return pformat(value, width=WIDTH, compact=True)
+        yield f"{name} = {shown(kept)}"
 
 
 def _kept(case: RandomCase) -> tuple[dict, dict]:
@@ -79,41 +75,33 @@ def _in_order(pages: Pages) -> Pages:
     return tuple(tuple(next(number) for _ in row) for row in pages)
 
 
-def _state(case: RandomCase, shape: Shape, first: bool, end: str) -> str:
+def _engine(case: RandomCase, name: str, shape: Shape, end: str = "", *, pieces: bool, state: str = "") -> str:
+    """An engine for sequences that come whole or in `pieces`. state: another's; default: one of its own."""
     if shape.state == "fold":
-        slots, most = (len(case.lengths), 1) if first else (len(case.slots) + 1, shape.max_new_tokens)
-        return f"testing.make_state(spec{end}, {slots}, {most}, torch.{shape.state_dtype}, device)"
-    joined = ", joined=True" if case.joined and not first else ""
-    pages = sum(map(len, case.kv_pages)) if first else case.pages
-    return f"testing.make_pools(spec{end}, {pages}, {shape.page_size}, torch.{shape.state_dtype}, device{joined})"
-
-
-def _cache(case: RandomCase, shape: Shape, gap: int, end: str) -> str:
-    if shape.fmt is None:
-        return "None"
-    pages = sum(map(len, case.entry_pages))
-    more = f", scale={shape.scale}" * (shape.scale != 1.0) + f", gap={gap}" * (gap > 0)
-    return f"testing.make_cache({shape.fmt!r}, spec{end}, {pages}, {case.rows_per_page}, device{more})"
-
-
-def _engine(name: str, state: str, cache: str, where: str, end: str = "") -> str:
-    return f"{name}{end} = testing.Engine(\n    tokens{end}, weights{end}, {state},\n    {cache}, {where}, backend=backend)"
-
-
-def _where(case: RandomCase, shape: Shape) -> str:
-    """What an engine takes beside state and cache, in pieces."""
-    rest = f"**where, rows={f'torch.{shape.rows}' if shape.rows else None}"
-    rest += f", beside=({case.left}, {case.right})" * bool(case.left + case.right)
-    return rest + ", snapshots=kept" * (shape.snapshot > 0)
+        slots, most = (len(case.slots) + 1, shape.max_new_tokens) if pieces else (len(case.lengths), 1)
+        own = f"make_state(spec{end}, {slots}, {most}, torch.{shape.state_dtype}, device)"
+    else:
+        pages, joined = (case.pages, case.joined) if pieces else (sum(map(len, case.kv_pages)), False)
+        own = f"make_pools(spec{end}, {pages}, {shape.page_size}, torch.{shape.state_dtype}, device{', joined=True' * joined})"
+    cache, where = "None", "**plain"
+    if shape.fmt is not None:
+        more = f", scale={shape.scale}" * (shape.scale != 1.0) + f", gap={case.gap}" * (pieces and case.gap > 0)
+        pages = sum(map(len, case.entry_pages))
+        cache = f"testing.make_cache({shape.fmt!r}, spec{end}, {pages}, {case.rows_per_page}, device{more})"
+    if pieces:
+        where = f"**where, rows={f'torch.{shape.rows}' if shape.rows else None}"
+        where += f", beside=({case.left}, {case.right})" * bool(case.left + case.right)
+        where += ", snapshots=kept" * (shape.snapshot > 0)
+    inputs = f"tokens{end}, weights{end}, {state or f'testing.{own}'}"
+    return f"{name}{end} = testing.Engine(\n    {inputs},\n    {cache}, {where}, backend=backend)"
 
 
 def _whole(case: RandomCase, end: str, shape: Shape) -> Iterator[str]:
     yield "# Each sequence in one call: against fp64, and the records against the packer."
-    yield _engine("whole", _state(case, shape, True, end), _cache(case, shape, 0, end), "**plain", end)
+    yield _engine(case, "whole", shape, end, pieces=False)
     yield f"whole{end}.run([prefill])\njudge.close_to_fp64(whole{end})"
     if shape.fmt is not None:
         yield f"judge.packed(whole{end}, whole{end}.pooled)"
-        yield f"records{end} = judge.records(whole{end}.cache, whole{end}.entry_slots)"
 
 
 def _in_pieces(case: RandomCase) -> Iterator[str]:
@@ -124,35 +112,23 @@ def _in_pieces(case: RandomCase) -> Iterator[str]:
         yield (f"kept = kvfold.Snapshots.allocate(spec, {pages}, {shape.snapshot}, dtype=torch.{shape.state_dtype}, "
                "device=device)")  # fmt: skip
     for end, one in _compressors(case):
-        yield _engine("run", _state(case, one, False, end), _cache(case, one, case.gap, end), _where(case, one), end)
+        yield _engine(case, "run", one, end, pieces=True)
     yield "run.run(steps)" if shape.other is None else "testing.run_many([run, run2], steps)"
-    if shape.rows is not None:
-        yield f"judge.same_rows(run.pooled, whole.pooled, {'None' if shape.addressing == 'none' else 'run.entry_slots'})"
-    for end, one in _compressors(case):
-        if one.fmt is not None:
-            yield f"judge.same_records(run{end}.cache, run{end}.entry_slots, records{end})"
-            yield f"judge.untouched(run{end}.cache, run{end}.entry_slots)"
-        yield f"judge.untouched_state(run{end})"
+    for end, _ in _compressors(case):
+        yield f"judge.same(run{end}, whole{end})\njudge.untouched_state(run{end})"
 
 
 def _store(case: RandomCase) -> Iterator[str]:
     yield "# The same bytes by `store`."
-    yield _engine("apart", "whole.state", _cache(case, case.shape, 0, ""), "**plain")
-    yield "apart.store(whole.pooled)\njudge.same_records(apart.cache, apart.entry_slots, records, 'compress')"
+    yield _engine(case, "apart", case.shape, pieces=False, state="whole.state")
+    yield "apart.store(whole.pooled)\njudge.same_records(apart, whole, 'compress')"
 
 
 def _hit(case: RandomCase) -> Iterator[str]:
-    assert case.hit is not None
     (b, k), shape = case.hit, case.shape
     start, free = (k + 1) * shape.snapshot, next(i for i in range(len(case.slots) + 1) if i not in case.slots)
     rest = Step(LONG, ((b, start, case.lengths[b] - start, case.lengths[b] - start),))
     yield "# A prefix hit at the end of a page: another slot goes on from its snapshot."
-    yield _engine("again", "run.state", _cache(case, shape, case.gap, ""), _where(case, shape))
+    yield _engine(case, "again", shape, pieces=True, state="run.state")
     yield f"again.hit({b}, {start}, {free})\nagain.run([{tuple(rest)}])"
-    since = f"[{b}][{start // shape.spec.ratio}:]"
-    if shape.rows is not None:
-        some = "None" if shape.addressing == "none" else f"[again.entry_slots{since}]"
-        yield f"judge.same_rows([again.pooled{since}], [whole.pooled{since}], {some})"
-    if shape.fmt is not None:
-        yield f"judge.same_records(again.cache, [again.entry_slots{since}], [records{since}])"
-        yield f"judge.untouched(again.cache, [again.entry_slots{since}])"
+    yield f"judge.same(again, whole, since=({b}, {start // shape.spec.ratio}))"

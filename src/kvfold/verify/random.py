@@ -16,6 +16,7 @@ LONG = 1 << 13  # the bound of a plan with a longer step
 FLOATS = ("bfloat16", "float32")
 # Ratios: share of all cases, from, to. A window is folded token by token on a CPU, so long ones are few.
 RATIOS = ((0.3, 1, 3), (0.35, 4, 8), (0.2, 9, 32), (0.1, 33, 128), (0.04, 129, 1024), (0.01, 1025, 4096))
+Pages = tuple[tuple[int, ...], ...]  # by sequence; -1: none
 VALUES = ("normal", "peaked", "tied", "masked", "hidden", "zeros")
 
 
@@ -91,16 +92,16 @@ class RandomCase:
     steps: tuple[Step, ...]
     slots: tuple[int, ...]
     rows_per_page: int
-    entry_pages: tuple[tuple[int, ...], ...]
+    entry_pages: Pages
     gap: int
     left: int
     right: int
-    kv_pages: tuple[tuple[int, ...], ...] = ()
-    score_pages: tuple[tuple[int, ...], ...] = ()
+    kv_pages: Pages = ()
+    score_pages: Pages = ()
     pages: int = 0
     joined: bool = False
     freed: bool = False
-    snapshot_pages: tuple[tuple[int, ...], ...] = ()
+    snapshot_pages: Pages = ()
     hit: tuple[int, int] | None = None
     store: bool = False
 
@@ -110,13 +111,10 @@ class RandomCase:
         new = [n for step in self.steps for _, start, n, _ in step.parts if start and n]
         most = max(new, default=0)
         found = ["prefill" if most == 0 else "decode" if most == 1 else "short steps" if most <= max(BOUNDS) else "chunks"]
-        found += ["rejected"] * self.rejected + ["padding"] * any(s.absent or s.behind for s in self.steps)
+        found += ["rejected"] * any(kept < new for step in self.steps for _, _, new, kept in step.parts)
+        found += ["padding"] * any(step.absent or step.behind for step in self.steps)
         found += ["restore"] * (self.hit is not None) + ["pair"] * (self.shape.other is not None)
         return ", ".join(found)
-
-    @property
-    def rejected(self) -> bool:
-        return any(kept < new for step in self.steps for _, _, new, kept in step.parts)
 
 
 def draw_case(seed: int, index: int, budget: Budget) -> RandomCase:
@@ -209,32 +207,29 @@ class _Drawer:
         self.most_steps = max(2, min(budget.steps, budget.rows // max(spec.window_rows for spec in both)))
 
     def case(self, seed: int, index: int) -> RandomCase:
-        rng, shape = self.rng, self.shape
-        lengths = self._lengths()
-        after = self._owners(len(lengths))
-        freed = not self.fold and rng.random() < 0.4
-        steps = self._steps(lengths, after, freed)
-        rows_per_page = rng.choice((1, 2, 3, 5, 8, 64))
+        rng, shape, lengths = self.rng, self.shape, self._lengths()
+        # By sequence, whose slot or pages it has after that one's end; -1 for its own.
+        after = [-1 if b == 0 or rng.random() < 0.7 else b - 1 for b in range(len(lengths))]
+        found: dict = {"freed": not self.fold and rng.random() < 0.4}
+        found["steps"] = self._steps(lengths, after, found["freed"])
+        found["rows_per_page"] = rng.choice((1, 2, 3, 5, 8, 64))
         width = 16 if shape.aligned else rng.choice((1, 2, 4, 8))
         wide = rng.random() < 0.5
-        found: dict = {"left": width * rng.randint(0, 3) * wide, "right": width * rng.randint(1, 3) * wide}
+        found |= {"left": width * rng.randint(0, 3) * wide, "right": width * rng.randint(1, 3) * wide}
         found["gap"] = rng.choice((0, 16, 64)) if shape.aligned else rng.choice((0, 4, 20))
-        columns = [-(-max(n // self.ratio, 1) // rows_per_page) for n in lengths]
-        entries = self._tables(columns, rng.choice((0, 0, 0, 0.15)))
-        snapshots: tuple[tuple[int, ...], ...] = ()
-        hit = None
+        columns = [-(-max(n // self.ratio, 1) // found["rows_per_page"]) for n in lengths]
+        found["entry_pages"] = self._tables(columns, rng.choice((0, 0, 0, 0.15)))
         if shape.snapshot:
-            snapshots = self._tables([n // shape.snapshot for n in lengths], 0.0)
+            found["snapshot_pages"] = self._tables([n // shape.snapshot for n in lengths], 0.0)
             ends = [(b, k) for b, n in enumerate(lengths) for k in range(n // shape.snapshot) if (k + 1) * shape.snapshot < n]
-            hit = rng.choice(ends) if ends else None
+            found["hit"] = rng.choice(ends) if ends else None
         if not self.fold:
             columns = [-(-n // shape.page_size) for n in lengths]
             found["pages"], found["joined"] = sum(columns) + rng.randint(0, 2), rng.random() < 0.4
             kv, score = (self._tables(columns, 0.0, found["pages"]) for _ in range(2))
             found["kv_pages"], found["score_pages"] = self._shared(kv, after), self._shared(score, after)
         return RandomCase(
-            seed, index, shape, rng.choice(VALUES), rng.randrange(1 << 31), tuple(lengths), steps, self._slots(after),
-            rows_per_page, entries, snapshot_pages=snapshots, hit=hit, freed=freed,
+            seed, index, shape, rng.choice(VALUES), rng.randrange(1 << 31), tuple(lengths), slots=self._slots(after),
             store=shape.fmt is not None and rng.random() < 0.3, **found,
         )  # fmt: skip
 
@@ -254,31 +249,25 @@ class _Drawer:
         rng.shuffle(lengths)
         return lengths
 
-    def _owners(self, batch: int) -> list[int]:
-        """By sequence, whose slot or pages it has after that one's end; -1 for its own."""
-        return [-1 if b == 0 or self.rng.random() < 0.7 else b - 1 for b in range(batch)]
-
     def _steps(self, lengths: list[int], after: list[int], freed: bool) -> tuple[Step, ...]:
         rng, at, steps = self.rng, [0] * len(lengths), []
         mood = rng.choice(("mixed", "mixed", "mixed", "decode", "drafts"))
         junk = [rng.randint(1, min(n, 2 * self.ratio, 64)) if rng.random() < 0.3 else 0 for n in lengths]
-        if any(junk):  # a former owner, whose tokens are NaN
-            parts = tuple((b, 0, n, 0) for b, n in enumerate(junk) if n and after[b] == -1)
-            steps += [self._step(parts)] if parts else []
-        floor = [0] * len(lengths)
-        while any(x < n for x, n in zip(at, lengths, strict=True)):
+        owned = tuple((b, 0, n, 0) for b, n in enumerate(junk) if n and after[b] == -1)  # before, by one whose tokens are NaN
+        steps += [self._step(owned)] if owned else []
+        while at != lengths:
             ready = [b for b, n in enumerate(lengths) if at[b] < n and (after[b] == -1 or at[after[b]] == lengths[after[b]])]
             chosen = [b for b in ready if rng.random() < 0.7] or ready[:1]
             parts = []
             for b in rng.sample(chosen, len(chosen)):
                 if not self.fold and not freed and rng.random() < 0.1:  # raw rows stay until they are overwritten
-                    at[b] = rng.randint(floor[b], at[b])
+                    at[b] = rng.randint(0, at[b])
                 new = self._new(at[b], lengths[b] - at[b], len(steps), mood)
                 kept = new if mood == "decode" else self._kept(new, len(steps))
                 parts.append((b, at[b], new, kept))
                 at[b] += kept
-            idle = [b for b in range(len(lengths)) if b not in chosen and at[b] < lengths[b] and rng.random() < 0.2]
-            parts += [(b, at[b], 0, 0) for b in idle if b in ready]
+            waiting = [b for b, n in enumerate(lengths) if b not in chosen and at[b] < n]
+            parts += [(b, at[b], 0, 0) for b in waiting if rng.random() < 0.2 and b in ready]
             steps.append(self._step(tuple(parts)))
         return tuple(steps)
 
@@ -304,21 +293,21 @@ class _Drawer:
         return rng.choice((0, rng.randint(new - most, new)))
 
     def _step(self, parts: tuple[tuple[int, int, int, int], ...]) -> Step:
-        rng, most = self.rng, max((part[2] for part in parts), default=1)
+        rng = self.rng
         # Over raw rows a sequence without pages has entries that nobody takes, which only its cache table can say.
         some = rng.choice((0, 0, 1, 2))
         absent = tuple(rng.randint(0, 3) if self.fold else 0 for _ in range(some))
-        most = max(most, *absent, 1) if absent else max(most, 1)
+        most = max(1, *(new for _, _, new, _ in parts), *absent)
         bound = self.shape.bound if most <= self.shape.bound else LONG
         room = (len(parts) + some) * -(-bound // self.ratio) * self.shape.spec.head_dim
         return Step(bound, parts, absent, rng.choice((0, 0, 3)), rng.random() < 0.2 and room <= 1 << 20)
 
-    def _tables(self, columns: list[int], missing: float, pages: int = 0) -> tuple[tuple[int, ...], ...]:
+    def _tables(self, columns: list[int], missing: float, pages: int = 0) -> Pages:
         """Shuffled pages for each sequence, of which some are -1; of so many `pages` as they need, or more."""
         found = iter(self.rng.sample(range(max(pages, sum(columns))), sum(columns)))
         return tuple(tuple(-1 if self.rng.random() < missing else next(found) for _ in range(n)) for n in columns)
 
-    def _shared(self, tables: tuple[tuple[int, ...], ...], after: list[int]) -> tuple[tuple[int, ...], ...]:
+    def _shared(self, tables: Pages, after: list[int]) -> Pages:
         """A sequence that begins after another takes its pages as far as they go."""
         found = list(tables)
         for b, owner in enumerate(after):

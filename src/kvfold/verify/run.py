@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from multiprocessing import get_context
 
 import torch
 
 from ..arguments.checks import check_int
 from ..calls.checks import choose_backend
-from ..precompile.choices import check_workers
+from ..precompile.choices import check_workers, processes
 from .case import Mismatch
 from .program import Place, program
 from .random import BUDGETS, CASES_PER_SHAPE, RATIOS, RandomCase, draw_case
@@ -43,11 +40,6 @@ class Outcome:
     @property
     def passed(self) -> bool:
         return not self.problem
-
-    @property
-    def lost(self) -> bool:
-        """Whether nothing more can be run on the device by this process."""
-        return any(words in self.problem for words in LOST)
 
 
 def verify_random(
@@ -88,47 +80,31 @@ def _run(indices: range, seed: int, place: Place, workers: int) -> Iterator[Outc
     here = (run_case(_drawn(seed, place, index), place) for index in indices)
     for outcome in _run_apart(indices, seed, place, workers) if workers else here:
         yield outcome
-        if outcome.lost:
+        if any(words in outcome.problem for words in LOST):
             return
 
 
-def _run_apart(indices: range, seed: int, place: Place, workers: int) -> Iterator[Outcome]:
-    """In processes. One that a fault ends takes all with it: its case is found by itself, and the others are begun anew."""
+def _run_apart(indices: Sequence[int], seed: int, place: Place, workers: int) -> Iterator[Outcome]:
+    """In processes. A fault that ends one takes all with it: each case of that group is then run by itself, the rest anew."""
     groups = [list(group) for _, group in groupby(indices, lambda i: i // CASES_PER_SHAPE)]
-    attempt, done = partial(_run_group, seed, place), 0
-    while done < len(groups):
+    while groups:
         try:
-            with _pool(workers) as pool:
-                for group in pool.map(attempt, groups[done:]):
-                    done += 1
+            with processes(workers) as pool:
+                for group in pool.map(partial(_run_group, seed, place), list(groups)):
+                    groups.pop(0)
                     yield from group
         except BrokenProcessPool:
-            yield from (_run_alone(seed, place, index) for index in groups[done])
-            done += 1
-
-
-def _run_alone(seed: int, place: Place, index: int) -> Outcome:
-    """A case in a process of its own, which it may end."""
-    try:
-        with _pool(1) as pool:
-            return pool.submit(_run_group, seed, place, [index]).result()[0]
-    except BrokenProcessPool:
-        case = _drawn(seed, place, index)
-        return Outcome(index, labels(case), 0.0, "a fault ended the process", program(case, place))
-
-
-@contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    # Forked, they would have the locks of a caller's threads, and its CUDA.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
+            group = groups.pop(0)
+            if len(indices) == 1:
+                case = _drawn(seed, place, *group)
+                yield Outcome(case.index, labels(case), 0.0, "a fault ended the process", program(case, place))
+            else:
+                for index in group:
+                    yield from _run_apart([index], seed, place, 1)
 
 
 def _run_group(seed: int, place: Place, indices: list[int]) -> list[Outcome]:
-    """Cases of one shape, which have their kernels in common, in a process for that."""
+    """Cases of one shape, in a process for that."""
     torch.set_num_threads(1)
     return [run_case(_drawn(seed, place, index), place) for index in indices]
 
@@ -172,9 +148,8 @@ def labels(case: RandomCase) -> dict[str, str]:
 
 def summary(outcomes: list[Outcome], seed: int, asked: int) -> dict[str, object]:
     """Plain values for a report: how many failed, with their programs, and how often each thing occurred."""
-    counts = {}
-    for name in outcomes[0].labels if outcomes else ():
-        counts[name] = dict(sorted(Counter(outcome.labels[name] for outcome in outcomes).items()))
+    names = outcomes[0].labels if outcomes else ()
+    counts = {name: dict(sorted(Counter(outcome.labels[name] for outcome in outcomes).items())) for name in names}
     failed = [
         {"case": o.index, "problem": o.problem, "labels": o.labels, "program": o.program} for o in outcomes if not o.passed
     ]

@@ -22,20 +22,19 @@ FIRST_CAPACITY = 64
 _FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
-class Plans:
-    """The last `StepPlan` of each ratio and device: built once per step shape, shared by the layers and compressors of a cache.
-
-    A cache serves one thread at a time, and so do its plans. A decode step differs from the one before only in its start, so
-    it is an `update` in place.
-    """
+class CacheFold:
+    """What kvfold keeps for a cache as a whole, which serves one thread at a time. Copies and pickles begin anew."""
 
     def __init__(self) -> None:
         self._last: dict[tuple[int, torch.device], tuple[tuple, int, StepPlan]] = {}
 
-    def get(self, ratio: int, device: torch.device, batch: int, start: int, new: int, capacity: int) -> StepPlan:
-        """Plan of a uniform step: `batch` sequences which all have `start` tokens and get `new` more.
+    def __reduce__(self) -> tuple:
+        return CacheFold, ()
 
-        Slot and page of a sequence are its batch row; a page has `capacity` entries.
+    def plan(self, ratio: int, device: torch.device, batch: int, start: int, new: int, capacity: int) -> StepPlan:
+        """Of a step of all sequences from `start` on, for compressors of one ratio and device; a page has `capacity` entries.
+
+        A decode step differs from the one before only in its start, so it is an `update` in place.
         """
         key, ints = (batch, new, capacity), {"dtype": torch.int32, "device": device}
         known, before, plan = self._last.get((ratio, device), (None, start, None))
@@ -51,30 +50,13 @@ class Plans:
         return plan
 
 
-class CacheFold:
-    """What kvfold keeps for a cache as a whole. Copies and pickles begin anew.
-
-    Attributes:
-        plans: of its steps.
-        before: the cache before the step that is being made, None between steps.
-    """
-
-    def __init__(self) -> None:
-        self.plans = Plans()
-        self.before: Any = None
-
-    def __reduce__(self) -> tuple:
-        return CacheFold, ()
-
-
 class CompressorFold:
     """State and entries of one compressor (main or indexer) in one cache layer; batch row = state slot = page.
 
     Attributes:
-        state: the `FoldState`; rows of the fold for HCA, the last input rows in their own dtype for CSA and indexer.
+        state: the `FoldState`; its input rows are in their own dtype.
         storage: `[batch, capacity, head_dim]` in the dtype that the module's norm returns (fp32 or bf16).
         cache: `storage` as a cache of one page per sequence, made at the first step after it changed.
-        count: entries that count, in `storage[:, :count]`.
         length: tokens that it has seen.
         written: the furthest that `length` was, in this timeline or in one that was taken back.
         made_of: dtypes of the last step's rows and norm weight.
@@ -82,48 +64,39 @@ class CompressorFold:
 
     def __init__(self, spec: CompressorSpec, batch: int, max_new_tokens: int, like: torch.Tensor) -> None:
         """`like`: a `kv_score` tensor, for device and dtype."""
+        _check_dtypes(like.dtype, like.dtype)
         self.spec = spec
         kept = like.dtype if state_kind(spec) == "rows" else torch.float32
         self.state = FoldState.allocate(spec, batch, max_new_tokens, device=like.device, dtype=kept)
         self.storage = torch.empty(batch, 0, spec.head_dim, device=like.device, dtype=torch.bfloat16)
         self.cache: EntryCache | None = None
-        self.count = self.length = self.written = 0
+        self.length = self.written = 0
         self.made_of: tuple[torch.dtype, torch.dtype] | None = None
 
     def adapt(self, spec: CompressorSpec, rows: torch.dtype, entries: torch.dtype) -> None:
-        """Goes on with another spec or other dtypes. Tensors become fp32 where the new rows are, and keep every bit.
-
-        Raises:
-            UnsupportedError: a spec of another shape, or a dtype that kvfold does not take.
-        """
-        same = replace(self.spec, norm_eps=spec.norm_eps)
-        if same != spec:
+        """Goes on with another spec or other dtypes. Tensors become fp32 where the new rows are, and keep every bit."""
+        if replace(self.spec, norm_eps=spec.norm_eps) != spec:
             raise UnsupportedError(f"a compressor that was {self.spec} and is {spec} on one cache: start with a new cache")
-        check_dtypes(rows, entries)
+        _check_dtypes(rows, entries)
         state = self.state
-        if state.kind == "rows" and torch.promote_types(state.rows.dtype, rows) != state.rows.dtype:
-            self.state = FoldState(spec, state.rows.float(), state.positions, state.max_new_tokens)
-        elif spec != self.spec:
-            self.state = FoldState(spec, state.rows, state.positions, state.max_new_tokens)
+        kept = state.rows
+        if state.kind == "rows":
+            kept = kept.to(torch.promote_types(kept.dtype, rows))
+        if kept is not state.rows or spec != self.spec:
+            self.state = FoldState(spec, kept, state.positions, state.max_new_tokens)
         self.storage = self.storage.to(torch.promote_types(self.storage.dtype, entries))
         self.spec = spec
 
-    def advance(self, kv_score: torch.Tensor, start: int, new: int, plans: Plans, check: bool, **weights: Any) -> None:
+    def advance(self, kv_score: torch.Tensor, start: int, new: int, shared: CacheFold, check: bool, **weights: Any) -> None:
         """Folds `kv_score` `[batch * new, 2 * channels]`, sequence-major, at positions `start .. start + new - 1`.
 
-        Mutates state, storage and count. `check` reads the plan's error counter, which waits for the device. weights, and the
-        backend: as `compress` takes them.
-
-        Raises:
-            UnsupportedError: `start` is beyond what it has seen.
-            RuntimeError: the state does not hold the rows that a step from `start` needs.
+        `check` reads the plan's error counter, which waits for the device. weights, and the backend: as `compress` takes them.
         """
-        if start > self.length:
-            raise _missing(start, self.length)
+        _check_seen(start, self.length)
         end = start + new
         self._reserve(end // self.spec.ratio)
         batch, capacity = self.storage.shape[:2]
-        plan = plans.get(self.spec.ratio, self.storage.device, batch, start, new, capacity)
+        plan = shared.plan(self.spec.ratio, self.storage.device, batch, start, new, capacity)
         if check:
             plan.errors.zero_()
         if self.cache is None or self.cache.storage is not self.storage or self.cache.spec is not self.spec:
@@ -135,11 +108,11 @@ class CompressorFold:
                 f"kvfold refused {refused} of {batch} sequences: its state cannot continue from position {start}. Rewind"
                 f" further than {self.state.max_new_tokens} tokens? See max_new_tokens of patch()"
             )
-        self.count, self.length = end // self.spec.ratio, end
+        self.length = end
 
     def entries(self) -> torch.Tensor:
         """`[batch, count, head_dim]`, a view of the storage: later steps write behind it, a rewind lets them write in it."""
-        return self.storage[:, : self.count]
+        return self.storage[:, : self.length // self.spec.ratio]
 
     def select(self, indices: torch.Tensor) -> None:
         """Makes batch row i what batch row `indices[i]` was; `indices` may repeat rows or leave some out."""
@@ -151,16 +124,12 @@ class CompressorFold:
 
     def _reserve(self, count: int) -> None:
         # Doubling: over a whole generation, at most one more copy per entry, however long it gets.
-        batch, capacity, width = self.storage.shape
-        if count <= capacity and capacity:
-            return
-        capacity = max(FIRST_CAPACITY, 1 << (count - 1).bit_length() if count else 0)
-        grown = self.storage.new_zeros(batch, capacity, width)
-        grown[:, : self.count] = self.storage[:, : self.count]
-        self.storage = grown
+        wanted, capacity = max(FIRST_CAPACITY, 1 << (count - 1).bit_length()), self.storage.shape[1]
+        if count > capacity or not capacity:
+            self.storage = torch.nn.functional.pad(self.storage, (0, 0, 0, wanted - capacity))
 
 
-def check_dtypes(rows: torch.dtype, entries: torch.dtype) -> None:
+def _check_dtypes(rows: torch.dtype, entries: torch.dtype) -> None:
     """Refuses dtypes of projections and of entries that kvfold does not take."""
     if rows not in _FORMATS:
         raise UnsupportedError(f"projections of dtype {rows}: kvfold takes torch.float32 or torch.bfloat16")
@@ -168,11 +137,12 @@ def check_dtypes(rows: torch.dtype, entries: torch.dtype) -> None:
         raise UnsupportedError(f"entries of dtype {entries}: kvfold keeps torch.float32 or torch.bfloat16 entries")
 
 
-def _missing(start: int, seen: int) -> UnsupportedError:
-    return UnsupportedError(
-        f"a cache that already holds {start} tokens of which kvfold saw {seen}: patch() the model before"
-        " its first step on a cache, and start with a new cache"
-    )
+def _check_seen(start: int, seen: int) -> None:
+    if start > seen:
+        raise UnsupportedError(
+            f"a cache that already holds {start} tokens of which kvfold saw {seen}: patch() the model before"
+            " its first step on a cache, and start with a new cache"
+        )
 
 
 class LayerFold:
@@ -188,25 +158,18 @@ class LayerFold:
     def __init__(self, max_new_tokens: int) -> None:
         self.max_new_tokens = max_new_tokens
         self.folds: dict[str, CompressorFold] = {}
-        self.length = 0
-        self.step_start = 0
+        self.length = self.step_start = 0
         self.rewound = False
         # The sliding keys before and after the last step. References, not copies: transformers never writes into them.
         self.keys_before: torch.Tensor | None = None
         self.keys: torch.Tensor | None = None
 
     def begin(self, batch: int, start: int, new: int, keys: torch.Tensor | None) -> None:
-        """A step of `new` tokens for each of `batch` sequences begins at `start`; `keys` are the sliding keys after it.
-
-        Raises:
-            UnsupportedError: another batch than the layer's, or `start` is beyond what kvfold has seen, or too far back.
-                Nothing is changed then.
-        """
+        """A step of `new` tokens begins at `start`; `keys`: the sliding keys after it. Where it raises, nothing is changed."""
         for fold in self.folds.values():
             if fold.storage.shape[0] != batch:
                 raise UnsupportedError(f"a batch of {batch} on a cache of {fold.storage.shape[0]} sequences")
-        if start > self.length:
-            raise _missing(start, self.length)
+        _check_seen(start, self.length)
         if start < self.length:
             self._check_rewind(start)
             self.rewound = True
@@ -215,16 +178,12 @@ class LayerFold:
         self.keys_before, self.keys = self.keys, keys
 
     def rewind(self, length: int, window: int) -> torch.Tensor:
-        """Back to `length` tokens. Returns the sliding keys `[batch, 1, <= window - 1, head_dim]` as they were then.
-
-        Raises:
-            UnsupportedError: more was asked for than the last step.
-        """
+        """Back to `length` tokens. Returns the sliding keys `[batch, 1, <= window - 1, head_dim]` as they were then."""
         keys = self.keys_at(length, window)
-        self.rewound = self.rewound or length != self.length
+        self.rewound |= length != self.length
         self.length = self.step_start = length
         for fold in self.folds.values():
-            fold.count, fold.length = length // fold.spec.ratio, length
+            fold.length = length
         self.keys_before, self.keys = None, keys
         return keys
 

@@ -75,11 +75,7 @@ def _new(layer_class: type) -> Any:
 
 
 def rewind_layer(layer: Any, length: int) -> None:
-    """A layer that kvfold pools for back to `length` tokens.
-
-    Raises:
-        UnsupportedError: further back than the last step; nothing is changed then.
-    """
+    """A layer that kvfold pools for back to `length` tokens."""
     layer.keys = layer.values = layer.kvfold.rewind(length, layer.sliding_window)
     layer.cumulative_length = length
 
@@ -95,62 +91,45 @@ def check_layer(layer: Any) -> None:
 
 def layer_fold(layer: Any, max_new_tokens: int) -> LayerFold:
     """The `LayerFold` of a cache layer, attached to it at its first use."""
-    fold = getattr(layer, "kvfold", None)
-    if fold is None:
+    if not hasattr(layer, "kvfold"):
         check_layer(layer)
-        fold = layer.kvfold = LayerFold(max_new_tokens)
+        layer.kvfold = LayerFold(max_new_tokens)
         layer.__class__ = folded(type(layer))
-    return fold
+    return layer.kvfold
 
 
 def cache_fold(cache: Any) -> CacheFold:
     """What kvfold keeps for a cache as a whole, attached to it at its first use."""
-    fold = getattr(cache, "kvfold", None)
-    if fold is None:
-        fold = cache.kvfold = CacheFold()
-    return fold
+    if not hasattr(cache, "kvfold"):
+        cache.kvfold = CacheFold()
+    return cache.kvfold
 
 
 class Snapshot:
     """A cache as it is before a step. Holds references: a step replaces tensors, or writes behind the part that counts."""
 
     def __init__(self, cache: Any) -> None:
-        self._layers = list(cache.layers)
-        self._kept = [(type(layer), {name: _kept(x) for name, x in layer.__dict__.items()}) for layer in self._layers]
+        self._cache = cache
+        self._layers = [(layer, type(layer), _copied(layer)) for layer in cache.layers]
+        folds = [layer.kvfold for layer in cache.layers if hasattr(layer, "kvfold")]
+        self._folds = [(fold, _copied(fold), [(one, _copied(one)) for one in fold.folds.values()]) for fold in folds]
 
-    def restore(self, cache: Any) -> None:
-        """Puts `cache` back."""
-        cache.layers[:] = self._layers
-        for layer, (kind, kept) in zip(self._layers, self._kept, strict=True):
+    def restore(self) -> None:
+        self._cache.layers[:] = [layer for layer, _, _ in self._layers]
+        for layer, kind, kept in self._layers:
             layer.__class__ = kind
             layer.__dict__.clear()
-            for name, value in kept.items():
-                layer.__dict__[name] = value.restored() if isinstance(value, SavedFold) else value
+            layer.__dict__.update(kept)
+        for fold, kept, parts in self._folds:
+            fold.__dict__.update(kept)
+            for one, before in parts:
+                written = one.written
+                one.__dict__.update(before)
+                if written > one.written:  # of its state only what the failed step started from is sure to be there
+                    one.written = written
+                    fold.step_start, fold.keys_before, fold.rewound = fold.length, None, True
 
 
-class SavedFold:
-    """A `LayerFold` of a `Snapshot`."""
-
-    def __init__(self, fold: LayerFold) -> None:
-        self._fold, self._kept = fold, dict(fold.__dict__)
-        self._folds = [(name, one, dict(one.__dict__)) for name, one in fold.folds.items()]
-
-    def restored(self) -> LayerFold:
-        fold = self._fold
-        fold.__dict__.update(self._kept)
-        fold.folds = {}
-        for name, one, kept in self._folds:
-            written = one.written
-            one.__dict__.update(kept)
-            if written > one.written:  # of its state only what the failed step started from is sure to be there
-                one.written = written
-                fold.step_start, fold.keys_before, fold.rewound = fold.length, None, True
-            fold.folds[name] = one
-        return fold
-
-
-def _kept(value: Any) -> Any:
-    """What a layer's attribute is restored from."""
-    if isinstance(value, LayerFold):
-        return SavedFold(value)
-    return dict(value) if isinstance(value, dict) else value
+def _copied(thing: Any) -> dict[str, Any]:
+    """Its attributes, with copies of those that are dicts."""
+    return {name: dict(x) if isinstance(x, dict) else x for name, x in thing.__dict__.items()}

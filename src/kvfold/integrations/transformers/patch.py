@@ -22,28 +22,16 @@ from __future__ import annotations
 
 import threading
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...contract import UnsupportedError
-from .cache import CompressorFold, LayerFold, Plans, check_dtypes
+from . import weights
+from .cache import CacheFold, CompressorFold, LayerFold
 from .layers import Snapshot, cache_fold, check_layer, layer_fold, rewind_layer, v4
-from .weights import (
-    RopeTables,
-    check_gradients,
-    check_gradients_of,
-    check_loaded,
-    entry_dtype,
-    norm_weight,
-    parts,
-    position_bias,
-    rope_table,
-    spec_of,
-)
-
-__all__ = ["UnsupportedError", "entries", "patch", "rewind", "rope_table", "unpatch"]
 
 _MARK = "_kvfold"
 # Where the compressors' and the model's forward take the cache; versions of transformers name it differently.
@@ -87,8 +75,8 @@ def patch(model: nn.Module, *, backend: str | None = None, max_new_tokens: int =
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be an int of at least 1, got {max_new_tokens!r}")
     for module in modules:  # all checks before the first change
-        for part in parts(module).values():
-            spec_of(part)
+        for part in weights.parts(module).values():
+            weights.spec_of(part)
     hook = _CompressorHook(backend, max_new_tokens)
     for module in modules:
         # Handles stay with their hooks: unpickled, they keep later hooks of the process from taking their number.
@@ -166,28 +154,17 @@ def rewind(past_key_values: Any, length: int) -> None:
             rewind_layer(layer, length)
 
 
-class _Step(threading.local):
-    """What the layers of a model's step share beside the cache; one for each thread.
+class _Step:
+    """What the layers of a model's step share beside the cache. before: the cache as it was."""
 
-    Attributes:
-        active: a model's step is being made.
-        plans: of steps without a cache.
-        checked: the positions that the step's layers were found to be given.
-        asked: a layer was asked whether its input wants a gradient.
-    """
-
-    active = asked = False
-    plans: Plans | None = None
-    checked: weakref.ref | None = None
-
-    def begin(self) -> None:
-        self.active, self.plans, self.checked, self.asked = True, Plans(), None, False
-
-    def end(self) -> None:
-        self.active, self.plans, self.checked, self.asked = False, None, None, False
+    def __init__(self, before: Snapshot | None = None) -> None:
+        self.before = before
+        self.fold = CacheFold()  # for that of a cache, where there is none
+        self.checked: weakref.ref | None = None  # the positions that the layers were found to be given
+        self.asked = False  # whether a layer's input was asked if it wants a gradient
 
 
-_step = _Step()
+_thread = threading.local()  # `step`: what a model makes in this thread, None between two
 
 
 @torch.compiler.disable
@@ -203,21 +180,15 @@ def _before_step(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None
         for layer, decoder in zip(cache.layers, module.layers, strict=False):
             if getattr(decoder.self_attn, "compressor", None) is not None:
                 check_layer(layer)
-        cache_fold(cache).before = Snapshot(cache)
-    _step.begin()
+    _thread.step = _Step(None if cache is None else Snapshot(cache))
 
 
 @torch.compiler.disable
 def _after_step(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
     """After a model's forward, or after it failed: then there is no output."""
-    _step.end()
-    cache = _argument(args, kwargs, *_CACHE)
-    if cache is None:
-        return
-    fold = cache_fold(cache)
-    before, fold.before = fold.before, None
-    if output is None and before is not None:
-        before.restore(cache)
+    step, _thread.step = getattr(_thread, "step", None), None
+    if output is None and step is not None and step.before is not None:
+        step.before.restore()
 
 
 def _argument(args: tuple, kwargs: dict[str, Any], place: int, *names: str) -> Any:
@@ -233,7 +204,7 @@ class _CompressorHook:
     def __init__(self, backend: str | None, max_new_tokens: int) -> None:
         self.backend = backend
         self.max_new_tokens = max_new_tokens
-        self.tables = RopeTables()
+        self.tables = weights.RopeTables()
 
     def __reduce__(self) -> tuple:
         return _CompressorHook, (self.backend, self.max_new_tokens)
@@ -244,35 +215,33 @@ class _CompressorHook:
         cache, layer_idx = _argument(args, kwargs, *_CACHE), _argument(args, kwargs, 4, "layer_idx")
         if not isinstance(hidden_states, torch.Tensor) or not isinstance(position_ids, torch.Tensor) or layer_idx is None:
             return None  # the forward says better what is missing
-        check_loaded(module, hidden_states.device)
+        if hidden_states.device.type == "meta":
+            raise weights.not_loaded(module, "the input")
         batch, new = hidden_states.shape[:2]
-        check_gradients(module, hidden_states, not _step.asked)
+        step = getattr(_thread, "step", None) or _Step()  # a compressor may be called by itself
+        weights.check_gradients(module, hidden_states, not step.asked)
         if cache is None:
-            fold, start, keys, plans = LayerFold(1), 0, None, _step.plans or Plans()
+            fold, shared, start, keys = LayerFold(1), step.fold, 0, None
         else:
             layer = cache.layers[layer_idx]
-            fold, plans = layer_fold(layer, self.max_new_tokens), cache_fold(cache).plans
+            fold, shared = layer_fold(layer, self.max_new_tokens), cache_fold(cache)
             # transformers counts the step's tokens before it calls the compressor
             start = layer.cumulative_length - new if layer.is_initialized else fold.length
             keys = layer.keys
         if new > 1 or start == 0:
-            _check_positions(position_ids, start, new)
+            _check_positions(position_ids, start, new, step)
         fold.begin(batch, start, new, keys)
-        _step.asked = _step.active
-        return _replaced(args, kwargs, _StandIn(cache, layer_idx, _PoolingLayer(module, self, fold, plans, start, new)))
+        step.asked = True
+        stand_in = _StandIn(cache, layer_idx, _PoolingLayer(module, self, fold, shared, start, new))
+        place, *names = _CACHE
+        if len(args) > place:
+            return (*args[:place], stand_in, *args[place + 1 :]), kwargs
+        return args, kwargs | {next(name for name in names if name in kwargs): stand_in}
 
 
-def _replaced(args: tuple, kwargs: dict[str, Any], cache: _StandIn) -> tuple[tuple, dict[str, Any]]:
-    """Arguments of a compressor with another cache, under the name or in the place that it was given."""
-    place, *names = _CACHE
-    if len(args) > place:
-        return (*args[:place], cache, *args[place + 1 :]), kwargs
-    return args, kwargs | {next(name for name in names if name in kwargs): cache}
-
-
-def _check_positions(position_ids: torch.Tensor, start: int, new: int) -> None:
+def _check_positions(position_ids: torch.Tensor, start: int, new: int, step: _Step) -> None:
     """Refuses positions that do not continue the sequence: padding, packed sequences. Looks at every prefill."""
-    if _step.checked is not None and _step.checked() is position_ids:
+    if step.checked is not None and step.checked() is position_ids:
         return  # the layers of a step share one tensor
     expected = torch.arange(start, start + new, device=position_ids.device)
     if position_ids.shape[-1] != new or not bool((position_ids == expected).all()):
@@ -280,8 +249,7 @@ def _check_positions(position_ids: torch.Tensor, start: int, new: int) -> None:
             f"position_ids other than {start}..{start + new - 1} in every row: DeepSeek-V4's compressor in transformers"
             " knows neither padding nor packed sequences; batch sequences of equal length"
         )
-    if _step.active:
-        _step.checked = weakref.ref(position_ids)
+    step.checked = weakref.ref(position_ids)
 
 
 class _StandIn:
@@ -295,34 +263,37 @@ class _StandIn:
         return getattr(self.__dict__["_cache"], name)
 
 
+@dataclass(eq=False)
 class _PoolingLayer:
     """What it sees as its cache layer: takes the rows, leaves transformers none to pool, and answers with entries."""
 
-    def __init__(self, module: nn.Module, hook: _CompressorHook, fold: LayerFold, plans: Plans, start: int, new: int) -> None:
-        self.parts, self.hook, self.fold, self.plans = parts(module), hook, fold, plans
-        self.start, self.new = start, new
+    module: nn.Module
+    hook: _CompressorHook
+    fold: LayerFold
+    shared: CacheFold
+    start: int
+    new: int
 
     @torch.compiler.disable
     def store_compression_weights(self, name: str, kv: torch.Tensor, gate: torch.Tensor):
-        part, device = self.parts[name], kv.device
-        check_gradients_of(part, kv_proj=kv, gate_proj=gate, position_bias=part.position_bias)
+        part, device = weights.parts(self.module)[name], kv.device
+        weights.refuse_gradients(part, {"kv_proj": kv, "gate_proj": gate, "position_bias": part.position_bias})
         # What is kept must outlive an inference_mode block, in which tensors are made that nobody may write to later.
         with torch.inference_mode(False), torch.no_grad():
-            ape, weight, spec = position_bias(part), norm_weight(part, device), spec_of(part)
+            ape, weight, spec = weights.position_bias(part), weights.norm_weight(part, device), weights.spec_of(part)
             fold = self.fold.folds.get(name)
             if fold is None:
-                check_dtypes(kv.dtype, kv.dtype)
                 fold = CompressorFold(spec, kv.shape[0], self.fold.max_new_tokens, kv)
             if fold.made_of != (kv.dtype, weight.dtype) or fold.spec != spec:
-                fold.adapt(spec, kv.dtype, entry_dtype(part, kv.dtype, device))
+                fold.adapt(spec, kv.dtype, weights.entry_dtype(part, kv.dtype, device))
                 fold.made_of = kv.dtype, weight.dtype
             self.fold.folds[name] = fold
             # A CPU tells at once; elsewhere ask where waiting costs little (prefill) or an error is possible (rewind).
             look = self.new > 1 or self.fold.rewound
             rope = self.hook.tables.get(part, self.start + self.new, device, look)
             rows, check = torch.cat([kv, gate], dim=-1).flatten(0, 1), look or device.type == "cpu"
-            weights = {"ape": ape, "norm_weight": weight, "rope": rope, "backend": self.hook.backend}
-            fold.advance(rows, self.start, self.new, self.plans, check, **weights)
+            options = {"ape": ape, "norm_weight": weight, "rope": rope, "backend": self.hook.backend}
+            fold.advance(rows, self.start, self.new, self.shared, check, **options)
         return kv[:, :0], gate[:, :0], 0
 
     def update_compressor_states(self, name: str, compressed: torch.Tensor) -> torch.Tensor:

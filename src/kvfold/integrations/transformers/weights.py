@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from ...spec import CompressorSpec
 _FIRST_POSITIONS = 4096
 # Rotary embeddings of these kinds change with the length of the sequence; an entry, once written, cannot.
 _VARYING_ROPE = ("dynamic", "longrope")
+_spec = functools.lru_cache(maxsize=256)(CompressorSpec)
 
 
 def parts(module: nn.Module) -> dict[str, Any]:
@@ -30,43 +31,27 @@ def parts(module: nn.Module) -> dict[str, Any]:
 
 
 def spec_of(part: Any) -> CompressorSpec:
-    """The spec of a compressor or indexer as it is now.
-
-    Raises:
-        ValueError: a geometry that `CompressorSpec` refuses.
-        UnsupportedError: a rotary embedding that changes with the sequence length.
-    """
+    """The spec of a compressor or indexer as it is now."""
     rotary, kind = part.rotary_emb, part.rope_layer_type
     if rotary.rope_type[kind] in _VARYING_ROPE:
         raise UnsupportedError(f"rope type {rotary.rope_type[kind]!r}: it changes with the length")
     rope_dim = 2 * getattr(rotary, f"{kind}_inv_freq").numel()
     overlap = part.position_bias.shape[-1] == 2 * part.head_dim
-    return _spec(part.head_dim, part.compress_rate, overlap, rope_dim, part.kv_norm.variance_epsilon)
-
-
-@functools.lru_cache(maxsize=256)
-def _spec(head_dim: int, ratio: int, overlap: bool, rope_dim: int, norm_eps: float) -> CompressorSpec:
-    return CompressorSpec(head_dim=head_dim, ratio=ratio, overlap=overlap, rope_dim=rope_dim, norm_eps=norm_eps)
-
-
-def check_loaded(module: Any, device: torch.device) -> None:
-    """Refuses to run on the meta device, where there is nothing to pool."""
-    if device.type == "meta":
-        raise _not_loaded(module, "the input")
+    eps = part.kv_norm.variance_epsilon
+    return _spec(head_dim=part.head_dim, ratio=part.compress_rate, overlap=overlap, rope_dim=rope_dim, norm_eps=eps)
 
 
 def position_bias(part: Any) -> torch.Tensor:
     """fp32 `[ratio, channels]`: the module's own tensor where it is fp32."""
     bias = part.position_bias
     if bias.device.type == "meta":
-        raise _not_loaded(part, "position_bias")
+        raise not_loaded(part, "position_bias")
     return _ordinary(bias).float()
 
 
 def norm_weight(part: Any, device: torch.device) -> torch.Tensor:
     """fp32 or bf16 `[head_dim]`: the norm's own tensor, or a copy where a hook of the norm loads and drops it."""
-    norm = part.kv_norm
-    weight = norm.weight
+    norm, weight = part.kv_norm, part.kv_norm.weight
     if weight.device != device:
         weight = _loaded(norm, "weight", device, lambda: norm(torch.zeros(1, part.head_dim, device=device)))
     weight = _ordinary(weight)
@@ -84,55 +69,45 @@ def _ordinary(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class _Watch(TorchFunctionMode):
-    """Takes a copy of `module.name` in the first operation that runs while it is on a device that `accepts`."""
+    """Takes a copy of `module.name` in the first operation that runs while it is on `device`; None: on any that has data."""
 
-    def __init__(self, module: nn.Module, name: str, accepts: Callable[[torch.device], bool]) -> None:
+    def __init__(self, module: nn.Module, name: str, device: torch.device | None) -> None:
         super().__init__()
-        self.module, self.name, self.accepts = module, name, accepts
+        self.module, self.name, self.device = module, name, device
         self.found: torch.Tensor | None = None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if self.found is None:
-            tensor = getattr(self.module, self.name, None)
-            if tensor is not None and self.accepts(tensor.device):
-                self.found = tensor.detach().clone()
+        tensor = getattr(self.module, self.name, None) if self.found is None else None
+        if tensor is not None and tensor.device.type != "meta" and self.device in (None, tensor.device):
+            self.found = tensor.detach().clone()
         return func(*args, **(kwargs or {}))
 
 
 def _loaded(module: nn.Module, name: str, device: torch.device | None, call: Callable[[], Any]) -> torch.Tensor:
-    """`module.name` as it is inside `call`, which runs `module`: hooks that offload weights load them only for that.
-
-    `device`: where it is wanted; None takes any that has data.
-    """
-    with _Watch(module, name, lambda d: d.type != "meta" and device in (None, d)) as watch:
+    """`module.name` as it is inside `call`, which runs `module`: hooks that offload weights load them only for that."""
+    with _Watch(module, name, device) as watch:
         try:
             call()
         except RuntimeError:  # what operations between a meta tensor and a real one raise
             if watch.found is None and getattr(module, name).device.type == "meta":
-                raise _not_loaded(module, name) from None
+                raise not_loaded(module, name) from None
             raise
     tensor = getattr(module, name) if watch.found is None else watch.found
     if tensor.device.type == "meta":
-        raise _not_loaded(module, name)
+        raise not_loaded(module, name)
     return tensor
 
 
-def _not_loaded(module: nn.Module, name: str) -> UnsupportedError:
+def not_loaded(module: nn.Module, name: str) -> UnsupportedError:
     return UnsupportedError(f"{name} of {type(module).__name__} is on the meta device: load the weights first")
 
 
 def check_gradients(module: nn.Module, hidden_states: torch.Tensor, first: bool) -> None:
-    """Refuses what would silently give a wrong gradient. `first`: no earlier layer of this step was asked.
-
-    Raises:
-        UnsupportedError: in train mode, a parameter of the compressor or its input requires a gradient; in eval mode, the
-            input depends on a tensor that requires one and is no parameter.
-    """
+    """Refuses what would silently give a wrong gradient. `first`: no earlier layer of this step was asked."""
     if not torch.is_grad_enabled():
         return
     if module.training:
-        names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-        _refuse_gradients(names + ["hidden_states"] * hidden_states.requires_grad)
+        refuse_gradients(module, dict(module.named_parameters()) | {"hidden_states": hidden_states})
     elif hidden_states.requires_grad and (hidden_states.grad_fn is None or first) and _has_input(hidden_states):
         raise UnsupportedError(
             "gradients through the compressor to a model's input: hidden_states depends on a tensor that requires one and is no"
@@ -140,14 +115,10 @@ def check_gradients(module: nn.Module, hidden_states: torch.Tensor, first: bool)
         )
 
 
-def check_gradients_of(part: Any, **tensors: torch.Tensor) -> None:
-    """The same in train mode for what projections return: a replica's weights are no parameters."""
-    if part.training and torch.is_grad_enabled():
-        _refuse_gradients([name for name, tensor in tensors.items() if tensor.requires_grad])
-
-
-def _refuse_gradients(names: list[str]) -> None:
-    if names:
+def refuse_gradients(part: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """In train mode none of these may require one, projections too: a replica's weights are no parameters."""
+    names = [name for name, tensor in tensors.items() if tensor.requires_grad]
+    if names and part.training and torch.is_grad_enabled():
         raise UnsupportedError(
             f"gradients through the compressor in train mode, which {', '.join(names)} would need: use torch.no_grad(), freeze"
             " it, or unpatch(model) to train with transformers' own"
@@ -190,15 +161,13 @@ class _Table:
     rows: torch.Tensor | None = None
 
 
-class _Seen:
+class _Seen(NamedTuple):
     """What a rotary embedding was when its table was last looked up."""
 
-    def __init__(self, key: tuple, inv_freq: torch.Tensor, table: _Table) -> None:
-        self.key, self.table = key, table
-        self.inv_freq, self.written = weakref.ref(inv_freq), _written(inv_freq)
-
-    def still(self, inv_freq: torch.Tensor) -> bool:
-        return self.inv_freq() is inv_freq and self.written == _written(inv_freq)
+    key: tuple
+    inv_freq: weakref.ref[torch.Tensor]
+    written: tuple[int, int]
+    table: _Table
 
 
 def _written(tensor: torch.Tensor) -> tuple[int, int]:
@@ -223,25 +192,18 @@ class RopeTables:
         inv_freq = getattr(rotary, name)
         if inv_freq.device.type == "meta":
             inv_freq = _loaded(rotary, name, None, lambda: rope_table(rotary, torch.zeros(1, device=device), kind))
-        seen = self._seen.get(rotary)
+        seen, written = self._seen.get(rotary), _written(inv_freq)
         key = (type(rotary), kind, device, float(getattr(rotary, f"{kind}_attention_scaling")))
-        known = seen is not None and seen.key[:4] == key and seen.still(inv_freq)
+        known = seen is not None and seen.key[:4] == key and seen.inv_freq() is inv_freq and seen.written == written
         if not known or look or inv_freq.device.type == "cpu":
             key = (*key, tuple(inv_freq.tolist()))
-            if not known or seen.key != key:
-                table = self._tables.get(key)
-                if table is None:
-                    table = self._tables[key] = _Table()
-                seen = self._seen[rotary] = _Seen(key, inv_freq, table)
-        return _grown(seen.table, rotary, kind, positions, device)
-
-
-def _grown(table: _Table, rotary: nn.Module, kind: str, positions: int, device: torch.device) -> torch.Tensor:
-    rows = table.rows
-    have = 0 if rows is None else rows.shape[0]
-    if have < positions:
-        more = torch.arange(have, max(_FIRST_POSITIONS, 1 << (positions - 1).bit_length()), device=device)
-        new = rope_table(rotary, more, kind)
-        # Rows already there keep their bits: they are not computed again.
-        rows = table.rows = new if rows is None else torch.cat([rows, new])
-    return rows
+            table = self._tables.setdefault(key, _Table())
+            seen = self._seen[rotary] = _Seen(key, weakref.ref(inv_freq), written, table)
+        table = seen.table
+        have = 0 if table.rows is None else len(table.rows)
+        if have < positions:
+            more = torch.arange(have, max(_FIRST_POSITIONS, 1 << (positions - 1).bit_length()), device=device)
+            new = rope_table(rotary, more, kind)
+            # Rows already there keep their bits: they are not computed again.
+            table.rows = new if table.rows is None else torch.cat([table.rows, new])
+        return table.rows
