@@ -169,8 +169,10 @@ def choose(kind: str, spec: CompressorSpec, max_new_tokens: int, bucket: float =
     Raises:
         UnsupportedError: there is none.
     """
+    # Tiles of raw rows are powers of two, and a window fills its tiles.
+    odd = kind == "window" and spec.ratio & (spec.ratio - 1) != 0
     for config in CONFIGS:
-        if config.serves(kind, spec.head_dim, spec.window_rows, max_new_tokens, bucket) and not _odd_window(kind, spec):
+        if config.serves(kind, spec.head_dim, spec.window_rows, max_new_tokens, bucket) and not odd:
             return config
     rows = [config for config in CONFIGS if config.kind == kind] or list(CONFIGS)
     listed = "; ".join(
@@ -182,11 +184,6 @@ def choose(kind: str, spec: CompressorSpec, max_new_tokens: int, bucket: float =
         f"spec must be one that a kernel is configured for, got kind={kind!r}, head_dim={spec.head_dim}, ratio={spec.ratio}, "
         f"overlap={spec.overlap}, max_new_tokens={max_new_tokens}; there is: {listed}"
     )
-
-
-def _odd_window(kind: str, spec: CompressorSpec) -> bool:
-    """Tiles of raw rows are powers of two, and a window fills its tiles."""
-    return kind == "window" and spec.ratio & (spec.ratio - 1) != 0
 
 
 COLUMNS = (

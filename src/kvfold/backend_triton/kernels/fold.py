@@ -70,11 +70,7 @@ def empty_group(HEAD_DIM: tl.constexpr):
 @triton.jit
 def quotient(a, l, FAST_DIVISION: tl.constexpr):
     """`a / l`. `l` is a sum of weights of which one is about 1, so the short division, which fails beyond 2**126, will do."""
-    if FAST_DIVISION:
-        y = libdevice.fast_dividef(a, l)
-    else:
-        y = a / l
-    return y
+    return libdevice.fast_dividef(a, l) if FAST_DIVISION else a / l
 
 
 @triton.jit

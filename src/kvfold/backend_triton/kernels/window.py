@@ -133,22 +133,24 @@ def check_window(pools, item, SPEC: tl.constexpr, tiling):
 
 
 @triton.jit
-def find_page(pool, page_size, window, item, there, SPEC: tl.constexpr, ALWAYS: tl.constexpr):
-    """The page of a window whose rows lie on one (-1: none, or not needed); whether an old row lacks it; whether it is bad.
+def find_both(pools, window, item, there, SPEC: tl.constexpr, ALWAYS: tl.constexpr):
+    """The pages of a window whose rows lie on one (-1: none, or not needed), whether an old row lacks one, whether one is bad.
 
     ALWAYS: needed for new rows too.
     """
     x = window * SPEC.RATIO
     old = there & (item.start > x)
-    page, missing, bad = find_pages(pool, item.sequence, x, there if ALWAYS else old, page_size)
-    return tl.where(bad, -1, page), old & (missing | bad), bad
+    wanted = there if ALWAYS else old
+    kv, kv_missing, kv_bad = find_pages(pools.kv, item.sequence, x, wanted, pools.page_size)
+    score, score_missing, score_bad = find_pages(pools.score, item.sequence, x, wanted, pools.page_size)
+    absent = (old & (kv_missing | kv_bad)) | (old & (score_missing | score_bad))
+    return tl.where(kv_bad, -1, kv), tl.where(score_bad, -1, score), absent, kv_bad | score_bad
 
 
 @triton.jit
 def load_entry(launch, number, there, SPEC: tl.constexpr, tiling):
     """Its work item, its cache slot, and its `Pages` where windows lie on one: nothing that a kernel in flight writes."""
     plan = launch.plan
-    kv_pool, score_pool, page_size = launch.pools
     index = tl.load(launch.entry_items + number, mask=there, other=0, cache_modifier=".cg")
     slot = number.to(tl.int64)
     if plan.entry_slots is not None:
@@ -159,18 +161,15 @@ def load_entry(launch, number, there, SPEC: tl.constexpr, tiling):
         item = load_item(plan.items, index, there)
     pages = ()
     if tiling.ONE_PAGE:
-        kv, kv_absent, kv_bad = find_page(kv_pool, page_size, item.window, item, there, SPEC, tiling.PROMPT)
-        score, score_absent, score_bad = find_page(score_pool, page_size, item.window, item, there, SPEC, tiling.PROMPT)
+        kv, score, absent, bad = find_both(launch.pools, item.window, item, there, SPEC, tiling.PROMPT)
         kv_before = kv
         score_before = score
-        absent = kv_absent | score_absent
         if SPEC.OVERLAP:
             before = tl.maximum(item.window - 1, 0)
             has_one = there & (item.window > 0)
-            kv_before, kv_absent, _ = find_page(kv_pool, page_size, before, item, has_one, SPEC, tiling.PROMPT)
-            score_before, score_absent, _ = find_page(score_pool, page_size, before, item, has_one, SPEC, tiling.PROMPT)
-            absent = absent | kv_absent | score_absent
-        pages = Pages(kv_before, kv, score_before, score, absent, kv_bad | score_bad)
+            kv_before, score_before, lost, _ = find_both(launch.pools, before, item, has_one, SPEC, tiling.PROMPT)
+            absent = absent | lost
+        pages = Pages(kv_before, kv, score_before, score, absent, bad)
     return item, slot, pages
 
 
@@ -314,21 +313,16 @@ def first_work(pid, programs, num_entries, parts, SLICES: tl.constexpr):
 def prefetch_entry(item, pages, task, shares, launch, HOW: tl.constexpr, SPEC: tl.constexpr, tiling):
     """Fetches what the first part of an entry reads into the L2 cache (docs/notes/0033-before-the-wait.md)."""
     SLICES: tl.constexpr = SPEC.HEAD_DIM // HOW.SLICE
-    pools = launch.pools
     if tiling.PROMPT and (SLICES == 1 or SPEC.OVERLAP == 0):
         prefetch_item(item, task < shares.tasks, task % shares.parts * HOW.SLICE, launch.tokens, SPEC, HOW.SLICE)
     if tiling.ONE_PAGE:
         # Slices of values in pieces, of scores in lines: pieces are asked for one after the other, lines all at once.
         if (task < shares.tasks) & (pages.absent == 0):
             c0 = task % shares.parts * HOW.SLICE
-            prefetch_window(
-                pools.kv.rows, pools.kv.page_stride, pools.kv.row_stride, pools.page_size, item.window, item.start, c0,
-                pages.kv_before, pages.kv, SPEC, HOW.SLICE, SLICES > 1 or tiling.PROMPT,
-            )  # fmt: skip
-            prefetch_window(
-                pools.score.rows, pools.score.page_stride, pools.score.row_stride, pools.page_size, item.window, item.start, c0,
-                pages.score_before, pages.score, SPEC, HOW.SLICE, tiling.PROMPT,
-            )  # fmt: skip
+            kv_pool, score_pool, page_size = launch.pools
+            IN_PIECES: tl.constexpr = SLICES > 1 or tiling.PROMPT
+            prefetch_window(kv_pool, page_size, item, c0, pages.kv_before, pages.kv, SPEC, HOW.SLICE, IN_PIECES)
+            prefetch_window(score_pool, page_size, item, c0, pages.score_before, pages.score, SPEC, HOW.SLICE, tiling.PROMPT)
 
 
 @triton.jit
@@ -370,10 +364,7 @@ def pool_part(
             if finish:
                 finish = is_last(ticket, shares.parts)
         if finish:
-            if SLICES > 1:
-                whole = take_slices(scratch.workspace, scratch.arrivals, entry, SPEC.HEAD_DIM)
-            else:
-                whole = y
+            whole = y if SLICES == 1 else take_slices(scratch.workspace, scratch.arrivals, entry, SPEC.HEAD_DIM)
             emit(whole, entry, slot, weight, cos, sin, launch.output, SPEC, FMT, HOW.TARGET)
 
 
