@@ -165,9 +165,10 @@ def _constants(key: StepKey, slices: int) -> dict[str, object]:
     """Of one compressor over a `FoldState`."""
     spec, config, kind = key.spec, key.config, state_kind(key.spec)
     ahead = config.ahead if kind == "fold" else min(config.ahead, spec.window_rows)
+    together = config.together if kind == "fold" or draws_items(spec, config) else 1
     history = ring_and_history(spec, 1)[1]
     return {
-        "HOW": Schedule(ahead, windows_together(spec, config), spec.head_dim // slices),
+        "HOW": Schedule(ahead, together if config.programs else 0, spec.head_dim // slices),
         "SPEC": replace(spec_of(spec), OVERLAP=int(spec.overlap), KIND=kind, HISTORY=history),
         "FMT": format_of(key.fmt, spec),
     }
@@ -175,8 +176,7 @@ def _constants(key: StepKey, slices: int) -> dict[str, object]:
 
 def spec_of(spec: CompressorSpec) -> Spec:
     """What finishing an entry is compiled for."""
-    log2 = spec.head_dim.bit_length() - 1
-    return Spec(spec.ratio, spec.head_dim, log2, spec.rope_dim, spec.norm_eps, spec.hadamard)
+    return Spec(spec.ratio, spec.head_dim, spec.head_dim.bit_length() - 1, spec.rope_dim, spec.norm_eps, spec.hadamard)
 
 
 def format_of(fmt: RecordFormat | None, spec: CompressorSpec) -> Format:
@@ -187,13 +187,6 @@ def format_of(fmt: RecordFormat | None, spec: CompressorSpec) -> Format:
 def draws_items(spec: CompressorSpec, config: Config) -> bool:
     """Whether programs draw the last of their items (kernels/items.py): in long steps over rows that are all ahead."""
     return config.kind == "rows" and config.programs > 0 and config.ahead >= spec.window_rows
-
-
-def windows_together(spec: CompressorSpec, config: Config) -> int:
-    """Windows that a program of a long step folds side by side; 0 for a short step."""
-    if not config.programs:
-        return 0
-    return config.together if config.kind == "fold" or draws_items(spec, config) else 1
 
 
 def slices_of(spec: CompressorSpec, config: Config) -> int:

@@ -71,9 +71,10 @@ def prefetch_rows(live, tokens, seq, window, begin, stop, this, ends, SPEC: tl.c
     e = tl.arange(0, NEW * (1 + SPEC.OVERLAP) * 2 * LINES)
     j = e // (2 * LINES)
     x = (window - SPEC.OVERLAP) * SPEC.RATIO + j
-    before = j < SPEC.RATIO * SPEC.OVERLAP
     # Values lie before scores; of either, the window before gives its lo half.
-    part = (e // LINES) % 2 * CHANNELS + tl.where(before, 0, SPEC.OVERLAP * SPEC.HEAD_DIM)
+    part = (e // LINES) % 2 * CHANNELS
+    before = j < SPEC.RATIO * SPEC.OVERLAP
+    part += tl.where(before, 0, SPEC.OVERLAP * SPEC.HEAD_DIM)
     if SPEC.HISTORY % SPEC.RATIO == 0:
         home_before = tl.where(this >= SPEC.RATIO, this, this + seq.ring) - SPEC.RATIO
         place = tl.where(before, home_before, this - SPEC.RATIO * SPEC.OVERLAP) + j
@@ -103,8 +104,9 @@ def prefetch_window(
     first = j < SPEC.RATIO * SPEC.OVERLAP
     row = (tl.maximum(x, 0) % page_size).to(tl.int64)
     c = c0 + tl.where(first, 0, SPEC.OVERLAP * SPEC.HEAD_DIM)
-    element = tl.where(first, before, this) * pool.page_stride + row * pool.row_stride + c
-    at = pool.rows.to(tl.int64, bitcast=True) + element * BYTES + (e % PARTS) * SIZE
+    at = pool.rows.to(tl.int64, bitcast=True)
+    at += (tl.where(first, before, this) * pool.page_stride + row * pool.row_stride + c) * BYTES
+    at += (e % PARTS) * SIZE
     wanted = (x >= 0) & (x < item.start) & (e < ALL)
     if PIECES:
         prefetch_pieces(at, wanted, SIZE)

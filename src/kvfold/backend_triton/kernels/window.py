@@ -133,24 +133,22 @@ def check_window(pools, item, SPEC: tl.constexpr, tiling):
 
 
 @triton.jit
-def find_both(pools, window, item, there, SPEC: tl.constexpr, ALWAYS: tl.constexpr):
-    """The pages of a window whose rows lie on one (-1: none, or not needed), whether an old row lacks one, whether one is bad.
+def find_page(pool, page_size, window, item, there, SPEC: tl.constexpr, ALWAYS: tl.constexpr):
+    """The page of a window whose rows lie on one (-1: none, or not needed); whether an old row lacks it; whether it is bad.
 
     ALWAYS: needed for new rows too.
     """
     x = window * SPEC.RATIO
     old = there & (item.start > x)
-    wanted = there if ALWAYS else old
-    kv, kv_missing, kv_bad = find_pages(pools.kv, item.sequence, x, wanted, pools.page_size)
-    score, score_missing, score_bad = find_pages(pools.score, item.sequence, x, wanted, pools.page_size)
-    absent = (old & (kv_missing | kv_bad)) | (old & (score_missing | score_bad))
-    return tl.where(kv_bad, -1, kv), tl.where(score_bad, -1, score), absent, kv_bad | score_bad
+    page, missing, bad = find_pages(pool, item.sequence, x, there if ALWAYS else old, page_size)
+    return tl.where(bad, -1, page), old & (missing | bad), bad
 
 
 @triton.jit
 def load_entry(launch, number, there, SPEC: tl.constexpr, tiling):
     """Its work item, its cache slot, and its `Pages` where windows lie on one: nothing that a kernel in flight writes."""
     plan = launch.plan
+    kv_pool, score_pool, page_size = launch.pools
     index = tl.load(launch.entry_items + number, mask=there, other=0, cache_modifier=".cg")
     slot = number.to(tl.int64)
     if plan.entry_slots is not None:
@@ -161,15 +159,18 @@ def load_entry(launch, number, there, SPEC: tl.constexpr, tiling):
         item = load_item(plan.items, index, there)
     pages = ()
     if tiling.ONE_PAGE:
-        kv, score, absent, bad = find_both(launch.pools, item.window, item, there, SPEC, tiling.PROMPT)
+        kv, kv_absent, kv_bad = find_page(kv_pool, page_size, item.window, item, there, SPEC, tiling.PROMPT)
+        score, score_absent, score_bad = find_page(score_pool, page_size, item.window, item, there, SPEC, tiling.PROMPT)
         kv_before = kv
         score_before = score
+        absent = kv_absent | score_absent
         if SPEC.OVERLAP:
             before = tl.maximum(item.window - 1, 0)
             has_one = there & (item.window > 0)
-            kv_before, score_before, lost, _ = find_both(launch.pools, before, item, has_one, SPEC, tiling.PROMPT)
-            absent = absent | lost
-        pages = Pages(kv_before, kv, score_before, score, absent, bad)
+            kv_before, kv_absent, _ = find_page(kv_pool, page_size, before, item, has_one, SPEC, tiling.PROMPT)
+            score_before, score_absent, _ = find_page(score_pool, page_size, before, item, has_one, SPEC, tiling.PROMPT)
+            absent = absent | kv_absent | score_absent
+        pages = Pages(kv_before, kv, score_before, score, absent, kv_bad | score_bad)
     return item, slot, pages
 
 
