@@ -1,8 +1,7 @@
 """What kernels are given: run-time arguments grouped by what they are of, and what is compiled in.
 
-A kernel takes numbers and addresses one by one and groups them again: its parameters are the fields of one of the classes
-`...Arguments` below, in order, named by `names_of`. Launches fill in the same classes with tensors and numbers, and variants
-with types.
+A kernel takes numbers and addresses one by one and groups them again. Launches fill in the same groups with tensors and
+numbers, variants with types; `flat` puts them in the order of the kernel's parameters. Defaults are for what a call has not.
 """
 
 from __future__ import annotations
@@ -37,18 +36,18 @@ class Plan(NamedTuple):
 class SnapshotTable(NamedTuple):
     """The plan's table of snapshots, `[sequences, width]`: the snapshot of each page of `page_size` positions."""
 
-    pages: Ints
-    width: Int
-    page_size: Int
+    pages: Ints = None
+    width: Int = None
+    page_size: Int = None
 
 
 class Tokens(NamedTuple):
     """The step's new tokens: `count` rows of `kv_score`, `stride` elements apart, and the bias of their scores."""
 
-    kv_score: Floats
-    stride: Stride
-    count: Int
-    ape: Floats
+    kv_score: Floats = None
+    stride: Stride = 0
+    count: Int = 0
+    ape: Floats = None
 
 
 class State(NamedTuple):
@@ -63,16 +62,16 @@ class State(NamedTuple):
 class Snapshots(NamedTuple):
     """Snapshots of a `FoldState`: rows, the position that each stands for, and how many snapshots there are."""
 
-    rows: Floats
-    tags: Ints
-    count: Int
+    rows: Floats = None
+    tags: Ints = None
+    count: Int = None
 
 
 class Scratch(NamedTuple):
     """What programs of a launch tell each other: pooled channels, and tickets drawn (kernels/slices.py, kernels/items.py)."""
 
-    workspace: Longs
-    arrivals: Ints
+    workspace: Longs = None
+    arrivals: Ints = None
 
 
 class Output(NamedTuple):
@@ -82,17 +81,17 @@ class Output(NamedTuple):
     that have one.
     """
 
-    rows: Floats
-    norm_weight: Floats
-    rope: Floats
-    max_position: Int
-    pages: Bytes
-    page_stride: Stride
-    scales: Bytes
-    scales_stride: Stride
-    rows_per_page: Int
-    num_slots: Long
-    scale: Float
+    rows: Floats = None
+    norm_weight: Floats = None
+    rope: Floats = None
+    max_position: Int = 0
+    pages: Bytes = None
+    page_stride: Stride = 0
+    scales: Bytes = None
+    scales_stride: Stride = 0
+    rows_per_page: Int = 1
+    num_slots: Long = 0
+    scale: Float = 1.0
 
 
 class Pool(NamedTuple):
@@ -123,35 +122,14 @@ class Item(NamedTuple):
     sequence: Any
 
 
-class StepArguments(NamedTuple):
-    """Of `compress` over a `FoldState`."""
-
-    plan: Plan
-    snap_table: SnapshotTable
-    tokens: Tokens
-    state: State
-    snapshots: Snapshots
-    scratch: Scratch
-    output: Output
-
-
 class Compressor(NamedTuple):
-    """One of two compressors in one launch: what `StepArguments` has besides the plan."""
+    """One compressor over a `FoldState`: what kernels take behind the plan and its `SnapshotTable`, once or twice."""
 
     tokens: Tokens
     state: State
     snapshots: Snapshots
     scratch: Scratch
     output: Output
-
-
-class PairArguments(NamedTuple):
-    """Of `compress_many`."""
-
-    plan: Plan
-    snap_table: SnapshotTable
-    first: Compressor
-    second: Compressor
 
 
 class WindowArguments(NamedTuple):
@@ -166,14 +144,6 @@ class WindowArguments(NamedTuple):
     score_pool: Pool
     page_size: Int
     scratch: Scratch
-    output: Output
-
-
-class StoreArguments(NamedTuple):
-    """Of `store`."""
-
-    plan: Plan
-    pooled: Floats
     output: Output
 
 
@@ -224,16 +194,6 @@ def types_of(kind: type, **changed: Any) -> Any:
 def flat(group: Any) -> list:
     """The values of a group in order, those of its parts in their places."""
     return [x for part in group for x in (flat(part) if isinstance(part, tuple) else (part,))]
-
-
-def names_of(kind: type) -> list[str]:
-    """The parameters of the kernel that takes such arguments: a field of a part has the name of the part before it."""
-    return flat(_named(types_of(kind), ""))
-
-
-def _named(group: Any, before: str) -> tuple:
-    parts = group._asdict().items()
-    return tuple(_named(part, f"{before}{name}_") if isinstance(part, tuple) else before + name for name, part in parts)
 
 
 @dataclass(frozen=True)
@@ -347,12 +307,9 @@ class Opened(NamedTuple):
 
 
 class Snap(NamedTuple):
-    """Where a sequence's snapshots go: its row of the plan's table, positions per page, and the snapshots' rows and tags."""
+    """Where a sequence's snapshots go: the plan's table of them and the sequence's row in it, and the snapshots themselves."""
 
     table: object
-    width: object
-    page_size: object
-    rows: object
-    tags: object
-    count: object
+    row: object
+    snapshots: object
     errors: object

@@ -45,16 +45,11 @@ def facts_of(target: GPUTarget) -> Target:
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel as it is compiled.
+    """One of `KERNELS` as it is compiled.
 
-    Attributes:
-        kernel: a key of `KERNELS`.
-        arguments: the type of each run-time argument in order, as in args.py; None for those that this variant leaves out.
-        constants: compile-time arguments by name.
-        aligned: whether every pointer and stride is a multiple of 16 (bytes, elements), so that accesses are 16 bytes wide.
-        pdl: launched as a dependent of the launch before it.
-        multiprocessors: of the GPU.
-        registers: bound on registers per thread, 0 for none.
+    arguments: the type of each run-time argument in order, as in args.py; None for those that this variant leaves out.
+    constants: compile-time arguments by name. registers: bound on registers per thread, 0 for none. aligned: whether every
+    pointer and stride is a multiple of 16 (bytes, elements), so that accesses are 16 bytes wide.
     """
 
     kernel: str

@@ -20,7 +20,8 @@ from ..storage.snapshots import Snapshots
 from ..storage.step import Compressor, PlanData
 from ..storage.window_state import WindowState
 from . import args
-from .args import flat, names_of
+from .args import flat
+from .build import KERNELS
 from .kernels.plan import SEQUENCES
 from .keys import (
     PairKey,
@@ -36,17 +37,10 @@ from .launcher import Launcher, launcher_of, multiprocessors, pack, supports_pdl
 from .table import ANY, item_bucket, pair_buckets
 from .variants import draws_items, slices_of
 
-
-def _places(kind: type, *brought: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Where a kernel's arguments have what every call brings of itself, and where they have strides."""
-    names = names_of(kind)
-    return tuple(map(names.index, brought)), tuple(i for i, name in enumerate(names) if name.endswith("stride"))
-
-
-_OF_A_CALL = ("tokens_kv_score", "tokens_stride", "tokens_count", "scratch_workspace", "scratch_arrivals", "output_rows")
-_STEP, _WINDOW = _places(args.StepArguments, *_OF_A_CALL), _places(args.WindowArguments, *_OF_A_CALL)
-_PAIR = _places(args.PairArguments, *(f"{one}_{name}" for one in ("first", "second") for name in _OF_A_CALL))
-_STORE = _places(args.StoreArguments, "pooled")
+# What every call brings of itself, in order: how the names of such parameters of a kernel end.
+_BROUGHT = (
+    "pooled", "tokens_kv_score", "tokens_stride", "tokens_count", "scratch_workspace", "scratch_arrivals", "output_rows",
+)  # fmt: skip
 
 
 class Chosen(NamedTuple):
@@ -92,16 +86,11 @@ def compress_triton(c: Compressor, plan: PlanData, rows: torch.Tensor | None, pd
     call = met.prepared
     if call is None or call.asked != asked:
         chosen = _choose(c.state, _step_wanted(c, plan, rows, bucket), _choose_step)
-        groups = args.StepArguments(_plan(plan), _snap_table(plan, c), *_compressor(c))
-        call = met.prepared = _prepare(asked, chosen, groups, _STEP)
-    chosen, scratch = call.chosen, (None, None)
-    if chosen.slices > 1:
-        scratch = _workspace(c.state, plan.entry_capacity, c.spec.head_dim)
-    elif chosen.draws[0]:
-        scratch = None, _arrivals(c.state)
-    stride = c.kv_score.stride(0)
-    brought = c.kv_score, stride, c.kv_score.shape[0], *scratch, rows
-    call.launch(min(grid * chosen.slices, chosen.programs), brought, stride, use_pdl(pdl, plan, c.kv_score.device))
+        groups = _plan(plan), _snap_table(plan, c), _compressor(c)
+        call = met.prepared = _prepare("step", asked, chosen, groups)
+    slices = call.chosen.slices
+    brought = _brought(c, plan, rows, slices, call.chosen.draws[0])
+    call.launch(min(grid * slices, call.chosen.programs), brought, brought[1], use_pdl(pdl, plan, c.kv_score.device))
 
 
 def compress_pair_triton(pair: tuple[Compressor, Compressor], plan: PlanData, pdl: bool | None) -> None:
@@ -117,19 +106,13 @@ def compress_pair_triton(pair: tuple[Compressor, Compressor], plan: PlanData, pd
     call = met.prepared
     if call is None or call.asked != asked:
         chosen = _choose(first.state, tuple(_step_wanted(c, plan, None, bucket) for c in pair), _choose_pair)
-        table = _snap_table(plan, first if _snapshots(first) is not None else second)
-        groups = args.PairArguments(_plan(plan), table, *(args.Compressor(*_compressor(c)) for c in pair))
-        call = met.prepared = _prepare(asked, chosen, groups, _PAIR)
-    most, draws = call.chosen.programs, call.chosen.draws
+        groups = _plan(plan), _snap_table(plan, *pair), *map(_compressor, pair)
+        call = met.prepared = _prepare("pair", asked, chosen, groups)
+    most = call.chosen.programs
     if call.chosen.few and grid <= 2 * most:  # so that the second compressor need not wait for the first one's last windows
         most = call.chosen.few
-    brought: tuple = ()
-    strides = 0
-    for c, drawn in zip(pair, draws, strict=True):
-        stride = c.kv_score.stride(0)
-        brought += c.kv_score, stride, c.kv_score.shape[0], None, _arrivals(c.state) if drawn else None, None
-        strides |= stride
-    call.launch(2 * min(grid, most), brought, strides, use_pdl(pdl, plan, first.kv_score.device))
+    one, other = (_brought(c, plan, None, 1, drawn) for c, drawn in zip(pair, call.chosen.draws, strict=True))
+    call.launch(2 * min(grid, most), one + other, one[1] | other[1], use_pdl(pdl, plan, first.kv_score.device))
 
 
 def compress_window_triton(c: Compressor, plan: PlanData, rows: torch.Tensor | None, pdl: bool | None) -> None:
@@ -145,25 +128,15 @@ def compress_window_triton(c: Compressor, plan: PlanData, rows: torch.Tensor | N
             args.Pool(pool, pool.stride(0), pool.stride(1), pool.shape[0], table, table.shape[1])
             for pool, table in zip((state.kv, state.score), plan.block_tables, strict=True)
         )
-        groups = args.WindowArguments(
-            _plan(plan),
-            plan.entry_items,
-            plan.cu_entries,
-            plan.batch,
-            args.Tokens(None, 0, 0, c.ape),
-            *pools,
-            plan.page_size,
-            args.Scratch(None, None),
-            _output(c.cache, spec, c.norm_weight, c.rope),
-        )
-        call = met.prepared = _prepare(asked, _choose(state, wanted, _choose_window), groups, _WINDOW)
+        step = plan.entry_items, plan.cu_entries, plan.batch, args.Tokens(ape=c.ape)
+        output = _output(c.cache, spec, c.norm_weight, c.rope)
+        groups = _plan(plan), *step, *pools, plan.page_size, args.Scratch(), output
+        call = met.prepared = _prepare("window", asked, _choose(state, wanted, _choose_window), groups)
     slices = call.chosen.slices
     pooled = plan.entry_capacity * slices if c.cache is not None or rows is not None else 0
     programs = min(_step_grid(plan, c.kv_score) + pooled, call.chosen.programs)
-    scratch = _workspace(state, plan.entry_capacity, spec.head_dim) if slices > 1 else (None, None)
-    stride = c.kv_score.stride(0)
-    brought = c.kv_score, stride, c.kv_score.shape[0], *scratch, rows
-    call.launch(programs, brought, stride, use_pdl(pdl, plan, c.kv_score.device))
+    brought = _brought(c, plan, rows, slices, False)
+    call.launch(programs, brought, brought[1], use_pdl(pdl, plan, c.kv_score.device))
 
 
 def store_triton(
@@ -183,9 +156,9 @@ def store_triton(
     call = met.prepared
     if call is None or call.asked != asked:
         launcher = launcher_of(store_key(spec, cache.format, asked), pooled.device)
-        groups = args.StoreArguments(_plan(plan), None, _output(cache, spec, norm_weight, rope))
-        call = met.prepared = _prepare(asked, Chosen(asked, launcher, ANY), groups, _STORE)
-    call.launch(plan.item_capacity, (pooled,), 0, use_pdl(pdl, plan, pooled.device))
+        groups = _plan(plan), None, _output(cache, spec, norm_weight, rope)
+        call = met.prepared = _prepare("store", asked, Chosen(asked, launcher, ANY), groups)
+    call.launch(plan.item_capacity, (pooled, None), 0, use_pdl(pdl, plan, pooled.device))
 
 
 def restore_triton(
@@ -198,8 +171,8 @@ def restore_triton(
 ) -> None:
     """`restore` after its arguments were checked: one launch on the current stream, ordinary and not a dependent."""
     count = snapshots.rows_per_page
-    kept, ids = _kept(snapshots if count else None), pages if count else None
-    groups = args.RestoreArguments(_state(state), kept, snapshots.page_size, slots, ids, start_pos, errors)
+    ids = pages if count else None
+    groups = args.RestoreArguments(_state(state), _snapshots(snapshots), snapshots.page_size, slots, ids, start_pos, errors)
     key = RestoreKey(state.spec, state.rows.dtype, count)
     launcher_of(key, state.device)(slots.shape[0] * max(count, 1), *pack(*flat(groups)))
 
@@ -273,15 +246,14 @@ def _choose_pair(wanted: tuple, device: torch.device) -> Chosen:
 
 def _choose_window(wanted: tuple, device: torch.device) -> Chosen:
     key = window_key(*wanted)
-    return Chosen(
-        wanted, launcher_of(key, device), key.config.programs_on(multiprocessors(device)), 0, slices_of(key.spec, key.config)
-    )
+    most = key.config.programs_on(multiprocessors(device))
+    return Chosen(wanted, launcher_of(key, device), most, slices=slices_of(key.spec, key.config))
 
 
 def _step_wanted(c: Compressor, plan: PlanData, rows: torch.Tensor | None, bucket: float) -> tuple:
     """Arguments of `step_key`."""
     types = _types(c, c.state.rows.dtype, plan, rows)
-    return c.spec, _format(c), c.state.kind, plan.max_new_tokens, types, _snapshots(c) is not None, bucket
+    return c.spec, _format(c), c.state.kind, plan.max_new_tokens, types, _keeps(c.snapshots), bucket
 
 
 def _types(c: Compressor, state: torch.dtype, plan: PlanData, rows: torch.Tensor | None) -> Types:
@@ -298,9 +270,9 @@ def _format(c: Compressor) -> RecordFormat | None:
     return c.cache.format if c.cache is not None else None
 
 
-def _snapshots(c: Compressor) -> Snapshots | None:
-    """Those of a call, unless no page of theirs has anything to keep: then the kernel is the one without."""
-    return c.snapshots if c.snapshots is not None and c.snapshots.rows_per_page else None
+def _keeps(snapshots: Snapshots | None) -> bool:
+    """Whether a page has anything to keep: else the kernel is the one without snapshots."""
+    return snapshots is not None and snapshots.rows_per_page > 0
 
 
 def _step_grid(plan: PlanData, kv_score: torch.Tensor) -> int:
@@ -308,39 +280,49 @@ def _step_grid(plan: PlanData, kv_score: torch.Tensor) -> int:
     return max(1, min(plan.item_capacity, plan.items_for(kv_score.shape[0])))
 
 
-def _prepare(asked: tuple, chosen: Chosen, groups: tuple, places: tuple[tuple[int, ...], tuple[int, ...]]) -> Prepared:
+def _prepare(kernel: str, asked: tuple, chosen: Chosen, groups: tuple) -> Prepared:
     found, bits = pack(*flat(groups))
-    brought, strides = places
-    for i in strides:
-        bits |= found[i]
-    return Prepared(asked, chosen, list(found), brought, bits)
+    names = KERNELS[kernel].arg_names
+    for name, value in zip(names, found, strict=False):  # the constants stand behind
+        if name.endswith("stride"):
+            bits |= value
+    return Prepared(asked, chosen, list(found), tuple(i for i, name in enumerate(names) if name.endswith(_BROUGHT)), bits)
+
+
+def _brought(c: Compressor, plan: PlanData, rows: torch.Tensor | None, slices: int, draws: bool) -> tuple:
+    """What a call of one compressor brings: its tokens, the scratch that its programs need, and the pooled rows."""
+    scratch = None, None
+    if slices > 1:
+        scratch = _workspace(c.state, plan.entry_capacity, c.spec.head_dim)
+    elif draws:  # from the count of the items that were drawn (kernels/items.py)
+        scratch = None, _workspace(c.state, 1, 0)[1]
+    return c.kv_score, c.kv_score.stride(0), c.kv_score.shape[0], *scratch, rows
 
 
 def _plan(plan: PlanData) -> args.Plan:
     return args.Plan(plan.items, plan.num_items, plan.entry_slots, plan.entry_capacity, plan.errors)
 
 
-def _snap_table(plan: PlanData, c: Compressor) -> args.SnapshotTable:
-    """The snapshot table of a plan, where the call leaves snapshots."""
-    table = plan.snapshot_table
-    if _snapshots(c) is None or table is None:
-        return args.SnapshotTable(None, None, None)
-    return args.SnapshotTable(table, table.shape[1], plan.snapshot_page_size)
+def _snap_table(plan: PlanData, *compressors: Compressor) -> args.SnapshotTable:
+    """The plan's table of snapshots, where one of these leaves any."""
+    if not any(_keeps(c.snapshots) for c in compressors):
+        return args.SnapshotTable()
+    return args.SnapshotTable(plan.snapshot_table, plan.snapshot_table.shape[1], plan.snapshot_page_size)
 
 
-def _compressor(c: Compressor) -> tuple:
-    """As `args.Compressor`, without what a call brings."""
-    tokens, scratch = args.Tokens(None, 0, 0, c.ape), args.Scratch(None, None)
-    return tokens, _state(c.state), _kept(_snapshots(c)), scratch, _output(c.cache, c.spec, c.norm_weight, c.rope)
+def _compressor(c: Compressor) -> args.Compressor:
+    """Without what a call brings."""
+    output = _output(c.cache, c.spec, c.norm_weight, c.rope)
+    return args.Compressor(args.Tokens(ape=c.ape), _state(c.state), _snapshots(c.snapshots), args.Scratch(), output)
 
 
 def _state(state: FoldState) -> args.State:
     return args.State(state.rows, state.positions, state.num_slots, state.ring)
 
 
-def _kept(snapshots: Snapshots | None) -> args.Snapshots:
-    if snapshots is None:
-        return args.Snapshots(None, None, None)
+def _snapshots(snapshots: Snapshots | None) -> args.Snapshots:
+    if not _keeps(snapshots):
+        return args.Snapshots()
     return args.Snapshots(snapshots.rows, snapshots.positions, snapshots.num_pages)
 
 
@@ -349,11 +331,10 @@ def _output(
 ) -> args.Output:
     """Without the pooled rows, which a call brings."""
     if cache is None:
-        return args.Output(None, None, None, 0, None, 0, None, 0, 1, 0, 1.0)
+        return args.Output()
     rope = rope if spec.rope_dim > 0 else None
     pages, scales = cache.pages, cache.scale_pages
     return args.Output(
-        rows=None,
         norm_weight=norm_weight,
         rope=rope,
         max_position=rope.shape[0] if rope is not None else 0,
@@ -365,11 +346,6 @@ def _output(
         num_slots=pages.shape[0] * cache.rows_per_page,
         scale=cache.scale,
     )
-
-
-def _arrivals(state: FoldState | WindowState) -> torch.Tensor:
-    """The count of the items that were drawn (kernels/items.py): zero between calls."""
-    return _workspace(state, 1, 0)[1]
 
 
 def _workspace(state: FoldState | WindowState, entries: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -58,15 +58,15 @@ class Launcher:
         self.built: dict[tuple[bool, bool], tuple] = {}
 
     def __call__(self, grid: int, values: Sequence[object], bits: int, pdl: bool = False) -> None:
-        """Launches on the current stream of the device.
+        """Launches on the current stream of the device; `pdl`: as a dependent of the launch before.
 
-        Args:
-            values: the kernel's run-time arguments in order, tensors as `pack` makes them, None for what is left out.
-            bits: all their addresses and all strides, or-ed.
-            pdl: as a dependent of the launch before.
+        values: the kernel's run-time arguments in order, as `pack` makes them, None for what is left out. bits: all their
+        addresses and all strides, or-ed.
         """
         if INTERPRETED:
-            self._interpret(grid, values)
+            variant = variant_of(self.key, True, False)
+            with one_thread:
+                KERNELS[variant.kernel][(grid,)](*values, **dict(variant.constants))
             return
         index = torch._C._cuda_getDevice()
         if self.device.index != index:
@@ -102,11 +102,6 @@ class Launcher:
             made = compiled, compiled.run, compiled.function, compiled.packed_metadata, constants
             self.built[variant.aligned, variant.pdl] = made
             return True
-
-    def _interpret(self, grid: int, values: Sequence[object]) -> None:
-        variant = variant_of(self.key, True, False)
-        with one_thread:
-            KERNELS[variant.kernel][(grid,)](*values, **dict(variant.constants))
 
 
 def launcher_of(key: Key, device: torch.device) -> Launcher:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from itertools import product
 
 import torch
@@ -49,6 +49,5 @@ def prepare(keys: Iterable[Key], device: torch.device, dependent: Callable[[Key]
 
 
 def _compile(variant: Variant, target: GPUTarget) -> CompiledKernel:
-    alone: AbstractContextManager = nullcontext() if THREADED else one_thread
-    with alone:
+    with nullcontext() if THREADED else one_thread:
         return variant.compile(target)

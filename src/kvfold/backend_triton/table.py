@@ -169,8 +169,10 @@ def choose(kind: str, spec: CompressorSpec, max_new_tokens: int, bucket: float =
     Raises:
         UnsupportedError: there is none.
     """
+    # Tiles of raw rows are powers of two, and a window fills its tiles.
+    odd = kind == "window" and spec.ratio & (spec.ratio - 1) != 0
     for config in CONFIGS:
-        if config.serves(kind, spec.head_dim, spec.window_rows, max_new_tokens, bucket) and not _odd_window(kind, spec):
+        if config.serves(kind, spec.head_dim, spec.window_rows, max_new_tokens, bucket) and not odd:
             return config
     rows = [config for config in CONFIGS if config.kind == kind] or list(CONFIGS)
     listed = "; ".join(
@@ -184,11 +186,6 @@ def choose(kind: str, spec: CompressorSpec, max_new_tokens: int, bucket: float =
     )
 
 
-def _odd_window(kind: str, spec: CompressorSpec) -> bool:
-    """Tiles of raw rows are powers of two, and a window fills its tiles."""
-    return kind == "window" and spec.ratio & (spec.ratio - 1) != 0
-
-
 COLUMNS = (
     "kind", "head_dim", "rows of a window", "new tokens", "windows", "ahead", "warps", "slice", "tile", "registers", "programs",
     "together", "may spill",
@@ -197,15 +194,22 @@ COLUMNS = (
 
 def in_words() -> list[tuple[str, ...]]:
     """`ROWS` for readers, by `COLUMNS`; where widths differ, a number for each."""
-    return [
-        (
-            row[0].kind, _bounds(row[0].head_dims[0], row[-1].head_dims[1]), _bounds(*row[0].window_rows),
-            _most(row[0].max_new_tokens), _most(row[0].bucket), str(row[0].ahead), _each(c.num_warps for c in row),
-            str(row[0].slice or "whole"), str(row[0].tile) if row[0].kind == "window" else "-", str(row[0].registers or "-"),
-            _programs(row), str(row[0].together) if row[0].programs else "-", _spills(row),
-        )
-        for row in ROWS
-    ]  # fmt: skip
+    return [_in_words(row, row[0]) for row in ROWS]
+
+
+def _in_words(row: Row, c: Config) -> tuple[str, ...]:
+    """c: the narrowest of the row."""
+    programs, spills = "-" if c.kind == "store" else "one each", "-"
+    if c.programs:
+        programs = _each(one.programs for one in row) + (f" ({c.pair_programs})" if c.pair_programs else "")
+    if any(one.spills for one in row):
+        spills = _each(one.spills for one in row) + " bytes" + (f", {c.pair_spills} in a pair" if c.pair_spills else "")
+    return (
+        c.kind, _bounds(c.head_dims[0], row[-1].head_dims[1]), _bounds(*c.window_rows), _most(c.max_new_tokens),
+        _most(c.bucket), str(c.ahead), _each(one.num_warps for one in row), str(c.slice or "whole"),
+        str(c.tile) if c.kind == "window" else "-", str(c.registers or "-"), programs,
+        str(c.together) if c.programs else "-", spills,
+    )  # fmt: skip
 
 
 def _bounds(low: int, high: int) -> str:
@@ -219,17 +223,3 @@ def _most(bound: float) -> str:
 def _each(values: Iterable[float]) -> str:
     found = [str(value) for value in values]
     return ", ".join(found) if len(set(found)) > 1 else found[0]
-
-
-def _programs(row: Row) -> str:
-    if row[0].kind == "store":
-        return "-"
-    pair = f" ({row[0].pair_programs})" if row[0].pair_programs else ""
-    return _each(c.programs for c in row) + pair if row[0].programs else "one each"
-
-
-def _spills(row: Row) -> str:
-    if not any(c.spills for c in row):
-        return "-"
-    pair = f", {row[0].pair_spills} in a pair" if row[0].pair_spills else ""
-    return _each(c.spills for c in row) + " bytes" + pair

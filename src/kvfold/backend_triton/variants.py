@@ -27,26 +27,16 @@ def variant_of(key: Key, aligned: bool, pdl: bool, multiprocessors: int = MULTIP
 
 
 def step_variant(key: StepKey) -> Variant:
-    one, how = _compressor(key), _schedule(key)
-    shared = slices_of(key.spec, key.config) > 1  # an entry, by several programs
-    workspace, arrivals = one.scratch
-    scratch = args.Scratch(workspace if shared else None, arrivals if shared or draws_items(key.spec, key.config) else None)
-    arguments = args.StepArguments(_plan(key.types), _snap_table(key.snapshots), *one._replace(scratch=scratch))
-    return _variant("step", arguments, key.config, HOW=how, SPEC=_fold_spec(key.spec), FMT=format_of(key.fmt, key.spec))
+    slices = slices_of(key.spec, key.config)
+    arguments = _plan(key.types), _snap_table(key.snapshots), _compressor(key, slices)
+    return _variant("step", arguments, key.config.num_warps, key.config.registers, **_constants(key, slices))
 
 
 def pair_variant(key: PairKey) -> Variant:
-    made, constants = [], {}
-    for end, one in (("_0", key.first), ("_1", key.second)):
-        types = _compressor(one)
-        arrivals = types.scratch.arrivals if draws_items(one.spec, one.config) else None
-        made.append(types._replace(scratch=args.Scratch(None, arrivals)))
-        how = replace(_schedule(one), SLICE=one.spec.head_dim)  # they share no entries
-        constants |= {f"HOW{end}": how, f"SPEC{end}": _fold_spec(one.spec), f"FMT{end}": format_of(one.fmt, one.spec)}
-    arguments = args.PairArguments(_plan(key.first.types), _snap_table(key.first.snapshots or key.second.snapshots), *made)
-    config = key.first.config
-    config = replace(config, num_warps=max(config.num_warps, key.second.config.num_warps))
-    return _variant("pair", arguments, config, **constants)
+    compressors = [_compressor(one, 1) for one in key]  # whose programs share no entries
+    arguments = _plan(key.first.types), _snap_table(key.first.snapshots or key.second.snapshots), *compressors
+    constants = {f"{name}_{i}": value for i, one in enumerate(key) for name, value in _constants(one, 1).items()}
+    return _variant("pair", arguments, max(one.config.num_warps for one in key), key.first.config.registers, **constants)
 
 
 def window_variant(key: WindowKey) -> Variant:
@@ -55,22 +45,23 @@ def window_variant(key: WindowKey) -> Variant:
     lanes = min(LANES, spec.window_rows)
     together = min(ROWS_OF_A_LANE, spec.window_rows // lanes)
     slices = slices_of(spec, config)
-    how = Schedule(config.ahead, together, spec.head_dim // slices)
+    pool = types_of(args.Pool, rows=POINTERS[types.state])
     arguments = types_of(
         args.WindowArguments,
         plan=_plan(types),
         # Of the rows of kv_score the kernel says itself where they are aligned (`window_rows.pool_slice`).
         tokens=_tokens(spec, types)._replace(stride="i64"),
-        kv_pool=types_of(args.Pool, rows=POINTERS[types.state]),
-        score_pool=types_of(args.Pool, rows=POINTERS[types.state]),
+        kv_pool=pool,
+        score_pool=pool,
         output=_output(spec, key.fmt, types.rows, types.norm_weight),
-        **({} if slices > 1 else {"scratch": args.Scratch(None, None)}),
+        scratch=types_of(args.Scratch) if slices > 1 else args.Scratch(),
     )
     return _variant(
         "window",
         arguments,
-        config,
-        HOW=how,
+        config.num_warps,
+        config.registers,
+        HOW=Schedule(config.ahead, together, spec.head_dim // slices),
         SPEC=replace(spec_of(spec), OVERLAP=int(spec.overlap)),
         FMT=format_of(key.fmt, spec),
         TILE=max(lanes * together, min(config.tile, spec.window_rows)),
@@ -82,35 +73,34 @@ def window_variant(key: WindowKey) -> Variant:
 
 
 def store_variant(key: StoreKey) -> Variant:
-    arguments = types_of(
-        args.StoreArguments, pooled=POINTERS[key.rows], output=_output(key.spec, key.fmt, None, key.norm_weight)
-    )
-    return _variant("store", arguments, key.config, HOW=Schedule(), SPEC=spec_of(key.spec), FMT=format_of(key.fmt, key.spec))
+    spec, config, fmt = key.spec, key.config, format_of(key.fmt, key.spec)
+    arguments = types_of(args.Plan), POINTERS[key.rows], _output(spec, key.fmt, None, key.norm_weight)
+    return _variant("store", arguments, config.num_warps, config.registers, HOW=Schedule(), SPEC=spec_of(spec), FMT=fmt)
 
 
 def restore_variant(key: RestoreKey) -> Variant:
-    kind, (_, history) = state_kind(key.spec), ring_and_history(key.spec, 1)
-    pointer = POINTERS[key.state]
+    kind, pointer = state_kind(key.spec), POINTERS[key.state]
     arguments = types_of(args.RestoreArguments, state=types_of(args.State, rows=pointer), snapshots=_snapshots(pointer))
     if not key.rows_per_page:
         arguments = arguments._replace(snapshots=_snapshots(None), pages=None)
-    constants = {
-        "KIND": kind,
-        "RATIO": key.spec.ratio,
-        "HISTORY": history,
-        "ROWS": key.rows_per_page,
-        "PARTS": 3 if kind == "fold" else 2 * key.spec.channels // key.spec.head_dim,
-        "PART": key.spec.head_dim,
-        "BLOCK": 32,
-    }
-    return Variant("restore", tuple(flat(arguments)), tuple(constants.items()), 4)
+    return _variant(
+        "restore",
+        arguments,
+        4,
+        KIND=kind,
+        RATIO=key.spec.ratio,
+        HISTORY=ring_and_history(key.spec, 1)[1],
+        ROWS=key.rows_per_page,
+        PARTS=3 if kind == "fold" else 2 * key.spec.channels // key.spec.head_dim,
+        PART=key.spec.head_dim,
+        BLOCK=32,
+    )
 
 
 def plan_variant(key: PlanKey) -> Variant:
     absent = ["state_slots"] * key.no_slots + ["table", "entry_slots"] * key.no_table
     arguments = types_of(args.PlanArguments, **dict.fromkeys(absent))
-    constants = {"RATIO": key.ratio, "SEQUENCES": SEQUENCES, "WINDOWS": key.windows, "SCAN": SCAN}
-    return Variant("plan", tuple(flat(arguments)), tuple(constants.items()), NUM_WARPS)
+    return _variant("plan", arguments, NUM_WARPS, RATIO=key.ratio, SEQUENCES=SEQUENCES, WINDOWS=key.windows, SCAN=SCAN)
 
 
 _VARIANTS: dict[type, Callable[[Any], Variant]] = {
@@ -123,8 +113,8 @@ _VARIANTS: dict[type, Callable[[Any], Variant]] = {
 }
 
 
-def _variant(kernel: str, arguments: tuple, config: Config, **constants: object) -> Variant:
-    return Variant(kernel, tuple(flat(arguments)), tuple(constants.items()), config.num_warps, config.registers)
+def _variant(kernel: str, arguments: tuple, num_warps: int, registers: int = 0, **constants: object) -> Variant:
+    return Variant(kernel, tuple(flat(arguments)), tuple(constants.items()), num_warps, registers)
 
 
 def _plan(types: Types) -> args.Plan:
@@ -133,11 +123,11 @@ def _plan(types: Types) -> args.Plan:
 
 
 def _snap_table(wanted: bool) -> args.SnapshotTable:
-    return types_of(args.SnapshotTable) if wanted else args.SnapshotTable(None, None, None)
+    return types_of(args.SnapshotTable) if wanted else args.SnapshotTable()
 
 
 def _snapshots(pointer: str | None) -> args.Snapshots:
-    return args.Snapshots(None, None, None) if pointer is None else types_of(args.Snapshots, rows=pointer)
+    return args.Snapshots() if pointer is None else types_of(args.Snapshots, rows=pointer)
 
 
 def _tokens(spec: CompressorSpec, types: Types) -> args.Tokens:
@@ -145,14 +135,18 @@ def _tokens(spec: CompressorSpec, types: Types) -> args.Tokens:
     return tokens if spec.has_ape else tokens._replace(ape=None)
 
 
-def _compressor(key: StepKey) -> args.Compressor:
-    """Types of what one compressor over a `FoldState` takes, with all scratch that there is."""
+def _compressor(key: StepKey, slices: int) -> args.Compressor:
+    """slices: programs that share an entry."""
     pointer = POINTERS[key.types.state]
+    scratch = types_of(args.Scratch)
+    if slices == 1:
+        scratch = args.Scratch(arrivals=scratch.arrivals if draws_items(key.spec, key.config) else None)
     return types_of(
         args.Compressor,
         tokens=_tokens(key.spec, key.types),
         state=types_of(args.State, rows=pointer),
         snapshots=_snapshots(pointer if key.snapshots else None),
+        scratch=scratch,
         output=_output(key.spec, key.fmt, key.types.rows, key.types.norm_weight),
     )
 
@@ -167,21 +161,22 @@ def _output(
     return output._replace(**dict.fromkeys(absent))
 
 
-def _schedule(key: StepKey) -> Schedule:
-    spec, config = key.spec, key.config
-    ahead = config.ahead if state_kind(spec) == "fold" else min(config.ahead, spec.window_rows)
-    return Schedule(ahead, windows_together(spec, config), spec.head_dim // slices_of(spec, config))
+def _constants(key: StepKey, slices: int) -> dict[str, object]:
+    """Of one compressor over a `FoldState`."""
+    spec, config, kind = key.spec, key.config, state_kind(key.spec)
+    ahead = config.ahead if kind == "fold" else min(config.ahead, spec.window_rows)
+    together = config.together if kind == "fold" or draws_items(spec, config) else 1
+    history = ring_and_history(spec, 1)[1]
+    return {
+        "HOW": Schedule(ahead, together if config.programs else 0, spec.head_dim // slices),
+        "SPEC": replace(spec_of(spec), OVERLAP=int(spec.overlap), KIND=kind, HISTORY=history),
+        "FMT": format_of(key.fmt, spec),
+    }
 
 
 def spec_of(spec: CompressorSpec) -> Spec:
     """What finishing an entry is compiled for."""
-    log2 = spec.head_dim.bit_length() - 1
-    return Spec(spec.ratio, spec.head_dim, log2, spec.rope_dim, spec.norm_eps, spec.hadamard)
-
-
-def _fold_spec(spec: CompressorSpec) -> Spec:
-    history = ring_and_history(spec, 1)[1]
-    return replace(spec_of(spec), OVERLAP=int(spec.overlap), KIND=state_kind(spec), HISTORY=history)
+    return Spec(spec.ratio, spec.head_dim, spec.head_dim.bit_length() - 1, spec.rope_dim, spec.norm_eps, spec.hadamard)
 
 
 def format_of(fmt: RecordFormat | None, spec: CompressorSpec) -> Format:
@@ -192,13 +187,6 @@ def format_of(fmt: RecordFormat | None, spec: CompressorSpec) -> Format:
 def draws_items(spec: CompressorSpec, config: Config) -> bool:
     """Whether programs draw the last of their items (kernels/items.py): in long steps over rows that are all ahead."""
     return config.kind == "rows" and config.programs > 0 and config.ahead >= spec.window_rows
-
-
-def windows_together(spec: CompressorSpec, config: Config) -> int:
-    """Windows that a program of a long step folds side by side; 0 for a short step."""
-    if not config.programs:
-        return 0
-    return config.together if config.kind == "fold" or draws_items(spec, config) else 1
 
 
 def slices_of(spec: CompressorSpec, config: Config) -> int:

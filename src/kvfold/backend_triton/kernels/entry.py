@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..args import Output, Plan, Scratch, Snapshots, SnapshotTable, State, Tokens
+from ..args import Compressor, Output, Plan, Scratch, Snapshots, SnapshotTable, State, Tokens
 from .finish import emit, entry_address, slot_valid
 from .items import load_item
 from .long_fold import long_fold_step
@@ -14,24 +14,21 @@ from .short import count_overflow, short_step
 
 
 @triton.jit
-def run_step(
-    pid, programs, plan, snap_table, tokens, state, snapshots, scratch, output, HOW: tl.constexpr, SPEC: tl.constexpr,
-    FMT: tl.constexpr,
-):  # fmt: skip
+def run_step(pid, programs, plan, snap_table, one, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr):
     """Program `pid` of the `programs` of one compressor.
 
     TOGETHER: 0 for a short step, a program for each work item; otherwise how many windows a program folds side by side.
     """
     if HOW.TOGETHER == 0:
-        short_step(pid, plan, snap_table, tokens, state, snapshots, output, HOW, SPEC, FMT)
+        short_step(pid, plan, snap_table, one, HOW, SPEC, FMT)
         if pid == programs - 1:
             count_overflow(plan, programs, SPEC.RATIO)
     elif SPEC.KIND == "fold":
-        long_fold_step(pid, programs, plan, snap_table, tokens, state, snapshots, scratch, output, HOW, SPEC, FMT)
-    elif HOW.TOGETHER > 1 and snapshots.rows is None:
-        narrow_rows_step(pid, programs, plan, snap_table, tokens, state, snapshots, scratch.arrivals, output, HOW, SPEC, FMT)
+        long_fold_step(pid, programs, plan, snap_table, one, HOW, SPEC, FMT)
+    elif HOW.TOGETHER > 1 and one.snapshots.rows is None:
+        narrow_rows_step(pid, programs, plan, snap_table, one, HOW, SPEC, FMT)
     else:
-        long_rows_step(pid, programs, plan, snap_table, tokens, state, snapshots, scratch.arrivals, output, HOW, SPEC, FMT)
+        long_rows_step(pid, programs, plan, snap_table, one, HOW, SPEC, FMT)
 
 
 @triton.jit
@@ -46,18 +43,20 @@ def step_kernel(
     output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
     HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
-    """`compress` over a `FoldState`; parameters as `StepArguments`."""
+    """`compress` over a `FoldState`."""
     plan = Plan(plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors)
     snap_table = SnapshotTable(snap_table_pages, snap_table_width, snap_table_page_size)
-    tokens = Tokens(tokens_kv_score, tokens_stride, tokens_count, tokens_ape)
-    state = State(state_rows, state_tags, state_num_slots, state_ring)
-    snapshots = Snapshots(snapshots_rows, snapshots_tags, snapshots_count)
-    scratch = Scratch(scratch_workspace, scratch_arrivals)
-    output = Output(
-        output_rows, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride, output_scales,
-        output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
+    one = Compressor(
+        Tokens(tokens_kv_score, tokens_stride, tokens_count, tokens_ape),
+        State(state_rows, state_tags, state_num_slots, state_ring),
+        Snapshots(snapshots_rows, snapshots_tags, snapshots_count),
+        Scratch(scratch_workspace, scratch_arrivals),
+        Output(
+            output_rows, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride,
+            output_scales, output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
+        ),
     )  # fmt: skip
-    run_step(tl.program_id(0), tl.num_programs(0), plan, snap_table, tokens, state, snapshots, scratch, output, HOW, SPEC, FMT)
+    run_step(tl.program_id(0), tl.num_programs(0), plan, snap_table, one, HOW, SPEC, FMT)
 
 
 @triton.jit
@@ -84,36 +83,34 @@ def pair_kernel(
     """`compress_many`: the first half of the programs is of one compressor, the second of the other."""
     plan = Plan(plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors)
     snap_table = SnapshotTable(snap_table_pages, snap_table_width, snap_table_page_size)
+    first = Compressor(
+        Tokens(first_tokens_kv_score, first_tokens_stride, first_tokens_count, first_tokens_ape),
+        State(first_state_rows, first_state_tags, first_state_num_slots, first_state_ring),
+        Snapshots(first_snapshots_rows, first_snapshots_tags, first_snapshots_count),
+        Scratch(first_scratch_workspace, first_scratch_arrivals),
+        Output(
+            first_output_rows, first_output_norm_weight, first_output_rope, first_output_max_position, first_output_pages,
+            first_output_page_stride, first_output_scales, first_output_scales_stride, first_output_rows_per_page,
+            first_output_num_slots, first_output_scale,
+        ),
+    )  # fmt: skip
+    second = Compressor(
+        Tokens(second_tokens_kv_score, second_tokens_stride, second_tokens_count, second_tokens_ape),
+        State(second_state_rows, second_state_tags, second_state_num_slots, second_state_ring),
+        Snapshots(second_snapshots_rows, second_snapshots_tags, second_snapshots_count),
+        Scratch(second_scratch_workspace, second_scratch_arrivals),
+        Output(
+            second_output_rows, second_output_norm_weight, second_output_rope, second_output_max_position, second_output_pages,
+            second_output_page_stride, second_output_scales, second_output_scales_stride, second_output_rows_per_page,
+            second_output_num_slots, second_output_scale,
+        ),
+    )  # fmt: skip
     half = tl.num_programs(0) // 2
     pid = tl.program_id(0)
     if pid < half:
-        run_step(
-            pid, half, plan, snap_table,
-            Tokens(first_tokens_kv_score, first_tokens_stride, first_tokens_count, first_tokens_ape),
-            State(first_state_rows, first_state_tags, first_state_num_slots, first_state_ring),
-            Snapshots(first_snapshots_rows, first_snapshots_tags, first_snapshots_count),
-            Scratch(first_scratch_workspace, first_scratch_arrivals),
-            Output(
-                first_output_rows, first_output_norm_weight, first_output_rope, first_output_max_position,
-                first_output_pages, first_output_page_stride, first_output_scales, first_output_scales_stride,
-                first_output_rows_per_page, first_output_num_slots, first_output_scale,
-            ),
-            HOW_0, SPEC_0, FMT_0,
-        )  # fmt: skip
+        run_step(pid, half, plan, snap_table, first, HOW_0, SPEC_0, FMT_0)
     else:
-        run_step(
-            pid - half, half, plan, snap_table,
-            Tokens(second_tokens_kv_score, second_tokens_stride, second_tokens_count, second_tokens_ape),
-            State(second_state_rows, second_state_tags, second_state_num_slots, second_state_ring),
-            Snapshots(second_snapshots_rows, second_snapshots_tags, second_snapshots_count),
-            Scratch(second_scratch_workspace, second_scratch_arrivals),
-            Output(
-                second_output_rows, second_output_norm_weight, second_output_rope, second_output_max_position,
-                second_output_pages, second_output_page_stride, second_output_scales, second_output_scales_stride,
-                second_output_rows_per_page, second_output_num_slots, second_output_scale,
-            ),
-            HOW_1, SPEC_1, FMT_1,
-        )  # fmt: skip
+        run_step(pid - half, half, plan, snap_table, second, HOW_1, SPEC_1, FMT_1)
 
 
 @triton.jit

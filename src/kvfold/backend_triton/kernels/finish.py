@@ -15,11 +15,7 @@ def tree_sum(x, LENGTH: tl.constexpr, LOG2: tl.constexpr, COUNT: tl.constexpr):
     """Sum of `[LENGTH]`, COUNT times, by pairing neighbours LOG2 times: the same bits for every number of warps."""
     for i in tl.static_range(LOG2):
         x = tl.sum(tl.reshape(x, ((COUNT * LENGTH) >> (i + 1), 2)), axis=1)
-    if COUNT == 1:
-        x = tl.sum(x, axis=0)  # of one element
-    else:
-        x = tl.reshape(x, (COUNT, 1))
-    return x
+    return tl.sum(x, axis=0) if COUNT == 1 else tl.reshape(x, (COUNT, 1))
 
 
 @triton.jit
@@ -56,8 +52,7 @@ def hadamard(y, SPEC: tl.constexpr, COUNT: tl.constexpr):
     # The other of two elements is the exclusive or of both, without this one: a reduction, which is one shuffle inside a warp.
     # Moving channels so that each pair is in one thread would go through shared memory LOG2 times.
     sign = tl.where(tl.arange(0, 2)[None, :, None] == 1, -1.0, 1.0)
-    LOG2: tl.constexpr = SPEC.LOG2
-    for i in tl.static_range(LOG2):
+    for i in tl.static_range(SPEC.LOG2):
         own = tl.reshape(y, ((COUNT * SPEC.HEAD_DIM) >> (i + 1), 2, 1 << i))
         bits = own.to(tl.int32, bitcast=True)
         other = (tl.xor_sum(bits, axis=1, keep_dims=True) ^ bits).to(tl.float32, bitcast=True)
@@ -67,10 +62,9 @@ def hadamard(y, SPEC: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def entry_address(entry, position, plan, cache, SPEC: tl.constexpr):
-    """Where entry `entry` (-1: none) goes, and what else it needs besides its row: all that may be read before the wait.
+    """The cache slot of entry `entry` (-1: none), norm weight, cosines and sines: all that may be read before the wait.
 
-    Returns its cache slot (-1: none), norm weight, cosines and sines. What the slot says is checked behind the wait
-    (`slot_valid`): looking at it here would make the wait wait.
+    What the slot says is checked behind the wait (`slot_valid`): looking at it here would make the wait wait.
     """
     weight, cos, sin = load_finish(position, cache, SPEC)
     return entry_slot(entry, plan), weight, cos, sin

@@ -61,20 +61,14 @@ def fold_group(m, l, a, ks, ss, COUNT: tl.constexpr, FIRST: tl.constexpr):
 @triton.jit
 def empty_group(HEAD_DIM: tl.constexpr):
     """A group of no rows. Its `a` is -0: adding the first product to that gives the product, bit for bit."""
-    m = tl.full((HEAD_DIM,), LOWEST, tl.float32)
-    l = tl.zeros((HEAD_DIM,), tl.float32)
-    a = tl.full((HEAD_DIM,), minus_zero(), tl.float32)
-    return m, l, a
+    m, l, _a = empty_fold(HEAD_DIM)
+    return m, l, tl.full((HEAD_DIM,), minus_zero(), tl.float32)
 
 
 @triton.jit
 def quotient(a, l, FAST_DIVISION: tl.constexpr):
     """`a / l`. `l` is a sum of weights of which one is about 1, so the short division, which fails beyond 2**126, will do."""
-    if FAST_DIVISION:
-        y = libdevice.fast_dividef(a, l)
-    else:
-        y = a / l
-    return y
+    return libdevice.fast_dividef(a, l) if FAST_DIVISION else a / l
 
 
 @triton.jit

@@ -15,11 +15,7 @@ from .slices import draw_ticket
 @triton.jit
 def load_number(at, there, other):
     """A number of a work item, past the L1 cache; `there` None: it is there."""
-    if there is None:
-        number = load_plan(at)
-    else:
-        number = tl.load(at, mask=there, other=other, cache_modifier=".cg")
-    return number
+    return load_plan(at) if there is None else tl.load(at, mask=there, other=other, cache_modifier=".cg")
 
 
 @triton.jit

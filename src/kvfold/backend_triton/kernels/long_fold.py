@@ -109,9 +109,7 @@ def fold_stretches(ms, ls, as_, lives, lo, stretches, more, kv_stride, ape, HOW:
     AHEAD: tl.constexpr = HOW.AHEAD
     W: tl.constexpr = len(lives)
     # 1, which the compiler may not know where stretches are long (docs/notes/0021).
-    once = 1
-    if AHEAD >= 16:
-        once = (kv_stride >= 0).to(tl.int32)
+    once = (kv_stride >= 0).to(tl.int32) if AHEAD >= 16 else 1
     ats = ()
     for w in tl.static_range(W):
         ats = ats + (lives[w] + lo.to(tl.int64) * kv_stride,)
@@ -159,16 +157,12 @@ def fold_rest(m, l, a, loaded, early, mine, begin, seq, kv_stride, ape, snap, HO
         left = mine.stop - j0
         forgotten = mine.end - seq.ring - mine.x0 - j0
         j = mine.stop - left  # a tensor also where the interpreter has an int for j0
-        row = ape
-        if ape is not None:
-            row = ape + j * SPEC.HEAD_DIM
+        row = None if ape is None else ape + j * SPEC.HEAD_DIM
         at = mine.live + j.to(tl.int64) * kv_stride
-        if loaded is None:
-            biases, ks, ss = load_stretch(at, kv_stride, row, left, AHEAD, SPEC.HEAD_DIM, HOW.SLICE)
-        else:
+        if loaded is not None:
             biases, ks, ss = loaded
-            if (early == 0) | (j > begin):
-                biases, ks, ss = load_stretch(at, kv_stride, row, left, AHEAD, SPEC.HEAD_DIM, HOW.SLICE)
+        if loaded is None or ((early == 0) | (j > begin)):
+            biases, ks, ss = load_stretch(at, kv_stride, row, left, AHEAD, SPEC.HEAD_DIM, HOW.SLICE)
         places = places_from(seq, mine.x0 + j0, SPEC, AHEAD)
         for i in tl.static_range(AHEAD):
             m, l, a = fold_step(m, l, a, ks[i].to(tl.float32), ss[i].to(tl.float32) + biases[i])
@@ -192,25 +186,19 @@ def deliver_entry(
     # A step that only moves the state on finishes nothing; Triton 3.6 fails on slices that nobody uses.
     FINISHES: tl.constexpr = (cache.rows is not None) or (cache.pages is not None)
     finish = (entry >= 0) & deliver & FINISHES
-    if SLICE < SPEC.HEAD_DIM:
-        if finish:
-            finish = is_last(ticket, SPEC.HEAD_DIM // SLICE)
+    if SLICE < SPEC.HEAD_DIM and finish:
+        finish = is_last(ticket, SPEC.HEAD_DIM // SLICE)
     if finish:
-        if SLICE < SPEC.HEAD_DIM:
-            whole = take_slices(scratch.workspace, scratch.arrivals, entry, SPEC.HEAD_DIM)
-        else:
-            whole = y
+        whole = y if y is not None else take_slices(scratch.workspace, scratch.arrivals, entry, SPEC.HEAD_DIM)
         emit(whole, entry, cache_slot, weight, cos, sin, cache, SPEC, FMT, TARGET)
     if (entry >= 0) & refused & (c0 == 0):
         tl.atomic_add(plan.errors, 1)
 
 
 @triton.jit
-def long_fold_step(
-    pid, programs, plan, snap_table, tokens, st, snaps, scratch, cache, HOW: tl.constexpr, SPEC: tl.constexpr,
-    FMT: tl.constexpr,
-):  # fmt: skip
+def long_fold_step(pid, programs, plan, snap_table, one, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr):
     """Program `pid` of `programs` over fold rows, in units of SLICE channels of a window."""
+    tokens, st, snaps, scratch, cache = one
     SLICES: tl.constexpr = SPEC.HEAD_DIM // HOW.SLICE
     FINISHES: tl.constexpr = (cache.rows is not None) or (cache.pages is not None)  # as in `deliver_entry`
     total = load_plan(plan.num_items)
@@ -226,9 +214,7 @@ def long_fold_step(
     wait_for_inputs(HOW.PDL)
     for unit in range(pid, total * SLICES, HOW.TOGETHER * programs):
         c0 = unit % SLICES * HOW.SLICE
-        ape = tokens.ape
-        if tokens.ape is not None:
-            ape = tokens.ape + c0
+        ape = None if tokens.ape is None else tokens.ape + c0
         m, l, a, mine = open_window(item, index < total, c0, plan.errors, tokens, st, SPEC, HOW.SLICE)
         both = 0
         count = 1
@@ -253,9 +239,8 @@ def long_fold_step(
                     l, l_1 = ls
                     a, a_1 = as_
         for w in range(0, count):
-            if HOW.TOGETHER == 2:
-                if w == 1:
-                    m, l, a, mine = m_1, l_1, a_1, mine_1
+            if HOW.TOGETHER == 2 and w == 1:
+                m, l, a, mine = m_1, l_1, a_1, mine_1
             place = mine.begin + both * HOW.AHEAD
             early = 0
             loaded = None

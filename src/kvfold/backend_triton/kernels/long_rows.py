@@ -19,11 +19,10 @@ from .snapshot import snap_of, snapshot_rows
 
 @triton.jit
 def take_item(
-    item, biases, plan, snap_table, tokens, st, snaps, cache, LIVE: tl.constexpr, HOW: tl.constexpr, SPEC: tl.constexpr,
-    FMT: tl.constexpr,
-):  # fmt: skip
+    item, biases, plan, snap_table, one, LIVE: tl.constexpr, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr
+):
     """One work item. LIVE: whether windows without old rows are many, and get code of their own."""
-    CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
+    tokens, st, snaps, _scratch, cache = one
     window, start, end, token, slot, entry, sequence = item
     first = window == start // SPEC.RATIO
     held = (slot < st.num_slots) & (token + end - start <= tokens.count)
@@ -57,17 +56,16 @@ def take_item(
             keep_each(live, tokens, seq, oldest, stop, SPEC, KEPT)
         if snaps.rows is not None:
             snap = snap_of(sequence, snap_table, snaps, plan)
-            snapshot_rows(live, tokens.stride, window, begin, stop, snap, SPEC.RATIO, CHANNELS)
+            snapshot_rows(live, tokens.stride, window, begin, stop, snap, SPEC)
         if first:
             retire_rows(seq, load_history(seq, SPEC), SPEC)
 
 
 @triton.jit
-def long_rows_step(
-    pid, programs, plan, snap_table, tokens, st, snaps, arrivals, cache, HOW: tl.constexpr, SPEC: tl.constexpr,
-    FMT: tl.constexpr,
-):  # fmt: skip
+def long_rows_step(pid, programs, plan, snap_table, one, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr):
     """Program `pid` of `programs`."""
+    tokens = one.tokens
+    arrivals = one.scratch.arrivals
     # Where not all rows of a window are loaded at once there are registers for the next item: sequences of a window or two,
     # beside a prompt, then find theirs there.
     ITEM_AHEAD: tl.constexpr = HOW.AHEAD < SPEC.RATIO * (1 + SPEC.OVERLAP)
@@ -99,7 +97,7 @@ def long_rows_step(
             next_item = load_item(plan.items, after, after < total)
         if arrivals is not None:
             drawn, ticket = draw_item(arrivals, after, dealt, total)
-        take_item(item, biases, plan, snap_table, tokens, st, snaps, cache, True, HOW, SPEC, FMT)
+        take_item(item, biases, plan, snap_table, one, True, HOW, SPEC, FMT)
         if arrivals is not None:
             after = next_index(arrivals, drawn, ticket, after, dealt, total, programs)
         if ITEM_AHEAD:

@@ -17,26 +17,23 @@ from .vectors import numbers
 
 
 @triton.jit
-def go_together(item, entry_capacity, num_tokens, st, SPEC: tl.constexpr, COUNT: tl.constexpr):
+def go_together(item, entry_capacity, one, SPEC: tl.constexpr, COUNT: tl.constexpr):
     """Whether the COUNT windows from `item` on are all one sequence's, end in this call, and have no old rows."""
+    st = one.state
     window, start, end, token, slot, entry, _ = item
-    able = (
-        (window > start // SPEC.RATIO)
-        & ((window - SPEC.OVERLAP) * SPEC.RATIO >= start)
-        & ((window + COUNT) * SPEC.RATIO <= end)
-    )
-    able = able & (entry >= 0) & (entry + COUNT <= entry_capacity) & (slot < st.num_slots) & (token + end - start <= num_tokens)
+    able = (window > start // SPEC.RATIO) & ((window - SPEC.OVERLAP) * SPEC.RATIO >= start)
+    able = able & ((window + COUNT) * SPEC.RATIO <= end) & (entry >= 0) & (entry + COUNT <= entry_capacity)
+    able = able & (slot < st.num_slots) & (token + end - start <= one.tokens.count)
     if able & (first_read(start, SPEC) < start):
         able, _moved = check_history(load_history(sequence_of(st, slot, start, end, SPEC), SPEC))
     return able
 
 
 @triton.jit
-def take_items(
-    item, plan, tokens, st, cache, HOW: tl.constexpr, SPEC: tl.constexpr, COUNT: tl.constexpr, FMT: tl.constexpr,
-):  # fmt: skip
+def take_items(item, plan, one, HOW: tl.constexpr, SPEC: tl.constexpr, COUNT: tl.constexpr, FMT: tl.constexpr):
     """The COUNT windows from `item` on, which `go_together`."""
     ROWS: tl.constexpr = SPEC.RATIO * (1 + SPEC.OVERLAP)
+    tokens, st, _snaps, _scratch, cache = one
     window, start, end, token, slot, entry, _ = item
     i = numbers(COUNT)
     position = (window + i) * SPEC.RATIO
@@ -59,12 +56,10 @@ def take_items(
 
 
 @triton.jit
-def narrow_rows_step(
-    pid, programs, plan, snap_table, tokens, st, snaps, arrivals, cache, HOW: tl.constexpr, SPEC: tl.constexpr,
-    FMT: tl.constexpr,
-):  # fmt: skip
+def narrow_rows_step(pid, programs, plan, snap_table, one, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr):
     """Program `pid` of `programs`, each of which takes TOGETHER items in a row at a time; without snapshots."""
     COUNT: tl.constexpr = HOW.TOGETHER
+    arrivals = one.scratch.arrivals
     total = load_plan(plan.num_items)
     wait_for_inputs(HOW.PDL)
     blocks = (total + COUNT - 1) // COUNT
@@ -74,12 +69,12 @@ def narrow_rows_step(
     while index < blocks:
         after = index + programs
         drawn, ticket = draw_item(arrivals, after, dealt, blocks)
-        if go_together(item, plan.entry_capacity, tokens.count, st, SPEC, COUNT):
-            take_items(item, plan, tokens, st, cache, HOW, SPEC, COUNT, FMT)
+        if go_together(item, plan.entry_capacity, one, SPEC, COUNT):
+            take_items(item, plan, one, HOW, SPEC, COUNT, FMT)
         else:
             single = item
             for number in range(index * COUNT, tl.minimum(index * COUNT + COUNT, total)):
-                take_item(single, None, plan, snap_table, tokens, st, snaps, cache, False, HOW, SPEC, FMT)
+                take_item(single, None, plan, snap_table, one, False, HOW, SPEC, FMT)
                 single = item_after(single, plan.items, number + 1, 1, total, SPEC.RATIO)
         after = next_index(arrivals, drawn, ticket, after, dealt, blocks, programs)
         item = item_after(item, plan.items, after * COUNT, (after - index) * COUNT, total, SPEC.RATIO)

@@ -72,16 +72,12 @@ def prefetch_rows(live, tokens, seq, window, begin, stop, this, ends, SPEC: tl.c
     j = e // (2 * LINES)
     x = (window - SPEC.OVERLAP) * SPEC.RATIO + j
     # Values lie before scores; of either, the window before gives its lo half.
-    part = (e // LINES) % 2 * CHANNELS + tl.where(j < SPEC.RATIO * SPEC.OVERLAP, 0, SPEC.OVERLAP * SPEC.HEAD_DIM)
+    part = (e // LINES) % 2 * CHANNELS
+    before = j < SPEC.RATIO * SPEC.OVERLAP
+    part += tl.where(before, 0, SPEC.OVERLAP * SPEC.HEAD_DIM)
     if SPEC.HISTORY % SPEC.RATIO == 0:
-        place = (
-            tl.where(
-                j < SPEC.RATIO * SPEC.OVERLAP,
-                tl.where(this >= SPEC.RATIO, this, this + seq.ring) - SPEC.RATIO,
-                this - SPEC.RATIO * SPEC.OVERLAP,
-            )
-            + j
-        )
+        home_before = tl.where(this >= SPEC.RATIO, this, this + seq.ring) - SPEC.RATIO
+        place = tl.where(before, home_before, this - SPEC.RATIO * SPEC.OVERLAP) + j
     else:
         place = tl.maximum(x, 0) % seq.ring
     row = place * (2 * CHANNELS) + part
@@ -92,26 +88,26 @@ def prefetch_rows(live, tokens, seq, window, begin, stop, this, ends, SPEC: tl.c
 
 @triton.jit
 def prefetch_window(
-    pool, page_stride, row_stride, page_size, window, start, c0, before, this, SPEC: tl.constexpr, SLICE: tl.constexpr,
-    PIECES: tl.constexpr,
+    pool, page_size, item, c0, before, this, SPEC: tl.constexpr, SLICE: tl.constexpr, PIECES: tl.constexpr
 ):  # fmt: skip
     """Channels `[c0, c0 + SLICE)` of the old rows of a window that has page `this`, and `before` for the window before.
 
     PIECES: of each row as one piece.
     """
-    BYTES: tl.constexpr = pool.dtype.element_ty.primitive_bitwidth // 8
+    BYTES: tl.constexpr = pool.rows.dtype.element_ty.primitive_bitwidth // 8
     SIZE: tl.constexpr = SLICE * BYTES if PIECES else 128
     PARTS: tl.constexpr = (SLICE * BYTES + SIZE - 1) // SIZE
     ALL: tl.constexpr = SPEC.RATIO * (1 + SPEC.OVERLAP) * PARTS
     e = tl.arange(0, ALL if ALL > 128 else 128)  # no fewer than threads, or several of them would fetch the same one
     j = e // PARTS
-    x = (window - SPEC.OVERLAP) * SPEC.RATIO + j
+    x = (item.window - SPEC.OVERLAP) * SPEC.RATIO + j
     first = j < SPEC.RATIO * SPEC.OVERLAP
     row = (tl.maximum(x, 0) % page_size).to(tl.int64)
     c = c0 + tl.where(first, 0, SPEC.OVERLAP * SPEC.HEAD_DIM)
-    at = pool.to(tl.int64, bitcast=True) + (tl.where(first, before, this) * page_stride + row * row_stride + c) * BYTES
+    at = pool.rows.to(tl.int64, bitcast=True)
+    at += (tl.where(first, before, this) * pool.page_stride + row * pool.row_stride + c) * BYTES
     at += (e % PARTS) * SIZE
-    wanted = (x >= 0) & (x < start) & (e < ALL)
+    wanted = (x >= 0) & (x < item.start) & (e < ALL)
     if PIECES:
         prefetch_pieces(at, wanted, SIZE)
     else:

@@ -94,16 +94,10 @@ def group_scale(amax, cache_scale, MAX: tl.constexpr, FMT: tl.constexpr):
         if FMT.FLOOR_ON_SCALE:
             amax = tl.maximum(amax, FMT.FLOOR * MAX)
         bits = amax.to(tl.int32, bitcast=True)
-        if MAX == 448.0:
-            code = ((bits + 0x1FFFFF) >> 23) - 8
-        else:
-            code = ((bits + 0x3FFFFF) >> 23) - 2
+        code = ((bits + 0x1FFFFF) >> 23) - 8 if MAX == 448.0 else ((bits + 0x3FFFFF) >> 23) - 2
         code = tl.where(bits == 0x7F800000, 254, code)  # an infinity: the inverse of this scale is 0
         factor = ((254 - code) << 23).to(tl.float32, bitcast=True)
-        if FMT.SCALE == "pow2":
-            stored = code << 23
-        else:
-            stored = code
+        stored = code << 23 if FMT.SCALE == "pow2" else code
     return stored, factor
 
 
@@ -132,29 +126,21 @@ def store_record(
         MAX: tl.constexpr = 448.0 if FMT.ELEMENT == "e4m3" else 6.0
         QUANTIZED: tl.constexpr = SPEC.HEAD_DIM - (SPEC.ROPE_DIM if FMT.ROTATED_BF16 else 0)
         rounded = bf16_bits(y, TARGET.BF16_CONVERSION)
-        v = y
-        if FMT.ROUND_VALUES:
-            v = bf16_value(rounded)
+        v = bf16_value(rounded) if FMT.ROUND_VALUES else y
         if FMT.SCALE == "static":
             v = v * tl.div_rn(1.0, cache.scale)
         else:
             tail = page + cache.rows_per_page * FMT.ROW_BYTES + row * FMT.TAIL_BYTES
             if cache.scales is not None:
                 tail = cache.scales + number * cache.scales_stride + row * FMT.TAIL_BYTES
-            if FMT.SCALE == "fp32" or FMT.SCALE == "pow2":
-                tail_scales = tail.to(tl.pointer_type(tl.int32))
-            else:
-                tail_scales = tail
+            tail_scales = tail.to(tl.pointer_type(tl.int32)) if FMT.SCALE == "fp32" or FMT.SCALE == "pow2" else tail
             # A NaN does not choose the scale of its neighbours.
             magnitude = tl.where(v == v, tl.abs(v), 0.0)
             if FMT.GROUP == COUNT * SPEC.HEAD_DIM:
                 # One group for the whole entry: its scale is a scalar.
                 stored, factor = group_scale(tl.max(magnitude, axis=0), cache.scale, MAX, FMT)
                 tl.store(tail_scales, stored.to(tail_scales.dtype.element_ty))
-                if FMT.DIVIDE:
-                    v = tl.div_rn(v, factor)
-                else:
-                    v = v * factor
+                v = tl.div_rn(v, factor) if FMT.DIVIDE else v * factor
             else:
                 GROUPS: tl.constexpr = SPEC.HEAD_DIM // FMT.GROUP
                 amax = tl.max(tl.reshape(magnitude, (COUNT * GROUPS, FMT.GROUP)), axis=1)
@@ -168,10 +154,7 @@ def store_record(
                     codes = tl.broadcast_to(codes, (COUNT, SAME))
                 tl.store(tail_scales + group, codes, mask=live)
                 grouped = tl.reshape(v, (COUNT * GROUPS, FMT.GROUP))
-                if FMT.DIVIDE:
-                    grouped = tl.div_rn(grouped, factor[:, None])
-                else:
-                    grouped = grouped * factor[:, None]
+                grouped = tl.div_rn(grouped, factor[:, None]) if FMT.DIVIDE else grouped * factor[:, None]
                 v = tl.reshape(grouped, (COUNT * SPEC.HEAD_DIM,))
             if FMT.PAD > 0:
                 pad = tail + (FMT.TAIL_BYTES - FMT.PAD) + span(FMT.PAD, COUNT)
@@ -187,10 +170,7 @@ def store_record(
             low, high = tl.split(tl.reshape(e2m1_bits(v, FMT.TIES_TO_ZERO), (COUNT * SPEC.HEAD_DIM // 2, 2)))
             pairs = abreast((low | (high << 4)).to(tl.uint8), SPEC.HEAD_DIM // 2, COUNT)
             pair = span(SPEC.HEAD_DIM // 2, COUNT)
-            if FMT.ROTATED_BF16:
-                tl.store(record + pair, pairs, mask=wherever(pair < QUANTIZED // 2, wanted, COUNT))
-            else:
-                tl.store(record + pair, pairs, mask=wanted)
+            tl.store(record + pair, pairs, mask=wherever(pair < QUANTIZED // 2, wanted, COUNT) if FMT.ROTATED_BF16 else wanted)
         if FMT.ROTATED_BF16:
             VALUES_BYTES: tl.constexpr = QUANTIZED if FMT.ELEMENT == "e4m3" else QUANTIZED // 2
             rotated = (record + VALUES_BYTES).to(tl.pointer_type(tl.int16))

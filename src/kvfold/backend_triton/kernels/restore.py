@@ -23,11 +23,8 @@ def restore_kernel(
     ROWS: of a snapshot, each PARTS * PART elements. All programs of a snapshot agree on whether it is refused, as they look
     at arguments and tags of the snapshot, which none of them writes. The slot's tags are written by one and read by none.
     """
-    i = tl.program_id(0)
-    r = scalar(0)
-    if ROWS > 1:
-        i = tl.program_id(0) // ROWS
-        r = tl.program_id(0) % ROWS
+    i = tl.program_id(0) // ROWS if ROWS > 1 else tl.program_id(0)
+    r = tl.program_id(0) % ROWS if ROWS > 1 else scalar(0)
     slot = tl.load(slots + i).to(tl.int64)
     start = tl.load(start_pos + i)
     wanted = (slot != -1) & (start != 0)

@@ -123,26 +123,24 @@ def pool_item(live, tokens, seq, window, this, last, ends, HOW: tl.constexpr, SP
 
 
 @triton.jit
-def short_step(pid, plan, snap_table, tokens, st, snaps, cache, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr):
+def short_step(pid, plan, snap_table, one, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr):
     """Work item `pid` of one compressor. All items of a sequence agree on whether it can go on.
 
     No item has more than AHEAD new tokens (state of fold rows) or rows (of input rows): all are loaded at once.
     """
+    tokens, st, snaps, _scratch, cache = one
     total = load_plan(plan.num_items)
     here = pid < total
     item = load_item(plan.items, pid)  # not masked by `here`, for which it would wait
     window, start, end, token, slot, entry, sequence = item
     entry = tl.where(here, entry, -1)
-    snap = None
-    if snaps.rows is not None:
-        snap = snap_of(sequence, snap_table, snaps, plan)
+    snap = None if snaps.rows is None else snap_of(sequence, snap_table, snaps, plan)
     first = here & (window == start // SPEC.RATIO)
     cache_slot, weight, cos, sin = entry_address(entry, window * SPEC.RATIO, plan, cache, SPEC)
     usable = here & (slot < st.num_slots) & (token + end - start <= tokens.count)
     held = usable
     refused = False
     if usable:
-        CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
         tags = st.tags + slot * (st.ring + SPEC.HISTORY)
         begin = tl.maximum(start, window * SPEC.RATIO)
         stop = begin + tl.minimum(end - begin, SPEC.RATIO - begin % SPEC.RATIO)
@@ -177,19 +175,15 @@ def short_step(pid, plan, snap_table, tokens, st, snaps, cache, HOW: tl.constexp
         deliver, refused = slot_valid(entry, cache_slot, window * SPEC.RATIO, plan.entry_capacity, cache, SPEC.ROPE_DIM)
         if held & deliver:
             emit(y, entry, cache_slot, weight, cos, sin, cache, SPEC, FMT, HOW.TARGET)
-        if SPEC.KIND != "fold":
-            if held:
-                # Where a step cannot come round to rows that it reads, its new rows stand one behind the other.
-                if SPEC.HISTORY % SPEC.RATIO == 0:
-                    if end - seq.h0 <= st.ring:
-                        keep_together(copies, seq, window, oldest, stop, this, SPEC)
-                    else:
-                        keep_each(live, tokens, seq, oldest, stop, SPEC, 1)
-                else:
-                    keep_each(live, tokens, seq, oldest, stop, SPEC, 1)
-                snapshot_rows(live, tokens.stride, window, begin, stop, snap, SPEC.RATIO, CHANNELS)
-                if first:
-                    retire_rows(seq, history, SPEC)
+        if SPEC.KIND != "fold" and held:
+            # Where a step cannot come round to rows that it reads, its new rows stand one behind the other.
+            if SPEC.HISTORY % SPEC.RATIO == 0 and end - seq.h0 <= st.ring:
+                keep_together(copies, seq, window, oldest, stop, this, SPEC)
+            else:
+                keep_each(live, tokens, seq, oldest, stop, SPEC, 1)
+            snapshot_rows(live, tokens.stride, window, begin, stop, snap, SPEC)
+            if first:
+                retire_rows(seq, history, SPEC)
     else:
         # The next launch waits for this one alone, so this one must end after the one before it, also where it does nothing.
         wait_for_inputs(HOW.PDL)

@@ -22,10 +22,7 @@ def sequence_of(st, slot, start, end, SPEC: tl.constexpr, c0=0):
 @triton.jit
 def slot_rows(st, slot, SPEC: tl.constexpr):
     """Where the rows of slot `slot` of `st` begin."""
-    if SPEC.KIND == "fold":
-        LENGTH: tl.constexpr = 3 * SPEC.HEAD_DIM
-    else:
-        LENGTH: tl.constexpr = 2 * SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
+    LENGTH: tl.constexpr = 3 * SPEC.HEAD_DIM if SPEC.KIND == "fold" else 2 * SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
     return st.rows + slot * (st.ring + SPEC.HISTORY) * LENGTH
 
 

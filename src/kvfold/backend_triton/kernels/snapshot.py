@@ -12,29 +12,23 @@ from ..args import Snap
 @triton.jit
 def snap_of(sequence, snap_table, snaps, plan):
     """Where the snapshots of sequence `sequence` go."""
-    table = snap_table.pages + sequence.to(tl.int64) * snap_table.width
-    return Snap(table, snap_table.width, snap_table.page_size, snaps.rows, snaps.tags, snaps.count, plan.errors)
+    return Snap(snap_table, snap_table.pages + sequence.to(tl.int64) * snap_table.width, snaps, plan.errors)
 
 
 @triton.jit
 def find_snapshot(snap, k, ended):
     """The snapshot of page k of the sequence, -1 for none. A bad id is counted if the page has `ended` in this step."""
-    table, width, _, _, _, num_snaps, errors = snap
-    found = tl.load(table + k, mask=k < width, other=-1, cache_modifier=".cg")  # as `pdl.load_plan`
-    bad = (found < -1) | (found >= num_snaps)
+    found = tl.load(snap.row + k, mask=k < snap.table.width, other=-1, cache_modifier=".cg")  # as `pdl.load_plan`
+    bad = (found < -1) | (found >= snap.snapshots.count)
     if bad & ended:
-        tl.atomic_add(errors, 1)
+        tl.atomic_add(snap.errors, 1)
     return tl.where(bad, -1, found).to(tl.int64)
 
 
 @triton.jit
 def next_page_end(snap, x):
     """The first position from x on that is the last of its page."""
-    due = x
-    if snap is not None:
-        _, _, page_size, _, _, _, _ = snap
-        due = x + page_size - 1 - x % page_size
-    return due
+    return x if snap is None else x + snap.table.page_size - 1 - x % snap.table.page_size
 
 
 @triton.jit
@@ -44,32 +38,34 @@ def snapshot_fold(m, l, a, x, due, stop, snap, SPEC: tl.constexpr):
     Not where x ends a window: a step that starts there reads nothing.
     """
     if snap is not None:
-        _, _, page_size, rows, tags, _, _ = snap
+        page_size = snap.table.page_size
         if (x == due) & (x < stop) & (x % SPEC.RATIO != SPEC.RATIO - 1):
             page = find_snapshot(snap, x // page_size, x < stop)
             if page >= 0:
-                row = rows + page * (3 * SPEC.HEAD_DIM) + tl.arange(0, SPEC.HEAD_DIM)
+                row = snap.snapshots.rows + page * (3 * SPEC.HEAD_DIM) + tl.arange(0, SPEC.HEAD_DIM)
                 tl.store(row, m)
                 tl.store(row + SPEC.HEAD_DIM, l)
                 tl.store(row + 2 * SPEC.HEAD_DIM, a)
-                tl.store(tags + page, x)
+                tl.store(snap.snapshots.tags + page, x)
         due = tl.where(x == due, due + page_size, due)
     return due
 
 
 @triton.jit
-def snapshot_rows(live, kv_stride, window, begin, stop, snap, RATIO: tl.constexpr, CHANNELS: tl.constexpr):
+def snapshot_rows(live, kv_stride, window, begin, stop, snap, SPEC: tl.constexpr):
     """Stores the input rows of new positions `[begin, stop)` of a window if it is the last of a page."""
     if snap is not None:
-        _, _, page_size, rows, tags, _, _ = snap
-        ends = (window + 1) * RATIO
+        rows, tags, _ = snap.snapshots
+        page_size = snap.table.page_size
+        LENGTH: tl.constexpr = 2 * SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
+        ends = (window + 1) * SPEC.RATIO
         if ends % page_size == 0:
             page = find_snapshot(snap, ends // page_size - 1, stop == ends)
             if page >= 0:
-                c = tl.arange(0, 2 * CHANNELS)
+                c = tl.arange(0, LENGTH)
                 for n in range(0, stop - begin):
                     x = begin + n
-                    row = page * RATIO + x % RATIO
+                    row = page * SPEC.RATIO + x % SPEC.RATIO
                     value = tl.load(live + x.to(tl.int64) * kv_stride + c)
-                    tl.store(rows + row * (2 * CHANNELS) + c, value.to(rows.dtype.element_ty))
+                    tl.store(rows + row * LENGTH + c, value.to(rows.dtype.element_ty))
                     tl.store(tags + row, x)

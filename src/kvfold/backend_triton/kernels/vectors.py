@@ -19,42 +19,32 @@ def numbers(COUNT: tl.constexpr):
 def span(LENGTH: tl.constexpr, COUNT: tl.constexpr):
     """`0..LENGTH - 1`, for addresses and masks."""
     c = tl.arange(0, LENGTH)
-    if COUNT > 1:
-        c = c[None, :]
-    return c
+    return c[None, :] if COUNT > 1 else c
 
 
 @triton.jit
 def channels(LENGTH: tl.constexpr, COUNT: tl.constexpr):
     """`0..LENGTH - 1`, COUNT times, for values."""
     c = tl.arange(0, COUNT * LENGTH)
-    if COUNT > 1:
-        c = c % LENGTH
-    return c
+    return c % LENGTH if COUNT > 1 else c
 
 
 @triton.jit
 def abreast(x, LENGTH: tl.constexpr, COUNT: tl.constexpr):
     """Values, in the shape of addresses, to be stored."""
-    if COUNT > 1:
-        x = tl.reshape(x, (COUNT, LENGTH))
-    return x
+    return tl.reshape(x, (COUNT, LENGTH)) if COUNT > 1 else x
 
 
 @triton.jit
 def flat(x, LENGTH: tl.constexpr, COUNT: tl.constexpr):
     """Loaded values, or a number of each entry, in the flat shape of values."""
-    if COUNT > 1:
-        x = tl.reshape(tl.broadcast_to(x, (COUNT, LENGTH)), (COUNT * LENGTH,))
-    return x
+    return tl.reshape(tl.broadcast_to(x, (COUNT, LENGTH)), (COUNT * LENGTH,)) if COUNT > 1 else x
 
 
 @triton.jit
 def wherever(mask, wanted, COUNT: tl.constexpr):
     """`mask`, but of several entries only those that are `wanted`; a single one is."""
-    if COUNT > 1:
-        mask = mask & wanted
-    return mask
+    return mask & wanted if COUNT > 1 else mask
 
 
 @triton.jit

@@ -314,21 +314,16 @@ def first_work(pid, programs, num_entries, parts, SLICES: tl.constexpr):
 def prefetch_entry(item, pages, task, shares, launch, HOW: tl.constexpr, SPEC: tl.constexpr, tiling):
     """Fetches what the first part of an entry reads into the L2 cache (docs/notes/0033-before-the-wait.md)."""
     SLICES: tl.constexpr = SPEC.HEAD_DIM // HOW.SLICE
-    pools = launch.pools
     if tiling.PROMPT and (SLICES == 1 or SPEC.OVERLAP == 0):
         prefetch_item(item, task < shares.tasks, task % shares.parts * HOW.SLICE, launch.tokens, SPEC, HOW.SLICE)
     if tiling.ONE_PAGE:
         # Slices of values in pieces, of scores in lines: pieces are asked for one after the other, lines all at once.
         if (task < shares.tasks) & (pages.absent == 0):
             c0 = task % shares.parts * HOW.SLICE
-            prefetch_window(
-                pools.kv.rows, pools.kv.page_stride, pools.kv.row_stride, pools.page_size, item.window, item.start, c0,
-                pages.kv_before, pages.kv, SPEC, HOW.SLICE, SLICES > 1 or tiling.PROMPT,
-            )  # fmt: skip
-            prefetch_window(
-                pools.score.rows, pools.score.page_stride, pools.score.row_stride, pools.page_size, item.window, item.start, c0,
-                pages.score_before, pages.score, SPEC, HOW.SLICE, tiling.PROMPT,
-            )  # fmt: skip
+            kv_pool, score_pool, page_size = launch.pools
+            IN_PIECES: tl.constexpr = SLICES > 1 or tiling.PROMPT
+            prefetch_window(kv_pool, page_size, item, c0, pages.kv_before, pages.kv, SPEC, HOW.SLICE, IN_PIECES)
+            prefetch_window(score_pool, page_size, item, c0, pages.score_before, pages.score, SPEC, HOW.SLICE, tiling.PROMPT)
 
 
 @triton.jit
@@ -370,10 +365,7 @@ def pool_part(
             if finish:
                 finish = is_last(ticket, shares.parts)
         if finish:
-            if SLICES > 1:
-                whole = take_slices(scratch.workspace, scratch.arrivals, entry, SPEC.HEAD_DIM)
-            else:
-                whole = y
+            whole = y if SLICES == 1 else take_slices(scratch.workspace, scratch.arrivals, entry, SPEC.HEAD_DIM)
             emit(whole, entry, slot, weight, cos, sin, launch.output, SPEC, FMT, HOW.TARGET)
 
 

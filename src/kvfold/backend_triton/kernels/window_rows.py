@@ -67,9 +67,7 @@ def find_pages(pool, sequence, x, wanted, page_size):
 @triton.jit
 def as_stored(x, BF16: tl.constexpr):
     """fp32 rounded as the state rounds it."""
-    if BF16:
-        x = bf16_value(bf16_bits(x))
-    return x
+    return bf16_value(bf16_bits(x)) if BF16 else x
 
 
 @triton.jit
@@ -247,19 +245,23 @@ def weigh_rows(r, l, a, ks, ss, GROUP: tl.constexpr):
 
     `r`, the largest score in units of the exponent, is rounded; that changes nothing, as lanes are compared by it as it is.
     """
-    for first in tl.static_range(0, len(ks), GROUP):
-        top = ss[first]
-        for i in tl.static_range(1, GROUP):
-            top = tl.maximum(top, ss[first + i])
-        new_r = tl.maximum(r, top * LOG2_E)
-        before = tl.exp2(r - new_r)
-        l *= before
-        a *= before
-        for i in tl.static_range(GROUP):
-            e = tl.exp2(tl.fma(ss[first + i], LOG2_E + tl.zeros_like(r), -new_r))
-            l += e
-            a = tl.fma(e, ks[first + i], a)
-        r = new_r
+    if GROUP == 1:  # the window is one tile, which `pool_slice` weighs as a whole
+        r = ss[0]
+        a = ks[0]
+    else:
+        for first in tl.static_range(0, len(ks), GROUP):
+            top = ss[first]
+            for i in tl.static_range(1, GROUP):
+                top = tl.maximum(top, ss[first + i])
+            new_r = tl.maximum(r, top * LOG2_E)
+            before = tl.exp2(r - new_r)
+            l *= before
+            a *= before
+            for i in tl.static_range(GROUP):
+                e = tl.exp2(tl.fma(ss[first + i], LOG2_E + tl.zeros_like(r), -new_r))
+                l += e
+                a = tl.fma(e, ks[first + i], a)
+            r = new_r
     return r, l, a
 
 
@@ -342,20 +344,12 @@ def pool_slice(
                 store_new_rows(
                     pools.score, pools.page_size, pages.score_before, pages.score, ss, item.window, c0, j0, SPEC, tiling
                 )  # fmt: skip
-                if GROUP > 1:
-                    r, l, a = weigh_rows(r, l, a, ks, ss, GROUP)
-                else:
-                    r = ss[0]
-                    a = ks[0]
+                r, l, a = weigh_rows(r, l, a, ks, ss, GROUP)
     else:
         for j0 in range(0, WINDOW_ROWS, ANY_TILE):
             ks, ss, lost = load_any_rows(tokens, pools, item, c0, j0, pages, SPEC, tiling, ANY_TILE, BF16)
             absent += lost
-            if GROUP > 1:
-                r, l, a = weigh_rows(r, l, a, ks, ss, GROUP)
-            else:
-                r = ss[0]
-                a = ks[0]
+            r, l, a = weigh_rows(r, l, a, ks, ss, GROUP)
     if GROUP > 1:
         l, a = sum_lanes(r, l, a, LANES, SLICE)
     else:  # the window is one tile
