@@ -109,7 +109,7 @@ def write(backend: Backend, cache: EntryCache, slots: list[int], entries: np.nda
         scales,
         scales.stride(0) if scales is not None else 0,
         cache.rows_per_page,
-        cache.scale,
+        None if cache.scale_tensor is None else cache.scale_tensor.data_ptr(),
         **constants_of(cache),
         num_warps=4 if cache.spec.head_dim > 128 else 1,
         enable_fp_fusion=False,
