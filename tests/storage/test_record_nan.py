@@ -38,10 +38,9 @@ class Record:
 
     def __init__(self, name: str, entry: np.ndarray) -> None:
         self.name, self.hd = name, len(entry)
-        data, *scales = (buffer for buffer, _ in oracle.pack(name, entry[None], [0], 1))
-        width, tail = oracle.FORMATS[name]["planes"][self.hd]
-        self.data = data[:width].copy()
-        self.tail = (scales[0] if scales else data[width : width + tail]).copy()
+        first, *second = (buffer for buffer, _ in oracle.pack(name, entry[None], [0], 1))
+        at, behind = oracle.places(name, self.hd, 1)
+        self.data, self.tail = first[at[0]], (second or [first])[0][behind[0]]
 
     def set_channel(self, channel: int, x: np.float32, code: int) -> None:
         """Stores element `code`; where channels are bf16 or fp32 instead, `x` itself, a NaN in bf16 as 0x7FC0."""
@@ -54,7 +53,7 @@ class Record:
         elif element == "fp32":
             self.data[4 * channel : 4 * channel + 4] = np.array([x]).view(np.uint8)
         else:
-            at = count + 2 * (channel - count)
+            at = len(self.data) - 2 * (self.hd - channel)
             high = {np.inf: 0x7F80, -np.inf: 0xFF80}.get(float(x), 0x7FC0)
             self.data[at : at + 2] = np.array([high], np.uint16).view(np.uint8)
 
@@ -65,15 +64,14 @@ def check(backend: Backend, name: str, hd: int, entries: np.ndarray, stand_ins: 
     pages.write(SLOTS, entries)
     expected = pages.expected(SLOTS, stand_ins)
     page, row = divmod(SLOTS[BAD], ROWS)
-    width, tail = oracle.FORMATS[name]["planes"][hd]
     starts = [
         len(whole) // 2 - size * pages.num_pages // 2 + page * size for whole, size in zip(expected, pages.sizes, strict=True)
     ]
-    expected[0][starts[0] + row * width :][:width] = record.data
-    if tail:
-        kept = len(record.tail) - (oracle.FORMATS[name]["pad"] == "kept")
-        first = starts[-1] + (0 if len(starts) == 2 else ROWS * width)
-        expected[-1][first + row * tail :][:kept] = record.tail[:kept]
+    at, behind = oracle.places(name, hd, ROWS)
+    expected[0][starts[0] + at[row]] = record.data
+    pad = oracle.FORMATS[name]["pad"]
+    kept = len(record.tail) - (pad[0] if pad and pad[1] == "kept" else 0)
+    expected[-1][starts[-1] + behind[row, :kept]] = record.tail[:kept]
     for got, want in zip(pages.now(), expected, strict=True):
         wrong = np.flatnonzero(got != want)
         assert not len(wrong), f"{len(wrong)} bytes differ, first at {wrong[0]}: got {got[wrong[0]]}, expected {want[wrong[0]]}"
