@@ -320,7 +320,7 @@ def test_through_nvfp4() -> None:
 
 
 def test_two_stages_are_not_one() -> None:
-    """SGLang's V4.1 key: where amax is rounded from over 3 scales to 3, the second scale is half of it and codes are doubled."""
+    """SGLang's V4.1 key: where amax is rounded from over 3 scales to 3, the second scale is half of it, and codes double."""
     x = entry(128, 3.25, 1.0, -0.25)
     x[0, 32:34] = 3.75, -0.0
     one, two = page("indexer_mxfp4_v41", x), page("indexer_mxfp4_v41_sglang", x)

@@ -101,7 +101,9 @@ FORMATS: dict[str, dict[str, Any]] = {
     "indexer_mxfp4": _format(INDEXER, 4, **_KEY4, floor=FLOOR_MX),
     "indexer_mxfp4_v41": _format(INDEXER, 4, **_KEY4, floor=FLOOR_MX),
     "indexer_mxfp4_sglang": _format(INDEXER, 4, element="e2m1_toward_zero", **_MX4, floor=FLOOR_1E4),
-    "indexer_mxfp4_v41_sglang": _format(INDEXER, 4, **_KEY4, floor=FLOOR_1E4, floor_on="scale", fp4_first="mxfp4", no_minus=True),
+    "indexer_mxfp4_v41_sglang": _format(
+        INDEXER, 4, **_KEY4, floor=FLOOR_1E4, floor_on="scale", fp4_first="mxfp4", no_minus=True
+    ),
     "v41_mxfp8": _format(MAIN, 8, **_ON_SCALE, align=512),
     "v41_mxfp8_sglang": _format(MAIN, 8, **_ON_SCALE, align=512),
     "v41_mxfp8_sglang_fp4": _format(MAIN, 8, **_ON_SCALE | _FAKED, align=512),
@@ -155,8 +157,8 @@ def ceil_log2_ratio(amax: np.ndarray, top: float) -> np.ndarray:
 def through_fp4(x: np.ndarray, kind: str) -> np.ndarray:
     """fp32 channels [n, channels], which are bf16 numbers, quantized to fp4 and read back, in groups of 16 or of 32.
 
-    nvfp4: scales of e4m3 from amax times the fp32 nearest to 1/6, from 2^-9 to 448, and a quotient. mxfp4: the next power of two.
-    Zeros are +0; what is small and negative becomes -0.
+    nvfp4: scales of e4m3 from amax times the fp32 nearest to 1/6, from 2^-9 to 448, and a quotient. mxfp4: the next power of
+    two. Zeros are +0; what is small and negative becomes -0.
     """
     grouped = x.reshape(len(x), -1, {"nvfp4": 16, "mxfp4": 32}[kind])
     amax = np.abs(grouped).max(axis=-1, keepdims=True)
@@ -234,7 +236,7 @@ def _quantize(
 
 
 def places(name: str, hd: int, rows_per_page: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where the bytes of each row are: [rows, width] of its data, in the first buffer, and of its scales and pad, in the last."""
+    """Where the bytes of each row are: [rows, width] of its data in the first buffer, and of its scales and pad in the last."""
     f, rows = FORMATS[name], np.arange(rows_per_page)[:, None]
     data, scales = f["planes"][hd]
     if f["interleaved"]:
@@ -383,7 +385,9 @@ def threshold_cases(name: str, hd: int) -> np.ndarray:
     if f["fp4_first"]:
         small = {"nvfp4": 16, "mxfp4": 32}[f["fp4_first"]]
         at = E4M3_POSITIVE[[1, 2, 3, 7, 9, 40, 56, 57, 63, 100]] if small == 16 else 2.0 ** np.array([-60, -20, -15, -13, 0, 9])
-        tops = around(6.0 * np.concatenate([E4M3_POSITIVE[1:], E4M3_TIES]) if small == 16 else np.ldexp(3.0, np.arange(-30, 30)))
+        tops = around(
+            6.0 * np.concatenate([E4M3_POSITIVE[1:], E4M3_TIES]) if small == 16 else np.ldexp(3.0, np.arange(-30, 30))
+        )
         fine = np.concatenate(
             [_groups_of_ties(np.array(E2M1_TIES), 6.0, at, small, rng), _groups_with_amax(tops, small, rng)]
         ).ravel()

@@ -126,7 +126,8 @@ def _ceil_code(scale: torch.Tensor) -> torch.Tensor:
 
 def _nearest_code(amax: torch.Tensor) -> torch.Tensor:
     """ue8m0 of the power of two that is nearest to amax / 6 by its logarithm: it goes up from 6 / sqrt(2) on."""
-    return (((amax.view(torch.int32) + 0x800000 - _E2M1_NEAREST) >> 23) - 3).clamp(max=254)
+    code = ((amax.view(torch.int32) + 0x800000 - _E2M1_NEAREST) >> 23) - 3
+    return torch.where(amax.isinf(), 254, code)
 
 
 def _power(code: torch.Tensor) -> torch.Tensor:
@@ -167,14 +168,13 @@ def read_fields(cache: Records, slots: torch.Tensor) -> dict[str, torch.Tensor]:
     if fmt.element == "e2m1":
         fields = {"values": torch.stack((values & 15, values >> 4), dim=2).flatten(1)}
     else:
-        fields = {"values": values.contiguous().view(_DTYPES[fmt.element])}
+        fields = {"values": _typed(values, _DTYPES[fmt.element])}
     if fmt.rotated_bf16:
-        rotated = gather(*rotated_address(cache, slots), fmt.rotated_bytes(spec))
-        fields["rotated"] = rotated.contiguous().view(torch.bfloat16)
+        fields["rotated"] = _typed(gather(*rotated_address(cache, slots), fmt.rotated_bytes(spec)), torch.bfloat16)
     if fmt.scale_bytes:
         tail = gather(*tail_address(cache, slots), fmt.tail_bytes(spec))
         scales, unused = tail.tensor_split([fmt.groups(spec) * fmt.scale_bytes], dim=1)
-        fields["scales"] = scales.contiguous().view(_DTYPES[fmt.scale])
+        fields["scales"] = _typed(scales, _DTYPES[fmt.scale])
         if fmt.pad:
             fields["pad"] = unused
     return fields
@@ -207,6 +207,11 @@ def _divide(a: torch.Tensor | float, b: torch.Tensor | float) -> torch.Tensor:
 def _bytes(x: torch.Tensor) -> torch.Tensor:
     # As one row: an empty tensor may have strides that cannot be viewed.
     return x.reshape(-1).contiguous().view(torch.uint8).view(*x.shape[:-1], x.shape[-1] * x.element_size())
+
+
+def _typed(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The opposite."""
+    return x.reshape(-1).contiguous().view(dtype).view(*x.shape[:-1], x.shape[-1] // dtype.itemsize)
 
 
 def record_address(cache: Records, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
