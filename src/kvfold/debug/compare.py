@@ -14,6 +14,7 @@ from ..storage.pack import (
     bf16_bits,
     e2m1_codes,
     e4m3_bytes,
+    fp4_scale,
     gather,
     group_scale,
     record_address,
@@ -144,9 +145,14 @@ def explained(cache: EntryCache, data: Tensor, y: Tensor, slack: Tensor) -> Tens
     ends = [x.bfloat16().float() if fmt.round_values else x for x in (low, high)]
     if fmt.fp4_first:
         size = FP4_GROUPS[fmt.fp4_first]
-        grouped = [x.unflatten(1, (-1, size)) for x in ends]
-        both = [[through_fp4(x, a, fmt.fp4_first).flatten(1) for a in _largest(ends, size)] for x in grouped]
-        ends = [torch.minimum(*both[0]), torch.maximum(*both[1])]
+        grouped, scales = (
+            [x.unflatten(1, (-1, size)) for x in ends],
+            [fp4_scale(a, fmt.fp4_first) for a in _largest(ends, size)],
+        )
+        # Under one scale the ends are rounded like all between them; else a value may be off by half the widest step.
+        wide = torch.where(scales[0] == scales[1], 0.0, scales[1])[..., None]
+        near = [torch.where(wide > 0, x, through_fp4(x, scales[1], fmt.fp4_first)) for x in grouped]
+        ends = [(near[0] - wide).flatten(1), (near[1] + wide).flatten(1)]
     kept = _between(rotated, *(bf16_bits(x[:, q:]) for x in ends), 1 << 15)
     ends = [x[:, :q] for x in ends]
     right = torch.ones_like(ends[0], dtype=torch.bool)

@@ -70,7 +70,7 @@ def finished_values(entries: torch.Tensor, fmt: RecordFormat) -> torch.Tensor:
     if not fmt.fp4_first:
         return values
     grouped = values.unflatten(1, (-1, FP4_GROUPS[fmt.fp4_first]))
-    return through_fp4(grouped, largest(grouped), fmt.fp4_first).flatten(1)
+    return through_fp4(grouped, fp4_scale(largest(grouped), fmt.fp4_first), fmt.fp4_first).flatten(1)
 
 
 def largest(grouped: torch.Tensor) -> torch.Tensor:
@@ -78,14 +78,18 @@ def largest(grouped: torch.Tensor) -> torch.Tensor:
     return grouped.abs().nan_to_num(nan=0.0, posinf=float("inf")).amax(-1)
 
 
-def through_fp4(grouped: torch.Tensor, amax: torch.Tensor, kind: str) -> torch.Tensor:
-    """What is left of groups `[n, groups, size]` of largest magnitude `amax` in `fp4_first` = `kind`; NaN stays."""
+def fp4_scale(amax: torch.Tensor, kind: str) -> torch.Tensor:
+    """The scale of each group in `fp4_first` = `kind`."""
     if kind == "nvfp4":
-        scale = e4m3_bytes(_divide(amax, ELEMENT_MAX["e2m1"]).clamp(min=2.0**-9)).view(torch.float8_e4m3fn).float()[..., None]
-        quotient = grouped / scale
-    else:
-        code = _ceil_code(_divide(amax.clamp(min=ELEMENT_MAX["e2m1"] * 2.0**-126), ELEMENT_MAX["e2m1"]))[..., None]
-        scale, quotient = _power(code), grouped * _power(254 - code)
+        return e4m3_bytes(_divide(amax, ELEMENT_MAX["e2m1"]).clamp(min=2.0**-9)).view(torch.float8_e4m3fn).float()
+    return _power(_ceil_code(_divide(amax.clamp(min=ELEMENT_MAX["e2m1"] * 2.0**-126), ELEMENT_MAX["e2m1"])))
+
+
+def through_fp4(grouped: torch.Tensor, scale: torch.Tensor, kind: str) -> torch.Tensor:
+    """What is left of groups `[n, groups, size]` in e2m1 under these scales; NaN stays."""
+    scale = scale[..., None]
+    inverse = _power(254 - (scale.view(torch.int32) >> 23))  # of a power of two
+    quotient = grouped / scale if kind == "nvfp4" else grouped * inverse
     quotient = torch.where(quotient == 0, 0.0, quotient)  # of either sign
     return torch.where(grouped.isnan(), grouped, e2m1_values(e2m1_codes(quotient)) * scale)
 
