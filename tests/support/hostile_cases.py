@@ -59,7 +59,8 @@ CALLERS = ("errors", "entry_slots", "state_slots", "snapshot_table", "cache_bloc
            "storage", "scales", "pages")  # fmt: skip
 WEIGHTS = {
     "compress": 22, "compress_many": 9, "store": 13, "restore": 12, "StepPlan.update": 13, "EntryCache.read": 8,
-    "EntryCache.raw": 3, "Snapshots.of": 4, "FoldState.history_of": 2, "mark_static": 2, "check": 1.2, "dump": 0.5,
+    "EntryCache.raw": 3, "EntryCache.from_blocks": 6,
+    "Snapshots.of": 4, "FoldState.history_of": 2, "mark_static": 2, "check": 1.2, "dump": 0.5,
 }  # fmt: skip
 
 # What is to be seen on the interpreter, and on a GPU beside that; the rest is the same on every backend.
