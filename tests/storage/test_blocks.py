@@ -167,7 +167,7 @@ def test_refused() -> None:
         (good[:, :, ::2], "fp8_ds_mla", ValueError, "^view must have dense rows"),
         (wide[:, :, :584], "fp8_ds_mla", ValueError, "^view must have dense rows"),
         (good.transpose(0, 1), "fp8_ds_mla", ValueError, "^view must have dense rows"),
-        (good[:, :0], "fp8_ds_mla", ValueError, "rows_per_page"),
+        (good[:, :0], "fp8_ds_mla", ValueError, "^view must have from 1 to"),
         (good, "v41_mxfp8_interleaved_vllm", ValueError, "^view must have rows of 528 bytes"),
         (good, "bf16", ValueError, "^view must have rows of 1024 bytes"),
         (torch.zeros(3, 64, 576, dtype=u8), "fp8_ds_mla", ValueError, "^view must have blocks that lie 37376 bytes apart"),
@@ -183,7 +183,7 @@ def test_refused() -> None:
             ValueError,
             "^view must have 37376 bytes of memory in its last block",
         ),
-        (flat[1:37_377].view(1, 64, 584), "fp8_ds_mla", ValueError, "must have pages that start at a multiple of 2"),
+        (flat[1:37_377].view(1, 64, 584), "fp8_ds_mla", ValueError, "^view must have blocks that start at a multiple of 2"),
     ):
         with pytest.raises(error, match=message):
             EntryCache.from_blocks(view, name, spec)

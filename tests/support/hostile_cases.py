@@ -104,7 +104,8 @@ def draw(world_of: Callable[[str, str], HostileWorld], rng: random.Random, backe
 
 
 def _spoil(world: HostileWorld, rng: random.Random) -> Spoil:
-    when = rng.choices(("made", "given", "assigned"), (6, 3, 2))[0]
+    objects = [name for name in world.function.arguments if name.split(".")[-1] in ATTRIBUTES and name not in world.good]
+    when = rng.choices(("made", "given", "assigned"), (6, 3, 2 if objects else 0))[0]
     if when == "made":
         target = rng.choice(world.taken)
         if target.split(".")[-1] == "spec" and rng.random() < 0.6:
@@ -126,7 +127,6 @@ def _spoil(world: HostileWorld, rng: random.Random) -> Spoil:
             list({"value": VALUES, "object": objects_for(target), "twin": TWINS}.get(how) or world.function.arguments)
         )
         return Spoil(when, target, how, what)
-    objects = [name for name in world.function.arguments if name.split(".")[-1] in ATTRIBUTES and name not in world.good]
     target = rng.choice(objects)
     attribute = rng.choice(ATTRIBUTES[target.split(".")[-1]])
     way = _way(world, rng, True, target)

@@ -14,6 +14,8 @@ from .formats import FORMATS, RecordFormat, get_format
 from .pack import read_fields, unpack_records
 from .remembered import Checked, Layer, check_made
 
+MOST_ROWS = 1 << 20  # of a page
+
 
 class EntryCache(Checked):
     """Pages of records. Slot `s` is row `s % rows_per_page` of page `s // rows_per_page`.
@@ -174,6 +176,8 @@ class EntryCache(Checked):
         if view.dim() != 3:
             raise ValueError(f"view must be [blocks, rows, record], got shape {list(view.shape)}")
         blocks, rows, _ = view.shape
+        if not 1 <= rows <= MOST_ROWS:
+            raise ValueError(f"view must have from 1 to {MOST_ROWS} rows in a block, got shape {list(view.shape)}")
         _check_layout(fmt, rows, spec)
         _check_page_dtype("view", view, fmt.element)
         sizes, item = f"got shape {list(view.shape)} and strides {tuple(view.stride())} of {view.dtype}", view.element_size()
@@ -185,6 +189,12 @@ class EntryCache(Checked):
         if blocks > 1 and view.stride(0) * item < used:
             raise ValueError(f"view must have blocks that lie {used} bytes apart or more in format {fmt.name!r}, {sizes}")
         apart = view.stride(0) * item if blocks > 1 else used
+        if view.data_ptr() % fmt.alignment or apart % fmt.alignment:
+            raise ValueError(f"view must have blocks that start at a multiple of {fmt.alignment} bytes, {sizes}")
+        if fmt.separate:
+            check_memory("scales", scales, fake=True)
+            if scales.shape[:1] != view.shape[:1]:
+                raise ValueError(f"scales must have {blocks} pages like view, got {list(scales.shape)}")
         memory = view.detach().view(torch.uint8)
         if blocks and memory.storage_offset() + (blocks - 1) * apart + used > memory.untyped_storage().nbytes():
             raise ValueError(f"view must have {used} bytes of memory in its last block in format {fmt.name!r}, {sizes}")
@@ -243,7 +253,7 @@ def _made_again(scales: torch.Tensor | None, scale: float | torch.Tensor, *rest:
 
 def _check_layout(fmt: RecordFormat, rows_per_page: int, spec: CompressorSpec) -> None:
     check_spec("spec", spec)
-    check_int("rows_per_page", rows_per_page, 1, 1 << 20)
+    check_int("rows_per_page", rows_per_page, 1, MOST_ROWS)
     get_format(fmt).check(spec)
 
 
