@@ -102,7 +102,9 @@ class EntryCache(Checked):
     def _check_scale(self) -> torch.Tensor | None:
         """The scale as kernels read it. Of a number it is a tensor of the cache's own, made once."""
         fmt, scale = self.format, self.scale
-        if isinstance(scale, torch.Tensor) and fmt.takes_scale:
+        if isinstance(scale, torch.Tensor) and not fmt.takes_scale:
+            raise TypeError(f"scale must be the number 1: format {fmt.name!r} takes none, got a tensor")
+        if isinstance(scale, torch.Tensor):
             check_memory("scale", scale, fake=True)
             check_dtype("scale", scale, (torch.float32,))
             if scale.numel() != 1:
@@ -238,7 +240,7 @@ class EntryCache(Checked):
 
         Returns:
             `values` (bf16, fp32 or e4m3 `[n]`; e2m1: uint8 codes 0..15, one per channel), then, where the format has them,
-            `rotated` (bf16 `[rope_dim]`), `scales` (fp32, e4m3, or uint8 ue8m0 codes, one per group) and `pad` (uint8).
+            `rotated` (bf16 `[rope_dim]`), `scales` (fp32, e4m3, or uint8 ue8m0 codes, one per group or four) and `pad` (uint8).
         """
         check_made("cache", self, EntryCache)
         check_int("slot", slot, 0, self.num_slots - 1)
