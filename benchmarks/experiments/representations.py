@@ -162,7 +162,7 @@ def compress_fold_rows(
         0,
         per_page,
         pages.shape[0] * per_page,
-        1.0,
+        None,
     )
     fold_rows_kernel[(plan.batch,)](
         *flat((work, output)), plan.start_pos, plan.cu_seqlens, plan.state_slots, plan.cu_entries,

@@ -40,7 +40,7 @@ def formats_table() -> str:
 
 def _scales(fmt: RecordFormat) -> str:
     found = {"none": "-", "static": "one per cache"}.get(fmt.scale, f"{fmt.scale} per {fmt.group}")
-    return found + (", own buffer" if fmt.separate else "")
+    return found + (", own buffer" if fmt.separate else ", in the record" if fmt.interleaved else "")
 
 
 def _floor(fmt: RecordFormat) -> str:
@@ -48,7 +48,9 @@ def _floor(fmt: RecordFormat) -> str:
 
 
 def _first(fmt: RecordFormat) -> str:
-    return ", ".join(words for words, on in (("pooled row", fmt.round_rows), ("values", fmt.round_values)) if on) or "-"
+    known = (("pooled row", fmt.round_rows), ("normed row", fmt.round_normed), ("values", fmt.round_values))
+    found = [words for words, on in known if on] + [f"then {fmt.fp4_first} and back"] * bool(fmt.fp4_first)
+    return ", ".join(found) or "-"
 
 
 def _pad(fmt: RecordFormat) -> str:
@@ -56,7 +58,8 @@ def _pad(fmt: RecordFormat) -> str:
 
 
 def _ties(fmt: RecordFormat) -> str:
-    return "to zero, no -0" if fmt.ties_to_zero else "to even" if fmt.element in ("e4m3", "e2m1", "bf16") else "-"
+    even = "to even, no -0" if fmt.unsigned_zero else "to even"
+    return "to zero, no -0" if fmt.ties_to_zero else even if fmt.element in ("e4m3", "e2m1", "bf16") else "-"
 
 
 def pages() -> str:
@@ -73,11 +76,14 @@ def page(fmt: RecordFormat) -> str:
     row, tail, size = fmt.row_bytes(spec), fmt.tail_bytes(spec), fmt.page_bytes(spec, n)
     quantized, at = fmt.quantized(spec), "scales" if fmt.separate else "page"
     record = [(quantized * BITS[fmt.element] // 8, f"{quantized} {fmt.element}", f"channels 0..{quantized - 1}")]
-    if fmt.rotated_bf16:
-        record.append((row - record[0][0], f"{spec.rope_dim} bf16", f"channels {quantized}..{spec.head_dim - 1}, rotated"))
     scales = fmt.groups(spec)
     footer = [(scales * fmt.scale_bytes, f"{scales} {_scale(fmt)}", f"of {fmt.group} channels each")] if tail else []
     footer += [(fmt.pad, f"{fmt.pad} pad", "zeroed" if fmt.pad_written else "left alone")] if fmt.pad else []
+    if fmt.interleaved:
+        record, footer, tail = record + footer, [], 0
+    if fmt.rotated_bf16:
+        words = f"{spec.rope_dim} bf16", f"channels {quantized}..{spec.head_dim - 1}, rotated"
+        record.append((fmt.rotated_bytes(spec), *words))
     main = [(n * row, f"{n} records of {row}")] + ([(n * tail, f"{n} tails of {tail}")] if tail and not fmt.separate else [])
     main += [(size - sum(s for s, _ in main), "padding")] if size > sum(s for s, _ in main) else []
     text = f"head_dim {spec.head_dim}, page of {n} rows: {size} bytes\n" + _box(main)
@@ -89,7 +95,7 @@ def page(fmt: RecordFormat) -> str:
 
 
 def _scale(fmt: RecordFormat) -> str:
-    return {"pow2": "fp32 (powers of two)"}.get(fmt.scale, fmt.scale)
+    return {"pow2": "fp32 (powers of two)", "ue8m0x4": "four ue8m0, equal,"}.get(fmt.scale, fmt.scale)
 
 
 def _box(parts: list[tuple[int, str]]) -> str:

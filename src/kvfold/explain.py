@@ -224,7 +224,7 @@ def _spans(cache: EntryCache, slot: int) -> tuple[Span, ...]:
     side = "scale page" if fmt.separate else "page"
     fields = (
         ("values", "page", int(record), values),
-        ("rotated", "page", int(record) + values, fmt.row_bytes(spec) - values),
+        ("rotated", "page", int(record) + fmt.rotated_at(spec), fmt.rotated_bytes(spec)),
         ("scales", side, int(tail), scales),
         ("pad", side, int(tail) + scales, fmt.pad if fmt.pad_written else 0),
     )

@@ -40,7 +40,7 @@ TABLES = ("Tensor entry_items", "Tensor cu_entries", "Tensor? kv_table", "Tensor
 STATE = ("Tensor! state_rows", "Tensor! positions", "SymInt rewind")
 SNAPSHOTS = ("Tensor!? snapshot_rows", "Tensor!? snapshot_positions", "SymInt? page_size")
 SPEC = ("str spec",)
-CACHE = ("Tensor!? storage", "Tensor!? scales", "str format", "SymInt rows_per_page", "float cache_scale")
+CACHE = ("Tensor!? storage", "Tensor!? scales", "str format", "SymInt rows_per_page", "Tensor? cache_scale")
 WEIGHTS = ("Tensor? ape", "Tensor? norm_weight", "Tensor? rope")
 ONE = SPEC + CACHE + WEIGHTS
 FOLD = ("Tensor kv_score", *STATE, *SNAPSHOTS, *ONE)
@@ -57,7 +57,8 @@ WHOLE_PLAN = (
 
 # Which argument of a call an operator's argument belongs to, where names differ.
 OWNERS = {
-    "storage": "cache", "scales": "cache", "kv": "state", "score": "state", "positions": "state", "state_rows": "state",
+    "storage": "cache", "scales": "cache", "cache_scale": "cache",
+    "kv": "state", "score": "state", "positions": "state", "state_rows": "state",
     "snapshot_rows": "snapshots", "snapshot_positions": "snapshots",
     **{text.split()[-1]: "plan" for text in FOLD_PLAN + TABLES},
 }  # fmt: skip
@@ -182,13 +183,13 @@ def _to_cache(c: Compressor) -> tuple:
     cache, spec = c.cache, c.spec
     check_spec("spec", spec)
     if cache is None:
-        return spec._text, None, None, "", 0, 1.0
+        return spec._text, None, None, "", 0, None
     _check_of("cache", cache, EntryCache, spec)
     if not cache._named:
         raise ValueError(
             f"cache must have a format of kvfold.storage.formats.FORMATS when it is traced, got {cache.format.name!r}"
         )
-    return spec._text, cache.storage, cache.scales, cache.format.name, cache.rows_per_page, cache.scale
+    return spec._text, cache.storage, cache.scales, cache.format.name, cache.rows_per_page, cache.scale_tensor
 
 
 def _check_of(name: str, value: object, kind: type, spec: CompressorSpec) -> None:
@@ -222,8 +223,10 @@ def _memory(*asked: object) -> list[tuple]:
     return [None]
 
 
-def _cache_of(spec: CompressorSpec, storage, scales, fmt: str, rows_per_page: int, scale: float) -> EntryCache | None:
-    return None if storage is None else EntryCache(storage, fmt, rows_per_page, spec, scales=scales, scale=scale)
+def _cache_of(spec: CompressorSpec, storage, scales, fmt: str, rows_per_page: int, scale) -> EntryCache | None:
+    if storage is None:
+        return None
+    return EntryCache(storage, fmt, rows_per_page, spec, scales=scales, scale=1.0 if scale is None else scale)
 
 
 def _run(plan: PlanData, call: Callable[[], None], *remembering: tuple[FoldState | WindowState, list]) -> None:

@@ -138,7 +138,7 @@ def _record(pages: Pages, slot: int) -> tuple[int, slice]:
 
 
 def _tail(pages: Pages, slot: int) -> tuple[int, slice]:
-    width = pages.cache.format.tail_bytes(pages.spec)
+    width = 0 if pages.cache.format.interleaved else pages.cache.format.tail_bytes(pages.spec)
     base = 0 if pages.cache.format.separate else ROWS_PER_PAGE * pages.cache.format.row_bytes(pages.spec)
     at = base + slot % ROWS_PER_PAGE * width
     return slot // ROWS_PER_PAGE, slice(at, at + width)

@@ -15,6 +15,7 @@ from conftest import BACKENDS
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from support.helpers import CANARY, Backend, Weights, make_tokens
+from support.record_oracle import through_fp4, to_bf16
 from support.record_support import SPECS, write
 
 import kvfold
@@ -26,7 +27,7 @@ NAMES = [field.name for field in fields(RecordFormat)]
 E4M3 = {"name": "mine", "source": "me", "element": "e4m3", "group": 32, "scale": "ue8m0", "floor": 1e-4}
 BITS = {"bf16": 16, "fp32": 32, "e4m3": 8, "e2m1": 4}
 TOP = {"e4m3": 448.0, "e2m1": 6.0}
-WIDTH = {"ue8m0": 1, "e4m3": 1, "pow2": 4, "fp32": 4}
+WIDTH = {"ue8m0": 1, "ue8m0x4": 4, "e4m3": 1, "pow2": 4, "fp32": 4}
 
 # What one field of a good format is changed to, by the field that the error names.
 NONSENSE: list[tuple[str, dict[str, Any]]] = [
@@ -47,9 +48,24 @@ NONSENSE: list[tuple[str, dict[str, Any]]] = [
         for bad in ([128], 128, (0,), (True,), (128.0,), (96,), (8192,), (16,), ("128",), None)
     ],
     *[("rope_dim", {"rope_dim": bad}) for bad in (-2, 7, 64.0, True, 8192, "64")],
-    *[(name, {name: bad}) for name in ("rotated_bf16", "pad_written", "separate", "divide") for bad in (1, None, "yes")],
-    *[(name, {name: bad}) for name in ("round_rows", "round_values", "ties_to_zero") for bad in (0, None, "no")],
-    ("ties_to_zero", {"ties_to_zero": True}),  # of e4m3, which has no such rule
+    *[
+        (name, {name: bad})
+        for name in ("rotated_bf16", "pad_written", "separate", "interleaved", "nearest_scale", "divide")
+        for bad in (1, None, "yes")
+    ],
+    *[
+        (name, {name: bad})
+        for name in ("round_rows", "round_normed", "round_values", "ties_to_zero", "unsigned_zero", "zero_small")
+        for bad in (0, None, "no")
+    ],
+    *[("fp4_first", {"round_values": True, "fp4_first": bad}) for bad in (None, True, "fp4", "e2m1", 16)],
+    ("fp4_first", {"fp4_first": "nvfp4"}),  # of values that are not rounded to bf16
+    ("head_dims", {"head_dims": (16,), "group": 16, "round_values": True, "fp4_first": "mxfp4"}),  # half a group of 32
+    ("interleaved", {"interleaved": True, "separate": True}),
+    *[(name, {name: True}) for name in ("ties_to_zero", "unsigned_zero", "nearest_scale")],  # of e4m3, which has no such rule
+    ("nearest_scale", {"element": "e2m1", "scale": "fp32", "nearest_scale": True}),
+    ("zero_small", {"zero_small": True}),
+    ("zero_small", {"scale": "e4m3", "floor_on": "scale", "floor": 2**-9, "divide": True, "zero_small": True}),
     ("divide", {"divide": True}),  # a power of two is multiplied by its inverse
     ("divide", {"scale": "fp32", "divide": True}),
     ("divide", {"scale": "e4m3", "floor_on": "scale", "floor": 2**-9}),
@@ -72,12 +88,20 @@ NONSENSE: list[tuple[str, dict[str, Any]]] = [
     *[
         (name, {"element": element, "scale": scale, "group": 0, "floor": 0.0, name: bad})
         for element, scale in (("bf16", "none"), ("fp32", "none"), ("e4m3", "static"))
-        for name, bad in (("floor_on", "scale"), ("pad", 1), ("pad_written", True), ("separate", True), ("divide", True))
+        for name, bad in (
+            ("floor_on", "scale"),
+            ("pad", 1),
+            ("pad_written", True),
+            ("separate", True),
+            ("divide", True),
+            ("interleaved", True),
+            ("zero_small", True),
+        )
     ],
     *[
         (name, {"element": element, "scale": "none", "group": 0, "floor": 0.0, name: True})
         for element in ("bf16", "fp32")
-        for name in ("rotated_bf16", "round_values", "ties_to_zero")
+        for name in ("rotated_bf16", "round_values", "ties_to_zero", "unsigned_zero")
     ],
 ]
 
@@ -175,17 +199,23 @@ SPOILED = (
 def drawn_fields(draw: st.DrawFn) -> dict[str, Any]:
     """Fields that often go together; in a third of the draws one of them is spoiled."""
     element = draw(st.sampled_from(["e4m3", "e2m1", "e4m3", "e2m1", "e4m3", "e2m1", "bf16", "fp32"]))
-    flags = {"round_rows": draw(st.booleans()), "page_align": draw(st.sampled_from([1, 1, 4, 12, 64, 576]))}
+    flags = {name: draw(st.booleans()) for name in ("round_rows", "round_normed")}
+    flags["page_align"] = draw(st.sampled_from([1, 1, 4, 12, 64, 576]))
     found: dict[str, Any] = {"name": "mine", "source": "me", "element": element, **flags}
     if element in TOP:
-        found["scale"] = draw(st.sampled_from(["static", "ue8m0", "pow2", "fp32", "e4m3", "e4m3"]))
+        found["scale"] = draw(st.sampled_from(["static", "ue8m0", "ue8m0x4", "pow2", "fp32", "e4m3", "e4m3"]))
         found |= {"round_values": draw(st.booleans()), "rotated_bf16": draw(st.booleans())}
-        found["ties_to_zero"] = element == "e2m1" and draw(st.booleans())
+        found |= {name: element == "e2m1" and draw(st.booleans()) for name in ("ties_to_zero", "unsigned_zero")}
+        found["fp4_first"] = draw(st.sampled_from(["", "", "nvfp4", "mxfp4"])) if found["round_values"] else ""
         if found["scale"] != "static":
             found |= {"group": 2 ** draw(st.integers(0, 6)), "floor": draw(st.sampled_from(FLOORS))}
             found |= {"floor_on": draw(st.sampled_from(["amax", "scale"])), "separate": draw(st.booleans())}
             found |= {"pad": draw(st.sampled_from([0, 0, 1, 2, 4, 8, 12])), "pad_written": draw(st.booleans())}
+            found["interleaved"] = not found["separate"] and draw(st.booleans())
             found["divide"] = found["scale"] == "e4m3" and found["floor_on"] == "scale"
+            found["zero_small"] = found["scale"] == "e4m3" and found["floor_on"] == "amax" and draw(st.booleans())
+            powers = found["scale"] in ("ue8m0", "ue8m0x4", "pow2")
+            found["nearest_scale"] = element == "e2m1" and powers and draw(st.booleans())
     if draw(st.integers(0, 2)) == 0:
         found[draw(st.sampled_from(NAMES))] = draw(st.sampled_from(SPOILED))
     return found
@@ -214,11 +244,15 @@ def places(fmt: RecordFormat, spec: CompressorSpec) -> tuple[list[int], np.ndarr
     Of a row, and of its tail in the last buffer with the pad at its end.
     """
     q = spec.head_dim - (spec.rope_dim if fmt.rotated_bf16 else 0)
-    row = q * BITS[fmt.element] // 8 + 2 * (spec.head_dim - q)
+    values = q * BITS[fmt.element] // 8
+    row = values + 2 * (spec.head_dim - q)
     tail = q // fmt.group * WIDTH[fmt.scale] + fmt.pad if fmt.group else 0
     sizes = [ROWS_PER_PAGE * row] + ([ROWS_PER_PAGE * tail] if fmt.separate else [])
     sizes[0] = -(-(sizes[0] if fmt.separate else ROWS_PER_PAGE * (row + tail)) // fmt.page_align) * fmt.page_align
     page, at = np.divmod(np.array(SLOTS)[:, None], ROWS_PER_PAGE)
+    if fmt.interleaved:
+        start, inside = page * sizes[0] + at * (row + tail), np.arange(row)
+        return sizes, start + inside + np.where(inside < values, 0, tail), start + values + np.arange(tail)
     rows = page * sizes[0] + at * row + np.arange(row)
     return sizes, rows, page * sizes[-1] + at * tail + np.arange(tail) + (0 if fmt.separate else ROWS_PER_PAGE * row)
 
@@ -239,15 +273,20 @@ def decode(fmt: RecordFormat, spec: CompressorSpec, row: np.ndarray, tail: np.nd
     scales = np.ones((n, q))
     if fmt.group:
         found = tail[:, : q // fmt.group * WIDTH[fmt.scale]].copy()
-        kinds = {"ue8m0": np.uint8, "e4m3": ml_dtypes.float8_e4m3fn, "pow2": "<f4", "fp32": "<f4"}
-        found = found.view(kinds[fmt.scale]).astype(np.float64)
-        scales = np.repeat(2.0 ** (found - 127) if fmt.scale == "ue8m0" else found, fmt.group, axis=1)
+        if fmt.scale == "ue8m0x4":
+            assert (found.reshape(n, -1, 4) == found[:, ::4, None]).all()
+            found = found[:, ::4]
+        kinds = {"e4m3": ml_dtypes.float8_e4m3fn, "pow2": "<f4", "fp32": "<f4"}
+        found = found.view(kinds.get(fmt.scale, np.uint8)).astype(np.float64)
+        scales = np.repeat(2.0 ** (found - 127) if fmt.scale not in kinds else found, fmt.group, axis=1)
     rotated = row[:, size:].copy().view(ml_dtypes.bfloat16).astype(np.float64)
     return np.concatenate([values * scales, rotated], axis=1), scales
 
 
 def check_close(fmt: RecordFormat, x: np.ndarray, got: np.ndarray, scales: np.ndarray) -> None:
     """Scales are what the fields say of the entries `x`, and values are off by half a step of the element at the most."""
+    if fmt.fp4_first:
+        x = through_fp4(to_bf16(x.astype(np.float32)), fmt.fp4_first).astype(np.float64)
     exact = {"bf16": 2.0**-8, "fp32": 0.0}.get(fmt.element, 2.0**-8)
     q = scales.shape[1]
     assert (np.abs(got - x)[:, q:] <= np.abs(x[:, q:]) * exact).all()
@@ -258,7 +297,9 @@ def check_close(fmt: RecordFormat, x: np.ndarray, got: np.ndarray, scales: np.nd
         amax = np.repeat(np.abs(x).reshape(len(x), -1, fmt.group).max(axis=2), fmt.group, axis=1)
         least = np.maximum(amax, fmt.floor) / top if fmt.floor_on == "amax" else np.maximum(amax / top, fmt.floor)
         near = 2.0**-8 if fmt.round_values else 2.0**-20
-        if fmt.scale in ("ue8m0", "pow2"):
+        if fmt.nearest_scale:
+            assert (np.log2(scales) % 1 == 0).all() and (np.abs(np.log2(scales / least)) <= 0.5 + near).all()
+        elif fmt.scale in ("ue8m0", "ue8m0x4", "pow2"):
             assert (np.log2(scales) % 1 == 0).all()
             assert (scales >= least * (1 - near)).all() and (scales < 2 * least * (1 + near)).all()
         elif fmt.scale == "fp32":
@@ -338,9 +379,31 @@ def test_refused_or_right(made_of: dict[str, Any], head_dim: int, rope_dim: int,
 
 
 OWN = {
-    "nvfp4, 384 bytes": (
+    "nvfp4 with a factor, 384 bytes": (
         RecordFormat("a", "", "e2m1", 16, "e4m3", rotated_bf16=True, pad=4, pad_written=True, head_dims=(512,), rope_dim=64),
         CompressorSpec(512, 4, overlap=True),
+    ),
+    "interleaved fp32 scales, through mxfp4": (
+        RecordFormat("g", "", "e4m3", 8, "fp32", 1e-3, interleaved=True, round_values=True, fp4_first="mxfp4", pad=4),
+        CompressorSpec(64, 4, rope_dim=16),
+    ),
+    "four codes for each scale, interleaved, beside bf16": (
+        RecordFormat(
+            "h",
+            "",
+            "e2m1",
+            8,
+            "ue8m0x4",
+            1e-4,
+            interleaved=True,
+            rotated_bf16=True,
+            round_normed=True,
+            pad=8,
+            pad_written=True,
+            nearest_scale=True,
+            unsigned_zero=True,
+        ),
+        CompressorSpec(64, 4, rope_dim=16),
     ),
     "e2m1 per tensor": (RecordFormat("b", "", "e2m1", scale="static", round_values=True), CompressorSpec(32, 4, rope_dim=8)),
     "fp32 scales floored": (

@@ -38,10 +38,9 @@ class Record:
 
     def __init__(self, name: str, entry: np.ndarray) -> None:
         self.name, self.hd = name, len(entry)
-        data, *scales = (buffer for buffer, _ in oracle.pack(name, entry[None], [0], 1))
-        width, tail = oracle.FORMATS[name]["planes"][self.hd]
-        self.data = data[:width].copy()
-        self.tail = (scales[0] if scales else data[width : width + tail]).copy()
+        first, *second = (buffer for buffer, _ in oracle.pack(name, entry[None], [0], 1))
+        at, behind = oracle.places(name, self.hd, 1)
+        self.data, self.tail = first[at[0]], (second or [first])[0][behind[0]]
 
     def set_channel(self, channel: int, x: np.float32, code: int) -> None:
         """Stores element `code`; where channels are bf16 or fp32 instead, `x` itself, a NaN in bf16 as 0x7FC0."""
@@ -54,7 +53,7 @@ class Record:
         elif element == "fp32":
             self.data[4 * channel : 4 * channel + 4] = np.array([x]).view(np.uint8)
         else:
-            at = count + 2 * (channel - count)
+            at = len(self.data) - 2 * (self.hd - channel)
             high = {np.inf: 0x7F80, -np.inf: 0xFF80}.get(float(x), 0x7FC0)
             self.data[at : at + 2] = np.array([high], np.uint16).view(np.uint8)
 
@@ -65,15 +64,14 @@ def check(backend: Backend, name: str, hd: int, entries: np.ndarray, stand_ins: 
     pages.write(SLOTS, entries)
     expected = pages.expected(SLOTS, stand_ins)
     page, row = divmod(SLOTS[BAD], ROWS)
-    width, tail = oracle.FORMATS[name]["planes"][hd]
     starts = [
         len(whole) // 2 - size * pages.num_pages // 2 + page * size for whole, size in zip(expected, pages.sizes, strict=True)
     ]
-    expected[0][starts[0] + row * width :][:width] = record.data
-    if tail:
-        kept = len(record.tail) - (oracle.FORMATS[name]["pad"] == "kept")
-        first = starts[-1] + (0 if len(starts) == 2 else ROWS * width)
-        expected[-1][first + row * tail :][:kept] = record.tail[:kept]
+    at, behind = oracle.places(name, hd, ROWS)
+    expected[0][starts[0] + at[row]] = record.data
+    pad = oracle.FORMATS[name]["pad"]
+    kept = len(record.tail) - (pad[0] if pad and pad[1] == "kept" else 0)
+    expected[-1][starts[-1] + behind[row, :kept]] = record.tail[:kept]
     for got, want in zip(pages.now(), expected, strict=True):
         wrong = np.flatnonzero(got != want)
         assert not len(wrong), f"{len(wrong)} bytes differ, first at {wrong[0]}: got {got[wrong[0]]}, expected {want[wrong[0]]}"
@@ -112,7 +110,7 @@ def test_infinity(backend: Backend, name: str, hd: int) -> None:
     """An infinity saturates where its group has no scale, or an e4m3 scale; elsewhere the scale goes to its end.
 
     Then the group's finite channels become 0 with their sign (where the format keeps it) and the infinite ones the NaN code. A
-    NaN beside an infinity changes nothing.
+    NaN beside an infinity changes nothing. What goes through nvfp4 first saturates there, at 6 * 448.
     """
     f = oracle.FORMATS[name]
     size = f["group"] or 64
@@ -122,21 +120,22 @@ def test_infinity(backend: Backend, name: str, hd: int) -> None:
     for channel, x in channels.items():
         stand_ins[BAD, channel] = np.clip(np.nan_to_num(x, nan=0.0), -1e38, 1e38)
     record = Record(name, stand_ins[BAD])
-    saturates = f["scale"] in (None, "e4m3")
+    saturates = f["scale"] in (None, "e4m3") or f["fp4_first"] == "nvfp4"
     for channel, x in channels.items():
         entries[BAD, channel] = x
         sign = 0x80 if f["element"] == "e4m3" else 8
         finite_top = (0x7E if f["element"] == "e4m3" else 7) | (sign if x < 0 else 0)
-        record.set_channel(channel, np.float32(x), finite_top if saturates and not np.isnan(x) else nan_code(name))
+        if f["fp4_first"] != "nvfp4" or np.isnan(x):  # otherwise as what stands in for it
+            record.set_channel(channel, np.float32(x), finite_top if saturates and not np.isnan(x) else nan_code(name))
         group = channel // size
         if np.isnan(x) or saturates or channel >= quantized(name, hd):
             continue
         for other in range(group * size, group * size + size):
             if np.isfinite(entries[BAD, other]) and other not in channels:
-                keeps = f["element"] != "e2m1_toward_zero" and np.signbit(entries[BAD, other])
+                keeps = f["element"] != "e2m1_toward_zero" and not f["no_minus"] and np.signbit(entries[BAD, other])
                 record.set_channel(other, entries[BAD, other], sign if keeps else 0)
-        if f["scale"] == "ue8m0":
-            record.tail[group] = 254
+        if f["scale"] in ("ue8m0", "ue8m0x4"):
+            record.tail.reshape(-1, 4 if f["scale"] == "ue8m0x4" else 1)[group] = 254
         else:
             end = 2.0**127 if f["scale"] == "pow2" else np.inf
             record.tail[4 * group : 4 * group + 4] = np.array([end], "<f4").view(np.uint8)

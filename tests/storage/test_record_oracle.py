@@ -11,6 +11,7 @@ from support.record_oracle import FORMATS, pack, threshold_cases
 
 NAMES = sorted(FORMATS)
 MLA = [name for name in NAMES if name.startswith("fp8_ds_mla")]
+FAKED = [name for name in NAMES if FORMATS[name]["fp4_first"]]
 CASES = [(name, hd) for name in NAMES for hd in FORMATS[name]["head_dims"]]
 
 
@@ -39,12 +40,13 @@ def page(name: str, x: np.ndarray, **kw: float) -> np.ndarray:
         ("mxfp4", 128, 68),
         ("mxfp4", 512, 272),
         ("nvfp4_trtllm", 512, 288),
-        ("indexer_fp8_vllm", 128, 132),
-        ("indexer_fp8_sglang", 128, 132),
-        ("indexer_mxfp4", 128, 68),
-        ("indexer_mxfp4_sglang", 128, 68),
-        ("v41_mxfp8", 512, 528),
-        ("v41_nvfp4", 512, 288),
+        *((name, 512, 528) for name in NAMES if name.startswith("v41_mxfp8")),
+        *((name, 512, 288) for name in NAMES if name.startswith("v41_nvfp4")),
+        *((name, 128, 132) for name in NAMES if name.startswith("indexer_fp8")),
+        *((name, 128, 68) for name in NAMES if name.startswith("indexer_mxfp4")),
+        ("fp8_tensor_v41_sglang", 512, 512),
+        ("nvfp4_flashinfer", 512, 384),
+        ("mxfp4_sm90_sglang", 512, 368),
     ],
 )
 def test_record_sizes(name: str, hd: int, size: int) -> None:
@@ -58,6 +60,11 @@ def test_page_sizes() -> None:
     assert oracle.page_bytes("fp8_ds_mla_trtllm", 512, 64) == [37_376]
     assert oracle.page_bytes("v41_mxfp8", 512, 3) == [2048]  # 1,584 rounded up
     assert oracle.page_bytes("v41_nvfp4", 512, 3) == [864]
+    assert oracle.page_bytes("v41_nvfp4_sglang", 512, 4) == [1280]  # 1,152 rounded up
+    assert oracle.page_bytes("v41_mxfp8_interleaved_sglang", 512, 3) == [1584]
+    assert oracle.page_bytes("v41_nvfp4_interleaved_vllm", 512, 3) == [864]
+    assert oracle.page_bytes("nvfp4_flashinfer", 512, 64) == [24_576]
+    assert oracle.page_bytes("mxfp4_sm90_sglang", 512, 64) == [23_552]
     assert oracle.page_bytes("nvfp4_trtllm", 512, 3) == [768, 96]
     assert oracle.page_bytes("mxfp4", 128, 3) == [192, 12]
     assert oracle.page_bytes("indexer_mxfp4", 128, 3) == [204]
@@ -70,9 +77,14 @@ def test_page_sizes() -> None:
         ("fp8_ds_mla_vllm_triton", 512, 576, 105),
         ("fp8_ds_mla_sglang", 512, 576, 105),
         ("fp8_ds_mla_trtllm", 512, 576, 92),
-        ("v41_mxfp8", 512, 512, 105),
+        ("fp8_ds_mla_v41", 512, 576, 105),
+        ("v41_mxfp8", 512, 512, 114),
+        ("v41_mxfp8_sglang", 512, 512, 114),
+        ("v41_mxfp8_interleaved_sglang", 512, 512, 114),
+        ("v41_mxfp8_interleaved_vllm", 512, 512, 105),
         ("mxfp4", 128, 64, 1),
         ("indexer_mxfp4", 128, 64, 1),
+        ("indexer_mxfp4_v41", 128, 64, 1),
         ("indexer_mxfp4_sglang", 128, 64, 112),
     ],
 )
@@ -160,7 +172,7 @@ def test_fp8_tensor() -> None:
     assert page("fp8_tensor_trtllm", x)[:5].tolist() == [0x38, 0xFE, 0x7E, 0x80, 0x39]
 
 
-@pytest.mark.parametrize("name", MLA)
+@pytest.mark.parametrize("name", [name for name in MLA if name not in FAKED])
 def test_fp8_ds_mla_layout(name: str) -> None:
     """Three rows in a page of four: values, RoPE channels and scales in their places; pad bytes as the writer leaves them."""
     n, rows = 4, [2, 0, 3]
@@ -242,13 +254,91 @@ def test_nvfp4() -> None:
     assert page("nvfp4_trtllm", entry(512, 1e30))[[0, 256]].tolist() == [0x07, 0x7E]
 
 
+@pytest.mark.parametrize("name", ["v41_mxfp8_interleaved_vllm", "v41_mxfp8_interleaved_sglang"])
+def test_interleaved_mxfp8(name: str) -> None:
+    """Row j at 528 j: 512 values, then their 16 codes."""
+    x = np.zeros((2, 512), np.float32)
+    x[:, 511], x[:, 0] = (448.0, 896.0), -2.0
+    ((data, written),) = pack(name, x, [2, 0], 3)
+    assert data.size == 1584 and written.sum() == 1056 and not written[528:1056].any()
+    least = 105 if "vllm" in name else 114
+    for row, code in ((2, 127), (0, 128)):
+        record = data[528 * row :][:528]
+        assert record[511] == 0x7E and record[512:].tolist() == [120, *[least] * 14, code]
+        assert record[0] == 0xF8  # -2 at a scale of 2^-7, -256
+
+
+@pytest.mark.parametrize("name", ["v41_nvfp4_interleaved_vllm", "v41_nvfp4_interleaved_sglang"])
+def test_interleaved_nvfp4(name: str) -> None:
+    x = np.zeros((2, 512), np.float32)
+    x[:, 1], x[1, 511] = 6.0, -9.0
+    ((data, written),) = pack(name, x, [1, 0], 2)
+    assert data.size == 576 and written.all()
+    assert data[0] == data[288] == 0x70 and data[255] == 0xF0
+    assert data[256:288].tolist() == [0x38, *[1] * 30, 0x3C] and data[544:].tolist() == [0x38, *[1] * 31]
+
+
+def test_nvfp4_flashinfer() -> None:
+    """352 bytes of a row, 224 of codes and 64 bf16; then the page's 32-byte scales, of which 4 bytes are zeroed."""
+    x = np.zeros((1, 512), np.float32)
+    x[0, 0], x[0, 16], x[0, 32], x[0, 48], x[0, 448:] = 6.0, 9.0, 6 * 2.0**-11, -6 * 2.0**-10, np.arange(64)
+    ((data, written),) = pack("nvfp4_flashinfer", x, [1], 2)
+    assert data.size == 768 and written[352:704].all() and written[736:].all() and written.sum() == 384
+    assert data[352:384:8].tolist() == [0x07, 0x07, 0x00, 0x08]  # amax / 6 of 2^-11, and the tie 2^-10, have scale 0
+    assert data[352 + 224 + 2 * 31 :][:2].tolist() == [0xF8, 0x41]
+    assert data[736:768].tolist() == [0x38, 0x3C, *[0] * 30]
+
+
+def test_mxfp4_sm90_sglang() -> None:
+    """368 bytes of a row: 224 of codes, 14 scales, 2 that are left alone, 64 bf16. The scale is the nearest power of two."""
+    x = np.zeros((1, 512), np.float32)
+    x[0, 0], x[0, 32], x[0, 64], x[0, 448:] = 6.0, 4.25, -4.21875, np.arange(64)
+    ((data, written),) = pack("mxfp4_sm90_sglang", x, [1], 2)
+    record = data[368:]
+    assert record[[0, 16, 32]].tolist() == [0x07, 0x06, 0x0F]  # 6, 4.25 to 4, and 8.4375 saturates
+    assert record[224:240].tolist() == [127, 127, 126, *[1] * 11, 0, 0] and not written[368 + 238 : 368 + 240].any()
+    assert record[240 + 62 :][:2].tolist() == [0xF8, 0x41]
+
+
+@pytest.mark.parametrize("name", ["indexer_fp8_vllm_sm100", "indexer_fp8_v41_sm100"])
+def test_four_equal_codes(name: str) -> None:
+    data = page(name, entry(128, 3.0, -1.5))
+    assert data[:2].tolist() == [0x7C, 0xF4] and data[128:].tolist() == [120] * 4
+    assert page(name, entry(128))[128:].tolist() == [105] * 4
+
+
+def test_through_nvfp4() -> None:
+    """Scale 1 from amax 6; ties to even; -0 becomes +0, a small negative -0; the smallest scale is 2^-9."""
+    x = np.zeros((1, 32), np.float32)
+    x[0, :8] = 6.0, 0.25, -0.25, 0.75, -0.0, 5.0, -2.5, 1.125
+    x[0, 16:19] = 2.0**-9, -(2.0**-10), 2.0**-12
+    got = oracle.through_fp4(x, "nvfp4")
+    assert got[0, :8].tolist() == [6.0, 0.0, 0.0, 1.0, 0.0, 4.0, -2.0, 1.0]
+    assert np.signbit(got[0, :8]).tolist() == [False, False, True, False, False, False, True, False]
+    assert got[0, 16:19].tolist() == [2.0**-9, -(2.0**-10), 0.0]
+    assert oracle.through_fp4(np.full((1, 16), 9.0, np.float32), "nvfp4")[0, 0] == 9.0  # 6 * 1.5
+
+
+def test_two_stages_are_not_one() -> None:
+    """SGLang's V4.1 key: where amax is rounded from over 3 scales to 3, the second scale is half of it, and codes double."""
+    x = entry(128, 3.25, 1.0, -0.25)
+    x[0, 32:34] = 3.75, -0.0
+    one, two = page("indexer_mxfp4_v41", x), page("indexer_mxfp4_v41_sglang", x)
+    assert one[64:66].tolist() == [127, 127] and two[64:66].tolist() == [126, 127]
+    assert one[:2].tolist() == [0x25, 0x08] and two[:2].tolist() == [0x47, 0x00]
+    assert one[16] == 0x86 and two[16] == 0x06
+    # Below the floor of the second stage values are rounded a second time.
+    tiny = entry(128, 3 * 2.0**-16, 2.0**-16)
+    assert page("indexer_mxfp4_v41_sglang", tiny)[[0, 64]].tolist() == [0x01, 114]
+
+
 def test_v41_mxfp8() -> None:
     x = entry(512, 448.0, -0.0)
     x[0, 511] = 896.0
     ((data, written),) = pack("v41_mxfp8", np.concatenate([x, -x]), [1, 0], 2)
     assert data.size == 1536 and written.sum() == 1056 and not written[1056:].any()
     assert data[[512, 513, 1023, 0, 1, 511]].tolist() == [0x7E, 0x80, 0x7E, 0xFE, 0, 0xFE]
-    assert data[1024 + 16 : 1024 + 32].tolist() == [127, *[105] * 14, 128]
+    assert data[1024 + 16 : 1024 + 32].tolist() == [127, *[114] * 14, 128]
 
 
 @pytest.mark.parametrize(("name", "hd"), CASES)
@@ -261,10 +351,10 @@ def test_cases_are_finite_and_reach_the_extremes(name: str, hd: int) -> None:
     assert magnitude.min() < 2.0**-126  # subnormals
     buffers = pack(name, x, list(range(len(x))), len(x) + 1)
     if FORMATS[name]["element"] == "e4m3":
-        data = buffers[0][0][: len(x) * FORMATS[name]["planes"][hd][0]].reshape(len(x), -1)
+        data = buffers[0][0][oracle.places(name, hd, len(x) + 1)[0][:-1]]
         nope = data[:, :448] if FORMATS[name]["needs_rope"] else data
         assert not (nope & 0x7F == 0x7F).any()  # no NaN
-        assert len(np.unique(nope)) == 254
+        assert len(np.unique(nope)) == 254 or name in FAKED
 
 
 MUTATIONS = {
@@ -272,6 +362,9 @@ MUTATIONS = {
     "floor": [(name, hd) for name, hd in CASES if FORMATS[name]["floor"]],
     "ties": [(name, hd) for name, hd in CASES if FORMATS[name]["element"].startswith("e2m1")],
     "divide": [("indexer_fp8_sglang", 128)],
+    "fp4_first": [(name, hd) for name, hd in CASES if name in FAKED],
+    "no_minus": [("indexer_mxfp4_v41_sglang", 128)],
+    "nearest": [("mxfp4_sm90_sglang", 512)],
 }
 
 
@@ -286,6 +379,9 @@ def test_cases_tell_packers_apart(what: str, name: str, hd: int, monkeypatch: py
         "floor": f["floor"] * 2.5,
         "ties": "e2m1" if f["element"] != "e2m1" else "e2m1_toward_zero",
         "divide": not f["divide"],
+        "fp4_first": None,
+        "no_minus": not f["no_minus"],
+        "nearest": not f["nearest"],
     }
     monkeypatch.setitem(f, "element" if what == "ties" else what, changed[what])
     got = [buffer for buffer, _ in pack(name, x, list(range(len(x))), len(x))]

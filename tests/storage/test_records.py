@@ -24,8 +24,10 @@ def test_tables_agree() -> None:
         fmt, spec = FORMATS[name], SPECS[hd]
         fmt.check(spec)
         assert fmt.record_bytes(spec) == oracle.FORMATS[name]["record_bytes"][hd], name
-        assert (fmt.row_bytes(spec), fmt.tail_bytes(spec)) == oracle.FORMATS[name]["planes"][hd], name
+        planes = fmt.values_bytes(spec) + fmt.rotated_bytes(spec), fmt.tail_bytes(spec)
+        assert planes == oracle.FORMATS[name]["planes"][hd], name
         for rows in (1, 2, 7, 64):
+            assert fmt.used_bytes(spec, rows) <= fmt.page_bytes(spec, rows) < fmt.used_bytes(spec, rows) + fmt.page_align
             sizes = [fmt.page_bytes(spec, rows)] + ([rows * fmt.tail_bytes(spec)] if fmt.separate else [])
             assert sizes == oracle.page_bytes(name, hd, rows), (name, hd, rows)
 
@@ -107,6 +109,7 @@ OWN = {
     "e4m3": torch.float8_e4m3fn,
     "e2m1": getattr(torch, "float4_e2m1fn_x2", torch.uint8),
     "ue8m0": getattr(torch, "float8_e8m0fnu", torch.uint8),
+    "ue8m0x4": getattr(torch, "float8_e8m0fnu", torch.uint8),
 }
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
 OTHERS = (

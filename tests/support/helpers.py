@@ -226,7 +226,7 @@ class Engine:
         index = torch.tensor(slots, dtype=torch.int64, device=self.backend.device)[:, None]
         page, row = index // n, index % n
         fmt = self.cache.format
-        assert not fmt.separate, "the tails of this format are not in cache.storage"
+        assert not fmt.separate and not fmt.interleaved, "the tails of this format are not behind the records of a page"
         width, tail = fmt.row_bytes(self.spec), fmt.tail_bytes(self.spec)
         body = row * width + torch.arange(width, device=index.device)
         byte = torch.cat([body, n * width + row * tail + torch.arange(tail, device=index.device)], dim=1)

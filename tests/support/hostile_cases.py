@@ -59,7 +59,8 @@ CALLERS = ("errors", "entry_slots", "state_slots", "snapshot_table", "cache_bloc
            "storage", "scales", "pages")  # fmt: skip
 WEIGHTS = {
     "compress": 22, "compress_many": 9, "store": 13, "restore": 12, "StepPlan.update": 13, "EntryCache.read": 8,
-    "EntryCache.raw": 3, "Snapshots.of": 4, "FoldState.history_of": 2, "mark_static": 2, "check": 1.2, "dump": 0.5,
+    "EntryCache.raw": 3, "EntryCache.from_blocks": 6,
+    "Snapshots.of": 4, "FoldState.history_of": 2, "mark_static": 2, "check": 1.2, "dump": 0.5,
 }  # fmt: skip
 
 # What is to be seen on the interpreter, and on a GPU beside that; the rest is the same on every backend.
@@ -103,7 +104,8 @@ def draw(world_of: Callable[[str, str], HostileWorld], rng: random.Random, backe
 
 
 def _spoil(world: HostileWorld, rng: random.Random) -> Spoil:
-    when = rng.choices(("made", "given", "assigned"), (6, 3, 2))[0]
+    objects = [name for name in world.function.arguments if name.split(".")[-1] in ATTRIBUTES and name not in world.good]
+    when = rng.choices(("made", "given", "assigned"), (6, 3, 2 if objects else 0))[0]
     if when == "made":
         target = rng.choice(world.taken)
         if target.split(".")[-1] == "spec" and rng.random() < 0.6:
@@ -125,7 +127,6 @@ def _spoil(world: HostileWorld, rng: random.Random) -> Spoil:
             list({"value": VALUES, "object": objects_for(target), "twin": TWINS}.get(how) or world.function.arguments)
         )
         return Spoil(when, target, how, what)
-    objects = [name for name in world.function.arguments if name.split(".")[-1] in ATTRIBUTES and name not in world.good]
     target = rng.choice(objects)
     attribute = rng.choice(ATTRIBUTES[target.split(".")[-1]])
     way = _way(world, rng, True, target)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-from support.fuzz_support import ARENA, GAP, KINDS, World
+from support.fuzz_support import ARENA, GAP, KINDS, ROWS_PER_PAGE, World
 from support.helpers import Backend
 from torch import Tensor
 
@@ -93,6 +93,11 @@ def _raw(given: dict[str, Any]) -> dict[str, Tensor]:
     return EntryCache.raw(given["cache"], given["slot"])
 
 
+def _from_blocks(given: dict[str, Any]) -> None:
+    positional, named = _named(given, "view", "fmt", "spec")
+    EntryCache.from_blocks(*positional, **named)
+
+
 def _of(given: dict[str, Any]) -> Tensor:
     return Snapshots.of(given["snapshots"], given["positions"])
 
@@ -121,6 +126,7 @@ FUNCTIONS: dict[str, Function] = {
     "StepPlan.update": Function("update", ALL_KINDS, ("plan", "start_pos", "cu_seqlens"), _update, own="plan"),
     "EntryCache.read": Function("read", ALL_KINDS, ("cache", "slots"), _read, own="cache"),
     "EntryCache.raw": Function("read", ALL_KINDS, ("cache", "slot"), _raw, own="cache"),
+    "EntryCache.from_blocks": Function("read", ALL_KINDS, ("view", "fmt", "spec", "scales", "scale"), _from_blocks),
     "Snapshots.of": Function("read", FOLD_KINDS, ("snapshots", "positions"), _of, own="snapshots"),
     "FoldState.history_of": Function("read", FOLD_KINDS, ("state", "position"), _history, own="state"),
     "mark_static": Function("compress", ALL_KINDS, ("state", "cache", "plan", "snapshots", "rows"), _mark),
@@ -142,6 +148,10 @@ class HostileWorld(World):
         super().__init__(kind, self.function.world, backend)
         if "slots" in self.leaves and self.function.world == "read":
             self.leaves |= {"positions": self.put(torch.tensor([0, 7, 12])), "position": 13}
+        if "view" in self.function.arguments:
+            pages, fmt = self.leaves["cache.storage"], self.leaves["cache.fmt"]
+            self.leaves |= {"view": self.put(pages.reshape(len(pages), ROWS_PER_PAGE, -1)), "fmt": fmt, "scale": 1.0}
+            self.leaves["scales"] = self.leaves["cache.scales"]
         for field in NOT_GIVEN:
             self.leaves.setdefault(f"plan.{field}", None)
         if self.function.world == "check":

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from kvfold.backend_triton.args import Output, Target
 from kvfold.backend_triton.build import INTERPRETED, wrapped
-from kvfold.backend_triton.kernels.record import store_record
+from kvfold.backend_triton.kernels.record import load_scale, store_record
 from kvfold.backend_triton.variants import format_of, spec_of
 from kvfold.storage.cache import EntryCache
 
@@ -20,7 +20,7 @@ def write_records(
     cache = Output(None, None, None, None, pages, page_stride, scales, scales_stride, rows_per_page, None, cache_scale)
     i = tl.program_id(0)
     y = tl.load(entries + i.to(tl.int64) * SPEC.HEAD_DIM + tl.arange(0, SPEC.HEAD_DIM))
-    store_record(y, tl.load(slots + i), cache, SPEC, FMT, TARGET)
+    store_record(y, tl.load(slots + i), load_scale(cache), cache, SPEC, FMT, TARGET)
 
 
 def constants_of(cache: EntryCache) -> dict[str, Any]:

@@ -29,24 +29,29 @@ def _format(head_dims: list[int], bits: int, **kw: Any) -> dict[str, Any]:
 
     element     encoding of the quantized channels: bf16, fp32, e4m3, e2m1 (ties to even) or e2m1_toward_zero (and no -0)
     group       channels that share a scale, 0 where there is none
-    scale       encoding of the scale: ue8m0 byte, pow2 (a power of two as fp32), fp32, e4m3
+    scale       encoding of the scale: ue8m0 byte, ue8m0x4 (the byte four times), pow2 (a power of two as fp32), fp32, e4m3
     floor       lower bound of amax, or of the scale before it is rounded up where `floor_on` is "scale"
+    nearest     whether a power of two is the nearest in the exponent, halves up, instead of the next one
     divide      whether values are divided by an fp32 scale instead of multiplied by its rounded inverse
     bf16_first  whether entries are rounded to bf16 before anything else
+    fp4_first   what they are then quantized to and read back from: None, "nvfp4" or "mxfp4"
+    no_minus    whether codes of zero lose their sign
     align       what the page is rounded up to
-    pad         the byte behind the scales of an `fp8_ds_mla` row: "zero", or "kept" where the writer leaves it alone
+    pad         the bytes behind the scales: None, or how many and whether they are "zero" or "kept" as they are
     buffers     2 where data and scales are not in one page
+    interleaved whether scales and pad stand in each row, behind its values
     """
     row: dict[str, Any] = {
         "head_dims": head_dims, "needs_rope": False, "group": 0, "scale": None, "floor": 0.0, "floor_on": "amax",
-        "divide": False, "bf16_first": False, "align": 1, "pad": None, "buffers": 1, **kw,
+        "nearest": False, "divide": False, "bf16_first": False, "fp4_first": None, "no_minus": False, "align": 1, "pad": None,
+        "buffers": 1, "interleaved": False, **kw,
     }  # fmt: skip
-    scale_bytes = {None: 0, "ue8m0": 1, "pow2": 4, "fp32": 4, "e4m3": 1}[row["scale"]]
+    scale_bytes = {None: 0, "ue8m0": 1, "ue8m0x4": 4, "pow2": 4, "fp32": 4, "e4m3": 1}[row["scale"]]
     row["planes"] = {}
     for hd in head_dims:
-        data, scales = hd * bits // 8, (hd // row["group"] if row["group"] else 0) * scale_bytes
-        if row["needs_rope"]:
-            data, scales = 448 + 2 * 64, 8  # e4m3 then bf16; seven scales and the pad byte
+        quantized = 448 if row["needs_rope"] else hd
+        data = quantized * bits // 8 + (2 * 64 if row["needs_rope"] else 0)
+        scales = (quantized // row["group"] if row["group"] else 0) * scale_bytes + (row["pad"][0] if row["pad"] else 0)
         row["planes"][hd] = (data, scales)
     row["record_bytes"] = {hd: sum(planes) for hd, planes in row["planes"].items()}
     return row
@@ -54,29 +59,62 @@ def _format(head_dims: list[int], bits: int, **kw: Any) -> dict[str, Any]:
 
 _MLA = {"element": "e4m3", "group": 64, "scale": "ue8m0", "needs_rope": True, "bf16_first": True}
 _MX4 = {"group": 32, "scale": "ue8m0"}
+ZEROED, KEPT = (1, "zero"), (1, "kept")
 BOTH, MAIN, INDEXER = [128, 512], [512], [128]
+# V4.1: 512 values, then or in the page's end 16 codes; in fp4 256 bytes and 32 scales of e4m3.
+_V41 = {"element": "e4m3", "group": 32, "scale": "ue8m0", "floor": FLOOR_1E4}
+_ON_SCALE = {**_V41, "floor_on": "scale", "bf16_first": True}
+_V41_FP4 = {"element": "e2m1", "group": 16, "scale": "e4m3"}
+_KEY8 = {"element": "e4m3", "group": 128, "floor": FLOOR_1E4, "bf16_first": True}
+_KEY4 = {"element": "e2m1", **_MX4, "bf16_first": True}
+_FAKED = {"bf16_first": True, "fp4_first": "nvfp4"}
 
 # name -> what `_format` says, and `planes` {head_dim: (data bytes, scale bytes)} and `record_bytes` {head_dim: their sum}.
 FORMATS: dict[str, dict[str, Any]] = {
     "bf16": _format(BOTH, 16, element="bf16"),
     "bf16_trtllm": _format(BOTH, 16, element="bf16"),
+    "bf16_v41": _format(BOTH, 16, element="bf16"),
     "fp32": _format(BOTH, 32, element="fp32"),
     "fp8_tensor": _format(BOTH, 8, element="e4m3", bf16_first=True),
     "fp8_tensor_trtllm": _format(BOTH, 8, element="e4m3"),  # load, norm, RoPE and Hadamard in fp32 registers, then the cast
-    "fp8_ds_mla": _format(MAIN, 8, **_MLA, floor=FLOOR_1E4, floor_on="scale", pad="zero", align=576),
-    "fp8_ds_mla_vllm_triton": _format(MAIN, 8, **_MLA, floor=FLOOR_1E4, pad="zero", align=576),
-    "fp8_ds_mla_sglang": _format(MAIN, 8, **_MLA, floor=FLOOR_1E4, pad="kept", align=576),
-    "fp8_ds_mla_trtllm": _format(MAIN, 8, **_MLA, floor=FLOOR_1E8, pad="kept"),
+    "fp8_tensor_v41": _format(BOTH, 8, element="e4m3", bf16_first=True),
+    "fp8_tensor_v41_sglang": _format(MAIN, 8, element="e4m3", **_FAKED),
+    "fp8_ds_mla": _format(MAIN, 8, **_MLA, floor=FLOOR_1E4, floor_on="scale", pad=ZEROED, align=576),
+    "fp8_ds_mla_vllm_triton": _format(MAIN, 8, **_MLA, floor=FLOOR_1E4, pad=ZEROED, align=576),
+    "fp8_ds_mla_sglang": _format(MAIN, 8, **_MLA, floor=FLOOR_1E4, pad=KEPT, align=576),
+    "fp8_ds_mla_trtllm": _format(MAIN, 8, **_MLA, floor=FLOOR_1E8, pad=KEPT),
+    "fp8_ds_mla_v41": _format(MAIN, 8, **_MLA, floor=FLOOR_1E4, pad=ZEROED, align=576),
+    "fp8_ds_mla_v41_sglang": _format(MAIN, 8, **_MLA | _FAKED, floor=FLOOR_1E4, pad=KEPT, align=576),
     "fp8_block128": _format(BOTH, 8, element="e4m3", group=128, scale="fp32"),
     "mxfp4": _format(BOTH, 4, element="e2m1", **_MX4, floor=FLOOR_MX, buffers=2),
-    "nvfp4_trtllm": _format(MAIN, 4, element="e2m1", group=16, scale="e4m3", buffers=2),
-    "indexer_fp8_vllm": _format(INDEXER, 8, element="e4m3", group=128, scale="pow2", floor=FLOOR_1E4, bf16_first=True),
+    "nvfp4_trtllm": _format(MAIN, 4, **_V41_FP4, buffers=2),
+    "nvfp4_flashinfer": _format(MAIN, 4, **_V41_FP4, needs_rope=True, bf16_first=True, pad=(4, "zero")),
+    "mxfp4_sm90_sglang": _format(
+        MAIN, 4, element="e2m1", **_MX4, floor=FLOOR_MX, nearest=True, needs_rope=True, bf16_first=True, pad=(2, "kept"),
+        interleaved=True,
+    ),
+    "indexer_fp8_vllm": _format(INDEXER, 8, **_KEY8, scale="pow2"),
+    "indexer_fp8_vllm_sm100": _format(INDEXER, 8, **_KEY8, scale="ue8m0x4"),
+    "indexer_fp8_v41": _format(INDEXER, 8, **_KEY8, scale="pow2"),
+    "indexer_fp8_v41_sm100": _format(INDEXER, 8, **_KEY8, scale="ue8m0x4"),
     "indexer_fp8_sglang": _format(INDEXER, 8, element="e4m3", group=128, scale="fp32", floor=FLOOR_1E4),
-    "indexer_mxfp4": _format(INDEXER, 4, element="e2m1", **_MX4, floor=FLOOR_MX, bf16_first=True),
+    "indexer_mxfp4": _format(INDEXER, 4, **_KEY4, floor=FLOOR_MX),
+    "indexer_mxfp4_v41": _format(INDEXER, 4, **_KEY4, floor=FLOOR_MX),
     "indexer_mxfp4_sglang": _format(INDEXER, 4, element="e2m1_toward_zero", **_MX4, floor=FLOOR_1E4),
-    "v41_mxfp8": _format(MAIN, 8, element="e4m3", group=32, scale="ue8m0", floor=FLOOR_1E4, bf16_first=True, align=512),
-    "v41_nvfp4": _format(MAIN, 4, element="e2m1", group=16, scale="e4m3", bf16_first=True),
-}
+    "indexer_mxfp4_v41_sglang": _format(
+        INDEXER, 4, **_KEY4, floor=FLOOR_1E4, floor_on="scale", fp4_first="mxfp4", no_minus=True
+    ),
+    "v41_mxfp8": _format(MAIN, 8, **_ON_SCALE, align=512),
+    "v41_mxfp8_sglang": _format(MAIN, 8, **_ON_SCALE, align=512),
+    "v41_mxfp8_sglang_fp4": _format(MAIN, 8, **_ON_SCALE | _FAKED, align=512),
+    "v41_mxfp8_interleaved_vllm": _format(MAIN, 8, **_V41, interleaved=True),
+    "v41_mxfp8_interleaved_sglang": _format(MAIN, 8, **_ON_SCALE, interleaved=True),
+    "v41_mxfp8_interleaved_sglang_fp4": _format(MAIN, 8, **_ON_SCALE | _FAKED, interleaved=True),
+    "v41_nvfp4": _format(MAIN, 4, **_V41_FP4, bf16_first=True),
+    "v41_nvfp4_sglang": _format(MAIN, 4, **_V41_FP4, bf16_first=True, align=256),
+    "v41_nvfp4_interleaved_vllm": _format(MAIN, 4, **_V41_FP4, interleaved=True),
+    "v41_nvfp4_interleaved_sglang": _format(MAIN, 4, **_V41_FP4, bf16_first=True, interleaved=True),
+}  # fmt: skip
 
 
 # ---- numbers -----------------------------------------------------------------------------------------------------------------
@@ -116,6 +154,32 @@ def ceil_log2_ratio(amax: np.ndarray, top: float) -> np.ndarray:
     return np.where(m == 0, -100_000, e - top_e + (m > top_m)).astype(np.int64)
 
 
+def through_fp4(x: np.ndarray, kind: str) -> np.ndarray:
+    """fp32 channels [n, channels], which are bf16 numbers, quantized to fp4 and read back, in groups of 16 or of 32.
+
+    nvfp4: scales of e4m3 from amax times the fp32 nearest to 1/6, from 2^-9 to 448, and a quotient. mxfp4: the next power of
+    two. Zeros are +0; what is small and negative becomes -0.
+    """
+    grouped = x.reshape(len(x), -1, {"nvfp4": 16, "mxfp4": 32}[kind])
+    amax = np.abs(grouped).max(axis=-1, keepdims=True)
+    if kind == "nvfp4":
+        scale = e4m3_values(e4m3_bytes(np.clip(amax * (F32(1) / F32(6)), F32(2.0**-9), F32(E4M3_MAX))))
+        quotient = grouped / scale
+    else:
+        k = ceil_log2_ratio(np.maximum(amax, F32(FLOOR_MX)), E2M1_MAX)
+        scale = np.ldexp(F32(1), k.astype(np.int32)).astype(F32)
+        quotient = np.ldexp(grouped.astype(np.float64), -k).astype(F32)
+    codes = e2m1_codes(quotient + F32(0))
+    with np.errstate(over="ignore"):
+        return (codes.view(ml_dtypes.float4_e2m1fn).astype(F32) * scale).reshape(x.shape)
+
+
+def nearest_log2_sixth(amax: np.ndarray) -> np.ndarray:
+    """log2(amax / 6) rounded to the nearest integer, exactly: from k - 1/2 on it is k, and 36 * 2^(2k-1) is no square."""
+    m, e = np.frexp(np.asarray(amax, np.float64))  # 2 m in [1, 2); 6 / sqrt(2) = 1.06066 * 2^2
+    return (e - 1 - 2 - ((2 * m) ** 2 * 8 < 9)).astype(np.int64)
+
+
 def _quantize(
     name: str, x: np.ndarray, group: int, static_scale: float, global_scale: float
 ) -> tuple[np.ndarray, np.ndarray | None]:
@@ -129,12 +193,15 @@ def _quantize(
     x = x.reshape(n, channels // group, group)
     amax = np.abs(x).max(axis=-1)
     floored = np.maximum(amax, F32(f["floor"])) if f["floor_on"] == "amax" else amax
-    if f["scale"] in ("ue8m0", "pow2"):
-        k = ceil_log2_ratio(floored, top)
+    if f["scale"] in ("ue8m0", "ue8m0x4", "pow2"):
+        k = nearest_log2_sixth(floored) if f["nearest"] else ceil_log2_ratio(floored, top)
         if f["floor_on"] == "scale":
             k = np.maximum(k, ceil_log2_ratio(np.float64(f["floor"]), 1.0))
         v = np.ldexp(x.astype(np.float64), -k[..., None]).astype(F32)  # inexact only far below what any code but 0 stands for
-        scales = (k + 127).astype(np.uint8) if f["scale"] == "ue8m0" else np.ldexp(1.0, k).astype("<f4").view(np.uint8)
+        if f["scale"] == "pow2":
+            scales = np.ldexp(1.0, k).astype("<f4").view(np.uint8)
+        else:
+            scales = np.repeat((k + 127).astype(np.uint8), 4 if f["scale"] == "ue8m0x4" else 1, axis=-1)
     elif name == "fp8_block128":
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
             factor = np.where(amax > 0, F32(E4M3_MAX) / amax, F32(1))
@@ -150,15 +217,34 @@ def _quantize(
             s = e4m3_bytes(np.minimum(amax * F32(global_scale) / F32(E2M1_MAX), F32(E4M3_MAX)))
             v = x * (F32(global_scale) / np.maximum(e4m3_values(s), F32(1e-12)))[..., None]
         scales = s
+    elif name == "nvfp4_flashinfer":  # no floor, and where the scale is 0 so is the factor: x * 0 has the sign of x
+        s = e4m3_bytes(amax / F32(E2M1_MAX))
+        with np.errstate(divide="ignore"):
+            factor = np.where(s > 0, F32(1) / e4m3_values(s), F32(0))
+        v, scales = x * factor[..., None], s
     else:  # v41_nvfp4
         s = e4m3_bytes(np.clip(amax / F32(E2M1_MAX), F32(2.0**-9), F32(E4M3_MAX)))
         v, scales = x / e4m3_values(s)[..., None], s
     assert v.dtype == F32
     codes = e4m3_bytes(v) if f["element"] == "e4m3" else e2m1_codes(v, f["element"] == "e2m1_toward_zero")
+    if f["no_minus"]:
+        codes = np.where(codes == 8, 0, codes).astype(np.uint8)
     return codes.reshape(n, channels), np.ascontiguousarray(scales).reshape(n, -1)
 
 
 # ---- pages -------------------------------------------------------------------------------------------------------------------
+
+
+def places(name: str, hd: int, rows_per_page: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the bytes of each row are: [rows, width] of its data in the first buffer, and of its scales and pad in the last."""
+    f, rows = FORMATS[name], np.arange(rows_per_page)[:, None]
+    data, scales = f["planes"][hd]
+    if f["interleaved"]:
+        start, values = rows * (data + scales), data - (2 * 64 if f["needs_rope"] else 0)
+        behind = np.arange(values, data) + scales
+        return start + np.concatenate([np.arange(values), behind]).astype(np.int64), start + values + np.arange(scales)
+    footer = 0 if f["buffers"] == 2 else rows_per_page * data
+    return rows * data + np.arange(data), footer + rows * scales + np.arange(scales)
 
 
 def page_bytes(name: str, hd: int, rows_per_page: int) -> list[int]:
@@ -193,6 +279,8 @@ def pack(
         raise ValueError(f"{name} has 64 RoPE channels, not {rope_dim}")
     if f["bf16_first"]:
         x = to_bf16(x)
+    if f["fp4_first"]:
+        x = through_fp4(x, f["fp4_first"])
 
     scales = None
     if f["element"] == "bf16":
@@ -207,19 +295,16 @@ def pack(
         if f["needs_rope"]:
             rope = np.ascontiguousarray(x[:, hd - rope_dim :]).astype(ml_dtypes.bfloat16).view(np.uint8)
             data = np.concatenate([data, rope], axis=1)
-            if f["pad"] == "zero":
-                scales = np.concatenate([scales, np.zeros((n, 1), np.uint8)], axis=1)
+        if f["pad"] and f["pad"][1] == "zero":
+            scales = np.concatenate([scales, np.zeros((n, f["pad"][0]), np.uint8)], axis=1)
 
     buffers = [(np.zeros(size, np.uint8), np.zeros(size, bool)) for size in page_bytes(name, hd, rows_per_page)]
-    data_width, scale_width = f["planes"][hd]
-    for plane, width, (page, written), base in (
-        (data, data_width, buffers[0], 0),
-        (scales, scale_width, buffers[-1], 0 if f["buffers"] == 2 else rows_per_page * data_width),
+    for plane, (page, written), where in zip(
+        (data, scales), (buffers[0], buffers[-1]), places(name, hd, rows_per_page), strict=True
     ):
-        for i, row in enumerate(rows if plane is not None else ()):
-            at = base + row * width
-            page[at : at + plane.shape[1]] = plane[i]
-            written[at : at + plane.shape[1]] = True
+        if plane is not None:
+            page[where[rows, : plane.shape[1]]] = plane
+            written[where[rows, : plane.shape[1]]] = True
     return buffers
 
 
@@ -294,7 +379,19 @@ def threshold_cases(name: str, hd: int) -> np.ndarray:
         scales = np.array([1.0])
     if f["scale"] == "fp32":  # not powers of two: a quotient and a product with the inverse fall on different sides of a tie
         scales = np.concatenate([scales, 2.0 ** rng.uniform(-12, 3, 24)])
+    if f["nearest"]:
+        amaxes.append(around(np.ldexp(6 / np.sqrt(2), np.arange(-120, 120))))
     pool = [_groups_with_amax(np.concatenate(amaxes), size, rng), _groups_of_ties(ties, top, scales, size, rng)]
+    if f["fp4_first"]:
+        small = {"nvfp4": 16, "mxfp4": 32}[f["fp4_first"]]
+        at = E4M3_POSITIVE[[1, 2, 3, 7, 9, 40, 56, 57, 63, 100]] if small == 16 else 2.0 ** np.array([-60, -20, -15, -13, 0, 9])
+        tops = around(
+            6.0 * np.concatenate([E4M3_POSITIVE[1:], E4M3_TIES]) if small == 16 else np.ldexp(3.0, np.arange(-30, 30))
+        )
+        fine = np.concatenate(
+            [_groups_of_ties(np.array(E2M1_TIES), 6.0, at, small, rng), _groups_with_amax(tops, small, rng)]
+        ).ravel()
+        pool.append(np.resize(fine, (-(-fine.size // size), size)))
 
     zeros = np.zeros((4, size), F32)
     zeros[1], zeros[2, ::3] = -0.0, -0.0

@@ -20,7 +20,10 @@ from kvfold.storage.pack import pack_records
 CASES = [(name, hd) for name in FORMATS for hd in oracle.FORMATS[name]["head_dims"]]
 SPECS = {512: replace(kvfold.V4_HCA, ratio=4), 128: kvfold.V4_INDEXER}
 # What `EntryCache.scale` is tried with: 1, and a number whose inverse is not an fp32 number.
-SCALES = {"fp8_tensor": (1.0, 0.37), "fp8_tensor_trtllm": (1.0, 0.37), "nvfp4_trtllm": (1.0, 2.7)}
+SCALES = {
+    **dict.fromkeys(("fp8_tensor", "fp8_tensor_trtllm", "fp8_tensor_v41", "fp8_tensor_v41_sglang"), (1.0, 0.37)),
+    "nvfp4_trtllm": (1.0, 2.7),
+}
 SCALED = [(name, hd, scale) for name, hd in CASES for scale in SCALES.get(name, (1.0,))]
 
 
@@ -109,7 +112,7 @@ def write(backend: Backend, cache: EntryCache, slots: list[int], entries: np.nda
         scales,
         scales.stride(0) if scales is not None else 0,
         cache.rows_per_page,
-        cache.scale,
+        None if cache.scale_tensor is None else cache.scale_tensor.data_ptr(),
         **constants_of(cache),
         num_warps=4 if cache.spec.head_dim > 128 else 1,
         enable_fp_fusion=False,
@@ -129,24 +132,24 @@ def permuted_slots(n: int, num_slots: int, seed: int) -> list[int]:
 def fields(name: str, entries: np.ndarray, scale: float) -> dict[str, np.ndarray]:
     """The oracle's bytes of entries, cut into the fields of each record as the layout says, [n, ...] each."""
     f, (n, hd) = oracle.FORMATS[name], entries.shape
-    width, tail = f["planes"][hd]
-    data, *second = (b for b, _ in oracle.pack(name, entries, list(range(n)), n, static_scale=scale, global_scale=scale))
-    records = data[: n * width].reshape(n, width)
+    first, *second = (b for b, _ in oracle.pack(name, entries, list(range(n)), n, static_scale=scale, global_scale=scale))
+    at, behind = oracle.places(name, hd, n)
+    records, tails = first[at], (second or [first])[0][behind]
     if f["element"] in ("bf16", "fp32"):
         return {"values": records.view(ml_dtypes.bfloat16 if f["element"] == "bf16" else "<f4")}
     found = {}
     if f["needs_rope"]:
-        found["values"] = records[:, :448].copy().view(ml_dtypes.float8_e4m3fn)
-        found["rotated"] = records[:, 448:].copy().view(ml_dtypes.bfloat16)
-    elif f["element"] == "e4m3":
+        records, rotated = records[:, :-128].copy(), records[:, -128:].copy()
+        found["rotated"] = rotated.view(ml_dtypes.bfloat16)
+    if f["element"] == "e4m3":
         found["values"] = records.view(ml_dtypes.float8_e4m3fn)
     else:
-        found["values"] = np.stack([records & 15, records >> 4], axis=2).reshape(n, hd)
+        found["values"] = np.stack([records & 15, records >> 4], axis=2).reshape(n, -1)
     if f["group"]:
-        tails = (second[0] if second else data[n * width : n * (width + tail)]).reshape(n, tail)
         if f["pad"]:
-            found["pad"], tails = tails[:, -1:], tails[:, :-1].copy()
-        found["scales"] = tails.view({"ue8m0": np.uint8, "e4m3": ml_dtypes.float8_e4m3fn}.get(f["scale"], "<f4"))
+            found["pad"], tails = tails[:, -f["pad"][0] :], tails[:, : -f["pad"][0]].copy()
+        kinds = {"ue8m0": np.uint8, "ue8m0x4": np.uint8, "e4m3": ml_dtypes.float8_e4m3fn}
+        found["scales"] = tails.view(kinds.get(f["scale"], "<f4"))
     return found
 
 
@@ -161,7 +164,8 @@ def dequantized(name: str, entries: np.ndarray, scale: float) -> np.ndarray:
         values = values * np.float64(np.float32(scale))
     if "scales" in found:
         scales = found["scales"]
-        scales = 2.0 ** (scales.astype(np.float64) - 127) if f["scale"] == "ue8m0" else scales.astype(np.float64)
+        scales = scales[:, ::4] if f["scale"] == "ue8m0x4" else scales
+        scales = 2.0 ** (scales.astype(np.float64) - 127) if scales.dtype == np.uint8 else scales.astype(np.float64)
         values = values * np.repeat(scales, f["group"], axis=1)
     if name == "nvfp4_trtllm":
         values = values / np.float64(np.float32(scale))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..spec import CompressorSpec
+from ..storage.formats import RecordFormat
 from ..storage.pack import bf16_bits, pack_records
 from ..storage.step import Compressor, PlanData
 from .items import Items
@@ -18,11 +19,21 @@ def tree_sum(x: torch.Tensor) -> torch.Tensor:
 
 
 def finish(
-    y: torch.Tensor, spec: CompressorSpec, weight: torch.Tensor, table: torch.Tensor | None, positions: torch.Tensor
+    y: torch.Tensor,
+    spec: CompressorSpec,
+    weight: torch.Tensor,
+    table: torch.Tensor | None,
+    positions: torch.Tensor,
+    fmt: RecordFormat,
 ) -> torch.Tensor:
-    """RMSNorm, RoPE and Hadamard of pooled rows: fp32 `[n, head_dim]` and int64 `[n]` to fp32 `[n, head_dim]`, no rounding."""
+    """RMSNorm, RoPE and Hadamard of pooled rows: fp32 `[n, head_dim]` and int64 `[n]` to fp32 `[n, head_dim]`.
+
+    Rounded to bf16 on the way where `fmt` says so, and else not.
+    """
+    y = y.bfloat16().float() if fmt.round_rows else y
     mean = tree_sum(y * y) * (1.0 / spec.head_dim)
     y = y * (1.0 / torch.sqrt(mean + spec.norm_eps))[:, None] * weight.float()
+    y = y.bfloat16().float() if fmt.round_normed else y
     if spec.rope_dim:
         cos, sin = table[positions].chunk(2, dim=1)
         x = y[:, -spec.rope_dim :]
@@ -67,8 +78,8 @@ def emit(pooled: torch.Tensor, items: Items, plan: PlanData, c: Compressor, rows
         values = pooled[kept]
         rows[entry[kept]] = bf16_bits(values).view(torch.bfloat16) if rows.dtype == torch.bfloat16 else values
     if cache is not None:
-        y = pooled[kept].bfloat16().float() if cache.format.round_rows else pooled[kept]
-        pack_records(cache, slot[kept], finish(y, spec, c.norm_weight, rope, position[kept]))
+        y = finish(pooled[kept], spec, c.norm_weight, rope, position[kept], cache.format)
+        pack_records(cache, slot[kept], y)
 
 
 @torch.inference_mode()

@@ -16,7 +16,6 @@ STRIDE = "stride"
 Int = Annotated[Any, "i32"]
 Long = Annotated[Any, "i64"]
 Stride = Annotated[Any, STRIDE]
-Float = Annotated[Any, "fp32"]
 Ints = Annotated[Any, "*i32"]
 Longs = Annotated[Any, "*i64"]
 Floats = Annotated[Any, "*fp32"]  # or bf16, where a call may have either
@@ -77,8 +76,8 @@ class Scratch(NamedTuple):
 class Output(NamedTuple):
     """Where entries go: pooled rows, and a cache with all that finishing an entry takes.
 
-    max_position: rows of `rope`. num_slots: of the cache, `rows_per_page` on each page. scale: of the whole cache, for formats
-    that have one.
+    max_position: rows of `rope`. num_slots: of the cache, `rows_per_page` on each page. scale: the address of the scale of the
+    whole cache, for formats that have one; a number, as it need not be aligned like what is read 16 bytes at a time.
     """
 
     rows: Floats = None
@@ -91,7 +90,7 @@ class Output(NamedTuple):
     scales_stride: Stride = 0
     rows_per_page: Int = 1
     num_slots: Long = 0
-    scale: Float = 1.0
+    scale: Long = None
 
 
 class Pool(NamedTuple):
@@ -216,6 +215,9 @@ class Format:
     """A `RecordFormat`, as compiled in: its fields by their names there (storage/formats.py)."""
 
     ROUND_ROWS: bool
+    ROUND_NORMED: bool
+    ROUND_VALUES: bool
+    FP4_FIRST: str
     ELEMENT: str
     GROUP: int
     SCALE: str
@@ -223,9 +225,14 @@ class Format:
     FLOOR_ON_SCALE: bool
     DIVIDE: bool
     ROTATED_BF16: bool
-    PAD: int
-    ROUND_VALUES: bool
+    INTERLEAVED: bool
     TIES_TO_ZERO: bool
+    UNSIGNED_ZERO: bool
+    NEAREST_SCALE: bool
+    ZERO_SMALL: bool
+    PAD: int
+    VALUES_BYTES: int
+    ROTATED_AT: int
     ROW_BYTES: int
     TAIL_BYTES: int
 

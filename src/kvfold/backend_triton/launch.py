@@ -344,7 +344,7 @@ def _output(
         scales_stride=scales.stride(0) if scales is not None else 0,
         rows_per_page=cache.rows_per_page,
         num_slots=pages.shape[0] * cache.rows_per_page,
-        scale=cache.scale,
+        scale=cache.scale_tensor.data_ptr() if cache.scale_tensor is not None else None,
     )
 
 

@@ -156,8 +156,8 @@ def _output(
 ) -> args.Output:
     output = types_of(args.Output, rows=POINTERS[rows], norm_weight=POINTERS[norm_weight])
     if fmt is None:
-        return output._replace(norm_weight=None, rope=None, pages=None, scales=None)
-    absent = ["scales"] * (not fmt.separate) + ["rope"] * (not spec.rope_dim)
+        return output._replace(norm_weight=None, rope=None, pages=None, scales=None, scale=None)
+    absent = ["scales"] * (not fmt.separate) + ["rope"] * (not spec.rope_dim) + ["scale"] * (not fmt.takes_scale)
     return output._replace(**dict.fromkeys(absent))
 
 

@@ -269,7 +269,8 @@ def _places(c: Compressor) -> list[Place]:
     """What a layer passes in every step."""
     held = (("state", c.state, isinstance(c.state, WindowState)), ("cache", c.cache, True), ("snapshots", c.snapshots, False))
     written = [Place(name, x, True, paged) for name, thing, paged in held if thing is not None for x in thing._tensors]
-    weights = (("ape", c.ape), ("norm_weight", c.norm_weight), ("rope", c.rope))
+    scale = getattr(c.cache, "scale_tensor", None)
+    weights = (("ape", c.ape), ("norm_weight", c.norm_weight), ("rope", c.rope), ("cache", scale))
     return written + [Place(name, weight) for name, weight in weights if weight is not None]
 
 

@@ -58,11 +58,14 @@ def _formats(every_field: bool) -> Rows:
         scales = {"none": "none", "static": "one per cache"}.get(fmt.scale, f"{fmt.scale} per {fmt.group}")
         fields: tuple[str, ...] = ()
         if every_field:
-            where = "own buffer" if fmt.separate else f"{fmt.row_bytes(spec)}*N" if fmt.scale_bytes else "-"
+            inside = "in each record" if fmt.interleaved else f"{fmt.row_bytes(spec)}*N" if fmt.scale_bytes else "-"
+            where = "own buffer" if fmt.separate else inside
             floor = f"{fmt.floor:.3g} on {fmt.floor_on}" if fmt.floor else "-"
             pad = "-" if not fmt.pad else "zeroed" if fmt.pad_written else "left alone"
-            first = ", ".join(name for name, on in (("rows", fmt.round_rows), ("values", fmt.round_values)) if on) or "-"
-            ties = "-" if fmt.element != "e2m1" else "to zero, no -0" if fmt.ties_to_zero else "to even"
+            first = [name for name in ("rows", "normed", "values") if getattr(fmt, f"round_{name}")]
+            first = ", ".join([*first, *[f"{fmt.fp4_first} and back"] * bool(fmt.fp4_first)]) or "-"
+            ties = "to zero, no -0" if fmt.ties_to_zero else "to even, no -0" if fmt.unsigned_zero else "to even"
+            ties = ties if fmt.element == "e2m1" else "-"
             fields = (str(fmt.page_bytes(spec, 64)), where, floor, pad, first, ties)
         width = " or ".join(map(str, fmt.head_dims)) or "any"
         rows.append((fmt.name, width, str(fmt.record_bytes(spec)), element, scales, fmt.source, *fields))

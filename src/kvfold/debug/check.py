@@ -247,11 +247,9 @@ def _record_differences(
     slots, found = _slots(plan, got, made), []
     have, due = bytes_of(got, slots), bytes_of(want, slots)
     other = (have != due).any(1).nonzero()[:, 0]
-    item, size = made[other], got.format.row_bytes(c.spec)
+    item, size = made[other], got.format.record_bytes(c.spec) - got.format.tail_bytes(c.spec)
     if other.numel():
-        pooled = rows[item.entry]
-        pooled = pooled.bfloat16().float() if got.format.round_rows else pooled
-        y = finish(pooled, c.spec, c.norm_weight, c.rope, item.window * c.spec.ratio)
+        y = finish(rows[item.entry], c.spec, c.norm_weight, c.rope, item.window * c.spec.ratio, got.format)
         fine = explained(got, have[other], y, EPILOGUE * size_of(y))
         for i, channel in first_channels(~fine):
             byte = int((have[other[i]] != due[other[i]]).nonzero()[0])
@@ -281,8 +279,8 @@ def _value_differences(
     heaviest = c.norm_weight.double().abs().nan_to_num(nan=0.0, posinf=0.0).max()
     pooled = 2 * bound * spec.head_dim**0.5 * heaviest
     slack = pooled + EPILOGUE * size_of(y)
-    if cache.format.round_rows:
-        slack = slack + 2.0**-8 * size_of(y)  # the pooled row was rounded to bf16 before the norm
+    # Rounded to bf16 before the norm, or behind it.
+    slack = slack + 2.0**-8 * size_of(y) * (cache.format.round_rows + cache.format.round_normed)
     # Under an infinite sum finite channels are zeros, of either sign where the pooled one is near zero.
     slack = torch.where(over, LEAST, slack)
     fine = explained(cache, bytes_of(cache, slots), y.float(), slack.float())

@@ -9,7 +9,20 @@ from torch import Tensor
 
 from ..backend_torch.items import Items
 from ..storage.cache import EntryCache
-from ..storage.pack import bf16_bits, e2m1_codes, e4m3_bytes, gather, group_scale, record_address, scatter, tail_address
+from ..storage.formats import FP4_GROUPS
+from ..storage.pack import (
+    bf16_bits,
+    e2m1_codes,
+    e4m3_bytes,
+    fp4_scale,
+    gather,
+    group_scale,
+    record_address,
+    rotated_address,
+    scatter,
+    tail_address,
+    through_fp4,
+)
 
 # Of pooled rows that no backend has written: a NaN that none writes, as integers of the same size.
 UNWRITTEN = {torch.float32: (torch.int32, 0x7FAD0000), torch.bfloat16: (torch.int16, 0x7FAD)}
@@ -88,17 +101,25 @@ def pooled_differences(got: Tensor, want: Tensor, items: Items, bound: float | T
 
 
 def bytes_of(cache: EntryCache, slots: Tensor) -> Tensor:
-    """Record and tail of each slot, uint8 `[n, record_bytes]`."""
-    record = gather(*record_address(cache, slots), cache.format.row_bytes(cache.spec))
-    tail = gather(*tail_address(cache, slots), cache.format.tail_bytes(cache.spec))
-    return torch.cat((record, tail), dim=1)
+    """Values, rotated channels and tail of each slot, uint8 `[n, record_bytes]`."""
+    return torch.cat([gather(*place, width) for place, width in _fields(cache, slots)], dim=1)
 
 
 def put_bytes(cache: EntryCache, slots: Tensor, data: Tensor) -> None:
     """The opposite of `bytes_of`."""
-    width = cache.format.row_bytes(cache.spec)
-    scatter(*record_address(cache, slots), data[:, :width])
-    scatter(*tail_address(cache, slots), data[:, width:])
+    fields = _fields(cache, slots)
+    for (place, _), part in zip(fields, data.split([width for _, width in fields], dim=1), strict=True):
+        scatter(*place, part)
+
+
+def _fields(cache: EntryCache, slots: Tensor) -> list[tuple]:
+    """Where each field of the records is, and its bytes."""
+    fmt, spec = cache.format, cache.spec
+    return [
+        (record_address(cache, slots), fmt.values_bytes(spec)),
+        (rotated_address(cache, slots), fmt.rotated_bytes(spec)),
+        (tail_address(cache, slots), fmt.tail_bytes(spec)),
+    ]
 
 
 def _key(code: Tensor, sign: int) -> Tensor:
@@ -118,23 +139,30 @@ def explained(cache: EntryCache, data: Tensor, y: Tensor, slack: Tensor) -> Tens
         return torch.where(y.isnan(), values.view(torch.float32).isnan(), within)
     if fmt.element == "bf16":
         return _between(data.view(torch.int16), bf16_bits(low), bf16_bits(high), 1 << 15)
-    q, width = fmt.quantized(spec), fmt.row_bytes(spec)
+    q, width = fmt.quantized(spec), fmt.record_bytes(spec) - fmt.tail_bytes(spec)
     # As one row of its own, since a copy of a single row or of none of its bytes may keep an odd stride, and then has no view.
-    rotated = data[:, width - 2 * (spec.head_dim - q) : width].reshape(-1).view(torch.int16).view(len(data), spec.head_dim - q)
-    kept = _between(rotated, bf16_bits(low[:, q:]), bf16_bits(high[:, q:]), 1 << 15)
-    ends = [(x.bfloat16().float() if fmt.round_values else x)[:, :q] for x in (low, high)]
+    rotated = data[:, fmt.values_bytes(spec) : width].reshape(-1).view(torch.int16).view(len(data), spec.head_dim - q)
+    ends = [x.bfloat16().float() if fmt.round_values else x for x in (low, high)]
+    if fmt.fp4_first:
+        size = FP4_GROUPS[fmt.fp4_first]
+        grouped, scales = (
+            [x.unflatten(1, (-1, size)) for x in ends],
+            [fp4_scale(a, fmt.fp4_first) for a in _largest(ends, size)],
+        )
+        # Under one scale the ends are rounded like all between them; else a value may be off by half the widest step.
+        wide = torch.where(scales[0] == scales[1], 0.0, scales[1])[..., None]
+        near = [torch.where(wide > 0, x, through_fp4(x, scales[1], fmt.fp4_first)) for x in grouped]
+        ends = [(near[0] - wide).flatten(1), (near[1] + wide).flatten(1)]
+    kept = _between(rotated, *(bf16_bits(x[:, q:]) for x in ends), 1 << 15)
+    ends = [x[:, :q] for x in ends]
     right = torch.ones_like(ends[0], dtype=torch.bool)
     if fmt.scale == "static":
-        values = [x * (1.0 / torch.full_like(x[:, :1], cache.scale)) for x in ends]
+        values = [x * (1.0 / cache.scale_tensor.expand(len(x), 1)) for x in ends]
     else:
-        amax = [e.unflatten(1, (-1, fmt.group)).abs().nan_to_num(nan=0.0, posinf=float("inf")) for e in ends]
-        most = torch.maximum(*amax).amax(-1)
-        least = torch.where((ends[0] < 0) & (ends[1] > 0), 0.0, torch.minimum(*(x.flatten(1) for x in amax)))
-        least = least.unflatten(1, (-1, fmt.group)).amax(-1)
-        (tail0, f0), (tail1, f1) = (group_scale(x, fmt, cache.scale) for x in (least, most))
+        (tail0, f0), (tail1, f1) = (group_scale(x, fmt, cache.scale_tensor) for x in _largest(ends, fmt.group))
         tail = data[:, width : width + tail0.shape[1]].contiguous()
-        if fmt.scale_bytes == 4:
-            tail, tail0, tail1 = (x.view(torch.int32) for x in (tail, tail0, tail1))
+        if fmt.scale_bytes == 4:  # unsigned, as four equal bytes may begin with a bit that is set
+            tail, tail0, tail1 = (x.view(torch.int32).long() & 0xFFFFFFFF for x in (tail, tail0, tail1))
         fine = (tail >= tail0) & (tail <= tail1)
         a, b = torch.where(tail == tail0, f0, f1)[..., None], torch.where(tail == tail1, f1, f0)[..., None]
         grouped = [x.unflatten(1, (-1, fmt.group)) for x in ends]
@@ -147,8 +175,16 @@ def explained(cache: EntryCache, data: Tensor, y: Tensor, slack: Tensor) -> Tens
         codes = _between(data[:, :q], *map(e4m3_bytes, values), 1 << 7)
     else:
         nibbles = torch.stack((data[:, : q // 2] & 15, data[:, : q // 2] >> 4), dim=2).flatten(1)
-        codes = _between(nibbles, *(e2m1_codes(x, fmt.ties_to_zero) for x in values), 1 << 3)
+        codes = _between(nibbles, *(e2m1_codes(x, fmt.ties_to_zero, fmt.unsigned_zero) for x in values), 1 << 3)
     return torch.cat((codes & right, kept), dim=1)
+
+
+def _largest(ends: list[Tensor], size: int) -> tuple[Tensor, Tensor]:
+    """The least and the most that the largest magnitude of each group can be, of entries between two ends."""
+    sizes = [x.abs().nan_to_num(nan=0.0, posinf=float("inf")) for x in ends]
+    least = torch.where((ends[0] < 0) & (ends[1] > 0), 0.0, torch.minimum(*sizes))
+    least, most = (x.unflatten(1, (-1, size)).amax(-1) for x in (least, torch.maximum(*sizes)))
+    return least, most
 
 
 def _between(code: Tensor, low: Tensor, high: Tensor, sign: int) -> Tensor:

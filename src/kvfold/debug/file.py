@@ -198,7 +198,7 @@ def _numbers(c: Compressor) -> dict:
         "state": None if state is None else {"kind": type(state).__name__, "most": getattr(state, "max_new_tokens", None)},
         "cache": None
         if cache is None
-        else {"format": asdict(cache.format), "rows_per_page": cache.rows_per_page, "scale": cache.scale},
+        else {"format": asdict(cache.format), "rows_per_page": cache.rows_per_page, "scale": float(cache.scale)},
         "snapshots": None if c.snapshots is None else {"page_size": c.snapshots.page_size},
     }
 

@@ -6,13 +6,15 @@ import math
 
 import torch
 
-from ..arguments.checks import check_device, check_int, check_memory, check_type, usable_device
+from ..arguments.checks import check_device, check_dtype, check_int, check_memory, check_type, usable_device
 from ..arguments.overlap import Place, check_apart
 from ..contract import INT32_MAX
 from ..spec import CompressorSpec, check_spec
 from .formats import FORMATS, RecordFormat, get_format
 from .pack import read_fields, unpack_records
 from .remembered import Checked, Layer, check_made
+
+MOST_ROWS = 1 << 20  # of a page
 
 
 class EntryCache(Checked):
@@ -22,14 +24,18 @@ class EntryCache(Checked):
         storage: the tensor given, `[num_pages, ...]`.
         scales: the second buffer of formats that keep scales apart, uint8 `[num_pages, rows_per_page * tail_bytes]`; else None.
         pages: the memory of `storage` as uint8 `[num_pages, page_bytes]`.
-        scale: `fp8_tensor` and `fp8_tensor_trtllm`: what values are divided by; `nvfp4_trtllm`: the global factor g. 1 for the
+        scale: formats with one scale per cache: what values are divided by; `nvfp4_trtllm`: the global factor g. 1 for the
             others.
-        format, spec, rows_per_page, page_bytes.
+        scale_tensor: the same as kernels read it, fp32 `[1]` on the cache's device; None for formats that take none.
+        format, spec, rows_per_page. page_bytes: of a page with its padding, as far as `storage` has it.
     """
 
     pages: torch.Tensor
     scale_pages: torch.Tensor | None
+    scale_tensor: torch.Tensor | None
     page_bytes: int
+    _own_scale: torch.Tensor | None = None  # of a number: made once, as a CUDA graph may have its address
+    _own_number: float = 1.0
 
     def __init__(
         self,
@@ -39,7 +45,7 @@ class EntryCache(Checked):
         spec: CompressorSpec,
         *,
         scales: torch.Tensor | None = None,
-        scale: float = 1.0,
+        scale: float | torch.Tensor = 1.0,
     ) -> None:
         """Wraps an engine's page tensor.
 
@@ -47,10 +53,11 @@ class EntryCache(Checked):
             storage: `[num_pages, ...]` of any integer dtype, which stand for bytes, or of the floating dtype that the format's
                 `element` is: bfloat16, float32, float8_e4m3fn (as engines also view pages that hold more than
                 e4m3), float4_e2m1fn_x2. No other: e4m3 is OCP's, and the codes of float8_e4m3fnuz are other numbers. Each page
-                is dense and has at least the format's page bytes; pages may lie further apart than that.
+                is dense and holds its records, with or without the format's padding; pages may lie further apart than that.
             scales: `[num_pages, ...]` likewise, if and only if the format keeps scales in a buffer of their own; as floats
                 float8_e8m0fnu, float8_e4m3fn or float32, as the format's `scale` is.
-            scale: a number from 2**-126 to 2**126; 1 unless the format takes one, see the class.
+            scale: a number from 2**-126 to 2**126; 1 unless the format takes one, see the class. Or fp32 of one element on the
+                cache's device, which every store reads when it runs and nobody checks: it should be such a number then.
 
         Raises:
             TypeError, ValueError: naming the argument.
@@ -64,16 +71,13 @@ class EntryCache(Checked):
         check_memory("storage", storage, fake=True)
         check_type("format", fmt, RecordFormat)
         _check_layout(fmt, rows_per_page, spec)
-        self.page_bytes, self.scale = fmt.page_bytes(spec, rows_per_page), _number("scale", self.scale)
-        if not 2.0**-126 <= self.scale <= 2.0**126:  # both it and its inverse are normal numbers in fp32
-            raise ValueError(f"scale must be from 2**-126 to 2**126, got {self.scale}")
-        if self.scale != 1 and not fmt.takes_scale:
-            raise ValueError(f"scale must be 1: format {fmt.name!r} takes none, got {self.scale}")
-        if fmt.scale_bytes and not fmt.separate and rows_per_page * fmt.row_bytes(spec) > INT32_MAX:
+        if fmt.in_footer and rows_per_page * fmt.row_bytes(spec) > INT32_MAX:
             raise ValueError(  # where kernels find the tails, in 32 bits
                 f"rows_per_page must leave a page's rows below 2**31 bytes in format {fmt.name!r}, got {rows_per_page}"
             )
-        self.pages = _byte_pages("storage", storage, fmt.element, self.page_bytes, fmt.alignment)
+        least, most = fmt.used_bytes(spec, rows_per_page), fmt.page_bytes(spec, rows_per_page)
+        self.pages = _byte_pages("storage", storage, fmt.element, least, most, fmt.alignment)
+        self.page_bytes = self.pages.shape[1]
         if self.num_slots >= 1 << 32:  # kernels find the page of a slot in 32 bits (backend_triton/kernels/record.py)
             raise ValueError(f"storage must have fewer than 2**32 slots, got {self.num_slots}")
         self.scale_pages = None
@@ -83,13 +87,45 @@ class EntryCache(Checked):
             if scales.shape[:1] != storage.shape[:1]:
                 raise ValueError(f"scales must have {storage.shape[0]} pages like storage, got {list(scales.shape)}")
             size = rows_per_page * fmt.tail_bytes(spec)
-            self.scale_pages = _byte_pages("scales", scales, fmt.scale, size, fmt.scale_bytes)
+            self.scale_pages = _byte_pages("scales", scales, fmt.scale, size, size, fmt.scale_bytes)
             check_apart((Place("scales", self.scale_pages, written=True), Place("storage", self.pages, written=True)))
         elif scales is not None:
             raise ValueError(f"scales must be None: format {fmt.name!r} keeps its scales in the page")
+        self.scale_tensor = self._check_scale()
         self._named = FORMATS.get(fmt.name) == fmt  # so an operator (ops.py) can be told it by its name
         self._tensors = (self.pages,) if self.scale_pages is None else (self.pages, self.scale_pages)
         self._layer: Layer | None = None  # what the last `store` got with this cache: store.py
+
+    def _watch(self) -> tuple[torch.Tensor, ...]:
+        return self._tensors if self.scale_tensor is None else (*self._tensors, self.scale_tensor)
+
+    def _check_scale(self) -> torch.Tensor | None:
+        """The scale as kernels read it. Of a number it is a tensor of the cache's own, made once."""
+        fmt, scale = self.format, self.scale
+        if isinstance(scale, torch.Tensor) and not fmt.takes_scale:
+            raise TypeError(f"scale must be the number 1: format {fmt.name!r} takes none, got a tensor")
+        if isinstance(scale, torch.Tensor):
+            check_memory("scale", scale, fake=True)
+            check_dtype("scale", scale, (torch.float32,))
+            if scale.numel() != 1:
+                raise ValueError(f"scale must be a number or a tensor of one element, got {list(scale.shape)}")
+            check_device("scale", scale, self.device)
+            return scale.detach().reshape(1)
+        self.scale = scale = _number("scale", scale)
+        if not 2.0**-126 <= scale <= 2.0**126:  # both it and its inverse are normal numbers in fp32
+            raise ValueError(f"scale must be from 2**-126 to 2**126, got {scale}")
+        if not fmt.takes_scale:
+            if scale != 1:
+                raise ValueError(f"scale must be 1: format {fmt.name!r} takes none, got {scale}")
+            return None
+        own = self._own_scale
+        if own is None or own.device != self.device:
+            own = self._own_scale = self.pages.new_full((1,), scale, dtype=torch.float32)
+        elif self._own_number != scale:
+            with torch.inference_mode():  # where it may have been made
+                own.fill_(scale)
+        self._own_number = scale
+        return own
 
     def __reduce__(self) -> tuple:
         """Copies and pickles are made anew, as `pages` must be a view of their own storage."""
@@ -104,7 +140,7 @@ class EntryCache(Checked):
         spec: CompressorSpec,
         *,
         device: torch.device | str | None = None,
-        scale: float = 1.0,
+        scale: float | torch.Tensor = 1.0,
     ) -> EntryCache:
         """A zeroed cache: uint8 `[num_pages, page_bytes]`, and uint8 scales where the format keeps them apart."""
         check_int("num_pages", num_pages, 0, INT32_MAX)
@@ -114,6 +150,57 @@ class EntryCache(Checked):
         storage = torch.zeros(num_pages, fmt.page_bytes(spec, rows_per_page), **bytes_of)
         scales = torch.zeros(num_pages, rows_per_page * fmt.tail_bytes(spec), **bytes_of) if fmt.separate else None
         return cls(storage, fmt, rows_per_page, spec, scales=scales, scale=scale)
+
+    @classmethod
+    def from_blocks(
+        cls,
+        view: torch.Tensor,
+        fmt: str | RecordFormat,
+        spec: CompressorSpec,
+        *,
+        scales: torch.Tensor | None = None,
+        scale: float | torch.Tensor = 1.0,
+    ) -> EntryCache:
+        """Wraps an engine's view of its blocks, `[blocks, rows, record]`: each block is a page of `rows` records.
+
+        Args:
+            view: of the dtypes that `EntryCache` takes. What a page is follows from the format, from `rows` and from how far
+                the blocks lie apart, `stride(0)`, which may be any that holds the records; padding behind them is the engine's.
+                Rows are dense. Where tails stand behind the records of a page the last size is a label that engines give, as
+                584, and no address follows from it; elsewhere it is the bytes from one record to the next.
+            scales, scale: as `EntryCache` takes them.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+        """
+        fmt = get_format(fmt)
+        check_memory("view", view, fake=True)
+        if view.dim() != 3:
+            raise ValueError(f"view must be [blocks, rows, record], got shape {list(view.shape)}")
+        blocks, rows, _ = view.shape
+        if not 1 <= rows <= MOST_ROWS:
+            raise ValueError(f"view must have from 1 to {MOST_ROWS} rows in a block, got shape {list(view.shape)}")
+        _check_layout(fmt, rows, spec)
+        _check_page_dtype("view", view, fmt.element)
+        sizes, item = f"got shape {list(view.shape)} and strides {tuple(view.stride())} of {view.dtype}", view.element_size()
+        if view.stride(2) != 1 or (rows > 1 and view.stride(1) != view.shape[2]):
+            raise ValueError(f"view must have dense rows, {sizes}")
+        if not fmt.in_footer and view.shape[2] * item != fmt.row_bytes(spec):
+            raise ValueError(f"view must have rows of {fmt.row_bytes(spec)} bytes in format {fmt.name!r}, {sizes}")
+        used = fmt.used_bytes(spec, rows)
+        if blocks > 1 and view.stride(0) * item < used:
+            raise ValueError(f"view must have blocks that lie {used} bytes apart or more in format {fmt.name!r}, {sizes}")
+        apart = view.stride(0) * item if blocks > 1 else used
+        if view.data_ptr() % fmt.alignment or apart % fmt.alignment:
+            raise ValueError(f"view must have blocks that start at a multiple of {fmt.alignment} bytes, {sizes}")
+        if fmt.separate:
+            check_memory("scales", scales, fake=True)
+            if scales.shape[:1] != view.shape[:1]:
+                raise ValueError(f"scales must have {blocks} pages like view, got {list(scales.shape)}")
+        memory = view.detach().view(torch.uint8)
+        if blocks and memory.storage_offset() + (blocks - 1) * apart + used > memory.untyped_storage().nbytes():
+            raise ValueError(f"view must have {used} bytes of memory in its last block in format {fmt.name!r}, {sizes}")
+        return cls(memory.as_strided((blocks, used), (apart, 1)), fmt, rows, spec, scales=scales, scale=scale)
 
     @property
     def num_pages(self) -> int:
@@ -153,7 +240,7 @@ class EntryCache(Checked):
 
         Returns:
             `values` (bf16, fp32 or e4m3 `[n]`; e2m1: uint8 codes 0..15, one per channel), then, where the format has them,
-            `rotated` (bf16 `[rope_dim]`), `scales` (fp32, e4m3, or uint8 ue8m0 codes, one per group) and `pad` (uint8).
+            `rotated` (bf16 `[rope_dim]`), `scales` (fp32, e4m3, or uint8 ue8m0 codes, one per group or four) and `pad` (uint8).
         """
         check_made("cache", self, EntryCache)
         check_int("slot", slot, 0, self.num_slots - 1)
@@ -162,13 +249,13 @@ class EntryCache(Checked):
         return {name: field[0] for name, field in read_fields(self, torch.tensor([slot], device=self.device)).items()}
 
 
-def _made_again(scales: torch.Tensor | None, scale: float, *rest: object) -> EntryCache:
+def _made_again(scales: torch.Tensor | None, scale: float | torch.Tensor, *rest: object) -> EntryCache:
     return EntryCache(*rest, scales=scales, scale=scale)  # type: ignore[arg-type]
 
 
 def _check_layout(fmt: RecordFormat, rows_per_page: int, spec: CompressorSpec) -> None:
     check_spec("spec", spec)
-    check_int("rows_per_page", rows_per_page, 1, 1 << 20)
+    check_int("rows_per_page", rows_per_page, 1, MOST_ROWS)
     get_format(fmt).check(spec)
 
 
@@ -192,27 +279,30 @@ _FLOATS = {
     "e4m3": "float8_e4m3fn",
     "e2m1": "float4_e2m1fn_x2",
     "ue8m0": "float8_e8m0fnu",
+    "ue8m0x4": "float8_e8m0fnu",
 }
 
 
-def _byte_pages(name: str, storage: torch.Tensor, encoding: str, page_bytes: int, unit: int) -> torch.Tensor:
-    """The pages as uint8 `[num_pages, page_bytes]`, checked to be dense, disjoint and aligned to `unit` bytes.
-
-    encoding: that of the elements or scales in them. Integers hold any; floats must be of it, in a dtype that this torch has.
-    """
-    if storage.dtype not in [getattr(torch, dtype, None) for dtype in (*_INTEGERS, _FLOATS[encoding])]:
+def _check_page_dtype(name: str, pages: torch.Tensor, encoding: str) -> None:
+    """That elements or scales of this encoding can be in them: integers hold any; floats must be of it."""
+    if pages.dtype not in [getattr(torch, dtype, None) for dtype in (*_INTEGERS, _FLOATS[encoding])]:
         raise TypeError(
             f"{name} must be of an integer dtype, as torch.uint8, or of torch.{_FLOATS[encoding]}, since it holds {encoding}, "
-            f"got {storage.dtype}"
+            f"got {pages.dtype}"
         )
+
+
+def _byte_pages(name: str, storage: torch.Tensor, encoding: str, least: int, most: int, unit: int) -> torch.Tensor:
+    """The pages as uint8 `[num_pages, n]`, n from `least` to `most`, checked to be dense, disjoint and aligned to `unit`."""
+    _check_page_dtype(name, storage, encoding)
     if storage.dim() < 2:
         raise ValueError(f"{name} must have a page dimension and one more, got shape {list(storage.shape)}")
     num_pages, item = storage.shape[0], storage.element_size()
     if num_pages == 0:
-        return torch.empty(0, page_bytes, dtype=torch.uint8, device=storage.device)
+        return torch.empty(0, most, dtype=torch.uint8, device=storage.device)
     have = storage[0].numel()
-    if have * item < page_bytes:
-        raise ValueError(f"{name} must have at least {page_bytes} bytes per page, got {have * item}")
+    if have * item < least:
+        raise ValueError(f"{name} must have at least {least} bytes per page, got {have * item}")
     if not storage[0].is_contiguous():
         raise ValueError(f"{name} must be dense within a page, got strides {tuple(storage.stride())}")
     if num_pages > 1 and storage.stride(0) < have:
@@ -220,6 +310,6 @@ def _byte_pages(name: str, storage: torch.Tensor, encoding: str, page_bytes: int
     if storage.data_ptr() % unit or (num_pages > 1 and storage.stride(0) * item % unit):
         raise ValueError(f"{name} must have pages that start at a multiple of {unit} bytes")
     flat = storage.detach().as_strided((num_pages, have), (storage.stride(0), 1))
-    pages = flat.view(torch.uint8)[:, :page_bytes]
+    pages = flat.view(torch.uint8)[:, :most]
     check_memory(name, pages, fake=True)  # a view made inside of a transform is none of plain memory
     return pages

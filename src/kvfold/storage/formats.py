@@ -10,12 +10,19 @@ from ..spec import CompressorSpec
 
 ELEMENT_BITS = {"bf16": 16, "fp32": 32, "e4m3": 8, "e2m1": 4}
 ELEMENT_MAX = {"e4m3": 448.0, "e2m1": 6.0}  # the encodings that are scaled
-SCALE_BYTES = {"ue8m0": 1, "e4m3": 1, "pow2": 4, "fp32": 4}
+SCALE_BYTES = {"ue8m0": 1, "ue8m0x4": 4, "e4m3": 1, "pow2": 4, "fp32": 4}
+POWERS_OF_TWO = ("ue8m0", "ue8m0x4", "pow2")
+FP4_GROUPS = {"": 1, "nvfp4": 16, "mxfp4": 32}  # of `fp4_first`
 
 # Fields that need scales in the record, and those that need these or one scale for the whole cache.
-_OF_SCALES = ("group", "floor", "floor_on", "pad", "pad_written", "separate", "divide")
-_OF_CODES = ("scale", "rotated_bf16", "round_values", "ties_to_zero", *_OF_SCALES)
-_SWITCHES = ("rotated_bf16", "pad_written", "separate", "round_rows", "round_values", "ties_to_zero", "divide")
+_OF_SCALES = (
+    "group", "floor", "floor_on", "pad", "pad_written", "separate", "interleaved", "nearest_scale", "zero_small", "divide",
+)  # fmt: skip
+_OF_CODES = ("scale", "rotated_bf16", "round_values", "fp4_first", "ties_to_zero", "unsigned_zero", *_OF_SCALES)
+_SWITCHES = (
+    "rotated_bf16", "pad_written", "separate", "interleaved", "round_rows", "round_normed", "round_values", "ties_to_zero",
+    "unsigned_zero", "nearest_scale", "zero_small", "divide",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -23,17 +30,19 @@ class RecordFormat:
     """One record layout, to the byte: the value that drives every writer, reader and test.
 
     A page of N rows has N records, then (or in a second buffer) N tails. A record is the quantized channels, then the rotated
-    ones if they stay bf16; a tail is the scales of its record, then pad bytes. A format of your own is made like those of
-    `FORMATS`, or from one of them by `dataclasses.replace`.
+    ones if they stay bf16; a tail is the scales of its record, then pad bytes. An interleaved record has its tail between the
+    two, and the page nothing behind the records. A format of your own is made like those of `FORMATS`, or from one of them by
+    `dataclasses.replace`.
 
     Attributes:
         name: the public name.
         source: whose bytes these are.
         element: encoding of the quantized (or only) channels: `"bf16"`, `"fp32"`, `"e4m3"` or `"e2m1"` (two to a byte, the even
-            channel in the low nibble). bf16 and fp32 go with `page_align`, `round_rows`, `head_dims` and `rope_dim` only.
+            channel in the low nibble). bf16 and fp32 go with `page_align`, `round_rows`, `round_normed`, `head_dims` and
+            `rope_dim` only.
         group: channels that share a scale, a power of two; 0 when there are no scales in the record.
-        scale: `"none"`, `"static"` (one number per cache), or in the tail as `"ue8m0"` (power of two, exponent + 127), `"pow2"`
-            (power of two as fp32), `"fp32"` or `"e4m3"`.
+        scale: `"none"`, `"static"` (one number per cache), or in the tail as `"ue8m0"` (power of two, exponent + 127),
+            `"ue8m0x4"` (four such bytes, equal), `"pow2"` (power of two as fp32), `"fp32"` or `"e4m3"`.
         floor, floor_on: the least value of the group's largest magnitude (`"amax"`) or of the scale itself (`"scale"`). 0 for
             none, which scales of fp32, and of e4m3 floored on amax, can do without.
         rotated_bf16: the last `rope_dim` channels are kept as bf16.
@@ -41,9 +50,18 @@ class RecordFormat:
             them.
         page_align: the page is rounded up to a multiple of this many bytes, itself 1 or a multiple of `alignment`.
         separate: tails are in a buffer of their own, `EntryCache.scales`.
-        round_rows: pooled rows are rounded to bf16 before the norm. round_values: values are rounded to bf16 before they
-            are quantized.
-        ties_to_zero: e2m1 ties go toward zero and -0 becomes 0, instead of ties to even and -0 kept.
+        interleaved: a tail stands in its record, behind the values and before the rotated channels.
+        round_rows, round_normed, round_values: pooled rows are rounded to bf16 before the norm; normed rows before the
+            rotation; values before they are quantized.
+        fp4_first: what all channels, rotated ones too, are rounded to before they are quantized: `""` for nothing, `"nvfp4"`
+            for e2m1 in groups of 16 with scales of e4m3, from 2**-9, `"mxfp4"` for e2m1 in groups of 32 with powers of two.
+            Ties to even; -0 becomes 0, and a small negative value -0. Of values that are rounded to bf16.
+        ties_to_zero: e2m1 ties go toward zero and -0 becomes 0, instead of ties to even and -0 kept. unsigned_zero: -0 becomes
+            0, and so does a small negative value; ties as ever.
+        nearest_scale: of e2m1, a power-of-two scale is the nearest one to amax / 6 by its logarithm, and what it does not hold
+            saturates, instead of the least that holds amax.
+        zero_small: groups whose e4m3 scale is rounded to 0 become zeros with their signs, and there is no `EntryCache.scale`,
+            instead of saturating.
         divide: values are divided by the scale, where it is e4m3 and floored itself; otherwise multiplied by its inverse, which
             differs in the last bit unless the scale is a power of two.
         head_dims, rope_dim: what the layout is defined for; empty and None for any.
@@ -70,6 +88,12 @@ class RecordFormat:
     divide: bool = False
     head_dims: tuple[int, ...] = ()
     rope_dim: int | None = None
+    interleaved: bool = False
+    round_normed: bool = False
+    fp4_first: str = ""
+    unsigned_zero: bool = False
+    nearest_scale: bool = False
+    zero_small: bool = False
 
     def __post_init__(self) -> None:
         _check_format(self)
@@ -87,15 +111,17 @@ class RecordFormat:
         if self.rope_dim not in (None, spec.rope_dim):
             return f"is defined for rope_dim={self.rope_dim}, got spec.rope_dim={spec.rope_dim}"
         step, tail, got = max(self.group, 1), self.tail_bytes(spec), f"got spec.rope_dim={spec.rope_dim}"
-        if spec.head_dim % step:
-            return f"needs head_dim in groups of {step}, got spec.head_dim={spec.head_dim}"
+        widest = max(step, FP4_GROUPS[self.fp4_first])
+        if spec.head_dim % widest:
+            return f"needs head_dim in groups of {widest}, got spec.head_dim={spec.head_dim}"
         if not self.rotated_bf16:
             return ""
         if not self.quantized(spec) or self.quantized(spec) % step:
             return f"needs groups of {step} before the rotated channels, {got} of spec.head_dim={spec.head_dim}"
-        if self.values_bytes(spec) % 2 or self.row_bytes(spec) % self.alignment:
+        between = self.values_bytes(spec) % max(self.scale_bytes, 1) if self.interleaved else 0
+        if between or self.rotated_at(spec) % 2 or self.row_bytes(spec) % self.alignment:
             return f"needs fields at multiples of their size, {got}"
-        if not self.separate and tail % 2 and self.page_align % 2:  # the next page starts behind them
+        if self.in_footer and tail % 2 and self.page_align % 2:  # the next page starts behind them
             return f"needs an even page_align, or tails of an even size, got {tail} bytes for spec.head_dim={spec.head_dim}"
         return ""
 
@@ -118,7 +144,12 @@ class RecordFormat:
     @property
     def takes_scale(self) -> bool:
         """Whether `EntryCache.scale` has a part in the bytes."""
-        return self.scale == "static" or (self.scale == "e4m3" and self.floor_on == "amax")
+        return self.scale == "static" or (self.scale == "e4m3" and self.floor_on == "amax" and not self.zero_small)
+
+    @property
+    def in_footer(self) -> bool:
+        """Whether tails stand behind the records of their page."""
+        return self.scale_bytes > 0 and not self.separate and not self.interleaved
 
     def quantized(self, spec: CompressorSpec) -> int:
         """Channels in the element encoding; the rest is bf16."""
@@ -126,11 +157,16 @@ class RecordFormat:
 
     def constants(self, spec: CompressorSpec) -> dict[str, object]:
         """What the kernels' epilogue is compiled for."""
-        same = ("round_rows", "element", "group", "scale", "floor", "divide", "rotated_bf16", "round_values", "ties_to_zero")
+        same = (
+            "round_rows", "round_normed", "round_values", "fp4_first", "element", "group", "scale", "floor", "divide",
+            "rotated_bf16", "interleaved", "ties_to_zero", "unsigned_zero", "nearest_scale", "zero_small",
+        )  # fmt: skip
         return {
             **{name.upper(): getattr(self, name) for name in same},
             "FLOOR_ON_SCALE": self.floor_on == "scale",
             "PAD": self.pad if self.pad_written else 0,
+            "VALUES_BYTES": self.values_bytes(spec),
+            "ROTATED_AT": self.rotated_at(spec),
             "ROW_BYTES": self.row_bytes(spec),
             "TAIL_BYTES": self.tail_bytes(spec),
         }
@@ -143,22 +179,33 @@ class RecordFormat:
         """Bytes of a record's channels in the element encoding, which come first."""
         return self.quantized(spec) * ELEMENT_BITS[self.element] // 8
 
+    def rotated_bytes(self, spec: CompressorSpec) -> int:
+        """Bytes of the channels that are kept as bf16."""
+        return 2 * spec.rope_dim if self.rotated_bf16 else 0
+
+    def rotated_at(self, spec: CompressorSpec) -> int:
+        """The byte of a record where these begin."""
+        return self.values_bytes(spec) + (self.tail_bytes(spec) if self.interleaved else 0)
+
     def row_bytes(self, spec: CompressorSpec) -> int:
-        """Bytes from one record to the next, tails not counted."""
-        return self.values_bytes(spec) + (2 * spec.rope_dim if self.rotated_bf16 else 0)
+        """Bytes from one record to the next; its tail counts only where it stands inside."""
+        return self.rotated_at(spec) + self.rotated_bytes(spec)
 
     def tail_bytes(self, spec: CompressorSpec) -> int:
-        """Bytes from one tail to the next."""
+        """Bytes of a tail."""
         return self.groups(spec) * self.scale_bytes + self.pad
 
     def record_bytes(self, spec: CompressorSpec) -> int:
         """Bytes that one entry costs, page padding not counted."""
-        return self.row_bytes(spec) + self.tail_bytes(spec)
+        return self.values_bytes(spec) + self.tail_bytes(spec) + self.rotated_bytes(spec)
+
+    def used_bytes(self, spec: CompressorSpec, rows_per_page: int) -> int:
+        """Bytes of a page of `rows_per_page` records in the main buffer, padding not counted."""
+        return rows_per_page * (self.row_bytes(spec) if self.separate else self.record_bytes(spec))
 
     def page_bytes(self, spec: CompressorSpec, rows_per_page: int) -> int:
-        """Bytes of a page of `rows_per_page` records in the main buffer, padding included."""
-        used = rows_per_page * (self.row_bytes(spec) if self.separate else self.record_bytes(spec))
-        return -(-used // self.page_align) * self.page_align
+        """The same with its padding."""
+        return -(-self.used_bytes(spec, rows_per_page) // self.page_align) * self.page_align
 
 
 def _check_format(fmt: RecordFormat) -> None:
@@ -172,13 +219,18 @@ def _check_format(fmt: RecordFormat) -> None:
         _check_left_out(fmt, _OF_SCALES, "where scale is 'static', which is not in the record")
     else:
         _check_scales(fmt)
-    if fmt.ties_to_zero and fmt.element != "e2m1":
-        raise ValueError(f"ties_to_zero must be False where element is {fmt.element!r}, got True")
+    for name in ("ties_to_zero", "unsigned_zero", "nearest_scale"):
+        if getattr(fmt, name) and fmt.element != "e2m1":
+            raise ValueError(f"{name} must be False where element is {fmt.element!r}, got True")
+    if fmt.fp4_first and not fmt.round_values:
+        raise ValueError(f"fp4_first must be '' unless round_values is True, got {fmt.fp4_first!r}")
     if fmt.page_align != 1 and fmt.page_align % fmt.alignment:
         raise ValueError(f"page_align must be 1 or a multiple of {fmt.alignment}, got {fmt.page_align}")
     for head_dim in fmt.head_dims:
-        if fmt.group and head_dim % fmt.group:
-            raise ValueError(f"head_dims must be multiples of group={fmt.group}, got {fmt.head_dims}")
+        if head_dim % max(fmt.group, FP4_GROUPS[fmt.fp4_first]):
+            raise ValueError(
+                f"head_dims must be multiples of group={fmt.group} and of the groups of fp4_first, got {fmt.head_dims}"
+            )
         try:
             if fmt.rope_dim is not None:  # otherwise what else there is to say waits for a spec
                 fmt.check(CompressorSpec(head_dim, 1, rope_dim=fmt.rope_dim))
@@ -188,13 +240,14 @@ def _check_format(fmt: RecordFormat) -> None:
 
 def _check_types(fmt: RecordFormat) -> None:
     """Each field by itself."""
-    kinds = {str: ("name", "source", "element", "scale", "floor_on"), bool: _SWITCHES, tuple: ("head_dims",)}
+    kinds = {str: ("name", "source", "element", "scale", "floor_on", "fp4_first"), bool: _SWITCHES, tuple: ("head_dims",)}
     for kind, names in kinds.items():
         for name in names:
             check_type(name, getattr(fmt, name), kind)
     if not fmt.name:
         raise ValueError("name must not be empty, got ''")
     known = {"element": ELEMENT_BITS, "scale": ("none", "static", *SCALE_BYTES), "floor_on": ("amax", "scale")}
+    known["fp4_first"] = FP4_GROUPS
     for name, accepted in known.items():
         if getattr(fmt, name) not in accepted:
             raise ValueError(f"{name} must be one of {list(accepted)}, got {getattr(fmt, name)!r}")
@@ -241,6 +294,12 @@ def _check_scales(fmt: RecordFormat) -> None:
     if fmt.divide != divide:
         where = "where" if divide else "unless"
         raise ValueError(f"divide must be {divide} {where} scale is 'e4m3' and floor_on 'scale', got {fmt.divide}")
+    if fmt.interleaved and fmt.separate:
+        raise ValueError("interleaved must be False where separate is True, got True")
+    if fmt.nearest_scale and fmt.scale not in POWERS_OF_TWO:
+        raise ValueError(f"nearest_scale must be False unless scale is one of {list(POWERS_OF_TWO)}, got True")
+    if fmt.zero_small and (fmt.scale != "e4m3" or on_scale):
+        raise ValueError("zero_small must be False unless scale is 'e4m3' and floor_on 'amax', got True")
     if fmt.pad % fmt.scale_bytes:
         raise ValueError(f"pad must be a multiple of {fmt.scale_bytes} where scale is {fmt.scale!r}, got {fmt.pad}")
     if fmt.pad_written and fmt.pad & (fmt.pad - 1):  # a vector of a kernel
@@ -251,6 +310,12 @@ def _check_scales(fmt: RecordFormat) -> None:
 _E2M1_FLOOR = 6 * 2.0**-126
 
 
+# What engines round to bf16 on the way from the pooled row to the record: vLLM's V4.1; its indexer, and SGLang's V4.1.
+_NORMED: dict = {"round_normed": True}
+_ALL: dict = {"round_rows": True, "round_normed": True, "round_values": True}
+_FAKED: dict = {**_ALL, "fp4_first": "nvfp4"}  # SGLang's fp8 records of ratios 1 and 2
+
+
 def _mla(name: str, source: str, floor: float, **fields: object) -> RecordFormat:
     """The 584-byte record of the main cache; engines differ in the floor, the pad byte and the page's padding."""
     base = RecordFormat(
@@ -259,33 +324,75 @@ def _mla(name: str, source: str, floor: float, **fields: object) -> RecordFormat
     return replace(base, **fields)
 
 
+def _v41_mxfp8(name: str, source: str, **fields: object) -> RecordFormat:
+    """V4.1's record of 528 bytes. A floor on the scale makes 114 the smallest code, one on amax 105."""
+    return replace(RecordFormat(name, source, "e4m3", 32, "ue8m0", 1e-4, "scale", head_dims=(512,)), **fields)
+
+
+def _v41_nvfp4(name: str, source: str, **fields: object) -> RecordFormat:
+    """V4.1's record of 288 bytes."""
+    return replace(RecordFormat(name, source, "e2m1", 16, "e4m3", 2**-9, "scale", divide=True, head_dims=(512,)), **fields)
+
+
+def _indexer(name: str, source: str, element: str, scale: str, floor: float = 1e-4, **fields: object) -> RecordFormat:
+    """An indexer's key: one scale in e4m3, four in e2m1."""
+    return RecordFormat(name, source, element, 128 if element == "e4m3" else 32, scale, floor, head_dims=(128,), **fields)
+
+
 _TABLE = (
     # TensorRT-LLM hands bf16 rows from its pooling to what follows, which rounds nothing between norm and quantizer.
     RecordFormat("bf16", "plain rows: vLLM full cache, SGLang", "bf16"),
     RecordFormat("bf16_trtllm", "TensorRT-LLM, plain rows", "bf16", round_rows=True),
+    RecordFormat("bf16_v41", "vLLM V4.1, plain rows", "bf16", **_NORMED),
     RecordFormat("fp32", "plain rows", "fp32"),
     RecordFormat("fp8_tensor", "vLLM full cache, SGLang", "e4m3", scale="static", round_values=True),
     RecordFormat("fp8_tensor_trtllm", "TensorRT-LLM, per tensor", "e4m3", scale="static", round_rows=True),
+    RecordFormat("fp8_tensor_v41", "vLLM V4.1, plain rows", "e4m3", scale="static", round_values=True, **_NORMED),
+    RecordFormat("fp8_tensor_v41_sglang", "SGLang V4.1, UNIFORM_FP8", "e4m3", scale="static", head_dims=(512,), **_FAKED),
     # Floor on the scale, not on amax: the smallest code is 114 where the others have 105 or 92.
     _mla("fp8_ds_mla", "vLLM, default CUDA writer", 1e-4, floor_on="scale", page_align=576, pad_written=True),
     _mla("fp8_ds_mla_vllm_triton", "vLLM, Triton writer", 1e-4, page_align=576, pad_written=True),
     _mla("fp8_ds_mla_sglang", "SGLang", 1e-4, page_align=576),
     _mla("fp8_ds_mla_trtllm", "TensorRT-LLM, footer scales", 1e-8, round_rows=True),
+    _mla("fp8_ds_mla_v41", "vLLM V4.1, not SM100", 1e-4, page_align=576, pad_written=True, **_NORMED),
+    _mla("fp8_ds_mla_v41_sglang", "SGLang V4.1, default", 1e-4, page_align=576, **_FAKED),
     RecordFormat("fp8_block128", "TensorRT-LLM, blockwise", "e4m3", 128, "fp32", round_rows=True, head_dims=(512, 128)),
     RecordFormat("mxfp4", "TensorRT-LLM, MXFP4", "e2m1", 32, "ue8m0", _E2M1_FLOOR, separate=True, round_rows=True),
     RecordFormat("nvfp4_trtllm", "TensorRT-LLM, NVFP4", "e2m1", 16, "e4m3", separate=True, round_rows=True, head_dims=(512,)),
-    RecordFormat("indexer_fp8_vllm", "vLLM, scales in fp32", "e4m3", 128, "pow2", 1e-4, round_values=True, head_dims=(128,)),
-    RecordFormat("indexer_fp8_sglang", "SGLang", "e4m3", 128, "fp32", 1e-4, head_dims=(128,)),
-    RecordFormat("indexer_mxfp4", "vLLM", "e2m1", 32, "ue8m0", _E2M1_FLOOR, round_values=True, head_dims=(128,)),
-    RecordFormat("indexer_mxfp4_sglang", "SGLang, store", "e2m1", 32, "ue8m0", 1e-4, ties_to_zero=True, head_dims=(128,)),
-    # The layout of FlashInfer and vLLM 0.32; what engines round before it differs.
     RecordFormat(
-        "v41_mxfp8", "V4.1 MXFP8, footer", "e4m3", 32, "ue8m0", 1e-4, page_align=512, round_values=True, head_dims=(512,)
+        "nvfp4_flashinfer", "FlashInfer, 384 bytes", "e2m1", 16, "e4m3", rotated_bf16=True, zero_small=True, pad=4,
+        pad_written=True, round_values=True, head_dims=(512,), rope_dim=64,
     ),
     RecordFormat(
-        "v41_nvfp4", "V4.1 NVFP4, footer", "e2m1", 16, "e4m3", 2**-9, "scale", round_values=True, divide=True, head_dims=(512,)
+        "mxfp4_sm90_sglang", "SGLang pull request, 368 bytes", "e2m1", 32, "ue8m0", _E2M1_FLOOR, rotated_bf16=True,
+        interleaved=True, nearest_scale=True, pad=2, round_values=True, head_dims=(512,), rope_dim=64,
     ),
-)
+    _indexer("indexer_fp8_vllm", "vLLM, scales in fp32", "e4m3", "pow2", round_values=True),
+    _indexer("indexer_fp8_vllm_sm100", "vLLM on SM100", "e4m3", "ue8m0x4", round_values=True),
+    _indexer("indexer_fp8_v41", "vLLM V4.1, scales in fp32", "e4m3", "pow2", **_ALL),
+    _indexer("indexer_fp8_v41_sm100", "vLLM V4.1 on SM100", "e4m3", "ue8m0x4", **_ALL),
+    _indexer("indexer_fp8_sglang", "SGLang", "e4m3", "fp32"),
+    _indexer("indexer_mxfp4", "vLLM", "e2m1", "ue8m0", _E2M1_FLOOR, round_values=True),
+    _indexer("indexer_mxfp4_v41", "vLLM V4.1", "e2m1", "ue8m0", _E2M1_FLOOR, **_ALL),
+    _indexer("indexer_mxfp4_sglang", "SGLang, store", "e2m1", "ue8m0", ties_to_zero=True),
+    _indexer(
+        "indexer_mxfp4_v41_sglang", "SGLang V4.1", "e2m1", "ue8m0", floor_on="scale", fp4_first="mxfp4", unsigned_zero=True,
+        **_ALL,
+    ),
+    # V4.1's records of all channels: scales at the page's end, as FlashInfer and SGLang have them, or in each record.
+    _v41_mxfp8("v41_mxfp8", "FlashInfer V4.1, MXFP8", page_align=512, round_values=True),
+    _v41_mxfp8("v41_mxfp8_sglang", "SGLang V41, ratios 4, 128", page_align=512, round_values=True, **_NORMED),
+    _v41_mxfp8("v41_mxfp8_sglang_fp4", "SGLang V41, ratios 1, 2", page_align=512, **_FAKED),
+    _v41_mxfp8("v41_mxfp8_interleaved_vllm", "vLLM V4.1 on SM100, MXFP8", interleaved=True, floor_on="amax", **_NORMED),
+    _v41_mxfp8(
+        "v41_mxfp8_interleaved_sglang", "SGLang V41_NEW, ratios 4, 128", interleaved=True, round_values=True, **_NORMED
+    ),
+    _v41_mxfp8("v41_mxfp8_interleaved_sglang_fp4", "SGLang V41_NEW, ratios 1, 2", interleaved=True, **_FAKED),
+    _v41_nvfp4("v41_nvfp4", "FlashInfer V4.1, NVFP4", round_values=True),
+    _v41_nvfp4("v41_nvfp4_sglang", "SGLang V41_FP4, ratios 1, 2", page_align=256, **_ALL),
+    _v41_nvfp4("v41_nvfp4_interleaved_vllm", "vLLM V4.1 on SM100, NVFP4", interleaved=True, **_NORMED),
+    _v41_nvfp4("v41_nvfp4_interleaved_sglang", "SGLang V41_FP4_NEW, ratios 1, 2", interleaved=True, **_ALL),
+)  # fmt: skip
 FORMATS: dict[str, RecordFormat] = {fmt.name: fmt for fmt in _TABLE}
 
 

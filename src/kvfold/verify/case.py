@@ -111,9 +111,8 @@ def packed(engine: Engine, rows: list[Tensor]) -> str:
     for b, _, slots in _windows(engine):
         if not len(slots):
             continue
-        pooled = rows[b].bfloat16().float() if cache.format.round_rows else rows[b]
-        position = torch.arange(len(slots), device=pooled.device) * cache.spec.ratio
-        y = finish(pooled, cache.spec, engine.weights["norm_weight"], engine.weights["rope"], position)
+        position = torch.arange(len(slots), device=rows[b].device) * cache.spec.ratio
+        y = finish(rows[b], cache.spec, engine.weights["norm_weight"], engine.weights["rope"], position, cache.format)
         data, norm = bytes_of(cache, slots), y.norm(dim=1, keepdim=True)
         fine = explained(cache, data, y, torch.zeros_like(norm))
         if not bool(fine.all()):

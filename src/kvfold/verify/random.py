@@ -158,7 +158,7 @@ def draw_shape(rng: random.Random, budget: Budget) -> Shape:
         snapshot = some if state_kind(spec) == "fold" else ratio * rng.randint(1, 3)
     shape = Shape(
         spec, state, state_dtype, kv_dtype, fmt and fmt.name,
-        scale=rng.choice((1.0, 0.5, 0.037, 3.2)) if fmt is not None and fmt.name.startswith(("fp8_tensor", "nvfp4")) else 1.0,
+        scale=rng.choice((1.0, 0.5, 0.037, 3.2)) if fmt is not None and fmt.takes_scale else 1.0,
         norm_dtype=rng.choice(FLOATS), rows=rows,
         addressing=rng.choice(("table", "slots")) if fmt is not None else rng.choice(("none", "table", "slots")),
         page_size=rng.choice((ratio, 2 * ratio, rng.randint(1, 9), rng.randint(1, 2 * ratio + 1), 16, 64))

@@ -27,7 +27,7 @@ _DTYPES = {"float32": "F32", "int64": "I64", "uint8": "U8"}
 def content(name: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The tensors and the metadata of a format's file."""
     f = oracle.FORMATS[name]
-    hd = 512 if f["group"] and 512 in f["head_dims"] else 128
+    hd = 512 if 512 in f["head_dims"] and (f["group"] or 128 not in f["head_dims"]) else 128
     scale = SCALES.get(name, 1.0)
     entries = golden_entries(name, hd)
     packed = oracle.pack(name, entries, SLOTS, ROWS_PER_PAGE, static_scale=scale, global_scale=scale)

@@ -6,7 +6,7 @@ COUNT entries of one sequence in a row can go side by side; vectors.py says how.
 import triton
 import triton.language as tl
 
-from .record import bf16_bits, bf16_value, store_record
+from .record import bf16_bits, bf16_value, load_scale, store_record
 from .vectors import abreast, channels, flat, numbers, span
 
 
@@ -125,11 +125,14 @@ def emit(
         else:
             tl.store(at, abreast(y, SPEC.HEAD_DIM, COUNT), mask=wanted)
     if cache.pages is not None:
+        scale = load_scale(cache)  # on its way during the norm
         if FMT.ROUND_ROWS:
             y = bf16_value(bf16_bits(y, TARGET.BF16_CONVERSION))
         y = rms_norm(y, weight, SPEC, COUNT)
+        if FMT.ROUND_NORMED:
+            y = bf16_value(bf16_bits(y, TARGET.BF16_CONVERSION))
         if SPEC.ROPE_DIM > 0:
             y = rotate(y, cos, sin, SPEC, COUNT)
         if SPEC.HADAMARD:
             y = hadamard(y, SPEC, COUNT)
-        store_record(y, slot, cache, SPEC, FMT, TARGET, COUNT, wanted)
+        store_record(y, slot, scale, cache, SPEC, FMT, TARGET, COUNT, wanted)

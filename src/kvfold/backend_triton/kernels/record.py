@@ -48,7 +48,7 @@ def e4m3_value(code):
 
 
 @triton.jit
-def e2m1_bits(x, TIES_TO_ZERO: tl.constexpr):
+def e2m1_bits(x, TIES_TO_ZERO: tl.constexpr = False, UNSIGNED_ZERO: tl.constexpr = False):
     """e2m1 of fp32 as int32, saturating at 6: ties to even with the sign of zero kept, or toward zero without it.
 
     NaN becomes 7 (6.0), as hardware has it: the encoding has no NaN.
@@ -61,9 +61,58 @@ def e2m1_bits(x, TIES_TO_ZERO: tl.constexpr):
     else:
         code += (mag >= 0.75).to(tl.int32) + (mag >= 1.75).to(tl.int32) + (mag >= 3.5).to(tl.int32)
     sign = (x.to(tl.int32, bitcast=True) >> 28) & 8
-    if TIES_TO_ZERO:
+    if TIES_TO_ZERO or UNSIGNED_ZERO:
         sign = tl.where(code > 0, sign, 0)
     return tl.where(x == x, code | sign, 7)
+
+
+@triton.jit
+def e2m1_value(code):
+    """fp32 of a code 0..15."""
+    mag = code & 7
+    bits = tl.where(mag > 1, ((mag >> 1) + 126) << 23 | (mag & 1) << 22, mag * 0x3F000000)
+    return (bits | (code & 8) << 28).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def magnitudes(v):
+    """Of which the largest chooses a scale: a NaN has no say in that of its neighbours."""
+    return tl.where(v == v, tl.abs(v), 0.0)
+
+
+@triton.jit
+def through_fp4(v, KIND: tl.constexpr, LENGTH: tl.constexpr):
+    """What is left of values in fp4 (`RecordFormat.fp4_first`): a NaN, and otherwise codes times scales."""
+    GROUP: tl.constexpr = 16 if KIND == "nvfp4" else 32
+    grouped = tl.reshape(v, (LENGTH // GROUP, GROUP))
+    amax = tl.max(magnitudes(grouped), axis=1)
+    if KIND == "nvfp4":
+        scale = e4m3_value(e4m3_bits(tl.maximum(tl.div_rn(amax, 6.0), 0.001953125)))
+        quotient = tl.div_rn(grouped, scale[:, None])
+    else:
+        code = power_of_two(tl.maximum(amax, 7.052966104933725e-38), 6.0, False)  # 6 * 2**-126
+        scale = (code << 23).to(tl.float32, bitcast=True)
+        quotient = grouped * ((254 - code) << 23).to(tl.float32, bitcast=True)[:, None]
+    quotient = tl.where(quotient == 0.0, 0.0, quotient)  # of either sign
+    faked = e2m1_value(e2m1_bits(quotient)) * scale[:, None]
+    return tl.reshape(tl.where(grouped == grouped, faked, grouped), (LENGTH,))
+
+
+@triton.jit
+def power_of_two(amax, MAX: tl.constexpr, NEAREST: tl.constexpr):
+    """The ue8m0 code of a scale: the least that takes amax to MAX or below, or the nearest one (to 6) by its logarithm.
+
+    Exact, and without a division. MAX is 1.75 * 2**8 or 1.5 * 2**2, so the exponent goes up by one where the mantissa of amax
+    is above that of MAX; and for the nearest from the mantissa of 6 / sqrt(2) on.
+    """
+    bits = amax.to(tl.int32, bitcast=True)
+    if NEAREST:
+        code = ((bits + (0x800000 - 0x7C3B7)) >> 23) - 3
+    elif MAX == 448.0:
+        code = ((bits + 0x1FFFFF) >> 23) - 8
+    else:
+        code = ((bits + 0x3FFFFF) >> 23) - 2
+    return tl.where(bits == 0x7F800000, 254, code)  # an infinity: the inverse of this scale is 0
 
 
 @triton.jit
@@ -75,6 +124,9 @@ def group_scale(amax, cache_scale, MAX: tl.constexpr, FMT: tl.constexpr):
         if FMT.FLOOR_ON_SCALE:
             stored = e4m3_bits(tl.maximum(tl.div_rn(amax, MAX), FMT.FLOOR))
             factor = e4m3_value(stored)
+        elif FMT.ZERO_SMALL:
+            stored = e4m3_bits(tl.div_rn(amax, MAX))
+            factor = tl.where(stored > 0, tl.div_rn(1.0, e4m3_value(tl.maximum(stored, 1))), 0.0)
         else:
             stored = e4m3_bits(tl.div_rn(amax * cache_scale, MAX))
             factor = tl.div_rn(cache_scale, tl.maximum(e4m3_value(stored), 1e-12))
@@ -89,26 +141,36 @@ def group_scale(amax, cache_scale, MAX: tl.constexpr, FMT: tl.constexpr):
         else:
             factor = tl.div_rn(1.0, scale)
     else:
-        # The least power of two that takes amax to MAX or below: exact, and without a division. MAX is 1.75 * 2**8 or
-        # 1.5 * 2**2, so the exponent goes up by one where the mantissa of amax is above that of MAX.
         if FMT.FLOOR_ON_SCALE:
             amax = tl.maximum(amax, FMT.FLOOR * MAX)
-        bits = amax.to(tl.int32, bitcast=True)
-        code = ((bits + 0x1FFFFF) >> 23) - 8 if MAX == 448.0 else ((bits + 0x3FFFFF) >> 23) - 2
-        code = tl.where(bits == 0x7F800000, 254, code)  # an infinity: the inverse of this scale is 0
+        code = power_of_two(amax, MAX, FMT.NEAREST_SCALE)
         factor = ((254 - code) << 23).to(tl.float32, bitcast=True)
-        stored = code << 23 if FMT.SCALE == "pow2" else code
+        if FMT.SCALE == "pow2":
+            stored = code << 23
+        elif FMT.SCALE == "ue8m0x4":
+            stored = code | code << 8 | code << 16 | code << 24
+        else:
+            stored = code
     return stored, factor
 
 
 @triton.jit
+def load_scale(cache):
+    """The scale of the whole cache; None for formats that have none. Past the L1 cache, as `pdl.load_plan`."""
+    scale = None
+    if cache.scale is not None:
+        scale = tl.load(cache.scale.to(tl.pointer_type(tl.float32)), cache_modifier=".cg")
+    return scale
+
+
+@triton.jit
 def store_record(
-    y, slot, cache, SPEC: tl.constexpr, FMT: tl.constexpr, TARGET: tl.constexpr, COUNT: tl.constexpr = 1,
+    y, slot, scale, cache, SPEC: tl.constexpr, FMT: tl.constexpr, TARGET: tl.constexpr, COUNT: tl.constexpr = 1,
     wanted=None,
 ):  # fmt: skip
     """Writes one record and its tail, or those of COUNT slots, as they are `wanted`, whose rows stand side by side in `y`.
 
-    `scales` is None where tails are in the page; PAD is how many pad bytes to zero.
+    `scale` is what `load_scale` gave. `scales` is None where tails are in the page; PAD is how many pad bytes to zero.
     """
     c = span(SPEC.HEAD_DIM, COUNT)
     # In 32 bits, which all slots of a cache fit: a division of 64 is 100 instructions and a branch.
@@ -127,24 +189,30 @@ def store_record(
         QUANTIZED: tl.constexpr = SPEC.HEAD_DIM - (SPEC.ROPE_DIM if FMT.ROTATED_BF16 else 0)
         rounded = bf16_bits(y, TARGET.BF16_CONVERSION)
         v = bf16_value(rounded) if FMT.ROUND_VALUES else y
+        if FMT.FP4_FIRST != "":
+            v = through_fp4(v, FMT.FP4_FIRST, COUNT * SPEC.HEAD_DIM)
+            rounded = bf16_bits(v, TARGET.BF16_CONVERSION)
         if FMT.SCALE == "static":
-            v = v * tl.div_rn(1.0, cache.scale)
+            v = v * tl.div_rn(1.0, scale)
         else:
-            tail = page + cache.rows_per_page * FMT.ROW_BYTES + row * FMT.TAIL_BYTES
-            if cache.scales is not None:
+            if FMT.INTERLEAVED:
+                tail = record + FMT.VALUES_BYTES
+            elif cache.scales is not None:
                 tail = cache.scales + number * cache.scales_stride + row * FMT.TAIL_BYTES
-            tail_scales = tail.to(tl.pointer_type(tl.int32)) if FMT.SCALE == "fp32" or FMT.SCALE == "pow2" else tail
-            # A NaN does not choose the scale of its neighbours.
-            magnitude = tl.where(v == v, tl.abs(v), 0.0)
+            else:
+                tail = page + cache.rows_per_page * FMT.ROW_BYTES + row * FMT.TAIL_BYTES
+            WORDS: tl.constexpr = FMT.SCALE == "fp32" or FMT.SCALE == "pow2" or FMT.SCALE == "ue8m0x4"
+            tail_scales = tail.to(tl.pointer_type(tl.int32)) if WORDS else tail
+            magnitude = magnitudes(v)
             if FMT.GROUP == COUNT * SPEC.HEAD_DIM:
                 # One group for the whole entry: its scale is a scalar.
-                stored, factor = group_scale(tl.max(magnitude, axis=0), cache.scale, MAX, FMT)
+                stored, factor = group_scale(tl.max(magnitude, axis=0), scale, MAX, FMT)
                 tl.store(tail_scales, stored.to(tail_scales.dtype.element_ty))
                 v = tl.div_rn(v, factor) if FMT.DIVIDE else v * factor
             else:
                 GROUPS: tl.constexpr = SPEC.HEAD_DIM // FMT.GROUP
                 amax = tl.max(tl.reshape(magnitude, (COUNT * GROUPS, FMT.GROUP)), axis=1)
-                stored, factor = group_scale(amax, cache.scale, MAX, FMT)
+                stored, factor = group_scale(amax, scale, MAX, FMT)
                 codes = abreast(stored.to(tail_scales.dtype.element_ty), GROUPS, COUNT)
                 # One scale of an entry is spread over 16 threads, of which one stores it: else it goes through shared memory.
                 SAME: tl.constexpr = 16 if COUNT > 1 and GROUPS == 1 else GROUPS
@@ -167,12 +235,12 @@ def store_record(
                 code = e4m3_bits(v).to(tl.uint8)
             tl.store(record + c, abreast(code, SPEC.HEAD_DIM, COUNT), mask=wherever(c < QUANTIZED, wanted, COUNT))
         else:
-            low, high = tl.split(tl.reshape(e2m1_bits(v, FMT.TIES_TO_ZERO), (COUNT * SPEC.HEAD_DIM // 2, 2)))
+            code = e2m1_bits(v, FMT.TIES_TO_ZERO, FMT.UNSIGNED_ZERO)
+            low, high = tl.split(tl.reshape(code, (COUNT * SPEC.HEAD_DIM // 2, 2)))
             pairs = abreast((low | (high << 4)).to(tl.uint8), SPEC.HEAD_DIM // 2, COUNT)
             pair = span(SPEC.HEAD_DIM // 2, COUNT)
             tl.store(record + pair, pairs, mask=wherever(pair < QUANTIZED // 2, wanted, COUNT) if FMT.ROTATED_BF16 else wanted)
         if FMT.ROTATED_BF16:
-            VALUES_BYTES: tl.constexpr = QUANTIZED if FMT.ELEMENT == "e4m3" else QUANTIZED // 2
-            rotated = (record + VALUES_BYTES).to(tl.pointer_type(tl.int16))
+            rotated = (record + FMT.ROTATED_AT).to(tl.pointer_type(tl.int16))
             there = wherever(c >= QUANTIZED, wanted, COUNT)
             tl.store(rotated + (c - QUANTIZED), abreast(rounded, SPEC.HEAD_DIM, COUNT), mask=there)
