@@ -37,7 +37,9 @@ PLAN = (
 )  # fmt: skip
 FOLD_PLAN = (*PLAN, "Tensor? state_slots", "Tensor? snapshot_table", "SymInt? snapshot_page_size")
 TABLES = ("Tensor entry_items", "Tensor cu_entries", "Tensor? kv_table", "Tensor? score_table", "SymInt? page_size")
-STATE = ("Tensor! state_rows", "Tensor! positions", "SymInt rewind")
+# In pages: these as `state_rows`, no `positions`, and what dtype rows are kept in. torch.compile takes no two views of one
+# memory, both mutated, in two dtypes.
+STATE = ("Tensor! state_rows", "Tensor!? positions", "SymInt rewind", "ScalarType? kept")
 SNAPSHOTS = ("Tensor!? snapshot_rows", "Tensor!? snapshot_positions", "SymInt? page_size")
 SPEC = ("str spec",)
 CACHE = ("Tensor!? storage", "Tensor!? scales", "str format", "SymInt rows_per_page", "float cache_scale")
@@ -164,7 +166,9 @@ def _window(c: Compressor) -> tuple:
 
 
 def _state(state: FoldState) -> tuple:
-    return state.rows, state.positions, state.max_new_tokens
+    if state.pages is not None:
+        return state.pages, None, state.max_new_tokens, state.rows.dtype
+    return state.rows, state.positions, state.max_new_tokens, None
 
 
 def _snapshots(snapshots: Snapshots | None, spec: CompressorSpec) -> tuple:
@@ -222,6 +226,14 @@ def _memory(*asked: object) -> list[tuple]:
     return [None]
 
 
+def _state_of(
+    spec: CompressorSpec, rows: torch.Tensor, positions: torch.Tensor | None, most: int, kept: torch.dtype | None
+) -> FoldState:
+    if positions is None:
+        return FoldState.over(rows, spec, most, dtype=kept)
+    return FoldState(spec, rows, positions, most)
+
+
 def _cache_of(spec: CompressorSpec, storage, scales, fmt: str, rows_per_page: int, scale: float) -> EntryCache | None:
     return None if storage is None else EntryCache(storage, fmt, rows_per_page, spec, scales=scales, scale=scale)
 
@@ -253,7 +265,7 @@ def _compressor_of(args: Sequence, kind: str) -> tuple[Compressor, list]:
         return Compressor(kv_score, WindowState(*held), cache, spec, *weights), memory
     state, (rows, positions, page_size) = _cut(held, STATE, SNAPSHOTS)
     snapshots = None if rows is None else Snapshots(spec, rows, positions, page_size)
-    return Compressor(kv_score, FoldState(spec, *state), cache, spec, *weights, snapshots), memory
+    return Compressor(kv_score, _state_of(spec, *state), cache, spec, *weights, snapshots), memory
 
 
 def _cut(args: Sequence, *groups: tuple[str, ...]) -> list[list]:
@@ -293,7 +305,7 @@ def _store(rows: torch.Tensor, *args: object) -> None:
 def _restore(*args: object) -> None:
     (text,), state, kept, (*hits, backend) = _cut(args, SPEC, STATE, KEPT, HITS)
     spec = _spec_of(text)
-    run_restore(FoldState(spec, *state), Snapshots(spec, *kept), Hits(*hits), backend)
+    run_restore(_state_of(spec, *state), Snapshots(spec, *kept), Hits(*hits), backend)
 
 
 def _update(start_pos: torch.Tensor, cu_seqlens: torch.Tensor, *flat: object) -> None:

@@ -164,7 +164,7 @@ def _fold_rows(c: Compressor, items: Items, held: StateRows) -> tuple[torch.Tens
     wanted = _wanted(c, held, x, items.end[item])
     item, x = item[wanted], x[wanted]
     rows = kv_score[items.token[item] + x - items.start[item]]
-    return pooled, _Kept(item, x, rows.to(held.data.dtype), x)
+    return pooled, _Kept(item, x, rows.to(held.data.pool.dtype), x)
 
 
 def _wanted(c: Compressor, held: StateRows, position: torch.Tensor, end: torch.Tensor) -> torch.Tensor:

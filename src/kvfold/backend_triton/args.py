@@ -51,20 +51,30 @@ class Tokens(NamedTuple):
 
 
 class State(NamedTuple):
-    """A `FoldState`: rows, the position that each stands for, and how many slots of `ring` rows and a history there are."""
+    """A `FoldState`: rows, the position that each stands for, and how many slots of `ring` rows and a history there are.
+
+    stride, pitch: elements from a slot's first row to the next slot's, and from its first tag to the next slot's.
+    """
 
     rows: Floats
     tags: Ints
     num_slots: Int
     ring: Int
+    stride: Stride
+    pitch: Int
 
 
 class Snapshots(NamedTuple):
-    """Snapshots of a `FoldState`: rows, the position that each stands for, and how many snapshots there are."""
+    """Snapshots of a `FoldState`: rows, the position that each stands for, and how many snapshots there are.
+
+    stride, pitch: as of `State`, from snapshot to snapshot.
+    """
 
     rows: Floats = None
     tags: Ints = None
     count: Int = None
+    stride: Stride = None
+    pitch: Int = None
 
 
 class Scratch(NamedTuple):

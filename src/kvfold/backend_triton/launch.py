@@ -174,7 +174,9 @@ def restore_triton(
     ids = pages if count else None
     groups = args.RestoreArguments(_state(state), _snapshots(snapshots), snapshots.page_size, slots, ids, start_pos, errors)
     key = RestoreKey(state.spec, state.rows.dtype, count)
-    launcher_of(key, state.device)(slots.shape[0] * max(count, 1), *pack(*flat(groups)))
+    values, bits = pack(*flat(groups))
+    bits |= groups.state.stride | (groups.snapshots.stride or 0)
+    launcher_of(key, state.device)(slots.shape[0] * max(count, 1), values, bits)
 
 
 def update_on_gpu(plan: PlanData, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
@@ -285,7 +287,7 @@ def _prepare(kernel: str, asked: tuple, chosen: Chosen, groups: tuple) -> Prepar
     names = KERNELS[kernel].arg_names
     for name, value in zip(names, found, strict=False):  # the constants stand behind
         if name.endswith("stride"):
-            bits |= value
+            bits |= value or 0
     return Prepared(asked, chosen, list(found), tuple(i for i, name in enumerate(names) if name.endswith(_BROUGHT)), bits)
 
 
@@ -317,13 +319,19 @@ def _compressor(c: Compressor) -> args.Compressor:
 
 
 def _state(state: FoldState) -> args.State:
-    return args.State(state.rows, state.positions, state.num_slots, state.ring)
+    return args.State(state.rows, state.positions, state.num_slots, state.ring, *_steps(state.rows, state.positions))
 
 
 def _snapshots(snapshots: Snapshots | None) -> args.Snapshots:
     if not _keeps(snapshots):
         return args.Snapshots()
-    return args.Snapshots(snapshots.rows, snapshots.positions, snapshots.num_pages)
+    steps = _steps(snapshots.rows, snapshots.positions)
+    return args.Snapshots(snapshots.rows, snapshots.positions, snapshots.num_pages, *steps)
+
+
+def _steps(*pools: torch.Tensor) -> list[int]:
+    """From slot to slot or page to page; of a single one torch gives any number, which may be no multiple of 16."""
+    return [pool.stride(0) if pool.shape[0] > 1 else 0 for pool in pools]
 
 
 def _output(

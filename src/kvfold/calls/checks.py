@@ -130,8 +130,14 @@ def _check_pair(first: Compressor, second: Compressor, plan: PlanData) -> None:
     layers = first.state._layer, second.state._layer
     known = first.state._pair
     if known[0] is not layers[0] or known[1] is not layers[1]:
-        theirs = [place._replace(name=f"{place.name} of compressors[0]", paged=False) for place in _places(first)]
-        check_apart([*theirs, *(place._replace(paged=False) for place in _places(second))])
+        theirs = [place._replace(name=f"{place.name} of compressors[0]") for place in _places(first)]
+        both = [*theirs, *_places(second)]
+        # Slots of both are the plan's, so that pages of two states, or of two caches, are the same pages.
+        for what in ("state", "cache"):
+            alike = [place._replace(paged=False) for place in both if place.name.startswith(what)]
+            if alike:
+                check_apart(alike)
+        check_apart(both)
         first.state._pair = layers
     for c, other, layer in ((first, second, layers[1]), (second, first, layers[0])):
         met = layer.met(plan)
@@ -267,7 +273,8 @@ def _check_epilogue(c: Compressor) -> None:
 
 def _places(c: Compressor) -> list[Place]:
     """What a layer passes in every step."""
-    held = (("state", c.state, isinstance(c.state, WindowState)), ("cache", c.cache, True), ("snapshots", c.snapshots, False))
+    paged = isinstance(c.state, WindowState) or (c.state is not None and c.state.pages is not None)
+    held = (("state", c.state, paged), ("cache", c.cache, True), ("snapshots", c.snapshots, False))
     written = [Place(name, x, True, paged) for name, thing, paged in held if thing is not None for x in thing._tensors]
     weights = (("ape", c.ape), ("norm_weight", c.norm_weight), ("rope", c.rope))
     return written + [Place(name, weight) for name, weight in weights if weight is not None]
