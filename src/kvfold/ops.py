@@ -17,13 +17,13 @@ from torch._subclasses import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from .arguments.checks import check_type
-from .calls.run import run_compress, run_many, run_restore, run_store, run_update
+from .calls.run import run_compress, run_many, run_placed, run_restore, run_store, run_update
 from .spec import CompressorSpec, check_spec
 from .storage.cache import EntryCache
 from .storage.fold_state import FoldState
 from .storage.remembered import check_made
 from .storage.snapshots import Snapshots
-from .storage.step import LIVE, Compressor, Hits, PlanData
+from .storage.step import LIVE, Compressor, Hits, Placed, PlanData
 from .storage.window_state import WindowState
 
 # Operators are global to a process: each copy of the package, loaded under a name of its own, has its own.
@@ -44,6 +44,8 @@ SNAPSHOTS = ("Tensor!? snapshot_rows", "Tensor!? snapshot_positions", "SymInt? p
 SPEC = ("str spec",)
 CACHE = ("Tensor!? storage", "Tensor!? scales", "str format", "SymInt rows_per_page", "float cache_scale")
 WEIGHTS = ("Tensor? ape", "Tensor? norm_weight", "Tensor? rope")
+ALSO = tuple(f"{kind} also_{name}" for kind, name in (text.split() for text in CACHE))  # a second cache
+PLACES = ("Tensor rows", "Tensor slots", "Tensor? positions", "Tensor!? errors")
 ONE = SPEC + CACHE + WEIGHTS
 FOLD = ("Tensor kv_score", *STATE, *SNAPSHOTS, *ONE)
 WINDOW = ("Tensor kv_score", "Tensor! kv", "Tensor! score", *ONE)
@@ -61,7 +63,7 @@ WHOLE_PLAN = (
 OWNERS = {
     "storage": "cache", "scales": "cache", "kv": "state", "score": "state", "positions": "state", "state_rows": "state",
     "snapshot_rows": "snapshots", "snapshot_positions": "snapshots",
-    **{text.split()[-1]: "plan" for text in FOLD_PLAN + TABLES},
+    "also_storage": "also", "also_scales": "also", **{text.split()[-1]: "plan" for text in FOLD_PLAN + TABLES},
 }  # fmt: skip
 _RENAMED = {"entries_per_page": "rows_per_page", "own_start_pos": "start_pos", "own_cu_seqlens": "cu_seqlens"}
 
@@ -96,6 +98,20 @@ def store(c: Compressor, plan: PlanData, backend: str | None, pdl: bool | None) 
     """`kvfold.store` while it is traced."""
     check_type("cache", c.cache, EntryCache)
     _call(OPS.store, c.kv_score, *_plan(plan, _PLAN), *_to_cache(c), c.norm_weight, c.rope, backend, pdl)
+
+
+def store_placed(p: Placed, backend: str | None, pdl: bool | None) -> None:
+    """`kvfold.store` without a plan, while it is traced."""
+    cache, also = (*p.caches, None)[:2]
+    check_type("cache", cache, EntryCache)
+    held = []
+    for name, one in (("cache", cache), ("also[0]", also)):
+        try:
+            held.append(_to_cache(Compressor(p.rows, None, one, p.spec, None, None, None)))
+        except (TypeError, ValueError) as error:
+            raise type(error)(str(error) if name == "cache" else f"{name}: {error}") from None
+    places = p.rows, p.slots, p.positions, p.errors
+    _call(OPS.store_placed, *places, *held[0], *held[1][1:], p.norm_weight, p.rope, backend, pdl)
 
 
 def restore(state: FoldState, snapshots: Snapshots, hits: Hits, backend: str | None) -> None:
@@ -302,6 +318,14 @@ def _store(rows: torch.Tensor, *args: object) -> None:
     _run(plan, lambda: run_store(c, plan, *how))
 
 
+def _store_placed(*args: object) -> None:
+    places, (text,), cache, second, weights, how = _cut(args, PLACES, SPEC, CACHE, CACHE, WEIGHTS[1:], HOW)
+    (rows, slots, positions, errors), spec = places, _spec_of(text)
+    also = _cache_of(spec, *second)
+    caches = (_cache_of(spec, *cache), also)[: 1 if also is None else 2]
+    run_placed(Placed(rows, slots, positions, caches, spec, *weights, errors), *how)
+
+
 def _restore(*args: object) -> None:
     (text,), state, kept, (*hits, backend) = _cut(args, SPEC, STATE, KEPT, HITS)
     spec = _spec_of(text)
@@ -332,5 +356,6 @@ _define("compress", FOLD_PLAN + FOLD + ROWS + HOW, _compress)
 _define("compress_window", PLAN + TABLES + WINDOW + ROWS + HOW, _compress_window)
 _define("compress_many", (*FOLD_PLAN, *(f"{argument}_{i}" for i in (0, 1) for argument in FOLD), *HOW), _compress_many)
 _define("store", ("Tensor rows", *PLAN, *SPEC, *CACHE, *WEIGHTS[1:], *HOW), _store)
+_define("store_placed", PLACES + SPEC + CACHE + ALSO + WEIGHTS[1:] + HOW, _store_placed)
 _define("restore", SPEC + STATE + KEPT + HITS, _restore)
 _define("update", ("Tensor start_pos", "Tensor cu_seqlens", *WHOLE_PLAN), _update)

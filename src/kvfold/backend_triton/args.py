@@ -13,6 +13,7 @@ from .table import MULTIPROCESSORS
 
 # Types of arguments, by Triton's names. A stride is 64-bit, and counts for the alignment of what lies that far apart.
 STRIDE = "stride"
+LOOSE = "loose "  # before a pointer that is read number by number, so that its alignment does not matter
 Int = Annotated[Any, "i32"]
 Long = Annotated[Any, "i64"]
 Stride = Annotated[Any, STRIDE]
@@ -102,6 +103,13 @@ class Output(NamedTuple):
     rows_per_page: Int = 1
     num_slots: Long = 0
     scale: Float = 1.0
+
+
+class Places(NamedTuple):
+    """Of `store` without a plan: the cache slot and the position of each row."""
+
+    slots: Any = None
+    positions: Any = None
 
 
 class Pool(NamedTuple):

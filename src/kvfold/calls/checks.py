@@ -26,12 +26,13 @@ from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState
 from ..storage.remembered import Layer, Met, check_made, where
 from ..storage.snapshots import Snapshots
-from ..storage.step import Compressor, Hits, PlanData, plan_places
+from ..storage.step import Compressor, Hits, Placed, PlanData, plan_places
 from ..storage.window_state import WindowState
 
 BACKENDS = ("triton", "torch")
 _UNKNOWN = object()  # for one that was not checked, or is none of ours: no layer is known by it
 _FLOATS = (torch.bfloat16, torch.float32)
+_INDICES = (torch.int32, torch.int64)
 
 
 def choose_backend(backend: str | None, name: str, tensor: torch.Tensor) -> str:
@@ -258,10 +259,10 @@ def _check_snapshots(snapshots: Snapshots, state: FoldState) -> None:
     check_device("snapshots", snapshots.rows, state.device)
 
 
-def _check_epilogue(c: Compressor) -> None:
+def _check_epilogue(c: Compressor, needs_norm: bool = True) -> None:
     """Checks what everything behind the pooling takes."""
     cache, spec, device = c.cache, c.spec, c.kv_score.device
-    if c.norm_weight is not None or cache is not None:
+    if c.norm_weight is not None or (cache is not None and needs_norm):
         check_tensor("norm_weight", c.norm_weight, (spec.head_dim,), _FLOATS, device)
     if c.rope is not None or (cache is not None and spec.rope_dim):
         check_tensor("rope", c.rope, (None, spec.rope_dim), (torch.float32,), device)
@@ -303,6 +304,63 @@ def check_store(c: Compressor, plan: PlanData, backend: str | None) -> str:
     if start < met.rows[0] or end > met.rows[1]:
         met.rows = _find_room(Place("rows", rows), start, end, c, plan, met)
     return chosen
+
+
+def check_placed(p: Placed, backend: str | None) -> str:
+    """Checks the arguments of `store` without a plan and returns the backend to use."""
+    rows, spec, caches = p.rows, p.spec, p.caches
+    check_type("rows", rows, torch.Tensor)
+    chosen = choose_backend(backend, "rows", rows)
+    check_spec("spec", spec)
+    names = ("cache", "also[0]")[: len(caches)]
+    for name, cache in zip(names, caches, strict=True):
+        check_made(name, cache, EntryCache)
+    tokens, weights, layer = (spec, *(cache._token for cache in caches)), (None, p.norm_weight, p.rope), caches[0]._layer
+    if layer is None or not layer.same(tokens, weights):
+        both = [Compressor(rows, None, cache, spec, *weights) for cache in caches]
+        for name, c in zip(names, both, strict=True):
+            try:
+                _check_epilogue(c, needs_norm=False)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name}: {error}" if name != "cache" else str(error)) from None
+        layer = caches[0]._layer = Layer(tokens, weights, _placed_places(p))
+    device, count = caches[0].device, rows.shape[:1]
+    check_real_memory("rows", rows)
+    check_dtype("rows", rows, _FLOATS)
+    check_shape("rows", rows, (None, spec.head_dim))
+    check_device("rows", rows, device)
+    if count[0] > INT32_MAX:
+        raise ValueError(f"rows must be at most {INT32_MAX}, got {count[0]}")
+    if count[0] and rows.stride(1) != 1:
+        raise ValueError(f"rows must be contiguous in its last dimension, got strides {rows.stride()}")
+    check_tensor("slots", p.slots, count, _INDICES, device)
+    if p.positions is not None or spec.rope_dim:
+        check_tensor("positions", p.positions, count, _INDICES, device)
+    if p.errors is not None:
+        check_tensor("errors", p.errors, (1,), (torch.int32,), device)
+    _check_rows_apart(p, layer)
+    return chosen
+
+
+def _placed_places(p: Placed) -> list[Place]:
+    """What a layer passes in every step. Both caches have the same slots, so that no byte may be of both."""
+    held = [Place(name, x, written=True) for name, cache in zip(("cache", "also[0]"), p.caches) for x in cache._tensors]  # noqa: B905
+    return held + [Place(name, x) for name, x in (("norm_weight", p.norm_weight), ("rope", p.rope)) if x is not None]
+
+
+def _check_rows_apart(p: Placed, layer: Layer) -> None:
+    """Checks that what changes from call to call shares nothing with what is written."""
+    read = [Place(name, x) for name in ("rows", "slots", "positions") if (x := getattr(p, name)) is not None]
+    spans = [extent(place.tensor) for place in read]
+    if p.errors is not None:
+        first, behind = extent(p.errors)
+        meets = any(first < end and start < behind for start, end in spans)
+        spans.append((first, behind))
+        read.append(Place("errors", p.errors, written=True))
+    else:
+        meets = False
+    if meets or any(find_room(layer.bounds, *span) == NO_ROOM for span in spans if span[0] < span[1]):
+        check_apart([*_placed_places(p), *read])
 
 
 def check_restore(state: FoldState, snapshots: Snapshots, hits: Hits, backend: str | None) -> str:

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from ..args import Compressor, Output, Plan, Scratch, Snapshots, SnapshotTable, State, Tokens
-from .finish import emit, entry_address, slot_valid
+from ..args import Compressor, Output, Places, Plan, Scratch, Snapshots, SnapshotTable, State, Tokens
+from .finish import emit, entry_address, load_finish, slot_valid
 from .items import load_item
 from .long_fold import long_fold_step
 from .long_rows import long_rows_step
@@ -127,17 +127,34 @@ def pair_kernel(
 @triton.jit
 def store_kernel(
     plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors,
-    pooled,
+    places_slots, places_positions,
+    pooled, pooled_stride,
     output_rows, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride, output_scales,
     output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
-    HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr,
+    also_rows, also_norm_weight, also_rope, also_max_position, also_pages, also_page_stride, also_scales,
+    also_scales_stride, also_rows_per_page, also_num_slots, also_scale,
+    HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr, ALSO: tl.constexpr,
 ):  # fmt: skip
-    """`store`, of pooled rows that somebody else made: one program per work item whose window ends."""
+    """`store`, of pooled rows that somebody else made: a program for each work item, or for each row that has its place."""
     plan = Plan(plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors)
     output = Output(
         output_rows, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride, output_scales,
         output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
     )  # fmt: skip
+    also = Output(
+        also_rows, also_norm_weight, also_rope, also_max_position, also_pages, also_page_stride, also_scales,
+        also_scales_stride, also_rows_per_page, also_num_slots, also_scale,
+    )  # fmt: skip
+    if places_slots is None:
+        store_entry(plan, pooled, output, HOW, SPEC, FMT)
+    else:
+        places = Places(places_slots, places_positions)
+        store_placed(places, plan.errors, pooled, pooled_stride, output, also, HOW, SPEC, FMT, ALSO)
+
+
+@triton.jit
+def store_entry(plan, pooled, output, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr):
+    """The entry of a work item whose window ends."""
     pid = tl.program_id(0)
     item = load_item(plan.items, pid)
     position = item.window * SPEC.RATIO
@@ -150,3 +167,39 @@ def store_kernel(
         emit(y, entry, cache_slot, weight, cos, sin, output, SPEC, FMT, HOW.TARGET)
     if refused:
         tl.atomic_add(plan.errors, 1)
+
+
+@triton.jit
+def store_placed(
+    places, errors, pooled, stride, output, also, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr, ALSO: tl.constexpr
+):
+    """A row, at its slot of one cache or of two."""
+    wait_for_inputs(HOW.PDL)  # slots and positions may be of the launch before
+    pid = tl.program_id(0).to(tl.int64)
+    slot = tl.load(places.slots + pid).to(tl.int64)
+    wanted = slot >= 0
+    position = slot
+    known = wanted
+    if SPEC.ROPE_DIM > 0:
+        position = tl.load(places.positions + pid).to(tl.int64)
+        known = wanted & (position >= 0) & (position < output.max_position)
+    here = known & (slot < output.num_slots)
+    fine = here
+    either = here
+    if also.pages is not None:
+        there = known & (slot < also.num_slots)
+        fine = here & there
+        either = here | there
+    if either:
+        y = tl.load(pooled + pid * stride + tl.arange(0, SPEC.HEAD_DIM)).to(tl.float32)
+        weight, cos, sin = load_finish(position, output, SPEC)
+        if also.pages is None:
+            emit(y, pid, slot, weight, cos, sin, output, SPEC, FMT, HOW.TARGET)
+        else:
+            if here:
+                emit(y, pid, slot, weight, cos, sin, output, SPEC, FMT, HOW.TARGET)
+            if there:
+                emit(y, pid, slot, weight, cos, sin, also, SPEC, ALSO, HOW.TARGET)
+    if errors is not None:
+        if wanted & (fine == 0) & (errors.to(tl.int64, bitcast=True) != 0):  # the caller may have none
+            tl.atomic_add(errors, 1)
