@@ -312,6 +312,9 @@ def check_placed(p: Placed, backend: str | None) -> str:
     check_type("rows", rows, torch.Tensor)
     chosen = choose_backend(backend, "rows", rows)
     check_spec("spec", spec)
+    check_real_memory("rows", rows)
+    check_dtype("rows", rows, _FLOATS)
+    check_shape("rows", rows, (None, spec.head_dim))
     names = ("cache", "also[0]")[: len(caches)]
     for name, cache in zip(names, caches, strict=True):
         check_made(name, cache, EntryCache)
@@ -325,9 +328,6 @@ def check_placed(p: Placed, backend: str | None) -> str:
                 raise type(error)(f"{name}: {error}" if name != "cache" else str(error)) from None
         layer = caches[0]._layer = Layer(tokens, weights, _placed_places(p))
     device, count = caches[0].device, rows.shape[:1]
-    check_real_memory("rows", rows)
-    check_dtype("rows", rows, _FLOATS)
-    check_shape("rows", rows, (None, spec.head_dim))
     check_device("rows", rows, device)
     if count[0] > INT32_MAX:
         raise ValueError(f"rows must be at most {INT32_MAX}, got {count[0]}")

@@ -254,13 +254,14 @@ def check_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Checks the rows of slots or pages, each of this shape, and their tags; returns both."""
     dtypes = (torch.float32,) if state_kind(spec) == "fold" else (torch.float32, torch.bfloat16)
-    check_memory("rows", rows, fake=True)
-    check_memory("positions", positions, fake=True)
-    for name, x, accepted, size in (("rows", rows, dtypes, None), ("positions", positions, (torch.int32,), rows.shape[0])):
+    count = None
+    for name, x, accepted, inner in (("rows", rows, dtypes, shape), ("positions", positions, (torch.int32,), shape[:1])):
+        check_memory(name, x, fake=True)
         check_dtype(name, x, accepted)
-        check_shape(name, x, (size, *(shape if x is rows else shape[:1])))
+        check_shape(name, x, (count, *inner))
         check_device(name, x, rows.device)
         check_dense(name, x, "slot")
+        count = x.shape[0]
     if positions.shape[0] > 1 and positions.stride(0) > INT32_MAX:
         raise ValueError(f"positions must have slots less than 2**31 elements apart, got {positions.stride(0)}")
     check_apart((Place("rows", rows, written=True), Place("positions", positions, written=True)))
