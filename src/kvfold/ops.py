@@ -39,7 +39,7 @@ FOLD_PLAN = (*PLAN, "Tensor? state_slots", "Tensor? snapshot_table", "SymInt? sn
 TABLES = ("Tensor entry_items", "Tensor cu_entries", "Tensor? kv_table", "Tensor? score_table", "SymInt? page_size")
 # In pages: these as `state_rows`, no `positions`, and what dtype rows are kept in. torch.compile takes no two views of one
 # memory, both mutated, in two dtypes.
-STATE = ("Tensor! state_rows", "Tensor!? positions", "SymInt rewind", "ScalarType? kept")
+STATE = ("Tensor! state_rows", "Tensor!? positions", "SymInt rewind", "bool round_inputs", "ScalarType? kept")
 SNAPSHOTS = ("Tensor!? snapshot_rows", "Tensor!? snapshot_positions", "SymInt? page_size")
 SPEC = ("str spec",)
 CACHE = ("Tensor!? storage", "Tensor!? scales", "str format", "SymInt rows_per_page", "float cache_scale")
@@ -183,8 +183,8 @@ def _window(c: Compressor) -> tuple:
 
 def _state(state: FoldState) -> tuple:
     if state.pages is not None:
-        return state.pages, None, state.max_new_tokens, state.rows.dtype
-    return state.rows, state.positions, state.max_new_tokens, None
+        return state.pages, None, state.max_new_tokens, state.round_inputs, state.rows.dtype
+    return state.rows, state.positions, state.max_new_tokens, state.round_inputs, None
 
 
 def _snapshots(snapshots: Snapshots | None, spec: CompressorSpec) -> tuple:
@@ -243,11 +243,16 @@ def _memory(*asked: object) -> list[tuple]:
 
 
 def _state_of(
-    spec: CompressorSpec, rows: torch.Tensor, positions: torch.Tensor | None, most: int, kept: torch.dtype | None
+    spec: CompressorSpec,
+    rows: torch.Tensor,
+    positions: torch.Tensor | None,
+    most: int,
+    round_inputs: bool,
+    kept: torch.dtype | None,
 ) -> FoldState:
     if positions is None:
-        return FoldState.over(rows, spec, most, dtype=kept)
-    return FoldState(spec, rows, positions, most)
+        return FoldState.over(rows, spec, most, dtype=kept, round_inputs=round_inputs)
+    return FoldState(spec, rows, positions, most, round_inputs)
 
 
 def _cache_of(spec: CompressorSpec, storage, scales, fmt: str, rows_per_page: int, scale: float) -> EntryCache | None:

@@ -93,7 +93,7 @@ def store(
     if isinstance(plan, EntryCache) or (plan is None and slots is not None):
         if isinstance(plan, EntryCache):
             if cache is not None:
-                raise TypeError(f"cache must be given once, got another {type(cache).__name__}")
+                raise TypeError("plan must be a StepPlan where cache stands behind it, got an EntryCache")
             cache = plan
         placed = Placed(rows, slots, positions, (cache, *_others(also)), spec, norm_weight, rope, errors)
         (ops.store_placed if traced(rows) else run_placed)(placed, backend, pdl)

@@ -267,7 +267,7 @@ def test_arguments(backend: Backend) -> None:
     for name, value in (("slots", given.slots), ("positions", given.positions), ("errors", given.errors), ("also", (target,))):
         with pytest.raises(TypeError, match=rf"^{name} must be left out with a plan"):
             kvfold.store(step.pooled(), plan, target, **rest, **{name: value})
-    with pytest.raises(TypeError, match=r"^cache must be given once"):
+    with pytest.raises(TypeError, match=r"^plan must be a StepPlan"):
         kvfold.store(step.pooled(), target, target, slots=given.slots, **rest)
     with pytest.raises(TypeError, match=r"^slots must be"):
         kvfold.store(step.pooled(), target, **rest)

@@ -131,6 +131,7 @@ class Wanted(NamedTuple):
     state_dtypes: tuple[torch.dtype, ...]
     norms: tuple[torch.dtype | None, ...]
     snapshots: tuple[bool, ...]
+    round_inputs: bool = False
     slots: tuple[torch.dtype, ...] = ()
     positions: tuple[torch.dtype, ...] = ()
 
@@ -169,11 +170,11 @@ def step_keys(
     rows: torch.dtype | None,
     buckets: tuple[float, ...] = BUCKETS,
 ) -> Iterator[StepKey]:
-    """Input rows that are kept in bf16 are bf16 when they come."""
+    """Input rows that are kept in bf16 are bf16 when they come, unless the state rounds them."""
     # A page may end with nothing to keep, which the call without snapshots serves.
     leaves = sorted({snap and count > 0 for snap in w.snapshots for count in snapshot_rows(spec)})
     for dtype, state, bound in product(w.dtypes, w.states(spec), w.steps):
-        if dtype == torch.bfloat16 or state == torch.float32:
+        if dtype == torch.bfloat16 or state == torch.float32 or w.round_inputs:
             for (norm, slots), snap, bucket in product(w.finishes(fmt), leaves, buckets):
                 yield step_key(spec, fmt, state_kind(spec), bound, (dtype, state, rows, norm, slots), snap, bucket)
 

@@ -90,7 +90,9 @@ def check_compress(c: Compressor, plan: PlanData, rows: torch.Tensor | None, bac
     if kv_score.device != met.device:
         check_device("kv_score", kv_score, met.device)
     if met.rows_in_bf16 and kv_score.dtype is not torch.bfloat16:
-        raise TypeError("kv_score must be torch.bfloat16, as state keeps input rows in bf16, got torch.float32")
+        raise TypeError(
+            "kv_score must be torch.bfloat16, as state keeps input rows in bf16 without round_inputs, got torch.float32"
+        )
     # kv_score moves from step to step, but mostly within the same room between the tensors of layer and plan.
     start = kv_score.data_ptr()
     end = start + ((shape[0] - 1) * stride + shape[1]) * (2 if kv_score.dtype is torch.bfloat16 else 4)
@@ -186,9 +188,13 @@ def _check_fixed(c: Compressor, plan: PlanData) -> Met:
             check_made(name, thing, kind)
     met, kept = _meet(c, plan), state._tensors[0]
     held = [x for thing in (state, plan, c.cache, c.snapshots) if thing is not None for x in thing._watched]
-    met.device, met.rows_in_bf16 = kept.device, isinstance(state, FoldState) and kept.dtype is torch.bfloat16
+    met.device, met.rows_in_bf16 = kept.device, _takes_bf16_alone(state)
     met.where = where([*held, *(x for x in (c.ape, c.norm_weight, c.rope) if x is not None)])
     return met
+
+
+def _takes_bf16_alone(state: FoldState | WindowState) -> bool:
+    return isinstance(state, FoldState) and state.rows.dtype is torch.bfloat16 and not state.round_inputs
 
 
 def _meet(c: Compressor, plan: PlanData) -> Met:
@@ -333,9 +339,11 @@ def check_placed(p: Placed, backend: str | None) -> str:
         raise ValueError(f"rows must be at most {INT32_MAX}, got {count[0]}")
     if count[0] and rows.stride(1) != 1:
         raise ValueError(f"rows must be contiguous in its last dimension, got strides {rows.stride()}")
-    check_tensor("slots", p.slots, count, _INDICES, device)
-    if p.positions is not None or spec.rope_dim:
-        check_tensor("positions", p.positions, count, _INDICES, device)
+    for name, x in (("slots", p.slots), ("positions", p.positions)):
+        if x is not None or name == "slots" or spec.rope_dim:
+            check_tensor(name, x, (None,), _INDICES, device)
+            if x.shape != count:
+                raise ValueError(f"{name} must have shape {list(count)}, one for each of rows, got {list(x.shape)}")
     if p.errors is not None:
         check_tensor("errors", p.errors, (1,), (torch.int32,), device)
     _check_rows_apart(p, layer)

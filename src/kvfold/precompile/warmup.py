@@ -27,6 +27,7 @@ def warmup(
     page_sizes: Iterable[int] | None = None,
     many: Iterable[tuple[tuple[CompressorSpec, str | None], tuple[CompressorSpec, str | None]]] = (),
     snapshots: Iterable[bool] = (False,),
+    round_inputs: bool = False,
     slot_dtypes: Iterable[torch.dtype] = (),
     position_dtypes: Iterable[torch.dtype] = (torch.int64,),
     also: Iterable[tuple[str, str]] = (),
@@ -61,6 +62,7 @@ def warmup(
         page_sizes: of `WindowState`s; default: any.
         many: pairs of (spec, format) that `compress_many` gets together, over `FoldState`s.
         snapshots: whether calls over `FoldState`s get `snapshots`: True, False or both. With True `restore` is compiled too.
+        round_inputs: whether a `FoldState` in bf16 gets fp32 `kv_score`, which it rounds.
         slot_dtypes: of `slots` in `store` without a plan: int32, int64 or both. Default: `store` is compiled with a plan alone.
         position_dtypes: of `positions` there.
         also: pairs of formats, of `cache` and of `also`, that `store` without a plan gets together.
@@ -97,6 +99,7 @@ def warmup(
     together = [check_formats(f"also[{i}]", pair) for i, pair in enumerate(several("also", also))]
     pairs = [_pair(i, pair) for i, pair in enumerate(several("many", many))]
     check_switch("pdl", pdl)
+    check_type("round_inputs", round_inputs, bool)
     workers = check_workers(workers)
     chosen = defined_for(specs, names)
     stored = [(*one, some) for i, pair in enumerate(together) for one in _stored(i, pair, specs) for some in rows]
@@ -106,7 +109,7 @@ def warmup(
     from ..backend_triton.prepare import prepare
 
     gpu = _gpu(device, INTERPRETED)
-    w = keys.Wanted(dtypes, steps, state_dtypes, norms, snapshots, slots, positions)
+    w = keys.Wanted(dtypes, steps, state_dtypes, norms, snapshots, round_inputs, slots, positions)
     paired = [spec for pair in pairs for spec, _ in pair]
     found = [*keys.plan_keys({spec.ratio for spec in (*specs, *paired)}, states)]
     for spec, fmt in chosen:

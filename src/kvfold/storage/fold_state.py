@@ -44,6 +44,7 @@ class FoldState(RememberingState):
         ring, history: position x lives in row `x % ring`, or in the spare row `ring + x % history` when its home was
             being read by the very step that wrote it.
         max_new_tokens: a step of up to this many tokens can be rewound to any position inside it.
+        round_inputs: whether it rounds fp32 `kv_score` to the bf16 that it keeps; else it takes bf16 alone.
         pages: uint8 `[num_slots, ...]`, the engine's pages (`over`) of which `rows` and `positions` are views, else None.
 
     Copying `rows[slot]` and `positions[slot]` moves a sequence to another slot, state or machine.
@@ -54,7 +55,14 @@ class FoldState(RememberingState):
     history: int
     pages: torch.Tensor | None = None
 
-    def __init__(self, spec: CompressorSpec, rows: torch.Tensor, positions: torch.Tensor, max_new_tokens: int) -> None:
+    def __init__(
+        self,
+        spec: CompressorSpec,
+        rows: torch.Tensor,
+        positions: torch.Tensor,
+        max_new_tokens: int,
+        round_inputs: bool = False,
+    ) -> None:
         """Wraps existing tensors; see `allocate` for the usual way. `positions` must be -1 where a row holds nothing.
 
         Each slot is contiguous in `rows` and in `positions`; the stride from slot to slot is free.
@@ -64,6 +72,7 @@ class FoldState(RememberingState):
                 memory with the other.
         """
         self.spec, self.rows, self.positions, self.max_new_tokens = spec, rows, positions, max_new_tokens
+        self.round_inputs = round_inputs
         self._forget()
         self._validate()
 
@@ -74,6 +83,7 @@ class FoldState(RememberingState):
         self.kind = state_kind(spec)
         self.ring, self.history = ring_and_history(spec, self.max_new_tokens)
         self._tensors = check_rows(spec, self.rows, self.positions, (self.ring + self.history, *_row_shape(spec)))
+        _check_rounding(self.round_inputs, self.rows.dtype)
         self._forget_calls()
 
     @classmethod
@@ -85,6 +95,7 @@ class FoldState(RememberingState):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
+        round_inputs: bool = False,
     ) -> FoldState:
         """An empty state.
 
@@ -94,13 +105,17 @@ class FoldState(RememberingState):
                 are fine; they can be rewound to their start and to any of their last `max_new_tokens` positions.
             dtype: of the kept input rows, for specs that keep them (`kind == "rows"`): fp32 takes bf16 and fp32
                 `kv_score`, both exactly; bf16 takes bf16 only, in half the memory. Fold rows are always fp32.
+            round_inputs: with bf16: takes fp32 `kv_score` as well, and rounds it to bf16, values and scores, before anything
+                else: when it is kept, and when it is used at once. So results are those of `kv_score.bfloat16()`, to the bit,
+                however the sequence is cut. How far that may be from fp32: docs/numerics.md.
 
         Raises:
             TypeError, ValueError: naming the argument; `UnsupportedError` for fold rows in bf16.
         """
         shape, _ = _slot(spec, max_new_tokens, dtype)
         check_int("num_slots", num_slots, 0, INT32_MAX)
-        return cls(spec, *empty_rows(spec, (num_slots, *shape), dtype, device), max_new_tokens)
+        _check_rounding(round_inputs, dtype)
+        return cls(spec, *empty_rows(spec, (num_slots, *shape), dtype, device), max_new_tokens, round_inputs)
 
     @classmethod
     def over(
@@ -110,6 +125,7 @@ class FoldState(RememberingState):
         max_new_tokens: int,
         *,
         dtype: torch.dtype = torch.float32,
+        round_inputs: bool = False,
         fresh: bool = False,
     ) -> FoldState:
         """A state inside of an engine's pages: slot s is page s, its rows at the page's begin and its tags behind them.
@@ -124,7 +140,7 @@ class FoldState(RememberingState):
         Args:
             pages: of any dtype, `[num_slots, ...]`, each contiguous and of `page_bytes` bytes at least, at multiples of 4
                 bytes, any distance apart. At multiples of 64 bytes accesses are 16 bytes wide, which is faster. Mutated.
-            max_new_tokens, dtype: as for `allocate`.
+            max_new_tokens, dtype, round_inputs: as for `allocate`.
             fresh: whether to make all tags -1 here; nothing else is written.
 
         Raises:
@@ -139,7 +155,7 @@ class FoldState(RememberingState):
         check_dense("pages", pages, "page")
         count, item = pages.shape[0], pages.element_size()
         if count == 0:
-            return cls.allocate(spec, 0, max_new_tokens, dtype=dtype, device=pages.device)
+            return cls.allocate(spec, 0, max_new_tokens, dtype=dtype, device=pages.device, round_inputs=round_inputs)
         have = pages[0].numel()
         if have * item < need:
             raise ValueError(f"pages must have at least {need} bytes each, got {have * item}")
@@ -147,7 +163,7 @@ class FoldState(RememberingState):
             raise ValueError("pages must start at multiples of 4 bytes")
         flat = pages.detach().as_strided((count, have), (pages.stride(0), 1)).view(torch.uint8)
         tags = flat[:, of_rows : of_rows + 4 * shape[0]].view(torch.int32)
-        state = cls(spec, flat[:, :of_rows].view(dtype).view(count, *shape), tags, max_new_tokens)
+        state = cls(spec, flat[:, :of_rows].view(dtype).view(count, *shape), tags, max_new_tokens, round_inputs)
         object.__setattr__(state, "pages", flat)  # which changes nothing that was checked
         if fresh:
             tags.fill_(-1)
@@ -163,7 +179,8 @@ class FoldState(RememberingState):
         """In pages, copies and pickles are made anew, as rows and tags must be views of their own pages."""
         if self.pages is None:
             return super().__reduce_ex__(protocol)
-        return _over_again, (self.rows.dtype, self.pages, self.spec, self.max_new_tokens)
+        how = {"dtype": self.rows.dtype, "round_inputs": self.round_inputs}
+        return _over_again, (how, self.pages, self.spec, self.max_new_tokens)
 
     @property
     def num_slots(self) -> int:
@@ -213,8 +230,15 @@ class FoldState(RememberingState):
         return range(history_start(self.spec, position), position)
 
 
-def _over_again(dtype: torch.dtype, *given: Any) -> FoldState:
-    return FoldState.over(*given, dtype=dtype)
+def _over_again(how: dict[str, Any], *given: Any) -> FoldState:
+    return FoldState.over(*given, **how)
+
+
+def _check_rounding(round_inputs: object, dtype: torch.dtype) -> None:
+    if not isinstance(round_inputs, bool):
+        raise TypeError(f"round_inputs must be a bool, got {type(round_inputs).__name__}")
+    if round_inputs and dtype is not torch.bfloat16:
+        raise ValueError(f"round_inputs must be False for rows in {dtype}, which keep what comes")
 
 
 def _row_shape(spec: CompressorSpec) -> tuple[int, ...]:

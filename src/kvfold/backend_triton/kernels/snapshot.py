@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from ..args import Snap
+from .rows import as_kept
 
 
 @triton.jit
@@ -67,5 +68,7 @@ def snapshot_rows(live, kv_stride, window, begin, stop, snap, SPEC: tl.constexpr
                     x = begin + n
                     row = x % SPEC.RATIO
                     value = tl.load(live + x.to(tl.int64) * kv_stride + c)
-                    tl.store(rows + page * stride + row * LENGTH + c, value.to(rows.dtype.element_ty))
+                    tl.store(
+                        rows + page * stride + row * LENGTH + c, as_kept(value, rows.dtype.element_ty).to(rows.dtype.element_ty)
+                    )
                     tl.store(tags + page * pitch + row, x)
