@@ -6,6 +6,7 @@ import torch
 
 from kvfold import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec, FoldState, Snapshots
 from kvfold.backend_triton.table import COLUMNS, in_words
+from kvfold.storage.fold_state import state_kind
 from kvfold.storage.formats import FORMATS, RecordFormat
 
 from ..lib.measured import markdown
@@ -131,12 +132,11 @@ def states_table() -> str:
     for words, spec in presets:
         for dtype in (torch.float32, torch.bfloat16):
             name, item = ("fp32", 4) if dtype == torch.float32 else ("bf16", 2)
-            states = [FoldState.allocate(spec, 1, most, device="meta", dtype=dtype) for most in (1, 2, 4, 8)]
-            fold = [f"{state.bytes_per_slot:,}" for state in states]
-            if states[0].rows.dtype != dtype:  # fold rows are fp32, whatever is asked for
-                fold = ["-"] * len(fold)
-            pages = [Snapshots.allocate(spec, 0, size, device="meta", dtype=dtype).bytes_per_page for size in (64, 256)]
-            kept = [f"{count:,}" for count in pages] if fold[0] != "-" else ["-", "-"]
+            how = {"device": "meta", "dtype": dtype}
+            fold, kept = ["-"] * 4, ["-"] * 2
+            if dtype == torch.float32 or state_kind(spec) == "rows":  # fold rows are fp32
+                fold = [f"{FoldState.allocate(spec, 1, most, **how).bytes_per_slot:,}" for most in (1, 2, 4, 8)]
+                kept = [f"{Snapshots.allocate(spec, 0, size, **how).bytes_per_page:,}" for size in (64, 256)]
             lines.append((words, name, *fold, f"{2 * spec.channels * item:,}", *kept))
     header = (
         "compressor", "rows in", *(f"FoldState, {most} new" for most in (1, 2, 4, 8)), "WindowState, per position",

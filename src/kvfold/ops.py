@@ -17,13 +17,13 @@ from torch._subclasses import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from .arguments.checks import check_type
-from .calls.run import run_compress, run_many, run_restore, run_store, run_update
+from .calls.run import run_compress, run_many, run_placed, run_restore, run_store, run_update
 from .spec import CompressorSpec, check_spec
 from .storage.cache import EntryCache
 from .storage.fold_state import FoldState
 from .storage.remembered import check_made
 from .storage.snapshots import Snapshots
-from .storage.step import LIVE, Compressor, Hits, PlanData
+from .storage.step import LIVE, Compressor, Hits, Placed, PlanData
 from .storage.window_state import WindowState
 
 # Operators are global to a process: each copy of the package, loaded under a name of its own, has its own.
@@ -37,11 +37,15 @@ PLAN = (
 )  # fmt: skip
 FOLD_PLAN = (*PLAN, "Tensor? state_slots", "Tensor? snapshot_table", "SymInt? snapshot_page_size")
 TABLES = ("Tensor entry_items", "Tensor cu_entries", "Tensor? kv_table", "Tensor? score_table", "SymInt? page_size")
-STATE = ("Tensor! state_rows", "Tensor! positions", "SymInt rewind")
+# In pages: these as `state_rows`, no `positions`, and what dtype rows are kept in. torch.compile takes no two views of one
+# memory, both mutated, in two dtypes.
+STATE = ("Tensor! state_rows", "Tensor!? positions", "SymInt rewind", "bool round_inputs", "ScalarType? kept")
 SNAPSHOTS = ("Tensor!? snapshot_rows", "Tensor!? snapshot_positions", "SymInt? page_size")
 SPEC = ("str spec",)
 CACHE = ("Tensor!? storage", "Tensor!? scales", "str format", "SymInt rows_per_page", "Tensor? cache_scale")
 WEIGHTS = ("Tensor? ape", "Tensor? norm_weight", "Tensor? rope")
+ALSO = tuple(f"{kind} also_{name}" for kind, name in (text.split() for text in CACHE))  # a second cache
+PLACES = ("Tensor rows", "Tensor slots", "Tensor? positions", "Tensor!? errors")
 ONE = SPEC + CACHE + WEIGHTS
 FOLD = ("Tensor kv_score", *STATE, *SNAPSHOTS, *ONE)
 WINDOW = ("Tensor kv_score", "Tensor! kv", "Tensor! score", *ONE)
@@ -60,7 +64,7 @@ OWNERS = {
     "storage": "cache", "scales": "cache", "cache_scale": "cache",
     "kv": "state", "score": "state", "positions": "state", "state_rows": "state",
     "snapshot_rows": "snapshots", "snapshot_positions": "snapshots",
-    **{text.split()[-1]: "plan" for text in FOLD_PLAN + TABLES},
+    "also_storage": "also", "also_scales": "also", **{text.split()[-1]: "plan" for text in FOLD_PLAN + TABLES},
 }  # fmt: skip
 _RENAMED = {"entries_per_page": "rows_per_page", "own_start_pos": "start_pos", "own_cu_seqlens": "cu_seqlens"}
 
@@ -95,6 +99,20 @@ def store(c: Compressor, plan: PlanData, backend: str | None, pdl: bool | None) 
     """`kvfold.store` while it is traced."""
     check_type("cache", c.cache, EntryCache)
     _call(OPS.store, c.kv_score, *_plan(plan, _PLAN), *_to_cache(c), c.norm_weight, c.rope, backend, pdl)
+
+
+def store_placed(p: Placed, backend: str | None, pdl: bool | None) -> None:
+    """`kvfold.store` without a plan, while it is traced."""
+    cache, also = (*p.caches, None)[:2]
+    check_type("cache", cache, EntryCache)
+    held = []
+    for name, one in (("cache", cache), ("also[0]", also)):
+        try:
+            held.append(_to_cache(Compressor(p.rows, None, one, p.spec, None, None, None)))
+        except (TypeError, ValueError) as error:
+            raise type(error)(str(error) if name == "cache" else f"{name}: {error}") from None
+    places = p.rows, p.slots, p.positions, p.errors
+    _call(OPS.store_placed, *places, *held[0], *held[1][1:], p.norm_weight, p.rope, backend, pdl)
 
 
 def restore(state: FoldState, snapshots: Snapshots, hits: Hits, backend: str | None) -> None:
@@ -165,7 +183,9 @@ def _window(c: Compressor) -> tuple:
 
 
 def _state(state: FoldState) -> tuple:
-    return state.rows, state.positions, state.max_new_tokens
+    if state.pages is not None:
+        return state.pages, None, state.max_new_tokens, state.round_inputs, state.rows.dtype
+    return state.rows, state.positions, state.max_new_tokens, state.round_inputs, None
 
 
 def _snapshots(snapshots: Snapshots | None, spec: CompressorSpec) -> tuple:
@@ -223,6 +243,19 @@ def _memory(*asked: object) -> list[tuple]:
     return [None]
 
 
+def _state_of(
+    spec: CompressorSpec,
+    rows: torch.Tensor,
+    positions: torch.Tensor | None,
+    most: int,
+    round_inputs: bool,
+    kept: torch.dtype | None,
+) -> FoldState:
+    if positions is None:
+        return FoldState.over(rows, spec, most, dtype=kept, round_inputs=round_inputs)
+    return FoldState(spec, rows, positions, most, round_inputs)
+
+
 def _cache_of(spec: CompressorSpec, storage, scales, fmt: str, rows_per_page: int, scale) -> EntryCache | None:
     if storage is None:
         return None
@@ -256,7 +289,7 @@ def _compressor_of(args: Sequence, kind: str) -> tuple[Compressor, list]:
         return Compressor(kv_score, WindowState(*held), cache, spec, *weights), memory
     state, (rows, positions, page_size) = _cut(held, STATE, SNAPSHOTS)
     snapshots = None if rows is None else Snapshots(spec, rows, positions, page_size)
-    return Compressor(kv_score, FoldState(spec, *state), cache, spec, *weights, snapshots), memory
+    return Compressor(kv_score, _state_of(spec, *state), cache, spec, *weights, snapshots), memory
 
 
 def _cut(args: Sequence, *groups: tuple[str, ...]) -> list[list]:
@@ -293,10 +326,18 @@ def _store(rows: torch.Tensor, *args: object) -> None:
     _run(plan, lambda: run_store(c, plan, *how))
 
 
+def _store_placed(*args: object) -> None:
+    places, (text,), cache, second, weights, how = _cut(args, PLACES, SPEC, CACHE, CACHE, WEIGHTS[1:], HOW)
+    (rows, slots, positions, errors), spec = places, _spec_of(text)
+    also = _cache_of(spec, *second)
+    caches = (_cache_of(spec, *cache), also)[: 1 if also is None else 2]
+    run_placed(Placed(rows, slots, positions, caches, spec, *weights, errors), *how)
+
+
 def _restore(*args: object) -> None:
     (text,), state, kept, (*hits, backend) = _cut(args, SPEC, STATE, KEPT, HITS)
     spec = _spec_of(text)
-    run_restore(FoldState(spec, *state), Snapshots(spec, *kept), Hits(*hits), backend)
+    run_restore(_state_of(spec, *state), Snapshots(spec, *kept), Hits(*hits), backend)
 
 
 def _update(start_pos: torch.Tensor, cu_seqlens: torch.Tensor, *flat: object) -> None:
@@ -323,5 +364,6 @@ _define("compress", FOLD_PLAN + FOLD + ROWS + HOW, _compress)
 _define("compress_window", PLAN + TABLES + WINDOW + ROWS + HOW, _compress_window)
 _define("compress_many", (*FOLD_PLAN, *(f"{argument}_{i}" for i in (0, 1) for argument in FOLD), *HOW), _compress_many)
 _define("store", ("Tensor rows", *PLAN, *SPEC, *CACHE, *WEIGHTS[1:], *HOW), _store)
+_define("store_placed", PLACES + SPEC + CACHE + ALSO + WEIGHTS[1:] + HOW, _store_placed)
 _define("restore", SPEC + STATE + KEPT + HITS, _restore)
 _define("update", ("Tensor start_pos", "Tensor cu_seqlens", *WHOLE_PLAN), _update)

@@ -30,7 +30,7 @@ KINDS = {
     "window": (_OVERLAP, "fp8_tensor", 8),
 }
 STARTS, LENGTHS, SLOTS, PAGE, ROWS_PER_PAGE, MOST = (0, 12, 18), (5, 5, 7), 4, 4, 4, 18
-CALLS = ("compress", "many", "store", "restore", "update", "check", "read")
+CALLS = ("compress", "many", "store", "place", "restore", "update", "check", "read")
 
 
 class Change(NamedTuple):
@@ -142,6 +142,10 @@ class World:
             # E: the slots, or as `StepPlan.build` reckons with a block table.
             count = 12 if self.kind == "window" else min(3 * -(-self.max_new_tokens // spec.ratio), MOST // spec.ratio + 3)
             leaves["rows"] = self.put(torch.ones(count, spec.head_dim))
+        if call == "place":
+            leaves["rows"] = self.put(torch.ones(5, spec.head_dim))
+            leaves |= {"slots": self.ints(7, -1, 0, 31, 12, dtype=torch.int64), "positions": self.ints(0, 9, 63, 5, 5)}
+            leaves["errors"] = self.ints(0)
         if call == "restore":
             leaves["snapshots.positions"].view(-1, leaves["snapshots.positions"].shape[1])[0].copy_(
                 torch.arange(8 - leaves["snapshots.positions"].shape[1], 8)
@@ -161,6 +165,7 @@ class World:
         """The arguments that this call takes."""
         prefixes = {
             "store": ("rows", "plan", "cache", "spec", "norm_weight", "rope", "backend", "pdl"),
+            "place": ("rows", "slots", "positions", "errors", "cache", "spec", "norm_weight", "rope", "backend", "pdl"),
             "read": ("cache", "slot"),
         }
         prefixes |= {"restore": ("state", "snapshots", "slots", "pages", "start_pos", "errors", "backend", "spec")}
@@ -224,6 +229,11 @@ class World:
             cache, plan = self._make(EntryCache, "cache", spec=found["spec"]), self.plan()
             named = {name: found[name] for name in ("spec", "norm_weight", "rope", "pdl")}
             kvfold.store(found["rows"], plan, cache, **named, **how)
+        elif self.call == "place":
+            cache = self._make(EntryCache, "cache", spec=found["spec"])
+            named = {name: found[name] for name in ("slots", "positions", "errors", "spec", "norm_weight", "rope", "pdl")}
+            kvfold.store(found["rows"], cache, **named, **how)
+            return int(found["errors"])
         elif self.call == "restore":
             arguments = [found[name] for name in ("slots", "pages", "start_pos", "errors")]
             kvfold.restore(self.state(), self.snapshots(), *arguments, **how)
@@ -242,7 +252,7 @@ class World:
         """What the call may write, of its arguments."""
         prefixes = {
             "compress": ("state", "cache", "snapshots", "rows"), "many": ("0.state", "1.state", "0.cache", "1.cache",
-            "0.snapshots", "1.snapshots"), "store": ("cache",), "restore": ("state", "errors"),
+            "0.snapshots", "1.snapshots"), "store": ("cache",), "place": ("cache", "errors"), "restore": ("state", "errors"),
         }.get(self.call, ())  # fmt: skip
         return [v for n, v in self.leaves.items() if isinstance(v, Tensor) and n.startswith(prefixes or "nothing")]
 

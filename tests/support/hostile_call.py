@@ -26,7 +26,7 @@ from kvfold import StepPlan
 
 SLOW = 5.0  # seconds of a call over a handful of tokens, on a machine that has other work too
 ATTEMPTS = 50
-AGREEING = ("compress", "compress_many", "store", "restore", "check", "dump")
+AGREEING = ("compress", "compress_many", "store", "store, placed", "restore", "check", "dump")
 
 
 class Inapplicable(Exception):

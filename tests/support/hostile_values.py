@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kvfold import CompressorSpec, EntryCache, FoldState, Snapshots, StepPlan, WindowState
+from kvfold.storage.fold_state import state_kind
 from kvfold.storage.formats import FORMATS, RecordFormat
 from kvfold.storage.step import Compressor
 
@@ -71,13 +72,13 @@ def _pages(spec: CompressorSpec, *sizes: int, **options: Any) -> WindowState:
 def other_objects(name: str, spec: CompressorSpec, device: torch.device) -> dict[str, Callable[[], Any]]:
     """Good objects that are not those of the call."""
     big = replace(spec, head_dim=2 * spec.head_dim)
-    here, meta = {"device": device}, {"device": "meta"}
+    here, meta, rows = {"device": device}, {"device": "meta"}, state_kind(spec) == "rows"
     return {
         "state": {
             "of another spec": lambda: FoldState.allocate(big, 4, 8, **here),
             "on meta": lambda: FoldState.allocate(spec, 4, 8, **meta),
             "of no slots": lambda: FoldState.allocate(spec, 0, 8, **here),
-            "of bf16 rows": lambda: FoldState.allocate(spec, 4, 8, dtype=torch.bfloat16, **here),
+            **({"of bf16 rows": lambda: FoldState.allocate(spec, 4, 8, dtype=torch.bfloat16, **here)} if rows else {}),
             "of pages": lambda: _pages(spec, 30, 4, **here),
             "of no pages": lambda: _pages(spec, 0, 4, **here),
             "of other pages": lambda: _pages(spec, 30, 8, dtype=torch.bfloat16, **here),
@@ -96,7 +97,7 @@ def other_objects(name: str, spec: CompressorSpec, device: torch.device) -> dict
             "on meta": lambda: Snapshots.allocate(spec, 6, 8, **meta),
             "of no pages": lambda: Snapshots.allocate(spec, 0, 8, **here),
             "of longer pages": lambda: Snapshots.allocate(spec, 6, 16, **here),
-            "of bf16 rows": lambda: Snapshots.allocate(spec, 6, 8, dtype=torch.bfloat16, **here),
+            **({"of bf16 rows": lambda: Snapshots.allocate(spec, 6, 8, dtype=torch.bfloat16, **here)} if rows else {}),
         },
     }[name]
 

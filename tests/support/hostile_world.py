@@ -62,6 +62,11 @@ def _store(given: dict[str, Any]) -> None:
     kvfold.store(*positional, **named)
 
 
+def _place(given: dict[str, Any]) -> None:
+    positional, named = _named(given, "rows", "cache")
+    kvfold.store(*positional, **named)
+
+
 def _restore(given: dict[str, Any]) -> None:
     positional, named = _named(given, "state", "snapshots", "slots", "pages", "start_pos", "errors")
     kvfold.restore(*positional, **named)
@@ -119,6 +124,10 @@ FUNCTIONS: dict[str, Function] = {
         tuple(f"{i}.{name}" for i in (0, 1) for name in ("state", "cache", "snapshots")),
     ),
     "store": Function("store", ALL_KINDS, ("rows", "plan", "cache", "spec", "norm_weight", "rope", *_HOW), _store, ("cache",)),
+    "store, placed": Function(
+        "place", ALL_KINDS, ("rows", "cache", "slots", "positions", "spec", "norm_weight", "rope", "errors", *_HOW), _place,
+        ("cache", "errors"),
+    ),
     "restore": Function(
         "restore", FOLD_KINDS, ("state", "snapshots", "slots", "pages", "start_pos", "errors", "backend"), _restore,
         ("state", "errors"),

@@ -64,6 +64,17 @@ def check_contiguous(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{name} must be contiguous, got strides {tuple(tensor.stride())}")
 
 
+def check_dense(name: str, tensor: torch.Tensor, what: str) -> None:
+    """Of slots or pages (`what`): each is contiguous, in any distance from the next that keeps the two apart."""
+    size = 1
+    for n, stride in reversed([*zip(tensor.shape[1:], tensor.stride()[1:], strict=True)]):
+        if n > 1 and stride != size and tensor.numel():
+            raise ValueError(f"{name} must be contiguous within a {what}, got strides {tuple(tensor.stride())}")
+        size *= n
+    if tensor.shape[0] > 1 and tensor.stride(0) < size:
+        raise ValueError(f"{name} must have {what}s that do not overlap, got strides {tuple(tensor.stride())}")
+
+
 def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...]) -> None:
     """`None` in `shape` accepts any size there."""
     have = tensor.shape

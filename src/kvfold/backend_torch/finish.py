@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from ..spec import CompressorSpec
+from ..storage.cache import EntryCache
 from ..storage.formats import RecordFormat
 from ..storage.pack import bf16_bits, pack_records
-from ..storage.step import Compressor, PlanData
+from ..storage.step import Compressor, Placed, PlanData
 from .items import Items
 
 
@@ -21,18 +22,19 @@ def tree_sum(x: torch.Tensor) -> torch.Tensor:
 def finish(
     y: torch.Tensor,
     spec: CompressorSpec,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None,
     table: torch.Tensor | None,
     positions: torch.Tensor,
     fmt: RecordFormat,
 ) -> torch.Tensor:
     """RMSNorm, RoPE and Hadamard of pooled rows: fp32 `[n, head_dim]` and int64 `[n]` to fp32 `[n, head_dim]`.
 
-    Rounded to bf16 on the way where `fmt` says so, and else not.
+    Rounded to bf16 on the way where `fmt` says so, and else not. weight: None leaves out the norm.
     """
     y = y.bfloat16().float() if fmt.round_rows else y
-    mean = tree_sum(y * y) * (1.0 / spec.head_dim)
-    y = y * (1.0 / torch.sqrt(mean + spec.norm_eps))[:, None] * weight.float()
+    if weight is not None:
+        mean = tree_sum(y * y) * (1.0 / spec.head_dim)
+        y = y * (1.0 / torch.sqrt(mean + spec.norm_eps))[:, None] * weight.float()
     y = y.bfloat16().float() if fmt.round_normed else y
     if spec.rope_dim:
         cos, sin = table[positions].chunk(2, dim=1)
@@ -78,8 +80,41 @@ def emit(pooled: torch.Tensor, items: Items, plan: PlanData, c: Compressor, rows
         values = pooled[kept]
         rows[entry[kept]] = bf16_bits(values).view(torch.bfloat16) if rows.dtype == torch.bfloat16 else values
     if cache is not None:
-        y = finish(pooled[kept], spec, c.norm_weight, rope, position[kept], cache.format)
-        pack_records(cache, slot[kept], y)
+        store_records(cache, slot[kept], pooled[kept], spec, c.norm_weight, rope, position[kept])
+
+
+def store_records(
+    cache: EntryCache,
+    slots: torch.Tensor,
+    y: torch.Tensor,
+    spec: CompressorSpec,
+    weight: torch.Tensor | None,
+    rope: torch.Tensor | None,
+    positions: torch.Tensor,
+) -> None:
+    """Finishes pooled rows `y`, fp32, and stores them in these slots, all of which are the cache's."""
+    pack_records(cache, slots, finish(y, spec, weight, rope, positions, cache.format))
+
+
+@torch.inference_mode()
+def store_placed_torch(p: Placed) -> None:
+    """`store` without a plan, after its arguments were checked."""
+    slots = p.slots.long()
+    wanted = known = slots >= 0
+    positions = slots
+    if p.spec.rope_dim:
+        positions = p.positions.long()
+        known = wanted & (positions >= 0) & (positions < p.rope.shape[0])
+    refused = wanted & ~known
+    for cache in p.caches:
+        inside = known & (slots < cache.num_slots)
+        refused |= known & ~inside
+        kept = inside.nonzero()[:, 0]
+        if kept.numel():
+            y = p.rows[kept].float()
+            store_records(cache, slots[kept], y, p.spec, p.norm_weight, p.rope, positions[kept])
+    if p.errors is not None:
+        p.errors.add_(refused.sum().int())
 
 
 @torch.inference_mode()

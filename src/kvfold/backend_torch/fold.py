@@ -9,6 +9,7 @@ import torch
 
 from ..contract import ROWS_AT_ONCE
 from ..spec import CompressorSpec
+from ..storage.pack import bf16_bits
 from ..storage.snapshots import Snapshots
 from ..storage.step import Compressor, PlanData
 from .finish import emit
@@ -69,6 +70,8 @@ def fold_group(
 @torch.inference_mode()
 def compress_torch(c: Compressor, plan: PlanData, rows: torch.Tensor | None) -> None:
     """`compress` over a `FoldState`, after its arguments were checked."""
+    if c.state.round_inputs:
+        c = c._replace(kv_score=bf16_bits(c.kv_score.float()).view(torch.bfloat16))
     kv_score, state, spec = c.kv_score, c.state, c.spec
     items, held = Items.of(plan), StateRows(state)
     h0 = history_starts(spec, state.kind, items.start)
@@ -164,7 +167,7 @@ def _fold_rows(c: Compressor, items: Items, held: StateRows) -> tuple[torch.Tens
     wanted = _wanted(c, held, x, items.end[item])
     item, x = item[wanted], x[wanted]
     rows = kv_score[items.token[item] + x - items.start[item]]
-    return pooled, _Kept(item, x, rows.to(held.data.dtype), x)
+    return pooled, _Kept(item, x, rows.to(held.data.pool.dtype), x)
 
 
 def _wanted(c: Compressor, held: StateRows, position: torch.Tensor, end: torch.Tensor) -> torch.Tensor:

@@ -38,14 +38,29 @@ class Items:
         return Items(*(column[mask] for column in vars(self).values()))
 
 
+class Flat:
+    """Rows `[slots, rows per slot, ...]`, wherever the slots lie, by one number: `slot * rows per slot + row`."""
+
+    def __init__(self, pool: torch.Tensor) -> None:
+        self.pool = pool
+
+    def __getitem__(self, number: torch.Tensor) -> torch.Tensor:
+        return self.pool[self._place(number)]
+
+    def __setitem__(self, number: torch.Tensor, rows: torch.Tensor) -> None:
+        self.pool[self._place(number)] = rows
+
+    def _place(self, number: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return number // self.pool.shape[1], number % self.pool.shape[1]
+
+
 class StateRows:
     """The rows and tags of a `FoldState`, flat, and the rules of DESIGN.md that say where a position's row is."""
 
     def __init__(self, state: FoldState) -> None:
         self.ring, self.history = state.ring, state.history
         self.per_slot = self.ring + self.history
-        self.data = state.rows.view(-1, *state.rows.shape[2:])
-        self.tags = state.positions.view(-1)
+        self.data, self.tags = Flat(state.rows), Flat(state.positions)
 
     def find(self, slot: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """Flat row that holds `position`, or -1."""

@@ -13,6 +13,7 @@ from .table import MULTIPROCESSORS
 
 # Types of arguments, by Triton's names. A stride is 64-bit, and counts for the alignment of what lies that far apart.
 STRIDE = "stride"
+LOOSE = "loose "  # before a pointer that is read number by number, so that its alignment does not matter
 Int = Annotated[Any, "i32"]
 Long = Annotated[Any, "i64"]
 Stride = Annotated[Any, STRIDE]
@@ -50,20 +51,30 @@ class Tokens(NamedTuple):
 
 
 class State(NamedTuple):
-    """A `FoldState`: rows, the position that each stands for, and how many slots of `ring` rows and a history there are."""
+    """A `FoldState`: rows, the position that each stands for, and how many slots of `ring` rows and a history there are.
+
+    stride, pitch: elements from a slot's first row to the next slot's, and from its first tag to the next slot's.
+    """
 
     rows: Floats
     tags: Ints
     num_slots: Int
     ring: Int
+    stride: Stride
+    pitch: Int
 
 
 class Snapshots(NamedTuple):
-    """Snapshots of a `FoldState`: rows, the position that each stands for, and how many snapshots there are."""
+    """Snapshots of a `FoldState`: rows, the position that each stands for, and how many snapshots there are.
+
+    stride, pitch: as of `State`, from snapshot to snapshot.
+    """
 
     rows: Floats = None
     tags: Ints = None
     count: Int = None
+    stride: Stride = None
+    pitch: Int = None
 
 
 class Scratch(NamedTuple):
@@ -91,6 +102,13 @@ class Output(NamedTuple):
     rows_per_page: Int = 1
     num_slots: Long = 0
     scale: Long = None
+
+
+class Places(NamedTuple):
+    """Of `store` without a plan: the cache slot and the position of each row."""
+
+    slots: Any = None
+    positions: Any = None
 
 
 class Pool(NamedTuple):

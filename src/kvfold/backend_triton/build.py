@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from .args import STRIDE, Schedule, Target
+from .args import LOOSE, STRIDE, Schedule, Target
 from .kernels import entry, plan, restore, window
 from .table import MULTIPROCESSORS
 
@@ -71,7 +71,7 @@ class Variant:
             for i, kind in enumerate(signature.values())
             if self.aligned and (kind == STRIDE or kind.startswith("*"))
         }
-        signature = {name: "i64" if kind == STRIDE else kind for name, kind in signature.items()}
+        signature = {name: "i64" if kind == STRIDE else kind.removeprefix(LOOSE) for name, kind in signature.items()}
         # The bits must not depend on what the compiler fuses; the fused operations are written out.
         options = {"num_warps": self.num_warps, "enable_fp_fusion": False, "launch_pdl": self.pdl}
         if self.registers and target.backend == "cuda":

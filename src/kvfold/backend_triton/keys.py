@@ -56,13 +56,16 @@ class WindowKey(NamedTuple):
 
 
 class StoreKey(NamedTuple):
-    """Of `store`. rows: dtype of the pooled rows."""
+    """Of `store`. rows: dtype of the pooled rows. Without a plan: slots, positions: dtypes; also: the second cache's format."""
 
     spec: CompressorSpec
     fmt: RecordFormat
     config: Config
     rows: torch.dtype
-    norm_weight: torch.dtype
+    norm_weight: torch.dtype | None
+    slots: torch.dtype | None = None
+    positions: torch.dtype | None = None
+    also: RecordFormat | None = None
 
 
 class RestoreKey(NamedTuple):
@@ -104,9 +107,11 @@ def window_key(spec: CompressorSpec, fmt: RecordFormat | None, max_new_tokens: i
     return WindowKey(spec, fmt, choose("window", spec, max_new_tokens), Types(*types), page_size % spec.ratio == 0)
 
 
-def store_key(spec: CompressorSpec, fmt: RecordFormat, types: tuple[torch.dtype, torch.dtype]) -> StoreKey:
-    """types: of the pooled rows and the norm weight."""
-    return StoreKey(spec, fmt, choose("store", spec, 1), *types)
+def store_key(
+    spec: CompressorSpec, fmt: RecordFormat, types: tuple[torch.dtype | None, ...], also: RecordFormat | None = None
+) -> StoreKey:
+    """types: of the pooled rows and the norm weight; without a plan, of slots and positions as well."""
+    return StoreKey(spec, fmt, choose("store", spec, 1), *(*types, None, None)[:4], also)
 
 
 def plan_key(ratio: int, windows_per_sequence: int, no_slots: bool, no_table: bool) -> PlanKey:
@@ -124,12 +129,15 @@ class Wanted(NamedTuple):
     dtypes: tuple[torch.dtype, ...]
     steps: tuple[int, ...]
     state_dtypes: tuple[torch.dtype, ...]
-    norms: tuple[torch.dtype, ...]
+    norms: tuple[torch.dtype | None, ...]
     snapshots: tuple[bool, ...]
+    round_inputs: bool = False
+    slots: tuple[torch.dtype, ...] = ()
+    positions: tuple[torch.dtype, ...] = ()
 
     def finishes(self, fmt: RecordFormat | None) -> list[tuple[torch.dtype | None, bool]]:
         """Dtype of the norm weight, and whether the plan has entry slots, without which there can be no cache."""
-        return [(norm, True) for norm in self.norms] if fmt is not None else [(None, True), (None, False)]
+        return [(norm, True) for norm in self.norms if norm is not None] if fmt is not None else [(None, True), (None, False)]
 
     def states(self, spec: CompressorSpec) -> tuple[torch.dtype, ...]:
         """Dtypes of a `FoldState`: fold rows are always fp32."""
@@ -142,10 +150,17 @@ def plan_keys(ratios: set[int], states: tuple[str, ...]) -> Iterator[PlanKey]:
         yield plan_key(ratio, windows, state == "window", no_table)
 
 
-def store_keys(spec: CompressorSpec, fmt: RecordFormat | None, w: Wanted, rows: torch.dtype | None) -> Iterator[StoreKey]:
-    if fmt is not None and rows is not None:
-        for norm in w.norms:
+def store_keys(
+    spec: CompressorSpec, fmt: RecordFormat | None, w: Wanted, rows: torch.dtype | None, also: RecordFormat | None = None
+) -> Iterator[StoreKey]:
+    """also: the format of the second cache, which only a call without a plan has."""
+    if fmt is None or rows is None:
+        return
+    for norm in w.norms:
+        if norm is not None and also is None:
             yield store_key(spec, fmt, (rows, norm))
+        for slots, positions in product(w.slots, w.positions if spec.rope_dim else (None,)):
+            yield store_key(spec, fmt, (rows, norm, slots, positions), also)
 
 
 def step_keys(
@@ -155,11 +170,11 @@ def step_keys(
     rows: torch.dtype | None,
     buckets: tuple[float, ...] = BUCKETS,
 ) -> Iterator[StepKey]:
-    """Input rows that are kept in bf16 are bf16 when they come."""
+    """Input rows that are kept in bf16 are bf16 when they come, unless the state rounds them."""
     # A page may end with nothing to keep, which the call without snapshots serves.
     leaves = sorted({snap and count > 0 for snap in w.snapshots for count in snapshot_rows(spec)})
     for dtype, state, bound in product(w.dtypes, w.states(spec), w.steps):
-        if dtype == torch.bfloat16 or state == torch.float32:
+        if dtype == torch.bfloat16 or state == torch.float32 or w.round_inputs:
             for (norm, slots), snap, bucket in product(w.finishes(fmt), leaves, buckets):
                 yield step_key(spec, fmt, state_kind(spec), bound, (dtype, state, rows, norm, slots), snap, bucket)
 

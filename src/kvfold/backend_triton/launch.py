@@ -17,7 +17,7 @@ from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState
 from ..storage.formats import RecordFormat
 from ..storage.snapshots import Snapshots
-from ..storage.step import Compressor, PlanData
+from ..storage.step import Compressor, Placed, PlanData
 from ..storage.window_state import WindowState
 from . import args
 from .args import flat
@@ -33,7 +33,7 @@ from .keys import (
     window_key,
     windows_per_program,
 )
-from .launcher import Launcher, launcher_of, multiprocessors, pack, supports_pdl
+from .launcher import Launcher, address, launcher_of, multiprocessors, pack, supports_pdl
 from .table import ANY, item_bucket, pair_buckets
 from .variants import draws_items, slices_of
 
@@ -41,6 +41,8 @@ from .variants import draws_items, slices_of
 _BROUGHT = (
     "pooled", "tokens_kv_score", "tokens_stride", "tokens_count", "scratch_workspace", "scratch_arrivals", "output_rows",
 )  # fmt: skip
+_BROUGHT_PLACED = ("plan_errors", "places_slots", "places_positions", "pooled", "pooled_stride")  # `store` without a plan
+_NO_CACHE = (None,) * len(args.Output._fields)
 
 
 class Chosen(NamedTuple):
@@ -156,9 +158,25 @@ def store_triton(
     call = met.prepared
     if call is None or call.asked != asked:
         launcher = launcher_of(store_key(spec, cache.format, asked), pooled.device)
-        groups = _plan(plan), None, _output(cache, spec, norm_weight, rope)
+        groups = _plan(plan), args.Places(), None, None, _output(cache, spec, norm_weight, rope), _NO_CACHE
         call = met.prepared = _prepare("store", asked, Chosen(asked, launcher, ANY), groups)
     call.launch(plan.item_capacity, (pooled, None), 0, use_pdl(pdl, plan, pooled.device))
+
+
+def store_placed_triton(p: Placed, pdl: bool | None) -> None:
+    """`store` without a plan, after its arguments were checked: one launch on the current stream."""
+    cache, *also = p.caches
+    positions = p.positions if p.spec.rope_dim else None
+    asked = tuple(None if x is None else x.dtype for x in (p.rows, p.norm_weight, p.slots, positions))
+    call = cache._layer.prepared
+    if call is None or call.asked != asked:
+        launcher = launcher_of(store_key(p.spec, cache.format, asked, *(one.format for one in also)), p.rows.device)
+        output, *second = (_output(one, p.spec, p.norm_weight, p.rope) for one in p.caches)
+        groups = args.Plan(*[None] * 5), args.Places(), None, None, output, *(second or [_NO_CACHE])
+        call = cache._layer.prepared = _prepare("store", asked, Chosen(asked, launcher, ANY), groups, _BROUGHT_PLACED)
+    stride = p.rows.stride(0)
+    brought = address(p.errors), address(p.slots), address(positions), p.rows, stride
+    call.launch(p.rows.shape[0], brought, stride, pdl is not False and supports_pdl(p.rows.device))
 
 
 def restore_triton(
@@ -174,7 +192,9 @@ def restore_triton(
     ids = pages if count else None
     groups = args.RestoreArguments(_state(state), _snapshots(snapshots), snapshots.page_size, slots, ids, start_pos, errors)
     key = RestoreKey(state.spec, state.rows.dtype, count)
-    launcher_of(key, state.device)(slots.shape[0] * max(count, 1), *pack(*flat(groups)))
+    values, bits = pack(*flat(groups))
+    bits |= groups.state.stride | (groups.snapshots.stride or 0)
+    launcher_of(key, state.device)(slots.shape[0] * max(count, 1), values, bits)
 
 
 def update_on_gpu(plan: PlanData, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
@@ -280,13 +300,13 @@ def _step_grid(plan: PlanData, kv_score: torch.Tensor) -> int:
     return max(1, min(plan.item_capacity, plan.items_for(kv_score.shape[0])))
 
 
-def _prepare(kernel: str, asked: tuple, chosen: Chosen, groups: tuple) -> Prepared:
+def _prepare(kernel: str, asked: tuple, chosen: Chosen, groups: tuple, brought: tuple[str, ...] = _BROUGHT) -> Prepared:
     found, bits = pack(*flat(groups))
     names = KERNELS[kernel].arg_names
     for name, value in zip(names, found, strict=False):  # the constants stand behind
         if name.endswith("stride"):
-            bits |= value
-    return Prepared(asked, chosen, list(found), tuple(i for i, name in enumerate(names) if name.endswith(_BROUGHT)), bits)
+            bits |= value or 0
+    return Prepared(asked, chosen, list(found), tuple(i for i, name in enumerate(names) if name.endswith(brought)), bits)
 
 
 def _brought(c: Compressor, plan: PlanData, rows: torch.Tensor | None, slices: int, draws: bool) -> tuple:
@@ -317,13 +337,19 @@ def _compressor(c: Compressor) -> args.Compressor:
 
 
 def _state(state: FoldState) -> args.State:
-    return args.State(state.rows, state.positions, state.num_slots, state.ring)
+    return args.State(state.rows, state.positions, state.num_slots, state.ring, *_steps(state.rows, state.positions))
 
 
 def _snapshots(snapshots: Snapshots | None) -> args.Snapshots:
     if not _keeps(snapshots):
         return args.Snapshots()
-    return args.Snapshots(snapshots.rows, snapshots.positions, snapshots.num_pages)
+    steps = _steps(snapshots.rows, snapshots.positions)
+    return args.Snapshots(snapshots.rows, snapshots.positions, snapshots.num_pages, *steps)
+
+
+def _steps(*pools: torch.Tensor) -> list[int]:
+    """From slot to slot or page to page; of a single one torch gives any number, which may be no multiple of 16."""
+    return [pool.stride(0) if pool.shape[0] > 1 else 0 for pool in pools]
 
 
 def _output(

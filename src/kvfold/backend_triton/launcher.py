@@ -40,6 +40,11 @@ def pack(*values: object) -> tuple[tuple[object, ...], int]:
     return tuple(found), bits
 
 
+def address(tensor: torch.Tensor | None) -> object:
+    """A tensor for `pack` whose alignment does not matter."""
+    return tensor if INTERPRETED or tensor is None else tensor.data_ptr()
+
+
 def _hooked() -> bool:
     enter, leave = _HOOKS.launch_enter_hook, _HOOKS.launch_exit_hook
     return (enter is not None and getattr(enter, "calls", True)) or (leave is not None and getattr(leave, "calls", True))

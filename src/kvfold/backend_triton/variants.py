@@ -13,12 +13,13 @@ from ..spec import CompressorSpec
 from ..storage.fold_state import ring_and_history, state_kind
 from ..storage.formats import FORMATS, RecordFormat
 from . import args
-from .args import Format, Schedule, Spec, flat, types_of
+from .args import LOOSE, Format, Schedule, Spec, flat, types_of
 from .build import Variant
 from .kernels.plan import NUM_WARPS, SCAN, SEQUENCES
 from .keys import Key, PairKey, PlanKey, RestoreKey, StepKey, StoreKey, Types, WindowKey
 from .table import MULTIPROCESSORS, Config
 
+INDICES = {torch.int32: LOOSE + "*i32", torch.int64: LOOSE + "*i64", None: None}
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", None: None}
 
 
@@ -73,9 +74,24 @@ def window_variant(key: WindowKey) -> Variant:
 
 
 def store_variant(key: StoreKey) -> Variant:
-    spec, config, fmt = key.spec, key.config, format_of(key.fmt, key.spec)
-    arguments = types_of(args.Plan), POINTERS[key.rows], _output(spec, key.fmt, None, key.norm_weight)
-    return _variant("store", arguments, config.num_warps, config.registers, HOW=Schedule(), SPEC=spec_of(spec), FMT=fmt)
+    spec, config = key.spec, key.config
+    plan, places, stride, also = types_of(args.Plan), args.Places(), None, (None,) * len(args.Output._fields)
+    if key.slots is not None:
+        plan = args.Plan(None, None, None, None, LOOSE + "*i32")
+        places, stride = args.Places(INDICES[key.slots], INDICES[key.positions]), args.STRIDE
+    if key.also is not None:
+        also = _output(spec, key.also, None, key.norm_weight)
+    output = _output(spec, key.fmt, None, key.norm_weight)
+    return _variant(
+        "store",
+        (plan, places, POINTERS[key.rows], stride, output, also),
+        config.num_warps,
+        config.registers,
+        HOW=Schedule(),
+        SPEC=spec_of(spec),
+        FMT=format_of(key.fmt, spec),
+        ALSO=format_of(key.also, spec),
+    )
 
 
 def restore_variant(key: RestoreKey) -> Variant:

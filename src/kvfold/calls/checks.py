@@ -26,12 +26,13 @@ from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState
 from ..storage.remembered import Layer, Met, check_made, where
 from ..storage.snapshots import Snapshots
-from ..storage.step import Compressor, Hits, PlanData, plan_places
+from ..storage.step import Compressor, Hits, Placed, PlanData, plan_places
 from ..storage.window_state import WindowState
 
 BACKENDS = ("triton", "torch")
 _UNKNOWN = object()  # for one that was not checked, or is none of ours: no layer is known by it
 _FLOATS = (torch.bfloat16, torch.float32)
+_INDICES = (torch.int32, torch.int64)
 
 
 def choose_backend(backend: str | None, name: str, tensor: torch.Tensor) -> str:
@@ -89,7 +90,9 @@ def check_compress(c: Compressor, plan: PlanData, rows: torch.Tensor | None, bac
     if kv_score.device != met.device:
         check_device("kv_score", kv_score, met.device)
     if met.rows_in_bf16 and kv_score.dtype is not torch.bfloat16:
-        raise TypeError("kv_score must be torch.bfloat16, as state keeps input rows in bf16, got torch.float32")
+        raise TypeError(
+            "kv_score must be torch.bfloat16, as state keeps input rows in bf16 without round_inputs, got torch.float32"
+        )
     # kv_score moves from step to step, but mostly within the same room between the tensors of layer and plan.
     start = kv_score.data_ptr()
     end = start + ((shape[0] - 1) * stride + shape[1]) * (2 if kv_score.dtype is torch.bfloat16 else 4)
@@ -130,8 +133,14 @@ def _check_pair(first: Compressor, second: Compressor, plan: PlanData) -> None:
     layers = first.state._layer, second.state._layer
     known = first.state._pair
     if known[0] is not layers[0] or known[1] is not layers[1]:
-        theirs = [place._replace(name=f"{place.name} of compressors[0]", paged=False) for place in _places(first)]
-        check_apart([*theirs, *(place._replace(paged=False) for place in _places(second))])
+        theirs = [place._replace(name=f"{place.name} of compressors[0]") for place in _places(first)]
+        both = [*theirs, *_places(second)]
+        # Slots of both are the plan's, so that pages of two states, or of two caches, are the same pages.
+        for what in ("state", "cache"):
+            alike = [place._replace(paged=False) for place in both if place.name.startswith(what)]
+            if alike:
+                check_apart(alike)
+        check_apart(both)
         first.state._pair = layers
     for c, other, layer in ((first, second, layers[1]), (second, first, layers[0])):
         met = layer.met(plan)
@@ -179,9 +188,13 @@ def _check_fixed(c: Compressor, plan: PlanData) -> Met:
             check_made(name, thing, kind)
     met, kept = _meet(c, plan), state._tensors[0]
     held = [x for thing in (state, plan, c.cache, c.snapshots) if thing is not None for x in thing._watched]
-    met.device, met.rows_in_bf16 = kept.device, isinstance(state, FoldState) and kept.dtype is torch.bfloat16
+    met.device, met.rows_in_bf16 = kept.device, _takes_bf16_alone(state)
     met.where = where([*held, *(x for x in (c.ape, c.norm_weight, c.rope) if x is not None)])
     return met
+
+
+def _takes_bf16_alone(state: FoldState | WindowState) -> bool:
+    return isinstance(state, FoldState) and state.rows.dtype is torch.bfloat16 and not state.round_inputs
 
 
 def _meet(c: Compressor, plan: PlanData) -> Met:
@@ -252,10 +265,10 @@ def _check_snapshots(snapshots: Snapshots, state: FoldState) -> None:
     check_device("snapshots", snapshots.rows, state.device)
 
 
-def _check_epilogue(c: Compressor) -> None:
+def _check_epilogue(c: Compressor, needs_norm: bool = True) -> None:
     """Checks what everything behind the pooling takes."""
     cache, spec, device = c.cache, c.spec, c.kv_score.device
-    if c.norm_weight is not None or cache is not None:
+    if c.norm_weight is not None or (cache is not None and needs_norm):
         check_tensor("norm_weight", c.norm_weight, (spec.head_dim,), _FLOATS, device)
     if c.rope is not None or (cache is not None and spec.rope_dim):
         check_tensor("rope", c.rope, (None, spec.rope_dim), (torch.float32,), device)
@@ -267,7 +280,8 @@ def _check_epilogue(c: Compressor) -> None:
 
 def _places(c: Compressor) -> list[Place]:
     """What a layer passes in every step."""
-    held = (("state", c.state, isinstance(c.state, WindowState)), ("cache", c.cache, True), ("snapshots", c.snapshots, False))
+    paged = isinstance(c.state, WindowState) or (c.state is not None and c.state.pages is not None)
+    held = (("state", c.state, paged), ("cache", c.cache, True), ("snapshots", c.snapshots, False))
     written = [Place(name, x, True, paged) for name, thing, paged in held if thing is not None for x in thing._tensors]
     scale = getattr(c.cache, "scale_tensor", None)
     weights = (("ape", c.ape), ("norm_weight", c.norm_weight), ("rope", c.rope), ("cache", scale))
@@ -297,6 +311,65 @@ def check_store(c: Compressor, plan: PlanData, backend: str | None) -> str:
     if start < met.rows[0] or end > met.rows[1]:
         met.rows = _find_room(Place("rows", rows), start, end, c, plan, met)
     return chosen
+
+
+def check_placed(p: Placed, backend: str | None) -> str:
+    """Checks the arguments of `store` without a plan and returns the backend to use."""
+    rows, spec, caches = p.rows, p.spec, p.caches
+    check_type("rows", rows, torch.Tensor)
+    chosen = choose_backend(backend, "rows", rows)
+    check_spec("spec", spec)
+    check_real_memory("rows", rows)
+    check_dtype("rows", rows, _FLOATS)
+    check_shape("rows", rows, (None, spec.head_dim))
+    names = ("cache", "also[0]")[: len(caches)]
+    for name, cache in zip(names, caches, strict=True):
+        check_made(name, cache, EntryCache)
+    tokens, weights, layer = (spec, *(cache._token for cache in caches)), (None, p.norm_weight, p.rope), caches[0]._layer
+    if layer is None or not layer.same(tokens, weights):
+        both = [Compressor(rows, None, cache, spec, *weights) for cache in caches]
+        for name, c in zip(names, both, strict=True):
+            try:
+                _check_epilogue(c, needs_norm=False)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name}: {error}" if name != "cache" else str(error)) from None
+        layer = caches[0]._layer = Layer(tokens, weights, _placed_places(p))
+    device, count = caches[0].device, rows.shape[:1]
+    check_device("rows", rows, device)
+    if count[0] > INT32_MAX:
+        raise ValueError(f"rows must be at most {INT32_MAX}, got {count[0]}")
+    if count[0] and rows.stride(1) != 1:
+        raise ValueError(f"rows must be contiguous in its last dimension, got strides {rows.stride()}")
+    for name, x in (("slots", p.slots), ("positions", p.positions)):
+        if x is not None or name == "slots" or spec.rope_dim:
+            check_tensor(name, x, (None,), _INDICES, device)
+            if x.shape != count:
+                raise ValueError(f"{name} must have shape {list(count)}, one for each of rows, got {list(x.shape)}")
+    if p.errors is not None:
+        check_tensor("errors", p.errors, (1,), (torch.int32,), device)
+    _check_rows_apart(p, layer)
+    return chosen
+
+
+def _placed_places(p: Placed) -> list[Place]:
+    """What a layer passes in every step. Both caches have the same slots, so that no byte may be of both."""
+    held = [Place(name, x, written=True) for name, cache in zip(("cache", "also[0]"), p.caches) for x in cache._tensors]  # noqa: B905
+    return held + [Place(name, x) for name, x in (("norm_weight", p.norm_weight), ("rope", p.rope)) if x is not None]
+
+
+def _check_rows_apart(p: Placed, layer: Layer) -> None:
+    """Checks that what changes from call to call shares nothing with what is written."""
+    read = [Place(name, x) for name in ("rows", "slots", "positions") if (x := getattr(p, name)) is not None]
+    spans = [extent(place.tensor) for place in read]
+    if p.errors is not None:
+        first, behind = extent(p.errors)
+        meets = any(first < end and start < behind for start, end in spans)
+        spans.append((first, behind))
+        read.append(Place("errors", p.errors, written=True))
+    else:
+        meets = False
+    if meets or any(find_room(layer.bounds, *span) == NO_ROOM for span in spans if span[0] < span[1]):
+        check_apart([*_placed_places(p), *read])
 
 
 def check_restore(state: FoldState, snapshots: Snapshots, hits: Hits, backend: str | None) -> str:

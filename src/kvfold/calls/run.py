@@ -8,15 +8,15 @@ from types import ModuleType
 import torch
 
 from ..arguments.checks import check_eager, check_switch
-from ..backend_torch.finish import store_torch
+from ..backend_torch.finish import store_placed_torch, store_torch
 from ..backend_torch.fold import compress_torch
 from ..backend_torch.plan import update_torch
 from ..backend_torch.restore import restore_torch
 from ..backend_torch.window import compress_window_torch
 from ..storage.fold_state import FoldState
 from ..storage.snapshots import Snapshots
-from ..storage.step import Compressor, Hits, PlanData
-from .checks import check_compress, check_many, check_restore, check_store, check_update
+from ..storage.step import Compressor, Hits, Placed, PlanData
+from .checks import check_compress, check_many, check_placed, check_restore, check_store, check_update
 
 
 def _triton() -> ModuleType:
@@ -61,6 +61,18 @@ def run_store(c: Compressor, plan: PlanData, backend: str | None, pdl: bool | No
         store_torch(c, plan)
     else:
         _triton().store_triton(c.kv_score, plan, c.cache, c.spec, c.norm_weight, c.rope, pdl)
+
+
+def run_placed(p: Placed, backend: str | None, pdl: bool | None) -> None:
+    """`store` without a plan."""
+    check_switch("pdl", pdl)
+    chosen = check_placed(p, backend)
+    if p.rows.shape[0] == 0:
+        return
+    if chosen == "torch":
+        store_placed_torch(p)
+    else:
+        _triton().store_placed_triton(p, pdl)
 
 
 def run_restore(state: FoldState, snapshots: Snapshots, hits: Hits, backend: str | None) -> None:

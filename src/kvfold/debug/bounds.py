@@ -166,7 +166,9 @@ def _check_compressor(name: str, one: Any, is_store: bool) -> None:
         kind = one["state"].get("kind")
         if kind not in ("FoldState", "WindowState"):
             raise ValueError(f"{name}.state.kind must be FoldState or WindowState, got {_short(kind)}")
-        check_fields(f"{name}.state", one["state"], {"kind": _SAID, "most": (int,) if kind == "FoldState" else (type(None),)})
+        fields = {"kind": _SAID, "most": (int,) if kind == "FoldState" else (type(None),)}
+        more = {"round_inputs": (bool,)} if kind == "FoldState" else {}
+        check_fields(f"{name}.state", one["state"], fields | more, tuple(more))
     if one["cache"] is not None:
         check_fields(f"{name}.cache", one["cache"], {"format": (dict,), "rows_per_page": (int,), "scale": (int, float)})
         _check_dataclass(f"{name}.cache.format", one["cache"]["format"], RecordFormat)

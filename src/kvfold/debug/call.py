@@ -102,7 +102,7 @@ def _leave_out(arguments: dict[str, object], why: str) -> None:
 def _copy(c: Compressor) -> Compressor:
     state, cache, snapshots = c.state, c.cache, c.snapshots
     if isinstance(state, FoldState):
-        state = FoldState(state.spec, _twin(state.rows), _twin(state.positions), state.max_new_tokens)
+        state = FoldState(state.spec, _twin(state.rows), _twin(state.positions), state.max_new_tokens, state.round_inputs)
     elif isinstance(state, WindowState):
         state = WindowState(_twin(state.kv), _twin(state.score))
     if cache is not None:

@@ -80,7 +80,9 @@ def _either(tokens: Tensor, spec: CompressorSpec, ape: Tensor | None, state: Fol
 def _as_kept(
     tokens: Tensor, spec: CompressorSpec, ape: Tensor | None, state: FoldState | WindowState
 ) -> tuple[Tensor, CompressorSpec, Tensor | None]:
-    """Tokens as a bf16 `WindowState` keeps them: both halves rounded, the bias added before."""
+    """Tokens as a bf16 state keeps them: a `FoldState` as they come, a `WindowState` with the bias added before."""
+    if isinstance(state, FoldState) and state.round_inputs:
+        return tokens.bfloat16(), spec, ape
     if not isinstance(state, WindowState) or state.dtype != torch.bfloat16:
         return tokens, spec, ape
     k, s = tokens.float().split(spec.channels, dim=1)

@@ -195,12 +195,18 @@ def _numbers(c: Compressor) -> dict:
     state, cache = c.state, c.cache
     return {
         "spec": asdict(c.spec),
-        "state": None if state is None else {"kind": type(state).__name__, "most": getattr(state, "max_new_tokens", None)},
+        "state": None if state is None else _state_numbers(state),
         "cache": None
         if cache is None
         else {"format": asdict(cache.format), "rows_per_page": cache.rows_per_page, "scale": float(cache.scale)},
         "snapshots": None if c.snapshots is None else {"page_size": c.snapshots.page_size},
     }
+
+
+def _state_numbers(state: FoldState | WindowState) -> dict:
+    """Rounding only where it is asked for, so that older versions read all other files."""
+    found = {"kind": type(state).__name__, "most": getattr(state, "max_new_tokens", None)}
+    return found | ({"round_inputs": True} if getattr(state, "round_inputs", False) else {})
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -276,7 +282,15 @@ def _compressor(i: int, numbers: dict, spec: CompressorSpec, named: dict[str, Te
 
     state, cache, snapshots, whose = numbers["state"], numbers["cache"], numbers["snapshots"], f"compressors[{i}]"
     if state is not None and state["kind"] == "FoldState":
-        state = _built(f"{whose}.state", FoldState, spec, get("state.rows"), get("state.positions"), state["most"])
+        state = _built(
+            f"{whose}.state",
+            FoldState,
+            spec,
+            get("state.rows"),
+            get("state.positions"),
+            state["most"],
+            state.get("round_inputs", False),
+        )
     elif state is not None:
         state = _built(f"{whose}.state", WindowState, get("state.kv"), get("state.score"))
     if cache is not None:

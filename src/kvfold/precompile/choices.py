@@ -14,6 +14,7 @@ from ..spec import CompressorSpec
 from ..storage.formats import FORMATS, RecordFormat
 
 FLOATS = (torch.bfloat16, torch.float32)
+INDICES = (torch.int32, torch.int64)
 MOST_WORKERS = 16  # unless more are asked for: each process of `aot` has torch and Triton in memory, about half a gigabyte
 
 

@@ -53,8 +53,9 @@ OPTIONS = ("num_warps", "maxnreg", "launch_pdl", "enable_fp_fusion")  # that ker
 class Combination:
     """One kernel to compile. Without `fmt` there is no cache, only pooled rows; "plan" and "restore" have no `config` either.
 
-    kind: of a row of the table, or `"pair"` for `compress_many`, or `"plan"` or `"restore"`. other: the second of a pair.
-    page_size: of a `WindowState`. snapshots: whether the call leaves any. dtype: of kv_score.
+    kind: of a row of the table, or `"pair"` for `compress_many`, or `"plan"` or `"restore"`. other: the second of a pair, or of
+    `store` with `also`. page_size: of a `WindowState`. snapshots: whether the call leaves any. dtype: of kv_score. placed: of
+    `store`, without a plan.
     """
 
     kind: str
@@ -65,6 +66,7 @@ class Combination:
     page_size: int = 1
     snapshots: bool = False
     dtype: torch.dtype = torch.bfloat16
+    placed: bool = False
 
     @property
     def name(self) -> str:
@@ -79,7 +81,7 @@ class Combination:
             parts += [*_spec_words(self.other[0]), self.other[1].name]
         if self.kind in ("window", "restore"):
             parts += [f"page{self.page_size}"]
-        parts += ["snapshots"] * self.snapshots + ["kv_fp32"] * (self.dtype == torch.float32)
+        parts += ["slots"] * self.placed + ["snapshots"] * self.snapshots + ["kv_fp32"] * (self.dtype == torch.float32)
         return " ".join(parts)
 
     @property
@@ -100,7 +102,8 @@ class Combination:
         if self.config is None:
             return plan_key(self.spec.ratio, 1, False, False)
         if self.kind == "store":
-            return store_key(self.spec, self.fmt, (fp32, fp32))
+            places = (torch.int64, torch.int64 if self.spec.rope_dim else None) if self.placed else ()
+            return store_key(self.spec, self.fmt, (fp32, fp32, *places), self.other and self.other[1])
         types = (self.dtype, fp32, fp32 if self.fmt is None else None, fp32, True)
         bound = self.config.max_new_tokens
         if self.kind == "window":
@@ -147,8 +150,7 @@ def _all(
             fitting = [fmt for fmt in formats if fits(spec, fmt)]
             if config.kind == "store":
                 if not any(_stores_alike(spec, other) for other in specs[:i]):
-                    for fmt in filter(None, fitting):
-                        yield Combination("store", spec, fmt, config)
+                    yield from _stores(spec, [fmt for fmt in fitting if fmt is not None], config)
                 continue
             for dtype in dtypes:
                 for fmt in fitting:
@@ -160,6 +162,15 @@ def _all(
                         yield Combination(config.kind, spec, fmt, config, snapshots=True, dtype=dtype)
                 if (config.kind, spec) == ("rows", V4_CSA) and V4_INDEXER in specs:
                     yield from _pairs(config, formats, dtype)
+
+
+def _stores(spec: CompressorSpec, formats: list[RecordFormat], config: Config) -> Iterator[Combination]:
+    """With a plan and without, and into two caches of the first and the last format."""
+    for fmt in formats:
+        yield Combination("store", spec, fmt, config)
+        yield Combination("store", spec, fmt, config, placed=True)
+    if formats:
+        yield Combination("store", spec, formats[0], config, (spec, formats[-1]), placed=True)
 
 
 def _pairs(config: Config, formats: tuple[RecordFormat | None, ...], dtype: torch.dtype) -> Iterator[Combination]:

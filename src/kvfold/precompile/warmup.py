@@ -9,7 +9,7 @@ import torch
 from ..arguments.checks import check_int, check_switch, check_type, usable_device
 from ..spec import CompressorSpec
 from ..storage.formats import RecordFormat
-from .choices import FLOATS, check_all, check_choices, check_formats, check_workers, defined_for, several
+from .choices import FLOATS, INDICES, check_all, check_choices, check_formats, check_workers, defined_for, fits, several
 
 STATES = ("fold", "window")
 
@@ -27,6 +27,10 @@ def warmup(
     page_sizes: Iterable[int] | None = None,
     many: Iterable[tuple[tuple[CompressorSpec, str | None], tuple[CompressorSpec, str | None]]] = (),
     snapshots: Iterable[bool] = (False,),
+    round_inputs: bool = False,
+    slot_dtypes: Iterable[torch.dtype] = (),
+    position_dtypes: Iterable[torch.dtype] = (torch.int64,),
+    also: Iterable[tuple[str, str]] = (),
     pdl: bool | None = None,
     device: torch.device | str | int | None = None,
     workers: int | None = None,
@@ -53,11 +57,15 @@ def warmup(
         max_new_tokens: the bounds that plans are built with.
         states: `"fold"` for `FoldState`, `"window"` for `WindowState`.
         state_dtypes: of input rows that a `FoldState` keeps, and of a `WindowState`.
-        norm_weight_dtypes: of the norm weight.
+        norm_weight_dtypes: of the norm weight; None for `store` without a norm.
         rows: dtypes of `compress(rows=...)`, None for calls without. `store` is compiled for those that are not None.
         page_sizes: of `WindowState`s; default: any.
         many: pairs of (spec, format) that `compress_many` gets together, over `FoldState`s.
         snapshots: whether calls over `FoldState`s get `snapshots`: True, False or both. With True `restore` is compiled too.
+        round_inputs: whether a `FoldState` in bf16 gets fp32 `kv_score`, which it rounds.
+        slot_dtypes: of `slots` in `store` without a plan: int32, int64 or both. Default: `store` is compiled with a plan alone.
+        position_dtypes: of `positions` there.
+        also: pairs of formats, of `cache` and of `also`, that `store` without a plan gets together.
         pdl: as the calls will have it. False leaves out the kernels that are launched as dependents.
         device: default: the current one.
         workers: threads that compile at once, from 1 to 256; with 1 one kernel after the other. Default: the cores that this
@@ -73,7 +81,8 @@ def warmup(
         RuntimeError: there is no GPU, or kernels are interpreted.
     """
     specs, names = check_all("specs", specs, CompressorSpec), check_formats("formats", formats)
-    dtypes, norms = check_choices("dtypes", dtypes, FLOATS), check_choices("norm_weight_dtypes", norm_weight_dtypes, FLOATS)
+    dtypes = check_choices("dtypes", dtypes, FLOATS)
+    norms = check_choices("norm_weight_dtypes", norm_weight_dtypes, (*FLOATS, None))
     state_dtypes, states = check_choices("state_dtypes", state_dtypes, FLOATS), check_choices("states", states, STATES)
     rows = check_choices("rows", rows, (None, *FLOATS))
     snapshots = check_choices("snapshots", snapshots, (False, True))
@@ -83,17 +92,24 @@ def warmup(
     pages = None if page_sizes is None else several("page_sizes", page_sizes)
     for size in pages or ():
         check_int("page_sizes", size, 1, (1 << 31) - 1)
+    slots, positions = (
+        check_choices("slot_dtypes", slot_dtypes, INDICES),
+        check_choices("position_dtypes", position_dtypes, INDICES),
+    )
+    together = [check_formats(f"also[{i}]", pair) for i, pair in enumerate(several("also", also))]
     pairs = [_pair(i, pair) for i, pair in enumerate(several("many", many))]
     check_switch("pdl", pdl)
+    check_type("round_inputs", round_inputs, bool)
     workers = check_workers(workers)
     chosen = defined_for(specs, names)
+    stored = [(*one, some) for i, pair in enumerate(together) for one in _stored(i, pair, specs) for some in rows]
 
     from ..backend_triton import keys
     from ..backend_triton.launcher import INTERPRETED, supports_pdl
     from ..backend_triton.prepare import prepare
 
     gpu = _gpu(device, INTERPRETED)
-    w = keys.Wanted(dtypes, steps, state_dtypes, norms, snapshots)
+    w = keys.Wanted(dtypes, steps, state_dtypes, norms, snapshots, round_inputs, slots, positions)
     paired = [spec for pair in pairs for spec, _ in pair]
     found = [*keys.plan_keys({spec.ratio for spec in (*specs, *paired)}, states)]
     for spec, fmt in chosen:
@@ -101,6 +117,8 @@ def warmup(
             found += keys.store_keys(spec, fmt, w, some)
             found += keys.step_keys(spec, fmt, w, some) if "fold" in states else ()
             found += keys.window_keys(spec, fmt, w, some, pages) if "window" in states else ()
+    for spec, fmt, second, some in stored:
+        found += keys.store_keys(spec, fmt, w, some, second)
     for pair in pairs:
         found += keys.pair_keys(pair, w)
     if True in snapshots:
@@ -119,6 +137,19 @@ def _gpu(device: torch.device | str | int | None, interpreted: bool) -> torch.de
     if found.type != "cuda":
         raise ValueError(f"device must be a CUDA or HIP device, got {found}")
     return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
+
+
+def _stored(
+    i: int, pair: tuple[RecordFormat | None, ...], specs: tuple[CompressorSpec, ...]
+) -> list[tuple[CompressorSpec, RecordFormat, RecordFormat]]:
+    """One of `also`, with each of the specs that both are defined for."""
+    if len(pair) != 2 or None in pair:
+        raise ValueError(f"also[{i}] must be the names of two formats, got {[fmt and fmt.name for fmt in pair]}")
+    first, second = pair
+    found = [(spec, first, second) for spec in specs if fits(spec, first) and fits(spec, second)]
+    if not found:
+        raise ValueError(f"also[{i}] must be defined for one of the specs at least, got {first.name!r} and {second.name!r}")
+    return found
 
 
 def _pair(i: int, pair: object) -> tuple[tuple[CompressorSpec, RecordFormat | None], ...]:

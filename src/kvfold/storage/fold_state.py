@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 
 from ..arguments.checks import (
+    check_dense,
     check_device,
     check_dtype,
     check_float,
     check_int,
     check_memory,
     check_shape,
-    check_tensor,
     usable_device,
 )
 from ..arguments.overlap import Place, check_apart
-from ..contract import INT32_MAX
+from ..contract import INT32_MAX, UnsupportedError
 from ..spec import CompressorSpec, check_spec
 from .remembered import RememberingState, check_made
 
@@ -32,6 +35,8 @@ def state_kind(spec: CompressorSpec) -> str:
 class FoldState(RememberingState):
     """State of up to `num_slots` sequences for one compressor of one layer.
 
+    Slots may lie any distance apart, rows and tags each: in tensors of their own (`allocate`) or in an engine's pages (`over`).
+
     Attributes:
         rows: `fold`: fp32 `[num_slots, ring + history, 3, head_dim]`, the running maximum, sum of weights and weighted sum
             after the token; `rows`: fp32 or bf16 `[num_slots, ring + history, 2 * channels]`, the `kv_score` row as it came.
@@ -39,6 +44,8 @@ class FoldState(RememberingState):
         ring, history: position x lives in row `x % ring`, or in the spare row `ring + x % history` when its home was
             being read by the very step that wrote it.
         max_new_tokens: a step of up to this many tokens can be rewound to any position inside it.
+        round_inputs: whether it rounds fp32 `kv_score` to the bf16 that it keeps; else it takes bf16 alone.
+        pages: uint8 `[num_slots, ...]`, the engine's pages (`over`) of which `rows` and `positions` are views, else None.
 
     Copying `rows[slot]` and `positions[slot]` moves a sequence to another slot, state or machine.
     """
@@ -46,15 +53,26 @@ class FoldState(RememberingState):
     kind: str
     ring: int
     history: int
+    pages: torch.Tensor | None = None
 
-    def __init__(self, spec: CompressorSpec, rows: torch.Tensor, positions: torch.Tensor, max_new_tokens: int) -> None:
+    def __init__(
+        self,
+        spec: CompressorSpec,
+        rows: torch.Tensor,
+        positions: torch.Tensor,
+        max_new_tokens: int,
+        round_inputs: bool = False,
+    ) -> None:
         """Wraps existing tensors; see `allocate` for the usual way. `positions` must be -1 where a row holds nothing.
+
+        Each slot is contiguous in `rows` and in `positions`; the stride from slot to slot is free.
 
         Raises:
             TypeError, ValueError: naming the argument whose type, shape, dtype, device or stride is wrong, or which shares
                 memory with the other.
         """
         self.spec, self.rows, self.positions, self.max_new_tokens = spec, rows, positions, max_new_tokens
+        self.round_inputs = round_inputs
         self._forget()
         self._validate()
 
@@ -65,6 +83,7 @@ class FoldState(RememberingState):
         self.kind = state_kind(spec)
         self.ring, self.history = ring_and_history(spec, self.max_new_tokens)
         self._tensors = check_rows(spec, self.rows, self.positions, (self.ring + self.history, *_row_shape(spec)))
+        _check_rounding(self.round_inputs, self.rows.dtype)
         self._forget_calls()
 
     @classmethod
@@ -76,6 +95,7 @@ class FoldState(RememberingState):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
+        round_inputs: bool = False,
     ) -> FoldState:
         """An empty state.
 
@@ -85,12 +105,82 @@ class FoldState(RememberingState):
                 are fine; they can be rewound to their start and to any of their last `max_new_tokens` positions.
             dtype: of the kept input rows, for specs that keep them (`kind == "rows"`): fp32 takes bf16 and fp32
                 `kv_score`, both exactly; bf16 takes bf16 only, in half the memory. Fold rows are always fp32.
+            round_inputs: with bf16: takes fp32 `kv_score` as well, and rounds it to bf16, values and scores, before anything
+                else: when it is kept, and when it is used at once. So results are those of `kv_score.bfloat16()`, to the bit,
+                however the sequence is cut. How far that may be from fp32: docs/numerics.md.
+
+        Raises:
+            TypeError, ValueError: naming the argument; `UnsupportedError` for fold rows in bf16.
         """
-        check_spec("spec", spec)
+        shape, _ = _slot(spec, max_new_tokens, dtype)
         check_int("num_slots", num_slots, 0, INT32_MAX)
-        check_int("max_new_tokens", max_new_tokens, 1, 1 << 20)
-        shape = num_slots, sum(ring_and_history(spec, max_new_tokens)), *_row_shape(spec)
-        return cls(spec, *empty_rows(spec, shape, dtype, device), max_new_tokens)
+        _check_rounding(round_inputs, dtype)
+        return cls(spec, *empty_rows(spec, (num_slots, *shape), dtype, device), max_new_tokens, round_inputs)
+
+    @classmethod
+    def over(
+        cls,
+        pages: torch.Tensor,
+        spec: CompressorSpec,
+        max_new_tokens: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        round_inputs: bool = False,
+        fresh: bool = False,
+    ) -> FoldState:
+        """A state inside of an engine's pages: slot s is page s, its rows at the page's begin and its tags behind them.
+
+        A page that held anything else must be forgotten before its owner's first step: the caller makes the tags of all pages
+        -1 by `fresh=True`, or those of the pages that a sequence is given by `forget(slots)`, in a CUDA graph too. Rows need
+        nothing, not even where they hold NaN. Later owners of the slot need nothing either, as of any state.
+
+        Which page is whose only the engine's tables say, so a call does not mind that other states over such pages, or caches,
+        have the same bytes.
+
+        Args:
+            pages: of any dtype, `[num_slots, ...]`, each contiguous and of `page_bytes` bytes at least, at multiples of 4
+                bytes, any distance apart. At multiples of 64 bytes accesses are 16 bytes wide, which is faster. Mutated.
+            max_new_tokens, dtype, round_inputs: as for `allocate`.
+            fresh: whether to make all tags -1 here; nothing else is written.
+
+        Raises:
+            TypeError, ValueError: naming the argument, before anything is written; `UnsupportedError` for fold rows in bf16.
+        """
+        check_memory("pages", pages, fake=True)
+        need, (shape, of_rows) = cls.page_bytes(spec, max_new_tokens, dtype), _slot(spec, max_new_tokens, dtype)
+        if not isinstance(fresh, bool):
+            raise TypeError(f"fresh must be a bool, got {type(fresh).__name__}")
+        if pages.dim() < 2:
+            raise ValueError(f"pages must have a page dimension and one more, got shape {list(pages.shape)}")
+        check_dense("pages", pages, "page")
+        count, item = pages.shape[0], pages.element_size()
+        if count == 0:
+            return cls.allocate(spec, 0, max_new_tokens, dtype=dtype, device=pages.device, round_inputs=round_inputs)
+        have = pages[0].numel()
+        if have * item < need:
+            raise ValueError(f"pages must have at least {need} bytes each, got {have * item}")
+        if pages.data_ptr() % 4 or (count > 1 and pages.stride(0) * item % 4):
+            raise ValueError("pages must start at multiples of 4 bytes")
+        flat = pages.detach().as_strided((count, have), (pages.stride(0), 1)).view(torch.uint8)
+        tags = flat[:, of_rows : of_rows + 4 * shape[0]].view(torch.int32)
+        state = cls(spec, flat[:, :of_rows].view(dtype).view(count, *shape), tags, max_new_tokens, round_inputs)
+        object.__setattr__(state, "pages", flat)  # which changes nothing that was checked
+        if fresh:
+            tags.fill_(-1)
+        return state
+
+    @staticmethod
+    def page_bytes(spec: CompressorSpec, max_new_tokens: int, dtype: torch.dtype = torch.float32) -> int:
+        """Bytes that a page must have for `over`, a multiple of 64. The arguments are those of `allocate`."""
+        shape, of_rows = _slot(spec, max_new_tokens, dtype)
+        return -(-(of_rows + 4 * shape[0]) // 64) * 64
+
+    def __reduce_ex__(self, protocol: int) -> tuple | str:
+        """In pages, copies and pickles are made anew, as rows and tags must be views of their own pages."""
+        if self.pages is None:
+            return super().__reduce_ex__(protocol)
+        how = {"dtype": self.rows.dtype, "round_inputs": self.round_inputs}
+        return _over_again, (how, self.pages, self.spec, self.max_new_tokens)
 
     @property
     def num_slots(self) -> int:
@@ -109,8 +199,9 @@ class FoldState(RememberingState):
         """Makes these slots empty: a step that needs a row of a former owner is refused then.
 
         No slot has to be forgotten before its next owner starts at position 0, or anywhere by `restore`. Forget it where an
-        owner may start elsewhere by mistake: rows are known by their positions, and not by whose they are. Does not
-        synchronize with the host, so it can be captured in a CUDA graph.
+        owner may start elsewhere by mistake: rows are known by their positions, and not by whose they are. And forget a page of
+        an engine (`over`) that held something else. Writes the tags of these slots alone. Does not synchronize with the host,
+        so it can be captured in a CUDA graph.
 
         Args:
             slots: int32 or int64 `[n]`, on the device of the state. Those outside of the state, -1 among them, are passed over.
@@ -123,10 +214,14 @@ class FoldState(RememberingState):
         check_dtype("slots", slots, (torch.int32, torch.int64))
         check_shape("slots", slots, (None,))
         check_device("slots", slots, self.device)
+        if slots.shape[0] == 0 or self.num_slots == 0:
+            return
         with torch.inference_mode():
-            known = torch.where((slots >= 0) & (slots < self.num_slots), slots.long(), self.num_slots)
-            gone = torch.zeros(self.num_slots + 1, dtype=torch.bool, device=self.device).index_fill_(0, known, True)
-            self.positions.masked_fill_(gone[:-1, None], -1)
+            inside = (slots >= 0) & (slots < self.num_slots)
+            first = inside.int().argmax(0, keepdim=True)  # one that is inside, if any is, in the place of those that are not
+            slots = torch.where(inside, slots, torch.where(inside[first], slots[first], 0)).long()
+            tags = torch.where(inside[first], -1, self.positions[slots[first]])
+            self.positions.index_put_((slots,), tags.expand(len(slots), -1))
 
     def history_of(self, position: int) -> range:
         """The positions whose rows a step starting at `position` reads; what a prefix cache must keep to resume there."""
@@ -135,17 +230,46 @@ class FoldState(RememberingState):
         return range(history_start(self.spec, position), position)
 
 
+def _over_again(how: dict[str, Any], *given: Any) -> FoldState:
+    return FoldState.over(*given, **how)
+
+
+def _check_rounding(round_inputs: object, dtype: torch.dtype) -> None:
+    if not isinstance(round_inputs, bool):
+        raise TypeError(f"round_inputs must be a bool, got {type(round_inputs).__name__}")
+    if round_inputs and dtype is not torch.bfloat16:
+        raise ValueError(f"round_inputs must be False for rows in {dtype}, which keep what comes")
+
+
 def _row_shape(spec: CompressorSpec) -> tuple[int, ...]:
     return (3, spec.head_dim) if state_kind(spec) == "fold" else (2 * spec.channels,)
+
+
+def _slot(spec: CompressorSpec, max_new_tokens: int, dtype: torch.dtype) -> tuple[tuple[int, ...], int]:
+    """The shape of a slot's rows, and their bytes."""
+    check_spec("spec", spec)
+    check_int("max_new_tokens", max_new_tokens, 1, 1 << 20)
+    check_kept(spec, dtype)
+    shape = sum(ring_and_history(spec, max_new_tokens)), *_row_shape(spec)
+    return shape, math.prod(shape) * dtype.itemsize
+
+
+def check_kept(spec: CompressorSpec, dtype: object) -> None:
+    """Checks the dtype that rows are to be kept in."""
+    check_float("dtype", dtype)
+    if dtype is not torch.float32 and state_kind(spec) == "fold":
+        raise UnsupportedError(
+            f"dtype must be torch.float32 for {spec}, whose state is fold rows, got {dtype}; there is bf16 for input rows, "
+            f"which are kept with overlap or a ratio up to {MOST_RATIO_OF_ROWS}, and for the raw rows of a WindowState"
+        )
 
 
 def empty_rows(
     spec: CompressorSpec, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of slots or pages that hold nothing, `shape` in all, and their tags; `dtype` is that of input rows."""
-    check_float("dtype", dtype)
+    check_kept(spec, dtype)
     device = usable_device("device", device)
-    dtype = torch.float32 if state_kind(spec) == "fold" else dtype
     return torch.zeros(shape, dtype=dtype, device=device), torch.full(shape[:2], -1, dtype=torch.int32, device=device)
 
 
@@ -154,9 +278,16 @@ def check_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Checks the rows of slots or pages, each of this shape, and their tags; returns both."""
     dtypes = (torch.float32,) if state_kind(spec) == "fold" else (torch.float32, torch.bfloat16)
-    device = getattr(rows, "device", None)
-    check_tensor("rows", rows, (None, *shape), dtypes, device, fake=True)
-    check_tensor("positions", positions, (rows.shape[0], shape[0]), (torch.int32,), device, fake=True)
+    count = None
+    for name, x, accepted, inner in (("rows", rows, dtypes, shape), ("positions", positions, (torch.int32,), shape[:1])):
+        check_memory(name, x, fake=True)
+        check_dtype(name, x, accepted)
+        check_shape(name, x, (count, *inner))
+        check_device(name, x, rows.device)
+        check_dense(name, x, "slot")
+        count = x.shape[0]
+    if positions.shape[0] > 1 and positions.stride(0) > INT32_MAX:
+        raise ValueError(f"positions must have slots less than 2**31 elements apart, got {positions.stride(0)}")
     check_apart((Place("rows", rows, written=True), Place("positions", positions, written=True)))
     return rows, positions
 

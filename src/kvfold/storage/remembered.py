@@ -107,7 +107,7 @@ class Layer:
     the same dtype: a module that is cast twice may come back to its first address.
     """
 
-    __slots__ = ("bounds", "dtypes", "plans", "tokens", "weights", "where")
+    __slots__ = ("bounds", "dtypes", "plans", "prepared", "tokens", "weights", "where")
 
     def __init__(self, tokens: tuple, weights: Sequence[torch.Tensor | None], places: Sequence[Place]) -> None:
         """Raises ValueError, which names two of `places` that share memory."""
@@ -118,6 +118,7 @@ class Layer:
         self.where = where([x for x in weights if x is not None])
         self.bounds = check_apart(places)
         self.plans: dict[int, Met] = {}
+        self.prepared: Any = None  # what the last call without a plan launched: backend_triton/launch.py
 
     def same(self, tokens: tuple, weights: tuple[torch.Tensor | None, ...]) -> bool:
         given = self.given(weights)

@@ -35,6 +35,8 @@ class Snapshots(Checked):
     def __init__(self, spec: CompressorSpec, rows: torch.Tensor, positions: torch.Tensor, page_size: int) -> None:
         """Wraps existing tensors; see `allocate` for the usual way. `positions` must be -1 where a row holds nothing.
 
+        Each page's part is contiguous in `rows` and in `positions`; the stride from page to page is free.
+
         Raises:
             TypeError, ValueError: naming the argument whose type, shape, dtype, device or stride is wrong.
         """
@@ -62,7 +64,10 @@ class Snapshots(Checked):
         Args:
             num_pages: how many snapshots it can hold.
             page_size: positions per page, at most 2^30; where the state keeps input rows, a multiple of the ratio.
-            dtype: that of the `FoldState`, for specs that keep input rows. Fold rows are always fp32.
+            dtype: that of the `FoldState`: fp32, or bf16 for specs that keep input rows.
+
+        Raises:
+            TypeError, ValueError: naming the argument; `UnsupportedError` for fold rows in bf16.
         """
         check_spec("spec", spec)
         check_int("num_pages", num_pages, 0, INT32_MAX)

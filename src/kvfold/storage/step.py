@@ -47,6 +47,19 @@ class Hits(NamedTuple):
     errors: torch.Tensor
 
 
+class Placed(NamedTuple):
+    """Finished rows, each with its place in one cache or two: what `store` takes without a plan; the arguments are its own."""
+
+    rows: torch.Tensor
+    slots: torch.Tensor
+    positions: torch.Tensor | None
+    caches: tuple[EntryCache, ...]
+    spec: CompressorSpec
+    norm_weight: torch.Tensor | None
+    rope: torch.Tensor | None
+    errors: torch.Tensor | None
+
+
 class PlanData(Checked):
     """The bounds and tensors of a `StepPlan`, which says what they are; an operator's plan of one call is this alone."""
 

@@ -238,6 +238,17 @@ class Engine:
         if int(plan.errors):
             raise AssertionError(f"{int(plan.errors)} entries were refused")
 
+    def store_placed(self, pooled: Sequence[Tensor]) -> None:
+        """The same without a plan, and the last sequence first."""
+        ratio, rows = self.weights["spec"].ratio, [row for some in pooled for row in some]
+        slots = [slot for some, kept in zip(self.entry_slots, pooled, strict=True) for slot in some[: len(kept)]]
+        positions = [window * ratio for some in pooled for window in range(len(some))]
+        places = {name: self._ints(values[::-1]) for name, values in (("slots", slots), ("positions", positions))}
+        weights, errors = {name: value for name, value in self.weights.items() if name != "ape"}, self._ints([0])
+        store(torch.stack(rows[::-1]), self.cache, **places, errors=errors, **weights, backend=self.backend)
+        if int(errors):
+            raise AssertionError(f"{int(errors)} rows were refused")
+
     def kv_score(self, step: Step, wrong: bool = False) -> Tensor:
         """The rows of a step: NaN for those that are not kept, for padding, and for all with `wrong`."""
         nan, rows = torch.full_like(self.tokens[0][:1], torch.nan), []

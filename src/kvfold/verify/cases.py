@@ -210,12 +210,14 @@ def check_store(lab: Lab, config: Config, dtype: torch.dtype) -> str:
 def check_format(lab: Lab, spec: CompressorSpec, fmt: str) -> str:
     """The bytes of one record format: packed from kvfold's own pooled rows, the same by `store`, none outside of records."""
     inputs = lab.inputs(spec)
-    engine, apart = (lab.engine(inputs, fmt=fmt) for _ in range(2))
+    engine, apart, placed = (lab.engine(inputs, fmt=fmt) for _ in range(3))
     run_checked(engine, chunks(engine.lengths))
     figure = packed(engine, engine.pooled)
     apart.store(engine.pooled)
     same_records(apart, engine, "compress")
-    for one in (engine, apart):
+    placed.store_placed(engine.pooled)
+    same_records(placed, engine, "compress")
+    for one in (engine, apart, placed):
         untouched(one)
     return figure
 

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from ..args import Compressor, Output, Plan, Scratch, Snapshots, SnapshotTable, State, Tokens
-from .finish import emit, entry_address, slot_valid
+from ..args import Compressor, Output, Places, Plan, Scratch, Snapshots, SnapshotTable, State, Tokens
+from .finish import emit, entry_address, load_finish, slot_valid
 from .items import load_item
 from .long_fold import long_fold_step
 from .long_rows import long_rows_step
@@ -36,8 +36,8 @@ def step_kernel(
     plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors,
     snap_table_pages, snap_table_width, snap_table_page_size,
     tokens_kv_score, tokens_stride, tokens_count, tokens_ape,
-    state_rows, state_tags, state_num_slots, state_ring,
-    snapshots_rows, snapshots_tags, snapshots_count,
+    state_rows, state_tags, state_num_slots, state_ring, state_stride, state_pitch,
+    snapshots_rows, snapshots_tags, snapshots_count, snapshots_stride, snapshots_pitch,
     scratch_workspace, scratch_arrivals,
     output_rows, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride, output_scales,
     output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
@@ -48,8 +48,8 @@ def step_kernel(
     snap_table = SnapshotTable(snap_table_pages, snap_table_width, snap_table_page_size)
     one = Compressor(
         Tokens(tokens_kv_score, tokens_stride, tokens_count, tokens_ape),
-        State(state_rows, state_tags, state_num_slots, state_ring),
-        Snapshots(snapshots_rows, snapshots_tags, snapshots_count),
+        State(state_rows, state_tags, state_num_slots, state_ring, state_stride, state_pitch),
+        Snapshots(snapshots_rows, snapshots_tags, snapshots_count, snapshots_stride, snapshots_pitch),
         Scratch(scratch_workspace, scratch_arrivals),
         Output(
             output_rows, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride,
@@ -64,15 +64,16 @@ def pair_kernel(
     plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors,
     snap_table_pages, snap_table_width, snap_table_page_size,
     first_tokens_kv_score, first_tokens_stride, first_tokens_count, first_tokens_ape,
-    first_state_rows, first_state_tags, first_state_num_slots, first_state_ring,
-    first_snapshots_rows, first_snapshots_tags, first_snapshots_count,
+    first_state_rows, first_state_tags, first_state_num_slots, first_state_ring, first_state_stride, first_state_pitch,
+    first_snapshots_rows, first_snapshots_tags, first_snapshots_count, first_snapshots_stride, first_snapshots_pitch,
     first_scratch_workspace, first_scratch_arrivals,
     first_output_rows, first_output_norm_weight, first_output_rope, first_output_max_position, first_output_pages,
     first_output_page_stride, first_output_scales, first_output_scales_stride, first_output_rows_per_page,
     first_output_num_slots, first_output_scale,
     second_tokens_kv_score, second_tokens_stride, second_tokens_count, second_tokens_ape,
-    second_state_rows, second_state_tags, second_state_num_slots, second_state_ring,
-    second_snapshots_rows, second_snapshots_tags, second_snapshots_count,
+    second_state_rows, second_state_tags, second_state_num_slots, second_state_ring, second_state_stride,
+    second_state_pitch,
+    second_snapshots_rows, second_snapshots_tags, second_snapshots_count, second_snapshots_stride, second_snapshots_pitch,
     second_scratch_workspace, second_scratch_arrivals,
     second_output_rows, second_output_norm_weight, second_output_rope, second_output_max_position, second_output_pages,
     second_output_page_stride, second_output_scales, second_output_scales_stride, second_output_rows_per_page,
@@ -85,8 +86,12 @@ def pair_kernel(
     snap_table = SnapshotTable(snap_table_pages, snap_table_width, snap_table_page_size)
     first = Compressor(
         Tokens(first_tokens_kv_score, first_tokens_stride, first_tokens_count, first_tokens_ape),
-        State(first_state_rows, first_state_tags, first_state_num_slots, first_state_ring),
-        Snapshots(first_snapshots_rows, first_snapshots_tags, first_snapshots_count),
+        State(
+            first_state_rows, first_state_tags, first_state_num_slots, first_state_ring, first_state_stride, first_state_pitch,
+        ),
+        Snapshots(
+            first_snapshots_rows, first_snapshots_tags, first_snapshots_count, first_snapshots_stride, first_snapshots_pitch,
+        ),
         Scratch(first_scratch_workspace, first_scratch_arrivals),
         Output(
             first_output_rows, first_output_norm_weight, first_output_rope, first_output_max_position, first_output_pages,
@@ -96,8 +101,14 @@ def pair_kernel(
     )  # fmt: skip
     second = Compressor(
         Tokens(second_tokens_kv_score, second_tokens_stride, second_tokens_count, second_tokens_ape),
-        State(second_state_rows, second_state_tags, second_state_num_slots, second_state_ring),
-        Snapshots(second_snapshots_rows, second_snapshots_tags, second_snapshots_count),
+        State(
+            second_state_rows, second_state_tags, second_state_num_slots, second_state_ring, second_state_stride,
+            second_state_pitch,
+        ),
+        Snapshots(
+            second_snapshots_rows, second_snapshots_tags, second_snapshots_count, second_snapshots_stride,
+            second_snapshots_pitch,
+        ),
         Scratch(second_scratch_workspace, second_scratch_arrivals),
         Output(
             second_output_rows, second_output_norm_weight, second_output_rope, second_output_max_position, second_output_pages,
@@ -116,17 +127,34 @@ def pair_kernel(
 @triton.jit
 def store_kernel(
     plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors,
-    pooled,
+    places_slots, places_positions,
+    pooled, pooled_stride,
     output_rows, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride, output_scales,
     output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
-    HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr,
+    also_rows, also_norm_weight, also_rope, also_max_position, also_pages, also_page_stride, also_scales,
+    also_scales_stride, also_rows_per_page, also_num_slots, also_scale,
+    HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr, ALSO: tl.constexpr,
 ):  # fmt: skip
-    """`store`, of pooled rows that somebody else made: one program per work item whose window ends."""
+    """`store`, of pooled rows that somebody else made: a program for each work item, or for each row that has its place."""
     plan = Plan(plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors)
     output = Output(
         output_rows, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride, output_scales,
         output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
     )  # fmt: skip
+    also = Output(
+        also_rows, also_norm_weight, also_rope, also_max_position, also_pages, also_page_stride, also_scales,
+        also_scales_stride, also_rows_per_page, also_num_slots, also_scale,
+    )  # fmt: skip
+    if places_slots is None:
+        store_entry(plan, pooled, output, HOW, SPEC, FMT)
+    else:
+        places = Places(places_slots, places_positions)
+        store_placed(places, plan.errors, pooled, pooled_stride, output, also, HOW, SPEC, FMT, ALSO)
+
+
+@triton.jit
+def store_entry(plan, pooled, output, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr):
+    """The entry of a work item whose window ends."""
     pid = tl.program_id(0)
     item = load_item(plan.items, pid)
     position = item.window * SPEC.RATIO
@@ -139,3 +167,39 @@ def store_kernel(
         emit(y, entry, cache_slot, weight, cos, sin, output, SPEC, FMT, HOW.TARGET)
     if refused:
         tl.atomic_add(plan.errors, 1)
+
+
+@triton.jit
+def store_placed(
+    places, errors, pooled, stride, output, also, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr, ALSO: tl.constexpr
+):
+    """A row, at its slot of one cache or of two."""
+    wait_for_inputs(HOW.PDL)  # slots and positions may be of the launch before
+    pid = tl.program_id(0).to(tl.int64)
+    slot = tl.load(places.slots + pid).to(tl.int64)
+    wanted = slot >= 0
+    position = slot
+    known = wanted
+    if SPEC.ROPE_DIM > 0:
+        position = tl.load(places.positions + pid).to(tl.int64)
+        known = wanted & (position >= 0) & (position < output.max_position)
+    here = known & (slot < output.num_slots)
+    fine = here
+    either = here
+    if also.pages is not None:
+        there = known & (slot < also.num_slots)
+        fine = here & there
+        either = here | there
+    if either:
+        y = tl.load(pooled + pid * stride + tl.arange(0, SPEC.HEAD_DIM)).to(tl.float32)
+        weight, cos, sin = load_finish(position, output, SPEC)
+        if also.pages is None:
+            emit(y, pid, slot, weight, cos, sin, output, SPEC, FMT, HOW.TARGET)
+        else:
+            if here:
+                emit(y, pid, slot, weight, cos, sin, output, SPEC, FMT, HOW.TARGET)
+            if there:
+                emit(y, pid, slot, weight, cos, sin, also, SPEC, ALSO, HOW.TARGET)
+    if errors is not None:
+        if wanted & (fine == 0) & (errors.to(tl.int64, bitcast=True) != 0):  # the caller may have none
+            tl.atomic_add(errors, 1)

@@ -72,13 +72,14 @@ def entry_address(entry, position, plan, cache, SPEC: tl.constexpr):
 
 @triton.jit
 def load_finish(position, cache, SPEC: tl.constexpr, COUNT: tl.constexpr = 1):
-    """Norm weight, cosines and sines of an entry; zeros where there is no cache."""
+    """Norm weight, cosines and sines of an entry; zeros where there is no cache, or no norm."""
     c = channels(SPEC.HEAD_DIM, COUNT)
     weight = tl.zeros((COUNT * SPEC.HEAD_DIM,), tl.float32)
     cos = tl.zeros((COUNT * SPEC.HEAD_DIM // 2,), tl.float32)
     sin = tl.zeros((COUNT * SPEC.HEAD_DIM // 2,), tl.float32)
     if cache.pages is not None:
-        weight = tl.load(cache.norm_weight + c).to(tl.float32)
+        if cache.norm_weight is not None:
+            weight = tl.load(cache.norm_weight + c).to(tl.float32)
         if SPEC.ROPE_DIM > 0:
             cos, sin = load_rotation(cache, position, SPEC, COUNT)
     return weight, cos, sin
@@ -128,7 +129,8 @@ def emit(
         scale = load_scale(cache)  # on its way during the norm
         if FMT.ROUND_ROWS:
             y = bf16_value(bf16_bits(y, TARGET.BF16_CONVERSION))
-        y = rms_norm(y, weight, SPEC, COUNT)
+        if cache.norm_weight is not None:
+            y = rms_norm(y, weight, SPEC, COUNT)
         if FMT.ROUND_NORMED:
             y = bf16_value(bf16_bits(y, TARGET.BF16_CONVERSION))
         if SPEC.ROPE_DIM > 0:

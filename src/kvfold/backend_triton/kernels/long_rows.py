@@ -6,14 +6,13 @@ A window is short, and all warps decode the item and finish the entry, so fewer 
 import triton
 import triton.language as tl
 
-from ..args import Sequence
 from .finish import entry_slot, load_finish
 from .items import dealt_items, draw_item, item_after, load_item, next_index, pause
 from .long_fold import deliver_entry
 from .pdl import load_plan, wait_for_inputs
 from .prefetch import prefetch_item
 from .rows import keep_each, load_biases, pool_window
-from .slots import check_history, first_read, load_history, retire_rows, slot_rows
+from .slots import check_history, load_history, retire_rows, sequence_of
 from .snapshot import snap_of, snapshot_rows
 
 
@@ -26,10 +25,8 @@ def take_item(
     window, start, end, token, slot, entry, sequence = item
     first = window == start // SPEC.RATIO
     held = (slot < st.num_slots) & (token + end - start <= tokens.count)
-    tags = st.tags + slot * (st.ring + SPEC.HISTORY)
-    rows = slot_rows(st, slot, SPEC)
     live = tokens.kv_score + (token - start).to(tl.int64) * tokens.stride
-    seq = Sequence(rows, tags, st.ring, first_read(start, SPEC), start, end)
+    seq = sequence_of(st, slot, start, end, SPEC)
     if held & (seq.h0 < start):
         held, _moved = check_history(load_history(seq, SPEC))
     if first & (held == 0):

@@ -39,7 +39,7 @@ def take_items(item, plan, one, HOW: tl.constexpr, SPEC: tl.constexpr, COUNT: tl
     position = (window + i) * SPEC.RATIO
     cache_slot = entry_slot(entry + i, plan)
     live = tokens.kv_score + (token - start).to(tl.int64) * tokens.stride
-    ks, ss = load_live(live, tokens, window, 0, ROWS, SPEC, HOW.TARGET.INLINE_PTX, COUNT)
+    ks, ss = load_live(live, tokens, window, 0, ROWS, st.rows.dtype.element_ty, SPEC, HOW.TARGET.INLINE_PTX, COUNT)
     m, l, a = empty_group(COUNT * SPEC.HEAD_DIM)
     m, l, a = fold_part(m, l, a, ks, ss, tokens.ape, None, 0, True, SPEC, ROWS, COUNT)
     y = quotient(a, l, HOW.TARGET.FAST_DIVISION)

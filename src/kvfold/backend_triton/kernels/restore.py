@@ -12,8 +12,8 @@ MOST_POSITIONS = tl.constexpr(contract.MOST_POSITIONS)
 
 @triton.jit
 def restore_kernel(
-    state_rows, state_tags, state_num_slots, state_ring,
-    snapshots_rows, snapshots_tags, snapshots_count,
+    state_rows, state_tags, state_num_slots, state_ring, state_stride, state_pitch,
+    snapshots_rows, snapshots_tags, snapshots_count, snapshots_stride, snapshots_pitch,
     page_size, slots, pages, start_pos, errors,
     KIND: tl.constexpr, RATIO: tl.constexpr, HISTORY: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
     PART: tl.constexpr, BLOCK: tl.constexpr,
@@ -41,14 +41,14 @@ def restore_kernel(
         for base in range(0, ROWS, BLOCK):
             j = base + tl.arange(0, BLOCK)
             looked = (j < ROWS) & spread(fine & wanted & (reads > 0), BLOCK)
-            tag = tl.load(snapshots_tags + page * ROWS + j, mask=looked, other=0)
+            tag = tl.load(snapshots_tags + page * snapshots_pitch + j, mask=looked, other=0)
             fine = fine & (tl.sum((looked & (tag != start - ROWS + j)).to(tl.int32), axis=0) == 0)
     reads = tl.where(fine, reads, 0)
-    row = slot * (state_ring + HISTORY)
+    tags = state_tags + slot * state_pitch
     if ROWS > 0:
         if wanted & (reads > 0):
-            to = state_rows + (row + (start - ROWS + r) % state_ring) * (PARTS * PART) + tl.arange(0, PART)
-            at = snapshots_rows + (page * ROWS + r) * (PARTS * PART) + tl.arange(0, PART)
+            to = state_rows + slot * state_stride + (start - ROWS + r) % state_ring * (PARTS * PART) + tl.arange(0, PART)
+            at = snapshots_rows + page * snapshots_stride + r * (PARTS * PART) + tl.arange(0, PART)
             for p in tl.static_range(PARTS):
                 tl.store(to + p * PART, tl.load(at + p * PART))
     if wanted & there & (r == 0):
@@ -58,6 +58,6 @@ def restore_kernel(
             home = base + tl.arange(0, BLOCK)
             back = (last % state_ring - home + state_ring) % state_ring
             tag = tl.where((home < state_ring) & (back < reads), last - back, -1)
-            tl.store(state_tags + row + home, tag, mask=home < state_ring + HISTORY)
+            tl.store(tags + home, tag, mask=home < state_ring + HISTORY)
     if wanted & (fine == 0) & (r == 0):
         tl.atomic_add(errors, 1)

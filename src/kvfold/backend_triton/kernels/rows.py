@@ -4,8 +4,17 @@ import triton
 import triton.language as tl
 
 from .fold import ROWS_AT_ONCE, empty_group, fold_group, minus_zero, quotient, spread, widen
+from .record import bf16_bits, bf16_value
 from .slots import place_row
 from .vectors import channels, scalar
+
+
+@triton.jit
+def as_kept(x, KEPT: tl.constexpr, BF16_CONVERSION: tl.constexpr = False):
+    """New numbers as a state of dtype KEPT keeps them: rounded where it holds bf16 and they are fp32, else as they came."""
+    if x.dtype == tl.float32 and tl.bfloat16 == KEPT:
+        x = bf16_value(bf16_bits(x, BF16_CONVERSION))
+    return x
 
 
 @triton.jit
@@ -35,13 +44,15 @@ def load_biases(ape, j0, wanted, SPEC: tl.constexpr, AHEAD: tl.constexpr, COUNT:
 @triton.jit
 def load_window(
     live, tokens, seq, window, this, j0, SOURCE: tl.constexpr, SPEC: tl.constexpr, AHEAD: tl.constexpr,
+    BF16_CONVERSION: tl.constexpr,
 ):  # fmt: skip
     """Values and raw scores of rows `[j0, j0 + AHEAD)` of a window that ends here: old ones from the state, new ones live.
 
     SOURCE: "home" takes old rows from their homes, of which `this` is the one of the window's first position; "find" looks each
     up; "live" is for windows without old rows.
     """
-    SAME: tl.constexpr = seq.rows.dtype.element_ty == tokens.kv_score.dtype.element_ty
+    KEPT: tl.constexpr = seq.rows.dtype.element_ty
+    SAME: tl.constexpr = tokens.kv_score.dtype.element_ty == KEPT
     CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
     WINDOW_ROWS: tl.constexpr = SPEC.RATIO * (1 + SPEC.OVERLAP)
     ks = ()
@@ -66,8 +77,12 @@ def load_window(
         if SOURCE == "live":
             there = spread(there, SPEC.HEAD_DIM)
             # The mask is always true, but without it the compiler moves each load to its use. Past L1: see `load_live`.
-            k = widen(tl.load(at + half, mask=there, other=minus_zero(), cache_modifier=".cg"))
-            s = widen(tl.load(at + half + CHANNELS, mask=there, other=float("-inf"), cache_modifier=".cg"))
+            k = widen(as_kept(tl.load(at + half, mask=there, other=minus_zero(), cache_modifier=".cg"), KEPT, BF16_CONVERSION))
+            s = widen(
+                as_kept(
+                    tl.load(at + half + CHANNELS, mask=there, other=float("-inf"), cache_modifier=".cg"), KEPT, BF16_CONVERSION
+                )
+            )
         else:
             if SOURCE == "home" and SPEC.HISTORY % SPEC.RATIO == 0:
                 kept = tl.where(j < SPEC.RATIO * SPEC.OVERLAP, rows_before, this_rows) + j * (2 * CHANNELS)
@@ -86,9 +101,11 @@ def load_window(
                 old = spread(there & (x < seq.start), SPEC.HEAD_DIM)
                 new = spread(there & (x >= seq.start), SPEC.HEAD_DIM)
                 k_old = tl.load(kept + half, mask=old, other=0.0).to(tl.float32)
-                k_new = tl.load(at + half, mask=new, other=minus_zero()).to(tl.float32)
+                k_new = as_kept(tl.load(at + half, mask=new, other=minus_zero()), KEPT, BF16_CONVERSION).to(tl.float32)
                 s_old = tl.load(kept + half + CHANNELS, mask=old, other=0.0).to(tl.float32)
-                s_new = tl.load(at + half + CHANNELS, mask=new, other=float("-inf")).to(tl.float32)
+                s_new = as_kept(tl.load(at + half + CHANNELS, mask=new, other=float("-inf")), KEPT, BF16_CONVERSION).to(
+                    tl.float32
+                )
                 k = tl.where(old, k_old, k_new)
                 s = tl.where(old, s_old, s_new)
         ks = ks + (k,)
@@ -99,12 +116,12 @@ def load_window(
 
 @triton.jit
 def load_live(
-    live, tokens, window, J0: tl.constexpr, ROWS: tl.constexpr, SPEC: tl.constexpr, INLINE_PTX: tl.constexpr,
-    COUNT: tl.constexpr = 1,
+    live, tokens, window, J0: tl.constexpr, ROWS: tl.constexpr, KEPT: tl.constexpr, SPEC: tl.constexpr,
+    INLINE_PTX: tl.constexpr, COUNT: tl.constexpr = 1,
 ):  # fmt: skip
     """Values and raw scores, not yet converted, of rows `[J0, J0 + ROWS)` of a window whose rows are all new, at once.
 
-    COUNT: of windows in a row from `window` on, side by side.
+    KEPT: as in `as_kept`. COUNT: of windows in a row from `window` on, side by side.
     """
     ks = ()
     ss = ()
@@ -114,8 +131,8 @@ def load_live(
     for j in tl.static_range(J0, J0 + ROWS):
         half = 0 if j < SPEC.RATIO * SPEC.OVERLAP else SPEC.OVERLAP * SPEC.HEAD_DIM
         # Past the L1 cache, which is better used for rows of ape.
-        ks = ks + (tl.load(at + half, cache_modifier=".cg"),)
-        ss = ss + (tl.load(at + half + (1 + SPEC.OVERLAP) * SPEC.HEAD_DIM, cache_modifier=".cg"),)
+        ks = ks + (as_kept(tl.load(at + half, cache_modifier=".cg"), KEPT, INLINE_PTX),)
+        ss = ss + (as_kept(tl.load(at + half + (1 + SPEC.OVERLAP) * SPEC.HEAD_DIM, cache_modifier=".cg"), KEPT, INLINE_PTX),)
         at += tokens.stride
     if INLINE_PTX:
         # A barrier for the compiler, which would move the last two loads to their use.
@@ -170,18 +187,18 @@ def pool_window(
     # The second half is loaded as the first one's registers become free.
     if SOURCE == "live" and (ROWS == AHEAD or ROWS == 2 * AHEAD):
         for j0 in tl.static_range(0, ROWS, AHEAD):
-            ks, ss = load_live(live, tokens, window, j0, AHEAD, SPEC, HOW.TARGET.INLINE_PTX)
+            ks, ss = load_live(live, tokens, window, j0, AHEAD, seq.rows.dtype.element_ty, SPEC, HOW.TARGET.INLINE_PTX)
             m, l, a = fold_part(m, l, a, ks, ss, tokens.ape, biases, j0, j0 == 0, SPEC, AHEAD)
     elif ROWS <= 2 * AHEAD:
         for j0 in tl.static_range(0, ROWS, AHEAD):
             own = biases
             if biases is None:  # ahead of the rows, so that both are waited for at once
                 own = load_biases(tokens.ape, j0, None, SPEC, AHEAD)
-            ks, ss = load_window(live, tokens, seq, window, this, j0, SOURCE, SPEC, AHEAD)
+            ks, ss = load_window(live, tokens, seq, window, this, j0, SOURCE, SPEC, AHEAD, HOW.TARGET.BF16_CONVERSION)
             m, l, a = fold_part(m, l, a, ks, ss, tokens.ape, own, j0, j0 == 0, SPEC, AHEAD)
     else:
         for j0 in range(0, ROWS, AHEAD):
-            ks, ss = load_window(live, tokens, seq, window, this, j0, SOURCE, SPEC, AHEAD)
+            ks, ss = load_window(live, tokens, seq, window, this, j0, SOURCE, SPEC, AHEAD, HOW.TARGET.BF16_CONVERSION)
             m, l, a = fold_part(m, l, a, ks, ss, tokens.ape, biases, j0, False, SPEC, AHEAD)
     return quotient(a, l, HOW.TARGET.FAST_DIVISION)
 
@@ -207,7 +224,9 @@ def keep_together(copies, seq, window, oldest, stop, place, SPEC: tl.constexpr):
     for i in tl.static_range(SPEC.RATIO):
         at = window * SPEC.RATIO + i
         if (at >= oldest) & (at < stop):
-            tl.store(seq.rows + (place + i) * LENGTH + c, copies[i].to(seq.rows.dtype.element_ty))
+            tl.store(
+                seq.rows + (place + i) * LENGTH + c, as_kept(copies[i], seq.rows.dtype.element_ty).to(seq.rows.dtype.element_ty)
+            )
             tl.store(seq.tags + place + i, at)
 
 
@@ -227,5 +246,9 @@ def keep_each(live, tokens, seq, oldest, stop, SPEC: tl.constexpr, KEPT: tl.cons
         for i in tl.static_range(KEPT):
             x = base + i
             there = spread(x < stop, LENGTH)
-            tl.store(seq.rows + places[i] * LENGTH + c, copies[i].to(seq.rows.dtype.element_ty), mask=there)
+            tl.store(
+                seq.rows + places[i] * LENGTH + c,
+                as_kept(copies[i], seq.rows.dtype.element_ty).to(seq.rows.dtype.element_ty),
+                mask=there,
+            )
             tl.store(seq.tags + places[i], x, mask=x < stop)

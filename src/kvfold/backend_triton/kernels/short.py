@@ -7,14 +7,14 @@ launch before, then issues all loads of state and tokens at once, and checks the
 import triton
 import triton.language as tl
 
-from ..args import History, Sequence
+from ..args import History
 from .finish import emit, entry_address, slot_valid
 from .fold import empty_fold, fold_step, minus_zero, quotient, spread
 from .items import load_item
 from .pdl import load_plan, wait_for_inputs
 from .prefetch import prefetch_fold, prefetch_rows
 from .rows import keep_each, keep_together, load_biases, load_rows, pool_window
-from .slots import check_history, first_read, keep_fold, place_at, retire_rows, slot_rows, tag_addresses
+from .slots import check_history, keep_fold, place_at, retire_rows, sequence_of, tag_addresses
 from .snapshot import next_page_end, snap_of, snapshot_fold, snapshot_rows
 
 
@@ -141,12 +141,10 @@ def short_step(pid, plan, snap_table, one, HOW: tl.constexpr, SPEC: tl.constexpr
     held = usable
     refused = False
     if usable:
-        tags = st.tags + slot * (st.ring + SPEC.HISTORY)
         begin = tl.maximum(start, window * SPEC.RATIO)
         stop = begin + tl.minimum(end - begin, SPEC.RATIO - begin % SPEC.RATIO)
         live = tokens.kv_score + (token - start).to(tl.int64) * tokens.stride
-        h0 = first_read(start, SPEC)
-        seq = Sequence(slot_rows(st, slot, SPEC), tags, st.ring, h0, start, end)
+        seq = sequence_of(st, slot, start, end, SPEC)
         if SPEC.KIND == "fold":
             # The one division that homes need, before the wait; all other homes follow from it.
             place = start % st.ring

@@ -14,16 +14,9 @@ from .fold import spread
 @triton.jit
 def sequence_of(st, slot, start, end, SPEC: tl.constexpr, c0=0):
     """The state of the sequence that has slot `slot` of `st`; its rows from channel `c0` on."""
-    tags = st.tags + slot * (st.ring + SPEC.HISTORY)
-    rows = slot_rows(st, slot, SPEC) + c0
+    rows = st.rows + slot * st.stride + c0
+    tags = st.tags + slot * st.pitch
     return Sequence(rows, tags, st.ring, first_read(start, SPEC), start, end)
-
-
-@triton.jit
-def slot_rows(st, slot, SPEC: tl.constexpr):
-    """Where the rows of slot `slot` of `st` begin."""
-    LENGTH: tl.constexpr = 3 * SPEC.HEAD_DIM if SPEC.KIND == "fold" else 2 * SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
-    return st.rows + slot * (st.ring + SPEC.HISTORY) * LENGTH
 
 
 @triton.jit

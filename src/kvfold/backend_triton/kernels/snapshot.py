@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from ..args import Snap
+from .rows import as_kept
 
 
 @triton.jit
@@ -42,11 +43,11 @@ def snapshot_fold(m, l, a, x, due, stop, snap, SPEC: tl.constexpr):
         if (x == due) & (x < stop) & (x % SPEC.RATIO != SPEC.RATIO - 1):
             page = find_snapshot(snap, x // page_size, x < stop)
             if page >= 0:
-                row = snap.snapshots.rows + page * (3 * SPEC.HEAD_DIM) + tl.arange(0, SPEC.HEAD_DIM)
+                row = snap.snapshots.rows + page * snap.snapshots.stride + tl.arange(0, SPEC.HEAD_DIM)
                 tl.store(row, m)
                 tl.store(row + SPEC.HEAD_DIM, l)
                 tl.store(row + 2 * SPEC.HEAD_DIM, a)
-                tl.store(snap.snapshots.tags + page, x)
+                tl.store(snap.snapshots.tags + page * snap.snapshots.pitch, x)
         due = tl.where(x == due, due + page_size, due)
     return due
 
@@ -55,7 +56,7 @@ def snapshot_fold(m, l, a, x, due, stop, snap, SPEC: tl.constexpr):
 def snapshot_rows(live, kv_stride, window, begin, stop, snap, SPEC: tl.constexpr):
     """Stores the input rows of new positions `[begin, stop)` of a window if it is the last of a page."""
     if snap is not None:
-        rows, tags, _ = snap.snapshots
+        rows, tags, _, stride, pitch = snap.snapshots
         page_size = snap.table.page_size
         LENGTH: tl.constexpr = 2 * SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
         ends = (window + 1) * SPEC.RATIO
@@ -65,7 +66,9 @@ def snapshot_rows(live, kv_stride, window, begin, stop, snap, SPEC: tl.constexpr
                 c = tl.arange(0, LENGTH)
                 for n in range(0, stop - begin):
                     x = begin + n
-                    row = page * SPEC.RATIO + x % SPEC.RATIO
+                    row = x % SPEC.RATIO
                     value = tl.load(live + x.to(tl.int64) * kv_stride + c)
-                    tl.store(rows + row * LENGTH + c, value.to(rows.dtype.element_ty))
-                    tl.store(tags + row, x)
+                    tl.store(
+                        rows + page * stride + row * LENGTH + c, as_kept(value, rows.dtype.element_ty).to(rows.dtype.element_ty)
+                    )
+                    tl.store(tags + page * pitch + row, x)
