@@ -159,12 +159,42 @@ class RestoreArguments(NamedTuple):
     errors: Ints
 
 
+class Numbers(NamedTuple):
+    """Numbers that an engine keeps: int32 side by side where `step` is None, else int32 or int64.
+
+    step: twice the 32-bit words from one number, or one row of a table, to the next, and 1 more where they are int64.
+    """
+
+    at: Ints = None
+    step: Long = None
+
+
+class Metadata(NamedTuple):
+    """What only an engine's metadata has: Nones in a plain plan, else numbers all of them.
+
+    totals: 1 where lengths are those after the step. by_slot: 1 where sequences have state slots. null_slot, null_page: what
+    means none, besides -1. source: what says where entries go, a table (1), slots of tokens (2) or of entries (3), `num_slots`
+    of them; 0 for nothing. no_slot: what means none of a token. reserved: 1 where entries have the places of `cu_rows`.
+    """
+
+    totals: Int = None
+    by_slot: Int = None
+    null_slot: Int = None
+    null_page: Int = None
+    source: Int = None
+    slots: Numbers = Numbers()
+    num_slots: Long = None
+    no_slot: Int = None
+    reserved: Int = None
+    cu_rows: Numbers = Numbers()
+
+
 class PlanArguments(NamedTuple):
     """Of `StepPlan.update`: what it is given, the plan's own tensors, and the cache's block table."""
 
-    start_pos: Ints
-    cu_seqlens: Ints
-    state_slots: Ints
+    lengths: Numbers
+    cu_seqlens: Numbers
+    state_slots: Numbers
     batch: Int
     max_new_tokens: Int
     max_tokens: Int
@@ -177,11 +207,12 @@ class PlanArguments(NamedTuple):
     item_capacity: Int
     entry_items: Ints
     entry_capacity: Int
-    table: Ints
+    table: Numbers
     table_width: Int
     rows_per_page: Int
     entry_slots: Longs
     num_chunks: Int
+    metadata: Metadata
 
 
 def types_of(kind: type, **changed: Any) -> Any:

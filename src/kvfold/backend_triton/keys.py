@@ -74,12 +74,13 @@ class RestoreKey(NamedTuple):
 
 
 class PlanKey(NamedTuple):
-    """Of `StepPlan.update`. windows: of a sequence that one program takes."""
+    """Of `StepPlan.update`. windows: of a sequence that one program takes. metadata: an engine's (`args.Metadata`)."""
 
     ratio: int
     windows: int
     no_slots: bool
     no_table: bool
+    metadata: bool = False
 
 
 Key = StepKey | PairKey | WindowKey | StoreKey | RestoreKey | PlanKey
@@ -109,8 +110,10 @@ def store_key(spec: CompressorSpec, fmt: RecordFormat, types: tuple[torch.dtype,
     return StoreKey(spec, fmt, choose("store", spec, 1), *types)
 
 
-def plan_key(ratio: int, windows_per_sequence: int, no_slots: bool, no_table: bool) -> PlanKey:
-    return PlanKey(ratio, windows_per_program(windows_per_sequence), no_slots, no_table)
+def plan_key(ratio: int, windows_per_sequence: int, no_slots: bool, no_table: bool, metadata: bool = False) -> PlanKey:
+    """With an engine's metadata one kernel is for all that there may be."""
+    windows = windows_per_program(windows_per_sequence)
+    return PlanKey(ratio, windows, False, False, True) if metadata else PlanKey(ratio, windows, no_slots, no_table)
 
 
 def windows_per_program(windows_per_sequence: int) -> int:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..arguments.checks import side_by_side
 from ..spec import CompressorSpec
 from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState
@@ -22,7 +23,7 @@ from ..storage.window_state import WindowState
 from . import args
 from .args import flat
 from .build import KERNELS
-from .kernels.plan import SEQUENCES
+from .kernels.plan import ENTRIES, SEQUENCES, TABLE, TOKENS
 from .keys import (
     PairKey,
     RestoreKey,
@@ -177,39 +178,76 @@ def restore_triton(
     launcher_of(key, state.device)(slots.shape[0] * max(count, 1), *pack(*flat(groups)))
 
 
-def update_on_gpu(plan: PlanData, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
-    """`StepPlan.update` after its arguments were checked, for a batch that is not empty."""
+def update_on_gpu(plan: PlanData, given: torch.Tensor, cu_seqlens: torch.Tensor, totals: bool = False) -> None:
+    """`StepPlan.update` after its arguments were checked, for a batch that is not empty. given, totals: as of `Lengths`."""
     table, windows = plan.cache_block_table, windows_per_program(plan.windows_per_sequence)
-    chunks = -(-plan.batch // SEQUENCES)
+    of_engine = totals or plan.metadata or not (side_by_side(given) and side_by_side(cu_seqlens))
+    chunks, entry_slots, metadata, numbers = -(-plan.batch // SEQUENCES), plan.entry_slots, args.Metadata(), args.Numbers
+    if of_engine:  # of what there is not, kernels have an address all the same
+        entry_slots, metadata = plan.errors if entry_slots is None else entry_slots, _metadata(plan, totals)
+
+        def numbers(x: torch.Tensor | None) -> args.Numbers:
+            return _numbers(plan.errors if x is None else x)
+    elif table is None:
+        entry_slots = None  # the caller's
+
     values, bits = pack(
-        *args.PlanArguments(
-            start_pos=start_pos,
-            cu_seqlens=cu_seqlens,
-            state_slots=plan.state_slots,
-            batch=plan.batch,
-            max_new_tokens=plan.max_new_tokens,
-            max_tokens=plan.max_tokens,
-            own_start_pos=plan.start_pos,
-            own_cu_seqlens=plan.cu_seqlens,
-            cu_entries=plan.cu_entries,
-            items=plan.items,
-            num_items=plan.num_items,
-            errors=plan.errors,
-            item_capacity=plan.item_capacity,
-            entry_items=plan.entry_items,
-            entry_capacity=plan.entry_capacity,
-            table=table,
-            table_width=table.shape[1] if table is not None else 0,
-            rows_per_page=plan.rows_per_page or 1,
-            entry_slots=plan.entry_slots if table is not None else None,
-            num_chunks=chunks,
+        *flat(
+            args.PlanArguments(
+                lengths=numbers(given),
+                cu_seqlens=numbers(cu_seqlens),
+                state_slots=numbers(plan.state_slots),
+                batch=plan.batch,
+                max_new_tokens=plan.max_new_tokens,
+                max_tokens=plan.max_tokens,
+                own_start_pos=plan.start_pos,
+                own_cu_seqlens=plan.cu_seqlens,
+                cu_entries=plan.cu_entries,
+                items=plan.items,
+                num_items=plan.num_items,
+                errors=plan.errors,
+                item_capacity=plan.item_capacity,
+                entry_items=plan.entry_items,
+                entry_capacity=plan.entry_capacity,
+                table=numbers(table),
+                table_width=table.shape[1] if table is not None else 0,
+                rows_per_page=plan.rows_per_page or 1,
+                entry_slots=entry_slots,
+                num_chunks=chunks,
+                metadata=metadata,
+            )
         )
     )
     grid = chunks * max(1, -(-plan.windows_per_sequence // windows))
-    if plan._launcher is None:
-        key = plan_key(plan.ratio, plan.windows_per_sequence, plan.state_slots is None, table is None)
-        plan._launcher = launcher_of(key, start_pos.device)
-    plan._launcher(grid, values, bits)
+    if plan._launcher is None or plan._launcher[0] != of_engine:
+        key = plan_key(plan.ratio, plan.windows_per_sequence, plan.state_slots is None, table is None, of_engine)
+        plan._launcher = of_engine, launcher_of(key, given.device)
+    plan._launcher[1](grid, values, bits)
+
+
+def _metadata(plan: PlanData, totals: bool) -> args.Metadata:
+    """What an engine's metadata says, -1 for what means none and is not there."""
+    sources = (plan.cache_block_table, TABLE), (plan.token_slots, TOKENS), (plan.slots_given, ENTRIES)
+    source = next((kind.value for tensor, kind in sources if tensor is not None), 0)
+    slots = plan.slots_given if plan.token_slots is None else plan.token_slots
+    return args.Metadata(
+        totals=int(totals),
+        by_slot=int(plan.state_slots is not None),
+        null_slot=-1 if plan.null_slot is None else plan.null_slot,
+        null_page=-1 if plan.null_page is None else plan.null_page,
+        source=source,
+        slots=_numbers(plan.errors if slots is None else slots),
+        num_slots=0 if slots is None else slots.shape[0],
+        no_slot=plan.no_slot,
+        reserved=int(plan.reserved),
+        cu_rows=_numbers(plan.errors if plan.cu_rows is None else plan.cu_rows),
+    )
+
+
+def _numbers(x: torch.Tensor) -> args.Numbers:
+    """Numbers, or rows of numbers, of any dtype and stride."""
+    wide = x.dtype == torch.int64
+    return args.Numbers(x, 2 * x.stride(0) * (1 + wide) + wide)
 
 
 def use_pdl(wanted: bool | None, plan: PlanData, device: torch.device) -> bool:

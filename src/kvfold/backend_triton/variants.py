@@ -98,8 +98,17 @@ def restore_variant(key: RestoreKey) -> Variant:
 
 
 def plan_variant(key: PlanKey) -> Variant:
-    absent = ["state_slots"] * key.no_slots + ["table", "entry_slots"] * key.no_table
-    arguments = types_of(args.PlanArguments, **dict.fromkeys(absent))
+    arguments = types_of(args.PlanArguments)
+    if not key.metadata:
+        plain = args.Numbers("*i32")
+        arguments = arguments._replace(
+            lengths=plain,
+            cu_seqlens=plain,
+            state_slots=args.Numbers() if key.no_slots else plain,
+            table=args.Numbers() if key.no_table else plain,
+            entry_slots=None if key.no_table else arguments.entry_slots,
+            metadata=args.Metadata(),
+        )
     return _variant("plan", arguments, NUM_WARPS, RATIO=key.ratio, SEQUENCES=SEQUENCES, WINDOWS=key.windows, SCAN=SCAN)
 
 
