@@ -95,7 +95,10 @@ class Output(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """One of the two pools of a `WindowState`, of values or of scores, and its block table `[sequences, width]`."""
+    """One of the two pools of a `WindowState`, of values or of scores, and its block table `[sequences, width]`.
+
+    step: of the table, as of `Numbers`.
+    """
 
     rows: Floats
     page_stride: Stride
@@ -103,6 +106,7 @@ class Pool(NamedTuple):
     num_pages: Int
     table: Ints
     width: Int
+    step: Long = None
 
 
 class Item(NamedTuple):
@@ -133,7 +137,11 @@ class Compressor(NamedTuple):
 
 
 class WindowArguments(NamedTuple):
-    """Of `compress` over a `WindowState`."""
+    """Of `compress` over a `WindowState`.
+
+    null_page: None for tables with a step of None, else what means none, besides -1. ring: positions that a sequence's pages
+    hold, whose table is a ring; None where it is none.
+    """
 
     plan: Plan
     entry_items: Ints
@@ -143,6 +151,8 @@ class WindowArguments(NamedTuple):
     kv_pool: Pool
     score_pool: Pool
     page_size: Int
+    null_page: Int
+    ring: Int
     scratch: Scratch
     output: Output
 

@@ -46,13 +46,22 @@ class PairKey(NamedTuple):
 
 
 class WindowKey(NamedTuple):
-    """Of `compress` over a `WindowState`. one_page: a window has its rows on one page, as the ratio divides the page size."""
+    """Of `compress` over a `WindowState`.
+
+    one_page: a window has its rows on one page, as the ratio divides the page size. tables: one of `TABLES`.
+    """
 
     spec: CompressorSpec
     fmt: RecordFormat | None
     config: Config
     types: Types
     one_page: bool
+    tables: str = "plain"
+
+
+# How the kernels of a `WindowState` read block tables: contiguous int32 of pages for entries that stand one behind the other;
+# any that an engine has, for entries anywhere; or as the latter, as rings.
+TABLES = ("plain", "engine", "ring")
 
 
 class StoreKey(NamedTuple):
@@ -101,8 +110,10 @@ def step_key(
     return StepKey(spec, fmt, choose(kind, spec, bound, ANY if snapshots else bucket), Types(*types), snapshots)
 
 
-def window_key(spec: CompressorSpec, fmt: RecordFormat | None, max_new_tokens: int, types: tuple, page_size: int) -> WindowKey:
-    return WindowKey(spec, fmt, choose("window", spec, max_new_tokens), Types(*types), page_size % spec.ratio == 0)
+def window_key(
+    spec: CompressorSpec, fmt: RecordFormat | None, max_new_tokens: int, types: tuple, page_size: int, tables: str = "plain"
+) -> WindowKey:
+    return WindowKey(spec, fmt, choose("window", spec, max_new_tokens), Types(*types), page_size % spec.ratio == 0, tables)
 
 
 def store_key(spec: CompressorSpec, fmt: RecordFormat, types: tuple[torch.dtype, torch.dtype]) -> StoreKey:

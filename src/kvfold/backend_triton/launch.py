@@ -40,7 +40,7 @@ from .variants import draws_items, slices_of
 
 # What every call brings of itself, in order: how the names of such parameters of a kernel end.
 _BROUGHT = (
-    "pooled", "tokens_kv_score", "tokens_stride", "tokens_count", "scratch_workspace", "scratch_arrivals", "output_rows",
+    "plan_entry_capacity", "pooled", "tokens_kv_score", "tokens_stride", "tokens_count", "scratch_workspace", "scratch_arrivals", "output_rows",
 )  # fmt: skip
 
 
@@ -90,8 +90,8 @@ def compress_triton(c: Compressor, plan: PlanData, rows: torch.Tensor | None, pd
         groups = _plan(plan), _snap_table(plan, c), _compressor(c)
         call = met.prepared = _prepare("step", asked, chosen, groups)
     slices = call.chosen.slices
-    brought = _brought(c, plan, rows, slices, call.chosen.draws[0])
-    call.launch(min(grid * slices, call.chosen.programs), brought, brought[1], use_pdl(pdl, plan, c.kv_score.device))
+    brought = plan.room(rows), *_brought(c, plan, rows, slices, call.chosen.draws[0])
+    call.launch(min(grid * slices, call.chosen.programs), brought, brought[2], use_pdl(pdl, plan, c.kv_score.device))
 
 
 def compress_pair_triton(pair: tuple[Compressor, Compressor], plan: PlanData, pdl: bool | None) -> None:
@@ -113,7 +113,8 @@ def compress_pair_triton(pair: tuple[Compressor, Compressor], plan: PlanData, pd
     if call.chosen.few and grid <= 2 * most:  # so that the second compressor need not wait for the first one's last windows
         most = call.chosen.few
     one, other = (_brought(c, plan, None, 1, drawn) for c, drawn in zip(pair, call.chosen.draws, strict=True))
-    call.launch(2 * min(grid, most), one + other, one[1] | other[1], use_pdl(pdl, plan, first.kv_score.device))
+    brought = plan.entry_capacity, *one, *other
+    call.launch(2 * min(grid, most), brought, one[1] | other[1], use_pdl(pdl, plan, first.kv_score.device))
 
 
 def compress_window_triton(c: Compressor, plan: PlanData, rows: torch.Tensor | None, pdl: bool | None) -> None:
@@ -124,20 +125,26 @@ def compress_window_triton(c: Compressor, plan: PlanData, rows: torch.Tensor | N
     asked = c.kv_score.dtype, None if rows is None else rows.dtype
     call = met.prepared
     if call is None or call.asked != asked:
-        wanted = spec, _format(c), plan.max_new_tokens, _types(c, state.dtype, plan, rows), state.page_size
+        types, tables = _types(c, state.dtype, plan, rows), plan.tables
+        wanted = spec, _format(c), plan.max_new_tokens, types, state.page_size, tables
         pools = (
-            args.Pool(pool, pool.stride(0), pool.stride(1), pool.shape[0], table, table.shape[1])
+            args.Pool(
+                pool, pool.stride(0), pool.stride(1), pool.shape[0], table, table.shape[1],
+                None if tables == "plain" else _numbers(table).step,
+            )  # fmt: skip
             for pool, table in zip((state.kv, state.score), plan.block_tables, strict=True)
         )
+        null_page = -1 if plan.null_page is None else plan.null_page
+        paging = plan.page_size, None if tables == "plain" else null_page, plan.ring_rows or None
         step = plan.entry_items, plan.cu_entries, plan.batch, args.Tokens(ape=c.ape)
         output = _output(c.cache, spec, c.norm_weight, c.rope)
-        groups = _plan(plan), *step, *pools, plan.page_size, args.Scratch(), output
+        groups = _plan(plan), *step, *pools, *paging, args.Scratch(), output
         call = met.prepared = _prepare("window", asked, _choose(state, wanted, _choose_window), groups)
     slices = call.chosen.slices
     pooled = plan.entry_capacity * slices if c.cache is not None or rows is not None else 0
     programs = min(_step_grid(plan, c.kv_score) + pooled, call.chosen.programs)
-    brought = _brought(c, plan, rows, slices, False)
-    call.launch(programs, brought, brought[1], use_pdl(pdl, plan, c.kv_score.device))
+    brought = plan.room(rows), *_brought(c, plan, rows, slices, False)
+    call.launch(programs, brought, brought[2], use_pdl(pdl, plan, c.kv_score.device))
 
 
 def store_triton(
@@ -159,7 +166,7 @@ def store_triton(
         launcher = launcher_of(store_key(spec, cache.format, asked), pooled.device)
         groups = _plan(plan), None, _output(cache, spec, norm_weight, rope)
         call = met.prepared = _prepare("store", asked, Chosen(asked, launcher, ANY), groups)
-    call.launch(plan.item_capacity, (pooled, None), 0, use_pdl(pdl, plan, pooled.device))
+    call.launch(plan.item_capacity, (plan.room(pooled), pooled, None), 0, use_pdl(pdl, plan, pooled.device))
 
 
 def restore_triton(

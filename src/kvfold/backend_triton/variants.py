@@ -46,8 +46,13 @@ def window_variant(key: WindowKey) -> Variant:
     together = min(ROWS_OF_A_LANE, spec.window_rows // lanes)
     slices = slices_of(spec, config)
     pool = types_of(args.Pool, rows=POINTERS[types.state])
+    ring = key.tables == "ring"
+    absent = ["null_page"] * (key.tables == "plain") + ["ring"] * (not ring)
+    if key.tables == "plain":
+        pool = pool._replace(step=None)
     arguments = types_of(
         args.WindowArguments,
+        **dict.fromkeys(absent),
         plan=_plan(types),
         # Of the rows of kv_score the kernel says itself where they are aligned (`window_rows.pool_slice`).
         tokens=_tokens(spec, types)._replace(stride="i64"),
@@ -67,7 +72,7 @@ def window_variant(key: WindowKey) -> Variant:
         TILE=max(lanes * together, min(config.tile, spec.window_rows)),
         LANES=lanes,
         ONE_PAGE=key.one_page,
-        PROMPT=config.prompt and key.one_page and (key.fmt is not None or types.rows is not None),
+        PROMPT=config.prompt and key.one_page and not ring and (key.fmt is not None or types.rows is not None),
         ALIGNED=False,
     )
 

@@ -97,7 +97,7 @@ def check_compress(c: Compressor, plan: PlanData, rows: torch.Tensor | None, bac
     if start < met.kv_score[0] or end > met.kv_score[1]:
         met.kv_score = _find_room(Place("kv_score", kv_score), start, end, c, plan, met)
     if rows is not None:
-        check_tensor("rows", rows, (None, spec.head_dim), _FLOATS, kv_score.device)
+        check_tensor("rows", rows, plan.rows_shape(spec), _FLOATS, kv_score.device)
         first = rows.data_ptr()
         behind = first + rows.nbytes
         if first < met.rows[0] or behind > met.rows[1]:
@@ -296,7 +296,7 @@ def check_store(c: Compressor, plan: PlanData, backend: str | None) -> str:
     check_made("plan", plan, PlanData)
     check_made("cache", cache, EntryCache)
     met = _meet(c, plan)
-    check_tensor("rows", rows, (None, c.spec.head_dim), _FLOATS, cache.device)
+    check_tensor("rows", rows, plan.rows_shape(c.spec), _FLOATS, cache.device)
     start = rows.data_ptr()
     end = start + rows.nbytes
     if start < met.rows[0] or end > met.rows[1]:

@@ -259,6 +259,14 @@ class PlanData(Checked):
         if there:
             check_int(name, size, 1, most)
 
+    def rows_shape(self, spec: CompressorSpec) -> tuple[int | None, int]:
+        """What pooled rows must be like: for all entries there may be, or with places of the caller's of any length."""
+        return None if self.reserved else self.entry_capacity, spec.head_dim
+
+    def room(self, rows: torch.Tensor | None) -> int:
+        """Places of entries in a call with these `rows`, None for one without: an entry behind them is refused."""
+        return self.entry_capacity if rows is None else min(self.entry_capacity, rows.shape[0])
+
     @property
     def fills_slots(self) -> bool:
         """Whether `update` writes `entry_slots`, which else are the caller's, or nobody's."""
