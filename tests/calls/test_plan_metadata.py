@@ -312,3 +312,53 @@ def test_bad_updates() -> None:
         with pytest.raises((ValueError, TypeError), match=rf"\b{name}\b"):
             plan.update(**given)
     assert torch.equal(plan.items, before)
+
+
+def test_traced() -> None:
+    """As operators: what `update` takes and what calls know of the plan is in their schemas."""
+    spec = kvfold.CompressorSpec(16, 2, has_ape=False, rope_dim=0)
+    state = kvfold.WindowState.allocate(spec, 4, 8)
+    state.kv.zero_(), state.score.zero_()
+    table = torch.tensor([[3], [1]])
+    slots, rows = torch.full((20,), 4, dtype=torch.int32), torch.zeros(9, 16)
+    plan = StepPlan.build(
+        2, None, torch.tensor([3, 10, 20]), 12, seq_lens=torch.tensor([7, 11]), block_tables=(table, table), page_size=8,
+        ring=True, null_page=0, token_slots=slots, no_slot=0, cu_rows=torch.tensor([0, 4, 9]), max_rows=9,
+    )  # fmt: skip
+    scores = torch.randn(20, 32, generator=torch.Generator().manual_seed(1))
+
+    def call(scores: torch.Tensor, seq_lens: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        plan.update(seq_lens=seq_lens, cu_seqlens=cu_seqlens)
+        kvfold.compress(scores, plan, state, None, spec=spec, ape=None, norm_weight=None, rope=None, rows=rows)
+        return rows.clone()
+
+    lengths = torch.tensor([8, 12]), torch.tensor([3, 10, 20])
+    want = call(scores, *lengths), state.kv.clone(), plan.items.clone()
+    rows.zero_(), state.kv.zero_(), plan.items.zero_()
+    seen = torch.compile(call, backend="aot_eager", fullgraph=True)(scores, *lengths), state.kv, plan.items
+    assert all(torch.equal(one, other) for one, other in zip(seen, want, strict=True)) and want[0].any()
+    assert int(plan.errors) == 0
+
+
+def test_warmup_knows_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One more kernel for each width of a plan, and two for each of a `WindowState`, where they are asked for."""
+    from kvfold.backend_triton import keys, launcher, prepare
+    from kvfold.backend_triton.variants import variant_of
+
+    found: list = []
+    monkeypatch.setattr(prepare, "prepare", lambda asked, *_: found.append(dict.fromkeys(asked)) or len(found[-1]))
+    monkeypatch.setattr(launcher, "INTERPRETED", False)
+    monkeypatch.setattr("kvfold.precompile.warmup._gpu", lambda *_: torch.device("cpu"))
+    spec = kvfold.CompressorSpec(16, 4, overlap=True, rope_dim=8)
+    for plans in (("plain",), ("plain", "engine"), ("engine",), ("ring",)):
+        kvfold.warmup([spec], [None], states=("window",), page_sizes=(4,), plans=plans, rows=(torch.float32,))
+    kinds = [{(type(key), getattr(key, "tables", None), getattr(key, "metadata", None)) for key in some} for some in found]
+    plain, engine = (keys.PlanKey, None, False), (keys.PlanKey, None, True)
+    windows = {kind: (keys.WindowKey, kind, None) for kind in keys.TABLES}
+    assert kinds == [
+        {plain, windows["plain"]}, {plain, engine, windows["plain"], windows["engine"]},
+        {engine, windows["plain"], windows["engine"]}, {plain, windows["ring"]},
+    ]  # fmt: skip
+    assert all(variant_of(key, True, False).arguments for some in found for key in some)
+    with pytest.raises(ValueError, match="plans must be among"):
+        kvfold.warmup([spec], [None], plans=("rings",))

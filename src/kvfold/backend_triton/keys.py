@@ -140,6 +140,7 @@ class Wanted(NamedTuple):
     state_dtypes: tuple[torch.dtype, ...]
     norms: tuple[torch.dtype, ...]
     snapshots: tuple[bool, ...]
+    tables: tuple[str, ...] = ("plain",)
 
     def finishes(self, fmt: RecordFormat | None) -> list[tuple[torch.dtype | None, bool]]:
         """Dtype of the norm weight, and whether the plan has entry slots, without which there can be no cache."""
@@ -150,10 +151,11 @@ class Wanted(NamedTuple):
         return self.state_dtypes if state_kind(spec) == "rows" else (torch.float32,)
 
 
-def plan_keys(ratios: set[int], states: tuple[str, ...]) -> Iterator[PlanKey]:
-    """For both widths of the kernel: a plan of any length has one of them."""
-    for ratio, windows, state, no_table in product(sorted(ratios), (1, 1 << 20), states, (False, True)):
-        yield plan_key(ratio, windows, state == "window", no_table)
+def plan_keys(ratios: set[int], states: tuple[str, ...], tables: tuple[str, ...]) -> Iterator[PlanKey]:
+    """For both widths of the kernel: a plan of any length has one of them. A ring alone needs no kernel of its own here."""
+    for ratio, windows, kind in product(sorted(ratios), (1, 1 << 20), tables):
+        for state, no_table in product(states, (False, True)):
+            yield plan_key(ratio, windows, state == "window", no_table, kind == "engine")
 
 
 def store_keys(spec: CompressorSpec, fmt: RecordFormat | None, w: Wanted, rows: torch.dtype | None) -> Iterator[StoreKey]:
@@ -192,8 +194,8 @@ def window_keys(
 ) -> Iterator[WindowKey]:
     """pages: sizes; None: any. What matters of one is whether the ratio divides it."""
     for dtype, state, bound, page in product(w.dtypes, w.state_dtypes, w.steps, pages or (spec.ratio, 1)):
-        for norm, slots in w.finishes(fmt):
-            yield window_key(spec, fmt, bound, (dtype, state, rows, norm, slots), page)
+        for (norm, slots), tables in product(w.finishes(fmt), w.tables):
+            yield window_key(spec, fmt, bound, (dtype, state, rows, norm, slots), page, tables)
 
 
 def restore_keys(spec: CompressorSpec, w: Wanted) -> Iterator[RestoreKey]:

@@ -12,6 +12,7 @@ from ..storage.formats import RecordFormat
 from .choices import FLOATS, check_all, check_choices, check_formats, check_workers, defined_for, several
 
 STATES = ("fold", "window")
+PLANS = ("plain", "engine", "ring")  # as `backend_triton.keys.TABLES`, which imports triton
 
 
 def warmup(
@@ -27,6 +28,7 @@ def warmup(
     page_sizes: Iterable[int] | None = None,
     many: Iterable[tuple[tuple[CompressorSpec, str | None], tuple[CompressorSpec, str | None]]] = (),
     snapshots: Iterable[bool] = (False,),
+    plans: Iterable[str] = ("plain",),
     pdl: bool | None = None,
     device: torch.device | str | int | None = None,
     workers: int | None = None,
@@ -58,6 +60,9 @@ def warmup(
         page_sizes: of `WindowState`s; default: any.
         many: pairs of (spec, format) that `compress_many` gets together, over `FoldState`s.
         snapshots: whether calls over `FoldState`s get `snapshots`: True, False or both. With True `restore` is compiled too.
+        plans: what plans are built with. `"plain"`: nothing below. `"engine"`: any of `seq_lens`, `token_slots`, `null_page`,
+            `null_slot`, `cu_rows`, int64, or numbers that are strided. `"ring"`: `ring=True`, whatever else; name the others
+            too that come with it. Of calls over `FoldState`s it changes nothing.
         pdl: as the calls will have it. False leaves out the kernels that are launched as dependents.
         device: default: the current one.
         workers: threads that compile at once, from 1 to 256; with 1 one kernel after the other. Default: the cores that this
@@ -77,6 +82,7 @@ def warmup(
     state_dtypes, states = check_choices("state_dtypes", state_dtypes, FLOATS), check_choices("states", states, STATES)
     rows = check_choices("rows", rows, (None, *FLOATS))
     snapshots = check_choices("snapshots", snapshots, (False, True))
+    plans = check_choices("plans", plans, PLANS)
     steps = several("max_new_tokens", max_new_tokens)
     for bound in steps:
         check_int("max_new_tokens", bound, 1, (1 << 31) - 1)
@@ -93,9 +99,9 @@ def warmup(
     from ..backend_triton.prepare import prepare
 
     gpu = _gpu(device, INTERPRETED)
-    w = keys.Wanted(dtypes, steps, state_dtypes, norms, snapshots)
+    w = keys.Wanted(dtypes, steps, state_dtypes, norms, snapshots, _tables(plans))
     paired = [spec for pair in pairs for spec, _ in pair]
-    found = [*keys.plan_keys({spec.ratio for spec in (*specs, *paired)}, states)]
+    found = [*keys.plan_keys({spec.ratio for spec in (*specs, *paired)}, states, plans)]
     for spec, fmt in chosen:
         for some in rows:
             found += keys.store_keys(spec, fmt, w, some)
@@ -108,6 +114,11 @@ def warmup(
             found += keys.restore_keys(spec, w)
     dependent = pdl is not False and supports_pdl(gpu)
     return prepare(found, gpu, lambda key: dependent and not isinstance(key, (keys.PlanKey, keys.RestoreKey)), workers)
+
+
+def _tables(plans: tuple[str, ...]) -> tuple[str, ...]:
+    """How kernels of a `WindowState` read its tables: what is of an engine elsewhere may be plain here."""
+    return tuple(dict.fromkeys((*plans, *["plain"] * ("engine" in plans))))
 
 
 def _gpu(device: torch.device | str | int | None, interpreted: bool) -> torch.device:
