@@ -22,8 +22,8 @@ class StepPlan(PlanData):
         page_size: rows per page of the state; None with state slots.
         snapshot_table: int32 `[B, S]`, the caller's tensor, or None: where the snapshots of pages go.
         snapshot_page_size: positions per page of `snapshot_table`; None without one.
-        entry_slots: int64 `[E]`, cache slot of each entry, -1 for none: the caller's tensor if it was contiguous int64, else the
-            plan's own, filled by `update`; None if nothing says where entries go. Places that the step gives no entry say
+        entry_slots: int64 `[E]`, cache slot of each entry, -1 for none: the caller's tensor if that is contiguous int64, else
+            the plan's own, filled by `update`; None if nothing says where entries go. Places that the step gives no entry say
             nothing with `cu_rows`, and are -1 without.
         cu_entries: int32 `[B + 1]`: sequence b ends `cu_entries[b + 1] - cu_entries[b]` windows, of which window
             `start_pos[b] // ratio + i` is entry `cu_entries[b] + i`, or `cu_rows[b] + i`.
@@ -96,16 +96,16 @@ class StepPlan(PlanData):
             null_slot: a slot of `state_slots` that means the same as -1: an absent sequence.
             max_tokens: host bound on the new tokens of all sequences together (default `B * max_new_tokens`); it sizes
                 the plan, so give it when one prompt is long and the rest are short.
-            cu_rows: `[B + 1]`, the places of the entries, where they do not stand one behind the other: entry i of sequence b is
-                number `cu_rows[b] + i` in `rows` and `entry_slots`. What is in places without an entry stays as it is. Entries of
-                a sequence are refused where `cu_rows[b + 1]` leaves no room for all of them, or `cu_rows[b]` for those before.
+            cu_rows: `[B + 1]`, places of entries that do not stand one behind the other: entry i of sequence b is number
+                `cu_rows[b] + i` in `rows` and `entry_slots`. What is in places without an entry stays as it is. Entries of a
+                sequence are refused where `cu_rows[b + 1]` leaves no room for all of them, or `cu_rows[b]` for those before.
             max_rows: with `cu_rows`: host bound on places (default `B * ceil(max_new_tokens / ratio)`). With `entry_slots` it
                 is as many as those.
             snapshot_table: int32 `[B, S]`: page k of a sequence, which has positions `[k, k + 1) * snapshot_page_size`, leaves
                 its snapshot in row `table[b, k]` of the `Snapshots` that a call gets; -1 or a page beyond S leaves none. No two
                 pages of a step leave it in the same row.
             snapshot_page_size: with `snapshot_table`: positions per page.
-            errors: int32 `[1]`, to count in instead of a tensor of the plan's own; several plans may share it. It is not zeroed.
+            errors: int32 `[1]`, to count in, instead of a tensor of the plan's own; plans may share it. It is not zeroed.
 
         Raises:
             TypeError, ValueError: naming the argument.

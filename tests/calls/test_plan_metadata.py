@@ -47,7 +47,7 @@ def model(
             counts.append(0)
             continue
         first_row = max(offsets[0], 0)
-        fits = 0 <= start and start + length <= MOST_POSITIONS and 0 < length <= most and slot >= 0
+        fits = start >= 0 and start + length <= MOST_POSITIONS and 0 < length <= most and slot >= 0
         if not fits or not first_row <= token <= INT32_MAX or token - first_row + length > most_tokens:
             errors += 1
             counts.append(0)
@@ -167,10 +167,10 @@ def test_random_steps_are_what_a_slow_model_says(seed: int) -> None:
         if plan is None:
             tensors = made
             where = {"block_tables": (int32([[1]] * batch),) * 2, "page_size": 4} if paged else {}
-            fixed = {k: v for k, v in given.items()}
+            bound = {"max_rows": batch * (most // ratio + 3) + 3} if reserved and source != "entry_slots" else {}
             plan = StepPlan.build(
                 ratio, lengths.get("start_pos"), cu_seqlens, most, seq_lens=lengths.get("seq_lens"), max_tokens=room, **where,
-                **made, **fixed, **({"max_rows": batch * (most // ratio + 3) + 3} if reserved and source != "entry_slots" else {}),
+                **made, **given, **bound,
             )  # fmt: skip
         for name, tensor in made.items():
             tensors[name].copy_(tensor)
@@ -183,7 +183,9 @@ def test_random_steps_are_what_a_slow_model_says(seed: int) -> None:
             assert got.items == want.items and got.counts == want.counts, update
             assert got.errors == want.errors, update
             assert source is None or got.slots == want.slots, update
-            clamped = [max(min(x - (offsets[b + 1] - offsets[b]) * totals, INT32_MAX), -INT32_MAX - 1) for b, x in enumerate(starts)]
+            clamped = [
+                max(min(x - (offsets[b + 1] - offsets[b]) * totals, INT32_MAX), -INT32_MAX - 1) for b, x in enumerate(starts)
+            ]
             assert got.starts == clamped
 
 
@@ -233,7 +235,7 @@ def test_what_an_engine_has_is_taken_by_name() -> None:
 
 
 def test_places_of_entries() -> None:
-    """Reserved places: entry i of sequence b is number cu_rows[b] + i; a sequence without room is refused, the others are not."""
+    """Reserved places: entry i of sequence b is number cu_rows[b] + i; one without room is refused, the others are not."""
     slots = torch.arange(3, device=DEVICE)
     rows = int32([1, 4, 6, 9])
     plan = StepPlan.build(4, int32([0, 3, 0]), int32([0, 8, 9, 17]), 8, state_slots=slots, cu_rows=rows, max_rows=9)
@@ -362,3 +364,43 @@ def test_warmup_knows_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(variant_of(key, True, False).arguments for some in found for key in some)
     with pytest.raises(ValueError, match="plans must be among"):
         kvfold.warmup([spec], [None], plans=("rings",))
+
+
+def test_check_says_why(backend: Backend) -> None:
+    """`kvfold.check` of plans with metadata: a reason for everything that is counted, and equal where nothing is."""
+    device = backend.device
+    spec = kvfold.CompressorSpec(16, 2, has_ape=False, rope_dim=0)
+    cache = kvfold.EntryCache.allocate("bf16", 4, 4, spec, device=device)
+    rest = {"spec": spec, "norm_weight": torch.ones(16, device=device), "backend": backend.name}
+    scores = torch.randn(20, 32, generator=torch.Generator().manual_seed(1)).to(device)
+
+    def ints(values: Any) -> torch.Tensor:
+        return torch.tensor(values, device=device)
+
+    def checked(starts: list[int], state: Any, **given: Any) -> str:
+        plan = StepPlan.build(2, ints(starts), ints([3, 10, 20]), 12, **given)
+        out = torch.zeros(3, 16, device=device) if "cu_rows" in given else None
+        kvfold.compress(scores, plan, state, cache, ape=None, rope=None, rows=out, **rest)
+        text = str(kvfold.check(scores, plan, state, cache, ape=None, rope=None, **rest))
+        assert "more than these refusals" not in text and "NOT COMPARABLE" not in text, text
+        return text
+
+    fold = kvfold.FoldState.allocate(spec, 3, 12, device=device)
+    ring = kvfold.WindowState.allocate(spec, 4, 8, device=device)
+    ring.kv.zero_(), ring.score.zero_()
+    table = ints([[3], [1]])
+    rings = {"block_tables": (table, table), "page_size": 8, "ring": True, "null_page": 0}
+    tokens = {"token_slots": ints([-1, *range(15), -1, -1, -1, -1])}
+    slots = {"state_slots": ints([0, 2]), "null_slot": 0}
+    assert checked([1, 0], ring, **rings, **tokens).split("\n")[0].endswith(": equal")
+    assert checked([1, 0], fold, **slots, **tokens).split("\n")[0].endswith(": equal")
+    assert "token_slots has 15" in checked([1, 0], fold, **slots, token_slots=tokens["token_slots"][:15].contiguous())
+    assert "token_slots is 99" in checked([1, 0], fold, **slots, token_slots=torch.full((20,), 99, device=device))
+    tight = tokens | {"cu_rows": ints([0, 4, 6]), "max_rows": 9}
+    assert "cu_rows[1] and the next have no room" in checked([1, 0], ring, **rings, **tight)
+    assert "start_pos[1] is -2" in checked([1, -2], ring, **rings, **tokens)
+    rings["block_tables"] = (ints([[3], [7]]), table)
+    assert "block_tables[0][1, 0], the page with the values of position 2, is 7" in checked([1, 0], ring, **rings, **tokens)
+    plan = StepPlan.build(2, ints([1, 0]), ints([3, 10, 20]), 12, **rings, **tokens)
+    with pytest.raises(kvfold.UnsupportedError, match="plan must be without"):
+        kvfold.dump("call.safetensors", scores, plan, ring, cache, ape=None, rope=None, **rest)

@@ -1,4 +1,4 @@
-"""Block tables as rings: a sequence's last raw rows, in an engine's few pages; the same bits as with a page for every position."""
+"""Block tables as rings: a sequence's last raw rows in an engine's few pages; the same bits as with pages for all."""
 
 from __future__ import annotations
 
@@ -68,10 +68,16 @@ class Both:
         kv_score, made = torch.cat([new for _, _, new in batch]).to(device), []
         for state, pages, how in (
             (self.whole, [[b] for b, _, _ in batch], {"page_size": self.length}),
-            (self.state, [self.pages[b] for b, _, _ in batch], {"page_size": self.ring.page_size, "ring": True, "null_page": 0}),
+            (
+                self.state,
+                [self.pages[b] for b, _, _ in batch],
+                {"page_size": self.ring.page_size, "ring": True, "null_page": 0},
+            ),
         ):
             table = torch.tensor(pages, dtype=torch.int32, device=device)
-            plan = StepPlan.build(spec.ratio, starts, offsets, max(lengths), block_tables=(table, table), entry_slots=given, **how)
+            plan = StepPlan.build(
+                spec.ratio, starts, offsets, max(lengths), block_tables=(table, table), entry_slots=given, **how
+            )
             rows = torch.full((len(given), spec.head_dim), 777.0, device=device)
             kvfold.compress(
                 kv_score, plan, state, None, spec=spec, ape=self.ape, norm_weight=None, rope=None, rows=rows,
@@ -199,7 +205,10 @@ def test_a_dummy_batch_changes_no_byte(backend: Backend) -> None:
         cache = kvfold.EntryCache.allocate("bf16", 2, 4, spec, device=device)
         state.kv.fill_(3), state.score.fill_(3), cache.storage.fill_(3)
         zeros = torch.zeros(2, 4, dtype=torch.int32, device=device)
-        for entries in ({"token_slots": torch.full((30,), -1, device=device)}, {"cache_block_table": zeros, "rows_per_page": 4}):
+        for entries in (
+            {"token_slots": torch.full((30,), -1, device=device)},
+            {"cache_block_table": zeros, "rows_per_page": 4},
+        ):
             plan = StepPlan.build(
                 spec.ratio, torch.tensor([5, 0], device=device), torch.tensor([0, 9, 30], device=device), 21,
                 block_tables=(zeros, zeros), page_size=8, ring=ring, null_page=0, **entries,

@@ -164,7 +164,9 @@ def check_tensor(
     check_contiguous(name, tensor)
 
 
-def check_numbers(name: str, tensor: object, shape: tuple[int | None, ...], device: torch.device, *, fake: bool = False) -> None:
+def check_numbers(
+    name: str, tensor: object, shape: tuple[int | None, ...], device: torch.device, *, fake: bool = False
+) -> None:
     """int32 or int64 numbers of an engine, of any stride; in rows of a table side by side. fake: see `check_memory`."""
     check_memory(name, tensor, fake=fake)
     check_dtype(name, tensor, (torch.int32, torch.int64))

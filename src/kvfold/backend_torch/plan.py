@@ -62,7 +62,7 @@ def update_torch(plan: PlanData, given: torch.Tensor, cu_seqlens: torch.Tensor, 
 
 
 def _first_places(plan: PlanData) -> torch.Tensor:
-    """The place of each sequence's first entry. Where they do not fit it is one that no output has, so that calls refuse them."""
+    """The place of each sequence's first entry: one that no output has where they do not fit, so that calls refuse them."""
     numbers = plan.cu_entries.long()
     if plan.cu_rows is None:
         return numbers[:-1]

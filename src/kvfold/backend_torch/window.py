@@ -17,7 +17,7 @@ from .items import Items
 
 @dataclass
 class Pages:
-    """A pool and the table that says where a sequence's pages are in it; a ring or not, and which page means none, besides -1."""
+    """A pool, the table of sequences' pages in it, whether that is a ring, and which page means none, besides -1."""
 
     pool: torch.Tensor
     table: torch.Tensor

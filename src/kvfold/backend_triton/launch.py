@@ -40,7 +40,8 @@ from .variants import draws_items, slices_of
 
 # What every call brings of itself, in order: how the names of such parameters of a kernel end.
 _BROUGHT = (
-    "plan_entry_capacity", "pooled", "tokens_kv_score", "tokens_stride", "tokens_count", "scratch_workspace", "scratch_arrivals", "output_rows",
+    "plan_entry_capacity", "pooled", "tokens_kv_score", "tokens_stride", "tokens_count", "scratch_workspace",
+    "scratch_arrivals", "output_rows",
 )  # fmt: skip
 
 
@@ -129,9 +130,14 @@ def compress_window_triton(c: Compressor, plan: PlanData, rows: torch.Tensor | N
         wanted = spec, _format(c), plan.max_new_tokens, types, state.page_size, tables
         pools = (
             args.Pool(
-                pool, pool.stride(0), pool.stride(1), pool.shape[0], table, table.shape[1],
+                pool,
+                pool.stride(0),
+                pool.stride(1),
+                pool.shape[0],
+                table,
+                table.shape[1],
                 None if tables == "plain" else _numbers(table).step,
-            )  # fmt: skip
+            )
             for pool, table in zip((state.kv, state.score), plan.block_tables, strict=True)
         )
         null_page = -1 if plan.null_page is None else plan.null_page

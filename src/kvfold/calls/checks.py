@@ -241,8 +241,8 @@ def _check_plan(c: Compressor, plan: PlanData) -> None:
             raise ValueError(f"plan must be for pages of {want} positions like state, got page_size={have}")
         if plan.ring and plan.ring_rows < c.spec.window_rows - 1:
             raise ValueError(
-                f"plan must have rings of at least {c.spec.window_rows - 1} rows for {c.spec}, of which a step may need as many "
-                f"old ones, got {plan.ring_rows}"
+                f"plan must have rings of at least {c.spec.window_rows - 1} rows, as many old ones as a step may need of "
+                f"{c.spec}, got {plan.ring_rows}"
             )
     if c.snapshots is not None and plan.snapshot_page_size != c.snapshots.page_size:
         have, want = plan.snapshot_page_size, c.snapshots.page_size

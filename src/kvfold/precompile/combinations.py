@@ -81,7 +81,11 @@ class Combination:
             parts += [*_spec_words(self.other[0]), self.other[1].name]
         if self.kind in ("window", "restore"):
             parts += [f"page{self.page_size}"]
-        parts += [self.tables] * (self.tables != "plain") + ["snapshots"] * self.snapshots + ["kv_fp32"] * (self.dtype == torch.float32)
+        parts += (
+            [self.tables] * (self.tables != "plain")
+            + ["snapshots"] * self.snapshots
+            + ["kv_fp32"] * (self.dtype == torch.float32)
+        )
         return " ".join(parts)
 
     @property
