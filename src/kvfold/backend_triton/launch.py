@@ -45,6 +45,9 @@ _BROUGHT = (
 )  # fmt: skip
 
 
+_TOTALS = KERNELS["plan"].arg_names.index("totals")
+
+
 class Chosen(NamedTuple):
     """Which kernel calls launch, and how.
 
@@ -193,58 +196,70 @@ def restore_triton(
 
 def update_on_gpu(plan: PlanData, given: torch.Tensor, cu_seqlens: torch.Tensor, totals: bool = False) -> None:
     """`StepPlan.update` after its arguments were checked, for a batch that is not empty. given, totals: as of `Lengths`."""
-    table, windows = plan.cache_block_table, windows_per_program(plan.windows_per_sequence)
-    of_engine = totals or plan.metadata or not (side_by_side(given) and side_by_side(cu_seqlens))
-    chunks, entry_slots, metadata, numbers = -(-plan.batch // SEQUENCES), plan.entry_slots, args.Metadata(), args.Numbers
-    if of_engine:  # of what there is not, kernels have an address all the same
-        entry_slots, metadata = plan.errors if entry_slots is None else entry_slots, _metadata(plan, totals)
+    of_engine = totals or not (side_by_side(given) and side_by_side(cu_seqlens)) or plan.metadata
+    known = plan._prepared
+    if known is None or known[0] is not plan._token or known[1] != of_engine or plan._token is None:
+        windows = windows_per_program(plan.windows_per_sequence)
+        grid = -(-plan.batch // SEQUENCES) * max(1, -(-plan.windows_per_sequence // windows))
+        known = plan._prepared = plan._token, of_engine, grid, *pack(*_update_arguments(plan, of_engine))
+    grid, values, fixed = known[2:]
+    found, bits = pack(given, cu_seqlens)
+    steps = (_numbers(given).step, _numbers(cu_seqlens).step) if of_engine else (None, None)
+    values = [found[0], steps[0], found[1], steps[1], *values[4:]]
+    if of_engine:
+        values[_TOTALS] = int(totals)
+    if plan._launcher is None or plan._launcher[0] != of_engine:
+        no_table = plan.cache_block_table is None
+        key = plan_key(plan.ratio, plan.windows_per_sequence, plan.state_slots is None, no_table, of_engine)
+        plan._launcher = of_engine, launcher_of(key, given.device)
+    plan._launcher[1](grid, values, fixed | bits)
 
-        def numbers(x: torch.Tensor | None) -> args.Numbers:
-            return _numbers(plan.errors if x is None else x)
+
+def _update_arguments(plan: PlanData, of_engine: bool) -> list:
+    """All but the lengths, which every update brings. What an engine's plan has not gets an address all the same."""
+    table, entry_slots, metadata = plan.cache_block_table, plan.entry_slots, args.Metadata()
+    if of_engine:
+        entry_slots, metadata = plan.errors if entry_slots is None else entry_slots, _metadata(plan)
     elif table is None:
         entry_slots = None  # the caller's
 
-    values, bits = pack(
-        *flat(
-            args.PlanArguments(
-                lengths=numbers(given),
-                cu_seqlens=numbers(cu_seqlens),
-                state_slots=numbers(plan.state_slots),
-                batch=plan.batch,
-                max_new_tokens=plan.max_new_tokens,
-                max_tokens=plan.max_tokens,
-                own_start_pos=plan.start_pos,
-                own_cu_seqlens=plan.cu_seqlens,
-                cu_entries=plan.cu_entries,
-                items=plan.items,
-                num_items=plan.num_items,
-                errors=plan.errors,
-                item_capacity=plan.item_capacity,
-                entry_items=plan.entry_items,
-                entry_capacity=plan.entry_capacity,
-                table=numbers(table),
-                table_width=table.shape[1] if table is not None else 0,
-                rows_per_page=plan.rows_per_page or 1,
-                entry_slots=entry_slots,
-                num_chunks=chunks,
-                metadata=metadata,
-            )
+    def numbers(x: torch.Tensor | None) -> args.Numbers:
+        return _numbers(plan.errors if x is None else x) if of_engine else args.Numbers(x)
+
+    return flat(
+        args.PlanArguments(
+            lengths=args.Numbers(),
+            cu_seqlens=args.Numbers(),
+            state_slots=numbers(plan.state_slots),
+            batch=plan.batch,
+            max_new_tokens=plan.max_new_tokens,
+            max_tokens=plan.max_tokens,
+            own_start_pos=plan.start_pos,
+            own_cu_seqlens=plan.cu_seqlens,
+            cu_entries=plan.cu_entries,
+            items=plan.items,
+            num_items=plan.num_items,
+            errors=plan.errors,
+            item_capacity=plan.item_capacity,
+            entry_items=plan.entry_items,
+            entry_capacity=plan.entry_capacity,
+            table=numbers(table),
+            table_width=table.shape[1] if table is not None else 0,
+            rows_per_page=plan.rows_per_page or 1,
+            entry_slots=entry_slots,
+            num_chunks=-(-plan.batch // SEQUENCES),
+            metadata=metadata,
         )
     )
-    grid = chunks * max(1, -(-plan.windows_per_sequence // windows))
-    if plan._launcher is None or plan._launcher[0] != of_engine:
-        key = plan_key(plan.ratio, plan.windows_per_sequence, plan.state_slots is None, table is None, of_engine)
-        plan._launcher = of_engine, launcher_of(key, given.device)
-    plan._launcher[1](grid, values, bits)
 
 
-def _metadata(plan: PlanData, totals: bool) -> args.Metadata:
-    """What an engine's metadata says, -1 for what means none and is not there."""
+def _metadata(plan: PlanData) -> args.Metadata:
+    """What an engine's metadata says, but for `totals`; -1 for what means none and is not there."""
     sources = (plan.cache_block_table, TABLE), (plan.token_slots, TOKENS), (plan.slots_given, ENTRIES)
     source = next((kind.value for tensor, kind in sources if tensor is not None), 0)
     slots = plan.slots_given if plan.token_slots is None else plan.token_slots
     return args.Metadata(
-        totals=int(totals),
+        totals=0,
         by_slot=int(plan.state_slots is not None),
         null_slot=-1 if plan.null_slot is None else plan.null_slot,
         null_page=-1 if plan.null_page is None else plan.null_page,

@@ -108,6 +108,7 @@ class PlanData(Checked):
     _whole = True  # an operator's plan of one call is not: it has no tensors of `update` (ops.py)
 
     _launcher: tuple[bool, Callable[..., None]] | None = None  # of the last `update` on a GPU, and if for an engine's metadata
+    _prepared: tuple | None = None  # the arguments of the last `update` on a GPU: backend_triton/launch.py
     _came: tuple | None = None  # the addresses of what the last `update` was given
     _bounds: list[int]  # what its tensors span, as `check_apart` returns it
     _where: list  # where they were
@@ -187,7 +188,7 @@ class PlanData(Checked):
         if self.entry_slots is not None or self.fills_slots:
             check_tensor("entry_slots", self.entry_slots, (self.entry_capacity,), (torch.int64,), device, fake=True)
         self._check_places(device)
-        self._launcher = self._came = None
+        self._launcher = self._came = self._prepared = None
         places = plan_places(self, updating=True)
         self._bounds = check_apart(places)
         self._tensors = tuple(place.tensor for place in places)
