@@ -105,10 +105,11 @@ def test_one_thread_builds_what_both_need(monkeypatch: pytest.MonkeyPatch) -> No
         time.sleep(0.02)
         return SimpleNamespace(_init_handles=lambda: None, run=None, function=None, packed_metadata=None)
 
-    def variant(key: tuple, aligned: bool, pdl: bool) -> object:
+    def variant(key: tuple, aligned: bool, pdl: bool, multiprocessors: int) -> object:
         return SimpleNamespace(kernel="store", aligned=aligned, pdl=pdl, compile=lambda: compile_slowly(aligned, pdl))
 
     monkeypatch.setattr(dispatch, "variant_of", variant)
+    monkeypatch.setattr(dispatch, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(dispatch, "KERNELS", {"store": SimpleNamespace(constexprs=())})
     monkeypatch.setattr(dispatch, "compilations", 0)
     monkeypatch.setattr(dispatch, "_launchers", {})

@@ -57,7 +57,7 @@ def plain(constants: dict[str, object], options: dict[str, object]) -> dict[str,
     found = {name: asdict(value) if is_dataclass(value) else value for name, value in constants.items()}
     for name in found:
         if name.startswith("HOW"):
-            found[name]["PDL"] = options["launch_pdl"]
+            found[name]["PDL"] = bool(options["launch_pdl"])  # AMD's options have none
     return found
 
 

@@ -6,84 +6,62 @@ import sys
 
 import pytest
 import torch
-from support.helpers import SPECS, Weights, make_tokens
+from support.helpers import SPECS
 
 import kvfold
 from kvfold.debug import call as debug_call
 from kvfold.debug.check import check
+from kvfold.testing import Engine, Step, make_cache, make_pools, make_state, make_tokens, make_weights
+
+Device = str | torch.device
 
 
 class Call:
-    """A step of two sequences, of which the first has a history; `args` are those of `compress`."""
+    """A step of two sequences, of which the first has a history; `args` and `named` are those of `compress`."""
 
-    def __init__(self, name: str, fmt: str, *, window: bool = False, dtype: torch.dtype = torch.float32) -> None:
-        spec = self.spec = SPECS[name]
-        self.old, self.new = make_tokens(spec, spec.ratio + 2, 1), make_tokens(spec, 3 * spec.ratio, 2)
-        w = Weights.make(spec)
-        self.weights = {"spec": spec, "ape": w.ape, "norm_weight": w.norm_weight, "rope": w.rope}
-        self.cache = kvfold.EntryCache.allocate(fmt, 3, 8, spec)
+    def __init__(
+        self, name: str, fmt: str, *, window: bool = False, dtype: torch.dtype = torch.float32, device: Device = "cpu"
+    ) -> None:
+        spec, where = SPECS[name], {"slots": [2, 0]}
         if window:
-            self.state: kvfold.FoldState | kvfold.WindowState = kvfold.WindowState.allocate(spec, 40, spec.ratio, dtype=dtype)
-            table = torch.arange(20, dtype=torch.int32).view(2, 10)
-            self.where = {"block_tables": (table, table + 20), "page_size": spec.ratio}
-        else:
-            self.state = kvfold.FoldState.allocate(spec, 3, 4, dtype=dtype)
-            self.where = {"state_slots": torch.tensor([2, 0], dtype=torch.int32)}
-        kvfold.compress(self.old, self.step([0, 0], [len(self.old), 0]), self.state, self.cache, **self.weights)
-        self.plan = self.step([len(self.old), 0], [2 * spec.ratio, spec.ratio])
+            where = {"kv": [range(10), range(10, 20)], "score": [range(20, 30), range(30, 40)]}
+        state = make_pools(spec, 40, spec.ratio, dtype, device) if window else make_state(spec, 3, 4, dtype, device)
+        cache = make_cache(fmt, spec, 3, 8, device)
+        self._begin(state, cache, spec.ratio + 2, [3 * spec.ratio + 2, spec.ratio], pages=[[1], [2]], **where)
 
-    def step(self, starts: list[int], lengths: list[int]) -> kvfold.StepPlan:
-        cu = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32)
-        start, pages = torch.tensor(starts, dtype=torch.int32), torch.tensor([[1], [2]], dtype=torch.int32)
-        return kvfold.StepPlan.build(
-            self.spec.ratio, start, cu, max(lengths), **self.where, cache_block_table=pages, rows_per_page=8
-        )
+    def _begin(self, state, cache, old: int, lengths: list[int], snapshots=None, **where) -> None:
+        """The first sequence takes `old` tokens; the step has the rest, and snapshots."""
+        self.spec, device, draw = cache.spec, cache.storage.device, torch.Generator().manual_seed(1)
+        tokens = make_tokens(self.spec, lengths, "normal", draw, torch.float32, device)
+        self.weights = make_weights(self.spec, 4095, "normal", draw, torch.float32, device)
+        self.engine = Engine(tokens, self.weights, state, cache, rows_per_page=8, rows=None, **where)
+        self.engine.run([Step.of((0, 0, old), (1, 0, 0))])
+        self.engine.snapshots, self.old = snapshots, tokens[0][:old]
+        self.history = [self.old, None]
+        self.args, self.named = self.engine.arguments(Step.of((0, old, lengths[0] - old), (1, 0, lengths[1])))
+        self.new, self.plan, self.state, self.cache = self.args
 
     def check(self, **options: object) -> kvfold.debug.Report:
-        return check(self.new, self.plan, self.state, self.cache, **self.weights, **options)
-
-    @property
-    def history(self) -> list[torch.Tensor | None]:
-        return [self.old, None]
+        return check(*self.args, **self.named, **options)
 
 
-class Snapped:
+class Snapped(Call):
     """Two sequences that cross page ends, the first with a history; snapshots of the step go to pages 5, 3 and 4."""
 
-    def __init__(self, spec: kvfold.CompressorSpec, page_size: int, device: str | torch.device = "cpu") -> None:
-        self.spec, ints = spec, {"dtype": torch.int32, "device": device}
-        self.state = kvfold.FoldState.allocate(spec, 3, 4, device=device)
-        self.cache = kvfold.EntryCache.allocate("fp32", 4, 8, spec, device=device)
+    def __init__(self, spec: kvfold.CompressorSpec, page_size: int, device: Device = "cpu") -> None:
+        state, cache = make_state(spec, 3, 4, torch.float32, device), make_cache("fp32", spec, 4, 8, device)
         self.snapshots = kvfold.Snapshots.allocate(spec, 6, page_size, device=device)
-        w = Weights.make(spec)
-        self.weights = {"spec": spec, "ape": w.ape, "norm_weight": w.norm_weight, "rope": w.rope}
-        self.weights = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.weights.items()}
-        where = {
-            "state_slots": torch.tensor([2, 0], **ints), "cache_block_table": torch.tensor([[3], [1]], **ints),
-            "rows_per_page": 8, "snapshot_table": torch.tensor([[-1, 5, 3], [4, -1, -1]], **ints),
-            "snapshot_page_size": page_size,
-        }  # fmt: skip
-        old, self.new = page_size + 1, make_tokens(spec, 3 * page_size + 1, 4).to(device)
-
-        def plan(start: list[int], ends: list[int], most: int) -> kvfold.StepPlan:
-            return kvfold.StepPlan.build(
-                spec.ratio, torch.tensor(start, **ints), torch.tensor(ends, **ints), most, **where
-            )  # fmt: skip
-
-        first = plan([0, 0], [0, old, old], old)
-        kvfold.compress(make_tokens(spec, old, 3).to(device), first, self.state, self.cache, **self.weights)
-        self.plan = plan([old, 0], [0, 2 * page_size, 3 * page_size + 1], 2 * page_size)
-        self.one = (self.new, self.state, self.cache, spec, *list(self.weights.values())[1:], self.snapshots)
-
-    def check(self, **options: object) -> kvfold.debug.Report:
-        return check(self.new, self.plan, self.state, self.cache, **self.weights, snapshots=self.snapshots, **options)
+        self._begin(
+            state, cache, page_size + 1, [3 * page_size + 1, page_size + 1], self.snapshots,
+            slots=[2, 0], pages=[[3], [1]], snapshot_pages=[[-1, 5, 3], [4]],
+        )  # fmt: skip
 
 
 def two(device: str | torch.device) -> tuple[list[tuple], kvfold.StepPlan]:
     """What `compress_many` takes."""
     specs = [kvfold.CompressorSpec(head_dim=n, ratio=4, overlap=True, rope_dim=8) for n in (16, 32)]
     pair = [Snapped(spec, 4, device) for spec in specs]
-    return [one.one for one in pair], pair[0].plan
+    return [(one.new, one.state, one.cache, *one.named.values()) for one in pair], pair[0].plan
 
 
 def wrong(monkeypatch: pytest.MonkeyPatch, spoil) -> None:

@@ -12,15 +12,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.debug_support import Snapped, two
-from support.helpers import Weights, make_tokens
 from torch import Tensor
 
 import kvfold
-from kvfold import CompressorSpec, EntryCache, FoldState, StepPlan, WindowState
+from kvfold import CompressorSpec, EntryCache, StepPlan
 from kvfold.debug import file as debug_file
 from kvfold.debug.call import Call as Value
 from kvfold.storage.formats import FORMATS
 from kvfold.storage.step import Compressor
+from kvfold.testing import Engine, Step, make_pools, make_state, make_tokens, make_weights
 
 FOLD = CompressorSpec(head_dim=32, ratio=16, rope_dim=8)
 ROWS = CompressorSpec(head_dim=16, ratio=4, overlap=True, rope_dim=8)
@@ -50,8 +50,7 @@ class Made:
 def snapped(spec: CompressorSpec, page_size: int, device: torch.device, dtype: torch.dtype | None = None) -> Made:
     call = Snapped(spec, page_size, device)
     rows = None if dtype is None else torch.full((call.plan.entry_capacity, spec.head_dim), 7.0, dtype=dtype, device=device)
-    args = (call.new, call.plan, call.state, call.cache)
-    return Made(kvfold.compress, *args, **call.weights, snapshots=call.snapshots, rows=rows)
+    return Made(kvfold.compress, *call.args, **call.named, rows=rows)
 
 
 def pair(device: torch.device) -> Made:
@@ -67,15 +66,13 @@ def store(device: torch.device) -> Made:
 
 def window(device: torch.device) -> Made:
     """Pools that are one bf16 tensor, kv_score that is columns of a projection, unaligned pages of several layers."""
-    weights, ints = Weights.make(ROWS), {"dtype": torch.int32, "device": device}
-    pool = torch.zeros(12, 8, 2 * ROWS.channels, dtype=torch.bfloat16, device=device)
-    state = WindowState(pool[..., : ROWS.channels], pool[..., ROWS.channels :])
+    draw, ints = torch.Generator().manual_seed(5), {"dtype": torch.int32, "device": device}
+    weights = make_weights(ROWS, 4095, "normal", draw, torch.bfloat16, device)
+    state = make_pools(ROWS, 12, 8, torch.bfloat16, device, joined=True)
     table = torch.tensor([[9, 2, 5], [0, 7, -1]], **ints)
     size = FORMATS["fp8_tensor"].page_bytes(ROWS, 4)
     storage = torch.full((6, 3, size + 34), 7, dtype=torch.uint8, device=device)[:, 1]
     cache = EntryCache(storage, "fp8_tensor", 4, ROWS, scale=0.02)
-    named = {"spec": ROWS, "ape": weights.ape, "norm_weight": weights.norm_weight.bfloat16(), "rope": weights.rope}
-    named = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in named.items()}
 
     def plan(start: list[int], ends: list[int]) -> StepPlan:
         slots = torch.tensor([5, -1, 23, 0, 99, -1, -1], dtype=torch.int64, device=device)
@@ -86,21 +83,20 @@ def window(device: torch.device) -> Made:
 
     projected = torch.zeros(26, 2 * ROWS.channels + 9, dtype=torch.bfloat16, device=device)
     kv_score = projected[:, 3:-6]
-    kv_score.copy_(make_tokens(ROWS, 26, 5))
-    kvfold.compress(kv_score, plan([0, 0], [0, 13, 20]), state, cache, **named)
-    return Made(kvfold.compress, kv_score, plan([11, 7], [0, 4, 12]), state, cache, **named)
+    kv_score.copy_(make_tokens(ROWS, [26], "normal", draw, torch.bfloat16, device)[0])
+    kvfold.compress(kv_score, plan([0, 0], [0, 13, 20]), state, cache, **weights)
+    return Made(kvfold.compress, kv_score, plan([11, 7], [0, 4, 12]), state, cache, **weights)
 
 
 def bare(device: torch.device) -> Made:
     """No ape, norm, rope, cache or entry slots; absent and refused sequences; a table that names what is not there."""
-    state, ints = FoldState.allocate(BARE, 4, 2, device=device, dtype=torch.bfloat16), {"dtype": torch.int32, "device": device}
-    state.rows.fill_(torch.nan)
-    start, ends = torch.tensor([0, 9, 0, 0], **ints), torch.tensor([0, 5, 6, 9, 12], **ints)
-    plan = StepPlan.build(4, start, ends, 5, state_slots=torch.tensor([3, 0, -1, 11], **ints))
-    plan.errors += 40
-    rows = torch.full((plan.entry_capacity, 32), 7.0, device=device)
-    kv_score = make_tokens(BARE, 12, 6, dtype=torch.bfloat16).to(device)
-    return Made(kvfold.compress, kv_score, plan, state, None, spec=BARE, ape=None, norm_weight=None, rope=None, rows=rows)
+    tokens = make_tokens(BARE, [5, 10, 3, 3], "normal", torch.Generator().manual_seed(6), torch.bfloat16, device)
+    weights = {"spec": BARE, "ape": None, "norm_weight": None, "rope": None}
+    state = make_state(BARE, 4, 2, torch.bfloat16, device)
+    engine = Engine(tokens, weights, state, None, slots=[3, 0, -1, 11], pages=(), rows_per_page=1, entries="none")
+    args, named = engine.arguments(Step.of((0, 0, 5), (1, 9, 1), (2, 0, 3), (3, 0, 3)))
+    args[1].errors += 40
+    return Made(kvfold.compress, *args, **named, rows=torch.full((args[1].entry_capacity, 32), 7.0, device=device))
 
 
 CASES: dict[str, Callable[[torch.device], Made]] = {

@@ -22,6 +22,7 @@ from kvfold.cli.app import app
 from kvfold.demo import run as demo
 from kvfold.integrations.transformers import cache as transformers_cache
 from kvfold.storage.formats import FORMATS
+from kvfold.testing import Step
 
 SMALL = ["--tokens", "200", "--decode", "14"]
 
@@ -206,7 +207,7 @@ def test_explain_prints_entries_rows_and_bytes():
 
 def test_replay_says_what_a_call_was(tmp_path, monkeypatch):
     made, path = Call("csa", "fp8_ds_mla"), tmp_path / "call.safetensors"
-    kvfold.dump(path, made.new, made.plan, made.state, made.cache, **made.weights, full_history=made.history)
+    kvfold.dump(path, *made.args, **made.weights, full_history=made.history)
     result = call("replay", path, "--device", "cpu", "--check")
     assert result.exit_code == 0, result.output
     for words in (
@@ -233,12 +234,12 @@ def test_a_check_that_is_not_equal_is_no_success(tmp_path):
     """A call of which nothing is wrong but that a sequence was refused, and one that has only padding."""
     made, path = Call("csa", "fp8_ds_mla"), tmp_path / "call.safetensors"
     made.state.positions[2] = -1
-    kvfold.dump(path, made.new, made.plan, made.state, made.cache, **made.weights)
+    kvfold.dump(path, *made.args, **made.weights)
     result = call("replay", path, "--device", "cpu", "--check")
     assert result.exit_code == 1 and "REFUSED: 1 of 2 sequences" in result.output, result.output
     assert "sequence 0 is refused: state slot 2 holds no row of positions 0 to 5, which a start at 6 needs" in result.output
-    made.where["state_slots"].fill_(-1)
-    kvfold.dump(path, made.new, made.step([0, 0], [4, 4]), made.state, made.cache, **made.weights)
+    args, named = made.engine.arguments(Step(4, (), absent=(4, 4)))
+    kvfold.dump(path, *args, **named)
     result = call("replay", path, "--device", "cpu", "--check")
     assert result.exit_code == 1 and "nothing compared" in result.output, result.output
 

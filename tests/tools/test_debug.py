@@ -124,16 +124,7 @@ def test_a_store_is_compared(backend: Backend, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [False, True])
 def test_a_gpu_is_compared_with_torch(window: bool) -> None:
-    call = Call("csa", "fp8_ds_mla", window=window)
-    device = torch.device("cuda", 0)
-    for part in (call, call.state, call.plan, call.cache):
-        for key, value in vars(part).items():
-            if isinstance(value, torch.Tensor):
-                setattr(part, key, value.to(device))
-    call.cache = kvfold.EntryCache(call.cache.storage, "fp8_ds_mla", 8, call.spec)
-    if call.plan.block_tables is not None:
-        call.plan.block_tables = tuple(table.to(device) for table in call.plan.block_tables)
-    call.weights = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in call.weights.items()}
+    call = Call("csa", "fp8_ds_mla", window=window, device="cuda")
     assert call.check(full_history=call.history).equal
 
 

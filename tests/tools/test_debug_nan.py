@@ -7,11 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from support.debug_support import wrong
-from support.helpers import Backend, Weights, make_tokens
+from support.helpers import Backend
 from torch import Tensor
 
 import kvfold
-from kvfold import CompressorSpec, EntryCache, FoldState, StepPlan, WindowState
+from kvfold import CompressorSpec, testing
 from kvfold.debug.check import Report, check
 from kvfold.storage.formats import FORMATS
 
@@ -65,38 +65,19 @@ class Step:
 
     def __init__(self, kind: str, plant: Callable, fmt: str, backend: Backend) -> None:
         spec, state, dtype = KINDS[kind]
-        self.spec, self.backend, device = spec, backend, backend.device
-        tokens, half = make_tokens(spec, 3 * spec.ratio, 5), spec.ratio // 2
+        self.spec, draw, half = spec, torch.Generator().manual_seed(5), spec.ratio // 2
+        tokens = testing.make_tokens(spec, [3 * spec.ratio], "normal", draw, torch.float32, "cpu")[0]
         plant(tokens, spec)
-        tokens = tokens.bfloat16().float().to(device)
-        self.old, self.new = tokens[:half], tokens[half:]
-        w = Weights.make(spec)
-        self.weights = {
-            "ape": w.ape.to(device),
-            "norm_weight": w.norm_weight.to(device),
-            "rope": w.rope.to(device),
-            "spec": spec,
-        }
-        self.cache = EntryCache.allocate(fmt, 1, 8, spec, device=device)
-        ints = {"dtype": torch.int32, "device": device}
-        if state == "fold":
-            self.state = FoldState.allocate(spec, 1, 2 * spec.ratio, device=device)
-            self.where = {"state_slots": torch.zeros(1, **ints)}
-        else:
-            self.state = WindowState.allocate(spec, 3, spec.ratio, dtype=dtype, device=device)
-            table = torch.arange(3, **ints)[None]
-            self.where = {"block_tables": (table, table.clone()), "page_size": spec.ratio}
-        kvfold.compress(self.old, self.plan(0, half), self.state, self.cache, **self.weights, backend=backend.name)
-
-    def plan(self, start: int, new: int) -> StepPlan:
-        ints = {"dtype": torch.int32, "device": self.backend.device}
-        at, ends, table = torch.tensor([start], **ints), torch.tensor([0, new], **ints), torch.zeros(1, 1, **ints)
-        return StepPlan.build(self.spec.ratio, at, ends, new, **self.where, cache_block_table=table, rows_per_page=8)
+        tokens = tokens.bfloat16().float().to(backend.device)
+        weights = testing.make_weights(spec, len(tokens), "normal", draw, torch.float32, backend.device)
+        options = {"most": 2 * spec.ratio, "rows_per_page": 8, "page_size": spec.ratio, "shuffled": False, "rows": None}
+        engine = testing.Engine.make([tokens], weights, kind=state, fmt=fmt, dtype=dtype, backend=backend.name, **options)
+        engine.run([testing.Step.of((0, 0, half))])
+        self.args, named = engine.arguments(testing.Step.of((0, half, len(tokens) - half)))
+        self.named = {**named, "backend": backend.name, "full_history": [tokens[:half]]}
 
     def check(self, **options: object) -> Report:
-        plan = self.plan(len(self.old), len(self.new))
-        named = self.weights | {"backend": self.backend.name, "full_history": [self.old]} | options
-        return check(self.new, plan, self.state, self.cache, **named)
+        return check(*self.args, **self.named | options)
 
 
 def fits(kind: str, fmt: str) -> bool:
@@ -196,10 +177,7 @@ def test_a_sink_is_no_difference() -> None:
     tokens = torch.full((128, 32), 0.7654321)
     tokens[:, 16:] = -0.5
     tokens[0] = torch.tensor([-0.7654321] * 16 + [16.2] * 16)
-    zero = torch.zeros(1, dtype=torch.int32)
-    plan = kvfold.StepPlan.build(128, zero, torch.tensor([0, 128], dtype=torch.int32), 128, state_slots=zero,
-                                 entry_slots=torch.zeros(1, dtype=torch.int64))  # fmt: skip
-    state, cache = kvfold.FoldState.allocate(spec, 1, 4), kvfold.EntryCache.allocate("fp32", 1, 1, spec)
     weights = {"spec": spec, "ape": None, "norm_weight": torch.ones(16), "rope": None}
-    report = kvfold.check(tokens, plan, state, cache, **weights)
+    args, named = testing.Engine.make([tokens], weights, fmt="fp32").arguments(testing.Step.of((0, 0, 128)))
+    report = kvfold.check(*args, **named)
     assert report.equal and report.referenced == 1, str(report)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.helpers import SPECS, Weights, bits, make_tokens
+from support.helpers import SPECS, bits
 
 import kvfold
 from kvfold import CompressorSpec
 from kvfold.explain import explain
 from kvfold.storage.formats import FORMATS
+from kvfold.testing import Engine, Step, make_tokens, make_weights
 
 PLAIN4 = CompressorSpec(head_dim=64, ratio=4, rope_dim=16)
 STEPS = {"hca": [(0, 300), (127, 1), (128, 1), (250, 9), (383, 5)], "csa": [(0, 7), (6, 1), (9, 4), (23, 17), (40, 4)]}
@@ -17,55 +18,29 @@ CASES = [(name, *step) for name, steps in STEPS.items() for step in steps]
 ROWS_PER_PAGE = 3
 
 
-class Sequence:
-    """One sequence of the real width that has `start` tokens, and a step of `new`."""
-
-    def __init__(self, spec: CompressorSpec, start: int, new: int, fmt: str, state: str, page_size: int = 8) -> None:
-        self.spec, self.start, self.new = spec, start, new
-        w = Weights.make(spec)
-        self.weights = {"spec": spec, "ape": w.ape, "norm_weight": w.norm_weight, "rope": w.rope}
-        self.tokens = make_tokens(spec, start + new, 4)
-        pages = -(-(start + new) // (spec.ratio * ROWS_PER_PAGE))
-        self.table = torch.arange(pages, dtype=torch.int32)[None]
-        self.cache = kvfold.EntryCache.allocate(fmt, pages, ROWS_PER_PAGE, spec)
-        self.cache.pages.fill_(0xA5)
-        if self.cache.scale_pages is not None:
-            self.cache.scale_pages.fill_(0xA5)
-        if state == "fold":
-            self.state: kvfold.FoldState | kvfold.WindowState = kvfold.FoldState.allocate(spec, 1, 4)
-            self.where: dict = {"state_slots": torch.zeros(1, dtype=torch.int32)}
-        else:
-            columns = -(-(start + new) // page_size)
-            self.state = kvfold.WindowState.allocate(spec, columns, page_size)
-            self.state.kv.fill_(0)
-            self.state.score.fill_(0)
-            table = torch.arange(columns, dtype=torch.int32)[None]
-            self.where = {"block_tables": (table, table.clone()), "page_size": page_size}
-        if start:
-            self.step(0, start)
-
-    def step(self, start: int, new: int, tokens: torch.Tensor | None = None) -> int:
-        rows = self.tokens[start : start + new] if tokens is None else tokens
-        plan = kvfold.StepPlan.build(
-            self.spec.ratio, torch.tensor([start], dtype=torch.int32), torch.tensor([0, new], dtype=torch.int32), new,
-            **self.where, cache_block_table=self.table, rows_per_page=ROWS_PER_PAGE,
-        )  # fmt: skip
-        kvfold.compress(rows, plan, self.state, self.cache, **self.weights, backend="torch")
-        return int(plan.errors)
+def sequence(spec: CompressorSpec, start: int, new: int, fmt: str, kind: str) -> Engine:
+    """One sequence of the real width, of `start + new` tokens, that has taken the first `start`."""
+    draw, length = torch.Generator().manual_seed(4), start + new
+    tokens = make_tokens(spec, [length], "normal", draw, torch.float32, "cpu")
+    weights = make_weights(spec, length, "normal", draw, torch.float32, "cpu")
+    options = {"rows_per_page": ROWS_PER_PAGE, "shuffled": False, "rows": None, "backend": "torch"}
+    engine = Engine.make(tokens, weights, kind=kind, fmt=fmt, **options)
+    engine.run([Step.of((0, 0, start))] if start else [])
+    return engine
 
 
 @pytest.mark.parametrize("name, start, new", CASES)
 def test_exactly_the_explained_state_rows_change(name: str, start: int, new: int) -> None:
     spec = SPECS[name]
     said = explain(spec, start, new, max_new_tokens=4)
-    real = Sequence(spec, start, new, "bf16", "fold")
+    real = sequence(spec, start, new, "bf16", "fold")
     assert isinstance(real.state, kvfold.FoldState)
     assert (said.kind, said.ring, said.history) == (real.state.kind, real.state.ring, real.state.history)
     tags, rows = real.state.positions[0].clone(), bits(real.state.rows[0]).clone()
     for row in said.reads:
         assert tags[row.row] == row.position and row.spare == (row.row >= real.state.ring)
     assert [row.position for row in said.reads] == list(real.state.history_of(start))
-    assert real.step(start, new) == 0
+    assert real.take(Step.of((0, start, new))) == 0
     after = real.state.positions[0]
     changed = (bits(real.state.rows[0]) != rows).flatten(1).any(1).nonzero()[:, 0].tolist()
     assert sorted(row.row for row in said.writes) == changed
@@ -84,12 +59,12 @@ def test_exactly_the_explained_state_rows_change(name: str, start: int, new: int
 def test_exactly_the_explained_starts_are_accepted(name: str, start: int, new: int) -> None:
     spec = SPECS[name]
     said = explain(spec, start, new, max_new_tokens=4)
-    real = Sequence(spec, start, new, "bf16", "fold")
+    real = sequence(spec, start, new, "bf16", "fold")
     assert isinstance(real.state, kvfold.FoldState)
-    real.step(start, new)
+    real.take(Step.of((0, start, new)))
     tags, rows, accepted = real.state.positions.clone(), real.state.rows.clone(), []
     for p in range(max(0, start + new - 40), start + new):
-        accepted += [p] if real.step(p, 1) == 0 else []
+        accepted += [p] if real.take(Step.of((0, p, 1))) == 0 else []
         real.state.positions.copy_(tags)
         real.state.rows.copy_(rows)
     first = max(0, start + new - 40)
@@ -104,16 +79,16 @@ def test_exactly_the_explained_starts_are_accepted(name: str, start: int, new: i
 def test_exactly_the_explained_bytes_change(fmt: str) -> None:
     spec = SPECS["indexer" if FORMATS[fmt].head_dims == (128,) else "csa"]
     said = explain(spec, 11, 22, fmt=fmt, rows_per_page=ROWS_PER_PAGE)
-    real = Sequence(spec, 11, 22, fmt, "fold")
+    real = sequence(spec, 11, 22, fmt, "fold")
     for buffer in (real.cache.pages, real.cache.scale_pages):
         if buffer is not None:
             buffer.fill_(0xA5)
-    assert real.step(11, 22) == 0
+    assert real.take(Step.of((0, 11, 22))) == 0
     once = [None if b is None else b.clone() for b in (real.cache.pages, real.cache.scale_pages)]
     for buffer in (real.cache.pages, real.cache.scale_pages):
         if buffer is not None:
             buffer.fill_(0x5A)
-    assert real.step(11, 22) == 0  # a byte that is written has the same value under both fills
+    assert real.take(Step.of((0, 11, 22))) == 0  # a byte that is written has the same value under both fills
     for name, one, other in zip(("page", "scale page"), once, (real.cache.pages, real.cache.scale_pages), strict=True):
         spans = [span for entry in said.entries for span in entry.spans if span.buffer == name]
         if one is None:
@@ -137,11 +112,10 @@ def test_entries_are_made_of_the_explained_positions(name: str, state: str) -> N
     said = explain(spec, start, new, state=state)
     for position in (0, spec.ratio - 1, spec.ratio, new - 1):
         for half in ("lo", "hi"):
-            real = Sequence(spec, start, new, "fp32", state)
-            tokens = real.tokens.clone()
+            real = sequence(spec, start, new, "fp32", state)
             lo = slice(0, spec.head_dim) if spec.overlap else slice(0, 0)
-            tokens[position, lo if half == "lo" else slice(spec.channels - spec.head_dim, spec.channels)] = torch.nan
-            assert real.step(start, new, tokens) == 0
+            real.tokens[0][position, lo if half == "lo" else slice(spec.channels - spec.head_dim, spec.channels)] = torch.nan
+            assert real.take(Step.of((0, start, new))) == 0
             hit = real.cache.read(torch.arange(len(said.entries))).isnan().any(1).nonzero()[:, 0].tolist()
             assert hit == [entry.window for entry in said.entries if position in getattr(entry, half)]
 
@@ -150,7 +124,7 @@ def test_entries_are_made_of_the_explained_positions(name: str, state: str) -> N
 def test_exactly_the_explained_raw_rows_are_read_and_written(name: str, start: int, new: int) -> None:
     spec = SPECS[name]
     said = explain(spec, start, new, state="window", page_size=8)
-    real = Sequence(spec, start, new, "fp32", "window")
+    real = sequence(spec, start, new, "fp32", "window")
     assert isinstance(real.state, kvfold.WindowState)
     assert said.kind == "window"
     read = {(row.page, row.row) for row in said.reads}
@@ -158,7 +132,7 @@ def test_exactly_the_explained_raw_rows_are_read_and_written(name: str, start: i
         for row in range(8):
             if (page, row) not in read:
                 real.state.kv[page, row] = torch.nan  # read or not: it must not reach an entry
-    real.step(start, new)
+    real.take(Step.of((0, start, new)))
     entries = explain(spec, start, new, rows_per_page=ROWS_PER_PAGE).entries
     slots = torch.tensor([entry.page * ROWS_PER_PAGE + entry.row for entry in entries], dtype=torch.int64)
     assert not real.cache.read(slots).isnan().any()
@@ -166,11 +140,11 @@ def test_exactly_the_explained_raw_rows_are_read_and_written(name: str, start: i
     assert [(row.page, row.row) for row in said.writes] == written
     finite = (~real.state.kv.isnan().any(2)).nonzero().tolist()
     assert {tuple(x) for x in finite} == read | set(written)
-    spoiled = Sequence(spec, start, new, "fp32", "window")
+    spoiled = sequence(spec, start, new, "fp32", "window")
     for page, row in read:  # each of them is needed
         kept = spoiled.state.kv[page, row].clone()
         spoiled.state.kv[page, row] = torch.nan
-        spoiled.step(start, new)
+        spoiled.take(Step.of((0, start, new)))
         assert spoiled.cache.read(slots).isnan().any()
         spoiled.state.kv[page, row] = kept
 

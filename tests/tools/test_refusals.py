@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.helpers import Backend, Weights, make_tokens
+from support.helpers import Backend
 from torch import Tensor
 
 import kvfold
-from kvfold import CompressorSpec, EntryCache, FoldState, Snapshots, StepPlan, WindowState
+from kvfold import CompressorSpec, Snapshots, StepPlan
 from kvfold.debug.check import Report, check
+from kvfold.testing import make_cache, make_pools, make_state, make_tokens, make_weights
 
 ROWS = CompressorSpec(head_dim=16, ratio=4, overlap=True, rope_dim=8)
 FOLD = CompressorSpec(head_dim=16, ratio=16, rope_dim=8)
@@ -32,10 +33,10 @@ class Step:
         self.snapshot_table, self.kv_rows, self.rope_rows = [[-1], [-1], [-1]], 3 * n, 4096
         self.state: Any
         if kind == "window":
-            self.state = WindowState.allocate(self.spec, 6, self.spec.ratio, device=device)
+            self.state = make_pools(self.spec, 6, self.spec.ratio, torch.float32, device)
         else:
-            self.state = FoldState.allocate(self.spec, 3, n, device=device)
-        self.cache = EntryCache.allocate("fp32", 3, 4, self.spec, device=device)
+            self.state = make_state(self.spec, 3, n, torch.float32, device)
+        self.cache = make_cache("fp32", self.spec, 3, 4, device)
         self.snapshots = None if kind == "window" else Snapshots.allocate(self.spec, 2, 4, device=device)
 
     def _ints(self, values: object, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -57,13 +58,9 @@ class Step:
         )
 
     def arguments(self) -> tuple[tuple, dict[str, Any]]:
-        tokens, w, device = (
-            make_tokens(self.spec, self.kv_rows, 3).to(self.backend.device),
-            Weights.make(self.spec),
-            self.backend,
-        )
-        weights = {"ape": w.ape, "norm_weight": w.norm_weight, "rope": w.rope[: self.rope_rows].contiguous()}
-        named = {name: x.to(device.device) for name, x in weights.items() if x is not None} | {"spec": self.spec}
+        how = "normal", torch.Generator().manual_seed(3), torch.float32, self.backend.device
+        named = make_weights(self.spec, self.rope_rows - 1, *how)
+        (tokens,) = make_tokens(self.spec, [self.kv_rows], *how)
         return (tokens, self.plan(), self.state, self.cache), named | {"snapshots": self.snapshots}
 
     def check(self) -> Report:

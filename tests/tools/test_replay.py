@@ -91,7 +91,7 @@ def test_check_of_a_replay(name: str, tmp_path: Path) -> None:
 def test_every_format(fmt: str, tmp_path: Path) -> None:
     """Also scales in a buffer of their own; and all of the state and cache, if wanted."""
     call = Call("indexer" if FORMATS[fmt].head_dims == (128,) else "csa", fmt)
-    made = Made(kvfold.compress, call.new, call.plan, call.state, call.cache, **call.weights)
+    made = Made(kvfold.compress, *call.args, **call.weights)
     path, whole = tmp_path / "call", tmp_path / "whole"
     before = {key: tensor.clone() for key, tensor in made.tensors().items()}
     made.dump(path, "torch", full_history=call.history)
@@ -109,8 +109,8 @@ def test_a_format_of_the_users_own(tmp_path: Path) -> None:
 
     call = Call("indexer", "indexer_mxfp4")
     fmt = replace(FORMATS["indexer_mxfp4"], name="mine", page_align=512, head_dims=(128, 256))
-    call.cache = EntryCache.allocate(fmt, 3, 8, call.spec)
-    kvfold.dump(tmp_path / "x", call.new, call.plan, call.state, call.cache, **call.weights)
+    cache = EntryCache.allocate(fmt, 3, 8, call.spec)
+    kvfold.dump(tmp_path / "x", *call.args[:3], cache, **call.weights)
     assert kvfold.replay(tmp_path / "x", device="cpu").compressors[0].cache.format == fmt
 
 
@@ -131,7 +131,6 @@ def test_a_file_is_small(tmp_path: Path) -> None:
 def test_what_was_wrong_is_wrong_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A dumped call through a backend that is wrong, and one over a state that somebody has overwritten."""
     call, path = Call("csa", "fp8_ds_mla"), tmp_path / "call.safetensors"
-    args = (call.new, call.plan, call.state, call.cache)
     with monkeypatch.context() as patch:
 
         def spoil(state, cache, rows, snapshots) -> None:
@@ -139,17 +138,17 @@ def test_what_was_wrong_is_wrong_again(tmp_path: Path, monkeypatch: pytest.Monke
             cache.pages[1, 576 + 5] ^= 1
 
         wrong(patch, spoil)
-        kvfold.dump(path, *args, **call.weights, backend="triton")
+        kvfold.dump(path, *call.args, **call.weights, backend="triton")
         report = call.check(backend="triton")
         again = kvfold.replay(path, device="cpu").check()
         assert again == report and [d.stage for d in again.differences] == ["record bytes", "state row"]
     row = int((call.state.positions[2] == 3).nonzero()[0])
     call.state.rows[2, row, 300] += 3.0
-    kvfold.dump(path, *args, **call.weights, full_history=call.history)
+    kvfold.dump(path, *call.args, **call.weights, full_history=call.history)
     report, again = call.check(full_history=call.history), kvfold.replay(path, device="cpu")
     assert again.check() == report and report.first is not None
     assert (report.first.stage, report.first.window, report.first.channel) == ("pooled row", 1, 300)
-    kvfold.compress(*args, **call.weights)
+    kvfold.compress(*call.args, **call.weights)
     assert torch.equal(again.compressors[0].cache.pages[1:], call.cache.pages[1:])
 
 
@@ -157,7 +156,7 @@ def test_a_plan_written_after_its_update(tmp_path: Path) -> None:
     """The plan is kept as it is, with what it was built from: what does not go together is found."""
     call, path = Call("csa", "fp8_ds_mla"), tmp_path / "call.safetensors"
     call.plan.state_slots[0] = 1
-    kvfold.dump(path, call.new, call.plan, call.state, call.cache, **call.weights)
+    kvfold.dump(path, *call.args, **call.weights)
     report = kvfold.replay(path, device="cpu").check()
     assert report == call.check() and report.first is not None and report.first.stage == "plan"
 
@@ -226,14 +225,13 @@ def test_files_that_are_not_whole(good: Path, what: str, tmp_path: Path) -> None
 
 def test_mistakes(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     call, path = Call("csa", "fp8_ds_mla"), tmp_path / "call.safetensors"
-    args = (call.new, call.plan, call.state, call.cache)
     with pytest.raises(ValueError, match=r"^ape must have shape"):
-        kvfold.dump(path, *args, **call.weights | {"ape": torch.zeros(3, 1024)})
+        kvfold.dump(path, *call.args, **call.weights | {"ape": torch.zeros(3, 1024)})
     with pytest.raises(ValueError, match=r"^full_history must have"):
-        kvfold.dump(path, *args, **call.weights, full_history=[None])
+        kvfold.dump(path, *call.args, **call.weights, full_history=[None])
     with pytest.raises(RuntimeError, match=r"^dump must be called outside of torch.compile"):
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-        kvfold.dump(path, *args, **call.weights)
+        kvfold.dump(path, *call.args, **call.weights)
     monkeypatch.undo()
     assert not list(tmp_path.iterdir())
     with pytest.raises(FileNotFoundError):
@@ -243,7 +241,7 @@ def test_mistakes(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ValueError, match=r"^device must be on a CPU or a GPU"):
         kvfold.replay(good, device="meta")
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    for run in (lambda: kvfold.dump(path, *args, **call.weights), lambda: kvfold.replay(good)):
+    for run in (lambda: kvfold.dump(path, *call.args, **call.weights), lambda: kvfold.replay(good)):
         with pytest.raises(ImportError, match=r"kvfold\[debug\]"):
             run()
 

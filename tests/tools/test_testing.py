@@ -6,9 +6,10 @@ import pytest
 import torch
 from support.helpers import Backend, bits, norm_error
 
-from kvfold import CompressorSpec, Snapshots, reference
+from kvfold import CompressorSpec, Snapshots, check, reference
 from kvfold.contract import pooled_bound
-from kvfold.testing import Engine, Part, Step, chunks, drafts, make_tokens, make_weights, prefill, run_many
+from kvfold.testing import Engine, Step, chunks, drafts, make_tokens, make_weights, prefill, run_many
+from kvfold.testing.engine import UNWRITTEN
 
 LENGTHS = [37, 20, 9]
 LONG = CompressorSpec(head_dim=16, ratio=16, rope_dim=8)
@@ -64,7 +65,7 @@ def test_a_prefix_hit(backend: Backend) -> None:
     before = engine.pooled[0].clone()
     engine.pooled[0].zero_()
     engine.hit(0, 16, next(slot for slot in range(4) if slot not in engine.slots))
-    engine.run([Step(21, (Part(0, 16, 21, 21),))])
+    engine.run([Step.of((0, 16, 21))])
     assert torch.equal(bits(engine.pooled[0][4:]), bits(before[4:])) and not engine.pooled[0][:4].any()
 
 
@@ -80,6 +81,22 @@ def test_pairs_and_stored_rows_give_the_same_bytes(backend: Backend) -> None:
 
 
 def test_a_refused_step_is_an_error() -> None:
-    engine = made(SHORT, Backend("torch", torch.device("cpu")))
+    engine, late = made(SHORT, Backend("torch", torch.device("cpu"))), Step.of((1, 0, 4), (0, 8, 4))
     with pytest.raises(AssertionError, match="1 sequences or entries were refused"):
-        engine.run([Step(4, (Part(0, 8, 4, 4),))])
+        engine.run([late])
+    assert engine.take(late) == 1 and all((rows == UNWRITTEN).all() for rows in engine.pooled)
+    assert engine.take(Step.of((1, 0, 4))) == 0 and (engine.pooled[1][0] != UNWRITTEN).all()
+
+
+@pytest.mark.parametrize("kind", ["fold", "window"])
+def test_the_arguments_of_a_step_are_those_of_a_call(backend: Backend, kind: str) -> None:
+    """In slots and pages in order, here."""
+    engine = made(SHORT, backend, kind=kind, shuffled=False)
+    engine.run([Step.of((0, 0, 6), (1, 0, 3))])
+    args, named = engine.arguments(Step.of((0, 6, 4), (1, 3, 1, 0)))
+    assert args[0].isnan().any(dim=1).tolist() == [False] * 4 + [True]
+    for pages in (engine.kv, engine.score) if kind == "window" else ([engine.slots], engine.pages):
+        counted = [page for row in pages for page in row]
+        assert counted == list(range(len(counted)))
+    report = check(*args, **named, backend=backend.name)
+    assert report.equal and report.entries == 2, report

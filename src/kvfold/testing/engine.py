@@ -49,10 +49,16 @@ class Step(NamedTuple):
     behind: int = 0
     loose: bool = False
 
+    @classmethod
+    def of(cls, *parts: Sequence[int]) -> Step:
+        """Of parts `(sequence, start, new, kept)`, or `(sequence, start, new)` of which all tokens are kept."""
+        found = tuple(Part(*(*part, part[2])[:4]) for part in parts)
+        return cls(max(part.new for part in found), found)
+
 
 def prefill(lengths: Sequence[int]) -> list[Step]:
     """Sequences of these lengths, each of them whole, in one step."""
-    return [_step([Part(b, 0, n, n) for b, n in enumerate(lengths)])]
+    return [Step.of(*((b, 0, n) for b, n in enumerate(lengths)))]
 
 
 def chunks(lengths: Sequence[int]) -> list[Step]:
@@ -60,7 +66,7 @@ def chunks(lengths: Sequence[int]) -> list[Step]:
     draw, at, found = random.Random(sum(lengths)), [0] * len(lengths), []
     while any(x < n for x, n in zip(at, lengths, strict=True)):
         sizes = [min(draw.randint(1, max(2, n // 3)), n - x) for x, n in zip(at, lengths, strict=True)]
-        found.append(_step([Part(b, x, n, n) for b, (x, n) in enumerate(zip(at, sizes, strict=True))]))
+        found.append(Step.of(*zip(range(len(at)), at, sizes, strict=True)))
         at = [x + n for x, n in zip(at, sizes, strict=True)]
     return found
 
@@ -72,13 +78,9 @@ def drafts(lengths: Sequence[int], new: int, first: int) -> list[Step]:
     while any(x < n for x, n in zip(at, lengths, strict=True)):
         sizes = [min(new, n - x) for x, n in zip(at, lengths, strict=True)]
         kept = [n if new == 1 else (turn + b) % (n + 1) for b, n in enumerate(sizes)]
-        found.append(_step([Part(b, x, n, k) for b, (x, n, k) in enumerate(zip(at, sizes, kept, strict=True))]))
+        found.append(Step.of(*zip(range(len(at)), at, sizes, kept, strict=True)))
         at, turn = [x + k for x, k in zip(at, kept, strict=True)], turn + 1
     return found
-
-
-def _step(parts: list[Part]) -> Step:
-    return Step(max(part.new for part in parts), tuple(parts))
 
 
 class Engine:
@@ -137,18 +139,23 @@ class Engine:
         most: int = 4,
         rows_per_page: int = 3,
         page_size: int = 8,
+        shuffled: bool = True,
         backend: str | None = None,
         **options: object,
     ) -> Engine:
-        """With state and cache of its own, full of NaN, and shuffled slots and pages.
+        """With state and cache of its own, full of NaN.
 
         kind: "fold" for a `FoldState`, "window" for a `WindowState` of pages of `page_size`. dtype: of its rows.
         most: new tokens of the longest step of which some may be rejected.
+        shuffled: slots and pages are, and not given out in order from 0.
         """
         shuffle, spec, device = random.Random(3), weights["spec"], tokens[0].device
 
+        def some(n: int, of: int) -> list[int]:
+            return shuffle.sample(range(of), n) if shuffled else list(range(n))
+
         def deal(counts: list[int]) -> list[list[int]]:
-            free = iter(shuffle.sample(range(sum(counts)), sum(counts)))
+            free = iter(some(sum(counts), sum(counts)))
             return [[next(free) for _ in range(n)] for n in counts]
 
         lengths = [len(text) for text in tokens]
@@ -158,7 +165,7 @@ class Engine:
             options |= {"kv": deal(counts), "score": deal(counts)}
         else:
             state = make_state(spec, len(lengths) + 1, most, dtype, device)
-            options["slots"] = shuffle.sample(range(len(lengths) + 1), len(lengths))
+            options["slots"] = some(len(lengths), len(lengths) + 1)
         pages = deal([-(-(n // spec.ratio + most) // rows_per_page) for n in lengths])
         cache = make_cache(fmt, spec, sum(map(len, pages)), rows_per_page, device)
         return cls(tokens, weights, state, cache, pages=pages, rows_per_page=rows_per_page, backend=backend, **options)  # type: ignore[arg-type]
@@ -187,19 +194,24 @@ class Engine:
             AssertionError: something was refused, or a pooled row written that is of no entry.
         """
         for step in map(Step._make, steps):
-            plan = self.plan(step)
-            out = None if self.rows is None else self._unwritten(plan.entry_capacity)
-            compress(
-                self.kv_score(step, wrong), plan, self.state, self.cache, **self.weights, rows=out, snapshots=self.snapshots,
-                backend=self.backend,
-            )  # fmt: skip
-            self._take(step, plan, out)
+            _check_taken(self.take(step, wrong=wrong), step)
 
-    def _take(self, step: Step, plan: StepPlan, out: Tensor | None) -> None:
-        if int(plan.errors):
-            raise AssertionError(f"{int(plan.errors)} sequences or entries were refused in {step}")
-        if out is None:
-            return
+    def take(self, step: Step, *, wrong: bool = False) -> int:
+        """Takes a step, and returns how many sequences or entries were refused. If any, `pooled` stays as it was."""
+        (kv_score, plan, *rest), named = self.arguments(step, wrong)
+        out = None if self.rows is None else self._unwritten(plan.entry_capacity)
+        compress(kv_score, plan, *rest, **named, rows=out, backend=self.backend)
+        refused = int(plan.errors)
+        if out is not None and not refused:
+            self._keep(step, plan, out)
+        return refused
+
+    def arguments(self, step: Step, wrong: bool = False) -> tuple[tuple, dict]:
+        """What `compress`, `check` and `dump` take for a step: by position, and by name."""
+        args = self.kv_score(step, wrong), self.plan(step), self.state, self.cache
+        return args, self.weights | {"snapshots": self.snapshots}
+
+    def _keep(self, step: Step, plan: StepPlan, out: Tensor) -> None:
         first, ratio = plan.cu_entries.tolist(), self.spec.ratio
         for i, (b, start, new, _) in enumerate(step.parts):
             begin, end = start // ratio, (start + new) // ratio
@@ -283,4 +295,9 @@ def run_many(engines: Sequence[Engine], steps: Sequence[Step]) -> None:
         compress_many(
             [(e.kv_score(step), e.state, e.cache, *e.weights.values()) for e in engines], plan, backend=engines[0].backend
         )
-        engines[0]._take(step, plan, None)
+        _check_taken(int(plan.errors), step)
+
+
+def _check_taken(refused: int, step: Step) -> None:
+    if refused:
+        raise AssertionError(f"{refused} sequences or entries were refused in {step}")
