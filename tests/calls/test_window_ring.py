@@ -155,7 +155,7 @@ def test_rows_are_kept_where_entries_are_dropped(name: str, dropped: list[int], 
     """Who would have pooled old rows stores the new ones in their place also where nobody wants the entry."""
     ring, draw = RINGS[name], random.Random(name)
     spec, start, n = ring.spec, 3 * ring.spec.ratio + 1, 3 * ring.rows + 2 * ring.spec.ratio
-    both = Both(ring, backend, 1, 400)
+    both = Both(ring, backend, 1, 400, torch.bfloat16)
     both.step([(0, 0, tokens(spec, start, draw))])
     entries = (start + n) // spec.ratio - start // spec.ratio
     both.step([(0, start, tokens(spec, n, draw))], ([*dropped] + [7] * entries)[:entries])
@@ -189,7 +189,7 @@ def test_a_ring_that_is_too_small(backend: Backend) -> None:
     table = torch.tensor([[1]], **ints)
     plan = StepPlan.build(4, torch.tensor([0], **ints), torch.tensor([0, 4], **ints), 4, block_tables=(table,) * 2, page_size=6,
                           ring=True)  # fmt: skip
-    with pytest.raises(ValueError, match=r"plan must have rings of at least 7 rows .* got 6"):
+    with pytest.raises(ValueError, match=r"plan must have rings of at least 7 rows, .* got 6"):
         kvfold.compress(
             torch.zeros(4, 4 * 16, device=backend.device), plan, state, None, spec=CSA,
             ape=torch.zeros(4, 32, device=backend.device), norm_weight=None, rope=None, backend=backend.name,
