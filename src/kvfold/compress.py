@@ -54,7 +54,8 @@ def compress(
         rope: fp32 `[max_pos, rope_dim]`, cosines then sines; an entry is rotated by the position of its window's first
             token. May be None without a cache or with `rope_dim` 0.
         rows: mutated if given: bf16 or fp32 `[E, head_dim]`, row e receives the pooled row of entry e before the norm. Rows of
-            entries that do not exist or are dropped stay as they are.
+            entries that do not exist or are dropped stay as they are. Of a plan with `cu_rows` it may have any length; an entry
+            whose place lies behind it is refused.
         snapshots: mutated if given, for a `FoldState` and a plan with a `snapshot_table`: new rows of this step that belong to
             the snapshot of a page are written there too. A page whose end several steps reach gets its rows from all of them.
         backend: `"triton"` (CUDA or HIP tensors; CPU tensors under Triton's interpreter) or `"torch"` (any device).

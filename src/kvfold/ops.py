@@ -23,7 +23,7 @@ from .storage.cache import EntryCache
 from .storage.fold_state import FoldState
 from .storage.remembered import check_made
 from .storage.snapshots import Snapshots
-from .storage.step import LIVE, Compressor, Hits, Placed, PlanData
+from .storage.step import LIVE, Compressor, Hits, Lengths, Placed, PlanData
 from .storage.window_state import WindowState
 
 # Operators are global to a process: each copy of the package, loaded under a name of its own, has its own.
@@ -33,10 +33,13 @@ OPS = getattr(torch.ops, NAMESPACE)
 # Groups of arguments. A `!` marks what is mutated; `_define` gives each its own alias letter.
 PLAN = (
     "Tensor items", "Tensor num_items", "Tensor? entry_slots", "Tensor! errors", "SymInt entry_capacity", "SymInt batch",
-    "SymInt max_new_tokens", "SymInt ratio", "SymInt? entries_per_page",
+    "SymInt max_new_tokens", "SymInt ratio", "SymInt? entries_per_page", "bool reserved",
 )  # fmt: skip
 FOLD_PLAN = (*PLAN, "Tensor? state_slots", "Tensor? snapshot_table", "SymInt? snapshot_page_size")
-TABLES = ("Tensor entry_items", "Tensor cu_entries", "Tensor? kv_table", "Tensor? score_table", "SymInt? page_size")
+TABLES = (
+    "Tensor entry_items", "Tensor cu_entries", "Tensor? kv_table", "Tensor? score_table", "SymInt? page_size",
+    "SymInt? null_page", "bool ring",
+)  # fmt: skip
 # In pages: these as `state_rows`, no `positions`, and what dtype rows are kept in. torch.compile takes no two views of one
 # memory, both mutated, in two dtypes.
 STATE = ("Tensor! state_rows", "Tensor!? positions", "SymInt rewind", "bool round_inputs", "ScalarType? kept")
@@ -57,6 +60,8 @@ WHOLE_PLAN = (
     "Tensor? state_slots", "Tensor? cache_block_table", "SymInt? rows_per_page", "Tensor! own_start_pos",
     "Tensor! own_cu_seqlens", "Tensor! cu_entries", "Tensor! items", "Tensor! num_items", "Tensor! entry_items",
     "Tensor!? entry_slots", "Tensor! errors", "SymInt batch", "SymInt max_new_tokens", "SymInt max_tokens", "SymInt ratio",
+    "Tensor? token_slots", "Tensor? slots_given", "SymInt no_slot", "SymInt? null_page", "SymInt? null_slot",
+    "Tensor? cu_rows", "bool reserved",
 )  # fmt: skip
 
 # Which argument of a call an operator's argument belongs to, where names differ.
@@ -122,12 +127,14 @@ def restore(state: FoldState, snapshots: Snapshots, hits: Hits, backend: str | N
     _call(OPS.restore, state.spec._text, *_state(state), *_snapshots(snapshots, state.spec), *hits, backend)
 
 
-def update(plan: PlanData, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
+def update(plan: PlanData, lengths: Lengths) -> None:
     """`StepPlan.update` while it is traced."""
     flat = _plan(plan, _WHOLE_PLAN)
-    if plan.cache_block_table is None:
+    if not plan.fills_slots:
         flat[_WHOLE_PLAN.index("entry_slots")] = None  # the caller's, and only read
-    _call(OPS.update, start_pos, cu_seqlens, *flat)
+    if plan.cache_block_table is None:
+        flat[_WHOLE_PLAN.index("null_page")] = None  # of the block tables, which `update` does not read
+    _call(OPS.update, lengths.given, lengths.cu_seqlens, lengths.totals, *flat)
 
 
 def mark_static(*things: FoldState | WindowState | EntryCache | Snapshots | PlanData | torch.Tensor) -> None:
@@ -168,7 +175,7 @@ def _plan(plan: PlanData, attributes: tuple[str, ...]) -> list:
 
 def _tables(plan: PlanData) -> tuple:
     kv_table, score_table = plan.block_tables if plan.block_tables is not None else (None, None)
-    return plan.entry_items, plan.cu_entries, kv_table, score_table, plan.page_size
+    return plan.entry_items, plan.cu_entries, kv_table, score_table, plan.page_size, plan.null_page, plan.ring
 
 
 def _fold(c: Compressor) -> tuple:
@@ -306,7 +313,7 @@ def _compress(*args: object) -> None:
 def _compress_window(*args: object) -> None:
     flat, tables, one, (rows,), how = _cut(args, PLAN, TABLES, WINDOW, ROWS, HOW)
     plan, (c, memory) = _plan_of(_PLAN, flat), _compressor_of(one, "window")
-    plan.entry_items, plan.cu_entries, kv_table, score_table, plan.page_size = tables
+    plan.entry_items, plan.cu_entries, kv_table, score_table, plan.page_size, plan.null_page, plan.ring = tables
     plan.block_tables = None if kv_table is None else (kv_table, score_table)
     _run(plan, lambda: run_compress(c, plan, rows, *how), (c.state, memory))
 
@@ -340,14 +347,14 @@ def _restore(*args: object) -> None:
     run_restore(_state_of(spec, *state), Snapshots(spec, *kept), Hits(*hits), backend)
 
 
-def _update(start_pos: torch.Tensor, cu_seqlens: torch.Tensor, *flat: object) -> None:
+def _update(given: torch.Tensor, cu_seqlens: torch.Tensor, totals: bool, *flat: object) -> None:
     plan = _plan_of(_WHOLE_PLAN, flat, whole=True)
     plan.entry_capacity = plan.entry_items.shape[0]
     check_made("plan", plan, PlanData)
     user = LIVE.get(plan.items.data_ptr())
     if user is not None:
         user.fresh, plan._launcher = True, user._launcher
-    run_update(plan, start_pos, cu_seqlens)
+    run_update(plan, Lengths(given, cu_seqlens, totals))
 
 
 def _define(name: str, arguments: tuple[str, ...], run: Callable[..., None]) -> None:
@@ -366,4 +373,4 @@ _define("compress_many", (*FOLD_PLAN, *(f"{argument}_{i}" for i in (0, 1) for ar
 _define("store", ("Tensor rows", *PLAN, *SPEC, *CACHE, *WEIGHTS[1:], *HOW), _store)
 _define("store_placed", PLACES + SPEC + CACHE + ALSO + WEIGHTS[1:] + HOW, _store_placed)
 _define("restore", SPEC + STATE + KEPT + HITS, _restore)
-_define("update", ("Tensor start_pos", "Tensor cu_seqlens", *WHOLE_PLAN), _update)
+_define("update", ("Tensor start_pos", "Tensor cu_seqlens", "bool totals", *WHOLE_PLAN), _update)

@@ -170,22 +170,22 @@ def int32(*values: int, device: str = "cpu") -> torch.Tensor:
 BAD_PLANS: list[tuple[str, dict[str, Any]]] = [
     ("ratio", {"ratio": 0}),
     ("ratio", {"ratio": 4.0}),
-    ("start_pos", {"start_pos": torch.tensor([0, 0])}),
+    ("start_pos", {"start_pos": torch.tensor([0.0, 0.0])}),
     ("start_pos", {"start_pos": int32(0, 0)[None]}),
     ("start_pos", {"start_pos": [0, 0]}),
-    ("start_pos", {"start_pos": int32(0, 1, 0, 1)[::2]}),
+    ("start_pos", {"start_pos": int32(0, 1).bool()}),
     ("cu_seqlens", {"cu_seqlens": int32(0, 4)}),
-    ("cu_seqlens", {"cu_seqlens": torch.tensor([0, 4, 8])}),
+    ("cu_seqlens", {"cu_seqlens": torch.tensor([0.0, 4.0, 8.0])}),
     ("cu_seqlens", {"cu_seqlens": int32(0, 4, 8, device="meta")}),
     ("cu_seqlens", {"cu_seqlens": None}),
     ("max_new_tokens", {"max_new_tokens": 0}),
     ("max_new_tokens", {"max_new_tokens": torch.tensor(4)}),
     ("max_tokens", {"max_tokens": -1}),
     ("state_slots", {"state_slots": int32(0)}),
-    ("state_slots", {"state_slots": torch.tensor([0, 1])}),
+    ("state_slots", {"state_slots": torch.tensor([0.0, 1.0])}),
     ("state_slots", {"state_slots": int32(0, 1, device="meta")}),
     ("state_slots", {"state_slots": None}),
-    ("entry_slots", {"entry_slots": int32(0, 1)}),
+    ("entry_slots", {"entry_slots": int32(0, 1).short()}),
     ("entry_slots", {"entry_slots": torch.zeros(2, 1, dtype=torch.int64)}),
     ("entry_slots", {"entry_slots": torch.zeros(2, dtype=torch.int64, device="meta")}),
     ("entry_slots", {"cache_block_table": int32(0, 0)[:, None], "rows_per_page": 4}),  # both
@@ -221,7 +221,7 @@ def test_plan_update() -> None:
     with raises("cu_seqlens"):
         plan.update(int32(0, 0), int32(0, 4))
     with raises("cu_seqlens"):
-        plan.update(int32(0, 0), torch.tensor([0, 4, 8]))
+        plan.update(int32(0, 0), torch.tensor([0.0, 4.0, 8.0]))
     with raises("start_pos"):
         plan.update(int32(0, 0, device="meta"), int32(0, 4, 8))
     assert torch.equal(plan.items, before)

@@ -123,7 +123,7 @@ BAD_PLANS: list[tuple[str, dict[str, Any]]] = [
     ("block_tables", {"block_tables": (ONE["block_tables"][0], None)}),
     ("block_tables", {"block_tables": (tables(3)[0], tables(2)[1])}),
     ("block_tables", {"block_tables": (tables(2)[0], tables(2)[1][0])}),
-    ("block_tables", {"block_tables": (tables(2)[0].long(), tables(2)[1])}),
+    ("block_tables", {"block_tables": (tables(2)[0].short(), tables(2)[1])}),
     ("block_tables", {"block_tables": (tables(2)[0], tables(2)[1][:, ::2])}),
     ("block_tables", {"block_tables": (tables(2)[0].to("meta"), tables(2)[1])}),
     ("max_new_tokens", {"max_new_tokens": 0}),

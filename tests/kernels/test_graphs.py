@@ -328,9 +328,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Calls:
     def launcher_of(key: tuple, device: torch.device) -> Callable[..., None]:
         return lambda grid, values, bits, pdl=False: found.add((key, pdl, bits & 15 == 0))
 
-    def update(plan: StepPlan, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
+    def update(plan: StepPlan, *lengths: object) -> None:
         plan.fresh = True
-        update_on_gpu(plan, start_pos, cu_seqlens)
+        update_on_gpu(plan, *lengths)
 
     for module in (dispatch, launch):
         monkeypatch.setattr(module, "launcher_of", launcher_of)

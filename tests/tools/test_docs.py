@@ -93,7 +93,7 @@ def test_every_page_is_linked() -> None:
 
 def test_lengths() -> None:
     assert len(README.read_text().splitlines()) < 120
-    assert len((ROOT / "DESIGN.md").read_text().splitlines()) < 250
+    assert len((ROOT / "DESIGN.md").read_text().splitlines()) < 270
     for page in (*PAGES, ROOT / "DESIGN.md"):
         drawn = re.sub(r"<!-- made: .*?<!-- end -->", "", page.read_text(), flags=re.DOTALL)
         long = [line for line in drawn.splitlines() if len(line) > 200 and not line.startswith("|")]

@@ -60,11 +60,16 @@ def slots_of(items: Items, plan: PlanData) -> torch.Tensor:
     return torch.where(inside, plan.entry_slots[torch.where(inside, items.entry, 0)], -1)
 
 
-def emit(pooled: torch.Tensor, items: Items, plan: PlanData, c: Compressor, rows: torch.Tensor | None) -> None:
-    """Delivers the pooled rows of the items whose window ends: to `rows` and to the cache, either of which may be None."""
+def emit(
+    pooled: torch.Tensor, items: Items, plan: PlanData, c: Compressor, rows: torch.Tensor | None, room: int | None = None
+) -> None:
+    """Delivers the pooled rows of the items whose window ends: to `rows` and to the cache, either of which may be None.
+
+    room: places of entries, by default those that plan and `rows` have.
+    """
     cache, spec, rope = c.cache, c.spec, c.rope
     entry, position = items.entry, items.window * spec.ratio
-    wrong, slot = entry >= plan.entry_capacity, slots_of(items, plan)
+    wrong, slot = entry >= (plan.room(rows) if room is None else room), slots_of(items, plan)
     keep = (entry >= 0) & ~wrong & (slot != -1)
     if cache is not None:
         bad = (slot < -1) | (slot >= cache.num_slots)
@@ -123,6 +128,6 @@ def store_torch(c: Compressor, plan: PlanData) -> None:
     pooled, items = c.kv_score, Items.of(plan)
     items = items[items.entry >= 0]
     rows = torch.zeros(len(items.entry), c.spec.head_dim, dtype=torch.float32, device=pooled.device)
-    inside = items.entry < plan.entry_capacity
+    inside = items.entry < plan.room(pooled)
     rows[inside] = pooled[items.entry[inside]].float()
-    emit(rows, items, plan, c, None)
+    emit(rows, items, plan, c, None, plan.room(pooled))

@@ -10,16 +10,25 @@ import torch
 from ..spec import CompressorSpec
 from ..storage.pack import bf16_bits
 from ..storage.step import Compressor, PlanData
+from ..storage.window_state import WindowState
 from .finish import emit, slots_of
 from .items import Items
 
 
 @dataclass
 class Pages:
-    """A pool and the table that says where a sequence's pages are in it."""
+    """A pool, the table of sequences' pages in it, whether that is a ring, and which page means none, besides -1."""
 
     pool: torch.Tensor
     table: torch.Tensor
+    ring: bool = False
+    null_page: int | None = None
+
+    @classmethod
+    def of(cls, state: WindowState, plan: PlanData) -> tuple[Pages, Pages]:
+        """Those of values and of scores."""
+        value, score = plan.block_tables
+        return cls(state.kv, value, plan.ring, plan.null_page), cls(state.score, score, plan.ring, plan.null_page)
 
     def find(self, sequence: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The page of each position (not negative), -1 where there is none, and whether the table is wrong there."""
@@ -27,7 +36,10 @@ class Pages:
         if width == 0:
             return torch.full_like(position, -1), torch.ones_like(position, dtype=torch.bool)
         column = position // self.pool.shape[1]
+        if self.ring:
+            column = column % width
         page = self.table[sequence, column.clamp(max=width - 1)].long()
+        page = torch.where(page == self.null_page, -1, page) if self.null_page is not None else page
         wrong = (column >= width) | (page < -1) | (page >= self.pool.shape[0])
         return torch.where(wrong, -1, page), wrong
 
@@ -46,15 +58,14 @@ def compress_window_torch(c: Compressor, plan: PlanData, rows: torch.Tensor | No
     items = items[usable]
     if items.window.numel() == 0:
         return
-    value, score = Pages(state.kv, plan.block_tables[0]), Pages(state.score, plan.block_tables[1])
-
+    value, score = Pages.of(state, plan)
     ends = items.entry >= 0
     missing, bad = _check_old_rows(items, value, score, spec)
     missing, bad = ends & missing, ends & bad
     made = items[ends & ~missing & ~bad]
     pooled = _pool(made, c, value, score)  # all old rows are read before any is written
-    bad |= _write(items, c, value, score)
-    wanted = (items.entry >= plan.entry_capacity) | (slots_of(items, plan) >= 0)
+    bad |= _write(items, c, value, score, plan.ring_rows)
+    wanted = (items.entry >= plan.room(rows)) | (slots_of(items, plan) >= 0)
     plan.errors.add_((bad | missing & wanted).sum().int())
     emit(pooled, made, plan, c, rows)
 
@@ -115,9 +126,15 @@ def _pool(items: Items, c: Compressor, value: Pages, score: Pages) -> torch.Tens
     return total / weight
 
 
-def _write(items: Items, c: Compressor, value: Pages, score: Pages) -> torch.Tensor:
-    """Keeps the new rows of each item where they have a page; whether a table was wrong for one of them."""
+def _write(items: Items, c: Compressor, value: Pages, score: Pages, ring: int) -> torch.Tensor:
+    """Keeps the new rows of each item where they have a page; whether a table was wrong for one of them.
+
+    ring: of so many positions the last ones are kept; 0: all.
+    """
     item, x = items.new_tokens(c.spec.ratio)
+    if ring:
+        last = x >= items.end[item] - ring
+        item, x = item[last], x[last]
     kept = _new_rows(c, items.token[item] + x - items.start[item], x)
     bad = torch.zeros_like(items.window, dtype=torch.bool)
     for pages, row in zip((value, score), kept, strict=True):

@@ -112,7 +112,10 @@ class Places(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """One of the two pools of a `WindowState`, of values or of scores, and its block table `[sequences, width]`."""
+    """One of the two pools of a `WindowState`, of values or of scores, and its block table `[sequences, width]`.
+
+    step: of the table, as of `Numbers`.
+    """
 
     rows: Floats
     page_stride: Stride
@@ -120,6 +123,7 @@ class Pool(NamedTuple):
     num_pages: Int
     table: Ints
     width: Int
+    step: Long = None
 
 
 class Item(NamedTuple):
@@ -150,7 +154,11 @@ class Compressor(NamedTuple):
 
 
 class WindowArguments(NamedTuple):
-    """Of `compress` over a `WindowState`."""
+    """Of `compress` over a `WindowState`.
+
+    null_page: None for tables with a step of None, else what means none, besides -1. ring: positions that a sequence's pages
+    hold, whose table is a ring; None where it is none.
+    """
 
     plan: Plan
     entry_items: Ints
@@ -160,6 +168,8 @@ class WindowArguments(NamedTuple):
     kv_pool: Pool
     score_pool: Pool
     page_size: Int
+    null_page: Int
+    ring: Int
     scratch: Scratch
     output: Output
 
@@ -176,12 +186,42 @@ class RestoreArguments(NamedTuple):
     errors: Ints
 
 
+class Numbers(NamedTuple):
+    """Numbers that an engine keeps: int32 side by side where `step` is None, else int32 or int64.
+
+    step: twice the 32-bit words from one number, or one row of a table, to the next, and 1 more where they are int64.
+    """
+
+    at: Ints = None
+    step: Long = None
+
+
+class Metadata(NamedTuple):
+    """What only an engine's metadata has: Nones in a plain plan, else numbers all of them.
+
+    totals: 1 where lengths are those after the step. by_slot: 1 where sequences have state slots. null_slot, null_page: what
+    means none, besides -1. source: what says where entries go, a table (1), slots of tokens (2) or of entries (3), `num_slots`
+    of them; 0 for nothing. no_slot: what means none of a token. reserved: 1 where entries have the places of `cu_rows`.
+    """
+
+    totals: Int = None
+    by_slot: Int = None
+    null_slot: Int = None
+    null_page: Int = None
+    source: Int = None
+    slots: Numbers = Numbers()
+    num_slots: Long = None
+    no_slot: Int = None
+    reserved: Int = None
+    cu_rows: Numbers = Numbers()
+
+
 class PlanArguments(NamedTuple):
     """Of `StepPlan.update`: what it is given, the plan's own tensors, and the cache's block table."""
 
-    start_pos: Ints
-    cu_seqlens: Ints
-    state_slots: Ints
+    lengths: Numbers
+    cu_seqlens: Numbers
+    state_slots: Numbers
     batch: Int
     max_new_tokens: Int
     max_tokens: Int
@@ -194,11 +234,12 @@ class PlanArguments(NamedTuple):
     item_capacity: Int
     entry_items: Ints
     entry_capacity: Int
-    table: Ints
+    table: Numbers
     table_width: Int
     rows_per_page: Int
     entry_slots: Longs
     num_chunks: Int
+    metadata: Metadata
 
 
 def types_of(kind: type, **changed: Any) -> Any:

@@ -46,13 +46,22 @@ class PairKey(NamedTuple):
 
 
 class WindowKey(NamedTuple):
-    """Of `compress` over a `WindowState`. one_page: a window has its rows on one page, as the ratio divides the page size."""
+    """Of `compress` over a `WindowState`.
+
+    one_page: a window has its rows on one page, as the ratio divides the page size. tables: one of `TABLES`.
+    """
 
     spec: CompressorSpec
     fmt: RecordFormat | None
     config: Config
     types: Types
     one_page: bool
+    tables: str = "plain"
+
+
+# How the kernels of a `WindowState` read block tables: contiguous int32 of pages for entries that stand one behind the other;
+# any that an engine has, for entries anywhere; or as the latter, as rings.
+TABLES = ("plain", "engine", "ring")
 
 
 class StoreKey(NamedTuple):
@@ -77,12 +86,13 @@ class RestoreKey(NamedTuple):
 
 
 class PlanKey(NamedTuple):
-    """Of `StepPlan.update`. windows: of a sequence that one program takes."""
+    """Of `StepPlan.update`. windows: of a sequence that one program takes. metadata: an engine's (`args.Metadata`)."""
 
     ratio: int
     windows: int
     no_slots: bool
     no_table: bool
+    metadata: bool = False
 
 
 Key = StepKey | PairKey | WindowKey | StoreKey | RestoreKey | PlanKey
@@ -103,8 +113,10 @@ def step_key(
     return StepKey(spec, fmt, choose(kind, spec, bound, ANY if snapshots else bucket), Types(*types), snapshots)
 
 
-def window_key(spec: CompressorSpec, fmt: RecordFormat | None, max_new_tokens: int, types: tuple, page_size: int) -> WindowKey:
-    return WindowKey(spec, fmt, choose("window", spec, max_new_tokens), Types(*types), page_size % spec.ratio == 0)
+def window_key(
+    spec: CompressorSpec, fmt: RecordFormat | None, max_new_tokens: int, types: tuple, page_size: int, tables: str = "plain"
+) -> WindowKey:
+    return WindowKey(spec, fmt, choose("window", spec, max_new_tokens), Types(*types), page_size % spec.ratio == 0, tables)
 
 
 def store_key(
@@ -114,8 +126,10 @@ def store_key(
     return StoreKey(spec, fmt, choose("store", spec, 1), *(*types, None, None)[:4], also)
 
 
-def plan_key(ratio: int, windows_per_sequence: int, no_slots: bool, no_table: bool) -> PlanKey:
-    return PlanKey(ratio, windows_per_program(windows_per_sequence), no_slots, no_table)
+def plan_key(ratio: int, windows_per_sequence: int, no_slots: bool, no_table: bool, metadata: bool = False) -> PlanKey:
+    """With an engine's metadata one kernel is for all that there may be."""
+    windows = windows_per_program(windows_per_sequence)
+    return PlanKey(ratio, windows, False, False, True) if metadata else PlanKey(ratio, windows, no_slots, no_table)
 
 
 def windows_per_program(windows_per_sequence: int) -> int:
@@ -134,6 +148,7 @@ class Wanted(NamedTuple):
     round_inputs: bool = False
     slots: tuple[torch.dtype, ...] = ()
     positions: tuple[torch.dtype, ...] = ()
+    tables: tuple[str, ...] = ("plain",)
 
     def finishes(self, fmt: RecordFormat | None) -> list[tuple[torch.dtype | None, bool]]:
         """Dtype of the norm weight, and whether the plan has entry slots, without which there can be no cache."""
@@ -144,10 +159,11 @@ class Wanted(NamedTuple):
         return self.state_dtypes if state_kind(spec) == "rows" else (torch.float32,)
 
 
-def plan_keys(ratios: set[int], states: tuple[str, ...]) -> Iterator[PlanKey]:
-    """For both widths of the kernel: a plan of any length has one of them."""
-    for ratio, windows, state, no_table in product(sorted(ratios), (1, 1 << 20), states, (False, True)):
-        yield plan_key(ratio, windows, state == "window", no_table)
+def plan_keys(ratios: set[int], states: tuple[str, ...], tables: tuple[str, ...]) -> Iterator[PlanKey]:
+    """For both widths of the kernel: a plan of any length has one of them. A ring alone needs no kernel of its own here."""
+    for ratio, windows, kind in product(sorted(ratios), (1, 1 << 20), tables):
+        for state, no_table in product(states, (False, True)):
+            yield plan_key(ratio, windows, state == "window", no_table, kind == "engine")
 
 
 def store_keys(
@@ -193,8 +209,8 @@ def window_keys(
 ) -> Iterator[WindowKey]:
     """pages: sizes; None: any. What matters of one is whether the ratio divides it."""
     for dtype, state, bound, page in product(w.dtypes, w.state_dtypes, w.steps, pages or (spec.ratio, 1)):
-        for norm, slots in w.finishes(fmt):
-            yield window_key(spec, fmt, bound, (dtype, state, rows, norm, slots), page)
+        for (norm, slots), tables in product(w.finishes(fmt), w.tables):
+            yield window_key(spec, fmt, bound, (dtype, state, rows, norm, slots), page, tables)
 
 
 def restore_keys(spec: CompressorSpec, w: Wanted) -> Iterator[RestoreKey]:

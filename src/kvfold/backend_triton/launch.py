@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..arguments.checks import side_by_side
 from ..spec import CompressorSpec
 from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState
@@ -22,7 +23,7 @@ from ..storage.window_state import WindowState
 from . import args
 from .args import flat
 from .build import KERNELS
-from .kernels.plan import SEQUENCES
+from .kernels.plan import ENTRIES, SEQUENCES, TABLE, TOKENS
 from .keys import (
     PairKey,
     RestoreKey,
@@ -39,10 +40,14 @@ from .variants import draws_items, slices_of
 
 # What every call brings of itself, in order: how the names of such parameters of a kernel end.
 _BROUGHT = (
-    "pooled", "tokens_kv_score", "tokens_stride", "tokens_count", "scratch_workspace", "scratch_arrivals", "output_rows",
+    "plan_entry_capacity", "pooled", "tokens_kv_score", "tokens_stride", "tokens_count", "scratch_workspace",
+    "scratch_arrivals", "output_rows",
 )  # fmt: skip
 _BROUGHT_PLACED = ("plan_errors", "places_slots", "places_positions", "pooled", "pooled_stride")  # `store` without a plan
 _NO_CACHE = (None,) * len(args.Output._fields)
+
+
+_TOTALS = KERNELS["plan"].arg_names.index("totals")
 
 
 class Chosen(NamedTuple):
@@ -91,8 +96,8 @@ def compress_triton(c: Compressor, plan: PlanData, rows: torch.Tensor | None, pd
         groups = _plan(plan), _snap_table(plan, c), _compressor(c)
         call = met.prepared = _prepare("step", asked, chosen, groups)
     slices = call.chosen.slices
-    brought = _brought(c, plan, rows, slices, call.chosen.draws[0])
-    call.launch(min(grid * slices, call.chosen.programs), brought, brought[1], use_pdl(pdl, plan, c.kv_score.device))
+    brought = plan.room(rows), *_brought(c, plan, rows, slices, call.chosen.draws[0])
+    call.launch(min(grid * slices, call.chosen.programs), brought, brought[2], use_pdl(pdl, plan, c.kv_score.device))
 
 
 def compress_pair_triton(pair: tuple[Compressor, Compressor], plan: PlanData, pdl: bool | None) -> None:
@@ -114,7 +119,8 @@ def compress_pair_triton(pair: tuple[Compressor, Compressor], plan: PlanData, pd
     if call.chosen.few and grid <= 2 * most:  # so that the second compressor need not wait for the first one's last windows
         most = call.chosen.few
     one, other = (_brought(c, plan, None, 1, drawn) for c, drawn in zip(pair, call.chosen.draws, strict=True))
-    call.launch(2 * min(grid, most), one + other, one[1] | other[1], use_pdl(pdl, plan, first.kv_score.device))
+    brought = plan.entry_capacity, *one, *other
+    call.launch(2 * min(grid, most), brought, one[1] | other[1], use_pdl(pdl, plan, first.kv_score.device))
 
 
 def compress_window_triton(c: Compressor, plan: PlanData, rows: torch.Tensor | None, pdl: bool | None) -> None:
@@ -125,20 +131,31 @@ def compress_window_triton(c: Compressor, plan: PlanData, rows: torch.Tensor | N
     asked = c.kv_score.dtype, None if rows is None else rows.dtype
     call = met.prepared
     if call is None or call.asked != asked:
-        wanted = spec, _format(c), plan.max_new_tokens, _types(c, state.dtype, plan, rows), state.page_size
+        types, tables = _types(c, state.dtype, plan, rows), plan.tables
+        wanted = spec, _format(c), plan.max_new_tokens, types, state.page_size, tables
         pools = (
-            args.Pool(pool, pool.stride(0), pool.stride(1), pool.shape[0], table, table.shape[1])
+            args.Pool(
+                pool,
+                pool.stride(0),
+                pool.stride(1),
+                pool.shape[0],
+                table,
+                table.shape[1],
+                None if tables == "plain" else _numbers(table).step,
+            )
             for pool, table in zip((state.kv, state.score), plan.block_tables, strict=True)
         )
+        null_page = -1 if plan.null_page is None else plan.null_page
+        paging = plan.page_size, None if tables == "plain" else null_page, plan.ring_rows or None
         step = plan.entry_items, plan.cu_entries, plan.batch, args.Tokens(ape=c.ape)
         output = _output(c.cache, spec, c.norm_weight, c.rope)
-        groups = _plan(plan), *step, *pools, plan.page_size, args.Scratch(), output
+        groups = _plan(plan), *step, *pools, *paging, args.Scratch(), output
         call = met.prepared = _prepare("window", asked, _choose(state, wanted, _choose_window), groups)
     slices = call.chosen.slices
     pooled = plan.entry_capacity * slices if c.cache is not None or rows is not None else 0
     programs = min(_step_grid(plan, c.kv_score) + pooled, call.chosen.programs)
-    brought = _brought(c, plan, rows, slices, False)
-    call.launch(programs, brought, brought[1], use_pdl(pdl, plan, c.kv_score.device))
+    brought = plan.room(rows), *_brought(c, plan, rows, slices, False)
+    call.launch(programs, brought, brought[2], use_pdl(pdl, plan, c.kv_score.device))
 
 
 def store_triton(
@@ -160,7 +177,7 @@ def store_triton(
         launcher = launcher_of(store_key(spec, cache.format, asked), pooled.device)
         groups = _plan(plan), args.Places(), None, None, _output(cache, spec, norm_weight, rope), _NO_CACHE
         call = met.prepared = _prepare("store", asked, Chosen(asked, launcher, ANY), groups)
-    call.launch(plan.item_capacity, (pooled, None), 0, use_pdl(pdl, plan, pooled.device))
+    call.launch(plan.item_capacity, (plan.room(pooled), pooled, None), 0, use_pdl(pdl, plan, pooled.device))
 
 
 def store_placed_triton(p: Placed, pdl: bool | None) -> None:
@@ -197,15 +214,43 @@ def restore_triton(
     launcher_of(key, state.device)(slots.shape[0] * max(count, 1), values, bits)
 
 
-def update_on_gpu(plan: PlanData, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
-    """`StepPlan.update` after its arguments were checked, for a batch that is not empty."""
-    table, windows = plan.cache_block_table, windows_per_program(plan.windows_per_sequence)
-    chunks = -(-plan.batch // SEQUENCES)
-    values, bits = pack(
-        *args.PlanArguments(
-            start_pos=start_pos,
-            cu_seqlens=cu_seqlens,
-            state_slots=plan.state_slots,
+def update_on_gpu(plan: PlanData, given: torch.Tensor, cu_seqlens: torch.Tensor, totals: bool = False) -> None:
+    """`StepPlan.update` after its arguments were checked, for a batch that is not empty. given, totals: as of `Lengths`."""
+    of_engine = totals or not (side_by_side(given) and side_by_side(cu_seqlens)) or plan.metadata
+    known = plan._prepared
+    if known is None or known[0] is not plan._token or known[1] != of_engine or plan._token is None:
+        windows = windows_per_program(plan.windows_per_sequence)
+        grid = -(-plan.batch // SEQUENCES) * max(1, -(-plan.windows_per_sequence // windows))
+        known = plan._prepared = plan._token, of_engine, grid, *pack(*_update_arguments(plan, of_engine))
+    grid, values, fixed = known[2:]
+    found, bits = pack(given, cu_seqlens)
+    steps = (_numbers(given).step, _numbers(cu_seqlens).step) if of_engine else (None, None)
+    values = [found[0], steps[0], found[1], steps[1], *values[4:]]
+    if of_engine:
+        values[_TOTALS] = int(totals)
+    if plan._launcher is None or plan._launcher[0] != of_engine:
+        no_table = plan.cache_block_table is None
+        key = plan_key(plan.ratio, plan.windows_per_sequence, plan.state_slots is None, no_table, of_engine)
+        plan._launcher = of_engine, launcher_of(key, given.device)
+    plan._launcher[1](grid, values, fixed | bits)
+
+
+def _update_arguments(plan: PlanData, of_engine: bool) -> list:
+    """All but the lengths, which every update brings. What an engine's plan has not gets an address all the same."""
+    table, entry_slots, metadata = plan.cache_block_table, plan.entry_slots, args.Metadata()
+    if of_engine:
+        entry_slots, metadata = plan.errors if entry_slots is None else entry_slots, _metadata(plan)
+    elif table is None:
+        entry_slots = None  # the caller's
+
+    def numbers(x: torch.Tensor | None) -> args.Numbers:
+        return _numbers(plan.errors if x is None else x) if of_engine else args.Numbers(x)
+
+    return flat(
+        args.PlanArguments(
+            lengths=args.Numbers(),
+            cu_seqlens=args.Numbers(),
+            state_slots=numbers(plan.state_slots),
             batch=plan.batch,
             max_new_tokens=plan.max_new_tokens,
             max_tokens=plan.max_tokens,
@@ -218,18 +263,39 @@ def update_on_gpu(plan: PlanData, start_pos: torch.Tensor, cu_seqlens: torch.Ten
             item_capacity=plan.item_capacity,
             entry_items=plan.entry_items,
             entry_capacity=plan.entry_capacity,
-            table=table,
+            table=numbers(table),
             table_width=table.shape[1] if table is not None else 0,
             rows_per_page=plan.rows_per_page or 1,
-            entry_slots=plan.entry_slots if table is not None else None,
-            num_chunks=chunks,
+            entry_slots=entry_slots,
+            num_chunks=-(-plan.batch // SEQUENCES),
+            metadata=metadata,
         )
     )
-    grid = chunks * max(1, -(-plan.windows_per_sequence // windows))
-    if plan._launcher is None:
-        key = plan_key(plan.ratio, plan.windows_per_sequence, plan.state_slots is None, table is None)
-        plan._launcher = launcher_of(key, start_pos.device)
-    plan._launcher(grid, values, bits)
+
+
+def _metadata(plan: PlanData) -> args.Metadata:
+    """What an engine's metadata says, but for `totals`; -1 for what means none and is not there."""
+    sources = (plan.cache_block_table, TABLE), (plan.token_slots, TOKENS), (plan.slots_given, ENTRIES)
+    source = next((kind.value for tensor, kind in sources if tensor is not None), 0)
+    slots = plan.slots_given if plan.token_slots is None else plan.token_slots
+    return args.Metadata(
+        totals=0,
+        by_slot=int(plan.state_slots is not None),
+        null_slot=-1 if plan.null_slot is None else plan.null_slot,
+        null_page=-1 if plan.null_page is None else plan.null_page,
+        source=source,
+        slots=_numbers(plan.errors if slots is None else slots),
+        num_slots=0 if slots is None else slots.shape[0],
+        no_slot=plan.no_slot,
+        reserved=int(plan.reserved),
+        cu_rows=_numbers(plan.errors if plan.cu_rows is None else plan.cu_rows),
+    )
+
+
+def _numbers(x: torch.Tensor) -> args.Numbers:
+    """Numbers, or rows of numbers, of any dtype and stride."""
+    wide = x.dtype == torch.int64
+    return args.Numbers(x, 2 * x.stride(0) * (1 + wide) + wide)
 
 
 def use_pdl(wanted: bool | None, plan: PlanData, device: torch.device) -> bool:

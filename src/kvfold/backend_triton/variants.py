@@ -47,8 +47,13 @@ def window_variant(key: WindowKey) -> Variant:
     together = min(ROWS_OF_A_LANE, spec.window_rows // lanes)
     slices = slices_of(spec, config)
     pool = types_of(args.Pool, rows=POINTERS[types.state])
+    ring = key.tables == "ring"
+    absent = ["null_page"] * (key.tables == "plain") + ["ring"] * (not ring)
+    if key.tables == "plain":
+        pool = pool._replace(step=None)
     arguments = types_of(
         args.WindowArguments,
+        **dict.fromkeys(absent),
         plan=_plan(types),
         # Of the rows of kv_score the kernel says itself where they are aligned (`window_rows.pool_slice`).
         tokens=_tokens(spec, types)._replace(stride="i64"),
@@ -68,7 +73,7 @@ def window_variant(key: WindowKey) -> Variant:
         TILE=max(lanes * together, min(config.tile, spec.window_rows)),
         LANES=lanes,
         ONE_PAGE=key.one_page,
-        PROMPT=config.prompt and key.one_page and (key.fmt is not None or types.rows is not None),
+        PROMPT=config.prompt and key.one_page and not ring and (key.fmt is not None or types.rows is not None),
         ALIGNED=False,
     )
 
@@ -114,8 +119,17 @@ def restore_variant(key: RestoreKey) -> Variant:
 
 
 def plan_variant(key: PlanKey) -> Variant:
-    absent = ["state_slots"] * key.no_slots + ["table", "entry_slots"] * key.no_table
-    arguments = types_of(args.PlanArguments, **dict.fromkeys(absent))
+    arguments = types_of(args.PlanArguments)
+    if not key.metadata:
+        plain = args.Numbers("*i32")
+        arguments = arguments._replace(
+            lengths=plain,
+            cu_seqlens=plain,
+            state_slots=args.Numbers() if key.no_slots else plain,
+            table=args.Numbers() if key.no_table else plain,
+            entry_slots=None if key.no_table else arguments.entry_slots,
+            metadata=args.Metadata(),
+        )
     return _variant("plan", arguments, NUM_WARPS, RATIO=key.ratio, SEQUENCES=SEQUENCES, WINDOWS=key.windows, SCAN=SCAN)
 
 

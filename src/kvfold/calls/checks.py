@@ -14,6 +14,7 @@ from ..arguments.checks import (
     check_device,
     check_dtype,
     check_eager,
+    check_numbers,
     check_real_memory,
     check_shape,
     check_tensor,
@@ -26,7 +27,7 @@ from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState
 from ..storage.remembered import Layer, Met, check_made, where
 from ..storage.snapshots import Snapshots
-from ..storage.step import Compressor, Hits, Placed, PlanData, plan_places
+from ..storage.step import Compressor, Hits, Lengths, Placed, PlanData, plan_places
 from ..storage.window_state import WindowState
 
 BACKENDS = ("triton", "torch")
@@ -99,7 +100,7 @@ def check_compress(c: Compressor, plan: PlanData, rows: torch.Tensor | None, bac
     if start < met.kv_score[0] or end > met.kv_score[1]:
         met.kv_score = _find_room(Place("kv_score", kv_score), start, end, c, plan, met)
     if rows is not None:
-        check_tensor("rows", rows, (plan.entry_capacity, spec.head_dim), _FLOATS, kv_score.device)
+        check_tensor("rows", rows, plan.rows_shape(spec), _FLOATS, kv_score.device)
         first = rows.data_ptr()
         behind = first + rows.nbytes
         if first < met.rows[0] or behind > met.rows[1]:
@@ -251,6 +252,11 @@ def _check_plan(c: Compressor, plan: PlanData) -> None:
             raise ValueError("plan must have block_tables for a WindowState, got state_slots")
         if have != want:
             raise ValueError(f"plan must be for pages of {want} positions like state, got page_size={have}")
+        if plan.ring and plan.ring_rows < c.spec.window_rows - 1:
+            raise ValueError(
+                f"plan must have rings of at least {c.spec.window_rows - 1} rows, as many old ones as a step may need of "
+                f"{c.spec}, got {plan.ring_rows}"
+            )
     if c.snapshots is not None and plan.snapshot_page_size != c.snapshots.page_size:
         have, want = plan.snapshot_page_size, c.snapshots.page_size
         raise ValueError(f"plan must have a snapshot_table with snapshot_page_size={want} for snapshots, got {have}")
@@ -305,7 +311,7 @@ def check_store(c: Compressor, plan: PlanData, backend: str | None) -> str:
     check_made("plan", plan, PlanData)
     check_made("cache", cache, EntryCache)
     met = _meet(c, plan)
-    check_tensor("rows", rows, (plan.entry_capacity, c.spec.head_dim), _FLOATS, cache.device)
+    check_tensor("rows", rows, plan.rows_shape(c.spec), _FLOATS, cache.device)
     start = rows.data_ptr()
     end = start + rows.nbytes
     if start < met.rows[0] or end > met.rows[1]:
@@ -388,19 +394,20 @@ def check_restore(state: FoldState, snapshots: Snapshots, hits: Hits, backend: s
     return chosen
 
 
-def check_update(plan: PlanData, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
+def check_update(plan: PlanData, lengths: Lengths) -> None:
     """Checks the arguments of `StepPlan.update`, and the plan where its tensors are elsewhere than at the last one."""
     check_made("plan", plan, PlanData)
     if plan._where != where(plan._tensors):
         plan._validate()
-    device = plan.start_pos.device
-    check_tensor("start_pos", start_pos, (plan.batch,), (torch.int32,), device)
-    check_tensor("cu_seqlens", cu_seqlens, (plan.batch + 1,), (torch.int32,), device)
-    came = start_pos.data_ptr(), cu_seqlens.data_ptr()
+    device, (given, cu_seqlens, totals) = plan.start_pos.device, lengths
+    check_numbers(lengths.name, given, (plan.batch,), device)
+    check_numbers("cu_seqlens", cu_seqlens, (plan.batch + 1,), device)
+    came = totals, given.data_ptr(), cu_seqlens.data_ptr()
     if came == plan._came:
         return
     # What `update` reads must not be what it writes, but for the plan's own copies under their names.
-    for name, x in (("start_pos", start_pos), ("cu_seqlens", cu_seqlens)):
-        if x.data_ptr() != getattr(plan, name).data_ptr() and find_room(plan._bounds, *extent(x)) == NO_ROOM:
+    for name, x in ((lengths.name, given), ("cu_seqlens", cu_seqlens)):
+        own = getattr(plan, name, None)
+        if (own is None or x.data_ptr() != own.data_ptr()) and find_room(plan._bounds, *extent(x)) == NO_ROOM:
             check_apart([*plan_places(plan, updating=True), Place(name, x)])
     plan._came = came

@@ -13,9 +13,10 @@ from ..backend_torch.fold import compress_torch
 from ..backend_torch.plan import update_torch
 from ..backend_torch.restore import restore_torch
 from ..backend_torch.window import compress_window_torch
+from ..contract import INT32_MAX
 from ..storage.fold_state import FoldState
 from ..storage.snapshots import Snapshots
-from ..storage.step import Compressor, Hits, Placed, PlanData
+from ..storage.step import Compressor, Hits, Lengths, Placed, PlanData
 from .checks import check_compress, check_many, check_placed, check_restore, check_store, check_update
 
 
@@ -85,13 +86,13 @@ def run_restore(state: FoldState, snapshots: Snapshots, hits: Hits, backend: str
         _triton().restore_triton(state, snapshots, *hits)
 
 
-def run_update(plan: PlanData, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
-    check_update(plan, start_pos, cu_seqlens)
+def run_update(plan: PlanData, lengths: Lengths) -> None:
+    check_update(plan, lengths)
     if plan.batch == 0:
-        plan.cu_seqlens.copy_(cu_seqlens)
+        plan.cu_seqlens.copy_(lengths.cu_seqlens.clamp(-INT32_MAX - 1, INT32_MAX))
     elif plan.start_pos.is_cuda:
         plan.fresh = True
-        _triton().update_on_gpu(plan, start_pos, cu_seqlens)
+        _triton().update_on_gpu(plan, *lengths)
     else:
-        check_eager("start_pos")
-        update_torch(plan, start_pos, cu_seqlens)
+        check_eager(lengths.name)
+        update_torch(plan, *lengths)

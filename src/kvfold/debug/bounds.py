@@ -266,11 +266,12 @@ def check_items(plan: dict, items: torch.Tensor, num_items: torch.Tensor, entry_
     window, start, end, token, slot, entry, sequence, _ = items[:count].long().unbind(1)
     ratio, length = plan["ratio"], end - start
     first, ends = start.clamp(min=0) // ratio, (window + 1) * ratio <= end
+    before = min(token.tolist(), default=0)  # rows of kv_score that the step may not have
     rules = (
         ("start", (start >= 0) & (start < MOST_POSITIONS)),
         ("end", (length > 0) & (length <= plan["max_new_tokens"]) & (end <= MOST_POSITIONS)),
         ("window", (window >= first) & (window <= (end - 1).clamp(min=0) // ratio)),
-        ("token", (token >= 0) & (token + length <= plan["max_tokens"])),
+        ("token", (token >= 0) & (token - before + length <= plan["max_tokens"])),
         ("sequence", (sequence >= 0) & (sequence < plan["batch"])),
         ("slot", slot == sequence if paged else slot >= 0),
         ("entry", torch.where(ends, entry >= 0, entry == -1)),

@@ -22,6 +22,7 @@ from torch import Tensor
 from .._version import __version__
 from ..arguments.files import write_atomically
 from ..backend_torch.items import Items
+from ..contract import UnsupportedError
 from ..plan import StepPlan
 from ..spec import CompressorSpec
 from ..storage.cache import EntryCache
@@ -54,6 +55,8 @@ def tensors_of(call: Call) -> dict[str, Tensor]:
 
 
 def write(path: str | os.PathLike, call: Call, history: History, whole: bool) -> None:
+    if call.plan.reserved or call.plan.ring or (call.plan.null_page is not None and call.plan.block_tables is not None):
+        raise UnsupportedError("plan must be without cu_rows and ring, and without null_page for block_tables: files have none")
     safetensors, place = _safetensors(), Path(bounds.check_path(path, new=True))  # safetensors writes over devices, too
     named = tensors_of(call) | {f"history.{b}": x for b, x in enumerate(history or ()) if x is not None}
     touched, stored, layouts = {} if whole else _touched(call), {}, {}

@@ -50,8 +50,16 @@ def plan_refusals(plan: StepPlan) -> list[Refusal]:
             found.append(Refusal(b, -1, reason))
             continue
         first, last = start // plan.ratio, (start + behind - token) // plan.ratio
+        room = plan.entry_capacity - _first_place(plan, b, entry, last - first)
+        windows = range(first, last)[: max(room, 0)]  # whose entries have a place
         if plan.cache_block_table is not None:
-            found += _table_refusals(plan, b, range(first, last), plan.entry_capacity - entry)
+            found += _table_refusals(plan, b, windows)
+        elif plan.token_slots is not None:
+            for window in windows:
+                row = token + (window + 1) * plan.ratio - 1 - start
+                if row >= len(plan.token_slots):
+                    reason = f"its last token is row {row} of kv_score, and token_slots has {len(plan.token_slots)}"
+                    found.append(Refusal(b, window, reason))
         entry += last - first
     return found
 
@@ -76,10 +84,11 @@ def sequences(plan: StepPlan) -> Iterator[tuple[int, int, int, int, str]]:
     """Of those not absent: sequence, start, first row of kv_score and the one behind its last, and why it is refused."""
     offsets = plan.cu_seqlens.tolist()
     slots = [0] * plan.batch if plan.state_slots is None else plan.state_slots.tolist()
+    first = max(offsets[0], 0)
     for b, (slot, start) in enumerate(zip(slots, plan.start_pos.tolist(), strict=True)):
         token, behind = offsets[b : b + 2]
         new, rows = behind - token, f"kv_score rows {token} to {behind - 1}"
-        if slot == -1 or new == 0:
+        if slot in (-1, plan.null_slot) or new == 0:
             continue
         rules = (
             (slot < -1, f"state_slots[{b}] is {slot}; slots count from 0, and -1 leaves a sequence out"),
@@ -87,16 +96,25 @@ def sequences(plan: StepPlan) -> Iterator[tuple[int, int, int, int, str]]:
             (new < 0, f"cu_seqlens goes back from {token} to {behind} at [{b + 1}], which is {new} new tokens"),
             (new > plan.max_new_tokens, f"it has {new} new tokens, more than the plan's max_new_tokens={plan.max_new_tokens}"),
             (token < 0, f"cu_seqlens[{b}] is {token}, below 0"),
-            (behind > plan.max_tokens, f"its new tokens are {rows}, beyond the plan's max_tokens={plan.max_tokens}"),
+            (token < first, f"cu_seqlens[{b}] is {token}, below cu_seqlens[0], which is {first}"),
+            (behind - first > plan.max_tokens, f"its new tokens are {rows}, beyond the plan's max_tokens={plan.max_tokens}"),
             (start + new > MOST_POSITIONS, f"it ends at position {start + new}, beyond 2**30"),
         )
         yield b, start, token, behind, next((reason for broken, reason in rules if broken), "")
 
 
-def _table_refusals(plan: StepPlan, b: int, windows: range, room: int) -> Iterator[Refusal]:
-    """Entries for which a plan finds no page in `cache_block_table`. room: entries that the plan has a place for."""
+def _first_place(plan: StepPlan, b: int, before: int, count: int) -> int:
+    """The place of the first of a sequence's entries, with so many `before` them."""
+    if plan.cu_rows is None:
+        return before
+    place, behind = plan.cu_rows[b : b + 2].tolist()
+    return place if before <= place and place + count <= min(behind, MOST_POSITIONS) else MOST_POSITIONS
+
+
+def _table_refusals(plan: StepPlan, b: int, windows: range) -> Iterator[Refusal]:
+    """Entries for which a plan finds no page in `cache_block_table`."""
     row = plan.cache_block_table[b].tolist()
-    for window in windows[: max(room, 0)]:
+    for window in windows:
         column = window // plan.rows_per_page
         if column >= len(row):
             columns = "column" if len(row) == 1 else "columns"
@@ -130,14 +148,19 @@ def _sequence_refusals(c: Compressor, items: Items) -> Iterator[Refusal]:
 def _page_refusals(c: Compressor, plan: StepPlan, items: Items) -> tuple[list[Refusal], list[bool]]:
     """Windows whose block tables are wrong, and for each item whether all rows of its window are found."""
     found, made, ratio = [], [], plan.ratio
-    tables = [table.cpu() for table in plan.block_tables]
+    tables = [
+        table.cpu() if plan.null_page is None else table.cpu().masked_fill(table.cpu() == plan.null_page, -1)
+        for table in plan.block_tables
+    ]
     slots = None if plan.entry_slots is None or not plan.entry_capacity else plan.entry_slots.tolist()
     columns = (items.window, items.start, items.end, items.entry, items.sequence)
     for window, start, end, entry, b in torch.stack(columns, dim=1).tolist():
         old = range(max(window - int(c.spec.overlap), 0) * ratio, min(start, (window + 1) * ratio)) if entry >= 0 else range(0)
         new = range(max(start, window * ratio), min(end, (window + 1) * ratio))
-        missing, unread = _page_reasons(c.state, tables, b, old)
-        _, unwritten = _page_reasons(c.state, tables, b, new)
+        if plan.ring:  # earlier ones are not kept
+            new = range(max(new.start, end - plan.ring_rows), new.stop)
+        missing, unread = _page_reasons(c.state, tables, b, old, plan.ring)
+        _, unwritten = _page_reasons(c.state, tables, b, new, plan.ring)
         wanted = entry >= plan.entry_capacity or slots is None or slots[entry] >= 0
         reason = unread or unwritten or (missing if wanted else "")
         if reason:
@@ -146,7 +169,7 @@ def _page_refusals(c: Compressor, plan: StepPlan, items: Items) -> tuple[list[Re
     return found, made
 
 
-def _page_reasons(state: WindowState, tables: list[torch.Tensor], b: int, positions: range) -> tuple[str, str]:
+def _page_reasons(state: WindowState, tables: list[torch.Tensor], b: int, positions: range, ring: bool) -> tuple[str, str]:
     """Why rows of positions are not found: where there is no page, and where a table is wrong; "" for neither."""
     missing = wrong = ""
     if not positions:
@@ -155,15 +178,18 @@ def _page_reasons(state: WindowState, tables: list[torch.Tensor], b: int, positi
     first, last = positions[0] // size, positions[-1] // size
     for i, (table, pages, what) in enumerate(zip(tables, (len(state.kv), len(state.score)), ("values", "scores"), strict=True)):
         width = table.shape[1]
-        for column, page in enumerate(table[b, first : last + 1].tolist(), first):
-            name = f"block_tables[{i}][{b}, {column}], the page with the {what} of position {max(positions[0], column * size)},"
+        row = table[b].tolist()
+        for column in range(first, last + 1 if ring else min(last + 1, width)):
+            at = column % width if ring else column
+            page = row[at]
+            name = f"block_tables[{i}][{b}, {at}], the page with the {what} of position {max(positions[0], column * size)},"
             if page == -1:
                 missing = missing or f"{name} is -1, no page, and its entry needs it"
             elif page < -1:
                 wrong = wrong or f"{name} is {page}; pages count from 0, and -1 is none"
             elif page >= pages:
                 wrong = wrong or f"{name} is {page}, and the state has {pages} pages of {what}"
-        if last >= width:
+        if last >= width and not ring:
             position = max(positions[0], max(first, width) * size)
             wrong = wrong or f"block_tables[{i}] has {width} columns, and position {position} is in page {position // size}"
     return missing, wrong
@@ -193,7 +219,11 @@ def _entry_refusals(c: Compressor, plan: StepPlan, items: Items) -> Iterator[Ref
     spec, room = c.spec, plan.entry_capacity
     slots = None if c.cache is None or plan.entry_slots is None else plan.entry_slots.tolist()
     for window, entry, b in torch.stack((items.window, items.entry, items.sequence), dim=1).tolist():
-        if entry >= room:
+        if entry >= MOST_POSITIONS and plan.reserved:
+            yield Refusal(
+                b, window, f"cu_rows[{b}] and the next have no room for all entries of the sequence behind those before"
+            )
+        elif entry >= room:
             yield Refusal(b, window, f"it is entry {entry} of the step, and the plan has room for {room} (entry_slots)")
         elif entry >= 0 and slots is not None and slots[entry] != -1:
             if not 0 <= slots[entry] < c.cache.num_slots:
@@ -206,6 +236,8 @@ def _slot_reason(cache: EntryCache, plan: StepPlan, b: int, window: int, entry: 
     if plan.cache_block_table is not None and plan.rows_per_page:
         page, column = slot // plan.rows_per_page, window // plan.rows_per_page
         return f"cache_block_table[{b}, {column}] is {page}, and the cache has {cache.num_pages} pages"
+    if plan.token_slots is not None:
+        return f"the slot of its last token in token_slots is {slot}, and the cache has {cache.num_slots} slots"
     if slot < -1:
         return f"entry_slots[{entry}] is {slot}; cache slots count from 0, and -1 drops an entry"
     return f"entry_slots[{entry}] is {slot}, and the cache has {cache.num_slots} slots"

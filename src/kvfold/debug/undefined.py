@@ -90,8 +90,11 @@ def _shared_rows(c: Compressor, plan: StepPlan, items: Items) -> Iterator[Refusa
     position, old = window_positions(items, c.spec)
     reads = old & (items.entry >= 0)[:, None]
     writes = (position >= torch.maximum(start, items.window[:, None] * c.spec.ratio)) & (position < items.end[:, None])
-    for name, pool, table in zip(("kv", "score"), (state.kv, state.score), plan.block_tables, strict=True):
-        page, _ = Pages(pool, table).find(items.slot[:, None], position.clamp(min=0))
+    if plan.ring:  # what a step would overwrite is not written, and what it reads is read before it writes
+        kept = position >= items.end[:, None] - plan.ring_rows
+        reads, writes = reads & kept, writes & kept
+    for name, pages in zip(("kv", "score"), Pages.of(state, plan), strict=True):
+        page, _ = pages.find(items.slot[:, None], position.clamp(min=0))
         row = page * state.page_size + position % state.page_size
         written, read = writes & (page >= 0), reads & (page >= 0)
         places, counts = row[written].unique(return_counts=True)

@@ -20,7 +20,7 @@ from triton.compiler import CompiledKernel
 from .._version import __version__
 from ..backend_triton import table as configs
 from ..backend_triton.build import Variant
-from ..backend_triton.keys import Key, PairKey, RestoreKey, plan_key, step_key, store_key, window_key
+from ..backend_triton.keys import TABLES, Key, PairKey, RestoreKey, plan_key, step_key, store_key, window_key
 from ..backend_triton.table import ANY, Config, choose
 from ..backend_triton.variants import variant_of
 from ..contract import UnsupportedError
@@ -55,7 +55,7 @@ class Combination:
 
     kind: of a row of the table, or `"pair"` for `compress_many`, or `"plan"` or `"restore"`. other: the second of a pair, or of
     `store` with `also`. page_size: of a `WindowState`. snapshots: whether the call leaves any. dtype: of kv_score. placed: of
-    `store`, without a plan.
+    `store`, without a plan. tables: one of `keys.TABLES`; of a plan, whether it is for an engine's metadata.
     """
 
     kind: str
@@ -67,6 +67,7 @@ class Combination:
     snapshots: bool = False
     dtype: torch.dtype = torch.bfloat16
     placed: bool = False
+    tables: str = "plain"
 
     @property
     def name(self) -> str:
@@ -81,7 +82,8 @@ class Combination:
             parts += [*_spec_words(self.other[0]), self.other[1].name]
         if self.kind in ("window", "restore"):
             parts += [f"page{self.page_size}"]
-        parts += ["slots"] * self.placed + ["snapshots"] * self.snapshots + ["kv_fp32"] * (self.dtype == torch.float32)
+        parts += ["slots"] * self.placed + [self.tables] * (self.tables != "plain")
+        parts += ["snapshots"] * self.snapshots + ["kv_fp32"] * (self.dtype == torch.float32)
         return " ".join(parts)
 
     @property
@@ -100,14 +102,14 @@ class Combination:
         if self.kind == "restore":
             return RestoreKey(self.spec, fp32, Snapshots.allocate(self.spec, 0, self.page_size, device="meta").rows_per_page)
         if self.config is None:
-            return plan_key(self.spec.ratio, 1, False, False)
+            return plan_key(self.spec.ratio, 1, False, False, self.tables == "engine")
         if self.kind == "store":
             places = (torch.int64, torch.int64 if self.spec.rope_dim else None) if self.placed else ()
             return store_key(self.spec, self.fmt, (fp32, fp32, *places), self.other and self.other[1])
         types = (self.dtype, fp32, fp32 if self.fmt is None else None, fp32, True)
         bound = self.config.max_new_tokens
         if self.kind == "window":
-            return window_key(self.spec, self.fmt, bound, types, self.page_size)
+            return window_key(self.spec, self.fmt, bound, types, self.page_size, self.tables)
         both = [(self.spec, self.fmt), *([self.other] if self.other else [])]
         more = bound, types, self.snapshots, self.config.bucket
         found = [step_key(spec, fmt, state_kind(spec), *more) for spec, fmt in both]
@@ -139,6 +141,7 @@ def _all(
 ) -> Iterator[Combination]:
     for spec in sorted(specs, key=lambda spec: spec.ratio):
         yield Combination("plan", spec)
+        yield Combination("plan", spec, tables="engine")
     for spec in specs:
         # Pages of fold rows may end inside windows.
         for page_size in (spec.ratio, 1) if state_kind(spec) == "fold" else (spec.ratio,):
@@ -156,6 +159,10 @@ def _all(
                 for fmt in fitting:
                     page_size = spec.ratio if config.kind == "window" and fmt is not None else 1
                     yield Combination(config.kind, spec, fmt, config, page_size=page_size, dtype=dtype)
+                # How tables are read has nothing to do with the format.
+                for tables in TABLES[1:] if config.kind == "window" else ():
+                    for fmt in (None,) if None in fitting else fitting[-1:]:
+                        yield Combination("window", spec, fmt, config, page_size=1, dtype=dtype, tables=tables)
                 # With snapshots a call takes the row for many windows (`step_key`).
                 for fmt in (None,) if None in fitting else fitting:
                     if config.kind != "window" and config.bucket == ANY:

@@ -12,6 +12,7 @@ from ..storage.formats import RecordFormat
 from .choices import FLOATS, INDICES, check_all, check_choices, check_formats, check_workers, defined_for, fits, several
 
 STATES = ("fold", "window")
+PLANS = ("plain", "engine", "ring")  # as `backend_triton.keys.TABLES`, which imports triton
 
 
 def warmup(
@@ -27,6 +28,7 @@ def warmup(
     page_sizes: Iterable[int] | None = None,
     many: Iterable[tuple[tuple[CompressorSpec, str | None], tuple[CompressorSpec, str | None]]] = (),
     snapshots: Iterable[bool] = (False,),
+    plans: Iterable[str] = ("plain",),
     round_inputs: bool = False,
     slot_dtypes: Iterable[torch.dtype] = (),
     position_dtypes: Iterable[torch.dtype] = (torch.int64,),
@@ -62,6 +64,9 @@ def warmup(
         page_sizes: of `WindowState`s; default: any.
         many: pairs of (spec, format) that `compress_many` gets together, over `FoldState`s.
         snapshots: whether calls over `FoldState`s get `snapshots`: True, False or both. With True `restore` is compiled too.
+        plans: what plans are built with. `"plain"`: nothing below. `"engine"`: any of `seq_lens`, `token_slots`, `null_page`,
+            `null_slot`, `cu_rows`, int64, or numbers that are strided. `"ring"`: `ring=True`, whatever else; name the others
+            too that come with it. Of calls over `FoldState`s it changes nothing.
         round_inputs: whether a `FoldState` in bf16 gets fp32 `kv_score`, which it rounds.
         slot_dtypes: of `slots` in `store` without a plan: int32, int64 or both. Default: `store` is compiled with a plan alone.
         position_dtypes: of `positions` there.
@@ -86,6 +91,7 @@ def warmup(
     state_dtypes, states = check_choices("state_dtypes", state_dtypes, FLOATS), check_choices("states", states, STATES)
     rows = check_choices("rows", rows, (None, *FLOATS))
     snapshots = check_choices("snapshots", snapshots, (False, True))
+    plans = check_choices("plans", plans, PLANS)
     steps = several("max_new_tokens", max_new_tokens)
     for bound in steps:
         check_int("max_new_tokens", bound, 1, (1 << 31) - 1)
@@ -109,9 +115,9 @@ def warmup(
     from ..backend_triton.prepare import prepare
 
     gpu = _gpu(device, INTERPRETED)
-    w = keys.Wanted(dtypes, steps, state_dtypes, norms, snapshots, round_inputs, slots, positions)
+    w = keys.Wanted(dtypes, steps, state_dtypes, norms, snapshots, round_inputs, slots, positions, _tables(plans))
     paired = [spec for pair in pairs for spec, _ in pair]
-    found = [*keys.plan_keys({spec.ratio for spec in (*specs, *paired)}, states)]
+    found = [*keys.plan_keys({spec.ratio for spec in (*specs, *paired)}, states, plans)]
     for spec, fmt in chosen:
         for some in rows:
             found += keys.store_keys(spec, fmt, w, some)
@@ -126,6 +132,11 @@ def warmup(
             found += keys.restore_keys(spec, w)
     dependent = pdl is not False and supports_pdl(gpu)
     return prepare(found, gpu, lambda key: dependent and not isinstance(key, (keys.PlanKey, keys.RestoreKey)), workers)
+
+
+def _tables(plans: tuple[str, ...]) -> tuple[str, ...]:
+    """How kernels of a `WindowState` read its tables: what is of an engine elsewhere may be plain here."""
+    return tuple(dict.fromkeys((*plans, *["plain"] * ("engine" in plans))))
 
 
 def _gpu(device: torch.device | str | int | None, interpreted: bool) -> torch.device:

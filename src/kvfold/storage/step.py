@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..arguments.checks import check_int, check_tensor, traced
+from ..arguments.checks import check_int, check_numbers, check_switch, check_tensor, side_by_side, traced
 from ..arguments.overlap import Place, check_apart
-from ..contract import INT32_MAX, ITEM_FIELDS, MOST_ITEMS
+from ..contract import INT32_MAX, ITEM_FIELDS, MOST_ITEMS, MOST_POSITIONS
 from ..spec import CompressorSpec
 from .cache import EntryCache
 from .fold_state import FoldState
@@ -60,6 +60,26 @@ class Placed(NamedTuple):
     errors: torch.Tensor | None
 
 
+class Lengths(NamedTuple):
+    """What a step adds: how long each sequence is, before it or with `totals` after it, and the offsets of the new tokens."""
+
+    given: torch.Tensor
+    cu_seqlens: torch.Tensor
+    totals: bool = False
+
+    @property
+    def name(self) -> str:
+        """The argument that `given` came as."""
+        return "seq_lens" if self.totals else "start_pos"
+
+    @classmethod
+    def of(cls, start_pos: torch.Tensor | None, cu_seqlens: torch.Tensor, seq_lens: torch.Tensor | None) -> Lengths:
+        if (start_pos is None) == (seq_lens is None):
+            got = "neither" if start_pos is None else "both"
+            raise ValueError(f"start_pos or seq_lens must be given, and not both, got {got}")
+        return cls(start_pos, cu_seqlens) if seq_lens is None else cls(seq_lens, cu_seqlens, True)
+
+
 class PlanData(Checked):
     """The bounds and tensors of a `StepPlan`, which says what they are; an operator's plan of one call is this alone."""
 
@@ -80,6 +100,14 @@ class PlanData(Checked):
     entry_slots: torch.Tensor | None
     snapshot_table: torch.Tensor | None
     snapshot_page_size: int | None
+    token_slots: torch.Tensor | None = None
+    slots_given: torch.Tensor | None = None  # entry slots that `update` copies, as kernels do not read them as they are
+    no_slot: int = -1
+    null_page: int | None = None
+    null_slot: int | None = None
+    ring: bool = False
+    cu_rows: torch.Tensor | None = None
+    reserved: bool = False  # entries have the places of `cu_rows`
     cu_entries: torch.Tensor
     items: torch.Tensor
     num_items: torch.Tensor
@@ -92,50 +120,64 @@ class PlanData(Checked):
     _watched_on_gpu = False  # `update` looks for its tensors, once for all layers of the step
     _whole = True  # an operator's plan of one call is not: it has no tensors of `update` (ops.py)
 
-    _launcher: Callable[..., None] | None = None  # of `update` on a GPU, made by the first one
-    _came: tuple[int, int] | None = None  # the addresses of what the last `update` was given
+    _launcher: tuple[bool, Callable[..., None]] | None = None  # of the last `update` on a GPU, and if for an engine's metadata
+    _prepared: tuple | None = None  # the arguments of the last `update` on a GPU: backend_triton/launch.py
+    _came: tuple | None = None  # the addresses of what the last `update` was given
     _bounds: list[int]  # what its tensors span, as `check_apart` returns it
     _where: list  # where they were
 
-    def _allocate(self, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
-        """Checks what `StepPlan.build` was given, which set it as attributes, and makes the plan's own tensors."""
+    def _allocate(self, lengths: Lengths, max_rows: int | None, errors: torch.Tensor | None) -> None:
+        """Checks what `StepPlan.build` was given, which set the rest as attributes, and makes the plan's own tensors."""
         check_int("ratio", self.ratio, 1, 4096)
         check_int("max_new_tokens", self.max_new_tokens, 1, INT32_MAX)
-        device = getattr(start_pos, "device", None)
-        check_tensor("start_pos", start_pos, (None,), (torch.int32,), device, fake=True)
-        batch = self.batch = start_pos.shape[0]
-        check_tensor("cu_seqlens", cu_seqlens, (batch + 1,), (torch.int32,), device, fake=True)
+        device = getattr(lengths.given, "device", None)
+        check_numbers(lengths.name, lengths.given, (None,), device, fake=True)
+        batch = self.batch = lengths.given.shape[0]
+        check_numbers("cu_seqlens", lengths.cu_seqlens, (batch + 1,), device, fake=True)
         if self.state_slots is None and self.block_tables is None:
             raise ValueError("state_slots or block_tables must be given, got neither")
+        of_entries = [name for name in ("entry_slots", "cache_block_table", "token_slots") if getattr(self, name) is not None]
+        if len(of_entries) > 1:
+            raise ValueError(f"{of_entries[0]} and {of_entries[1]} exclude each other, got both")
         if self.entry_slots is not None:
-            if self.cache_block_table is not None:
-                raise ValueError("entry_slots and cache_block_table exclude each other, got both")
-            check_tensor("entry_slots", self.entry_slots, (None,), (torch.int64,), device, fake=True)
+            check_numbers("entry_slots", self.entry_slots, (None,), device, fake=True)
         if self.max_tokens is None:
             self.max_tokens = INT32_MAX
         check_int("max_tokens", self.max_tokens, 0, INT32_MAX)
         self.max_tokens = min(self.max_tokens, batch * self.max_new_tokens)
+        self.reserved = self.cu_rows is not None
         self._check_places(device)
-        self._set_capacities()
-        if self.cache_block_table is not None:
-            self.entry_slots = torch.empty(self.entry_capacity, dtype=torch.int64, device=device)
+        self._set_capacities(max_rows)
+        if not side_by_side(self.entry_slots, torch.int64):
+            self.slots_given = self.entry_slots
+        if self.fills_slots:
+            self.entry_slots = torch.full((self.entry_capacity,), -1, dtype=torch.int64, device=device)
         for name, shape in self._shapes().items():
             setattr(self, name, torch.zeros(shape, dtype=torch.int32, device=device))
         self.entry_items.fill_(-1)
+        if errors is not None:
+            check_tensor("errors", errors, (1,), (torch.int32,), device, fake=True)
+            self.errors = errors
 
-    def _set_capacities(self) -> None:
+    def _set_capacities(self, max_rows: int | None) -> None:
         """Most work items and entries of a step; entries are those that the caller has slots for, or as many as can be."""
         batch, ratio, windows = self.batch, self.ratio, self.batch * self.windows_per_sequence
         self.item_capacity = self.items_for(self.max_tokens)
-        if self.entry_slots is None:
-            self.entry_capacity = min(batch * -(-self.max_new_tokens // ratio), self.max_tokens // ratio + batch)
-        else:
+        if max_rows is not None:
+            check_int("max_rows", max_rows, 0, MOST_POSITIONS)
+            if not self.reserved or self.entry_slots is not None:
+                raise ValueError(f"max_rows must be None without cu_rows, and with entry_slots, got {max_rows}")
+        if self.entry_slots is not None:
             self.entry_capacity = self.entry_slots.shape[0]
-            if self.item_capacity:
-                # Lengths that overlap in kv_score, as with offsets that go back, end more windows than max_tokens can: every
-                # entry that has a place then still has an item, which comes at most B behind it.
-                self.item_capacity = max(self.item_capacity, min(windows, self.entry_capacity + batch))
-        if windows > INT32_MAX or self.item_capacity > MOST_ITEMS:
+        elif self.reserved:
+            self.entry_capacity = batch * -(-self.max_new_tokens // ratio) if max_rows is None else max_rows
+        else:
+            self.entry_capacity = min(batch * -(-self.max_new_tokens // ratio), self.max_tokens // ratio + batch)
+        if self.item_capacity:
+            # Lengths that overlap in kv_score, as with offsets that go back, end more windows than max_tokens can: every entry
+            # that has a place then still has an item, which comes at most B behind it.
+            self.item_capacity = max(self.item_capacity, min(windows, self.entry_capacity + batch))
+        if windows > INT32_MAX or self.item_capacity > MOST_ITEMS or (self.reserved and self.entry_capacity > MOST_POSITIONS):
             raise ValueError(
                 f"max_new_tokens={self.max_new_tokens} and max_tokens={self.max_tokens} must mean at most {MOST_ITEMS} windows "
                 f"of {ratio} in {batch} sequences"
@@ -156,10 +198,10 @@ class PlanData(Checked):
         device = getattr(self.items, "device", None)
         for name, shape in self._shapes().items():
             check_tensor(name, getattr(self, name), shape, (torch.int32,), device, fake=True)
-        if self.entry_slots is not None or self.cache_block_table is not None:
+        if self.entry_slots is not None or self.fills_slots:
             check_tensor("entry_slots", self.entry_slots, (self.entry_capacity,), (torch.int64,), device, fake=True)
         self._check_places(device)
-        self._launcher = self._came = None
+        self._launcher = self._came = self._prepared = None
         places = plan_places(self, updating=True)
         self._bounds = check_apart(places)
         self._tensors = tuple(place.tensor for place in places)
@@ -167,13 +209,12 @@ class PlanData(Checked):
 
     def _check_places(self, device: torch.device) -> None:
         """Checks what says where snapshots and entries are, and, in one way at most, where the state is."""
-        tables, batch, ints = self.block_tables, self.batch, (torch.int32,)
-        named = ("cache_block_table", self.cache_block_table), ("snapshot_table", self.snapshot_table)
-        paged = {name: table for name, table in named if table is not None}
+        tables, batch = self.block_tables, self.batch
+        paged = {} if self.cache_block_table is None else {"cache_block_table": self.cache_block_table}
         if self.state_slots is not None:
             if tables is not None:
                 raise ValueError("state_slots and block_tables exclude each other, got both")
-            check_tensor("state_slots", self.state_slots, (batch,), ints, device, fake=True)
+            check_numbers("state_slots", self.state_slots, (batch,), device, fake=True)
         if tables is not None:
             if not isinstance(tables, tuple) or len(tables) != 2:
                 raise TypeError("block_tables must be a tuple of two tensors, of value pages and of score pages")
@@ -181,13 +222,46 @@ class PlanData(Checked):
                 raise ValueError("snapshot_table must be None with block_tables, whose pages are shared as they are")
             paged |= {f"block_tables[{i}]": table for i, table in enumerate(tables)}
         for name, table in paged.items():
-            check_tensor(name, table, (batch, None), ints, device, fake=True)
+            check_numbers(name, table, (batch, None), device, fake=True)
+        if self.snapshot_table is not None:
+            check_tensor("snapshot_table", self.snapshot_table, (batch, None), (torch.int32,), device, fake=True)
+        for name, numbers, count in (
+            ("token_slots", self.token_slots, None),
+            ("entry_slots", self.slots_given, None),
+            ("cu_rows", self.cu_rows, batch + 1),
+        ):
+            if numbers is not None:
+                check_numbers(name, numbers, (count,), device, fake=True)
         self._check_size("page_size", INT32_MAX, "block_tables")
         self._check_size("snapshot_page_size", MOST_PAGE, "snapshot_table")
         if self.rows_per_page is not None:
             check_int("rows_per_page", self.rows_per_page, 1, 1 << 20)
         elif self.cache_block_table is not None:
             raise ValueError("rows_per_page must be given with cache_block_table, got None")
+        self._check_nulls()
+
+    def _check_nulls(self) -> None:
+        """Checks which numbers mean "none", and whether tables are rings."""
+        tables, no_slot = self.block_tables, self.no_slot
+        paged = tables is not None or self.cache_block_table is not None
+        for name, null, there, of in (
+            ("null_page", self.null_page, paged, "block_tables or cache_block_table"),
+            ("null_slot", self.null_slot, self.state_slots is not None, "state_slots"),
+        ):
+            if null is not None:
+                check_int(name, null, 0, INT32_MAX)
+                if not there:
+                    raise ValueError(f"{name} must be None without {of}, got {null}")
+        check_int("no_slot", no_slot, -1, 0)
+        if no_slot == 0 and self.token_slots is None:
+            raise ValueError("no_slot must be -1 without token_slots, got 0")
+        check_switch("ring", self.ring)
+        if self.ring:
+            if tables is None:
+                raise ValueError("ring must be False without block_tables, got True")
+            widths = [table.shape[1] for table in tables]
+            if widths[0] != widths[1] or not 1 <= widths[0] * self.page_size <= INT32_MAX:
+                raise ValueError(f"block_tables must be equally wide with ring, from 1 page to 2**31 rows, got widths {widths}")
 
     def _check_size(self, name: str, most: int, tables: str) -> None:
         """The size of pages is given with their tables, and not without."""
@@ -198,6 +272,38 @@ class PlanData(Checked):
             raise ValueError(f"{name} must be None without {tables}, got {size!r}")
         if there:
             check_int(name, size, 1, most)
+
+    def rows_shape(self, spec: CompressorSpec) -> tuple[int | None, int]:
+        """What pooled rows must be like: for all entries there may be, or with places of the caller's of any length."""
+        return None if self.reserved else self.entry_capacity, spec.head_dim
+
+    def room(self, rows: torch.Tensor | None) -> int:
+        """Places of entries in a call with these `rows`, None for one without: an entry behind them is refused."""
+        return self.entry_capacity if rows is None else min(self.entry_capacity, rows.shape[0])
+
+    @property
+    def fills_slots(self) -> bool:
+        """Whether `update` writes `entry_slots`, which else are the caller's, or nobody's."""
+        return self.cache_block_table is not None or self.token_slots is not None or self.slots_given is not None
+
+    @property
+    def metadata(self) -> bool:
+        """Whether `update` takes what only an engine's metadata has, and so its kernel for that."""
+        more = (self.token_slots, self.slots_given, self.cu_rows, self.null_page, self.null_slot)
+        return any(x is not None for x in more) or not (side_by_side(self.state_slots) and side_by_side(self.cache_block_table))
+
+    @property
+    def ring_rows(self) -> int:
+        """Positions of a sequence that its ring holds; 0 where the tables are none."""
+        return self.page_size * self.block_tables[0].shape[1] if self.ring else 0
+
+    @property
+    def tables(self) -> str:
+        """How the kernels of a `WindowState` read the block tables: `keys.TABLES`."""
+        if self.ring:
+            return "ring"
+        engine = self.reserved or self.null_page is not None or not all(map(side_by_side, self.block_tables))
+        return "engine" if engine else "plain"
 
     def items_for(self, tokens: int) -> int:
         """Most windows that a step with this many tokens in all can touch; known to the host."""
@@ -214,7 +320,7 @@ class PlanData(Checked):
 # What calls read of a plan, as far as it is there, and what `update` writes.
 _READ = (
     "items", "num_items", "entry_items", "cu_entries", "entry_slots", "state_slots", "snapshot_table", "start_pos",
-    "cu_seqlens", "cache_block_table",
+    "cu_seqlens", "cache_block_table", "token_slots", "slots_given", "cu_rows",
 )  # fmt: skip
 _OWN = ("start_pos", "cu_seqlens", "cu_entries", "items", "num_items", "entry_items")
 
@@ -222,7 +328,7 @@ _OWN = ("start_pos", "cu_seqlens", "cu_entries", "items", "num_items", "entry_it
 def plan_places(plan: PlanData, updating: bool = False) -> list[Place]:
     """The tensors of a plan: all but `errors` are read by calls. updating: as `update` takes them, which writes its own."""
     own = _OWN if updating else ()
-    if updating and plan.cache_block_table is not None:
+    if updating and plan.fills_slots:
         own = (*own, "entry_slots")
     found = [(name, getattr(plan, name, None)) for name in _READ]
     found += [("block_tables", table) for table in plan.block_tables or ()]

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .fold import spread
+from .vectors import scalar
 
 
 @triton.jit
@@ -49,3 +50,29 @@ def take_slices(workspace, arrivals, entry, HEAD_DIM: tl.constexpr):
     tl.store(at, tl.zeros((HEAD_DIM,), tl.int64))
     tl.store(arrivals + entry, 0)
     return words.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def share_entries(num_entries, programs, SLICES: tl.constexpr):
+    """As many programs to an entry as leave one part to each of them: one that has several looks up its rows once."""
+    parts = scalar(SLICES)
+    span = scalar(1)
+    while (parts > 1) & (num_entries * parts > programs):
+        parts = parts // 2
+        span = span * 2
+    return parts, span
+
+
+@triton.jit
+def first_work(pid, programs, num_entries, parts, SLICES: tl.constexpr):
+    """The first part of an entry and the first work item of a program.
+
+    Programs start in order, so those at the front get the longer way, which is pooling where it has slices.
+    """
+    task = programs - 1 - pid
+    front = pid
+    if SLICES > 1:
+        task = pid
+        behind = pid - tl.minimum(num_entries * parts, programs)
+        front = tl.where(behind < 0, behind + programs, behind)
+    return task, front

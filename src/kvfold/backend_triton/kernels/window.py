@@ -19,13 +19,14 @@ import triton
 import triton.language as tl
 
 from ..args import Output, Plan, Pool, Scratch, Tokens
-from .finish import emit, load_finish, slot_valid
+from .finish import emit, entry_slot, load_finish, slot_valid
 from .fold import spread
 from .items import load_item
 from .pdl import load_plan, wait_for_inputs
 from .prefetch import prefetch_item, prefetch_tokens, prefetch_window
-from .slices import draw_ticket, is_last, leave_slice, take_slices
+from .slices import draw_ticket, first_work, is_last, leave_slice, share_entries, take_slices
 from .vectors import scalar
+from .window_ring import holds_up, left_to_readers, readers_of, store_held_up
 from .window_rows import Pages, Pools, Tiling, find_pages, pool_slice, store_rounded
 
 
@@ -61,13 +62,14 @@ class Shares(NamedTuple):
 
 
 @triton.jit
-def write_rows(launch, item, begin, stop, halves, AHEAD: tl.constexpr, SPEC: tl.constexpr, tiling):
+def write_rows(launch, item, begin, stop, halves, readers, AHEAD: tl.constexpr, SPEC: tl.constexpr, tiling):
     """Stores the rows of new positions `[begin, stop)`; returns how many have a bad page.
 
-    halves: of rows with overlap, the lo ones (0), the hi ones (1) or both (2); None is both too.
+    halves: of rows with overlap, the lo ones (0), the hi ones (1) or both (2); None is both too. readers: of a ring.
     """
     CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
-    kv_pool, score_pool, page_size = launch.pools
+    pools = launch.pools
+    kv_pool, score_pool, page_size, _null, _ring = pools
     tokens = launch.tokens
     c = tl.arange(0, CHANNELS)
     if tiling.ALIGNED:
@@ -89,8 +91,8 @@ def write_rows(launch, item, begin, stop, halves, AHEAD: tl.constexpr, SPEC: tl.
             s = tl.load(at + CHANNELS, mask=there, other=0.0).to(tl.float32)
             if tokens.ape is not None:
                 s += tl.load(tokens.ape + (x % SPEC.RATIO) * CHANNELS + c, mask=there, other=0.0)
-            kv_page, _, kv_bad = find_pages(kv_pool, item.sequence, x, x < stop, page_size)
-            score_page, _, score_bad = find_pages(score_pool, item.sequence, x, x < stop, page_size)
+            kv_page, _, kv_bad = find_pages(pools, kv_pool, item.sequence, x, x < stop)
+            score_page, _, score_bad = find_pages(pools, score_pool, item.sequence, x, x < stop)
             refused += (kv_bad | score_bad).to(tl.int32)
             ks = ks + (k,)
             ss = ss + (s,)
@@ -105,6 +107,10 @@ def write_rows(launch, item, begin, stop, halves, AHEAD: tl.constexpr, SPEC: tl.
             if halves is not None:
                 kv_kept = kv_kept & (spread(halves == 2, CHANNELS) | (c // (CHANNELS // 2) == halves))
                 score_kept = score_kept & (spread(halves == 2, CHANNELS) | (c // (CHANNELS // 2) == halves))
+            if readers is not None:
+                free = left_to_readers(begin + base + i, c, item, readers, pools.ring, SPEC, CHANNELS) == 0
+                kv_kept = kv_kept & free
+                score_kept = score_kept & free
             row = ((begin + base + i) % page_size).to(tl.int64)
             at = kv_page * kv_pool.page_stride + row * kv_pool.row_stride + c
             store_rounded(kv_pool.rows, at, ks[i], kv_kept)
@@ -125,22 +131,22 @@ def check_window(pools, item, SPEC: tl.constexpr, tiling):
         x = (item.window - SPEC.OVERLAP) * SPEC.RATIO + j
         wanted = (x >= 0) & (x < item.start) & (j < SPEC.RATIO * (1 + SPEC.OVERLAP))
         x = tl.maximum(x, 0)
-        _, kv_missing, kv_bad = find_pages(pools.kv, item.sequence, x, wanted, pools.page_size)
-        _, score_missing, score_bad = find_pages(pools.score, item.sequence, x, wanted, pools.page_size)
+        _, kv_missing, kv_bad = find_pages(pools, pools.kv, item.sequence, x, wanted)
+        _, score_missing, score_bad = find_pages(pools, pools.score, item.sequence, x, wanted)
         missing += tl.sum((kv_missing | score_missing).to(tl.int32), axis=0)
         bad += tl.sum((kv_bad | score_bad).to(tl.int32), axis=0)
     return missing, bad
 
 
 @triton.jit
-def find_page(pool, page_size, window, item, there, SPEC: tl.constexpr, ALWAYS: tl.constexpr):
+def find_page(pools, pool, window, item, there, SPEC: tl.constexpr, ALWAYS: tl.constexpr):
     """The page of a window whose rows lie on one (-1: none, or not needed); whether an old row lacks it; whether it is bad.
 
     ALWAYS: needed for new rows too.
     """
     x = window * SPEC.RATIO
     old = there & (item.start > x)
-    page, missing, bad = find_pages(pool, item.sequence, x, there if ALWAYS else old, page_size)
+    page, missing, bad = find_pages(pools, pool, item.sequence, x, there if ALWAYS else old)
     return tl.where(bad, -1, page), old & (missing | bad), bad
 
 
@@ -148,27 +154,32 @@ def find_page(pool, page_size, window, item, there, SPEC: tl.constexpr, ALWAYS: 
 def load_entry(launch, number, there, SPEC: tl.constexpr, tiling):
     """Its work item, its cache slot, and its `Pages` where windows lie on one: nothing that a kernel in flight writes."""
     plan = launch.plan
-    kv_pool, score_pool, page_size = launch.pools
+    pools = launch.pools
     index = tl.load(launch.entry_items + number, mask=there, other=0, cache_modifier=".cg")
     slot = number.to(tl.int64)
     if plan.entry_slots is not None:
         slot = tl.load(plan.entry_slots + number, mask=there, other=-1, cache_modifier=".cg")
     # Where every window of a step ends, entry and item have one number: that item is not waited for twice.
     item = load_item(plan.items, number, there)
-    if there & (item.entry != number):
+    moved = item.entry != number
+    if launch.pools.kv.step is not None:  # entries may have places of the caller's
+        moved = index != number
+    if there & moved:
         item = load_item(plan.items, index, there)
+    if launch.pools.kv.step is not None:
+        slot = entry_slot(item.entry, plan)
     pages = ()
     if tiling.ONE_PAGE:
-        kv, kv_absent, kv_bad = find_page(kv_pool, page_size, item.window, item, there, SPEC, tiling.PROMPT)
-        score, score_absent, score_bad = find_page(score_pool, page_size, item.window, item, there, SPEC, tiling.PROMPT)
+        kv, kv_absent, kv_bad = find_page(pools, pools.kv, item.window, item, there, SPEC, tiling.PROMPT)
+        score, score_absent, score_bad = find_page(pools, pools.score, item.window, item, there, SPEC, tiling.PROMPT)
         kv_before = kv
         score_before = score
         absent = kv_absent | score_absent
         if SPEC.OVERLAP:
             before = tl.maximum(item.window - 1, 0)
             has_one = there & (item.window > 0)
-            kv_before, kv_absent, _ = find_page(kv_pool, page_size, before, item, has_one, SPEC, tiling.PROMPT)
-            score_before, score_absent, _ = find_page(score_pool, page_size, before, item, has_one, SPEC, tiling.PROMPT)
+            kv_before, kv_absent, _ = find_page(pools, pools.kv, before, item, has_one, SPEC, tiling.PROMPT)
+            score_before, score_absent, _ = find_page(pools, pools.score, before, item, has_one, SPEC, tiling.PROMPT)
             absent = absent | kv_absent | score_absent
         pages = Pages(kv_before, kv, score_before, score, absent, kv_bad | score_bad)
     return item, slot, pages
@@ -240,7 +251,7 @@ def check_item(item, there, launch, SPEC: tl.constexpr, tiling):
 
 
 @triton.jit
-def write_item(item, faults, launch, HOW: tl.constexpr, SPEC: tl.constexpr, tiling):
+def write_item(item, faults, readers, launch, HOW: tl.constexpr, SPEC: tl.constexpr, tiling):
     """Stores the new rows of a work item that are left to it, and counts what is wrong with it."""
     window, start, end, token, _slot, entry, _sequence = item
     bad, missing, wanted, wrong = faults
@@ -258,7 +269,9 @@ def write_item(item, faults, launch, HOW: tl.constexpr, SPEC: tl.constexpr, tili
         if tiling.JOIN > 0:
             if last_rows_new(window, start, entry, capacity, SPEC.RATIO, tiling.JOIN) & (bad + missing == 0):
                 stop = begin
-        refused = write_rows(launch, item, begin, stop, halves, HOW.AHEAD, SPEC, tiling)
+        if readers is not None:  # what a longer step would overwrite is not stored
+            begin = tl.maximum(begin, end - launch.pools.ring)
+        refused = write_rows(launch, item, begin, stop, halves, readers, HOW.AHEAD, SPEC, tiling)
         if own:  # of other windows, who pools them counts what is wrong
             count = (refused > 0).to(tl.int32)
             if bad > 0:
@@ -277,37 +290,14 @@ def write_item(item, faults, launch, HOW: tl.constexpr, SPEC: tl.constexpr, tili
 def write_items(index, item, faults, total, programs, launch, HOW: tl.constexpr, SPEC: tl.constexpr, tiling):
     """Work item `index`, which is `item`, and those behind it in steps of `programs`."""
     while index < total:
-        write_item(item, faults, launch, HOW, SPEC, tiling)
+        readers = None
+        if launch.pools.ring is not None:
+            readers = readers_of(index, item, total, launch, SPEC)
+        write_item(item, faults, readers, launch, HOW, SPEC, tiling)
         index = next_item(launch, index + programs, total, programs, SPEC, tiling.PROMPT)
         if index < total:
             item = load_item(launch.plan.items, index, index < total)
             faults = check_item(item, index < total, launch, SPEC, tiling)
-
-
-@triton.jit
-def share_entries(num_entries, programs, SLICES: tl.constexpr):
-    """As many programs to an entry as leave one part to each of them: one that has several looks up its rows once."""
-    parts = scalar(SLICES)
-    span = scalar(1)
-    while (parts > 1) & (num_entries * parts > programs):
-        parts = parts // 2
-        span = span * 2
-    return parts, span
-
-
-@triton.jit
-def first_work(pid, programs, num_entries, parts, SLICES: tl.constexpr):
-    """The first part of an entry and the first work item of a program.
-
-    Programs start in order, so those at the front get the longer way, which is pooling where it has slices.
-    """
-    task = programs - 1 - pid
-    front = pid
-    if SLICES > 1:
-        task = pid
-        behind = pid - tl.minimum(num_entries * parts, programs)
-        front = tl.where(behind < 0, behind + programs, behind)
-    return task, front
 
 
 @triton.jit
@@ -320,7 +310,7 @@ def prefetch_entry(item, pages, task, shares, launch, HOW: tl.constexpr, SPEC: t
         # Slices of values in pieces, of scores in lines: pieces are asked for one after the other, lines all at once.
         if (task < shares.tasks) & (pages.absent == 0):
             c0 = task % shares.parts * HOW.SLICE
-            kv_pool, score_pool, page_size = launch.pools
+            kv_pool, score_pool, page_size, _null, _ring = launch.pools
             IN_PIECES: tl.constexpr = SLICES > 1 or tiling.PROMPT
             prefetch_window(kv_pool, page_size, item, c0, pages.kv_before, pages.kv, SPEC, HOW.SLICE, IN_PIECES)
             prefetch_window(score_pool, page_size, item, c0, pages.score_before, pages.score, SPEC, HOW.SLICE, tiling.PROMPT)
@@ -346,12 +336,18 @@ def pool_part(
             count = pages.bad.to(tl.int32) + wrong.to(tl.int32)
             if count > 0:
                 tl.atomic_add(plan.errors, count)
-    if (deliver | mine) & (token + end - start <= launch.tokens.count):
+    wanted = deliver | mine
+    if launch.pools.ring is not None:
+        wanted = wanted | holds_up(item, launch, SPEC)
+    if wanted & (token + end - start <= launch.tokens.count):
         # The parts of an entry side by side: memory has rows of 1 KiB open, and gives them slower slice by slice.
         c0 = (task % shares.parts + turn * shares.parts) * HOW.SLICE
         if SLICES > 1 and tiling.ONE_PAGE:  # known before the work: whether rows are absent
             ticket = draw_ticket(scratch.arrivals, entry, deliver & (turn == shares.span - 1) & (pages.absent == 0))
         y, absent = pool_slice(launch.tokens, launch.pools, item, c0, pages, mine, SPEC, tiling, HOW.TARGET.FAST_DIVISION)
+        if launch.pools.ring is not None:
+            if holds_up(item, launch, SPEC):
+                store_held_up(item, c0, launch, SPEC, tiling)
         # Every slice sees the same rows, so either all slices are written or none.
         finish = deliver & (absent == 0)
         # Loads that the last of the parts needs are under way while it arrives.
@@ -430,9 +426,9 @@ def window_kernel(
     entry_items, cu_entries, batch,
     tokens_kv_score, tokens_stride, tokens_count, tokens_ape,
     kv_pool_rows, kv_pool_page_stride, kv_pool_row_stride, kv_pool_num_pages, kv_pool_table, kv_pool_width,
-    score_pool_rows, score_pool_page_stride, score_pool_row_stride, score_pool_num_pages, score_pool_table,
-    score_pool_width,
-    page_size,
+    kv_pool_step, score_pool_rows, score_pool_page_stride, score_pool_row_stride, score_pool_num_pages, score_pool_table,
+    score_pool_width, score_pool_step,
+    page_size, null_page, ring,
     scratch_workspace, scratch_arrivals,
     output_rows, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride, output_scales,
     output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
@@ -442,20 +438,23 @@ def window_kernel(
     """`compress` over a `WindowState`."""
     plan = Plan(plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors)
     tokens = Tokens(tokens_kv_score, tokens_stride, tokens_count, tokens_ape)
-    kv_pool = Pool(kv_pool_rows, kv_pool_page_stride, kv_pool_row_stride, kv_pool_num_pages, kv_pool_table, kv_pool_width)
+    kv_pool = Pool(
+        kv_pool_rows, kv_pool_page_stride, kv_pool_row_stride, kv_pool_num_pages, kv_pool_table, kv_pool_width, kv_pool_step
+    )  # fmt: skip
     score_pool = Pool(
         score_pool_rows, score_pool_page_stride, score_pool_row_stride, score_pool_num_pages, score_pool_table,
-        score_pool_width,
+        score_pool_width, score_pool_step,
     )  # fmt: skip
     output = Output(
         output_rows, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride, output_scales,
         output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
     )  # fmt: skip
     scratch = Scratch(scratch_workspace, scratch_arrivals)
-    launch = Launch(plan, entry_items, tokens, Pools(kv_pool, score_pool, page_size), scratch, output)
+    launch = Launch(plan, entry_items, tokens, Pools(kv_pool, score_pool, page_size, null_page, ring), scratch, output)
     POOLS: tl.constexpr = (output.pages is not None) or (output.rows is not None)
     # Programs that first stored a row and then pooled would end last (docs/notes/0032-who-stores-the-last-rows.md).
-    JOIN: tl.constexpr = LANES if (POOLS and ONE_PAGE) and ((SPEC.OVERLAP == 0 and HOW.TOGETHER > 1) and not PROMPT) else 0
+    WHOLE: tl.constexpr = (POOLS and ONE_PAGE) and (ring is None and not PROMPT)
+    JOIN: tl.constexpr = LANES if WHOLE and (SPEC.OVERLAP == 0 and HOW.TOGETHER > 1) else 0
     SLICES: tl.constexpr = SPEC.HEAD_DIM // HOW.SLICE
     pid = tl.program_id(0)
     programs = tl.num_programs(0)

@@ -7,17 +7,23 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..args import Tokens
+from ..args import Numbers, Tokens
 from .fold import LOG2_E, LOWEST, quotient, spread
+from .numbers import load_row_numbers
 from .record import bf16_bits, bf16_value
 
 
 class Pools(NamedTuple):
-    """A `WindowState`: the `Pool` of values and that of scores, whose pages hold `page_size` positions each."""
+    """A `WindowState`: the `Pool` of values and that of scores, whose pages hold `page_size` positions each.
+
+    null_page, ring: as of `args.WindowArguments`.
+    """
 
     kv: Any
     score: Any
     page_size: Any
+    null_page: Any
+    ring: Any
 
 
 class Pages(NamedTuple):
@@ -54,12 +60,18 @@ class Tiling(NamedTuple):
 
 
 @triton.jit
-def find_pages(pool, sequence, x, wanted, page_size):
+def find_pages(pools, pool, sequence, x, wanted):
     """Pages of positions `x`, and which of the wanted ones have none (-1) or a bad one (outside the table or the pool)."""
-    column = x // page_size
+    column = x // pools.page_size
+    if pools.ring is not None:
+        column = column % pool.width
     inside = column < pool.width
-    at = pool.table + sequence.to(tl.int64) * pool.width + column
-    page = tl.load(at, mask=wanted & inside, other=-1, cache_modifier=".cg")
+    if pool.step is None:
+        at = pool.table + sequence.to(tl.int64) * pool.width + column
+        page = tl.load(at, mask=wanted & inside, other=-1, cache_modifier=".cg")
+    else:
+        page = load_row_numbers(Numbers(pool.table, pool.step), sequence, column, wanted & inside, -1, ".cg")
+        page = tl.where(page == pools.null_page, -1, page)
     bad = wanted & ((inside == 0) | (page < -1) | (page >= pool.num_pages))
     return page.to(tl.int64), wanted & inside & (page == -1), bad
 
@@ -198,7 +210,7 @@ def load_any_rows(
     """Rows `[j0, j0 + TILE)` of a window, wherever they are, and how many old ones are not there."""
     LANES: tl.constexpr = tiling.LANES
     CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
-    kv_pool, score_pool, page_size = pools
+    kv_pool, score_pool, page_size, _null, _ring = pools
     absent = tl.zeros((), tl.int32)
     ks = ()
     ss = ()
@@ -217,8 +229,8 @@ def load_any_rows(
             absent = pages.absent.to(tl.int32)
             old = old & (absent == 0)
         else:
-            kv_page, kv_missing, kv_bad = find_pages(kv_pool, item.sequence, at, old, page_size)
-            score_page, score_missing, score_bad = find_pages(score_pool, item.sequence, at, old, page_size)
+            kv_page, kv_missing, kv_bad = find_pages(pools, kv_pool, item.sequence, at, old)
+            score_page, score_missing, score_bad = find_pages(pools, score_pool, item.sequence, at, old)
             lost = kv_missing | kv_bad | score_missing | score_bad
             absent += tl.sum(lost.to(tl.int32), axis=0)
             old = old & (lost == 0)
