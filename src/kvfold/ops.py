@@ -23,7 +23,7 @@ from .storage.cache import EntryCache
 from .storage.fold_state import FoldState
 from .storage.remembered import check_made
 from .storage.snapshots import Snapshots
-from .storage.step import LIVE, Compressor, Hits, PlanData
+from .storage.step import LIVE, Compressor, Hits, Outputs, PlanData
 from .storage.window_state import WindowState
 
 # Operators are global to a process: each copy of the package, loaded under a name of its own, has its own.
@@ -45,7 +45,8 @@ WEIGHTS = ("Tensor? ape", "Tensor? norm_weight", "Tensor? rope")
 ONE = SPEC + CACHE + WEIGHTS
 FOLD = ("Tensor kv_score", *STATE, *SNAPSHOTS, *ONE)
 WINDOW = ("Tensor kv_score", "Tensor! kv", "Tensor! score", *ONE)
-ROWS = ("Tensor!? rows",)
+UNGATED = ("Tensor kv_score", *ONE)
+OUTPUTS = ("Tensor!? rows", "Tensor!? latent")
 HOW = ("str? backend", "bool? pdl")
 KEPT = ("Tensor snapshot_rows", "Tensor snapshot_positions", "SymInt page_size")  # SNAPSHOTS that are there, and only read
 HITS = ("Tensor slots", "Tensor pages", "Tensor start_pos", "Tensor! errors", "str? backend")
@@ -73,18 +74,21 @@ def _attributes(group: tuple[str, ...]) -> tuple[str, ...]:
 _PLAN, _FOLD_PLAN, _WHOLE_PLAN = _attributes(PLAN), _attributes(FOLD_PLAN), _attributes(WHOLE_PLAN)
 
 
-def compress(c: Compressor, plan: PlanData, rows: torch.Tensor | None, backend: str | None, pdl: bool | None) -> None:
+def compress(c: Compressor, plan: PlanData, out: Outputs, backend: str | None, pdl: bool | None) -> None:
     """`kvfold.compress` while it is traced."""
+    check_spec("spec", c.spec)
     if isinstance(c.state, WindowState):
-        _call(OPS.compress_window, *_plan(plan, _PLAN), *_tables(plan), *_window(c), rows, backend, pdl)
+        _call(OPS.compress_window, *_plan(plan, _PLAN), *_tables(plan), *_window(c), *out, backend, pdl)
+    elif c.state is None and c.snapshots is None and not c.spec.gate:
+        _call(OPS.compress_ungated, *_plan(plan, _PLAN), c.kv_score, *_one(c), *out, backend, pdl)
     else:
-        _call(OPS.compress, *_plan(plan, _FOLD_PLAN), *_fold(c), rows, backend, pdl)
+        _call(OPS.compress, *_plan(plan, _FOLD_PLAN), *_fold(c), *out, backend, pdl)
 
 
 def compress_many(compressors: Sequence[Compressor], plan: PlanData, backend: str | None, pdl: bool | None) -> None:
     """`kvfold.compress_many` while it is traced."""
     if len(compressors) == 1:
-        compress(compressors[0], plan, None, backend, pdl)
+        compress(compressors[0], plan, Outputs(), backend, pdl)
         return
     first, second = compressors
     _call(OPS.compress_many, *_plan(plan, _FOLD_PLAN), *_fold(first), *_fold(second), backend, pdl)
@@ -262,17 +266,26 @@ def _cut(args: Sequence, *groups: tuple[str, ...]) -> list[list]:
 
 
 def _compress(*args: object) -> None:
-    flat, one, (rows,), how = _cut(args, FOLD_PLAN, FOLD, ROWS, HOW)
+    flat, one, out, how = _cut(args, FOLD_PLAN, FOLD, OUTPUTS, HOW)
     plan, (c, memory) = _plan_of(_FOLD_PLAN, flat), _compressor_of(one, "fold")
-    _run(plan, lambda: run_compress(c, plan, rows, *how), (c.state, memory))
+    _run(plan, lambda: run_compress(c, plan, Outputs(*out), *how), (c.state, memory))
+
+
+def _compress_ungated(*args: object) -> None:
+    flat, (kv_score,), (text,), cache, weights, out, how = _cut(
+        args, PLAN, ("Tensor kv_score",), SPEC, CACHE, WEIGHTS, OUTPUTS, HOW
+    )
+    plan, spec = _plan_of(_PLAN, flat), _spec_of(text)
+    c = Compressor(kv_score, None, _cache_of(spec, *cache), spec, *weights)
+    _run(plan, lambda: run_compress(c, plan, Outputs(*out), *how))
 
 
 def _compress_window(*args: object) -> None:
-    flat, tables, one, (rows,), how = _cut(args, PLAN, TABLES, WINDOW, ROWS, HOW)
+    flat, tables, one, out, how = _cut(args, PLAN, TABLES, WINDOW, OUTPUTS, HOW)
     plan, (c, memory) = _plan_of(_PLAN, flat), _compressor_of(one, "window")
     plan.entry_items, plan.cu_entries, kv_table, score_table, plan.page_size = tables
     plan.block_tables = None if kv_table is None else (kv_table, score_table)
-    _run(plan, lambda: run_compress(c, plan, rows, *how), (c.state, memory))
+    _run(plan, lambda: run_compress(c, plan, Outputs(*out), *how), (c.state, memory))
 
 
 def _compress_many(*args: object) -> None:
@@ -316,8 +329,9 @@ def _define(name: str, arguments: tuple[str, ...], run: Callable[..., None]) -> 
 
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
-_define("compress", FOLD_PLAN + FOLD + ROWS + HOW, _compress)
-_define("compress_window", PLAN + TABLES + WINDOW + ROWS + HOW, _compress_window)
+_define("compress", FOLD_PLAN + FOLD + OUTPUTS + HOW, _compress)
+_define("compress_ungated", PLAN + UNGATED + OUTPUTS + HOW, _compress_ungated)
+_define("compress_window", PLAN + TABLES + WINDOW + OUTPUTS + HOW, _compress_window)
 _define("compress_many", (*FOLD_PLAN, *(f"{argument}_{i}" for i in (0, 1) for argument in FOLD), *HOW), _compress_many)
 _define("store", ("Tensor rows", *PLAN, *SPEC, *CACHE, *WEIGHTS[1:], *HOW), _store)
 _define("restore", SPEC + STATE + KEPT + HITS, _restore)

@@ -16,7 +16,7 @@ class StepPlan(PlanData):
     Attributes:
         start_pos: int32 `[B]`, tokens that each sequence had before the step. The plan's own copy.
         cu_seqlens: int32 `[B + 1]`, offsets of each sequence's new tokens in `kv_score`. The plan's own copy.
-        state_slots: int32 `[B]`, the caller's tensor; None with block tables.
+        state_slots: int32 `[B]`, the caller's tensor; None with block tables, and where there is no state.
         block_tables: the caller's tensors, of value and of score pages; None with state slots.
         page_size: rows per page of the state; None with state slots.
         snapshot_table: int32 `[B, S]`, the caller's tensor, or None: where the snapshots of pages go.
@@ -24,8 +24,8 @@ class StepPlan(PlanData):
         entry_slots: int64 `[E]`, cache slot of each entry: the caller's tensor, or computed from `cache_block_table`; None if
             neither was given.
         cu_entries: int32 `[B + 1]`: entry `cu_entries[b] + i` is window `start_pos[b] // ratio + i` of sequence `b`.
-        items: int32 `[I, 8]`, one row for each window touched (`ITEM_FIELDS`); the first `num_items[0]` rows count. With block
-            tables `slot` is the sequence index, the row of the tables.
+        items: int32 `[I, 8]`, one row for each window touched (`ITEM_FIELDS`); the first `num_items[0]` rows count. Without
+            state slots `slot` is the sequence index, the row of the tables.
         entry_items: int32 `[E]`, the index in `items` of each entry of the step, -1 behind the last one.
         errors: int32 `[1]`, sequences and entries refused since the caller last zeroed it (DESIGN.md, Plan).
         entry_capacity, item_capacity: E and I, known to the host.

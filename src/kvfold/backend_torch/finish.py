@@ -6,7 +6,7 @@ import torch
 
 from ..spec import CompressorSpec
 from ..storage.pack import bf16_bits, pack_records
-from ..storage.step import Compressor, PlanData
+from ..storage.step import Compressor, Outputs, PlanData
 from .items import Items
 
 
@@ -21,8 +21,17 @@ def finish(
     y: torch.Tensor, spec: CompressorSpec, weight: torch.Tensor, table: torch.Tensor | None, positions: torch.Tensor
 ) -> torch.Tensor:
     """RMSNorm, RoPE and Hadamard of pooled rows: fp32 `[n, head_dim]` and int64 `[n]` to fp32 `[n, head_dim]`, no rounding."""
+    return turn(norm(y, spec, weight), spec, table, positions)
+
+
+def norm(y: torch.Tensor, spec: CompressorSpec, weight: torch.Tensor) -> torch.Tensor:
+    """RMSNorm."""
     mean = tree_sum(y * y) * (1.0 / spec.head_dim)
-    y = y * (1.0 / torch.sqrt(mean + spec.norm_eps))[:, None] * weight.float()
+    return y * (1.0 / torch.sqrt(mean + spec.norm_eps))[:, None] * weight.float()
+
+
+def turn(y: torch.Tensor, spec: CompressorSpec, table: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
+    """RoPE and Hadamard."""
     if spec.rope_dim:
         cos, sin = table[positions].chunk(2, dim=1)
         x = y[:, -spec.rope_dim :]
@@ -47,8 +56,8 @@ def slots_of(items: Items, plan: PlanData) -> torch.Tensor:
     return torch.where(inside, plan.entry_slots[torch.where(inside, items.entry, 0)], -1)
 
 
-def emit(pooled: torch.Tensor, items: Items, plan: PlanData, c: Compressor, rows: torch.Tensor | None) -> None:
-    """Delivers the pooled rows of the items whose window ends: to `rows` and to the cache, either of which may be None."""
+def emit(pooled: torch.Tensor, items: Items, plan: PlanData, c: Compressor, out: Outputs) -> None:
+    """Delivers the pooled rows of the items whose window ends: to the cache, if any, and to what there is of `out`."""
     cache, spec, rope = c.cache, c.spec, c.rope
     entry, position = items.entry, items.window * spec.ratio
     wrong, slot = entry >= plan.entry_capacity, slots_of(items, plan)
@@ -63,12 +72,18 @@ def emit(pooled: torch.Tensor, items: Items, plan: PlanData, c: Compressor, rows
     kept = keep.nonzero()[:, 0]
     if kept.numel() == 0:
         return
-    if rows is not None:
-        values = pooled[kept]
-        rows[entry[kept]] = bf16_bits(values).view(torch.bfloat16) if rows.dtype == torch.bfloat16 else values
+    y = pooled[kept]
+    if out.rows is not None:
+        out.rows[entry[kept]] = bf16_bits(y).view(torch.bfloat16) if out.rows.dtype == torch.bfloat16 else y
+    if cache is None and out.latent is None:
+        return
+    if cache is not None and cache.format.round_rows:
+        y = y.bfloat16().float()
+    y = norm(y, spec, c.norm_weight)
+    if out.latent is not None:
+        out.latent[entry[kept]] = bf16_bits(y).view(torch.bfloat16)
     if cache is not None:
-        y = pooled[kept].bfloat16().float() if cache.format.round_rows else pooled[kept]
-        pack_records(cache, slot[kept], finish(y, spec, c.norm_weight, rope, position[kept]))
+        pack_records(cache, slot[kept], turn(y, spec, rope, position[kept]))
 
 
 @torch.inference_mode()
@@ -79,4 +94,4 @@ def store_torch(c: Compressor, plan: PlanData) -> None:
     rows = torch.zeros(len(items.entry), c.spec.head_dim, dtype=torch.float32, device=pooled.device)
     inside = items.entry < plan.entry_capacity
     rows[inside] = pooled[items.entry[inside]].float()
-    emit(rows, items, plan, c, None)
+    emit(rows, items, plan, c, Outputs())

@@ -9,7 +9,7 @@ import torch
 
 from ..spec import CompressorSpec
 from ..storage.pack import bf16_bits
-from ..storage.step import Compressor, PlanData
+from ..storage.step import Compressor, Outputs, PlanData
 from .finish import emit, slots_of
 from .items import Items
 
@@ -33,7 +33,7 @@ class Pages:
 
 
 @torch.inference_mode()
-def compress_window_torch(c: Compressor, plan: PlanData, rows: torch.Tensor | None) -> None:
+def compress_window_torch(c: Compressor, plan: PlanData, out: Outputs) -> None:
     """`compress` over a `WindowState`, after its arguments were checked.
 
     An item counts once in `plan.errors` when its tables name a page that cannot be, for a row to read or to write, and
@@ -56,7 +56,7 @@ def compress_window_torch(c: Compressor, plan: PlanData, rows: torch.Tensor | No
     bad |= _write(items, c, value, score)
     wanted = (items.entry >= plan.entry_capacity) | (slots_of(items, plan) >= 0)
     plan.errors.add_((bad | missing & wanted).sum().int())
-    emit(pooled, made, plan, c, rows)
+    emit(pooled, made, plan, c, out)
 
 
 def _new_rows(c: Compressor, token: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -53,10 +53,10 @@ class Tokens(NamedTuple):
 class State(NamedTuple):
     """A `FoldState`: rows, the position that each stands for, and how many slots of `ring` rows and a history there are."""
 
-    rows: Floats
-    tags: Ints
-    num_slots: Int
-    ring: Int
+    rows: Floats = None
+    tags: Ints = None
+    num_slots: Int = None
+    ring: Int = None
 
 
 class Snapshots(NamedTuple):
@@ -75,13 +75,14 @@ class Scratch(NamedTuple):
 
 
 class Output(NamedTuple):
-    """Where entries go: pooled rows, and a cache with all that finishing an entry takes.
+    """Where entries go: pooled rows, normed rows, and a cache with all that finishing an entry takes.
 
     max_position: rows of `rope`. num_slots: of the cache, `rows_per_page` on each page. scale: of the whole cache, for formats
     that have one.
     """
 
     rows: Floats = None
+    latent: Annotated[Any, "*bf16"] = None
     norm_weight: Floats = None
     rope: Floats = None
     max_position: Int = 0
@@ -123,7 +124,7 @@ class Item(NamedTuple):
 
 
 class Compressor(NamedTuple):
-    """One compressor over a `FoldState`: what kernels take behind the plan and its `SnapshotTable`, once or twice."""
+    """One compressor, over a `FoldState` or without a state: what kernels take behind the plan and its `SnapshotTable`."""
 
     tokens: Tokens
     state: State
@@ -198,7 +199,7 @@ def flat(group: Any) -> list:
 
 @dataclass(frozen=True)
 class Spec:
-    """A `CompressorSpec` and the kind and history of its `FoldState`, as compiled in. LOG2: of HEAD_DIM."""
+    """A `CompressorSpec` and the kind, "" for none, and history of its `FoldState`, as compiled in. LOG2: of HEAD_DIM."""
 
     RATIO: int
     HEAD_DIM: int

@@ -16,7 +16,7 @@ from ..plan import StepPlan
 from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState
 from ..storage.snapshots import Snapshots
-from ..storage.step import Compressor
+from ..storage.step import Compressor, Outputs
 from ..storage.window_state import WindowState
 from ..store import store
 from .compare import UNWRITTEN
@@ -64,7 +64,7 @@ class Call:
             return check_many(self.compressors, self.plan, backend)
         if self.name == "store":
             return check_store(c, self.plan, backend)
-        return check_compress(c, self.plan, self.rows, backend)
+        return check_compress(c, self.plan, Outputs(self.rows), backend)
 
     def run(self) -> None:
         """Makes the call."""

@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, is_dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -20,11 +21,11 @@ from triton.compiler import CompiledKernel
 from .._version import __version__
 from ..backend_triton import table as configs
 from ..backend_triton.build import Variant
-from ..backend_triton.keys import Key, PairKey, RestoreKey, plan_key, step_key, store_key, window_key
+from ..backend_triton.keys import Key, PairKey, RestoreKey, kind_of, plan_key, step_key, store_key, window_key
 from ..backend_triton.table import ANY, Config, choose
 from ..backend_triton.variants import variant_of
 from ..contract import UnsupportedError
-from ..spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
+from ..spec import V4_CSA, V4_HCA, V4_INDEXER, V41_MAIN_R1, V41_MAIN_R2, CompressorSpec
 from ..storage.fold_state import state_kind
 from ..storage.formats import FORMATS, RecordFormat
 from ..storage.snapshots import Snapshots
@@ -41,6 +42,8 @@ SPECS = (
     V4_HCA,
     V4_CSA,
     V4_INDEXER,
+    V41_MAIN_R1,
+    V41_MAIN_R2,
     CompressorSpec(256, 128),
     CompressorSpec(128, 128),
     CompressorSpec(256, 4, overlap=True, hadamard=True),
@@ -53,8 +56,9 @@ OPTIONS = ("num_warps", "maxnreg", "launch_pdl", "enable_fp_fusion")  # that ker
 class Combination:
     """One kernel to compile. Without `fmt` there is no cache, only pooled rows; "plan" and "restore" have no `config` either.
 
-    kind: of a row of the table, or `"pair"` for `compress_many`, or `"plan"` or `"restore"`. other: the second of a pair.
-    page_size: of a `WindowState`. snapshots: whether the call leaves any. dtype: of kv_score.
+    kind: of a row of the table, or `"ungated"` for `compress` without a state, `"pair"` for `compress_many`, `"plan"` or
+    `"restore"`. other: the second of a pair. page_size: of a `WindowState`. snapshots, latent: whether the call leaves any.
+    dtype: of kv_score.
     """
 
     kind: str
@@ -64,6 +68,7 @@ class Combination:
     other: tuple[CompressorSpec, RecordFormat] | None = None
     page_size: int = 1
     snapshots: bool = False
+    latent: bool = False
     dtype: torch.dtype = torch.bfloat16
 
     @property
@@ -79,7 +84,7 @@ class Combination:
             parts += [*_spec_words(self.other[0]), self.other[1].name]
         if self.kind in ("window", "restore"):
             parts += [f"page{self.page_size}"]
-        parts += ["snapshots"] * self.snapshots + ["kv_fp32"] * (self.dtype == torch.float32)
+        parts += ["snapshots"] * self.snapshots + ["latent"] * self.latent + ["kv_fp32"] * (self.dtype == torch.float32)
         return " ".join(parts)
 
     @property
@@ -101,13 +106,15 @@ class Combination:
             return plan_key(self.spec.ratio, 1, False, False)
         if self.kind == "store":
             return store_key(self.spec, self.fmt, (fp32, fp32))
-        types = (self.dtype, fp32, fp32 if self.fmt is None else None, fp32, True)
+        state = fp32 if self.spec.gate else None
+        rows = fp32 if self.fmt is None and not self.latent else None
+        types = (self.dtype, state, rows, fp32 if self.spec.gate or self.latent or self.fmt else None, True, self.latent)
         bound = self.config.max_new_tokens
         if self.kind == "window":
             return window_key(self.spec, self.fmt, bound, types, self.page_size)
         both = [(self.spec, self.fmt), *([self.other] if self.other else [])]
         more = bound, types, self.snapshots, self.config.bucket
-        found = [step_key(spec, fmt, state_kind(spec), *more) for spec, fmt in both]
+        found = [step_key(spec, fmt, kind_of(spec), *more) for spec, fmt in both]
         return PairKey(*found) if self.other else found[0]
 
 
@@ -136,7 +143,7 @@ def _all(
 ) -> Iterator[Combination]:
     for spec in sorted(specs, key=lambda spec: spec.ratio):
         yield Combination("plan", spec)
-    for spec in specs:
+    for spec in filter(lambda spec: spec.gate, specs):
         # Pages of fold rows may end inside windows.
         for page_size in (spec.ratio, 1) if state_kind(spec) == "fold" else (spec.ratio,):
             yield Combination("restore", spec, page_size=page_size)
@@ -149,6 +156,9 @@ def _all(
                 if not any(_stores_alike(spec, other) for other in specs[:i]):
                     for fmt in filter(None, fitting):
                         yield Combination("store", spec, fmt, config)
+                for dtype, fmt in product(dtypes, () if spec.gate else fitting):
+                    yield Combination("ungated", spec, fmt, config, dtype=dtype)
+                    yield Combination("ungated", spec, fmt, config, latent=True, dtype=dtype)
                 continue
             for dtype in dtypes:
                 for fmt in fitting:
@@ -158,6 +168,9 @@ def _all(
                 for fmt in (None,) if None in fitting else fitting:
                     if config.kind != "window" and config.bucket == ANY:
                         yield Combination(config.kind, spec, fmt, config, snapshots=True, dtype=dtype)
+                if not spec.has_ape:  # as in V4.1, whose index keys are made of latents
+                    for fmt in (None,) if None in fitting else fitting:
+                        yield Combination(config.kind, spec, fmt, config, latent=True, dtype=dtype)
                 if (config.kind, spec) == ("rows", V4_CSA) and V4_INDEXER in specs:
                     yield from _pairs(config, formats, dtype)
 
@@ -176,7 +189,7 @@ def _pairs(config: Config, formats: tuple[RecordFormat | None, ...], dtype: torc
 
 def reaches(config: Config, spec: CompressorSpec) -> bool:
     """Whether some call of the spec gets this row of the table."""
-    if config.kind not in ("store", "window", state_kind(spec)):
+    if config.kind not in ("store", kind_of(spec), *["window"] * spec.gate):
         return False
     try:
         return choose(config.kind, spec, config.max_new_tokens, config.bucket) == config
@@ -186,7 +199,7 @@ def reaches(config: Config, spec: CompressorSpec) -> bool:
 
 def _stores_alike(spec: CompressorSpec, other: CompressorSpec) -> bool:
     """Whether the ratio is all that their store kernels differ in."""
-    return spec == replace(other, ratio=spec.ratio, overlap=spec.overlap, has_ape=spec.has_ape)
+    return spec == replace(other, ratio=spec.ratio, overlap=spec.overlap, has_ape=spec.has_ape, gate=spec.gate)
 
 
 def compile_one(combination: Combination, target: str) -> CompiledKernel:

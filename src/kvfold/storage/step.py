@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 import torch
 
-from ..arguments.checks import check_int, check_tensor, traced
+from ..arguments.checks import check_int, check_tensor, check_type, traced
 from ..arguments.overlap import Place, check_apart
 from ..contract import INT32_MAX, ITEM_FIELDS, MOST_ITEMS
 from ..spec import CompressorSpec
 from .cache import EntryCache
 from .fold_state import FoldState
-from .remembered import Checked, where
+from .remembered import Checked, Layer, where
 from .snapshots import MOST_PAGE, Snapshots
 from .window_state import WindowState
 
@@ -25,17 +25,38 @@ LIVE: weakref.WeakValueDictionary[int, PlanData] = weakref.WeakValueDictionary()
 class Compressor(NamedTuple):
     """One compressor's part of a step, as `compress_many` takes it; the arguments are those of `compress`.
 
-    `store` is a compressor without a state, whose `kv_score` are the pooled rows.
+    Without a state are one whose spec has no gate, and that of a `store`, whose `kv_score` are the pooled rows.
     """
 
     kv_score: torch.Tensor
-    state: FoldState | WindowState
+    state: FoldState | WindowState | None
     cache: EntryCache | None
     spec: CompressorSpec
     ape: torch.Tensor | None
     norm_weight: torch.Tensor | None
     rope: torch.Tensor | None
     snapshots: Snapshots | None = None
+
+    def parts(self) -> dict[str, torch.Tensor]:
+        """The tensors of the step's tokens, by the names that errors have for them."""
+        check_type("kv_score", self.kv_score, torch.Tensor)
+        return {"kv_score": self.kv_score}
+
+    @property
+    def value(self) -> torch.Tensor:
+        """The one that says dtype, device and how many tokens there are."""
+        return self.kv_score
+
+    @property
+    def device(self) -> torch.device:
+        return self.value.device
+
+
+class Outputs(NamedTuple):
+    """What `compress` writes of its entries besides their records; the arguments are its own."""
+
+    rows: torch.Tensor | None = None
+    latent: torch.Tensor | None = None
 
 
 class Hits(NamedTuple):
@@ -80,6 +101,7 @@ class PlanData(Checked):
     _whole = True  # an operator's plan of one call is not: it has no tensors of `update` (ops.py)
 
     _launcher: Callable[..., None] | None = None  # of `update` on a GPU, made by the first one
+    _layer: Layer | None = None  # what the last call of a layer with neither a state nor a cache got with this plan
     _came: tuple[int, int] | None = None  # the addresses of what the last `update` was given
     _bounds: list[int]  # what its tensors span, as `check_apart` returns it
     _where: list  # where they were
@@ -92,7 +114,7 @@ class PlanData(Checked):
         check_tensor("start_pos", start_pos, (None,), (torch.int32,), device, fake=True)
         batch = self.batch = start_pos.shape[0]
         check_tensor("cu_seqlens", cu_seqlens, (batch + 1,), (torch.int32,), device, fake=True)
-        if self.state_slots is None and self.block_tables is None:
+        if self.state_slots is None and self.block_tables is None and self.ratio > 1:
             raise ValueError("state_slots or block_tables must be given, got neither")
         if self.entry_slots is not None:
             if self.cache_block_table is not None:
@@ -193,9 +215,21 @@ class PlanData(Checked):
         return min(self.batch * self.windows_per_sequence, tokens // self.ratio + 2 * self.batch)
 
     @property
+    def knows(self) -> str:
+        """What it knows of where the state is, for messages."""
+        return next((x for x in ("state_slots", "block_tables") if getattr(self, x) is not None), "neither")
+
+    @property
     def windows_per_sequence(self) -> int:
         """Most windows that one sequence can touch in a step."""
         return (self.max_new_tokens + self.ratio - 2) // self.ratio + 1
+
+
+def owner_of(c: Compressor, plan: PlanData) -> FoldState | WindowState | EntryCache | PlanData:
+    """What remembers the calls of a layer: its state; where it has none its cache, and without that the plan."""
+    if c.state is not None:
+        return c.state
+    return plan if c.cache is None else c.cache
 
 
 # What calls read of a plan, as far as it is there, and what `update` writes.

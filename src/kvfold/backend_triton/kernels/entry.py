@@ -10,7 +10,7 @@ from .long_fold import long_fold_step
 from .long_rows import long_rows_step
 from .long_rows_narrow import narrow_rows_step
 from .pdl import load_plan, wait_for_inputs
-from .short import count_overflow, short_step
+from .short import count_overflow, short_step, ungated_step
 
 
 @triton.jit
@@ -20,7 +20,10 @@ def run_step(pid, programs, plan, snap_table, one, HOW: tl.constexpr, SPEC: tl.c
     TOGETHER: 0 for a short step, a program for each work item; otherwise how many windows a program folds side by side.
     """
     if HOW.TOGETHER == 0:
-        short_step(pid, plan, snap_table, one, HOW, SPEC, FMT)
+        if SPEC.KIND == "":
+            ungated_step(pid, plan, one.tokens, one.output, HOW, SPEC, FMT)
+        else:
+            short_step(pid, plan, snap_table, one, HOW, SPEC, FMT)
         if pid == programs - 1:
             count_overflow(plan, programs, SPEC.RATIO)
     elif SPEC.KIND == "fold":
@@ -39,11 +42,11 @@ def step_kernel(
     state_rows, state_tags, state_num_slots, state_ring,
     snapshots_rows, snapshots_tags, snapshots_count,
     scratch_workspace, scratch_arrivals,
-    output_rows, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride, output_scales,
-    output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
+    output_rows, output_latent, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride,
+    output_scales, output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
     HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
-    """`compress` over a `FoldState`."""
+    """`compress` over a `FoldState`, or without a state."""
     plan = Plan(plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors)
     snap_table = SnapshotTable(snap_table_pages, snap_table_width, snap_table_page_size)
     one = Compressor(
@@ -52,7 +55,7 @@ def step_kernel(
         Snapshots(snapshots_rows, snapshots_tags, snapshots_count),
         Scratch(scratch_workspace, scratch_arrivals),
         Output(
-            output_rows, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride,
+            output_rows, output_latent, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride,
             output_scales, output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
         ),
     )  # fmt: skip
@@ -67,16 +70,16 @@ def pair_kernel(
     first_state_rows, first_state_tags, first_state_num_slots, first_state_ring,
     first_snapshots_rows, first_snapshots_tags, first_snapshots_count,
     first_scratch_workspace, first_scratch_arrivals,
-    first_output_rows, first_output_norm_weight, first_output_rope, first_output_max_position, first_output_pages,
-    first_output_page_stride, first_output_scales, first_output_scales_stride, first_output_rows_per_page,
+    first_output_rows, first_output_latent, first_output_norm_weight, first_output_rope, first_output_max_position,
+    first_output_pages, first_output_page_stride, first_output_scales, first_output_scales_stride, first_output_rows_per_page,
     first_output_num_slots, first_output_scale,
     second_tokens_kv_score, second_tokens_stride, second_tokens_count, second_tokens_ape,
     second_state_rows, second_state_tags, second_state_num_slots, second_state_ring,
     second_snapshots_rows, second_snapshots_tags, second_snapshots_count,
     second_scratch_workspace, second_scratch_arrivals,
-    second_output_rows, second_output_norm_weight, second_output_rope, second_output_max_position, second_output_pages,
-    second_output_page_stride, second_output_scales, second_output_scales_stride, second_output_rows_per_page,
-    second_output_num_slots, second_output_scale,
+    second_output_rows, second_output_latent, second_output_norm_weight, second_output_rope, second_output_max_position,
+    second_output_pages, second_output_page_stride, second_output_scales, second_output_scales_stride,
+    second_output_rows_per_page, second_output_num_slots, second_output_scale,
     HOW_0: tl.constexpr, SPEC_0: tl.constexpr, FMT_0: tl.constexpr, HOW_1: tl.constexpr, SPEC_1: tl.constexpr,
     FMT_1: tl.constexpr,
 ):  # fmt: skip
@@ -89,9 +92,9 @@ def pair_kernel(
         Snapshots(first_snapshots_rows, first_snapshots_tags, first_snapshots_count),
         Scratch(first_scratch_workspace, first_scratch_arrivals),
         Output(
-            first_output_rows, first_output_norm_weight, first_output_rope, first_output_max_position, first_output_pages,
-            first_output_page_stride, first_output_scales, first_output_scales_stride, first_output_rows_per_page,
-            first_output_num_slots, first_output_scale,
+            first_output_rows, first_output_latent, first_output_norm_weight, first_output_rope, first_output_max_position,
+            first_output_pages, first_output_page_stride, first_output_scales, first_output_scales_stride,
+            first_output_rows_per_page, first_output_num_slots, first_output_scale,
         ),
     )  # fmt: skip
     second = Compressor(
@@ -100,9 +103,9 @@ def pair_kernel(
         Snapshots(second_snapshots_rows, second_snapshots_tags, second_snapshots_count),
         Scratch(second_scratch_workspace, second_scratch_arrivals),
         Output(
-            second_output_rows, second_output_norm_weight, second_output_rope, second_output_max_position, second_output_pages,
-            second_output_page_stride, second_output_scales, second_output_scales_stride, second_output_rows_per_page,
-            second_output_num_slots, second_output_scale,
+            second_output_rows, second_output_latent, second_output_norm_weight, second_output_rope,
+            second_output_max_position, second_output_pages, second_output_page_stride, second_output_scales,
+            second_output_scales_stride, second_output_rows_per_page, second_output_num_slots, second_output_scale,
         ),
     )  # fmt: skip
     half = tl.num_programs(0) // 2
@@ -117,15 +120,15 @@ def pair_kernel(
 def store_kernel(
     plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors,
     pooled,
-    output_rows, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride, output_scales,
-    output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
+    output_rows, output_latent, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride,
+    output_scales, output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
     HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
     """`store`, of pooled rows that somebody else made: one program per work item whose window ends."""
     plan = Plan(plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors)
     output = Output(
-        output_rows, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride, output_scales,
-        output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
+        output_rows, output_latent, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride,
+        output_scales, output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
     )  # fmt: skip
     pid = tl.program_id(0)
     item = load_item(plan.items, pid)

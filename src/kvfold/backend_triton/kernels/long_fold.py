@@ -184,7 +184,7 @@ def deliver_entry(
     cache_slot, weight, cos, sin = needs
     deliver, refused = slot_valid(entry, cache_slot, position, plan.entry_capacity, cache, SPEC.ROPE_DIM)
     # A step that only moves the state on finishes nothing; Triton 3.6 fails on slices that nobody uses.
-    FINISHES: tl.constexpr = (cache.rows is not None) or (cache.pages is not None)
+    FINISHES: tl.constexpr = (cache.rows is not None) or (cache.norm_weight is not None)
     finish = (entry >= 0) & deliver & FINISHES
     if SLICE < SPEC.HEAD_DIM and finish:
         finish = is_last(ticket, SPEC.HEAD_DIM // SLICE)
@@ -200,7 +200,7 @@ def long_fold_step(pid, programs, plan, snap_table, one, HOW: tl.constexpr, SPEC
     """Program `pid` of `programs` over fold rows, in units of SLICE channels of a window."""
     tokens, st, snaps, scratch, cache = one
     SLICES: tl.constexpr = SPEC.HEAD_DIM // HOW.SLICE
-    FINISHES: tl.constexpr = (cache.rows is not None) or (cache.pages is not None)  # as in `deliver_entry`
+    FINISHES: tl.constexpr = (cache.rows is not None) or (cache.norm_weight is not None)  # as in `deliver_entry`
     total = load_plan(plan.num_items)
     # The first items are read before the wait: the plan is older than the launch before this one.
     index = pid // SLICES

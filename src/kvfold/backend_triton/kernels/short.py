@@ -192,6 +192,23 @@ def short_step(pid, plan, snap_table, one, HOW: tl.constexpr, SPEC: tl.constexpr
 
 
 @triton.jit
+def ungated_step(pid, plan, tokens, cache, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr):
+    """Work item `pid` of a compressor without a gate: its window is a token, whose values are the pooled row."""
+    here = pid < load_plan(plan.num_items)
+    window, start, end, token, _, entry, _ = load_item(plan.items, pid)
+    usable = here & (token + end - start <= tokens.count)
+    entry = tl.where(usable, entry, -1)
+    cache_slot, weight, cos, sin = entry_address(entry, window, plan, cache, SPEC)
+    at = tokens.kv_score + (token + window - start).to(tl.int64) * tokens.stride + tl.arange(0, SPEC.HEAD_DIM)
+    wait_for_inputs(HOW.PDL)
+    deliver, refused = slot_valid(entry, cache_slot, window, plan.entry_capacity, cache, SPEC.ROPE_DIM)
+    if deliver:
+        emit(tl.load(at).to(tl.float32), entry, cache_slot, weight, cos, sin, cache, SPEC, FMT, HOW.TARGET)
+    if refused | (here & (window == start) & (usable == 0)):
+        tl.atomic_add(plan.errors, 1)
+
+
+@triton.jit
 def count_overflow(plan, programs, RATIO: tl.constexpr):
     """Counts the sequences whose first item has no program.
 

@@ -434,8 +434,8 @@ def window_kernel(
     score_pool_width,
     page_size,
     scratch_workspace, scratch_arrivals,
-    output_rows, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride, output_scales,
-    output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
+    output_rows, output_latent, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride,
+    output_scales, output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
     HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
     ONE_PAGE: tl.constexpr, PROMPT: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -448,12 +448,12 @@ def window_kernel(
         score_pool_width,
     )  # fmt: skip
     output = Output(
-        output_rows, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride, output_scales,
-        output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
+        output_rows, output_latent, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride,
+        output_scales, output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
     )  # fmt: skip
     scratch = Scratch(scratch_workspace, scratch_arrivals)
     launch = Launch(plan, entry_items, tokens, Pools(kv_pool, score_pool, page_size), scratch, output)
-    POOLS: tl.constexpr = (output.pages is not None) or (output.rows is not None)
+    POOLS: tl.constexpr = (output.norm_weight is not None) or (output.rows is not None)
     # Programs that first stored a row and then pooled would end last (docs/notes/0032-who-stores-the-last-rows.md).
     JOIN: tl.constexpr = LANES if (POOLS and ONE_PAGE) and ((SPEC.OVERLAP == 0 and HOW.TOGETHER > 1) and not PROMPT) else 0
     SLICES: tl.constexpr = SPEC.HEAD_DIM // HOW.SLICE
