@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from . import ops
-from .arguments.checks import check_type, traced
+from .arguments.checks import traced
 from .calls.checks import compressors_of
 from .calls.run import run_compress, run_many
 from .plan import StepPlan
@@ -20,7 +20,7 @@ from .storage.window_state import WindowState
 
 
 def compress(
-    kv_score: torch.Tensor,
+    kv_score: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
     plan: StepPlan,
     state: FoldState | WindowState | None,
     cache: EntryCache | None,
@@ -43,8 +43,8 @@ def compress(
 
     Args:
         kv_score: bf16 or fp32 `[T, 2 * channels]`, rows `[K | S]` (overlap: `[K.lo K.hi S.lo S.hi]`), sequence-major as
-            `plan.cu_seqlens` says; without a gate `[T, channels]`, rows `K`. The last dimension is contiguous, the row stride
-            free. Rows behind the last sequence are not read.
+            `plan.cu_seqlens` says; or two tensors `(K, S)` of one dtype, `[T, channels]` each; without a gate `[T, channels]`,
+            rows `K`. The last dimension is contiguous, the row stride of each free. Rows behind the last sequence are not read.
         plan: of this step, for `spec.ratio`, with state slots for a `FoldState` and block tables for a `WindowState`; with
             either or neither where there is no state.
         state: mutated. `FoldState`: the rows of the step's last `state.ring` positions. `WindowState`: the rows of all its
@@ -75,9 +75,8 @@ def compress(
         TypeError, ValueError: naming the argument; nothing has been written then. What depends on data (a slot beyond
             its pool, a state row that is not held) is skipped and counted in `plan.errors`.
     """
-    check_type("kv_score", kv_score, torch.Tensor)
     c = Compressor(kv_score, state, cache, spec, ape, norm_weight, rope, snapshots)
-    run = ops.compress if traced(kv_score) else run_compress
+    run = ops.compress if traced(c.value) else run_compress
     run(c, plan, Outputs(rows, latent), backend, pdl)
 
 
@@ -98,5 +97,5 @@ def compress_many(
         TypeError, ValueError: naming the argument, `compressors[i]` before it; nothing has been written then.
     """
     made = compressors_of(compressors)
-    run = ops.compress_many if traced(made[0].kv_score) else run_many
+    run = ops.compress_many if traced(made[0].value) else run_many
     run(made, plan, backend, pdl)

@@ -69,6 +69,7 @@ def fold_group(
 @torch.inference_mode()
 def compress_torch(c: Compressor, plan: PlanData, out: Outputs) -> None:
     """`compress` over a `FoldState` or without a state, after its arguments were checked."""
+    c = c.joined()
     kv_score, state, spec = c.kv_score, c.state, c.spec
     if state is None:
         _compress_ungated(c, plan, out)

@@ -39,6 +39,7 @@ def compress_window_torch(c: Compressor, plan: PlanData, out: Outputs) -> None:
     An item counts once in `plan.errors` when its tables name a page that cannot be, for a row to read or to write, and
     otherwise when the entry is wanted and an old row of its window has no page. A new row that has no page is not kept.
     """
+    c = c.joined()
     kv_score, state, spec = c.kv_score, c.state, c.spec
     items = Items.of(plan)
     usable = items.token + items.end - items.start <= kv_score.shape[0]

@@ -42,12 +42,17 @@ class SnapshotTable(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """The step's new tokens: `count` rows of `kv_score`, `stride` elements apart, and the bias of their scores."""
+    """The step's new tokens: `count` rows of `kv_score`, `stride` elements apart, and the bias of their scores.
+
+    apart, skew: where scores have a tensor of their own: kernels/tokens.py.
+    """
 
     kv_score: Floats = None
     stride: Stride = 0
     count: Int = 0
     ape: Floats = None
+    apart: Stride = None
+    skew: Stride = None
 
 
 class State(NamedTuple):
@@ -291,11 +296,12 @@ class History(NamedTuple):
 class Opened(NamedTuple):
     """A window of fold rows that is being folded, and whose it is.
 
-    live: where its first token would stand in kv_score. `[begin, stop)`: its new tokens, counted from its first position `x0`.
-    first: whether it is the first one of its sequence in this step.
+    live: where its first token would stand in kv_score. apart: of that token, as in `Tokens`. `[begin, stop)`: its new tokens,
+    counted from its first position `x0`. first: whether it is the first one of its sequence in this step.
     """
 
     live: object
+    apart: object
     begin: object
     stop: object
     slot: object

@@ -19,7 +19,10 @@ from .table import ANY, BUCKETS, Config, choose, pair_buckets
 
 
 class Types(NamedTuple):
-    """Dtypes of a call's tensors, None for those that it has not; whether its plan has entry slots, and it latents."""
+    """Dtypes of a call's tensors, None for those that it has not; whether its plan has entry slots, and it latents.
+
+    apart: values and scores are two tensors.
+    """
 
     kv_score: torch.dtype
     state: torch.dtype | None
@@ -27,6 +30,7 @@ class Types(NamedTuple):
     norm_weight: torch.dtype | None
     entry_slots: bool
     latent: bool = False
+    apart: bool = False
 
 
 class StepKey(NamedTuple):
@@ -134,13 +138,21 @@ class Wanted(NamedTuple):
     norms: tuple[torch.dtype, ...]
     snapshots: tuple[bool, ...]
     latents: tuple[bool, ...] = (False,)
+    apart: tuple[bool, ...] = (False,)
 
     def finishes(self, fmt: RecordFormat | None) -> list[tuple[torch.dtype | None, bool, bool]]:
-        """The last of `Types`. Without entry slots there can be no cache; without that only latents need the norm weight."""
+        """Of `Types` norm weight, entry slots and latents.
+
+        Without entry slots there can be no cache; without that only latents need the norm weight.
+        """
         found = []
         for latent, slots in product(self.latents, (True,) if fmt is not None else (True, False)):
             found += [(norm, slots, latent) for norm in (self.norms if fmt is not None or latent else (None,))]
         return found
+
+    def tokens(self, spec: CompressorSpec) -> tuple[bool, ...]:
+        """Whether values and scores are two tensors, if there are scores."""
+        return self.apart if spec.gate else (False,)
 
     def states(self, spec: CompressorSpec) -> tuple[torch.dtype | None, ...]:
         """Dtypes of a `FoldState`: fold rows are always fp32."""
@@ -175,8 +187,8 @@ def step_keys(
     leaves = sorted({snap and count > 0 for snap in w.snapshots for count in snapshot_rows(spec)})
     for dtype, state, bound in product(w.dtypes, w.states(spec), w.steps):
         if dtype == torch.bfloat16 or state != torch.bfloat16:
-            for finish, snap, bucket in product(w.finishes(fmt), leaves, buckets):
-                yield step_key(spec, fmt, kind, bound, (dtype, state, rows, *finish), snap, bucket)
+            for finish, apart, snap, bucket in product(w.finishes(fmt), w.tokens(spec), leaves, buckets):
+                yield step_key(spec, fmt, kind, bound, (dtype, state, rows, *finish, apart), snap, bucket)
 
 
 def pair_keys(pair: tuple[tuple[CompressorSpec, RecordFormat | None], ...], w: Wanted) -> Iterator[PairKey]:
@@ -194,8 +206,8 @@ def window_keys(
 ) -> Iterator[WindowKey]:
     """pages: sizes; None: any. What matters of one is whether the ratio divides it."""
     for dtype, state, bound, page in product(w.dtypes, w.state_dtypes, w.steps, pages or (spec.ratio, 1)):
-        for finish in w.finishes(fmt):
-            yield window_key(spec, fmt, bound, (dtype, state, rows, *finish), page)
+        for finish, apart in product(w.finishes(fmt), w.apart):
+            yield window_key(spec, fmt, bound, (dtype, state, rows, *finish, apart), page)
 
 
 def restore_keys(spec: CompressorSpec, w: Wanted) -> Iterator[RestoreKey]:

@@ -40,8 +40,8 @@ from .variants import draws_items, slices_of
 
 # What every call brings of itself, in order: how the names of such parameters of a kernel end.
 _BROUGHT = (
-    "pooled", "tokens_kv_score", "tokens_stride", "tokens_count", "scratch_workspace", "scratch_arrivals", "output_rows",
-    "output_latent",
+    "pooled", "tokens_kv_score", "tokens_stride", "tokens_count", "tokens_apart", "tokens_skew", "scratch_workspace",
+    "scratch_arrivals", "output_rows", "output_latent",
 )  # fmt: skip
 
 
@@ -82,9 +82,9 @@ def compress_triton(c: Compressor, plan: PlanData, out: Outputs, pdl: bool | Non
     """`compress` over a `FoldState` or without a state, after its arguments were checked: one launch on the current stream."""
     if plan.item_capacity == 0:
         return
-    grid, met = _step_grid(plan, c.kv_score), owner_of(c, plan)._layer.plans[id(plan)]
-    bucket = item_bucket(grid, multiprocessors(c.kv_score.device))
-    asked = bucket, c.kv_score.dtype, _out_types(out)
+    grid, met = _step_grid(plan, c), owner_of(c, plan)._layer.plans[id(plan)]
+    bucket = item_bucket(grid, multiprocessors(c.device))
+    asked = bucket, *_token_types(c), _out_types(out)
     call = met.prepared
     if call is None or call.asked != asked:
         wanted = _step_wanted(c, plan, out, bucket)
@@ -92,8 +92,8 @@ def compress_triton(c: Compressor, plan: PlanData, out: Outputs, pdl: bool | Non
         groups = _plan(plan), _snap_table(plan, c), _compressor(c, out)
         call = met.prepared = _prepare("step", asked, chosen, groups)
     slices = call.chosen.slices
-    brought = _brought(c, plan, out, slices, call.chosen.draws[0])
-    call.launch(min(grid * slices, call.chosen.programs), brought, brought[1], use_pdl(pdl, plan, c.kv_score.device))
+    brought, strides = _brought(c, plan, out, slices, call.chosen.draws[0])
+    call.launch(min(grid * slices, call.chosen.programs), brought, strides, use_pdl(pdl, plan, c.device))
 
 
 def compress_pair_triton(pair: tuple[Compressor, Compressor], plan: PlanData, pdl: bool | None) -> None:
@@ -101,11 +101,11 @@ def compress_pair_triton(pair: tuple[Compressor, Compressor], plan: PlanData, pd
     if plan.item_capacity == 0:
         return
     first, second = pair
-    grid = max(_step_grid(plan, first.kv_score), _step_grid(plan, second.kv_score))
+    grid = max(_step_grid(plan, first), _step_grid(plan, second))
     kinds = {first.state.kind, second.state.kind}
-    bucket = item_bucket(grid, multiprocessors(first.kv_score.device), pair_buckets(kinds))
+    bucket = item_bucket(grid, multiprocessors(first.device), pair_buckets(kinds))
     met = first.state._layer.plans[id(plan)]
-    asked = bucket, first.kv_score.dtype, second.kv_score.dtype, second.state._layer
+    asked = bucket, *_token_types(first), *_token_types(second), second.state._layer
     call = met.prepared
     if call is None or call.asked != asked:
         chosen = _choose(first.state, tuple(_step_wanted(c, plan, Outputs(), bucket) for c in pair), _choose_pair)
@@ -114,8 +114,9 @@ def compress_pair_triton(pair: tuple[Compressor, Compressor], plan: PlanData, pd
     most = call.chosen.programs
     if call.chosen.few and grid <= 2 * most:  # so that the second compressor need not wait for the first one's last windows
         most = call.chosen.few
-    one, other = (_brought(c, plan, Outputs(), 1, drawn) for c, drawn in zip(pair, call.chosen.draws, strict=True))
-    call.launch(2 * min(grid, most), one + other, one[1] | other[1], use_pdl(pdl, plan, first.kv_score.device))
+    both = [_brought(c, plan, Outputs(), 1, drawn) for c, drawn in zip(pair, call.chosen.draws, strict=True)]
+    brought, strides = both[0][0] + both[1][0], both[0][1] | both[1][1]
+    call.launch(2 * min(grid, most), brought, strides, use_pdl(pdl, plan, first.device))
 
 
 def compress_window_triton(c: Compressor, plan: PlanData, out: Outputs, pdl: bool | None) -> None:
@@ -123,7 +124,7 @@ def compress_window_triton(c: Compressor, plan: PlanData, out: Outputs, pdl: boo
     if plan.item_capacity == 0:
         return
     spec, state, met = c.spec, c.state, c.state._layer.plans[id(plan)]
-    asked = c.kv_score.dtype, _out_types(out)
+    asked = *_token_types(c), _out_types(out)
     call = met.prepared
     if call is None or call.asked != asked:
         wanted = spec, _format(c), plan.max_new_tokens, _types(c, state.dtype, plan, out), state.page_size
@@ -137,9 +138,9 @@ def compress_window_triton(c: Compressor, plan: PlanData, out: Outputs, pdl: boo
         call = met.prepared = _prepare("window", asked, _choose(state, wanted, _choose_window), groups)
     slices = call.chosen.slices
     pooled = plan.entry_capacity * slices if c.cache is not None or out != Outputs() else 0
-    programs = min(_step_grid(plan, c.kv_score) + pooled, call.chosen.programs)
-    brought = _brought(c, plan, out, slices, False)
-    call.launch(programs, brought, brought[1], use_pdl(pdl, plan, c.kv_score.device))
+    programs = min(_step_grid(plan, c) + pooled, call.chosen.programs)
+    brought, strides = _brought(c, plan, out, slices, False)
+    call.launch(programs, brought, strides, use_pdl(pdl, plan, c.device))
 
 
 def store_triton(
@@ -263,15 +264,20 @@ def _out_types(out: Outputs) -> tuple[torch.dtype | None, bool]:
     return None if out.rows is None else out.rows.dtype, out.latent is not None
 
 
+def _token_types(c: Compressor) -> tuple[torch.dtype, bool]:
+    return c.value.dtype, c.score is not None
+
+
 def _types(c: Compressor, state: torch.dtype | None, plan: PlanData, out: Outputs) -> Types:
     rows, latent = _out_types(out)
     return Types(
-        kv_score=c.kv_score.dtype,
+        kv_score=c.value.dtype,
         state=state,
         rows=rows,
         norm_weight=c.norm_weight.dtype if latent or c.cache is not None else None,
         entry_slots=plan.entry_slots is not None,
         latent=latent,
+        apart=c.score is not None,
     )
 
 
@@ -284,9 +290,9 @@ def _keeps(snapshots: Snapshots | None) -> bool:
     return snapshots is not None and snapshots.rows_per_page > 0
 
 
-def _step_grid(plan: PlanData, kv_score: torch.Tensor) -> int:
+def _step_grid(plan: PlanData, c: Compressor) -> int:
     # At least one program, to count sequences whose tokens an empty kv_score does not have.
-    return max(1, min(plan.item_capacity, plan.items_for(kv_score.shape[0])))
+    return max(1, min(plan.item_capacity, plan.items_for(c.value.shape[0])))
 
 
 def _prepare(kernel: str, asked: tuple, chosen: Chosen, groups: tuple) -> Prepared:
@@ -298,14 +304,21 @@ def _prepare(kernel: str, asked: tuple, chosen: Chosen, groups: tuple) -> Prepar
     return Prepared(asked, chosen, list(found), tuple(i for i, name in enumerate(names) if name.endswith(_BROUGHT)), bits)
 
 
-def _brought(c: Compressor, plan: PlanData, out: Outputs, slices: int, draws: bool) -> tuple:
-    """What a call of one compressor brings: its tokens, the scratch that its programs need, and where rows go."""
+def _brought(c: Compressor, plan: PlanData, out: Outputs, slices: int, draws: bool) -> tuple[tuple, int]:
+    """What a call of one compressor brings: its tokens, the scratch that its programs need, and where rows go; its strides."""
     scratch = None, None
     if slices > 1:
         scratch = _workspace(c.state, plan.entry_capacity, c.spec.head_dim)
     elif draws:  # from the count of the items that were drawn (kernels/items.py)
         scratch = None, _workspace(c.state, 1, 0)[1]
-    return c.kv_score, c.kv_score.stride(0), c.kv_score.shape[0], *scratch, *out
+    value, score = c.value, c.score
+    stride, apart, skew = value.stride(0), None, None
+    strides = stride
+    if score is not None:
+        apart = (score.data_ptr() - value.data_ptr()) // value.element_size()
+        skew = score.stride(0) - stride
+        strides |= apart | skew
+    return (value, stride, value.shape[0], apart, skew, *scratch, *out), strides
 
 
 def _plan(plan: PlanData) -> args.Plan:

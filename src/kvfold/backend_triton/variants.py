@@ -132,7 +132,8 @@ def _snapshots(pointer: str | None) -> args.Snapshots:
 
 def _tokens(spec: CompressorSpec, types: Types) -> args.Tokens:
     tokens = types_of(args.Tokens, kv_score=POINTERS[types.kv_score])
-    return tokens if spec.has_ape else tokens._replace(ape=None)
+    absent = ["ape"] * (not spec.has_ape) + ["apart", "skew"] * (not types.apart)
+    return tokens._replace(**dict.fromkeys(absent))
 
 
 def _compressor(key: StepKey, slices: int) -> args.Compressor:

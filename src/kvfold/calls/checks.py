@@ -76,6 +76,8 @@ def check_compress(c: Compressor, plan: PlanData, out: Outputs, backend: str | N
         chosen = choose_backend(backend, name, x)
         check_spec("spec", c.spec)
         spans.append((name, x, False, *_check_tokens(name, x, c)))
+    if c.score is not None:
+        _check_two(c)
     met = _known(c, plan) or _check_fixed(c, plan)
     for name, x, _, _, _ in spans:
         if x.device != met.device:
@@ -105,7 +107,7 @@ def _check_tokens(name: str, x: torch.Tensor, c: Compressor) -> tuple[int, int]:
     """Checks a tensor of a step's tokens; returns the address of its first byte, and the one behind its last."""
     check_real_memory(name, x)
     check_dtype(name, x, _FLOATS)
-    shape, width = x.shape, c.spec.kv_score_width
+    shape, width = x.shape, c.spec.kv_score_width if x is c.kv_score else c.spec.channels
     if len(shape) != 2 or shape[1] != width:
         check_shape(name, x, (None, width))
     if shape[0] > INT32_MAX:
@@ -115,6 +117,18 @@ def _check_tokens(name: str, x: torch.Tensor, c: Compressor) -> tuple[int, int]:
         raise ValueError(f"{name} must be contiguous in its last dimension, got strides {(stride, side_by_side)}")
     start = x.data_ptr()
     return start, start + ((shape[0] - 1) * stride + shape[1]) * (2 if x.dtype is torch.bfloat16 else 4)
+
+
+def _check_two(c: Compressor) -> None:
+    """Checks that values and scores go together."""
+    value, score = c.value, c.score
+    if not c.spec.gate:
+        raise ValueError("kv_score must be values alone, as spec has no gate, got two tensors")
+    check_device("kv_score[1]", score, value.device)
+    check_dtype("kv_score[1]", score, (value.dtype,))
+    check_shape("kv_score[1]", score, tuple(value.shape))
+    if (score.data_ptr() - value.data_ptr()) % value.element_size():
+        raise ValueError("kv_score[1] must begin at a multiple of its element size, like kv_score[0]")
 
 
 def check_many(compressors: Sequence[Compressor], plan: PlanData, backend: str | None) -> str:

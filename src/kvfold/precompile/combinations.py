@@ -58,7 +58,7 @@ class Combination:
 
     kind: of a row of the table, or `"ungated"` for `compress` without a state, `"pair"` for `compress_many`, `"plan"` or
     `"restore"`. other: the second of a pair. page_size: of a `WindowState`. snapshots, latent: whether the call leaves any.
-    dtype: of kv_score.
+    apart: whether values and scores are two tensors. dtype: of them.
     """
 
     kind: str
@@ -69,6 +69,7 @@ class Combination:
     page_size: int = 1
     snapshots: bool = False
     latent: bool = False
+    apart: bool = False
     dtype: torch.dtype = torch.bfloat16
 
     @property
@@ -84,7 +85,12 @@ class Combination:
             parts += [*_spec_words(self.other[0]), self.other[1].name]
         if self.kind in ("window", "restore"):
             parts += [f"page{self.page_size}"]
-        parts += ["snapshots"] * self.snapshots + ["latent"] * self.latent + ["kv_fp32"] * (self.dtype == torch.float32)
+        parts += (
+            ["snapshots"] * self.snapshots
+            + ["latent"] * self.latent
+            + ["apart"] * self.apart
+            + ["kv_fp32"] * (self.dtype == torch.float32)
+        )
         return " ".join(parts)
 
     @property
@@ -109,6 +115,7 @@ class Combination:
         state = fp32 if self.spec.gate else None
         rows = fp32 if self.fmt is None and not self.latent else None
         types = (self.dtype, state, rows, fp32 if self.spec.gate or self.latent or self.fmt else None, True, self.latent)
+        types += (self.apart,)
         bound = self.config.max_new_tokens
         if self.kind == "window":
             return window_key(self.spec, self.fmt, bound, types, self.page_size)
@@ -168,6 +175,8 @@ def _all(
                 for fmt in (None,) if None in fitting else fitting:
                     if config.kind != "window" and config.bucket == ANY:
                         yield Combination(config.kind, spec, fmt, config, snapshots=True, dtype=dtype)
+                for fmt in (None,) if None in fitting else fitting:
+                    yield Combination(config.kind, spec, fmt, config, apart=True, dtype=dtype)
                 if not spec.has_ape:  # as in V4.1, whose index keys are made of latents
                     for fmt in (None,) if None in fitting else fitting:
                         yield Combination(config.kind, spec, fmt, config, latent=True, dtype=dtype)

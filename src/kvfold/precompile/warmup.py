@@ -25,6 +25,7 @@ def warmup(
     norm_weight_dtypes: Iterable[torch.dtype] = (torch.float32,),
     rows: Iterable[torch.dtype | None] = (None,),
     latents: Iterable[bool] = (False,),
+    apart: Iterable[bool] = (False,),
     page_sizes: Iterable[int] | None = None,
     many: Iterable[tuple[tuple[CompressorSpec, str | None], tuple[CompressorSpec, str | None]]] = (),
     snapshots: Iterable[bool] = (False,),
@@ -57,6 +58,7 @@ def warmup(
         norm_weight_dtypes: of the norm weight.
         rows: dtypes of `compress(rows=...)`, None for calls without. `store` is compiled for those that are not None.
         latents: whether `compress` gets `latent`: True, False or both.
+        apart: whether `kv_score` comes as two tensors: True, False or both.
         page_sizes: of `WindowState`s; default: any.
         many: pairs of (spec, format) that `compress_many` gets together, over `FoldState`s.
         snapshots: whether calls over `FoldState`s get `snapshots`: True, False or both. With True `restore` is compiled too.
@@ -78,7 +80,8 @@ def warmup(
     dtypes, norms = check_choices("dtypes", dtypes, FLOATS), check_choices("norm_weight_dtypes", norm_weight_dtypes, FLOATS)
     state_dtypes, states = check_choices("state_dtypes", state_dtypes, FLOATS), check_choices("states", states, STATES)
     rows = check_choices("rows", rows, (None, *FLOATS))
-    snapshots, latents = (check_choices(*one, (False, True)) for one in (("snapshots", snapshots), ("latents", latents)))
+    switches = {"snapshots": snapshots, "latents": latents, "apart": apart}
+    snapshots, latents, apart = (check_choices(name, given, (False, True)) for name, given in switches.items())
     steps = several("max_new_tokens", max_new_tokens)
     for bound in steps:
         check_int("max_new_tokens", bound, 1, (1 << 31) - 1)
@@ -95,7 +98,7 @@ def warmup(
     from ..backend_triton.prepare import prepare
 
     gpu = _gpu(device, INTERPRETED)
-    w = keys.Wanted(dtypes, steps, state_dtypes, norms, snapshots, latents)
+    w = keys.Wanted(dtypes, steps, state_dtypes, norms, snapshots, latents, apart)
     paired = [spec for pair in pairs for spec, _ in pair]
     found = [*keys.plan_keys({spec.ratio for spec in (*specs, *paired) if spec.gate}, states)]
     if not all(spec.gate for spec in specs):

@@ -38,7 +38,7 @@ def run_step(pid, programs, plan, snap_table, one, HOW: tl.constexpr, SPEC: tl.c
 def step_kernel(
     plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors,
     snap_table_pages, snap_table_width, snap_table_page_size,
-    tokens_kv_score, tokens_stride, tokens_count, tokens_ape,
+    tokens_kv_score, tokens_stride, tokens_count, tokens_ape, tokens_apart, tokens_skew,
     state_rows, state_tags, state_num_slots, state_ring,
     snapshots_rows, snapshots_tags, snapshots_count,
     scratch_workspace, scratch_arrivals,
@@ -50,7 +50,7 @@ def step_kernel(
     plan = Plan(plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors)
     snap_table = SnapshotTable(snap_table_pages, snap_table_width, snap_table_page_size)
     one = Compressor(
-        Tokens(tokens_kv_score, tokens_stride, tokens_count, tokens_ape),
+        Tokens(tokens_kv_score, tokens_stride, tokens_count, tokens_ape, tokens_apart, tokens_skew),
         State(state_rows, state_tags, state_num_slots, state_ring),
         Snapshots(snapshots_rows, snapshots_tags, snapshots_count),
         Scratch(scratch_workspace, scratch_arrivals),
@@ -66,14 +66,15 @@ def step_kernel(
 def pair_kernel(
     plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors,
     snap_table_pages, snap_table_width, snap_table_page_size,
-    first_tokens_kv_score, first_tokens_stride, first_tokens_count, first_tokens_ape,
+    first_tokens_kv_score, first_tokens_stride, first_tokens_count, first_tokens_ape, first_tokens_apart, first_tokens_skew,
     first_state_rows, first_state_tags, first_state_num_slots, first_state_ring,
     first_snapshots_rows, first_snapshots_tags, first_snapshots_count,
     first_scratch_workspace, first_scratch_arrivals,
     first_output_rows, first_output_latent, first_output_norm_weight, first_output_rope, first_output_max_position,
     first_output_pages, first_output_page_stride, first_output_scales, first_output_scales_stride, first_output_rows_per_page,
     first_output_num_slots, first_output_scale,
-    second_tokens_kv_score, second_tokens_stride, second_tokens_count, second_tokens_ape,
+    second_tokens_kv_score, second_tokens_stride, second_tokens_count, second_tokens_ape, second_tokens_apart,
+    second_tokens_skew,
     second_state_rows, second_state_tags, second_state_num_slots, second_state_ring,
     second_snapshots_rows, second_snapshots_tags, second_snapshots_count,
     second_scratch_workspace, second_scratch_arrivals,
@@ -87,7 +88,10 @@ def pair_kernel(
     plan = Plan(plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors)
     snap_table = SnapshotTable(snap_table_pages, snap_table_width, snap_table_page_size)
     first = Compressor(
-        Tokens(first_tokens_kv_score, first_tokens_stride, first_tokens_count, first_tokens_ape),
+        Tokens(
+            first_tokens_kv_score, first_tokens_stride, first_tokens_count, first_tokens_ape, first_tokens_apart,
+            first_tokens_skew,
+        ),
         State(first_state_rows, first_state_tags, first_state_num_slots, first_state_ring),
         Snapshots(first_snapshots_rows, first_snapshots_tags, first_snapshots_count),
         Scratch(first_scratch_workspace, first_scratch_arrivals),
@@ -98,7 +102,10 @@ def pair_kernel(
         ),
     )  # fmt: skip
     second = Compressor(
-        Tokens(second_tokens_kv_score, second_tokens_stride, second_tokens_count, second_tokens_ape),
+        Tokens(
+            second_tokens_kv_score, second_tokens_stride, second_tokens_count, second_tokens_ape, second_tokens_apart,
+            second_tokens_skew,
+        ),
         State(second_state_rows, second_state_tags, second_state_num_slots, second_state_ring),
         Snapshots(second_snapshots_rows, second_snapshots_tags, second_snapshots_count),
         Scratch(second_scratch_workspace, second_scratch_arrivals),

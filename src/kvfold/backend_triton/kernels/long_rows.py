@@ -15,6 +15,7 @@ from .prefetch import prefetch_item
 from .rows import keep_each, load_biases, pool_window
 from .slots import check_history, first_read, load_history, retire_rows, slot_rows
 from .snapshot import snap_of, snapshot_rows
+from .tokens import tokens_from
 
 
 @triton.jit
@@ -29,6 +30,7 @@ def take_item(
     tags = st.tags + slot * (st.ring + SPEC.HISTORY)
     rows = slot_rows(st, slot, SPEC)
     live = tokens.kv_score + (token - start).to(tl.int64) * tokens.stride
+    tokens = tokens_from(tokens, token - start)
     seq = Sequence(rows, tags, st.ring, first_read(start, SPEC), start, end)
     if held & (seq.h0 < start):
         held, _moved = check_history(load_history(seq, SPEC))
@@ -56,7 +58,7 @@ def take_item(
             keep_each(live, tokens, seq, oldest, stop, SPEC, KEPT)
         if snaps.rows is not None:
             snap = snap_of(sequence, snap_table, snaps, plan)
-            snapshot_rows(live, tokens.stride, window, begin, stop, snap, SPEC)
+            snapshot_rows(live, tokens, window, begin, stop, snap, SPEC)
         if first:
             retire_rows(seq, load_history(seq, SPEC), SPEC)
 

@@ -16,11 +16,12 @@ from .prefetch import prefetch_fold, prefetch_rows
 from .rows import keep_each, keep_together, load_biases, load_rows, pool_window
 from .slots import check_history, first_read, keep_fold, place_at, retire_rows, slot_rows, tag_addresses
 from .snapshot import next_page_end, snap_of, snapshot_fold, snapshot_rows
+from .tokens import gap, tokens_from
 
 
 @triton.jit
 def token_addresses(live, tokens, x0, stop, SPEC: tl.constexpr, AHEAD: tl.constexpr):
-    """Where values of positions `[x0, x0 + AHEAD)` are, which of them are there (before `stop`), and their ape.
+    """Where values and scores of positions `[x0, x0 + AHEAD)` are, which of them are there (before `stop`), and their ape.
 
     `live` points at position 0. Called before the wait, to have less behind it.
     """
@@ -34,20 +35,22 @@ def token_addresses(live, tokens, x0, stop, SPEC: tl.constexpr, AHEAD: tl.conste
         bias = tl.zeros((SPEC.HEAD_DIM,), tl.float32)
         if tokens.ape is not None:
             bias = tl.load(tokens.ape + (x % SPEC.RATIO) * SPEC.HEAD_DIM + c, mask=there, other=0.0)
-        ats = ats + (live + x.to(tl.int64) * tokens.stride + c,)
+        at = live + x.to(tl.int64) * tokens.stride + c
+        ats = ats + ((at, at + gap(tokens, x, SPEC.HEAD_DIM)),)
         wanted = wanted + (there,)
         biases = biases + (bias,)
     return ats, wanted, biases
 
 
 @triton.jit
-def load_tokens(ats, wanted, biases, HEAD_DIM: tl.constexpr):
+def load_tokens(ats, wanted, biases):
     """Values, and scores with ape, of what `token_addresses` found."""
     ks = ()
     ss = ()
     for i in tl.static_range(len(ats)):
-        ks = ks + (tl.load(ats[i], mask=wanted[i], other=minus_zero()).to(tl.float32),)
-        s = tl.load(ats[i] + HEAD_DIM, mask=wanted[i], other=float("-inf")).to(tl.float32)
+        value_at, score_at = ats[i]
+        ks = ks + (tl.load(value_at, mask=wanted[i], other=minus_zero()).to(tl.float32),)
+        s = tl.load(score_at, mask=wanted[i], other=float("-inf")).to(tl.float32)
         ss = ss + (s + biases[i],)
     return ks, ss
 
@@ -88,7 +91,7 @@ def fold_item(live, tokens, seq, begin, stop, place, last, first, snap, HOW: tl.
     m = tl.load(row, mask=old, other=m)
     l = tl.load(row + SPEC.HEAD_DIM, mask=old, other=0.0)
     a = tl.load(row + 2 * SPEC.HEAD_DIM, mask=old, other=0.0)
-    ks, ss = load_tokens(ats, theres, biases, SPEC.HEAD_DIM)
+    ks, ss = load_tokens(ats, theres, biases)
     held, moved = check_history(history)
     if held:
         if resumes & moved:
@@ -145,6 +148,7 @@ def short_step(pid, plan, snap_table, one, HOW: tl.constexpr, SPEC: tl.constexpr
         begin = tl.maximum(start, window * SPEC.RATIO)
         stop = begin + tl.minimum(end - begin, SPEC.RATIO - begin % SPEC.RATIO)
         live = tokens.kv_score + (token - start).to(tl.int64) * tokens.stride
+        tokens = tokens_from(tokens, token - start)
         h0 = first_read(start, SPEC)
         seq = Sequence(slot_rows(st, slot, SPEC), tags, st.ring, h0, start, end)
         if SPEC.KIND == "fold":
@@ -181,7 +185,7 @@ def short_step(pid, plan, snap_table, one, HOW: tl.constexpr, SPEC: tl.constexpr
                 keep_together(copies, seq, window, oldest, stop, this, SPEC)
             else:
                 keep_each(live, tokens, seq, oldest, stop, SPEC, 1)
-            snapshot_rows(live, tokens.stride, window, begin, stop, snap, SPEC)
+            snapshot_rows(live, tokens, window, begin, stop, snap, SPEC)
             if first:
                 retire_rows(seq, history, SPEC)
     else:

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from ..args import Snap
+from .tokens import whole_row
 
 
 @triton.jit
@@ -52,7 +53,7 @@ def snapshot_fold(m, l, a, x, due, stop, snap, SPEC: tl.constexpr):
 
 
 @triton.jit
-def snapshot_rows(live, kv_stride, window, begin, stop, snap, SPEC: tl.constexpr):
+def snapshot_rows(live, tokens, window, begin, stop, snap, SPEC: tl.constexpr):
     """Stores the input rows of new positions `[begin, stop)` of a window if it is the last of a page."""
     if snap is not None:
         rows, tags, _ = snap.snapshots
@@ -66,6 +67,6 @@ def snapshot_rows(live, kv_stride, window, begin, stop, snap, SPEC: tl.constexpr
                 for n in range(0, stop - begin):
                     x = begin + n
                     row = page * SPEC.RATIO + x % SPEC.RATIO
-                    value = tl.load(live + x.to(tl.int64) * kv_stride + c)
+                    value = tl.load(whole_row(live + x.to(tl.int64) * tokens.stride + c, tokens, x, LENGTH // 2))
                     tl.store(rows + row * LENGTH + c, value.to(rows.dtype.element_ty))
                     tl.store(tags + row, x)

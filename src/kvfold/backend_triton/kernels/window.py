@@ -25,6 +25,7 @@ from .items import load_item
 from .pdl import load_plan, wait_for_inputs
 from .prefetch import prefetch_item, prefetch_tokens, prefetch_window
 from .slices import draw_ticket, is_last, leave_slice, take_slices
+from .tokens import gap, tokens_from
 from .vectors import scalar
 from .window_rows import Pages, Pools, Tiling, find_pages, pool_slice, store_rounded
 
@@ -72,7 +73,7 @@ def write_rows(launch, item, begin, stop, halves, AHEAD: tl.constexpr, SPEC: tl.
     c = tl.arange(0, CHANNELS)
     if tiling.ALIGNED:
         # Tells the compiler that the stride is a multiple of 16; the signature does not, as `pool_slice` is better told less.
-        tokens = Tokens(tokens.kv_score, (tokens.stride // 16) * 16, tokens.count, tokens.ape)
+        tokens = Tokens(tokens.kv_score, (tokens.stride // 16) * 16, tokens.count, tokens.ape, tokens.apart, tokens.skew)
     refused = tl.zeros((), tl.int32)
     for base in range(0, stop - begin, AHEAD):
         # Loads first, of rows and of pages; a load behind a store would wait for the load that the store waits for.
@@ -84,9 +85,10 @@ def write_rows(launch, item, begin, stop, halves, AHEAD: tl.constexpr, SPEC: tl.
             there = spread(x < stop, CHANNELS)
             if halves is not None:
                 there = there & (spread(halves == 2, CHANNELS) | (c // (CHANNELS // 2) == halves))
-            at = tokens.kv_score + (item.token + x - item.start).to(tl.int64) * tokens.stride + c
+            token = item.token + x - item.start
+            at = tokens.kv_score + token.to(tl.int64) * tokens.stride + c
             k = tl.load(at, mask=there, other=0.0).to(tl.float32)
-            s = tl.load(at + CHANNELS, mask=there, other=0.0).to(tl.float32)
+            s = tl.load(at + gap(tokens, token, CHANNELS), mask=there, other=0.0).to(tl.float32)
             if tokens.ape is not None:
                 s += tl.load(tokens.ape + (x % SPEC.RATIO) * CHANNELS + c, mask=there, other=0.0)
             kv_page, _, kv_bad = find_pages(kv_pool, item.sequence, x, x < stop, page_size)
@@ -411,7 +413,8 @@ def run_program(
         if (index < total) & (first.token + first.end - first.start <= tokens.count):
             live = tokens.kv_score + (first.token - first.start).to(tl.int64) * tokens.stride
             begin = tl.maximum(first.start, first.window * SPEC.RATIO)
-            prefetch_tokens(live, tokens.stride, begin, first.end, HOW.AHEAD, SPEC.HEAD_DIM * (1 + SPEC.OVERLAP))
+            here = tokens_from(tokens, first.token - first.start)
+            prefetch_tokens(live, here, begin, first.end, HOW.AHEAD, SPEC.HEAD_DIM * (1 + SPEC.OVERLAP))
     # Every program that is left waits; each where its work begins, so that what it needs for that is worked out before.
     if index < total:
         wait_for_inputs(HOW.PDL)
@@ -428,7 +431,7 @@ def run_program(
 def window_kernel(
     plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors,
     entry_items, cu_entries, batch,
-    tokens_kv_score, tokens_stride, tokens_count, tokens_ape,
+    tokens_kv_score, tokens_stride, tokens_count, tokens_ape, tokens_apart, tokens_skew,
     kv_pool_rows, kv_pool_page_stride, kv_pool_row_stride, kv_pool_num_pages, kv_pool_table, kv_pool_width,
     score_pool_rows, score_pool_page_stride, score_pool_row_stride, score_pool_num_pages, score_pool_table,
     score_pool_width,
@@ -441,7 +444,7 @@ def window_kernel(
 ):  # fmt: skip
     """`compress` over a `WindowState`."""
     plan = Plan(plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors)
-    tokens = Tokens(tokens_kv_score, tokens_stride, tokens_count, tokens_ape)
+    tokens = Tokens(tokens_kv_score, tokens_stride, tokens_count, tokens_ape, tokens_apart, tokens_skew)
     kv_pool = Pool(kv_pool_rows, kv_pool_page_stride, kv_pool_row_stride, kv_pool_num_pages, kv_pool_table, kv_pool_width)
     score_pool = Pool(
         score_pool_rows, score_pool_page_stride, score_pool_row_stride, score_pool_num_pages, score_pool_table,
