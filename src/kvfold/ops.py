@@ -43,9 +43,10 @@ SPEC = ("str spec",)
 CACHE = ("Tensor!? storage", "Tensor!? scales", "str format", "SymInt rows_per_page", "float cache_scale")
 WEIGHTS = ("Tensor? ape", "Tensor? norm_weight", "Tensor? rope")
 ONE = SPEC + CACHE + WEIGHTS
-FOLD = ("Tensor kv_score", *STATE, *SNAPSHOTS, *ONE)
-WINDOW = ("Tensor kv_score", "Tensor! kv", "Tensor! score", *ONE)
-UNGATED = ("Tensor kv_score", *ONE)
+TOKENS = ("Tensor kv_score", "Tensor? scores")
+FOLD = (*TOKENS, *STATE, *SNAPSHOTS, *ONE)
+WINDOW = (*TOKENS, "Tensor! kv", "Tensor! score", *ONE)
+UNGATED = (*TOKENS, *ONE)
 OUTPUTS = ("Tensor!? rows", "Tensor!? latent")
 HOW = ("str? backend", "bool? pdl")
 KEPT = ("Tensor snapshot_rows", "Tensor snapshot_positions", "SymInt page_size")  # SNAPSHOTS that are there, and only read
@@ -58,8 +59,8 @@ WHOLE_PLAN = (
 
 # Which argument of a call an operator's argument belongs to, where names differ.
 OWNERS = {
-    "storage": "cache", "scales": "cache", "kv": "state", "score": "state", "positions": "state", "state_rows": "state",
-    "snapshot_rows": "snapshots", "snapshot_positions": "snapshots",
+    "scores": "kv_score", "storage": "cache", "scales": "cache", "kv": "state", "score": "state", "positions": "state",
+    "state_rows": "state", "snapshot_rows": "snapshots", "snapshot_positions": "snapshots",
     **{text.split()[-1]: "plan" for text in FOLD_PLAN + TABLES},
 }  # fmt: skip
 _RENAMED = {"entries_per_page": "rows_per_page", "own_start_pos": "start_pos", "own_cu_seqlens": "cu_seqlens"}
@@ -80,7 +81,7 @@ def compress(c: Compressor, plan: PlanData, out: Outputs, backend: str | None, p
     if isinstance(c.state, WindowState):
         _call(OPS.compress_window, *_plan(plan, _PLAN), *_tables(plan), *_window(c), *out, backend, pdl)
     elif c.state is None and c.snapshots is None and not c.spec.gate:
-        _call(OPS.compress_ungated, *_plan(plan, _PLAN), c.kv_score, *_one(c), *out, backend, pdl)
+        _call(OPS.compress_ungated, *_plan(plan, _PLAN), *_tokens(c), *_one(c), *out, backend, pdl)
     else:
         _call(OPS.compress, *_plan(plan, _FOLD_PLAN), *_fold(c), *out, backend, pdl)
 
@@ -158,13 +159,18 @@ def _tables(plan: PlanData) -> tuple:
 
 def _fold(c: Compressor) -> tuple:
     _check_of("state", c.state, FoldState, c.spec)
-    return c.kv_score, *_state(c.state), *_snapshots(c.snapshots, c.spec), *_one(c)
+    return *_tokens(c), *_state(c.state), *_snapshots(c.snapshots, c.spec), *_one(c)
 
 
 def _window(c: Compressor) -> tuple:
     if c.snapshots is not None:
         raise ValueError("snapshots must be None for a WindowState, whose pages are shared as they are")
-    return c.kv_score, c.state.kv, c.state.score, *_one(c)
+    return *_tokens(c), c.state.kv, c.state.score, *_one(c)
+
+
+def _tokens(c: Compressor) -> tuple:
+    c.parts()  # names what is no tensor
+    return c.value, c.score
 
 
 def _state(state: FoldState) -> tuple:
@@ -248,10 +254,11 @@ def _run(plan: PlanData, call: Callable[[], None], *remembering: tuple[FoldState
 
 def _compressor_of(args: Sequence, kind: str) -> tuple[Compressor, list]:
     """A `Compressor` from the arguments of its state, spec, cache and weights, and the memory of its launcher."""
-    kv_score, *held = args[: -len(ONE)]
+    value, score, *held = args[: -len(ONE)]
+    kv_score = value if score is None else (value, score)
     (text,), flat_cache, weights = _cut(args[-len(ONE) :], SPEC, CACHE, WEIGHTS)
     spec = _spec_of(text)
-    cache, memory = _cache_of(spec, *flat_cache), _memory(kind, text, flat_cache[2], kv_score.device)
+    cache, memory = _cache_of(spec, *flat_cache), _memory(kind, text, flat_cache[2], value.device)
     if kind == "window":
         # It makes the scratch of its one call, where it needs any: a CUDA graph then has it in its own memory.
         return Compressor(kv_score, WindowState(*held), cache, spec, *weights), memory
@@ -272,11 +279,9 @@ def _compress(*args: object) -> None:
 
 
 def _compress_ungated(*args: object) -> None:
-    flat, (kv_score,), (text,), cache, weights, out, how = _cut(
-        args, PLAN, ("Tensor kv_score",), SPEC, CACHE, WEIGHTS, OUTPUTS, HOW
-    )
+    flat, tokens, (text,), cache, weights, out, how = _cut(args, PLAN, TOKENS, SPEC, CACHE, WEIGHTS, OUTPUTS, HOW)
     plan, spec = _plan_of(_PLAN, flat), _spec_of(text)
-    c = Compressor(kv_score, None, _cache_of(spec, *cache), spec, *weights)
+    c = Compressor(tokens[0] if tokens[1] is None else tuple(tokens), None, _cache_of(spec, *cache), spec, *weights)
     _run(plan, lambda: run_compress(c, plan, Outputs(*out), *how))
 
 
@@ -292,7 +297,7 @@ def _compress_many(*args: object) -> None:
     flat, *both, how = _cut(args, FOLD_PLAN, FOLD, FOLD, HOW)
     plan = _plan_of(_FOLD_PLAN, flat)
     (first, _), (second, memory) = (_compressor_of(one, "fold") for one in both)
-    of_both = _memory("pair", first.spec, second.spec, first.kv_score.device)
+    of_both = _memory("pair", first.spec, second.spec, first.device)
     _run(plan, lambda: run_many((first, second), plan, *how), (first.state, of_both), (second.state, memory))
 
 

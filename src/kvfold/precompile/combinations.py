@@ -21,7 +21,7 @@ from triton.compiler import CompiledKernel
 from .._version import __version__
 from ..backend_triton import table as configs
 from ..backend_triton.build import Variant
-from ..backend_triton.keys import Key, PairKey, RestoreKey, kind_of, plan_key, step_key, store_key, window_key
+from ..backend_triton.keys import Key, PairKey, RestoreKey, Types, kind_of, plan_key, step_key, store_key, window_key
 from ..backend_triton.table import ANY, Config, choose
 from ..backend_triton.variants import variant_of
 from ..contract import UnsupportedError
@@ -112,10 +112,11 @@ class Combination:
             return plan_key(self.spec.ratio, 1, False, False)
         if self.kind == "store":
             return store_key(self.spec, self.fmt, (fp32, fp32))
-        state = fp32 if self.spec.gate else None
-        rows = fp32 if self.fmt is None and not self.latent else None
-        types = (self.dtype, state, rows, fp32 if self.spec.gate or self.latent or self.fmt else None, True, self.latent)
-        types += (self.apart,)
+        finishes = self.fmt is not None or self.latent
+        types = Types(
+            self.dtype, fp32 if self.spec.gate else None, None if finishes else fp32, fp32 if finishes else None, True,
+            self.latent, self.apart,
+        )  # fmt: skip
         bound = self.config.max_new_tokens
         if self.kind == "window":
             return window_key(self.spec, self.fmt, bound, types, self.page_size)
