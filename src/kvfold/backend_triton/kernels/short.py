@@ -21,12 +21,13 @@ from .tokens import gap, tokens_from
 
 @triton.jit
 def token_addresses(live, tokens, x0, stop, SPEC: tl.constexpr, AHEAD: tl.constexpr):
-    """Where values and scores of positions `[x0, x0 + AHEAD)` are, which of them are there (before `stop`), and their ape.
+    """Where values of positions `[x0, x0 + AHEAD)` are, `gap` of each, which are there (before `stop`), and their ape.
 
     `live` points at position 0. Called before the wait, to have less behind it.
     """
     c = tl.arange(0, SPEC.HEAD_DIM)
     ats = ()
+    gaps = ()
     wanted = ()
     biases = ()
     for i in tl.static_range(AHEAD):
@@ -35,22 +36,21 @@ def token_addresses(live, tokens, x0, stop, SPEC: tl.constexpr, AHEAD: tl.conste
         bias = tl.zeros((SPEC.HEAD_DIM,), tl.float32)
         if tokens.ape is not None:
             bias = tl.load(tokens.ape + (x % SPEC.RATIO) * SPEC.HEAD_DIM + c, mask=there, other=0.0)
-        at = live + x.to(tl.int64) * tokens.stride + c
-        ats = ats + ((at, at + gap(tokens, x, SPEC.HEAD_DIM)),)
+        ats = ats + (live + x.to(tl.int64) * tokens.stride + c,)
+        gaps = gaps + (gap(tokens, x, SPEC.HEAD_DIM),)
         wanted = wanted + (there,)
         biases = biases + (bias,)
-    return ats, wanted, biases
+    return ats, gaps, wanted, biases
 
 
 @triton.jit
-def load_tokens(ats, wanted, biases):
+def load_tokens(ats, gaps, wanted, biases):
     """Values, and scores with ape, of what `token_addresses` found."""
     ks = ()
     ss = ()
     for i in tl.static_range(len(ats)):
-        value_at, score_at = ats[i]
-        ks = ks + (tl.load(value_at, mask=wanted[i], other=minus_zero()).to(tl.float32),)
-        s = tl.load(score_at, mask=wanted[i], other=float("-inf")).to(tl.float32)
+        ks = ks + (tl.load(ats[i], mask=wanted[i], other=minus_zero()).to(tl.float32),)
+        s = tl.load(ats[i] + gaps[i], mask=wanted[i], other=float("-inf")).to(tl.float32)
         ss = ss + (s + biases[i],)
     return ks, ss
 
@@ -84,14 +84,14 @@ def fold_item(live, tokens, seq, begin, stop, place, last, first, snap, HOW: tl.
     row = seq.rows + last * (3 * SPEC.HEAD_DIM) + c
     old = spread(resumes, SPEC.HEAD_DIM)
     m, l, a = empty_fold(SPEC.HEAD_DIM)
-    ats, theres, biases = token_addresses(live, tokens, begin, stop, SPEC, HOW.AHEAD)
+    ats, gaps, theres, biases = token_addresses(live, tokens, begin, stop, SPEC, HOW.AHEAD)
     x, wanted, home_at, spare_at = tag_addresses(seq, last, SPEC)
     wait_for_inputs(HOW.PDL)
     history = History(x, wanted, tl.load(home_at, mask=wanted, other=-1), tl.load(spare_at))
     m = tl.load(row, mask=old, other=m)
     l = tl.load(row + SPEC.HEAD_DIM, mask=old, other=0.0)
     a = tl.load(row + 2 * SPEC.HEAD_DIM, mask=old, other=0.0)
-    ks, ss = load_tokens(ats, theres, biases)
+    ks, ss = load_tokens(ats, gaps, theres, biases)
     held, moved = check_history(history)
     if held:
         if resumes & moved:

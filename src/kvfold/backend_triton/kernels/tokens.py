@@ -25,6 +25,12 @@ def gap(tokens, x, CHANNELS: tl.constexpr):
 
 
 @triton.jit
+def gaps(tokens, x, CHANNELS: tl.constexpr):
+    """`gap` of several tokens, for addresses `[len(x), channels]`."""
+    return CHANNELS if tokens.apart is None else gap(tokens, x, CHANNELS)[:, None]
+
+
+@triton.jit
 def whole_row(at, tokens, x, CHANNELS: tl.constexpr):
     """Addresses of value and score of token `x`. at: what they are where the score stands behind the value."""
     if tokens.apart is not None:

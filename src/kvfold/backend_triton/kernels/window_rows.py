@@ -10,7 +10,7 @@ import triton.language as tl
 from ..args import Tokens
 from .fold import LOG2_E, LOWEST, quotient, spread
 from .record import bf16_bits, bf16_value
-from .tokens import gap
+from .tokens import gaps
 
 
 class Pools(NamedTuple):
@@ -85,9 +85,8 @@ def put_new_rows(k, s, tokens, item, j, x, c, new, RATIO: tl.constexpr, CHANNELS
     news = (new.to(tl.int32)[:, None] + c.to(tl.int32) * 0) != 0
     token = item.token + x - item.start
     live = tokens.kv_score + (token.to(tl.int64) * tokens.stride)[:, None] + c
-    score_at = live + (CHANNELS if tokens.apart is None else gap(tokens, token, CHANNELS)[:, None])
     new_k = tl.load(live, mask=news, other=0.0).to(tl.float32)
-    new_s = tl.load(score_at, mask=news, other=float("-inf")).to(tl.float32)
+    new_s = tl.load(live + gaps(tokens, token, CHANNELS), mask=news, other=float("-inf")).to(tl.float32)
     if tokens.ape is not None:
         new_s += tl.load(tokens.ape + ((j % RATIO) * CHANNELS)[:, None] + c, mask=news, other=0.0)
     return tl.where(news, as_stored(new_k, BF16), k), tl.where(news, as_stored(new_s, BF16), s)
@@ -150,7 +149,6 @@ def load_new_rows(tokens, item, c0, j0, SPEC: tl.constexpr, tiling, BF16: tl.con
         j = lane + j0 + i * LANES
         bias = c + ((j % SPEC.RATIO) * CHANNELS)[:, None]
         at = lane.to(tl.int64)[:, None] * tokens.stride + c
-        scores = live + (CHANNELS if tokens.apart is None else gap(tokens, first + lane + i * LANES, CHANNELS)[:, None])
         if SPEC.OVERLAP:
             # The window before gives its lo half, this window its hi half; before window 0 there is nothing.
             half = tl.where(j < SPEC.RATIO, 0, SPEC.HEAD_DIM)[:, None]
@@ -158,10 +156,10 @@ def load_new_rows(tokens, item, c0, j0, SPEC: tl.constexpr, tiling, BF16: tl.con
             bias += half
             there = ((item.window * SPEC.RATIO + j >= SPEC.RATIO).to(tl.int32)[:, None] + c * 0) != 0
             k = tl.load(live + at, mask=there, other=0.0).to(tl.float32)
-            s = tl.load(scores + at, mask=there, other=float("-inf")).to(tl.float32)
+            s = tl.load(live + gaps(tokens, first + j - j0, CHANNELS) + at, mask=there, other=float("-inf")).to(tl.float32)
         else:
             k = tl.load(live + at).to(tl.float32)
-            s = tl.load(scores + at).to(tl.float32)
+            s = tl.load(live + gaps(tokens, first + j - j0, CHANNELS) + at).to(tl.float32)
         if tokens.ape is not None:
             s += tl.load(tokens.ape + bias)
         ks = ks + (as_stored(k, BF16),)
