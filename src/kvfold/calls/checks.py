@@ -173,8 +173,9 @@ def _check_pair(first: Compressor, second: Compressor, plan: PlanData) -> None:
 def _known(c: Compressor, plan: PlanData) -> Met | None:
     """What is known of a layer and a plan that were checked in an earlier call; None if something has changed since."""
     owner = owner_of(c, plan)
-    ours = isinstance(owner, (FoldState, WindowState, EntryCache, PlanData)) and isinstance(plan, PlanData)
-    layer = owner._layer if ours else None
+    kinds = (EntryCache, PlanData) if c.state is None else (FoldState, WindowState)
+    ours = isinstance(owner, kinds) and isinstance(plan, PlanData)
+    layer = getattr(owner, "_layer", None) if ours else None
     met = None if layer is None else layer.met(plan)
     if met is None or layer.tokens != _tokens(c):
         return None
