@@ -11,7 +11,7 @@ from .precompile.aot import aot
 from .precompile.report import AotReport
 from .precompile.warmup import warmup
 from .restore import restore
-from .spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
+from .spec import V4_CSA, V4_HCA, V4_INDEXER, V41_INDEX_K, V41_MAIN_R1, V41_MAIN_R2, CompressorSpec
 from .storage.cache import EntryCache
 from .storage.fold_state import FoldState
 from .storage.snapshots import Snapshots
@@ -23,6 +23,9 @@ __all__ = [
     "V4_CSA",
     "V4_HCA",
     "V4_INDEXER",
+    "V41_INDEX_K",
+    "V41_MAIN_R1",
+    "V41_MAIN_R2",
     "AotReport",
     "Compressor",
     "CompressorSpec",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from . import ops
-from .arguments.checks import check_type, traced
+from .arguments.checks import traced
 from .calls.checks import compressors_of
 from .calls.run import run_compress, run_many
 from .plan import StepPlan
@@ -15,14 +15,14 @@ from .spec import CompressorSpec
 from .storage.cache import EntryCache
 from .storage.fold_state import FoldState
 from .storage.snapshots import Snapshots
-from .storage.step import Compressor
+from .storage.step import Compressor, Outputs
 from .storage.window_state import WindowState
 
 
 def compress(
-    kv_score: torch.Tensor,
+    kv_score: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
     plan: StepPlan,
-    state: FoldState | WindowState,
+    state: FoldState | WindowState | None,
     cache: EntryCache | None,
     *,
     spec: CompressorSpec,
@@ -30,6 +30,7 @@ def compress(
     norm_weight: torch.Tensor | None,
     rope: torch.Tensor | None,
     rows: torch.Tensor | None = None,
+    latent: torch.Tensor | None = None,
     snapshots: Snapshots | None = None,
     backend: str | None = None,
     pdl: bool | None = None,
@@ -42,20 +43,27 @@ def compress(
 
     Args:
         kv_score: bf16 or fp32 `[T, 2 * channels]`, rows `[K | S]` (overlap: `[K.lo K.hi S.lo S.hi]`), sequence-major as
-            `plan.cu_seqlens` says. The last dimension is contiguous, the row stride free. Rows behind the last sequence
-            are not read.
-        plan: of this step, for `spec.ratio`, with state slots for a `FoldState` and block tables for a `WindowState`.
+            `plan.cu_seqlens` says; or two tensors `(K, S)` of one dtype, `[T, channels]` each; without a gate `[T, channels]`,
+            rows `K`. The last dimension is contiguous, the row stride of each free. Rows behind the last sequence are not read.
+        plan: of this step, for `spec.ratio`, with state slots for a `FoldState` and block tables for a `WindowState`; with
+            either or neither where there is no state.
         state: mutated. `FoldState`: the rows of the step's last `state.ring` positions. `WindowState`: the rows of all its
-            positions. One call at a time may use a state object; to use pools on two streams at once, wrap them twice.
-        cache: mutated: one record per entry, at `plan.entry_slots`. None leaves out all that follows the pooling.
+            positions. One call at a time may use a state object; to use pools on two streams at once, wrap them twice. None if
+            and only if `spec.gate` is false.
+        cache: mutated: one record per entry, at `plan.entry_slots`. None leaves out all that follows the pooling, but for
+            `latent`.
         spec: the compressor; the one that `state` and `cache` were made for.
         ape: fp32 `[ratio, channels]`; None if and only if `spec.has_ape` is false.
-        norm_weight: fp32 or bf16 `[head_dim]`; may be None without a cache.
+        norm_weight: fp32 or bf16 `[head_dim]`; may be None with neither a cache nor `latent`.
         rope: fp32 `[max_pos, rope_dim]`, cosines then sines; an entry is rotated by the position of its window's first
             token. May be None without a cache or with `rope_dim` 0.
         rows: mutated if given: bf16 or fp32 `[E, head_dim]`, row e receives the pooled row of entry e before the norm. Rows of
             entries that do not exist or are dropped stay as they are. Of a plan with `cu_rows` it may have any length; an entry
             whose place lies behind it is refused.
+        latent: mutated if given: bf16 `[E, head_dim]`, row e receives entry e behind RMSNorm and before RoPE, rounded to bf16
+            (of V4.1: what the row of the index key is made of). Its pooled row is rounded to bf16 before where the cache's
+            format has `round_rows`. Otherwise as `rows`, and like all that a call writes there for whatever is launched
+            behind it, dependents too.
         snapshots: mutated if given, for a `FoldState` and a plan with a `snapshot_table`: new rows of this step that belong to
             the snapshot of a page are written there too. A page whose end several steps reach gets its rows from all of them.
         backend: `"triton"` (CUDA or HIP tensors; CPU tensors under Triton's interpreter) or `"torch"` (any device).
@@ -68,10 +76,9 @@ def compress(
         TypeError, ValueError: naming the argument; nothing has been written then. What depends on data (a slot beyond
             its pool, a state row that is not held) is skipped and counted in `plan.errors`.
     """
-    check_type("kv_score", kv_score, torch.Tensor)
     c = Compressor(kv_score, state, cache, spec, ape, norm_weight, rope, snapshots)
-    run = ops.compress if traced(kv_score) else run_compress
-    run(c, plan, rows, backend, pdl)
+    run = ops.compress if traced(c.value) else run_compress
+    run(c, plan, Outputs(rows, latent), backend, pdl)
 
 
 def compress_many(
@@ -91,5 +98,5 @@ def compress_many(
         TypeError, ValueError: naming the argument, `compressors[i]` before it; nothing has been written then.
     """
     made = compressors_of(compressors)
-    run = ops.compress_many if traced(made[0].kv_score) else run_many
+    run = ops.compress_many if traced(made[0].value) else run_many
     run(made, plan, backend, pdl)

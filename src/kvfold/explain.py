@@ -74,7 +74,7 @@ class Explanation:
     """What `explain` found.
 
     Attributes:
-        kind: "fold" or "rows" (`FoldState.kind`), or "window".
+        kind: "fold" or "rows" (`FoldState.kind`), "window", or "none" for a spec without a gate.
         ring, history: of the `FoldState`; 0 for a `WindowState`.
         reads, writes: state rows, by position.
         emptied: rows of the `FoldState` that hold nothing any more, and the positions they had.
@@ -113,7 +113,8 @@ def explain(
         max_new_tokens: `fold`: what the `FoldState` was allocated with.
         fmt: record format of the cache; None leaves out the bytes.
         rows_per_page: entries per page of the cache.
-        state: "fold" for a `FoldState`, "window" for a `WindowState` of which every page is there.
+        state: "fold" for a `FoldState`, "window" for a `WindowState` of which every page is there; a spec without a gate has
+            neither.
         page_size: `window`: positions per page of the state.
 
     Raises:
@@ -128,7 +129,11 @@ def explain(
     if state not in ("fold", "window"):
         raise ValueError(f"state must be 'fold' or 'window', got {state!r}")
     narrow = replace(spec, head_dim=16, rope_dim=0, hadamard=False, has_ape=False)
-    if state == "fold":
+    if not spec.gate:
+        plan = _take(None, narrow, rows_per_page, start, new, torch.nan)
+        found = dict.fromkeys(("reads", "writes", "emptied"), ()) | dict.fromkeys(("ring", "history"), 0)
+        found |= {"kind": "none", "starts": tuple(range(start, start + new + 1)), "any_window": True}
+    elif state == "fold":
         slot = FoldState.allocate(narrow, 1, max_new_tokens)
         take = partial(_take, slot, narrow, rows_per_page, state_slots=torch.zeros(1, dtype=torch.int32))
         plan, found = _over_a_slot(slot, start, new, take)
@@ -142,13 +147,19 @@ def explain(
 
 
 def _take(
-    state: FoldState | WindowState, spec: CompressorSpec, rows_per_page: int, start: int, new: int, fill: float, **where: Any
+    state: FoldState | WindowState | None,
+    spec: CompressorSpec,
+    rows_per_page: int,
+    start: int,
+    new: int,
+    fill: float,
+    **where: Any,
 ) -> StepPlan:
     """Takes a step whose tokens are all `fill`, of one sequence whose cache pages are numbered as its block table is."""
     table = torch.arange(-(-(start + new) // (spec.ratio * rows_per_page)), dtype=torch.int32)[None]
     begin, ends = torch.tensor([start], dtype=torch.int32), torch.tensor([0, new], dtype=torch.int32)
     plan = StepPlan.build(spec.ratio, begin, ends, new, cache_block_table=table, rows_per_page=rows_per_page, **where)
-    tokens = torch.full((1, 2 * spec.channels), fill, dtype=torch.float32).expand(new, -1)  # one row in memory
+    tokens = torch.full((1, spec.kv_score_width), fill, dtype=torch.float32).expand(new, -1)  # one row in memory
     compress(tokens, plan, state, None, spec=spec, ape=None, norm_weight=None, rope=None, backend="torch")
     if int(plan.errors):
         raise RuntimeError(f"the step from {start} was refused")

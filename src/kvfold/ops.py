@@ -23,7 +23,7 @@ from .storage.cache import EntryCache
 from .storage.fold_state import FoldState
 from .storage.remembered import check_made
 from .storage.snapshots import Snapshots
-from .storage.step import LIVE, Compressor, Hits, Lengths, Placed, PlanData
+from .storage.step import LIVE, Compressor, Hits, Lengths, Outputs, Placed, PlanData
 from .storage.window_state import WindowState
 
 # Operators are global to a process: each copy of the package, loaded under a name of its own, has its own.
@@ -50,9 +50,11 @@ WEIGHTS = ("Tensor? ape", "Tensor? norm_weight", "Tensor? rope")
 ALSO = tuple(f"{kind} also_{name}" for kind, name in (text.split() for text in CACHE))  # a second cache
 PLACES = ("Tensor rows", "Tensor slots", "Tensor? positions", "Tensor!? errors")
 ONE = SPEC + CACHE + WEIGHTS
-FOLD = ("Tensor kv_score", *STATE, *SNAPSHOTS, *ONE)
-WINDOW = ("Tensor kv_score", "Tensor! kv", "Tensor! score", *ONE)
-ROWS = ("Tensor!? rows",)
+TOKENS = ("Tensor kv_score", "Tensor? scores")
+FOLD = (*TOKENS, *STATE, *SNAPSHOTS, *ONE)
+WINDOW = (*TOKENS, "Tensor! kv", "Tensor! score", *ONE)
+UNGATED = (*TOKENS, *ONE)
+OUTPUTS = ("Tensor!? rows", "Tensor!? latent")
 HOW = ("str? backend", "bool? pdl")
 KEPT = ("Tensor snapshot_rows", "Tensor snapshot_positions", "SymInt page_size")  # SNAPSHOTS that are there, and only read
 HITS = ("Tensor slots", "Tensor pages", "Tensor start_pos", "Tensor! errors", "str? backend")
@@ -66,7 +68,7 @@ WHOLE_PLAN = (
 
 # Which argument of a call an operator's argument belongs to, where names differ.
 OWNERS = {
-    "storage": "cache", "scales": "cache", "cache_scale": "cache",
+    "scores": "kv_score", "storage": "cache", "scales": "cache", "cache_scale": "cache",
     "kv": "state", "score": "state", "positions": "state", "state_rows": "state",
     "snapshot_rows": "snapshots", "snapshot_positions": "snapshots",
     "also_storage": "also", "also_scales": "also", **{text.split()[-1]: "plan" for text in FOLD_PLAN + TABLES},
@@ -83,18 +85,21 @@ def _attributes(group: tuple[str, ...]) -> tuple[str, ...]:
 _PLAN, _FOLD_PLAN, _WHOLE_PLAN = _attributes(PLAN), _attributes(FOLD_PLAN), _attributes(WHOLE_PLAN)
 
 
-def compress(c: Compressor, plan: PlanData, rows: torch.Tensor | None, backend: str | None, pdl: bool | None) -> None:
+def compress(c: Compressor, plan: PlanData, out: Outputs, backend: str | None, pdl: bool | None) -> None:
     """`kvfold.compress` while it is traced."""
+    check_spec("spec", c.spec)
     if isinstance(c.state, WindowState):
-        _call(OPS.compress_window, *_plan(plan, _PLAN), *_tables(plan), *_window(c), rows, backend, pdl)
+        _call(OPS.compress_window, *_plan(plan, _PLAN), *_tables(plan), *_window(c), *out, backend, pdl)
+    elif c.state is None and c.snapshots is None and not c.spec.gate:
+        _call(OPS.compress_ungated, *_plan(plan, _PLAN), *_tokens(c), *_one(c), *out, backend, pdl)
     else:
-        _call(OPS.compress, *_plan(plan, _FOLD_PLAN), *_fold(c), rows, backend, pdl)
+        _call(OPS.compress, *_plan(plan, _FOLD_PLAN), *_fold(c), *out, backend, pdl)
 
 
 def compress_many(compressors: Sequence[Compressor], plan: PlanData, backend: str | None, pdl: bool | None) -> None:
     """`kvfold.compress_many` while it is traced."""
     if len(compressors) == 1:
-        compress(compressors[0], plan, None, backend, pdl)
+        compress(compressors[0], plan, Outputs(), backend, pdl)
         return
     first, second = compressors
     _call(OPS.compress_many, *_plan(plan, _FOLD_PLAN), *_fold(first), *_fold(second), backend, pdl)
@@ -180,13 +185,18 @@ def _tables(plan: PlanData) -> tuple:
 
 def _fold(c: Compressor) -> tuple:
     _check_of("state", c.state, FoldState, c.spec)
-    return c.kv_score, *_state(c.state), *_snapshots(c.snapshots, c.spec), *_one(c)
+    return *_tokens(c), *_state(c.state), *_snapshots(c.snapshots, c.spec), *_one(c)
 
 
 def _window(c: Compressor) -> tuple:
     if c.snapshots is not None:
         raise ValueError("snapshots must be None for a WindowState, whose pages are shared as they are")
-    return c.kv_score, c.state.kv, c.state.score, *_one(c)
+    return *_tokens(c), c.state.kv, c.state.score, *_one(c)
+
+
+def _tokens(c: Compressor) -> tuple:
+    c.parts()  # names what is no tensor
+    return c.value, c.score
 
 
 def _state(state: FoldState) -> tuple:
@@ -287,10 +297,11 @@ def _run(plan: PlanData, call: Callable[[], None], *remembering: tuple[FoldState
 
 def _compressor_of(args: Sequence, kind: str) -> tuple[Compressor, list]:
     """A `Compressor` from the arguments of its state, spec, cache and weights, and the memory of its launcher."""
-    kv_score, *held = args[: -len(ONE)]
+    value, score, *held = args[: -len(ONE)]
+    kv_score = value if score is None else (value, score)
     (text,), flat_cache, weights = _cut(args[-len(ONE) :], SPEC, CACHE, WEIGHTS)
     spec = _spec_of(text)
-    cache, memory = _cache_of(spec, *flat_cache), _memory(kind, text, flat_cache[2], kv_score.device)
+    cache, memory = _cache_of(spec, *flat_cache), _memory(kind, text, flat_cache[2], value.device)
     if kind == "window":
         # It makes the scratch of its one call, where it needs any: a CUDA graph then has it in its own memory.
         return Compressor(kv_score, WindowState(*held), cache, spec, *weights), memory
@@ -305,24 +316,31 @@ def _cut(args: Sequence, *groups: tuple[str, ...]) -> list[list]:
 
 
 def _compress(*args: object) -> None:
-    flat, one, (rows,), how = _cut(args, FOLD_PLAN, FOLD, ROWS, HOW)
+    flat, one, out, how = _cut(args, FOLD_PLAN, FOLD, OUTPUTS, HOW)
     plan, (c, memory) = _plan_of(_FOLD_PLAN, flat), _compressor_of(one, "fold")
-    _run(plan, lambda: run_compress(c, plan, rows, *how), (c.state, memory))
+    _run(plan, lambda: run_compress(c, plan, Outputs(*out), *how), (c.state, memory))
+
+
+def _compress_ungated(*args: object) -> None:
+    flat, tokens, (text,), cache, weights, out, how = _cut(args, PLAN, TOKENS, SPEC, CACHE, WEIGHTS, OUTPUTS, HOW)
+    plan, spec = _plan_of(_PLAN, flat), _spec_of(text)
+    c = Compressor(tokens[0] if tokens[1] is None else tuple(tokens), None, _cache_of(spec, *cache), spec, *weights)
+    _run(plan, lambda: run_compress(c, plan, Outputs(*out), *how))
 
 
 def _compress_window(*args: object) -> None:
-    flat, tables, one, (rows,), how = _cut(args, PLAN, TABLES, WINDOW, ROWS, HOW)
+    flat, tables, one, out, how = _cut(args, PLAN, TABLES, WINDOW, OUTPUTS, HOW)
     plan, (c, memory) = _plan_of(_PLAN, flat), _compressor_of(one, "window")
     plan.entry_items, plan.cu_entries, kv_table, score_table, plan.page_size, plan.null_page, plan.ring = tables
     plan.block_tables = None if kv_table is None else (kv_table, score_table)
-    _run(plan, lambda: run_compress(c, plan, rows, *how), (c.state, memory))
+    _run(plan, lambda: run_compress(c, plan, Outputs(*out), *how), (c.state, memory))
 
 
 def _compress_many(*args: object) -> None:
     flat, *both, how = _cut(args, FOLD_PLAN, FOLD, FOLD, HOW)
     plan = _plan_of(_FOLD_PLAN, flat)
     (first, _), (second, memory) = (_compressor_of(one, "fold") for one in both)
-    of_both = _memory("pair", first.spec, second.spec, first.kv_score.device)
+    of_both = _memory("pair", first.spec, second.spec, first.device)
     _run(plan, lambda: run_many((first, second), plan, *how), (first.state, of_both), (second.state, memory))
 
 
@@ -367,8 +385,9 @@ def _define(name: str, arguments: tuple[str, ...], run: Callable[..., None]) -> 
 
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
-_define("compress", FOLD_PLAN + FOLD + ROWS + HOW, _compress)
-_define("compress_window", PLAN + TABLES + WINDOW + ROWS + HOW, _compress_window)
+_define("compress", FOLD_PLAN + FOLD + OUTPUTS + HOW, _compress)
+_define("compress_ungated", PLAN + UNGATED + OUTPUTS + HOW, _compress_ungated)
+_define("compress_window", PLAN + TABLES + WINDOW + OUTPUTS + HOW, _compress_window)
 _define("compress_many", (*FOLD_PLAN, *(f"{argument}_{i}" for i in (0, 1) for argument in FOLD), *HOW), _compress_many)
 _define("store", ("Tensor rows", *PLAN, *SPEC, *CACHE, *WEIGHTS[1:], *HOW), _store)
 _define("store_placed", PLACES + SPEC + CACHE + ALSO + WEIGHTS[1:] + HOW, _store_placed)

@@ -17,7 +17,7 @@ class StepPlan(PlanData):
         start_pos: int32 `[B]`, tokens that each sequence had before the step. The plan's own copy; of numbers beyond int32 the
             nearest that is one.
         cu_seqlens: int32 `[B + 1]`, offsets of each sequence's new tokens in `kv_score`. The plan's own copy, likewise.
-        state_slots: `[B]`, the caller's tensor; None with block tables.
+        state_slots: `[B]`, the caller's tensor; None with block tables, and where there is no state.
         block_tables: the caller's tensors, of value and of score pages; None with state slots.
         page_size: rows per page of the state; None with state slots.
         snapshot_table: int32 `[B, S]`, the caller's tensor, or None: where the snapshots of pages go.
@@ -28,8 +28,8 @@ class StepPlan(PlanData):
         cu_entries: int32 `[B + 1]`: sequence b ends `cu_entries[b + 1] - cu_entries[b]` windows, of which window
             `start_pos[b] // ratio + i` is entry `cu_entries[b] + i`, or `cu_rows[b] + i`.
         token_slots, cu_rows: the caller's tensors, or None.
-        items: int32 `[I, 8]`, one row for each window touched (`ITEM_FIELDS`); the first `num_items[0]` rows count. With block
-            tables `slot` is the sequence index, the row of the tables.
+        items: int32 `[I, 8]`, one row for each window touched (`ITEM_FIELDS`); the first `num_items[0]` rows count. Without
+            state slots `slot` is the sequence index, the row of the tables.
         entry_items: int32 `[E]`, the index in `items` of each entry of the step in order, -1 behind the last one.
         errors: int32 `[1]`, sequences and entries refused since the caller last zeroed it (DESIGN.md, Plan); the caller's
             tensor if one was given.

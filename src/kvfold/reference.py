@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 def pooled(kv_score: Tensor, spec: CompressorSpec, ape: Tensor | None, dtype: torch.dtype = torch.float64) -> Tensor:
     """The pooled rows of one sequence, from its first token: a softmax-weighted mean per window and channel.
 
-    kv_score: [T, 2*channels], any float dtype, a row is `[K | S]`. ape: [ratio, channels], None for a spec without it.
+    kv_score: [T, 2*channels], any float dtype, a row is `[K | S]`; without a gate [T, channels], rows `K`, which are the
+    pooled rows. ape: [ratio, channels], None for a spec without it.
     Returns [T // ratio, head_dim] in `dtype` (fp64 or fp32), in which all is computed. Tokens after the last full
     window make no entry. Raises ValueError for a kv_score or ape of another shape, and for an ape that the spec does not have.
     """
@@ -31,15 +32,17 @@ def windows_of(
     kv_score: Tensor, spec: CompressorSpec, ape: Tensor | None, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:
     """Values and biased scores of which entries are made, [windows, window_rows, head_dim] each; arguments as for `pooled`."""
-    if kv_score.dim() != 2 or kv_score.shape[1] != 2 * spec.channels:
-        raise ValueError(f"kv_score must be [T, {2 * spec.channels}], got {list(kv_score.shape)}")
+    if kv_score.dim() != 2 or kv_score.shape[1] != spec.kv_score_width:
+        raise ValueError(f"kv_score must be [T, {spec.kv_score_width}], got {list(kv_score.shape)}")
     if (ape is None) == spec.has_ape:
         raise ValueError(f"ape must be given exactly when spec.has_ape, which is {spec.has_ape}")
     if ape is not None and ape.shape != (spec.ratio, spec.channels):
         raise ValueError(f"ape must be [{spec.ratio}, {spec.channels}], got {list(ape.shape)}")
     windows, hd = kv_score.shape[0] // spec.ratio, spec.head_dim
-    rows = kv_score.to(dtype)[: windows * spec.ratio].reshape(windows, spec.ratio, 2 * spec.channels)
-    value, score = rows.split(spec.channels, dim=2)
+    rows = kv_score.to(dtype)[: windows * spec.ratio].reshape(windows, spec.ratio, spec.kv_score_width)
+    value, score = rows[..., : spec.channels], rows[..., spec.channels :]
+    if not spec.gate:
+        score = torch.zeros_like(value)
     if ape is not None:
         score = score + ape.to(dtype)
     if spec.overlap:
@@ -85,6 +88,13 @@ def hadamard(x: Tensor) -> Tensor:
     return (x @ matrix) * hd**-0.5
 
 
+def latents(
+    kv_score: Tensor, spec: CompressorSpec, ape: Tensor | None, norm_weight: Tensor, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """The normed rows of one sequence, before they are rotated; arguments and result as for `entries`."""
+    return rms_norm(pooled(kv_score, spec, ape, dtype), norm_weight, spec.norm_eps)
+
+
 def entries(
     kv_score: Tensor,
     spec: CompressorSpec,
@@ -98,8 +108,7 @@ def entries(
     kv_score, ape: as for `pooled`. norm_weight: [head_dim]. rope: [max_pos, rope_dim], cosines then sines.
     The position of an entry is that of its window's first token. Returns [T // ratio, head_dim] in `dtype`.
     """
-    rows = pooled(kv_score, spec, ape, dtype)
-    rows = rms_norm(rows, norm_weight, spec.norm_eps)
+    rows = latents(kv_score, spec, ape, norm_weight, dtype)
     if spec.rope_dim:
         positions = torch.arange(rows.shape[0], device=rows.device) * spec.ratio
         rows = _rotate(rows, rope, positions, spec.rope_dim)
@@ -157,6 +166,8 @@ class Simulator:
     """
 
     def __init__(self, spec: CompressorSpec, num_slots: int, max_new_tokens: int, ape: Tensor | None = None):
+        if not spec.gate:
+            raise ValueError("spec must have a gate: without one there is no state")
         self.spec, self.ape = spec, ape
         window_rows = spec.ratio * (2 if spec.overlap else 1)
         if not spec.overlap and spec.ratio > 8:

@@ -1,4 +1,4 @@
-"""What a compressor computes: `CompressorSpec` and the presets of DeepSeek-V4."""
+"""What a compressor computes: `CompressorSpec`, and the presets of DeepSeek-V4 and V4.1."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ class CompressorSpec:
         rope_dim: how many of an entry's last channels are rotated; even, 0 to leave out RoPE.
         norm_eps: epsilon of RMSNorm, added to the mean square; from 2**-126, the smallest normal fp32, to below 1.
         hadamard: rotate the whole entry by a Hadamard matrix after RoPE (the reference's indexer does).
+        gate: whether tokens bring scores. False is for windows of one token, which have nothing to weigh: `kv_score` is the
+            values alone, an entry is its token's row, and there is no state. Needs ratio 1, no overlap and no ape.
 
     Raises:
         TypeError, ValueError: naming the field.
@@ -32,13 +34,14 @@ class CompressorSpec:
     rope_dim: int = 64
     norm_eps: float = 1e-6
     hadamard: bool = False
+    gate: bool = True
 
     def __post_init__(self) -> None:
         for name in ("head_dim", "ratio", "rope_dim"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-        for name in ("overlap", "has_ape", "hadamard"):
+        for name in ("overlap", "has_ape", "hadamard", "gate"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {type(getattr(self, name)).__name__}")
         if not 16 <= self.head_dim <= 4096 or self.head_dim & (self.head_dim - 1):
@@ -49,6 +52,10 @@ class CompressorSpec:
             raise ValueError(f"rope_dim must be even and from 0 to head_dim={self.head_dim}, got {self.rope_dim}")
         if not isinstance(self.norm_eps, (int, float)) or not 2.0**-126 <= self.norm_eps < 1:
             raise ValueError(f"norm_eps must be a number from 2**-126 to below 1, got {self.norm_eps!r}")
+        for name, wanted in (("ratio", 1), ("overlap", False), ("has_ape", False)):
+            if not self.gate and getattr(self, name) != wanted:
+                have = f"without a gate, as there are no scores, got {getattr(self, name)}"
+                raise ValueError(f"{name} must be {wanted} {have}")
         # What an operator is told of the spec (ops.py): a string, as torch.compile would make variables of its numbers.
         object.__setattr__(self, "_text", json.dumps(astuple(self)))
 
@@ -56,6 +63,11 @@ class CompressorSpec:
     def channels(self) -> int:
         """Width of a value row and of a score row: `head_dim`, or `2 * head_dim` with overlap."""
         return self.head_dim * (2 if self.overlap else 1)
+
+    @property
+    def kv_score_width(self) -> int:
+        """Width of a row of `kv_score`: `2 * channels`, or `channels` without a gate."""
+        return self.channels * (2 if self.gate else 1)
 
     @property
     def window_rows(self) -> int:
@@ -73,3 +85,10 @@ def check_spec(name: str, spec: object) -> None:
 V4_HCA = CompressorSpec(head_dim=512, ratio=128)
 V4_CSA = CompressorSpec(head_dim=512, ratio=4, overlap=True)
 V4_INDEXER = CompressorSpec(head_dim=128, ratio=4, overlap=True, hadamard=True)
+
+# V4.1's compressors, without ape or overlap: `V41_MAIN_R1` and `V41_MAIN_R2` make the main entries of layers of ratio 1 and 2.
+# `compress(..., latent=latent)` also gives their normed rows, of which a linear layer, 512 to 128, makes the rows of the index
+# key. `store` finishes those by `V41_INDEX_K`; over a plan of ratio 2 by `replace(V41_INDEX_K, ratio=2, gate=True)`.
+V41_MAIN_R1 = CompressorSpec(head_dim=512, ratio=1, has_ape=False, norm_eps=1e-20, gate=False)
+V41_MAIN_R2 = CompressorSpec(head_dim=512, ratio=2, has_ape=False, norm_eps=1e-20)
+V41_INDEX_K = CompressorSpec(head_dim=128, ratio=1, has_ape=False, norm_eps=1e-20, gate=False)

@@ -20,7 +20,13 @@ from support.history_support import run
 from kvfold import Snapshots, StepPlan
 from kvfold.backend_torch import fold as backend_torch
 
-ON_THE_INTERPRETER = ("fold-16", "csa-bf16-state", "window-csa")  # it takes milliseconds for a token: the others if told so
+ON_THE_INTERPRETER = (
+    "fold-16",
+    "csa-bf16-state",
+    "ratio-2",
+    "window-csa",
+    "window-ratio-2",
+)  # it takes milliseconds for a token: the others if told so
 
 
 @st.composite

@@ -47,6 +47,7 @@ class Case(NamedTuple):
 _BF16 = torch.bfloat16
 _CSA = CompressorSpec(head_dim=32, ratio=4, overlap=True, rope_dim=16, hadamard=True)
 _SIXTEEN = CompressorSpec(head_dim=32, ratio=16, rope_dim=16)
+_TWO = CompressorSpec(head_dim=16, ratio=2, rope_dim=4, has_ape=False, norm_eps=1e-20)  # as V4.1's
 CASES = {
     "fold-16": Case(_SIXTEEN, 84, prefix=6),
     "fold-32-bf16": Case(CompressorSpec(head_dim=16, ratio=32, rope_dim=4, has_ape=False), 130, "fp8_tensor", _BF16, prefix=32),
@@ -55,10 +56,14 @@ CASES = {
     "csa-bf16-state": Case(_CSA, 40, "fp8_tensor", _BF16, _BF16, prefix=8),
     "csa-bf16-input": Case(CompressorSpec(head_dim=128, ratio=4, overlap=True), 40, "indexer_fp8_vllm", _BF16),
     "overlap-3": Case(CompressorSpec(head_dim=16, ratio=3, overlap=True, rope_dim=0), 36, prefix=6),
+    "ratio-2": Case(_TWO, 28, prefix=4),
+    "ratio-2-bf16-state": Case(_TWO, 28, "bf16", _BF16, _BF16),
     "rows-8": Case(CompressorSpec(head_dim=16, ratio=8, rope_dim=4), 60, "bf16"),
     "window-csa": Case(_CSA, 40, page_size=6),
     "window-csa-bf16-state": Case(_CSA, 40, "bf16", _BF16, _BF16, page_size=4),
     "window-16": Case(_SIXTEEN, 84, "bf16", state_dtype=_BF16, page_size=16),
+    "window-ratio-2": Case(_TWO, 28, "bf16", _BF16, page_size=4),
+    "window-ratio-2-across": Case(_TWO, 28, state_dtype=_BF16, page_size=5),
     "window-128": Case(CompressorSpec(head_dim=16, ratio=128, rope_dim=16), 290, dtype=_BF16, page_size=48),
 }
 

@@ -89,7 +89,7 @@ def check_apart(places: Sequence[Place]) -> list[int]:
     It names the later of the two first. Returns the bounds of what the tensors span, ascending: a first byte and the one behind
     the last in turn, as `find_room` takes them.
     """
-    if torch.compiler.is_compiling() or places[0].tensor.device.type == "meta":
+    if not places or torch.compiler.is_compiling() or places[0].tensor.device.type == "meta":
         return []
     fakes = [place for place in places if isinstance(place.tensor, FakeTensor)]
     if fakes:

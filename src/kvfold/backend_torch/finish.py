@@ -8,7 +8,7 @@ from ..spec import CompressorSpec
 from ..storage.cache import EntryCache
 from ..storage.formats import RecordFormat
 from ..storage.pack import bf16_bits, pack_records
-from ..storage.step import Compressor, Placed, PlanData
+from ..storage.step import Compressor, Outputs, Placed, PlanData
 from .items import Items
 
 
@@ -31,10 +31,22 @@ def finish(
 
     Rounded to bf16 on the way where `fmt` says so, and else not. weight: None leaves out the norm.
     """
-    y = y.bfloat16().float() if fmt.round_rows else y
-    if weight is not None:
-        mean = tree_sum(y * y) * (1.0 / spec.head_dim)
-        y = y * (1.0 / torch.sqrt(mean + spec.norm_eps))[:, None] * weight.float()
+    return turn(norm(y, spec, weight, fmt), spec, table, positions, fmt)
+
+
+def norm(y: torch.Tensor, spec: CompressorSpec, weight: torch.Tensor | None, fmt: RecordFormat | None) -> torch.Tensor:
+    """RMSNorm, of rows that are rounded to bf16 before where `fmt` says so."""
+    y = y.bfloat16().float() if fmt is not None and fmt.round_rows else y
+    if weight is None:
+        return y
+    mean = tree_sum(y * y) * (1.0 / spec.head_dim)
+    return y * (1.0 / torch.sqrt(mean + spec.norm_eps))[:, None] * weight.float()
+
+
+def turn(
+    y: torch.Tensor, spec: CompressorSpec, table: torch.Tensor | None, positions: torch.Tensor, fmt: RecordFormat
+) -> torch.Tensor:
+    """RoPE and Hadamard, of rows that are rounded to bf16 before where `fmt` says so."""
     y = y.bfloat16().float() if fmt.round_normed else y
     if spec.rope_dim:
         cos, sin = table[positions].chunk(2, dim=1)
@@ -60,16 +72,14 @@ def slots_of(items: Items, plan: PlanData) -> torch.Tensor:
     return torch.where(inside, plan.entry_slots[torch.where(inside, items.entry, 0)], -1)
 
 
-def emit(
-    pooled: torch.Tensor, items: Items, plan: PlanData, c: Compressor, rows: torch.Tensor | None, room: int | None = None
-) -> None:
-    """Delivers the pooled rows of the items whose window ends: to `rows` and to the cache, either of which may be None.
+def emit(pooled: torch.Tensor, items: Items, plan: PlanData, c: Compressor, out: Outputs, room: int | None = None) -> None:
+    """Delivers the pooled rows of the items whose window ends: to the cache, if any, and to what there is of `out`.
 
-    room: places of entries, by default those that plan and `rows` have.
+    room: places of entries, by default those that plan and `out` have.
     """
     cache, spec, rope = c.cache, c.spec, c.rope
     entry, position = items.entry, items.window * spec.ratio
-    wrong, slot = entry >= (plan.room(rows) if room is None else room), slots_of(items, plan)
+    wrong, slot = entry >= (plan.room(*out) if room is None else room), slots_of(items, plan)
     keep = (entry >= 0) & ~wrong & (slot != -1)
     if cache is not None:
         bad = (slot < -1) | (slot >= cache.num_slots)
@@ -81,11 +91,16 @@ def emit(
     kept = keep.nonzero()[:, 0]
     if kept.numel() == 0:
         return
-    if rows is not None:
-        values = pooled[kept]
-        rows[entry[kept]] = bf16_bits(values).view(torch.bfloat16) if rows.dtype == torch.bfloat16 else values
+    y = pooled[kept]
+    if out.rows is not None:
+        out.rows[entry[kept]] = bf16_bits(y).view(torch.bfloat16) if out.rows.dtype == torch.bfloat16 else y
+    if cache is None and out.latent is None:
+        return
+    y = norm(y, spec, c.norm_weight, None if cache is None else cache.format)
+    if out.latent is not None:
+        out.latent[entry[kept]] = bf16_bits(y).view(torch.bfloat16)
     if cache is not None:
-        store_records(cache, slot[kept], pooled[kept], spec, c.norm_weight, rope, position[kept])
+        pack_records(cache, slot[kept], turn(y, spec, rope, position[kept], cache.format))
 
 
 def store_records(
@@ -130,4 +145,4 @@ def store_torch(c: Compressor, plan: PlanData) -> None:
     rows = torch.zeros(len(items.entry), c.spec.head_dim, dtype=torch.float32, device=pooled.device)
     inside = items.entry < plan.room(pooled)
     rows[inside] = pooled[items.entry[inside]].float()
-    emit(rows, items, plan, c, None, plan.room(pooled))
+    emit(rows, items, plan, c, Outputs(), plan.room(pooled))

@@ -11,7 +11,7 @@ from ..contract import ROWS_AT_ONCE
 from ..spec import CompressorSpec
 from ..storage.pack import bf16_bits
 from ..storage.snapshots import Snapshots
-from ..storage.step import Compressor, PlanData
+from ..storage.step import Compressor, Outputs, PlanData
 from .finish import emit
 from .items import Items, StateRows, history_starts
 
@@ -68,11 +68,15 @@ def fold_group(
 
 
 @torch.inference_mode()
-def compress_torch(c: Compressor, plan: PlanData, rows: torch.Tensor | None) -> None:
-    """`compress` over a `FoldState`, after its arguments were checked."""
-    if c.state.round_inputs:
+def compress_torch(c: Compressor, plan: PlanData, out: Outputs) -> None:
+    """`compress` over a `FoldState` or without a state, after its arguments were checked."""
+    c = c.joined()
+    if c.state is not None and c.state.round_inputs:
         c = c._replace(kv_score=bf16_bits(c.kv_score.float()).view(torch.bfloat16))
     kv_score, state, spec = c.kv_score, c.state, c.spec
+    if state is None:
+        _compress_ungated(c, plan, out)
+        return
     items, held = Items.of(plan), StateRows(state)
     h0 = history_starts(spec, state.kind, items.start)
     usable = (items.slot < state.num_slots) & (items.token + items.end - items.start <= kv_score.shape[0])
@@ -92,7 +96,16 @@ def compress_torch(c: Compressor, plan: PlanData, rows: torch.Tensor | None) -> 
     if c.snapshots is not None:
         _store_snapshots(new, items, plan, c.snapshots)
     _store(new, items, h0, held, spec)
-    emit(pooled, items, plan, c, rows)
+    emit(pooled, items, plan, c, out)
+
+
+def _compress_ungated(c: Compressor, plan: PlanData, out: Outputs) -> None:
+    """A window is a token, whose values are the pooled row."""
+    items = Items.of(plan)
+    usable = items.token + items.end - items.start <= c.kv_score.shape[0]
+    plan.errors.add_(((items.window == items.start) & ~usable).sum().int())
+    items = items[usable]
+    emit(c.kv_score[items.token + items.window - items.start].float(), items, plan, c, out)
 
 
 class _Kept(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 
 from ..spec import CompressorSpec
 from ..storage.pack import bf16_bits
-from ..storage.step import Compressor, PlanData
+from ..storage.step import Compressor, Outputs, PlanData
 from ..storage.window_state import WindowState
 from .finish import emit, slots_of
 from .items import Items
@@ -45,12 +45,13 @@ class Pages:
 
 
 @torch.inference_mode()
-def compress_window_torch(c: Compressor, plan: PlanData, rows: torch.Tensor | None) -> None:
+def compress_window_torch(c: Compressor, plan: PlanData, out: Outputs) -> None:
     """`compress` over a `WindowState`, after its arguments were checked.
 
     An item counts once in `plan.errors` when its tables name a page that cannot be, for a row to read or to write, and
     otherwise when the entry is wanted and an old row of its window has no page. A new row that has no page is not kept.
     """
+    c = c.joined()
     kv_score, state, spec = c.kv_score, c.state, c.spec
     items = Items.of(plan)
     usable = items.token + items.end - items.start <= kv_score.shape[0]
@@ -65,9 +66,9 @@ def compress_window_torch(c: Compressor, plan: PlanData, rows: torch.Tensor | No
     made = items[ends & ~missing & ~bad]
     pooled = _pool(made, c, value, score)  # all old rows are read before any is written
     bad |= _write(items, c, value, score, plan.ring_rows)
-    wanted = (items.entry >= plan.room(rows)) | (slots_of(items, plan) >= 0)
+    wanted = (items.entry >= plan.room(*out)) | (slots_of(items, plan) >= 0)
     plan.errors.add_((bad | missing & wanted).sum().int())
-    emit(pooled, made, plan, c, rows)
+    emit(pooled, made, plan, c, out)
 
 
 def _new_rows(c: Compressor, token: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

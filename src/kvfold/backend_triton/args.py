@@ -42,12 +42,17 @@ class SnapshotTable(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """The step's new tokens: `count` rows of `kv_score`, `stride` elements apart, and the bias of their scores."""
+    """The step's new tokens: `count` rows of `kv_score`, `stride` elements apart, and the bias of their scores.
+
+    apart, skew: where scores have a tensor of their own: kernels/tokens.py.
+    """
 
     kv_score: Floats = None
     stride: Stride = 0
     count: Int = 0
     ape: Floats = None
+    apart: Stride = None
+    skew: Stride = None
 
 
 class State(NamedTuple):
@@ -56,12 +61,12 @@ class State(NamedTuple):
     stride, pitch: elements from a slot's first row to the next slot's, and from its first tag to the next slot's.
     """
 
-    rows: Floats
-    tags: Ints
-    num_slots: Int
-    ring: Int
-    stride: Stride
-    pitch: Int
+    rows: Floats = None
+    tags: Ints = None
+    num_slots: Int = None
+    ring: Int = None
+    stride: Stride = None
+    pitch: Int = None
 
 
 class Snapshots(NamedTuple):
@@ -85,13 +90,14 @@ class Scratch(NamedTuple):
 
 
 class Output(NamedTuple):
-    """Where entries go: pooled rows, and a cache with all that finishing an entry takes.
+    """Where entries go: pooled rows, normed rows, and a cache with all that finishing an entry takes.
 
     max_position: rows of `rope`. num_slots: of the cache, `rows_per_page` on each page. scale: the address of the scale of the
     whole cache, for formats that have one; a number, as it need not be aligned like what is read 16 bytes at a time.
     """
 
     rows: Floats = None
+    latent: Annotated[Any, "*bf16"] = None
     norm_weight: Floats = None
     rope: Floats = None
     max_position: Int = 0
@@ -144,7 +150,7 @@ class Item(NamedTuple):
 
 
 class Compressor(NamedTuple):
-    """One compressor over a `FoldState`: what kernels take behind the plan and its `SnapshotTable`, once or twice."""
+    """One compressor, over a `FoldState` or without a state: what kernels take behind the plan and its `SnapshotTable`."""
 
     tokens: Tokens
     state: State
@@ -256,7 +262,7 @@ def flat(group: Any) -> list:
 
 @dataclass(frozen=True)
 class Spec:
-    """A `CompressorSpec` and the kind and history of its `FoldState`, as compiled in. LOG2: of HEAD_DIM."""
+    """A `CompressorSpec` and the kind, "" for none, and history of its `FoldState`, as compiled in. LOG2: of HEAD_DIM."""
 
     RATIO: int
     HEAD_DIM: int
@@ -356,11 +362,12 @@ class History(NamedTuple):
 class Opened(NamedTuple):
     """A window of fold rows that is being folded, and whose it is.
 
-    live: where its first token would stand in kv_score. `[begin, stop)`: its new tokens, counted from its first position `x0`.
-    first: whether it is the first one of its sequence in this step.
+    live: where its first token would stand in kv_score. apart: of that token, as in `Tokens`. `[begin, stop)`: its new tokens,
+    counted from its first position `x0`. first: whether it is the first one of its sequence in this step.
     """
 
     live: object
+    apart: object
     begin: object
     stop: object
     slot: object

@@ -19,17 +19,22 @@ from .table import ANY, BUCKETS, Config, choose, pair_buckets
 
 
 class Types(NamedTuple):
-    """Dtypes of a call's tensors, None for those that it has not, and whether its plan has entry slots."""
+    """Dtypes of a call's tensors, None for those that it has not; whether its plan has entry slots, and it latents.
+
+    apart: values and scores are two tensors.
+    """
 
     kv_score: torch.dtype
-    state: torch.dtype
+    state: torch.dtype | None
     rows: torch.dtype | None
     norm_weight: torch.dtype | None
     entry_slots: bool
+    latent: bool = False
+    apart: bool = False
 
 
 class StepKey(NamedTuple):
-    """Of `compress` over a `FoldState`. snapshots: whether it leaves any."""
+    """Of `compress` over a `FoldState`, or without a state. snapshots: whether it leaves any."""
 
     spec: CompressorSpec
     fmt: RecordFormat | None
@@ -107,7 +112,8 @@ def step_key(
     snapshots: bool = False,
     bucket: float = ANY,
 ) -> StepKey:
-    """Of a call whose windows are of this `bucket`, of a plan for `max_new_tokens`. kind: of the state. types: as `Types`."""
+    """Of a call whose windows are of this `bucket`, of a plan for `max_new_tokens`. kind: of the state, or "store". types: as
+    `Types`."""
     # Snapshots take the row for many windows, which has whole rows. No item of fold rows is longer than a window.
     bound = max_new_tokens if kind == "rows" else min(max_new_tokens, spec.ratio)
     return StepKey(spec, fmt, choose(kind, spec, bound, ANY if snapshots else bucket), Types(*types), snapshots)
@@ -124,6 +130,11 @@ def store_key(
 ) -> StoreKey:
     """types: of the pooled rows and the norm weight; without a plan, of slots and positions as well."""
     return StoreKey(spec, fmt, choose("store", spec, 1), *(*types, None, None)[:4], also)
+
+
+def kind_of(spec: CompressorSpec) -> str:
+    """Of the row of the table for a `FoldState`; without a gate for what is left of a call then."""
+    return state_kind(spec) if spec.gate else "store"
 
 
 def plan_key(ratio: int, windows_per_sequence: int, no_slots: bool, no_table: bool, metadata: bool = False) -> PlanKey:
@@ -149,13 +160,27 @@ class Wanted(NamedTuple):
     slots: tuple[torch.dtype, ...] = ()
     positions: tuple[torch.dtype, ...] = ()
     tables: tuple[str, ...] = ("plain",)
+    latents: tuple[bool, ...] = (False,)
+    apart: tuple[bool, ...] = (False,)
 
-    def finishes(self, fmt: RecordFormat | None) -> list[tuple[torch.dtype | None, bool]]:
-        """Dtype of the norm weight, and whether the plan has entry slots, without which there can be no cache."""
-        return [(norm, True) for norm in self.norms if norm is not None] if fmt is not None else [(None, True), (None, False)]
+    def finishes(self, fmt: RecordFormat | None) -> list[tuple[torch.dtype | None, bool, bool]]:
+        """Of `Types` norm weight, entry slots and latents.
 
-    def states(self, spec: CompressorSpec) -> tuple[torch.dtype, ...]:
+        Without entry slots there can be no cache; without that only latents need the norm weight.
+        """
+        found, norms = [], tuple(norm for norm in self.norms if norm is not None)
+        for latent, slots in product(self.latents, (True,) if fmt is not None else (True, False)):
+            found += [(norm, slots, latent) for norm in (norms if fmt is not None or latent else (None,))]
+        return found
+
+    def tokens(self, spec: CompressorSpec) -> tuple[bool, ...]:
+        """Whether values and scores are two tensors, if there are scores."""
+        return self.apart if spec.gate else (False,)
+
+    def states(self, spec: CompressorSpec) -> tuple[torch.dtype | None, ...]:
         """Dtypes of a `FoldState`: fold rows are always fp32."""
+        if not spec.gate:
+            return (None,)
         return self.state_dtypes if state_kind(spec) == "rows" else (torch.float32,)
 
 
@@ -186,19 +211,25 @@ def step_keys(
     rows: torch.dtype | None,
     buckets: tuple[float, ...] = BUCKETS,
 ) -> Iterator[StepKey]:
-    """Input rows that are kept in bf16 are bf16 when they come, unless the state rounds them."""
+    """Input rows that are kept in bf16 are bf16 when they come, unless the state rounds them.
+
+    Without a state all calls have one kernel.
+    """
+    kind = kind_of(spec)
+    buckets = buckets if spec.gate else (ANY,)
     # A page may end with nothing to keep, which the call without snapshots serves.
     leaves = sorted({snap and count > 0 for snap in w.snapshots for count in snapshot_rows(spec)})
     for dtype, state, bound in product(w.dtypes, w.states(spec), w.steps):
-        if dtype == torch.bfloat16 or state == torch.float32 or w.round_inputs:
-            for (norm, slots), snap, bucket in product(w.finishes(fmt), leaves, buckets):
-                yield step_key(spec, fmt, state_kind(spec), bound, (dtype, state, rows, norm, slots), snap, bucket)
+        if dtype == torch.bfloat16 or state != torch.bfloat16 or w.round_inputs:
+            for finish, apart, snap, bucket in product(w.finishes(fmt), w.tokens(spec), leaves, buckets):
+                yield step_key(spec, fmt, kind, bound, (dtype, state, rows, *finish, apart), snap, bucket)
 
 
 def pair_keys(pair: tuple[tuple[CompressorSpec, RecordFormat | None], ...], w: Wanted) -> Iterator[PairKey]:
     """The two may differ in dtypes, but their plan is one."""
     for bound, bucket in product(w.steps, pair_buckets({state_kind(spec) for spec, _ in pair})):
-        first, second = ([*step_keys(spec, fmt, w._replace(steps=(bound,)), None, (bucket,))] for spec, fmt in pair)
+        one_step = w._replace(steps=(bound,), latents=(False,))
+        first, second = ([*step_keys(spec, fmt, one_step, None, (bucket,))] for spec, fmt in pair)
         for one, other in product(first, second):
             if one.types.entry_slots == other.types.entry_slots:  # which the plan has or not
                 yield PairKey(one, other)
@@ -209,8 +240,8 @@ def window_keys(
 ) -> Iterator[WindowKey]:
     """pages: sizes; None: any. What matters of one is whether the ratio divides it."""
     for dtype, state, bound, page in product(w.dtypes, w.state_dtypes, w.steps, pages or (spec.ratio, 1)):
-        for (norm, slots), tables in product(w.finishes(fmt), w.tables):
-            yield window_key(spec, fmt, bound, (dtype, state, rows, norm, slots), page, tables)
+        for finish, apart, tables in product(w.finishes(fmt), w.apart, w.tables):
+            yield window_key(spec, fmt, bound, (dtype, state, rows, *finish, apart), page, tables)
 
 
 def restore_keys(spec: CompressorSpec, w: Wanted) -> Iterator[RestoreKey]:
@@ -220,4 +251,6 @@ def restore_keys(spec: CompressorSpec, w: Wanted) -> Iterator[RestoreKey]:
 
 def snapshot_rows(spec: CompressorSpec) -> tuple[int, ...]:
     """Rows that a snapshot can have: of fold rows, with a page size that is a multiple of the ratio, and with any other."""
+    if not spec.gate:
+        return (0,)
     return (0, 1) if state_kind(spec) == "fold" else (spec.ratio * int(spec.overlap),)

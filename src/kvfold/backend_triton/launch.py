@@ -18,7 +18,7 @@ from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState
 from ..storage.formats import RecordFormat
 from ..storage.snapshots import Snapshots
-from ..storage.step import Compressor, Placed, PlanData
+from ..storage.step import Compressor, Outputs, Placed, PlanData, owner_of
 from ..storage.window_state import WindowState
 from . import args
 from .args import flat
@@ -28,6 +28,7 @@ from .keys import (
     PairKey,
     RestoreKey,
     Types,
+    kind_of,
     plan_key,
     step_key,
     store_key,
@@ -40,8 +41,8 @@ from .variants import draws_items, slices_of
 
 # What every call brings of itself, in order: how the names of such parameters of a kernel end.
 _BROUGHT = (
-    "plan_entry_capacity", "pooled", "tokens_kv_score", "tokens_stride", "tokens_count", "scratch_workspace",
-    "scratch_arrivals", "output_rows",
+    "plan_entry_capacity", "pooled", "tokens_kv_score", "tokens_stride", "tokens_count", "tokens_apart", "tokens_skew",
+    "scratch_workspace", "scratch_arrivals", "output_rows", "output_latent",
 )  # fmt: skip
 _BROUGHT_PLACED = ("plan_errors", "places_slots", "places_positions", "pooled", "pooled_stride")  # `store` without a plan
 _NO_CACHE = (None,) * len(args.Output._fields)
@@ -83,21 +84,23 @@ class Prepared:
         self.chosen.launcher(grid, values, self.bits | bits | strides, pdl)
 
 
-def compress_triton(c: Compressor, plan: PlanData, rows: torch.Tensor | None, pdl: bool | None) -> None:
-    """`compress` over a `FoldState`, after its arguments were checked: one launch on the current stream."""
+def compress_triton(c: Compressor, plan: PlanData, out: Outputs, pdl: bool | None) -> None:
+    """`compress` over a `FoldState` or without a state, after its arguments were checked: one launch on the current stream."""
     if plan.item_capacity == 0:
         return
-    grid, met = _step_grid(plan, c.kv_score), c.state._layer.plans[id(plan)]
-    bucket = item_bucket(grid, multiprocessors(c.kv_score.device))
-    asked = bucket, c.kv_score.dtype, None if rows is None else rows.dtype
+    grid, met = _step_grid(plan, c), owner_of(c, plan)._layer.plans[id(plan)]
+    bucket = item_bucket(grid, multiprocessors(c.device))
+    asked = bucket, *_token_types(c), _out_types(out)
     call = met.prepared
     if call is None or call.asked != asked:
-        chosen = _choose(c.state, _step_wanted(c, plan, rows, bucket), _choose_step)
-        groups = _plan(plan), _snap_table(plan, c), _compressor(c)
+        wanted = _step_wanted(c, plan, out, bucket)
+        chosen = _choose_step(wanted, c.device) if c.state is None else _choose(c.state, wanted, _choose_step)
+        groups = _plan(plan), _snap_table(plan, c), _compressor(c, out)
         call = met.prepared = _prepare("step", asked, chosen, groups)
     slices = call.chosen.slices
-    brought = plan.room(rows), *_brought(c, plan, rows, slices, call.chosen.draws[0])
-    call.launch(min(grid * slices, call.chosen.programs), brought, brought[2], use_pdl(pdl, plan, c.kv_score.device))
+    brought, strides = _brought(c, plan, out, slices, call.chosen.draws[0])
+    brought = plan.room(*out), *brought
+    call.launch(min(grid * slices, call.chosen.programs), brought, strides, use_pdl(pdl, plan, c.device))
 
 
 def compress_pair_triton(pair: tuple[Compressor, Compressor], plan: PlanData, pdl: bool | None) -> None:
@@ -105,33 +108,33 @@ def compress_pair_triton(pair: tuple[Compressor, Compressor], plan: PlanData, pd
     if plan.item_capacity == 0:
         return
     first, second = pair
-    grid = max(_step_grid(plan, first.kv_score), _step_grid(plan, second.kv_score))
+    grid = max(_step_grid(plan, first), _step_grid(plan, second))
     kinds = {first.state.kind, second.state.kind}
-    bucket = item_bucket(grid, multiprocessors(first.kv_score.device), pair_buckets(kinds))
+    bucket = item_bucket(grid, multiprocessors(first.device), pair_buckets(kinds))
     met = first.state._layer.plans[id(plan)]
-    asked = bucket, first.kv_score.dtype, second.kv_score.dtype, second.state._layer
+    asked = bucket, *_token_types(first), *_token_types(second), second.state._layer
     call = met.prepared
     if call is None or call.asked != asked:
-        chosen = _choose(first.state, tuple(_step_wanted(c, plan, None, bucket) for c in pair), _choose_pair)
-        groups = _plan(plan), _snap_table(plan, *pair), *map(_compressor, pair)
+        chosen = _choose(first.state, tuple(_step_wanted(c, plan, Outputs(), bucket) for c in pair), _choose_pair)
+        groups = _plan(plan), _snap_table(plan, *pair), *(_compressor(c, Outputs()) for c in pair)
         call = met.prepared = _prepare("pair", asked, chosen, groups)
     most = call.chosen.programs
     if call.chosen.few and grid <= 2 * most:  # so that the second compressor need not wait for the first one's last windows
         most = call.chosen.few
-    one, other = (_brought(c, plan, None, 1, drawn) for c, drawn in zip(pair, call.chosen.draws, strict=True))
-    brought = plan.entry_capacity, *one, *other
-    call.launch(2 * min(grid, most), brought, one[1] | other[1], use_pdl(pdl, plan, first.kv_score.device))
+    both = [_brought(c, plan, Outputs(), 1, drawn) for c, drawn in zip(pair, call.chosen.draws, strict=True)]
+    brought, strides = (plan.entry_capacity, *both[0][0], *both[1][0]), both[0][1] | both[1][1]
+    call.launch(2 * min(grid, most), brought, strides, use_pdl(pdl, plan, first.device))
 
 
-def compress_window_triton(c: Compressor, plan: PlanData, rows: torch.Tensor | None, pdl: bool | None) -> None:
+def compress_window_triton(c: Compressor, plan: PlanData, out: Outputs, pdl: bool | None) -> None:
     """`compress` over a `WindowState`, after its arguments were checked: one launch on the current stream."""
     if plan.item_capacity == 0:
         return
     spec, state, met = c.spec, c.state, c.state._layer.plans[id(plan)]
-    asked = c.kv_score.dtype, None if rows is None else rows.dtype
+    asked = *_token_types(c), _out_types(out)
     call = met.prepared
     if call is None or call.asked != asked:
-        types, tables = _types(c, state.dtype, plan, rows), plan.tables
+        types, tables = _types(c, state.dtype, plan, out), plan.tables
         wanted = spec, _format(c), plan.max_new_tokens, types, state.page_size, tables
         pools = (
             args.Pool(
@@ -148,14 +151,14 @@ def compress_window_triton(c: Compressor, plan: PlanData, rows: torch.Tensor | N
         null_page = -1 if plan.null_page is None else plan.null_page
         paging = plan.page_size, None if tables == "plain" else null_page, plan.ring_rows or None
         step = plan.entry_items, plan.cu_entries, plan.batch, args.Tokens(ape=c.ape)
-        output = _output(c.cache, spec, c.norm_weight, c.rope)
+        output = _output(c.cache, spec, c.norm_weight, c.rope, out)
         groups = _plan(plan), *step, *pools, *paging, args.Scratch(), output
         call = met.prepared = _prepare("window", asked, _choose(state, wanted, _choose_window), groups)
     slices = call.chosen.slices
-    pooled = plan.entry_capacity * slices if c.cache is not None or rows is not None else 0
-    programs = min(_step_grid(plan, c.kv_score) + pooled, call.chosen.programs)
-    brought = plan.room(rows), *_brought(c, plan, rows, slices, False)
-    call.launch(programs, brought, brought[2], use_pdl(pdl, plan, c.kv_score.device))
+    pooled = plan.entry_capacity * slices if c.cache is not None or any(x is not None for x in out) else 0
+    programs = min(_step_grid(plan, c) + pooled, call.chosen.programs)
+    brought, strides = _brought(c, plan, out, slices, False)
+    call.launch(programs, (plan.room(*out), *brought), strides, use_pdl(pdl, plan, c.device))
 
 
 def store_triton(
@@ -175,9 +178,9 @@ def store_triton(
     call = met.prepared
     if call is None or call.asked != asked:
         launcher = launcher_of(store_key(spec, cache.format, asked), pooled.device)
-        groups = _plan(plan), args.Places(), None, None, _output(cache, spec, norm_weight, rope), _NO_CACHE
+        groups = _plan(plan), args.Places(), None, None, _output(cache, spec, norm_weight, rope, Outputs()), _NO_CACHE
         call = met.prepared = _prepare("store", asked, Chosen(asked, launcher, ANY), groups)
-    call.launch(plan.item_capacity, (plan.room(pooled), pooled, None), 0, use_pdl(pdl, plan, pooled.device))
+    call.launch(plan.item_capacity, (plan.room(pooled), pooled, *Outputs()), 0, use_pdl(pdl, plan, pooled.device))
 
 
 def store_placed_triton(p: Placed, pdl: bool | None) -> None:
@@ -188,7 +191,7 @@ def store_placed_triton(p: Placed, pdl: bool | None) -> None:
     call = cache._layer.prepared
     if call is None or call.asked != asked:
         launcher = launcher_of(store_key(p.spec, cache.format, asked, *(one.format for one in also)), p.rows.device)
-        output, *second = (_output(one, p.spec, p.norm_weight, p.rope) for one in p.caches)
+        output, *second = (_output(one, p.spec, p.norm_weight, p.rope, Outputs()) for one in p.caches)
         groups = args.Plan(*[None] * 5), args.Places(), None, None, output, *(second or [_NO_CACHE])
         call = cache._layer.prepared = _prepare("store", asked, Chosen(asked, launcher, ANY), groups, _BROUGHT_PLACED)
     stride = p.rows.stride(0)
@@ -336,19 +339,30 @@ def _choose_window(wanted: tuple, device: torch.device) -> Chosen:
     return Chosen(wanted, launcher_of(key, device), most, slices=slices_of(key.spec, key.config))
 
 
-def _step_wanted(c: Compressor, plan: PlanData, rows: torch.Tensor | None, bucket: float) -> tuple:
+def _step_wanted(c: Compressor, plan: PlanData, out: Outputs, bucket: float) -> tuple:
     """Arguments of `step_key`."""
-    types = _types(c, c.state.rows.dtype, plan, rows)
-    return c.spec, _format(c), c.state.kind, plan.max_new_tokens, types, _keeps(c.snapshots), bucket
+    types = _types(c, None if c.state is None else c.state.rows.dtype, plan, out)
+    return c.spec, _format(c), kind_of(c.spec), plan.max_new_tokens, types, _keeps(c.snapshots), bucket
 
 
-def _types(c: Compressor, state: torch.dtype, plan: PlanData, rows: torch.Tensor | None) -> Types:
+def _out_types(out: Outputs) -> tuple[torch.dtype | None, bool]:
+    return None if out.rows is None else out.rows.dtype, out.latent is not None
+
+
+def _token_types(c: Compressor) -> tuple[torch.dtype, bool]:
+    return c.value.dtype, c.score is not None
+
+
+def _types(c: Compressor, state: torch.dtype | None, plan: PlanData, out: Outputs) -> Types:
+    rows, latent = _out_types(out)
     return Types(
-        kv_score=c.kv_score.dtype,
+        kv_score=c.value.dtype,
         state=state,
-        rows=None if rows is None else rows.dtype,
-        norm_weight=None if c.cache is None else c.norm_weight.dtype,
+        rows=rows,
+        norm_weight=c.norm_weight.dtype if latent or c.cache is not None else None,
         entry_slots=plan.entry_slots is not None,
+        latent=latent,
+        apart=c.score is not None,
     )
 
 
@@ -361,9 +375,9 @@ def _keeps(snapshots: Snapshots | None) -> bool:
     return snapshots is not None and snapshots.rows_per_page > 0
 
 
-def _step_grid(plan: PlanData, kv_score: torch.Tensor) -> int:
+def _step_grid(plan: PlanData, c: Compressor) -> int:
     # At least one program, to count sequences whose tokens an empty kv_score does not have.
-    return max(1, min(plan.item_capacity, plan.items_for(kv_score.shape[0])))
+    return max(1, min(plan.item_capacity, plan.items_for(c.value.shape[0])))
 
 
 def _prepare(kernel: str, asked: tuple, chosen: Chosen, groups: tuple, brought: tuple[str, ...] = _BROUGHT) -> Prepared:
@@ -375,14 +389,21 @@ def _prepare(kernel: str, asked: tuple, chosen: Chosen, groups: tuple, brought: 
     return Prepared(asked, chosen, list(found), tuple(i for i, name in enumerate(names) if name.endswith(brought)), bits)
 
 
-def _brought(c: Compressor, plan: PlanData, rows: torch.Tensor | None, slices: int, draws: bool) -> tuple:
-    """What a call of one compressor brings: its tokens, the scratch that its programs need, and the pooled rows."""
+def _brought(c: Compressor, plan: PlanData, out: Outputs, slices: int, draws: bool) -> tuple[tuple, int]:
+    """What a call of one compressor brings: its tokens, the scratch that its programs need, and where rows go; its strides."""
     scratch = None, None
     if slices > 1:
         scratch = _workspace(c.state, plan.entry_capacity, c.spec.head_dim)
     elif draws:  # from the count of the items that were drawn (kernels/items.py)
         scratch = None, _workspace(c.state, 1, 0)[1]
-    return c.kv_score, c.kv_score.stride(0), c.kv_score.shape[0], *scratch, rows
+    value, score = c.value, c.score
+    stride, apart, skew = value.stride(0), None, None
+    strides = stride
+    if score is not None:
+        apart = (score.data_ptr() - value.data_ptr()) // value.element_size()
+        skew = score.stride(0) - stride
+        strides |= apart | skew
+    return (value, stride, value.shape[0], apart, skew, *scratch, *out), strides
 
 
 def _plan(plan: PlanData) -> args.Plan:
@@ -396,13 +417,15 @@ def _snap_table(plan: PlanData, *compressors: Compressor) -> args.SnapshotTable:
     return args.SnapshotTable(plan.snapshot_table, plan.snapshot_table.shape[1], plan.snapshot_page_size)
 
 
-def _compressor(c: Compressor) -> args.Compressor:
+def _compressor(c: Compressor, out: Outputs) -> args.Compressor:
     """Without what a call brings."""
-    output = _output(c.cache, c.spec, c.norm_weight, c.rope)
+    output = _output(c.cache, c.spec, c.norm_weight, c.rope, out)
     return args.Compressor(args.Tokens(ape=c.ape), _state(c.state), _snapshots(c.snapshots), args.Scratch(), output)
 
 
-def _state(state: FoldState) -> args.State:
+def _state(state: FoldState | None) -> args.State:
+    if state is None:
+        return args.State()
     return args.State(state.rows, state.positions, state.num_slots, state.ring, *_steps(state.rows, state.positions))
 
 
@@ -419,11 +442,15 @@ def _steps(*pools: torch.Tensor) -> list[int]:
 
 
 def _output(
-    cache: EntryCache | None, spec: CompressorSpec, norm_weight: torch.Tensor | None, rope: torch.Tensor | None
+    cache: EntryCache | None,
+    spec: CompressorSpec,
+    norm_weight: torch.Tensor | None,
+    rope: torch.Tensor | None,
+    out: Outputs,
 ) -> args.Output:
-    """Without the pooled rows, which a call brings."""
+    """Without `out`, which a call brings; the norm weight is there for the cache, and for latents."""
     if cache is None:
-        return args.Output()
+        return args.Output(norm_weight=None if out.latent is None else norm_weight)
     rope = rope if spec.rope_dim > 0 else None
     pages, scales = cache.pages, cache.scale_pages
     return args.Output(

@@ -59,7 +59,7 @@ def window_variant(key: WindowKey) -> Variant:
         tokens=_tokens(spec, types)._replace(stride="i64"),
         kv_pool=pool,
         score_pool=pool,
-        output=_output(spec, key.fmt, types.rows, types.norm_weight),
+        output=_output(spec, key.fmt, types.rows, types.norm_weight, types.latent),
         scratch=types_of(args.Scratch) if slices > 1 else args.Scratch(),
     )
     return _variant(
@@ -73,7 +73,7 @@ def window_variant(key: WindowKey) -> Variant:
         TILE=max(lanes * together, min(config.tile, spec.window_rows)),
         LANES=lanes,
         ONE_PAGE=key.one_page,
-        PROMPT=config.prompt and key.one_page and not ring and (key.fmt is not None or types.rows is not None),
+        PROMPT=config.prompt and key.one_page and not ring and (key.fmt is not None or types.rows is not None or types.latent),
         ALIGNED=False,
     )
 
@@ -162,7 +162,8 @@ def _snapshots(pointer: str | None) -> args.Snapshots:
 
 def _tokens(spec: CompressorSpec, types: Types) -> args.Tokens:
     tokens = types_of(args.Tokens, kv_score=POINTERS[types.kv_score])
-    return tokens if spec.has_ape else tokens._replace(ape=None)
+    absent = ["ape"] * (not spec.has_ape) + ["apart", "skew"] * (not types.apart)
+    return tokens._replace(**dict.fromkeys(absent))
 
 
 def _compressor(key: StepKey, slices: int) -> args.Compressor:
@@ -174,29 +175,36 @@ def _compressor(key: StepKey, slices: int) -> args.Compressor:
     return types_of(
         args.Compressor,
         tokens=_tokens(key.spec, key.types),
-        state=types_of(args.State, rows=pointer),
+        state=types_of(args.State, rows=pointer) if key.spec.gate else args.State(),
         snapshots=_snapshots(pointer if key.snapshots else None),
         scratch=scratch,
-        output=_output(key.spec, key.fmt, key.types.rows, key.types.norm_weight),
+        output=_output(key.spec, key.fmt, key.types.rows, key.types.norm_weight, key.types.latent),
     )
 
 
 def _output(
-    spec: CompressorSpec, fmt: RecordFormat | None, rows: torch.dtype | None, norm_weight: torch.dtype | None
+    spec: CompressorSpec,
+    fmt: RecordFormat | None,
+    rows: torch.dtype | None,
+    norm_weight: torch.dtype | None,
+    latent: bool = False,
 ) -> args.Output:
     output = types_of(args.Output, rows=POINTERS[rows], norm_weight=POINTERS[norm_weight])
+    if not latent:
+        output = output._replace(latent=None)
     if fmt is None:
-        return output._replace(norm_weight=None, rope=None, pages=None, scales=None, scale=None)
+        output = output._replace(norm_weight=output.norm_weight if latent else None)
+        return output._replace(rope=None, pages=None, scales=None, scale=None)
     absent = ["scales"] * (not fmt.separate) + ["rope"] * (not spec.rope_dim) + ["scale"] * (not fmt.takes_scale)
     return output._replace(**dict.fromkeys(absent))
 
 
 def _constants(key: StepKey, slices: int) -> dict[str, object]:
-    """Of one compressor over a `FoldState`."""
-    spec, config, kind = key.spec, key.config, state_kind(key.spec)
+    """Of one compressor over a `FoldState`, or without a state."""
+    spec, config, kind = key.spec, key.config, state_kind(key.spec) if key.spec.gate else ""
     ahead = config.ahead if kind == "fold" else min(config.ahead, spec.window_rows)
     together = config.together if kind == "fold" or draws_items(spec, config) else 1
-    history = ring_and_history(spec, 1)[1]
+    history = ring_and_history(spec, 1)[1] if spec.gate else 0
     return {
         "HOW": Schedule(ahead, together if config.programs else 0, spec.head_dim // slices),
         "SPEC": replace(spec_of(spec), OVERLAP=int(spec.overlap), KIND=kind, HISTORY=history),

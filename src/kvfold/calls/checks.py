@@ -21,13 +21,13 @@ from ..arguments.checks import (
     check_type,
 )
 from ..arguments.overlap import NO_ROOM, Place, check_apart, extent, find_room
-from ..contract import INT32_MAX
+from ..contract import INT32_MAX, UnsupportedError
 from ..spec import check_spec
 from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState
 from ..storage.remembered import Layer, Met, check_made, where
 from ..storage.snapshots import Snapshots
-from ..storage.step import Compressor, Hits, Lengths, Placed, PlanData, plan_places
+from ..storage.step import Compressor, Hits, Lengths, Outputs, Placed, PlanData, owner_of, plan_places
 from ..storage.window_state import WindowState
 
 BACKENDS = ("triton", "torch")
@@ -71,43 +71,67 @@ def compressors_of(compressors: Sequence[Compressor | tuple]) -> list[Compressor
     return made
 
 
-def check_compress(c: Compressor, plan: PlanData, rows: torch.Tensor | None, backend: str | None) -> str:
+def check_compress(c: Compressor, plan: PlanData, out: Outputs, backend: str | None) -> str:
     """Checks the arguments of `compress` and returns the backend to use."""
-    kv_score, spec = c.kv_score, c.spec
-    check_type("kv_score", kv_score, torch.Tensor)
-    chosen = choose_backend(backend, "kv_score", kv_score)
-    check_spec("spec", spec)
-    check_real_memory("kv_score", kv_score)
-    check_dtype("kv_score", kv_score, _FLOATS)
-    shape = kv_score.shape
-    if len(shape) != 2 or shape[1] != 2 * spec.channels:
-        check_shape("kv_score", kv_score, (None, 2 * spec.channels))
-    if shape[0] > INT32_MAX:
-        raise ValueError(f"kv_score must have at most {INT32_MAX} rows, got {shape[0]}")
-    stride, side_by_side = kv_score.stride()
-    if shape[0] and side_by_side != 1:
-        raise ValueError(f"kv_score must be contiguous in its last dimension, got strides {(stride, side_by_side)}")
+    spans, chosen = [], ""
+    for name, x in c.parts().items():
+        chosen = choose_backend(backend, name, x)
+        check_spec("spec", c.spec)
+        spans.append((name, x, False, *_check_tokens(name, x, c)))
+    if c.score is not None:
+        _check_two(c)
     met = _known(c, plan) or _check_fixed(c, plan)
-    if kv_score.device != met.device:
-        check_device("kv_score", kv_score, met.device)
-    if met.rows_in_bf16 and kv_score.dtype is not torch.bfloat16:
-        raise TypeError(
-            "kv_score must be torch.bfloat16, as state keeps input rows in bf16 without round_inputs, got torch.float32"
-        )
-    # kv_score moves from step to step, but mostly within the same room between the tensors of layer and plan.
-    start = kv_score.data_ptr()
-    end = start + ((shape[0] - 1) * stride + shape[1]) * (2 if kv_score.dtype is torch.bfloat16 else 4)
-    if start < met.kv_score[0] or end > met.kv_score[1]:
-        met.kv_score = _find_room(Place("kv_score", kv_score), start, end, c, plan, met)
-    if rows is not None:
-        check_tensor("rows", rows, plan.rows_shape(spec), _FLOATS, kv_score.device)
-        first = rows.data_ptr()
-        behind = first + rows.nbytes
-        if first < met.rows[0] or behind > met.rows[1]:
-            met.rows = _find_room(Place("rows", rows, written=True), first, behind, c, plan, met)
-        if first < end and start < behind:
-            check_apart((Place("kv_score", kv_score), Place("rows", rows, written=True)))
+    for name, x, _, _, _ in spans:
+        if x.device != met.device:
+            check_device(name, x, met.device)
+        if met.rows_in_bf16 and x.dtype is not torch.bfloat16:
+            why = "as state keeps input rows in bf16 without round_inputs"
+            raise TypeError(f"{name} must be torch.bfloat16, {why}, got torch.float32")
+    if out.latent is not None and c.norm_weight is None:
+        raise TypeError("norm_weight must be a torch.Tensor for latent, got NoneType")
+    for name, x in zip(Outputs._fields, out):  # noqa: B905 (every call comes here)
+        if x is not None:
+            dtypes = _FLOATS if name == "rows" else (torch.bfloat16,)
+            check_tensor(name, x, plan.rows_shape(c.spec), dtypes, met.device)
+            start = x.data_ptr()
+            spans.append((name, x, True, start, start + x.nbytes))
+    # They move from step to step, but mostly within the same room between the tensors of layer and plan.
+    for i, (name, x, written, start, end) in enumerate(spans):
+        room = met.rooms.get(name, NO_ROOM)
+        if start < room[0] or end > room[1]:
+            met.rooms[name] = _find_room(Place(name, x, written), start, end, c, plan, met)
+        for other, y, too, first, behind in spans[:i]:
+            if start < behind and first < end and (written or too):
+                check_apart((Place(other, y, too), Place(name, x, written)))
     return chosen
+
+
+def _check_tokens(name: str, x: torch.Tensor, c: Compressor) -> tuple[int, int]:
+    """Checks a tensor of a step's tokens; returns the address of its first byte, and the one behind its last."""
+    check_real_memory(name, x)
+    check_dtype(name, x, _FLOATS)
+    shape, width = x.shape, c.spec.kv_score_width if x is c.kv_score else c.spec.channels
+    if len(shape) != 2 or shape[1] != width:
+        check_shape(name, x, (None, width))
+    if shape[0] > INT32_MAX:
+        raise ValueError(f"{name} must have at most {INT32_MAX} rows, got {shape[0]}")
+    stride, side_by_side = x.stride()
+    if shape[0] and side_by_side != 1:
+        raise ValueError(f"{name} must be contiguous in its last dimension, got strides {(stride, side_by_side)}")
+    start = x.data_ptr()
+    return start, start + ((shape[0] - 1) * stride + shape[1]) * (2 if x.dtype is torch.bfloat16 else 4)
+
+
+def _check_two(c: Compressor) -> None:
+    """Checks that values and scores go together."""
+    value, score = c.value, c.score
+    if not c.spec.gate:
+        raise ValueError("kv_score must be values alone, as spec has no gate, got two tensors")
+    check_device("kv_score[1]", score, value.device)
+    check_dtype("kv_score[1]", score, (value.dtype,))
+    check_shape("kv_score[1]", score, tuple(value.shape))
+    if (score.data_ptr() - value.data_ptr()) % value.element_size():
+        raise ValueError("kv_score[1] must begin at a multiple of its element size, like kv_score[0]")
 
 
 def check_many(compressors: Sequence[Compressor], plan: PlanData, backend: str | None) -> str:
@@ -115,10 +139,13 @@ def check_many(compressors: Sequence[Compressor], plan: PlanData, backend: str |
     chosen = ""
     for i, c in enumerate(compressors):
         try:
+            check_spec("spec", c.spec)
+            if not c.spec.gate:
+                raise UnsupportedError("spec must have a gate in compress_many: call compress for one without")
             check_type("state", c.state, FoldState)
-            chosen = check_compress(c, plan, None, backend)
+            chosen = check_compress(c, plan, Outputs(), backend)
             if i == 1:
-                check_device("kv_score", c.kv_score, compressors[0].kv_score.device)
+                check_device("kv_score", c.value, compressors[0].device)
                 _check_pair(compressors[0], c, plan)
         except (TypeError, ValueError) as error:
             raise type(error)(f"compressors[{i}]: {error}") from None
@@ -145,19 +172,24 @@ def _check_pair(first: Compressor, second: Compressor, plan: PlanData) -> None:
         first.state._pair = layers
     for c, other, layer in ((first, second, layers[1]), (second, first, layers[0])):
         met = layer.met(plan)
-        start, end = extent(c.kv_score)
-        if start < met.other[0] or end > met.other[1]:
-            met.other = _find_room(Place("the other kv_score", c.kv_score), start, end, other, plan, met)
+        for name, x in c.parts().items():
+            (start, end), room = extent(x), met.rooms.get(f"the other {name}", NO_ROOM)
+            if start < room[0] or end > room[1]:
+                place = Place(f"the other {name}", x)
+                met.rooms[place.name] = _find_room(place, start, end, other, plan, met)
 
 
 def _known(c: Compressor, plan: PlanData) -> Met | None:
     """What is known of a layer and a plan that were checked in an earlier call; None if something has changed since."""
-    layer = c.state._layer if isinstance(c.state, (FoldState, WindowState)) and isinstance(plan, PlanData) else None
+    owner = owner_of(c, plan)
+    kinds = (EntryCache, PlanData) if c.state is None else (FoldState, WindowState)
+    ours = isinstance(owner, kinds) and isinstance(plan, PlanData)
+    layer = getattr(owner, "_layer", None) if ours else None
     met = None if layer is None else layer.met(plan)
     if met is None or layer.tokens != _tokens(c):
         return None
-    held = [*c.state._watched, *plan._watched]
-    for thing in (c.cache, c.snapshots):
+    held = [*plan._watched]
+    for thing in (c.state, c.cache, c.snapshots):
         if thing is not None:
             held += thing._watched
     given = layer.given((c.ape, c.norm_weight, c.rope))
@@ -180,16 +212,22 @@ def _tokens(c: Compressor) -> tuple:
 def _check_fixed(c: Compressor, plan: PlanData) -> Met:
     """Checks what a layer passes in every step, and the plan."""
     state = c.state
-    if not isinstance(state, (FoldState, WindowState)):
-        raise TypeError(f"state must be a FoldState or a WindowState, got {type(state).__name__}")
-    check_made("state", state, type(state))
+    if c.spec.gate:
+        if not isinstance(state, (FoldState, WindowState)):
+            raise TypeError(f"state must be a FoldState or a WindowState, got {type(state).__name__}")
+        check_made("state", state, type(state))
+    else:
+        for name, thing in (("state", state), ("snapshots", c.snapshots), ("ape", c.ape)):
+            if thing is not None:
+                why = "spec has no gate: a window is a single token, of which nothing is kept"
+                raise ValueError(f"{name} must be None, as {why}, got {type(thing).__name__}")
     check_made("plan", plan, PlanData)
     for name, thing, kind in (("cache", c.cache, EntryCache), ("snapshots", c.snapshots, Snapshots)):
         if thing is not None:
             check_made(name, thing, kind)
-    met, kept = _meet(c, plan), state._tensors[0]
-    held = [x for thing in (state, plan, c.cache, c.snapshots) if thing is not None for x in thing._watched]
-    met.device, met.rows_in_bf16 = kept.device, _takes_bf16_alone(state)
+    met = _meet(c, plan)
+    held = [x for thing in (plan, state, c.cache, c.snapshots) if thing is not None for x in thing._watched]
+    met.device, met.rows_in_bf16 = plan.items.device, state is not None and _takes_bf16_alone(state)
     met.where = where([*held, *(x for x in (c.ape, c.norm_weight, c.rope) if x is not None)])
     return met
 
@@ -200,7 +238,7 @@ def _takes_bf16_alone(state: FoldState | WindowState) -> bool:
 
 def _meet(c: Compressor, plan: PlanData) -> Met:
     """What is known of a layer and a plan, which are checked where they are not known as they are now."""
-    owner = c.cache if c.state is None else c.state
+    owner = owner_of(c, plan)
     tokens, weights, layer = _tokens(c), (c.ape, c.norm_weight, c.rope), owner._layer
     if layer is None or not layer.same(tokens, weights):
         if c.state is not None:
@@ -216,7 +254,7 @@ def _meet(c: Compressor, plan: PlanData) -> Met:
 
 def _check_state(c: Compressor) -> None:
     """Checks what a layer keeps of the tokens, and in what it keeps it."""
-    spec, state, device = c.spec, c.state, c.kv_score.device
+    spec, state, device = c.spec, c.state, c.device
     check_device("state", state._tensors[0], device)
     if isinstance(state, WindowState):
         if state.channels != spec.channels:
@@ -236,7 +274,7 @@ def _check_plan(c: Compressor, plan: PlanData) -> None:
     """Checks that a plan is for this layer."""
     if plan.ratio != c.spec.ratio:
         raise ValueError(f"plan must be for ratio {c.spec.ratio}, got ratio {plan.ratio}")
-    check_device("plan", plan.items, c.kv_score.device)
+    check_device("plan", plan.items, c.device)
     if c.cache is not None:
         if plan.entry_slots is None:
             raise ValueError("plan must have entry_slots or a cache_block_table when a cache is given, got neither")
@@ -245,11 +283,11 @@ def _check_plan(c: Compressor, plan: PlanData) -> None:
         if have is not None and have != want:
             raise ValueError(f"plan must be for pages of {want} entries like cache, got rows_per_page={have}")
     if isinstance(c.state, FoldState) and plan.state_slots is None:
-        raise ValueError("plan must have state_slots for a FoldState, got block_tables")
+        raise ValueError(f"plan must have state_slots for a FoldState, got {plan.knows}")
     if isinstance(c.state, WindowState):
         have, want = plan.page_size, c.state.page_size
         if plan.block_tables is None:
-            raise ValueError("plan must have block_tables for a WindowState, got state_slots")
+            raise ValueError(f"plan must have block_tables for a WindowState, got {plan.knows}")
         if have != want:
             raise ValueError(f"plan must be for pages of {want} positions like state, got page_size={have}")
         if plan.ring and plan.ring_rows < c.spec.window_rows - 1:
@@ -273,7 +311,7 @@ def _check_snapshots(snapshots: Snapshots, state: FoldState) -> None:
 
 def _check_epilogue(c: Compressor, needs_norm: bool = True) -> None:
     """Checks what everything behind the pooling takes."""
-    cache, spec, device = c.cache, c.spec, c.kv_score.device
+    cache, spec, device = c.cache, c.spec, c.device
     if c.norm_weight is not None or (cache is not None and needs_norm):
         check_tensor("norm_weight", c.norm_weight, (spec.head_dim,), _FLOATS, device)
     if c.rope is not None or (cache is not None and spec.rope_dim):
@@ -314,8 +352,9 @@ def check_store(c: Compressor, plan: PlanData, backend: str | None) -> str:
     check_tensor("rows", rows, plan.rows_shape(c.spec), _FLOATS, cache.device)
     start = rows.data_ptr()
     end = start + rows.nbytes
-    if start < met.rows[0] or end > met.rows[1]:
-        met.rows = _find_room(Place("rows", rows), start, end, c, plan, met)
+    room = met.rooms.get("rows", NO_ROOM)
+    if start < room[0] or end > room[1]:
+        met.rooms["rows"] = _find_room(Place("rows", rows), start, end, c, plan, met)
     return chosen
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from types import ModuleType
 
-import torch
-
 from ..arguments.checks import check_eager, check_switch
 from ..backend_torch.finish import store_placed_torch, store_torch
 from ..backend_torch.fold import compress_torch
@@ -16,7 +14,8 @@ from ..backend_torch.window import compress_window_torch
 from ..contract import INT32_MAX
 from ..storage.fold_state import FoldState
 from ..storage.snapshots import Snapshots
-from ..storage.step import Compressor, Hits, Lengths, Placed, PlanData
+from ..storage.step import Compressor, Hits, Lengths, Outputs, Placed, PlanData
+from ..storage.window_state import WindowState
 from .checks import check_compress, check_many, check_placed, check_restore, check_store, check_update
 
 
@@ -27,18 +26,18 @@ def _triton() -> ModuleType:
     return launch
 
 
-def run_compress(c: Compressor, plan: PlanData, rows: torch.Tensor | None, backend: str | None, pdl: bool | None) -> None:
+def run_compress(c: Compressor, plan: PlanData, out: Outputs, backend: str | None, pdl: bool | None) -> None:
     check_switch("pdl", pdl)
-    chosen = check_compress(c, plan, rows, backend)
+    chosen = check_compress(c, plan, out, backend)
     if plan.batch == 0:
         return
+    paged = isinstance(c.state, WindowState)
     if chosen == "torch":
-        run = compress_torch if isinstance(c.state, FoldState) else compress_window_torch
-        run(c, plan, rows)
-    elif isinstance(c.state, FoldState):
-        _triton().compress_triton(c, plan, rows, pdl)
+        (compress_window_torch if paged else compress_torch)(c, plan, out)
+    elif paged:
+        _triton().compress_window_triton(c, plan, out, pdl)
     else:
-        _triton().compress_window_triton(c, plan, rows, pdl)
+        _triton().compress_triton(c, plan, out, pdl)
 
 
 def run_many(compressors: Sequence[Compressor], plan: PlanData, backend: str | None, pdl: bool | None) -> None:
@@ -48,9 +47,9 @@ def run_many(compressors: Sequence[Compressor], plan: PlanData, backend: str | N
         return
     if chosen == "torch":
         for c in compressors:
-            compress_torch(c, plan, None)
+            compress_torch(c, plan, Outputs())
     elif len(compressors) == 1:
-        _triton().compress_triton(compressors[0], plan, None, pdl)
+        _triton().compress_triton(compressors[0], plan, Outputs(), pdl)
     else:
         _triton().compress_pair_triton((compressors[0], compressors[1]), plan, pdl)
 

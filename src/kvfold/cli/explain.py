@@ -46,12 +46,15 @@ def explain(
 
 def parse_spec(text: str) -> CompressorSpec:
     """A preset's name, or fields of `CompressorSpec`. Raises ValueError or TypeError naming what is wrong."""
-    from ..spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
+    from ..spec import V4_CSA, V4_HCA, V4_INDEXER, V41_INDEX_K, V41_MAIN_R1, V41_MAIN_R2, CompressorSpec
 
     presets = {"hca": V4_HCA, "csa": V4_CSA, "indexer": V4_INDEXER}
+    presets |= {"v41-r1": V41_MAIN_R1, "v41-r2": V41_MAIN_R2, "v41-index": V41_INDEX_K}
     if text in presets:
         return presets[text]
-    kinds = dict.fromkeys(("head_dim", "ratio", "rope_dim"), int) | dict.fromkeys(("overlap", "has_ape", "hadamard"), _flag)
+    kinds = dict.fromkeys(("head_dim", "ratio", "rope_dim"), int) | dict.fromkeys(
+        ("overlap", "has_ape", "hadamard", "gate"), _flag
+    )
     kinds["norm_eps"], fields = float, {}
     for part in text.split(","):
         name, _, value = part.partition("=")
@@ -76,7 +79,9 @@ def _flag(value: str) -> bool:
 def _show(said: Explanation, fmt: str | None, console: Console) -> None:
     end, spec = said.start + said.new, said.spec
     console.print(f"{spec}", soft_wrap=True, highlight=False)
-    kept = "WindowState" if said.kind == "window" else f"FoldState of {said.kind}, ring {said.ring}, {said.history} spare"
+    kept = {"window": "WindowState", "none": "no state"}.get(
+        said.kind, f"FoldState of {said.kind}, ring {said.ring}, {said.history} spare"
+    )
     console.print(f"{kept}: {said.new} tokens, positions {said.start} to {end - 1}", soft_wrap=True, highlight=False)
     bytes_of = [f"bytes as {fmt}"] if fmt else []
     overlap = ["lo half of"] if spec.overlap else []

@@ -52,7 +52,7 @@ STATES = {None: (), "FoldState": ("state.rows", "state.positions"), "WindowState
 # A compressor's tensors; of pools a file may have only some rows.
 POOLS = ("rope", "state.rows", "state.positions", "state.kv", "state.score", "cache.pages", "cache.scale_pages",
          "snapshots.rows", "snapshots.positions")  # fmt: skip
-TENSORS = ("kv_score", "ape", "norm_weight", *POOLS)
+TENSORS = ("kv_score", "scores", "ape", "norm_weight", *POOLS)
 
 
 class RoomError(Exception):
@@ -157,8 +157,9 @@ def check_about(about: Any) -> dict:
 
 def _check_compressor(name: str, one: Any, is_store: bool) -> None:
     check_fields(name, one, COMPRESSOR)
-    if (one["state"] is None) != is_store:
-        raise ValueError(f"{name}.state must be {'null for a store' if is_store else 'given'}, got {_short(one['state'])}")
+    none = is_store or one["spec"].get("gate") is False
+    if (one["state"] is None) != none:
+        raise ValueError(f"{name}.state must be {'null here' if none else 'given'}, got {_short(one['state'])}")
     if is_store and (one["cache"] is None or one["snapshots"] is not None):
         raise ValueError(f"{name}.cache must be given for a store, and {name}.snapshots null")
     _check_dataclass(f"{name}.spec", one["spec"], CompressorSpec)
@@ -190,13 +191,13 @@ def _check_dataclass(name: str, value: Any, kind: type) -> None:
 def _names(about: dict) -> tuple[list[str], list[str]]:
     """The tensors that such a call has, and those that it may have."""
     needed = [f"plan.{name}" for name in PLAN_SHAPES if name not in PLAN_OPTIONAL]
-    optional = [f"plan.{name}" for name in PLAN_OPTIONAL] + ["rows"] * (about["call"] == "compress")
+    optional = [f"plan.{name}" for name in PLAN_OPTIONAL] + ["rows", "latent"] * (about["call"] == "compress")
     for i, one in enumerate(about["compressors"]):
         names = ["kv_score", *STATES[one["state"] and one["state"]["kind"]]]
         names += ["cache.pages"] * (one["cache"] is not None)
         names += ["snapshots.rows", "snapshots.positions"] * (one["snapshots"] is not None)
         needed += [f"{i}.{name}" for name in names]
-        weights = ["ape", "norm_weight", "rope"] + ["cache.scale_pages"] * (one["cache"] is not None)
+        weights = ["scores", "ape", "norm_weight", "rope"] + ["cache.scale_pages"] * (one["cache"] is not None)
         optional += [f"{i}.{name}" for name in weights]
     # Only those that the file has: its `batch` may be any number.
     return needed, optional + [name for name in about["tensors"] if _is_history(name, about["plan"]["batch"])]
@@ -230,7 +231,7 @@ def check_stored(about: dict, stored: Mapping[str, tuple[torch.dtype, list[int]]
         (dtype, shape), kept = stored[name], stored.get(f"{name}.kept")
         due, stride = layout["shape"], layout["stride"]
         # Rows of kv_score may share bytes, as after `expand`; nothing that is written may.
-        inner = 1 if name.endswith(".kv_score") or name.startswith("history.") else 0
+        inner = 1 if name.endswith((".kv_score", ".scores")) or name.startswith("history.") else 0
         if _overlap(due[inner:], stride[inner:]):
             raise ValueError(f"tensors.{name}.stride must keep its elements apart, got {stride} for {due}")
         if layout["address"] % dtype.itemsize:
@@ -241,7 +242,8 @@ def check_stored(about: dict, stored: Mapping[str, tuple[torch.dtype, list[int]]
             due = [*kept[1], *due[1:]]
         if shape != due:
             raise ValueError(f"tensor {name} must have shape {due}, got {shape}")
-    if ("plan.kv_table" in layouts) == ("plan.state_slots" in layouts):  # what else goes together `StepPlan` checks
+    known = ("plan.kv_table" in layouts) + ("plan.state_slots" in layouts)
+    if known == 2 or (known == 0 and plan["ratio"] > 1):  # what else goes together `StepPlan` checks
         raise ValueError("tensors must have either plan.state_slots or plan.kv_table")
     sizes = plan | {"batch + 1": plan["batch"] + 1, "8": len(ITEM_FIELDS), "1": 1, None: None}
     for name, symbols in PLAN_SHAPES.items():

@@ -16,7 +16,7 @@ from ..plan import StepPlan
 from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState
 from ..storage.snapshots import Snapshots
-from ..storage.step import Compressor
+from ..storage.step import Compressor, Outputs
 from ..storage.window_state import WindowState
 from ..store import store
 from .compare import UNWRITTEN
@@ -31,7 +31,7 @@ class Call:
     Attributes:
         name: of the function.
         compressors: of `store` it is one without state, whose `kv_score` are the pooled rows.
-        rows: of `compress`: where the pooled rows go, or None.
+        rows, latent: of `compress`: where pooled and normed rows go, or None.
         backend: the chosen one.
     """
 
@@ -41,19 +41,20 @@ class Call:
     rows: Tensor | None
     backend: str
     pdl: bool | None = None
+    latent: Tensor | None = None
 
     @classmethod
-    def of(cls, given: Compressor, plan: StepPlan, rows: Tensor | None, backend: str | None) -> Call:
+    def of(cls, given: Compressor, plan: StepPlan, out: Outputs, backend: str | None) -> Call:
         """From the arguments of any of the three, which tell them apart. Raises what the call itself would."""
-        if isinstance(given.kv_score, Sequence) and not isinstance(given.kv_score, (str, bytes)):
-            _leave_out(given._asdict() | {"kv_score": None, "rows": rows}, "when compressors are given")
+        if _are_compressors(given.kv_score):
+            _leave_out(given._asdict() | {"kv_score": None} | out._asdict(), "when compressors are given")
             call = cls("compress_many", tuple(compressors_of(given.kv_score)), plan, None, "")
         elif isinstance(given.state, EntryCache):
-            surplus = {"cache": given.cache, "ape": given.ape, "rows": rows, "snapshots": given.snapshots}
-            _leave_out(surplus, "for a store")
+            surplus = {"cache": given.cache, "ape": given.ape, "snapshots": given.snapshots}
+            _leave_out(surplus | out._asdict(), "for a store")
             call = cls("store", (given._replace(state=None, cache=given.state),), plan, None, "")
         else:
-            call = cls("compress", (given,), plan, rows, "")
+            call = cls("compress", (given,), plan, out.rows, "", latent=out.latent)
         call.backend = call.check(backend)
         return call
 
@@ -64,7 +65,7 @@ class Call:
             return check_many(self.compressors, self.plan, backend)
         if self.name == "store":
             return check_store(c, self.plan, backend)
-        return check_compress(c, self.plan, self.rows, backend)
+        return check_compress(c, self.plan, Outputs(self.rows, self.latent), backend)
 
     def run(self) -> None:
         """Makes the call."""
@@ -75,22 +76,29 @@ class Call:
         elif self.name == "store":
             store(c.kv_score, self.plan, c.cache, **weights, **how)
         else:
-            weights |= {"ape": c.ape, "rows": self.rows, "snapshots": c.snapshots}
+            weights |= {"ape": c.ape, "rows": self.rows, "latent": self.latent, "snapshots": c.snapshots}
             compress(c.kv_score, self.plan, c.state, c.cache, **weights, **how)
 
     def on_copies(self, rows: torch.dtype | None, backend: str) -> Call:
         """The call, made on copies; its `plan.errors` count from 0, and rows of entries that are not made keep `UNWRITTEN`."""
-        made, plan, out = tuple(map(_copy, self.compressors)), copy_plan(self.plan), None
-        if rows is not None:
-            shape, (integers, fill) = (plan.entry_capacity, made[0].spec.head_dim), UNWRITTEN[rows]
-            out = torch.full(shape, fill, dtype=integers, device=plan.items.device).view(rows)
-        new = replace(self, compressors=made, plan=plan, rows=out, backend=backend)
+        made, plan, out = tuple(map(_copy, self.compressors)), copy_plan(self.plan), []
+        for dtype in (rows, None if self.latent is None else torch.bfloat16):
+            shape, (integers, fill) = (plan.entry_capacity, made[0].spec.head_dim), UNWRITTEN.get(dtype, (None, 0))
+            full = None if dtype is None else torch.full(shape, fill, dtype=integers, device=plan.items.device).view(dtype)
+            out.append(full)
+        new = replace(self, compressors=made, plan=plan, rows=out[0], latent=out[1], backend=backend)
         new.run()
         return new
 
     def alone(self, i: int) -> Call:
         """`compress` of compressor i by itself, which has the same bits."""
-        return replace(self, name="compress", compressors=(self.compressors[i],), rows=None)
+        return replace(self, name="compress", compressors=(self.compressors[i],), rows=None, latent=None)
+
+
+def _are_compressors(given: object) -> bool:
+    """Whether this is what `compress_many` takes, and not tokens, which may be two tensors."""
+    several = isinstance(given, Sequence) and not isinstance(given, (str, bytes))
+    return several and not (len(given) > 0 and all(isinstance(x, Tensor) for x in given))
 
 
 def _leave_out(arguments: dict[str, object], why: str) -> None:
@@ -163,8 +171,8 @@ def check_history(history: History, call: Call) -> None:
         if one is not None:
             check_type(f"full_history[{b}]", one, Tensor)
             check_dtype(f"full_history[{b}]", one, (torch.float32, torch.bfloat16))
-            if tuple(one.shape) != (start, 2 * spec.channels):
-                raise ValueError(f"full_history[{b}] must be [{start}, {2 * spec.channels}], got {list(one.shape)}")
+            if tuple(one.shape) != (start, spec.kv_score_width):
+                raise ValueError(f"full_history[{b}] must be [{start}, {spec.kv_score_width}], got {list(one.shape)}")
 
 
 def check_outside(name: str, kv_score: object) -> None:

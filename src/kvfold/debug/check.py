@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backend_torch.finish import finish
+from ..backend_torch.finish import finish, norm
 from ..backend_torch.items import Items
 from ..contract import pooled_bound
 from ..plan import StepPlan
@@ -18,10 +18,21 @@ from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState, state_kind
 from ..storage.pack import unpack_records
 from ..storage.snapshots import Snapshots
-from ..storage.step import Compressor
+from ..storage.step import Compressor, Outputs
 from ..storage.window_state import WindowState
 from .call import Call, History, check_history, check_outside, copy_plan
-from .compare import Difference, bytes_of, explained, first_channels, off, pooled_differences, put_bytes, size_of, written
+from .compare import (
+    Difference,
+    bytes_of,
+    explained,
+    first_channels,
+    off,
+    pooled_differences,
+    put_bytes,
+    size_of,
+    within_bf16,
+    written,
+)
 from .exact import exact_of_call
 from .refusals import Refusal, call_refusals, heads, plan_refusals
 from .undefined import undefined_in_call, undefined_in_plan
@@ -29,7 +40,7 @@ from .undefined import undefined_in_call, undefined_in_plan
 EPILOGUE = 5e-7  # of an entry, of its norm: what the order of fp32 operations behind the pooling can change
 LEAST = 2.0**-149  # of fp32
 MOST_LINES = 8  # of each kind in the text of a report
-STAGES = ("plan", "errors", "pooled row", "record bytes", "read-back value", "state row", "snapshot row")
+STAGES = ("plan", "errors", "pooled row", "latent", "record bytes", "read-back value", "state row", "snapshot row")
 
 
 @dataclass(frozen=True)
@@ -101,7 +112,7 @@ def _some(lines: Sequence[object]) -> list[str]:
 
 
 def check(
-    kv_score: Tensor | Sequence[Compressor | tuple],
+    kv_score: Tensor | tuple[Tensor, Tensor] | Sequence[Compressor | tuple],
     plan: StepPlan,
     state: FoldState | WindowState | EntryCache | None = None,
     cache: EntryCache | None = None,
@@ -111,6 +122,7 @@ def check(
     norm_weight: Tensor | None = None,
     rope: Tensor | None = None,
     rows: Tensor | None = None,
+    latent: Tensor | None = None,
     snapshots: Snapshots | None = None,
     backend: str | None = None,
     full_history: Sequence[Tensor | None] | None = None,
@@ -126,13 +138,13 @@ def check(
     Entries of sequences that start at 0, or whose history is given, are compared with the fp64 reference too. Nothing of the
     caller's is written. Takes two or three times the memory of what the call writes, and synchronizes with the host.
 
-    Differences within the bounds are none: a pooled or fold row may differ by 2e-6 of its norm, and a record by codes that the
-    rounding of fp32 operations behind the pooling explains, given the pooled row of this very call. Input rows are copied, and
-    so are compared to the bit, in snapshots too. NaN and infinities are compared as docs/numerics.md says.
+    Differences within the bounds are none: a pooled or fold row may differ by 2e-6 of its norm, a record or a latent by what
+    the rounding of fp32 operations behind the pooling explains, given the pooled row of this very call. Input rows are copied,
+    and so are compared to the bit, in snapshots too. NaN and infinities are compared as docs/numerics.md says.
 
     Args:
-        full_history: of `compress`: for each sequence of the plan the `kv_score` rows `[start_pos[b], 2 * channels]` of its
-            positions before this step, or None where they are not known.
+        full_history: of `compress`: for each sequence of the plan the `kv_score` rows of its positions before this step, as
+            one tensor `[start_pos[b], spec.kv_score_width]`, or None where they are not known.
         The others are those of the call.
 
     Raises:
@@ -140,7 +152,9 @@ def check(
         RuntimeError: in a CUDA graph's capture, or traced.
     """
     check_outside("check", kv_score)
-    call = Call.of(Compressor(kv_score, state, cache, spec, ape, norm_weight, rope, snapshots), plan, rows, backend)
+    call = Call.of(
+        Compressor(kv_score, state, cache, spec, ape, norm_weight, rope, snapshots), plan, Outputs(rows, latent), backend
+    )
     check_history(full_history, call)
     return compare(call, full_history)
 
@@ -163,7 +177,7 @@ def compare(call: Call, full_history: History = None) -> Report:
         entries, referenced, errors = entries + len(made.entry), referenced + exact, errors + due
         undefined += [replace(r, where=which) for r in undefined_in_call(c, plan)]
         if counted or due:
-            refusals += [replace(r, where=which) for r in call_refusals(c, plan)]
+            refusals += [replace(r, where=which) for r in call_refusals(c, plan, call.name == "store")]
         found += [replace(d, where=", ".join(filter(None, (which, d.where)))) for d in here]
     if counted != errors:
         found.append(Difference(-1, -1, "errors", None, counted, errors, "torch"))
@@ -198,6 +212,8 @@ def _step_differences(call: Call, i: int, got: Call, history: History) -> tuple[
     if got.rows is not None and got.rows.dtype == torch.bfloat16:
         found += pooled_differences(got.rows, want.rows, live, bound + 2.0**-8, "torch")
     made = live[written(want.rows)[live.entry]]
+    if got.latent is not None:
+        found += _latent_differences(c, got.latent, probe.rows, made)
     if c.cache is not None:
         found += _record_differences(c, done.cache, due.cache, probe.rows, made, plan)
     exact, known, bounds = exact_of_call(c, plan, made, history, probe.rows)
@@ -210,7 +226,7 @@ def _step_differences(call: Call, i: int, got: Call, history: History) -> tuple[
             found += _value_differences(c, done.cache, exact, bounds, expected, plan)
     if isinstance(c.state, WindowState):
         found += _page_differences(done.state, due.state)
-    else:
+    elif c.state is not None:
         owner = {slot: b for b, slot, *_ in heads(items)}
         found += _row_differences(done.state, due.state, "state", owner)
     if c.snapshots is not None:
@@ -262,6 +278,17 @@ def _record_differences(
         for page, byte in [] if a is None else first_channels(a != b):
             values, where = (int(x[page, byte]) for x in (a, b)), f"{name} {page}, byte {byte}, outside of the step's records"
             found.append(Difference(-1, -1, "record bytes", None, *values, "torch", where))
+    return found
+
+
+def _latent_differences(c: Compressor, got: Tensor, rows: Tensor, made: Items) -> list[Difference]:
+    """Latents that the pooled rows of this call do not explain."""
+    pooled, have = rows[made.entry], got[made.entry]
+    y = norm(pooled.bfloat16().float() if c.cache is not None and c.cache.format.round_rows else pooled, c.spec, c.norm_weight)
+    found, fine = [], within_bf16(have, y, EPILOGUE * size_of(y)) | (have.isnan() & y.isnan())
+    for i, channel in first_channels(~fine):
+        place, values = (int(made.sequence[i]), int(made.window[i])), (float(have[i, channel]), float(y[i, channel]))
+        found.append(Difference(*place, "latent", channel, *values, "torch"))
     return found
 
 

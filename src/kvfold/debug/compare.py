@@ -187,6 +187,12 @@ def _largest(ends: list[Tensor], size: int) -> tuple[Tensor, Tensor]:
     return least, most
 
 
+def within_bf16(got: Tensor, y: Tensor, slack: Tensor) -> Tensor:
+    """bool like `got`, which is bf16: whether it is a rounding of something between `y - slack` and `y + slack`."""
+    low, high = (bf16_bits(x.float()) for x in (y - slack, y + slack))
+    return _between(got.view(torch.int16), low, high, 1 << 15)
+
+
 def _between(code: Tensor, low: Tensor, high: Tensor, sign: int) -> Tensor:
     code, low, high = (_key(x, sign) for x in (code, low, high))
     return (code >= low) & (code <= high)

@@ -31,6 +31,7 @@ def exact_of_call(c: Compressor, plan: StepPlan, made: Items, history: History, 
         history: `full_history` of `check`.
         got: pooled rows of the call by entry, for channels that may be infinite or NaN: those are as in `got` then.
     """
+    c = c.joined()
     spec, starts = c.spec, plan.start_pos.tolist()
     none = torch.zeros(0, spec.head_dim, dtype=torch.float64, device=got.device)
     found, known, bounds = [none], [none.long()[:, 0]], [none[:, :1]]

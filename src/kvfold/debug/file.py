@@ -46,11 +46,12 @@ def tensors_of(call: Call) -> dict[str, Tensor]:
     plan = call.plan
     found = {f"plan.{name}": getattr(plan, name) for name in PLAN_TENSORS}
     found["plan.kv_table"], found["plan.score_table"] = plan.block_tables or (None, None)
-    found["rows"] = call.rows
+    found |= {"rows": call.rows, "latent": call.latent}
     for i, c in enumerate(call.compressors):
         for name in bounds.TENSORS:
             part, _, field = name.rpartition(".")
             found[f"{i}.{name}"] = getattr(getattr(c, part) if part else c, field, None)
+        found |= {f"{i}.kv_score": c.value, f"{i}.scores": c.score}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
@@ -128,7 +129,7 @@ def _make(path: str, about: dict, file: Any, device: torch.device, max_bytes: in
     stored = {name: (_dtype(name, one), list(one.get_shape())) for name, one in slices.items()}
     bounds.check_stored(about, stored)
     small = {name: _checked(name, about, file) for name in ("plan.items", "plan.num_items", "plan.entry_items")}
-    rows = bounds.check_items(about["plan"], *small.values(), "plan.kv_table" in about["tensors"])
+    rows = bounds.check_items(about["plan"], *small.values(), "plan.state_slots" not in about["tensors"])
     bounds.check_room(path, about, stored, rows, max_bytes)
     named = {name: _lay_out(name, about, file, name + ".kept" in stored, device) for name in about["tensors"]}
     for name in PLAN_TENSORS:
@@ -136,7 +137,7 @@ def _make(path: str, about: dict, file: Any, device: torch.device, max_bytes: in
     tables = named.get("plan.kv_table"), named.get("plan.score_table")
     plan.block_tables, plan.fresh = tables if any(x is not None for x in tables) else None, True
     compressors = tuple(_compressor(i, one, specs[i], named) for i, one in enumerate(about["compressors"]))
-    call = Call(about["call"], compressors, plan, named.get("rows"), about["backend"], about["pdl"])
+    call = Call(about["call"], compressors, plan, named.get("rows"), about["backend"], about["pdl"], named.get("latent"))
     call.check("torch")
     history = [named.get(f"history.{b}") for b in range(plan.batch)]
     known = history if any(x is not None for x in history) else None
@@ -305,4 +306,5 @@ def _compressor(i: int, numbers: dict, spec: CompressorSpec, named: dict[str, Te
     if snapshots is not None:
         rows = get("snapshots.rows"), get("snapshots.positions")
         snapshots = _built(f"{whose}.snapshots", Snapshots, spec, *rows, snapshots["page_size"])
-    return Compressor(get("kv_score"), state, cache, spec, get("ape"), get("norm_weight"), get("rope"), snapshots)
+    tokens = get("kv_score") if get("scores") is None else (get("kv_score"), get("scores"))
+    return Compressor(tokens, state, cache, spec, get("ape"), get("norm_weight"), get("rope"), snapshots)

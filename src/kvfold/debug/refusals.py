@@ -64,10 +64,10 @@ def plan_refusals(plan: StepPlan) -> list[Refusal]:
     return found
 
 
-def call_refusals(c: Compressor, plan: StepPlan) -> list[Refusal]:
+def call_refusals(c: Compressor, plan: StepPlan, is_store: bool = False) -> list[Refusal]:
     """What `compress`, or `store` of a compressor without a state, counts of a plan as it is."""
     items, found = Items.of(plan), []
-    if c.state is not None:
+    if not is_store:
         found = list(_sequence_refusals(c, items))
     gone = torch.tensor([r.sequence for r in found], dtype=torch.int64, device=items.sequence.device)
     items = items[~torch.isin(items.sequence, gone)]
@@ -130,7 +130,7 @@ def heads(items: Items) -> list[tuple[int, int, int, int, int]]:
 
 
 def _sequence_refusals(c: Compressor, items: Items) -> Iterator[Refusal]:
-    have, state = len(c.kv_score), c.state
+    have, state = len(c.value), c.state
     for b, slot, start, end, token in heads(items):
         behind = token + end - start
         if isinstance(state, FoldState) and slot >= state.num_slots:

@@ -14,7 +14,7 @@ from ..spec import CompressorSpec
 from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState
 from ..storage.snapshots import Snapshots
-from ..storage.step import Compressor
+from ..storage.step import Compressor, Outputs
 from ..storage.window_state import WindowState
 from . import file as debug_file
 from .call import Call, check_history, check_outside
@@ -33,6 +33,7 @@ def dump(
     norm_weight: torch.Tensor | None = None,
     rope: torch.Tensor | None = None,
     rows: torch.Tensor | None = None,
+    latent: torch.Tensor | None = None,
     snapshots: Snapshots | None = None,
     backend: str | None = None,
     pdl: bool | None = None,
@@ -69,7 +70,9 @@ def dump(
     check_switch("pdl", pdl)
     if not isinstance(whole, bool):
         raise TypeError(f"whole must be a bool, got {type(whole).__name__}")
-    call = Call.of(Compressor(kv_score, state, cache, spec, ape, norm_weight, rope, snapshots), plan, rows, backend)
+    call = Call.of(
+        Compressor(kv_score, state, cache, spec, ape, norm_weight, rope, snapshots), plan, Outputs(rows, latent), backend
+    )
     call.pdl = pdl
     check_history(full_history, call)
     debug_file.write(path, call, full_history, whole)
@@ -83,7 +86,7 @@ class Replay:
         plan: the call's, with `errors` as the call left it.
         compressors: what the call was given, as `compress_many` takes it; state, cache and snapshots as the call left them.
             Of `store` it is one, without state, whose `kv_score` are the pooled rows.
-        rows: the pooled rows, where the call had that argument.
+        rows, latent: the pooled and the normed rows, where the call had these arguments.
         backend, device: of this call.
         errors: sequences and entries that it refused.
         about: what the file says of the call, its versions and its device.
@@ -91,7 +94,8 @@ class Replay:
 
     def __init__(self, path: str | os.PathLike, call: Call, about: dict, max_bytes: int | None) -> None:
         self._path, self._call, self._max_bytes, self.about = path, call, max_bytes, about
-        self.name, self.plan, self.compressors, self.rows = call.name, call.plan, call.compressors, call.rows
+        self.name, self.plan, self.compressors = call.name, call.plan, call.compressors
+        self.rows, self.latent = call.rows, call.latent
         self.backend, self.device = call.backend, call.plan.items.device
         before = int(call.plan.errors)
         call.run()
@@ -119,7 +123,7 @@ class Replay:
                   f"{max(tokens, default=0)} each; {len(items)} windows, {int((items[:, 5] >= 0).sum())} entries"]  # fmt: skip
         for i, c in enumerate(self.compressors):
             lines += [f"  {c.spec}"]
-            for name in ("kv_score", "state.rows", "state.kv", "cache.pages", "snapshots.rows"):
+            for name in ("kv_score", "scores", "state.rows", "state.kv", "cache.pages", "snapshots.rows"):
                 tensor, layout = self.tensors.get(f"{i}.{name}"), about["tensors"].get(f"{i}.{name}")
                 if tensor is not None:
                     dtype = str(tensor.dtype).removeprefix("torch.")

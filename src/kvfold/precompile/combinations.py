@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, is_dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -20,11 +21,11 @@ from triton.compiler import CompiledKernel
 from .._version import __version__
 from ..backend_triton import table as configs
 from ..backend_triton.build import Variant
-from ..backend_triton.keys import TABLES, Key, PairKey, RestoreKey, plan_key, step_key, store_key, window_key
+from ..backend_triton.keys import TABLES, Key, PairKey, RestoreKey, Types, kind_of, plan_key, step_key, store_key, window_key
 from ..backend_triton.table import ANY, Config, choose
 from ..backend_triton.variants import variant_of
 from ..contract import UnsupportedError
-from ..spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
+from ..spec import V4_CSA, V4_HCA, V4_INDEXER, V41_MAIN_R1, V41_MAIN_R2, CompressorSpec
 from ..storage.fold_state import state_kind
 from ..storage.formats import FORMATS, RecordFormat
 from ..storage.snapshots import Snapshots
@@ -41,6 +42,8 @@ SPECS = (
     V4_HCA,
     V4_CSA,
     V4_INDEXER,
+    V41_MAIN_R1,
+    V41_MAIN_R2,
     CompressorSpec(256, 128),
     CompressorSpec(128, 128),
     CompressorSpec(256, 4, overlap=True, hadamard=True),
@@ -53,9 +56,10 @@ OPTIONS = ("num_warps", "maxnreg", "launch_pdl", "enable_fp_fusion")  # that ker
 class Combination:
     """One kernel to compile. Without `fmt` there is no cache, only pooled rows; "plan" and "restore" have no `config` either.
 
-    kind: of a row of the table, or `"pair"` for `compress_many`, or `"plan"` or `"restore"`. other: the second of a pair, or of
-    `store` with `also`. page_size: of a `WindowState`. snapshots: whether the call leaves any. dtype: of kv_score. placed: of
-    `store`, without a plan. tables: one of `keys.TABLES`; of a plan, whether it is for an engine's metadata.
+    kind: of a row of the table, or `"ungated"` for `compress` without a state, `"pair"` for `compress_many`, `"plan"` or
+    `"restore"`. other: the second of a pair, or of `store` with `also`. page_size: of a `WindowState`. snapshots, latent:
+    whether the call leaves any. apart: whether values and scores are two tensors. dtype: of them. placed: of `store`, without a
+    plan. tables: one of `keys.TABLES`; of a plan, whether it is for an engine's metadata.
     """
 
     kind: str
@@ -65,6 +69,8 @@ class Combination:
     other: tuple[CompressorSpec, RecordFormat] | None = None
     page_size: int = 1
     snapshots: bool = False
+    latent: bool = False
+    apart: bool = False
     dtype: torch.dtype = torch.bfloat16
     placed: bool = False
     tables: str = "plain"
@@ -83,7 +89,8 @@ class Combination:
         if self.kind in ("window", "restore"):
             parts += [f"page{self.page_size}"]
         parts += ["slots"] * self.placed + [self.tables] * (self.tables != "plain")
-        parts += ["snapshots"] * self.snapshots + ["kv_fp32"] * (self.dtype == torch.float32)
+        parts += ["snapshots"] * self.snapshots + ["latent"] * self.latent + ["apart"] * self.apart
+        parts += ["kv_fp32"] * (self.dtype == torch.float32)
         return " ".join(parts)
 
     @property
@@ -106,13 +113,17 @@ class Combination:
         if self.kind == "store":
             places = (torch.int64, torch.int64 if self.spec.rope_dim else None) if self.placed else ()
             return store_key(self.spec, self.fmt, (fp32, fp32, *places), self.other and self.other[1])
-        types = (self.dtype, fp32, fp32 if self.fmt is None else None, fp32, True)
+        finishes = self.fmt is not None or self.latent
+        types = Types(
+            self.dtype, fp32 if self.spec.gate else None, None if finishes else fp32, fp32 if finishes else None, True,
+            self.latent, self.apart,
+        )  # fmt: skip
         bound = self.config.max_new_tokens
         if self.kind == "window":
             return window_key(self.spec, self.fmt, bound, types, self.page_size, self.tables)
         both = [(self.spec, self.fmt), *([self.other] if self.other else [])]
         more = bound, types, self.snapshots, self.config.bucket
-        found = [step_key(spec, fmt, state_kind(spec), *more) for spec, fmt in both]
+        found = [step_key(spec, fmt, kind_of(spec), *more) for spec, fmt in both]
         return PairKey(*found) if self.other else found[0]
 
 
@@ -142,7 +153,7 @@ def _all(
     for spec in sorted(specs, key=lambda spec: spec.ratio):
         yield Combination("plan", spec)
         yield Combination("plan", spec, tables="engine")
-    for spec in specs:
+    for spec in filter(lambda spec: spec.gate, specs):
         # Pages of fold rows may end inside windows.
         for page_size in (spec.ratio, 1) if state_kind(spec) == "fold" else (spec.ratio,):
             yield Combination("restore", spec, page_size=page_size)
@@ -154,6 +165,9 @@ def _all(
             if config.kind == "store":
                 if not any(_stores_alike(spec, other) for other in specs[:i]):
                     yield from _stores(spec, [fmt for fmt in fitting if fmt is not None], config)
+                for dtype, fmt in product(dtypes, () if spec.gate else fitting):
+                    yield Combination("ungated", spec, fmt, config, dtype=dtype)
+                    yield Combination("ungated", spec, fmt, config, latent=True, dtype=dtype)
                 continue
             for dtype in dtypes:
                 for fmt in fitting:
@@ -167,6 +181,11 @@ def _all(
                 for fmt in (None,) if None in fitting else fitting:
                     if config.kind != "window" and config.bucket == ANY:
                         yield Combination(config.kind, spec, fmt, config, snapshots=True, dtype=dtype)
+                for fmt in (None,) if None in fitting else fitting:
+                    yield Combination(config.kind, spec, fmt, config, apart=True, dtype=dtype)
+                if not spec.has_ape:  # as in V4.1, whose index keys are made of latents
+                    for fmt in (None,) if None in fitting else fitting:
+                        yield Combination(config.kind, spec, fmt, config, latent=True, dtype=dtype)
                 if (config.kind, spec) == ("rows", V4_CSA) and V4_INDEXER in specs:
                     yield from _pairs(config, formats, dtype)
 
@@ -194,7 +213,7 @@ def _pairs(config: Config, formats: tuple[RecordFormat | None, ...], dtype: torc
 
 def reaches(config: Config, spec: CompressorSpec) -> bool:
     """Whether some call of the spec gets this row of the table."""
-    if config.kind not in ("store", "window", state_kind(spec)):
+    if config.kind not in ("store", kind_of(spec), *["window"] * spec.gate):
         return False
     try:
         return choose(config.kind, spec, config.max_new_tokens, config.bucket) == config
@@ -204,7 +223,7 @@ def reaches(config: Config, spec: CompressorSpec) -> bool:
 
 def _stores_alike(spec: CompressorSpec, other: CompressorSpec) -> bool:
     """Whether the ratio is all that their store kernels differ in."""
-    return spec == replace(other, ratio=spec.ratio, overlap=spec.overlap, has_ape=spec.has_ape)
+    return spec == replace(other, ratio=spec.ratio, overlap=spec.overlap, has_ape=spec.has_ape, gate=spec.gate)
 
 
 def compile_one(combination: Combination, target: str) -> CompiledKernel:

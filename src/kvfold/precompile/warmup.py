@@ -25,6 +25,8 @@ def warmup(
     state_dtypes: Iterable[torch.dtype] = (torch.float32,),
     norm_weight_dtypes: Iterable[torch.dtype] = (torch.float32,),
     rows: Iterable[torch.dtype | None] = (None,),
+    latents: Iterable[bool] = (False,),
+    apart: Iterable[bool] = (False,),
     page_sizes: Iterable[int] | None = None,
     many: Iterable[tuple[tuple[CompressorSpec, str | None], tuple[CompressorSpec, str | None]]] = (),
     snapshots: Iterable[bool] = (False,),
@@ -52,7 +54,7 @@ def warmup(
         )
 
     Args:
-        specs: the compressors; every one with every other choice below.
+        specs: the compressors; every one with every other choice below. Those without a gate have no state, whatever `states`.
         formats: names of record formats, or None for calls without a cache. A spec is left out of formats that are not
             defined for it; a format that is for none of the specs is a mistake.
         dtypes: of `kv_score`.
@@ -61,6 +63,8 @@ def warmup(
         state_dtypes: of input rows that a `FoldState` keeps, and of a `WindowState`.
         norm_weight_dtypes: of the norm weight; None for `store` without a norm.
         rows: dtypes of `compress(rows=...)`, None for calls without. `store` is compiled for those that are not None.
+        latents: whether `compress` gets `latent`: True, False or both.
+        apart: whether `kv_score` comes as two tensors: True, False or both.
         page_sizes: of `WindowState`s; default: any.
         many: pairs of (spec, format) that `compress_many` gets together, over `FoldState`s.
         snapshots: whether calls over `FoldState`s get `snapshots`: True, False or both. With True `restore` is compiled too.
@@ -90,7 +94,8 @@ def warmup(
     norms = check_choices("norm_weight_dtypes", norm_weight_dtypes, (*FLOATS, None))
     state_dtypes, states = check_choices("state_dtypes", state_dtypes, FLOATS), check_choices("states", states, STATES)
     rows = check_choices("rows", rows, (None, *FLOATS))
-    snapshots = check_choices("snapshots", snapshots, (False, True))
+    switches = {"snapshots": snapshots, "latents": latents, "apart": apart}
+    snapshots, latents, apart = (check_choices(name, given, (False, True)) for name, given in switches.items())
     plans = check_choices("plans", plans, PLANS)
     steps = several("max_new_tokens", max_new_tokens)
     for bound in steps:
@@ -115,21 +120,25 @@ def warmup(
     from ..backend_triton.prepare import prepare
 
     gpu = _gpu(device, INTERPRETED)
-    w = keys.Wanted(dtypes, steps, state_dtypes, norms, snapshots, round_inputs, slots, positions, _tables(plans))
+    w = keys.Wanted(
+        dtypes, steps, state_dtypes, norms, snapshots, round_inputs, slots, positions, _tables(plans), latents, apart
+    )
     paired = [spec for pair in pairs for spec, _ in pair]
-    found = [*keys.plan_keys({spec.ratio for spec in (*specs, *paired)}, states, plans)]
+    found = [*keys.plan_keys({spec.ratio for spec in (*specs, *paired) if spec.gate}, states, plans)]
+    if not all(spec.gate for spec in specs):
+        found += keys.plan_keys({1}, STATES, plans)  # with slots or without
     for spec, fmt in chosen:
         for some in rows:
             found += keys.store_keys(spec, fmt, w, some)
-            found += keys.step_keys(spec, fmt, w, some) if "fold" in states else ()
-            found += keys.window_keys(spec, fmt, w, some, pages) if "window" in states else ()
+            found += keys.step_keys(spec, fmt, w, some) if "fold" in states or not spec.gate else ()
+            found += keys.window_keys(spec, fmt, w, some, pages) if "window" in states and spec.gate else ()
     for spec, fmt, second, some in stored:
         found += keys.store_keys(spec, fmt, w, some, second)
     for pair in pairs:
         found += keys.pair_keys(pair, w)
     if True in snapshots:
         for spec in dict.fromkeys((*(specs if "fold" in states else ()), *paired)):
-            found += keys.restore_keys(spec, w)
+            found += keys.restore_keys(spec, w) if spec.gate else ()
     dependent = pdl is not False and supports_pdl(gpu)
     return prepare(found, gpu, lambda key: dependent and not isinstance(key, (keys.PlanKey, keys.RestoreKey)), workers)
 

@@ -29,6 +29,8 @@ MOST_RATIO_OF_ROWS = 8
 
 def state_kind(spec: CompressorSpec) -> str:
     """`"rows"` when the state of `spec` keeps input rows, `"fold"` when it keeps fold rows (DESIGN.md, State)."""
+    if not spec.gate:
+        raise ValueError("spec must have a gate to have a state: of the single token of a window without one nothing is kept")
     return "rows" if spec.overlap or spec.ratio <= MOST_RATIO_OF_ROWS else "fold"
 
 

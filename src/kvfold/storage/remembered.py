@@ -11,7 +11,7 @@ import torch
 from torch._subclasses import FakeTensor
 
 from ..arguments.checks import check_type, name_of
-from ..arguments.overlap import NO_ROOM, Place, check_apart, join_bounds
+from ..arguments.overlap import Place, check_apart, join_bounds
 
 MOST_PLANS = 16  # remembered of a layer: an engine has one for each size of its graphs
 
@@ -159,10 +159,8 @@ class Met:
 
     token: object
     bounds: list[int]
-    where: list = field(default_factory=list)  # all tensors of the last call but `kv_score` and `rows`
-    kv_score: tuple[int, int] = NO_ROOM
-    rows: tuple[int, int] = NO_ROOM
-    other: tuple[int, int] = NO_ROOM
+    where: list = field(default_factory=list)  # all tensors of the last call but its tokens and `Outputs`
+    rooms: dict[str, tuple[int, int]] = field(default_factory=dict)  # by the names of arguments
     device: torch.device | None = None
     rows_in_bf16: bool = False  # so that kv_score must be, too
     prepared: Any = None  # what the last call launched: backend_triton/launch.py

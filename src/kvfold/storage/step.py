@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 import torch
 
-from ..arguments.checks import check_int, check_numbers, check_switch, check_tensor, side_by_side, traced
+from ..arguments.checks import check_int, check_numbers, check_switch, check_tensor, check_type, side_by_side, traced
 from ..arguments.overlap import Place, check_apart
 from ..contract import INT32_MAX, ITEM_FIELDS, MOST_ITEMS, MOST_POSITIONS
 from ..spec import CompressorSpec
 from .cache import EntryCache
 from .fold_state import FoldState
-from .remembered import Checked, where
+from .remembered import Checked, Layer, where
 from .snapshots import MOST_PAGE, Snapshots
 from .window_state import WindowState
 
@@ -25,17 +25,55 @@ LIVE: weakref.WeakValueDictionary[int, PlanData] = weakref.WeakValueDictionary()
 class Compressor(NamedTuple):
     """One compressor's part of a step, as `compress_many` takes it; the arguments are those of `compress`.
 
-    `store` is a compressor without a state, whose `kv_score` are the pooled rows.
+    Without a state are one whose spec has no gate, and that of a `store`, whose `kv_score` are the pooled rows.
     """
 
-    kv_score: torch.Tensor
-    state: FoldState | WindowState
+    kv_score: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+    state: FoldState | WindowState | None
     cache: EntryCache | None
     spec: CompressorSpec
     ape: torch.Tensor | None
     norm_weight: torch.Tensor | None
     rope: torch.Tensor | None
     snapshots: Snapshots | None = None
+
+    def parts(self) -> dict[str, torch.Tensor]:
+        """The tensors of the step's tokens, by the names that errors have for them."""
+        if isinstance(self.kv_score, torch.Tensor):
+            return {"kv_score": self.kv_score}
+        if not isinstance(self.kv_score, (tuple, list)) or len(self.kv_score) != 2:
+            what = f"got {type(self.kv_score).__name__}"
+            raise TypeError(f"kv_score must be a torch.Tensor, or two of them, values and scores, {what}")
+        value, score = self.kv_score
+        for name, x in (("kv_score[0]", value), ("kv_score[1]", score)):
+            check_type(name, x, torch.Tensor)
+        return {"kv_score[0]": value, "kv_score[1]": score}
+
+    @property
+    def value(self) -> torch.Tensor:
+        """The one that says dtype, device and how many tokens there are."""
+        return self.kv_score if self.score is None else self.kv_score[0]
+
+    @property
+    def score(self) -> torch.Tensor | None:
+        """The scores, where they are a tensor of their own."""
+        two = isinstance(self.kv_score, (tuple, list)) and len(self.kv_score) == 2
+        return self.kv_score[1] if two else None
+
+    def joined(self) -> Compressor:
+        """With values and scores in one tensor, which is new where they were two."""
+        return self if self.score is None else self._replace(kv_score=torch.cat(tuple(self.kv_score), dim=1))
+
+    @property
+    def device(self) -> torch.device:
+        return self.value.device
+
+
+class Outputs(NamedTuple):
+    """What `compress` writes of its entries besides their records; the arguments are its own."""
+
+    rows: torch.Tensor | None = None
+    latent: torch.Tensor | None = None
 
 
 class Hits(NamedTuple):
@@ -123,6 +161,7 @@ class PlanData(Checked):
     _launcher: tuple[bool, Callable[..., None]] | None = None  # of the last `update` on a GPU, and if for an engine's metadata
     _prepared: tuple | None = None  # the arguments of the last `update` on a GPU: backend_triton/launch.py
     _came: tuple | None = None  # the addresses of what the last `update` was given
+    _layer: Layer | None = None  # what the last call of a layer with neither a state nor a cache got with this plan
     _bounds: list[int]  # what its tensors span, as `check_apart` returns it
     _where: list  # where they were
 
@@ -134,7 +173,7 @@ class PlanData(Checked):
         check_numbers(lengths.name, lengths.given, (None,), device, fake=True)
         batch = self.batch = lengths.given.shape[0]
         check_numbers("cu_seqlens", lengths.cu_seqlens, (batch + 1,), device, fake=True)
-        if self.state_slots is None and self.block_tables is None:
+        if self.state_slots is None and self.block_tables is None and self.ratio > 1:
             raise ValueError("state_slots or block_tables must be given, got neither")
         of_entries = [name for name in ("entry_slots", "cache_block_table", "token_slots") if getattr(self, name) is not None]
         if len(of_entries) > 1:
@@ -277,9 +316,9 @@ class PlanData(Checked):
         """What pooled rows must be like: for all entries there may be, or with places of the caller's of any length."""
         return None if self.reserved else self.entry_capacity, spec.head_dim
 
-    def room(self, rows: torch.Tensor | None) -> int:
-        """Places of entries in a call with these `rows`, None for one without: an entry behind them is refused."""
-        return self.entry_capacity if rows is None else min(self.entry_capacity, rows.shape[0])
+    def room(self, *outputs: torch.Tensor | None) -> int:
+        """Places of entries in a call with these outputs, None for one without: an entry behind them is refused."""
+        return min([self.entry_capacity, *(x.shape[0] for x in outputs if x is not None)])
 
     @property
     def fills_slots(self) -> bool:
@@ -312,9 +351,21 @@ class PlanData(Checked):
         return min(self.batch * self.windows_per_sequence, tokens // self.ratio + 2 * self.batch)
 
     @property
+    def knows(self) -> str:
+        """What it knows of where the state is, for messages."""
+        return next((x for x in ("state_slots", "block_tables") if getattr(self, x) is not None), "neither")
+
+    @property
     def windows_per_sequence(self) -> int:
         """Most windows that one sequence can touch in a step."""
         return (self.max_new_tokens + self.ratio - 2) // self.ratio + 1
+
+
+def owner_of(c: Compressor, plan: PlanData) -> FoldState | WindowState | EntryCache | PlanData:
+    """What remembers the calls of a layer: its state; where it has none its cache, and without that the plan."""
+    if c.state is not None:
+        return c.state
+    return plan if c.cache is None else c.cache
 
 
 # What calls read of a plan, as far as it is there, and what `update` writes.

@@ -8,6 +8,7 @@ from ..arguments.checks import check_device, check_dtype, check_float, check_int
 from ..arguments.overlap import Place, check_apart
 from ..contract import INT32_MAX
 from ..spec import CompressorSpec, check_spec
+from .fold_state import state_kind
 from .remembered import RememberingState
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -86,6 +87,7 @@ class WindowState(RememberingState):
             dtype: of the rows: fp32, or bf16 in half the memory, which rounds values and biased scores when they are stored.
         """
         check_spec("spec", spec)
+        state_kind(spec)  # raises where it has no state
         check_int("num_pages", num_pages, 0, INT32_MAX)
         check_int("page_size", page_size, 1, INT32_MAX)
         check_float("dtype", dtype)

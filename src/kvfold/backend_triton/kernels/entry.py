@@ -10,7 +10,7 @@ from .long_fold import long_fold_step
 from .long_rows import long_rows_step
 from .long_rows_narrow import narrow_rows_step
 from .pdl import load_plan, wait_for_inputs
-from .short import count_overflow, short_step
+from .short import count_overflow, short_step, ungated_step
 
 
 @triton.jit
@@ -20,7 +20,10 @@ def run_step(pid, programs, plan, snap_table, one, HOW: tl.constexpr, SPEC: tl.c
     TOGETHER: 0 for a short step, a program for each work item; otherwise how many windows a program folds side by side.
     """
     if HOW.TOGETHER == 0:
-        short_step(pid, plan, snap_table, one, HOW, SPEC, FMT)
+        if SPEC.KIND == "":
+            ungated_step(pid, plan, one.tokens, one.output, HOW, SPEC, FMT)
+        else:
+            short_step(pid, plan, snap_table, one, HOW, SPEC, FMT)
         if pid == programs - 1:
             count_overflow(plan, programs, SPEC.RATIO)
     elif SPEC.KIND == "fold":
@@ -35,24 +38,24 @@ def run_step(pid, programs, plan, snap_table, one, HOW: tl.constexpr, SPEC: tl.c
 def step_kernel(
     plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors,
     snap_table_pages, snap_table_width, snap_table_page_size,
-    tokens_kv_score, tokens_stride, tokens_count, tokens_ape,
+    tokens_kv_score, tokens_stride, tokens_count, tokens_ape, tokens_apart, tokens_skew,
     state_rows, state_tags, state_num_slots, state_ring, state_stride, state_pitch,
     snapshots_rows, snapshots_tags, snapshots_count, snapshots_stride, snapshots_pitch,
     scratch_workspace, scratch_arrivals,
-    output_rows, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride, output_scales,
-    output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
+    output_rows, output_latent, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride,
+    output_scales, output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
     HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
-    """`compress` over a `FoldState`."""
+    """`compress` over a `FoldState`, or without a state."""
     plan = Plan(plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors)
     snap_table = SnapshotTable(snap_table_pages, snap_table_width, snap_table_page_size)
     one = Compressor(
-        Tokens(tokens_kv_score, tokens_stride, tokens_count, tokens_ape),
+        Tokens(tokens_kv_score, tokens_stride, tokens_count, tokens_ape, tokens_apart, tokens_skew),
         State(state_rows, state_tags, state_num_slots, state_ring, state_stride, state_pitch),
         Snapshots(snapshots_rows, snapshots_tags, snapshots_count, snapshots_stride, snapshots_pitch),
         Scratch(scratch_workspace, scratch_arrivals),
         Output(
-            output_rows, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride,
+            output_rows, output_latent, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride,
             output_scales, output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
         ),
     )  # fmt: skip
@@ -63,21 +66,22 @@ def step_kernel(
 def pair_kernel(
     plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors,
     snap_table_pages, snap_table_width, snap_table_page_size,
-    first_tokens_kv_score, first_tokens_stride, first_tokens_count, first_tokens_ape,
+    first_tokens_kv_score, first_tokens_stride, first_tokens_count, first_tokens_ape, first_tokens_apart, first_tokens_skew,
     first_state_rows, first_state_tags, first_state_num_slots, first_state_ring, first_state_stride, first_state_pitch,
     first_snapshots_rows, first_snapshots_tags, first_snapshots_count, first_snapshots_stride, first_snapshots_pitch,
     first_scratch_workspace, first_scratch_arrivals,
-    first_output_rows, first_output_norm_weight, first_output_rope, first_output_max_position, first_output_pages,
-    first_output_page_stride, first_output_scales, first_output_scales_stride, first_output_rows_per_page,
+    first_output_rows, first_output_latent, first_output_norm_weight, first_output_rope, first_output_max_position,
+    first_output_pages, first_output_page_stride, first_output_scales, first_output_scales_stride, first_output_rows_per_page,
     first_output_num_slots, first_output_scale,
-    second_tokens_kv_score, second_tokens_stride, second_tokens_count, second_tokens_ape,
+    second_tokens_kv_score, second_tokens_stride, second_tokens_count, second_tokens_ape, second_tokens_apart,
+    second_tokens_skew,
     second_state_rows, second_state_tags, second_state_num_slots, second_state_ring, second_state_stride,
     second_state_pitch,
     second_snapshots_rows, second_snapshots_tags, second_snapshots_count, second_snapshots_stride, second_snapshots_pitch,
     second_scratch_workspace, second_scratch_arrivals,
-    second_output_rows, second_output_norm_weight, second_output_rope, second_output_max_position, second_output_pages,
-    second_output_page_stride, second_output_scales, second_output_scales_stride, second_output_rows_per_page,
-    second_output_num_slots, second_output_scale,
+    second_output_rows, second_output_latent, second_output_norm_weight, second_output_rope, second_output_max_position,
+    second_output_pages, second_output_page_stride, second_output_scales, second_output_scales_stride,
+    second_output_rows_per_page, second_output_num_slots, second_output_scale,
     HOW_0: tl.constexpr, SPEC_0: tl.constexpr, FMT_0: tl.constexpr, HOW_1: tl.constexpr, SPEC_1: tl.constexpr,
     FMT_1: tl.constexpr,
 ):  # fmt: skip
@@ -85,7 +89,10 @@ def pair_kernel(
     plan = Plan(plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors)
     snap_table = SnapshotTable(snap_table_pages, snap_table_width, snap_table_page_size)
     first = Compressor(
-        Tokens(first_tokens_kv_score, first_tokens_stride, first_tokens_count, first_tokens_ape),
+        Tokens(
+            first_tokens_kv_score, first_tokens_stride, first_tokens_count, first_tokens_ape, first_tokens_apart,
+            first_tokens_skew,
+        ),
         State(
             first_state_rows, first_state_tags, first_state_num_slots, first_state_ring, first_state_stride, first_state_pitch,
         ),
@@ -94,13 +101,16 @@ def pair_kernel(
         ),
         Scratch(first_scratch_workspace, first_scratch_arrivals),
         Output(
-            first_output_rows, first_output_norm_weight, first_output_rope, first_output_max_position, first_output_pages,
-            first_output_page_stride, first_output_scales, first_output_scales_stride, first_output_rows_per_page,
-            first_output_num_slots, first_output_scale,
+            first_output_rows, first_output_latent, first_output_norm_weight, first_output_rope, first_output_max_position,
+            first_output_pages, first_output_page_stride, first_output_scales, first_output_scales_stride,
+            first_output_rows_per_page, first_output_num_slots, first_output_scale,
         ),
     )  # fmt: skip
     second = Compressor(
-        Tokens(second_tokens_kv_score, second_tokens_stride, second_tokens_count, second_tokens_ape),
+        Tokens(
+            second_tokens_kv_score, second_tokens_stride, second_tokens_count, second_tokens_ape, second_tokens_apart,
+            second_tokens_skew,
+        ),
         State(
             second_state_rows, second_state_tags, second_state_num_slots, second_state_ring, second_state_stride,
             second_state_pitch,
@@ -111,9 +121,9 @@ def pair_kernel(
         ),
         Scratch(second_scratch_workspace, second_scratch_arrivals),
         Output(
-            second_output_rows, second_output_norm_weight, second_output_rope, second_output_max_position, second_output_pages,
-            second_output_page_stride, second_output_scales, second_output_scales_stride, second_output_rows_per_page,
-            second_output_num_slots, second_output_scale,
+            second_output_rows, second_output_latent, second_output_norm_weight, second_output_rope,
+            second_output_max_position, second_output_pages, second_output_page_stride, second_output_scales,
+            second_output_scales_stride, second_output_rows_per_page, second_output_num_slots, second_output_scale,
         ),
     )  # fmt: skip
     half = tl.num_programs(0) // 2
@@ -129,20 +139,20 @@ def store_kernel(
     plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors,
     places_slots, places_positions,
     pooled, pooled_stride,
-    output_rows, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride, output_scales,
-    output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
-    also_rows, also_norm_weight, also_rope, also_max_position, also_pages, also_page_stride, also_scales,
+    output_rows, output_latent, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride,
+    output_scales, output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
+    also_rows, also_latent, also_norm_weight, also_rope, also_max_position, also_pages, also_page_stride, also_scales,
     also_scales_stride, also_rows_per_page, also_num_slots, also_scale,
     HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr, ALSO: tl.constexpr,
 ):  # fmt: skip
     """`store`, of pooled rows that somebody else made: a program for each work item, or for each row that has its place."""
     plan = Plan(plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors)
     output = Output(
-        output_rows, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride, output_scales,
-        output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
+        output_rows, output_latent, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride,
+        output_scales, output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
     )  # fmt: skip
     also = Output(
-        also_rows, also_norm_weight, also_rope, also_max_position, also_pages, also_page_stride, also_scales,
+        also_rows, also_latent, also_norm_weight, also_rope, also_max_position, also_pages, also_page_stride, also_scales,
         also_scales_stride, also_rows_per_page, also_num_slots, also_scale,
     )  # fmt: skip
     if places_slots is None:

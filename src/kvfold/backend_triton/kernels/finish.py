@@ -72,14 +72,14 @@ def entry_address(entry, position, plan, cache, SPEC: tl.constexpr):
 
 @triton.jit
 def load_finish(position, cache, SPEC: tl.constexpr, COUNT: tl.constexpr = 1):
-    """Norm weight, cosines and sines of an entry; zeros where there is no cache, or no norm."""
+    """Norm weight, cosines and sines of an entry; zeros where nobody needs them."""
     c = channels(SPEC.HEAD_DIM, COUNT)
     weight = tl.zeros((COUNT * SPEC.HEAD_DIM,), tl.float32)
     cos = tl.zeros((COUNT * SPEC.HEAD_DIM // 2,), tl.float32)
     sin = tl.zeros((COUNT * SPEC.HEAD_DIM // 2,), tl.float32)
+    if cache.norm_weight is not None:
+        weight = tl.load(cache.norm_weight + c).to(tl.float32)
     if cache.pages is not None:
-        if cache.norm_weight is not None:
-            weight = tl.load(cache.norm_weight + c).to(tl.float32)
         if SPEC.ROPE_DIM > 0:
             cos, sin = load_rotation(cache, position, SPEC, COUNT)
     return weight, cos, sin
@@ -111,26 +111,36 @@ def slot_valid(entry, slot, position, entry_capacity, cache, ROPE_DIM: tl.conste
 
 
 @triton.jit
+def store_row(rows, y, entry, wanted, HEAD_DIM: tl.constexpr, TARGET: tl.constexpr, COUNT: tl.constexpr):
+    """Stores row `entry` of `rows`, fp32 or bf16; or COUNT of them."""
+    at = rows + entry.to(tl.int64) * HEAD_DIM + span(HEAD_DIM, COUNT)
+    if COUNT > 1:
+        at += numbers(COUNT) * HEAD_DIM
+    if rows.dtype.element_ty == tl.bfloat16:
+        bits = abreast(bf16_bits(y, TARGET.BF16_CONVERSION), HEAD_DIM, COUNT)
+        tl.store(at.to(tl.pointer_type(tl.int16)), bits, mask=wanted)
+    else:
+        tl.store(at, abreast(y, HEAD_DIM, COUNT), mask=wanted)
+
+
+@triton.jit
 def emit(
     y, entry, slot, weight, cos, sin, cache, SPEC: tl.constexpr, FMT: tl.constexpr, TARGET: tl.constexpr,
     COUNT: tl.constexpr = 1, wanted=None,
 ):  # fmt: skip
-    """Delivers pooled row `y` as entry `entry` of the plan to `rows` and the cache, if any; or COUNT of them, as `wanted`."""
+    """Delivers pooled row `y` as entry `entry` of the plan to all outputs that there are; or COUNT of them, as `wanted`."""
     if cache.rows is not None:
-        at = cache.rows + entry.to(tl.int64) * SPEC.HEAD_DIM + span(SPEC.HEAD_DIM, COUNT)
-        if COUNT > 1:
-            at += numbers(COUNT) * SPEC.HEAD_DIM
-        if cache.rows.dtype.element_ty == tl.bfloat16:
-            bits = abreast(bf16_bits(y, TARGET.BF16_CONVERSION), SPEC.HEAD_DIM, COUNT)
-            tl.store(at.to(tl.pointer_type(tl.int16)), bits, mask=wanted)
-        else:
-            tl.store(at, abreast(y, SPEC.HEAD_DIM, COUNT), mask=wanted)
+        store_row(cache.rows, y, entry, wanted, SPEC.HEAD_DIM, TARGET, COUNT)
     if cache.pages is not None:
         scale = load_scale(cache)  # on its way during the norm
+    if cache.pages is not None or cache.latent is not None:
         if FMT.ROUND_ROWS:
             y = bf16_value(bf16_bits(y, TARGET.BF16_CONVERSION))
         if cache.norm_weight is not None:
             y = rms_norm(y, weight, SPEC, COUNT)
+    if cache.latent is not None:
+        store_row(cache.latent, y, entry, wanted, SPEC.HEAD_DIM, TARGET, COUNT)
+    if cache.pages is not None:
         if FMT.ROUND_NORMED:
             y = bf16_value(bf16_bits(y, TARGET.BF16_CONVERSION))
         if SPEC.ROPE_DIM > 0:

@@ -7,7 +7,7 @@ and two windows side by side, which share the rows of ape. Where windows are few
 import triton
 import triton.language as tl
 
-from ..args import Opened
+from ..args import Opened, Tokens
 from .finish import emit, entry_address, entry_slot, load_finish, slot_valid
 from .fold import empty_fold, fold_step, minus_zero, quotient, spread
 from .items import load_item
@@ -16,6 +16,7 @@ from .prefetch import prefetch_item
 from .slices import draw_ticket, is_last, leave_slice, take_slices
 from .slots import check_history, keep_fold, load_history, places_from, retire_rows, sequence_of
 from .snapshot import next_page_end, snap_of, snapshot_fold
+from .tokens import gap, tokens_from
 
 
 @triton.jit
@@ -43,13 +44,20 @@ def open_window(item, there, c0, errors, tokens, st, SPEC: tl.constexpr, SLICE: 
     begin = tl.where(held, tl.maximum(start - x0, 0), SPEC.RATIO)
     stop = tl.where(held, tl.minimum(end - x0, SPEC.RATIO), 0)
     live = tokens.kv_score + (token + x0 - start).to(tl.int64) * tokens.stride + c
+    apart = tokens_from(tokens, token + x0 - start).apart
     entry = tl.where(held, entry, -1)
-    return m, l, a, Opened(live, begin, stop, slot, x0, start, end, entry, sequence, held & first)
+    return m, l, a, Opened(live, apart, begin, stop, slot, x0, start, end, entry, sequence, held & first)
 
 
 @triton.jit
-def load_stretch(at, kv_stride, ape, left, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr):
-    """Rows of ape, values and scores, unconverted, of the first `left` of AHEAD tokens; `at` and `ape` point at the first."""
+def tokens_of(tokens, mine):
+    """The tokens as `gap` takes them, by their places in a window."""
+    return Tokens(tokens.kv_score, tokens.stride, tokens.count, tokens.ape, mine.apart, tokens.skew)
+
+
+@triton.jit
+def load_stretch(at, tokens, ape, left, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr):
+    """Rows of ape, values and scores, unconverted, of the first `left` of AHEAD tokens; all point at the first."""
     biases = ()
     ks = ()
     ss = ()
@@ -60,8 +68,8 @@ def load_stretch(at, kv_stride, ape, left, AHEAD: tl.constexpr, HEAD_DIM: tl.con
             bias = tl.load(ape + (i * HEAD_DIM + tl.arange(0, SLICE)), mask=there, other=0.0)
         biases = biases + (bias,)
         ks = ks + (tl.load(at, mask=there, other=minus_zero()),)
-        ss = ss + (tl.load(at + HEAD_DIM, mask=there, other=float("-inf")),)
-        at += kv_stride
+        ss = ss + (tl.load(at + gap(tokens, i, HEAD_DIM), mask=there, other=float("-inf")),)
+        at += tokens.stride
     return biases, ks, ss
 
 
@@ -77,8 +85,10 @@ def no_tokens(kv_score, AHEAD: tl.constexpr, SLICE: tl.constexpr):
 
 
 @triton.jit
-def load_tokens_ahead(ats, kv_stride, ape, j0, HOW: tl.constexpr, SPEC: tl.constexpr):
+def load_tokens_ahead(ats, owns, tokens, j0, HOW: tl.constexpr, SPEC: tl.constexpr):
     """As `load_stretch`, of tokens that are all there: without masks, which were half of a long prompt's instructions.
+
+    ats, owns: of each window. j0: the first token's place; `ape` points at place 0, and owns count from there.
 
     Past the L1 cache, which is better used for rows of ape.
     """
@@ -88,40 +98,42 @@ def load_tokens_ahead(ats, kv_stride, ape, j0, HOW: tl.constexpr, SPEC: tl.const
     ss = ()
     for i in tl.static_range(AHEAD):
         bias = tl.zeros((HOW.SLICE,), tl.float32)
-        if ape is not None:
-            bias = tl.load(ape + j0 * SPEC.HEAD_DIM + (i * SPEC.HEAD_DIM + tl.arange(0, HOW.SLICE)))
+        if tokens.ape is not None:
+            bias = tl.load(tokens.ape + j0 * SPEC.HEAD_DIM + (i * SPEC.HEAD_DIM + tl.arange(0, HOW.SLICE)))
         biases = biases + (bias,)
         new_ats = ()
         for w in tl.static_range(len(ats)):
             ks = ks + (tl.load(ats[w], cache_modifier=".cg"),)
-            ss = ss + (tl.load(ats[w] + SPEC.HEAD_DIM, cache_modifier=".cg"),)
-            new_ats = new_ats + (ats[w] + kv_stride,)
+            ss = ss + (tl.load(ats[w] + gap(owns[w], j0 + i, SPEC.HEAD_DIM), cache_modifier=".cg"),)
+            new_ats = new_ats + (ats[w] + tokens.stride,)
         ats = new_ats
     return biases, ks, ss
 
 
 @triton.jit
-def fold_stretches(ms, ls, as_, lives, lo, stretches, more, kv_stride, ape, HOW: tl.constexpr, SPEC: tl.constexpr):
-    """Folds `stretches` (not 0) of AHEAD tokens from place `lo` on, in all of `lives` side by side: ape is loaded once.
+def fold_stretches(ms, ls, as_, windows, lo, stretches, more, tokens, HOW: tl.constexpr, SPEC: tl.constexpr):
+    """Folds `stretches` (not 0) of AHEAD tokens from place `lo` on, in all of `windows` side by side: ape is loaded once.
 
     Returns the folds, and the next stretch, which is loaded where there are `more` tokens.
     """
     AHEAD: tl.constexpr = HOW.AHEAD
-    W: tl.constexpr = len(lives)
+    W: tl.constexpr = len(windows)
     # 1, which the compiler may not know where stretches are long (docs/notes/0021).
-    once = (kv_stride >= 0).to(tl.int32) if AHEAD >= 16 else 1
+    once = (tokens.stride >= 0).to(tl.int32) if AHEAD >= 16 else 1
     ats = ()
+    owns = ()
     for w in tl.static_range(W):
-        ats = ats + (lives[w] + lo.to(tl.int64) * kv_stride,)
-    biases, ks, ss = load_tokens_ahead(ats, kv_stride, ape, lo, HOW, SPEC)
+        ats = ats + (windows[w].live + lo.to(tl.int64) * tokens.stride,)
+        owns = owns + (tokens_of(tokens, windows[w]),)
+    biases, ks, ss = load_tokens_ahead(ats, owns, tokens, lo, HOW, SPEC)
     for n in range(1, stretches + 1):
         # The next stretch is loaded while this one is folded, and converted only then, or the loop would wait for it.
         # Past the end, reload the last stretch: cheaper than a mask.
         ahead = tl.minimum(n, stretches - 1 + more) * AHEAD
         next_ats = ()
         for w in tl.static_range(W):
-            next_ats = next_ats + (ats[w] + ahead.to(tl.int64) * kv_stride,)
-        next_biases, next_ks, next_ss = load_tokens_ahead(next_ats, kv_stride, ape, lo + ahead, HOW, SPEC)
+            next_ats = next_ats + (ats[w] + ahead.to(tl.int64) * tokens.stride,)
+        next_biases, next_ks, next_ss = load_tokens_ahead(next_ats, owns, tokens, lo + ahead, HOW, SPEC)
         # A loop of one turn, as the compiler moves no load behind a loop; without it, it does when registers are short.
         for _ in range(0, once):
             for i in tl.static_range(AHEAD):
@@ -145,7 +157,7 @@ def fold_stretches(ms, ls, as_, lives, lo, stretches, more, kv_stride, ape, HOW:
 
 
 @triton.jit
-def fold_rest(m, l, a, loaded, early, mine, begin, seq, kv_stride, ape, snap, HOW: tl.constexpr, SPEC: tl.constexpr):
+def fold_rest(m, l, a, loaded, early, mine, begin, seq, tokens, snap, HOW: tl.constexpr, SPEC: tl.constexpr):
     """Folds tokens from place `begin` on, and stores the rows that the state or a snapshot keeps; returns the pooled row.
 
     loaded: the first stretch, if it is there `early`; or None.
@@ -157,12 +169,14 @@ def fold_rest(m, l, a, loaded, early, mine, begin, seq, kv_stride, ape, snap, HO
         left = mine.stop - j0
         forgotten = mine.end - seq.ring - mine.x0 - j0
         j = mine.stop - left  # a tensor also where the interpreter has an int for j0
-        row = None if ape is None else ape + j * SPEC.HEAD_DIM
-        at = mine.live + j.to(tl.int64) * kv_stride
+        row = None if tokens.ape is None else tokens.ape + j * SPEC.HEAD_DIM
+        at = mine.live + j.to(tl.int64) * tokens.stride
         if loaded is not None:
             biases, ks, ss = loaded
         if loaded is None or ((early == 0) | (j > begin)):
-            biases, ks, ss = load_stretch(at, kv_stride, row, left, AHEAD, SPEC.HEAD_DIM, HOW.SLICE)
+            biases, ks, ss = load_stretch(
+                at, tokens_from(tokens_of(tokens, mine), j), row, left, AHEAD, SPEC.HEAD_DIM, HOW.SLICE
+            )
         places = places_from(seq, mine.x0 + j0, SPEC, AHEAD)
         for i in tl.static_range(AHEAD):
             m, l, a = fold_step(m, l, a, ks[i].to(tl.float32), ss[i].to(tl.float32) + biases[i])
@@ -184,7 +198,7 @@ def deliver_entry(
     cache_slot, weight, cos, sin = needs
     deliver, refused = slot_valid(entry, cache_slot, position, plan.entry_capacity, cache, SPEC.ROPE_DIM)
     # A step that only moves the state on finishes nothing; Triton 3.6 fails on slices that nobody uses.
-    FINISHES: tl.constexpr = (cache.rows is not None) or (cache.pages is not None)
+    FINISHES: tl.constexpr = (cache.rows is not None) or (cache.norm_weight is not None)
     finish = (entry >= 0) & deliver & FINISHES
     if SLICE < SPEC.HEAD_DIM and finish:
         finish = is_last(ticket, SPEC.HEAD_DIM // SLICE)
@@ -200,7 +214,7 @@ def long_fold_step(pid, programs, plan, snap_table, one, HOW: tl.constexpr, SPEC
     """Program `pid` of `programs` over fold rows, in units of SLICE channels of a window."""
     tokens, st, snaps, scratch, cache = one
     SLICES: tl.constexpr = SPEC.HEAD_DIM // HOW.SLICE
-    FINISHES: tl.constexpr = (cache.rows is not None) or (cache.pages is not None)  # as in `deliver_entry`
+    FINISHES: tl.constexpr = (cache.rows is not None) or (cache.norm_weight is not None)  # as in `deliver_entry`
     total = load_plan(plan.num_items)
     # The first items are read before the wait: the plan is older than the launch before this one.
     index = pid // SLICES
@@ -215,6 +229,7 @@ def long_fold_step(pid, programs, plan, snap_table, one, HOW: tl.constexpr, SPEC
     for unit in range(pid, total * SLICES, HOW.TOGETHER * programs):
         c0 = unit % SLICES * HOW.SLICE
         ape = None if tokens.ape is None else tokens.ape + c0
+        slice_of = Tokens(tokens.kv_score, tokens.stride, tokens.count, ape, tokens.apart, tokens.skew)
         m, l, a, mine = open_window(item, index < total, c0, plan.errors, tokens, st, SPEC, HOW.SLICE)
         both = 0
         count = 1
@@ -232,8 +247,7 @@ def long_fold_step(pid, programs, plan, snap_table, one, HOW: tl.constexpr, SPEC
                 both = tl.where(mine.begin == mine_1.begin, tl.maximum(limit - mine.begin, 0) // HOW.AHEAD, 0)
                 if both > 0:
                     ms, ls, as_, _behind = fold_stretches(
-                        (m, m_1), (l, l_1), (a, a_1), (mine.live, mine_1.live), mine.begin, both, 0, tokens.stride, ape,
-                        HOW, SPEC,
+                        (m, m_1), (l, l_1), (a, a_1), (mine, mine_1), mine.begin, both, 0, slice_of, HOW, SPEC,
                     )  # fmt: skip
                     m, m_1 = ms
                     l, l_1 = ls
@@ -260,7 +274,7 @@ def long_fold_step(pid, programs, plan, snap_table, one, HOW: tl.constexpr, SPEC
                     loaded = no_tokens(tokens.kv_score, HOW.AHEAD, HOW.SLICE)
                 if alone > 0:
                     one_m, one_l, one_a, behind = fold_stretches(
-                        (m,), (l,), (a,), (mine.live,), place, alone, early, tokens.stride, ape, HOW, SPEC,
+                        (m,), (l,), (a,), (mine,), place, alone, early, slice_of, HOW, SPEC,
                     )  # fmt: skip
                     if HOW.SLICE < SPEC.HEAD_DIM:
                         loaded = behind
@@ -270,7 +284,7 @@ def long_fold_step(pid, programs, plan, snap_table, one, HOW: tl.constexpr, SPEC
                 place += alone * HOW.AHEAD
             seq = sequence_of(st, mine.slot, mine.start, mine.end, SPEC, c0)
             # Snapshots inside a window are rare (pages that are no multiple of the ratio): all their tokens are the rest.
-            y = fold_rest(m, l, a, loaded, early, mine, place, seq, tokens.stride, ape, snap, HOW, SPEC)
+            y = fold_rest(m, l, a, loaded, early, mine, place, seq, slice_of, snap, HOW, SPEC)
             if HOW.SLICE < SPEC.HEAD_DIM:
                 if leaves:
                     leave_slice(scratch.workspace, y, mine.entry, c0, SPEC.HEAD_DIM, HOW.SLICE, HOW.TARGET.COHERENT_STORES)

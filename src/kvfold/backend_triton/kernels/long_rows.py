@@ -14,6 +14,7 @@ from .prefetch import prefetch_item
 from .rows import keep_each, load_biases, pool_window
 from .slots import check_history, load_history, retire_rows, sequence_of
 from .snapshot import snap_of, snapshot_rows
+from .tokens import tokens_from
 
 
 @triton.jit
@@ -26,6 +27,7 @@ def take_item(
     first = window == start // SPEC.RATIO
     held = (slot < st.num_slots) & (token + end - start <= tokens.count)
     live = tokens.kv_score + (token - start).to(tl.int64) * tokens.stride
+    tokens = tokens_from(tokens, token - start)
     seq = sequence_of(st, slot, start, end, SPEC)
     if held & (seq.h0 < start):
         held, _moved = check_history(load_history(seq, SPEC))
@@ -53,7 +55,7 @@ def take_item(
             keep_each(live, tokens, seq, oldest, stop, SPEC, KEPT)
         if snaps.rows is not None:
             snap = snap_of(sequence, snap_table, snaps, plan)
-            snapshot_rows(live, tokens.stride, window, begin, stop, snap, SPEC)
+            snapshot_rows(live, tokens, window, begin, stop, snap, SPEC)
         if first:
             retire_rows(seq, load_history(seq, SPEC), SPEC)
 

@@ -13,6 +13,7 @@ from .long_rows import take_item
 from .pdl import load_plan, wait_for_inputs
 from .rows import fold_part, keep_each, load_live
 from .slots import check_history, first_read, load_history, sequence_of
+from .tokens import tokens_from
 from .vectors import numbers
 
 
@@ -39,6 +40,7 @@ def take_items(item, plan, one, HOW: tl.constexpr, SPEC: tl.constexpr, COUNT: tl
     position = (window + i) * SPEC.RATIO
     cache_slot = entry_slot(entry + i, plan)
     live = tokens.kv_score + (token - start).to(tl.int64) * tokens.stride
+    tokens = tokens_from(tokens, token - start)
     ks, ss = load_live(live, tokens, window, 0, ROWS, st.rows.dtype.element_ty, SPEC, HOW.TARGET.INLINE_PTX, COUNT)
     m, l, a = empty_group(COUNT * SPEC.HEAD_DIM)
     m, l, a = fold_part(m, l, a, ks, ss, tokens.ape, None, 0, True, SPEC, ROWS, COUNT)

@@ -8,6 +8,8 @@ fetched, so every address is inside the tensors given.
 import triton
 import triton.language as tl
 
+from .tokens import gap
+
 
 @triton.jit
 def prefetch_lines(at, wanted):
@@ -43,17 +45,21 @@ def prefetch_fold(live, tokens, seq, last, begin, stop, resumes, SPEC: tl.conste
     first = seq.tags.to(tl.int64, bitcast=True)
     e = tl.arange(0, 2)
     prefetch_lines(first + e * ((seq.ring + SPEC.HISTORY - 1) * 4), e >= 0)
-    prefetch_tokens(live, tokens.stride, begin, stop, AHEAD, SPEC.HEAD_DIM)
+    prefetch_tokens(live, tokens, begin, stop, AHEAD, SPEC.HEAD_DIM)
 
 
 @triton.jit
-def prefetch_tokens(live, kv_stride, begin, stop, AHEAD: tl.constexpr, CHANNELS: tl.constexpr):
+def prefetch_tokens(live, tokens, begin, stop, AHEAD: tl.constexpr, CHANNELS: tl.constexpr):
     """Rows of kv_score at positions `[begin, stop)`, AHEAD at most; `live` points at position 0."""
     BYTES: tl.constexpr = live.dtype.element_ty.primitive_bitwidth // 8
-    LINES: tl.constexpr = (2 * CHANNELS * BYTES + 127) // 128
-    e = tl.arange(0, AHEAD * LINES)
-    x = begin + e // LINES
-    at = live.to(tl.int64, bitcast=True) + x.to(tl.int64) * (kv_stride * BYTES) + (e % LINES) * 128
+    # Values and scores in one piece, or in two.
+    PARTS: tl.constexpr = 1 if tokens.apart is None else 2
+    LINES: tl.constexpr = (2 // PARTS * CHANNELS * BYTES + 127) // 128
+    e = tl.arange(0, AHEAD * PARTS * LINES)
+    x = begin + e // (PARTS * LINES)
+    at = live.to(tl.int64, bitcast=True) + x.to(tl.int64) * (tokens.stride * BYTES) + (e % LINES) * 128
+    if PARTS == 2:
+        at += tl.where(e // LINES % 2 == 0, 0, gap(tokens, x, CHANNELS) * BYTES)
     prefetch_lines(at, x < stop)
 
 
@@ -83,7 +89,7 @@ def prefetch_rows(live, tokens, seq, window, begin, stop, this, ends, SPEC: tl.c
     row = place * (2 * CHANNELS) + part
     at = seq.rows.to(tl.int64, bitcast=True) + row.to(tl.int64) * BYTES + (e % LINES) * 128
     prefetch_lines(at, ends & (x >= 0) & (x < seq.start) & (j < SPEC.RATIO * (1 + SPEC.OVERLAP)))
-    prefetch_tokens(live, tokens.stride, begin, stop, NEW, CHANNELS)
+    prefetch_tokens(live, tokens, begin, stop, NEW, CHANNELS)
 
 
 @triton.jit
@@ -119,11 +125,13 @@ def prefetch_item(item, there, c0, tokens, SPEC: tl.constexpr, SLICE: tl.constex
     """The new tokens of a work item, of its first 128: channels `[c0, c0 + SLICE)` without overlap, or whole rows."""
     window, start, end, token, _, _, _ = item
     BYTES: tl.constexpr = tokens.kv_score.dtype.element_ty.primitive_bitwidth // 8
-    PARTS: tl.constexpr = 2 if SLICE < SPEC.HEAD_DIM else 1  # values and scores, or both at once
-    SIZE: tl.constexpr = SLICE * BYTES if SLICE < SPEC.HEAD_DIM else 2 * SPEC.HEAD_DIM * (1 + SPEC.OVERLAP) * BYTES
+    # Values and scores, or both at once.
+    PARTS: tl.constexpr = 2 if (SLICE < SPEC.HEAD_DIM) or (tokens.apart is not None) else 1
+    SIZE: tl.constexpr = SLICE * BYTES if SLICE < SPEC.HEAD_DIM else 2 // PARTS * SPEC.HEAD_DIM * (1 + SPEC.OVERLAP) * BYTES
     begin = tl.maximum(start, window * SPEC.RATIO)
     e = tl.arange(0, 128 * PARTS)  # as in `prefetch_window`
     x = begin + e // PARTS
-    at = (token + x - start).to(tl.int64) * tokens.stride + c0 + e % PARTS * SPEC.HEAD_DIM
+    row = token + x - start
+    at = row.to(tl.int64) * tokens.stride + c0 + e % PARTS * gap(tokens, row, SPEC.HEAD_DIM)
     wanted = there & (x < end) & (x < window * SPEC.RATIO + SPEC.RATIO) & (token + end - start <= tokens.count)
     prefetch_pieces(tokens.kv_score.to(tl.int64, bitcast=True) + at * BYTES, wanted, SIZE)

@@ -6,6 +6,7 @@ import triton.language as tl
 from .fold import ROWS_AT_ONCE, empty_group, fold_group, minus_zero, quotient, spread, widen
 from .record import bf16_bits, bf16_value
 from .slots import place_row
+from .tokens import gap, whole_row
 from .vectors import channels, scalar
 
 
@@ -77,12 +78,11 @@ def load_window(
         if SOURCE == "live":
             there = spread(there, SPEC.HEAD_DIM)
             # The mask is always true, but without it the compiler moves each load to its use. Past L1: see `load_live`.
-            k = widen(as_kept(tl.load(at + half, mask=there, other=minus_zero(), cache_modifier=".cg"), KEPT, BF16_CONVERSION))
-            s = widen(
-                as_kept(
-                    tl.load(at + half + CHANNELS, mask=there, other=float("-inf"), cache_modifier=".cg"), KEPT, BF16_CONVERSION
-                )
-            )
+            k = tl.load(at + half, mask=there, other=minus_zero(), cache_modifier=".cg")
+            score_at = at + half + gap(tokens, x, CHANNELS)
+            s = tl.load(score_at, mask=there, other=float("-inf"), cache_modifier=".cg")
+            k = widen(as_kept(k, KEPT, BF16_CONVERSION))
+            s = widen(as_kept(s, KEPT, BF16_CONVERSION))
         else:
             if SOURCE == "home" and SPEC.HISTORY % SPEC.RATIO == 0:
                 kept = tl.where(j < SPEC.RATIO * SPEC.OVERLAP, rows_before, this_rows) + j * (2 * CHANNELS)
@@ -96,6 +96,8 @@ def load_window(
                 row = tl.where(x < seq.start, kept, at) + half
                 there = spread(there, SPEC.HEAD_DIM)
                 k = tl.load(row, mask=there, other=minus_zero()).to(tl.float32)
+                if tokens.apart is not None:
+                    row += tl.where(x < seq.start, 0, gap(tokens, x, CHANNELS) - CHANNELS)
                 s = tl.load(row + CHANNELS, mask=there, other=float("-inf")).to(tl.float32)
             else:
                 old = spread(there & (x < seq.start), SPEC.HEAD_DIM)
@@ -103,9 +105,8 @@ def load_window(
                 k_old = tl.load(kept + half, mask=old, other=0.0).to(tl.float32)
                 k_new = as_kept(tl.load(at + half, mask=new, other=minus_zero()), KEPT, BF16_CONVERSION).to(tl.float32)
                 s_old = tl.load(kept + half + CHANNELS, mask=old, other=0.0).to(tl.float32)
-                s_new = as_kept(tl.load(at + half + CHANNELS, mask=new, other=float("-inf")), KEPT, BF16_CONVERSION).to(
-                    tl.float32
-                )
+                s_new = tl.load(at + half + gap(tokens, x, CHANNELS), mask=new, other=float("-inf"))
+                s_new = as_kept(s_new, KEPT, BF16_CONVERSION).to(tl.float32)
                 k = tl.where(old, k_old, k_new)
                 s = tl.where(old, s_old, s_new)
         ks = ks + (k,)
@@ -125,14 +126,19 @@ def load_live(
     """
     ks = ()
     ss = ()
-    at = live + ((window - SPEC.OVERLAP) * SPEC.RATIO + J0).to(tl.int64) * tokens.stride + channels(SPEC.HEAD_DIM, COUNT)
+    CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
+    x = (window - SPEC.OVERLAP) * SPEC.RATIO
+    at = live + (x + J0).to(tl.int64) * tokens.stride + channels(SPEC.HEAD_DIM, COUNT)
     if COUNT > 1:
-        at += (tl.arange(0, COUNT * SPEC.HEAD_DIM) // SPEC.HEAD_DIM * SPEC.RATIO).to(tl.int64) * tokens.stride
+        behind = tl.arange(0, COUNT * SPEC.HEAD_DIM) // SPEC.HEAD_DIM * SPEC.RATIO
+        at += behind.to(tl.int64) * tokens.stride
+        x += behind
     for j in tl.static_range(J0, J0 + ROWS):
         half = 0 if j < SPEC.RATIO * SPEC.OVERLAP else SPEC.OVERLAP * SPEC.HEAD_DIM
         # Past the L1 cache, which is better used for rows of ape.
         ks = ks + (as_kept(tl.load(at + half, cache_modifier=".cg"), KEPT, INLINE_PTX),)
-        ss = ss + (as_kept(tl.load(at + half + (1 + SPEC.OVERLAP) * SPEC.HEAD_DIM, cache_modifier=".cg"), KEPT, INLINE_PTX),)
+        s = tl.load(at + half + gap(tokens, x + j, CHANNELS), cache_modifier=".cg")
+        ss = ss + (as_kept(s, KEPT, INLINE_PTX),)
         at += tokens.stride
     if INLINE_PTX:
         # A barrier for the compiler, which would move the last two loads to their use.
@@ -211,7 +217,8 @@ def load_rows(live, tokens, window, oldest, stop, SPEC: tl.constexpr):
     copies = ()
     for i in tl.static_range(SPEC.RATIO):
         x = window * SPEC.RATIO + i
-        copies = copies + (tl.load(at, mask=spread((x >= oldest) & (x < stop), LENGTH), other=0.0),)
+        there = spread((x >= oldest) & (x < stop), LENGTH)
+        copies = copies + (tl.load(whole_row(at, tokens, x, LENGTH // 2), mask=there, other=0.0),)
         at += tokens.stride
     return copies
 
@@ -242,7 +249,8 @@ def keep_each(live, tokens, seq, oldest, stop, SPEC: tl.constexpr, KEPT: tl.cons
             x = base + i
             places = places + (place_row(seq, tl.minimum(x, stop - 1), SPEC),)
             there = spread(x < stop, LENGTH)
-            copies = copies + (tl.load(live + x.to(tl.int64) * tokens.stride + c, mask=there, other=0.0),)
+            at = whole_row(live + x.to(tl.int64) * tokens.stride + c, tokens, x, LENGTH // 2)
+            copies = copies + (tl.load(at, mask=there, other=0.0),)
         for i in tl.static_range(KEPT):
             x = base + i
             there = spread(x < stop, LENGTH)

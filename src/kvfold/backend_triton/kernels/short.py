@@ -16,16 +16,18 @@ from .prefetch import prefetch_fold, prefetch_rows
 from .rows import keep_each, keep_together, load_biases, load_rows, pool_window
 from .slots import check_history, keep_fold, place_at, retire_rows, sequence_of, tag_addresses
 from .snapshot import next_page_end, snap_of, snapshot_fold, snapshot_rows
+from .tokens import gap, tokens_from
 
 
 @triton.jit
 def token_addresses(live, tokens, x0, stop, SPEC: tl.constexpr, AHEAD: tl.constexpr):
-    """Where values of positions `[x0, x0 + AHEAD)` are, which of them are there (before `stop`), and their ape.
+    """Where values of positions `[x0, x0 + AHEAD)` are, `gap` of each, which are there (before `stop`), and their ape.
 
     `live` points at position 0. Called before the wait, to have less behind it.
     """
     c = tl.arange(0, SPEC.HEAD_DIM)
     ats = ()
+    gaps = ()
     wanted = ()
     biases = ()
     for i in tl.static_range(AHEAD):
@@ -35,19 +37,20 @@ def token_addresses(live, tokens, x0, stop, SPEC: tl.constexpr, AHEAD: tl.conste
         if tokens.ape is not None:
             bias = tl.load(tokens.ape + (x % SPEC.RATIO) * SPEC.HEAD_DIM + c, mask=there, other=0.0)
         ats = ats + (live + x.to(tl.int64) * tokens.stride + c,)
+        gaps = gaps + (gap(tokens, x, SPEC.HEAD_DIM),)
         wanted = wanted + (there,)
         biases = biases + (bias,)
-    return ats, wanted, biases
+    return ats, gaps, wanted, biases
 
 
 @triton.jit
-def load_tokens(ats, wanted, biases, HEAD_DIM: tl.constexpr):
+def load_tokens(ats, gaps, wanted, biases):
     """Values, and scores with ape, of what `token_addresses` found."""
     ks = ()
     ss = ()
     for i in tl.static_range(len(ats)):
         ks = ks + (tl.load(ats[i], mask=wanted[i], other=minus_zero()).to(tl.float32),)
-        s = tl.load(ats[i] + HEAD_DIM, mask=wanted[i], other=float("-inf")).to(tl.float32)
+        s = tl.load(ats[i] + gaps[i], mask=wanted[i], other=float("-inf")).to(tl.float32)
         ss = ss + (s + biases[i],)
     return ks, ss
 
@@ -81,14 +84,14 @@ def fold_item(live, tokens, seq, begin, stop, place, last, first, snap, HOW: tl.
     row = seq.rows + last * (3 * SPEC.HEAD_DIM) + c
     old = spread(resumes, SPEC.HEAD_DIM)
     m, l, a = empty_fold(SPEC.HEAD_DIM)
-    ats, theres, biases = token_addresses(live, tokens, begin, stop, SPEC, HOW.AHEAD)
+    ats, gaps, theres, biases = token_addresses(live, tokens, begin, stop, SPEC, HOW.AHEAD)
     x, wanted, home_at, spare_at = tag_addresses(seq, last, SPEC)
     wait_for_inputs(HOW.PDL)
     history = History(x, wanted, tl.load(home_at, mask=wanted, other=-1), tl.load(spare_at))
     m = tl.load(row, mask=old, other=m)
     l = tl.load(row + SPEC.HEAD_DIM, mask=old, other=0.0)
     a = tl.load(row + 2 * SPEC.HEAD_DIM, mask=old, other=0.0)
-    ks, ss = load_tokens(ats, theres, biases, SPEC.HEAD_DIM)
+    ks, ss = load_tokens(ats, gaps, theres, biases)
     held, moved = check_history(history)
     if held:
         if resumes & moved:
@@ -144,6 +147,7 @@ def short_step(pid, plan, snap_table, one, HOW: tl.constexpr, SPEC: tl.constexpr
         begin = tl.maximum(start, window * SPEC.RATIO)
         stop = begin + tl.minimum(end - begin, SPEC.RATIO - begin % SPEC.RATIO)
         live = tokens.kv_score + (token - start).to(tl.int64) * tokens.stride
+        tokens = tokens_from(tokens, token - start)
         seq = sequence_of(st, slot, start, end, SPEC)
         if SPEC.KIND == "fold":
             # The one division that homes need, before the wait; all other homes follow from it.
@@ -179,13 +183,30 @@ def short_step(pid, plan, snap_table, one, HOW: tl.constexpr, SPEC: tl.constexpr
                 keep_together(copies, seq, window, oldest, stop, this, SPEC)
             else:
                 keep_each(live, tokens, seq, oldest, stop, SPEC, 1)
-            snapshot_rows(live, tokens.stride, window, begin, stop, snap, SPEC)
+            snapshot_rows(live, tokens, window, begin, stop, snap, SPEC)
             if first:
                 retire_rows(seq, history, SPEC)
     else:
         # The next launch waits for this one alone, so this one must end after the one before it, also where it does nothing.
         wait_for_inputs(HOW.PDL)
     if (first & (held == 0)) | (held & refused):
+        tl.atomic_add(plan.errors, 1)
+
+
+@triton.jit
+def ungated_step(pid, plan, tokens, cache, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr):
+    """Work item `pid` of a compressor without a gate: its window is a token, whose values are the pooled row."""
+    here = pid < load_plan(plan.num_items)
+    window, start, end, token, _, entry, _ = load_item(plan.items, pid)
+    usable = here & (token + end - start <= tokens.count)
+    entry = tl.where(usable, entry, -1)
+    cache_slot, weight, cos, sin = entry_address(entry, window, plan, cache, SPEC)
+    at = tokens.kv_score + (token + window - start).to(tl.int64) * tokens.stride + tl.arange(0, SPEC.HEAD_DIM)
+    wait_for_inputs(HOW.PDL)
+    deliver, refused = slot_valid(entry, cache_slot, window, plan.entry_capacity, cache, SPEC.ROPE_DIM)
+    if deliver:
+        emit(tl.load(at).to(tl.float32), entry, cache_slot, weight, cos, sin, cache, SPEC, FMT, HOW.TARGET)
+    if refused | (here & (window == start) & (usable == 0)):
         tl.atomic_add(plan.errors, 1)
 
 

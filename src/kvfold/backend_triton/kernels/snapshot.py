@@ -8,6 +8,7 @@ import triton.language as tl
 
 from ..args import Snap
 from .rows import as_kept
+from .tokens import whole_row
 
 
 @triton.jit
@@ -53,7 +54,7 @@ def snapshot_fold(m, l, a, x, due, stop, snap, SPEC: tl.constexpr):
 
 
 @triton.jit
-def snapshot_rows(live, kv_stride, window, begin, stop, snap, SPEC: tl.constexpr):
+def snapshot_rows(live, tokens, window, begin, stop, snap, SPEC: tl.constexpr):
     """Stores the input rows of new positions `[begin, stop)` of a window if it is the last of a page."""
     if snap is not None:
         rows, tags, _, stride, pitch = snap.snapshots
@@ -67,8 +68,7 @@ def snapshot_rows(live, kv_stride, window, begin, stop, snap, SPEC: tl.constexpr
                 for n in range(0, stop - begin):
                     x = begin + n
                     row = x % SPEC.RATIO
-                    value = tl.load(live + x.to(tl.int64) * kv_stride + c)
-                    tl.store(
-                        rows + page * stride + row * LENGTH + c, as_kept(value, rows.dtype.element_ty).to(rows.dtype.element_ty)
-                    )
+                    value = tl.load(whole_row(live + x.to(tl.int64) * tokens.stride + c, tokens, x, LENGTH // 2))
+                    value = as_kept(value, rows.dtype.element_ty).to(rows.dtype.element_ty)
+                    tl.store(rows + page * stride + row * LENGTH + c, value)
                     tl.store(tags + page * pitch + row, x)

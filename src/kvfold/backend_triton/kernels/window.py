@@ -25,6 +25,7 @@ from .items import load_item
 from .pdl import load_plan, wait_for_inputs
 from .prefetch import prefetch_item, prefetch_tokens, prefetch_window
 from .slices import draw_ticket, first_work, is_last, leave_slice, share_entries, take_slices
+from .tokens import gap, tokens_from
 from .vectors import scalar
 from .window_ring import holds_up, left_to_readers, readers_of, store_held_up
 from .window_rows import Pages, Pools, Tiling, find_pages, pool_slice, store_rounded
@@ -74,7 +75,7 @@ def write_rows(launch, item, begin, stop, halves, readers, AHEAD: tl.constexpr, 
     c = tl.arange(0, CHANNELS)
     if tiling.ALIGNED:
         # Tells the compiler that the stride is a multiple of 16; the signature does not, as `pool_slice` is better told less.
-        tokens = Tokens(tokens.kv_score, (tokens.stride // 16) * 16, tokens.count, tokens.ape)
+        tokens = Tokens(tokens.kv_score, (tokens.stride // 16) * 16, tokens.count, tokens.ape, tokens.apart, tokens.skew)
     refused = tl.zeros((), tl.int32)
     for base in range(0, stop - begin, AHEAD):
         # Loads first, of rows and of pages; a load behind a store would wait for the load that the store waits for.
@@ -86,9 +87,10 @@ def write_rows(launch, item, begin, stop, halves, readers, AHEAD: tl.constexpr, 
             there = spread(x < stop, CHANNELS)
             if halves is not None:
                 there = there & (spread(halves == 2, CHANNELS) | (c // (CHANNELS // 2) == halves))
-            at = tokens.kv_score + (item.token + x - item.start).to(tl.int64) * tokens.stride + c
+            token = item.token + x - item.start
+            at = tokens.kv_score + token.to(tl.int64) * tokens.stride + c
             k = tl.load(at, mask=there, other=0.0).to(tl.float32)
-            s = tl.load(at + CHANNELS, mask=there, other=0.0).to(tl.float32)
+            s = tl.load(at + gap(tokens, token, CHANNELS), mask=there, other=0.0).to(tl.float32)
             if tokens.ape is not None:
                 s += tl.load(tokens.ape + (x % SPEC.RATIO) * CHANNELS + c, mask=there, other=0.0)
             kv_page, _, kv_bad = find_pages(pools, kv_pool, item.sequence, x, x < stop)
@@ -407,7 +409,8 @@ def run_program(
         if (index < total) & (first.token + first.end - first.start <= tokens.count):
             live = tokens.kv_score + (first.token - first.start).to(tl.int64) * tokens.stride
             begin = tl.maximum(first.start, first.window * SPEC.RATIO)
-            prefetch_tokens(live, tokens.stride, begin, first.end, HOW.AHEAD, SPEC.HEAD_DIM * (1 + SPEC.OVERLAP))
+            here = tokens_from(tokens, first.token - first.start)
+            prefetch_tokens(live, here, begin, first.end, HOW.AHEAD, SPEC.HEAD_DIM * (1 + SPEC.OVERLAP))
     # Every program that is left waits; each where its work begins, so that what it needs for that is worked out before.
     if index < total:
         wait_for_inputs(HOW.PDL)
@@ -424,20 +427,20 @@ def run_program(
 def window_kernel(
     plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors,
     entry_items, cu_entries, batch,
-    tokens_kv_score, tokens_stride, tokens_count, tokens_ape,
+    tokens_kv_score, tokens_stride, tokens_count, tokens_ape, tokens_apart, tokens_skew,
     kv_pool_rows, kv_pool_page_stride, kv_pool_row_stride, kv_pool_num_pages, kv_pool_table, kv_pool_width,
     kv_pool_step, score_pool_rows, score_pool_page_stride, score_pool_row_stride, score_pool_num_pages, score_pool_table,
     score_pool_width, score_pool_step,
     page_size, null_page, ring,
     scratch_workspace, scratch_arrivals,
-    output_rows, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride, output_scales,
-    output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
+    output_rows, output_latent, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride,
+    output_scales, output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
     HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
     ONE_PAGE: tl.constexpr, PROMPT: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """`compress` over a `WindowState`."""
     plan = Plan(plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors)
-    tokens = Tokens(tokens_kv_score, tokens_stride, tokens_count, tokens_ape)
+    tokens = Tokens(tokens_kv_score, tokens_stride, tokens_count, tokens_ape, tokens_apart, tokens_skew)
     kv_pool = Pool(
         kv_pool_rows, kv_pool_page_stride, kv_pool_row_stride, kv_pool_num_pages, kv_pool_table, kv_pool_width, kv_pool_step
     )  # fmt: skip
@@ -446,12 +449,12 @@ def window_kernel(
         score_pool_width, score_pool_step,
     )  # fmt: skip
     output = Output(
-        output_rows, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride, output_scales,
-        output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
+        output_rows, output_latent, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride,
+        output_scales, output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
     )  # fmt: skip
     scratch = Scratch(scratch_workspace, scratch_arrivals)
     launch = Launch(plan, entry_items, tokens, Pools(kv_pool, score_pool, page_size, null_page, ring), scratch, output)
-    POOLS: tl.constexpr = (output.pages is not None) or (output.rows is not None)
+    POOLS: tl.constexpr = (output.norm_weight is not None) or (output.rows is not None)
     # Programs that first stored a row and then pooled would end last (docs/notes/0032-who-stores-the-last-rows.md).
     WHOLE: tl.constexpr = (POOLS and ONE_PAGE) and (ring is None and not PROMPT)
     JOIN: tl.constexpr = LANES if WHOLE and (SPEC.OVERLAP == 0 and HOW.TOGETHER > 1) else 0

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .fold import spread
+from .tokens import gap
 from .window_rows import find_pages, store_rounded
 
 
@@ -27,7 +28,7 @@ class Readers(NamedTuple):
 @triton.jit
 def readers_of(index, item, total, launch, SPEC: tl.constexpr):
     """The `Readers` in the step of work item `index`, of `total`."""
-    POOLS: tl.constexpr = (launch.output.pages is not None) or (launch.output.rows is not None)
+    POOLS: tl.constexpr = (launch.output.norm_weight is not None) or (launch.output.rows is not None)
     window = item.start // SPEC.RATIO
     head = index - (item.window - window)  # the items of a sequence stand one behind the other
     long = item.end - tl.maximum(window - SPEC.OVERLAP, 0) * SPEC.RATIO > launch.pools.ring
@@ -73,9 +74,10 @@ def store_held_up(item, c0, launch, SPEC: tl.constexpr, tiling):
         for old in range(tl.maximum(x0, 0), tl.minimum(x0 + SPEC.RATIO, item.start)):
             x = item.end - 1 - (item.end - 1 - old) % pools.ring
             if x >= item.start:
-                at = tokens.kv_score + (item.token + x - item.start).to(tl.int64) * tokens.stride + c
+                token = item.token + x - item.start
+                at = tokens.kv_score + token.to(tl.int64) * tokens.stride + c
                 k = tl.load(at).to(tl.float32)
-                s = tl.load(at + CHANNELS).to(tl.float32)
+                s = tl.load(at + gap(tokens, token, CHANNELS)).to(tl.float32)
                 if tokens.ape is not None:
                     s += tl.load(tokens.ape + (x % SPEC.RATIO) * CHANNELS + c)
                 row = (x % pools.page_size).to(tl.int64)

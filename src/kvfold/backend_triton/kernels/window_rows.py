@@ -11,6 +11,7 @@ from ..args import Numbers, Tokens
 from .fold import LOG2_E, LOWEST, quotient, spread
 from .numbers import load_row_numbers
 from .record import bf16_bits, bf16_value
+from .tokens import gaps
 
 
 class Pools(NamedTuple):
@@ -94,9 +95,10 @@ def store_rounded(pool, at, x, mask):
 def put_new_rows(k, s, tokens, item, j, x, c, new, RATIO: tl.constexpr, CHANNELS: tl.constexpr, BF16: tl.constexpr):
     """A tile of old rows with the `new` ones put in, any number of them."""
     news = (new.to(tl.int32)[:, None] + c.to(tl.int32) * 0) != 0
-    live = tokens.kv_score + ((item.token + x - item.start).to(tl.int64) * tokens.stride)[:, None] + c
+    token = item.token + x - item.start
+    live = tokens.kv_score + (token.to(tl.int64) * tokens.stride)[:, None] + c
     new_k = tl.load(live, mask=news, other=0.0).to(tl.float32)
-    new_s = tl.load(live + CHANNELS, mask=news, other=float("-inf")).to(tl.float32)
+    new_s = tl.load(live + gaps(tokens, token, CHANNELS), mask=news, other=float("-inf")).to(tl.float32)
     if tokens.ape is not None:
         new_s += tl.load(tokens.ape + ((j % RATIO) * CHANNELS)[:, None] + c, mask=news, other=0.0)
     return tl.where(news, as_stored(new_k, BF16), k), tl.where(news, as_stored(new_s, BF16), s)
@@ -166,10 +168,10 @@ def load_new_rows(tokens, item, c0, j0, SPEC: tl.constexpr, tiling, BF16: tl.con
             bias += half
             there = ((item.window * SPEC.RATIO + j >= SPEC.RATIO).to(tl.int32)[:, None] + c * 0) != 0
             k = tl.load(live + at, mask=there, other=0.0).to(tl.float32)
-            s = tl.load(live + CHANNELS + at, mask=there, other=float("-inf")).to(tl.float32)
+            s = tl.load(live + gaps(tokens, first + j - j0, CHANNELS) + at, mask=there, other=float("-inf")).to(tl.float32)
         else:
             k = tl.load(live + at).to(tl.float32)
-            s = tl.load(live + CHANNELS + at).to(tl.float32)
+            s = tl.load(live + gaps(tokens, first + j - j0, CHANNELS) + at).to(tl.float32)
         if tokens.ape is not None:
             s += tl.load(tokens.ape + bias)
         ks = ks + (as_stored(k, BF16),)
@@ -335,7 +337,7 @@ def pool_slice(
     absent = tl.zeros((), tl.int32)
     if tiling.ALIGNED:
         # Known to be a multiple of 4 and no more, so that a thread has 4 channels of kv_score as it has of an fp32 pool.
-        tokens = Tokens(tokens.kv_score, (tokens.stride // 4) * 4, tokens.count, tokens.ape)
+        tokens = Tokens(tokens.kv_score, (tokens.stride // 4) * 4, tokens.count, tokens.ape, tokens.apart, tokens.skew)
     x0 = item.window * SPEC.RATIO
     way = tl.zeros((), tl.int32)
     if PAGE_ROWS:
