@@ -41,7 +41,7 @@ def parts_kernel(
     wait_for_inputs(HOW.PDL)
     for number in range(tl.program_id(0) + 1, windows, tl.num_programs(0)):
         window = tl.full((), 0, tl.int32) + number  # a tensor also in the interpreter
-        ks, ss = load_live(kv_score, tokens, window, 0, 2 * SPEC.RATIO, SPEC, HOW.TARGET.INLINE_PTX)
+        ks, ss = load_live(kv_score, tokens, window, 0, 2 * SPEC.RATIO, kv_score.dtype.element_ty, SPEC, HOW.TARGET.INLINE_PTX)
         m, l, a = empty_group(HEAD_DIM)
         if FOLD:
             m, l, a = fold_part(m, l, a, ks, ss, ape, None, 0, True, SPEC, 2 * SPEC.RATIO)

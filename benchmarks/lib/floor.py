@@ -18,6 +18,7 @@ import triton.language as tl
 import kvfold
 from kvfold.backend_triton.kernels.pdl import wait_for_inputs
 from kvfold.backend_triton.launcher import supports_pdl
+from kvfold.storage.fold_state import state_kind
 
 from . import protocol
 from .protocol import Case, Variant
@@ -41,7 +42,8 @@ class Traffic(NamedTuple):
 
 def fold_state(case: Case, spec: kvfold.CompressorSpec, **options: object) -> kvfold.FoldState:
     """The FoldState that a case is measured with: input rows, where it keeps them, in bf16, as kv_score has them."""
-    return kvfold.FoldState.allocate(spec, max_new_tokens=min(case.new, 8), dtype=torch.bfloat16, **options)
+    dtype = torch.bfloat16 if state_kind(spec) == "rows" else torch.float32
+    return kvfold.FoldState.allocate(spec, max_new_tokens=min(case.new, 8), dtype=dtype, **options)
 
 
 def traffic(case: Case, variant: Variant) -> Traffic:

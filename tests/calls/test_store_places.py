@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import BACKENDS
 from support.helpers import Backend, Weights
 from support.ops_support import through_operators
 from support.record_support import Pages
@@ -296,3 +297,30 @@ def test_the_same_call_again_with_others(backend: Backend) -> None:
         )  # fmt: skip
         assert same(one, other) and same(second, apart), changed
     assert ROWS_PER_PAGE == 3
+
+
+@pytest.mark.gpu
+def test_in_a_graph_behind_the_launch_that_made_its_places() -> None:
+    """Slots, positions and rows are written by the launch before, in a graph that is replayed with others."""
+    given = Rows(BACKENDS["cuda"])
+    pages, slots, positions, rows = given.pages(), given.slots.clone(), given.positions.clone(), given.rows.clone()
+
+    def step() -> None:
+        slots.copy_(given.slots)
+        positions.copy_(given.positions)
+        rows.copy_(given.rows)
+        given.store(pages, rows=rows, slots=slots, positions=positions)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for turn in range(4):
+        given.slots.copy_(given.slots.roll(1))
+        given.positions.add_(turn).remainder_(64)
+        given.rows.mul_(1.5)
+        graph.replay()
+        want = given.pages()
+        want.cache.storage.copy_(pages.cache.storage)
+        given.store(want, pdl=False)
+        assert same(pages, want) and int(given.errors) == 0

@@ -191,12 +191,11 @@ def _all(
 
 
 def _stores(spec: CompressorSpec, formats: list[RecordFormat], config: Config) -> Iterator[Combination]:
-    """With a plan and without, and into two caches of the first and the last format."""
+    """With a plan, without, and into a cache of plain rows as well."""
     for fmt in formats:
         yield Combination("store", spec, fmt, config)
         yield Combination("store", spec, fmt, config, placed=True)
-    if formats:
-        yield Combination("store", spec, formats[0], config, (spec, formats[-1]), placed=True)
+        yield Combination("store", spec, fmt, config, (spec, FORMATS["bf16"]), placed=True)
 
 
 def _pairs(config: Config, formats: tuple[RecordFormat | None, ...], dtype: torch.dtype) -> Iterator[Combination]:
