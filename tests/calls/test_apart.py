@@ -184,8 +184,8 @@ def test_errors() -> None:
         with pytest.raises(kind, match=words):
             kvfold.compress(given if len(given) > 1 else given[0], plan, run.state, run.cache, **arguments)
 
-    refused(TypeError, r"^kv_score must be a torch\.Tensor, or two of them", None)
-    refused(TypeError, r"^kv_score must be a torch\.Tensor, or two of them", (value,))
+    for wrong in (None, (), (value,), [value, score]):
+        refused(TypeError, r"^kv_score must be a torch\.Tensor, or a tuple of two", wrong)
     refused(TypeError, r"^kv_score\[1\] must be a Tensor", value, None)
     refused(TypeError, r"^kv_score\[1\] must be torch\.bfloat16", value, score.float())
     refused(ValueError, r"^kv_score\[1\] must have shape \[9, 64\]", value, score[1:])

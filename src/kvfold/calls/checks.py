@@ -110,7 +110,8 @@ def _check_tokens(name: str, x: torch.Tensor, c: Compressor) -> tuple[int, int]:
     """Checks a tensor of a step's tokens; returns the address of its first byte, and the one behind its last."""
     check_real_memory(name, x)
     check_dtype(name, x, _FLOATS)
-    shape, width = x.shape, c.spec.kv_score_width if x is c.kv_score else c.spec.channels
+    spec, shape = c.spec, x.shape
+    width = spec.head_dim << (spec.overlap + (spec.gate and x is c.kv_score))
     if len(shape) != 2 or shape[1] != width:
         check_shape(name, x, (None, width))
     if shape[0] > INT32_MAX:

@@ -41,9 +41,9 @@ class Compressor(NamedTuple):
         """The tensors of the step's tokens, by the names that errors have for them."""
         if isinstance(self.kv_score, torch.Tensor):
             return {"kv_score": self.kv_score}
-        if not isinstance(self.kv_score, (tuple, list)) or len(self.kv_score) != 2:
+        if not isinstance(self.kv_score, tuple) or len(self.kv_score) != 2:
             what = f"got {type(self.kv_score).__name__}"
-            raise TypeError(f"kv_score must be a torch.Tensor, or two of them, values and scores, {what}")
+            raise TypeError(f"kv_score must be a torch.Tensor, or a tuple of two, values and scores, {what}")
         value, score = self.kv_score
         for name, x in (("kv_score[0]", value), ("kv_score[1]", score)):
             check_type(name, x, torch.Tensor)
@@ -52,17 +52,18 @@ class Compressor(NamedTuple):
     @property
     def value(self) -> torch.Tensor:
         """The one that says dtype, device and how many tokens there are."""
-        return self.kv_score if self.score is None else self.kv_score[0]
+        given = self.kv_score
+        return given[0] if given.__class__ is tuple and given else given  # type: ignore[return-value]
 
     @property
     def score(self) -> torch.Tensor | None:
         """The scores, where they are a tensor of their own."""
-        two = isinstance(self.kv_score, (tuple, list)) and len(self.kv_score) == 2
-        return self.kv_score[1] if two else None
+        given = self.kv_score
+        return given[1] if given.__class__ is tuple else None
 
     def joined(self) -> Compressor:
         """With values and scores in one tensor, which is new where they were two."""
-        return self if self.score is None else self._replace(kv_score=torch.cat(tuple(self.kv_score), dim=1))
+        return self if self.score is None else self._replace(kv_score=torch.cat(self.kv_score, dim=1))
 
     @property
     def device(self) -> torch.device:
