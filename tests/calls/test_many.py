@@ -252,7 +252,10 @@ SPOILED: dict[str, tuple[str, Callable[[Call], object]]] = {
     "cache: spec": ("cache", lambda c: c.put(1, "cache", c.both[0][2])),
     "cache: device": ("cache", lambda c: c.put(0, "cache", EntryCache.allocate("fp32", 2, 5, MAIN, device="meta"))),
     "spec: type": ("spec", lambda c: c.put(0, "spec", "csa")),
-    "plan: ratio": ("plan", lambda c: c.put(1, "spec", CompressorSpec(head_dim=128, ratio=8, overlap=True, hadamard=True))),
+    "state: another spec's": (
+        "state",
+        lambda c: c.put(1, "spec", CompressorSpec(head_dim=128, ratio=8, overlap=True, hadamard=True)),
+    ),
     "ape: missing": ("ape", lambda c: c.put(1, "ape", None)),
     "norm_weight: shape": ("norm_weight", lambda c: c.put(0, "norm_weight", torch.ones(128, device=c.device))),
     "rope: dtype": ("rope", lambda c: c.put(1, "rope", torch.zeros(9, 64, device=c.device).half())),
