@@ -67,7 +67,7 @@ def test_a_wrong_latent_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     from kvfold.backend_torch import finish
 
     norm = finish.norm
-    monkeypatch.setattr(finish, "norm", lambda y, spec, weight: norm(y, spec, weight) * 1.01)
+    monkeypatch.setattr(finish, "norm", lambda *given: norm(*given) * 1.01)
     found = kvfold.check(tokens, plan, run.state, None, spec=case.spec, norm_weight=run.weight, latent=latent, backend="torch")
     assert found.headline == "DIFFERENT" and found.first.stage == "latent"
 

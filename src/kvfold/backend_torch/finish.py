@@ -34,7 +34,7 @@ def finish(
     return turn(norm(y, spec, weight, fmt), spec, table, positions, fmt)
 
 
-def norm(y: torch.Tensor, spec: CompressorSpec, weight: torch.Tensor | None, fmt: RecordFormat | None) -> torch.Tensor:
+def norm(y: torch.Tensor, spec: CompressorSpec, weight: torch.Tensor | None, fmt: RecordFormat | None = None) -> torch.Tensor:
     """RMSNorm, of rows that are rounded to bf16 before where `fmt` says so."""
     y = y.bfloat16().float() if fmt is not None and fmt.round_rows else y
     if weight is None:

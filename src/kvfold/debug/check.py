@@ -284,7 +284,7 @@ def _record_differences(
 def _latent_differences(c: Compressor, got: Tensor, rows: Tensor, made: Items) -> list[Difference]:
     """Latents that the pooled rows of this call do not explain."""
     pooled, have = rows[made.entry], got[made.entry]
-    y = norm(pooled.bfloat16().float() if c.cache is not None and c.cache.format.round_rows else pooled, c.spec, c.norm_weight)
+    y = norm(pooled, c.spec, c.norm_weight, None if c.cache is None else c.cache.format)
     found, fine = [], within_bf16(have, y, EPILOGUE * size_of(y)) | (have.isnan() & y.isnan())
     for i, channel in first_channels(~fine):
         place, values = (int(made.sequence[i]), int(made.window[i])), (float(have[i, channel]), float(y[i, channel]))
