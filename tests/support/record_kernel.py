@@ -17,7 +17,9 @@ def write_records(
     entries, slots, pages, page_stride, scales, scales_stride, rows_per_page, cache_scale,
     SPEC: tl.constexpr, FMT: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    cache = Output(None, None, None, None, pages, page_stride, scales, scales_stride, rows_per_page, None, cache_scale)
+    cache = Output(
+        None, None, None, None, None, pages, page_stride, scales, scales_stride, rows_per_page, None, cache_scale
+    )  # fmt: skip
     i = tl.program_id(0)
     y = tl.load(entries + i.to(tl.int64) * SPEC.HEAD_DIM + tl.arange(0, SPEC.HEAD_DIM))
     store_record(y, tl.load(slots + i), load_scale(cache), cache, SPEC, FMT, TARGET)
