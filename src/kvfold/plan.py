@@ -98,7 +98,8 @@ class StepPlan(PlanData):
                 the plan, so give it when one prompt is long and the rest are short.
             cu_rows: `[B + 1]`, places of entries that do not stand one behind the other: entry i of sequence b is number
                 `cu_rows[b] + i` in `rows` and `entry_slots`. What is in places without an entry stays as it is. Entries of a
-                sequence are refused where `cu_rows[b + 1]` leaves no room for all of them, or `cu_rows[b]` for those before.
+                sequence are refused where `cu_rows[b + 1]` leaves no room for all of them, or `cu_rows[b]` for those before,
+                or goes back behind any before it.
             max_rows: with `cu_rows`: host bound on places (default `B * ceil(max_new_tokens / ratio)`). With `entry_slots` it
                 is as many as those.
             snapshot_table: int32 `[B, S]`: page k of a sequence, which has positions `[k, k + 1) * snapshot_page_size`, leaves

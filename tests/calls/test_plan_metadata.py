@@ -57,7 +57,7 @@ def model(
         counts.append(made)
         place, rows = before, given.get("cu_rows")
         if rows is not None:
-            room = before <= rows[b] and rows[b] + made <= min(rows[b + 1], MOST_POSITIONS)
+            room = max(before, *rows[:b], 0) <= rows[b] and rows[b] + made <= min(rows[b + 1], MOST_POSITIONS)
             place = rows[b] if room else MOST_POSITIONS
         for i, window in enumerate(range(first, (end - 1) // ratio + 1)):
             entry = place + i if (window + 1) * ratio <= end else -1
@@ -217,7 +217,7 @@ def spoil(draw, hows, lengths, starts, offsets, now, ratio, most) -> None:
 
 
 def test_what_an_engine_has_is_taken_by_name() -> None:
-    """Sections of `engines.md`: a decode slice behind prompts, total lengths, one count of errors for several plans."""
+    """A decode slice behind prompts, total lengths, one count of errors for several plans."""
     errors = torch.full((1,), 5, dtype=torch.int32, device=DEVICE)
     for bound in (10, 2, None):
         plan = StepPlan.build(
@@ -245,6 +245,18 @@ def test_places_of_entries() -> None:
     rows.copy_(int32([1, 4, 6, 7]))  # no room for two
     plan.update(int32([0, 3, 0]), int32([0, 8, 9, 17]))
     assert [item[5] for item in plan.items[: int(plan.num_items)].tolist()] == [1, 2, 4, MOST_POSITIONS, MOST_POSITIONS + 1]
+
+
+@pytest.mark.parametrize("between", [1, 3, 40])
+def test_places_that_go_back(between: int) -> None:
+    """Behind sequences that end nothing, a place that an earlier sequence has is refused, and not given twice."""
+    batch = between + 2
+    rows = int32([2, *[10] * between, 4, 8])
+    offsets = int32([0, *[4] * (between + 1), 8])
+    slots = torch.arange(batch, device=DEVICE)
+    plan = StepPlan.build(1, int32([0] * batch), offsets, 4, state_slots=slots, cu_rows=rows, max_rows=12)
+    entries = [item[5] for item in plan.items[: int(plan.num_items)].tolist()]
+    assert entries == [2, 3, 4, 5, *range(MOST_POSITIONS, MOST_POSITIONS + 4)]
 
 
 GOOD = {

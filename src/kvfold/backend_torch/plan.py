@@ -69,6 +69,7 @@ def _first_places(plan: PlanData) -> torch.Tensor:
     rows = plan.cu_rows.long()
     first, behind = rows[:-1], rows[1:].clamp(max=MOST_POSITIONS)
     fits = (first >= numbers[:-1]) & (first <= MOST_POSITIONS) & (first + numbers[1:] - numbers[:-1] <= behind)
+    fits &= first == first.clamp(min=0).cummax(0).values  # none goes back behind one before it
     return torch.where(fits, first, MOST_POSITIONS)
 
 

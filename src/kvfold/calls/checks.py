@@ -329,7 +329,7 @@ def _places(c: Compressor) -> list[Place]:
     held = (("state", c.state, paged), ("cache", c.cache, True), ("snapshots", c.snapshots, False))
     written = [Place(name, x, True, paged) for name, thing, paged in held if thing is not None for x in thing._tensors]
     scale = getattr(c.cache, "scale_tensor", None)
-    weights = (("ape", c.ape), ("norm_weight", c.norm_weight), ("rope", c.rope), ("cache", scale))
+    weights = (("ape", c.ape), ("norm_weight", c.norm_weight), ("rope", c.rope), ("scale", scale))
     return written + [Place(name, weight) for name, weight in weights if weight is not None]
 
 
@@ -400,7 +400,9 @@ def check_placed(p: Placed, backend: str | None) -> str:
 def _placed_places(p: Placed) -> list[Place]:
     """What a layer passes in every step. Both caches have the same slots, so that no byte may be of both."""
     held = [Place(name, x, written=True) for name, cache in zip(("cache", "also[0]"), p.caches) for x in cache._tensors]  # noqa: B905
-    return held + [Place(name, x) for name, x in (("norm_weight", p.norm_weight), ("rope", p.rope)) if x is not None]
+    scales = [("scale", cache.scale_tensor) for cache in p.caches]
+    read = [("norm_weight", p.norm_weight), ("rope", p.rope), *scales]
+    return held + [Place(name, x) for name, x in read if x is not None]
 
 
 def _check_rows_apart(p: Placed, layer: Layer) -> None:

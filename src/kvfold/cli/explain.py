@@ -23,7 +23,9 @@ State = Enum("State", {"fold": "fold", "window": "window"})
 
 
 def explain(
-    spec: Annotated[str, typer.Argument(help="hca, csa, indexer, or fields: ratio=4,head_dim=512,overlap=true")],
+    spec: Annotated[
+        str, typer.Argument(help="hca, csa, indexer, v41-r1, v41-r2, v41-index, or fields: ratio=4,head_dim=512,overlap=true")
+    ],
     start: Annotated[int, typer.Option(min=0, help="Tokens that the sequence has, which came in one step.")],
     new: Annotated[int, typer.Option(min=1, help="Tokens of the step.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest step that can be rewound to anywhere (FoldState).")] = 4,

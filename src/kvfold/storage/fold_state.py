@@ -161,9 +161,11 @@ class FoldState(RememberingState):
         have = pages[0].numel()
         if have * item < need:
             raise ValueError(f"pages must have at least {need} bytes each, got {have * item}")
-        if pages.data_ptr() % 4 or (count > 1 and pages.stride(0) * item % 4):
-            raise ValueError("pages must start at multiples of 4 bytes")
-        flat = pages.detach().as_strided((count, have), (pages.stride(0), 1)).view(torch.uint8)
+        begins = pages.data_ptr(), pages.storage_offset() * item, pages.stride(0) * item * (count > 1)
+        if any(at % 4 for at in begins):
+            raise ValueError("pages must start at multiples of 4 bytes, of memory and of their storage")
+        stride = pages.stride(0) if count > 1 else need // item  # of one page a stride says nothing
+        flat = pages.detach().as_strided((count, have), (stride, 1)).view(torch.uint8)
         tags = flat[:, of_rows : of_rows + 4 * shape[0]].view(torch.int32)
         state = cls(spec, flat[:, :of_rows].view(dtype).view(count, *shape), tags, max_new_tokens, round_inputs)
         object.__setattr__(state, "pages", flat)  # which changes nothing that was checked

@@ -240,6 +240,8 @@ class PlanData(Checked):
             check_tensor(name, getattr(self, name), shape, (torch.int32,), device, fake=True)
         if self.entry_slots is not None or self.fills_slots:
             check_tensor("entry_slots", self.entry_slots, (self.entry_capacity,), (torch.int64,), device, fake=True)
+        if self._whole and self.reserved != (self.cu_rows is not None):
+            raise ValueError("cu_rows must be set where StepPlan.build got one, and not elsewhere")
         self._check_places(device)
         self._launcher = self._came = self._prepared = None
         places = plan_places(self, updating=True)

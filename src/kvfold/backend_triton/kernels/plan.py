@@ -68,12 +68,18 @@ def count_sequences(given, b, RATIO: tl.constexpr):
 
 
 @triton.jit
-def first_places(numbers, entries, b, batch, metadata):
-    """The place of each sequence's first entry; where they do not fit, one that no output has. numbers: entries before."""
+def first_places(numbers, entries, b, batch, farthest, metadata, SEQUENCES: tl.constexpr):
+    """The place of each sequence's first entry; where they do not fit, one that no output has.
+
+    numbers: entries before. farthest: the largest place that a sequence before these begins at, which none goes back behind.
+    """
     wanted = where_set(b < batch, metadata.reserved)
     place = load_numbers(metadata.cu_rows, b, wanted, 0)
+    i = tl.arange(0, SEQUENCES)
+    before = tl.max(tl.where(i[None, :] < i[:, None], place[None, :], 0), axis=1)
     behind = tl.minimum(load_numbers(metadata.cu_rows, b + 1, wanted, 0), MOST_POSITIONS)
-    fits = (place >= numbers) & (place <= MOST_POSITIONS) & (place + entries <= behind)
+    fits = (place >= numbers) & (place >= tl.maximum(before, farthest)) & (place <= MOST_POSITIONS)
+    fits = fits & (place + entries <= behind)
     return tl.where(metadata.reserved == 1, tl.where(fits, place, MOST_POSITIONS), numbers).to(tl.int32)
 
 
@@ -128,12 +134,16 @@ def plan_kernel(
     if last | (part == 0) | (tl.max(windows, axis=0) > part * WINDOWS):
         windows_before = tl.full((), 0, tl.int32)
         entries_before = tl.full((), 0, tl.int32)
+        farthest = tl.full((), 0, tl.int64)
         for base in range(0, chunk * SEQUENCES, SCAN):
             earlier = base + tl.arange(0, SCAN)
             earlier = tl.where(earlier < chunk * SEQUENCES, earlier, batch)
             w, e, _, _, _, _, _ = count_sequences(given, earlier, RATIO)
             windows_before += tl.sum(w, axis=0)
             entries_before += tl.sum(e, axis=0)
+            if source is not None:
+                places = load_numbers(metadata.cu_rows, earlier, where_set(earlier < batch, reserved), 0)
+                farthest = tl.maximum(farthest, tl.max(places.to(tl.int64), axis=0))
         cu_windows = windows_before + tl.cumsum(windows, axis=0)
         ends = entries_before + tl.cumsum(entries, axis=0)
         if part == 0:
@@ -158,7 +168,8 @@ def plan_kernel(
         numbered = used & complete & (entry < entry_capacity)
         tl.store(entry_items + entry, index, mask=numbered)
         if source is not None:
-            entry = tl.where(complete, first_places(numbers, entries, b, batch, metadata)[:, None] + ordinal, -1)
+            places = first_places(numbers, entries, b, batch, farthest, metadata, SEQUENCES)
+            entry = tl.where(complete, places[:, None] + ordinal, -1)
         item = items + index.to(tl.int64) * 8
         zero = tl.zeros((SEQUENCES, WINDOWS), tl.int32)
         tl.store(item, window, mask=used)
