@@ -86,16 +86,16 @@ def load_fold(row, wanted, HEAD_DIM: tl.constexpr):
 )
 def fold_rows_kernel(
     plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors,
-    output_rows, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride, output_scales,
-    output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
+    output_rows, output_latent, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride,
+    output_scales, output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
     start_pos, cu_seqlens, state_slots, cu_entries, kv_score, kv_stride, ape, state_rows, state_tags, ring,
     NEW: tl.constexpr, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
     """One sequence: at most NEW <= ratio new tokens, so at most one entry. Every sequence must have tokens and a slot."""
     plan = Plan(plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors)
     output = Output(
-        output_rows, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride, output_scales,
-        output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
+        output_rows, output_latent, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride,
+        output_scales, output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
     )  # fmt: skip
     RATIO: tl.constexpr = SPEC.RATIO
     HEAD_DIM: tl.constexpr = SPEC.HEAD_DIM
@@ -152,6 +152,7 @@ def compress_fold_rows(
     pdl, rope, pages, per_page = supports_pdl(kv_score.device), weights.rope, cache.pages, cache.rows_per_page
     work = Plan(None, None, plan.entry_slots, plan.entry_capacity, plan.errors)
     output = Output(
+        None,
         None,
         weights.norm_weight,
         rope,

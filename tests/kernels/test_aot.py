@@ -25,7 +25,7 @@ from kvfold.precompile.combinations import SPECS, TARGETS, Combination, combinat
 from kvfold.precompile.resources import _stored
 from kvfold.storage.formats import FORMATS
 
-KINDS = {"fold", "rows", "window", "store", "pair", "plan", "restore"}
+KINDS = {"fold", "rows", "window", "store", "ungated", "pair", "plan", "restore"}
 EXACT = triton.__version__.startswith(f"{SPILLS_TRITON}.")
 
 
@@ -85,7 +85,7 @@ def test_every_row_of_the_tables_is_compiled() -> None:
         product((None, FORMATS["fp8_ds_mla"]), (True, False))
     )
     indexers = {name for name in FORMATS if name.startswith("indexer")}
-    assert {(c.fmt.name, c.other[1].name) for c in every if c.other} == {("fp8_ds_mla", name) for name in indexers}
+    assert {(c.fmt.name, c.other[1].name) for c in every if c.kind == "pair"} == {("fp8_ds_mla", name) for name in indexers}
     for c in every:
         if c.config is not None:
             assert choose(c.config.kind, c.spec, c.config.max_new_tokens, c.config.bucket) == c.config
@@ -105,10 +105,10 @@ def test_what_is_asked_for_is_compiled() -> None:
     found = list(combinations(v4, tuple(engine), both))
     assert len({c.name for c in found}) == len(found) and {c.spec for c in found} == set(v4)
     assert {c.fmt for c in found if c.config} == {c.fmt for c in found if c.snapshots} == set(engine)
-    assert {(c.fmt, c.other[1]) for c in found if c.other} == {tuple(engine)}
+    assert {(c.fmt, c.other[1]) for c in found if c.kind == "pair"} == {tuple(engine)}
     assert {c.dtype for c in found if c.kind in ("fold", "rows", "window", "pair")} == set(both)
     plain = [FORMATS["bf16"]]
-    assert {(c.fmt, c.other[1]) for c in combinations(v4, tuple(plain)) if c.other} == {(plain[0], plain[0])}
+    assert {(c.fmt, c.other[1]) for c in combinations(v4, tuple(plain)) if c.kind == "pair"} == {(plain[0], plain[0])}
     assert not any(c.kind == "pair" for c in combinations((V4_CSA,)))
     # A spec is in the name with all that it has: files of two specs are two files.
     likes = [{"rope_dim": 0}, {"norm_eps": 1e-5}, {"hadamard": True}, {"has_ape": False}, {"overlap": True}, {"ratio": 8}]

@@ -19,7 +19,7 @@ from kvfold import CompressorSpec, EntryCache, StepPlan
 from kvfold.debug import file as debug_file
 from kvfold.debug.call import Call as Value
 from kvfold.storage.formats import FORMATS
-from kvfold.storage.step import Compressor
+from kvfold.storage.step import Compressor, Outputs
 from kvfold.testing import Engine, Step, make_pools, make_state, make_tokens, make_weights
 
 FOLD = CompressorSpec(head_dim=32, ratio=16, rope_dim=8)
@@ -43,8 +43,8 @@ class Made:
         """Of the caller, as the file names them."""
         args = dict(zip(("kv_score", "plan", "state", "cache"), self.args, strict=False))
         given: dict[str, Any] = dict.fromkeys(Compressor._fields) | self.options | args
-        plan, rows = given.pop("plan"), given.pop("rows", None)
-        return debug_file.tensors_of(Value.of(Compressor(**given), plan, rows, "torch"))
+        plan, out = given.pop("plan"), Outputs(given.pop("rows", None), given.pop("latent", None))
+        return debug_file.tensors_of(Value.of(Compressor(**given), plan, out, "torch"))
 
 
 def snapped(spec: CompressorSpec, page_size: int, device: torch.device, dtype: torch.dtype | None = None) -> Made:
