@@ -73,6 +73,8 @@ def steps(spec: CompressorSpec) -> list[tuple[int, int, int, int]]:
 @pytest.mark.parametrize("kind", [Paged, Odd])
 @pytest.mark.parametrize("name, dtype", [("rows", FP32), ("rows", BF16), ("rows-2", FP32), ("rows-3", FP32), ("fold", FP32)])
 def test_same_bits_as_a_state_of_its_own(backend: Backend, kind: type[Engine], name: str, dtype: torch.dtype) -> None:
+    if backend.slow and (kind is Odd) == (name in ("fold", "rows-2")):
+        pytest.skip("the interpreter does each state in one kind of page, and each kind with states of both kinds")
     spec = SPECS[name]
     made = {"num_slots": 5, "max_new_tokens": MOST, "max_entries": 24, "state_dtype": dtype}
     plain, paged = Engine(spec, backend, **made), kind(spec, backend, **made)
