@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from support.helpers import CANARY, Backend, Engine, bits, call_restore, make_tokens
+from support.helpers import CANARY, SMALL_ROWS, Backend, Engine, bits, call_restore, make_tokens
 from support.ops_support import lengths_of, through_operators
 from torch import Tensor
 
@@ -15,12 +15,7 @@ import kvfold
 from kvfold import CompressorSpec, EntryCache, FoldState, Snapshots, StepPlan, UnsupportedError
 
 BF16, FP32 = torch.bfloat16, torch.float32
-SPECS = {
-    "rows": CompressorSpec(head_dim=32, ratio=4, overlap=True, rope_dim=16),
-    "rows-2": CompressorSpec(head_dim=16, ratio=2, has_ape=False, rope_dim=8),
-    "rows-3": CompressorSpec(head_dim=16, ratio=3, overlap=True, rope_dim=8),
-    "fold": CompressorSpec(head_dim=32, ratio=16, rope_dim=16),
-}
+SPECS = {**SMALL_ROWS, "fold": CompressorSpec(head_dim=32, ratio=16, rope_dim=16)}
 MOST = 3
 
 

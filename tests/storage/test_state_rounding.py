@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from support.helpers import Backend, Engine, bits, make_tokens
+from support.helpers import SMALL_ROWS, Backend, Engine, bits, make_tokens
 from support.ops_support import lengths_of, through_operators
 
 import kvfold
@@ -15,12 +15,7 @@ from kvfold import CompressorSpec, FoldState, StepPlan, reference
 from kvfold.contract import pooled_bound
 
 BF16, FP32 = torch.bfloat16, torch.float32
-SPECS = {
-    "overlap": CompressorSpec(head_dim=32, ratio=4, overlap=True, rope_dim=16),
-    "2": CompressorSpec(head_dim=16, ratio=2, has_ape=False, rope_dim=8),
-    "3-overlap": CompressorSpec(head_dim=16, ratio=3, overlap=True, rope_dim=8),
-    "8": CompressorSpec(head_dim=128, ratio=8, rope_dim=8),
-}
+SPECS = {**SMALL_ROWS, "rows-8": CompressorSpec(head_dim=128, ratio=8, rope_dim=8)}
 MOST = 3
 
 
@@ -55,7 +50,7 @@ def test_the_bits_of_rows_that_were_rounded_before(backend: Backend, name: str) 
     assert torch.equal(rounded.cache.storage, rounding.cache.storage) and bool(rounded.cache.storage.any())
 
 
-@pytest.mark.parametrize("name", ["overlap", "8"])
+@pytest.mark.parametrize("name", ["rows", "rows-8"])
 @pytest.mark.parametrize("scale", [0.1, 1.0, 4.0])
 def test_how_far_from_exact(backend: Backend, name: str, scale: float) -> None:
     """Scores move by at most `D = 2^-8 max|S|`, and a channel by `(exp(2D) (1 + 2^-8) - 1 + pooled_bound) sum p|k|`."""
@@ -73,7 +68,7 @@ def test_how_far_from_exact(backend: Backend, name: str, scale: float) -> None:
 
 
 def test_pairs_snapshots_and_operators(monkeypatch: pytest.MonkeyPatch, backend: Backend) -> None:
-    spec = SPECS["overlap"]
+    spec = SPECS["rows"]
     (rounded, rounding), tokens = engines(spec, backend), make_tokens(spec, 17, seed=2)
     for engine, new in ((rounded, tokens.bfloat16()), (rounding, tokens)):
         engine.make_snapshots(3, 8)
@@ -94,7 +89,7 @@ def test_pairs_snapshots_and_operators(monkeypatch: pytest.MonkeyPatch, backend:
 
 
 def test_check_dump_and_copies(backend: Backend, tmp_path) -> None:
-    spec, (_, engine) = SPECS["8"], engines(SPECS["8"], backend)
+    spec, (_, engine) = SPECS["rows-8"], engines(SPECS["rows-8"], backend)
     tokens = make_tokens(spec, 20, seed=4).to(backend.device)
     engine.step([(1, 0, tokens[:9].cpu())])
     start, ends = lengths_of(backend, [9], [9])
@@ -115,7 +110,7 @@ def test_check_dump_and_copies(backend: Backend, tmp_path) -> None:
 
 
 def test_mistakes(backend: Backend) -> None:
-    spec = SPECS["overlap"]
+    spec = SPECS["rows"]
     for error, how in ((ValueError, {"round_inputs": True}), (TypeError, {"dtype": BF16, "round_inputs": 1})):
         with pytest.raises(error, match=r"^round_inputs\b"):
             FoldState.allocate(spec, 1, MOST, **how)

@@ -18,6 +18,11 @@ CANARY = 0xA5
 MARGIN = 4096  # canary bytes on each side of a buffer; keeps the buffer aligned
 MAX_POSITIONS = 4096
 SPECS = {"hca": kvfold.V4_HCA, "csa": kvfold.V4_CSA, "indexer": kvfold.V4_INDEXER}
+SMALL_ROWS = {  # small ones whose state keeps input rows
+    "rows": CompressorSpec(head_dim=32, ratio=4, overlap=True, rope_dim=16),
+    "rows-2": CompressorSpec(head_dim=16, ratio=2, has_ape=False, rope_dim=8),
+    "rows-3": CompressorSpec(head_dim=16, ratio=3, overlap=True, rope_dim=8),
+}
 
 
 class Backend(NamedTuple):
