@@ -95,11 +95,8 @@ def check_compress(c: Compressor, plan: PlanData, out: Outputs, backend: str | N
             check_tensor(name, x, plan.rows_shape(c.spec), dtypes, met.device)
             start = x.data_ptr()
             spans.append((name, x, True, start, start + x.nbytes))
-    # They move from step to step, but mostly within the same room between the tensors of layer and plan.
     for i, (name, x, written, start, end) in enumerate(spans):
-        room = met.rooms.get(name, NO_ROOM)
-        if start < room[0] or end > room[1]:
-            met.rooms[name] = _find_room(Place(name, x, written), start, end, c, plan, met)
+        _check_room(name, x, written, start, end, c, plan, met)
         for other, y, too, first, behind in spans[:i]:
             if start < behind and first < end and (written or too):
                 check_apart((Place(other, y, too), Place(name, x, written)))
@@ -174,10 +171,7 @@ def _check_pair(first: Compressor, second: Compressor, plan: PlanData) -> None:
     for c, other, layer in ((first, second, layers[1]), (second, first, layers[0])):
         met = layer.met(plan)
         for name, x in c.parts().items():
-            (start, end), room = extent(x), met.rooms.get(f"the other {name}", NO_ROOM)
-            if start < room[0] or end > room[1]:
-                place = Place(f"the other {name}", x)
-                met.rooms[place.name] = _find_room(place, start, end, other, plan, met)
+            _check_room(f"the other {name}", x, False, *extent(x), other, plan, met)
 
 
 def _known(c: Compressor, plan: PlanData) -> Met | None:
@@ -333,12 +327,19 @@ def _places(c: Compressor) -> list[Place]:
     return written + [Place(name, weight) for name, weight in weights if weight is not None]
 
 
-def _find_room(place: Place, start: int, end: int, c: Compressor, plan: PlanData, met: Met) -> tuple[int, int]:
-    """Checks that a tensor, from `start` to `end`, shares nothing with layer and plan; returns the room between them."""
-    room = find_room(met.bounds, start, end)
-    if room == NO_ROOM:
-        check_apart([*_places(c), *plan_places(plan), place])
-    return room
+def _check_room(
+    name: str, x: torch.Tensor, written: bool, start: int, end: int, c: Compressor, plan: PlanData, met: Met
+) -> None:
+    """Checks that a tensor, from `start` to `end`, shares nothing with layer and plan.
+
+    It moves from step to step, but mostly within the same room between theirs, which is remembered by its name.
+    """
+    room = met.rooms.get(name, NO_ROOM)
+    if start < room[0] or end > room[1]:
+        room = find_room(met.bounds, start, end)
+        if room == NO_ROOM:
+            check_apart([*_places(c), *plan_places(plan), Place(name, x, written)])
+        met.rooms[name] = room
 
 
 def check_store(c: Compressor, plan: PlanData, backend: str | None) -> str:
@@ -352,10 +353,7 @@ def check_store(c: Compressor, plan: PlanData, backend: str | None) -> str:
     met = _meet(c, plan)
     check_tensor("rows", rows, plan.rows_shape(c.spec), _FLOATS, cache.device)
     start = rows.data_ptr()
-    end = start + rows.nbytes
-    room = met.rooms.get("rows", NO_ROOM)
-    if start < room[0] or end > room[1]:
-        met.rooms["rows"] = _find_room(Place("rows", rows), start, end, c, plan, met)
+    _check_room("rows", rows, False, start, start + rows.nbytes, c, plan, met)
     return chosen
 
 
