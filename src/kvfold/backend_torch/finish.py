@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from ..spec import CompressorSpec
-from ..storage.cache import EntryCache
 from ..storage.formats import RecordFormat
 from ..storage.pack import bf16_bits, pack_records
 from ..storage.step import Compressor, Outputs, Placed, PlanData
@@ -103,19 +102,6 @@ def emit(pooled: torch.Tensor, items: Items, plan: PlanData, c: Compressor, out:
         pack_records(cache, slot[kept], turn(y, spec, rope, position[kept], cache.format))
 
 
-def store_records(
-    cache: EntryCache,
-    slots: torch.Tensor,
-    y: torch.Tensor,
-    spec: CompressorSpec,
-    weight: torch.Tensor | None,
-    rope: torch.Tensor | None,
-    positions: torch.Tensor,
-) -> None:
-    """Finishes pooled rows `y`, fp32, and stores them in these slots, all of which are the cache's."""
-    pack_records(cache, slots, finish(y, spec, weight, rope, positions, cache.format))
-
-
 @torch.inference_mode()
 def store_placed_torch(p: Placed) -> None:
     """`store` without a plan, after its arguments were checked."""
@@ -132,7 +118,8 @@ def store_placed_torch(p: Placed) -> None:
         kept = inside.nonzero()[:, 0]
         if kept.numel():
             y = p.rows[kept].float()
-            store_records(cache, slots[kept], y, p.spec, p.norm_weight, p.rope, positions[kept])
+            y = finish(y, p.spec, p.norm_weight, p.rope, positions[kept], cache.format)
+            pack_records(cache, slots[kept], y)
     if p.errors is not None:
         p.errors.add_(refused.sum().int())
 

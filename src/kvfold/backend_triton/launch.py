@@ -18,7 +18,7 @@ from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState
 from ..storage.formats import RecordFormat
 from ..storage.snapshots import Snapshots
-from ..storage.step import Compressor, Outputs, Placed, PlanData, owner_of
+from ..storage.step import Compressor, Hits, Outputs, Placed, PlanData, owner_of
 from ..storage.window_state import WindowState
 from . import args
 from .args import flat
@@ -161,24 +161,18 @@ def compress_window_triton(c: Compressor, plan: PlanData, out: Outputs, pdl: boo
     call.launch(programs, (plan.room(*out), *brought), strides, use_pdl(pdl, plan, c.device))
 
 
-def store_triton(
-    pooled: torch.Tensor,
-    plan: PlanData,
-    cache: EntryCache,
-    spec: CompressorSpec,
-    norm_weight: torch.Tensor,
-    rope: torch.Tensor | None,
-    pdl: bool | None,
-) -> None:
+def store_triton(c: Compressor, plan: PlanData, pdl: bool | None) -> None:
     """`store` after its arguments were checked: one launch on the current stream."""
     if plan.item_capacity == 0:
         return
+    pooled, cache = c.kv_score, c.cache
     met = cache._layer.plans[id(plan)]
-    asked = pooled.dtype, norm_weight.dtype
+    asked = pooled.dtype, c.norm_weight.dtype
     call = met.prepared
     if call is None or call.asked != asked:
-        launcher = launcher_of(store_key(spec, cache.format, asked), pooled.device)
-        groups = _plan(plan), args.Places(), None, None, _output(cache, spec, norm_weight, rope, Outputs()), _NO_CACHE
+        launcher = launcher_of(store_key(c.spec, cache.format, asked), pooled.device)
+        output = _output(cache, c.spec, c.norm_weight, c.rope, Outputs())
+        groups = _plan(plan), args.Places(), None, None, output, _NO_CACHE
         call = met.prepared = _prepare("store", asked, Chosen(asked, launcher, ANY), groups)
     call.launch(plan.item_capacity, (plan.room(pooled), pooled, *Outputs()), 0, use_pdl(pdl, plan, pooled.device))
 
@@ -199,22 +193,16 @@ def store_placed_triton(p: Placed, pdl: bool | None) -> None:
     call.launch(p.rows.shape[0], brought, stride, pdl is not False and supports_pdl(p.rows.device))
 
 
-def restore_triton(
-    state: FoldState,
-    snapshots: Snapshots,
-    slots: torch.Tensor,
-    pages: torch.Tensor,
-    start_pos: torch.Tensor,
-    errors: torch.Tensor,
-) -> None:
+def restore_triton(state: FoldState, snapshots: Snapshots, hits: Hits) -> None:
     """`restore` after its arguments were checked: one launch on the current stream, ordinary and not a dependent."""
     count = snapshots.rows_per_page
-    ids = pages if count else None
-    groups = args.RestoreArguments(_state(state), _snapshots(snapshots), snapshots.page_size, slots, ids, start_pos, errors)
+    if not count:
+        hits = hits._replace(pages=None)
+    groups = args.RestoreArguments(_state(state), _snapshots(snapshots), snapshots.page_size, *hits)
     key = RestoreKey(state.spec, state.rows.dtype, count)
     values, bits = pack(*flat(groups))
     bits |= groups.state.stride | (groups.snapshots.stride or 0)
-    launcher_of(key, state.device)(slots.shape[0] * max(count, 1), values, bits)
+    launcher_of(key, state.device)(hits.slots.shape[0] * max(count, 1), values, bits)
 
 
 def update_on_gpu(plan: PlanData, given: torch.Tensor, cu_seqlens: torch.Tensor, totals: bool = False) -> None:

@@ -60,7 +60,7 @@ def run_store(c: Compressor, plan: PlanData, backend: str | None, pdl: bool | No
     if check_store(c, plan, backend) == "torch":
         store_torch(c, plan)
     else:
-        _triton().store_triton(c.kv_score, plan, c.cache, c.spec, c.norm_weight, c.rope, pdl)
+        _triton().store_triton(c, plan, pdl)
 
 
 def run_placed(p: Placed, backend: str | None, pdl: bool | None) -> None:
@@ -82,7 +82,7 @@ def run_restore(state: FoldState, snapshots: Snapshots, hits: Hits, backend: str
     if chosen == "torch":
         restore_torch(state, snapshots, hits)
     else:
-        _triton().restore_triton(state, snapshots, *hits)
+        _triton().restore_triton(state, snapshots, hits)
 
 
 def run_update(plan: PlanData, lengths: Lengths) -> None:
