@@ -16,7 +16,7 @@ from .prefetch import prefetch_item
 from .slices import draw_ticket, is_last, leave_slice, take_slices
 from .slots import check_history, keep_fold, load_history, places_from, retire_rows, sequence_of
 from .snapshot import next_page_end, snap_of, snapshot_fold
-from .tokens import gap, tokens_from
+from .tokens import apart_from, gap_of
 
 
 @triton.jit
@@ -44,19 +44,13 @@ def open_window(item, there, c0, errors, tokens, st, SPEC: tl.constexpr, SLICE: 
     begin = tl.where(held, tl.maximum(start - x0, 0), SPEC.RATIO)
     stop = tl.where(held, tl.minimum(end - x0, SPEC.RATIO), 0)
     live = tokens.kv_score + (token + x0 - start).to(tl.int64) * tokens.stride + c
-    apart = tokens_from(tokens, token + x0 - start).apart
+    apart = apart_from(tokens, token + x0 - start)
     entry = tl.where(held, entry, -1)
     return m, l, a, Opened(live, apart, begin, stop, slot, x0, start, end, entry, sequence, held & first)
 
 
 @triton.jit
-def tokens_of(tokens, mine):
-    """The tokens as `gap` takes them, by their places in a window."""
-    return Tokens(tokens.kv_score, tokens.stride, tokens.count, tokens.ape, mine.apart, tokens.skew)
-
-
-@triton.jit
-def load_stretch(at, tokens, ape, left, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr):
+def load_stretch(at, apart, tokens, ape, left, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr):
     """Rows of ape, values and scores, unconverted, of the first `left` of AHEAD tokens; all point at the first."""
     biases = ()
     ks = ()
@@ -68,7 +62,7 @@ def load_stretch(at, tokens, ape, left, AHEAD: tl.constexpr, HEAD_DIM: tl.conste
             bias = tl.load(ape + (i * HEAD_DIM + tl.arange(0, SLICE)), mask=there, other=0.0)
         biases = biases + (bias,)
         ks = ks + (tl.load(at, mask=there, other=minus_zero()),)
-        ss = ss + (tl.load(at + gap(tokens, i, HEAD_DIM), mask=there, other=float("-inf")),)
+        ss = ss + (tl.load(at + gap_of(apart, tokens.skew, i, HEAD_DIM), mask=there, other=float("-inf")),)
         at += tokens.stride
     return biases, ks, ss
 
@@ -85,10 +79,10 @@ def no_tokens(kv_score, AHEAD: tl.constexpr, SLICE: tl.constexpr):
 
 
 @triton.jit
-def load_tokens_ahead(ats, owns, tokens, j0, HOW: tl.constexpr, SPEC: tl.constexpr):
+def load_tokens_ahead(ats, windows, tokens, j0, HOW: tl.constexpr, SPEC: tl.constexpr):
     """As `load_stretch`, of tokens that are all there: without masks, which were half of a long prompt's instructions.
 
-    ats, owns: of each window. j0: the first token's place; `ape` points at place 0, and owns count from there.
+    ats, windows: of each window. j0: the first token's place; `ape` points at place 0, and `apart` counts from there.
 
     Past the L1 cache, which is better used for rows of ape.
     """
@@ -104,7 +98,7 @@ def load_tokens_ahead(ats, owns, tokens, j0, HOW: tl.constexpr, SPEC: tl.constex
         new_ats = ()
         for w in tl.static_range(len(ats)):
             ks = ks + (tl.load(ats[w], cache_modifier=".cg"),)
-            ss = ss + (tl.load(ats[w] + gap(owns[w], j0 + i, SPEC.HEAD_DIM), cache_modifier=".cg"),)
+            ss = ss + (tl.load(ats[w] + gap_of(windows[w].apart, tokens.skew, j0 + i, SPEC.HEAD_DIM), cache_modifier=".cg"),)
             new_ats = new_ats + (ats[w] + tokens.stride,)
         ats = new_ats
     return biases, ks, ss
@@ -121,11 +115,9 @@ def fold_stretches(ms, ls, as_, windows, lo, stretches, more, tokens, HOW: tl.co
     # 1, which the compiler may not know where stretches are long (docs/notes/0021).
     once = (tokens.stride >= 0).to(tl.int32) if AHEAD >= 16 else 1
     ats = ()
-    owns = ()
     for w in tl.static_range(W):
         ats = ats + (windows[w].live + lo.to(tl.int64) * tokens.stride,)
-        owns = owns + (tokens_of(tokens, windows[w]),)
-    biases, ks, ss = load_tokens_ahead(ats, owns, tokens, lo, HOW, SPEC)
+    biases, ks, ss = load_tokens_ahead(ats, windows, tokens, lo, HOW, SPEC)
     for n in range(1, stretches + 1):
         # The next stretch is loaded while this one is folded, and converted only then, or the loop would wait for it.
         # Past the end, reload the last stretch: cheaper than a mask.
@@ -133,7 +125,7 @@ def fold_stretches(ms, ls, as_, windows, lo, stretches, more, tokens, HOW: tl.co
         next_ats = ()
         for w in tl.static_range(W):
             next_ats = next_ats + (ats[w] + ahead.to(tl.int64) * tokens.stride,)
-        next_biases, next_ks, next_ss = load_tokens_ahead(next_ats, owns, tokens, lo + ahead, HOW, SPEC)
+        next_biases, next_ks, next_ss = load_tokens_ahead(next_ats, windows, tokens, lo + ahead, HOW, SPEC)
         # A loop of one turn, as the compiler moves no load behind a loop; without it, it does when registers are short.
         for _ in range(0, once):
             for i in tl.static_range(AHEAD):
@@ -174,9 +166,8 @@ def fold_rest(m, l, a, loaded, early, mine, begin, seq, tokens, snap, HOW: tl.co
         if loaded is not None:
             biases, ks, ss = loaded
         if loaded is None or ((early == 0) | (j > begin)):
-            biases, ks, ss = load_stretch(
-                at, tokens_from(tokens_of(tokens, mine), j), row, left, AHEAD, SPEC.HEAD_DIM, HOW.SLICE
-            )
+            apart = gap_of(mine.apart, tokens.skew, j, 0)
+            biases, ks, ss = load_stretch(at, apart, tokens, row, left, AHEAD, SPEC.HEAD_DIM, HOW.SLICE)
         places = places_from(seq, mine.x0 + j0, SPEC, AHEAD)
         for i in tl.static_range(AHEAD):
             m, l, a = fold_step(m, l, a, ks[i].to(tl.float32), ss[i].to(tl.float32) + biases[i])

@@ -6,6 +6,7 @@ A window is short, and all warps decode the item and finish the entry, so fewer 
 import triton
 import triton.language as tl
 
+from ..args import Tokens
 from .finish import entry_slot, load_finish
 from .items import dealt_items, draw_item, item_after, load_item, next_index, pause
 from .long_fold import deliver_entry
@@ -14,7 +15,7 @@ from .prefetch import prefetch_item
 from .rows import keep_each, load_biases, pool_window
 from .slots import check_history, load_history, retire_rows, sequence_of
 from .snapshot import snap_of, snapshot_rows
-from .tokens import tokens_from
+from .tokens import apart_from
 
 
 @triton.jit
@@ -27,7 +28,8 @@ def take_item(
     first = window == start // SPEC.RATIO
     held = (slot < st.num_slots) & (token + end - start <= tokens.count)
     live = tokens.kv_score + (token - start).to(tl.int64) * tokens.stride
-    tokens = tokens_from(tokens, token - start)
+    apart = apart_from(tokens, token - start)
+    tokens = Tokens(tokens.kv_score, tokens.stride, tokens.count, tokens.ape, apart, tokens.skew)
     seq = sequence_of(st, slot, start, end, SPEC)
     if held & (seq.h0 < start):
         held, _moved = check_history(load_history(seq, SPEC))

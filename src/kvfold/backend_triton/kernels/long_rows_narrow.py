@@ -6,6 +6,7 @@ One window of the indexer has too few loads in flight to hide its own waits, and
 import triton
 import triton.language as tl
 
+from ..args import Tokens
 from .finish import emit, entry_slot, load_finish, slot_valid
 from .fold import empty_group, quotient
 from .items import dealt_items, draw_item, item_after, load_item, next_index
@@ -13,7 +14,7 @@ from .long_rows import take_item
 from .pdl import load_plan, wait_for_inputs
 from .rows import fold_part, keep_each, load_live
 from .slots import check_history, first_read, load_history, sequence_of
-from .tokens import tokens_from
+from .tokens import apart_from
 from .vectors import numbers
 
 
@@ -40,7 +41,8 @@ def take_items(item, plan, one, HOW: tl.constexpr, SPEC: tl.constexpr, COUNT: tl
     position = (window + i) * SPEC.RATIO
     cache_slot = entry_slot(entry + i, plan)
     live = tokens.kv_score + (token - start).to(tl.int64) * tokens.stride
-    tokens = tokens_from(tokens, token - start)
+    apart = apart_from(tokens, token - start)
+    tokens = Tokens(tokens.kv_score, tokens.stride, tokens.count, tokens.ape, apart, tokens.skew)
     ks, ss = load_live(live, tokens, window, 0, ROWS, st.rows.dtype.element_ty, SPEC, HOW.TARGET.INLINE_PTX, COUNT)
     m, l, a = empty_group(COUNT * SPEC.HEAD_DIM)
     m, l, a = fold_part(m, l, a, ks, ss, tokens.ape, None, 0, True, SPEC, ROWS, COUNT)

@@ -11,7 +11,7 @@ def where_set(mask, flag):
 
 
 @triton.jit
-def load_words(words, step, mask, other, CACHE: tl.constexpr = ""):
+def load_words(words, step, mask, other, CACHE: tl.constexpr):
     """int64: numbers that begin at `words`, int64 where `step` is odd (`args.Numbers`); `other` where `mask` is not set."""
     low = tl.load(words, mask=mask, other=0, cache_modifier=CACHE)
     high = tl.load(words + 1, mask=where_set(mask, step % 2), other=0, cache_modifier=CACHE)
@@ -26,12 +26,12 @@ def load_numbers(numbers, i, mask, other):
         number = tl.load(numbers.at + i, mask=mask, other=other)
     else:
         words = numbers.at.to(tl.pointer_type(tl.int32)) + i.to(tl.int64) * (numbers.step // 2)
-        number = load_words(words, numbers.step, mask, other)
+        number = load_words(words, numbers.step, mask, other, "")
     return number
 
 
 @triton.jit
-def load_row_numbers(numbers, row, column, mask, other, CACHE: tl.constexpr = ""):
+def load_row_numbers(numbers, row, column, mask, other, CACHE: tl.constexpr):
     """int64: numbers of a table, whose rows are as far apart as `numbers.step` says and whose columns stand side by side."""
     step = numbers.step
     at = row.to(tl.int64) * (step // 2) + column.to(tl.int64) * (1 + step % 2)

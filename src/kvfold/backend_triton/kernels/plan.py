@@ -89,7 +89,7 @@ def find_slots(b, window, entry, last_token, made, table, table_width, rows_per_
     by_table = where_set(made, metadata.source == TABLE)
     by_token = where_set(made, metadata.source == TOKENS)
     column = window // rows_per_page
-    page = load_row_numbers(table, b, column, by_table & (column < table_width), -1)
+    page = load_row_numbers(table, b, column, by_table & (column < table_width), -1, "")
     page = tl.where(page == metadata.null_page, -1, page)
     of_page = tl.where(page >= 0, tl.minimum(page, INT32_MAX) * rows_per_page + window % rows_per_page, -1)
     index = tl.where(by_token, last_token, entry)

@@ -7,7 +7,7 @@ launch before, then issues all loads of state and tokens at once, and checks the
 import triton
 import triton.language as tl
 
-from ..args import History
+from ..args import History, Tokens
 from .finish import emit, entry_address, slot_valid
 from .fold import empty_fold, fold_step, minus_zero, quotient, spread
 from .items import load_item
@@ -16,7 +16,7 @@ from .prefetch import prefetch_fold, prefetch_rows
 from .rows import keep_each, keep_together, load_biases, load_rows, pool_window
 from .slots import check_history, keep_fold, place_at, retire_rows, sequence_of, tag_addresses
 from .snapshot import next_page_end, snap_of, snapshot_fold, snapshot_rows
-from .tokens import gap, tokens_from
+from .tokens import apart_from, gap
 
 
 @triton.jit
@@ -147,7 +147,8 @@ def short_step(pid, plan, snap_table, one, HOW: tl.constexpr, SPEC: tl.constexpr
         begin = tl.maximum(start, window * SPEC.RATIO)
         stop = begin + tl.minimum(end - begin, SPEC.RATIO - begin % SPEC.RATIO)
         live = tokens.kv_score + (token - start).to(tl.int64) * tokens.stride
-        tokens = tokens_from(tokens, token - start)
+        apart = apart_from(tokens, token - start)
+        own = Tokens(tokens.kv_score, tokens.stride, tokens.count, tokens.ape, apart, tokens.skew)
         seq = sequence_of(st, slot, start, end, SPEC)
         if SPEC.KIND == "fold":
             # The one division that homes need, before the wait; all other homes follow from it.
@@ -157,8 +158,8 @@ def short_step(pid, plan, snap_table, one, HOW: tl.constexpr, SPEC: tl.constexpr
             while place >= st.ring:
                 place -= st.ring
             if HOW.PDL:
-                prefetch_fold(live, tokens, seq, last, begin, stop, first & (seq.h0 < start), SPEC, HOW.AHEAD)
-            y, held = fold_item(live, tokens, seq, begin, stop, place, last, first, snap, HOW, SPEC)
+                prefetch_fold(live, own, seq, last, begin, stop, first & (seq.h0 < start), SPEC, HOW.AHEAD)
+            y, held = fold_item(live, own, seq, begin, stop, place, last, first, snap, HOW, SPEC)
         else:
             # Where the ring is a multiple of the ratio, one division gives all homes.
             this = (window * SPEC.RATIO) % st.ring
@@ -169,11 +170,11 @@ def short_step(pid, plan, snap_table, one, HOW: tl.constexpr, SPEC: tl.constexpr
             else:
                 last = tl.maximum(start - 1, 0) % st.ring
             if HOW.PDL:
-                prefetch_rows(live, tokens, seq, window, begin, stop, this, entry >= 0, SPEC)
-            y, held, history = pool_item(live, tokens, seq, window, this, last, entry >= 0, HOW, SPEC)
+                prefetch_rows(live, own, seq, window, begin, stop, this, entry >= 0, SPEC)
+            y, held, history = pool_item(live, own, seq, window, this, last, entry >= 0, HOW, SPEC)
             oldest = tl.maximum(begin, end - st.ring)
             # Loaded before the entry is finished, stored after.
-            copies = load_rows(live, tokens, window, oldest, stop, SPEC)
+            copies = load_rows(live, own, window, oldest, stop, SPEC)
         deliver, refused = slot_valid(entry, cache_slot, window * SPEC.RATIO, plan.entry_capacity, cache, SPEC.ROPE_DIM)
         if held & deliver:
             emit(y, entry, cache_slot, weight, cos, sin, cache, SPEC, FMT, HOW.TARGET)
@@ -182,8 +183,8 @@ def short_step(pid, plan, snap_table, one, HOW: tl.constexpr, SPEC: tl.constexpr
             if SPEC.HISTORY % SPEC.RATIO == 0 and end - seq.h0 <= st.ring:
                 keep_together(copies, seq, window, oldest, stop, this, SPEC)
             else:
-                keep_each(live, tokens, seq, oldest, stop, SPEC, 1)
-            snapshot_rows(live, tokens, window, begin, stop, snap, SPEC)
+                keep_each(live, own, seq, oldest, stop, SPEC, 1)
+            snapshot_rows(live, own, window, begin, stop, snap, SPEC)
             if first:
                 retire_rows(seq, history, SPEC)
     else:

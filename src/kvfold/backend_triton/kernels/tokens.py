@@ -7,32 +7,39 @@ has the address of a value finds the score by a sum, and where rows hold both no
 import triton
 import triton.language as tl
 
-from ..args import Tokens
 from .vectors import scalar
 
 
 @triton.jit
-def tokens_from(tokens, row):
-    """The same tokens, counted from row `row` on for `gap`; `kv_score` points where it did."""
-    apart = None if tokens.apart is None else gap(tokens, row, 0)
-    return Tokens(tokens.kv_score, tokens.stride, tokens.count, tokens.ape, apart, tokens.skew)
+def apart_from(tokens, row):
+    """`apart` of the same tokens counted from row `row` on; any number where rows hold both.
+
+    Not all of `Tokens`: no function may return what has None in it (Triton 3.6).
+    """
+    return 0 if tokens.skew is None else gap(tokens, row, 0)
+
+
+@triton.jit
+def gap_of(apart, skew, x, CHANNELS: tl.constexpr):
+    """`gap` of tokens that are counted from another row than `Tokens` are."""
+    return CHANNELS if skew is None else apart + scalar(x).to(tl.int64) * skew
 
 
 @triton.jit
 def gap(tokens, x, CHANNELS: tl.constexpr):
     """Elements from the value of token `x` to its score. CHANNELS: of a value."""
-    return CHANNELS if tokens.apart is None else tokens.apart + scalar(x).to(tl.int64) * tokens.skew
+    return gap_of(tokens.apart, tokens.skew, x, CHANNELS)
 
 
 @triton.jit
 def gaps(tokens, x, CHANNELS: tl.constexpr):
     """`gap` of several tokens, for addresses `[len(x), channels]`."""
-    return CHANNELS if tokens.apart is None else gap(tokens, x, CHANNELS)[:, None]
+    return CHANNELS if tokens.skew is None else gap(tokens, x, CHANNELS)[:, None]
 
 
 @triton.jit
 def whole_row(at, tokens, x, CHANNELS: tl.constexpr):
     """Addresses of value and score of token `x`. at: what they are where the score stands behind the value."""
-    if tokens.apart is not None:
+    if tokens.skew is not None:
         at += tl.where(tl.arange(0, 2 * CHANNELS) < CHANNELS, 0, gap(tokens, x, CHANNELS) - CHANNELS)
     return at

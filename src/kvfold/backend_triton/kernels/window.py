@@ -25,7 +25,7 @@ from .items import load_item
 from .pdl import load_plan, wait_for_inputs
 from .prefetch import prefetch_item, prefetch_tokens, prefetch_window
 from .slices import draw_ticket, first_work, is_last, leave_slice, share_entries, take_slices
-from .tokens import gap, tokens_from
+from .tokens import apart_from, gap
 from .vectors import scalar
 from .window_ring import holds_up, left_to_readers, readers_of, store_held_up
 from .window_rows import Pages, Pools, Tiling, find_pages, pool_slice, store_rounded
@@ -409,7 +409,8 @@ def run_program(
         if (index < total) & (first.token + first.end - first.start <= tokens.count):
             live = tokens.kv_score + (first.token - first.start).to(tl.int64) * tokens.stride
             begin = tl.maximum(first.start, first.window * SPEC.RATIO)
-            here = tokens_from(tokens, first.token - first.start)
+            apart = apart_from(tokens, first.token - first.start)
+            here = Tokens(tokens.kv_score, tokens.stride, tokens.count, tokens.ape, apart, tokens.skew)
             prefetch_tokens(live, here, begin, first.end, HOW.AHEAD, SPEC.HEAD_DIM * (1 + SPEC.OVERLAP))
     # Every program that is left waits; each where its work begins, so that what it needs for that is worked out before.
     if index < total:
