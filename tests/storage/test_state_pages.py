@@ -247,13 +247,13 @@ def test_operators_and_copies(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_check_and_dump(backend: Backend, tmp_path) -> None:
     spec = SPECS["fold"]
     engine = Paged(spec, backend, num_slots=3, max_new_tokens=MOST)
-    tokens = make_tokens(spec, 35, 0).to(backend.device)
+    tokens = make_tokens(spec, 35, 0)
     engine.step([(1, 0, tokens[:17])])
     start, ends = lengths_of(backend, [17], [18])
     slots = torch.tensor([1], dtype=torch.int32, device=backend.device)
     at = torch.tensor([3], device=backend.device)
     plan = StepPlan.build(16, start, ends, 18, state_slots=slots, entry_slots=at)
-    given = (tokens[17:], plan, engine.state, engine.cache)
+    given = (tokens[17:].to(backend.device), plan, engine.state, engine.cache)
     how = {"ape": engine.ape, "norm_weight": engine.norm_weight, "rope": engine.rope, "backend": backend.name}
     report = kvfold.check(*given, spec=spec, **how)
     assert report.equal, report
