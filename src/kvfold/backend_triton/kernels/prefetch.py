@@ -53,7 +53,7 @@ def prefetch_tokens(live, tokens, begin, stop, AHEAD: tl.constexpr, CHANNELS: tl
     """Rows of kv_score at positions `[begin, stop)`, AHEAD at most; `live` points at position 0."""
     BYTES: tl.constexpr = live.dtype.element_ty.primitive_bitwidth // 8
     # Values and scores in one piece, or in two.
-    PARTS: tl.constexpr = 1 if tokens.apart is None else 2
+    PARTS: tl.constexpr = 1 if tokens.skew is None else 2
     LINES: tl.constexpr = (2 // PARTS * CHANNELS * BYTES + 127) // 128
     e = tl.arange(0, AHEAD * PARTS * LINES)
     x = begin + e // (PARTS * LINES)
