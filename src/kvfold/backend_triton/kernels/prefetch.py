@@ -126,7 +126,7 @@ def prefetch_item(item, there, c0, tokens, SPEC: tl.constexpr, SLICE: tl.constex
     window, start, end, token, _, _, _ = item
     BYTES: tl.constexpr = tokens.kv_score.dtype.element_ty.primitive_bitwidth // 8
     # Values and scores, or both at once.
-    PARTS: tl.constexpr = 2 if (SLICE < SPEC.HEAD_DIM) or (tokens.apart is not None) else 1
+    PARTS: tl.constexpr = 2 if (SLICE < SPEC.HEAD_DIM) or (tokens.skew is not None) else 1
     SIZE: tl.constexpr = SLICE * BYTES if SLICE < SPEC.HEAD_DIM else 2 // PARTS * SPEC.HEAD_DIM * (1 + SPEC.OVERLAP) * BYTES
     begin = tl.maximum(start, window * SPEC.RATIO)
     e = tl.arange(0, 128 * PARTS)  # as in `prefetch_window`

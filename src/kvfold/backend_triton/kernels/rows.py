@@ -96,7 +96,7 @@ def load_window(
                 row = tl.where(x < seq.start, kept, at) + half
                 there = spread(there, SPEC.HEAD_DIM)
                 k = tl.load(row, mask=there, other=minus_zero()).to(tl.float32)
-                if tokens.apart is not None:
+                if tokens.skew is not None:
                     row += tl.where(x < seq.start, 0, gap(tokens, x, CHANNELS) - CHANNELS)
                 s = tl.load(row + CHANNELS, mask=there, other=float("-inf")).to(tl.float32)
             else:
