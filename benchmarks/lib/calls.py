@@ -59,8 +59,8 @@ class Step:
             for spec in self.specs
         ]
 
-    def make_plan(self) -> kvfold.StepPlan:
-        """A plan of this step; sequences have their cache pages one behind the other."""
+    def make_plan(self, **more: object) -> kvfold.StepPlan:
+        """A plan of this step; sequences have their cache pages one behind the other. more: options of `StepPlan.build`."""
         case, device = self.case, self.device
         cache = torch.arange(self.batch * self.cache_pages, dtype=torch.int32, device=device).view(self.batch, -1)
         options: dict = {"cache_block_table": cache, "rows_per_page": self.rows_per_page}
@@ -70,15 +70,15 @@ class Step:
         else:
             options["state_slots"] = torch.arange(self.batch, dtype=torch.int32, device=device)
         return kvfold.StepPlan.build(
-            case.ratio, self.start_pos, self.cu_seqlens, self.longest, max_tokens=self.tokens, **options
+            case.ratio, self.start_pos, self.cu_seqlens, self.longest, max_tokens=self.tokens, **options | more
         )
 
     def buffers(self, rows_dtype: torch.dtype = torch.bfloat16) -> list[Buffers]:
         """A new buffer set: one `Buffers` for each compressor of the call."""
-        found = []
+        case, found = self.case, []
         for spec, output in zip(self.specs, self.variant.outputs, strict=True):
             kv_score = torch.randn(self.tokens, 2 * spec.channels, dtype=torch.bfloat16, device=self.device)
-            state = self._window_state(spec) if self.variant.state == "window" else self._fold_state(spec)
+            state = self._window_state(spec) if self.variant.state == "window" else floor.held_state(case, spec, self.start_pos)
             cache = rows = None
             if output == "rows":
                 rows = torch.empty(self.plan.entry_capacity, spec.head_dim, dtype=rows_dtype, device=self.device)
@@ -106,14 +106,6 @@ class Step:
         call()
         if int(self.plan.errors):
             raise RuntimeError(f"{self.case.name}: plan.errors is {int(self.plan.errors)} after the benchmark's own step")
-
-    def _fold_state(self, spec: kvfold.CompressorSpec) -> kvfold.FoldState:
-        """Every slot holds the last `ring` positions before its start, with finite rows."""
-        state = floor.fold_state(self.case, spec, num_slots=self.batch, device=self.device)
-        state.rows.normal_().abs_()
-        held = self.start_pos[:, None] - 1 - torch.arange(state.ring, dtype=torch.int32, device=self.device)
-        state.positions.scatter_(1, held.remainder(state.ring).long(), held.clamp(min=-1))
-        return state
 
     def _window_state(self, spec: kvfold.CompressorSpec) -> kvfold.WindowState:
         pools = [torch.randn(self.state_pages, PAGE_SIZE, spec.channels, device=self.device) for _ in range(2)]

@@ -46,13 +46,39 @@ def fold_state(case: Case, spec: kvfold.CompressorSpec, **options: object) -> kv
     return kvfold.FoldState.allocate(spec, max_new_tokens=min(case.new, 8), dtype=dtype, **options)
 
 
-def traffic(case: Case, variant: Variant) -> Traffic:
-    """The bytes of one call. Weights and tables count once per call, everything else once per sequence."""
+def held_state(case: Case, spec: kvfold.CompressorSpec, start_pos: torch.Tensor) -> kvfold.FoldState:
+    """One in which every slot holds the last `ring` positions before its start, with finite rows."""
+    state = fold_state(case, spec, num_slots=start_pos.shape[0], device=start_pos.device)
+    state.rows.normal_().abs_()
+    held = start_pos[:, None] - 1 - torch.arange(state.ring, dtype=torch.int32, device=start_pos.device)
+    state.positions.scatter_(1, held.remainder(state.ring).long(), held.clamp(min=-1))
+    return state
+
+
+def traffic(case: Case, variant: Variant, page_size: int = PAGE_SIZE) -> Traffic:
+    """The bytes of one call. Weights and tables count once per call, everything else once per sequence.
+
+    The state of the variant may also be "ring", which reads and writes as "window" does, or "none". page_size: of the state.
+    """
     starts = Counter(case.start_positions())
     parts = [_plan(case, starts, records=variant.outputs != ("rows",))]
     for spec, output in zip(variant.specs(case), variant.outputs, strict=True):
-        parts += _window(case, spec, starts) if variant.state == "window" else _fold(case, spec, starts)
+        if variant.state == "none":
+            parts.append(_tokens(case, spec))
+        else:
+            raw = variant.state in ("window", "ring")
+            parts += _window(case, spec, starts, page_size) if raw else _fold(case, spec, starts)
         parts.append(_entries(case, spec, output, starts))
+    return _sum(parts)
+
+
+def stored(case: Case, spec: kvfold.CompressorSpec, output: str) -> Traffic:
+    """The bytes of `store` with a plan, but for the rows that it is given."""
+    starts = Counter(case.start_positions())
+    return _sum([_plan(case, starts, records=True), _entries(case, spec, output, starts)])
+
+
+def _sum(parts: list[Traffic]) -> Traffic:
     return Traffic(sum(part.read for part in parts), sum(part.write for part in parts))
 
 
@@ -81,11 +107,13 @@ def _entries(case: Case, spec: kvfold.CompressorSpec, output: str, starts: Count
 
 def _tokens(case: Case, spec: kvfold.CompressorSpec) -> Traffic:
     """Every new row of kv_score, in bf16."""
-    return Traffic(case.batch * case.new * 2 * spec.channels * 2, 0)
+    return Traffic(case.batch * case.new * spec.kv_score_width * 2, 0)
 
 
 def _bias_of_tokens(case: Case, spec: kvfold.CompressorSpec, starts: Counter) -> Traffic:
     """The rows of ape that any new token is biased with."""
+    if not spec.has_ape:
+        return Traffic(0, 0)
     places = {(start + i) % spec.ratio for start in starts for i in range(min(case.new, spec.ratio))}
     return Traffic(len(places) * spec.channels * 4, 0)
 
@@ -118,19 +146,19 @@ def _fold(case: Case, spec: kvfold.CompressorSpec, starts: Counter) -> list[Traf
         parts.append(Traffic(count * (read + tags), count * (kept * row + 4 * len(stored))))
     if state.kind == "fold":
         parts.append(_bias_of_tokens(case, spec, starts))
-    else:  # the rows are kept without bias: only entries need it
+    elif spec.has_ape:  # the rows are kept without bias: only entries need it
         halves = {half for start in starts for w in _ended(case, start) for half in (0, int(spec.overlap and w > 0))}
         parts.append(Traffic(len(halves) * spec.ratio * spec.head_dim * 4, 0))
     return parts
 
 
-def _window(case: Case, spec: kvfold.CompressorSpec, starts: Counter) -> list[Traffic]:
+def _window(case: Case, spec: kvfold.CompressorSpec, starts: Counter, page_size: int) -> list[Traffic]:
     """kv_score, ape, and the pages and block tables of a WindowState in fp32."""
     parts = [_tokens(case, spec), _bias_of_tokens(case, spec, starts)]
     for start, count in starts.items():
         ended = _ended(case, start)
         first = max(ended[0] - int(spec.overlap), 0) * spec.ratio if ended else start
-        pages = (start + case.new - 1) // PAGE_SIZE - first // PAGE_SIZE + 1
+        pages = (start + case.new - 1) // page_size - first // page_size + 1
         read = _old_halves(case, spec, start) * 2 * spec.head_dim * 4 + pages * 2 * 4
         parts.append(Traffic(count * read, count * case.new * 2 * spec.channels * 4))
     return parts
@@ -177,15 +205,40 @@ def floor_us(bytes_moved: Traffic, dependent: bool = True) -> float:
     Args:
         dependent: also try dependent launch, where there is one; leave it out beside calls that run without.
     """
+    return chain_us((bytes_moved,), dependent)
+
+
+@lru_cache
+def chain_us(launches: tuple[Traffic, ...], dependent: bool = True) -> float:
+    """Microseconds, cold, of launches one after the other that move so many bytes each, by the fastest arrangement."""
     can = dependent and supports_pdl(torch.device("cuda"))
-    widest = max(block for block, _ in ARRANGEMENTS)
-    buffers = []
-    for _ in range(protocol.buffer_sets(bytes_moved.total)):
-        src = torch.randint(1 << 30, (_words(bytes_moved.read),), dtype=torch.int32, device="cuda")
-        dst = torch.empty(max(_words(bytes_moved.write), widest), dtype=torch.int32, device="cuda")
-        buffers.append((src, dst))
+    sets = protocol.buffer_sets(sum(one.total for one in launches))
+    buffers = [[_buffers(one, "cuda") for one in launches] for _ in range(sets)]
     return min(
-        protocol.time_graph([move(src, dst, *bytes_moved, block, warps, launch) for src, dst in buffers])
+        protocol.time_graph([chain(own, launches, block, warps, launch) for own in buffers])
         for block, warps in ARRANGEMENTS
         for launch in ((False, True) if can else (False,))
+    )
+
+
+def chain(
+    buffers: list[tuple[torch.Tensor, torch.Tensor]], launches: tuple[Traffic, ...], block: int, warps: int, dependent: bool
+) -> Callable[[], None]:
+    """`move` of each of the launches, over buffers of its own. It is arranged so where it is large, else as is best."""
+    most = max(one.total for one in launches)
+    shapes = [(block, warps) if 4 * one.total >= most else ARRANGEMENTS[0] for one in launches]
+    moves = [move(*own, *one, *how, dependent) for own, one, how in zip(buffers, launches, shapes, strict=True)]
+
+    def call() -> None:
+        for one in moves:
+            one()
+
+    return moves[0] if len(moves) == 1 else call
+
+
+def _buffers(bytes_moved: Traffic, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Source and destination, which has room for what any arrangement may store."""
+    src = torch.randint(1 << 30, (_words(bytes_moved.read),), dtype=torch.int32, device=device)
+    return src, torch.empty(
+        max(_words(bytes_moved.write), max(block for block, _ in ARRANGEMENTS)), dtype=torch.int32, device=device
     )

@@ -274,3 +274,56 @@ def representations(rows: Rows) -> str:
         return markdown(("case", "rows us", "fold rows us", "rows bytes", "fold rows bytes"), lines), list(ours.values())
 
     return sections(rows, ("representations",), body)
+
+
+def v41_summary(rows: Rows) -> str:
+    """Steps of V4.1's source layers, in brackets times the floor; a layer of V4 of the same step behind them."""
+    steps = (("1 token, all end a window of 2", 1, "hit"), ("1 token, half of them", 1, "spread"), ("4 tokens", 4, "hit"))
+    states = (("fold", "FoldState"), ("ring", "ring of raw fp32 rows"))
+    layer = {1: "ratio 4, 1 token, main and indexer", 4: "ratio 4, 4 tokens, main and indexer"}
+    v4 = {words: (shape, variant) for words, shape, variant, _ in DECODE}
+
+    def body(device: str) -> tuple[str, Rows]:
+        ours, decode, lines, used = of(rows, "v41", device), of(rows, "decode", device), [], []
+
+        def add(what: str, words: str, found: Rows) -> None:
+            if any(found):
+                cells = (f"{row['us']:.1f} ({row['us'] / row['floor_us']:.2f})" if row else "" for row in found)
+                lines.append((what, words, *cells))
+                used.extend(row for row in found if row)
+
+        for state, name in states:
+            for words, new, mode in steps:
+                add(f"4 layers, {name}", words, [ours.get((f"v41 4 layers b{b} n{new} {mode}", state)) for b in BATCHES])
+        for new, words in layer.items() if used else ():
+            (head_dim, ratio, _, mode), variant = v4[words]
+            names = [Case("decode", head_dim, ratio, batch, new, mode).name for batch in BATCHES]
+            add("one layer of V4", words, [decode.get((name, variant)) for name in names])
+        return markdown(("what", "step", *(f"{batch} sequences" for batch in BATCHES)), lines), used
+
+    return sections(rows, ("v41",), body)
+
+
+def places_summary(rows: Rows) -> str:
+    """`store` of many rows, by a plan and without one."""
+
+    def body(device: str) -> tuple[str, Rows]:
+        ours = of(rows, "store_places", device)
+        lines = [
+            (case.removeprefix("store "), variant.removeprefix("store:"), f"{row['us']:.1f}")
+            for (case, variant), row in ours.items()
+        ]
+        return markdown(("rows", "format", "us"), lines), list(ours.values())
+
+    return sections(rows, ("store_places",), body)
+
+
+def metadata_summary(rows: Rows) -> str:
+    """Updates of plans and calls, with and without what an engine's metadata has."""
+
+    def body(device: str) -> tuple[str, Rows]:
+        found = [row for row in rows if row["device"] == device and row["bench"] in ("plan_metadata", "reserved")]
+        lines = [(row["case"], row["variant"], f"{row['us']:.2f}", f"{row['more_us']:+.2f}") for row in found]
+        return markdown(("step", "way", "us", "more"), lines), found
+
+    return sections(rows, ("plan_metadata", "reserved"), body)

@@ -50,7 +50,9 @@ class Case:
 
     @property
     def spec(self) -> kvfold.CompressorSpec:
-        """The compressor of V4 with this shape."""
+        """The compressor of V4 with this shape; with ratio 1 or 2 that of V4.1."""
+        if self.ratio <= 2:
+            return kvfold.V41_MAIN_R2 if self.ratio == 2 else kvfold.V41_MAIN_R1
         if self.head_dim == 128:
             return kvfold.V4_INDEXER
         return kvfold.V4_HCA if self.ratio == 128 else kvfold.V4_CSA
@@ -71,6 +73,11 @@ class Case:
         if self.mode == "hit" and self.new % self.ratio:
             base += self.ratio - self.new % self.ratio
         return [base] * self.batch
+
+    @property
+    def windows(self) -> int:
+        """How many the step touches."""
+        return sum((start + self.new - 1) // self.ratio - start // self.ratio + 1 for start in self.start_positions())
 
 
 def cases() -> list[Case]:

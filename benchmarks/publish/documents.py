@@ -59,6 +59,9 @@ def parts(rows: Rows) -> dict[str, str]:
         "launches": measured.launches(rows),
         "window_reduction": measured.window_reduction(rows),
         "representations": measured.representations(rows),
+        "v41": measured.v41_summary(rows),
+        "store_places": measured.places_summary(rows),
+        "metadata": measured.metadata_summary(rows),
     }
     return {name: text or MISSING for name, text in made.items()}
 

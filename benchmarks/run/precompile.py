@@ -13,17 +13,29 @@ import torch
 import triton
 
 import kvfold
-from kvfold.backend_triton.keys import Key, PairKey, StepKey, WindowKey, step_key, store_key, window_key
+from kvfold.backend_triton.keys import (
+    Key,
+    PairKey,
+    StepKey,
+    StoreKey,
+    WindowKey,
+    kind_of,
+    plan_key,
+    step_key,
+    store_key,
+    window_key,
+)
 from kvfold.backend_triton.table import BUCKETS, MULTIPROCESSORS, item_bucket, pair_buckets
 from kvfold.backend_triton.variants import variant_of
 from kvfold.precompile.combinations import TARGETS
 from kvfold.storage.fold_state import state_kind
 from kvfold.storage.formats import FORMATS
 
-from ..lib import protocol
+from ..lib import protocol, v41
 from ..lib.floor import PAGE_SIZE
 from ..lib.protocol import Case, Variant
-from . import decode, launches, overhead, prefill
+from . import decode, launches, metadata, overhead, prefill, store
+from .v41 import name_of
 
 BF16, FP32 = torch.bfloat16, torch.float32
 WAYS = (False, True)  # a call is launched in: as a dependent or not
@@ -36,9 +48,8 @@ def key_of(case: Case, variant: Variant, pooled: torch.dtype = BF16) -> StepKey 
     rows, weight = (pooled, None) if formats[0] is None else (None, FP32)
     if variant.state == "window":
         return window_key(specs[0], formats[0], case.new, (BF16, FP32, rows, weight, True), PAGE_SIZE)
-    windows = sum((start + case.new - 1) // case.ratio - start // case.ratio + 1 for start in case.start_positions())
     buckets = BUCKETS if len(specs) == 1 else pair_buckets({state_kind(spec) for spec in specs})
-    bucket = item_bucket(windows, MULTIPROCESSORS, buckets)
+    bucket = item_bucket(case.windows, MULTIPROCESSORS, buckets)
     found = []
     for spec, fmt in zip(specs, formats, strict=True):
         kind = state_kind(spec)
@@ -47,8 +58,40 @@ def key_of(case: Case, variant: Variant, pooled: torch.dtype = BF16) -> StepKey 
     return found[0] if len(found) == 1 else PairKey(*found)
 
 
+def layer_keys(case: Case, state: str) -> tuple[StepKey | WindowKey, StoreKey]:
+    """Of the two launches of a source layer of V4.1. state: of `v41.STATES`, for ratio 2."""
+    spec, fmt, found = case.spec, FORMATS[v41.MAIN], store_key(v41.key_spec(case.ratio), FORMATS[v41.KEY], (BF16, FP32))
+    if spec.gate and state == "ring":
+        return window_key(spec, fmt, case.new, (BF16, FP32, None, FP32, True, True), v41.RING, "ring"), found
+    bucket = item_bucket(case.windows, MULTIPROCESSORS, BUCKETS)
+    types = (BF16, BF16 if spec.gate else None, None, FP32, True, True)
+    return step_key(spec, fmt, kind_of(spec), case.new, types, bucket=bucket), found
+
+
+def engine_keys() -> dict[str, Key]:
+    """Of the calls that `v41`, `metadata` and `store --places` make, and of their plans."""
+    found: dict[str, Key] = {}
+    for cases in v41.cases():
+        for state in v41.STATES:
+            for ratio, case in cases.items():
+                for launch, key in zip(("compress", "store"), layer_keys(case, state), strict=True):
+                    found[f"{name_of(case, f'r{ratio}')} {state} {launch}"] = key
+    found |= {f"metadata {case.name} {variant.name}": key_of(case, variant) for case, variant in metadata.CALLS}
+    for engine in (False, True):
+        found |= {
+            f"metadata plan r{case.ratio} {engine}": plan_key(case.ratio, 1, False, False, engine) for case in metadata.UPDATES
+        }
+        found[f"metadata plan of a prompt {engine}"] = plan_key(4, 1 << 20, False, False, engine)
+        found[f"v41 plan r2 {engine}"] = plan_key(2, 1, False, False, engine)
+    found |= {f"{what} plan r1": plan_key(1, windows, True, False) for what, windows in (("v41", 1), ("places", 1 << 20))}
+    for spec, fmt in store.PLACED:
+        for way, places in (("plan", ()), ("slots", (torch.int64, torch.int64))):
+            found[f"places {fmt} {way}"] = store_key(spec, FORMATS[fmt], (BF16, FP32, *places))
+    return found
+
+
 def keys(only: str = "") -> list[Key]:
-    """Of the calls that `decode`, `prefill`, `launches` and `window_reduction` make, by the rows of `compare` that need them.
+    """Of the calls that `decode`, `prefill`, `launches`, `window_reduction` and those of an engine make, by what needs them.
 
     only: rows whose name has one of these, separated by commas, in it.
     """
@@ -64,6 +107,7 @@ def keys(only: str = "") -> list[Key]:
     found |= {f"launches {case.name}": key_of(case, launches.POOL, FP32) for case in launches.CASES}
     for spec in (kvfold.V4_HCA, kvfold.V4_CSA):
         found[f"launches store r{spec.ratio}"] = store_key(spec, FORMATS[launches.FORMAT], (FP32, FP32))
+    found |= engine_keys()
     return list(dict.fromkeys(key for name, key in found.items() if any(words in name for words in only.split(","))))
 
 
@@ -72,15 +116,20 @@ def build(job: tuple[Key, bool, str]) -> None:
     variant_of(key, True, pdl).compile(TARGETS[target])
 
 
+def compile_all(wanted: list[Key], target: str) -> str:
+    """All at once, in both ways; a kernel that fails ends it. Returns what was done."""
+    start, jobs = time.perf_counter(), [(key, pdl, target) for key in wanted for pdl in WAYS]
+    with ProcessPoolExecutor() as pool:
+        list(pool.map(build, jobs))
+    return f"{len(jobs)} kernels by Triton {triton.__version__} in {time.perf_counter() - start:.0f} s"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=TARGETS, default="sm_90")
     parser.add_argument("--only", default="", help="rows of `compare` whose name has one of these, separated by commas, in it")
-    args, start = parser.parse_args(), time.perf_counter()
-    jobs = [(key, pdl, args.target) for key in keys(args.only) for pdl in WAYS]
-    with ProcessPoolExecutor() as pool:
-        list(pool.map(build, jobs))
-    print(f"{len(jobs)} kernels by Triton {triton.__version__} in {time.perf_counter() - start:.0f} s")
+    args = parser.parse_args()
+    print(compile_all(keys(args.only), args.target))
 
 
 if __name__ == "__main__":

@@ -53,6 +53,9 @@ STAGES = (
     _bench("pages", 20, module="experiments.pages"),
     _bench("parts", 40, module="experiments.parts"),
     _bench("store", 60),
+    _bench("store-places", 30, "--places", "131072"),
+    _bench("v41", 60),
+    _bench("metadata", 40),
     _bench("launches", 60),
     # racecheck and memcheck side by side, with 7 processes each, took 175 s; racecheck with one did not end in 380 s.
     _bench("sanitizer", 500, "--timeout", "490", module="run.sanitize"),

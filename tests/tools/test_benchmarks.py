@@ -15,10 +15,10 @@ from support.helpers import Weights, make_tokens, norm_error
 
 import kvfold
 from benchmarks.experiments import pages, parts, window_reduction
-from benchmarks.lib import bounded, calls, floor, protocol
+from benchmarks.lib import bounded, calls, floor, protocol, v41
 from benchmarks.lib.constants import constants
 from benchmarks.lib.protocol import Case, Variant
-from benchmarks.run import decode, launches, precompile, record
+from benchmarks.run import decode, engine, launches, metadata, precompile, record, store
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the interpreter takes the kernels where there is no GPU
 HIT = Case("decode", 512, 128, 16, 4, "hit")
@@ -129,6 +129,103 @@ def test_calls_are_accepted(name: str, mode: str) -> None:
 def test_calls_with_overlap_are_accepted(name: str) -> None:
     step = calls.Step(Case("decode", 512, 4, 4, 1, "hit"), Variant.parse(name), DEVICE)
     step.check(step.call(step.buffers()))
+
+
+def v41_cases(new: int, mode: str, batch: int = 4) -> dict[int, Case]:
+    return {ratio: Case("decode", 512, ratio, batch, new, mode) for ratio in (2, 1)}
+
+
+def test_bytes_of_a_layer_of_v41() -> None:
+    """Ratio 2, 16 sequences at 9: one token that ends window 4. Its old row is the state's, in bf16, or the ring's, in fp32."""
+    case = v41_cases(1, "hit", 16)[2]
+    plan, entry = 4 + 16 * 32 + 16 * 8, 528 + 512 * 2
+    for state, old, new in (("fold", 2 * 512 * 2 + 4, 2 * 512 * 2 + 4), ("ring", 2 * 512 * 4 + 2 * 4, 2 * 512 * 4)):
+        compress, key = v41.traffic(case, state)
+        assert compress == (plan + 512 * 4 + 64 * 4 + 16 * (2 * 512 * 2 + old), 16 * (new + entry))
+        assert key == (plan + 128 * 4 + 64 * 4 + 16 * 128 * 2, 16 * (64 + 4))
+    compress, key = v41.traffic(v41_cases(4, "hit", 16)[1], "fold")  # ratio 1: four entries of a token each, and no state
+    plan = 4 + 64 * 32 + 64 * 8
+    assert compress == (plan + 512 * 4 + 4 * 64 * 4 + 64 * 512 * 2, 64 * entry)
+    assert key == (plan + 128 * 4 + 4 * 64 * 4 + 64 * 128 * 2, 64 * 68)
+
+
+@pytest.mark.parametrize("state", v41.STATES)
+def test_the_layers_of_v41_are_two_launches_each_and_write_all_they_are_timed_for(state: str) -> None:
+    for new, mode in v41.STEPS:
+        step = v41.Step(v41_cases(new, mode), state, DEVICE)
+        launches = step.launches()
+        assert len(launches) == 8
+        step.check(step.call(launches))
+        for layer in step.made.values():
+            own = layer.buffers()
+            step.check(step.call(list(layer.calls(own))))
+            ended = sum((at + new) // layer.case.ratio - at // layer.case.ratio for at in layer.case.start_positions())
+            assert int(own.latent.any(1).sum()) == ended > 0
+            for cache in (own.cache, own.key_cache):
+                per_row = cache.read(torch.arange(4 * 64 + 64, device=DEVICE)).any(1)
+                assert int(per_row.sum()) == ended
+
+
+@pytest.mark.parametrize("at", range(len(metadata.CALLS)))
+def test_reserved_places_change_no_record(at: int) -> None:
+    case, variant = metadata.CALLS[at]
+    case = Case(case.kind, 512, case.ratio, 3, min(case.new, 64), case.mode)
+    for places in (False, True):
+        (call,) = metadata.calls_of(case, variant, places, DEVICE, sets=1)
+        call()
+    step = calls.Step(case, variant, DEVICE)
+    plain, more = step.plan, step.make_plan(**metadata.reserved(step))
+    assert more.entry_capacity > plain.entry_capacity and int(plain.num_items) == int(more.num_items)
+
+
+def test_updates_that_gather_cache_slots_differ_in_nothing_else() -> None:
+    case = Case("decode", 512, 4, 20, 4, "hit")
+    step, entries = calls.Step(case, Variant.parse("fold:bf16"), DEVICE), {}
+    for name, options in metadata.ways(step).items():
+        plan = step.make_plan(**options)
+        assert int(plan.errors) == 0 and int((plan.entry_slots >= 0).sum()) == 20, name
+        entries[name] = plan.cu_entries.tolist()
+    assert all(found == entries["block table"] for found in entries.values())
+    assert [len(made) for made in metadata.updates_of(case, DEVICE, plans=2).values()] == [2] * 4
+
+
+@pytest.mark.parametrize(("spec", "fmt"), store.PLACED, ids=["main", "key"])
+def test_rows_with_a_plan_and_by_slots_are_stored_alike(
+    spec: kvfold.CompressorSpec, fmt: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "DEVICE", DEVICE)
+    monkeypatch.setattr(protocol, "buffer_sets", lambda _: 1)
+    caches, made = [], kvfold.EntryCache.allocate
+    monkeypatch.setattr(kvfold.EntryCache, "allocate", lambda *a, **k: caches.append(made(*a, **k)) or caches[-1])
+    for way in store.WAYS:
+        torch.manual_seed(3)  # the rows are drawn last
+        (call,) = store.placed_calls(spec, fmt, 48, way, rows_per_page=2)
+        call()
+    plan, ordered, anywhere = (cache.read(torch.arange(48, device=DEVICE)) for cache in caches)
+    assert bool(plan.any(1).all()) and torch.equal(plan, ordered) and bool(anywhere.any(1).all())
+
+
+def test_what_is_held_to_targets() -> None:
+    def row(bench: str, case: str, variant: str, us: float, **more: float) -> dict:
+        return {"bench": bench, "case": case, "variant": variant, "us": us, **more}
+
+    layers = [row("v41", f"v41 4 layers b{b} n1 hit", s, 15.0, floor_us=10.0) for s in v41.STATES for b in (16, 64)]
+    assert engine.judged_v41([layers[0] | {"launches": 2.0}, *layers[1:]]) == [
+        ("launches of a layer, v41 4 layers b16 n1 hit fold", 2.0, 2), ("x floor, v41 4 layers b64 n1 hit", 1.5, 1.3),
+    ]  # fmt: skip
+    ways = [row("store_places", way, "store:bf16", us) for way, us in zip(store.WAYS, (100.0, 101.0, 120.0), strict=True)]
+    assert engine.judged_places(ways) == [("x the form with a plan, store:bf16", 1.2, 1.1)]
+    rows = [
+        row("plan_metadata", "p", "block table", 3.0, more_us=0.0), row("plan_metadata", "p", "token slots", 4.5, more_us=1.5),
+        row("reserved", "c", "fold:bf16", 3.0, more_us=0.0),
+        row("reserved", "c", "fold:bf16, reserved places", 3.25, more_us=0.25),
+    ]  # fmt: skip
+    assert [(value, most) for _, value, most in engine.judged_metadata(rows)] == [
+        (3.0, 5.0),
+        (4.5, 5.0),
+        (1.5, 1.0),
+        (0.25, 0.2),
+    ]
 
 
 @pytest.mark.parametrize("case", [HIT, Case("prefill", 512, 4, 1, 24)], ids=lambda case: case.name)
@@ -252,6 +349,7 @@ def test_every_timed_call_has_its_kernel_compiled_before() -> None:
     asked = [(case, variant) for case, variant in decode.chosen(decode.parse([])) if case.kind == "decode"]
     assert asked and {precompile.key_of(case, variant) for case, variant in asked} <= set(keys)
     assert {precompile.key_of(case, launches.POOL, torch.float32) for case in launches.CASES} <= set(keys)
+    assert set(precompile.engine_keys().values()) <= set(precompile.keys(engine.COMPILED)) <= set(keys)
     step = calls.Step(HIT, Variant.parse("window:fp8_ds_mla"), device="cpu")
     (buffers,) = step.buffers()
     assert precompile.key_of(HIT, step.variant).fmt is buffers.cache.format

@@ -72,6 +72,12 @@ def sample(folder: Path) -> Path:
             row("representations", CSA_HIT.name, "rows:fp8_ds_mla", 3.5, bytes=23456),
             row("representations", CSA_HIT.name, "fold-rows:fp8_ds_mla", 4.5, bytes=34567),
         ],
+        "v41": [row("v41", "v41 4 layers b64 n1 hit", "fold", 15.0, floor_us=12.0)],
+        "store_places": [row("store_places", "store hd512 131072 rows of a plan", "store:fp8_ds_mla", 165.0)],
+        "metadata": [
+            row("plan_metadata", "plan r4 b256 n1", "token slots", 3.5, more_us=0.5),
+            row("reserved", CSA_HIT.name, "fold:rows, reserved places", 4.5, more_us=-0.125),
+        ],
     }
     for name, lines in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -134,6 +140,9 @@ def test_every_bench_has_its_part(tmp_path: Path) -> None:
         "prompt_parts": "| 65536 tokens, ratio 4, head_dim 512 | 62.9 | 68.1 |  |",
         "window_reduction": "| 30.00 | 6.00 | 3.00 | 5.0x |",
         "representations": "| 3.50 | 4.50 | 23,456 | 34,567 |",
+        "v41": "| 4 layers, FoldState | 1 token, all end a window of 2 |  | 15.0 (1.25) |  |",
+        "store_places": "| hd512 131072 rows of a plan | fp8_ds_mla | 165.0 |",
+        "metadata": "| plan r4 b256 n1 | token slots | 3.50 | +0.50 |",
     }.items():
         assert cells in made[name], made[name]
     assert documents.parts([])["speed"] == documents.MISSING
