@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.helpers import SPECS, Backend, Engine, Weights, make_tokens
+from support.helpers import SPECS, Backend, Engine, Weights, make_tokens, shape_of
 from torch import Tensor
 
 import kvfold
@@ -42,8 +42,8 @@ def offsets(lengths: list[int]) -> Tensor:
 
 @names
 def test_an_empty_batch(backend: Backend, name: str) -> None:
-    engine = Engine(SPECS[name], backend, num_slots=2, max_new_tokens=1)
-    engine.step([(0, 0, make_tokens(SPECS[name], 3, seed=0))])
+    engine = Engine(shape_of(name, backend), backend, num_slots=2, max_new_tokens=1)
+    engine.step([(0, 0, make_tokens(engine.spec, 3, seed=0))])
     before = engine.snapshot()
     assert engine.step([]).errors == 0
     assert engine.step([], padding=5).errors == 0
@@ -53,7 +53,7 @@ def test_an_empty_batch(backend: Backend, name: str) -> None:
 @names
 def test_absent_sequences(backend: Backend, name: str) -> None:
     """No slot, or no tokens: nothing changes, nothing is refused, whatever else these sequences say."""
-    spec = SPECS[name]
+    spec = shape_of(name, backend)
     tokens = make_tokens(spec, 2 * spec.ratio, seed=1)
     engine = Engine(spec, backend, num_slots=2, max_new_tokens=1)
     engine.step([(0, 0, tokens[:5])])
@@ -66,7 +66,7 @@ def test_absent_sequences(backend: Backend, name: str) -> None:
 
 @names
 def test_absent_sequences_change_nothing_for_the_others(backend: Backend, name: str) -> None:
-    spec = SPECS[name]
+    spec = shape_of(name, backend)
     tokens, other = make_tokens(spec, 2 * spec.ratio + 1, seed=2), torch.full((spec.ratio, 2 * spec.channels), torch.nan)
     alone = Engine(spec, backend, num_slots=2, max_new_tokens=1)
     alone.step([(1, 0, tokens)])
@@ -79,7 +79,7 @@ def test_absent_sequences_change_nothing_for_the_others(backend: Backend, name: 
 @names
 def test_a_slot_full_of_nan_is_used_again(backend: Backend, name: str) -> None:
     """The former owner leaves NaN rows with every tag that could mislead; the next one starts at 0 and never sees them."""
-    spec = SPECS[name]
+    spec = shape_of(name, backend)
     tokens = make_tokens(spec, 2 * spec.ratio + 3, seed=3)
     fresh = Engine(spec, backend, num_slots=1, max_new_tokens=4)
     used = Engine(spec, backend, num_slots=1, max_new_tokens=4)
@@ -98,7 +98,7 @@ def test_a_slot_full_of_nan_is_used_again(backend: Backend, name: str) -> None:
 
 @names
 def test_nan_in_one_sequence_stays_there(backend: Backend, name: str) -> None:
-    spec = SPECS[name]
+    spec = shape_of(name, backend)
     tokens, bad = make_tokens(spec, 2 * spec.ratio + 1, seed=4), make_tokens(spec, 2 * spec.ratio + 1, seed=5)
     bad[::2] = torch.nan
     bad[1::2] = torch.inf
@@ -115,7 +115,7 @@ def test_nan_in_one_sequence_stays_there(backend: Backend, name: str) -> None:
 @names
 def test_dropped_and_impossible_entry_slots(backend: Backend, name: str) -> None:
     """-1 drops an entry in silence; a slot beyond the cache, or below -1, is counted. The state goes on in either case."""
-    spec = SPECS[name]
+    spec = shape_of(name, backend)
     tokens = make_tokens(spec, 3 * spec.ratio + 1, seed=6)
     whole = Engine(spec, backend, num_slots=1, max_new_tokens=1, max_entries=5)
     whole.step([(0, 0, tokens)])
@@ -134,7 +134,7 @@ def test_dropped_and_impossible_entry_slots(backend: Backend, name: str) -> None
 
 @names
 def test_impossible_sequences_are_counted_and_skipped(backend: Backend, name: str) -> None:
-    spec = SPECS[name]
+    spec = shape_of(name, backend)
     tokens = make_tokens(spec, 3 * spec.ratio, seed=7).to(backend.device)
     engine = Engine(spec, backend, num_slots=3, max_new_tokens=1)
     before = engine.snapshot()
@@ -175,7 +175,7 @@ def test_impossible_sequences_are_counted_and_skipped(backend: Backend, name: st
 @names
 def test_more_entries_than_slots_for_them(backend: Backend, name: str) -> None:
     """`entry_slots` shorter than the step's entries: those beyond it are counted, the others are written."""
-    spec = SPECS[name]
+    spec = shape_of(name, backend)
     tokens = make_tokens(spec, 3 * spec.ratio, seed=8)
     whole = Engine(spec, backend, num_slots=1, max_new_tokens=1, max_entries=3)
     whole.step([(0, 0, tokens)])
@@ -192,7 +192,7 @@ def test_more_entries_than_slots_for_them(backend: Backend, name: str) -> None:
 
 @names
 def test_a_position_beyond_the_rope_table(backend: Backend, name: str) -> None:
-    spec = SPECS[name]
+    spec = shape_of(name, backend)
     tokens = make_tokens(spec, 3 * spec.ratio, seed=9)
     weights = Weights.make(spec, max_positions=2 * spec.ratio)  # windows 0 and 1 have their first token in it
     engine = Engine(spec, backend, num_slots=1, max_new_tokens=1, max_entries=3, weights=weights)
@@ -210,7 +210,7 @@ def test_a_position_beyond_the_rope_table(backend: Backend, name: str) -> None:
 @names
 def test_block_tables(backend: Backend, name: str) -> None:
     """Entry w of a sequence is row w % N of page table[b, w // N]; -1 drops it, a page that is not there is counted."""
-    spec = SPECS[name]
+    spec = shape_of(name, backend)
     tokens = make_tokens(spec, 5 * spec.ratio, seed=10)
     n, pages = 2, 6
     engine = Engine(spec, backend, num_slots=1, max_new_tokens=1, max_entries=n * pages, rows_per_page=n)
@@ -242,7 +242,8 @@ def test_block_tables(backend: Backend, name: str) -> None:
 @names
 def test_update_in_place_is_a_new_plan(backend: Backend, name: str) -> None:
     """`update` reads the caller's slot tensors again, keeps every address, and equals a plan built for that step."""
-    spec, r = SPECS[name], SPECS[name].ratio
+    spec = shape_of(name, backend)
+    r = spec.ratio
     texts = [make_tokens(spec, 2 * r + 2, seed=11 + i) for i in range(3)]
     steps = [  # (starts, lengths, state slots)
         ([0, 0, 0], [r + 1, 2, r - 1], [0, 1, 2]),
@@ -288,7 +289,7 @@ def test_update_in_place_is_a_new_plan(backend: Backend, name: str) -> None:
 @names
 def test_pooled_rows_without_a_cache(backend: Backend, name: str) -> None:
     """`cache=None` leaves out all after the pooling; the rows and the state are the same."""
-    spec = SPECS[name]
+    spec = shape_of(name, backend)
     tokens = make_tokens(spec, 2 * spec.ratio + 1, seed=14)
     engine = Engine(spec, backend, num_slots=1, max_new_tokens=1)
     step = engine.step([(0, 0, tokens)])
@@ -306,7 +307,7 @@ def test_pooled_rows_without_a_cache(backend: Backend, name: str) -> None:
 
 @names
 def test_the_inputs_are_not_written(backend: Backend, name: str) -> None:
-    spec = SPECS[name]
+    spec = shape_of(name, backend)
     engine = Engine(spec, backend, num_slots=1, max_new_tokens=1)
     tokens = make_tokens(spec, 2 * spec.ratio + 1, seed=15).to(backend.device)
     plan = plan_of(engine, [0], [len(tokens)], [0], [0, 1])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.helpers import SPECS, Backend, Engine, Weights, make_tokens, norm_error
+from support.helpers import SPECS, Backend, Engine, Weights, make_tokens, norm_error, shape_of
 from torch import Tensor
 
 from kvfold import CompressorSpec
@@ -227,7 +227,7 @@ def rewindable(history: History, slot: int) -> list[int]:
 @pytest.mark.parametrize("name", [*SPECS, "fold-16"])
 def test_a_long_step_can_be_replayed_and_rewound_to_its_start(backend: Backend, name: str) -> None:
     """Graph warm-up runs a step several times; the history it starts from must outlive it, however long it is."""
-    spec = {**SPECS, **STATE_SPECS}[name]
+    spec = STATE_SPECS[name] if name in STATE_SPECS else shape_of(name, backend)
     start, length = spec.ratio + spec.ratio // 2, 2 * spec.ratio + 3
     tokens, other = make_tokens(spec, start + length, seed=1), make_tokens(spec, length, seed=2)
     engine = Engine(spec, backend, num_slots=2, max_new_tokens=2)
@@ -254,7 +254,7 @@ def test_a_long_step_can_be_replayed_and_rewound_to_its_start(backend: Backend, 
 
 @pytest.mark.parametrize("name", SPECS)
 def test_a_start_that_is_not_held_is_refused(backend: Backend, name: str) -> None:
-    spec = SPECS[name]
+    spec = shape_of(name, backend)
     length = 2 * spec.ratio + spec.ratio // 2
     tokens = make_tokens(spec, length + 2 * spec.ratio, seed=3)
     engine = Engine(spec, backend, num_slots=3, max_new_tokens=1)

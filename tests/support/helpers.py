@@ -37,6 +37,12 @@ class Backend(NamedTuple):
         return self.name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def shape_of(name: str, backend: Backend) -> CompressorSpec:
+    """One of SPECS, for tests to which only its kind matters: the interpreter takes milliseconds for a token, so there a window
+    of fold rows has 16 of them. Windows of 128 are interpreted in tests/contract/test_bits.py and test_accuracy.py."""
+    return replace(SPECS[name], ratio=16) if backend.slow and name == "hca" else SPECS[name]
+
+
 def change_long_rows(monkeypatch: pytest.MonkeyPatch, **changed: object) -> None:
     """Another table of kernels: its rows for long steps over input rows have these values, programs in all."""
     changed = {k: n / configs.MULTIPROCESSORS if k.endswith("programs") else n for k, n in changed.items()}
