@@ -7,6 +7,7 @@ also differ in slot, neighbours and place in kv_score. Compared are the record b
 from __future__ import annotations
 
 import random
+from functools import lru_cache
 
 import pytest
 import torch
@@ -75,6 +76,14 @@ class Runs:
             assert torch.equal(row, self.rows[position]), f"slot {slot} at {end}: row of position {position} differs"
 
 
+@lru_cache(maxsize=8)
+def runs_of(
+    backend: Backend, spec: CompressorSpec, fmt: str, dtype: torch.dtype, state_dtype: torch.dtype, length: int
+) -> Runs:
+    """Made once for tests of the same prefill, which change nothing of it."""
+    return Runs(backend, spec, fmt, dtype, state_dtype, length)
+
+
 def length_for(spec: CompressorSpec) -> int:
     """So that every cut up to 3R + 2 leaves something to do, and for small ratios another entry."""
     return 3 * spec.ratio + 3 if spec.ratio > 8 else 4 * spec.ratio + 1
@@ -87,7 +96,7 @@ def test_every_cut_point(
 ) -> None:
     """All cuts of this window's tokens, up to 3R + 2, in one batch: a call for what is before the cut, one for the rest."""
     ratio = SPECS[name].ratio
-    runs = Runs(backend, SPECS[name], fmt, dtype, state_dtype, length_for(SPECS[name]))
+    runs = runs_of(backend, SPECS[name], fmt, dtype, state_dtype, length_for(SPECS[name]))
     begin, length = window * ratio, runs.length
     cuts = [c for c in range(begin, begin + ratio) if 1 <= c <= 3 * ratio + 2]
     if ratio > 8 and fmt != "fp32":  # all of them are run in fp32; here those round the window's ends
@@ -114,7 +123,7 @@ def test_every_cut_point(
 @cases
 def test_random_chunks(backend: Backend, name: str, fmt: str, dtype: torch.dtype, state_dtype: torch.dtype) -> None:
     spec = SPECS[name]
-    runs = Runs(backend, spec, fmt, dtype, state_dtype, length_for(spec))
+    runs = runs_of(backend, spec, fmt, dtype, state_dtype, length_for(spec))
     rng, ways = random.Random(5), 3 if backend.slow and spec.ratio > 8 else 6
     engine, at = runs.engine(num_slots=ways), [0] * ways
     while min(at) < runs.length:
