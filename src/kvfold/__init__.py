@@ -14,6 +14,7 @@ from .restore import restore
 from .spec import V4_CSA, V4_HCA, V4_INDEXER, V41_INDEX_K, V41_MAIN_R1, V41_MAIN_R2, CompressorSpec
 from .storage.cache import EntryCache
 from .storage.fold_state import FoldState
+from .storage.mean_state import MeanState
 from .storage.snapshots import Snapshots
 from .storage.step import Compressor
 from .storage.window_state import WindowState
@@ -31,6 +32,7 @@ __all__ = [
     "CompressorSpec",
     "EntryCache",
     "FoldState",
+    "MeanState",
     "Snapshots",
     "StepPlan",
     "UnsupportedError",

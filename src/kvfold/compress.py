@@ -14,6 +14,7 @@ from .plan import StepPlan
 from .spec import CompressorSpec
 from .storage.cache import EntryCache
 from .storage.fold_state import FoldState
+from .storage.mean_state import MeanState
 from .storage.snapshots import Snapshots
 from .storage.step import Compressor, Outputs
 from .storage.window_state import WindowState
@@ -22,7 +23,7 @@ from .storage.window_state import WindowState
 def compress(
     kv_score: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
     plan: StepPlan,
-    state: FoldState | WindowState | None,
+    state: FoldState | MeanState | WindowState | None,
     cache: EntryCache | None,
     *,
     spec: CompressorSpec,
@@ -45,10 +46,10 @@ def compress(
         kv_score: bf16 or fp32 `[T, 2 * channels]`, rows `[K | S]` (overlap: `[K.lo K.hi S.lo S.hi]`), sequence-major as
             `plan.cu_seqlens` says; or two tensors `(K, S)` of one dtype, `[T, channels]` each; without a gate `[T, channels]`,
             rows `K`. The last dimension is contiguous, the row stride of each free. Rows behind the last sequence are not read.
-        plan: of this step, for `spec.ratio`, with state slots for a `FoldState` and block tables for a `WindowState`; with
-            either or neither where there is no state.
+        plan: of this step, for `spec.ratio`, with state slots for a `FoldState` or a `MeanState` and block tables for a
+            `WindowState`; with either or neither where there is no state.
         state: mutated. `FoldState`: the rows of the step's last `state.ring` positions. `WindowState`: the rows of all its
-            positions. One call at a time may use a state object; to use pools on two streams at once, wrap them twice. None if
+            positions. `MeanState`: the rows of the step's sequences, or their banks. One call at a time may use a state object; to use pools on two streams at once, wrap them twice. None if
             and only if `spec.gate` is false.
         cache: mutated: one record per entry, at `plan.entry_slots`. None leaves out all that follows the pooling, but for
             `latent`.

@@ -21,6 +21,7 @@ from .calls.run import run_compress, run_many, run_placed, run_restore, run_stor
 from .spec import CompressorSpec, check_spec
 from .storage.cache import EntryCache
 from .storage.fold_state import FoldState
+from .storage.mean_state import MeanState
 from .storage.remembered import check_made
 from .storage.snapshots import Snapshots
 from .storage.step import LIVE, Compressor, Hits, Lengths, Outputs, Placed, PlanData
@@ -53,6 +54,7 @@ ONE = SPEC + CACHE + WEIGHTS
 TOKENS = ("Tensor kv_score", "Tensor? scores")
 FOLD = (*TOKENS, *STATE, *SNAPSHOTS, *ONE)
 WINDOW = (*TOKENS, "Tensor! kv", "Tensor! score", *ONE)
+MEAN = (*TOKENS, "Tensor! state_rows", *ONE)
 UNGATED = (*TOKENS, *ONE)
 OUTPUTS = ("Tensor!? rows", "Tensor!? latent")
 HOW = ("str? backend", "bool? pdl")
@@ -90,6 +92,8 @@ def compress(c: Compressor, plan: PlanData, out: Outputs, backend: str | None, p
     check_spec("spec", c.spec)
     if isinstance(c.state, WindowState):
         _call(OPS.compress_window, *_plan(plan, _PLAN), *_tables(plan), *_window(c), *out, backend, pdl)
+    elif isinstance(c.state, MeanState):
+        _call(OPS.compress_mean, *_plan(plan, _FOLD_PLAN), *_mean(c), *out, backend, pdl)
     elif c.state is None and c.snapshots is None and not c.spec.gate:
         _call(OPS.compress_ungated, *_plan(plan, _PLAN), *_tokens(c), *_one(c), *out, backend, pdl)
     else:
@@ -142,7 +146,7 @@ def update(plan: PlanData, lengths: Lengths) -> None:
     _call(OPS.update, lengths.given, lengths.cu_seqlens, lengths.totals, *flat)
 
 
-def mark_static(*things: FoldState | WindowState | EntryCache | Snapshots | PlanData | torch.Tensor) -> None:
+def mark_static(*things: FoldState | MeanState | WindowState | EntryCache | Snapshots | PlanData | torch.Tensor) -> None:
     """Says that these live as long as the compiled code: `torch.compile(mode="reduce-overhead")` needs it.
 
     CUDA graphs are left out by torch, with a warning, when a graph mutates an input that may be elsewhere at the next call.
@@ -151,7 +155,7 @@ def mark_static(*things: FoldState | WindowState | EntryCache | Snapshots | Plan
     `rows` that come with a call. One that moves all the same costs a new recording.
     """
     for i, thing in enumerate(things):
-        if not isinstance(thing, (FoldState, WindowState, EntryCache, Snapshots, PlanData, torch.Tensor)):
+        if not isinstance(thing, (FoldState, MeanState, WindowState, EntryCache, Snapshots, PlanData, torch.Tensor)):
             kinds = "a state, a cache, snapshots, a plan or a tensor"
             raise TypeError(f"things[{i}] must be {kinds}, got {type(thing).__name__}")
         for tensor in tree_leaves(thing if isinstance(thing, torch.Tensor) else vars(thing)):
@@ -186,6 +190,13 @@ def _tables(plan: PlanData) -> tuple:
 def _fold(c: Compressor) -> tuple:
     _check_of("state", c.state, FoldState, c.spec)
     return *_tokens(c), *_state(c.state), *_snapshots(c.snapshots, c.spec), *_one(c)
+
+
+def _mean(c: Compressor) -> tuple:
+    if c.snapshots is not None:
+        raise ValueError("snapshots must be None for a MeanState, whose one row goes on from the end of a sequence alone")
+    _check_of("state", c.state, MeanState, c.spec)
+    return *_tokens(c), c.state.rows, *_one(c)
 
 
 def _window(c: Compressor) -> tuple:
@@ -279,7 +290,7 @@ def _cache_of(spec: CompressorSpec, storage, scales, fmt: str, rows_per_page: in
     return EntryCache(storage, fmt, rows_per_page, spec, scales=scales, scale=1.0 if scale is None else scale)
 
 
-def _run(plan: PlanData, call: Callable[[], None], *remembering: tuple[FoldState | WindowState, list]) -> None:
+def _run(plan: PlanData, call: Callable[[], None], *remembering: tuple[FoldState | MeanState | WindowState, list]) -> None:
     """Makes a call with a plan of one call, which is as fresh as the user's plan over the same items; see `use_pdl`.
 
     remembering: states of one call, and where each finds its launcher and leaves it for the next one.
@@ -305,6 +316,8 @@ def _compressor_of(args: Sequence, kind: str) -> tuple[Compressor, list]:
     if kind == "window":
         # It makes the scratch of its one call, where it needs any: a CUDA graph then has it in its own memory.
         return Compressor(kv_score, WindowState(*held), cache, spec, *weights), memory
+    if kind == "mean":
+        return Compressor(kv_score, MeanState(spec, *held), cache, spec, *weights), memory
     state, (rows, positions, page_size) = _cut(held, STATE, SNAPSHOTS)
     snapshots = None if rows is None else Snapshots(spec, rows, positions, page_size)
     return Compressor(kv_score, _state_of(spec, *state), cache, spec, *weights, snapshots), memory
@@ -333,6 +346,12 @@ def _compress_window(*args: object) -> None:
     plan, (c, memory) = _plan_of(_PLAN, flat), _compressor_of(one, "window")
     plan.entry_items, plan.cu_entries, kv_table, score_table, plan.page_size, plan.null_page, plan.ring = tables
     plan.block_tables = None if kv_table is None else (kv_table, score_table)
+    _run(plan, lambda: run_compress(c, plan, Outputs(*out), *how), (c.state, memory))
+
+
+def _compress_mean(*args: object) -> None:
+    flat, one, out, how = _cut(args, FOLD_PLAN, MEAN, OUTPUTS, HOW)
+    plan, (c, memory) = _plan_of(_FOLD_PLAN, flat), _compressor_of(one, "mean")
     _run(plan, lambda: run_compress(c, plan, Outputs(*out), *how), (c.state, memory))
 
 
@@ -387,6 +406,7 @@ def _define(name: str, arguments: tuple[str, ...], run: Callable[..., None]) -> 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _define("compress", FOLD_PLAN + FOLD + OUTPUTS + HOW, _compress)
 _define("compress_ungated", PLAN + UNGATED + OUTPUTS + HOW, _compress_ungated)
+_define("compress_mean", FOLD_PLAN + MEAN + OUTPUTS + HOW, _compress_mean)
 _define("compress_window", PLAN + TABLES + WINDOW + OUTPUTS + HOW, _compress_window)
 _define("compress_many", (*FOLD_PLAN, *(f"{argument}_{i}" for i in (0, 1) for argument in FOLD), *HOW), _compress_many)
 _define("store", ("Tensor rows", *PLAN, *SPEC, *CACHE, *WEIGHTS[1:], *HOW), _store)

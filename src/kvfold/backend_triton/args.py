@@ -58,7 +58,8 @@ class Tokens(NamedTuple):
 class State(NamedTuple):
     """A `FoldState`: rows, the position that each stands for, and how many slots of `ring` rows and a history there are.
 
-    stride, pitch: elements from a slot's first row to the next slot's, and from its first tag to the next slot's.
+    stride, pitch: elements from a slot's first row to the next slot's, and from its first tag to the next slot's. Of a
+    `MeanState`, which has no tags: `ring` banks behind the rows, `pitch` slots from bank to bank.
     """
 
     rows: Floats = None
@@ -262,7 +263,7 @@ def flat(group: Any) -> list:
 
 @dataclass(frozen=True)
 class Spec:
-    """A `CompressorSpec` and the kind, "" for none, and history of its `FoldState`, as compiled in. LOG2: of HEAD_DIM."""
+    """A `CompressorSpec` and the kind, "" for none, and history of its state, as compiled in. LOG2: of HEAD_DIM."""
 
     RATIO: int
     HEAD_DIM: int

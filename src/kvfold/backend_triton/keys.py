@@ -34,7 +34,7 @@ class Types(NamedTuple):
 
 
 class StepKey(NamedTuple):
-    """Of `compress` over a `FoldState`, or without a state. snapshots: whether it leaves any."""
+    """Of `compress` over a `FoldState` or a `MeanState`, or without a state. snapshots: whether it leaves any."""
 
     spec: CompressorSpec
     fmt: RecordFormat | None
@@ -202,6 +202,14 @@ def store_keys(
             yield store_key(spec, fmt, (rows, norm))
         for slots, positions in product(w.slots, w.positions if spec.rope_dim else (None,)):
             yield store_key(spec, fmt, (rows, norm, slots, positions), also)
+
+
+def mean_keys(spec: CompressorSpec, fmt: RecordFormat | None, w: Wanted, rows: torch.dtype | None) -> Iterator[StepKey]:
+    """Over a `MeanState`, of specs that can have one."""
+    if not spec.gate or state_kind(spec) != "fold":
+        return
+    for dtype, bound, finish, apart, bucket in product(w.dtypes, w.steps, w.finishes(fmt), w.apart, BUCKETS):
+        yield step_key(spec, fmt, "mean", bound, (dtype, torch.float32, rows, *finish, apart), False, bucket)
 
 
 def step_keys(

@@ -17,6 +17,7 @@ from ..spec import CompressorSpec
 from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState
 from ..storage.formats import RecordFormat
+from ..storage.mean_state import MeanState
 from ..storage.snapshots import Snapshots
 from ..storage.step import Compressor, Hits, Outputs, Placed, PlanData, owner_of
 from ..storage.window_state import WindowState
@@ -85,7 +86,7 @@ class Prepared:
 
 
 def compress_triton(c: Compressor, plan: PlanData, out: Outputs, pdl: bool | None) -> None:
-    """`compress` over a `FoldState` or without a state, after its arguments were checked: one launch on the current stream."""
+    """`compress` but over a `WindowState`, after its arguments were checked: one launch on the current stream."""
     if plan.item_capacity == 0:
         return
     grid, met = _step_grid(plan, c), owner_of(c, plan)._layer.plans[id(plan)]
@@ -300,7 +301,7 @@ def use_pdl(wanted: bool | None, plan: PlanData, device: torch.device) -> bool:
     return wanted is not False and not fresh and supports_pdl(device)
 
 
-def _choose(state: FoldState | WindowState, wanted: tuple, choose: Callable[..., Chosen]) -> Chosen:
+def _choose(state: FoldState | MeanState | WindowState, wanted: tuple, choose: Callable[..., Chosen]) -> Chosen:
     if state._chosen is None or state._chosen.wanted != wanted:
         state._chosen = choose(wanted, state.device)
     return state._chosen
@@ -330,7 +331,8 @@ def _choose_window(wanted: tuple, device: torch.device) -> Chosen:
 def _step_wanted(c: Compressor, plan: PlanData, out: Outputs, bucket: float) -> tuple:
     """Arguments of `step_key`."""
     types = _types(c, None if c.state is None else c.state.rows.dtype, plan, out)
-    return c.spec, _format(c), kind_of(c.spec), plan.max_new_tokens, types, _keeps(c.snapshots), bucket
+    kind = kind_of(c.spec) if c.state is None else c.state.kind
+    return c.spec, _format(c), kind, plan.max_new_tokens, types, _keeps(c.snapshots), bucket
 
 
 def _out_types(out: Outputs) -> tuple[torch.dtype | None, bool]:
@@ -411,9 +413,11 @@ def _compressor(c: Compressor, out: Outputs) -> args.Compressor:
     return args.Compressor(args.Tokens(ape=c.ape), _state(c.state), _snapshots(c.snapshots), args.Scratch(), output)
 
 
-def _state(state: FoldState | None) -> args.State:
+def _state(state: FoldState | MeanState | None) -> args.State:
     if state is None:
         return args.State()
+    if isinstance(state, MeanState):
+        return args.State(state.rows, None, state.num_slots, state.banks, state.row_stride, state.bank_step)
     return args.State(state.rows, state.positions, state.num_slots, state.ring, *_steps(state.rows, state.positions))
 
 

@@ -23,7 +23,7 @@ class Config:
     """A row of the table. It serves a call of its `kind` inside its bounds; of several, the first one.
 
     Attributes:
-        kind: of the state, `"fold"`, `"rows"` or `"window"`; or `"store"`, which has none.
+        kind: of the state, `"fold"`, `"mean"`, `"rows"` or `"window"`; or `"store"`, which has none.
         head_dims: narrowest and widest entry it serves.
         window_rows: fewest and most tokens per entry (`spec.window_rows`).
         max_new_tokens: longest step of a sequence, by the plan's bound.
@@ -124,6 +124,11 @@ ROWS: tuple[Row, ...] = (
     _row("fold", ANY, _WIDE, ahead=8, num_warps=8, registers=128, programs=2, bucket=2, spills=(4,)),
     # Many windows are as fast as their instructions, of which two side by side share some: note 0053.
     _row("fold", ANY, _WIDE, ahead=4, num_warps=4, registers=128, programs=4, together=2, spills=(32,)),
+    # Of a `MeanState`, as the same of fold rows, without slices.
+    *(_scaled(_row("mean", most, ahead=most, num_warps=1)) for most in (1, 4, 8)),
+    _scaled(_row("mean", ANY, _NARROW, _MIDDLE, ahead=8, num_warps=1, programs=16)),
+    _row("mean", ANY, _WIDE, ahead=16, num_warps=8, programs=2, bucket=1),
+    _row("mean", ANY, _WIDE, ahead=4, num_warps=4, registers=128, programs=4),
     _scaled(_row("rows", 8, _NARROW, _MIDDLE, rows=(1, 8), ahead=8, num_warps=2)),
     # The bound on registers is so that 512 programs fit at once: note 0054.
     _row("rows", 8, _WIDE, rows=(1, 8), ahead=8, num_warps=4, registers=128, spills=(8,)),

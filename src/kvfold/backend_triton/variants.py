@@ -172,10 +172,11 @@ def _compressor(key: StepKey, slices: int) -> args.Compressor:
     scratch = types_of(args.Scratch)
     if slices == 1:
         scratch = args.Scratch(arrivals=scratch.arrivals if draws_items(key.spec, key.config) else None)
+    state = types_of(args.State, rows=pointer) if key.spec.gate else args.State()
     return types_of(
         args.Compressor,
         tokens=_tokens(key.spec, key.types),
-        state=types_of(args.State, rows=pointer) if key.spec.gate else args.State(),
+        state=state._replace(tags=None) if key.config.kind == "mean" else state,
         snapshots=_snapshots(pointer if key.snapshots else None),
         scratch=scratch,
         output=_output(key.spec, key.fmt, key.types.rows, key.types.norm_weight, key.types.latent),
@@ -200,9 +201,9 @@ def _output(
 
 
 def _constants(key: StepKey, slices: int) -> dict[str, object]:
-    """Of one compressor over a `FoldState`, or without a state."""
-    spec, config, kind = key.spec, key.config, state_kind(key.spec) if key.spec.gate else ""
-    ahead = config.ahead if kind == "fold" else min(config.ahead, spec.window_rows)
+    """Of one compressor over a `FoldState` or a `MeanState`, or without a state."""
+    spec, config, kind = key.spec, key.config, key.config.kind if key.spec.gate else ""
+    ahead = config.ahead if kind in ("fold", "mean") else min(config.ahead, spec.window_rows)
     together = config.together if kind == "fold" or draws_items(spec, config) else 1
     history = ring_and_history(spec, 1)[1] if spec.gate else 0
     return {

@@ -25,6 +25,7 @@ from ..contract import INT32_MAX, UnsupportedError
 from ..spec import check_spec
 from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState
+from ..storage.mean_state import MeanState
 from ..storage.remembered import Layer, Met, check_made, where
 from ..storage.snapshots import Snapshots
 from ..storage.step import Compressor, Hits, Lengths, Outputs, Placed, PlanData, owner_of, plan_places
@@ -177,7 +178,7 @@ def _check_pair(first: Compressor, second: Compressor, plan: PlanData) -> None:
 def _known(c: Compressor, plan: PlanData) -> Met | None:
     """What is known of a layer and a plan that were checked in an earlier call; None if something has changed since."""
     owner = owner_of(c, plan)
-    kinds = (EntryCache, PlanData) if c.state is None else (FoldState, WindowState)
+    kinds = (EntryCache, PlanData) if c.state is None else (FoldState, MeanState, WindowState)
     ours = isinstance(owner, kinds) and isinstance(plan, PlanData)
     layer = getattr(owner, "_layer", None) if ours else None
     met = None if layer is None else layer.met(plan)
@@ -208,8 +209,8 @@ def _check_fixed(c: Compressor, plan: PlanData) -> Met:
     """Checks what a layer passes in every step, and the plan."""
     state = c.state
     if c.spec.gate:
-        if not isinstance(state, (FoldState, WindowState)):
-            raise TypeError(f"state must be a FoldState or a WindowState, got {type(state).__name__}")
+        if not isinstance(state, (FoldState, MeanState, WindowState)):
+            raise TypeError(f"state must be a FoldState, a MeanState or a WindowState, got {type(state).__name__}")
         check_made("state", state, type(state))
     else:
         for name, thing in (("state", state), ("snapshots", c.snapshots), ("ape", c.ape)):
@@ -227,7 +228,7 @@ def _check_fixed(c: Compressor, plan: PlanData) -> Met:
     return met
 
 
-def _takes_bf16_alone(state: FoldState | WindowState) -> bool:
+def _takes_bf16_alone(state: FoldState | MeanState | WindowState) -> bool:
     return isinstance(state, FoldState) and state.rows.dtype is torch.bfloat16 and not state.round_inputs
 
 
@@ -261,6 +262,8 @@ def _check_state(c: Compressor) -> None:
     elif c.ape is not None:
         raise ValueError("ape must be None, as spec.has_ape is False")
     if c.snapshots is not None:
+        if isinstance(state, MeanState):
+            raise ValueError("snapshots must be None for a MeanState, whose one row goes on from the end of a sequence alone")
         check_type("state", state, FoldState)  # the pages of a WindowState are shared as they are
         _check_snapshots(c.snapshots, state)
 
@@ -277,8 +280,11 @@ def _check_plan(c: Compressor, plan: PlanData) -> None:
         have, want = plan.rows_per_page, c.cache.rows_per_page
         if have is not None and have != want:
             raise ValueError(f"plan must be for pages of {want} entries like cache, got rows_per_page={have}")
-    if isinstance(c.state, FoldState) and plan.state_slots is None:
-        raise ValueError(f"plan must have state_slots for a FoldState, got {plan.knows}")
+    if isinstance(c.state, (FoldState, MeanState)) and plan.state_slots is None:
+        raise ValueError(f"plan must have state_slots for a {type(c.state).__name__}, got {plan.knows}")
+    if isinstance(c.state, MeanState) and 0 < c.state.banks < plan.max_new_tokens:
+        most = f"at most {c.state.banks} new tokens, the banks of state"
+        raise ValueError(f"plan must be for {most}, got max_new_tokens={plan.max_new_tokens}")
     if isinstance(c.state, WindowState):
         have, want = plan.page_size, c.state.page_size
         if plan.block_tables is None:
@@ -319,7 +325,7 @@ def _check_epilogue(c: Compressor, needs_norm: bool = True) -> None:
 
 def _places(c: Compressor) -> list[Place]:
     """What a layer passes in every step."""
-    paged = isinstance(c.state, WindowState) or (c.state is not None and c.state.pages is not None)
+    paged = isinstance(c.state, WindowState) or (isinstance(c.state, FoldState) and c.state.pages is not None)
     held = (("state", c.state, paged), ("cache", c.cache, True), ("snapshots", c.snapshots, False))
     written = [Place(name, x, True, paged) for name, thing, paged in held if thing is not None for x in thing._tensors]
     scale = getattr(c.cache, "scale_tensor", None)

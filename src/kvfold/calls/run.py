@@ -8,11 +8,13 @@ from types import ModuleType
 from ..arguments.checks import check_eager, check_switch
 from ..backend_torch.finish import store_placed_torch, store_torch
 from ..backend_torch.fold import compress_torch
+from ..backend_torch.mean import compress_mean_torch
 from ..backend_torch.plan import update_torch
 from ..backend_torch.restore import restore_torch
 from ..backend_torch.window import compress_window_torch
 from ..contract import INT32_MAX
 from ..storage.fold_state import FoldState
+from ..storage.mean_state import MeanState
 from ..storage.snapshots import Snapshots
 from ..storage.step import Compressor, Hits, Lengths, Outputs, Placed, PlanData
 from ..storage.window_state import WindowState
@@ -33,7 +35,8 @@ def run_compress(c: Compressor, plan: PlanData, out: Outputs, backend: str | Non
         return
     paged = isinstance(c.state, WindowState)
     if chosen == "torch":
-        (compress_window_torch if paged else compress_torch)(c, plan, out)
+        mean = compress_mean_torch if isinstance(c.state, MeanState) else compress_torch
+        (compress_window_torch if paged else mean)(c, plan, out)
     elif paged:
         _triton().compress_window_triton(c, plan, out, pdl)
     else:

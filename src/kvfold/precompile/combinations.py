@@ -123,7 +123,7 @@ class Combination:
             return window_key(self.spec, self.fmt, bound, types, self.page_size, self.tables)
         both = [(self.spec, self.fmt), *([self.other] if self.other else [])]
         more = bound, types, self.snapshots, self.config.bucket
-        found = [step_key(spec, fmt, kind_of(spec), *more) for spec, fmt in both]
+        found = [step_key(spec, fmt, "mean" if self.kind == "mean" else kind_of(spec), *more) for spec, fmt in both]
         return PairKey(*found) if self.other else found[0]
 
 
@@ -169,6 +169,10 @@ def _all(
                     yield Combination("ungated", spec, fmt, config, dtype=dtype)
                     yield Combination("ungated", spec, fmt, config, latent=True, dtype=dtype)
                 continue
+            if config.kind == "mean":
+                for dtype, fmt, apart in product(dtypes, (None,) if None in fitting else fitting, (False, True)):
+                    yield Combination("mean", spec, fmt, config, apart=apart, dtype=dtype)
+                continue
             for dtype in dtypes:
                 for fmt in fitting:
                     page_size = spec.ratio if config.kind == "window" and fmt is not None else 1
@@ -212,7 +216,8 @@ def _pairs(config: Config, formats: tuple[RecordFormat | None, ...], dtype: torc
 
 def reaches(config: Config, spec: CompressorSpec) -> bool:
     """Whether some call of the spec gets this row of the table."""
-    if config.kind not in ("store", kind_of(spec), *["window"] * spec.gate):
+    kinds = "store", kind_of(spec), *["window"] * spec.gate, *["mean"] * (kind_of(spec) == "fold")
+    if config.kind not in kinds:
         return False
     try:
         return choose(config.kind, spec, config.max_new_tokens, config.bucket) == config

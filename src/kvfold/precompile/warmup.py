@@ -11,7 +11,7 @@ from ..spec import CompressorSpec
 from ..storage.formats import RecordFormat
 from .choices import FLOATS, INDICES, check_all, check_choices, check_formats, check_workers, defined_for, fits, several
 
-STATES = ("fold", "window")
+STATES = ("fold", "mean", "window")
 PLANS = ("plain", "engine", "ring")  # as `backend_triton.keys.TABLES`, which imports triton
 
 
@@ -59,7 +59,8 @@ def warmup(
             defined for it; a format that is for none of the specs is a mistake.
         dtypes: of `kv_score`.
         max_new_tokens: the bounds that plans are built with.
-        states: `"fold"` for `FoldState`, `"window"` for `WindowState`.
+        states: `"fold"` for `FoldState`, `"mean"` for `MeanState`, which specs without fold rows are left out of, `"window"` for
+            `WindowState`.
         state_dtypes: of input rows that a `FoldState` keeps, and of a `WindowState`.
         norm_weight_dtypes: of the norm weight; None for `store` without a norm.
         rows: dtypes of `compress(rows=...)`, None for calls without. `store` is compiled for those that are not None.
@@ -131,6 +132,7 @@ def warmup(
         for some in rows:
             found += keys.store_keys(spec, fmt, w, some)
             found += keys.step_keys(spec, fmt, w, some) if "fold" in states or not spec.gate else ()
+            found += keys.mean_keys(spec, fmt, w, some) if "mean" in states else ()
             found += keys.window_keys(spec, fmt, w, some, pages) if "window" in states and spec.gate else ()
     for spec, fmt, second, some in stored:
         found += keys.store_keys(spec, fmt, w, some, second)

@@ -14,6 +14,7 @@ from ..contract import INT32_MAX, ITEM_FIELDS, MOST_ITEMS, MOST_POSITIONS
 from ..spec import CompressorSpec
 from .cache import EntryCache
 from .fold_state import FoldState
+from .mean_state import MeanState
 from .remembered import Checked, Layer, where
 from .snapshots import MOST_PAGE, Snapshots
 from .window_state import WindowState
@@ -29,7 +30,7 @@ class Compressor(NamedTuple):
     """
 
     kv_score: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
-    state: FoldState | WindowState | None
+    state: FoldState | MeanState | WindowState | None
     cache: EntryCache | None
     spec: CompressorSpec
     ape: torch.Tensor | None
@@ -364,7 +365,7 @@ class PlanData(Checked):
         return (self.max_new_tokens + self.ratio - 2) // self.ratio + 1
 
 
-def owner_of(c: Compressor, plan: PlanData) -> FoldState | WindowState | EntryCache | PlanData:
+def owner_of(c: Compressor, plan: PlanData) -> FoldState | MeanState | WindowState | EntryCache | PlanData:
     """What remembers the calls of a layer: its state; where it has none its cache, and without that the plan."""
     if c.state is not None:
         return c.state

@@ -9,6 +9,7 @@ from .items import load_item
 from .long_fold import long_fold_step
 from .long_rows import long_rows_step
 from .long_rows_narrow import narrow_rows_step
+from .mean import long_mean_step, short_mean_step
 from .pdl import load_plan, wait_for_inputs
 from .short import count_overflow, short_step, ungated_step
 
@@ -22,12 +23,16 @@ def run_step(pid, programs, plan, snap_table, one, HOW: tl.constexpr, SPEC: tl.c
     if HOW.TOGETHER == 0:
         if SPEC.KIND == "":
             ungated_step(pid, plan, one.tokens, one.output, HOW, SPEC, FMT)
+        elif SPEC.KIND == "mean":
+            short_mean_step(pid, plan, one, HOW, SPEC, FMT)
         else:
             short_step(pid, plan, snap_table, one, HOW, SPEC, FMT)
         if pid == programs - 1:
             count_overflow(plan, programs, SPEC.RATIO)
     elif SPEC.KIND == "fold":
         long_fold_step(pid, programs, plan, snap_table, one, HOW, SPEC, FMT)
+    elif SPEC.KIND == "mean":
+        long_mean_step(pid, programs, plan, one, HOW, SPEC, FMT)
     elif HOW.TOGETHER > 1 and one.snapshots.rows is None:
         narrow_rows_step(pid, programs, plan, snap_table, one, HOW, SPEC, FMT)
     else:
@@ -46,7 +51,7 @@ def step_kernel(
     output_scales, output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
     HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
-    """`compress` over a `FoldState`, or without a state."""
+    """`compress` over a `FoldState` or a `MeanState`, or without a state."""
     plan = Plan(plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors)
     snap_table = SnapshotTable(snap_table_pages, snap_table_width, snap_table_page_size)
     one = Compressor(
