@@ -44,3 +44,14 @@ def pooled_worst(window_rows: int) -> float:
     Source: docs/numerics.md, Accuracy.
     """
     return (12 * window_rows + 16) * 2.0**-24
+
+
+def resumed_bound(steps: int) -> float:
+    """By how much more a pooled row over a `MeanState` may be off, over the same as `pooled_bound` and `pooled_worst`.
+
+    Args:
+        steps: how many began inside of the row's window, each of which read the row that another one wrote.
+
+    Source: docs/numerics.md, Accuracy.
+    """
+    return 2 * steps * 2.0**-24

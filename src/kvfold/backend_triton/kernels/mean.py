@@ -8,15 +8,15 @@ no step writes what it reads.
 import triton
 import triton.language as tl
 
-from ..args import Opened
+from ..args import Opened, Tokens
 from .finish import emit, entry_address, slot_valid
 from .fold import LOWEST, empty_fold, fold_step, minus_zero, quotient, spread
 from .items import load_item
-from .long_fold import deliver_entry, fold_stretches, load_stretch, tokens_of
+from .long_fold import deliver_entry, fold_stretches, load_stretch
 from .pdl import load_plan, wait_for_inputs
 from .prefetch import prefetch_lines, prefetch_tokens
 from .short import load_tokens, token_addresses
-from .tokens import tokens_from
+from .tokens import apart_from, gap_of
 
 
 @triton.jit
@@ -98,11 +98,12 @@ def short_mean_step(pid, plan, one, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: 
         stop = begin + tl.minimum(end - begin, SPEC.RATIO - begin % SPEC.RATIO)
         upto = tl.where(chains, end, stop)
         live = tokens.kv_score + (token - start).to(tl.int64) * tokens.stride
-        tokens = tokens_from(tokens, token - start)
+        apart = apart_from(tokens, token - start)
+        own = Tokens(tokens.kv_score, tokens.stride, tokens.count, tokens.ape, apart, tokens.skew)
         row = st.rows + slot * st.stride
-        ats, gaps, theres, biases = token_addresses(live, tokens, begin, upto, SPEC, HOW.AHEAD)
+        ats, gaps, theres, biases = token_addresses(live, own, begin, upto, SPEC, HOW.AHEAD)
         if HOW.PDL:
-            prefetch_mean(live, tokens, row, begin, upto, resumes, SPEC, HOW.AHEAD)
+            prefetch_mean(live, own, row, begin, upto, resumes, SPEC, HOW.AHEAD)
         wait_for_inputs(HOW.PDL)
         m, l, a = load_mean(row, resumes, SPEC)
         ks, ss = load_tokens(ats, gaps, theres, biases)
@@ -135,8 +136,8 @@ def fold_window(m, l, a, mine, tokens, HOW: tl.constexpr, SPEC: tl.constexpr):
     if left > 0:
         row = None if tokens.ape is None else tokens.ape + j * SPEC.HEAD_DIM
         at = mine.live + j.to(tl.int64) * tokens.stride
-        own = tokens_from(tokens_of(tokens, mine), j)
-        biases, ks, ss = load_stretch(at, own, row, left, HOW.AHEAD, SPEC.HEAD_DIM, HOW.SLICE)
+        apart = gap_of(mine.apart, tokens.skew, j, 0)
+        biases, ks, ss = load_stretch(at, apart, tokens, row, left, HOW.AHEAD, SPEC.HEAD_DIM, HOW.SLICE)
         for i in tl.static_range(HOW.AHEAD):
             m, l, a = fold_step(m, l, a, ks[i].to(tl.float32), ss[i].to(tl.float32) + biases[i])
     return m, l, a
@@ -165,7 +166,7 @@ def long_mean_step(pid, programs, plan, one, HOW: tl.constexpr, SPEC: tl.constex
         entry = tl.where(mine, entry, -1)
         for _ in range(0, tl.where(usable & chains, 2, 1)):
             live = tokens.kv_score + (token + x0 - start).to(tl.int64) * tokens.stride + tl.arange(0, SPEC.HEAD_DIM)
-            apart = tokens_from(tokens, token + x0 - start).apart
+            apart = apart_from(tokens, token + x0 - start)
             opened = Opened(live, apart, begin, stop, slot, x0, start, end, entry, sequence, first)
             m, l, a = fold_window(m, l, a, opened, tokens, HOW, SPEC)
             if mine & (x0 + stop == end) & (stop < SPEC.RATIO):
