@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import random
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -91,9 +92,8 @@ class Pool:
         assert next(done, None) is None
         # Only these rows, and of those no byte where no window is open.
         owners = [(0, one.slot) for one, _ in batch if one.slot >= 0 and one.length % ratio and not state]
-        owners += [
-            (k, one.slot) for one, new in batch if state for k in range(1, new + 1) if one.slot >= 0 and (one.length + k) % ratio
-        ]
+        for one, new in batch if state else ():
+            owners += [(k, one.slot) for k in range(1, new + 1) if (one.length + k) % ratio]
         after = bits(self.whole).clone()
         for bank, slot in owners:
             after[bank, slot, : 3 * self.spec.head_dim] = before[bank, slot, : 3 * self.spec.head_dim]
@@ -157,25 +157,24 @@ def test_decode_one_token_at_a_time(backend: Backend, spec: CompressorSpec) -> N
     pool = Pool(spec, backend, 4)
     first, second, padding = pool.sequence(2, 310, 1), pool.sequence(0, 310, 2), pool.sequence(-1, 310, 3)
     pool.step([(second, 5)])
-    steps = 60 if spec is SMALL else 305
+    steps = 305 if spec is LARGE else 36
     if backend.slow and spec is LARGE:
-        pool.step([(first, 245)])
-        steps -= 245
+        pool.step([(first, 247)])
+        steps = 18
     for i in range(steps):
         pool.step([(first, 1), (padding, 1), (second, int(i % 3 > 0))])
         if i == 7:
             second = pool.sequence(0, 310, 4)
-    assert first.length == (60 if spec is SMALL else 305)
+    assert first.length > 2 * spec.ratio
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_chunks_of_both(backend: Backend, seed: int) -> None:
+def test_chunks_of_both(backend: Backend) -> None:
     """Prompts, chunks and decode of several sequences, by kvfold and the engine in turn, over short and long kernels."""
-    rng, pool = random.Random(seed), Pool(SMALL, backend, 5)
+    rng, pool = random.Random(1), Pool(SMALL, backend, 5)
     living = {slot: pool.sequence(slot, 400, slot) for slot in range(4)}
-    for i in range(24):
+    for i in range(16 if backend.slow else 64):
         slots = rng.sample(sorted(living), rng.randint(1, 4))
-        most = rng.choice((1, 4, 8, 40, 100))
+        most = rng.choice((1, 4, 8, 40) if backend.slow else (1, 4, 8, 40, 100))
         batch = [(living[slot], rng.randint(0, most)) for slot in slots]
         pool.step(batch, ENGINE if rng.random() < 0.3 else OWN)
         for slot in slots:
@@ -194,13 +193,14 @@ def reversed_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.mark.parametrize("new", [4, 8, 30, 90], ids=str)
+@pytest.mark.parametrize("new", [5, 37], ids=str)
 def test_read_and_write_in_one_launch(backend: Backend, new: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that goes on with a row and leaves another: whichever program runs first, as many sequences as programs."""
     if backend.slow:
         reversed_programs(monkeypatch)
-    pool = Pool(SMALL, backend, 8)
-    every = [pool.sequence(slot, 250, slot) for slot in range(8)]
+    count = 3 if backend.device.type == "cpu" else 300  # more than there are programs
+    pool = Pool(SMALL, backend, count)
+    every = [pool.sequence(slot, 100, slot) for slot in range(count)]
     pool.step([(one, 13 + i % 2) for i, one in enumerate(every)])
     for _ in range(2):
         pool.step([(one, new) for one in every])
@@ -208,7 +208,7 @@ def test_read_and_write_in_one_launch(backend: Backend, new: int, monkeypatch: p
 
 def test_bits_follow_the_cuts_inside_windows_alone(backend: Backend) -> None:
     """Where no step goes on inside of a window they are those of a `FoldState`; otherwise within its bound."""
-    tokens, ends = make_tokens(SMALL, 160, 0), (160,)
+    tokens, ends = make_tokens(SMALL, 64, 0), (64,)
     pool = Pool(SMALL, backend, 1)
 
     def over(cuts: tuple[int, ...], fold: bool = False) -> Tensor:
@@ -220,8 +220,8 @@ def test_bits_follow_the_cuts_inside_windows_alone(backend: Backend) -> None:
         return torch.cat(found)
 
     whole = over((), fold=True)
-    assert torch.equal(bits(over(())), bits(whole)) and torch.equal(bits(over((16, 48, 144))), bits(whole))
-    inside = (5, 16, 17, 18, 40, 70, 150)
+    assert torch.equal(bits(over(())), bits(whole)) and torch.equal(bits(over((16, 48))), bits(whole))
+    inside = (5, 16, 17, 18, 40)
     once = over(inside)
     assert torch.equal(bits(once), bits(over(inside)))
     off = (once.double() - whole.double()).norm(dim=1) / whole.double().norm(dim=1)
@@ -233,7 +233,7 @@ def test_banks_keep_each_draft(backend: Backend) -> None:
     pool, rng = Pool(SMALL, backend, 3, banks=4), random.Random(0)
     one, other = pool.sequence(2, 200, 1), pool.sequence(0, 200, 2)
     pool.step([(one, 6), (other, 16)])
-    for _ in range(16):
+    for _ in range(12):
         drafts = [(one, rng.randint(1, 4)), (other, rng.randint(0, 4))]
         rows = pool.step(drafts, state=pool.banked)
         again = pool.step(drafts, state=pool.banked)
@@ -301,7 +301,7 @@ def test_records_through_operators(backend: Backend, banks: int, monkeypatch: py
     def records(state: MeanState | FoldState) -> tuple[Tensor, Tensor]:
         pool = Pool(SMALL, backend, 2)
         one, cache = pool.sequence(1, 64, 5), EntryCache.allocate("bf16", 1, 8, SMALL, device=backend.device)
-        weights = {name: x.to(backend.device) for name, x in (("norm_weight", pool.weights.norm_weight), ("rope", pool.weights.rope))}
+        weights = {name: getattr(pool.weights, name).to(backend.device) for name in ("norm_weight", "rope")}
         for new in (16, 16) if not banks else (3, 4, 4):
             plan = pool.plan([(one, new)])
             table = torch.zeros(1, 1, dtype=torch.int32, device=backend.device)
@@ -343,7 +343,7 @@ BAD = {
     "no banks": ((SMALL, torch.zeros(1, 4, 48)), ValueError, "rows must have from 1 to 8 banks"),
     "banks between slots": ((SMALL, torch.zeros(4, 3, 48).transpose(0, 1)), ValueError, "rows must have banks a whole number"),
     "one bank": ((SMALL, torch.zeros(1, 4, 48).expand(3, 4, 48)), ValueError, "rows must have banks a whole number"),
-    "one bank of one": ((SMALL, torch.zeros(1, 1, 48).expand(3, 1, 48)), ValueError, "rows must have banks that do not overlap"),
+    "one bank of one": ((SMALL, ROWS[:1, None].expand(3, 1, 48)), ValueError, "rows must have banks that do not overlap"),
 }
 
 
@@ -362,7 +362,7 @@ def test_bad_calls(backend: Backend) -> None:
     rest = {"spec": SMALL, "ape": pool.ape, "norm_weight": None, "rope": None, "backend": backend.name}
     device = backend.device
 
-    def refused(kind: type[Exception], message: str, plan: StepPlan = plan, state: object = pool.state, **changed: object) -> None:
+    def refused(kind: type[Exception], message: str, plan: StepPlan = plan, state: MeanState = pool.state, **changed) -> None:
         with pytest.raises(kind, match=message):
             kvfold.compress(tokens, plan, state, None, **(rest | changed))
 
@@ -375,9 +375,12 @@ def test_bad_calls(backend: Backend) -> None:
     refused(ValueError, "state must be for", state=MeanState.allocate(CompressorSpec(16, 32, rope_dim=8), 2, device=device))
     refused(ValueError, "state", rows=pool.whole.view(-1)[:16].view(1, 16))  # which is in the pool
     given = (tokens, pool.state, None, SMALL, pool.ape, None, None)
-    with pytest.raises(TypeError, match=r"compressors\[0\]: state must be a FoldState, got MeanState|compressors\[0\]: state must be a"):
+    with pytest.raises(TypeError, match=r"compressors\[0\]: state must be a FoldState"):
         kvfold.compress_many([given], plan, backend=backend.name)
     slots = torch.zeros(1, dtype=torch.int32, device=device)
     with pytest.raises(TypeError, match="state must be a"):
         kvfold.restore(pool.state, snapshots, slots, slots, slots, slots.clone(), backend=backend.name)
+    for look in (kvfold.check, partial(kvfold.dump, "/nowhere/call.safetensors")):
+        with pytest.raises(UnsupportedError, match="state must be a FoldState or a WindowState for check and dump"):
+            look(tokens, plan, pool.state, None, **rest)
     assert pool.whole.isnan().all() and int(plan.errors) == 0

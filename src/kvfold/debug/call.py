@@ -12,9 +12,11 @@ from torch import Tensor
 from ..arguments.checks import check_dtype, check_type, traced
 from ..calls.checks import check_compress, check_many, check_store, compressors_of
 from ..compress import compress, compress_many
+from ..contract import UnsupportedError
 from ..plan import StepPlan
 from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState
+from ..storage.mean_state import MeanState
 from ..storage.snapshots import Snapshots
 from ..storage.step import Compressor, Outputs
 from ..storage.window_state import WindowState
@@ -56,6 +58,9 @@ class Call:
         else:
             call = cls("compress", (given,), plan, out.rows, "", latent=out.latent)
         call.backend = call.check(backend)
+        if any(isinstance(c.state, MeanState) for c in call.compressors):
+            why = "nothing says of which position a row is; compare the call with that of a FoldState"
+            raise UnsupportedError(f"state must be a FoldState or a WindowState for check and dump, got MeanState: {why}")
         return call
 
     def check(self, backend: str | None) -> str:

@@ -59,8 +59,7 @@ def warmup(
             defined for it; a format that is for none of the specs is a mistake.
         dtypes: of `kv_score`.
         max_new_tokens: the bounds that plans are built with.
-        states: `"fold"` for `FoldState`, `"mean"` for `MeanState`, which specs without fold rows are left out of, `"window"` for
-            `WindowState`.
+        states: `"fold"` for `FoldState`, `"mean"` for `MeanState`, where a spec can have one, `"window"` for `WindowState`.
         state_dtypes: of input rows that a `FoldState` keeps, and of a `WindowState`.
         norm_weight_dtypes: of the norm weight; None for `store` without a norm.
         rows: dtypes of `compress(rows=...)`, None for calls without. `store` is compiled for those that are not None.

@@ -12,6 +12,7 @@ from ..spec import CompressorSpec
 from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState
 from ..storage.formats import FORMATS
+from ..storage.mean_state import MeanState
 from ..storage.window_state import WindowState
 
 UNTOUCHED = 0xA5  # each byte of a new cache
@@ -56,6 +57,11 @@ def make_state(spec: CompressorSpec, slots: int, max_new_tokens: int, dtype: tor
     state = FoldState.allocate(spec, slots, max_new_tokens, dtype=dtype, device=device)
     state.rows.fill_(torch.nan)
     return state
+
+
+def make_means(spec: CompressorSpec, slots: int, device: Device) -> MeanState:
+    """A `MeanState` of NaN."""
+    return MeanState(spec, torch.full((slots, 3 * spec.head_dim), torch.nan, device=device))
 
 
 def make_pools(

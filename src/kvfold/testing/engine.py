@@ -15,10 +15,11 @@ from ..plan import StepPlan
 from ..restore import restore
 from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState
+from ..storage.mean_state import MeanState
 from ..storage.snapshots import Snapshots
 from ..storage.window_state import WindowState
 from ..store import store
-from .data import make_cache, make_pools, make_state
+from .data import make_cache, make_means, make_pools, make_state
 
 UNWRITTEN = 7.0  # every value of `rows` before a call; no pooled row is the same in all channels
 Pages = Sequence[Sequence[int]]
@@ -104,7 +105,7 @@ class Engine:
         self,
         tokens: Sequence[Tensor],
         weights: dict,
-        state: FoldState | WindowState,
+        state: FoldState | MeanState | WindowState,
         cache: EntryCache | None,
         *,
         pages: Pages,
@@ -145,7 +146,8 @@ class Engine:
     ) -> Engine:
         """With state and cache of its own, full of NaN.
 
-        kind: "fold" for a `FoldState`, "window" for a `WindowState` of pages of `page_size`. dtype: of its rows.
+        kind: "fold" for a `FoldState`, "mean" for a `MeanState`, over which no step may reject a token, "window" for a
+            `WindowState` of pages of `page_size`. dtype: of its rows.
         most: new tokens of the longest step of which some may be rejected.
         shuffled: slots and pages are, and not given out in order from 0.
         """
@@ -161,10 +163,11 @@ class Engine:
         lengths = [len(text) for text in tokens]
         if kind == "window":
             counts = [-(-(n + most) // page_size) for n in lengths]
-            state: FoldState | WindowState = make_pools(spec, sum(counts), page_size, dtype, device)
+            state: FoldState | MeanState | WindowState = make_pools(spec, sum(counts), page_size, dtype, device)
             options |= {"kv": deal(counts), "score": deal(counts)}
         else:
-            state = make_state(spec, len(lengths) + 1, most, dtype, device)
+            count = len(lengths) + 1
+            state = make_means(spec, count, device) if kind == "mean" else make_state(spec, count, most, dtype, device)
             options["slots"] = some(len(lengths), len(lengths) + 1)
         pages = deal([-(-(n // spec.ratio + most) // rows_per_page) for n in lengths])
         cache = make_cache(fmt, spec, sum(map(len, pages)), rows_per_page, device)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..backend_triton.launcher import multiprocessors
 from ..backend_triton.table import ANY, BUCKETS, CONFIGS, Config, choose
 from ..calls.checks import choose_backend
-from ..contract import pooled_bound
+from ..contract import pooled_bound, resumed_bound
 from ..debug.check import check
 from ..precompile.combinations import reaches
 from ..spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
@@ -33,6 +33,7 @@ DTYPES = {
     "fold": ((FP32, BF16), (FP32, FP32)),
     "rows": ((FP32, BF16), (FP32, FP32), (BF16, BF16)),
     "window": ((FP32, BF16), (FP32, FP32), (BF16, BF16), (BF16, FP32)),
+    "mean": ((FP32, BF16), (FP32, FP32)),
     "store": ((FP32, BF16), (FP32, FP32)),
 }
 NO_KERNEL = "no kernel runs on the torch backend"
@@ -150,7 +151,9 @@ def _table_cases(lab: Lab, quick: bool) -> Iterator[Case]:
                 yield Case("table", name + f"rows {NAMES[rows]}", partial(check_store, lab, config, rows), skip)
             else:
                 name += f"state {NAMES[state]}, kv_score {NAMES[rows]}"
-                yield Case("table", name, partial(check_config, lab, config, state, rows), skip)
+                run = partial(check_config, lab, config, state, rows)
+                run = partial(check_means, lab, config, rows) if config.kind == "mean" else run
+                yield Case("table", name, run, skip)
 
 
 def _format_cases(lab: Lab) -> Iterator[Case]:
@@ -182,6 +185,37 @@ def _equivalence_cases(lab: Lab) -> Iterator[Case]:
 
 def check_config(lab: Lab, config: Config, state: torch.dtype, rows: torch.dtype) -> str:
     """One row of the table: its entries against fp64, against one prefill to the bit, and its last step by `kvfold.check`."""
+    inputs, bound = inputs_for(lab, config, rows)
+    spec = inputs[1]["spec"]
+    whole = lab.engine(inputs, kind=config.kind, dtype=state)
+    short = bound < whole.lengths[0]
+    steps = drafts(whole.lengths, bound, spec.ratio - 1) if short else chunks(whole.lengths)
+    cut = lab.engine(inputs, kind=config.kind, dtype=state, most=bound if short else DRAFTS)
+    run_checked(cut, [*steps[:1], *(step._replace(bound=bound) for step in steps[1:])])
+    return same_as_prefill(cut, whole)
+
+
+def check_means(lab: Lab, config: Config, rows: torch.dtype) -> str:
+    """One row of the table for a `MeanState`: entries against fp64, and one prefill to the bit of that over a `FoldState`."""
+    inputs, bound = inputs_for(lab, config, rows)
+    whole, cut, fold = (lab.engine(inputs, kind=kind) for kind in ("mean", "mean", "fold"))
+    first, length = cut.spec.ratio - 1, cut.lengths[0]
+    steps = chunks(cut.lengths)
+    if bound < length:
+        starts = [0, *range(first, length, bound)]
+        steps = [
+            Step.of(*((b, start, end - start) for b in range(len(cut.lengths)))) for start, end in pairwise([*starts, length])
+        ]
+    cut.run([*steps[:1], *(step._replace(bound=bound) for step in steps[1:])])
+    error = close_to_fp64(cut, resumed_bound(cut.spec.ratio))
+    for engine in (whole, fold):
+        engine.run(prefill(engine.lengths))
+    same(whole, fold)
+    return f"{error:.1e}"
+
+
+def inputs_for(lab: Lab, config: Config, rows: torch.dtype) -> tuple[Inputs, int]:
+    """Sequences for which a row of the table is chosen, with steps of so many tokens."""
     spec, bound = representative(config)
     # A row for many windows is taken when there are many.
     others = [n for n in BUCKETS if n < config.bucket and choose(config.kind, spec, bound, n) is not config]
@@ -189,13 +223,7 @@ def check_config(lab: Lab, config: Config, state: torch.dtype, rows: torch.dtype
     spec = lab.spec(spec)
     if choose(config.kind, spec, bound, config.bucket) is not config:
         raise LookupError(f"{spec} is not served by {config}")
-    inputs = lab.inputs(spec, rows, batch)
-    whole = lab.engine(inputs, kind=config.kind, dtype=state)
-    short = bound < whole.lengths[0]
-    steps = drafts(whole.lengths, bound, spec.ratio - 1) if short else chunks(whole.lengths)
-    cut = lab.engine(inputs, kind=config.kind, dtype=state, most=bound if short else DRAFTS)
-    run_checked(cut, [*steps[:1], *(step._replace(bound=bound) for step in steps[1:])])
-    return same_as_prefill(cut, whole)
+    return lab.inputs(spec, rows, batch), bound
 
 
 def check_store(lab: Lab, config: Config, dtype: torch.dtype) -> str:

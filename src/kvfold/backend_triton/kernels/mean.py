@@ -23,7 +23,7 @@ from .tokens import apart_from, gap_of
 def load_mean(row, resumes, SPEC: tl.constexpr):
     """`(m, l, a)` of the row where a window is gone on with; of no tokens where it begins."""
     old = spread(resumes, SPEC.HEAD_DIM)
-    m, l, a = empty_fold(SPEC.HEAD_DIM)
+    m, l, _a = empty_fold(SPEC.HEAD_DIM)
     at = row + tl.arange(0, SPEC.HEAD_DIM)
     m = tl.load(at, mask=old, other=m)
     l = tl.load(at + SPEC.HEAD_DIM, mask=old, other=0.0)
