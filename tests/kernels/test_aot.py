@@ -25,7 +25,7 @@ from kvfold.precompile.combinations import SPECS, TARGETS, Combination, combinat
 from kvfold.precompile.resources import _stored
 from kvfold.storage.formats import FORMATS
 
-KINDS = {"fold", "rows", "window", "store", "ungated", "pair", "plan", "restore"}
+KINDS = {"fold", "mean", "rows", "window", "store", "ungated", "pair", "plan", "restore"}
 EXACT = triton.__version__.startswith(f"{SPILLS_TRITON}.")
 
 

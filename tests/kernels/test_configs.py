@@ -28,7 +28,14 @@ SPECS = [
 ]
 STEPS = (1, 2, 3, 4, 5, 8, 9, 16, 100, 4096, ANY)
 ITEMS = (1, *(items for bound in BUCKETS[:-1] for items in (bound, bound + 1)), ANY)
-CALLS = [(kind, spec, n) for spec, n in product(SPECS, STEPS) for kind in (state_kind(spec), "window", "store")]
+
+
+def kinds_of(spec: CompressorSpec) -> list[str]:
+    """Of the table's rows that serve calls of a spec."""
+    return [state_kind(spec), *["mean"] * (state_kind(spec) == "fold"), "window", "store"]
+
+
+CALLS = [(kind, spec, n) for spec, n in product(SPECS, STEPS) for kind in kinds_of(spec)]
 
 
 def is_served(kind: str, spec: CompressorSpec) -> bool:
@@ -47,7 +54,7 @@ def test_a_row_of_the_table_is_chosen_and_the_first_that_serves() -> None:
             assert not any(c.serves(kind, spec.head_dim, spec.window_rows, n, items) for c in CONFIGS[:index])
             # What a kernel takes for granted of its row.
             assert chosen.num_warps in (1, 2, 4, 8) and chosen.ahead >= 1
-            if not chosen.programs and kind == "fold":
+            if not chosen.programs and kind in ("fold", "mean"):
                 assert n <= chosen.ahead
             if not chosen.programs and kind == "rows":
                 assert spec.window_rows <= chosen.ahead
