@@ -9,10 +9,12 @@ import copy
 import random
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from itertools import pairwise
 
 import pytest
 import torch
+from conftest import BACKENDS
 from support.helpers import Backend, Weights, bits, make_tokens
 from support.ops_support import through_operators
 from torch import Tensor
@@ -320,6 +322,54 @@ def test_records_through_operators(backend: Backend, banks: int, monkeypatch: py
     through_operators(monkeypatch)
     traced = records(MeanState.allocate(SMALL, 2, banks, device=backend.device))
     assert all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(eager, traced, strict=True))
+
+
+def test_calls_take_the_kernels_of_warmup(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the step: of decode, drafts over banks and prompts."""
+    backend = BACKENDS["interpreter"]
+    if not backend.slow:
+        pytest.skip("Triton compiles in this process, so it does not interpret")
+    launch, keys = import_module("kvfold.backend_triton.launch"), import_module("kvfold.backend_triton.keys")
+    taken, find = set(), launch.launcher_of
+    monkeypatch.setattr(launch, "launcher_of", lambda key, device: (taken.add(key), find(key, device))[1])
+    pool = Pool(SMALL, backend, 2, banks=4)
+    one, fp32 = pool.sequence(1, 60, 1), torch.float32
+    pool.step([(one, 30)])
+    pool.step([(one, 1)])
+    pool.step([(one, 3)], state=pool.banked)
+    warm = keys.Wanted((fp32,), (1, 4, 100), (fp32,), (fp32,), (False,))
+    assert len(taken) == 3 and taken <= {*keys.mean_keys(SMALL, None, warm, fp32)}
+    assert not [*keys.mean_keys(kvfold.V4_CSA, None, warm, fp32)] and not [
+        *keys.mean_keys(kvfold.V41_MAIN_R1, None, warm, fp32)
+    ]
+
+
+@pytest.mark.gpu
+def test_replayed_with_new_tokens() -> None:
+    """A graph that was recorded over no sequence decodes one, token by token."""
+    pool = Pool(SMALL, BACKENDS["cuda"], 2)
+    one, ints = pool.sequence(1, 40, 1), {"dtype": torch.int32, "device": "cuda"}
+    start, ends, slots = torch.zeros(1, **ints), torch.tensor([0, 1], **ints), torch.full((1,), -1, **ints)
+    kv_score = torch.empty(1, 32, device="cuda")
+    plan = StepPlan.build(16, start, ends, 1, state_slots=slots)
+
+    def decode() -> None:
+        plan.update(start, ends)
+        kvfold.compress(kv_score, plan, pool.state, None, spec=SMALL, ape=pool.ape, norm_weight=None, rope=None)
+
+    decode()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        decode()
+    slots.fill_(1)
+    for x in range(40):
+        kv_score.copy_(one.tokens[x : x + 1])
+        start.fill_(x)
+        graph.replay()
+        one.resumed = 0 if x % 16 == 0 else one.resumed + 1
+        if (x + 1) % 16:
+            pool.check_row(one, 0, x + 1)
+    assert int(plan.errors) == 0
 
 
 def test_copies_stand_alone() -> None:

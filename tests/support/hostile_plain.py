@@ -10,7 +10,7 @@ import torch
 from support.fuzz_support import KINDS
 
 import kvfold
-from kvfold import CompressorSpec, EntryCache, FoldState, Snapshots, WindowState
+from kvfold import CompressorSpec, EntryCache, FoldState, MeanState, Snapshots, WindowState
 from kvfold.storage.formats import FORMATS, RecordFormat
 
 SPEC = KINDS["rows"][0]
@@ -53,6 +53,7 @@ PLAIN: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         _on_meta(FoldState.allocate),
         {"spec": SPEC, "num_slots": 2, "max_new_tokens": 4, "dtype": torch.float32},
     ),
+    "MeanState.allocate": (_on_meta(MeanState.allocate), {"spec": kvfold.V4_HCA, "num_slots": 2, "banks": 4}),
     "WindowState.allocate": (
         _on_meta(WindowState.allocate),
         {"spec": SPEC, "num_pages": 2, "page_size": 4, "dtype": torch.bfloat16},
