@@ -131,6 +131,7 @@ def store_placed(p: Placed, backend: str | None, pdl: bool | None) -> None:
 
 def restore(state: FoldState, snapshots: Snapshots, hits: Hits, backend: str | None) -> None:
     """`kvfold.restore` while it is traced."""
+    check_type("state", state, FoldState)
     check_type("snapshots", snapshots, Snapshots)
     check_spec("spec", state.spec)
     _call(OPS.restore, state.spec._text, *_state(state), *_snapshots(snapshots, state.spec), *hits, backend)

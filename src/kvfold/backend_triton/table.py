@@ -128,7 +128,7 @@ ROWS: tuple[Row, ...] = (
     *(_scaled(_row("mean", most, ahead=most, num_warps=1)) for most in (1, 4, 8)),
     _scaled(_row("mean", ANY, _NARROW, _MIDDLE, ahead=8, num_warps=1, programs=16)),
     _row("mean", ANY, _WIDE, ahead=16, num_warps=8, programs=2, bucket=1),
-    _row("mean", ANY, _WIDE, ahead=4, num_warps=4, registers=128, programs=4),
+    _row("mean", ANY, _WIDE, ahead=4, num_warps=4, registers=128, programs=4, spills=(4,)),
     _scaled(_row("rows", 8, _NARROW, _MIDDLE, rows=(1, 8), ahead=8, num_warps=2)),
     # The bound on registers is so that 512 programs fit at once: note 0054.
     _row("rows", 8, _WIDE, rows=(1, 8), ahead=8, num_warps=4, registers=128, spills=(8,)),
