@@ -266,6 +266,7 @@ _PAIR = "pair hd512 R4 overlap fp8_ds_mla {} hd128 R4 overlap hadamard {}"
 MOST = (
     "fold hd512 R128 fp8_block128 ahead8 warps8 windows2",
     "fold hd512 R128 fp8_block128 ahead4 warps4",
+    "mean hd512 R128 fp8_ds_mla ahead4 warps4 apart",
     "rows hd512 R4 overlap rows ahead8 warps4 n8",
     "rows hd512 R4 overlap fp8_ds_mla ahead4 warps2 windows18",
     "rows hd512 R4 overlap fp8_ds_mla ahead8 warps2 snapshots",
