@@ -152,7 +152,7 @@ def test_exactly_the_explained_raw_rows_are_read_and_written(name: str, start: i
 @pytest.mark.parametrize("pages", [1, 2, 3])
 @pytest.mark.parametrize("name, start, new", [("csa", 9, 4), ("csa", 23, 17), ("csa", 4, 2), ("v41", 7, 3), ("v41", 2, 1)])
 def test_rings_keep_the_explained_rows(name: str, start: int, new: int, pages: int) -> None:
-    """A row that is read is needed, one that is written is another afterwards, and starts that are named have the right bits."""
+    """A row that is read is needed, one that is written is another afterwards, and named starts give the right bits."""
     spec = SPECS["csa"] if name == "csa" else kvfold.CompressorSpec(head_dim=32, ratio=2, has_ape=False, rope_dim=8)
     size, tail = 8 if name == "csa" else 2, 9
     said = explain(spec, start, new, state="window", page_size=size, ring=pages)
