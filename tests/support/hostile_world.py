@@ -116,9 +116,9 @@ def _mark(given: dict[str, Any]) -> None:
 
 
 _HOW = ("backend", "pdl")
-_WRITTEN = ("state", "cache", "snapshots", "rows")
+_WRITTEN = ("state", "cache", "snapshots", "rows", "latent")
 FUNCTIONS: dict[str, Function] = {
-    "compress": Function("compress", ALL_KINDS, (*COMPRESSOR, "plan", "rows", *_HOW), _compress, _WRITTEN),
+    "compress": Function("compress", ALL_KINDS, (*COMPRESSOR, "plan", "rows", "latent", *_HOW), _compress, _WRITTEN),
     "compress_many": Function(
         "many", FOLD_KINDS, ("compressors", *(f"{i}.{name}" for i in (0, 1) for name in COMPRESSOR), "plan", *_HOW), _many,
         tuple(f"{i}.{name}" for i in (0, 1) for name in ("state", "cache", "snapshots")),
@@ -139,8 +139,8 @@ FUNCTIONS: dict[str, Function] = {
     "Snapshots.of": Function("read", FOLD_KINDS, ("snapshots", "positions"), _of, own="snapshots"),
     "FoldState.history_of": Function("read", FOLD_KINDS, ("state", "position"), _history, own="state"),
     "mark_static": Function("compress", ALL_KINDS, ("state", "cache", "plan", "snapshots", "rows"), _mark),
-    "check": Function("check", ALL_KINDS, (*COMPRESSOR, "plan", "rows", "backend", "full_history"), _check),
-    "dump": Function("compress", ALL_KINDS, (*COMPRESSOR, "plan", "rows", *_HOW), _dump),
+    "check": Function("check", ALL_KINDS, (*COMPRESSOR, "plan", "rows", "latent", "backend", "full_history"), _check),
+    "dump": Function("compress", ALL_KINDS, (*COMPRESSOR, "plan", "rows", "latent", *_HOW), _dump),
 }  # fmt: skip
 # What a constructor alone takes is spoiled before it makes an object of any of the above: see `Spoil.when`.
 
@@ -163,6 +163,8 @@ class HostileWorld(World):
             self.leaves["scales"] = self.leaves["cache.scales"]
         for field in NOT_GIVEN:
             self.leaves.setdefault(f"plan.{field}", None)
+        if "latent" in self.function.arguments:
+            self.leaves["latent"] = self.put(self.leaves["rows"].bfloat16())
         if self.function.world == "check":
             self.leaves["full_history"] = None
         if self.function.world != "compress" and "rows" not in self.function.arguments:
