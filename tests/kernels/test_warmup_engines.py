@@ -1,4 +1,4 @@
-"""Which kernels `warmup` prepares for V4.1 and for engines' own ways: those that calls then ask for, all of them, without a GPU."""
+"""Which kernels `warmup` prepares for V4.1 and for engines' own ways: those that calls then ask for, all of them; no GPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NEW = 9  # tokens of a step
 
 
 class Asked:
-    """What is prepared, and what calls ask for: both by what a caller can choose, as the row of the table follows from sizes."""
+    """What is prepared, and what calls ask for."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.prepared: set[Key] = set()
@@ -60,7 +60,7 @@ class Asked:
 
 
 def chosen(keys: set[Key], kind: type) -> set[tuple]:
-    """Keys of a kind without the rows of the table."""
+    """Keys of a kind without the rows of the table, which follow from sizes and not from what a caller chooses."""
     found = [key for key in keys if isinstance(key, kind)]
     if kind is PairKey:
         return {(key.first._replace(config=None), key.second._replace(config=None)) for key in found}
@@ -83,7 +83,6 @@ def test_latents_and_tensors_apart(asked: Asked, spec: CompressorSpec) -> None:
         for entries in ("table", "none") if fmt is None else ("table",):
             engine = asked.engine(spec, "fold", fmt, latent=latent, two=two, told=told, entries=entries)
             asked.take(engine)
-    asked.store = None
     asked.same(StepKey)
     plans = chosen(asked.keys, PlanKey)
     assert {key.metadata for key in plans} == {False, True} and plans <= asked.prepared
