@@ -162,15 +162,15 @@ def test_verify_passes_and_fails(tmp_path, monkeypatch):
     out = tmp_path / "new" / "verify.json"
     arguments = ["verify", "--device", "cpu", "--backend", "torch", "--only", "indexer FoldState", "--json", out]
     result = call(*arguments)
-    assert result.exit_code == 0 and "all 5 passed" in result.output, result.output
+    assert result.exit_code == 0 and "all 6 passed" in result.output, result.output
     rows = json.loads(out.read_text())
-    assert rows["failed"] == 0 and len(rows["results"]) == 5 and all(row["passed"] for row in rows["results"])
+    assert rows["failed"] == 0 and len(rows["results"]) == 6 and all(row["passed"] for row in rows["results"])
     real = backend_torch.fold_group
     monkeypatch.setattr(backend_torch, "fold_group", lambda *args: (*real(*args)[:2], real(*args)[2] * 1.01))
     result = call(*arguments)
-    assert result.exit_code == 1 and "5 of 5 failed" in result.output
+    assert result.exit_code == 1 and "6 of 6 failed" in result.output
     assert "FAIL" in result.output and "sequence 0, window 0, channel" in result.output
-    assert json.loads(out.read_text())["failed"] == 5
+    assert json.loads(out.read_text())["failed"] == 6
 
 
 def test_verify_refuses_wrong_arguments():
