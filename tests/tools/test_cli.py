@@ -188,6 +188,8 @@ def test_explain_prints_entries_rows_and_bytes():
     assert result.exit_code == 0, result.output
     for words in ("4..7", "8..11", "page 0: values 1152..1599", "page 0: scales 36880..36886", "can start at: 0 to 13"):
         assert words in result.output
+    said = call("explain", "v41-r2", "--start", 7, "--new", 2, "--state", "window", "--page-size", 2, "--ring", 3).output
+    assert "WindowState of rings of 6 rows: 2 tokens" in said and "The next step can start at: 7 to 9" in said, said
     result = call("explain", "ratio=16,head_dim=64,rope_dim=16", "--start", 0, "--new", 900, "--state", "window")
     assert result.exit_code == 0 and "more" in result.output and "page 7, row 3" in result.output, result.output
     for spec, words in (
