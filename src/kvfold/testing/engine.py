@@ -330,6 +330,8 @@ class Engine:
 
     def _entries(self, step: Step, ends: Sequence[int]) -> dict[str, object]:
         """What says where entries go. ends: offsets of each sequence's rows of kv_score."""
+        if self.addressing == "none":
+            return {}
         told, ratio, known = self.told, self.spec.ratio, self.entry_slots
         if self.addressing == "table":
             return {"cache_block_table": self._pages(self.pages, step), "rows_per_page": self.rows_per_page}
@@ -341,14 +343,12 @@ class Engine:
                 found[first : first + len(some)] = some
             exact = told.wide or told == PLAIN
             return {"entry_slots": torch.tensor(found, device=self.device) if exact else self._numbers(found)}
-        if self.addressing == "tokens":
-            found = [max(told.null, 0)] * (ends[-1] + step.behind)  # only that of a window's last token is read
-            found[ends[len(step.parts)] :] = [told.null] * (len(found) - ends[len(step.parts)])
-            for first, some, (_, start, _, _) in zip(ends, slots, step.parts, strict=False):
-                for i, slot in enumerate(some):
-                    found[first + (start // ratio + i + 1) * ratio - 1 - start] = told.null if slot < 0 else slot
-            return {"token_slots": self._numbers(found), "no_slot": told.null}
-        return {}
+        found = [max(told.null, 0)] * (ends[-1] + step.behind)  # only that of a window's last token is read
+        found[ends[len(step.parts)] :] = [told.null] * (len(found) - ends[len(step.parts)])
+        for first, some, (_, start, _, _) in zip(ends, slots, step.parts, strict=False):
+            for i, slot in enumerate(some):
+                found[first + (start // ratio + i + 1) * ratio - 1 - start] = told.null if slot < 0 else slot
+        return {"token_slots": self._numbers(found), "no_slot": told.null}
 
     def _pages(self, pages: Pages, step: Step) -> Tensor:
         """The engine's table of pages."""
