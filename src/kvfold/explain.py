@@ -75,7 +75,7 @@ class Explanation:
 
     Attributes:
         kind: "fold" or "rows" (`FoldState.kind`), "window", or "none" for a spec without a gate.
-        ring, history: of the `FoldState`; 0 for a `WindowState`.
+        ring, history: of the `FoldState`; of a `WindowState` 0, but for the rows of a ring.
         reads, writes: state rows, by position.
         emptied: rows of the `FoldState` that hold nothing any more, and the positions they had.
         starts: positions, not above `start + new`, that the next step can start at; windows before them are not looked at.
@@ -106,6 +106,7 @@ def explain(
     rows_per_page: int = 64,
     state: str = "fold",
     page_size: int = 128,
+    ring: int = 0,
 ) -> Explanation:
     """Explains a step of `new` tokens of a sequence that has `start` tokens, which came in one step.
 
@@ -116,6 +117,7 @@ def explain(
         state: "fold" for a `FoldState`, "window" for a `WindowState` of which every page is there; a spec without a gate has
             neither.
         page_size: `window`: positions per page of the state.
+        ring: `window`: pages of each sequence's ring, as of `StepPlan.build(ring=True)`; 0 for tables without rings.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -128,6 +130,11 @@ def explain(
     check_int("page_size", page_size, 1, MOST)
     if state not in ("fold", "window"):
         raise ValueError(f"state must be 'fold' or 'window', got {state!r}")
+    check_int("ring", ring, 0, MOST)
+    if ring and (state != "window" or not spec.gate):
+        raise ValueError(f"ring must be 0 without state='window', got {ring}")
+    if ring and ring * page_size < spec.window_rows - 1:
+        raise ValueError(f"ring must be of {spec.window_rows - 1} rows at least, got {ring} pages of {page_size}")
     narrow = replace(spec, head_dim=16, rope_dim=0, hadamard=False, has_ape=False)
     if not spec.gate:
         plan = _take(None, narrow, rows_per_page, start, new, torch.nan)
@@ -138,10 +145,12 @@ def explain(
         take = partial(_take, slot, narrow, rows_per_page, state_slots=torch.zeros(1, dtype=torch.int32))
         plan, found = _over_a_slot(slot, start, new, take)
     else:
-        table = torch.arange(-(-(start + new) // page_size), dtype=torch.int32)[None]
+        table = torch.arange(ring or -(-(start + new) // page_size), dtype=torch.int32)[None]
         pages = WindowState.allocate(narrow, table.numel(), page_size)
-        take = partial(_take, pages, narrow, rows_per_page, block_tables=(table, table.clone()), page_size=page_size)
+        where = {"block_tables": (table, table.clone()), "page_size": page_size, "ring": ring > 0}
+        take = partial(_take, pages, narrow, rows_per_page, **where)
         plan, found = _over_pages(pages, narrow, start, new, take)
+        found |= _over_rings(pages, narrow, start, new, take, found) if ring else {}
     entries = _entries(spec, plan, None if fmt is None else get_format(fmt), rows_per_page)
     return Explanation(spec=spec, start=start, new=new, entries=entries, **found)
 
@@ -155,11 +164,16 @@ def _take(
     fill: float,
     **where: Any,
 ) -> StepPlan:
-    """Takes a step whose tokens are all `fill`, of one sequence whose cache pages are numbered as its block table is."""
+    """Takes a step of one sequence whose cache pages are numbered as its block table is.
+
+    fill: what all of its tokens are; infinity for the position of each.
+    """
     table = torch.arange(-(-(start + new) // (spec.ratio * rows_per_page)), dtype=torch.int32)[None]
     begin, ends = torch.tensor([start], dtype=torch.int32), torch.tensor([0, new], dtype=torch.int32)
     plan = StepPlan.build(spec.ratio, begin, ends, new, cache_block_table=table, rows_per_page=rows_per_page, **where)
     tokens = torch.full((1, spec.kv_score_width), fill, dtype=torch.float32).expand(new, -1)  # one row in memory
+    if fill == torch.inf:
+        tokens = torch.arange(start, start + new).float()[:, None].repeat(1, spec.kv_score_width)
     compress(tokens, plan, state, None, spec=spec, ape=None, norm_weight=None, rope=None, backend="torch")
     if int(plan.errors):
         raise RuntimeError(f"the step from {start} was refused")
@@ -208,6 +222,27 @@ def _over_pages(
     rows = {name: tuple(Row(x, *divmod(x, state.page_size)) for x in found.tolist()) for name, found in touched.items()}
     anywhere = {"starts": tuple(range(start, start + new + 1)), "any_window": True}
     return plan, {"kind": "window", "ring": 0, "history": 0, "emptied": (), **rows, **anywhere}
+
+
+def _over_rings(
+    state: WindowState, spec: CompressorSpec, start: int, new: int, take: Callable[..., StepPlan], found: dict[str, Any]
+) -> dict[str, Any]:
+    """What is otherwise where the pages are a ring: which positions its rows stand for, and so where a step can start."""
+    rows = state.num_pages * state.page_size
+    held = []
+    state.kv.fill_(-1)
+    for at, n in ((0, start), (start, new)):
+        if n:
+            take(at, n, torch.inf)
+        held.append(state.kv[:, :, 0].flatten().long().tolist())
+    before, after = held
+    writes = [Row(after[x], *divmod(x, state.page_size)) for x in range(rows) if after[x] >= start]
+    reads = [Row(r.position, *divmod(before.index(r.position), state.page_size)) for r in found["reads"]]
+    known, end, ratio = set(after), start + new, spec.ratio
+    starts = [p for p in range(start, end + 1) if known.issuperset(range(max(p // ratio - int(spec.overlap), 0) * ratio, p))]
+    sort = {"key": lambda row: row.position}
+    kept = {"reads": tuple(sorted(reads, **sort)), "writes": tuple(sorted(writes, **sort))}
+    return {"ring": rows, "starts": tuple(starts), "any_window": not spec.overlap, **kept}
 
 
 def _entries(spec: CompressorSpec, plan: StepPlan, fmt: RecordFormat | None, rows_per_page: int) -> tuple[Entry, ...]:

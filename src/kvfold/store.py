@@ -95,7 +95,7 @@ def store(
             if cache is not None:
                 raise TypeError("plan must be a StepPlan where cache stands behind it, got an EntryCache")
             cache = plan
-        placed = Placed(rows, slots, positions, (cache, *_others(also)), spec, norm_weight, rope, errors)
+        placed = Placed(rows, slots, positions, (cache, *other_caches(also)), spec, norm_weight, rope, errors)
         (ops.store_placed if traced(rows) else run_placed)(placed, backend, pdl)
         return
     for name, value in (("slots", slots), ("positions", positions), ("also", also or None), ("errors", errors)):
@@ -105,7 +105,8 @@ def store(
     run(Compressor(rows, None, cache, spec, None, norm_weight, rope), plan, backend, pdl)
 
 
-def _others(also: Sequence[EntryCache]) -> Sequence[EntryCache]:
+def other_caches(also: Sequence[EntryCache]) -> Sequence[EntryCache]:
+    """The caches of `also`, of which there is one at most."""
     if not isinstance(also, (tuple, list)):
         raise TypeError(f"also must be a tuple or a list of caches, got {type(also).__name__}")
     if len(also) > 1:

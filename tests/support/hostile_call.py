@@ -26,7 +26,8 @@ from kvfold import StepPlan
 
 SLOW = 5.0  # seconds of a call over a handful of tokens, on a machine that has other work too
 ATTEMPTS = 50
-AGREEING = ("compress", "compress_many", "store", "store, placed", "restore", "check", "dump")
+AGREEING = ("compress", "compress_many", "store", "store, placed", "restore", "check", "dump", "check, placed",
+            "dump, placed")  # fmt: skip
 
 
 class Inapplicable(Exception):

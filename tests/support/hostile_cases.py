@@ -60,7 +60,7 @@ CALLERS = ("errors", "entry_slots", "state_slots", "snapshot_table", "cache_bloc
 WEIGHTS = {
     "compress": 22, "compress_many": 9, "store": 13, "store, placed": 10, "restore": 12, "StepPlan.update": 13,
     "EntryCache.read": 8, "EntryCache.raw": 3, "EntryCache.from_blocks": 6, "Snapshots.of": 4, "FoldState.history_of": 2,
-    "mark_static": 2, "check": 1.2, "dump": 0.5,
+    "mark_static": 2, "check": 1.2, "dump": 0.5, "check, placed": 0.6, "dump, placed": 0.3,
 }  # fmt: skip
 
 # What is to be seen on the interpreter, and on a GPU beside that; the rest is the same on every backend.
@@ -100,7 +100,7 @@ def draw(world_of: Callable[[str, str], HostileWorld], rng: random.Random, backe
     inside = [spoil for spoil in spoils if spoil.how == "inside"]
     if len({spoil.target for spoil in spoils}) == 1 or inside:
         spoils = tuple(inside[:1]) or spoils[:1]
-    return Case(function, kind, before if function not in ("check", "dump") else (), spoils)
+    return Case(function, kind, before if not function.startswith(("check", "dump")) else (), spoils)
 
 
 def _spoil(world: HostileWorld, rng: random.Random) -> Spoil:

@@ -16,7 +16,7 @@ def disagreement(function: str, given: dict[str, Any]) -> str | None:
         return None  # others than those that are here
     prefixes = ("0.", "1.") if function == "compress_many" else ("",)
     for prefix in prefixes:
-        parts = {name: given.get(prefix + name) for name in (*COMPRESSOR, "rows")}
+        parts = {name: given.get(prefix + name) for name in (*COMPRESSOR, "rows", "latent")}
         for what, one, other in _facts(parts, given.get("plan")):
             if one != other:
                 return f"{prefix}{what}: {one} and {other}"
@@ -44,7 +44,7 @@ def _facts(parts: dict[str, Any], plan: Any) -> list[tuple[str, Any, Any]]:
 
 
 def _of_plan(plan: StepPlan, parts: dict[str, Any], spec: Any) -> list[tuple[str, Any, Any]]:
-    state, cache, snapshots, rows = (parts[name] for name in ("state", "cache", "snapshots", "rows"))
+    state, cache, snapshots = (parts[name] for name in ("state", "cache", "snapshots"))
     found: list[tuple[str, Any, Any]] = []
     if spec is not None:
         found += [("ratio of plan", plan.ratio, spec.ratio)]
@@ -57,6 +57,7 @@ def _of_plan(plan: StepPlan, parts: dict[str, Any], spec: Any) -> list[tuple[str
         found += [("whether plan has state slots", plan.state_slots is not None, True)]
     if isinstance(snapshots, Snapshots):
         found += [("page size of plan and snapshots", plan.snapshot_page_size, snapshots.page_size)]
-    if isinstance(rows, Tensor) and spec is not None:
-        found += [("shape of rows", tuple(rows.shape), (plan.entry_capacity, spec.head_dim))]
+    for name in ("rows", "latent"):
+        if isinstance(parts[name], Tensor) and spec is not None:
+            found += [(f"shape of {name}", tuple(parts[name].shape), (plan.entry_capacity, spec.head_dim))]
     return found

@@ -38,13 +38,14 @@ RELATED: dict[str, tuple[str, ...]] = {
     "page_size": ("state", "snapshots", "plan", "block_tables", "snapshot_table", "rows", "positions", "snapshot_page_size"),
     "snapshot_page_size": ("snapshots", "snapshot_table"),
     "snapshot_table": ("snapshot_page_size", "snapshots"),
-    "entry_slots": ("cache_block_table", "rows", "cache"),
+    "entry_slots": ("cache_block_table", "rows", "latent", "cache"),
     "cache_block_table": ("entry_slots", "rows_per_page", "cache"),
     "rows_per_page": ("cache", "plan", "storage", "scales", "slots", "slot"),
-    "ratio": ("spec", "rows", "max_new_tokens"),
-    "max_new_tokens": ("rows", "positions", "max_tokens", "ratio"),
-    "max_tokens": ("rows", "max_new_tokens"),
+    "ratio": ("spec", "rows", "latent", "max_new_tokens"),
+    "max_new_tokens": ("rows", "latent", "positions", "max_tokens", "ratio"),
+    "max_tokens": ("rows", "latent", "max_new_tokens"),
     "rows": ("positions", "kv_score", "snapshots"),
+    "latent": ("rows", "norm_weight"),
     "positions": ("rows",),
     "kv": ("score", "plan", "page_size"),
     "score": ("kv",),
@@ -87,7 +88,7 @@ def _all_words(case: Case) -> set[str]:
 def judge(case: Case, error: Exception) -> Outcome:
     """An error must be ours, of a type that is promised, and name the argument."""
     text = last_line(error)
-    if type(error) is RuntimeError and case.function in ("check", "dump") and "must be called outside of" in text:
+    if type(error) is RuntimeError and case.function.startswith(("check", "dump")) and "must be called outside of" in text:
         return Outcome(case, "refused", text)  # as their documents say
     if not isinstance(error, (TypeError, ValueError)):
         return Outcome(case, f"unnamed {type(error).__name__}", text)

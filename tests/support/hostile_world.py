@@ -86,6 +86,19 @@ def _dump(given: dict[str, Any]) -> None:
         kvfold.replay(path)
 
 
+def _check_placed(given: dict[str, Any]) -> None:
+    positional, named = _named(given, "rows", "cache")
+    kvfold.check(*positional, **named)
+
+
+def _dump_placed(given: dict[str, Any]) -> None:
+    positional, named = _named(given, "rows", "cache")
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "call.safetensors")
+        kvfold.dump(path, *positional, **named)
+        kvfold.replay(path)
+
+
 def _update(given: dict[str, Any]) -> None:
     StepPlan.update(given["plan"], given["start_pos"], given["cu_seqlens"])
 
@@ -116,17 +129,17 @@ def _mark(given: dict[str, Any]) -> None:
 
 
 _HOW = ("backend", "pdl")
-_WRITTEN = ("state", "cache", "snapshots", "rows")
+_PLACED = ("rows", "cache", "slots", "positions", "spec", "norm_weight", "rope", "errors")
+_WRITTEN = ("state", "cache", "snapshots", "rows", "latent")
 FUNCTIONS: dict[str, Function] = {
-    "compress": Function("compress", ALL_KINDS, (*COMPRESSOR, "plan", "rows", *_HOW), _compress, _WRITTEN),
+    "compress": Function("compress", ALL_KINDS, (*COMPRESSOR, "plan", "rows", "latent", *_HOW), _compress, _WRITTEN),
     "compress_many": Function(
         "many", FOLD_KINDS, ("compressors", *(f"{i}.{name}" for i in (0, 1) for name in COMPRESSOR), "plan", *_HOW), _many,
         tuple(f"{i}.{name}" for i in (0, 1) for name in ("state", "cache", "snapshots")),
     ),
     "store": Function("store", ALL_KINDS, ("rows", "plan", "cache", "spec", "norm_weight", "rope", *_HOW), _store, ("cache",)),
     "store, placed": Function(
-        "place", ALL_KINDS, ("rows", "cache", "slots", "positions", "spec", "norm_weight", "rope", "errors", *_HOW), _place,
-        ("cache", "errors"),
+        "place", ALL_KINDS, (*_PLACED, *_HOW), _place, ("cache", "errors"),
     ),
     "restore": Function(
         "restore", FOLD_KINDS, ("state", "snapshots", "slots", "pages", "start_pos", "errors", "backend"), _restore,
@@ -139,8 +152,10 @@ FUNCTIONS: dict[str, Function] = {
     "Snapshots.of": Function("read", FOLD_KINDS, ("snapshots", "positions"), _of, own="snapshots"),
     "FoldState.history_of": Function("read", FOLD_KINDS, ("state", "position"), _history, own="state"),
     "mark_static": Function("compress", ALL_KINDS, ("state", "cache", "plan", "snapshots", "rows"), _mark),
-    "check": Function("check", ALL_KINDS, (*COMPRESSOR, "plan", "rows", "backend", "full_history"), _check),
-    "dump": Function("compress", ALL_KINDS, (*COMPRESSOR, "plan", "rows", *_HOW), _dump),
+    "check": Function("check", ALL_KINDS, (*COMPRESSOR, "plan", "rows", "latent", "backend", "full_history"), _check),
+    "dump": Function("compress", ALL_KINDS, (*COMPRESSOR, "plan", "rows", "latent", *_HOW), _dump),
+    "check, placed": Function("place", ALL_KINDS, (*_PLACED, "backend"), _check_placed),
+    "dump, placed": Function("place", ALL_KINDS, (*_PLACED, *_HOW), _dump_placed),
 }  # fmt: skip
 # What a constructor alone takes is spoiled before it makes an object of any of the above: see `Spoil.when`.
 
@@ -163,6 +178,8 @@ class HostileWorld(World):
             self.leaves["scales"] = self.leaves["cache.scales"]
         for field in NOT_GIVEN:
             self.leaves.setdefault(f"plan.{field}", None)
+        if "latent" in self.function.arguments:
+            self.leaves["latent"] = self.put(self.leaves["rows"].bfloat16())
         if self.function.world == "check":
             self.leaves["full_history"] = None
         if self.function.world != "compress" and "rows" not in self.function.arguments:

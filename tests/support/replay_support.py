@@ -18,6 +18,7 @@ import kvfold
 from kvfold import CompressorSpec, EntryCache, StepPlan
 from kvfold.debug import file as debug_file
 from kvfold.debug.call import Call as Value
+from kvfold.debug.call import Places
 from kvfold.storage.formats import FORMATS
 from kvfold.storage.step import Compressor, Outputs
 from kvfold.testing import Engine, Step, make_pools, make_state, make_tokens, make_weights
@@ -44,7 +45,8 @@ class Made:
         args = dict(zip(("kv_score", "plan", "state", "cache"), self.args, strict=False))
         given: dict[str, Any] = dict.fromkeys(Compressor._fields) | self.options | args
         plan, out = given.pop("plan"), Outputs(given.pop("rows", None), given.pop("latent", None))
-        return debug_file.tensors_of(Value.of(Compressor(**given), plan, out, "torch"))
+        places = Places(**{name: given.pop(name) for name in Places._fields if name in given})
+        return debug_file.tensors_of(Value.of(Compressor(**given), plan, out, "torch", places))
 
 
 def snapped(spec: CompressorSpec, page_size: int, device: torch.device, dtype: torch.dtype | None = None) -> Made:
@@ -99,6 +101,42 @@ def bare(device: torch.device) -> Made:
     return Made(kvfold.compress, *args, **named, rows=torch.full((args[1].entry_capacity, 32), 7.0, device=device))
 
 
+def engine(device: torch.device) -> Made:
+    """Rings of pages, of which 0 is none; total lengths, a slot per token, reserved places, int64, numbers between others."""
+    draw, wide = torch.Generator().manual_seed(7), {"dtype": torch.int64, "device": device}
+    weights = make_weights(BARE, 40, "normal", draw, torch.float32, device)
+    state, scale = make_pools(BARE, 8, 4, torch.float32, device), torch.tensor(float("inf"), device=device)
+    cache = EntryCache(torch.full((5, 300), 7, dtype=torch.uint8, device=device), "fp8_tensor", 4, BARE, scale=scale)
+    table = torch.tensor([[3, 6, 1, 9, 9], [5, 2, 0, 9, 9]], **wide)[:, :3]  # the second has but two of its pages
+    other = torch.tensor([[7, 4, 2], [3, 1, 5]], dtype=torch.int32, device=device)
+
+    def plan(ends: list[int], lengths: list[int], **more: Any) -> StepPlan:
+        by_token = torch.arange(26, **wide).view(13, 2)[:, 1]  # slots 1, 3, ... of rows
+        return StepPlan.build(
+            4, None, torch.tensor(ends, **wide), 6, seq_lens=torch.tensor([lengths, [0, 0]], **wide).t().reshape(2, 2)[:, 0],
+            block_tables=(table, other), page_size=4, ring=True, null_page=0, token_slots=by_token, no_slot=0,
+            cu_rows=torch.tensor([1, 3, 6], **wide), max_rows=9, **more,
+        )  # fmt: skip
+
+    tokens = make_tokens(BARE, [13, 13], "normal", draw, torch.float32, device)
+    kvfold.compress(tokens[0], plan([2, 8, 13], [6, 5]), state, None, **weights)
+    scores = torch.full((13, 3 * BARE.channels), torch.nan, device=device)[:, : BARE.channels]
+    scores.copy_(tokens[1][:, BARE.channels :])
+    rows = torch.full((5, 32), 7.0, device=device)
+    latent = torch.full((9, 32), 7.0, dtype=torch.bfloat16, device=device)
+    given = (tokens[1][:, : BARE.channels].contiguous(), scores), plan([2, 8, 13], [11, 10]), state, cache
+    return Made(kvfold.compress, *given, **weights, rows=rows, latent=latent)
+
+
+def placed(device: torch.device) -> Made:
+    """`store` without a plan into two caches, with neither a norm nor `errors`."""
+    rows = torch.randn(6, 48, generator=torch.Generator().manual_seed(8)).to(device)[:, :32]
+    caches = [EntryCache.allocate(fmt, 4, 3, BARE, device=device) for fmt in ("fp32", "fp8_tensor")]
+    slots = torch.tensor([7, 0, -1, 11, 12, 3], dtype=torch.int32, device=device)
+    weights = {"spec": BARE, "norm_weight": None, "rope": None}
+    return Made(kvfold.store, rows, caches[0], slots=slots, positions=None, also=caches[1:], **weights)
+
+
 CASES: dict[str, Callable[[torch.device], Made]] = {
     "fold": lambda device: snapped(FOLD, 5, device),
     "rows": lambda device: snapped(ROWS, 4, device, torch.bfloat16),
@@ -106,7 +144,13 @@ CASES: dict[str, Callable[[torch.device], Made]] = {
     "store": store,
     "window": window,
     "bare": bare,
+    "engine": engine,
+    "placed": placed,
 }
+HEADLINES = {
+    "window": "REFUSED: 1 window", "bare": "REFUSED: 2 of 3 sequences", "engine": "REFUSED: 1 window",
+    "placed": "REFUSED: 1 of 5 rows",
+}  # fmt: skip
 
 
 def rewrite(path: Path, change: Callable[[dict, dict, dict], None]) -> None:

@@ -162,15 +162,15 @@ def test_verify_passes_and_fails(tmp_path, monkeypatch):
     out = tmp_path / "new" / "verify.json"
     arguments = ["verify", "--device", "cpu", "--backend", "torch", "--only", "indexer FoldState", "--json", out]
     result = call(*arguments)
-    assert result.exit_code == 0 and "all 5 passed" in result.output, result.output
+    assert result.exit_code == 0 and "all 6 passed" in result.output, result.output
     rows = json.loads(out.read_text())
-    assert rows["failed"] == 0 and len(rows["results"]) == 5 and all(row["passed"] for row in rows["results"])
+    assert rows["failed"] == 0 and len(rows["results"]) == 6 and all(row["passed"] for row in rows["results"])
     real = backend_torch.fold_group
     monkeypatch.setattr(backend_torch, "fold_group", lambda *args: (*real(*args)[:2], real(*args)[2] * 1.01))
     result = call(*arguments)
-    assert result.exit_code == 1 and "5 of 5 failed" in result.output
+    assert result.exit_code == 1 and "6 of 6 failed" in result.output
     assert "FAIL" in result.output and "sequence 0, window 0, channel" in result.output
-    assert json.loads(out.read_text())["failed"] == 5
+    assert json.loads(out.read_text())["failed"] == 6
 
 
 def test_verify_refuses_wrong_arguments():
@@ -188,6 +188,8 @@ def test_explain_prints_entries_rows_and_bytes():
     assert result.exit_code == 0, result.output
     for words in ("4..7", "8..11", "page 0: values 1152..1599", "page 0: scales 36880..36886", "can start at: 0 to 13"):
         assert words in result.output
+    said = call("explain", "v41-r2", "--start", 7, "--new", 2, "--state", "window", "--page-size", 2, "--ring", 3).output
+    assert "WindowState of rings of 6 rows: 2 tokens" in said and "The next step can start at: 7 to 9" in said, said
     result = call("explain", "ratio=16,head_dim=64,rope_dim=16", "--start", 0, "--new", 900, "--state", "window")
     assert result.exit_code == 0 and "more" in result.output and "page 7, row 3" in result.output, result.output
     for spec, words in (

@@ -215,6 +215,7 @@ def test_nonsense_is_refused_by_name(tmp_path: Path, text: Path) -> None:
         (explain, "--max-new-tokens", (*numbers, "0")),
         (explain, "--rows-per-page", (*numbers, "0")),
         ((*explain, "--state", "window"), "--page-size", (*numbers, "0")),
+        ((*explain, "--state", "window"), "--ring", numbers),
         (explain, "--format", ("fp9", "")),
         (explain, "--state", ("x", "")),
         (("aot", "sm_90", tmp_path / "new"), "--workers", (*numbers, "0", "257")),

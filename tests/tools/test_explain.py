@@ -7,7 +7,7 @@ import torch
 from support.helpers import SPECS, bits
 
 import kvfold
-from kvfold import CompressorSpec
+from kvfold import CompressorSpec, testing
 from kvfold.explain import explain
 from kvfold.storage.formats import FORMATS
 from kvfold.testing import Engine, Step, make_tokens, make_weights
@@ -149,6 +149,45 @@ def test_exactly_the_explained_raw_rows_are_read_and_written(name: str, start: i
         spoiled.state.kv[page, row] = kept
 
 
+@pytest.mark.parametrize("pages", [1, 2, 3])
+@pytest.mark.parametrize("name, start, new", [("csa", 9, 4), ("csa", 23, 17), ("csa", 4, 2), ("v41", 7, 3), ("v41", 2, 1)])
+def test_rings_keep_the_explained_rows(name: str, start: int, new: int, pages: int) -> None:
+    """A row that is read is needed, one that is written is another afterwards, and named starts give the right bits."""
+    spec = SPECS["csa"] if name == "csa" else kvfold.CompressorSpec(head_dim=32, ratio=2, has_ape=False, rope_dim=8)
+    size, tail = 8 if name == "csa" else 2, 9
+    said = explain(spec, start, new, state="window", page_size=size, ring=pages)
+    assert said.ring == pages * size and said.kind == "window"
+    tokens = make_tokens(spec, [start + new + tail], "normal", torch.Generator().manual_seed(4), torch.float32, "cpu")
+    weights = make_weights(spec, 99, "normal", torch.Generator().manual_seed(4), torch.float32, "cpu")
+
+    def engine(ring: bool = True) -> Engine:
+        state = testing.make_pools(spec, pages if ring else 30, size, torch.float32, "cpu")
+        table = [list(range(pages if ring else 30))]
+        where = {"kv": table, "score": table, "ring": ring, "pages": [range(99)], "rows_per_page": 1, "backend": "torch"}
+        made = Engine(tokens, weights, state, None, **where)
+        made.run([Step.of((0, 0, start))])
+        return made
+
+    real = engine()
+    before = real.state.kv.clone()
+    assert real.take(Step.of((0, start, new))) == 0
+    changed = (bits(real.state.kv) != bits(before)).any(2).nonzero().tolist()
+    assert sorted([row.page, row.row] for row in said.writes) == changed
+    whole = engine(False)
+    whole.run([Step.of((0, start, new + tail))])
+    windows = slice(start // spec.ratio, (start + new) // spec.ratio)
+    for row in said.reads:
+        spoiled = engine()
+        spoiled.state.kv[row.page, row.row] = torch.nan
+        spoiled.take(Step.of((0, start, new)))
+        assert spoiled.pooled[0][windows].isnan().any(), row
+    for p in range(start, start + new + 1):
+        again = engine()
+        again.run([Step.of((0, start, new)), Step.of((0, p, start + new + tail - p))])
+        same = torch.equal(again.pooled[0][p // spec.ratio :], whole.pooled[0][p // spec.ratio :])
+        assert same == (p in said.starts or (said.any_window and p % spec.ratio == 0)), p
+
+
 def test_other_specs_and_errors() -> None:
     said = explain(PLAIN4, 5, 3)
     assert said.kind == "rows" and [(entry.lo, entry.hi) for entry in said.entries] == [(range(0), range(4, 8))]
@@ -160,6 +199,8 @@ def test_other_specs_and_errors() -> None:
         ({"start": 0, "new": 4, "fmt": "indexer_mxfp4"}, "head_dim"),
         ({"start": 0, "new": 1, "state": "ring"}, "state"),
         ({"start": 0, "new": 1, "page_size": 0}, "page_size"),
+        ({"start": 0, "new": 1, "ring": 1}, "^ring must be 0 without"),
+        ({"start": 0, "new": 1, "state": "window", "page_size": 3, "ring": 2}, "^ring must be of 7 rows at least"),
     ):
         with pytest.raises(ValueError, match=word):
             explain(kvfold.V4_CSA, **arguments)

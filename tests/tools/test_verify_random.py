@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,12 @@ from support.helpers import Backend
 from kvfold import Snapshots, StepPlan, compress
 from kvfold.backend_torch import finish
 from kvfold.backend_torch import fold as backend_torch
+from kvfold.backend_torch import plan as backend_plan
 from kvfold.backend_torch import window as backend_window
 from kvfold.calls import run as calls_run
 from kvfold.storage.formats import FORMATS
+from kvfold.storage.step import Compressor
+from kvfold.testing.told import PLAIN
 from kvfold.verify import run as verify_run
 from kvfold.verify.case import Mismatch
 from kvfold.verify.program import Place, program
@@ -48,15 +52,26 @@ def test_all_that_is_supported_is_drawn() -> None:
     assert {(s.state, s.state_dtype, s.kv_dtype, s.spec.overlap) for s in shapes} >= {
         (state, kept, came, overlap)
         for state in ("fold", "window") for kept in ("bfloat16", "float32") for came in ("bfloat16", "float32")
-        for overlap in (False, True) if (state, kept, came) != ("fold", "bfloat16", "float32")
-        and (state, kept, overlap) != ("fold", "bfloat16", False)
+        for overlap in (False, True) if (state, kept, overlap) != ("fold", "bfloat16", False)
     }  # fmt: skip
     assert {s.norm_dtype for s in shapes} == {"bfloat16", "float32"}
     for on in ("has_ape", "hadamard", "overlap"):
         assert {getattr(s.spec, on) for s in shapes} == {False, True}
     ropes = {s.spec.rope_dim for s in shapes}
     assert 0 in ropes and len(ropes) > 50 and any(s.spec.rope_dim == s.spec.head_dim for s in shapes)
-    assert {(s.addressing, s.state) for s in shapes} >= {(a, s) for a in ("table", "slots", "none") for s in ("fold", "window")}
+    ways, states = ("table", "slots", "tokens", "none"), ("fold", "window", "none")
+    assert {(s.addressing, s.state) for s in shapes} == {(a, s) for a in ways for s in states}
+    for state, on in product(states, ("latent", "two", "rounds", "in_pages", "ring", "scale_on_device", "also")):
+        never = {"two": state == "none", "rounds": state != "fold", "in_pages": state != "fold", "ring": state != "window"}
+        assert {bool(getattr(s, on)) for s in shapes if s.state == state} == ({False} if never.get(on) else {False, True}), on
+    for state, (field, plain) in product(states, PLAIN._asdict().items()):
+        assert {getattr(s.told, field) == plain for s in shapes if s.state == state} == {False, True}, (state, field)
+    assert all(s.rounds == (s.state_dtype == "bfloat16" and s.kv_dtype == "float32") for s in shapes if s.state == "fold")
+    assert not any(s.spec.gate for s in shapes if s.state == "none")
+    kept_of_rings = {
+        new - kept for c in cases if c.shape.ring for step in c.steps for _, start, new, kept in step.parts if start
+    }
+    assert {0, 1, 2} <= kept_of_rings
     assert all(s.spec.ratio & (s.spec.ratio - 1) == 0 for s in shapes if s.state == "window")
     pages = [(s.page_size, s.spec.ratio) for s in shapes if s.page_size]
     assert any(p % r and p > r for p, r in pages) and any(p < r for p, r in pages) and any(p == 1 for p, _ in pages)
@@ -66,7 +81,7 @@ def test_all_that_is_supported_is_drawn() -> None:
     assert any(len(set(c.slots)) < len(c.slots) for c in cases)  # a slot with an owner after another
     assert any(-1 in row for c in cases for row in c.entry_pages)
     words = Counter(word for c in cases for word in c.history.split(", "))
-    assert set(words) == {"prefill", "decode", "short steps", "chunks", "rejected", "padding", "restore", "pair"}
+    assert set(words) == {"prefill", "decode", "short steps", "chunks", "rejected", "padding", "restore", "pair", "ring"}
     assert min(words.values()) > 20, words
     steps = [step for c in cases for step in c.steps]
     kept = {(new, some) for step in steps for _, _, new, some in step.parts}
@@ -183,6 +198,47 @@ def the_second_of_a_pair_is_left_out(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(module, "run_many", lambda pair, *rest: real(pair[:1], *rest))
 
 
+def latents_are_of_other_rows(patch: pytest.MonkeyPatch) -> None:
+    real = finish.norm
+    patch.setattr(finish, "norm", lambda y, *rest: real(y * 1.01, *rest) if len(y) == 1 else real(y, *rest))
+
+
+def scores_apart_are_read_as_values(patch: pytest.MonkeyPatch) -> None:
+    def joined(c):
+        return c if c.score is None else c._replace(kv_score=torch.cat((c.value, c.value), dim=1))
+
+    patch.setattr(Compressor, "joined", joined)
+
+
+def rings_are_taken_for_tables(patch: pytest.MonkeyPatch) -> None:
+    real = backend_window.Pages.find
+
+    def find(pages, sequence, position):
+        inside = position % (pages.table.shape[1] * pages.pool.shape[1] - 1)  # a row too short
+        return real(pages, sequence, inside if pages.ring else position)
+
+    patch.setattr(backend_window.Pages, "find", find)
+
+
+def places_are_not_reserved(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(backend_plan, "_first_places", lambda plan: plan.cu_entries.long()[:-1])
+
+
+def a_slot_of_another_token(patch: pytest.MonkeyPatch) -> None:
+    real = backend_plan._fill_entry_slots
+    patch.setattr(backend_plan, "_fill_entry_slots", lambda plan, b, w, last, e: real(plan, b, w, (last - 1).clamp(min=0), e))
+
+
+def the_second_cache_is_left_out(patch: pytest.MonkeyPatch) -> None:
+    real = calls_run.store_placed_torch
+    patch.setattr(calls_run, "store_placed_torch", lambda p: real(p._replace(caches=p.caches[:1])))
+
+
+def inputs_are_not_rounded(patch: pytest.MonkeyPatch) -> None:
+    """Those of the step itself, which then differ from what the state keeps of them."""
+    patch.setattr(backend_torch, "bf16_bits", lambda x: (x * 1.01).bfloat16().view(torch.int16))
+
+
 def dropped_entries_are_written(patch: pytest.MonkeyPatch) -> None:
     real = backend_torch.emit
 
@@ -206,6 +262,13 @@ BROKEN: list[tuple[Callable[[pytest.MonkeyPatch], None], Wanted]] = [
     (snapshots_are_forgotten, lambda c: c.hit is not None),
     (a_restored_row_is_another, lambda c: c.hit is not None),
     (the_second_of_a_pair_is_left_out, lambda c: c.shape.other is not None),
+    (latents_are_of_other_rows, lambda c: c.shape.latent),
+    (scores_apart_are_read_as_values, lambda c: c.shape.two),
+    (rings_are_taken_for_tables, lambda c: c.shape.ring and len(c.kv_pages[0]) * c.shape.page_size > 2),
+    (places_are_not_reserved, lambda c: c.shape.told.reserved > 0 and c.shape.rows is not None),
+    (a_slot_of_another_token, lambda c: c.shape.addressing == "tokens" and c.shape.fmt is not None),
+    (the_second_cache_is_left_out, lambda c: c.store and c.shape.also is not None),
+    (inputs_are_not_rounded, lambda c: c.shape.rounds),
     (dropped_entries_are_written, lambda c: any(-1 in row for row in c.entry_pages)),
 ]
 
@@ -283,7 +346,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert code == 0 and "3 random cases of seed 2 on cpu, backend torch" in said and "all 3 passed on backend torch" in said
     made = json.loads(out.read_text())
     assert (made["seed"], made["cases"], made["failed"], made["backend"]) == (2, 3, 0, "torch")
-    assert all(sum(counts.values()) == 3 for counts in made["counts"].values()) and len(made["counts"]) == 11
+    assert all(sum(counts.values()) == 3 for counts in made["counts"].values()) and len(made["counts"]) == 13
     one_byte_of_a_record(monkeypatch)
     index = next(c.index for c in (draw_case(2, i, BUDGETS["torch"]) for i in range(50)) if c.shape.fmt)
     code, said = call("--random", 1, "--seed", 2, "--first", index, "--json", out)

@@ -33,6 +33,7 @@ def explain(
     rows_per_page: Annotated[int, typer.Option(min=1, help="Entries per page of the cache.")] = 64,
     state: Annotated[State, typer.Option(help="What the compressor keeps its state in.")] = State.fold,
     page_size: Annotated[int, typer.Option(min=1, help="Positions per page of a WindowState.")] = 128,
+    ring: Annotated[int, typer.Option(min=0, help="Pages of each sequence's ring in a WindowState; 0: no rings.")] = 0,
 ) -> None:
     """Which positions make which entry, which state rows and bytes a step touches, and where one can rewind to."""
     from ..explain import explain as find
@@ -40,7 +41,8 @@ def explain(
 
     with wrong_arguments(ValueError, option="--format"):
         known = None if fmt is None else get_format(fmt)
-    how = {"max_new_tokens": max_new_tokens, "rows_per_page": rows_per_page, "state": state.value, "page_size": page_size}
+    how = {"max_new_tokens": max_new_tokens, "rows_per_page": rows_per_page}
+    how |= {"state": state.value, "page_size": page_size, "ring": ring}
     with wrong_arguments(TypeError, ValueError):
         said = find(parse_spec(spec), start, new, fmt=known, **how)
     _show(said, fmt, make_console())
@@ -81,7 +83,8 @@ def _flag(value: str) -> bool:
 def _show(said: Explanation, fmt: str | None, console: Console) -> None:
     end, spec = said.start + said.new, said.spec
     console.print(f"{spec}", soft_wrap=True, highlight=False)
-    kept = {"window": "WindowState", "none": "no state"}.get(
+    rings = f" of rings of {said.ring} rows" * (said.ring > 0)
+    kept = {"window": f"WindowState{rings}", "none": "no state"}.get(
         said.kind, f"FoldState of {said.kind}, ring {said.ring}, {said.history} spare"
     )
     console.print(f"{kept}: {said.new} tokens, positions {said.start} to {end - 1}", soft_wrap=True, highlight=False)

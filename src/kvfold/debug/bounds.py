@@ -27,7 +27,7 @@ LONGEST = 200  # characters of a name
 _SAID = (str,)
 _MAYBE = (dict, type(None))
 ABOUT = {
-    "call": _SAID, "backend": _SAID, "pdl": (bool, type(None)), "device": (dict,), "versions": (dict,), "plan": (dict,),
+    "call": _SAID, "backend": _SAID, "pdl": (bool, type(None)), "device": (dict,), "versions": (dict,), "plan": _MAYBE,
     "compressors": (list,), "tensors": (dict,), "crc32": (dict,),
 }  # fmt: skip
 COMPRESSOR = {"spec": (dict,), "state": _MAYBE, "cache": _MAYBE, "snapshots": _MAYBE}
@@ -36,14 +36,23 @@ NUMBERS = {  # of a plan, and what each may be
     "entry_capacity": (0, INT32_MAX), "item_capacity": (0, MOST_ITEMS), "rows_per_page": (1, 1 << 20),
     "page_size": (1, INT32_MAX), "snapshot_page_size": (1, MOST_PAGE),
 }  # fmt: skip
+METADATA = {  # of plans of an engine's metadata, where one has it
+    "no_slot": (-1, 0), "null_page": (0, INT32_MAX), "null_slot": (0, INT32_MAX), "ring": (False, True),
+}  # fmt: skip
 LEFT_OUT = ("rows_per_page", "page_size", "snapshot_page_size")
 PLAN_SHAPES = {  # in numbers of the plan; None for any
     "start_pos": ("batch",), "cu_seqlens": ("batch + 1",), "state_slots": ("batch",), "cache_block_table": ("batch", None),
     "entry_slots": ("entry_capacity",), "snapshot_table": ("batch", None), "cu_entries": ("batch + 1",),
     "items": ("item_capacity", "8"), "num_items": ("1",), "entry_items": ("entry_capacity",), "errors": ("1",),
-    "kv_table": ("batch", None), "score_table": ("batch", None),
+    "kv_table": ("batch", None), "score_table": ("batch", None), "token_slots": (None,), "slots_given": ("entry_capacity",),
+    "cu_rows": ("batch + 1",),
 }  # fmt: skip
-PLAN_OPTIONAL = ("state_slots", "cache_block_table", "entry_slots", "snapshot_table", "kv_table", "score_table")
+PLAN_OPTIONAL = ("state_slots", "cache_block_table", "entry_slots", "snapshot_table", "kv_table", "score_table", "token_slots",
+                 "slots_given", "cu_rows")  # fmt: skip
+PLACES = ("slots", "positions", "errors")  # of a `store` without a plan
+# What is only read may say one thing at several places: rows of kv_score, and an engine's numbers, as after `expand`.
+SHARED = (".kv_score", ".scores", "plan.state_slots", "plan.cache_block_table", "plan.kv_table", "plan.score_table",
+          "plan.token_slots", "plan.slots_given", "plan.cu_rows")  # fmt: skip
 _ANNOTATED = {  # how a field is written, and what JSON makes of it
     "bool": (bool,), "int": (int,), "float": (int, float), "str": _SAID, "int | None": (int, type(None)),
     "tuple[int, ...]": (list,),
@@ -137,11 +146,11 @@ def check_about(about: Any) -> dict:
     check_fields("device", about["device"], dict.fromkeys(("type", "name", "capability"), _SAID), ("capability",))
     check_fields("versions", about["versions"], dict.fromkeys(("kvfold", "python", "torch", "triton"), _SAID))
     plan = about["plan"]
-    check_fields("plan", plan, {name: (int, type(None)) if name in LEFT_OUT else (int,) for name in NUMBERS})
-    for name, (low, high) in NUMBERS.items():
-        if plan[name] is not None:
-            check_number(f"plan.{name}", plan[name], low, high)
-    most = 2 if about["call"] == "compress_many" else 1
+    if plan is not None:
+        _check_plan(plan)
+    elif about["call"] != "store":
+        raise ValueError(f"plan must be given for {about['call']}, got null")
+    most = 2 if about["call"] == "compress_many" or plan is None else 1
     if not 1 <= len(about["compressors"]) <= most:
         raise ValueError(f"compressors must be from 1 to {most} for {about['call']}, got {len(about['compressors'])}")
     for i, one in enumerate(about["compressors"]):
@@ -153,6 +162,15 @@ def check_about(about: Any) -> dict:
     for name, number in about["crc32"].items():
         check_number(f"crc32.{_short(name)}", number, 0, (1 << 32) - 1)
     return about
+
+
+def _check_plan(plan: dict) -> None:
+    kinds = {name: (int, type(None)) if name in LEFT_OUT else (int,) for name in NUMBERS}
+    kinds |= {name: (type(low),) for name, (low, _) in METADATA.items()}
+    check_fields("plan", plan, kinds, tuple(METADATA))
+    for name, (low, high) in (NUMBERS | METADATA).items():
+        if plan.get(name) is not None and type(plan[name]) is int:
+            check_number(f"plan.{name}", plan[name], low, high)
 
 
 def _check_compressor(name: str, one: Any, is_store: bool) -> None:
@@ -190,6 +208,10 @@ def _check_dataclass(name: str, value: Any, kind: type) -> None:
 
 def _names(about: dict) -> tuple[list[str], list[str]]:
     """The tensors that such a call has, and those that it may have."""
+    if about["plan"] is None:
+        needed = ["slots", "0.kv_score", *(f"{i}.cache.pages" for i in range(len(about["compressors"])))]
+        scales = [f"{i}.cache.{name}" for i in range(len(about["compressors"])) for name in ("scale_pages", "scale")]
+        return needed, ["positions", "errors", "0.norm_weight", "0.rope", *scales]
     needed = [f"plan.{name}" for name in PLAN_SHAPES if name not in PLAN_OPTIONAL]
     optional = [f"plan.{name}" for name in PLAN_OPTIONAL] + ["rows", "latent"] * (about["call"] == "compress")
     for i, one in enumerate(about["compressors"]):
@@ -197,7 +219,7 @@ def _names(about: dict) -> tuple[list[str], list[str]]:
         names += ["cache.pages"] * (one["cache"] is not None)
         names += ["snapshots.rows", "snapshots.positions"] * (one["snapshots"] is not None)
         needed += [f"{i}.{name}" for name in names]
-        weights = ["scores", "ape", "norm_weight", "rope"] + ["cache.scale_pages"] * (one["cache"] is not None)
+        weights = ["scores", "ape", "norm_weight", "rope"] + ["cache.scale_pages", "cache.scale"] * (one["cache"] is not None)
         optional += [f"{i}.{name}" for name in weights]
     # Only those that the file has: its `batch` may be any number.
     return needed, optional + [name for name in about["tensors"] if _is_history(name, about["plan"]["batch"])]
@@ -230,8 +252,7 @@ def check_stored(about: dict, stored: Mapping[str, tuple[torch.dtype, list[int]]
     for name, layout in layouts.items():
         (dtype, shape), kept = stored[name], stored.get(f"{name}.kept")
         due, stride = layout["shape"], layout["stride"]
-        # Rows of kv_score may share bytes, as after `expand`; nothing that is written may.
-        inner = 1 if name.endswith((".kv_score", ".scores")) or name.startswith("history.") else 0
+        inner = 1 if name.endswith(SHARED) or name.startswith("history.") else 0
         if _overlap(due[inner:], stride[inner:]):
             raise ValueError(f"tensors.{name}.stride must keep its elements apart, got {stride} for {due}")
         if layout["address"] % dtype.itemsize:
@@ -242,6 +263,8 @@ def check_stored(about: dict, stored: Mapping[str, tuple[torch.dtype, list[int]]
             due = [*kept[1], *due[1:]]
         if shape != due:
             raise ValueError(f"tensor {name} must have shape {due}, got {shape}")
+    if plan is None:
+        return
     known = ("plan.kv_table" in layouts) + ("plan.state_slots" in layouts)
     if known == 2 or (known == 0 and plan["ratio"] > 1):  # what else goes together `StepPlan` checks
         raise ValueError("tensors must have either plan.state_slots or plan.kv_table")
@@ -299,7 +322,9 @@ def check_room(path: str, about: dict, stored: Mapping[str, tuple[torch.dtype, l
         size = 16 + spread_of(layout["shape"], layout["stride"])[1] * stored[name][0].itemsize
         need[f"tensors.{name} of shape {layout['shape']} and strides {layout['stride']}"] = size
     for i, one in enumerate(about["compressors"]):
-        need[f"plan.items for compressors[{i}]"] = WORK * rows * one["spec"]["head_dim"]
+        need[f"{'rows' if about['plan'] is None else 'plan.items'} for compressors[{i}]"] = (
+            WORK * rows * one["spec"]["head_dim"]
+        )
     total = sum(need.values())
     if total > most:
         what = max(need, key=need.__getitem__)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..arguments.checks import check_dtype, check_type, traced
-from ..calls.checks import check_compress, check_many, check_store, compressors_of
+from ..calls.checks import check_compress, check_many, check_placed, check_store, compressors_of
 from ..compress import compress, compress_many
 from ..contract import UnsupportedError
 from ..plan import StepPlan
@@ -18,12 +19,24 @@ from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState
 from ..storage.mean_state import MeanState
 from ..storage.snapshots import Snapshots
-from ..storage.step import Compressor, Outputs
+from ..storage.step import Compressor, Outputs, Placed
 from ..storage.window_state import WindowState
-from ..store import store
+from ..store import other_caches, store
 from .compare import UNWRITTEN
 
 History = Sequence[Tensor | None] | None  # of `check`: `full_history`
+
+
+class Places(NamedTuple):
+    """Where the rows of a `store` without a plan go; the arguments are its own."""
+
+    slots: Tensor | None = None
+    positions: Tensor | None = None
+    also: Sequence[EntryCache] = ()
+    errors: Tensor | None = None
+
+
+NOWHERE = Places()
 
 
 @dataclass
@@ -32,23 +45,34 @@ class Call:
 
     Attributes:
         name: of the function.
-        compressors: of `store` it is one without state, whose `kv_score` are the pooled rows.
+        compressors: of `store` one without state for each of its caches, whose `kv_score` are the pooled rows.
+        plan: None of a `store` without one, which has `places` instead.
         rows, latent: of `compress`: where pooled and normed rows go, or None.
         backend: the chosen one.
+        room: places of entries that what it writes has; None: as many as the plan.
     """
 
     name: str
     compressors: tuple[Compressor, ...]
-    plan: StepPlan
+    plan: StepPlan | None
     rows: Tensor | None
     backend: str
     pdl: bool | None = None
     latent: Tensor | None = None
+    places: Places | None = None
+    room: int | None = None
 
     @classmethod
-    def of(cls, given: Compressor, plan: StepPlan, out: Outputs, backend: str | None) -> Call:
+    def of(
+        cls, given: Compressor, plan: StepPlan | EntryCache | None, out: Outputs, backend: str | None, at: Places = NOWHERE
+    ) -> Call:
         """From the arguments of any of the three, which tell them apart. Raises what the call itself would."""
-        if _are_compressors(given.kv_score):
+        placed = isinstance(plan, EntryCache) or (plan is None and at.slots is not None)
+        if not placed:
+            _leave_out(at._replace(also=at.also or None)._asdict(), "with a plan")
+        if placed:
+            call = cls._placed(given, plan, out, at)
+        elif _are_compressors(given.kv_score):
             _leave_out(given._asdict() | {"kv_score": None} | out._asdict(), "when compressors are given")
             call = cls("compress_many", tuple(compressors_of(given.kv_score)), plan, None, "")
         elif isinstance(given.state, EntryCache):
@@ -63,14 +87,45 @@ class Call:
             raise UnsupportedError(f"state must be a FoldState or a WindowState for check and dump, got MeanState: {why}")
         return call
 
+    @classmethod
+    def _placed(cls, given: Compressor, plan: StepPlan | EntryCache | None, out: Outputs, at: Places) -> Call:
+        """Of a `store` without a plan: its cache stands in the plan's place, or has its name."""
+        cache = given.cache if plan is None else plan
+        surplus = {"cache": None if plan is None else given.cache, "state": given.state, "ape": given.ape}
+        _leave_out(surplus | {"snapshots": given.snapshots} | out._asdict(), "for a store without a plan")
+        made = [given._replace(state=None, cache=one) for one in (cache, *other_caches(at.also))]
+        return cls("store", tuple(made), None, None, "", places=at)
+
+    @property
+    def placed(self) -> Placed:
+        """What `store` without a plan is given."""
+        c, at = self.compressors[0], self.places
+        caches = tuple(one.cache for one in self.compressors)
+        return Placed(c.kv_score, at.slots, at.positions, caches, c.spec, c.norm_weight, c.rope, at.errors)
+
+    @property
+    def device(self) -> torch.device:
+        return self.compressors[0].device
+
+    @property
+    def errors(self) -> Tensor | None:
+        """What it counts refusals in."""
+        return self.places.errors if self.plan is None else self.plan.errors
+
     def check(self, backend: str | None) -> str:
         """Checks the arguments as the call does, and returns the backend to use."""
         c = self.compressors[0]
+        if self.places is not None:
+            return check_placed(self.placed, backend)
         if self.name == "compress_many":
             return check_many(self.compressors, self.plan, backend)
         if self.name == "store":
-            return check_store(c, self.plan, backend)
-        return check_compress(c, self.plan, Outputs(self.rows, self.latent), backend)
+            chosen = check_store(c, self.plan, backend)
+            self.room = self.plan.room(c.kv_score)
+            return chosen
+        chosen = check_compress(c, self.plan, Outputs(self.rows, self.latent), backend)
+        self.room = self.plan.room(self.rows, self.latent)
+        return chosen
 
     def run(self) -> None:
         """Makes the call."""
@@ -78,6 +133,10 @@ class Call:
         weights = {"spec": c.spec, "norm_weight": c.norm_weight, "rope": c.rope}
         if self.name == "compress_many":
             compress_many(self.compressors, self.plan, **how)
+        elif self.places is not None:
+            caches, at = [one.cache for one in self.compressors], self.places
+            where = {"slots": at.slots, "positions": at.positions, "also": caches[1:], "errors": at.errors}
+            store(c.kv_score, caches[0], **where, **weights, **how)
         elif self.name == "store":
             store(c.kv_score, self.plan, c.cache, **weights, **how)
         else:
@@ -85,10 +144,17 @@ class Call:
             compress(c.kv_score, self.plan, c.state, c.cache, **weights, **how)
 
     def on_copies(self, rows: torch.dtype | None, backend: str) -> Call:
-        """The call, made on copies; its `plan.errors` count from 0, and rows of entries that are not made keep `UNWRITTEN`."""
-        made, plan, out = tuple(map(_copy, self.compressors)), copy_plan(self.plan), []
+        """The call, made on copies; its `errors` count from 0, and rows of entries that are not made keep `UNWRITTEN`."""
+        made = tuple(map(_copy, self.compressors))
+        if self.places is not None:
+            errors = torch.zeros(1, dtype=torch.int32, device=self.device)
+            new = replace(self, compressors=made, places=self.places._replace(errors=errors), backend=backend)
+            new.run()
+            return new
+        plan, out = copy_plan(self.plan), []
         for dtype in (rows, None if self.latent is None else torch.bfloat16):
-            shape, (integers, fill) = (plan.entry_capacity, made[0].spec.head_dim), UNWRITTEN.get(dtype, (None, 0))
+            room = plan.entry_capacity if self.room is None else self.room
+            shape, (integers, fill) = (room, made[0].spec.head_dim), UNWRITTEN.get(dtype, (None, 0))
             full = None if dtype is None else torch.full(shape, fill, dtype=integers, device=plan.items.device).view(dtype)
             out.append(full)
         new = replace(self, compressors=made, plan=plan, rows=out[0], latent=out[1], backend=backend)
@@ -132,15 +198,24 @@ def copy_plan(plan: StepPlan) -> StepPlan:
     new = copy.copy(plan)
     for name, x in vars(plan).items():
         if isinstance(x, Tensor):
-            setattr(new, name, x.clone())
-    new.block_tables = plan.block_tables and tuple(table.clone() for table in plan.block_tables)
+            setattr(new, name, _twin(x))  # how its kernels read a tensor depends on how it lies
+    new.block_tables = plan.block_tables and tuple(map(_twin, plan.block_tables))
     new.fresh = True
     new.errors.zero_()
     return new
 
 
 def _twin(x: Tensor) -> Tensor:
-    return laid_out(x.shape, x.stride(), x.data_ptr() % 16, x.dtype, x.device).copy_(x)
+    return put(laid_out(x.shape, x.stride(), x.data_ptr() % 16, x.dtype, x.device), x)
+
+
+def put(made: Tensor, contents: Tensor) -> Tensor:
+    """Writes into a tensor whose rows may overlap: as they do where the contents are from, of which each has its place."""
+    if len(made) > 1 and made.stride(0) < made[0].numel():
+        for row, values in zip(made, contents, strict=True):
+            row.copy_(values)
+        return made
+    return made.copy_(contents)
 
 
 def spread_of(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, int]:
@@ -149,7 +224,8 @@ def spread_of(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, int]:
         return stride[0], 0
     outer, *inner = stride
     span = 1 + sum((n - 1) * s for n, s in zip(shape[1:], inner, strict=True))
-    outer = span + (outer - span) % 16 if outer >= span else outer
+    if outer > span:  # what lies apart stays so, as numbers that do have a kernel of their own
+        outer = span + ((outer - span) % 16 or 16)
     return outer, span + (shape[0] - 1) * outer
 
 

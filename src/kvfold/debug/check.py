@@ -8,37 +8,23 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..backend_torch.finish import finish, norm
 from ..backend_torch.items import Items
 from ..contract import pooled_bound
 from ..plan import StepPlan
 from ..spec import CompressorSpec
 from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState, state_kind
-from ..storage.pack import unpack_records
 from ..storage.snapshots import Snapshots
 from ..storage.step import Compressor, Outputs
 from ..storage.window_state import WindowState
-from .call import Call, History, check_history, check_outside, copy_plan
-from .compare import (
-    Difference,
-    bytes_of,
-    explained,
-    first_channels,
-    off,
-    pooled_differences,
-    put_bytes,
-    size_of,
-    within_bf16,
-    written,
-)
+from .call import Call, History, Places, check_history, check_outside, copy_plan
+from .compare import Difference, first_channels, off, pooled_differences, written
 from .exact import exact_of_call
+from .placed import examine_placed
+from .records import entry_differences, latent_differences, slots_of, value_differences
 from .refusals import Refusal, call_refusals, heads, plan_refusals
-from .undefined import undefined_in_call, undefined_in_plan
+from .undefined import undefined_between, undefined_in_call, undefined_in_plan
 
-EPILOGUE = 5e-7  # of an entry, of its norm: what the order of fp32 operations behind the pooling can change
-LEAST = 2.0**-149  # of fp32
 MOST_LINES = 8  # of each kind in the text of a report
 STAGES = ("plan", "errors", "pooled row", "latent", "record bytes", "read-back value", "state row", "snapshot row")
 
@@ -51,7 +37,8 @@ class Report:
         entries, referenced: entries that were made, and those of them that were compared with the fp64 reference; of
             `compress_many` those of both compressors.
         errors: sequences and entries that the step refused, when its plan was made and by the call.
-        sequences: sequences of the step that no compressor refused, whose state and entries were compared.
+        sequences: sequences of the step that no compressor refused, whose state and entries were compared; 0 without a plan.
+        rows: of a `store` without a plan: its rows that were stored and compared.
         refusals: why, one for each of `errors` that the rules explain.
         undefined: what the step has no right to ask for and nobody counts, as two sequences in one state slot: whatever was
             compared then, the next run may give something else.
@@ -65,6 +52,7 @@ class Report:
     sequences: int = 0
     refusals: tuple[Refusal, ...] = ()
     undefined: tuple[Refusal, ...] = ()
+    rows: int = 0
 
     @property
     def equal(self) -> bool:
@@ -79,12 +67,14 @@ class Report:
         if self.differences:
             return "DIFFERENT"
         if self.errors:
-            whole = len({r.sequence for r in self.refusals if r.window < 0})
+            gone = sum(r.row >= 0 for r in self.refusals)
+            whole = len({r.sequence for r in self.refusals if r.window < 0 and r.row < 0})
             windows, rest = sum(r.window >= 0 for r in self.refusals), max(self.errors - len(self.refusals), 0)
             parts = [f"{whole} of {self.sequences + whole} sequences"] * (whole > 0)
+            parts += [f"{gone} of {self.rows + gone} rows"] * (gone > 0)
             parts += [f"{windows} window{'s' * (windows > 1)}"] * (windows > 0) + [f"{rest} unexplained"] * (rest > 0)
             return f"REFUSED: {', '.join(parts)}"
-        return "equal" if self.sequences else "nothing compared"
+        return "equal" if self.sequences or self.rows else "nothing compared"
 
     @property
     def first(self) -> Difference | None:
@@ -113,7 +103,7 @@ def _some(lines: Sequence[object]) -> list[str]:
 
 def check(
     kv_score: Tensor | tuple[Tensor, Tensor] | Sequence[Compressor | tuple],
-    plan: StepPlan,
+    plan: StepPlan | EntryCache | None = None,
     state: FoldState | WindowState | EntryCache | None = None,
     cache: EntryCache | None = None,
     *,
@@ -124,13 +114,17 @@ def check(
     rows: Tensor | None = None,
     latent: Tensor | None = None,
     snapshots: Snapshots | None = None,
+    slots: Tensor | None = None,
+    positions: Tensor | None = None,
+    also: Sequence[EntryCache] = (),
+    errors: Tensor | None = None,
     backend: str | None = None,
     full_history: Sequence[Tensor | None] | None = None,
 ) -> Report:
     """Makes a call on copies of what it writes, and says where it first differs from the torch backend.
 
     Takes the arguments of `compress`, as named here, of `compress_many`, `check(compressors, plan)`, or of `store`,
-    `check(rows, plan, cache, spec=..., norm_weight=..., rope=...)`.
+    `check(rows, plan, cache, spec=..., norm_weight=..., rope=...)` and `check(rows, cache, slots=..., positions=..., ...)`.
 
     The report's `headline` is "equal" only if something was compared, nothing refused and no difference found. Every refusal
     has its reason (`refusals`), and what the step may not ask for is named though nobody counts it (`undefined`).
@@ -153,14 +147,17 @@ def check(
     """
     check_outside("check", kv_score)
     call = Call.of(
-        Compressor(kv_score, state, cache, spec, ape, norm_weight, rope, snapshots), plan, Outputs(rows, latent), backend
-    )
+        Compressor(kv_score, state, cache, spec, ape, norm_weight, rope, snapshots), plan, Outputs(rows, latent), backend,
+        Places(slots, positions, also, errors),
+    )  # fmt: skip
     check_history(full_history, call)
     return compare(call, full_history)
 
 
 def compare(call: Call, full_history: History = None) -> Report:
     """`check` of a call whose arguments were checked."""
+    if call.places is not None:
+        return _compare_placed(call)
     plan, items = call.plan, Items.of(call.plan)
     found, planned = _plan_differences(plan)
     refusals, undefined = plan_refusals(plan) if planned else [], undefined_in_plan(plan)
@@ -175,10 +172,11 @@ def compare(call: Call, full_history: History = None) -> Report:
             here, made, exact, due = _step_differences(call, i, got, full_history)
         seen |= set((made if call.name == "store" else items).sequence.tolist())
         entries, referenced, errors = entries + len(made.entry), referenced + exact, errors + due
-        undefined += [replace(r, where=which) for r in undefined_in_call(c, plan)]
+        undefined += [replace(r, where=which) for r in undefined_in_call(c, plan, call.room)]
         if counted or due:
-            refusals += [replace(r, where=which) for r in call_refusals(c, plan, call.name == "store")]
+            refusals += [replace(r, where=which) for r in call_refusals(c, plan, call.name == "store", call.room)]
         found += [replace(d, where=", ".join(filter(None, (which, d.where)))) for d in here]
+    undefined += undefined_between(call.compressors, plan)
     if counted != errors:
         found.append(Difference(-1, -1, "errors", None, counted, errors, "torch"))
     found.sort(key=lambda d: (d.sequence, d.window, STAGES.index(d.stage)))
@@ -187,19 +185,30 @@ def compare(call: Call, full_history: History = None) -> Report:
     return Report(call.backend, entries, referenced, planned + counted, tuple(found), len(seen), *why)
 
 
-def _entries(plan: StepPlan) -> Items:
-    """The items whose entries have a place in the plan."""
-    items = Items.of(plan)
-    return items[(items.entry >= 0) & (items.entry < plan.entry_capacity)]
+def _compare_placed(call: Call) -> Report:
+    """Of a `store` without a plan."""
+    got = call.on_copies(None, call.backend)
+    found, stored, refusals, undefined, due = examine_placed(call, got)
+    counted = int(got.errors)
+    if counted != due:
+        found.append(Difference(-1, -1, "errors", None, counted, due, "torch"))
+    why = tuple(refusals) if counted or due else (), tuple(undefined)
+    return Report(call.backend, stored, 0, counted, tuple(found), 0, *why, rows=stored)
+
+
+def _entries(call: Call) -> Items:
+    """The items whose entries have a place in what the call is given."""
+    items = Items.of(call.plan)
+    return items[(items.entry >= 0) & (items.entry < (call.plan.entry_capacity if call.room is None else call.room))]
 
 
 def _store_differences(call: Call, got: Call) -> tuple[list[Difference], Items, int, int]:
     """What differs, the items whose entries were made, how many of them fp64 was there for, and how many are refused."""
-    c, live, want = call.compressors[0], _entries(call.plan), call.on_copies(None, "torch")
-    made = live[_slots(call.plan, c.cache, live) >= 0]
+    c, live, want = call.compressors[0], _entries(call), call.on_copies(None, "torch")
+    made = live[slots_of(call.plan, c.cache, live) >= 0]
     made = made if c.rope is None else made[made.window * c.spec.ratio < len(c.rope)]
     caches = got.compressors[0].cache, want.compressors[0].cache
-    return _record_differences(c, *caches, c.kv_score.float(), made, call.plan), made, 0, int(want.plan.errors)
+    return entry_differences(c, *caches, c.kv_score.float(), made, call.plan), made, 0, int(want.plan.errors)
 
 
 def _step_differences(call: Call, i: int, got: Call, history: History) -> tuple[list[Difference], Items, int, int]:
@@ -207,15 +216,15 @@ def _step_differences(call: Call, i: int, got: Call, history: History) -> tuple[
     c, done, plan, fp32, alone = call.compressors[i], got.compressors[i], call.plan, torch.float32, call.alone(i)
     want = alone.on_copies(fp32, "torch")
     probe = got if got.rows is not None and got.rows.dtype == fp32 else alone.on_copies(fp32, call.backend)
-    due, items, live, bound = want.compressors[0], Items.of(plan), _entries(plan), pooled_bound(c.spec.window_rows)
+    due, items, live, bound = want.compressors[0], Items.of(plan), _entries(call), pooled_bound(c.spec.window_rows)
     found = pooled_differences(probe.rows, want.rows, live, bound, "torch")
     if got.rows is not None and got.rows.dtype == torch.bfloat16:
         found += pooled_differences(got.rows, want.rows, live, bound + 2.0**-8, "torch")
     made = live[written(want.rows)[live.entry]]
     if got.latent is not None:
-        found += _latent_differences(c, got.latent, probe.rows, made)
+        found += latent_differences(c, got.latent, probe.rows, made)
     if c.cache is not None:
-        found += _record_differences(c, done.cache, due.cache, probe.rows, made, plan)
+        found += entry_differences(c, done.cache, due.cache, probe.rows, made, plan)
     exact, known, bounds = exact_of_call(c, plan, made, history, probe.rows)
     if known.numel():
         expected = made[known]
@@ -223,7 +232,7 @@ def _step_differences(call: Call, i: int, got: Call, history: History) -> tuple[
         truth[expected.entry] = exact
         found += pooled_differences(probe.rows, truth, expected, bounds, "fp64")
         if c.cache is not None:
-            found += _value_differences(c, done.cache, exact, bounds, expected, plan)
+            found += value_differences(c, done.cache, exact, bounds, expected, plan)
     if isinstance(c.state, WindowState):
         found += _page_differences(done.state, due.state)
     elif c.state is not None:
@@ -248,74 +257,6 @@ def _plan_differences(plan: StepPlan) -> tuple[list[Difference], int]:
             found = Difference(sequence, -1, "plan", None, have[row].tolist(), should[row].tolist(), "a new plan", where)
             return [found], int(now.errors)
     return [], int(now.errors)
-
-
-def _slots(plan: StepPlan, cache: EntryCache, items: Items) -> Tensor:
-    """The cache slot of each item, -1 for none that can be."""
-    slot = plan.entry_slots[items.entry]
-    return torch.where((slot >= 0) & (slot < cache.num_slots), slot, -1)
-
-
-def _record_differences(
-    c: Compressor, got: EntryCache, want: EntryCache, rows: Tensor, made: Items, plan: StepPlan
-) -> list[Difference]:
-    """Records that the pooled rows of this call do not explain, and bytes of pages that are in no record of the step."""
-    slots, found = _slots(plan, got, made), []
-    have, due = bytes_of(got, slots), bytes_of(want, slots)
-    other = (have != due).any(1).nonzero()[:, 0]
-    item, size = made[other], got.format.record_bytes(c.spec) - got.format.tail_bytes(c.spec)
-    if other.numel():
-        y = finish(rows[item.entry], c.spec, c.norm_weight, c.rope, item.window * c.spec.ratio, got.format)
-        fine = explained(got, have[other], y, EPILOGUE * size_of(y))
-        for i, channel in first_channels(~fine):
-            byte = int((have[other[i]] != due[other[i]]).nonzero()[0])
-            where = f"slot {int(slots[other[i]])}, {f'record byte {byte}' if byte < size else f'tail byte {byte - size}'}"
-            values = (f"{int(x[other[i], byte]):#04x}" for x in (have, due))
-            place = int(item.sequence[i]), int(item.window[i])
-            found.append(Difference(*place, "record bytes", channel, *values, "torch", where))
-    put_bytes(want, slots, have)
-    for name, a, b in (("page", got.pages, want.pages), ("scale page", got.scale_pages, want.scale_pages)):
-        for page, byte in [] if a is None else first_channels(a != b):
-            values, where = (int(x[page, byte]) for x in (a, b)), f"{name} {page}, byte {byte}, outside of the step's records"
-            found.append(Difference(-1, -1, "record bytes", None, *values, "torch", where))
-    return found
-
-
-def _latent_differences(c: Compressor, got: Tensor, rows: Tensor, made: Items) -> list[Difference]:
-    """Latents that the pooled rows of this call do not explain."""
-    pooled, have = rows[made.entry], got[made.entry]
-    y = norm(pooled, c.spec, c.norm_weight, None if c.cache is None else c.cache.format)
-    found, fine = [], within_bf16(have, y, EPILOGUE * size_of(y)) | (have.isnan() & y.isnan())
-    for i, channel in first_channels(~fine):
-        place, values = (int(made.sequence[i]), int(made.window[i])), (float(have[i, channel]), float(y[i, channel]))
-        found.append(Difference(*place, "latent", channel, *values, "torch"))
-    return found
-
-
-def _value_differences(
-    c: Compressor, cache: EntryCache, exact: Tensor, bound: Tensor, made: Items, plan: StepPlan
-) -> list[Difference]:
-    """Entries that read back as something which the fp64 entry, within the bound of its pooled row, does not round to."""
-    spec, slots, found = c.spec, _slots(plan, cache, made), []
-    y = reference.rms_norm(exact, c.norm_weight.double(), spec.norm_eps)
-    over = exact.square().sum(dim=1, keepdim=True) > torch.finfo(torch.float32).max  # the norm's sum is infinite in fp32
-    y = torch.where(over & exact.isfinite(), 0.0, y)
-    if spec.rope_dim:
-        y = reference.rope(y, c.rope, made.window * spec.ratio, spec.rope_dim)
-    y = reference.hadamard(y) if spec.hadamard else y
-    heaviest = c.norm_weight.double().abs().nan_to_num(nan=0.0, posinf=0.0).max()
-    pooled = 2 * bound * spec.head_dim**0.5 * heaviest
-    slack = pooled + EPILOGUE * size_of(y)
-    # Rounded to bf16 before the norm, or behind it.
-    slack = slack + 2.0**-8 * size_of(y) * (cache.format.round_rows + cache.format.round_normed)
-    # Under an infinite sum finite channels are zeros, of either sign where the pooled one is near zero.
-    slack = torch.where(over, LEAST, slack)
-    fine = explained(cache, bytes_of(cache, slots), y.float(), slack.float())
-    for i, channel in first_channels(~fine):
-        value = float(unpack_records(cache, slots[i : i + 1])[0, channel])
-        place = int(made.sequence[i]), int(made.window[i])
-        found.append(Difference(*place, "read-back value", channel, value, float(y[i, channel]), "fp64"))
-    return found
 
 
 def _page_differences(got: WindowState, want: WindowState) -> list[Difference]:

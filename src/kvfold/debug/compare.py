@@ -102,17 +102,17 @@ def pooled_differences(got: Tensor, want: Tensor, items: Items, bound: float | T
 
 def bytes_of(cache: EntryCache, slots: Tensor) -> Tensor:
     """Values, rotated channels and tail of each slot, uint8 `[n, record_bytes]`."""
-    return torch.cat([gather(*place, width) for place, width in _fields(cache, slots)], dim=1)
+    return torch.cat([gather(*place, width) for place, width in fields_of(cache, slots)], dim=1)
 
 
 def put_bytes(cache: EntryCache, slots: Tensor, data: Tensor) -> None:
     """The opposite of `bytes_of`."""
-    fields = _fields(cache, slots)
+    fields = fields_of(cache, slots)
     for (place, _), part in zip(fields, data.split([width for _, width in fields], dim=1), strict=True):
         scatter(*place, part)
 
 
-def _fields(cache: EntryCache, slots: Tensor) -> list[tuple]:
+def fields_of(cache: EntryCache, slots: Tensor) -> list[tuple]:
     """Where each field of the records is, and its bytes."""
     fmt, spec = cache.format, cache.spec
     return [

@@ -22,7 +22,6 @@ from torch import Tensor
 from .._version import __version__
 from ..arguments.files import write_atomically
 from ..backend_torch.items import Items
-from ..contract import UnsupportedError
 from ..plan import StepPlan
 from ..spec import CompressorSpec
 from ..storage.cache import EntryCache
@@ -32,7 +31,7 @@ from ..storage.snapshots import Snapshots
 from ..storage.step import Compressor
 from ..storage.window_state import WindowState
 from . import bounds
-from .call import Call, History, check_history, laid_out
+from .call import Call, History, Places, check_history, laid_out, put
 
 VERSION = 1  # grows when a file of this version can no longer be read as it was
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8}
@@ -43,11 +42,18 @@ T = TypeVar("T")
 
 def tensors_of(call: Call) -> dict[str, Tensor]:
     """All tensors of a call, by the names that they have in the file."""
-    plan = call.plan
-    found = {f"plan.{name}": getattr(plan, name) for name in PLAN_TENSORS}
-    found["plan.kv_table"], found["plan.score_table"] = plan.block_tables or (None, None)
-    found |= {"rows": call.rows, "latent": call.latent}
+    plan, found = call.plan, {"rows": call.rows, "latent": call.latent}
+    if plan is not None:
+        found |= {f"plan.{name}": getattr(plan, name) for name in PLAN_TENSORS}
+        found["plan.kv_table"], found["plan.score_table"] = plan.block_tables or (None, None)
+    if call.places is not None:
+        found |= {name: getattr(call.places, name) for name in bounds.PLACES}
     for i, c in enumerate(call.compressors):
+        if c.cache is not None and isinstance(c.cache.scale, Tensor):
+            found[f"{i}.cache.scale"] = c.cache.scale_tensor
+        if i and call.places is not None:  # the same rows go to another cache
+            found |= {f"{i}.cache.{name}": getattr(c.cache, name) for name in ("pages", "scale_pages")}
+            continue
         for name in bounds.TENSORS:
             part, _, field = name.rpartition(".")
             found[f"{i}.{name}"] = getattr(getattr(c, part) if part else c, field, None)
@@ -56,8 +62,6 @@ def tensors_of(call: Call) -> dict[str, Tensor]:
 
 
 def write(path: str | os.PathLike, call: Call, history: History, whole: bool) -> None:
-    if call.plan.reserved or call.plan.ring or (call.plan.null_page is not None and call.plan.block_tables is not None):
-        raise UnsupportedError("plan must be without cu_rows and ring, and without null_page for block_tables: files have none")
     safetensors, place = _safetensors(), Path(bounds.check_path(path, new=True))  # safetensors writes over devices, too
     named = tensors_of(call) | {f"history.{b}": x for b, x in enumerate(history or ()) if x is not None}
     touched, stored, layouts = {} if whole else _touched(call), {}, {}
@@ -72,9 +76,9 @@ def write(path: str | os.PathLike, call: Call, history: History, whole: bool) ->
         "call": call.name,
         "backend": call.backend,
         "pdl": call.pdl,
-        "device": _device(call.plan.items.device),
+        "device": _device(call.device),
         "versions": versions("torch", "triton"),
-        "plan": {name: getattr(call.plan, name) for name in bounds.NUMBERS},
+        "plan": None if call.plan is None else _plan_numbers(call.plan),
         "compressors": [_numbers(c) for c in call.compressors],
         "tensors": layouts,
         "crc32": {name: _sum(tensor) for name, tensor in stored.items()},
@@ -123,23 +127,29 @@ def _check_version(path: str, said: dict[str, str]) -> None:
 
 def _make(path: str, about: dict, file: Any, device: torch.device, max_bytes: int) -> tuple[Call, History]:
     """The call and its history: first what is small and bounds the rest, then the rest."""
-    plan = _numbered(about["plan"])
     specs = [_built(f"compressors[{i}].spec", CompressorSpec, **one["spec"]) for i, one in enumerate(about["compressors"])]
     slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (no dict, it does not iterate)
     stored = {name: (_dtype(name, one), list(one.get_shape())) for name, one in slices.items()}
     bounds.check_stored(about, stored)
-    small = {name: _checked(name, about, file) for name in ("plan.items", "plan.num_items", "plan.entry_items")}
-    rows = bounds.check_items(about["plan"], *small.values(), "plan.state_slots" not in about["tensors"])
+    plan, places = None if about["plan"] is None else _numbered(about["plan"]), None
+    if plan is None:
+        rows = stored["0.kv_score"][1][0]
+    else:
+        small = {name: _checked(name, about, file) for name in ("plan.items", "plan.num_items", "plan.entry_items")}
+        rows = bounds.check_items(about["plan"], *small.values(), "plan.state_slots" not in about["tensors"])
     bounds.check_room(path, about, stored, rows, max_bytes)
     named = {name: _lay_out(name, about, file, name + ".kept" in stored, device) for name in about["tensors"]}
-    for name in PLAN_TENSORS:
-        setattr(plan, name, named.get(f"plan.{name}"))
-    tables = named.get("plan.kv_table"), named.get("plan.score_table")
-    plan.block_tables, plan.fresh = tables if any(x is not None for x in tables) else None, True
+    if plan is None:
+        places = Places(**{name: named.get(name) for name in bounds.PLACES})
+        for name in ("kv_score", "norm_weight", "rope"):
+            named[f"1.{name}"] = named.get(f"0.{name}")
+    else:
+        _tensors_of_plan(plan, named)
     compressors = tuple(_compressor(i, one, specs[i], named) for i, one in enumerate(about["compressors"]))
-    call = Call(about["call"], compressors, plan, named.get("rows"), about["backend"], about["pdl"], named.get("latent"))
+    outputs = named.get("rows"), named.get("latent")
+    call = Call(about["call"], compressors, plan, outputs[0], about["backend"], about["pdl"], outputs[1], places)
     call.check("torch")
-    history = [named.get(f"history.{b}") for b in range(plan.batch)]
+    history = [named.get(f"history.{b}") for b in range(0 if plan is None else plan.batch)]
     known = history if any(x is not None for x in history) else None
     check_history(known, call)
     return call, known
@@ -164,6 +174,8 @@ def _sum(tensor: Tensor) -> int:
 
 def _touched(call: Call) -> dict[str, Tensor]:
     """Of tensors that are larger than a step: the indices, along their first dimension, that the call reads or writes."""
+    if call.places is not None:
+        return _touched_places(call)
     plan, found, items = call.plan, {}, Items.of(call.plan)
     slot, sequence, start, end = torch.stack((items.slot, items.sequence, items.start, items.end)).unique(dim=1)
     for i, c in enumerate(call.compressors):
@@ -173,23 +185,37 @@ def _touched(call: Call) -> dict[str, Tensor]:
         elif isinstance(c.state, WindowState):
             first = (start // plan.ratio - int(c.spec.overlap)).clamp(min=0) * plan.ratio
             for name, table in zip(("kv", "score"), plan.block_tables, strict=True):
-                here[f"state.{name}"] = _pages(table, slot, first, end, plan.page_size)
+                pages = _pages(table, slot, first, end, plan.page_size, plan.ring)
+                here[f"state.{name}"] = pages if plan.null_page is None else pages[pages != plan.null_page]
         if c.snapshots is not None:
             pages = _pages(plan.snapshot_table, sequence, start, end, plan.snapshot_page_size)
             here["snapshots.rows"] = here["snapshots.positions"] = pages
         if c.cache is not None:
-            pages = plan.entry_slots.div(c.cache.rows_per_page, rounding_mode="floor")
+            entries = items.entry[(items.entry >= 0) & (items.entry < plan.entry_capacity)]
+            pages = plan.entry_slots[entries].div(c.cache.rows_per_page, rounding_mode="floor")
             here["cache.pages"] = here["cache.scale_pages"] = pages
         found |= {f"{i}.{name}": indices for name, indices in here.items()}
     return found
 
 
-def _pages(table: Tensor, row: Tensor, first: Tensor, end: Tensor, size: int) -> Tensor:
+def _touched_places(call: Call) -> dict[str, Tensor]:
+    """The same of a `store` without a plan."""
+    slots, positions = call.places.slots.long(), call.places.positions
+    found = {} if positions is None else {"0.rope": positions.long()}
+    for i, c in enumerate(call.compressors):
+        pages = slots.div(c.cache.rows_per_page, rounding_mode="floor")
+        found |= {f"{i}.cache.pages": pages, f"{i}.cache.scale_pages": pages}
+    return found
+
+
+def _pages(table: Tensor, row: Tensor, first: Tensor, end: Tensor, size: int, ring: bool = False) -> Tensor:
     """What a table says of the pages of positions `[first, end)` of each sequence, which has this row of the table."""
-    inside = (row >= 0) & (row < table.shape[0])
-    row, first, end = row[inside], first[inside, None], end[inside, None]
-    column = torch.arange(table.shape[1], device=table.device)
-    return table[row][(column >= first // size) & (column <= (end - 1) // size)].long()
+    inside, width = (row >= 0) & (row < table.shape[0]), table.shape[1]
+    row, first, last = row[inside], first[inside, None] // size, (end[inside, None] - 1) // size
+    column = torch.arange(width, device=table.device)
+    if ring:  # a column is the first one from `first` on that it stands for
+        column = first + (column - first) % width
+    return table[row][(column >= first) & (column <= last)].long()
 
 
 # Numbers of the metadata, and objects from them.
@@ -202,9 +228,20 @@ def _numbers(c: Compressor) -> dict:
         "state": None if state is None else _state_numbers(state),
         "cache": None
         if cache is None
-        else {"format": asdict(cache.format), "rows_per_page": cache.rows_per_page, "scale": float(cache.scale)},
+        else {"format": asdict(cache.format), "rows_per_page": cache.rows_per_page, "scale": _scale(cache)},
         "snapshots": None if c.snapshots is None else {"page_size": c.snapshots.page_size},
     }
+
+
+def _scale(cache: EntryCache) -> float:
+    """A number; one on a device is a tensor of the file, and may be anything."""
+    return 1.0 if isinstance(cache.scale, Tensor) else float(cache.scale)
+
+
+def _plan_numbers(plan: StepPlan) -> dict:
+    """What few plans have only where one has it, so that older versions read the files of all others."""
+    found = {name: getattr(plan, name) for name in bounds.NUMBERS}
+    return found | {name: x for name in bounds.METADATA if (x := getattr(plan, name)) != getattr(StepPlan, name)}
 
 
 def _state_numbers(state: FoldState | WindowState) -> dict:
@@ -253,11 +290,8 @@ def _lay_out(name: str, about: dict, file: Any, partly: bool, device: torch.devi
         if name.endswith(".positions"):
             made.fill_(-1)  # no row is held
         made[kept.to(device)] = contents.to(device)
-    elif contents.numel() and made.stride(0) < contents[0].numel() and len(made) > 1:
-        for row, values in zip(made, contents, strict=True):  # rows of kv_score may overlap
-            row.copy_(values)
     else:
-        made.copy_(contents)
+        put(made, contents)
     return made
 
 
@@ -272,12 +306,20 @@ def _built(whose: str, kind: Callable[..., T], /, *args: Any, **fields: Any) -> 
 def _numbered(numbers: dict) -> StepPlan:
     """The plan, of which the tensors are still missing."""
     plan = StepPlan()
-    for name in bounds.NUMBERS:
-        setattr(plan, name, numbers[name])
+    for name, number in numbers.items():
+        setattr(plan, name, number)
     least = plan.items_for(plan.max_tokens)
     if plan.item_capacity < least:
         raise ValueError(f"plan.item_capacity must be at least {least} by the plan's other numbers, got {plan.item_capacity}")
     return plan
+
+
+def _tensors_of_plan(plan: StepPlan, named: dict[str, Tensor]) -> None:
+    for name in PLAN_TENSORS:
+        setattr(plan, name, named.get(f"plan.{name}"))
+    tables = named.get("plan.kv_table"), named.get("plan.score_table")
+    plan.block_tables, plan.fresh = tables if any(x is not None for x in tables) else None, True
+    plan.reserved = plan.cu_rows is not None
 
 
 def _compressor(i: int, numbers: dict, spec: CompressorSpec, named: dict[str, Tensor]) -> Compressor:
@@ -301,7 +343,8 @@ def _compressor(i: int, numbers: dict, spec: CompressorSpec, named: dict[str, Te
         given = {key: tuple(value) if isinstance(value, list) else value for key, value in cache["format"].items()}
         fmt = _built(f"{whose}.cache.format", RecordFormat, **given)
         pages, scales = get("cache.pages"), get("cache.scale_pages")
-        rest = {"scales": scales, "scale": cache["scale"]}
+        own = get("cache.scale")
+        rest = {"scales": scales, "scale": cache["scale"] if own is None else own}
         cache = _built(f"{whose}.cache", EntryCache, pages, fmt, cache["rows_per_page"], spec, **rest)
     if snapshots is not None:
         rows = get("snapshots.rows"), get("snapshots.positions")

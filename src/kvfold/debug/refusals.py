@@ -29,6 +29,7 @@ class Refusal:
         reason: what is wrong, with the tensor's name and the number in it.
         counted: whether it is one of `plan.errors`. If not, nobody refuses it and the results of the step are undefined.
         where: `"compressors[i]"`, of two that each count their own; else "".
+        row: of a `store` without a plan, instead of sequence and window: which of its rows; else -1.
     """
 
     sequence: int
@@ -36,9 +37,11 @@ class Refusal:
     reason: str
     counted: bool = True
     where: str = ""
+    row: int = -1
 
     def __str__(self) -> str:
         who = f"sequence {self.sequence}" if self.window < 0 else f"window {self.window} of sequence {self.sequence}"
+        who = f"row {self.row}" if self.row >= 0 else who
         return f"{f'{self.where}: ' if self.where else ''}{who} is {'refused' if self.counted else 'undefined'}: {self.reason}"
 
 
@@ -64,20 +67,24 @@ def plan_refusals(plan: StepPlan) -> list[Refusal]:
     return found
 
 
-def call_refusals(c: Compressor, plan: StepPlan, is_store: bool = False) -> list[Refusal]:
-    """What `compress`, or `store` of a compressor without a state, counts of a plan as it is."""
+def call_refusals(c: Compressor, plan: StepPlan, is_store: bool = False, room: int | None = None) -> list[Refusal]:
+    """What `compress`, or `store` of a compressor without a state, counts of a plan as it is.
+
+    room: places of entries that what it writes has, if not those of the plan.
+    """
     items, found = Items.of(plan), []
+    room = plan.entry_capacity if room is None else room
     if not is_store:
         found = list(_sequence_refusals(c, items))
     gone = torch.tensor([r.sequence for r in found], dtype=torch.int64, device=items.sequence.device)
     items = items[~torch.isin(items.sequence, gone)]
     if isinstance(c.state, WindowState):
-        pages, made = _page_refusals(c, plan, items)
+        pages, made = _page_refusals(c, plan, items, room)
         found += pages
         items = items[torch.tensor(made, dtype=torch.bool, device=items.window.device)]
     if c.snapshots is not None:
         found += _snapshot_refusals(c.snapshots, plan, items)
-    return [*found, *_entry_refusals(c, plan, items)]
+    return [*found, *_entry_refusals(c, plan, items, room)]
 
 
 def sequences(plan: StepPlan) -> Iterator[tuple[int, int, int, int, str]]:
@@ -145,7 +152,7 @@ def _sequence_refusals(c: Compressor, items: Items) -> Iterator[Refusal]:
                 yield Refusal(b, -1, f"state slot {slot} holds no row of {which}, which a start at {start} needs")
 
 
-def _page_refusals(c: Compressor, plan: StepPlan, items: Items) -> tuple[list[Refusal], list[bool]]:
+def _page_refusals(c: Compressor, plan: StepPlan, items: Items, room: int) -> tuple[list[Refusal], list[bool]]:
     """Windows whose block tables are wrong, and for each item whether all rows of its window are found."""
     found, made, ratio = [], [], plan.ratio
     tables = [
@@ -161,7 +168,7 @@ def _page_refusals(c: Compressor, plan: StepPlan, items: Items) -> tuple[list[Re
             new = range(max(new.start, end - plan.ring_rows), new.stop)
         missing, unread = _page_reasons(c.state, tables, b, old, plan.ring)
         _, unwritten = _page_reasons(c.state, tables, b, new, plan.ring)
-        wanted = entry >= plan.entry_capacity or slots is None or slots[entry] >= 0
+        wanted = entry >= room or slots is None or slots[entry] >= 0
         reason = unread or unwritten or (missing if wanted else "")
         if reason:
             found.append(Refusal(b, window, reason))
@@ -215,8 +222,8 @@ def snapshot_pages(snapshots: Snapshots, plan: StepPlan, b: int, start: int, end
             yield k, page
 
 
-def _entry_refusals(c: Compressor, plan: StepPlan, items: Items) -> Iterator[Refusal]:
-    spec, room = c.spec, plan.entry_capacity
+def _entry_refusals(c: Compressor, plan: StepPlan, items: Items, room: int) -> Iterator[Refusal]:
+    spec, short = c.spec, room < plan.entry_capacity
     slots = None if c.cache is None or plan.entry_slots is None else plan.entry_slots.tolist()
     for window, entry, b in torch.stack((items.window, items.entry, items.sequence), dim=1).tolist():
         if entry >= MOST_POSITIONS and plan.reserved:
@@ -224,7 +231,8 @@ def _entry_refusals(c: Compressor, plan: StepPlan, items: Items) -> Iterator[Ref
                 b, window, f"cu_rows[{b}] and the next have no room for all entries of the sequence behind those before"
             )
         elif entry >= room:
-            yield Refusal(b, window, f"it is entry {entry} of the step, and the plan has room for {room} (entry_slots)")
+            have = f"rows has {room} places" if short else f"the plan has room for {room} (entry_slots)"
+            yield Refusal(b, window, f"it is entry {entry} of the step, and {have}")
         elif entry >= 0 and slots is not None and slots[entry] != -1:
             if not 0 <= slots[entry] < c.cache.num_slots:
                 yield Refusal(b, window, _slot_reason(c.cache, plan, b, window, entry, slots[entry]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -17,14 +18,14 @@ from ..storage.snapshots import Snapshots
 from ..storage.step import Compressor, Outputs
 from ..storage.window_state import WindowState
 from . import file as debug_file
-from .call import Call, check_history, check_outside
+from .call import Call, Places, check_history, check_outside
 from .check import Report, compare
 
 
 def dump(
     path: str | os.PathLike,
     kv_score: torch.Tensor | Sequence[Compressor | tuple],
-    plan: StepPlan,
+    plan: StepPlan | EntryCache | None = None,
     state: FoldState | WindowState | EntryCache | None = None,
     cache: EntryCache | None = None,
     *,
@@ -35,6 +36,10 @@ def dump(
     rows: torch.Tensor | None = None,
     latent: torch.Tensor | None = None,
     snapshots: Snapshots | None = None,
+    slots: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    also: Sequence[EntryCache] = (),
+    errors: torch.Tensor | None = None,
     backend: str | None = None,
     pdl: bool | None = None,
     full_history: Sequence[torch.Tensor | None] | None = None,
@@ -43,8 +48,8 @@ def dump(
     """Writes the inputs of a call to a safetensors file, from which `replay` makes the call elsewhere; before the call.
 
     Takes the arguments of `compress`, as named here, of `compress_many`, `dump(path, compressors, plan)`, or of `store`,
-    `dump(path, rows, plan, cache, spec=..., norm_weight=..., rope=...)`. Nothing of the caller's is written. Synchronizes with
-    the host, so it cannot be captured in a CUDA graph or traced.
+    `dump(path, rows, plan, cache, spec=..., norm_weight=..., rope=...)` and `dump(path, rows, cache, slots=..., ...)`. Nothing
+    of the caller's is written. Synchronizes with the host, so it cannot be captured in a CUDA graph or traced.
 
     The file has the bits of every input, how it lies in memory, the plan as it is, options, versions and the device's name;
     nothing of the model but `ape`, `norm_weight` and `rope`. Of what is larger than a step it has what the call touches, under
@@ -71,8 +76,9 @@ def dump(
     if not isinstance(whole, bool):
         raise TypeError(f"whole must be a bool, got {type(whole).__name__}")
     call = Call.of(
-        Compressor(kv_score, state, cache, spec, ape, norm_weight, rope, snapshots), plan, Outputs(rows, latent), backend
-    )
+        Compressor(kv_score, state, cache, spec, ape, norm_weight, rope, snapshots), plan, Outputs(rows, latent), backend,
+        Places(slots, positions, also, errors),
+    )  # fmt: skip
     call.pdl = pdl
     check_history(full_history, call)
     debug_file.write(path, call, full_history, whole)
@@ -83,9 +89,9 @@ class Replay:
 
     Attributes:
         name: `"compress"`, `"compress_many"` or `"store"`.
-        plan: the call's, with `errors` as the call left it.
+        plan: the call's, with `errors` as the call left it; None of a `store` without one.
         compressors: what the call was given, as `compress_many` takes it; state, cache and snapshots as the call left them.
-            Of `store` it is one, without state, whose `kv_score` are the pooled rows.
+            Of `store` it is one for each cache, without state, whose `kv_score` are the pooled rows.
         rows, latent: the pooled and the normed rows, where the call had these arguments.
         backend, device: of this call.
         errors: sequences and entries that it refused.
@@ -96,10 +102,13 @@ class Replay:
         self._path, self._call, self._max_bytes, self.about = path, call, max_bytes, about
         self.name, self.plan, self.compressors = call.name, call.plan, call.compressors
         self.rows, self.latent = call.rows, call.latent
-        self.backend, self.device = call.backend, call.plan.items.device
-        before = int(call.plan.errors)
+        self.backend, self.device = call.backend, call.device
+        if call.errors is None:  # refused rows are counted here all the same
+            counted = torch.zeros(1, dtype=torch.int32, device=call.device)
+            call = replace(call, places=call.places._replace(errors=counted))
+        before = int(call.errors)
         call.run()
-        self.errors = int(call.plan.errors) - before
+        self.errors = int(call.errors) - before
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -113,14 +122,11 @@ class Replay:
         return compare(call, history)
 
     def __str__(self) -> str:
-        about, plan = self.about, self.plan
+        about = self.about
         versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
         where = " ".join(filter(None, (about["device"]["type"], about["device"]["name"])))
         lines = [f"{self.name}, dumped on {where}, backend {about['backend']}: {versions}"]
-        items = plan.items[: int(plan.num_items)]
-        tokens = [end - start for _, start, end in items[:, [6, 1, 2]].unique(dim=0).tolist()]
-        lines += [f"  {len(tokens)} of {plan.batch} sequences, {sum(tokens)} tokens, {min(tokens, default=0)} to "
-                  f"{max(tokens, default=0)} each; {len(items)} windows, {int((items[:, 5] >= 0).sum())} entries"]  # fmt: skip
+        lines += [f"  {self._size()}"]
         for i, c in enumerate(self.compressors):
             lines += [f"  {c.spec}"]
             for name in ("kv_score", "scores", "state.rows", "state.kv", "cache.pages", "snapshots.rows"):
@@ -132,6 +138,18 @@ class Replay:
                 lines += [f"    cache: {c.cache.format.name}, {c.cache.rows_per_page} rows per page"]
         lines += [f"made again on {self.device}, backend {self.backend}: {self.errors} refused"]
         return "\n".join(lines)
+
+    def _size(self) -> str:
+        """Of the step, or of the rows."""
+        plan = self.plan
+        if plan is None:
+            slots = self._call.places.slots
+            return f"{len(slots)} rows, {int((slots >= 0).sum())} of them with a slot, into {len(self.compressors)} caches"
+        items = plan.items[: int(plan.num_items)]
+        tokens = [end - start for _, start, end in items[:, [6, 1, 2]].unique(dim=0).tolist()]
+        each = f"{min(tokens, default=0)} to {max(tokens, default=0)} each"
+        entries = f"{len(items)} windows, {int((items[:, 5] >= 0).sum())} entries"
+        return f"{len(tokens)} of {plan.batch} sequences, {sum(tokens)} tokens, {each}; {entries}"
 
 
 def replay(
@@ -169,7 +187,7 @@ def replay(
     call, _, about = debug_file.read(path, place, max_bytes)
     if backend is None and about["device"]["type"] == place.type:
         backend = call.backend
-    call.backend = choose_backend(backend, "device", call.plan.items)
+    call.backend = choose_backend(backend, "device", call.compressors[0].value)
     return Replay(path, call, about, max_bytes)
 
 

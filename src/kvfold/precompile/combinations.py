@@ -21,11 +21,23 @@ from triton.compiler import CompiledKernel
 from .._version import __version__
 from ..backend_triton import table as configs
 from ..backend_triton.build import Variant
-from ..backend_triton.keys import TABLES, Key, PairKey, RestoreKey, Types, kind_of, plan_key, step_key, store_key, window_key
+from ..backend_triton.keys import (
+    TABLES,
+    Key,
+    PairKey,
+    RestoreKey,
+    Types,
+    kind_of,
+    plan_key,
+    snapshot_rows,
+    step_key,
+    store_key,
+    window_key,
+)
 from ..backend_triton.table import ANY, Config, choose
 from ..backend_triton.variants import variant_of
 from ..contract import UnsupportedError
-from ..spec import V4_CSA, V4_HCA, V4_INDEXER, V41_MAIN_R1, V41_MAIN_R2, CompressorSpec
+from ..spec import V4_CSA, V4_HCA, V4_INDEXER, V41_INDEX_K, V41_MAIN_R1, V41_MAIN_R2, CompressorSpec
 from ..storage.fold_state import state_kind
 from ..storage.formats import FORMATS, RecordFormat
 from ..storage.snapshots import Snapshots
@@ -44,6 +56,7 @@ SPECS = (
     V4_INDEXER,
     V41_MAIN_R1,
     V41_MAIN_R2,
+    V41_INDEX_K,
     CompressorSpec(256, 128),
     CompressorSpec(128, 128),
     CompressorSpec(256, 4, overlap=True, hadamard=True),
@@ -59,7 +72,8 @@ class Combination:
     kind: of a row of the table, or `"ungated"` for `compress` without a state, `"pair"` for `compress_many`, `"plan"` or
     `"restore"`. other: the second of a pair, or of `store` with `also`. page_size: of a `WindowState`. snapshots, latent:
     whether the call leaves any. apart: whether values and scores are two tensors. dtype: of them. placed: of `store`, without a
-    plan. tables: one of `keys.TABLES`; of a plan, whether it is for an engine's metadata.
+    plan; normed: whether its rows still need the norm. tables: one of `keys.TABLES`; of a plan, whether it is for an engine's
+    metadata.
     """
 
     kind: str
@@ -73,6 +87,7 @@ class Combination:
     apart: bool = False
     dtype: torch.dtype = torch.bfloat16
     placed: bool = False
+    normed: bool = True
     tables: str = "plain"
 
     @property
@@ -88,7 +103,7 @@ class Combination:
             parts += [*_spec_words(self.other[0]), self.other[1].name]
         if self.kind in ("window", "restore"):
             parts += [f"page{self.page_size}"]
-        parts += ["slots"] * self.placed + [self.tables] * (self.tables != "plain")
+        parts += ["slots"] * self.placed + ["no_norm"] * (not self.normed) + [self.tables] * (self.tables != "plain")
         parts += ["snapshots"] * self.snapshots + ["latent"] * self.latent + ["apart"] * self.apart
         parts += ["kv_fp32"] * (self.dtype == torch.float32)
         return " ".join(parts)
@@ -112,7 +127,8 @@ class Combination:
             return plan_key(self.spec.ratio, 1, False, False, self.tables == "engine")
         if self.kind == "store":
             places = (torch.int64, torch.int64 if self.spec.rope_dim else None) if self.placed else ()
-            return store_key(self.spec, self.fmt, (fp32, fp32, *places), self.other and self.other[1])
+            norm = fp32 if self.normed else None
+            return store_key(self.spec, self.fmt, (fp32, norm, *places), self.other and self.other[1])
         finishes = self.fmt is not None or self.latent
         types = Types(
             self.dtype, fp32 if self.spec.gate else None, None if finishes else fp32, fp32 if finishes else None, True,
@@ -183,19 +199,24 @@ def _all(
                         yield Combination("window", spec, fmt, config, page_size=1, dtype=dtype, tables=tables)
                 # With snapshots a call takes the row for many windows (`step_key`).
                 for fmt in (None,) if None in fitting else fitting:
-                    if config.kind != "window" and config.bucket == ANY:
+                    if config.kind != "window" and config.bucket == ANY and any(snapshot_rows(spec)):
                         yield Combination(config.kind, spec, fmt, config, snapshots=True, dtype=dtype)
                 for fmt in (None,) if None in fitting else fitting:
                     yield Combination(config.kind, spec, fmt, config, apart=True, dtype=dtype)
                 if not spec.has_ape:  # as in V4.1, whose index keys are made of latents
-                    for fmt in (None,) if None in fitting else fitting:
-                        yield Combination(config.kind, spec, fmt, config, latent=True, dtype=dtype)
+                    for apart, fmt in product((False, True), (None,) if None in fitting else fitting):
+                        yield Combination(config.kind, spec, fmt, config, latent=True, apart=apart, dtype=dtype)
+                    both = {"latent": True, "apart": True, "dtype": dtype}
+                    for tables in TABLES[1:] if config.kind == "window" and None in fitting else ():
+                        yield Combination("window", spec, None, config, tables=tables, **both)
                 if (config.kind, spec) == ("rows", V4_CSA) and V4_INDEXER in specs:
                     yield from _pairs(config, formats, dtype)
 
 
 def _stores(spec: CompressorSpec, formats: list[RecordFormat], config: Config) -> Iterator[Combination]:
-    """With a plan, without, and into a cache of plain rows as well."""
+    """With a plan, without, and into a cache of plain rows as well; one of rows that have had their norm."""
+    for fmt in formats[:1]:
+        yield Combination("store", spec, fmt, config, placed=True, normed=False)
     for fmt in formats:
         yield Combination("store", spec, fmt, config)
         yield Combination("store", spec, fmt, config, placed=True)
@@ -211,7 +232,9 @@ def _pairs(config: Config, formats: tuple[RecordFormat | None, ...], dtype: torc
         for second in seconds:
             yield Combination("pair", V4_CSA, first, config, (V4_INDEXER, second), dtype=dtype)
     if firsts and seconds and config.bucket == ANY:
-        yield Combination("pair", V4_CSA, firsts[-1], config, (V4_INDEXER, seconds[-1]), snapshots=True, dtype=dtype)
+        more = firsts[-1], config, (V4_INDEXER, seconds[-1])
+        yield Combination("pair", V4_CSA, *more, snapshots=True, dtype=dtype)
+        yield Combination("pair", V4_CSA, *more, apart=True, dtype=dtype)
 
 
 def reaches(config: Config, spec: CompressorSpec) -> bool:

@@ -22,7 +22,7 @@ Device = torch.device | str
 def make_tokens(
     spec: CompressorSpec, lengths: Sequence[int], values: str, draw: torch.Generator, dtype: torch.dtype, device: Device
 ) -> list[Tensor]:
-    """kv_score rows `[n, 2 * channels]` of each sequence, drawn on the CPU: the same on every machine.
+    """kv_score rows `[n, spec.kv_score_width]` of each sequence, drawn on the CPU: the same on every machine.
 
     values: "normal"; "peaked", scores of which one outweighs the rest; "tied", all scores 0; "masked", many scores -inf, but
     not all of a window; "hidden", more of them, and so entries that are NaN; "zeros", masked too, and half of all channels
@@ -38,7 +38,8 @@ def make_tokens(
         if values == "zeros":
             zeros = torch.where(torch.rand(k.shape, generator=draw) < 0.9, -0.0, 0.0)
             k = torch.where(torch.rand(spec.channels, generator=draw) < 0.5, zeros, k)
-        found.append(torch.cat((k, s.masked_fill(mask, -torch.inf)), dim=1).to(device, dtype))
+        s = s.masked_fill(mask, -torch.inf)
+        found.append((torch.cat((k, s), dim=1) if spec.gate else k).to(device, dtype))
     return found
 
 
@@ -52,9 +53,24 @@ def make_weights(
     return {"spec": spec, "ape": ape.to(device) if spec.has_ape else None, "norm_weight": norm_weight, "rope": rope}
 
 
-def make_state(spec: CompressorSpec, slots: int, max_new_tokens: int, dtype: torch.dtype, device: Device) -> FoldState:
-    """A `FoldState` whose rows are NaN."""
-    state = FoldState.allocate(spec, slots, max_new_tokens, dtype=dtype, device=device)
+def make_state(
+    spec: CompressorSpec,
+    slots: int,
+    max_new_tokens: int,
+    dtype: torch.dtype,
+    device: Device,
+    *,
+    round_inputs: bool = False,
+    gap: int | None = None,
+) -> FoldState:
+    """A `FoldState` whose rows are NaN. gap: it lies in an engine's pages, with so many bytes behind each."""
+    how = {"dtype": dtype, "round_inputs": round_inputs}
+    if gap is None:
+        state = FoldState.allocate(spec, slots, max_new_tokens, device=device, **how)
+    else:
+        size = FoldState.page_bytes(spec, max_new_tokens, dtype) + gap
+        pages = torch.full((slots, size), UNTOUCHED, dtype=torch.uint8, device=device)
+        state = FoldState.over(pages, spec, max_new_tokens, fresh=True, **how)
     state.rows.fill_(torch.nan)
     return state
 
@@ -75,7 +91,14 @@ def make_pools(
 
 
 def make_cache(
-    fmt: str, spec: CompressorSpec, pages: int, rows_per_page: int, device: Device, *, scale: float = 1.0, gap: int = 0
+    fmt: str,
+    spec: CompressorSpec,
+    pages: int,
+    rows_per_page: int,
+    device: Device,
+    *,
+    scale: float | Tensor = 1.0,
+    gap: int = 0,
 ) -> EntryCache:
     """A cache of bytes `UNTOUCHED`, `gap` more of them behind each page."""
     known = FORMATS[fmt]

@@ -7,11 +7,13 @@ from torch import Tensor
 
 from ..backend_torch.finish import finish
 from ..contract import pooled_bound
-from ..debug.check import EPILOGUE
 from ..debug.compare import Difference, bytes_of, explained, off, put_bytes
 from ..debug.exact import exact_rows
+from ..debug.records import EPILOGUE, latents_explained
+from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState
 from ..storage.pack import bf16_bits
+from ..storage.step import Compressor
 from ..testing.data import make_cache
 from ..testing.engine import UNWRITTEN, Engine
 
@@ -38,22 +40,24 @@ def close(rows: list[Tensor], wanted: list[Tensor], bound: float, against: str) 
 
 
 def same(engine: Engine, whole: Engine, since: tuple[int, int] | None = None) -> None:
-    """Raises Mismatch unless pooled rows and records have the bits of one prefill, and nothing else of the cache was written.
+    """Raises Mismatch unless all that is made has the bits of one prefill, and nothing else of the cache was written.
 
     Pooled rows are rounded to their dtype, and a NaN is as good as another. A window without a slot has its row left alone.
 
     since: sequence and window, from which on its windows are looked at; default: all that there are.
     """
-    for b, first, slots in _windows(engine, since) if engine.rows is not None else ():
-        got, want = engine.pooled[b], whole.pooled[b]
-        if got.dtype == torch.bfloat16:
-            want = bf16_bits(want).view(torch.bfloat16)
-        if engine.addressing != "none":
-            want = torch.where(slots[:, None] >= 0, want, torch.full_like(want, UNWRITTEN))
-        bits = torch.int16 if got.dtype == torch.bfloat16 else torch.int32
-        wrong = (got.view(bits) != want.view(bits)) & ~(got.isnan() & want.isnan())
-        wrong[:first] = False
-        blame(wrong, "pooled row", b, got, want, "one prefill", "bits")
+    for b, first, slots in _windows(engine, since):
+        asked = [("pooled row", engine.pooled[b], whole.pooled[b])] * (engine.rows is not None)
+        asked += [("latent", engine.latents[b], whole.latents[b])] * (engine.latent and whole.latent)
+        for what, got, want in asked:
+            if got.dtype == torch.bfloat16 and want.dtype == torch.float32:
+                want = bf16_bits(want).view(torch.bfloat16)
+            if engine.addressing != "none":
+                want = torch.where(slots[:, None] >= 0, want, torch.full_like(want, UNWRITTEN))
+            bits = torch.int16 if got.dtype == torch.bfloat16 else torch.int32
+            wrong = (got.view(bits) != want.view(bits)) & ~(got.isnan() & want.isnan())
+            wrong[:first] = False
+            blame(wrong, what, b, got, want, "one prefill", "bits")
     if engine.cache is not None:
         same_records(engine, whole, "one prefill", since)
         untouched(engine, since)
@@ -96,6 +100,8 @@ def _windows(engine: Engine, since: tuple[int, int] | None = None) -> list[tuple
 def untouched_state(engine: Engine) -> None:
     """Raises Mismatch if anything was written to a slot, or a page, of no sequence."""
     state = engine.state
+    if state is None:
+        return
     if isinstance(state, FoldState):
         others = [slot for slot in range(state.num_slots) if slot not in engine.slots]
         if not bool(state.rows[others].isnan().all()) or bool((state.positions[others] != -1).any()):
@@ -108,19 +114,31 @@ def untouched_state(engine: Engine) -> None:
             raise Mismatch(f"pages {others} of state.{name}: of no sequence, yet written")
 
 
-def packed(engine: Engine, rows: list[Tensor]) -> str:
-    """Raises Mismatch unless the records are what the torch packer makes of pooled rows; says how nearly they are."""
-    exact, cache = True, engine.cache
+def normed(engine: Engine) -> None:
+    """Raises Mismatch unless the latents are what becomes of the pooled rows of the same calls."""
+    c = Compressor(engine.tokens[0], None, engine.cache, engine.spec, None, engine.weights["norm_weight"], None)
+    for b, (got, pooled) in enumerate(zip(engine.latents, engine.pooled, strict=True)):
+        fine, want = latents_explained(c, got, pooled.float())
+        blame(~fine, "latent", b, got, want, "the norm")
+
+
+def packed(engine: Engine, rows: list[Tensor], cache: EntryCache | None = None, *, norm: bool = True) -> str:
+    """Raises Mismatch unless the records are what the torch packer makes of pooled rows; says how nearly they are.
+
+    cache: another one, with the same places. norm: whether rows still need it.
+    """
+    exact, cache = True, engine.cache if cache is None else cache
     for b, _, slots in _windows(engine):
         if not len(slots):
             continue
         position = torch.arange(len(slots), device=rows[b].device) * cache.spec.ratio
-        y = finish(rows[b], cache.spec, engine.weights["norm_weight"], engine.weights["rope"], position, cache.format)
-        data, norm = bytes_of(cache, slots), y.norm(dim=1, keepdim=True)
-        fine = explained(cache, data, y, torch.zeros_like(norm))
+        weight = engine.weights["norm_weight"] if norm else None
+        y = finish(rows[b].float(), cache.spec, weight, engine.weights["rope"], position, cache.format)
+        data, size = bytes_of(cache, slots), y.norm(dim=1, keepdim=True)
+        fine = explained(cache, data, y, torch.zeros_like(size))
         if not bool(fine.all()):
             exact = False
-            fine |= explained(cache, data, y, EPILOGUE * norm)  # which may be NaN
+            fine |= explained(cache, data, y, EPILOGUE * size)  # which may be NaN
         if cache.format.element == "fp32":
             fine |= y.isnan() & cache.read(slots).isnan()
         blame(~fine, "record bytes", b, cache.read(slots), y, "the packer")

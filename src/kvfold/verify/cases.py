@@ -18,11 +18,12 @@ from ..calls.checks import choose_backend
 from ..contract import pooled_bound, resumed_bound
 from ..debug.check import check
 from ..precompile.combinations import reaches
-from ..spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
+from ..spec import V4_CSA, V4_HCA, V4_INDEXER, V41_INDEX_K, V41_MAIN_R1, V41_MAIN_R2, CompressorSpec
 from ..storage.formats import FORMATS
-from ..testing.data import make_tokens, make_weights
+from ..testing.data import make_cache, make_state, make_tokens, make_weights
 from ..testing.engine import Engine, Step, chunks, drafts, prefill, run_many
-from .case import Mismatch, close, close_to_fp64, packed, same, same_records, untouched
+from ..testing.told import Told
+from .case import Mismatch, close, close_to_fp64, normed, packed, same, same_records, untouched
 
 BF16, FP32 = torch.bfloat16, torch.float32
 NAMES = {BF16: "bf16", FP32: "fp32"}
@@ -38,6 +39,8 @@ DTYPES = {
 }
 NO_KERNEL = "no kernel runs on the torch backend"
 DRAFTS = 4  # tokens of a step in the equivalences
+# What an engine's metadata has of its own: total lengths, int64 between other numbers, places and slots with gaps, 0 for none.
+TOLD = Told(totals=True, wide=True, apart=3, before=5, reserved=2, null=0)
 LONG = 4096  # the bound of a step that no row for short steps serves
 
 
@@ -115,13 +118,14 @@ class Lab(NamedTuple):
 
     def inputs(self, spec: CompressorSpec, dtype: torch.dtype = BF16, batch: int | None = None) -> Inputs:
         """Sequences of one length, the same on every machine."""
-        length = max(2 * spec.ratio + spec.ratio // 2 + 1, 5 * spec.ratio if spec.ratio <= 8 else 0)
+        length = max(2 * spec.ratio + spec.ratio // 2 + 1, 5 * spec.ratio if spec.ratio <= 8 else 0, 11)
         draw = torch.Generator().manual_seed(7)
         tokens = make_tokens(spec, [length] * (batch or (16 if self.real else 2)), "normal", draw, dtype, self.device)
         return tokens, make_weights(spec, length, "normal", draw, FP32, self.device)
 
     def engine(self, inputs: Inputs, **options: object) -> Engine:
-        fmt = {512: "fp8_ds_mla", 128: "indexer_mxfp4"}.get(inputs[1]["spec"].head_dim, "bf16")
+        spec = inputs[1]["spec"]
+        fmt = {512: "fp8_ds_mla" if spec.has_ape else "v41_mxfp8", 128: "indexer_mxfp4"}.get(spec.head_dim, "bf16")
         options = {"fmt": fmt, "backend": self.backend} | options
         return Engine.make(*inputs, **options)  # type: ignore[arg-type]
 
@@ -149,6 +153,7 @@ def _table_cases(lab: Lab, quick: bool) -> Iterator[Case]:
             name += f", windows <= {config.bucket:g} per multiprocessor; " if config.bucket < ANY else "; "
             if config.kind == "store":
                 yield Case("table", name + f"rows {NAMES[rows]}", partial(check_store, lab, config, rows), skip)
+                yield Case("table", name + f"kv_score {NAMES[rows]}, no gate", partial(check_ungated, lab, config, rows), skip)
             else:
                 name += f"state {NAMES[state]}, kv_score {NAMES[rows]}"
                 run = partial(check_config, lab, config, state, rows)
@@ -164,23 +169,39 @@ def _format_cases(lab: Lab) -> Iterator[Case]:
 
 
 def _equivalence_cases(lab: Lab) -> Iterator[Case]:
-    for label, preset in (("hca", V4_HCA), ("csa", V4_CSA), ("indexer", V4_INDEXER)):
+    several = f"{DRAFTS} tokens, 0 to {DRAFTS} accepted"
+    presets = {"hca": V4_HCA, "csa": V4_CSA, "indexer": V4_INDEXER, "v41-r2": V41_MAIN_R2}
+    for label, preset in presets.items():
         spec = lab.spec(preset)
         label += f" at ratio {spec.ratio}" * (spec != preset)
+        ways = {
+            "chunks": partial(check_cut, chunks),
+            "decode": partial(check_cut, partial(drafts, new=1, first=spec.ratio - 1)),
+            several: partial(check_cut, partial(drafts, new=DRAFTS, first=spec.ratio + 1)),
+            "padding": partial(check_cut, chunks, padding=True),
+            "slots of an owner that left NaN": partial(check_cut, chunks, reused=True),
+        }
+        told = "an engine's metadata, two tensors, latents"
         for kind, state in (("fold", "FoldState"), ("window", "WindowState")):
-            ways = {
-                "chunks": partial(check_cut, chunks),
-                "decode": partial(check_cut, partial(drafts, new=1, first=spec.ratio - 1)),
-                f"{DRAFTS} tokens, 0 to {DRAFTS} accepted": partial(
-                    check_cut, partial(drafts, new=DRAFTS, first=spec.ratio + 1)
-                ),
-                "padding": partial(check_cut, chunks, padding=True),
-                "slots of an owner that left NaN": partial(check_cut, chunks, reused=True),
-            }
-            for way, run in ways.items():
+            for way, run in (ways | {told: check_told}).items():
                 yield Case("same bits as prefill", f"{label} {state}: {way}", partial(run, lab, spec, kind))
+        for way, run in ((several, ways[several]), (told, check_told)):
+            name = f"{label} WindowState of rings: {way}"
+            yield Case("same bits as prefill", name, partial(run, lab, spec, "window", ring=True))
         yield Case("equivalence", f"{label}: WindowState against FoldState", partial(check_states, lab, spec))
+        yield Case("equivalence", f"{label}: FoldState in an engine's pages", partial(check_pages, lab, spec))
+    for way, run in {
+        "chunks": partial(check_cut, chunks, lab, V41_MAIN_R1),
+        several: partial(check_cut, partial(drafts, new=DRAFTS, first=2), lab, V41_MAIN_R1),
+        "padding": partial(check_cut, chunks, lab, V41_MAIN_R1, padding=True),
+        "an engine's metadata, latents": partial(check_told, lab, V41_MAIN_R1),
+    }.items():
+        yield Case("same bits as prefill", f"v41-r1, no state: {way}", run)
     yield Case("equivalence", "csa and indexer: one launch against two", partial(check_many, lab))
+    yield Case("equivalence", "csa: fp32 rounded by the state against bf16", partial(check_rounded, lab))
+    for spec in (V41_MAIN_R1, V41_MAIN_R2):
+        run = partial(check_index_keys, lab, spec)
+        yield Case("equivalence", f"v41 ratio {spec.ratio}: records from latents, index keys into two caches", run)
 
 
 def check_config(lab: Lab, config: Config, state: torch.dtype, rows: torch.dtype) -> str:
@@ -235,6 +256,17 @@ def check_store(lab: Lab, config: Config, dtype: torch.dtype) -> str:
     return packed(engine, [some.float() for some in rows])
 
 
+def check_ungated(lab: Lab, config: Config, dtype: torch.dtype) -> str:
+    """`compress` without a gate, by this row of the table, with latents; its last step by `kvfold.check`."""
+    spec = replace(representative(config)[0], ratio=1, overlap=False, has_ape=False, hadamard=False, gate=False)
+    inputs = lab.inputs(spec, dtype)
+    whole, cut = (lab.engine(inputs, latent=True) for _ in range(2))
+    run_checked(cut, chunks(cut.lengths))
+    figure = same_as_prefill(cut, whole)
+    normed(whole)
+    return figure
+
+
 def check_format(lab: Lab, spec: CompressorSpec, fmt: str) -> str:
     """The bytes of one record format: packed from kvfold's own pooled rows, the same by `store`, none outside of records."""
     inputs = lab.inputs(spec)
@@ -250,13 +282,16 @@ def check_format(lab: Lab, spec: CompressorSpec, fmt: str) -> str:
     return figure
 
 
-def check_cut(cut: Cut, lab: Lab, spec: CompressorSpec, kind: str, *, padding: bool = False, reused: bool = False) -> str:
+def check_cut(
+    cut: Cut, lab: Lab, spec: CompressorSpec, kind: str = "fold", *, padding: bool = False, reused: bool = False, **how: object
+) -> str:
     """A sequence cut in some way has the bits of one prefill.
 
     padding: absent sequences and rows of NaN behind the batch. reused: the slots or pages had an owner whose tokens were NaN.
+    how: as for `Engine.make`, of the engine whose sequences are cut.
     """
     inputs = lab.inputs(spec)
-    whole, other = (lab.engine(inputs, kind=kind) for _ in range(2))
+    whole, other = lab.engine(inputs, kind=kind, latent="latent" in how), lab.engine(inputs, kind=kind, **how)
     if reused:
         other.run(drafts(other.lengths, DRAFTS, spec.ratio), wrong=True)
     steps = cut(other.lengths)
@@ -264,6 +299,56 @@ def check_cut(cut: Cut, lab: Lab, spec: CompressorSpec, kind: str, *, padding: b
         steps = [step._replace(bound=max(step.bound, 2), absent=(2, 0), behind=5) for step in steps]
     other.run(steps)
     return same_as_prefill(other, whole)
+
+
+def check_told(lab: Lab, spec: CompressorSpec, kind: str = "fold", **how: object) -> str:
+    """Plans of an engine's metadata, calls with values and scores in two tensors and with latents; drafts are rejected."""
+    inputs = lab.inputs(spec)
+    whole = lab.engine(inputs, kind=kind, latent=True)
+    given = {"told": TOLD, "latent": True, "two": spec.gate, "beside": (16, 32), "entries": "tokens"}
+    cut = lab.engine(inputs, kind=kind, **given | how)
+    run_checked(cut, drafts(cut.lengths, DRAFTS, spec.ratio + 1))
+    figure = same_as_prefill(cut, whole)
+    normed(whole)
+    return figure
+
+
+def check_pages(lab: Lab, spec: CompressorSpec) -> str:
+    """A state in pages of an engine, with room behind it."""
+    inputs = lab.inputs(spec)
+    whole, cut = (lab.engine(inputs) for _ in range(2))
+    cut.state = make_state(spec, len(inputs[0]) + 1, DRAFTS, FP32, lab.device, gap=64)
+    run_checked(cut, drafts(cut.lengths, DRAFTS, spec.ratio + 1))
+    return same_as_prefill(cut, whole)
+
+
+def check_rounded(lab: Lab) -> str:
+    """A bf16 state that rounds fp32 inputs gives the entries of inputs that are rounded before."""
+    tokens, weights = lab.inputs(V4_CSA, FP32)
+    rounded = [text.bfloat16() for text in tokens]
+    whole, cut = lab.engine((rounded, weights), dtype=BF16), lab.engine((tokens, weights))
+    cut.state = make_state(V4_CSA, len(tokens) + 1, DRAFTS, BF16, lab.device, round_inputs=True)
+    run_checked(cut, drafts(cut.lengths, DRAFTS, V4_CSA.ratio + 1))
+    return same_as_prefill(cut, whole)
+
+
+def check_index_keys(lab: Lab, spec: CompressorSpec) -> str:
+    """What V4.1 does with latents: their own records by `store` without a norm, and an index key for each, into two caches."""
+    inputs = lab.inputs(spec)
+    main, again = lab.engine(inputs, latent=True, fmt="bf16"), lab.engine(inputs, fmt="bf16")
+    main.run(chunks(main.lengths))
+    normed(main)
+    again.store_placed(main.latents, norm=False)
+    packed(again, main.latents, norm=False)
+    weight = torch.randn(512, 128, generator=torch.Generator().manual_seed(9)).to(lab.device) / 512**0.5
+    rows = [(some.float() @ weight).bfloat16() for some in main.latents]
+    keys = lab.engine(lab.inputs(replace(V41_INDEX_K, ratio=spec.ratio, gate=spec.gate)))
+    other = make_cache("bf16", keys.spec, keys.cache.num_pages, keys.rows_per_page, lab.device)
+    keys.store_placed(rows, [other])
+    figure = packed(keys, rows)
+    packed(keys, rows, other)
+    untouched(keys)
+    return figure
 
 
 def check_states(lab: Lab, spec: CompressorSpec) -> str:
@@ -293,8 +378,8 @@ def run_checked(engine: Engine, steps: list[Step]) -> None:
     engine.run(steps[:-1])
     last = steps[-1]
     known = [engine.tokens[part.sequence][: part.start] for part in last.parts]
-    report = check(engine.kv_score(last), engine.plan(last), engine.state, engine.cache, **engine.weights,
-                   backend=engine.backend, full_history=known)  # fmt: skip
+    args, named = engine.arguments(last)
+    report = check(*args, **named, backend=engine.backend, full_history=known)
     if report.first is not None or report.errors:
         raise Mismatch(str(report))
     engine.run([last])

@@ -9,6 +9,7 @@ from itertools import count
 from pprint import pformat
 
 from ..testing.engine import Step
+from ..testing.told import PLAIN
 from .random import LONG, Pages, RandomCase, Shape
 
 shown = partial(pformat, width=120, compact=True)
@@ -48,6 +49,8 @@ def _inputs(case: RandomCase, place: Place) -> Iterator[str]:
         yield (f"weights{end} = testing.make_weights(spec{end}, {max(case.lengths)}, {case.values!r}, draw, "
                f"torch.{shape.norm_dtype}, device)")  # fmt: skip
     yield "# Steps: the plan's bound, (sequence, start, new tokens, kept ones), absent sequences, rows behind, spare room."
+    if case.shape.told != PLAIN:
+        yield f"told = testing.{case.shape.told!r}"
     whole = Step(max(LONG, *case.lengths), tuple((b, 0, n, n) for b, n in enumerate(case.lengths)))
     yield f"prefill = {tuple(whole)}"
     yield f"steps = {shown([tuple(step) for step in case.steps])}"
@@ -62,8 +65,9 @@ def _kept(case: RandomCase) -> tuple[dict, dict]:
     where = size | {"slots": list(case.slots), "pages": case.entry_pages, "entries": shape.addressing}
     plain["entries"] = "none" if shape.addressing == "none" else "table"
     if shape.state == "window":
-        plain |= {"kv": _in_order(case.kv_pages), "score": _in_order(case.score_pages)}
-        where |= {"kv": case.kv_pages, "score": case.score_pages, "freed": case.freed}
+        columns = tuple((0,) * -(-n // shape.page_size) for n in case.lengths)
+        plain |= {"kv": _in_order(columns), "score": _in_order(columns)}
+        where |= {"kv": case.kv_pages, "score": case.score_pages, "freed": case.freed} | ({"ring": True} if shape.ring else {})
     if shape.snapshot:
         where["snapshot_pages"] = case.snapshot_pages
     return plain, where
@@ -77,22 +81,28 @@ def _in_order(pages: Pages) -> Pages:
 
 def _engine(case: RandomCase, name: str, shape: Shape, end: str = "", *, pieces: bool, state: str = "") -> str:
     """An engine for sequences that come whole or in `pieces`. state: another's; default: one of its own."""
+    first = shape.nobodys if pieces else 0
+    own = ""
     if shape.state == "fold":
-        slots, most = (len(case.slots) + 1, shape.max_new_tokens) if pieces else (len(case.lengths), 1)
-        own = f"make_state(spec{end}, {slots}, {most}, torch.{shape.state_dtype}, device)"
-    else:
-        pages, joined = (case.pages, case.joined) if pieces else (sum(map(len, case.kv_pages)), False)
+        slots, most = (first + len(case.slots) + 1, shape.max_new_tokens) if pieces else (len(case.lengths), 1)
+        more = ", round_inputs=True" * shape.rounds + f", gap={case.gap // 4 * 4}" * (shape.in_pages and pieces)
+        own = f"make_state(spec{end}, {slots}, {most}, torch.{shape.state_dtype}, device{more})"
+    elif shape.state == "window":
+        whole = sum(-(-n // shape.page_size) for n in case.lengths)
+        pages, joined = (first + case.pages, case.joined) if pieces else (whole, False)
         own = f"make_pools(spec{end}, {pages}, {shape.page_size}, torch.{shape.state_dtype}, device{', joined=True' * joined})"
     cache, where = "None", "**plain"
     if shape.fmt is not None:
-        more = f", scale={shape.scale}" * (shape.scale != 1.0) + f", gap={case.gap}" * (pieces and case.gap > 0)
-        pages = sum(map(len, case.entry_pages))
+        scale = f"torch.tensor({shape.scale}, device=device)" if shape.scale_on_device and pieces else str(shape.scale)
+        more = f", scale={scale}" * (scale != "1.0") + f", gap={case.gap}" * (pieces and case.gap > 0)
+        pages = first + sum(map(len, case.entry_pages))
         cache = f"testing.make_cache({shape.fmt!r}, spec{end}, {pages}, {case.rows_per_page}, device{more})"
     if pieces:
         where = f"**where, rows={f'torch.{shape.rows}' if shape.rows else None}"
         where += f", beside=({case.left}, {case.right})" * bool(case.left + case.right)
-        where += ", snapshots=kept" * (shape.snapshot > 0)
-    inputs = f"tokens{end}, weights{end}, {state or f'testing.{own}'}"
+        where += ", snapshots=kept" * (shape.snapshot > 0) + ", two=True" * shape.two + ", told=told" * (shape.told != PLAIN)
+    where += ", latent=True" * shape.latent
+    inputs = f"tokens{end}, weights{end}, {state or (f'testing.{own}' if own else None)}"
     return f"{name}{end} = testing.Engine(\n    {inputs},\n    {cache}, {where}, backend=backend)"
 
 
@@ -102,6 +112,8 @@ def _whole(case: RandomCase, end: str, shape: Shape) -> Iterator[str]:
     yield f"whole{end}.run([prefill])\njudge.close_to_fp64(whole{end})"
     if shape.fmt is not None:
         yield f"judge.packed(whole{end}, whole{end}.pooled)"
+    if shape.latent:
+        yield f"judge.normed(whole{end})"
 
 
 def _in_pieces(case: RandomCase) -> Iterator[str]:
@@ -119,14 +131,23 @@ def _in_pieces(case: RandomCase) -> Iterator[str]:
 
 
 def _store(case: RandomCase) -> Iterator[str]:
-    yield "# The same bytes by `store`."
-    yield _engine(case, "apart", case.shape, pieces=False, state="whole.state")
+    shape = case.shape
+    yield "# The same bytes by `store`, with a plan and without."
+    for name in ("apart", "placed"):
+        yield _engine(case, name, shape, pieces=False, state="whole.state")
     yield "apart.store(whole.pooled)\njudge.same_records(apart, whole, 'compress')"
+    if shape.also is None:
+        yield "placed.store_placed(whole.pooled)"
+    else:
+        pages = sum(map(len, case.entry_pages))
+        yield f"also = testing.make_cache({shape.also!r}, spec, {pages}, {case.rows_per_page}, device)"
+        yield "placed.store_placed(whole.pooled, [also])\njudge.packed(placed, whole.pooled, also)"
+    yield "judge.same_records(placed, whole, 'compress')"
 
 
 def _hit(case: RandomCase) -> Iterator[str]:
     (b, k), shape = case.hit, case.shape
-    start, free = (k + 1) * shape.snapshot, next(i for i in range(len(case.slots) + 1) if i not in case.slots)
+    start, free = (k + 1) * shape.snapshot, next(i for i in range(shape.nobodys, len(case.slots) + 2) if i not in case.slots)
     rest = Step(LONG, ((b, start, case.lengths[b] - start, case.lengths[b] - start),))
     yield "# A prefix hit at the end of a page: another slot goes on from its snapshot."
     yield _engine(case, "again", shape, pieces=True, state="run.state")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 
+from ..precompile.choices import fits
 from ..spec import CompressorSpec
 from ..storage.fold_state import state_kind
-from ..storage.formats import FORMATS
+from ..storage.formats import FORMATS, RecordFormat
 from ..testing.engine import Step
+from ..testing.told import PLAIN, Told
 
 CASES_PER_SHAPE = 5  # cases in a row that share a shape, since on a GPU it is kernels that take time
 BOUNDS = (1, 2, 4, 8)  # of the plans of short steps, each of which has kernels of its own
@@ -42,9 +44,12 @@ class Shape:
     """What kernels are compiled for.
 
     Attributes:
-        state: "fold" or "window". dtypes are named as in torch.
-        rows: dtype of the pooled rows that the run in pieces asks for, or None.
-        addressing: of entries: "table", "slots", or "none" without a cache.
+        state: "fold", "window", or "none" without a gate. dtypes are named as in torch.
+        rounds: of a `FoldState`: its bf16 rows are of fp32 inputs. in_pages: it lies in an engine's pages.
+        rows: dtype of the pooled rows that the run in pieces asks for, or None. latent: whether it asks for normed ones.
+        two: values and scores of the run in pieces are two tensors. told: what its plans are told. ring: its tables are rings.
+        scale_on_device: the scale of its cache is a tensor. also: format of a second cache for `store` without a plan.
+        addressing: of entries: "table", "slots", "tokens", or "none" without a cache.
         page_size: of a window's pools, 0 for a fold. snapshot: positions per page of snapshots, 0 for none.
         aligned: addresses and strides of the run in pieces are multiples of 16.
         bound: of plans of short steps. max_new_tokens: of the `FoldState`.
@@ -66,6 +71,19 @@ class Shape:
     bound: int
     max_new_tokens: int
     other: Shape | None = None
+    rounds: bool = False
+    in_pages: bool = False
+    latent: bool = False
+    two: bool = False
+    told: Told = PLAIN
+    ring: bool = False
+    scale_on_device: bool = False
+    also: str | None = None
+
+    @property
+    def nobodys(self) -> int:
+        """Pages and slots at the begin of each pool that are nobody's, as their number means none."""
+        return int(self.told.null == 0)
 
 
 @dataclass(frozen=True)
@@ -78,7 +96,7 @@ class RandomCase:
         slots: of each sequence; one that begins after another has ended may have its slot, or its pages.
         entry_pages: pages of the cache. gap: bytes between them. left, right: elements beside kv_score's columns.
         kv_pages, score_pages: of a window's pools, which have `pages` pages; `joined`: the pools are columns of one tensor;
-            `freed`: pages before those that a step needs are -1 in its tables.
+            `freed`: pages before those that a step needs are -1 in its tables. Of rings each sequence has all pages of its own.
         snapshot_pages: where snapshots go. hit: (sequence, page): restored in the end, and gone on with.
         store: pooled rows are stored by `kvfold.store` too.
     """
@@ -114,6 +132,7 @@ class RandomCase:
         found += ["rejected"] * any(kept < new for step in self.steps for _, _, new, kept in step.parts)
         found += ["padding"] * any(step.absent or step.behind for step in self.steps)
         found += ["restore"] * (self.hit is not None) + ["pair"] * (self.shape.other is not None)
+        found += ["ring"] * self.shape.ring
         return ", ".join(found)
 
 
@@ -125,8 +144,9 @@ def draw_case(seed: int, index: int, budget: Budget) -> RandomCase:
 
 def draw_shape(rng: random.Random, budget: Budget) -> Shape:
     """A compressor, its state, cache and dtypes."""
-    state = "window" if rng.random() < 0.35 else "fold"
-    ratio, overlap = _ratio(rng, budget, state), rng.random() < 0.4
+    state = rng.choices(("fold", "window", "none"), (0.57, 0.33, 0.1))[0]
+    gate = state != "none"
+    ratio, overlap = (_ratio(rng, budget, state), rng.random() < 0.4) if gate else (1, False)
     # A wide record of a long window is beyond the budget.
     fitting = [name for name, fmt in FORMATS.items() if ratio <= 128 or not fmt.head_dims]
     fmt = FORMATS[rng.choice(fitting)] if rng.random() < 0.85 else None
@@ -147,27 +167,50 @@ def draw_shape(rng: random.Random, budget: Budget) -> Shape:
             break
     rope = rng.choice((0, width, 2 * rng.randint(0, width // 2), min(64, width)))
     rope = rope if fmt is None or fmt.rope_dim is None else fmt.rope_dim
-    spec = CompressorSpec(width, ratio, overlap, rng.random() < 0.7, rope, rng.choice((1e-6, 1e-5, 1e-3)), rng.random() < 0.3)
-    kv_dtype, state_dtype = rng.choice(FLOATS), rng.choice(FLOATS)
-    if state == "fold" and (state_kind(spec) == "fold" or kv_dtype == "float32"):
+    eps, has_ape, hadamard = rng.choice((1e-6, 1e-5, 1e-3, 1e-20)), gate and rng.random() < 0.7, rng.random() < 0.3
+    spec = CompressorSpec(width, ratio, overlap, has_ape, rope, eps, hadamard, gate)
+    kv_dtype, state_dtype, rounds = rng.choice(FLOATS), rng.choice(FLOATS), False
+    if state == "none" or (state == "fold" and state_kind(spec) == "fold"):
         state_dtype = "float32"
+    elif state == "fold" and kv_dtype == "float32" and state_dtype == "bfloat16":
+        rounds = rng.random() < 0.5
+        state_dtype = "bfloat16" if rounds else "float32"
     rows = rng.choice((None, *FLOATS)) if fmt is not None else rng.choice(FLOATS)
     snapshot = 0
     if state == "fold" and rng.random() < 0.3:
         some = rng.randint(1, max(2, 2 * ratio))
         snapshot = some if state_kind(spec) == "fold" else ratio * rng.randint(1, 3)
+    wants = _wants(rng, spec, fmt) if rng.random() < 0.6 else {}
+    told = wants.get("told", PLAIN)
+    ways = ("table", "slots", *["tokens"] * (told != PLAIN))
     shape = Shape(
         spec, state, state_dtype, kv_dtype, fmt and fmt.name,
         scale=rng.choice((1.0, 0.5, 0.037, 3.2)) if fmt is not None and fmt.takes_scale else 1.0,
         norm_dtype=rng.choice(FLOATS), rows=rows,
-        addressing=rng.choice(("table", "slots")) if fmt is not None else rng.choice(("none", "table", "slots")),
+        addressing=rng.choice(ways if fmt is not None else ("none", *ways)), rounds=rounds,
         page_size=rng.choice((ratio, 2 * ratio, rng.randint(1, 9), rng.randint(1, 2 * ratio + 1), 16, 64))
         if state == "window" else 0,
         snapshot=snapshot, aligned=rng.random() < 0.6, bound=rng.choice(BOUNDS), max_new_tokens=rng.choice((1, 2, 4, 5, 8)),
+        in_pages=state == "fold" and rng.random() < 0.2, ring=state == "window" and rng.random() < 0.4, **wants,
     )  # fmt: skip
     if state == "fold" and fmt is not None and rng.random() < 0.25:
         return _with_other(rng, shape)
     return shape
+
+
+def _wants(rng: random.Random, spec: CompressorSpec, fmt: RecordFormat | None) -> dict:
+    """Of a `Shape`: what calls are given where an engine has its own way."""
+    found: dict = {"latent": rng.random() < 0.5, "two": spec.gate and rng.random() < 0.5}
+    if rng.random() < 0.7:
+        found["told"] = Told(
+            totals=rng.random() < 0.5, wide=rng.random() < 0.5, apart=rng.choice((0, 0, 1, 16)), before=rng.choice((0, 0, 3)),
+            reserved=rng.choice((-1, 0, 2)), null=rng.choice((-1, 0)),
+        )  # fmt: skip
+    if fmt is not None:
+        found["scale_on_device"] = fmt.takes_scale and rng.random() < 0.5
+        others = [name for name, other in FORMATS.items() if fits(spec, other)]
+        found["also"] = rng.choice((None, rng.choice(others)))
+    return found
 
 
 def _with_other(rng: random.Random, shape: Shape) -> Shape:
@@ -181,9 +224,10 @@ def _with_other(rng: random.Random, shape: Shape) -> Shape:
     spec = CompressorSpec(width, shape.spec.ratio, rng.choice((True, shape.spec.overlap)), True, rope, 1e-6, rng.random() < 0.5)
     kv_dtype = rng.choice(FLOATS)
     rows = state_kind(spec) == "rows" and kv_dtype == "bfloat16"
-    shape = replace(shape, rows=None, snapshot=0)
+    shape = replace(shape, rows=None, snapshot=0, latent=False)
     kept = rng.choice(FLOATS) if rows else "float32"
-    return replace(shape, other=replace(shape, spec=spec, fmt=fmt.name, kv_dtype=kv_dtype, state_dtype=kept, scale=1.0))
+    other = replace(shape, spec=spec, fmt=fmt.name, kv_dtype=kv_dtype, state_dtype=kept, scale=1.0, rounds=False)
+    return replace(shape, other=replace(other, scale_on_device=False, also=None))
 
 
 def _ratio(rng: random.Random, budget: Budget, state: str) -> int:
@@ -201,7 +245,8 @@ class _Drawer:
 
     def __init__(self, rng: random.Random, shape: Shape, budget: Budget) -> None:
         self.rng, self.shape, self.budget = rng, shape, budget
-        self.ratio, self.fold = shape.spec.ratio, shape.state == "fold"
+        self.ratio, self.fold, self.window = shape.spec.ratio, shape.state == "fold", shape.state == "window"
+        self.ring_pages = self._ring_pages() if shape.ring else 0
         both = (shape.spec, shape.other.spec) if shape.other else (shape.spec,)
         self.channels = sum(spec.channels for spec in both)
         self.most_steps = max(2, min(budget.steps, budget.rows // max(spec.window_rows for spec in both)))
@@ -210,7 +255,7 @@ class _Drawer:
         rng, shape, lengths = self.rng, self.shape, self._lengths()
         # By sequence, whose slot or pages it has after that one's end; -1 for its own.
         after = [-1 if b == 0 or rng.random() < 0.7 else b - 1 for b in range(len(lengths))]
-        found: dict = {"freed": not self.fold and rng.random() < 0.4}
+        found: dict = {"freed": self.window and not shape.ring and rng.random() < 0.4}
         found["steps"] = self._steps(lengths, after, found["freed"])
         found["rows_per_page"] = rng.choice((1, 2, 3, 5, 8, 64))
         width = 16 if shape.aligned else rng.choice((1, 2, 4, 8))
@@ -220,11 +265,12 @@ class _Drawer:
         columns = [-(-max(n // self.ratio, 1) // found["rows_per_page"]) for n in lengths]
         found["entry_pages"] = self._tables(columns, rng.choice((0, 0, 0, 0.15)))
         if shape.snapshot:
-            found["snapshot_pages"] = self._tables([n // shape.snapshot for n in lengths], 0.0)
+            pages = self._tables([n // shape.snapshot for n in lengths], 0.0)
+            found["snapshot_pages"] = tuple(tuple(page - shape.nobodys for page in row) for row in pages)
             ends = [(b, k) for b, n in enumerate(lengths) for k in range(n // shape.snapshot) if (k + 1) * shape.snapshot < n]
             found["hit"] = rng.choice(ends) if ends else None
-        if not self.fold:
-            columns = [-(-n // shape.page_size) for n in lengths]
+        if self.window:
+            columns = [self.ring_pages or -(-n // shape.page_size) for n in lengths]
             found["pages"], found["joined"] = sum(columns) + rng.randint(0, 2), rng.random() < 0.4
             kv, score = (self._tables(columns, 0.0, found["pages"]) for _ in range(2))
             found["kv_pages"], found["score_pages"] = self._shared(kv, after), self._shared(score, after)
@@ -232,6 +278,12 @@ class _Drawer:
             seed, index, shape, rng.choice(VALUES), rng.randrange(1 << 31), tuple(lengths), slots=self._slots(after),
             store=shape.fmt is not None and rng.random() < 0.3, **found,
         )  # fmt: skip
+
+    def _ring_pages(self) -> int:
+        """Pages of each ring: for the rows that the next step needs alone, or so that short steps can be taken back."""
+        shape, least = self.shape, self.shape.spec.window_rows - 1
+        rows = least + self.rng.choice((0, shape.bound, 2 * shape.bound))
+        return max(1, -(-rows // shape.page_size) + self.rng.choice((0, 0, 1)))
 
     def _lengths(self) -> list[int]:
         """One sequence has a window at least; the others are as they come."""
@@ -260,7 +312,9 @@ class _Drawer:
             chosen = [b for b in ready if rng.random() < 0.7] or ready[:1]
             parts = []
             for b in rng.sample(chosen, len(chosen)):
-                if not self.fold and not freed and rng.random() < 0.1:  # raw rows stay until they are overwritten
+                if (
+                    not (self.fold or freed or self.ring_pages) and rng.random() < 0.1
+                ):  # raw rows stay until they are overwritten
                     at[b] = rng.randint(0, at[b])
                 new = self._new(at[b], lengths[b] - at[b], len(steps), mood)
                 kept = new if mood == "decode" else self._kept(new, len(steps))
@@ -286,6 +340,8 @@ class _Drawer:
     def _kept(self, new: int, done: int) -> int:
         """How many of them stay: any in a step that a `FoldState` can be rewound in, else its start or its last ones."""
         rng, most = self.rng, self.shape.max_new_tokens
+        if self.ring_pages and new + self.shape.spec.window_rows - 1 > self.ring_pages * self.shape.page_size:
+            return new
         if done >= self.most_steps or rng.random() < 0.55:
             return new
         if not self.fold or new <= most:
@@ -304,7 +360,8 @@ class _Drawer:
 
     def _tables(self, columns: list[int], missing: float, pages: int = 0) -> Pages:
         """Shuffled pages for each sequence, of which some are -1; of so many `pages` as they need, or more."""
-        found = iter(self.rng.sample(range(max(pages, sum(columns))), sum(columns)))
+        first = self.shape.nobodys
+        found = iter(first + page for page in self.rng.sample(range(max(pages, sum(columns))), sum(columns)))
         return tuple(tuple(-1 if self.rng.random() < missing else next(found) for _ in range(n)) for n in columns)
 
     def _shared(self, tables: Pages, after: list[int]) -> Pages:
@@ -316,7 +373,8 @@ class _Drawer:
         return tuple(found)
 
     def _slots(self, after: list[int]) -> tuple[int, ...]:
-        free = iter(self.rng.sample(range(len(after) + 1), len(after)))
+        first = self.shape.nobodys
+        free = iter(first + slot for slot in self.rng.sample(range(len(after) + 1), len(after)))
         found: list[int] = []
         for owner in after:
             found.append(next(free) if owner < 0 else found[owner])

@@ -15,6 +15,7 @@ import torch
 from ..arguments.checks import check_int
 from ..calls.checks import choose_backend
 from ..precompile.choices import check_workers, processes
+from ..testing.told import Told
 from .case import Mismatch
 from .program import Place, program
 from .random import BUDGETS, CASES_PER_SHAPE, RATIOS, RandomCase, draw_case
@@ -126,21 +127,30 @@ def run_case(case: RandomCase, place: Place) -> Outcome:
     return Outcome(case.index, labels(case), time.perf_counter() - begin, problem, text if problem else "")
 
 
+def _told(told: Told) -> str:
+    """By name what an engine has of its own."""
+    named = {"totals": told.totals, "int64": told.wide, "strided": told.apart, "rows before": told.before}
+    named |= {"reserved places": told.reserved >= 0, "0 for none": told.null == 0}
+    return ", ".join(name for name, on in named.items() if on) or "plainly"
+
+
 def labels(case: RandomCase) -> dict[str, str]:
     """What a summary counts."""
     s = case.shape
     low, high = next((low, high) for _, low, high in RATIOS if low <= s.spec.ratio <= high)
     fields = {"overlap": s.spec.overlap, "ape": s.spec.has_ape, "RoPE": s.spec.rope_dim, "Hadamard": s.spec.hadamard}
     return {
-        "state": f"{s.state} {s.state_dtype}",
+        "state": "none" if s.state == "none" else f"{s.state} {s.state_dtype}{' in pages' * s.in_pages}{', rounds' * s.rounds}",
         "format": s.fmt or "none",
         "ratio": f"{low} to {high}",
         "head_dim": str(s.spec.head_dim),
         "spec": ", ".join(name for name, on in fields.items() if on) or "plain",
-        "kv_score": s.kv_dtype,
+        "kv_score": s.kv_dtype + ", two tensors" * s.two,
         "norm_weight": s.norm_dtype,
         "rows": s.rows or "none",
+        "latent": "yes" if s.latent else "none",
         "entries by": s.addressing,
+        "plans told": _told(s.told),
         "values": case.values,
         "history": case.history,
     }
