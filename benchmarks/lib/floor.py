@@ -133,17 +133,21 @@ def _fold(case: Case, spec: kvfold.CompressorSpec, starts: Counter) -> list[Traf
     row = state.rows[0, 0].numel() * state.rows.element_size()
     parts = [_tokens(case, spec)]
     for start, count in starts.items():
-        end = start + case.new
-        stored = range(max(start, end - state.ring), end)
-        tags = 4 * len(state.history_of(start))
+        end, (window, inside) = start + case.new, divmod(start, spec.ratio)
         if state.kind == "fold":
             # The row of a window's last token is never read again, so only its tag is written.
+            stored = range(max(start, end - state.ring), end)
             kept = sum(1 for x in stored if x % spec.ratio != spec.ratio - 1)
-            read = row * len(state.history_of(start))
+            read, tags, written = row * len(state.history_of(start)), len(state.history_of(start)), len(stored)
         else:
-            kept = len(stored)
-            read = _old_halves(case, spec, start) * 2 * spec.head_dim * state.rows.element_size()
-        parts.append(Traffic(count * (read + tags), count * (kept * row + 4 * len(stored))))
+            read, tags, kept, written = row * _old_halves(case, spec, start), int(spec.overlap and window > 0), 0, 0
+            for places, rows in zip(state.places, (spec.ratio, spec.ratio - 1), strict=True):
+                last = (end - 1) // spec.ratio
+                windows = {*range(max(window, last - places // 2 + 1), last + 1)} | ({window} if inside else set())
+                tags, written = tags + (places > 0 and inside > 0), written + (places > 0) * len(windows)
+                there = (x for x in range(start, end) if places and x // spec.ratio in windows)
+                kept += sum(1 for x in there if x % spec.ratio < rows)
+        parts.append(Traffic(count * (read + 4 * tags), count * (kept * row + 4 * written)))
     if state.kind == "fold":
         parts.append(_bias_of_tokens(case, spec, starts))
     elif spec.has_ape:  # the rows are kept without bias: only entries need it

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .arguments.checks import check_int
-from .backend_torch.items import Items, StateRows
+from .backend_torch.items import FoldRows, Items, StateRows, missing
 from .backend_torch.window import window_positions
 from .compress import compress
 from .plan import StepPlan
@@ -61,12 +61,16 @@ class Entry:
 
 @dataclass(frozen=True)
 class Row:
-    """A state row: of a `FoldState` row `row` of the slot, of a `WindowState` row `row` of page `page` of the block tables."""
+    """A state row: of a `FoldState` row `row` of the slot, of a `WindowState` row `row` of page `page` of the block tables.
+
+    spare: not where the position is at home. half: of an input row, "lo" or "hi"; "" for a whole one, and for fold rows.
+    """
 
     position: int
     page: int | None
     row: int
     spare: bool = False
+    half: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class Explanation:
 
     Attributes:
         kind: "fold" or "rows" (`FoldState.kind`), "window", or "none" for a spec without a gate.
-        ring, history: of the `FoldState`; of a `WindowState` 0, but for the rows of a ring.
+        ring, places: of the `FoldState`; of a `WindowState` 0, but for the rows of a ring.
         reads, writes: state rows, by position.
         emptied: rows of the `FoldState` that hold nothing any more, and the positions they had.
         starts: positions, not above `start + new`, that the next step can start at; windows before them are not looked at.
@@ -87,7 +91,7 @@ class Explanation:
     start: int
     new: int
     ring: int
-    history: int
+    places: tuple[int, int]
     entries: tuple[Entry, ...]
     reads: tuple[Row, ...]
     writes: tuple[Row, ...]
@@ -138,7 +142,7 @@ def explain(
     narrow = replace(spec, head_dim=16, rope_dim=0, hadamard=False, has_ape=False)
     if not spec.gate:
         plan = _take(None, narrow, rows_per_page, start, new, torch.nan)
-        found = dict.fromkeys(("reads", "writes", "emptied"), ()) | dict.fromkeys(("ring", "history"), 0)
+        found = dict.fromkeys(("reads", "writes", "emptied"), ()) | {"ring": 0, "places": (0, 0)}
         found |= {"kind": "none", "starts": tuple(range(start, start + new + 1)), "any_window": True}
     elif state == "fold":
         slot = FoldState.allocate(narrow, 1, max_new_tokens)
@@ -182,30 +186,45 @@ def _take(
 
 def _over_a_slot(state: FoldState, start: int, new: int, take: Callable[..., StepPlan]) -> tuple[StepPlan, dict[str, Any]]:
     """Takes the step over the only slot of `state`; its plan, and what `Explanation` says of the state."""
-    held, end = StateRows(state), start + new
+    end, ratio, (lo, hi) = start + new, state.spec.ratio, state.places
 
-    def row(position: int, place: int) -> Row:
-        return Row(position, None, place, place >= state.ring)
-
-    def find(position: int) -> int:
-        return int(held.find(torch.tensor([0]), torch.tensor([position])))
+    def row(position: int, at: int) -> Row:
+        if state.kind == "fold":
+            return Row(position, None, at, at >= state.ring)
+        upper = at >= lo * ratio
+        place = (at - lo * ratio) // max(ratio - 1, 1) if upper else at // ratio
+        half = ("hi" if upper else "lo") if lo else ""
+        return Row(position, None, at, place != position // ratio % (hi if upper else lo), half)
 
     if start:
         take(0, start, 1.0)
-    reads = tuple(row(x, find(x)) for x in state.history_of(start))
-    before = state.positions[0].tolist()
+    reads = tuple(row(*read) for read in _read_rows(state, start))
+    before = state.held()[0].tolist()
     plan = take(start, new, torch.nan)
-    tags, fresh = state.positions[0].tolist(), state.rows[0].isnan().flatten(1).any(1).tolist()
+    tags, fresh = state.held()[0].tolist(), state.rows[0].isnan().flatten(1).any(1).tolist()
     writes = [row(tag, i) for i, tag in enumerate(tags) if fresh[i] and tag >= 0]
     emptied = [row(before[i], i) for i, tag in enumerate(tags) if tag < 0 <= before[i]]
     # Each position is asked for, by the rule that refuses a step; older ones than a slot has rows cannot be held.
     asked = sorted({0, *range(max(0, end - len(tags) - state.spec.window_rows), end + 1)})
-    starts = tuple(p for p in asked if all(find(x) >= 0 for x in state.history_of(p)))
+    starts = tuple(p for p in asked if not missing(state, 0, p))
     return plan, {
-        "kind": state.kind, "ring": state.ring, "history": state.history, "reads": reads,
+        "kind": state.kind, "ring": state.ring, "places": state.places, "reads": reads,
         "writes": tuple(sorted(writes, key=lambda written: written.position)), "emptied": tuple(emptied),
         "starts": starts, "any_window": not state.history_of(state.spec.ratio),
     }  # fmt: skip
+
+
+def _read_rows(state: FoldState, start: int) -> list[tuple[int, int]]:
+    """Positions, and which row of the only slot of `state`, that a step from `start` reads."""
+    slot, window = torch.tensor([0]), start // state.spec.ratio
+    if state.kind == "fold":
+        return [(x, int(FoldRows(state).find(slot, torch.tensor([x])))) for x in state.history_of(start)]
+    held, found = StateRows(state), []
+    _, history = held.history(slot, torch.tensor([start]))
+    for places, of, place in zip((held.lo, held.lo, held.hi), (window - 1, window, window), history, strict=True):
+        positions = range(of * state.spec.ratio, min(start, (of + 1) * state.spec.ratio)) if int(place) >= 0 else ()
+        found += [(x, int(places.row(place, torch.tensor([x])))) for x in positions]
+    return found
 
 
 def _over_pages(
@@ -221,7 +240,7 @@ def _over_pages(
     touched = {"reads": position[old].unique(), "writes": state.kv.isnan().any(2).flatten().nonzero()[:, 0]}
     rows = {name: tuple(Row(x, *divmod(x, state.page_size)) for x in found.tolist()) for name, found in touched.items()}
     anywhere = {"starts": tuple(range(start, start + new + 1)), "any_window": True}
-    return plan, {"kind": "window", "ring": 0, "history": 0, "emptied": (), **rows, **anywhere}
+    return plan, {"kind": "window", "ring": 0, "places": (0, 0), "emptied": (), **rows, **anywhere}
 
 
 def _over_rings(

@@ -149,10 +149,7 @@ def rope_table(
 
 
 class Held(NamedTuple):
-    """One state row: the position it stands for, and the tokens it stands for.
-
-    A `fold` row is a summary of its window up to its position, so it stands for all those tokens; a `rows` row for one.
-    """
+    """What a row of fold rows, or a place of input rows, holds: the tokens of one window, from its first to `position`."""
 
     position: int
     tokens: Tensor
@@ -161,26 +158,28 @@ class Held(NamedTuple):
 class Simulator:
     """The state of many slots, one step of one sequence at a time: what a step may read, emits, keeps and forgets.
 
-    The rules are those of DESIGN.md, "State". The memory of a slot is a list of `Held` or None: `ring` rows, then
-    `history` spare rows. Rows hold raw tokens, so that an entry is `pooled` of exactly what the state remembers.
+    The rules are those of DESIGN.md, "State". The memory of a slot is a list of `Held` or None. Fold rows: `ring` rows, then a
+    spare one. Input rows: `places[0]` places of lo rows, then `places[1]` of hi or whole rows. What is held are raw tokens, so
+    that an entry is `pooled` of exactly what the state remembers.
     """
 
     def __init__(self, spec: CompressorSpec, num_slots: int, max_new_tokens: int, ape: Tensor | None = None):
         if not spec.gate:
             raise ValueError("spec must have a gate: without one there is no state")
         self.spec, self.ape = spec, ape
-        window_rows = spec.ratio * (2 if spec.overlap else 1)
         if not spec.overlap and spec.ratio > 8:
-            self.kind, self.history, self.ring = "fold", 1, max_new_tokens + 1
+            self.kind, self.ring, self.places = "fold", max_new_tokens + 1, (0, 0)
+            size = self.ring + 1
         else:
-            self.kind, self.history = "rows", 1 << (window_rows - 1).bit_length()
-            self.ring = math.ceil((window_rows - 1 + max_new_tokens) / self.history) * self.history
-        self.slots: list[list[Held | None]] = [[None] * (self.ring + self.history) for _ in range(num_slots)]
+            self.kind, self.ring = "rows", math.ceil(max_new_tokens / spec.ratio)
+            self.places = 2 * max(self.ring, 2) if spec.overlap else 0, 2 * self.ring
+            size = sum(self.places)
+        self.slots: list[list[Held | None]] = [[None] * size for _ in range(num_slots)]
         self.errors = 0
 
     def tags(self, slot: int) -> list[int]:
-        """The position of each row of a slot, -1 for none: what `FoldState.positions[slot]` must be."""
-        return [-1 if row is None else row.position for row in self.slots[slot]]
+        """What `FoldState.positions[slot]` must be."""
+        return [-1 if held is None else held.position for held in self.slots[slot]]
 
     def history_of(self, position: int) -> range:
         """The positions that a step starting at `position` reads."""
@@ -191,7 +190,7 @@ class Simulator:
 
     def can_start(self, slot: int, position: int) -> bool:
         """Whether a step of this slot from `position` would be accepted."""
-        return None not in [self._find(slot, x) for x in self.history_of(position)]
+        return None not in self._read(slot, position)
 
     def step(self, slot: int, start: int, tokens: Tensor) -> dict[int, Tensor] | None:
         """Fold `tokens` [n, 2*channels], those of positions start, start + 1, ..., into a slot.
@@ -207,9 +206,10 @@ class Simulator:
             return None
         memory, ratio, end = self.slots[slot], self.spec.ratio, start + len(tokens)
 
-        read = [self._find(slot, x) for x in self.history_of(start)]
-        known = torch.cat([*(memory[row].tokens for row in read), tokens])
-        first = end - len(known)  # the position of known[0]: always the start of a window
+        read = self._read(slot, start)
+        once = read[:-1] if self.spec.overlap and start % ratio else read  # lo and hi rows are of the same tokens
+        first = min(start - start % ratio, self.history_of(start).start)  # of what is known, the start of a window
+        known = torch.cat([torch.cat([*(memory[place].tokens for place in once), tokens[:0]])[: start - first], tokens])
 
         emitted = {}
         for window in range(start // ratio, end // ratio):
@@ -217,27 +217,58 @@ class Simulator:
             seen = known[oldest * ratio - first : (window + 1) * ratio - first]
             emitted[window] = pooled(seen, self.spec, self.ape)[-1]
 
-        written = []
-        for x in range(max(start, end - self.ring), end):
-            home = x % self.ring
-            row = self.ring + x % self.history if home in read else home  # what this step reads, it does not overwrite
-            since = x - x % ratio if self.kind == "fold" else x
-            # No step resumes from the end of a window, so a fold row of it is not kept; what stood there is gone.
-            ends = self.kind == "fold" and (x + 1) % ratio == 0
-            memory[row] = None if ends else Held(x, known[since - first : x + 1 - first])
-            written.append(row)
-
-        for row in range(self.ring, self.ring + self.history):
-            if memory[row] is None or row in read or row in written:
-                continue
-            if memory[row].position >= start or memory[row].position < end - self.ring:
-                memory[row] = None
+        (self._keep_folds if self.kind == "fold" else self._keep_rows)(memory, read, known, first, start, end)
         return emitted
 
-    def _find(self, slot: int, position: int) -> int | None:
-        """The row that holds a position: its home if it is there, else its spare row, else None."""
-        for row in (position % self.ring, self.ring + position % self.history):
-            held = self.slots[slot][row]
-            if held is not None and held.position == position:
-                return row
+    def _keep_folds(self, memory: list, read: list, known: Tensor, first: int, start: int, end: int) -> None:
+        ratio, written = self.spec.ratio, []
+        for x in range(max(start, end - self.ring), end):
+            home = x % self.ring
+            row = self.ring if home in read else home  # what this step reads, it does not overwrite
+            # No step resumes from the end of a window, so a fold row of it is not kept; what stood there is gone.
+            memory[row] = None if (x + 1) % ratio == 0 else Held(x, known[x - x % ratio - first : x + 1 - first])
+            written.append(row)
+        spare = memory[self.ring]
+        if spare is not None and self.ring not in read + written:
+            if spare.position >= start or spare.position < end - self.ring:
+                memory[self.ring] = None
+
+    def _keep_rows(self, memory: list, read: list, known: Tensor, first: int, start: int, end: int) -> None:
+        ratio, last = self.spec.ratio, (end - 1) // self.spec.ratio
+        for part in range(0 if self.spec.overlap else 1, 2):
+            for window in range(start // ratio, last + 1):
+                places, stop = self._places(part, window), min(end, (window + 1) * ratio)
+                if window * ratio < start:  # begun before: goes on where it is
+                    place = read[part - 2]
+                elif last - window < self.places[part] // 2:
+                    place, other = places[::-1] if places[0] in read else places  # what this step reads, it does not overwrite
+                    if other not in read:
+                        memory[other] = None
+                else:
+                    continue
+                memory[place] = Held(stop - 1, known[window * ratio - first : stop - first])
+
+    def _places(self, part: int, window: int) -> tuple[int, int]:
+        """The home of a window's lo rows (part 0) or its hi or whole ones (part 1), and their other place."""
+        count, base = self.places[part], self.places[0] * part
+        return base + window % count, base + (window + count // 2) % count
+
+    def _read(self, slot: int, start: int) -> list[int | None]:
+        """Where all is that a step from `start` reads, None for what is missing: of the window before, then of its own."""
+        window, inside = divmod(start, self.spec.ratio)
+        if self.kind == "fold":
+            return [self._find(slot, ((start - 1) % self.ring, self.ring), start - 1, start - 1)] if inside else []
+        last = window * self.spec.ratio - 1
+        found = [self._find(slot, self._places(0, window - 1), last, last)] if self.spec.overlap and window else []
+        for part in range(0 if self.spec.overlap else 1, 2):
+            if inside:
+                found.append(self._find(slot, self._places(part, window), start - 1, last + self.spec.ratio))
+        return found
+
+    def _find(self, slot: int, places: tuple[int, int], least: int, most: int) -> int | None:
+        """The first of these that holds tokens up to a position from `least` to `most`."""
+        for place in places:
+            held = self.slots[slot][place]
+            if held is not None and least <= held.position <= most:
+                return place
         return None

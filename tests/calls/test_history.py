@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
 from conftest import BACKENDS
 from hypothesis import Phase, find, given, note, settings
 from hypothesis import strategies as st
@@ -112,28 +113,43 @@ def test_histories(backend: Backend, name: str, pytestconfig: pytest.Config) -> 
 
 
 def forget_to_retire(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(backend_torch.StateRows, "retire", lambda *_: None)
+    patch.setattr(backend_torch.FoldRows, "retire", lambda *_: None)
 
 
 def forget_spare_rows(patch: pytest.MonkeyPatch) -> None:
     """What a step reads is overwritten by it: the step cannot be repeated."""
-    patch.setattr(backend_torch.StateRows, "place", lambda self, slot, x, h0, start: slot * self.per_slot + x % self.ring)
+    patch.setattr(backend_torch.FoldRows, "place", lambda self, slot, x, h0, start: slot * self.per_slot + x % self.ring)
+    choose = backend_torch.Places.choose
+    nothing = torch.tensor(-1)
+    patch.setattr(backend_torch.Places, "choose", lambda self, slot, window, *_: choose(self, slot, window, nothing))
+
+
+def forget_to_empty(patch: pytest.MonkeyPatch) -> None:
+    """The other place of a window that begins keeps what it had."""
+    choose = backend_torch.Places.choose
+
+    def spared(self, slot, window, *history):
+        place, empty = choose(self, slot, window, *history)
+        return place, torch.full_like(empty, -1)
+
+    patch.setattr(backend_torch.Places, "choose", spared)
 
 
 def forget_the_check(patch: pytest.MonkeyPatch) -> None:
     """A step of which a history row is missing takes what it finds."""
-    find = backend_torch.StateRows.find
-    patch.setattr(backend_torch.StateRows, "find", lambda self, slot, x: find(self, slot, x).clamp(min=0))
+    for rows in (backend_torch.FoldRows, backend_torch.Places):
+        patch.setattr(rows, "find", lambda self, *given, find=rows.find: find(self, *given).clamp(min=0))
 
 
 def forget_the_window_before(patch: pytest.MonkeyPatch) -> None:
     """With overlap too the history of a step is said to begin with its own window."""
-    starts = backend_torch.history_starts
-    patch.setattr(
-        backend_torch,
-        "history_starts",
-        lambda spec, kind, start: starts(spec, kind, start) + (start >= spec.ratio) * spec.ratio * spec.overlap,
-    )
+    history = backend_torch.StateRows.history
+
+    def without(self, slot, start):
+        _, (before, lo, hi) = history(self, slot, start)
+        return (start % self.ratio == 0) | ((lo >= 0) & (hi >= 0)), [before.clamp(min=0), lo, hi]
+
+    patch.setattr(backend_torch.StateRows, "history", without)
 
 
 def forget_snapshots(patch: pytest.MonkeyPatch) -> None:
@@ -156,6 +172,7 @@ BROKEN = [
     ("fold-16", forget_to_retire),
     ("fold-16", forget_spare_rows),
     ("csa", forget_spare_rows),
+    ("csa", forget_to_empty),
     ("fold-16", forget_the_check),
     ("csa", forget_the_check),
     ("overlap-3", forget_the_window_before),

@@ -64,19 +64,20 @@ class Prefix:
             max_entries=entries, state_dtype=self.case.state_dtype, weights=self.weights,
         )  # fmt: skip
 
-    def needed(self, end: int) -> range:
-        """Positions whose rows are the snapshot of the page that ends at `end`."""
-        return self.whole.state.history_of(end)
+    def needed(self, end: int) -> list:
+        """What `Engine.held` calls the rows of the snapshot of the page that ends at `end`."""
+        return sorted(self.whole.needed(end))
 
     def snapshot(self, snapshots: Snapshots, page: int) -> dict[int, Tensor]:
         """The bits of the row of each position that a snapshot holds, in the shape of a state row."""
         rows = bits(snapshots.rows[page]).cpu().view(-1, *self.whole.state.rows.shape[2:])
-        return {x: rows[i] for i, x in enumerate(snapshots.positions[page].tolist()) if x != -1}
+        kept = {x: rows[i] for i, x in enumerate(snapshots.positions[page].tolist()) if x != -1}
+        return kept if self.whole.state.kind == "fold" else {("lo", x): row for x, row in kept.items()}
 
     def check(self, snapshots: Snapshots, page: int, end: int) -> None:
         """A snapshot has the bits of the uninterrupted run."""
         found = self.snapshot(snapshots, page)
-        assert sorted(found) == list(self.needed(end)), f"page {page}, end {end}"
+        assert sorted(found) == self.needed(end), f"page {page}, end {end}"
         for x, row in found.items():
             assert torch.equal(row, self.rows[x]), f"page {page}, end {end}: row of position {x}"
 
@@ -137,19 +138,17 @@ def resume(prefix: Prefix, snapshots: Snapshots, pages: list[int]) -> None:
     slots = random.Random(2).sample(range(len(ends) + 2), len(ends) + 1)
     state = engine.state
     for slot, end in zip(slots, ends, strict=False):
-        # What a slot holds of the same positions, at home and in spare rows, must not be taken for the new owner's.
-        places = range(state.ring + state.history)
-        owned = [max(x for x in range(end + state.ring) if x % state.ring == i % state.ring) for i in places]
-        spares = [max(x for x in range(end + state.history) if x % state.history == i) for i in range(state.history)]
-        state.positions[slot] = torch.tensor(owned[: state.ring] + spares)
+        # What a slot holds of the same positions, at home and elsewhere, must not be taken for the new owner's.
+        state.positions[slot] = end - 1
     before = engine.snapshot()
     ids = [page if len(prefix.needed(end)) else -1 for page, end in zip(pages, ends, strict=False)]
     call_restore(engine, snapshots, [*slots, -1], [*ids, -1, 0], [*ends, 0, 3])  # the last two have nothing to do
     engine.check_untouched(before, slots[:-1], [])
     for slot, end in zip(slots, ends, strict=False):
-        want = [-1] * (state.ring + state.history)
-        for x in prefix.needed(end):
-            want[x % state.ring] = x
+        want = [-1] * state.positions.shape[1]
+        if prefix.needed(end):
+            home = (end - 1) % state.ring if state.kind == "fold" else (end - 1) // case.spec.ratio % state.places[0]
+            want[home] = end - 1
         assert engine.tags(slot) == want
     ratio, at = case.spec.ratio, dict(zip(slots, ends, strict=False))
     far = max(ratio + 2, 2 * ratio if ratio < 16 else 0)
@@ -159,7 +158,7 @@ def resume(prefix: Prefix, snapshots: Snapshots, pages: list[int]) -> None:
         for slot, start, new in batch:
             at[slot] = start + len(new)
             held = engine.held(slot, at[slot])
-            assert set(state.history_of(at[slot])) <= set(held)
+            assert engine.needed(at[slot]) <= set(held)
             for x, row in held.items():
                 assert torch.equal(row, prefix.rows[x]), f"slot {slot} at {at[slot]}: row of position {x}"
     for slot, end in zip(slots, ends, strict=False):
@@ -301,7 +300,7 @@ def test_restore_refuses_what_cannot_be(backend: Backend, name: str) -> None:
     batch = [(4, 2, size), (3, 1, 2 * size), (1, 1, size), (2, 2, size), (-1, 0, 3)]
     assert call_restore(engine, engine.snapshots, *map(list, zip(*batch, strict=True))) == 2
     for slot, end in ((3, 2 * size), (2, size)):
-        assert {x for x in engine.tags(slot) if x >= 0} == set(prefix.needed(end))
+        assert set(engine.held(slot, end)) == set(prefix.needed(end))
         for x, row in engine.held(slot, end).items():
             assert torch.equal(row, prefix.rows[x])
     same([x[:2] for x in engine.snapshot()[:2]], [x[:2] for x in gone[:2]])
@@ -317,13 +316,13 @@ def test_a_step_behind_a_refused_restore_is_refused(backend: Backend, name: str)
     engine.make_snapshots(2, size)
     for slot in (0, 1):
         engine.step([(slot, 0, prefix.tokens[:size])], snapshot_table=[[-1, slot]])  # neither page has a snapshot
-    assert set(engine.state.history_of(size)) <= set(engine.tags(0))
+    assert engine.needed(size) <= set(engine.held(0, size))
     assert call_restore(engine, engine.snapshots, [0], [0], [size]) == 1
     batch = [(slot, size, prefix.tokens[size : size + case.spec.ratio]) for slot in (0, 1)]
     before = engine.records(0, 3)
     step = engine.step(batch, strict=False, snapshot_table=[[-1], [-1]])
     assert step.errors == 1 and set(engine.tags(0)) == {-1} and torch.equal(engine.records(0, 3), before)
-    assert size + case.spec.ratio - 1 in engine.tags(1) and engine.records(1, 2).any()
+    assert size + case.spec.ratio - 1 in engine.state.held()[1] and engine.records(1, 2).any()
 
 
 @pytest.mark.parametrize("which", [(True, True), (True, False), (False, True)])

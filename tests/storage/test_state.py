@@ -152,12 +152,17 @@ def same_pooled(got: Tensor, want: Tensor, bound: float, what: str) -> None:
         assert norm_error(got[None], want[None]) <= bound, what
 
 
+def positions_kept(simulator: Simulator) -> int:
+    """Of how many of a step's last positions rows are kept, at most."""
+    return simulator.ring if simulator.kind == "fold" else max(simulator.places) * simulator.spec.ratio
+
+
 @pytest.mark.parametrize("max_new_tokens", [1, 3])
 @pytest.mark.parametrize("name", STATE_SPECS)
 def test_walks_of_long_and_short_steps(backend: Backend, name: str, max_new_tokens: int) -> None:
-    """Steps that outrun the ring, from every phase, one after another and rewound: rows move to spare rows and retire."""
+    """Steps that outrun the state, from every phase, one after another and rewound: what is read is not overwritten."""
     spec = STATE_SPECS[name]
-    ring, rows = Simulator(spec, 0, max_new_tokens).ring, spec.ratio * (1 + spec.overlap)
+    ring, rows = positions_kept(Simulator(spec, 0, max_new_tokens)), spec.ratio * (1 + spec.overlap)
     phases = [p for p in range(rows + 1) if p < 9 or p > rows - 3]
     walks = [
         # (tokens given up first, new tokens) of each step
@@ -211,12 +216,13 @@ def test_what_the_state_rules_promise(name: str, drawn: tuple[int, list], data: 
                 assert not held and simulator.tags(slot) == tags
                 continue
             true[slot].update(zip(range(start, end), tokens, strict=True))
-            for x in range(start, end + 1):  # anywhere in a short step; in a long one, to its start and its last tokens
-                if x == start or len(tokens) <= max_new_tokens or x > end - max_new_tokens:
+            late = (end - 1) // spec.ratio * spec.ratio if simulator.kind == "rows" else end - max_new_tokens + 1
+            for x in range(start, end + 1):  # anywhere in a short step; in a long one, to its start and in its last window
+                if x == start or len(tokens) <= max_new_tokens or x >= late:
                     assert simulator.can_start(slot, x), f"step {start}..{end} cannot be rewound to {x}"
-            for row in simulator.slots[slot]:
-                if row is not None and row.position < end:
-                    assert torch.equal(row.tokens[-1], true[slot][row.position])
+            for held in simulator.slots[slot]:
+                for back, token in enumerate(reversed(held.tokens) if held is not None and held.position < end else ()):
+                    assert torch.equal(token, true[slot][held.position - back])
 
 
 def rewindable(history: History, slot: int) -> list[int]:
@@ -231,7 +237,7 @@ def test_a_long_step_can_be_replayed_and_rewound_to_its_start(backend: Backend, 
     start, length = spec.ratio + spec.ratio // 2, 2 * spec.ratio + 3
     tokens, other = make_tokens(spec, start + length, seed=1), make_tokens(spec, length, seed=2)
     engine = Engine(spec, backend, num_slots=2, max_new_tokens=2)
-    assert length > engine.state.ring or spec.ratio <= 8
+    assert length > engine.state.ring or engine.state.kind == "rows"
 
     engine.step([(1, 0, tokens[:start])])
     engine.step([(1, start, other)])  # another future, to be forgotten
@@ -261,7 +267,8 @@ def test_a_start_that_is_not_held_is_refused(backend: Backend, name: str) -> Non
     engine.step([(0, 0, tokens[:length])])
     engine.step([(2, 0, tokens[:1])])
     before = engine.snapshot()
-    beyond = length - engine.state.ring - 1  # further back than the ring, not at a window's start
+    kept = positions_kept(Simulator(spec, 0, 1))
+    beyond = length - kept - 1  # further back than is kept, not at a window's start
     beyond -= beyond % spec.ratio == 0
     wrong = [
         (1, length, tokens[: spec.ratio]),  # a slot that has nothing
@@ -283,21 +290,26 @@ def test_a_start_that_is_not_held_is_refused(backend: Backend, name: str) -> Non
 
 @pytest.mark.parametrize("name", STATE_SPECS)
 def test_history_of_names_what_a_step_reads(backend: Backend, name: str) -> None:
-    """A step is accepted with exactly the rows of `history_of` in place, and refused when any one of them is missing."""
+    """A step is accepted with exactly the rows of `history_of` in place, and refused when the last of any window is missing."""
     spec = STATE_SPECS[name]
     tokens = make_tokens(spec, 4 * spec.ratio, seed=4)
     for start in {spec.ratio + 1, 2 * spec.ratio - 1, 2 * spec.ratio, 3 * spec.ratio - 1}:
         whole = Engine(spec, backend, num_slots=1, max_new_tokens=len(tokens))
         whole.step([(0, 0, tokens[:start])])
-        needed = whole.state.history_of(start)
+        needed, held = whole.state.history_of(start), whole.state.held()[0].tolist()
         assert needed == Simulator(spec, 1, 1).history_of(start)
-        for missing in [None, *needed]:
+        rows = [i for i, x in enumerate(held) if x in needed]
+        tags = [i for i, x in enumerate(whole.tags(0)) if x in needed]
+        if whole.state.kind == "rows":  # of the window before the lo rows alone, and the last one that is needed
+            first = start - start % spec.ratio
+            rows = [i for i, x in enumerate(held) if x in needed and (x >= first or i < whole.state.places[0] * spec.ratio)]
+            tags = [i for i in tags if whole.tags(0)[i] >= first or i < whole.state.places[0]]
+        kept = whole.state.rows[0, rows], whole.state.positions[0, tags]
+        for missing in [None, *tags]:
             engine = Engine(spec, backend, num_slots=1, max_new_tokens=len(tokens))
-            for x in needed:
-                if x != missing:
-                    row = whole.tags(0).index(x)
-                    engine.state.rows[0, row] = whole.state.rows[0, row]
-                    engine.state.positions[0, row] = x
+            engine.state.rows[0, rows], engine.state.positions[0, tags] = kept
+            if missing is not None:
+                engine.state.positions[0, missing] -= 1
             errors = engine.step([(0, start, tokens[start : start + spec.ratio])], strict=False).errors
             assert errors == (missing is not None), f"start {start}, missing {missing}"
             if missing is None:

@@ -256,13 +256,24 @@ class Engine:
         return self.state.positions[slot].tolist()
 
     def held(self, slot: int, end: int) -> dict[int, Tensor]:
-        """The bits of the state row of each position before `end` that a slot holds; a home row hides a spare one."""
-        rows = bits(self.state.rows[slot]).cpu()
+        """The bits of the state row of each position before `end` that a slot holds; a home row hides a spare one.
+
+        Of input rows, whose halves are kept apart, by `(half, position)`, "lo" or "hi", which are whole rows without overlap.
+        """
+        rows, lo = bits(self.state.rows[slot]).cpu(), self.state.places[0] * self.spec.ratio
         found = {}
-        for row, position in reversed(list(enumerate(self.tags(slot)))):
+        for row, position in reversed(list(enumerate(self.state.held()[slot].tolist()))):
             if 0 <= position < end:
-                found[position] = rows[row]
+                found[position if self.state.kind == "fold" else (("lo", "hi")[row >= lo], position)] = rows[row]
         return found
+
+    def needed(self, start: int) -> set:
+        """What `held` must have for a step from `start`."""
+        history = self.state.history_of(start)
+        if self.state.kind == "fold":
+            return set(history)
+        own = range(start - start % self.spec.ratio, start)
+        return {("lo", x) for x in history if self.spec.overlap} | {("hi", x) for x in own}
 
     def copy_slot(self, source: int, target: int) -> None:
         """Moves a sequence: its state rows, their tags and its entries."""

@@ -237,9 +237,10 @@ class Simulation:
         self.slots[step.target] = target
         memory, text, verdict = self.verdict.slots[step.target], self.texts[-1], self.verdict
         memory[:] = [None] * len(memory)
-        for x in verdict.history_of(start):
-            since = x - x % self.case.spec.ratio if verdict.kind == "fold" else x
-            memory[x % verdict.ring] = reference.Held(x, text[since : x + 1].float())
+        if start - 1 in verdict.history_of(start):  # one row, or the lo rows of one window
+            x, ratio = start - 1, self.case.spec.ratio
+            home = x % verdict.ring if verdict.kind == "fold" else x // ratio % verdict.places[0]
+            memory[home] = reference.Held(x, text[x - x % ratio : start].float())
         return Taken(target.text, start, source.snapshots[step.pages - 1])
 
     def tokens(self, feed: Feed, seed: int) -> Tensor:
@@ -266,7 +267,10 @@ class Simulation:
         self.texts[sequence.text] = torch.cat([old[: feed.start], new])
         sequence.length = end
         # DESIGN.md, "What may be relied on".
-        late = feed.start if feed.count <= self.max_new_tokens else end - self.max_new_tokens
+        late = feed.start
+        if feed.count > self.max_new_tokens:
+            last = (end - 1) // self.case.spec.ratio * self.case.spec.ratio
+            late = last if self.verdict.kind == "rows" and not self.case.page_size else end - self.max_new_tokens
         sequence.starts = [feed.start, *range(max(late, feed.start + 1), end + 1)]
         return Outcome(sequence.text, end, False, tuple(sequence.starts), pages, tuple(sequence.snapshots), sequence.floor)
 

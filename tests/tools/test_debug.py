@@ -163,7 +163,7 @@ def spoil_tag(state, cache, rows, _) -> None:
 
 
 def spoil_state(state, cache, rows, _) -> None:
-    held = int((state.positions[2] == 13).nonzero()[0])  # the last position of sequence 0
+    held = int((state.held()[2] == 13).nonzero()[0])  # the last position of sequence 0
     state.rows[2, held, 5] += 1
 
 

@@ -134,7 +134,7 @@ def record(state, cache, rows, _) -> None:
 
 
 def state_row(state, cache, rows, _) -> None:
-    last = int(state.positions[0].argmax())
+    last = int(state.held()[0].argmax())
     width = state.rows.shape[-1]
     state.rows[0, last, ..., (CHANNEL + 1) % width] += 0.01
 
@@ -163,7 +163,7 @@ def test_m_of_a_fold_row_is_exact_beside_a_masked_channel(monkeypatch: pytest.Mo
     step = Step("fold", all_masked, "fp32", TORCH)
 
     def spoil(state, cache, rows, _) -> None:
-        state.rows[0, int(state.positions[0].argmax()), 0, CHANNEL + 1] += 1e-5
+        state.rows[0, int(state.held()[0].argmax()), 0, CHANNEL + 1] += 1e-5
 
     wrong(monkeypatch, spoil)
     report = step.check(backend="triton")

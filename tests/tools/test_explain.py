@@ -35,13 +35,15 @@ def test_exactly_the_explained_state_rows_change(name: str, start: int, new: int
     said = explain(spec, start, new, max_new_tokens=4)
     real = sequence(spec, start, new, "bf16", "fold")
     assert isinstance(real.state, kvfold.FoldState)
-    assert (said.kind, said.ring, said.history) == (real.state.kind, real.state.ring, real.state.history)
-    tags, rows = real.state.positions[0].clone(), bits(real.state.rows[0]).clone()
+    assert (said.kind, said.ring, said.places) == (real.state.kind, real.state.ring, real.state.places)
+    tags, rows = real.state.held()[0], bits(real.state.rows[0]).clone()
+    own, lo = start - start % spec.ratio, real.state.places[0] * spec.ratio
     for row in said.reads:
-        assert tags[row.row] == row.position and row.spare == (row.row >= real.state.ring)
-    assert [row.position for row in said.reads] == list(real.state.history_of(start))
+        assert tags[row.row] == row.position and row.half == ("" if not spec.overlap else "hi" if row.row >= lo else "lo")
+    halves = [*real.state.history_of(start), *(range(own, start) if spec.overlap else ())]
+    assert [row.position for row in said.reads] == halves
     assert real.take(Step.of((0, start, new))) == 0
-    after = real.state.positions[0]
+    after = real.state.held()[0]
     changed = (bits(real.state.rows[0]) != rows).flatten(1).any(1).nonzero()[:, 0].tolist()
     assert sorted(row.row for row in said.writes) == changed
     for row in said.writes:

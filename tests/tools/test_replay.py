@@ -136,7 +136,7 @@ def test_what_was_wrong_is_wrong_again(tmp_path: Path, monkeypatch: pytest.Monke
     with monkeypatch.context() as patch:
 
         def spoil(state, cache, rows, snapshots) -> None:
-            state.rows[2, int((state.positions[2] == 13).nonzero()[0]), 5] += 1
+            state.rows[2, int((state.held()[2] == 13).nonzero()[0]), 5] += 1
             cache.pages[1, 576 + 5] ^= 1
 
         wrong(patch, spoil)
@@ -144,7 +144,7 @@ def test_what_was_wrong_is_wrong_again(tmp_path: Path, monkeypatch: pytest.Monke
         report = call.check(backend="triton")
         again = kvfold.replay(path, device="cpu").check()
         assert again == report and [d.stage for d in again.differences] == ["record bytes", "state row"]
-    row = int((call.state.positions[2] == 3).nonzero()[0])
+    row = int((call.state.held()[2] == 3).nonzero()[0])
     call.state.rows[2, row, 300] += 3.0
     kvfold.dump(path, *call.args, **call.weights, full_history=call.history)
     report, again = call.check(full_history=call.history), kvfold.replay(path, device="cpu")

@@ -154,7 +154,8 @@ def a_byte_outside_of_records(patch: pytest.MonkeyPatch) -> None:
 
 
 def state_rows_go_astray(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(backend_torch.StateRows, "place", lambda self, slot, x, h0, start: slot * self.per_slot)
+    patch.setattr(backend_torch.FoldRows, "place", lambda self, slot, x, h0, start: slot * self.per_slot)
+    patch.setattr(backend_torch.Places, "choose", lambda self, slot, *_: (slot * self.per_slot, torch.full_like(slot, -1)))
 
 
 def old_pages_are_not_read(patch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,12 @@ import torch
 
 from ..contract import ROWS_AT_ONCE
 from ..spec import CompressorSpec
+from ..storage.fold_state import FoldState
 from ..storage.pack import bf16_bits
 from ..storage.snapshots import Snapshots
 from ..storage.step import Compressor, Outputs, PlanData
 from .finish import emit
-from .items import Items, StateRows, history_starts
+from .items import FoldRows, Items, Places, StateRows, history_starts
 
 LOG2_E = 1.4426950408889634
 LOWEST = torch.finfo(torch.float32).min  # the maximum of no scores: finite, so that a score of -inf needs no guard
@@ -77,26 +78,27 @@ def compress_torch(c: Compressor, plan: PlanData, out: Outputs) -> None:
     if state is None:
         _compress_ungated(c, plan, out)
         return
-    items, held = Items.of(plan), StateRows(state)
-    h0 = history_starts(spec, state.kind, items.start)
+    items = Items.of(plan)
     usable = (items.slot < state.num_slots) & (items.token + items.end - items.start <= kv_score.shape[0])
     slot = torch.where(usable, items.slot, 0)
     if state.num_slots:
-        for back in range(1, held.history + 1):
-            position = items.start - back
-            usable &= (position < h0) | (held.find(slot, position) >= 0)
+        usable &= _can_start(state, slot, items.start)
     first = items.window == items.start // spec.ratio
     plan.errors.add_((first & ~usable).sum().int())
-    items, h0 = items[usable], h0[usable]
+    items = items[usable]
     if items.window.numel() == 0:
         return
     if c.ape is None:
         c = c._replace(ape=torch.zeros(spec.ratio, spec.channels, dtype=torch.float32, device=kv_score.device))
-    pooled, new = (_fold_items if state.kind == "fold" else _fold_rows)(c, items, held)
-    if c.snapshots is not None:
-        _store_snapshots(new, items, plan, c.snapshots)
-    _store(new, items, h0, held, spec)
+    pooled = (_fold_items if state.kind == "fold" else _fold_rows)(c, items, plan)
     emit(pooled, items, plan, c, out)
+
+
+def _can_start(state: FoldState, slot: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    """Whether the slots hold all that steps from `start` read."""
+    if state.kind == "rows":
+        return StateRows(state).history(slot, start)[0]
+    return (start % state.spec.ratio == 0) | (FoldRows(state).find(slot, start - 1) >= 0)
 
 
 def _compress_ungated(c: Compressor, plan: PlanData, out: Outputs) -> None:
@@ -130,9 +132,9 @@ def _empty_fold(n: int, spec: CompressorSpec, device: torch.device) -> tuple[tor
     return torch.full_like(zeros, LOWEST), zeros, zeros
 
 
-def _fold_items(c: Compressor, items: Items, held: StateRows) -> tuple[torch.Tensor, _Kept]:
-    """State of fold rows: resume from the row before the step, fold the new tokens of each window."""
-    kv_score, spec = c.kv_score, c.spec
+def _fold_items(c: Compressor, items: Items, plan: PlanData) -> torch.Tensor:
+    """State of fold rows: resume from the row before the step, fold the new tokens of each window, and keep rows."""
+    kv_score, spec, held = c.kv_score, c.spec, FoldRows(c.state)
     position = torch.maximum(items.start, items.window * spec.ratio)
     count = torch.minimum(items.end, (items.window + 1) * spec.ratio) - position
     state = _empty_fold(len(position), spec, kv_score.device)
@@ -145,48 +147,76 @@ def _fold_items(c: Compressor, items: Items, held: StateRows) -> tuple[torch.Ten
         row = torch.where(live, items.token + x - items.start, 0)
         k, s = kv_score[row].float().split(spec.channels, dim=1)
         state = fold_step(state, *_masked(live, k, s + c.ape[x % spec.ratio]))
-        item = (live & _wanted(c, held, x, items.end)).nonzero()[:, 0]
+        item = (live & ((x >= items.end - held.ring) | _of_snapshots(c, x))).nonzero()[:, 0]
         x = x[item]
         # No step resumes from the end of a window: that row is not kept, only what stood there is gone.
         tag = torch.where(x % spec.ratio == spec.ratio - 1, -1, x)
         found.append(_Kept(item, x, torch.stack([part[item] for part in state], dim=1), tag))
-    return state[2] / state[1], _Kept(*map(torch.cat, zip(*found, strict=True)))
+    new = _Kept(*map(torch.cat, zip(*found, strict=True)))
+    if c.snapshots is not None:
+        _store_snapshots(new, items, plan, c.snapshots)
+    _store(new, items, held, spec)
+    return state[2] / state[1]
 
 
-def _fold_rows(c: Compressor, items: Items, held: StateRows) -> tuple[torch.Tensor, _Kept]:
+def _fold_rows(c: Compressor, items: Items, plan: PlanData) -> torch.Tensor:
     """State of input rows: fold all rows of each window that ends here, old ones from the state and new ones live."""
-    kv_score, spec = c.kv_score, c.spec
+    kv_score, spec, held = c.kv_score, c.spec, StateRows(c.state)
+    _, history = held.history(items.slot, items.start)
     pooled = torch.zeros(len(items.window), spec.head_dim, dtype=torch.float32, device=kv_score.device)
     ends = (items.entry >= 0).nonzero()[:, 0]
     if ends.numel():
-        done = items[ends]
+        done, first = items[ends], (items.window == items.start // spec.ratio)[ends]
+        before, lo, hi = (place[ends] for place in history)
         m, l, zeros = _empty_fold(len(ends), spec, kv_score.device)
         state = m, l, -zeros  # -0: the first product is then what it is without a sum
         ks, ss = [], []
         for j in range(spec.window_rows):
             x = (done.window - int(spec.overlap)) * spec.ratio + j
-            half = slice(0, spec.head_dim) if spec.overlap and j < spec.ratio else slice(-spec.head_dim, None)
-            old = x < done.start
-            live = kv_score[torch.where(old, 0, done.token + x - done.start)].float()
-            kept = held.data[held.find(done.slot, x).clamp(min=0)].float()
-            k, s = torch.where(old[:, None], kept, live).split(spec.channels, dim=1)
-            k, s = _masked(x >= 0, k[:, half], (s + c.ape[x % spec.ratio])[:, half])
+            lower = spec.overlap and j < spec.ratio
+            half = slice(0, spec.head_dim) if lower else slice(-spec.head_dim, None)
+            places, place = (held.lo, torch.where(first, before, lo)) if lower else (held.hi, hi)
+            old = (x < done.start) & (x >= 0)
+            live = kv_score[torch.where(x < done.start, 0, done.token + x - done.start)].float()
+            live = torch.cat([part[:, half] for part in live.split(spec.channels, dim=1)], dim=1)
+            kept = places.data[torch.where(old, places.row(place, x), 0)].float()
+            k, s = torch.where(old[:, None], kept, live).split(spec.head_dim, dim=1)
+            k, s = _masked(x >= 0, k, s + c.ape[x % spec.ratio][:, half])
             ks.append(k)
             ss.append(s)
         for j in range(0, spec.window_rows, ROWS_AT_ONCE):
             state = fold_group(state, ks[j : j + ROWS_AT_ONCE], ss[j : j + ROWS_AT_ONCE])
         pooled[ends] = state[2] / state[1]
     item, x = items.new_tokens(spec.ratio)
-    wanted = _wanted(c, held, x, items.end[item])
-    item, x = item[wanted], x[wanted]
-    rows = kv_score[items.token[item] + x - items.start[item]]
-    return pooled, _Kept(item, x, rows.to(held.data.pool.dtype), x)
+    value, score = kv_score[items.token[item] + x - items.start[item]].to(held.dtype).split(spec.channels, dim=1)
+    for places, half, read in (
+        (held.lo, slice(0, spec.head_dim), history[:2]),
+        (held.hi, slice(-spec.head_dim, None), history[2:]),
+    ):
+        if places is not None:
+            new = _Kept(item, x, torch.cat([value[:, half], score[:, half]], dim=1), x)
+            if c.snapshots is not None and places is held.lo:
+                _store_snapshots(new.where(c.snapshots.of(x)), items, plan, c.snapshots)
+            _store_half(new, items, places, read)
+    return pooled
 
 
-def _wanted(c: Compressor, held: StateRows, position: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
-    """Whether the state keeps the rows of new positions of steps that stop at `end`, or the snapshot of a page does."""
-    kept = position >= end - held.ring
-    return kept if c.snapshots is None else kept | c.snapshots.of(position)
+def _store_half(new: _Kept, items: Items, places: Places, history: list[torch.Tensor]) -> None:
+    """Keeps lo rows, or hi or whole ones, of the window that the history is of and of the last windows of each step."""
+    own = (items.window == items.start // places.ratio) & (items.start % places.ratio > 0)
+    begun = ~own & (items.window > (items.end - 1) // places.ratio - places.half)
+    place, empty = places.choose(items.slot, items.window, *history)
+    place = torch.where(own, history[-1], place)
+    places.tags[places.tag(empty[begun & (empty >= 0)])] = -1
+    last = torch.minimum(items.end, (items.window + 1) * places.ratio) - 1
+    places.tags[places.tag(place[own | begun])] = last[own | begun].int()
+    new = new.where((own | begun)[new.item] & (new.position % places.ratio < places.kept))
+    places.data[places.row(place[new.item], new.position)] = new.data
+
+
+def _of_snapshots(c: Compressor, position: torch.Tensor) -> torch.Tensor:
+    """Whether the snapshot of a page keeps the rows of new positions."""
+    return torch.zeros_like(position, dtype=torch.bool) if c.snapshots is None else c.snapshots.of(position)
 
 
 def _store_snapshots(new: _Kept, items: Items, plan: PlanData, snapshots: Snapshots) -> None:
@@ -203,7 +233,8 @@ def _store_snapshots(new: _Kept, items: Items, plan: PlanData, snapshots: Snapsh
     snapshots.positions[at] = new.position.int()
 
 
-def _store(new: _Kept, items: Items, h0: torch.Tensor, held: StateRows, spec: CompressorSpec) -> None:
+def _store(new: _Kept, items: Items, held: FoldRows, spec: CompressorSpec) -> None:
+    h0 = history_starts(spec, "fold", items.start)
     new = new.where(new.position >= items.end[new.item] - held.ring)
     place = held.place(items.slot[new.item], new.position, h0[new.item], items.start[new.item])
     first = items.window == items.start // spec.ratio

@@ -23,11 +23,15 @@ def restore_torch(state: FoldState, snapshots: Snapshots, hits: Hits) -> None:
     reads = fine & (h0 < start)
     fine &= ~reads | ((pages >= 0) & (pages < snapshots.num_pages))
     known = fine & reads
-    position = h0[:, None] + torch.arange(snapshots.rows_per_page, device=h0.device)
+    row = torch.arange(snapshots.rows_per_page, device=h0.device)
+    position = h0[:, None] + row
     fine[known] = (snapshots.positions[pages[known]] == position[known]).all(1)
     hits.errors.add_((wanted & ~fine).sum().int())
     state.positions[slots[wanted & there]] = -1
     known = fine & reads & wanted
-    at = slots[known][:, None], position[known] % state.ring
+    slot, last = slots[known], start[known] - 1
+    # One row, or the lo rows of one window, which are put into their home.
+    home = last % state.ring if state.kind == "fold" else last // state.spec.ratio % max(state.places[0], 1)
+    at = slot[:, None], home[:, None] * snapshots.rows_per_page + row
     state.rows[at] = snapshots.rows[pages[known]].view(*at[1].shape, *state.rows.shape[2:])
-    state.positions[at] = position[known].int()
+    state.positions[slot, home] = last.int()

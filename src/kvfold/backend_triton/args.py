@@ -56,7 +56,7 @@ class Tokens(NamedTuple):
 
 
 class State(NamedTuple):
-    """A `FoldState`: rows, the position that each stands for, and how many slots of `ring` rows and a history there are.
+    """A `FoldState`: rows, tags, the number of slots, and its `ring`.
 
     stride, pitch: elements from a slot's first row to the next slot's, and from its first tag to the next slot's. Of a
     `MeanState`, which has no tags: `ring` banks behind the rows, `pitch` slots from bank to bank.
@@ -263,7 +263,7 @@ def flat(group: Any) -> list:
 
 @dataclass(frozen=True)
 class Spec:
-    """A `CompressorSpec` and the kind, "" for none, and history of its state, as compiled in. LOG2: of HEAD_DIM."""
+    """A `CompressorSpec` and the kind, "" for none, of its state, as compiled in. LOG2: of HEAD_DIM."""
 
     RATIO: int
     HEAD_DIM: int
@@ -273,7 +273,6 @@ class Spec:
     HADAMARD: bool
     OVERLAP: int = 0
     KIND: str = ""
-    HISTORY: int = 0
 
 
 @dataclass(frozen=True)
@@ -352,12 +351,32 @@ class Sequence(NamedTuple):
 
 
 class History(NamedTuple):
-    """The last positions before a step, which of them it reads, and the tags of their homes and of their spare rows."""
+    """Of fold rows: the tags of the home of the last position before a step, and of the spare row."""
 
-    positions: object
-    wanted: object
     home: object
     spare: object
+
+
+class Tags(NamedTuple):
+    """Of input rows: the tags of the two places of all that a step may read (kernels/places.py)."""
+
+    before_home: object
+    before_other: object
+    lo_home: object
+    lo_other: object
+    hi_home: object
+    hi_other: object
+
+
+class Kept(NamedTuple):
+    """Of input rows: the places of what a step reads, -1 for what it does not.
+
+    before: of the lo rows of the window before the one that it starts in. lo, hi: of rows of that window itself.
+    """
+
+    before: object
+    lo: object
+    hi: object
 
 
 class Opened(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 
 from ..contract import LANES, ROWS_OF_A_LANE
 from ..spec import CompressorSpec
-from ..storage.fold_state import ring_and_history, state_kind
+from ..storage.fold_state import state_kind
 from ..storage.formats import FORMATS, RecordFormat
 from . import args
 from .args import LOOSE, Format, Schedule, Spec, flat, types_of
@@ -110,9 +110,9 @@ def restore_variant(key: RestoreKey) -> Variant:
         4,
         KIND=kind,
         RATIO=key.spec.ratio,
-        HISTORY=ring_and_history(key.spec, 1)[1],
+        OVERLAP=int(key.spec.overlap),
         ROWS=key.rows_per_page,
-        PARTS=3 if kind == "fold" else 2 * key.spec.channels // key.spec.head_dim,
+        PARTS=3 if kind == "fold" else 2,
         PART=key.spec.head_dim,
         BLOCK=32,
     )
@@ -205,10 +205,9 @@ def _constants(key: StepKey, slices: int) -> dict[str, object]:
     spec, config, kind = key.spec, key.config, key.config.kind if key.spec.gate else ""
     ahead = config.ahead if kind in ("fold", "mean") else min(config.ahead, spec.window_rows)
     together = config.together if kind == "fold" or draws_items(spec, config) else 1
-    history = ring_and_history(spec, 1)[1] if spec.gate else 0
     return {
         "HOW": Schedule(ahead, together if config.programs else 0, spec.head_dim // slices),
-        "SPEC": replace(spec_of(spec), OVERLAP=int(spec.overlap), KIND=kind, HISTORY=history),
+        "SPEC": replace(spec_of(spec), OVERLAP=int(spec.overlap), KIND=kind),
         "FMT": format_of(key.fmt, spec),
     }
 

@@ -83,10 +83,13 @@ def _flag(value: str) -> bool:
 def _show(said: Explanation, fmt: str | None, console: Console) -> None:
     end, spec = said.start + said.new, said.spec
     console.print(f"{spec}", soft_wrap=True, highlight=False)
-    rings = f" of rings of {said.ring} rows" * (said.ring > 0)
-    kept = {"window": f"WindowState{rings}", "none": "no state"}.get(
-        said.kind, f"FoldState of {said.kind}, ring {said.ring}, {said.history} spare"
-    )
+    rings, (lo, hi) = f" of rings of {said.ring} rows" * (said.ring > 0), said.places
+    kept = {
+        "window": f"WindowState{rings}",
+        "none": "no state",
+        "fold": f"FoldState of fold rows, ring {said.ring}, 1 spare",
+        "rows": f"FoldState of input rows, places for {f'lo rows of {lo} and hi rows of {hi}' if lo else hi} windows",
+    }[said.kind]
     console.print(f"{kept}: {said.new} tokens, positions {said.start} to {end - 1}", soft_wrap=True, highlight=False)
     bytes_of = [f"bytes as {fmt}"] if fmt else []
     overlap = ["lo half of"] if spec.overlap else []
@@ -106,7 +109,8 @@ def _show(said: Explanation, fmt: str | None, console: Console) -> None:
 
 
 def _place(row: Row) -> str:
-    return f"{row.row}{' (spare)' if row.spare else ''}" if row.page is None else f"page {row.page}, row {row.row}"
+    notes = [row.half] * bool(row.half) + ["spare"] * row.spare
+    return f"{row.row}{f' ({", ".join(notes)})' if notes else ''}" if row.page is None else f"page {row.page}, row {row.row}"
 
 
 def _span(positions: range) -> str:

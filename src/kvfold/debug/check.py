@@ -281,7 +281,8 @@ def _row_differences(
     for index, row in tags.nonzero().tolist():
         values, where = (int(x.positions[index, row]) for x in (got, want)), f"{place} {index}, {name}.positions row {row}"
         found.append(Difference(owner.get(index, -1), -1, f"{what} row", None, *values, "torch", where))
-    held = ~tags & (want.positions >= 0)
+    due, have = (x.held() if isinstance(x, FoldState) else x.positions for x in (want, got))
+    held = (due >= 0) & (due == have)
     a, b = (x.rows.flatten(2).unflatten(2, (3 if fold else 1, -1))[held] for x in (got, want))
     if fold:
         wrong = _fold_rows_off(a, b, pooled_bound(got.spec.ratio))
@@ -290,7 +291,7 @@ def _row_differences(
     indices = held.nonzero()
     for i, part, channel in first_channels(wrong):
         index, row = indices[i].tolist()
-        position = int(want.positions[index, row])
+        position = int(due[index, row])
         where = f"{place} {index}, {name}.rows row {row}, position {position}" + (f", {'mla'[part]}" if fold else "")
         whose = (owner.get(index, -1), position // got.spec.ratio) if index in owner else (-1, -1)
         values = (x[i, part, channel].item() for x in (a, b))

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ..backend_torch.items import Items, StateRows
+from ..backend_torch.items import Items, missing
 from ..contract import MOST_POSITIONS
 from ..plan import StepPlan
 from ..storage.cache import EntryCache
-from ..storage.fold_state import FoldState, history_start
+from ..storage.fold_state import FoldState
 from ..storage.snapshots import Snapshots
 from ..storage.step import Compressor
 from ..storage.window_state import WindowState
@@ -145,8 +145,7 @@ def _sequence_refusals(c: Compressor, items: Items) -> Iterator[Refusal]:
         elif behind > have:
             yield Refusal(b, -1, f"its new tokens are kv_score rows {token} to {behind - 1}, and kv_score has {have} rows")
         elif isinstance(state, FoldState):
-            need = torch.arange(history_start(c.spec, start), start, device=state.device)
-            gone = need[StateRows(state).find(torch.full_like(need, slot), need) < 0].tolist()
+            gone = missing(state, slot, start)
             if gone:
                 which = f"position {gone[0]}" if len(gone) == 1 else f"positions {gone[0]} to {gone[-1]}"
                 yield Refusal(b, -1, f"state slot {slot} holds no row of {which}, which a start at {start} needs")

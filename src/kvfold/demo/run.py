@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from ..backend_torch.items import StateRows
 from ..spec import CompressorSpec
 from ..storage.fold_state import FoldState
 from ..storage.formats import FORMATS
@@ -296,12 +295,12 @@ def _replay(result: Result, name: Name, part: Any, drafts: int) -> tuple[bool, b
 
 
 def _state_rows(state: FoldState, slot: int, positions: range) -> torch.Tensor:
-    """The rows of a slot that stand for these positions. Raises LookupError if it does not hold one of them."""
-    held, wanted = StateRows(state), torch.tensor(positions, device=state.device)
-    rows = held.find(torch.full_like(wanted, slot), wanted)
-    if bool((rows < 0).any()):
-        raise LookupError(f"the state does not hold all of {positions}")
-    return held.data[rows]
+    """The rows of a slot that stand for these positions, of halves the lo one. Raises LookupError if one is not there."""
+    held = state.held()[slot].tolist()
+    try:
+        return state.rows[slot, [held.index(x) for x in positions]]
+    except ValueError:
+        raise LookupError(f"the state does not hold all of {positions}") from None
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

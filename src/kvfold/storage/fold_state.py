@@ -40,11 +40,17 @@ class FoldState(RememberingState):
     Slots may lie any distance apart, rows and tags each: in tensors of their own (`allocate`) or in an engine's pages (`over`).
 
     Attributes:
-        rows: `fold`: fp32 `[num_slots, ring + history, 3, head_dim]`, the running maximum, sum of weights and weighted sum
-            after the token; `rows`: fp32 or bf16 `[num_slots, ring + history, 2 * channels]`, the `kv_score` row as it came.
-        positions: int32 `[num_slots, ring + history]`, the position that each row stands for, -1 for none.
-        ring, history: position x lives in row `x % ring`, or in the spare row `ring + x % history` when its home was
-            being read by the very step that wrote it.
+        rows: `fold`: fp32 `[num_slots, ring + 1, 3, head_dim]`, the running maximum, sum of weights and weighted sum after the
+            token, of which the last one is spare. `rows`: fp32 or bf16 `[num_slots, half rows, 2 * head_dim]`, the value and the
+            score of half a `kv_score` row as they came; first places of `ratio` lo rows (with overlap), then places of
+            `ratio - 1` hi or whole rows (of ratio 1 one row that nobody uses).
+        positions: int32. `fold`: `[num_slots, ring + 1]`, the position that each row stands for, -1 for none. `rows`:
+            `[num_slots, places]`, the last position of the window whose rows, from its first one on, are in a place. `held`
+            says it row by row.
+        ring: `fold`: position x lives in row `x % ring`, or in the spare row if its home was being read by the very step that
+            wrote it. `rows`: how many windows the longest rewindable step can begin.
+        places: `rows`: how many places there are of lo rows, and of hi or whole rows. Window w lives in place `w % n` of n, or
+            n // 2 further when that was being read by the very step that wrote it. `fold`: (0, 0).
         max_new_tokens: a step of up to this many tokens can be rewound to any position inside it.
         round_inputs: whether it rounds fp32 `kv_score` to the bf16 that it keeps; else it takes bf16 alone.
         pages: uint8 `[num_slots, ...]`, the engine's pages (`over`) of which `rows` and `positions` are views, else None.
@@ -54,7 +60,7 @@ class FoldState(RememberingState):
 
     kind: str
     ring: int
-    history: int
+    places: tuple[int, int]
     pages: torch.Tensor | None = None
 
     def __init__(
@@ -83,8 +89,9 @@ class FoldState(RememberingState):
         check_spec("spec", spec)
         check_int("max_new_tokens", self.max_new_tokens, 1, 1 << 20)
         self.kind = state_kind(spec)
-        self.ring, self.history = ring_and_history(spec, self.max_new_tokens)
-        self._tensors = check_rows(spec, self.rows, self.positions, (self.ring + self.history, *_row_shape(spec)))
+        self.ring = ring_of(spec, self.max_new_tokens)
+        self.places = places_of(spec, self.ring)
+        self._tensors = check_rows(spec, self.rows, self.positions, *_shapes(spec, self.max_new_tokens))
         _check_rounding(self.round_inputs, self.rows.dtype)
         self._forget_calls()
 
@@ -103,8 +110,10 @@ class FoldState(RememberingState):
 
         Args:
             num_slots: how many sequences it can hold.
-            max_new_tokens: longest step that must be rewindable to any position inside it (drafts + 1). Longer steps
-                are fine; they can be rewound to their start and to any of their last `max_new_tokens` positions.
+            max_new_tokens: longest step that must be rewindable to any position inside it (drafts + 1). Longer steps are
+                fine; they can be rewound to their start and, `fold`, to any of their last `max_new_tokens` positions, `rows`, to
+                any position of their last window. With `n + 2 * ratio` the last n positions of a sequence can be taken back,
+                however many steps they came in.
             dtype: of the kept input rows, for specs that keep them (`kind == "rows"`): fp32 takes bf16 and fp32
                 `kv_score`, both exactly; bf16 takes bf16 only, in half the memory. Fold rows are always fp32.
             round_inputs: with bf16: takes fp32 `kv_score` as well, and rounds it to bf16, values and scores, before anything
@@ -114,10 +123,10 @@ class FoldState(RememberingState):
         Raises:
             TypeError, ValueError: naming the argument; `UnsupportedError` for fold rows in bf16.
         """
-        shape, _ = _slot(spec, max_new_tokens, dtype)
+        shape, tags, _ = _slot(spec, max_new_tokens, dtype)
         check_int("num_slots", num_slots, 0, INT32_MAX)
         _check_rounding(round_inputs, dtype)
-        return cls(spec, *empty_rows(spec, (num_slots, *shape), dtype, device), max_new_tokens, round_inputs)
+        return cls(spec, *empty_rows(spec, num_slots, shape, tags, dtype, device), max_new_tokens, round_inputs)
 
     @classmethod
     def over(
@@ -149,7 +158,7 @@ class FoldState(RememberingState):
             TypeError, ValueError: naming the argument, before anything is written; `UnsupportedError` for fold rows in bf16.
         """
         check_memory("pages", pages, fake=True)
-        need, (shape, of_rows) = cls.page_bytes(spec, max_new_tokens, dtype), _slot(spec, max_new_tokens, dtype)
+        need, (shape, places, of_rows) = cls.page_bytes(spec, max_new_tokens, dtype), _slot(spec, max_new_tokens, dtype)
         if not isinstance(fresh, bool):
             raise TypeError(f"fresh must be a bool, got {type(fresh).__name__}")
         if pages.dim() < 2:
@@ -166,7 +175,7 @@ class FoldState(RememberingState):
             raise ValueError("pages must start at multiples of 4 bytes, of memory and of their storage")
         stride = pages.stride(0) if count > 1 else need // item  # of one page a stride says nothing
         flat = pages.detach().as_strided((count, have), (stride, 1)).view(torch.uint8)
-        tags = flat[:, of_rows : of_rows + 4 * shape[0]].view(torch.int32)
+        tags = flat[:, of_rows : of_rows + 4 * places].view(torch.int32)
         state = cls(spec, flat[:, :of_rows].view(dtype).view(count, *shape), tags, max_new_tokens, round_inputs)
         object.__setattr__(state, "pages", flat)  # which changes nothing that was checked
         if fresh:
@@ -176,8 +185,8 @@ class FoldState(RememberingState):
     @staticmethod
     def page_bytes(spec: CompressorSpec, max_new_tokens: int, dtype: torch.dtype = torch.float32) -> int:
         """Bytes that a page must have for `over`, a multiple of 64. The arguments are those of `allocate`."""
-        shape, of_rows = _slot(spec, max_new_tokens, dtype)
-        return -(-(of_rows + 4 * shape[0]) // 64) * 64
+        _, tags, of_rows = _slot(spec, max_new_tokens, dtype)
+        return -(-(of_rows + 4 * tags) // 64) * 64
 
     def __reduce_ex__(self, protocol: int) -> tuple | str:
         """In pages, copies and pickles are made anew, as rows and tags must be views of their own pages."""
@@ -233,6 +242,19 @@ class FoldState(RememberingState):
         check_int("position", position, 0, INT32_MAX)
         return range(history_start(self.spec, position), position)
 
+    def held(self) -> torch.Tensor:
+        """int32 `[num_slots, rows of a slot]`: the position that each row stands for, -1 for none."""
+        check_made("state", self, FoldState)
+        if self.kind == "fold":
+            return self.positions.clone()
+        found, ratio, (lo, _) = [], self.spec.ratio, self.places
+        for last, kept in ((self.positions[:, :lo, None], ratio), (self.positions[:, lo:, None], ratio - 1)):
+            place = torch.arange(max(kept, 1), dtype=torch.int32, device=self.device)
+            position = last.div(ratio, rounding_mode="floor") * ratio + place
+            there = (last >= 0) & (position <= last) & (place < kept)
+            found.append(torch.where(there, position, -1).flatten(1))
+        return torch.cat(found, 1)
+
 
 def _over_again(how: dict[str, Any], *given: Any) -> FoldState:
     return FoldState.over(*given, **how)
@@ -245,17 +267,22 @@ def _check_rounding(round_inputs: object, dtype: torch.dtype) -> None:
         raise ValueError(f"round_inputs must be False for rows in {dtype}, which keep what comes")
 
 
-def _row_shape(spec: CompressorSpec) -> tuple[int, ...]:
-    return (3, spec.head_dim) if state_kind(spec) == "fold" else (2 * spec.channels,)
+def _shapes(spec: CompressorSpec, max_new_tokens: int) -> tuple[tuple[int, ...], int]:
+    """The shape of a slot's rows, and how many tags it has."""
+    ring = ring_of(spec, max_new_tokens)
+    if state_kind(spec) == "fold":
+        return (ring + 1, 3, spec.head_dim), ring + 1
+    lo, hi = places_of(spec, ring)
+    return (lo * spec.ratio + hi * max(spec.ratio - 1, 1), 2 * spec.head_dim), lo + hi
 
 
-def _slot(spec: CompressorSpec, max_new_tokens: int, dtype: torch.dtype) -> tuple[tuple[int, ...], int]:
-    """The shape of a slot's rows, and their bytes."""
+def _slot(spec: CompressorSpec, max_new_tokens: int, dtype: torch.dtype) -> tuple[tuple[int, ...], int, int]:
+    """The shape of a slot's rows, how many tags it has, and the bytes of the rows."""
     check_spec("spec", spec)
     check_int("max_new_tokens", max_new_tokens, 1, 1 << 20)
     check_kept(spec, dtype)
-    shape = sum(ring_and_history(spec, max_new_tokens)), *_row_shape(spec)
-    return shape, math.prod(shape) * dtype.itemsize
+    shape, tags = _shapes(spec, max_new_tokens)
+    return shape, tags, math.prod(shape) * dtype.itemsize
 
 
 def check_kept(spec: CompressorSpec, dtype: object) -> None:
@@ -269,21 +296,22 @@ def check_kept(spec: CompressorSpec, dtype: object) -> None:
 
 
 def empty_rows(
-    spec: CompressorSpec, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None
+    spec: CompressorSpec, count: int, shape: tuple[int, ...], tags: int, dtype: torch.dtype, device: torch.device | str | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of slots or pages that hold nothing, `shape` in all, and their tags; `dtype` is that of input rows."""
+    """Rows of `count` slots or pages that hold nothing, of each `shape`, and its tags; `dtype` is that of input rows."""
     check_kept(spec, dtype)
     device = usable_device("device", device)
-    return torch.zeros(shape, dtype=dtype, device=device), torch.full(shape[:2], -1, dtype=torch.int32, device=device)
+    rows = torch.zeros(count, *shape, dtype=dtype, device=device)
+    return rows, torch.full((count, tags), -1, dtype=torch.int32, device=device)
 
 
 def check_rows(
-    spec: CompressorSpec, rows: torch.Tensor, positions: torch.Tensor, shape: tuple[int, ...]
+    spec: CompressorSpec, rows: torch.Tensor, positions: torch.Tensor, shape: tuple[int, ...], tags: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Checks the rows of slots or pages, each of this shape, and their tags; returns both."""
+    """Checks the rows of slots or pages, each of this shape, and their tags, so many each; returns both."""
     dtypes = (torch.float32,) if state_kind(spec) == "fold" else (torch.float32, torch.bfloat16)
     count = None
-    for name, x, accepted, inner in (("rows", rows, dtypes, shape), ("positions", positions, (torch.int32,), shape[:1])):
+    for name, x, accepted, inner in (("rows", rows, dtypes, shape), ("positions", positions, (torch.int32,), (tags,))):
         check_memory(name, x, fake=True)
         check_dtype(name, x, accepted)
         check_shape(name, x, (count, *inner))
@@ -304,9 +332,13 @@ def history_start(spec: CompressorSpec, position: int) -> int:
     return max(window - int(spec.overlap), 0) * spec.ratio
 
 
-def ring_and_history(spec: CompressorSpec, max_new_tokens: int) -> tuple[int, int]:
+def ring_of(spec: CompressorSpec, max_new_tokens: int) -> int:
+    """`FoldState.ring`."""
+    return max_new_tokens + 1 if state_kind(spec) == "fold" else -(-max_new_tokens // spec.ratio)
+
+
+def places_of(spec: CompressorSpec, ring: int) -> tuple[int, int]:
+    """`FoldState.places`: two for each of the windows of which a step reads rows, or which it can begin, whichever are more."""
     if state_kind(spec) == "fold":
-        return max_new_tokens + 1, 1
-    history = 1 << (spec.window_rows - 1).bit_length()
-    # A multiple of `history`, so that the rows of one history never share a spare row.
-    return -(-(spec.window_rows - 1 + max_new_tokens) // history) * history, history
+        return 0, 0
+    return 2 * max(ring, 2) * spec.overlap, 2 * ring

@@ -18,11 +18,11 @@ class Snapshots(Checked):
 
     Page k of a sequence has positions `[k * page_size, (k + 1) * page_size)`. Its snapshot is what a step that starts at its
     end reads from a `FoldState`: for fold rows the row of its last position, unless that ends a window; for input rows with
-    overlap those of its last `ratio` positions, position x in row `x % ratio`; otherwise nothing.
+    overlap the lo rows of its last `ratio` positions, position x in row `x % ratio`; otherwise nothing.
 
     Attributes:
         rows: fp32 `[num_pages, rows_per_page, 3 * head_dim]`, fold rows `(m, l, a)`, or `[num_pages, rows_per_page,
-            2 * channels]`, input rows in the dtype of the state. Mutated by `compress`.
+            2 * head_dim]`, lo rows in the dtype of the state. Mutated by `compress`.
         positions: int32 `[num_pages, rows_per_page]`, the position that each row stands for, -1 for none. Mutated with `rows`.
         page_size: positions per page.
         rows_per_page: 0 where every page ends with nothing to keep, as with ratio 128 and pages of 128: no step writes then.
@@ -47,7 +47,7 @@ class Snapshots(Checked):
         check_spec("spec", self.spec)
         shape = _shape(self.spec, self.page_size)
         self.rows_per_page = shape[0]
-        self._tensors = check_rows(self.spec, self.rows, self.positions, shape)
+        self._tensors = check_rows(self.spec, self.rows, self.positions, shape, self.rows_per_page)
 
     @classmethod
     def allocate(
@@ -71,7 +71,8 @@ class Snapshots(Checked):
         """
         check_spec("spec", spec)
         check_int("num_pages", num_pages, 0, INT32_MAX)
-        return cls(spec, *empty_rows(spec, (num_pages, *_shape(spec, page_size)), dtype, device), page_size)
+        shape = _shape(spec, page_size)
+        return cls(spec, *empty_rows(spec, num_pages, shape, shape[0], dtype, device), page_size)
 
     @property
     def num_pages(self) -> int:
@@ -111,4 +112,4 @@ def _shape(spec: CompressorSpec, page_size: int) -> tuple[int, int]:
         return int(page_size % spec.ratio != 0), 3 * spec.head_dim
     if page_size % spec.ratio:
         raise ValueError(f"page_size must be a multiple of the ratio {spec.ratio} where input rows are kept, got {page_size}")
-    return page_size - history_start(spec, page_size), 2 * spec.channels
+    return page_size - history_start(spec, page_size), 2 * spec.head_dim

@@ -14,7 +14,7 @@ from .items import load_item
 from .pdl import load_plan, wait_for_inputs
 from .prefetch import prefetch_item
 from .slices import draw_ticket, is_last, leave_slice, take_slices
-from .slots import check_history, keep_fold, load_history, places_from, retire_rows, sequence_of
+from .slots import check_history, keep_fold, last_home, load_history, places_from, retire_row, sequence_of
 from .snapshot import next_page_end, snap_of, snapshot_fold
 from .tokens import apart_from, gap_of
 
@@ -31,9 +31,10 @@ def open_window(item, there, c0, errors, tokens, st, SPEC: tl.constexpr, SLICE: 
     seq = sequence_of(st, slot, start, end, SPEC)
     m, l, a = empty_fold(SLICE)
     if held & (seq.h0 < start):
-        held, moved = check_history(load_history(seq, SPEC))
+        last = last_home(seq)
+        held, moved = check_history(load_history(seq, last), seq)
         if held & first:
-            place = tl.where(moved, st.ring, (start - 1) % st.ring)
+            place = tl.where(moved, st.ring, last)
             row = seq.rows + place * (3 * SPEC.HEAD_DIM) + c
             m = tl.load(row)
             l = tl.load(row + SPEC.HEAD_DIM)
@@ -168,7 +169,7 @@ def fold_rest(m, l, a, loaded, early, mine, begin, seq, tokens, snap, HOW: tl.co
         if loaded is None or ((early == 0) | (j > begin)):
             apart = gap_of(mine.apart, tokens.skew, j, 0)
             biases, ks, ss = load_stretch(at, apart, tokens, row, left, AHEAD, SPEC.HEAD_DIM, HOW.SLICE)
-        places = places_from(seq, mine.x0 + j0, SPEC, AHEAD)
+        places = places_from(seq, mine.x0 + j0, AHEAD)
         for i in tl.static_range(AHEAD):
             m, l, a = fold_step(m, l, a, ks[i].to(tl.float32), ss[i].to(tl.float32) + biases[i])
             x = mine.x0 + j0 + i
@@ -287,7 +288,7 @@ def long_fold_step(pid, programs, plan, snap_table, one, HOW: tl.constexpr, SPEC
                 y, mine.entry, mine.x0, needs, ticket, c0, scratch, plan, cache, HOW.TARGET, HOW.SLICE, SPEC, FMT,
             )  # fmt: skip
             if mine.first:
-                retire_rows(seq, load_history(seq, SPEC), SPEC)
+                retire_row(seq, load_history(seq, last_home(seq)))
         index = (unit + HOW.TOGETHER * programs) // SLICES
         item = load_item(plan.items, index, index < total)
         if HOW.SLICE < SPEC.HEAD_DIM:

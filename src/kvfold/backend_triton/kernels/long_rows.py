@@ -6,16 +6,18 @@ A window is short, and all warps decode the item and finish the entry, so fewer 
 import triton
 import triton.language as tl
 
-from ..args import Tokens
+from ..args import Kept, Tokens
 from .finish import entry_slot, load_finish
 from .items import dealt_items, draw_item, item_after, load_item, next_index, pause
 from .long_fold import deliver_entry
 from .pdl import load_plan, wait_for_inputs
+from .places import is_kept, look_up
 from .prefetch import prefetch_item
-from .rows import keep_each, load_biases, pool_window
-from .slots import check_history, load_history, retire_rows, sequence_of
+from .rows import keep_window, load_biases, pool_window
+from .slots import sequence_of
 from .snapshot import snap_of, snapshot_rows
 from .tokens import apart_from
+from .vectors import scalar
 
 
 @triton.jit
@@ -31,8 +33,9 @@ def take_item(
     apart = apart_from(tokens, token - start)
     tokens = Tokens(tokens.kv_score, tokens.stride, tokens.count, tokens.ape, apart, tokens.skew)
     seq = sequence_of(st, slot, start, end, SPEC)
+    kept = Kept(scalar(-1), scalar(-1), scalar(-1))
     if held & (seq.h0 < start):
-        held, _moved = check_history(load_history(seq, SPEC))
+        held, kept = look_up(seq, SPEC)
     if first & (held == 0):
         tl.atomic_add(plan.errors, 1)
     if held:
@@ -40,9 +43,10 @@ def take_item(
             # Loaded while the window is folded, which has no registers to spare for the rest of `entry_address`.
             cache_slot = entry_slot(entry, plan)
             if not LIVE or (window - SPEC.OVERLAP) * SPEC.RATIO < start:
-                y = pool_window(live, tokens, biases, seq, window, None, "find", HOW, SPEC)
+                lo = tl.where(first, kept.before, kept.lo)
+                y = pool_window(live, tokens, biases, seq, window, lo, kept.hi, "old", HOW, SPEC)
             else:
-                y = pool_window(live, tokens, biases, seq, window, None, "live", HOW, SPEC)
+                y = pool_window(live, tokens, biases, seq, window, None, None, "live", HOW, SPEC)
             weight, cos, sin = load_finish(window * SPEC.RATIO, cache, SPEC)
             needs = (cache_slot, weight, cos, sin)
             deliver_entry(
@@ -50,16 +54,13 @@ def take_item(
             )  # fmt: skip
         begin = tl.maximum(start, window * SPEC.RATIO)
         stop = tl.minimum(end, window * SPEC.RATIO + SPEC.RATIO)
-        oldest = tl.maximum(begin, end - st.ring)
-        if oldest < stop:
+        if is_kept(seq, window, SPEC):
             # All rows of a window of ratio 4, as a prompt waits for its last program; with snapshots, 4 would spill.
-            KEPT: tl.constexpr = 4 if snaps.rows is None else 2
-            keep_each(live, tokens, seq, oldest, stop, SPEC, KEPT)
+            COUNT: tl.constexpr = 4 if snaps.rows is None else 2
+            keep_window(live, tokens, seq, window, begin, stop, kept, SPEC, COUNT)
         if snaps.rows is not None:
             snap = snap_of(sequence, snap_table, snaps, plan)
             snapshot_rows(live, tokens, window, begin, stop, snap, SPEC)
-        if first:
-            retire_rows(seq, load_history(seq, SPEC), SPEC)
 
 
 @triton.jit

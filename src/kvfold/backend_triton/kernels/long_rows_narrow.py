@@ -12,8 +12,9 @@ from .fold import empty_group, quotient
 from .items import dealt_items, draw_item, item_after, load_item, next_index
 from .long_rows import take_item
 from .pdl import load_plan, wait_for_inputs
-from .rows import fold_part, keep_each, load_live
-from .slots import check_history, first_read, load_history, sequence_of
+from .places import is_kept, look_up
+from .rows import fold_part, keep_window, load_live
+from .slots import first_read, sequence_of
 from .tokens import apart_from
 from .vectors import numbers
 
@@ -27,7 +28,7 @@ def go_together(item, entry_capacity, one, SPEC: tl.constexpr, COUNT: tl.constex
     able = able & ((window + COUNT) * SPEC.RATIO <= end) & (entry >= 0) & (entry + COUNT <= entry_capacity)
     able = able & (slot < st.num_slots) & (token + end - start <= one.tokens.count)
     if able & (first_read(start, SPEC) < start):
-        able, _moved = check_history(load_history(sequence_of(st, slot, start, end, SPEC), SPEC))
+        able, _kept = look_up(sequence_of(st, slot, start, end, SPEC), SPEC)
     return able
 
 
@@ -53,10 +54,13 @@ def take_items(item, plan, one, HOW: tl.constexpr, SPEC: tl.constexpr, COUNT: tl
     refused = tl.sum(tl.reshape(wrong.to(tl.int32), (COUNT,)), axis=0)
     if refused > 0:
         tl.atomic_add(plan.errors, refused)
-    if (window + COUNT) * SPEC.RATIO > end - st.ring:  # the last ones of a prompt
-        seq = sequence_of(st, slot, start, end, SPEC)
-        oldest = tl.maximum(window * SPEC.RATIO, end - st.ring)
-        keep_each(live, tokens, seq, oldest, (window + COUNT) * SPEC.RATIO, SPEC, SPEC.RATIO)
+    seq = sequence_of(st, slot, start, end, SPEC)
+    if is_kept(seq, window + COUNT - 1, SPEC):  # the last ones of a prompt
+        _held, kept = look_up(seq, SPEC)
+        for one_of in range(0, COUNT):
+            own = window + one_of
+            begin = own * SPEC.RATIO
+            keep_window(live, tokens, seq, own, begin, begin + SPEC.RATIO, kept, SPEC, SPEC.RATIO)
 
 
 @triton.jit

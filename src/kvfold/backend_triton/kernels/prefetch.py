@@ -8,6 +8,7 @@ fetched, so every address is inside the tensors given.
 import triton
 import triton.language as tl
 
+from .places import hi_home, hi_row, home_before, lo_row
 from .tokens import gap
 
 
@@ -44,7 +45,7 @@ def prefetch_fold(live, tokens, seq, last, begin, stop, resumes, SPEC: tl.conste
     prefetch_lines(row + e * STEP, (e < 3 * LINES) & resumes)
     first = seq.tags.to(tl.int64, bitcast=True)
     e = tl.arange(0, 2)
-    prefetch_lines(first + e * ((seq.ring + SPEC.HISTORY - 1) * 4), e >= 0)
+    prefetch_lines(first + e * (seq.ring * 4), e >= 0)
     prefetch_tokens(live, tokens, begin, stop, AHEAD, SPEC.HEAD_DIM)
 
 
@@ -64,10 +65,10 @@ def prefetch_tokens(live, tokens, begin, stop, AHEAD: tl.constexpr, CHANNELS: tl
 
 
 @triton.jit
-def prefetch_rows(live, tokens, seq, window, begin, stop, this, ends, SPEC: tl.constexpr):
+def prefetch_rows(live, tokens, seq, window, begin, stop, home, ends, SPEC: tl.constexpr):
     """What a short step over input rows loads: the new rows of a window, and if it `ends` the old ones, from their homes.
 
-    this: the home of the window's first position.
+    home: of the window.
     """
     CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
     BYTES: tl.constexpr = seq.rows.dtype.element_ty.primitive_bitwidth // 8
@@ -77,17 +78,11 @@ def prefetch_rows(live, tokens, seq, window, begin, stop, this, ends, SPEC: tl.c
     e = tl.arange(0, NEW * (1 + SPEC.OVERLAP) * 2 * LINES)
     j = e // (2 * LINES)
     x = (window - SPEC.OVERLAP) * SPEC.RATIO + j
-    # Values lie before scores; of either, the window before gives its lo half.
-    part = (e // LINES) % 2 * CHANNELS
-    before = j < SPEC.RATIO * SPEC.OVERLAP
-    part += tl.where(before, 0, SPEC.OVERLAP * SPEC.HEAD_DIM)
-    if SPEC.HISTORY % SPEC.RATIO == 0:
-        home_before = tl.where(this >= SPEC.RATIO, this, this + seq.ring) - SPEC.RATIO
-        place = tl.where(before, home_before, this - SPEC.RATIO * SPEC.OVERLAP) + j
-    else:
-        place = tl.maximum(x, 0) % seq.ring
-    row = place * (2 * CHANNELS) + part
-    at = seq.rows.to(tl.int64, bitcast=True) + row.to(tl.int64) * BYTES + (e % LINES) * 128
+    # The window before gives its lo rows. Values lie before scores.
+    lo = lo_row(home_before(seq, home), SPEC)
+    hi = hi_row(seq, hi_home(seq, home), SPEC) - SPEC.RATIO * SPEC.OVERLAP
+    part = (tl.where(j < SPEC.RATIO * SPEC.OVERLAP, lo, hi) + j) * 2 + (e // LINES) % 2
+    at = seq.rows.to(tl.int64, bitcast=True) + part.to(tl.int64) * (SPEC.HEAD_DIM * BYTES) + (e % LINES) * 128
     prefetch_lines(at, ends & (x >= 0) & (x < seq.start) & (j < SPEC.RATIO * (1 + SPEC.OVERLAP)))
     prefetch_tokens(live, tokens, begin, stop, NEW, CHANNELS)
 

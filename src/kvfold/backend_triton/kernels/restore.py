@@ -15,7 +15,7 @@ def restore_kernel(
     state_rows, state_tags, state_num_slots, state_ring, state_stride, state_pitch,
     snapshots_rows, snapshots_tags, snapshots_count, snapshots_stride, snapshots_pitch,
     page_size, slots, pages, start_pos, errors,
-    KIND: tl.constexpr, RATIO: tl.constexpr, HISTORY: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    KIND: tl.constexpr, RATIO: tl.constexpr, OVERLAP: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
     PART: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program for each row of each snapshot; the first of them sets the slot's tags, to -1 if it is refused.
@@ -45,19 +45,25 @@ def restore_kernel(
             fine = fine & (tl.sum((looked & (tag != start - ROWS + j)).to(tl.int32), axis=0) == 0)
     reads = tl.where(fine, reads, 0)
     tags = state_tags + slot * state_pitch
+    # What the step reads is one row, or the lo rows of one window, which are put into their home.
+    last = tl.maximum(start, 1) - 1
+    if KIND == "fold":
+        places = state_ring + 1
+        home = last % state_ring
+    else:
+        half = tl.maximum(state_ring, 2)
+        places = 2 * half * OVERLAP + 2 * state_ring
+        home = last // RATIO % (2 * half)
     if ROWS > 0:
         if wanted & (reads > 0):
-            to = state_rows + slot * state_stride + (start - ROWS + r) % state_ring * (PARTS * PART) + tl.arange(0, PART)
+            to = state_rows + slot * state_stride + (home * ROWS + r) * (PARTS * PART) + tl.arange(0, PART)
             at = snapshots_rows + page * snapshots_stride + r * (PARTS * PART) + tl.arange(0, PART)
             for p in tl.static_range(PARTS):
                 tl.store(to + p * PART, tl.load(at + p * PART))
     if wanted & there & (r == 0):
-        # Home h belongs to the last position before the start that lives there, and holds it if the step reads it.
-        last = tl.maximum(start, 1) - 1
-        for base in range(0, state_ring + HISTORY, BLOCK):
-            home = base + tl.arange(0, BLOCK)
-            back = (last % state_ring - home + state_ring) % state_ring
-            tag = tl.where((home < state_ring) & (back < reads), last - back, -1)
-            tl.store(tags + home, tag, mask=home < state_ring + HISTORY)
+        for base in range(0, places, BLOCK):
+            place = base + tl.arange(0, BLOCK)
+            tag = tl.where((place == home) & (reads > 0), last, -1)
+            tl.store(tags + place, tag, mask=place < places)
     if wanted & (fine == 0) & (r == 0):
         tl.atomic_add(errors, 1)

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .fold import ROWS_AT_ONCE, empty_group, fold_group, minus_zero, quotient, spread, widen
 from .record import bf16_bits, bf16_value
-from .slots import place_row
+from .places import hi_row, home_of, keep_tags, lo_row, places_to_keep
 from .tokens import gap, whole_row
 from .vectors import channels, scalar
 
@@ -44,13 +44,13 @@ def load_biases(ape, j0, wanted, SPEC: tl.constexpr, AHEAD: tl.constexpr, COUNT:
 
 @triton.jit
 def load_window(
-    live, tokens, seq, window, this, j0, SOURCE: tl.constexpr, SPEC: tl.constexpr, AHEAD: tl.constexpr,
+    live, tokens, seq, window, lo, hi, j0, SOURCE: tl.constexpr, SPEC: tl.constexpr, AHEAD: tl.constexpr,
     BF16_CONVERSION: tl.constexpr,
 ):  # fmt: skip
     """Values and raw scores of rows `[j0, j0 + AHEAD)` of a window that ends here: old ones from the state, new ones live.
 
-    SOURCE: "home" takes old rows from their homes, of which `this` is the one of the window's first position; "find" looks each
-    up; "live" is for windows without old rows.
+    SOURCE: "live" is for windows without old rows, "old" for others. lo, hi: the places of old lo rows of the window before,
+    and of old hi or whole rows of the window itself; any where there are none.
     """
     KEPT: tl.constexpr = seq.rows.dtype.element_ty
     SAME: tl.constexpr = tokens.kv_score.dtype.element_ty == KEPT
@@ -62,11 +62,9 @@ def load_window(
     c = tl.arange(0, SPEC.HEAD_DIM)
     # Pointers go from row to row, as a multiplication for each costs a decode step a third of its instructions.
     at = live + (x0 + j0).to(tl.int64) * tokens.stride + c
-    if SOURCE == "home":
-        # Where the ring is a multiple of the ratio, the rows of a window stand one behind the other.
-        before = tl.where(this >= SPEC.RATIO, this, this + seq.ring) - SPEC.RATIO
-        this_rows = seq.rows + (this - SPEC.RATIO * SPEC.OVERLAP) * (2 * CHANNELS) + c
-        rows_before = seq.rows + before * (2 * CHANNELS) + c
+    if SOURCE == "old":
+        lo_rows = seq.rows + lo_row(lo, SPEC) * (2 * SPEC.HEAD_DIM) + c
+        hi_rows = seq.rows + (hi_row(seq, hi, SPEC) - SPEC.RATIO * SPEC.OVERLAP) * (2 * SPEC.HEAD_DIM) + c
     for i in tl.static_range(AHEAD):
         x = x0 + j0 + i
         j = x - x0  # a tensor also where the interpreter has an int for j0
@@ -84,27 +82,20 @@ def load_window(
             k = widen(as_kept(k, KEPT, BF16_CONVERSION))
             s = widen(as_kept(s, KEPT, BF16_CONVERSION))
         else:
-            if SOURCE == "home" and SPEC.HISTORY % SPEC.RATIO == 0:
-                kept = tl.where(j < SPEC.RATIO * SPEC.OVERLAP, rows_before, this_rows) + j * (2 * CHANNELS)
-            else:
-                place = tl.maximum(x, 0) % seq.ring
-                if SOURCE == "find":
-                    home = tl.load(seq.tags + place, mask=there & (x < seq.start), other=x)
-                    place = tl.where(home == x, place, seq.ring + x % SPEC.HISTORY)
-                kept = seq.rows + place * (2 * CHANNELS) + c
+            kept = tl.where(j < SPEC.RATIO * SPEC.OVERLAP, lo_rows, hi_rows) + j * (2 * SPEC.HEAD_DIM)
             if SAME:
-                row = tl.where(x < seq.start, kept, at) + half
+                row = tl.where(x < seq.start, kept, at + half)
                 there = spread(there, SPEC.HEAD_DIM)
                 k = tl.load(row, mask=there, other=minus_zero()).to(tl.float32)
-                if tokens.skew is not None:
-                    row += tl.where(x < seq.start, 0, gap(tokens, x, CHANNELS) - CHANNELS)
-                s = tl.load(row + CHANNELS, mask=there, other=float("-inf")).to(tl.float32)
+                if tokens.skew is not None or SPEC.OVERLAP:
+                    row += tl.where(x < seq.start, 0, gap(tokens, x, CHANNELS) - SPEC.HEAD_DIM)
+                s = tl.load(row + SPEC.HEAD_DIM, mask=there, other=float("-inf")).to(tl.float32)
             else:
                 old = spread(there & (x < seq.start), SPEC.HEAD_DIM)
                 new = spread(there & (x >= seq.start), SPEC.HEAD_DIM)
-                k_old = tl.load(kept + half, mask=old, other=0.0).to(tl.float32)
+                k_old = tl.load(kept, mask=old, other=0.0).to(tl.float32)
                 k_new = as_kept(tl.load(at + half, mask=new, other=minus_zero()), KEPT, BF16_CONVERSION).to(tl.float32)
-                s_old = tl.load(kept + half + CHANNELS, mask=old, other=0.0).to(tl.float32)
+                s_old = tl.load(kept + SPEC.HEAD_DIM, mask=old, other=0.0).to(tl.float32)
                 s_new = tl.load(at + half + gap(tokens, x, CHANNELS), mask=new, other=float("-inf"))
                 s_new = as_kept(s_new, KEPT, BF16_CONVERSION).to(tl.float32)
                 k = tl.where(old, k_old, k_new)
@@ -181,11 +172,11 @@ def fold_part(
 
 @triton.jit
 def pool_window(
-    live, tokens, biases, seq, window, this, SOURCE: tl.constexpr, HOW: tl.constexpr, SPEC: tl.constexpr,
+    live, tokens, biases, seq, window, lo, hi, SOURCE: tl.constexpr, HOW: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """The pooled row of a window. biases: ape of its rows, if it has no more than AHEAD; None: not loaded yet.
 
-    this, SOURCE: as in `load_window`.
+    lo, hi, SOURCE: as in `load_window`.
     """
     AHEAD: tl.constexpr = HOW.AHEAD
     m, l, a = empty_group(SPEC.HEAD_DIM)
@@ -200,63 +191,61 @@ def pool_window(
             own = biases
             if biases is None:  # ahead of the rows, so that both are waited for at once
                 own = load_biases(tokens.ape, j0, None, SPEC, AHEAD)
-            ks, ss = load_window(live, tokens, seq, window, this, j0, SOURCE, SPEC, AHEAD, HOW.TARGET.BF16_CONVERSION)
+            ks, ss = load_window(live, tokens, seq, window, lo, hi, j0, SOURCE, SPEC, AHEAD, HOW.TARGET.BF16_CONVERSION)
             m, l, a = fold_part(m, l, a, ks, ss, tokens.ape, own, j0, j0 == 0, SPEC, AHEAD)
     else:
         for j0 in range(0, ROWS, AHEAD):
-            ks, ss = load_window(live, tokens, seq, window, this, j0, SOURCE, SPEC, AHEAD, HOW.TARGET.BF16_CONVERSION)
+            ks, ss = load_window(live, tokens, seq, window, lo, hi, j0, SOURCE, SPEC, AHEAD, HOW.TARGET.BF16_CONVERSION)
             m, l, a = fold_part(m, l, a, ks, ss, tokens.ape, biases, j0, False, SPEC, AHEAD)
     return quotient(a, l, HOW.TARGET.FAST_DIVISION)
 
 
 @triton.jit
-def load_rows(live, tokens, window, oldest, stop, SPEC: tl.constexpr):
-    """Input rows of `[oldest, stop)`, not yet converted, one for each position of the window."""
+def load_rows(live, tokens, window, begin, stop, SPEC: tl.constexpr):
+    """Input rows of `[begin, stop)`, not yet converted, one for each position of the window."""
     LENGTH: tl.constexpr = 2 * SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
     at = live + (window * SPEC.RATIO).to(tl.int64) * tokens.stride + tl.arange(0, LENGTH)
     copies = ()
     for i in tl.static_range(SPEC.RATIO):
         x = window * SPEC.RATIO + i
-        there = spread((x >= oldest) & (x < stop), LENGTH)
+        there = spread((x >= begin) & (x < stop), LENGTH)
         copies = copies + (tl.load(whole_row(at, tokens, x, LENGTH // 2), mask=there, other=0.0),)
         at += tokens.stride
     return copies
 
 
 @triton.jit
-def keep_together(copies, seq, window, oldest, stop, place, SPEC: tl.constexpr):
-    """Stores the input rows of `[oldest, stop)`, loaded before, in the run of homes that begins at `place`."""
-    LENGTH: tl.constexpr = 2 * SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
-    c = tl.arange(0, LENGTH)
-    for i in tl.static_range(SPEC.RATIO):
-        at = window * SPEC.RATIO + i
-        if (at >= oldest) & (at < stop):
-            tl.store(
-                seq.rows + (place + i) * LENGTH + c, as_kept(copies[i], seq.rows.dtype.element_ty).to(seq.rows.dtype.element_ty)
-            )
-            tl.store(seq.tags + place + i, at)
+def keep_row(copy, seq, i, wanted, lo_place, hi_place, SPEC: tl.constexpr):
+    """Stores the input row of position i of a window, loaded before, half by half, where it is `wanted` and has a place."""
+    KEPT: tl.constexpr = seq.rows.dtype.element_ty
+    CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
+    c = tl.arange(0, 2 * CHANNELS)
+    row = hi_row(seq, hi_place, SPEC) + i
+    there = spread(wanted & (hi_place >= 0) & (i < SPEC.RATIO - 1), 2 * CHANNELS)
+    if SPEC.OVERLAP:
+        lo = c % CHANNELS < SPEC.HEAD_DIM
+        row = tl.where(lo, lo_row(lo_place, SPEC) + i, row)
+        there = tl.where(lo, spread(wanted & (lo_place >= 0), 2 * CHANNELS), there)
+    at = row * (2 * SPEC.HEAD_DIM) + c // CHANNELS * SPEC.HEAD_DIM + c % SPEC.HEAD_DIM
+    tl.store(seq.rows + at, as_kept(copy, KEPT).to(KEPT), mask=there)
 
 
 @triton.jit
-def keep_each(live, tokens, seq, oldest, stop, SPEC: tl.constexpr, KEPT: tl.constexpr):
-    """Stores the input rows of `[oldest, stop)`, each where there is room for it; KEPT of them are loaded at once."""
+def keep_window(live, tokens, seq, window, begin, stop, kept, SPEC: tl.constexpr, COUNT: tl.constexpr):
+    """Keeps what the state wants of new positions `[begin, stop)` of a window; COUNT rows are loaded at once.
+
+    kept: of `find_history`.
+    """
     LENGTH: tl.constexpr = 2 * SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
-    c = tl.arange(0, LENGTH)
-    for base in range(oldest, stop, KEPT):
-        places = ()
-        copies = ()
-        for i in tl.static_range(KEPT):
-            x = base + i
-            places = places + (place_row(seq, tl.minimum(x, stop - 1), SPEC),)
-            there = spread(x < stop, LENGTH)
-            at = whole_row(live + x.to(tl.int64) * tokens.stride + c, tokens, x, LENGTH // 2)
-            copies = copies + (tl.load(at, mask=there, other=0.0),)
-        for i in tl.static_range(KEPT):
-            x = base + i
-            there = spread(x < stop, LENGTH)
-            tl.store(
-                seq.rows + places[i] * LENGTH + c,
-                as_kept(copies[i], seq.rows.dtype.element_ty).to(seq.rows.dtype.element_ty),
-                mask=there,
-            )
-            tl.store(seq.tags + places[i], x, mask=x < stop)
+    lo_place, hi_place, lo_empty, hi_empty = places_to_keep(seq, window, home_of(seq, window, SPEC), kept, SPEC)
+    keep_tags(seq, lo_place, hi_place, lo_empty, hi_empty, stop - 1, SPEC)
+    if (lo_place >= 0) | (hi_place >= 0):
+        for base in range(begin, stop, COUNT):
+            copies = ()
+            for i in tl.static_range(COUNT):
+                x = base + i
+                at = whole_row(live + x.to(tl.int64) * tokens.stride + tl.arange(0, LENGTH), tokens, x, LENGTH // 2)
+                copies = copies + (tl.load(at, mask=spread(x < stop, LENGTH), other=0.0),)
+            for i in tl.static_range(COUNT):
+                x = base + i
+                keep_row(copies[i], seq, x - window * SPEC.RATIO, x < stop, lo_place, hi_place, SPEC)

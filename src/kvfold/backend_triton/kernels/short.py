@@ -7,14 +7,15 @@ launch before, then issues all loads of state and tokens at once, and checks the
 import triton
 import triton.language as tl
 
-from ..args import History, Tokens
+from ..args import Tokens
 from .finish import emit, entry_address, slot_valid
 from .fold import empty_fold, fold_step, minus_zero, quotient, spread
 from .items import load_item
 from .pdl import load_plan, wait_for_inputs
+from .places import find_history, home_back, home_before, home_of, hi_home, keep_tags, load_tags, places_to_keep
 from .prefetch import prefetch_fold, prefetch_rows
-from .rows import keep_each, keep_together, load_biases, load_rows, pool_window
-from .slots import check_history, keep_fold, place_at, retire_rows, sequence_of, tag_addresses
+from .rows import keep_row, load_biases, load_rows, pool_window
+from .slots import check_history, keep_fold, load_history, place_at, retire_row, sequence_of
 from .snapshot import next_page_end, snap_of, snapshot_fold, snapshot_rows
 from .tokens import apart_from, gap
 
@@ -66,7 +67,7 @@ def fold_tokens(m, l, a, ks, ss, x0, stop, home, seq, snap, SPEC: tl.constexpr, 
         kept = (x < stop) & (x >= seq.end - seq.ring)
         # Masks let the tokens of a step overlap; one token has no other, and a branch is faster.
         if AHEAD > 1 or kept:
-            place = place_at(seq, x, home, SPEC)
+            place = place_at(seq, x, home)
             keep_fold(m, l, a, x, place, kept, seq, SPEC, SPEC.HEAD_DIM)
         home = tl.where(home + 1 == seq.ring, 0, home + 1)
     return m, l, a
@@ -85,14 +86,13 @@ def fold_item(live, tokens, seq, begin, stop, place, last, first, snap, HOW: tl.
     old = spread(resumes, SPEC.HEAD_DIM)
     m, l, a = empty_fold(SPEC.HEAD_DIM)
     ats, gaps, theres, biases = token_addresses(live, tokens, begin, stop, SPEC, HOW.AHEAD)
-    x, wanted, home_at, spare_at = tag_addresses(seq, last, SPEC)
     wait_for_inputs(HOW.PDL)
-    history = History(x, wanted, tl.load(home_at, mask=wanted, other=-1), tl.load(spare_at))
+    history = load_history(seq, last)
     m = tl.load(row, mask=old, other=m)
     l = tl.load(row + SPEC.HEAD_DIM, mask=old, other=0.0)
     a = tl.load(row + 2 * SPEC.HEAD_DIM, mask=old, other=0.0)
     ks, ss = load_tokens(ats, gaps, theres, biases)
-    held, moved = check_history(history)
+    held, moved = check_history(history, seq)
     if held:
         if resumes & moved:
             row = seq.rows + seq.ring * (3 * SPEC.HEAD_DIM) + c
@@ -101,28 +101,35 @@ def fold_item(live, tokens, seq, begin, stop, place, last, first, snap, HOW: tl.
             a = tl.load(row + 2 * SPEC.HEAD_DIM)
         m, l, a = fold_tokens(m, l, a, ks, ss, begin, stop, place, seq, snap, SPEC, HOW.AHEAD)
         if first:
-            retire_rows(seq, history, SPEC)
+            retire_row(seq, history)
     return quotient(a, l, HOW.TARGET.FAST_DIVISION), held
 
 
 @triton.jit
-def pool_item(live, tokens, seq, window, this, last, ends, HOW: tl.constexpr, SPEC: tl.constexpr):
-    """State of input rows: pools all rows of a window if it `ends` here, old ones from the state.
+def pool_item(live, tokens, seq, window, home, ends, HOW: tl.constexpr, SPEC: tl.constexpr):
+    """State of input rows: pools all rows of a window, whose home is `home`, if it `ends` here, old ones from the state.
 
-    this, last: the homes of the window's first position and of the position before the step.
-    Returns the pooled row, whether the sequence could go on, and what the tags say.
+    Returns the pooled row, whether the sequence could go on, and where the rows are that the step reads.
     """
     biases = load_biases(tokens.ape, 0, ends, SPEC, HOW.AHEAD)
-    x, wanted, home_at, spare_at = tag_addresses(seq, last, SPEC)
+    further = window - seq.start // SPEC.RATIO
+    own = home_back(seq, home, further, SPEC)
     wait_for_inputs(HOW.PDL)
-    history = History(x, wanted, tl.load(home_at, mask=wanted, other=-1), tl.load(spare_at))
+    tags = load_tags(seq, own, SPEC)
+    lo = home_before(seq, home)
+    hi = hi_home(seq, home)
     y = tl.zeros((SPEC.HEAD_DIM,), tl.float32)
-    if ends:
-        y = pool_window(live, tokens, biases, seq, window, this, "home", HOW, SPEC)
-    held, moved = check_history(history)
+    if ends:  # from the homes: to look at tags first would cost a memory latency
+        y = pool_window(live, tokens, biases, seq, window, lo, hi, "old", HOW, SPEC)
+    held, kept = find_history(tags, seq, own, SPEC)
+    moved = (further == 0) & (kept.hi >= 0) & (kept.hi != hi)
+    if SPEC.OVERLAP:
+        found = tl.where(further == 0, kept.before, kept.lo)
+        moved = moved | ((further <= 1) & (found >= 0) & (found != lo))
+        lo = found
     if held & ends & moved:
-        y = pool_window(live, tokens, biases, seq, window, this, "find", HOW, SPEC)
-    return y, held, history
+        y = pool_window(live, tokens, biases, seq, window, lo, kept.hi, "old", HOW, SPEC)
+    return y, held, kept
 
 
 @triton.jit
@@ -161,32 +168,23 @@ def short_step(pid, plan, snap_table, one, HOW: tl.constexpr, SPEC: tl.constexpr
                 prefetch_fold(live, own, seq, last, begin, stop, first & (seq.h0 < start), SPEC, HOW.AHEAD)
             y, held = fold_item(live, own, seq, begin, stop, place, last, first, snap, HOW, SPEC)
         else:
-            # Where the ring is a multiple of the ratio, one division gives all homes.
-            this = (window * SPEC.RATIO) % st.ring
-            if SPEC.HISTORY % SPEC.RATIO == 0:
-                last = this + start - 1 - window * SPEC.RATIO
-                while last < 0:
-                    last += st.ring
-            else:
-                last = tl.maximum(start - 1, 0) % st.ring
+            home = home_of(seq, window, SPEC)
             if HOW.PDL:
-                prefetch_rows(live, own, seq, window, begin, stop, this, entry >= 0, SPEC)
-            y, held, history = pool_item(live, own, seq, window, this, last, entry >= 0, HOW, SPEC)
-            oldest = tl.maximum(begin, end - st.ring)
+                prefetch_rows(live, own, seq, window, begin, stop, home, entry >= 0, SPEC)
+            y, held, kept = pool_item(live, own, seq, window, home, entry >= 0, HOW, SPEC)
             # Loaded before the entry is finished, stored after.
-            copies = load_rows(live, own, window, oldest, stop, SPEC)
+            copies = load_rows(live, own, window, begin, stop, SPEC)
         deliver, refused = slot_valid(entry, cache_slot, window * SPEC.RATIO, plan.entry_capacity, cache, SPEC.ROPE_DIM)
         if held & deliver:
             emit(y, entry, cache_slot, weight, cos, sin, cache, SPEC, FMT, HOW.TARGET)
         if SPEC.KIND != "fold" and held:
-            # Where a step cannot come round to rows that it reads, its new rows stand one behind the other.
-            if SPEC.HISTORY % SPEC.RATIO == 0 and end - seq.h0 <= st.ring:
-                keep_together(copies, seq, window, oldest, stop, this, SPEC)
-            else:
-                keep_each(live, own, seq, oldest, stop, SPEC, 1)
+            lo_place, hi_place, lo_empty, hi_empty = places_to_keep(seq, window, home, kept, SPEC)
+            keep_tags(seq, lo_place, hi_place, lo_empty, hi_empty, stop - 1, SPEC)
+            for i in tl.static_range(SPEC.RATIO):
+                at = window * SPEC.RATIO + i
+                if (at >= begin) & (at < stop):
+                    keep_row(copies[i], seq, i, at < stop, lo_place, hi_place, SPEC)
             snapshot_rows(live, own, window, begin, stop, snap, SPEC)
-            if first:
-                retire_rows(seq, history, SPEC)
     else:
         # The next launch waits for this one alone, so this one must end after the one before it, also where it does nothing.
         wait_for_inputs(HOW.PDL)

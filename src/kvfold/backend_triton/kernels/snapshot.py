@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ..args import Snap
 from .rows import as_kept
-from .tokens import whole_row
+from .tokens import gap
 
 
 @triton.jit
@@ -55,11 +55,11 @@ def snapshot_fold(m, l, a, x, due, stop, snap, SPEC: tl.constexpr):
 
 @triton.jit
 def snapshot_rows(live, tokens, window, begin, stop, snap, SPEC: tl.constexpr):
-    """Stores the input rows of new positions `[begin, stop)` of a window if it is the last of a page."""
+    """Stores the lo rows of new positions `[begin, stop)` of a window if it is the last of a page."""
     if snap is not None:
         rows, tags, _, stride, pitch = snap.snapshots
         page_size = snap.table.page_size
-        LENGTH: tl.constexpr = 2 * SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
+        LENGTH: tl.constexpr = 2 * SPEC.HEAD_DIM
         ends = (window + 1) * SPEC.RATIO
         if ends % page_size == 0:
             page = find_snapshot(snap, ends // page_size - 1, stop == ends)
@@ -68,7 +68,8 @@ def snapshot_rows(live, tokens, window, begin, stop, snap, SPEC: tl.constexpr):
                 for n in range(0, stop - begin):
                     x = begin + n
                     row = x % SPEC.RATIO
-                    value = tl.load(whole_row(live + x.to(tl.int64) * tokens.stride + c, tokens, x, LENGTH // 2))
+                    apart = tl.where(c < SPEC.HEAD_DIM, 0, gap(tokens, x, SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)) - SPEC.HEAD_DIM)
+                    value = tl.load(live + x.to(tl.int64) * tokens.stride + c + apart)
                     value = as_kept(value, rows.dtype.element_ty).to(rows.dtype.element_ty)
                     tl.store(rows + page * stride + row * LENGTH + c, value)
                     tl.store(tags + page * pitch + row, x)

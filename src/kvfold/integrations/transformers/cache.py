@@ -60,14 +60,17 @@ class CompressorFold:
         length: tokens that it has seen.
         written: the furthest that `length` was, in this timeline or in one that was taken back.
         made_of: dtypes of the last step's rows and norm weight.
+        max_new_tokens: how many tokens can be taken back.
     """
 
     def __init__(self, spec: CompressorSpec, batch: int, max_new_tokens: int, like: torch.Tensor) -> None:
         """`like`: a `kv_score` tensor, for device and dtype."""
         _check_dtypes(like.dtype, like.dtype)
-        self.spec = spec
+        self.spec, self.max_new_tokens = spec, max_new_tokens
         kept = like.dtype if state_kind(spec) == "rows" else torch.float32
-        self.state = FoldState.allocate(spec, batch, max_new_tokens, device=like.device, dtype=kept)
+        # A rewind may go back by so many tokens however many steps they came in, so the state holds more than of one step.
+        most = max_new_tokens + 2 * spec.ratio if state_kind(spec) == "rows" else max_new_tokens
+        self.state = FoldState.allocate(spec, batch, most, device=like.device, dtype=kept)
         self.storage = torch.empty(batch, 0, spec.head_dim, device=like.device, dtype=torch.bfloat16)
         self.cache: EntryCache | None = None
         self.length = self.written = 0
@@ -106,7 +109,7 @@ class CompressorFold:
         if check and (refused := int(plan.errors)):
             raise RuntimeError(
                 f"kvfold refused {refused} of {batch} sequences: its state cannot continue from position {start}. Rewind"
-                f" further than {self.state.max_new_tokens} tokens? See max_new_tokens of patch()"
+                f" further than {self.max_new_tokens} tokens? See max_new_tokens of patch()"
             )
         self.length = end
 
