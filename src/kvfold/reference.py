@@ -229,9 +229,9 @@ class Simulator:
             memory[row] = None if (x + 1) % ratio == 0 else Held(x, known[x - x % ratio - first : x + 1 - first])
             written.append(row)
         spare = memory[self.ring]
-        if spare is not None and self.ring not in read + written:
-            if spare.position >= start or spare.position < end - self.ring:
-                memory[self.ring] = None
+        stale = spare is not None and (spare.position >= start or spare.position < end - self.ring)
+        if stale and self.ring not in read + written:
+            memory[self.ring] = None
 
     def _keep_rows(self, memory: list, read: list, known: Tensor, first: int, start: int, end: int) -> None:
         ratio, last = self.spec.ratio, (end - 1) // self.spec.ratio

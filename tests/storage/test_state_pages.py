@@ -120,6 +120,8 @@ def test_sizes() -> None:
             size = FoldState.page_bytes(spec, most)
             assert size % 64 == 0 and like.bytes_per_slot <= size < like.bytes_per_slot + 64
     assert 36_864 < FoldState.page_bytes(kvfold.V4_HCA, 4) <= 37_440
+    for dtype, most in ((FP32, 98_400), (BF16, 49_200)):  # half of what whole rows took
+        assert FoldState.allocate(kvfold.V4_CSA, 1, 4, device="meta", dtype=dtype).bytes_per_slot <= most
     assert FoldState.page_bytes(kvfold.V4_CSA, 4, BF16) < FoldState.page_bytes(kvfold.V4_CSA, 4)
     pages = torch.zeros(6, 37_440, dtype=torch.uint8)
     state = FoldState.over(pages, kvfold.V4_HCA, 4, fresh=True)
@@ -150,7 +152,7 @@ def test_strides_by_the_constructor(backend: Backend) -> None:
     apart = Engine(spec, backend, num_slots=3, max_new_tokens=MOST, max_entries=8)
     shape = plain.state.rows.shape
     rows = torch.full((9, *shape[1:]), torch.nan, device=device)
-    tags = torch.full((6, shape[1]), -1, dtype=torch.int32, device=device)
+    tags = torch.full((6, plain.state.positions.shape[1]), -1, dtype=torch.int32, device=device)
     apart.state = FoldState(spec, rows[1::3], tags[::2], MOST)
     for start, end in ((0, 5), (5, 8), (7, 9), (9, 23)):
         new = make_tokens(spec, end, 3)[start:]

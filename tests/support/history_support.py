@@ -220,8 +220,8 @@ class SlotPlayer:
                 for x, position in enumerate(self.engine.state.history_of(end)):
                     at = f"the snapshot of {end}, page {page}, position {position}"
                     assert int(tags[page, x]) == position, f"{at}: not there"
-                    rows = self.truth.rows[outcome.text]
-                    want = rows[position if position in rows else ("lo", position)].reshape(-1)
+                    due = self.truth.rows[outcome.text]
+                    want = due[position if position in due else ("lo", position)].reshape(-1)
                     assert torch.equal(rows[page, x].cpu(), want), f"{at}: differs"
 
 

@@ -91,12 +91,12 @@ def test_bytes_of_a_window_step() -> None:
 
 
 def test_bytes_of_main_and_indexer() -> None:
-    """CSA, 16 sequences at 16: window 4 ends, and takes the lo halves of positions 12 to 15 from the state; 8 tags or less."""
+    """CSA, 16 sequences at 16: window 4 ends, and takes the lo rows of positions 12 to 15 from the state; 7 rows are kept."""
 
     def compressor(head_dim: int, record: int) -> tuple[int, int]:
         row = 2 * 2 * head_dim * 2
         shared = 4 * 2 * head_dim * 4 + head_dim * 4 + 64 * 4
-        return shared + 16 * (4 * row + 4 * row // 2 + 4 * 4), 16 * (4 * row + 4 * 4 + record)
+        return shared + 16 * (4 * row + 4 * row // 2 + 4), 16 * (7 * row // 2 + 2 * 4 + record)
 
     main, indexer = compressor(512, 584), compressor(128, 128 + 4)
     got = floor.traffic(CSA_HIT, Variant.parse("many:fp8_ds_mla+indexer_fp8_vllm"))

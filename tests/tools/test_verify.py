@@ -137,8 +137,7 @@ def test_a_cut_that_changes_a_bit_fails(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("kind", ["FoldState", "WindowState"])
 def test_state_rows_that_are_not_written_fail(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     if kind == "FoldState":
-        none = lambda self, slot, *_: (slot * self.per_slot, torch.full_like(slot, -1))
-        monkeypatch.setattr(backend_torch.Places, "choose", none)
+        monkeypatch.setattr(backend_torch.Places, "choose", lambda self, slot, *_: (slot * self.per_slot, slot - slot - 1))
         assert "were refused" in problem_of(f"csa {kind}: decode")
     else:
         monkeypatch.setattr(backend_window, "_write", lambda items, *_: torch.zeros_like(items.window, dtype=torch.bool))

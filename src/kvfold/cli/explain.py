@@ -109,8 +109,9 @@ def _show(said: Explanation, fmt: str | None, console: Console) -> None:
 
 
 def _place(row: Row) -> str:
-    notes = [row.half] * bool(row.half) + ["spare"] * row.spare
-    return f"{row.row}{f' ({", ".join(notes)})' if notes else ''}" if row.page is None else f"page {row.page}, row {row.row}"
+    notes = ", ".join([row.half] * bool(row.half) + ["spare"] * row.spare)
+    where = f"{row.row}" if row.page is None else f"page {row.page}, row {row.row}"
+    return f"{where} ({notes})" if notes else where
 
 
 def _span(positions: range) -> str:

@@ -41,9 +41,9 @@ class FoldState(RememberingState):
 
     Attributes:
         rows: `fold`: fp32 `[num_slots, ring + 1, 3, head_dim]`, the running maximum, sum of weights and weighted sum after the
-            token, of which the last one is spare. `rows`: fp32 or bf16 `[num_slots, half rows, 2 * head_dim]`, the value and the
-            score of half a `kv_score` row as they came; first places of `ratio` lo rows (with overlap), then places of
-            `ratio - 1` hi or whole rows (of ratio 1 one row that nobody uses).
+            token; the last row is spare. `rows`: fp32 or bf16 `[num_slots, half rows, 2 * head_dim]`, the value and the score
+            of half a `kv_score` row as they came: first places of `ratio` lo rows each (with overlap), then places of
+            `ratio - 1` hi or whole rows (of ratio 1 of one row, which nobody uses).
         positions: int32. `fold`: `[num_slots, ring + 1]`, the position that each row stands for, -1 for none. `rows`:
             `[num_slots, places]`, the last position of the window whose rows, from its first one on, are in a place. `held`
             says it row by row.
@@ -111,9 +111,9 @@ class FoldState(RememberingState):
         Args:
             num_slots: how many sequences it can hold.
             max_new_tokens: longest step that must be rewindable to any position inside it (drafts + 1). Longer steps are
-                fine; they can be rewound to their start and, `fold`, to any of their last `max_new_tokens` positions, `rows`, to
-                any position of their last window. With `n + 2 * ratio` the last n positions of a sequence can be taken back,
-                however many steps they came in.
+                fine; they can be rewound to their start and, over fold rows, to any of their last `max_new_tokens` positions,
+                over input rows to any position of their last window. With `n + 2 * ratio`, over input rows, the last n
+                positions of a sequence can be taken back however many steps they came in, or how long these were.
             dtype: of the kept input rows, for specs that keep them (`kind == "rows"`): fp32 takes bf16 and fp32
                 `kv_score`, both exactly; bf16 takes bf16 only, in half the memory. Fold rows are always fp32.
             round_inputs: with bf16: takes fp32 `kv_score` as well, and rounds it to bf16, values and scores, before anything

@@ -248,6 +248,7 @@ class _Drawer:
         self.ratio, self.fold, self.window = shape.spec.ratio, shape.state == "fold", shape.state == "window"
         self.ring_pages = self._ring_pages() if shape.ring else 0
         both = (shape.spec, shape.other.spec) if shape.other else (shape.spec,)
+        self.rows = self.fold and any(state_kind(spec) == "rows" for spec in both if spec.gate)
         self.channels = sum(spec.channels for spec in both)
         self.most_steps = max(2, min(budget.steps, budget.rows // max(spec.window_rows for spec in both)))
 
@@ -317,7 +318,7 @@ class _Drawer:
                 ):  # raw rows stay until they are overwritten
                     at[b] = rng.randint(0, at[b])
                 new = self._new(at[b], lengths[b] - at[b], len(steps), mood)
-                kept = new if mood == "decode" else self._kept(new, len(steps))
+                kept = new if mood == "decode" else self._kept(at[b], new, len(steps))
                 parts.append((b, at[b], new, kept))
                 at[b] += kept
             waiting = [b for b, n in enumerate(lengths) if b not in chosen and at[b] < n]
@@ -337,8 +338,11 @@ class _Drawer:
         some = (1, rng.randint(1, 8), rng.randint(1, 8), rng.randint(1, left), to_end, to_end + 1, max(to_end - 1, 1), left)
         return min(rng.choice(some if at else (*some, left, rng.randint(1, left))), left)
 
-    def _kept(self, new: int, done: int) -> int:
-        """How many of them stay: any in a step that a `FoldState` can be rewound in, else its start or its last ones."""
+    def _kept(self, at: int, new: int, done: int) -> int:
+        """How many of them stay: any in a step that a `FoldState` can be rewound in, else its start or its last ones.
+
+        Of the last ones those of the last window, where a compressor of the case keeps input rows.
+        """
         rng, most = self.rng, self.shape.max_new_tokens
         if self.ring_pages and new + self.shape.spec.window_rows - 1 > self.ring_pages * self.shape.page_size:
             return new
@@ -346,6 +350,8 @@ class _Drawer:
             return new
         if not self.fold or new <= most:
             return rng.randint(0, new)
+        if self.rows:
+            most = min(most, (at + new - 1) % self.ratio + 1)
         return rng.choice((0, rng.randint(new - most, new)))
 
     def _step(self, parts: tuple[tuple[int, int, int, int], ...]) -> Step:

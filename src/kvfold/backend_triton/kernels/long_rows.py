@@ -57,7 +57,7 @@ def take_item(
         if is_kept(seq, window, SPEC):
             # All rows of a window of ratio 4, as a prompt waits for its last program; with snapshots, 4 would spill.
             COUNT: tl.constexpr = 4 if snaps.rows is None else 2
-            keep_window(live, tokens, seq, window, begin, stop, kept, SPEC, COUNT)
+            keep_window(live, tokens, seq, window, begin, stop, SPEC, COUNT)
         if snaps.rows is not None:
             snap = snap_of(sequence, snap_table, snaps, plan)
             snapshot_rows(live, tokens, window, begin, stop, snap, SPEC)

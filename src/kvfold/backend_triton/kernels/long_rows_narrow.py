@@ -56,11 +56,10 @@ def take_items(item, plan, one, HOW: tl.constexpr, SPEC: tl.constexpr, COUNT: tl
         tl.atomic_add(plan.errors, refused)
     seq = sequence_of(st, slot, start, end, SPEC)
     if is_kept(seq, window + COUNT - 1, SPEC):  # the last ones of a prompt
-        _held, kept = look_up(seq, SPEC)
         for one_of in range(0, COUNT):
             own = window + one_of
             begin = own * SPEC.RATIO
-            keep_window(live, tokens, seq, own, begin, begin + SPEC.RATIO, kept, SPEC, SPEC.RATIO)
+            keep_window(live, tokens, seq, own, begin, begin + SPEC.RATIO, SPEC, SPEC.RATIO)
 
 
 @triton.jit

@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 
 from .fold import ROWS_AT_ONCE, empty_group, fold_group, minus_zero, quotient, spread, widen
+from .places import hi_row, home_of, keep_tags, lo_row, look_up, places_to_keep
 from .record import bf16_bits, bf16_value
-from .places import hi_row, home_of, keep_tags, lo_row, places_to_keep
 from .tokens import gap, whole_row
 from .vectors import channels, scalar
 
@@ -231,12 +231,13 @@ def keep_row(copy, seq, i, wanted, lo_place, hi_place, SPEC: tl.constexpr):
 
 
 @triton.jit
-def keep_window(live, tokens, seq, window, begin, stop, kept, SPEC: tl.constexpr, COUNT: tl.constexpr):
+def keep_window(live, tokens, seq, window, begin, stop, SPEC: tl.constexpr, COUNT: tl.constexpr):
     """Keeps what the state wants of new positions `[begin, stop)` of a window; COUNT rows are loaded at once.
 
-    kept: of `find_history`.
+    Looks the history up itself: few windows are kept, and what was found before would take registers from all.
     """
     LENGTH: tl.constexpr = 2 * SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
+    _held, kept = look_up(seq, SPEC)
     lo_place, hi_place, lo_empty, hi_empty = places_to_keep(seq, window, home_of(seq, window, SPEC), kept, SPEC)
     keep_tags(seq, lo_place, hi_place, lo_empty, hi_empty, stop - 1, SPEC)
     if (lo_place >= 0) | (hi_place >= 0):

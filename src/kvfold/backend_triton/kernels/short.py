@@ -12,7 +12,7 @@ from .finish import emit, entry_address, slot_valid
 from .fold import empty_fold, fold_step, minus_zero, quotient, spread
 from .items import load_item
 from .pdl import load_plan, wait_for_inputs
-from .places import find_history, home_back, home_before, home_of, hi_home, keep_tags, load_tags, places_to_keep
+from .places import find_history, hi_home, home_back, home_before, home_of, keep_tags, load_tags, places_to_keep
 from .prefetch import prefetch_fold, prefetch_rows
 from .rows import keep_row, load_biases, load_rows, pool_window
 from .slots import check_history, keep_fold, load_history, place_at, retire_row, sequence_of
