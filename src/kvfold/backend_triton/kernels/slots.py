@@ -16,7 +16,9 @@ def sequence_of(st, slot, start, end, SPEC: tl.constexpr, c0=0):
     """The state of the sequence that has slot `slot` of `st`; its rows from channel `c0` on."""
     rows = st.rows + slot * st.stride + c0
     tags = st.tags + slot * st.pitch
-    return Sequence(rows, tags, st.ring, first_read(start, SPEC), start, end)
+    # By the item, of which each has tokens: else a loop over items has registers taken all the time by what follows from the ring.
+    ring = st.ring if SPEC.KIND == "fold" else tl.where(start < end, st.ring, 1)
+    return Sequence(rows, tags, ring, first_read(start, SPEC), start, end)
 
 
 @triton.jit
