@@ -47,11 +47,20 @@ def fold_state(case: Case, spec: kvfold.CompressorSpec, **options: object) -> kv
 
 
 def held_state(case: Case, spec: kvfold.CompressorSpec, start_pos: torch.Tensor) -> kvfold.FoldState:
-    """One in which every slot holds the last `ring` positions before its start, with finite rows."""
+    """One in which every slot holds what it would after decoding to its start, at home, with finite rows."""
     state = fold_state(case, spec, num_slots=start_pos.shape[0], device=start_pos.device)
     state.rows.normal_().abs_()
-    held = start_pos[:, None] - 1 - torch.arange(state.ring, dtype=torch.int32, device=start_pos.device)
-    state.positions.scatter_(1, held.remainder(state.ring).long(), held.clamp(min=-1))
+    last = start_pos[:, None] - 1
+    if state.kind == "fold":
+        held = last - torch.arange(state.ring, dtype=torch.int32, device=start_pos.device)
+        state.positions.scatter_(1, held.remainder(state.ring).long(), held.clamp(min=-1))
+        return state
+    first = 0
+    for places in filter(None, state.places):
+        window = last // spec.ratio - torch.arange(places, dtype=torch.int32, device=start_pos.device)
+        tags = torch.minimum(last, (window + 1) * spec.ratio - 1).where((window >= 0) & (last >= 0), -1)
+        state.positions[:, first : first + places].scatter_(1, window.remainder(places).long(), tags)
+        first += places
     return state
 
 

@@ -48,7 +48,7 @@ def compress(
             rows `K`. The last dimension is contiguous, the row stride of each free. Rows behind the last sequence are not read.
         plan: of this step, for `spec.ratio`, with state slots for a `FoldState` or a `MeanState` and block tables for a
             `WindowState`; with either or neither where there is no state.
-        state: mutated. `FoldState`: the rows of the step's last `state.ring` positions. `MeanState`: the row of each sequence
+        state: mutated. `FoldState`: what a later step may read. `MeanState`: the row of each sequence
             that ends inside of a window, or its banks; the step must start where the last one ended. `WindowState`: the rows of
             all its positions. One call at a time may use a state object; to use pools on two streams at once, wrap them twice.
             None if and only if `spec.gate` is false.

@@ -136,10 +136,10 @@ def v41_cases(new: int, mode: str, batch: int = 4) -> dict[int, Case]:
 
 
 def test_bytes_of_a_layer_of_v41() -> None:
-    """Ratio 2, 16 sequences at 9: one token that ends window 4. Its old row is the state's, in bf16, or the ring's, in fp32."""
+    """Ratio 2, 16 sequences at 9: one token that ends window 4. Its old row is the state's, in bf16, which keeps no last one, or the ring's."""
     case = v41_cases(1, "hit", 16)[2]
     plan, entry = 4 + 16 * 32 + 16 * 8, 528 + 512 * 2
-    for state, old, new in (("fold", 2 * 512 * 2 + 4, 2 * 512 * 2 + 4), ("ring", 2 * 512 * 4 + 2 * 4, 2 * 512 * 4)):
+    for state, old, new in (("fold", 2 * 512 * 2 + 4, 4), ("ring", 2 * 512 * 4 + 2 * 4, 2 * 512 * 4)):
         compress, key = v41.traffic(case, state)
         assert compress == (plan + 512 * 4 + 64 * 4 + 16 * (2 * 512 * 2 + old), 16 * (new + entry))
         assert key == (plan + 128 * 4 + 64 * 4 + 16 * 128 * 2, 16 * (64 + 4))

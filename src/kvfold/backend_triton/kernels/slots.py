@@ -16,7 +16,7 @@ def sequence_of(st, slot, start, end, SPEC: tl.constexpr, c0=0):
     """The state of the sequence that has slot `slot` of `st`; its rows from channel `c0` on."""
     rows = st.rows + slot * st.stride + c0
     tags = st.tags + slot * st.pitch
-    # By the item, of which each has tokens: else a loop over items has registers taken all the time by what follows from the ring.
+    # By the item, which has tokens: else what follows from the ring takes registers all through a loop over items.
     ring = st.ring if SPEC.KIND == "fold" else tl.where(start < end, st.ring, 1)
     return Sequence(rows, tags, ring, first_read(start, SPEC), start, end)
 
