@@ -157,7 +157,7 @@ def test_without_a_cache(backend: Backend, without: tuple[int, ...]) -> None:
     assert two.errors == 0
     for i, engine in enumerate(two.together):
         assert torch.equal(engine.cache.storage, before[i]) == (i in without)
-        assert set(engine.state.history_of(9)) <= set(engine.held(2, 9))
+        assert engine.needed(9) <= set(engine.held(2, 9))
 
 
 @pytest.mark.parametrize("name", PAIRS)

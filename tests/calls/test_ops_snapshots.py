@@ -93,7 +93,7 @@ class Prefixes(torch.nn.Module):
         assert int(self.errors) == 5 and not any(int(plan.errors) for plan in self.plans)
         for state, snapshots in zip(self.states, self.snapshots, strict=True):
             assert snapshots.positions[[0, PAGES]].eq(torch.tensor([*state.history_of(8)], device=state.device)).all()
-            assert {x for x in state.positions[2].tolist() if x >= 0} == set(state.history_of(16))
+            assert {x for x in state.held()[2].tolist() if x >= 0} == set(state.history_of(16))
             assert (state.positions[3] == -1).all()
         assert all(cache.storage[:2].any() for cache in self.caches)
 

@@ -46,12 +46,14 @@ class Runs:
         whole.step([(0, 0, self.tokens)])
         self.records = whole.records(0, length // self.spec.ratio)
         self.rows = whole.held(0, length)
-        assert sorted(self.rows) == [x for x in range(length) if self.kept(whole, x)]
+        assert set(self.rows) == set().union(*(self.kept(whole, x) for x in range(length)))
 
     @staticmethod
-    def kept(engine: Engine, position: int) -> bool:
-        """Whether a position has a state row: nobody resumes from the fold row of a window's last position."""
-        return engine.state.kind == "rows" or (position + 1) % engine.spec.ratio != 0
+    def kept(engine: Engine, position: int) -> set:
+        """The state rows of a position: nobody reads the fold row, or the hi or whole row, of a window's last position."""
+        own = {position} if engine.state.kind == "fold" else {("hi", position)}
+        own = own if (position + 1) % engine.spec.ratio else set()
+        return own | ({("lo", position)} if engine.spec.overlap else set())
 
     def engine(self, num_slots: int, max_new_tokens: int = 8) -> Engine:
         return Engine(
@@ -70,8 +72,8 @@ class Runs:
         differing = (engine.records(slot, windows) != self.records[:windows]).any(dim=1).nonzero().flatten().tolist()
         assert not differing, f"slot {slot} at {end}: entries {differing} differ"
         held = engine.held(slot, end)
-        assert set(engine.state.history_of(end)) <= set(held), f"slot {slot} at {end}: cannot go on"
-        assert end - 1 in held or not self.kept(engine, end - 1)
+        assert engine.needed(end) <= set(held), f"slot {slot} at {end}: cannot go on"
+        assert self.kept(engine, end - 1) <= set(held)
         for position, row in held.items():
             assert torch.equal(row, self.rows[position]), f"slot {slot} at {end}: row of position {position} differs"
 

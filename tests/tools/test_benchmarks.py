@@ -136,7 +136,7 @@ def v41_cases(new: int, mode: str, batch: int = 4) -> dict[int, Case]:
 
 
 def test_bytes_of_a_layer_of_v41() -> None:
-    """Ratio 2, 16 sequences at 9: one token that ends window 4. Its old row is the state's, in bf16, which keeps no last one, or the ring's."""
+    """Ratio 2, 16 sequences at 9: one token, whose row a state need not keep, ends window 4. Rows of a ring are fp32."""
     case = v41_cases(1, "hit", 16)[2]
     plan, entry = 4 + 16 * 32 + 16 * 8, 528 + 512 * 2
     for state, old, new in (("fold", 2 * 512 * 2 + 4, 4), ("ring", 2 * 512 * 4 + 2 * 4, 2 * 512 * 4)):
