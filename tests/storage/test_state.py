@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -223,6 +225,23 @@ def test_what_the_state_rules_promise(name: str, drawn: tuple[int, list], data: 
             for held in simulator.slots[slot]:
                 for back, token in enumerate(reversed(held.tokens) if held is not None and held.position < end else ()):
                     assert torch.equal(token, true[slot][held.position - back])
+
+
+@pytest.mark.parametrize("name", [name for name in STATE_SPECS if not name.startswith("fold")])
+def test_a_larger_state_goes_back_over_several_steps(name: str) -> None:
+    """Made for n + 2 * ratio tokens, input rows hold what any of the last n positions needs, however the steps were."""
+    spec = STATE_SPECS[name]
+    for seed, n in enumerate((1, 2, 5, 9)):
+        simulator = Simulator(spec, 1, n + 2 * spec.ratio, Weights.make(spec).ape)
+        draw, at, furthest = random.Random(seed), 0, 0
+        for _ in range(60):
+            new = draw.choice((1, draw.randint(1, n), draw.randint(1, 9 * spec.ratio)))
+            assert simulator.step(0, at, torch.zeros(new, 2 * spec.channels)) is not None
+            end = at + new
+            furthest = max(furthest, end)
+            starts = range(max(furthest - n, 0), end + 1)
+            assert all(simulator.can_start(0, x) for x in starts), f"{at} to {end}, furthest {furthest}"
+            at = draw.choice(starts)
 
 
 def rewindable(history: History, slot: int) -> list[int]:
