@@ -8,7 +8,7 @@ fetched, so every address is inside the tensors given.
 import triton
 import triton.language as tl
 
-from .places import hi_home, hi_row, home_before, lo_row
+from .places import hi_home, hi_row, home_before, lo_places, lo_row
 from .tokens import gap
 
 
@@ -84,6 +84,9 @@ def prefetch_rows(live, tokens, seq, window, begin, stop, home, ends, SPEC: tl.c
     part = (tl.where(j < SPEC.RATIO * SPEC.OVERLAP, lo, hi) + j) * 2 + (e // LINES) % 2
     at = seq.rows.to(tl.int64, bitcast=True) + part.to(tl.int64) * (SPEC.HEAD_DIM * BYTES) + (e % LINES) * 128
     prefetch_lines(at, ends & (x >= 0) & (x < seq.start) & (j < SPEC.RATIO * (1 + SPEC.OVERLAP)))
+    first = seq.tags.to(tl.int64, bitcast=True)
+    e = tl.arange(0, 2)  # all tags of a state for 4 drafts, and half of one for 12
+    prefetch_lines(first + e * 128, e * 32 < lo_places(seq, SPEC) + 2 * seq.ring)
     prefetch_tokens(live, tokens, begin, stop, NEW, CHANNELS)
 
 

@@ -40,7 +40,8 @@ def last_home(seq):
 @triton.jit
 def load_history(seq, last):
     """What the tags say of the last position before the step. last: of `last_home`."""
-    return History(tl.load(seq.tags + last), tl.load(seq.tags + seq.ring))
+    spare = tl.load(seq.tags + seq.ring)
+    return History(tl.load(seq.tags + last), spare)
 
 
 @triton.jit
