@@ -48,8 +48,8 @@ def compress(
         norm_weight: fp32 or bf16 `[head_dim]`.
         rope: fp32 `[max_pos, rope_dim]`, cosines then sines, with a row for the first token of every window that a sequence may
             have; no gradient. Not read with `rope_dim` 0.
-        round_rows: whether pooled rows are rounded to bf16 before the norm, as trainers do. Default: where kv_score is bf16; with
-            `fake_quant` as the format says. Of fp32 without `fake_quant` nothing is rounded.
+        round_rows: whether pooled rows are rounded to bf16 before the norm, as trainers do. Default: where kv_score is bf16;
+            with `fake_quant` as the format says. Of fp32 without `fake_quant` nothing is rounded.
         out_dtype: bf16 or fp32, of entries and latents. Default: that of kv_score.
         fake_quant: a record format, or its name: entries become what an attention kernel reads of their records.
         cache_scale: fp32 `[1]`, the scale of the cache that `fake_quant` stands for, where the format takes one; None for 1.
@@ -57,9 +57,9 @@ def compress(
         backend: as for `kvfold.compress`.
 
     Returns:
-        Entries `[T // ratio, head_dim]`, in the order of `packing.cu_entries`, zeros behind the last one. With `latent` also the
-        same rows behind RMSNorm and before RoPE. Both depend on all inputs in the eyes of autograd, even where they are empty.
-        Roundings and quantization pass gradients as they are.
+        Entries `[T // ratio, head_dim]`, in the order of `packing.cu_entries`, zeros behind the last one. With `latent` also
+        the same rows behind RMSNorm and before RoPE. Both depend on all inputs in the eyes of autograd, also where they are
+        empty. Roundings and quantization pass gradients as they are.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -142,7 +142,7 @@ def compress_backward(
     """The gradients of a `compress_forward` with these arguments.
 
     Args:
-        d_entries: `[T // ratio, head_dim]` in `out_dtype`, the gradient of the entries. That of rows without an entry is not read.
+        d_entries: `[T // ratio, head_dim]` in `out_dtype`, the gradient of the entries; rows without one are not read.
         kept: `Entries.kept` of the forward.
         d_latent: likewise of latents, if the forward gave any.
         kv_score, packing, spec, ape, norm_weight, rope, round_rows, out_dtype, fake_quant, backend: as the forward had them.

@@ -105,7 +105,9 @@ def check_rest(
     check_eager("kv_score")
     check_tensor("packing.pieces", x.pieces, (None, 4), (torch.int32,), value.device)
     if x.pieces.shape[0] < value.shape[0] // spec.ratio:
-        raise ValueError(f"packing must have a piece for each of {value.shape[0] // spec.ratio} entries, got {x.pieces.shape[0]}")
+        raise ValueError(
+            f"packing must have a piece for each of {value.shape[0] // spec.ratio} entries, got {x.pieces.shape[0]}"
+        )
     own = (torch.float64,) if exact else (torch.float32,)
     if (x.ape is None) == spec.has_ape:
         raise TypeError(f"ape must be given exactly when spec.has_ape, which is {spec.has_ape}")

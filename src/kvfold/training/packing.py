@@ -35,9 +35,7 @@ class Packing:
     cu_entries: torch.Tensor
     pieces: torch.Tensor
 
-    def __init__(
-        self, tokens: int, ratio: int, max_seqlen: int, cu_entries: torch.Tensor, pieces: torch.Tensor
-    ) -> None:
+    def __init__(self, tokens: int, ratio: int, max_seqlen: int, cu_entries: torch.Tensor, pieces: torch.Tensor) -> None:
         self.tokens, self.ratio, self.capacity, self.max_seqlen = tokens, ratio, tokens // ratio, max_seqlen
         self.cu_entries, self.pieces = cu_entries, pieces
 

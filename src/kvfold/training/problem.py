@@ -75,7 +75,8 @@ class Entries(NamedTuple):
 
     entries: `[capacity, head_dim]` in `out_dtype`. latent: the same before RoPE; without `latent=True` an empty tensor.
     kept: what the backward takes besides the inputs, fp32: `[3, capacity, head_dim]`, the largest score, the inverse of the
-    sum of weights and the pooled row of each channel; of windows of up to 8 tokens an empty tensor.
+    sum of weights and the pooled row of each channel, zeros where there is no entry; of windows of up to 8 tokens an empty
+    tensor.
     """
 
     entries: torch.Tensor

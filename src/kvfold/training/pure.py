@@ -1,4 +1,4 @@
-"""The torch backend of training: any device and fp64 too, vectorized over entries. It is what the kernels are to be read beside.
+"""The torch backend of training: any device, fp64 too, vectorized over entries. Kernels are to be read beside it.
 
 Nothing here is differentiated by torch: the gradient is written out, and `gradcheck` compares it with differences.
 """
@@ -40,7 +40,7 @@ def forward_torch(x: Inputs, how: How) -> Entries:
     spec, capacity = how.spec, how.capacity(x)
     there, position = _places(x, spec, capacity)
     m, inverse, y = pool(x, how)
-    kept = torch.stack([m, inverse, y]) if how.keeps else y.new_empty(0)
+    kept = torch.where(there, torch.stack([m, inverse, y]), 0.0) if how.keeps else y.new_empty(0)
     normed = norm(y, spec, x.norm_weight, how.record)
     latent = _narrow(torch.where(there, normed, 0.0), how.out_dtype) if how.latent else y.new_empty(0, dtype=how.out_dtype)
     done = turn(normed, spec, x.rope, position, how.record)

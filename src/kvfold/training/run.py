@@ -23,9 +23,7 @@ def forward(x: Inputs, how: How) -> Entries:
 
 
 @torch.no_grad()
-def backward(
-    x: Inputs, how: How, kept: torch.Tensor, d_entries: torch.Tensor, d_latent: torch.Tensor | None
-) -> Gradients:
+def backward(x: Inputs, how: How, kept: torch.Tensor, d_entries: torch.Tensor, d_latent: torch.Tensor | None) -> Gradients:
     """d_entries, d_latent: contiguous, in `how.out_dtype`."""
     if how.backend == "torch":
         return backward_torch(x, how, kept, d_entries, d_latent)

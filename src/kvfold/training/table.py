@@ -1,7 +1,7 @@
 """How each kernel of training is launched: the one table of it.
 
-Only `groups` changes a bit, and only of the gradients of ape and norm_weight: they are sums over windows, which each group makes
-of its own. It follows the spec and the number of entries that a packing has room for, never the GPU.
+Only `groups` changes a bit, and `rows` of `"sum"`, of the gradients of ape and norm_weight alone: they are sums over windows,
+which each group makes of its own. It follows the spec and the number of entries that a packing has room for, never the GPU.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ class Config:
     """A row of the table. It serves a kernel for what is inside its bounds; of several rows, the first one.
 
     Attributes:
-        kernel: `"forward"`; `"again"`, the whole backward of windows that are folded again; `"finish"`, `"spread"`, the backward
-            of windows whose fold was kept, in two launches; `"sum"`, of the groups' sums.
+        kernel: `"forward"`; `"again"`, the whole backward of windows that are folded again; `"finish"`, `"spread"`, the
+            backward of windows whose fold was kept, in two launches; `"sum"`, of the groups' sums.
         head_dims: narrowest and widest entry.
         window_rows: fewest and most tokens per entry.
         entries: most rows of entries.

@@ -71,7 +71,14 @@ def forward_variant(key: TrainingKey) -> Variant:
 
 
 def again_variant(key: TrainingKey) -> Variant:
-    arguments = types_of(Pieces), _tokens(key), *_finish(key), _incoming(key)._replace(pooled=None), _gradients(key), _parts(key)
+    arguments = (
+        types_of(Pieces),
+        _tokens(key),
+        *_finish(key),
+        _incoming(key)._replace(pooled=None),
+        _gradients(key),
+        _parts(key),
+    )
     return _variant(key, arguments, Schedule(), FMT=format_of(key.record, key.spec), HOLD=key.config.hold)
 
 
@@ -123,7 +130,9 @@ def _variant(key: TrainingKey, arguments: tuple, how: Schedule, **constants: Any
     spec = replace(spec_of(key.spec), OVERLAP=int(key.spec.overlap), KIND=_kind(key.spec))
     constants |= {"HOW": how, "SPEC": spec}
     config = key.config
-    return Variant(f"train_{config.kernel}", tuple(flat(arguments)), tuple(constants.items()), config.num_warps, config.registers)
+    return Variant(
+        f"train_{config.kernel}", tuple(flat(arguments)), tuple(constants.items()), config.num_warps, config.registers
+    )
 
 
 def _kind(spec: CompressorSpec) -> str:

@@ -1,4 +1,4 @@
-"""Entries of packed sequences: a program for each, which folds its window as `compress` does and finishes it with the same code."""
+"""Entries of packed sequences: a program for each, which folds its window as `compress` does and finishes it likewise."""
 
 import triton
 import triton.language as tl
@@ -10,7 +10,7 @@ from ...backend_triton.kernels.long_fold import fold_stretches
 from ...backend_triton.kernels.pdl import wait_for_inputs
 from ...backend_triton.kernels.record import load_scale, store_record
 from ...backend_triton.kernels.rows import fold_part, load_live, load_window
-from ...backend_triton.kernels.tokens import tokens_from
+from ...backend_triton.kernels.tokens import apart_from
 from ..args import Kept, Pieces
 from .tokens import load_piece
 
@@ -20,8 +20,7 @@ def fold_window(tokens, piece, HOW: tl.constexpr, SPEC: tl.constexpr):
     """The fold of a window, token by token."""
     none = piece.token * 0
     live = tokens.kv_score + piece.token.to(tl.int64) * tokens.stride + tl.arange(0, SPEC.HEAD_DIM)
-    apart = tokens_from(tokens, piece.token).apart
-    mine = Opened(live, apart, none, none, none, none, none, none, none, none, none)
+    mine = Opened(live, apart_from(tokens, piece.token), none, none, none, none, none, none, none, none, none)
     m, l, a = empty_fold(SPEC.HEAD_DIM)
     ms, ls, as_, _behind = fold_stretches(
         (m,), (l,), (a,), (mine,), none, none + SPEC.RATIO // HOW.AHEAD, 0, tokens, HOW, SPEC
@@ -38,7 +37,7 @@ def fold_rows(tokens, piece, HOW: tl.constexpr, SPEC: tl.constexpr):
     none = piece.token * 0
     first = piece.token - piece.window * SPEC.RATIO
     live = tokens.kv_score + first.to(tl.int64) * tokens.stride
-    own = tokens_from(tokens, first)
+    own = Tokens(tokens.kv_score, tokens.stride, tokens.count, tokens.ape, apart_from(tokens, first), tokens.skew)
     seq = Sequence(tokens.kv_score, tokens.kv_score, none, none, none, none)  # of which only the dtype is looked at
     m, l, a = empty_group(SPEC.HEAD_DIM)
     if ROWS == AHEAD:
@@ -55,6 +54,14 @@ def fold_rows(tokens, piece, HOW: tl.constexpr, SPEC: tl.constexpr):
             ks, ss = load_window(live, own, seq, piece.window, None, j0, "live", SPEC, AHEAD, HOW.TARGET.BF16_CONVERSION)
             m, l, a = fold_part(m, l, a, ks, ss, tokens.ape, None, j0, False, SPEC, AHEAD)
     return m, l, a
+
+
+@triton.jit
+def keep(kept, slot, m, inverse, y, SPEC: tl.constexpr):
+    at = kept.rows + slot * SPEC.HEAD_DIM + tl.arange(0, SPEC.HEAD_DIM)
+    tl.store(at, m)
+    tl.store(at + kept.plane, inverse)
+    tl.store(at + 2 * kept.plane, y)
 
 
 @triton.jit
@@ -88,14 +95,13 @@ def train_forward_kernel(
                 m, l, a = fold_rows(tokens, piece, HOW, SPEC)
             y = quotient(a, l, HOW.TARGET.FAST_DIVISION)
             if kept.rows is not None:
-                at = kept.rows + slot * SPEC.HEAD_DIM + c
-                tl.store(at, m)
-                tl.store(at + kept.plane, tl.div_rn(1.0, l))
-                tl.store(at + 2 * kept.plane, y)
+                keep(kept, slot, m, tl.div_rn(1.0, l), y, SPEC)
         weight, cos, sin = load_finish(piece.window * SPEC.RATIO, output, SPEC)
         emit(y, n, slot, weight, cos, sin, output, SPEC, FMT, HOW.TARGET)
     else:
         nothing = tl.zeros((SPEC.HEAD_DIM,), tl.float32)
         store_record(nothing, slot, load_scale(output), output, SPEC, FMT, HOW.TARGET)
+        if kept.rows is not None:
+            keep(kept, slot, nothing, nothing, nothing, SPEC)
         if output.latent is not None:
             store_row(output.latent, nothing, n, None, SPEC.HEAD_DIM, HOW.TARGET, 1)

@@ -1,4 +1,4 @@
-"""The backward of long windows, whose fold the forward kept: gradients of pooled rows first, then of tokens, element by element."""
+"""The backward of long windows, whose fold the forward kept: gradients of pooled rows, then of tokens, element by element."""
 
 import triton
 import triton.language as tl

@@ -14,7 +14,9 @@ def sum_columns(parts, width, out, c, GROUPS: tl.constexpr, TILE: tl.constexpr, 
     inside = c < width
     sums = tl.zeros((TILE, COLUMNS), tl.float32)
     for first in tl.static_range(0, GROUPS, TILE):
-        mask = tl.broadcast_to((first + g < GROUPS)[:, None], (TILE, COLUMNS)) & tl.broadcast_to(inside[None, :], (TILE, COLUMNS))
+        mask = tl.broadcast_to((first + g < GROUPS)[:, None], (TILE, COLUMNS)) & tl.broadcast_to(
+            inside[None, :], (TILE, COLUMNS)
+        )
         sums += tl.load(parts + (first + g)[:, None].to(tl.int64) * width + c[None, :], mask=mask, other=0.0)
     for i in tl.static_range(LOG2_TILE):
         sums = tl.sum(tl.reshape(sums, (TILE >> (i + 1), 2, COLUMNS)), axis=1)
