@@ -30,11 +30,12 @@ from kvfold.backend_triton.variants import variant_of
 from kvfold.precompile.combinations import TARGETS
 from kvfold.storage.fold_state import state_kind
 from kvfold.storage.formats import FORMATS
+from kvfold.training.launch import keys_of as training_keys
 
 from ..lib import protocol, v41
 from ..lib.floor import PAGE_SIZE
 from ..lib.protocol import Case, Variant
-from . import decode, launches, metadata, overhead, prefill, store
+from . import decode, launches, metadata, overhead, prefill, store, training
 from .v41 import name_of
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -108,6 +109,9 @@ def keys(only: str = "") -> list[Key]:
     for spec in (kvfold.V4_HCA, kvfold.V4_CSA):
         found[f"launches store r{spec.ratio}"] = store_key(spec, FORMATS[launches.FORMAT], (FP32, FP32))
     found |= engine_keys()
+    for case in training.cases():
+        made = training_keys(training.plain_how(case), (BF16, False, FP32), case.capacity)
+        found |= {f"{case.name} {kernel}": key for kernel, key in made.items()}
     return list(dict.fromkeys(key for name, key in found.items() if any(words in name for words in only.split(","))))
 
 
