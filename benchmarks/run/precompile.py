@@ -92,7 +92,7 @@ def engine_keys() -> dict[str, Key]:
 
 
 def keys(only: str = "") -> list[Key]:
-    """Of the calls that `decode`, `prefill`, `launches`, `window_reduction` and those of an engine make, by what needs them.
+    """Of the calls that `decode`, `prefill`, `launches`, `training` and those of an engine make, by what needs them.
 
     only: rows whose name has one of these, separated by commas, in it.
     """
