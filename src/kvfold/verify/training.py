@@ -12,7 +12,7 @@ from ..testing.engine import Engine, prefill
 from ..training import Gradients, Packing, compress_backward, compress_forward
 from .case import Mismatch
 
-EXACT, ROUNDED = 1e-6, 2e-3  # of fp32, and of gradients in bf16 (tests/training/test_gradients.py)
+EXACT, ROUNDED = 1e-6, 2e-3  # of fp32, and of gradients in bf16 (tests/training/test_training_gradients.py)
 
 
 def check_training(engine: Engine) -> str:
