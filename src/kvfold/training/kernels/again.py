@@ -28,9 +28,10 @@ def opaque(x, INLINE_PTX: tl.constexpr):
 
 
 @triton.jit
-def spread_window(ks, ss, biases, m, y, dy, sums, piece, gradients, SPEC: tl.constexpr, TARGET: tl.constexpr):
+def spread_window(ks, ss, ape, held, m, y, dy, sums, piece, gradients, SPEC: tl.constexpr, TARGET: tl.constexpr):
     """Writes the gradients of a window's tokens; returns `sums` with those of its scores, row by row.
 
+    held: ape of all rows; None: each row's is read when it is its turn, as all of them would fill a quarter of the registers.
     dy: of the pooled row, divided by the sum of weights.
     """
     CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
@@ -43,7 +44,11 @@ def spread_window(ks, ss, biases, m, y, dy, sums, piece, gradients, SPEC: tl.con
         half = 0 if j < BEFORE else SPEC.OVERLAP * SPEC.HEAD_DIM
         mask = there if j < BEFORE else None
         k = widen(opaque(ks[j], TARGET.INLINE_PTX))
-        s = widen(opaque(ss[j], TARGET.INLINE_PTX)) + biases[j]
+        s = widen(opaque(ss[j], TARGET.INLINE_PTX))
+        if held is None:
+            s += load_biases(ape, j, None, SPEC, 1)[0]
+        else:
+            s += held[j]
         dk = tl.exp2((s - m) * LOG2_E) * dy
         ds = dk * (k - y)
         put(to + half, dk, mask, TARGET.BF16_CONVERSION)
@@ -116,10 +121,7 @@ def train_again_kernel(
                 y = quotient(a, l, HOW.TARGET.FAST_DIVISION)
                 dy, share = pull_back(g, g_latent, y, piece.window, output, SPEC, FMT, HOW.TARGET)
                 dy = quotient(dy, l, HOW.TARGET.FAST_DIVISION)
-                biases = held
-                if not HOLD:
-                    biases = load_biases(tokens.ape, 0, None, SPEC, ROWS)
-                sums = spread_window(ks, ss, biases, m, y, dy, sums, piece, gradients, SPEC, HOW.TARGET)
+                sums = spread_window(ks, ss, tokens.ape, held, m, y, dy, sums, piece, gradients, SPEC, HOW.TARGET)
                 if SPEC.OVERLAP and piece.rest != 0:
                     put_no_lo(piece, gradients, SPEC)
             shares += share
