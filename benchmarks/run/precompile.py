@@ -30,7 +30,6 @@ from kvfold.backend_triton.variants import variant_of
 from kvfold.precompile.combinations import TARGETS
 from kvfold.storage.fold_state import state_kind
 from kvfold.storage.formats import FORMATS
-from kvfold.training.launch import keys_of as training_keys
 
 from ..lib import protocol, v41
 from ..lib.floor import PAGE_SIZE
@@ -110,8 +109,10 @@ def keys(only: str = "") -> list[Key]:
         found[f"launches store r{spec.ratio}"] = store_key(spec, FORMATS[launches.FORMAT], (FP32, FP32))
     found |= engine_keys()
     for case in training.cases():
-        made = training_keys(training.plain_how(case), (BF16, False, FP32), case.capacity)
-        found |= {f"{case.name} {kernel}": key for kernel, key in made.items()}
+        found |= {f"{case.name} {kernel}": key for kernel, key in training.keys_of(case).items()}
+        if "sweep" in only:  # what `training --sweep` times, and nobody else
+            for kernel, told, _ in training.other_rows(case):
+                found |= {f"sweep {case.name} {kernel} {told}: {name}": key for name, key in training.keys_of(case).items()}
     return list(dict.fromkeys(key for name, key in found.items() if any(words in name for words in only.split(","))))
 
 

@@ -4,12 +4,12 @@ python -m benchmarks.run.training --out benchmarks/results/training.jsonl [--onl
 
 kv_score and the gradients of entries are bf16, ape and norm_weight fp32, pooled rows are rounded. Each buffer set has inputs
 and results of its own, so all is cold. `host` is an eager forward and backward through autograd; `memory` is what such a step
-has allocated at most beyond inputs, entries and gradients. --sweep: other rows of the table for each kernel, one at a time.
+has allocated at most beyond inputs, entries and gradients. --sweep: other rows of the table, one kernel at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -18,6 +18,7 @@ import torch
 
 import kvfold
 from kvfold.training import Packing, compress, compress_backward, compress_forward, launch, table
+from kvfold.training.variants import TrainingKey
 
 from ..lib import protocol
 from ..lib.table import show
@@ -26,18 +27,21 @@ from .overhead import host_us
 DEVICE = "cuda"
 VARIANTS = ("fwd", "bwd", "both")
 BF16 = torch.bfloat16
-# What was tried beside the rows of the table: by kernel, values of their fields.
-SWEEP: dict[str, dict[str, tuple]] = {
-    "forward": {"num_warps": (1, 2, 4, 8), "registers": (0, 64, 128), "ahead": (4, 8, 16)},
-    "again": {
-        "num_warps": (1, 2, 4, 8),
-        "registers": (0, 128, 168),
-        "groups": (128, 256, 384, 512, 1024),
-        "hold": (False, True),
-    },
-    "finish": {"num_warps": (2, 4), "groups": (64, 128, 256, 512)},
-    "spread": {"num_warps": (2, 4, 8), "rows": (2, 4, 8, 16), "columns": (128, 256, 512), "groups": (8, 16, 32, 64)},
-    "sum": {"num_warps": (2, 4, 8), "columns": (16, 32, 64)},
+# What is tried beside the rows of the table, for each kernel: fields that change together.
+SWEEP: dict[str, tuple[dict[str, int], ...]] = {
+    "forward": tuple({"num_warps": w, "registers": r, "ahead": a} for w in (2, 4, 8) for r in (0, 64, 128) for a in (4, 8, 16)),
+    "again": (
+        *({"num_warps": w, "registers": r} for w, r in ((1, 0), (1, 128), (2, 0), (2, 80), (4, 0), (4, 128), (8, 0), (8, 96))),
+        *({"groups": g} for g in (128, 256, 384, 512, 768, 1024, 2048)),
+        {"hold": 1},
+    ),
+    "finish": tuple({"num_warps": w, "groups": g} for w in (2, 4) for g in (64, 128, 256, 512)),
+    "spread": (
+        *({"rows": r, "num_warps": w} for r, w in ((2, 2), (2, 4), (4, 4), (4, 8), (8, 4), (8, 8), (16, 8))),
+        *({"columns": c, "num_warps": w} for c, w in ((128, 1), (128, 2), (256, 2), (256, 4), (512, 4))),
+        *({"groups": g} for g in (8, 16, 20, 32, 64)),
+    ),
+    "sum": tuple({"num_warps": w, "columns": c} for w in (2, 4, 8) for c in (16, 32, 64)),
 }
 
 
@@ -146,36 +150,41 @@ def memory_mb(case: Case) -> float:
     return (torch.cuda.max_memory_allocated() - before - results) / 2**20
 
 
-def sweep(case: Case) -> list[tuple[str, float]]:
-    """Times of the half of a call that a row belongs to, with one field of it changed."""
-    found = []
-    for kernel, fields in SWEEP.items():
-        if kernel not in launch.keys_of(plain_how(case), (BF16, False, torch.float32), case.capacity):
-            continue
+def other_rows(case: Case) -> Iterator[tuple[str, str, bool]]:
+    """The kernel and what changes, with the table changed meanwhile; and whether it is as it was."""
+    for kernel in keys_of(case):
         config = table.choose(kernel, case.spec, case.capacity)
+        for fields in SWEEP[kernel]:
+            changed = replace(config, **fields)
+            with_row(changed)
+            try:
+                yield kernel, " ".join(f"{name}={value}" for name, value in fields.items()), changed == config
+            finally:
+                without_rows()
+
+
+def sweep(case: Case) -> list[tuple[str, float]]:
+    """Times of the half of a call that a row belongs to, with fields of it changed."""
+    found = []
+    for kernel, told, as_it_is in other_rows(case):
         variant = "fwd" if kernel == "forward" else "bwd"
-        for field, values in fields.items():
-            for value in values:
-                changed = replace(config, **{field: value})
-                with_row(changed)
-                try:
-                    us = device_us(case, (variant,))[variant]
-                except Exception as error:  # a row that does not compile or does not fit is no reason to stop
-                    print(f"{case.name} {kernel} {field}={value}: {type(error).__name__}", flush=True)
-                    continue
-                finally:
-                    without_rows()
-                mark = " (as it is)" if changed == config else ""
-                print(f"{case.name} {kernel} {field}={value}{mark} {variant} {us:.2f} us", flush=True)
-                found.append((f"{variant} {kernel} {field}={value}", us))
+        try:
+            us = device_us(case, (variant,))[variant]
+        except Exception as error:  # a row that does not compile or does not fit is no reason to stop
+            print(f"{case.name} {kernel} {told}: {type(error).__name__}", flush=True)
+            continue
+        print(f"{case.name} {kernel} {told}{' (as it is)' * as_it_is} {variant} {us:.2f} us", flush=True)
+        found.append((f"{variant} {kernel} {told}", us))
     return found
 
 
+def keys_of(case: Case) -> dict[str, TrainingKey]:
+    """Of each launch of a step, by its kernel."""
+    how = launch.How(case.spec, True, BF16, None, False, "")
+    return launch.keys_of(how, (BF16, False, torch.float32), case.capacity)
+
+
 _CONFIGS = table.CONFIGS
-
-
-def plain_how(case: Case) -> launch.How:
-    return launch.How(case.spec, True, BF16, None, False, "")
 
 
 def with_row(config: table.Config) -> None:
