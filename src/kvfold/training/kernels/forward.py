@@ -46,12 +46,12 @@ def fold_rows(tokens, piece, HOW: tl.constexpr, SPEC: tl.constexpr):
             m, l, a = fold_part(m, l, a, ks, ss, tokens.ape, None, 0, True, SPEC, AHEAD)
         else:
             wide_ks, wide_ss = load_window(
-                live, own, seq, piece.window, None, 0, "live", SPEC, AHEAD, HOW.TARGET.BF16_CONVERSION
+                live, own, seq, piece.window, None, None, 0, "live", SPEC, AHEAD, HOW.TARGET.BF16_CONVERSION
             )  # fmt: skip
             m, l, a = fold_part(m, l, a, wide_ks, wide_ss, tokens.ape, None, 0, True, SPEC, AHEAD)
     else:
         for j0 in range(0, ROWS, AHEAD):
-            ks, ss = load_window(live, own, seq, piece.window, None, j0, "live", SPEC, AHEAD, HOW.TARGET.BF16_CONVERSION)
+            ks, ss = load_window(live, own, seq, piece.window, None, None, j0, "live", SPEC, AHEAD, HOW.TARGET.BF16_CONVERSION)
             m, l, a = fold_part(m, l, a, ks, ss, tokens.ape, None, j0, False, SPEC, AHEAD)
     return m, l, a
 
