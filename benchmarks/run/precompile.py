@@ -34,7 +34,7 @@ from kvfold.storage.formats import FORMATS
 from ..lib import protocol, v41
 from ..lib.floor import PAGE_SIZE
 from ..lib.protocol import Case, Variant
-from . import decode, launches, metadata, overhead, prefill, store
+from . import decode, launches, metadata, overhead, prefill, store, training
 from .v41 import name_of
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -91,7 +91,7 @@ def engine_keys() -> dict[str, Key]:
 
 
 def keys(only: str = "") -> list[Key]:
-    """Of the calls that `decode`, `prefill`, `launches`, `window_reduction` and those of an engine make, by what needs them.
+    """Of the calls that `decode`, `prefill`, `launches`, `training` and those of an engine make, by what needs them.
 
     only: rows whose name has one of these, separated by commas, in it.
     """
@@ -108,6 +108,11 @@ def keys(only: str = "") -> list[Key]:
     for spec in (kvfold.V4_HCA, kvfold.V4_CSA):
         found[f"launches store r{spec.ratio}"] = store_key(spec, FORMATS[launches.FORMAT], (FP32, FP32))
     found |= engine_keys()
+    for case in training.cases():
+        found |= {f"{case.name} {kernel}": key for kernel, key in training.keys_of(case).items()}
+        if "sweep" in only:  # what `training --sweep` times, and nobody else
+            for kernel, told, _ in training.other_rows(case):
+                found |= {f"sweep {case.name} {kernel} {told}: {name}": key for name, key in training.keys_of(case).items()}
     return list(dict.fromkeys(key for name, key in found.items() if any(words in name for words in only.split(","))))
 
 

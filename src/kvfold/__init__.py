@@ -1,6 +1,6 @@
 """kvfold: GPU kernels for the KV-cache compressor of DeepSeek-V4."""
 
-from . import ops, reference
+from . import ops, reference, training
 from ._version import __version__
 from .compress import compress, compress_many
 from .contract import UnsupportedError
@@ -48,5 +48,6 @@ __all__ = [
     "replay",
     "restore",
     "store",
+    "training",
     "warmup",
 ]

@@ -20,7 +20,7 @@ KERNELS = "backend_triton/kernels/"
 LEVELS = (
     ("__init__", "__main__", "cli"),
     ("demo", "verify", "debug", "explain", "testing", "integrations", "precompile"),
-    ("compress", "store", "restore", "plan"),
+    ("compress", "store", "restore", "plan", "training"),
     ("ops",),
     ("calls",),
     ("backend_torch", "backend_triton.launch", "backend_triton.launcher", "backend_triton.prepare"),

@@ -112,24 +112,27 @@ def test_autocast(model):
 @pytest.mark.parametrize(
     "name", ["position_bias", "kv_norm.weight", "kv_proj.weight", "gate_proj.weight", "indexer.position_bias"]
 )
-def test_training_a_compressor_is_refused_by_name(model, name):
+def test_training_a_compressor_behind_a_filled_cache_is_refused_by_name(model, name):
+    """What came before is kept without its gradient."""
+    cache, filled = begun(model, TOKENS[:, :21]), {"use_cache": True}
     model.requires_grad_(False).train()
-    model(TOKENS)  # nothing asks for a gradient
+    model(TOKENS[:, 21:], past_key_values=copy.deepcopy(cache), **filled)  # nothing asks for a gradient
     model.lm_head.requires_grad_()
-    model(TOKENS).logits.sum().backward()  # nor is one lost here
+    model(TOKENS[:, 21:], past_key_values=copy.deepcopy(cache), **filled).logits.sum().backward()  # nor is one lost here
     assert model.lm_head.weight.grad is not None
     compressors(model)[1].get_parameter(name).requires_grad_()
     with pytest.raises(UnsupportedError, match=f"gradients.* {name}"):
-        model(TOKENS)
+        model(TOKENS[:, 21:], past_key_values=cache, **filled)
     with torch.no_grad():
         close(model(TOKENS).logits, run(unpatched(model), TOKENS)[0])
     close(model.eval()(TOKENS).logits, run(unpatched(model), TOKENS)[0])
 
 
-def test_training_what_comes_before_a_compressor_is_refused(model):
+def test_training_what_comes_before_a_compressor_behind_a_filled_cache_is_refused(model):
+    cache = begun(model, TOKENS[:, :21])
     model.requires_grad_(False).train().model.embed_tokens.requires_grad_()
     with pytest.raises(UnsupportedError, match=r"gradients.* hidden_states"):
-        model(TOKENS)
+        model(TOKENS[:, 21:], past_key_values=cache)
 
 
 def test_eval_mode_runs_detached(model):
@@ -304,8 +307,8 @@ REFUSED = [_positions, _batch, _training, _half, _late]
 @pytest.mark.parametrize("refused", REFUSED)
 def test_a_refused_call_changes_nothing(refused, begin):
     """Of sliding layers either, which come first here; and the call that is right is made then."""
-    if not begin and refused is _batch:
-        return  # nothing to be of another batch than
+    if not begin and refused in (_batch, _training):
+        return  # nothing to be of another batch than, and nothing that has lost its gradient
     model = tiny(layer_types=[LAYERS[2], *TWO])
     patch(model, max_new_tokens=30)
     cache = DynamicCache(config=model.config)

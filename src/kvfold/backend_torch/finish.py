@@ -39,7 +39,7 @@ def norm(y: torch.Tensor, spec: CompressorSpec, weight: torch.Tensor | None, fmt
     if weight is None:
         return y
     mean = tree_sum(y * y) * (1.0 / spec.head_dim)
-    return y * (1.0 / torch.sqrt(mean + spec.norm_eps))[:, None] * weight.float()
+    return y * (1.0 / torch.sqrt(mean + spec.norm_eps))[:, None] * weight.to(y.dtype)
 
 
 def turn(

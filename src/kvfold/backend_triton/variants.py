@@ -24,7 +24,7 @@ POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", None: None}
 
 
 def variant_of(key: Key, aligned: bool, pdl: bool, multiprocessors: int = MULTIPROCESSORS) -> Variant:
-    return replace(_VARIANTS[type(key)](key), aligned=aligned, pdl=pdl, multiprocessors=multiprocessors)
+    return replace(VARIANTS[type(key)](key), aligned=aligned, pdl=pdl, multiprocessors=multiprocessors)
 
 
 def step_variant(key: StepKey) -> Variant:
@@ -133,7 +133,8 @@ def plan_variant(key: PlanKey) -> Variant:
     return _variant("plan", arguments, NUM_WARPS, RATIO=key.ratio, SEQUENCES=SEQUENCES, WINDOWS=key.windows, SCAN=SCAN)
 
 
-_VARIANTS: dict[type, Callable[[Any], Variant]] = {
+# By the kind of key; training adds its own (training/variants.py).
+VARIANTS: dict[type, Callable[[Any], Variant]] = {
     StepKey: step_variant,
     PairKey: pair_variant,
     WindowKey: window_variant,

@@ -24,6 +24,7 @@ from ..testing.data import make_cache, make_state, make_tokens, make_weights
 from ..testing.engine import Engine, Step, chunks, drafts, prefill, run_many
 from ..testing.told import Told
 from .case import Mismatch, close, close_to_fp64, normed, packed, same, same_records, untouched
+from .training import check_training
 
 BF16, FP32 = torch.bfloat16, torch.float32
 NAMES = {BF16: "bf16", FP32: "fp32"}
@@ -202,6 +203,8 @@ def _equivalence_cases(lab: Lab) -> Iterator[Case]:
     for spec in (V41_MAIN_R1, V41_MAIN_R2):
         run = partial(check_index_keys, lab, spec)
         yield Case("equivalence", f"v41 ratio {spec.ratio}: records from latents, index keys into two caches", run)
+    for label, preset in (("hca", V4_HCA), ("csa", V4_CSA), ("indexer", V4_INDEXER)):
+        yield Case("training", label, partial(check_gradients, lab, lab.spec(preset)))
 
 
 def check_config(lab: Lab, config: Config, state: torch.dtype, rows: torch.dtype) -> str:
@@ -371,6 +374,11 @@ def check_many(lab: Lab) -> str:
     for one, other in zip(together, alone, strict=True):
         same_records(one, other, "compress")
     return "bits equal"
+
+
+def check_gradients(lab: Lab, spec: CompressorSpec) -> str:
+    """Entries and gradients of training, of kv_score in bf16, and on a GPU in fp32 too."""
+    return "; ".join(check_training(lab.engine(lab.inputs(spec, dtype), fmt="fp32")) for dtype in (BF16, FP32)[: 1 + lab.real])
 
 
 def run_checked(engine: Engine, steps: list[Step]) -> None:

@@ -65,7 +65,7 @@ class CompressorFold:
 
     def __init__(self, spec: CompressorSpec, batch: int, max_new_tokens: int, like: torch.Tensor) -> None:
         """`like`: a `kv_score` tensor, for device and dtype."""
-        _check_dtypes(like.dtype, like.dtype)
+        check_dtypes(like.dtype, like.dtype)
         self.spec, self.max_new_tokens = spec, max_new_tokens
         kept = like.dtype if state_kind(spec) == "rows" else torch.float32
         # A rewind may go back by so many tokens however many steps they came in, so the state holds more than of one step.
@@ -80,7 +80,7 @@ class CompressorFold:
         """Goes on with another spec or other dtypes. Tensors become fp32 where the new rows are, and keep every bit."""
         if replace(self.spec, norm_eps=spec.norm_eps) != spec:
             raise UnsupportedError(f"a compressor that was {self.spec} and is {spec} on one cache: start with a new cache")
-        _check_dtypes(rows, entries)
+        check_dtypes(rows, entries)
         state = self.state
         kept = state.rows
         if state.kind == "rows":
@@ -132,7 +132,7 @@ class CompressorFold:
             self.storage = torch.nn.functional.pad(self.storage, (0, 0, 0, wanted - capacity))
 
 
-def _check_dtypes(rows: torch.dtype, entries: torch.dtype) -> None:
+def check_dtypes(rows: torch.dtype, entries: torch.dtype) -> None:
     """Refuses dtypes of projections and of entries that kvfold does not take."""
     if rows not in _FORMATS:
         raise UnsupportedError(f"projections of dtype {rows}: kvfold takes torch.float32 or torch.bfloat16")

@@ -22,14 +22,14 @@ from __future__ import annotations
 
 import threading
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...contract import UnsupportedError
-from . import weights
+from . import gradients, weights
 from .cache import CacheFold, CompressorFold, LayerFold
 from .layers import Snapshot, cache_fold, check_layer, layer_fold, rewind_layer, v4
 
@@ -51,9 +51,10 @@ def patch(model: nn.Module, *, backend: str | None = None, max_new_tokens: int =
     - Padding. transformers does not support it here either: it pools it. Positions that betray padding are refused; padding
       hidden in `attention_mask` alone is pooled just as transformers would.
     - fp16 projections. bf16 and fp32 are supported.
-    - Gradients. In eval mode compressors run detached: nothing behind their entries gets a gradient, and asking for the
-      gradient of an input (`inputs_embeds`) is refused. In train mode, parameters of a compressor or inputs of it that
-      require a gradient are refused. With `torch.no_grad()` and in inference mode neither matters.
+    - Gradients. In train mode entries have them (`kvfold.training`), of whole sequences: a step from a filled cache whose
+      compressors or inputs require any is refused. In eval mode compressors run detached: nothing behind their entries gets a
+      gradient, and asking for the gradient of an input (`inputs_embeds`) is refused. With `torch.no_grad()` and in inference
+      mode neither matters.
     - Static and quantized caches, rotary embeddings that change with the sequence length, and weights on the meta device that
       no hook loads when their module runs.
 
@@ -171,9 +172,9 @@ _thread = threading.local()  # `step`: what a model makes in this thread, None b
 def _before_step(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Before a model's forward: what can be refused is refused now, and the cache is remembered as it is."""
     embeds = _argument(args, kwargs, 4, "inputs_embeds")
-    if torch.is_grad_enabled() and isinstance(embeds, torch.Tensor) and embeds.requires_grad:
+    if not module.training and torch.is_grad_enabled() and isinstance(embeds, torch.Tensor) and embeds.requires_grad:
         raise UnsupportedError(
-            "gradients through the compressor to inputs_embeds: use torch.no_grad(), or unpatch(model) for transformers' own"
+            "gradients through the compressor to inputs_embeds in eval mode: use model.train(), torch.no_grad() or unpatch"
         )
     cache = _argument(args, kwargs, *_CACHE)
     if cache is not None:
@@ -219,7 +220,6 @@ class _CompressorHook:
             raise weights.not_loaded(module, "the input")
         batch, new = hidden_states.shape[:2]
         step = getattr(_thread, "step", None) or _Step()  # a compressor may be called by itself
-        weights.check_gradients(module, hidden_states, not step.asked)
         if cache is None:
             fold, shared, start, keys = LayerFold(1), step.fold, 0, None
         else:
@@ -228,11 +228,12 @@ class _CompressorHook:
             # transformers counts the step's tokens before it calls the compressor
             start = layer.cumulative_length - new if layer.is_initialized else fold.length
             keys = layer.keys
+        weights.check_gradients(module, hidden_states, not step.asked, start)
         if new > 1 or start == 0:
             _check_positions(position_ids, start, new, step)
         fold.begin(batch, start, new, keys)
         step.asked = True
-        stand_in = _StandIn(cache, layer_idx, _PoolingLayer(module, self, fold, shared, start, new))
+        stand_in = _StandIn(cache, layer_idx, _PoolingLayer(module, self, fold, shared, start, new, cache is not None))
         place, *names = _CACHE
         if len(args) > place:
             return (*args[:place], stand_in, *args[place + 1 :]), kwargs
@@ -273,11 +274,20 @@ class _PoolingLayer:
     shared: CacheFold
     start: int
     new: int
+    cached: bool
+    trained: dict[str, torch.Tensor] = field(default_factory=dict)  # entries that have gradients
 
     @torch.compiler.disable
     def store_compression_weights(self, name: str, kv: torch.Tensor, gate: torch.Tensor):
         part, device = weights.parts(self.module)[name], kv.device
-        weights.refuse_gradients(part, {"kv_proj": kv, "gate_proj": gate, "position_bias": part.position_bias})
+        if gradients.wanted(part, kv, gate):
+            if self.start:
+                weights.refuse_gradients(part, {"kv_proj": kv, "gate_proj": gate, "position_bias": part.position_bias})
+            with torch.no_grad():
+                rope = self.hook.tables.get(part, self.new, device, look=True)
+            self.trained[name] = gradients.entries(part, kv, gate, rope, self.hook.backend)
+            if not self.cached:
+                return kv[:, :0], gate[:, :0], 0
         # What is kept must outlive an inference_mode block, in which tensors are made that nobody may write to later.
         with torch.inference_mode(False), torch.no_grad():
             ape, weight, spec = weights.position_bias(part), weights.norm_weight(part, device), weights.spec_of(part)
@@ -297,6 +307,8 @@ class _PoolingLayer:
         return kv[:, :0], gate[:, :0], 0
 
     def update_compressor_states(self, name: str, compressed: torch.Tensor) -> torch.Tensor:
+        if name in self.trained and not self.cached:
+            return self.trained[name]
         if all(fold.length == self.fold.length for fold in self.fold.folds.values()):
             self.fold.rewound = False
-        return self.fold.folds[name].entries()
+        return self.trained.get(name, self.fold.folds[name].entries())

@@ -102,26 +102,31 @@ def not_loaded(module: nn.Module, name: str) -> UnsupportedError:
     return UnsupportedError(f"{name} of {type(module).__name__} is on the meta device: load the weights first")
 
 
-def check_gradients(module: nn.Module, hidden_states: torch.Tensor, first: bool) -> None:
+def check_gradients(module: nn.Module, hidden_states: torch.Tensor, first: bool, start: int) -> None:
     """Refuses what would silently give a wrong gradient. `first`: no earlier layer of this step was asked."""
     if not torch.is_grad_enabled():
         return
-    if module.training:
+    if module.training and start:
         refuse_gradients(module, dict(module.named_parameters()) | {"hidden_states": hidden_states})
-    elif hidden_states.requires_grad and (hidden_states.grad_fn is None or first) and _has_input(hidden_states):
+    elif (
+        not module.training
+        and hidden_states.requires_grad
+        and (hidden_states.grad_fn is None or first)
+        and _has_input(hidden_states)
+    ):
         raise UnsupportedError(
             "gradients through the compressor to a model's input: hidden_states depends on a tensor that requires one and is no"
-            " parameter. Use torch.no_grad(), or unpatch(model)"
+            " parameter. Use model.train(), torch.no_grad(), or unpatch(model)"
         )
 
 
 def refuse_gradients(part: Any, tensors: dict[str, torch.Tensor]) -> None:
-    """In train mode none of these may require one, projections too: a replica's weights are no parameters."""
+    """In a step from a filled cache none of these may require one, projections too: a replica's weights are no parameters."""
     names = [name for name, tensor in tensors.items() if tensor.requires_grad]
     if names and part.training and torch.is_grad_enabled():
         raise UnsupportedError(
-            f"gradients through the compressor in train mode, which {', '.join(names)} would need: use torch.no_grad(), freeze"
-            " it, or unpatch(model) to train with transformers' own"
+            f"gradients through the compressor in a step from a filled cache, which {', '.join(names)} would need: train on"
+            " whole sequences, use torch.no_grad(), freeze it, or unpatch(model)"
         )
 
 

@@ -1,0 +1,167 @@
+"""What a training call may be given: every failure names the argument and comes before anything is computed."""
+
+from __future__ import annotations
+
+import torch
+
+from ..arguments.checks import (
+    check_device,
+    check_dtype,
+    check_eager,
+    check_memory,
+    check_shape,
+    check_tensor,
+    check_type,
+)
+from ..calls.checks import choose_backend
+from ..contract import INT32_MAX
+from ..spec import CompressorSpec, check_spec
+from ..storage.formats import RecordFormat, get_format
+from .packing import Packing
+from .problem import How, Inputs
+
+_FLOATS = (torch.bfloat16, torch.float32)
+
+
+def check_call(
+    kv_score: object,
+    packing: Packing,
+    *,
+    spec: CompressorSpec,
+    ape: torch.Tensor | None,
+    norm_weight: torch.Tensor,
+    rope: torch.Tensor | None,
+    round_rows: bool | None,
+    out_dtype: torch.dtype | None,
+    fake_quant: str | RecordFormat | None,
+    cache_scale: torch.Tensor | None,
+    latent: bool,
+    backend: str | None,
+) -> tuple[Inputs, How]:
+    """Checks the arguments of the forward; what they mean."""
+    check_spec("spec", spec)
+    check_type("packing", packing, Packing)
+    value, score = check_tokens(kv_score, spec, backend)
+    if packing.ratio != spec.ratio:
+        raise ValueError(f"packing must be for spec.ratio={spec.ratio}, got {packing.ratio}")
+    if packing.tokens != value.shape[0]:
+        raise ValueError(f"packing must be for the {value.shape[0]} rows of kv_score, got {packing.tokens}")
+    x = Inputs(value, score, packing.pieces, ape, norm_weight, rope if spec.rope_dim else None, cache_scale)
+    how = check_rest(x, spec, round_rows, out_dtype, fake_quant, latent, backend)
+    most = min(packing.max_seqlen, packing.tokens) // spec.ratio * spec.ratio - spec.ratio
+    if spec.rope_dim and x.rope.shape[0] <= most:
+        raise ValueError(
+            f"rope must have {most + 1} rows, as a sequence may have {packing.max_seqlen} tokens, got {x.rope.shape[0]}; "
+            "Packing.build takes max_seqlen"
+        )
+    return x, how
+
+
+def check_tokens(kv_score: object, spec: CompressorSpec, backend: str | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Values and scores, of one tensor or of two."""
+    if isinstance(kv_score, tuple):
+        if len(kv_score) != 2:
+            raise ValueError(f"kv_score must be a tensor or two, (K, S), got {len(kv_score)}")
+        if not spec.gate:
+            raise ValueError("kv_score must be values alone, as spec has no gate, got two tensors")
+        parts = {"kv_score[0]": kv_score[0], "kv_score[1]": kv_score[1]}
+        width = spec.channels
+    else:
+        parts, width = {"kv_score": kv_score}, spec.kv_score_width
+    first = None
+    for name, part in parts.items():
+        check_memory(name, part)
+        check_dtype(name, part, _FLOATS if _on_kernels(backend, part) else (*_FLOATS, torch.float64))
+        check_shape(name, part, (None if first is None else first.shape[0], width))
+        if part.shape[0] and part.stride(1) != 1:
+            raise ValueError(f"{name} must be contiguous in its last dimension, got strides {tuple(part.stride())}")
+        if part.shape[0] > INT32_MAX:
+            raise ValueError(f"{name} must have at most {INT32_MAX} rows, got {part.shape[0]}")
+        first = part if first is None else first
+        check_device(name, part, first.device)
+        check_dtype(name, part, (first.dtype,))
+        if (part.data_ptr() - first.data_ptr()) % first.element_size():
+            raise ValueError(f"{name} must begin at a multiple of its element size, like kv_score[0]")
+    value, score = (*parts.values(), None)[:2]
+    return value, score
+
+
+def _on_kernels(backend: str | None, tensor: torch.Tensor) -> bool:
+    return backend == "triton" or (backend is None and tensor.is_cuda)
+
+
+def check_rest(
+    x: Inputs,
+    spec: CompressorSpec,
+    round_rows: bool | None,
+    out_dtype: torch.dtype | None,
+    fake_quant: str | RecordFormat | None,
+    latent: bool,
+    backend: str | None,
+) -> How:
+    """All but the tokens: also what an operator is given."""
+    value, exact = x.value, x.value.dtype == torch.float64
+    chosen = choose_backend(backend, "kv_score", value)
+    check_eager("kv_score")
+    check_tensor("packing.pieces", x.pieces, (None, 4), (torch.int32,), value.device)
+    if x.pieces.shape[0] < value.shape[0] // spec.ratio:
+        raise ValueError(
+            f"packing must have a piece for each of {value.shape[0] // spec.ratio} entries, got {x.pieces.shape[0]}"
+        )
+    own = (torch.float64,) if exact else (torch.float32,)
+    if (x.ape is None) == spec.has_ape:
+        raise TypeError(f"ape must be given exactly when spec.has_ape, which is {spec.has_ape}")
+    if x.ape is not None:
+        check_tensor("ape", x.ape, (spec.ratio, spec.channels), own, value.device)
+    check_tensor("norm_weight", x.norm_weight, (spec.head_dim,), own if exact else (*own, torch.bfloat16), value.device)
+    if spec.rope_dim:
+        check_tensor("rope", x.rope, (None, spec.rope_dim), (torch.float32,), value.device)
+        if x.rope.requires_grad:
+            raise ValueError("rope must not require a gradient: there is none")
+    for name, switch in (("round_rows", round_rows), ("latent", latent)):
+        if not isinstance(switch, bool) and (switch is not None or name == "latent"):
+            raise TypeError(f"{name} must be a bool, got {type(switch).__name__}")
+    if out_dtype is None:
+        out_dtype = value.dtype
+    accepted = (torch.float64,) if exact else _FLOATS
+    if out_dtype not in accepted:
+        raise TypeError(f"out_dtype must be one of {accepted} for kv_score of {value.dtype}, got {out_dtype}")
+    fmt = None if fake_quant is None else get_format(fake_quant)
+    if fmt is None:
+        round_rows = round_rows is not False and value.dtype == torch.bfloat16
+    else:
+        if exact:
+            raise ValueError("fake_quant must be None for kv_score of torch.float64, which no record is made of")
+        fmt.check(spec)
+        round_rows = fmt.round_rows if round_rows is None else round_rows
+    _check_scale(x.scale, fmt, value.device)
+    return How(spec, round_rows, out_dtype, fmt, latent, chosen)
+
+
+def _check_scale(scale: torch.Tensor | None, fmt: RecordFormat | None, device: torch.device) -> None:
+    if scale is None:
+        return
+    if fmt is None or not fmt.takes_scale:
+        what = "without fake_quant" if fmt is None else f"as format {fmt.name!r} takes none"
+        raise ValueError(f"cache_scale must be None {what}, got a {type(scale).__name__}")
+    check_tensor("cache_scale", scale, (1,), (torch.float32,), device)
+
+
+def check_gradients(
+    x: Inputs, how: How, kept: torch.Tensor, d_entries: torch.Tensor, d_latent: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Checks what a backward is given besides the inputs; the gradients as the backends take them."""
+    wide = torch.float64 if x.value.dtype == torch.float64 else torch.float32
+    check_tensor("kept", kept, how.kept_shape(x), (wide,), x.value.device)
+    shape = how.capacity(x), how.spec.head_dim
+    check_memory("d_entries", d_entries)
+    d_entries = d_entries.contiguous()
+    check_tensor("d_entries", d_entries, shape, (how.out_dtype,), x.value.device)
+    if not how.latent:
+        if d_latent is not None:
+            raise ValueError("d_latent must be None without latent=True")
+        return d_entries, None
+    check_memory("d_latent", d_latent)
+    d_latent = d_latent.contiguous()
+    check_tensor("d_latent", d_latent, shape, (how.out_dtype,), x.value.device)
+    return d_entries, d_latent

@@ -1,0 +1,36 @@
+"""The way back from the gradient of an entry to that of its pooled row."""
+
+import triton
+import triton.language as tl
+
+from ...backend_triton.kernels.finish import hadamard, load_finish, rotate, tree_sum
+from ...backend_triton.kernels.record import bf16_bits, bf16_value
+
+
+@triton.jit
+def load_incoming(incoming, n, SPEC: tl.constexpr):
+    """Gradients of entry n and of its latent, fp32; zeros for a latent that nobody asked for."""
+    at = n.to(tl.int64) * SPEC.HEAD_DIM + tl.arange(0, SPEC.HEAD_DIM)
+    g = tl.load(incoming.entries + at).to(tl.float32)
+    g_latent = tl.zeros((SPEC.HEAD_DIM,), tl.float32)
+    if incoming.latent is not None:
+        g_latent = tl.load(incoming.latent + at).to(tl.float32)
+    return g, g_latent
+
+
+@triton.jit
+def pull_back(g, g_latent, y, window, output, SPEC: tl.constexpr, FMT: tl.constexpr, TARGET: tl.constexpr):
+    """The gradient of pooled row `y`, and the entry's share of norm_weight's. Roundings pass gradients as they are."""
+    weight, cos, sin = load_finish(window * SPEC.RATIO, output, SPEC)
+    if SPEC.HADAMARD:  # its own transpose
+        g = hadamard(g, SPEC, 1)
+    if SPEC.ROPE_DIM > 0:  # turned the other way
+        g = rotate(g, cos, -sin, SPEC, 1)
+    g += g_latent
+    if FMT.ROUND_ROWS:
+        y = bf16_value(bf16_bits(y, TARGET.BF16_CONVERSION))
+    scale = tl.div_rn(1.0, tl.sqrt_rn(tree_sum(y * y, SPEC.HEAD_DIM, SPEC.LOG2, 1) * (1.0 / SPEC.HEAD_DIM) + SPEC.EPS))
+    normed = y * scale
+    weighted = g * weight
+    dot = tree_sum(weighted * normed, SPEC.HEAD_DIM, SPEC.LOG2, 1) * (1.0 / SPEC.HEAD_DIM)
+    return (weighted - normed * dot) * scale, g * normed

@@ -1,0 +1,125 @@
+"""The backward of long windows, whose fold the forward kept: gradients of pooled rows, then of tokens, element by element."""
+
+import triton
+import triton.language as tl
+
+from ...backend_triton.args import Output, Tokens
+from ...backend_triton.kernels.fold import LOG2_E, widen
+from ...backend_triton.kernels.pdl import wait_for_inputs
+from ...backend_triton.kernels.tokens import gaps
+from ..args import Incoming, Kept, Parts, Pieces
+from .gradient import load_incoming, pull_back
+from .tokens import load_piece, put
+
+
+@triton.jit
+def train_finish_kernel(
+    pieces_rows, pieces_count, pieces_capacity,
+    output_norm_weight, output_rope, output_max_position,
+    kept_rows, kept_plane,
+    incoming_entries, incoming_latent, incoming_pooled,
+    parts_ape, parts_weight, parts_groups,
+    HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr,
+):  # fmt: skip
+    """Group g takes entries g, g + groups, and so on. Writes gradients of pooled rows, divided by the sums of weights."""
+    wait_for_inputs(HOW.PDL)
+    group = tl.program_id(0)
+    pieces = Pieces(pieces_rows, pieces_count, pieces_capacity)
+    # As if there were a cache: `load_finish` then reads cosines and sines.
+    output = Output(
+        None, None, output_norm_weight, output_rope, output_max_position, pieces_rows, 0, None, 0, 1, 0, None
+    )  # fmt: skip
+    kept = Kept(kept_rows, kept_plane)
+    incoming = Incoming(incoming_entries, incoming_latent, incoming_pooled)
+    parts = Parts(parts_ape, parts_weight, parts_groups)
+    c = tl.arange(0, SPEC.HEAD_DIM)
+    shares = tl.zeros((SPEC.HEAD_DIM,), tl.float32)
+    for n in range(group, pieces.capacity, parts.groups):
+        number = group * 0 + n
+        piece = load_piece(pieces, number)
+        if piece.window >= 0:
+            at = number.to(tl.int64) * SPEC.HEAD_DIM + c
+            inverse = tl.load(kept.rows + at + kept.plane)
+            y = tl.load(kept.rows + at + 2 * kept.plane)
+            g, g_latent = load_incoming(incoming, number, SPEC)
+            dy, share = pull_back(g, g_latent, y, piece.window, output, SPEC, FMT, HOW.TARGET)
+            shares += share
+            tl.store(incoming.pooled + at, dy * inverse)
+    tl.store(parts.weight + group.to(tl.int64) * SPEC.HEAD_DIM + c, shares)
+
+
+@triton.jit
+def put_tile(gradients, token, j, rows, c, dk, ds, SPEC: tl.constexpr, TARGET: tl.constexpr):
+    """Stores gradients of tokens `token + j`, `[rows, channels]`, where `rows` says so."""
+    CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
+    to = gradients.kv_score + (token + j)[:, None].to(tl.int64) * gradients.stride + c[None, :]
+    mask = tl.broadcast_to(rows[:, None], dk.shape)
+    put(to, dk, mask, TARGET.BF16_CONVERSION)
+    put(to + gaps(gradients, token + j, CHANNELS), ds, mask, TARGET.BF16_CONVERSION)
+
+
+@triton.jit
+def train_spread_kernel(
+    pieces_rows, pieces_count, pieces_capacity,
+    tokens_kv_score, tokens_stride, tokens_count, tokens_ape, tokens_apart, tokens_skew,
+    kept_rows, kept_plane,
+    incoming_entries, incoming_latent, incoming_pooled,
+    gradients_kv_score, gradients_stride, gradients_count, gradients_ape, gradients_apart, gradients_skew,
+    parts_ape, parts_weight, parts_groups,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HOW: tl.constexpr, SPEC: tl.constexpr,
+):  # fmt: skip
+    """ROWS tokens of a window and COLUMNS channels of each, of every `groups`-th window.
+
+    With overlap the first half of a window's rows are the lo halves of the tokens of the window before.
+    """
+    wait_for_inputs(HOW.PDL)
+    pieces = Pieces(pieces_rows, pieces_count, pieces_capacity)
+    tokens = Tokens(tokens_kv_score, tokens_stride, tokens_count, tokens_ape, tokens_apart, tokens_skew)
+    kept = Kept(kept_rows, kept_plane)
+    incoming = Incoming(incoming_entries, incoming_latent, incoming_pooled)
+    gradients = Tokens(
+        gradients_kv_score, gradients_stride, gradients_count, gradients_ape, gradients_apart, gradients_skew
+    )  # fmt: skip
+    parts = Parts(parts_ape, parts_weight, parts_groups)
+    CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
+    SLICES: tl.constexpr = SPEC.HEAD_DIM // COLUMNS
+    BLOCKS: tl.constexpr = (SPEC.RATIO + ROWS - 1) // ROWS
+    TILES: tl.constexpr = SLICES * BLOCKS * (1 + SPEC.OVERLAP)
+    tile = tl.program_id(0) % TILES
+    group = tl.program_id(0) // TILES
+    c = tile % SLICES * COLUMNS + tl.arange(0, COLUMNS)
+    block = tile // SLICES
+    lo = (block < BLOCKS * SPEC.OVERLAP).to(tl.int32)  # whether these are rows of the window before
+    j = block % BLOCKS * ROWS + tl.arange(0, ROWS)
+    inside = j < SPEC.RATIO
+    at_half = c + (1 - lo) * (SPEC.OVERLAP * SPEC.HEAD_DIM)
+    zeros = tl.zeros((ROWS, COLUMNS), tl.float32)
+    bias = zeros
+    where = tl.broadcast_to(inside[:, None], (ROWS, COLUMNS))
+    if tokens.ape is not None:
+        bias = tl.load(tokens.ape + j[:, None] * CHANNELS + at_half[None, :], mask=where, other=0.0)
+    sums = zeros
+    for n in range(group, pieces.count, parts.groups):
+        number = group * 0 + n
+        piece = load_piece(pieces, number)
+        if piece.window >= lo:
+            token = piece.token - lo * SPEC.RATIO
+            row = number.to(tl.int64) * SPEC.HEAD_DIM + c
+            m = tl.load(kept.rows + row)
+            y = tl.load(kept.rows + row + 2 * kept.plane)
+            dy = tl.load(incoming.pooled + row)
+            at = tokens.kv_score + (token + j)[:, None].to(tl.int64) * tokens.stride + at_half[None, :]
+            k = tl.load(at, mask=where, other=0.0, cache_modifier=".cg")
+            s = tl.load(at + gaps(tokens, token + j, CHANNELS), mask=where, other=float("-inf"), cache_modifier=".cg")
+            dk = tl.exp2((widen(s) + bias - m[None, :]) * LOG2_E) * dy[None, :]
+            ds = dk * (widen(k) - y[None, :])
+            sums += tl.where(where, ds, 0.0)
+            put_tile(gradients, token, j, inside, at_half, dk, ds, SPEC, HOW.TARGET)
+        # The lo halves of a last window, which no window behind it takes; and tokens of no window.
+        if SPEC.OVERLAP and (lo == 1) & (piece.window >= 0) & (piece.rest != 0):
+            put_tile(gradients, piece.token, j, inside, at_half, zeros, zeros, SPEC, HOW.TARGET)
+        if piece.window < 0:
+            put_tile(gradients, piece.token, j, j < piece.rest, at_half, zeros, zeros, SPEC, HOW.TARGET)
+    if parts.ape is not None:
+        part = parts.ape + group.to(tl.int64) * (SPEC.RATIO * CHANNELS)
+        tl.store(part + j[:, None] * CHANNELS + at_half[None, :], sums, mask=where)

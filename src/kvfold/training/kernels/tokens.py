@@ -1,0 +1,60 @@
+"""Pieces of a packing, and tokens of windows all of which are there: how they are read, and how their gradients are written."""
+
+import triton
+import triton.language as tl
+
+from ...backend_triton.kernels.fold import minus_zero, spread
+from ...backend_triton.kernels.record import bf16_bits
+from ...backend_triton.kernels.tokens import gap, whole_row
+from ..args import Piece
+
+
+@triton.jit
+def load_piece(pieces, n):
+    at = pieces.rows + n * 4
+    return Piece(tl.load(at), tl.load(at + 1), tl.load(at + 2))
+
+
+@triton.jit
+def put(at, x, mask, BF16_CONVERSION: tl.constexpr):
+    """Stores fp32, rounded to nearest even where `at` points at bf16."""
+    if at.dtype.element_ty == tl.bfloat16:
+        tl.store(at.to(tl.pointer_type(tl.int16)), bf16_bits(x, BF16_CONVERSION), mask=mask)
+    else:
+        tl.store(at, x, mask=mask)
+
+
+@triton.jit
+def put_zeros(gradients, first, count, SPEC: tl.constexpr):
+    """Zeros as the gradients of `count` tokens from `first` on."""
+    CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
+    WIDTH: tl.constexpr = CHANNELS if SPEC.KIND == "" else 2 * CHANNELS
+    for i in range(0, count):
+        row = first + i
+        at = gradients.kv_score + row.to(tl.int64) * gradients.stride + tl.arange(0, WIDTH)
+        if SPEC.KIND != "":
+            at = whole_row(at, gradients, row, CHANNELS)
+        tl.store(at, tl.zeros((WIDTH,), gradients.kv_score.dtype.element_ty))
+
+
+@triton.jit
+def load_pairs(tokens, piece, SPEC: tl.constexpr):
+    """Values and scores of all rows of a window, unconverted; -0 and -inf where the window before is missing."""
+    CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
+    BEFORE: tl.constexpr = SPEC.RATIO * SPEC.OVERLAP
+    x = piece.token - BEFORE
+    at = tokens.kv_score + x.to(tl.int64) * tokens.stride + tl.arange(0, SPEC.HEAD_DIM)
+    there = spread(piece.window >= SPEC.OVERLAP, SPEC.HEAD_DIM)
+    ks = ()
+    ss = ()
+    for j in tl.static_range(SPEC.RATIO + BEFORE):
+        half = 0 if j < BEFORE else SPEC.OVERLAP * SPEC.HEAD_DIM
+        score_at = at + half + gap(tokens, x + j, CHANNELS)
+        if j < BEFORE:
+            ks = ks + (tl.load(at + half, mask=there, other=minus_zero(), cache_modifier=".cg"),)
+            ss = ss + (tl.load(score_at, mask=there, other=float("-inf"), cache_modifier=".cg"),)
+        else:
+            ks = ks + (tl.load(at + half, cache_modifier=".cg"),)
+            ss = ss + (tl.load(score_at, cache_modifier=".cg"),)
+        at += tokens.stride
+    return ks, ss

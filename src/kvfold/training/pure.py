@@ -1,0 +1,177 @@
+"""The torch backend of training: any device, fp64 too, vectorized over entries. Kernels are to be read beside it.
+
+Nothing here is differentiated by torch: the gradient is written out, and `gradcheck` compares it with differences.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from ..backend_torch.finish import norm, tree_sum, turn
+from ..backend_torch.fold import LOG2_E, LOWEST, exp2, fold_group, fold_step
+from ..contract import ROWS_AT_ONCE
+from ..spec import CompressorSpec
+from ..storage.fold_state import state_kind
+from ..storage.pack import bf16_bits, pack_records
+from .problem import Entries, Gradients, How, Inputs, read_back, scratch_cache
+
+
+class Row(NamedTuple):
+    """Row j of the window of every entry: where it is, and what it brings.
+
+    live: bool `[capacity]`, whether it is there. at: its row of kv_score, int64. half: its channels. k, s: value and score with
+    ape, `[capacity, head_dim]`.
+    """
+
+    live: torch.Tensor
+    at: torch.Tensor
+    half: slice
+    k: torch.Tensor
+    s: torch.Tensor
+
+
+def forward_torch(x: Inputs, how: How) -> Entries:
+    """Entries, latents and the kept fold, after the arguments were checked."""
+    spec, capacity = how.spec, how.capacity(x)
+    there, position = _places(x, spec, capacity)
+    m, inverse, y = pool(x, how)
+    kept = torch.where(there, torch.stack([m, inverse, y]), 0.0) if how.keeps else y.new_empty(0)
+    normed = norm(y, spec, x.norm_weight, how.record)
+    latent = _narrow(torch.where(there, normed, 0.0), how.out_dtype) if how.latent else y.new_empty(0, dtype=how.out_dtype)
+    done = turn(normed, spec, x.rope, position, how.record)
+    if how.fmt is None:
+        return Entries(_narrow(torch.where(there, done, 0.0), how.out_dtype), latent, kept)
+    cache = scratch_cache(x, how)
+    pack_records(cache, torch.arange(capacity, device=y.device), torch.where(there, done, 0.0))
+    return Entries(read_back(cache, x, how), latent, kept)
+
+
+def backward_torch(
+    x: Inputs, how: How, kept: torch.Tensor, d_entries: torch.Tensor, d_latent: torch.Tensor | None
+) -> Gradients:
+    """The gradients of all inputs, after the arguments were checked."""
+    spec, capacity, tokens = how.spec, how.capacity(x), x.value.shape[0]
+    there, _ = _places(x, spec, capacity)
+    m, inverse, y = kept if how.keeps else pool(x, how)
+    dy, share = pull_back(x, how, y, d_entries, d_latent)
+    dy, share = torch.where(there, dy, 0.0), torch.where(there, share, 0.0)
+    # A row more than there are, where what is of no token goes.
+    whole = torch.zeros(tokens + 1, spec.kv_score_width, dtype=x.value.dtype, device=dy.device)
+    d_value, d_score = whole[:, : spec.channels], whole[:, spec.channels :]
+    d_ape = torch.zeros(spec.ratio, spec.channels, dtype=torch.float64, device=dy.device)
+    for j, row in enumerate(_rows(x, spec)):
+        at, live = torch.where(row.live, row.at, tokens), row.live[:, None]
+        if not spec.gate:
+            d_value[at] = _narrow(torch.where(live, dy, 0.0), x.value.dtype)
+            continue
+        p = _weight(row.s, m) * inverse
+        dk = torch.where(live, p * dy, 0.0)
+        ds = torch.where(live, dk * (row.k - y), 0.0)
+        d_value[at, row.half] = _narrow(dk, x.value.dtype)
+        d_score[at, row.half] = _narrow(ds, x.value.dtype)
+        d_ape[j % spec.ratio, row.half] = ds.double().sum(0)
+    kind = torch.float64 if y.dtype == torch.float64 else torch.float32
+    ape = d_ape.to(kind) if spec.has_ape else None
+    value, score = whole[:tokens], None
+    if x.score is not None:
+        value, score = d_value[:tokens].contiguous(), d_score[:tokens].contiguous()
+    return Gradients(value, score, ape, share.double().sum(0).to(kind))
+
+
+def pull_back(
+    x: Inputs, how: How, y: torch.Tensor, d_entries: torch.Tensor, d_latent: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """From the gradients of entries and latents to that of pooled rows `y`, and each entry's share of norm_weight's.
+
+    Roundings and quantization pass the gradient as it is.
+    """
+    spec, wide = how.spec, y.dtype
+    exact = replace(how.record, round_normed=False)
+    _, position = _places(x, spec, y.shape[0])
+    g = d_entries.to(wide)
+    if spec.hadamard:  # its own transpose
+        g = turn(g, replace(spec, rope_dim=0), None, position, exact)
+    if spec.rope_dim:  # turned the other way
+        cos, sin = x.rope.chunk(2, dim=1)
+        g = turn(g, replace(spec, hadamard=False), torch.cat([cos, -sin], dim=1), position, exact)
+    if d_latent is not None:
+        g = g + d_latent.to(wide)
+    if how.round_rows:
+        y = y.bfloat16().to(wide)
+    scale = (1.0 / torch.sqrt(tree_sum(y * y) * (1.0 / spec.head_dim) + spec.norm_eps))[:, None]
+    normed, weighted = y * scale, g * x.norm_weight.to(wide)
+    dot = (tree_sum(weighted * normed) * (1.0 / spec.head_dim))[:, None]
+    return (weighted - normed * dot) * scale, g * normed
+
+
+def pool(x: Inputs, how: How) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The largest score, the inverse of the sum of weights and the pooled row of each entry, `[capacity, head_dim]`."""
+    spec = how.spec
+    rows = _rows(x, spec)
+    if not spec.gate:
+        y = next(rows).k
+        return y, y, y
+    shape = how.capacity(x), spec.head_dim
+    zeros = torch.zeros(shape, dtype=_wide(x), device=x.value.device)
+    if zeros.dtype == torch.float64:  # to check gradients by: the plain formula
+        found = [*rows]
+        score = torch.stack([row.s for row in found])
+        m = score.amax(0)
+        weights = torch.exp(score - m)
+        l = weights.sum(0)
+        return m, 1.0 / l, (weights * torch.stack([row.k for row in found])).sum(0) / l
+    state = torch.full_like(zeros, LOWEST), zeros, zeros
+    if state_kind(spec) == "fold":
+        for row in rows:
+            state = fold_step(state, row.k, row.s)
+    else:
+        state = *state[:2], -zeros  # as in `compress`: the first product is what it is without a sum
+        found = [*rows]
+        for j in range(0, len(found), ROWS_AT_ONCE):
+            group = found[j : j + ROWS_AT_ONCE]
+            state = fold_group(state, [row.k for row in group], [row.s for row in group])
+    m, l, a = state
+    return m, 1.0 / l, a / l
+
+
+def _rows(x: Inputs, spec: CompressorSpec) -> Iterator[Row]:
+    """The rows of all windows, in the order of positions."""
+    pieces = x.pieces[: x.value.shape[0] // spec.ratio].long()
+    value, score = (x.value, x.score) if x.score is not None or not spec.gate else x.value.split(spec.channels, dim=1)
+    before = spec.ratio * spec.overlap
+    for j in range(spec.window_rows):
+        live = pieces[:, 1] >= (1 if j < before else 0)
+        at = torch.where(live, pieces[:, 0] + (j - before), 0)
+        half = slice(0, spec.head_dim) if j < before else slice(spec.channels - spec.head_dim, spec.channels)
+        # What is not there weighs nothing, and adding -0 changes no bit.
+        k = torch.where(live[:, None], value[at, half].to(_wide(x)), -0.0)
+        s = k
+        if spec.gate:
+            s = score[at, half].to(_wide(x))
+            s = torch.where(live[:, None], s if x.ape is None else s + x.ape[j % spec.ratio, half], -math.inf)
+        yield Row(live, at, half, k, s)
+
+
+def _weight(s: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+    """e to the power of a score less the largest."""
+    return torch.exp(s - m) if s.dtype == torch.float64 else exp2((s - m) * LOG2_E)
+
+
+def _places(x: Inputs, spec: CompressorSpec, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which rows are entries, `[capacity, 1]`, and the position that RoPE turns each by."""
+    window = x.pieces[:capacity, 1].long()
+    return (window >= 0)[:, None], window.clamp(min=0) * spec.ratio
+
+
+def _wide(x: Inputs) -> torch.dtype:
+    return torch.float64 if x.value.dtype == torch.float64 else torch.float32
+
+
+def _narrow(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rounded to nearest even, with one NaN."""
+    return bf16_bits(y).view(torch.bfloat16) if dtype == torch.bfloat16 else y.to(dtype)

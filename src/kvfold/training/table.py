@@ -1,0 +1,95 @@
+"""How each kernel of training is launched: the one table of it.
+
+Only `groups` changes a bit, and `rows` of `"sum"`, of the gradients of ape and norm_weight alone: they are sums over windows,
+which each group makes of its own. It follows the spec and the number of entries that a packing has room for, never the GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..backend_triton.table import ANY
+from ..spec import CompressorSpec
+
+
+@dataclass(frozen=True)
+class Config:
+    """A row of the table. It serves a kernel for what is inside its bounds; of several rows, the first one.
+
+    Attributes:
+        kernel: `"forward"`; `"again"`, the whole backward of windows that are folded again; `"finish"`, `"spread"`, the
+            backward of windows whose fold was kept, in two launches; `"sum"`, of the groups' sums.
+        head_dims: narrowest and widest entry.
+        window_rows: fewest and most tokens per entry.
+        entries: most rows of entries.
+        num_warps: per program. registers: bound on registers per thread, 0 for none.
+        ahead: `"forward"`: tokens in flight at once.
+        rows, columns: `"spread"`, `"sum"`: of a tile.
+        groups: most groups of windows, each summed by itself.
+        hold: `"again"`: rows of ape stay in registers, instead of being read for each window.
+    """
+
+    kernel: str
+    head_dims: tuple[int, int]
+    window_rows: tuple[int, int]
+    entries: float
+    num_warps: int
+    registers: int = 0
+    ahead: int = 0
+    rows: int = 0
+    columns: int = 0
+    groups: int = 0
+    hold: bool = False
+
+    def serves(self, kernel: str, spec: CompressorSpec, entries: int) -> bool:
+        return (
+            kernel == self.kernel
+            and self.head_dims[0] <= spec.head_dim <= self.head_dims[1]
+            and self.window_rows[0] <= spec.window_rows <= self.window_rows[1]
+            and entries <= self.entries
+        )
+
+
+_NARROW, _MIDDLE, _WIDE, _WIDEST = (16, 128), (256, 256), (512, 1024), (2048, 4096)
+_SHORT, _LONG, _ALL = (1, 8), (9, 8192), (1, 8192)
+
+# Warps, registers and groups are those that a prototype was fastest with on an H200; these kernels have not run there yet. The
+# bounds on registers make nothing spill under Triton 3.6.
+CONFIGS: tuple[Config, ...] = (
+    Config("forward", _NARROW, _SHORT, ANY, 1, ahead=8),
+    Config("forward", _MIDDLE, _SHORT, ANY, 2, ahead=8),
+    Config("forward", _WIDE, _SHORT, ANY, 4, ahead=8),
+    Config("forward", _WIDEST, _SHORT, ANY, 16, ahead=8),
+    Config("forward", _NARROW, _LONG, ANY, 1, ahead=8),
+    Config("forward", _MIDDLE, _LONG, ANY, 2, ahead=8),
+    # Few windows are chains of tokens, so many loads ahead; many are as fast as their instructions.
+    Config("forward", _WIDE, _LONG, 132, 8, ahead=16),
+    Config("forward", _WIDE, _LONG, ANY, 4, 128, ahead=4),
+    Config("forward", _WIDEST, _LONG, ANY, 16, ahead=4),
+    Config("again", _NARROW, _SHORT, 4096, 1, groups=512),
+    Config("again", _NARROW, _SHORT, ANY, 1, 128, groups=1024),
+    Config("again", _MIDDLE, _SHORT, ANY, 2, groups=512),
+    Config("again", _WIDE, _SHORT, 4096, 4, groups=256),
+    Config("again", _WIDE, _SHORT, ANY, 4, 128, groups=512),
+    Config("again", _WIDEST, _SHORT, ANY, 16, groups=128),
+    Config("finish", _NARROW, _LONG, ANY, 1, groups=256),
+    Config("finish", _MIDDLE, _LONG, ANY, 2, groups=256),
+    Config("finish", _WIDE, _LONG, ANY, 4, groups=256),
+    Config("finish", _WIDEST, _LONG, ANY, 8, groups=128),
+    Config("spread", (16, 4096), _LONG, 256, 4, rows=4, columns=256, groups=16),
+    Config("spread", (16, 4096), _LONG, ANY, 4, rows=4, columns=512, groups=16),
+    Config("sum", (16, 4096), _ALL, ANY, 4, rows=128, columns=32),
+)
+
+
+def choose(kernel: str, spec: CompressorSpec, entries: int) -> Config:
+    """The first row of the table that serves a call; there is one for every spec."""
+    return next(config for config in CONFIGS if config.serves(kernel, spec, entries))
+
+
+def groups_of(config: Config, entries: int) -> int:
+    """Groups of a call with room for so many entries: powers of two less where there are fewer."""
+    groups = config.groups
+    while groups > 1 and groups >= 2 * entries:
+        groups //= 2
+    return groups

@@ -1,0 +1,148 @@
+"""Entries and gradients of training against fp64 autograd of the reference, and against differences."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from support.helpers import Backend
+from support.training_support import REAL, SPECS, Problem, off, run, same
+
+from kvfold import reference
+from kvfold.training import compress
+
+# What fp32 sums and exponentials leave; and the rounding of a gradient to bf16, 2**-9 of each number at most.
+EXACT, ROUNDED = 1e-6, 2e-3
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+each_spec = pytest.mark.parametrize("name", SPECS)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+
+
+def check(problem: Problem, backend: Backend, pair: bool, bound: float = EXACT, **how: object) -> None:
+    """One call with latents, unrounded, against fp64; and again, for the same bits."""
+    how = {"out_dtype": torch.float32, "round_rows": False} | how
+    got = run(problem, backend, pair, **how)
+    entries, want = problem.exact(problem.incoming(7), problem.incoming(8))
+    n = problem.windows
+    assert off(got.entries[:n], entries) < bound
+    assert not got.entries[n:].any() and not got.latent[n:].any()
+    mine = got.gradients
+    assert mine.value.dtype == problem.kv_score.dtype
+    assert off(mine.value, want.value) < (bound if mine.value.dtype == torch.float32 else bound + ROUNDED)
+    assert not mine.value[want.value == 0].any(), "a token of no window has a gradient"
+    assert off(mine.norm_weight, want.norm_weight) < bound
+    if want.ape is not None:
+        assert off(mine.ape, want.ape) < bound
+    assert same(got, run(problem, backend, pair, **how))
+
+
+@each_spec
+@each_dtype
+def test_against_fp64(backend: Backend, name: str, dtype: torch.dtype) -> None:
+    problem = Problem.make(SPECS[name], dtype)
+    check(problem, backend, pair=problem.spec.gate and dtype == torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("pair", [False, True])
+@each_dtype
+def test_real_shapes_against_fp64(name: str, pair: bool, dtype: torch.dtype) -> None:
+    lengths = [300, 0, 129, 5, 128, 700]
+    check(Problem.make(REAL[name], dtype, lengths), Backend("triton", torch.device("cuda", 0)), pair)
+
+
+@pytest.mark.parametrize("name", ["csa", "hca"])
+@pytest.mark.parametrize("kind", ["magnitude 80", "ties", "masked", "one live"])
+def test_hard_scores(backend: Backend, name: str, kind: str) -> None:
+    problem = Problem.make(SPECS[name])
+    spec, draw = problem.spec, torch.Generator().manual_seed(3)
+    score = problem.kv_score[: sum(problem.lengths), spec.channels :]
+    bound = EXACT
+    if kind == "magnitude 80":
+        score.copy_(torch.rand(score.shape, generator=draw) * 160 - 80)
+        # Score and ape are added in fp32: a weight is off by that rounding, and what it is a share of as well.
+        bound += 2**-23 * float(score.abs().max() + problem.weights.ape.abs().max())
+    elif kind == "ties":
+        problem.weights = replace(problem.weights, ape=torch.zeros_like(problem.weights.ape))
+        score.copy_(torch.randint(0, 2, score.shape, generator=draw).float())
+    elif kind == "masked":
+        score[torch.rand(score.shape, generator=draw) < 0.4] = -torch.inf
+        score[:: spec.ratio] = 0.5  # none is masked in whole
+    else:
+        score[torch.arange(len(score)) % spec.ratio != 0] = -torch.inf
+    check(problem, backend, pair=False, bound=bound)
+
+
+@pytest.mark.parametrize("name", ["csa", "hca"])
+def test_rounded_rows(backend: Backend, name: str) -> None:
+    """Pooled rows are rounded to bf16 by default where kv_score is bf16, and the gradient passes."""
+    problem = Problem.make(SPECS[name], torch.bfloat16)
+    got = run(problem, backend, out_dtype=torch.float32)
+    pooled = pooled_rows(problem)
+    entries, want = problem.exact(problem.incoming(7), problem.incoming(8), pooled)
+    assert off(got.entries[: problem.windows], entries) < EXACT
+    assert off(got.gradients.value, want.value) < ROUNDED
+    assert off(got.gradients.norm_weight, want.norm_weight) < EXACT
+    plain = run(problem, backend, out_dtype=torch.float32, round_rows=False)
+    assert off(plain.entries, got.entries) > 1e-4, "nothing was rounded"
+
+
+def pooled_rows(problem: Problem) -> torch.Tensor:
+    """By the plain formula in fp64, to fp32: within a rounding of what kernels round, which no row of these ties with."""
+    spec, found = problem.spec, []
+    for start, n in zip(problem.cu_seqlens.tolist(), problem.lengths, strict=False):
+        found.append(reference.pooled(problem.kv_score[start : start + n], spec, problem.weights.ape))
+    return torch.cat(found).float()
+
+
+@each_spec
+def test_gradcheck(name: str) -> None:
+    spec = SPECS[name]
+    problem = Problem.make(spec, torch.float64, [0, 2 * spec.ratio + 1, spec.ratio - 1, spec.ratio], spare=0)
+    packing, w = problem.packing(torch.device("cpu")), problem.weights
+    leaves = [x.double().requires_grad_() for x in (problem.kv_score, w.norm_weight, w.ape) if x is not None]
+
+    def call(rows: torch.Tensor, weight: torch.Tensor, ape: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        return compress(rows, packing, spec=spec, ape=ape, norm_weight=weight, rope=w.rope, latent=True)
+
+    assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+
+
+def test_gradcheck_of_two_tensors() -> None:
+    problem = Problem.make(SPECS["csa"], torch.float64, [9, 3, 4], spare=0)
+    packing, w = problem.packing(torch.device("cpu")), problem.weights
+    leaves = [x.contiguous().requires_grad_() for x in problem.kv_score.split(problem.spec.channels, dim=1)]
+
+    def call(value: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
+        exact = {"ape": w.ape.double(), "norm_weight": w.norm_weight.double(), "rope": w.rope}
+        return compress((value, score), packing, spec=problem.spec, **exact)
+
+    assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("lengths", [[3, 0, 2], [0]], ids=["short", "empty"])
+@pytest.mark.parametrize("name", ["csa", "hca"])
+def test_an_empty_result_depends_on_every_input(backend: Backend, name: str, lengths: list[int]) -> None:
+    """A distributed run would wait for the gradients that other ranks have."""
+    problem = Problem.make(SPECS[name], lengths=lengths, spare=0)
+    given = problem.given(backend)
+    pair = [x.requires_grad_() for x in problem.tokens(backend.device, pair=True)]
+    leaves = [*pair, given["ape"].requires_grad_(), given["norm_weight"].requires_grad_()]
+    entries, latent = compress(tuple(pair), problem.packing(backend.device), **given, latent=True)
+    assert entries.shape == (sum(lengths) // problem.spec.ratio, problem.spec.head_dim) and not entries.any()
+    (entries.sum() + latent.sum()).backward()
+    assert all(x.grad is not None and x.grad.shape == x.shape and not x.grad.any() for x in leaves)
+
+
+def test_gradients_have_the_dtype_of_their_input(backend: Backend) -> None:
+    """norm_weight in bf16, which entries are made with as it is; and what needs no gradient gets none."""
+    problem = Problem.make(SPECS["csa"], torch.bfloat16)
+    given = problem.given(backend)
+    given["norm_weight"] = given["norm_weight"].bfloat16().requires_grad_()
+    rows = problem.tokens(backend.device).requires_grad_()
+    entries = compress(rows, problem.packing(backend.device), **given)
+    assert entries.dtype == torch.bfloat16
+    entries.float().square().sum().backward()
+    assert rows.grad.dtype == given["norm_weight"].grad.dtype == torch.bfloat16 and given["ape"].grad is None
