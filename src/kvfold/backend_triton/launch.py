@@ -24,7 +24,8 @@ from ..storage.window_state import WindowState
 from . import args
 from .args import flat
 from .build import KERNELS
-from .kernels.plan import ENTRIES, SEQUENCES, TABLE, TOKENS
+from .kernels.counts import SEQUENCES
+from .kernels.plan_metadata import ENTRIES, TABLE, TOKENS
 from .keys import (
     PairKey,
     RestoreKey,

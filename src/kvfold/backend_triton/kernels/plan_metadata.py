@@ -1,0 +1,206 @@
+"""`StepPlan.update` with an engine's metadata: numbers of any width and stride, other sources of slots, reserved places.
+
+Here time is instructions and latencies that wait for each other, one after the other: a launch has few programs. So all that
+depends on a sequence's number alone is asked for at once, by loads without masks, and cache slots before anything is summed.
+"""
+
+import triton
+import triton.language as tl
+
+from .counts import INT32_MAX, MOST_POSITIONS, count_windows, store_items
+from .numbers import load_numbers, to_int32, where_set
+
+TABLE, TOKENS, ENTRIES = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # what says where entries go: `Metadata.source`
+SCAN_METADATA = 256  # sequences before a program's own that it counts at a time: one to a thread
+WARPS_METADATA = 8
+
+
+@triton.jit
+def joined(low, high, wide):
+    """int64: the numbers of two words, or of `low` alone where they are not `wide`."""
+    return (tl.where(wide == 1, high, low >> 31).to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
+
+
+@triton.jit
+def load_given(numbers, i, there):
+    """Both words of numbers `i`, which are all in the tensor; of one that is not `there`, 0 and not 1, those of its first."""
+    words = numbers.at.to(tl.pointer_type(tl.int32)) + i.to(tl.int64) * (numbers.step // 2 * there)
+    # Of an int32 the same word twice: no mask to wait for.
+    return tl.load(words), tl.load(words + numbers.step % 2 * there)
+
+
+@triton.jit
+def load_sequences(given, b):
+    """What the engine says of sequences `b`, as words; of those behind the batch, what it says of the last one."""
+    one = b * 0 + 1
+    i = tl.minimum(b, given.batch - 1)
+    more = given.metadata
+    return (
+        load_given(given.lengths, i, 1), load_given(given.cu_seqlens, i, 1), load_given(given.cu_seqlens, i + one, 1),
+        load_given(given.state_slots, i, more.by_slot), load_given(more.cu_rows, i, more.reserved),
+    )  # fmt: skip
+
+
+@triton.jit
+def count_loaded(given, loaded, b, inside, RATIO: tl.constexpr):
+    """`count_windows` of what `load_sequences` found."""
+    more = given.metadata
+    wide = given.cu_seqlens.step % 2
+    token = joined(loaded[1][0], loaded[1][1], wide)
+    length = joined(loaded[2][0], loaded[2][1], wide) - token
+    start = joined(loaded[0][0], loaded[0][1], given.lengths.step % 2) - length * more.totals
+    kept = joined(loaded[3][0], loaded[3][1], given.state_slots.step % 2)
+    slot = tl.where(more.by_slot == 1, tl.where(kept == more.null_slot, -1, kept), b)
+    return count_windows(given, inside, start, token, length, slot, RATIO)
+
+
+@triton.jit
+def place_of(low, high, step):
+    """A place as an int32 that all comparisons with places find on the same side."""
+    return tl.maximum(tl.minimum(joined(low, high, step % 2), MOST_POSITIONS + 1), -1).to(tl.int32)
+
+
+@triton.jit
+def larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def first_places(given, place, numbers, entries, b, farthest):
+    """The place of each sequence's first entry; where they do not fit, one that no output has.
+
+    numbers: entries before. farthest: the largest place that a sequence before these begins at, which none goes back behind.
+    """
+    at = given.metadata.cu_rows
+    low, high = load_given(at, tl.minimum(b, given.batch - 1) + 1, 1)
+    behind = tl.minimum(place_of(low, high, at.step), MOST_POSITIONS)
+    highest = tl.maximum(tl.associative_scan(place, 0, larger), farthest)
+    fits = (place >= numbers) & (place >= highest) & (place <= MOST_POSITIONS) & (behind - place >= entries)
+    return tl.where(fits, place, MOST_POSITIONS)
+
+
+@triton.jit
+def load_slots(b, window, last_token, complete, table, table_width, rows_per_page, metadata):
+    """Words of what says where entries go, which of them there are, and an entry's row in its page.
+
+    Of entries that are `complete`, by a table or by tokens. last_token: rows of kv_score.
+    """
+    if metadata.source == TABLE:
+        column = window // rows_per_page
+        row = window - column * rows_per_page
+        known = complete & (column < table_width)
+        words = b.to(tl.int64) * (table.step // 2) + column.to(tl.int64) * (1 + table.step % 2)
+        at = table.at.to(tl.pointer_type(tl.int32)) + words
+        low = tl.load(at, mask=known, other=0)
+        high = tl.load(at + table.step % 2, mask=known, other=0)
+    else:
+        row = window
+        known = complete & (last_token < tl.where(metadata.source == TOKENS, metadata.num_slots, 0))
+        slots = metadata.slots
+        at = slots.at.to(tl.pointer_type(tl.int32)) + last_token.to(tl.int64) * (slots.step // 2)
+        low = tl.load(at, mask=known, other=0)
+        high = tl.load(at + slots.step % 2, mask=known, other=0)
+    return low, high, known, row
+
+
+@triton.jit
+def slots_of(low, high, known, row, made, table, rows_per_page, metadata):
+    """Cache slots of what `load_slots` found, and which of the entries that are `made` nobody has any for."""
+    by_table = metadata.source == TABLE
+    number = joined(low, high, tl.where(by_table, table.step, metadata.slots.step) % 2)
+    number = tl.where(known & (number != tl.where(by_table, metadata.null_page, metadata.no_slot)), number, -1)
+    scale = tl.where(by_table, rows_per_page, 1).to(tl.int64)
+    page = tl.where(by_table, tl.minimum(number, INT32_MAX), number)
+    slot = tl.where(number >= 0, page * scale + tl.where(by_table, row, 0), -1)
+    return slot, made & ((known == 0) | where_set(number < -1, by_table))
+
+
+@triton.jit
+def plan_part(
+    given, loaded, windows, entries, wrong, start, end, token, slot, own, table, table_width, rows_per_page,
+    chunk, num_chunks, part, b,
+    RATIO: tl.constexpr, SEQUENCES: tl.constexpr, WINDOWS: tl.constexpr, SCAN: tl.constexpr,
+):  # fmt: skip
+    """WINDOWS windows of each of a program's sequences, from `part * WINDOWS` on. windows to slot: of `count_loaded`."""
+    metadata, batch = given.metadata, given.batch
+    before = chunk * SEQUENCES
+    inside = b < batch
+    earlier = tl.arange(0, SCAN)
+    first = load_sequences(given, earlier)
+
+    ordinal = part * WINDOWS + tl.arange(0, WINDOWS)[None, :]
+    window = (tl.where(windows > 0, start, 0) // RATIO)[:, None] + ordinal
+    complete = ordinal < entries[:, None]
+    last_token = (token - start)[:, None] + window * RATIO + RATIO - 1
+    low, high, known, row = load_slots(b[:, None], window, last_token, complete, table, table_width, rows_per_page, metadata)
+
+    w, e, _, _, _, _, _ = count_loaded(given, first, earlier, earlier < before, RATIO)
+    counted = (w.to(tl.int64) << 32) + e.to(tl.int64)
+    places = tl.where(earlier < before, place_of(first[4][0], first[4][1], metadata.cu_rows.step), 0)
+    for base in range(SCAN, before, SCAN):
+        others = base + earlier
+        found = load_sequences(given, others)
+        w, e, _, _, _, _, _ = count_loaded(given, found, others, others < before, RATIO)
+        counted += (w.to(tl.int64) << 32) + e.to(tl.int64)
+        place = place_of(found[4][0], found[4][1], metadata.cu_rows.step)
+        places = tl.maximum(places, tl.where(others < before, place, 0))
+    total = tl.sum(counted, axis=0)  # both sums at once; neither reaches 2**31
+    cu_windows = (total >> 32).to(tl.int32) + tl.cumsum(windows, axis=0)
+    entries_before = (total & 0xFFFFFFFF).to(tl.int32)
+    ends = entries_before + tl.cumsum(entries, axis=0)
+    numbers = ends - entries
+    index = (cu_windows - windows)[:, None] + ordinal
+    used = (ordinal < windows[:, None]) & (index < own.item_capacity)
+    entry = tl.where(complete, numbers[:, None] + ordinal, -1)
+    tl.store(own.entry_items + entry, index, mask=used & complete & (entry < own.entry_capacity))
+    if metadata.reserved == 1:
+        place = place_of(loaded[4][0], loaded[4][1], metadata.cu_rows.step)
+        firsts = first_places(given, place, numbers, entries, b, tl.max(places, axis=0))
+        entry = tl.where(complete, firsts[:, None] + ordinal, -1)
+    store_items(own.items, index, used, window, start, end, token, slot, entry, b)
+    if metadata.source > 0:
+        made = used & complete & (entry < own.entry_capacity)
+        if metadata.source == ENTRIES:
+            cache_slot = load_numbers(metadata.slots, entry, made & (entry < metadata.num_slots), -1)
+        else:
+            cache_slot, missing = slots_of(low, high, known, row, made, table, rows_per_page, metadata)
+            tl.atomic_add(own.errors + ordinal * 0 + b[:, None] * 0, 1, mask=missing, sem="relaxed")
+        tl.store(own.entry_slots + entry, cache_slot, mask=made)
+    if part == 0:
+        tl.store(own.cu_entries + 1 + b, ends, mask=inside)
+        tl.store(own.start_pos + b, start, mask=inside)
+        tl.store(own.cu_seqlens + b, token, mask=b == 0)
+        cu_seqlens = joined(loaded[2][0], loaded[2][1], given.cu_seqlens.step % 2)
+        tl.store(own.cu_seqlens + 1 + b, to_int32(cu_seqlens), mask=inside)
+        tl.store(own.num_items + b * 0, tl.minimum(cu_windows, own.item_capacity), mask=b == batch - 1)
+        tl.atomic_add(own.errors + b * 0, 1, mask=wrong, sem="relaxed")
+    if chunk == num_chunks - 1:
+        parts = tl.num_programs(0) // num_chunks
+        behind = entries_before + tl.sum(entries, axis=0)
+        # Of reserved places it is not known here which are free.
+        frees = (metadata.source > 0) & (metadata.reserved == 0)
+        for base in range(0, tl.maximum(own.entry_capacity - behind, 0), parts * SCAN):
+            spare = behind + base + part * SCAN + tl.arange(0, SCAN)
+            tl.store(own.entry_items + spare, tl.full((SCAN,), -1, tl.int32), mask=spare < own.entry_capacity)
+            if frees:
+                tl.store(own.entry_slots + spare, tl.full((SCAN,), -1, tl.int64), mask=spare < own.entry_capacity)
+
+
+@triton.jit
+def plan_engine(
+    given, own, table, table_width, rows_per_page, chunk, num_chunks, part, b,
+    RATIO: tl.constexpr, SEQUENCES: tl.constexpr, WINDOWS: tl.constexpr, SCAN: tl.constexpr,
+):  # fmt: skip
+    """`plan_part`, but for parts behind the longest sequence, which have nothing to do. The last chunk's clear entries."""
+    loaded = load_sequences(given, b)
+    windows, entries, wrong, start, end, token, slot = count_loaded(given, loaded, b, b < given.batch, RATIO)
+    if WINDOWS <= 8:  # of one part (`keys.windows_per_program`)
+        plan_part(
+            given, loaded, windows, entries, wrong, start, end, token, slot, own, table, table_width, rows_per_page,
+            chunk, num_chunks, part, b, RATIO, SEQUENCES, WINDOWS, SCAN,
+        )  # fmt: skip
+    elif (chunk == num_chunks - 1) | (part == 0) | (tl.max(windows, axis=0) > part * WINDOWS):
+        plan_part(
+            given, loaded, windows, entries, wrong, start, end, token, slot, own, table, table_width, rows_per_page,
+            chunk, num_chunks, part, b, RATIO, SEQUENCES, WINDOWS, SCAN,
+        )  # fmt: skip
