@@ -12,7 +12,19 @@ from .numbers import load_numbers, to_int32, where_set
 
 TABLE, TOKENS, ENTRIES = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # what says where entries go: `Metadata.source`
 SCAN_METADATA = 256  # sequences before a program's own that it counts at a time: one to a thread
-WARPS_METADATA = 8
+WARPS_METADATA = 4
+
+
+@triton.jit
+def bytes_apart(numbers):
+    """From one number, or row of them, to the next; below 2**31 (`launch`), so that an address is one instruction."""
+    return numbers.step.to(tl.int32) // 2 * 4
+
+
+@triton.jit
+def is_wide(numbers):
+    """1 where numbers are int64, and 0 where they are int32."""
+    return numbers.step.to(tl.int32) & 1
 
 
 @triton.jit
@@ -22,21 +34,26 @@ def joined(low, high, wide):
 
 
 @triton.jit
+def address_of(at, i, apart):
+    """Address of a word of numbers `i`, int32 as `apart`, the bytes between them, is. at: of number 0."""
+    return (at.to(tl.pointer_type(tl.int8)) + i.to(tl.int64) * apart.to(tl.int64)).to(tl.pointer_type(tl.int32))
+
+
+@triton.jit
 def load_given(numbers, i, there):
     """Both words of numbers `i`, which are all in the tensor; of one that is not `there`, 0 and not 1, those of its first."""
-    words = numbers.at.to(tl.pointer_type(tl.int32)) + i.to(tl.int64) * (numbers.step // 2 * there)
-    # Of an int32 the same word twice: no mask to wait for.
-    return tl.load(words), tl.load(words + numbers.step % 2 * there)
+    at, apart = numbers.at.to(tl.pointer_type(tl.int32)), bytes_apart(numbers) * there
+    # Of an int32 the same word twice: no mask, for which there are too few registers to ask for all at once.
+    return tl.load(address_of(at, i, apart)), tl.load(address_of(at + is_wide(numbers) * there, i, apart))
 
 
 @triton.jit
 def load_sequences(given, b):
     """What the engine says of sequences `b`, as words; of those behind the batch, what it says of the last one."""
-    one = b * 0 + 1
     i = tl.minimum(b, given.batch - 1)
     more = given.metadata
     return (
-        load_given(given.lengths, i, 1), load_given(given.cu_seqlens, i, 1), load_given(given.cu_seqlens, i + one, 1),
+        load_given(given.lengths, i, 1), load_given(given.cu_seqlens, i, 1), load_given(given.cu_seqlens, i + 1, 1),
         load_given(given.state_slots, i, more.by_slot), load_given(more.cu_rows, i, more.reserved),
     )  # fmt: skip
 
@@ -45,19 +62,19 @@ def load_sequences(given, b):
 def count_loaded(given, loaded, b, inside, RATIO: tl.constexpr):
     """`count_windows` of what `load_sequences` found."""
     more = given.metadata
-    wide = given.cu_seqlens.step % 2
+    wide = is_wide(given.cu_seqlens)
     token = joined(loaded[1][0], loaded[1][1], wide)
     length = joined(loaded[2][0], loaded[2][1], wide) - token
-    start = joined(loaded[0][0], loaded[0][1], given.lengths.step % 2) - length * more.totals
-    kept = joined(loaded[3][0], loaded[3][1], given.state_slots.step % 2)
+    start = joined(loaded[0][0], loaded[0][1], is_wide(given.lengths)) - length * more.totals
+    kept = joined(loaded[3][0], loaded[3][1], is_wide(given.state_slots))
     slot = tl.where(more.by_slot == 1, tl.where(kept == more.null_slot, -1, kept), b)
     return count_windows(given, inside, start, token, length, slot, RATIO)
 
 
 @triton.jit
-def place_of(low, high, step):
+def place_of(low, high, numbers):
     """A place as an int32 that all comparisons with places find on the same side."""
-    return tl.maximum(tl.minimum(joined(low, high, step % 2), MOST_POSITIONS + 1), -1).to(tl.int32)
+    return tl.maximum(tl.minimum(joined(low, high, is_wide(numbers)), MOST_POSITIONS + 1), -1).to(tl.int32)
 
 
 @triton.jit
@@ -73,7 +90,7 @@ def first_places(given, place, numbers, entries, b, farthest):
     """
     at = given.metadata.cu_rows
     low, high = load_given(at, tl.minimum(b, given.batch - 1) + 1, 1)
-    behind = tl.minimum(place_of(low, high, at.step), MOST_POSITIONS)
+    behind = tl.minimum(place_of(low, high, at), MOST_POSITIONS)
     highest = tl.maximum(tl.associative_scan(place, 0, larger), farthest)
     fits = (place >= numbers) & (place >= highest) & (place <= MOST_POSITIONS) & (behind - place >= entries)
     return tl.where(fits, place, MOST_POSITIONS)
@@ -89,17 +106,15 @@ def load_slots(b, window, last_token, complete, table, table_width, rows_per_pag
         column = window // rows_per_page
         row = window - column * rows_per_page
         known = complete & (column < table_width)
-        words = b.to(tl.int64) * (table.step // 2) + column.to(tl.int64) * (1 + table.step % 2)
-        at = table.at.to(tl.pointer_type(tl.int32)) + words
+        at = address_of(table.at, b, bytes_apart(table)) + column * (1 + is_wide(table))
         low = tl.load(at, mask=known, other=0)
-        high = tl.load(at + table.step % 2, mask=known, other=0)
+        high = tl.load(at + 1, mask=where_set(known, is_wide(table)), other=0)
     else:
         row = window
         known = complete & (last_token < tl.where(metadata.source == TOKENS, metadata.num_slots, 0))
-        slots = metadata.slots
-        at = slots.at.to(tl.pointer_type(tl.int32)) + last_token.to(tl.int64) * (slots.step // 2)
+        at = address_of(metadata.slots.at, last_token, bytes_apart(metadata.slots))
         low = tl.load(at, mask=known, other=0)
-        high = tl.load(at + slots.step % 2, mask=known, other=0)
+        high = tl.load(at + 1, mask=where_set(known, is_wide(metadata.slots)), other=0)
     return low, high, known, row
 
 
@@ -107,7 +122,7 @@ def load_slots(b, window, last_token, complete, table, table_width, rows_per_pag
 def slots_of(low, high, known, row, made, table, rows_per_page, metadata):
     """Cache slots of what `load_slots` found, and which of the entries that are `made` nobody has any for."""
     by_table = metadata.source == TABLE
-    number = joined(low, high, tl.where(by_table, table.step, metadata.slots.step) % 2)
+    number = joined(low, high, tl.where(by_table, is_wide(table), is_wide(metadata.slots)))
     number = tl.where(known & (number != tl.where(by_table, metadata.null_page, metadata.no_slot)), number, -1)
     scale = tl.where(by_table, rows_per_page, 1).to(tl.int64)
     page = tl.where(by_table, tl.minimum(number, INT32_MAX), number)
@@ -117,17 +132,18 @@ def slots_of(low, high, known, row, made, table, rows_per_page, metadata):
 
 @triton.jit
 def plan_part(
-    given, loaded, windows, entries, wrong, start, end, token, slot, own, table, table_width, rows_per_page,
+    given, loaded, first, windows, entries, wrong, start, end, token, slot, own, table, table_width, rows_per_page,
     chunk, num_chunks, part, b,
     RATIO: tl.constexpr, SEQUENCES: tl.constexpr, WINDOWS: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
-    """WINDOWS windows of each of a program's sequences, from `part * WINDOWS` on. windows to slot: of `count_loaded`."""
+    """WINDOWS windows of each of a program's sequences, from `part * WINDOWS` on. windows to slot: of `count_loaded`.
+
+    loaded, first: of `load_sequences`, for these sequences and for the first SCAN of all.
+    """
     metadata, batch = given.metadata, given.batch
     before = chunk * SEQUENCES
     inside = b < batch
     earlier = tl.arange(0, SCAN)
-    first = load_sequences(given, earlier)
-
     ordinal = part * WINDOWS + tl.arange(0, WINDOWS)[None, :]
     window = (tl.where(windows > 0, start, 0) // RATIO)[:, None] + ordinal
     complete = ordinal < entries[:, None]
@@ -136,13 +152,13 @@ def plan_part(
 
     w, e, _, _, _, _, _ = count_loaded(given, first, earlier, earlier < before, RATIO)
     counted = (w.to(tl.int64) << 32) + e.to(tl.int64)
-    places = tl.where(earlier < before, place_of(first[4][0], first[4][1], metadata.cu_rows.step), 0)
+    places = tl.where(earlier < before, place_of(first[4][0], first[4][1], metadata.cu_rows), 0)
     for base in range(SCAN, before, SCAN):
         others = base + earlier
         found = load_sequences(given, others)
         w, e, _, _, _, _, _ = count_loaded(given, found, others, others < before, RATIO)
         counted += (w.to(tl.int64) << 32) + e.to(tl.int64)
-        place = place_of(found[4][0], found[4][1], metadata.cu_rows.step)
+        place = place_of(found[4][0], found[4][1], metadata.cu_rows)
         places = tl.maximum(places, tl.where(others < before, place, 0))
     total = tl.sum(counted, axis=0)  # both sums at once; neither reaches 2**31
     cu_windows = (total >> 32).to(tl.int32) + tl.cumsum(windows, axis=0)
@@ -154,7 +170,7 @@ def plan_part(
     entry = tl.where(complete, numbers[:, None] + ordinal, -1)
     tl.store(own.entry_items + entry, index, mask=used & complete & (entry < own.entry_capacity))
     if metadata.reserved == 1:
-        place = place_of(loaded[4][0], loaded[4][1], metadata.cu_rows.step)
+        place = place_of(loaded[4][0], loaded[4][1], metadata.cu_rows)
         firsts = first_places(given, place, numbers, entries, b, tl.max(places, axis=0))
         entry = tl.where(complete, firsts[:, None] + ordinal, -1)
     store_items(own.items, index, used, window, start, end, token, slot, entry, b)
@@ -170,7 +186,7 @@ def plan_part(
         tl.store(own.cu_entries + 1 + b, ends, mask=inside)
         tl.store(own.start_pos + b, start, mask=inside)
         tl.store(own.cu_seqlens + b, token, mask=b == 0)
-        cu_seqlens = joined(loaded[2][0], loaded[2][1], given.cu_seqlens.step % 2)
+        cu_seqlens = joined(loaded[2][0], loaded[2][1], is_wide(given.cu_seqlens))
         tl.store(own.cu_seqlens + 1 + b, to_int32(cu_seqlens), mask=inside)
         tl.store(own.num_items + b * 0, tl.minimum(cu_windows, own.item_capacity), mask=b == batch - 1)
         tl.atomic_add(own.errors + b * 0, 1, mask=wrong, sem="relaxed")
@@ -193,14 +209,15 @@ def plan_engine(
 ):  # fmt: skip
     """`plan_part`, but for parts behind the longest sequence, which have nothing to do. The last chunk's clear entries."""
     loaded = load_sequences(given, b)
+    first = load_sequences(given, tl.arange(0, SCAN))
     windows, entries, wrong, start, end, token, slot = count_loaded(given, loaded, b, b < given.batch, RATIO)
     if WINDOWS <= 8:  # of one part (`keys.windows_per_program`)
         plan_part(
-            given, loaded, windows, entries, wrong, start, end, token, slot, own, table, table_width, rows_per_page,
+            given, loaded, first, windows, entries, wrong, start, end, token, slot, own, table, table_width, rows_per_page,
             chunk, num_chunks, part, b, RATIO, SEQUENCES, WINDOWS, SCAN,
         )  # fmt: skip
     elif (chunk == num_chunks - 1) | (part == 0) | (tl.max(windows, axis=0) > part * WINDOWS):
         plan_part(
-            given, loaded, windows, entries, wrong, start, end, token, slot, own, table, table_width, rows_per_page,
+            given, loaded, first, windows, entries, wrong, start, end, token, slot, own, table, table_width, rows_per_page,
             chunk, num_chunks, part, b, RATIO, SEQUENCES, WINDOWS, SCAN,
         )  # fmt: skip
