@@ -7,7 +7,7 @@ depends on a sequence's number alone is asked for at once, by loads without mask
 import triton
 import triton.language as tl
 
-from .counts import INT32_MAX, MOST_POSITIONS, count_windows, store_items
+from .counts import INT32_MAX, MOST_POSITIONS, store_items
 from .numbers import load_numbers, to_int32, where_set
 
 TABLE, TOKENS, ENTRIES = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # what says where entries go: `Metadata.source`
@@ -59,16 +59,39 @@ def load_sequences(given, b):
 
 
 @triton.jit
-def count_loaded(given, loaded, b, inside, RATIO: tl.constexpr):
-    """`count_windows` of what `load_sequences` found."""
-    more = given.metadata
+def start_of(given, loaded):
+    """int64: first positions, and how many there are of each sequence."""
     wide = is_wide(given.cu_seqlens)
-    token = joined(loaded[1][0], loaded[1][1], wide)
-    length = joined(loaded[2][0], loaded[2][1], wide) - token
-    start = joined(loaded[0][0], loaded[0][1], is_wide(given.lengths)) - length * more.totals
+    length = joined(loaded[2][0], loaded[2][1], wide) - joined(loaded[1][0], loaded[1][1], wide)
+    return joined(loaded[0][0], loaded[0][1], is_wide(given.lengths)) - length * given.metadata.totals, length
+
+
+@triton.jit
+def count_loaded(given, loaded, b, inside, RATIO: tl.constexpr):
+    """What `count_windows` says of what `load_sequences` found; start, end and token only of sequences that have windows.
+
+    The same rules in fewer instructions: one comparison without signs for both bounds, and int32 behind it.
+    """
+    more = given.metadata
+    start, length = start_of(given, loaded)
+    token = joined(loaded[1][0], loaded[1][1], is_wide(given.cu_seqlens))
     kept = joined(loaded[3][0], loaded[3][1], is_wide(given.state_slots))
     slot = tl.where(more.by_slot == 1, tl.where(kept == more.null_slot, -1, kept), b)
-    return count_windows(given, inside, start, token, length, slot, RATIO)
+    present = inside & (slot != -1) & (length != 0)
+    offset = token - given.first_row
+    wrong = (slot < -1) | (start.to(tl.uint64) > MOST_POSITIONS) | (length.to(tl.uint64) > given.max_new_tokens.to(tl.uint64))
+    wrong = wrong | (offset.to(tl.uint64) > given.max_tokens.to(tl.uint64)) | (token > INT32_MAX)
+    start, length, token = start.to(tl.int32), length.to(tl.int32), token.to(tl.int32)
+    # Where the bounds above hold, neither sum reaches 2**32.
+    end = start + length
+    behind = offset.to(tl.int32) + length
+    wrong = wrong | (end.to(tl.uint32) > MOST_POSITIONS) | (behind.to(tl.uint32) > given.max_tokens.to(tl.uint32))
+    wrong = present & wrong
+    live = present & (wrong == 0)
+    first = tl.where(live, start, 0) // RATIO
+    windows = tl.where(live, (tl.where(live, end, 1) - 1) // RATIO - first + 1, 0)
+    entries = tl.where(live, tl.where(live, end, 0) // RATIO - first, 0)
+    return windows, entries, wrong, start, end, token, to_int32(slot)
 
 
 @triton.jit
@@ -83,14 +106,13 @@ def larger(a, b):
 
 
 @triton.jit
-def first_places(given, place, numbers, entries, b, farthest):
+def first_places(place, behind, numbers, entries, farthest):
     """The place of each sequence's first entry; where they do not fit, one that no output has.
 
-    numbers: entries before. farthest: the largest place that a sequence before these begins at, which none goes back behind.
+    place, behind: where a sequence's places begin and end. numbers: entries before. farthest: the largest place that a sequence
+    before these begins at, which none goes back behind.
     """
-    at = given.metadata.cu_rows
-    low, high = load_given(at, tl.minimum(b, given.batch - 1) + 1, 1)
-    behind = tl.minimum(place_of(low, high, at), MOST_POSITIONS)
+    behind = tl.minimum(behind, MOST_POSITIONS)
     highest = tl.maximum(tl.associative_scan(place, 0, larger), farthest)
     fits = (place >= numbers) & (place >= highest) & (place <= MOST_POSITIONS) & (behind - place >= entries)
     return tl.where(fits, place, MOST_POSITIONS)
@@ -132,13 +154,13 @@ def slots_of(low, high, known, row, made, table, rows_per_page, metadata):
 
 @triton.jit
 def plan_part(
-    given, loaded, first, windows, entries, wrong, start, end, token, slot, own, table, table_width, rows_per_page,
+    given, loaded, limits, first, windows, entries, wrong, start, end, token, slot, own, table, table_width, rows_per_page,
     chunk, num_chunks, part, b,
     RATIO: tl.constexpr, SEQUENCES: tl.constexpr, WINDOWS: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
     """WINDOWS windows of each of a program's sequences, from `part * WINDOWS` on. windows to slot: of `count_loaded`.
 
-    loaded, first: of `load_sequences`, for these sequences and for the first SCAN of all.
+    loaded, first: of `load_sequences`, for these sequences and for the first SCAN of all. limits: words of the places behind.
     """
     metadata, batch = given.metadata, given.batch
     before = chunk * SEQUENCES
@@ -152,7 +174,7 @@ def plan_part(
 
     w, e, _, _, _, _, _ = count_loaded(given, first, earlier, earlier < before, RATIO)
     counted = (w.to(tl.int64) << 32) + e.to(tl.int64)
-    places = tl.where(earlier < before, place_of(first[4][0], first[4][1], metadata.cu_rows), 0)
+    places = earlier * 0
     for base in range(SCAN, before, SCAN):
         others = base + earlier
         found = load_sequences(given, others)
@@ -170,8 +192,11 @@ def plan_part(
     entry = tl.where(complete, numbers[:, None] + ordinal, -1)
     tl.store(own.entry_items + entry, index, mask=used & complete & (entry < own.entry_capacity))
     if metadata.reserved == 1:
+        place = place_of(first[4][0], first[4][1], metadata.cu_rows)
+        places = tl.maximum(places, tl.where(earlier < before, place, 0))
         place = place_of(loaded[4][0], loaded[4][1], metadata.cu_rows)
-        firsts = first_places(given, place, numbers, entries, b, tl.max(places, axis=0))
+        behind = place_of(limits[0], limits[1], metadata.cu_rows)
+        firsts = first_places(place, behind, numbers, entries, tl.max(places, axis=0))
         entry = tl.where(complete, firsts[:, None] + ordinal, -1)
     store_items(own.items, index, used, window, start, end, token, slot, entry, b)
     if metadata.source > 0:
@@ -184,10 +209,11 @@ def plan_part(
         tl.store(own.entry_slots + entry, cache_slot, mask=made)
     if part == 0:
         tl.store(own.cu_entries + 1 + b, ends, mask=inside)
-        tl.store(own.start_pos + b, start, mask=inside)
-        tl.store(own.cu_seqlens + b, token, mask=b == 0)
-        cu_seqlens = joined(loaded[2][0], loaded[2][1], is_wide(given.cu_seqlens))
-        tl.store(own.cu_seqlens + 1 + b, to_int32(cu_seqlens), mask=inside)
+        given_start, given_length = start_of(given, loaded)
+        tl.store(own.start_pos + b, to_int32(given_start), mask=inside)
+        wide = is_wide(given.cu_seqlens)
+        tl.store(own.cu_seqlens + b, to_int32(joined(loaded[1][0], loaded[1][1], wide)), mask=b == 0)
+        tl.store(own.cu_seqlens + 1 + b, to_int32(joined(loaded[2][0], loaded[2][1], wide)), mask=inside)
         tl.store(own.num_items + b * 0, tl.minimum(cu_windows, own.item_capacity), mask=b == batch - 1)
         tl.atomic_add(own.errors + b * 0, 1, mask=wrong, sem="relaxed")
     if chunk == num_chunks - 1:
@@ -209,15 +235,16 @@ def plan_engine(
 ):  # fmt: skip
     """`plan_part`, but for parts behind the longest sequence, which have nothing to do. The last chunk's clear entries."""
     loaded = load_sequences(given, b)
+    limits = load_given(given.metadata.cu_rows, tl.minimum(b, given.batch - 1) + 1, given.metadata.reserved)
     first = load_sequences(given, tl.arange(0, SCAN))
     windows, entries, wrong, start, end, token, slot = count_loaded(given, loaded, b, b < given.batch, RATIO)
     if WINDOWS <= 8:  # of one part (`keys.windows_per_program`)
         plan_part(
-            given, loaded, first, windows, entries, wrong, start, end, token, slot, own, table, table_width, rows_per_page,
+            given, loaded, limits, first, windows, entries, wrong, start, end, token, slot, own, table, table_width, rows_per_page,
             chunk, num_chunks, part, b, RATIO, SEQUENCES, WINDOWS, SCAN,
         )  # fmt: skip
     elif (chunk == num_chunks - 1) | (part == 0) | (tl.max(windows, axis=0) > part * WINDOWS):
         plan_part(
-            given, loaded, first, windows, entries, wrong, start, end, token, slot, own, table, table_width, rows_per_page,
+            given, loaded, limits, first, windows, entries, wrong, start, end, token, slot, own, table, table_width, rows_per_page,
             chunk, num_chunks, part, b, RATIO, SEQUENCES, WINDOWS, SCAN,
         )  # fmt: skip
