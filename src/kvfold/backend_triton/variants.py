@@ -15,8 +15,8 @@ from ..storage.formats import FORMATS, RecordFormat
 from . import args
 from .args import LOOSE, Format, Schedule, Spec, flat, types_of
 from .build import Variant
-from .kernels.counts import SEQUENCES
 from .kernels.plan import NUM_WARPS, SCAN
+from .kernels.plan_items import SEQUENCES
 from .kernels.plan_metadata import SCAN_METADATA, WARPS_METADATA
 from .keys import Key, PairKey, PlanKey, RestoreKey, StepKey, StoreKey, Types, WindowKey
 from .table import MULTIPROCESSORS, Config

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 
 from ..args import Metadata, Numbers
-from .counts import Given, Written, count_windows, store_items
 from .numbers import load_numbers, to_int32
+from .plan_items import MOST_POSITIONS, Given, Written, store_items
 from .plan_metadata import plan_engine
 
 SCAN = 1024  # sequences before them that it counts at a time
@@ -16,7 +16,7 @@ NUM_WARPS = 4
 
 @triton.jit
 def count_sequences(given, b, RATIO: tl.constexpr):
-    """`count_windows` of sequences `b`."""
+    """Windows touched, entries made and whether refused, for sequences `b`: the rules of `StepPlan.update`."""
     inside = b < given.batch
     start = load_numbers(given.lengths, b, inside, 0).to(tl.int64)
     token = load_numbers(given.cu_seqlens, b, inside, 0).to(tl.int64)
@@ -24,7 +24,17 @@ def count_sequences(given, b, RATIO: tl.constexpr):
     slot = b  # with block tables a sequence is its own slot
     if given.state_slots.at is not None:
         slot = load_numbers(given.state_slots, b, inside, -1)
-    return count_windows(given, inside, start, token, length, slot, RATIO)
+    end = start + length
+    present = inside & (slot != -1) & (length != 0)
+    wrong = (slot < -1) | (start < 0) | (length < 0) | (length > given.max_new_tokens) | (token < given.first_row)
+    wrong = present & (wrong | (token - given.first_row + length > given.max_tokens) | (end > MOST_POSITIONS))
+    live = present & (wrong == 0)
+    # Only live sequences have a start and an end that may be divided.
+    first = tl.where(live, start, 0) // RATIO
+    windows = tl.where(live, (tl.where(live, end, 1) - 1) // RATIO - first + 1, 0)
+    entries = tl.where(live, tl.where(live, end, 0) // RATIO - first, 0)
+    # Their sums stay below max_tokens / RATIO + 2 * batch.
+    return windows.to(tl.int32), entries.to(tl.int32), wrong, start.to(tl.int32), end.to(tl.int32), token.to(tl.int32), slot
 
 
 @triton.jit
@@ -124,10 +134,6 @@ def plan_kernel(
     part = tl.program_id(0) // num_chunks
     b = chunk * SEQUENCES + tl.arange(0, SEQUENCES)
     if source is None:
-        plan_plain(
-            given, own, table, table_width, rows_per_page, chunk, num_chunks, part, b, RATIO, SEQUENCES, WINDOWS, SCAN
-        )
+        plan_plain(given, own, table, table_width, rows_per_page, chunk, num_chunks, part, b, RATIO, SEQUENCES, WINDOWS, SCAN)
     else:
-        plan_engine(
-            given, own, table, table_width, rows_per_page, chunk, num_chunks, part, b, RATIO, SEQUENCES, WINDOWS, SCAN
-        )
+        plan_engine(given, own, table, table_width, rows_per_page, chunk, num_chunks, part, b, RATIO, SEQUENCES, WINDOWS, SCAN)

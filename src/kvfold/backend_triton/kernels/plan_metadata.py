@@ -7,11 +7,11 @@ depends on a sequence's number alone is asked for at once, by loads without mask
 import triton
 import triton.language as tl
 
-from .counts import INT32_MAX, MOST_POSITIONS, store_items
 from .numbers import load_numbers, to_int32, where_set
+from .plan_items import INT32_MAX, MOST_POSITIONS, store_items
 
 TABLE, TOKENS, ENTRIES = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # what says where entries go: `Metadata.source`
-SCAN_METADATA = 256  # sequences before a program's own that it counts at a time: one to a thread
+SCAN_METADATA = 256  # sequences before a program's own that it counts at a time: two to a thread
 WARPS_METADATA = 4
 
 
@@ -68,9 +68,10 @@ def start_of(given, loaded):
 
 @triton.jit
 def count_loaded(given, loaded, b, inside, RATIO: tl.constexpr):
-    """What `count_windows` says of what `load_sequences` found; start, end and token only of sequences that have windows.
+    """Windows touched, entries made and whether refused, of what `load_sequences` found: the rules of `StepPlan.update`.
 
-    The same rules in fewer instructions: one comparison without signs for both bounds, and int32 behind it.
+    One comparison without signs is for both bounds of a number. Behind it start, end and token are int32, which say nothing
+    of a sequence without windows.
     """
     more = given.metadata
     start, length = start_of(given, loaded)
@@ -209,7 +210,7 @@ def plan_part(
         tl.store(own.entry_slots + entry, cache_slot, mask=made)
     if part == 0:
         tl.store(own.cu_entries + 1 + b, ends, mask=inside)
-        given_start, given_length = start_of(given, loaded)
+        given_start = start_of(given, loaded)[0]
         tl.store(own.start_pos + b, to_int32(given_start), mask=inside)
         wide = is_wide(given.cu_seqlens)
         tl.store(own.cu_seqlens + b, to_int32(joined(loaded[1][0], loaded[1][1], wide)), mask=b == 0)
@@ -238,13 +239,9 @@ def plan_engine(
     limits = load_given(given.metadata.cu_rows, tl.minimum(b, given.batch - 1) + 1, given.metadata.reserved)
     first = load_sequences(given, tl.arange(0, SCAN))
     windows, entries, wrong, start, end, token, slot = count_loaded(given, loaded, b, b < given.batch, RATIO)
-    if WINDOWS <= 8:  # of one part (`keys.windows_per_program`)
+    # Few windows are of one part (`keys.windows_per_program`), and nobody waits for their largest number.
+    if WINDOWS <= 8 or (chunk == num_chunks - 1) | (part == 0) | (tl.max(windows, axis=0) > part * WINDOWS):
         plan_part(
-            given, loaded, limits, first, windows, entries, wrong, start, end, token, slot, own, table, table_width, rows_per_page,
-            chunk, num_chunks, part, b, RATIO, SEQUENCES, WINDOWS, SCAN,
-        )  # fmt: skip
-    elif (chunk == num_chunks - 1) | (part == 0) | (tl.max(windows, axis=0) > part * WINDOWS):
-        plan_part(
-            given, loaded, limits, first, windows, entries, wrong, start, end, token, slot, own, table, table_width, rows_per_page,
-            chunk, num_chunks, part, b, RATIO, SEQUENCES, WINDOWS, SCAN,
+            given, loaded, limits, first, windows, entries, wrong, start, end, token, slot, own, table, table_width,
+            rows_per_page, chunk, num_chunks, part, b, RATIO, SEQUENCES, WINDOWS, SCAN,
         )  # fmt: skip

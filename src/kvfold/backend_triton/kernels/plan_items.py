@@ -1,4 +1,4 @@
-"""What both kernels of a plan have in common: what they are given and write, the rules of `StepPlan.update`, and the items."""
+"""What a plan with metadata and one without have in common: what they are given, what they write, and work items."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from ... import contract
-from .numbers import to_int32
 
 SEQUENCES = 16  # per program
 MOST_POSITIONS = tl.constexpr(contract.MOST_POSITIONS)
@@ -44,25 +43,6 @@ class Written(NamedTuple):
     entry_items: Any
     entry_capacity: Any
     entry_slots: Any
-
-
-@triton.jit
-def count_windows(given, inside, start, token, length, slot, RATIO: tl.constexpr):
-    """Windows touched, entries made and whether refused, of sequences that are `inside` the batch."""
-    end = start + length
-    present = inside & (slot != -1) & (length != 0)
-    wrong = (slot < -1) | (start < 0) | (length < 0) | (length > given.max_new_tokens) | (token < given.first_row)
-    wrong = present & (wrong | (token - given.first_row + length > given.max_tokens) | (end > MOST_POSITIONS))
-    if given.metadata.source is not None:
-        wrong = wrong | (present & ((start > MOST_POSITIONS) | (token > INT32_MAX)))
-        start, end, token, slot = to_int32(start), to_int32(end), to_int32(token), to_int32(slot)
-    live = present & (wrong == 0)
-    # Only live sequences have a start and an end that may be divided.
-    first = tl.where(live, start, 0) // RATIO
-    windows = tl.where(live, (tl.where(live, end, 1) - 1) // RATIO - first + 1, 0)
-    entries = tl.where(live, tl.where(live, end, 0) // RATIO - first, 0)
-    # Their sums stay below max_tokens / RATIO + 2 * batch.
-    return windows.to(tl.int32), entries.to(tl.int32), wrong, start.to(tl.int32), end.to(tl.int32), token.to(tl.int32), slot
 
 
 @triton.jit
