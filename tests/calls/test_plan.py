@@ -9,7 +9,7 @@ import torch
 
 import kvfold
 from kvfold.backend_torch.plan import update_torch
-from kvfold.backend_triton.kernels.plan import SEQUENCES
+from kvfold.backend_triton.kernels.plan_items import SEQUENCES
 from kvfold.backend_triton.keys import windows_per_program
 from kvfold.backend_triton.launch import update_on_gpu
 from kvfold.contract import MOST_POSITIONS

@@ -24,7 +24,8 @@ from ..storage.window_state import WindowState
 from . import args
 from .args import flat
 from .build import KERNELS
-from .kernels.plan import ENTRIES, SEQUENCES, TABLE, TOKENS
+from .kernels.plan_items import SEQUENCES
+from .kernels.plan_metadata import ENTRIES, TABLE, TOKENS
 from .keys import (
     PairKey,
     RestoreKey,
@@ -285,9 +286,12 @@ def _metadata(plan: PlanData) -> args.Metadata:
 
 
 def _numbers(x: torch.Tensor) -> args.Numbers:
-    """Numbers, or rows of numbers, of any dtype and stride."""
+    """Numbers, or rows of numbers, of any dtype and stride, up to 2 GiB apart."""
     wide = x.dtype == torch.int64
-    return args.Numbers(x, 2 * x.stride(0) * (1 + wide) + wide)
+    step = 2 * x.stride(0) * (1 + wide) + wide
+    if step >> 30 and x.shape[0] > 1:  # of a single one no kernel looks how far the next is
+        raise ValueError(f"numbers must be less than 2 GiB apart, got strides {x.stride()} of a tensor of {x.dtype}")
+    return args.Numbers(x, step)
 
 
 def use_pdl(wanted: bool | None, plan: PlanData, device: torch.device) -> bool:

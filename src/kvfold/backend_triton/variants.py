@@ -15,7 +15,9 @@ from ..storage.formats import FORMATS, RecordFormat
 from . import args
 from .args import LOOSE, Format, Schedule, Spec, flat, types_of
 from .build import Variant
-from .kernels.plan import NUM_WARPS, SCAN, SEQUENCES
+from .kernels.plan import NUM_WARPS, SCAN
+from .kernels.plan_items import SEQUENCES
+from .kernels.plan_metadata import SCAN_METADATA, WARPS_METADATA
 from .keys import Key, PairKey, PlanKey, RestoreKey, StepKey, StoreKey, Types, WindowKey
 from .table import MULTIPROCESSORS, Config
 
@@ -130,7 +132,8 @@ def plan_variant(key: PlanKey) -> Variant:
             entry_slots=None if key.no_table else arguments.entry_slots,
             metadata=args.Metadata(),
         )
-    return _variant("plan", arguments, NUM_WARPS, RATIO=key.ratio, SEQUENCES=SEQUENCES, WINDOWS=key.windows, SCAN=SCAN)
+    warps, scan = (WARPS_METADATA, SCAN_METADATA) if key.metadata else (NUM_WARPS, SCAN)
+    return _variant("plan", arguments, warps, RATIO=key.ratio, SEQUENCES=SEQUENCES, WINDOWS=key.windows, SCAN=scan)
 
 
 # By the kind of key; training adds its own (training/variants.py).
