@@ -16,7 +16,7 @@ from .storage.cache import EntryCache
 from .storage.fold_state import FoldState
 from .storage.mean_state import MeanState
 from .storage.snapshots import Snapshots
-from .storage.step import Compressor, Outputs
+from .storage.step import NO_OUTPUTS, Compressor, Outputs
 from .storage.window_state import WindowState
 
 
@@ -80,7 +80,7 @@ def compress(
     """
     c = Compressor(kv_score, state, cache, spec, ape, norm_weight, rope, snapshots)
     run = ops.compress if traced(c.value) else run_compress
-    run(c, plan, Outputs(rows, latent), backend, pdl)
+    run(c, plan, NO_OUTPUTS if rows is None and latent is None else Outputs(rows, latent), backend, pdl)
 
 
 def compress_many(

@@ -77,7 +77,8 @@ class CompressorSpec:
 
 def check_spec(name: str, spec: object) -> None:
     """A spec that was made, and not only allocated."""
-    check_type(name, spec, CompressorSpec)
+    if not isinstance(spec, CompressorSpec):
+        check_type(name, spec, CompressorSpec)
     if "_text" not in spec.__dict__:
         raise ValueError(f"{name} must be made by CompressorSpec(...), got one without fields")
 

@@ -18,12 +18,13 @@ from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState
 from ..storage.formats import RecordFormat
 from ..storage.mean_state import MeanState
+from ..storage.remembered import Met
 from ..storage.snapshots import Snapshots
-from ..storage.step import Compressor, Hits, Outputs, Placed, PlanData, owner_of
+from ..storage.step import NO_OUTPUTS, Compressor, Hits, Outputs, Placed, PlanData, owner_of
 from ..storage.window_state import WindowState
 from . import args
 from .args import flat
-from .build import KERNELS
+from .build import INTERPRETED, KERNELS
 from .kernels.plan_items import SEQUENCES
 from .kernels.plan_metadata import ENTRIES, TABLE, TOKENS
 from .keys import (
@@ -38,7 +39,7 @@ from .keys import (
     windows_per_program,
 )
 from .launcher import Launcher, address, launcher_of, multiprocessors, pack, supports_pdl
-from .table import ANY, item_bucket, pair_buckets
+from .table import ANY, BUCKETS, item_bucket, pair_buckets
 from .variants import draws_items, slices_of
 
 # What every call brings of itself, in order: how the names of such parameters of a kernel end.
@@ -78,31 +79,33 @@ class Prepared:
     bits: int
 
     def launch(self, grid: int, brought: tuple, strides: int, pdl: bool) -> None:
-        """brought: values for `places`. strides: of them, or-ed."""
-        found, bits = pack(*brought)
-        values = self.values.copy()
-        for place, value in zip(self.places, found):  # noqa: B905 (every call comes here)
-            values[place] = value
-        self.chosen.launcher(grid, values, self.bits | bits | strides, pdl)
+        """brought: values for `places`, None for what is not there, as it is in `values`. strides: of them, or-ed."""
+        values, bits = self.values.copy(), self.bits | strides
+        for place, value in zip(self.places, brought):  # noqa: B905 (every call comes here)
+            if value is not None:
+                if value.__class__ is not int and not INTERPRETED:  # what `pack` does
+                    value = value.data_ptr()
+                    bits |= value
+                values[place] = value
+        self.chosen.launcher(grid, values, bits, pdl)
 
 
 def compress_triton(c: Compressor, plan: PlanData, out: Outputs, pdl: bool | None) -> None:
     """`compress` but over a `WindowState`, after its arguments were checked: one launch on the current stream."""
     if plan.item_capacity == 0:
         return
-    grid, met = _step_grid(plan, c), owner_of(c, plan)._layer.plans[id(plan)]
-    bucket = item_bucket(grid, multiprocessors(c.device))
-    asked = bucket, *_token_types(c), _out_types(out)
-    call = met.prepared
+    met, value = owner_of(c, plan)._layer.plans[id(plan)], c.value
+    grid, bucket = _count(met, plan, value.shape[0])
+    asked, call = (bucket, value.dtype, c.score is None, *_out_types(out)), met.prepared
     if call is None or call.asked != asked:
         wanted = _step_wanted(c, plan, out, bucket)
         chosen = _choose_step(wanted, c.device) if c.state is None else _choose(c.state, wanted, _choose_step)
         groups = _plan(plan), _snap_table(plan, c), _compressor(c, out)
         call = met.prepared = _prepare("step", asked, chosen, groups)
-    slices = call.chosen.slices
-    brought, strides = _brought(c, plan, out, slices, call.chosen.draws[0])
+    chosen = call.chosen
+    brought, strides = _brought(c, plan, out, chosen.slices, chosen.draws[0])
     brought = plan.room(*out), *brought
-    call.launch(min(grid * slices, call.chosen.programs), brought, strides, use_pdl(pdl, plan, c.device))
+    call.launch(min(grid * chosen.slices, chosen.programs), brought, strides, use_pdl(pdl, plan, met.device))
 
 
 def compress_pair_triton(pair: tuple[Compressor, Compressor], plan: PlanData, pdl: bool | None) -> None:
@@ -110,22 +113,22 @@ def compress_pair_triton(pair: tuple[Compressor, Compressor], plan: PlanData, pd
     if plan.item_capacity == 0:
         return
     first, second = pair
-    grid = max(_step_grid(plan, first), _step_grid(plan, second))
-    kinds = {first.state.kind, second.state.kind}
-    bucket = item_bucket(grid, multiprocessors(first.device), pair_buckets(kinds))
-    met = first.state._layer.plans[id(plan)]
-    asked = bucket, *_token_types(first), *_token_types(second), second.state._layer
+    met, one, other = first.state._layer.plans[id(plan)], first.value, second.value
+    grid, bucket = _count(met, plan, max(one.shape[0], other.shape[0]), (first.state.kind, second.state.kind))
+    asked = bucket, one.dtype, first.score is None, other.dtype, second.score is None, second.state._layer
     call = met.prepared
     if call is None or call.asked != asked:
-        chosen = _choose(first.state, tuple(_step_wanted(c, plan, Outputs(), bucket) for c in pair), _choose_pair)
-        groups = _plan(plan), _snap_table(plan, *pair), *(_compressor(c, Outputs()) for c in pair)
+        chosen = _choose(first.state, tuple(_step_wanted(c, plan, NO_OUTPUTS, bucket) for c in pair), _choose_pair)
+        groups = _plan(plan), _snap_table(plan, *pair), *(_compressor(c, NO_OUTPUTS) for c in pair)
         call = met.prepared = _prepare("pair", asked, chosen, groups)
-    most = call.chosen.programs
-    if call.chosen.few and grid <= 2 * most:  # so that the second compressor need not wait for the first one's last windows
-        most = call.chosen.few
-    both = [_brought(c, plan, Outputs(), 1, drawn) for c, drawn in zip(pair, call.chosen.draws, strict=True)]
-    brought, strides = (plan.entry_capacity, *both[0][0], *both[1][0]), both[0][1] | both[1][1]
-    call.launch(2 * min(grid, most), brought, strides, use_pdl(pdl, plan, first.device))
+    chosen = call.chosen
+    most = chosen.programs
+    if chosen.few and grid <= 2 * most:  # so that the second compressor need not wait for the first one's last windows
+        most = chosen.few
+    brought, strides = _brought(first, plan, NO_OUTPUTS, 1, chosen.draws[0])
+    more, its_strides = _brought(second, plan, NO_OUTPUTS, 1, chosen.draws[1])
+    brought = plan.entry_capacity, *brought, *more
+    call.launch(2 * min(grid, most), brought, strides | its_strides, use_pdl(pdl, plan, met.device))
 
 
 def compress_window_triton(c: Compressor, plan: PlanData, out: Outputs, pdl: bool | None) -> None:
@@ -133,8 +136,8 @@ def compress_window_triton(c: Compressor, plan: PlanData, out: Outputs, pdl: boo
     if plan.item_capacity == 0:
         return
     spec, state, met = c.spec, c.state, c.state._layer.plans[id(plan)]
-    asked = *_token_types(c), _out_types(out)
-    call = met.prepared
+    value = c.value
+    asked, call = (value.dtype, c.score is None, *_out_types(out)), met.prepared
     if call is None or call.asked != asked:
         types, tables = _types(c, state.dtype, plan, out), plan.tables
         wanted = spec, _format(c), plan.max_new_tokens, types, state.page_size, tables
@@ -156,11 +159,12 @@ def compress_window_triton(c: Compressor, plan: PlanData, out: Outputs, pdl: boo
         output = _output(c.cache, spec, c.norm_weight, c.rope, out)
         groups = _plan(plan), *step, *pools, *paging, args.Scratch(), output
         call = met.prepared = _prepare("window", asked, _choose(state, wanted, _choose_window), groups)
-    slices = call.chosen.slices
-    pooled = plan.entry_capacity * slices if c.cache is not None or any(x is not None for x in out) else 0
-    programs = min(_step_grid(plan, c) + pooled, call.chosen.programs)
-    brought, strides = _brought(c, plan, out, slices, False)
-    call.launch(programs, (plan.room(*out), *brought), strides, use_pdl(pdl, plan, c.device))
+    chosen, (programs, _) = call.chosen, _count(met, plan, value.shape[0])
+    if c.cache is not None or out.rows is not None or out.latent is not None:
+        programs += plan.entry_capacity * chosen.slices
+    brought, strides = _brought(c, plan, out, chosen.slices, False)
+    brought = plan.room(*out), *brought
+    call.launch(min(programs, chosen.programs), brought, strides, use_pdl(pdl, plan, met.device))
 
 
 def store_triton(c: Compressor, plan: PlanData, pdl: bool | None) -> None:
@@ -173,10 +177,10 @@ def store_triton(c: Compressor, plan: PlanData, pdl: bool | None) -> None:
     call = met.prepared
     if call is None or call.asked != asked:
         launcher = launcher_of(store_key(c.spec, cache.format, asked), pooled.device)
-        output = _output(cache, c.spec, c.norm_weight, c.rope, Outputs())
+        output = _output(cache, c.spec, c.norm_weight, c.rope, NO_OUTPUTS)
         groups = _plan(plan), args.Places(), None, None, output, _NO_CACHE
         call = met.prepared = _prepare("store", asked, Chosen(asked, launcher, ANY), groups)
-    call.launch(plan.item_capacity, (plan.room(pooled), pooled, *Outputs()), 0, use_pdl(pdl, plan, pooled.device))
+    call.launch(plan.item_capacity, (plan.room(pooled), pooled, *NO_OUTPUTS), 0, use_pdl(pdl, plan, pooled.device))
 
 
 def store_placed_triton(p: Placed, pdl: bool | None) -> None:
@@ -187,7 +191,7 @@ def store_placed_triton(p: Placed, pdl: bool | None) -> None:
     call = cache._layer.prepared
     if call is None or call.asked != asked:
         launcher = launcher_of(store_key(p.spec, cache.format, asked, *(one.format for one in also)), p.rows.device)
-        output, *second = (_output(one, p.spec, p.norm_weight, p.rope, Outputs()) for one in p.caches)
+        output, *second = (_output(one, p.spec, p.norm_weight, p.rope, NO_OUTPUTS) for one in p.caches)
         groups = args.Plan(*[None] * 5), args.Places(), None, None, output, *(second or [_NO_CACHE])
         call = cache._layer.prepared = _prepare("store", asked, Chosen(asked, launcher, ANY), groups, _BROUGHT_PLACED)
     stride = p.rows.stride(0)
@@ -343,10 +347,6 @@ def _out_types(out: Outputs) -> tuple[torch.dtype | None, bool]:
     return None if out.rows is None else out.rows.dtype, out.latent is not None
 
 
-def _token_types(c: Compressor) -> tuple[torch.dtype, bool]:
-    return c.value.dtype, c.score is not None
-
-
 def _types(c: Compressor, state: torch.dtype | None, plan: PlanData, out: Outputs) -> Types:
     rows, latent = _out_types(out)
     return Types(
@@ -369,9 +369,15 @@ def _keeps(snapshots: Snapshots | None) -> bool:
     return snapshots is not None and snapshots.rows_per_page > 0
 
 
-def _step_grid(plan: PlanData, c: Compressor) -> int:
-    # At least one program, to count sequences whose tokens an empty kv_score does not have.
-    return max(1, min(plan.item_capacity, plan.items_for(c.value.shape[0])))
+def _count(met: Met, plan: PlanData, tokens: int, kinds: tuple[str, ...] = ()) -> tuple[int, float]:
+    """Most windows of a call with so many tokens, and their bucket; remembered. kinds: of its states, where they are two."""
+    known = met.counted
+    if known[0] != tokens or known[1] != kinds:
+        # At least one program, to count sequences whose tokens an empty kv_score does not have.
+        grid = max(1, min(plan.item_capacity, plan.items_for(tokens)))
+        buckets = pair_buckets({*kinds}) if kinds else BUCKETS
+        known = met.counted = tokens, kinds, grid, item_bucket(grid, multiprocessors(met.device), buckets)
+    return known[2], known[3]
 
 
 def _prepare(kernel: str, asked: tuple, chosen: Chosen, groups: tuple, brought: tuple[str, ...] = _BROUGHT) -> Prepared:
@@ -385,19 +391,18 @@ def _prepare(kernel: str, asked: tuple, chosen: Chosen, groups: tuple, brought: 
 
 def _brought(c: Compressor, plan: PlanData, out: Outputs, slices: int, draws: bool) -> tuple[tuple, int]:
     """What a call of one compressor brings: its tokens, the scratch that its programs need, and where rows go; its strides."""
-    scratch = None, None
+    workspace = arrivals = apart = skew = None
     if slices > 1:
-        scratch = _workspace(c.state, plan.entry_capacity, c.spec.head_dim)
+        workspace, arrivals = _workspace(c.state, plan.entry_capacity, c.spec.head_dim)
     elif draws:  # from the count of the items that were drawn (kernels/items.py)
-        scratch = None, _workspace(c.state, 1, 0)[1]
+        _, arrivals = _workspace(c.state, 1, 0)
     value, score = c.value, c.score
-    stride, apart, skew = value.stride(0), None, None
-    strides = stride
+    strides = stride = value.stride(0)
     if score is not None:
         apart = (score.data_ptr() - value.data_ptr()) // value.element_size()
         skew = score.stride(0) - stride
         strides |= apart | skew
-    return (value, stride, value.shape[0], apart, skew, *scratch, *out), strides
+    return (value, stride, value.shape[0], apart, skew, workspace, arrivals, *out), strides
 
 
 def _plan(plan: PlanData) -> args.Plan:

@@ -26,7 +26,7 @@ from ..spec import check_spec
 from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState
 from ..storage.mean_state import MeanState
-from ..storage.remembered import Layer, Met, check_made, where
+from ..storage.remembered import Checked, Layer, Met, check_made, where
 from ..storage.snapshots import Snapshots
 from ..storage.step import Compressor, Hits, Lengths, Outputs, Placed, PlanData, owner_of, plan_places
 from ..storage.window_state import WindowState
@@ -35,6 +35,7 @@ BACKENDS = ("triton", "torch")
 _UNKNOWN = object()  # for one that was not checked, or is none of ours: no layer is known by it
 _FLOATS = (torch.bfloat16, torch.float32)
 _INDICES = (torch.int32, torch.int64)
+_Span = tuple[str, torch.Tensor, int, int]  # a tensor by its name, its first byte, and the one behind its last
 
 
 def choose_backend(backend: str | None, name: str, tensor: torch.Tensor) -> str:
@@ -74,51 +75,70 @@ def compressors_of(compressors: Sequence[Compressor | tuple]) -> list[Compressor
 
 def check_compress(c: Compressor, plan: PlanData, out: Outputs, backend: str | None) -> str:
     """Checks the arguments of `compress` and returns the backend to use."""
-    spans, chosen = [], ""
-    for name, x in c.parts().items():
+    chosen, met, parts = _check_one(c, plan, backend)
+    if out.rows is not None or out.latent is not None:
+        _check_outputs(c, plan, out, met, parts)
+    return chosen
+
+
+def _check_one(c: Compressor, plan: PlanData, backend: str | None) -> tuple[str, Met, list[_Span]]:
+    """Checks all but `Outputs`; returns the backend, what is known of layer and plan, and where the tokens are."""
+    parts, spec, chosen, spans = c.parts(), c.spec, "", []
+    for name, x in parts:
         chosen = choose_backend(backend, name, x)
-        check_spec("spec", c.spec)
-        spans.append((name, x, False, *_check_tokens(name, x, c)))
-    if c.score is not None:
+        check_spec("spec", spec)
+        width = spec.head_dim << (spec.overlap + (spec.gate and len(parts) == 1))
+        spans.append((name, x, *_check_tokens(name, x, width)))
+    if len(spans) == 2:
         _check_two(c)
     met = _known(c, plan) or _check_fixed(c, plan)
-    for name, x, _, _, _ in spans:
+    for name, x, start, end in spans:
         if x.device != met.device:
             check_device(name, x, met.device)
         if met.rows_in_bf16 and x.dtype is not torch.bfloat16:
             why = "as state keeps input rows in bf16 without round_inputs"
             raise TypeError(f"{name} must be torch.bfloat16, {why}, got torch.float32")
+        room = met.rooms.get(name, NO_ROOM)
+        if start < room[0] or end > room[1]:
+            _check_room(name, x, False, start, end, c, plan, met)
+    return chosen, met, spans
+
+
+def _check_outputs(c: Compressor, plan: PlanData, out: Outputs, met: Met, parts: list[_Span]) -> None:
+    """Checks what `compress` writes besides records. parts: where the tokens are."""
     if out.latent is not None and c.norm_weight is None:
         raise TypeError("norm_weight must be a torch.Tensor for latent, got NoneType")
-    for name, x in zip(Outputs._fields, out):  # noqa: B905 (every call comes here)
-        if x is not None:
-            dtypes = _FLOATS if name == "rows" else (torch.bfloat16,)
-            check_tensor(name, x, plan.rows_shape(c.spec), dtypes, met.device)
-            start = x.data_ptr()
-            spans.append((name, x, True, start, start + x.nbytes))
-    for i, (name, x, written, start, end) in enumerate(spans):
-        _check_room(name, x, written, start, end, c, plan, met)
-        for other, y, too, first, behind in spans[:i]:
-            if start < behind and first < end and (written or too):
-                check_apart((Place(other, y, too), Place(name, x, written)))
-    return chosen
+    written: list[_Span] = []
+    for name, x, dtypes in (("rows", out.rows, _FLOATS), ("latent", out.latent, (torch.bfloat16,))):
+        if x is None:
+            continue
+        check_tensor(name, x, plan.rows_shape(c.spec), dtypes, met.device)
+        start = x.data_ptr()
+        end = start + x.nbytes
+        _check_room(name, x, True, start, end, c, plan, met)
+        for spans, too in ((parts, False), (written, True)):
+            for other, y, first, behind in spans:
+                if start < behind and first < end:
+                    check_apart((Place(other, y, too), Place(name, x, True)))
+        written.append((name, x, start, end))
 
 
-def _check_tokens(name: str, x: torch.Tensor, c: Compressor) -> tuple[int, int]:
+def _check_tokens(name: str, x: torch.Tensor, width: int) -> tuple[int, int]:
     """Checks a tensor of a step's tokens; returns the address of its first byte, and the one behind its last."""
     check_real_memory(name, x)
-    check_dtype(name, x, _FLOATS)
-    spec, shape = c.spec, x.shape
-    width = spec.head_dim << (spec.overlap + (spec.gate and x is c.kv_score))
+    dtype, shape = x.dtype, x.shape
+    if dtype not in _FLOATS:
+        check_dtype(name, x, _FLOATS)
     if len(shape) != 2 or shape[1] != width:
         check_shape(name, x, (None, width))
-    if shape[0] > INT32_MAX:
-        raise ValueError(f"{name} must have at most {INT32_MAX} rows, got {shape[0]}")
+    count = shape[0]
+    if count > INT32_MAX:
+        raise ValueError(f"{name} must have at most {INT32_MAX} rows, got {count}")
     stride, side_by_side = x.stride()
-    if shape[0] and side_by_side != 1:
+    if count and side_by_side != 1:
         raise ValueError(f"{name} must be contiguous in its last dimension, got strides {(stride, side_by_side)}")
     start = x.data_ptr()
-    return start, start + ((shape[0] - 1) * stride + shape[1]) * (2 if x.dtype is torch.bfloat16 else 4)
+    return start, start + ((count - 1) * stride + width) * (2 if dtype is torch.bfloat16 else 4)
 
 
 def _check_two(c: Compressor) -> None:
@@ -135,30 +155,35 @@ def _check_two(c: Compressor) -> None:
 
 def check_many(compressors: Sequence[Compressor], plan: PlanData, backend: str | None) -> str:
     """Checks the arguments of `compress_many` and returns the backend to use."""
-    chosen = ""
+    found: list[tuple[str, Met, list[_Span]]] = []
     for i, c in enumerate(compressors):
         try:
             check_spec("spec", c.spec)
             if not c.spec.gate:
                 raise UnsupportedError("spec must have a gate in compress_many: call compress for one without")
             check_type("state", c.state, FoldState)
-            chosen = check_compress(c, plan, Outputs(), backend)
+            found.append(_check_one(c, plan, backend))
             if i == 1:
-                check_device("kv_score", c.value, compressors[0].device)
-                _check_pair(compressors[0], c, plan)
+                check_device("kv_score", c.value, found[0][1].device)
+                _check_pair(compressors[0], c, plan, found)
         except (TypeError, ValueError) as error:
             raise type(error)(f"compressors[{i}]: {error}") from None
-    return chosen
+    return found[0][0]
 
 
-def _check_pair(first: Compressor, second: Compressor, plan: PlanData) -> None:
-    """Checks that two compressors of one launch share nothing that it writes; again only when their tensors are others."""
-    for name in ("state", "cache", "snapshots"):
-        mine = getattr(second, name)
-        if mine is not None and mine is getattr(first, name):
+def _check_pair(first: Compressor, second: Compressor, plan: PlanData, found: list[tuple[str, Met, list[_Span]]]) -> None:
+    """Checks that two compressors of one launch share nothing that it writes; again only when their tensors are others.
+
+    found: of both, what `_check_one` did.
+    """
+    for name, one, other in (
+        ("state", first.state, second.state),
+        ("cache", first.cache, second.cache),
+        ("snapshots", first.snapshots, second.snapshots),
+    ):
+        if one is other and one is not None:
             raise ValueError(f"{name} must not be shared by two compressors")
-    layers = first.state._layer, second.state._layer
-    known = first.state._pair
+    known, layers = first.state._pair, (first.state._layer, second.state._layer)
     if known[0] is not layers[0] or known[1] is not layers[1]:
         theirs = [place._replace(name=f"{place.name} of compressors[0]") for place in _places(first)]
         both = [*theirs, *_places(second)]
@@ -169,20 +194,20 @@ def _check_pair(first: Compressor, second: Compressor, plan: PlanData) -> None:
                 check_apart(alike)
         check_apart(both)
         first.state._pair = layers
-    for c, other, layer in ((first, second, layers[1]), (second, first, layers[0])):
-        met = layer.met(plan)
-        for name, x in c.parts().items():
-            _check_room(f"the other {name}", x, False, *extent(x), other, plan, met)
+    (_, one_met, one_parts), (_, other_met, other_parts) = found
+    for parts, other, met in ((one_parts, second, other_met), (other_parts, first, one_met)):
+        for name, x, start, end in parts:
+            room = met.rooms.get(f"the other {name}", NO_ROOM)
+            if start < room[0] or end > room[1]:
+                _check_room(f"the other {name}", x, False, start, end, other, plan, met)
 
 
 def _known(c: Compressor, plan: PlanData) -> Met | None:
     """What is known of a layer and a plan that were checked in an earlier call; None if something has changed since."""
     owner = owner_of(c, plan)
-    kinds = (EntryCache, PlanData) if c.state is None else (FoldState, MeanState, WindowState)
-    ours = isinstance(owner, kinds) and isinstance(plan, PlanData)
-    layer = getattr(owner, "_layer", None) if ours else None
+    layer = getattr(owner, "_layer", None) if isinstance(owner, Checked) and isinstance(plan, PlanData) else None
     met = None if layer is None else layer.met(plan)
-    if met is None or layer.tokens != _tokens(c):
+    if met is None or layer.tokens != _tokens(c):  # of anything but a state, cache and plan of ours it differs
         return None
     held = [*plan._watched]
     for thing in (c.state, c.cache, c.snapshots):

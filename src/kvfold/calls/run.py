@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from types import ModuleType
 
 from ..arguments.checks import check_eager, check_switch
@@ -16,11 +17,12 @@ from ..contract import INT32_MAX
 from ..storage.fold_state import FoldState
 from ..storage.mean_state import MeanState
 from ..storage.snapshots import Snapshots
-from ..storage.step import Compressor, Hits, Lengths, Outputs, Placed, PlanData
+from ..storage.step import NO_OUTPUTS, Compressor, Hits, Lengths, Outputs, Placed, PlanData
 from ..storage.window_state import WindowState
 from .checks import check_compress, check_many, check_placed, check_restore, check_store, check_update
 
 
+@cache
 def _triton() -> ModuleType:
     """Imported by its first call, as it imports triton, which the torch backend does not need."""
     from ..backend_triton import launch
@@ -50,9 +52,9 @@ def run_many(compressors: Sequence[Compressor], plan: PlanData, backend: str | N
         return
     if chosen == "torch":
         for c in compressors:
-            compress_torch(c, plan, Outputs())
+            compress_torch(c, plan, NO_OUTPUTS)
     elif len(compressors) == 1:
-        _triton().compress_triton(compressors[0], plan, Outputs(), pdl)
+        _triton().compress_triton(compressors[0], plan, NO_OUTPUTS, pdl)
     else:
         _triton().compress_pair_triton((compressors[0], compressors[1]), plan, pdl)
 

@@ -163,4 +163,5 @@ class Met:
     rooms: dict[str, tuple[int, int]] = field(default_factory=dict)  # by the names of arguments
     device: torch.device | None = None
     rows_in_bf16: bool = False  # so that kv_score must be, too
+    counted: tuple = (None, (), 0, 0)  # how many tokens the last call had, and what follows: backend_triton/launch.py
     prepared: Any = None  # what the last call launched: backend_triton/launch.py

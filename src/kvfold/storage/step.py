@@ -38,17 +38,17 @@ class Compressor(NamedTuple):
     rope: torch.Tensor | None
     snapshots: Snapshots | None = None
 
-    def parts(self) -> dict[str, torch.Tensor]:
-        """The tensors of the step's tokens, by the names that errors have for them."""
+    def parts(self) -> tuple[tuple[str, torch.Tensor], ...]:
+        """The tensors of the step's tokens, with the names that errors have for them."""
         if isinstance(self.kv_score, torch.Tensor):
-            return {"kv_score": self.kv_score}
+            return (("kv_score", self.kv_score),)
         if not isinstance(self.kv_score, tuple) or len(self.kv_score) != 2:
             what = f"got {type(self.kv_score).__name__}"
             raise TypeError(f"kv_score must be a torch.Tensor, or a tuple of two, values and scores, {what}")
-        value, score = self.kv_score
-        for name, x in (("kv_score[0]", value), ("kv_score[1]", score)):
+        parts = tuple(zip(("kv_score[0]", "kv_score[1]"), self.kv_score, strict=True))
+        for name, x in parts:
             check_type(name, x, torch.Tensor)
-        return {"kv_score[0]": value, "kv_score[1]": score}
+        return parts
 
     @property
     def value(self) -> torch.Tensor:
@@ -76,6 +76,9 @@ class Outputs(NamedTuple):
 
     rows: torch.Tensor | None = None
     latent: torch.Tensor | None = None
+
+
+NO_OUTPUTS = Outputs()
 
 
 class Hits(NamedTuple):
@@ -322,7 +325,11 @@ class PlanData(Checked):
 
     def room(self, *outputs: torch.Tensor | None) -> int:
         """Places of entries in a call with these outputs, None for one without: an entry behind them is refused."""
-        return min([self.entry_capacity, *(x.shape[0] for x in outputs if x is not None)])
+        room = self.entry_capacity
+        for x in outputs:  # every call comes here: no generators
+            if x is not None:
+                room = min(room, x.shape[0])
+        return room
 
     @property
     def fills_slots(self) -> bool:
