@@ -155,15 +155,17 @@ def slots_of(low, high, known, row, made, table, rows_per_page, metadata):
 
 @triton.jit
 def plan_part(
-    given, loaded, limits, first, windows, entries, wrong, start, end, token, slot, own, table, table_width, rows_per_page,
-    chunk, num_chunks, part, b,
+    given, loaded, limits, first, counts, own, pages, chunk, num_chunks, part, b,
     RATIO: tl.constexpr, SEQUENCES: tl.constexpr, WINDOWS: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
-    """WINDOWS windows of each of a program's sequences, from `part * WINDOWS` on. windows to slot: of `count_loaded`.
+    """WINDOWS windows of each of a program's sequences, from `part * WINDOWS` on.
 
     loaded, first: of `load_sequences`, for these sequences and for the first SCAN of all. limits: words of the places behind.
+    counts: of `count_loaded`. pages: the block table, its width, and the rows of a page.
     """
     metadata, batch = given.metadata, given.batch
+    windows, entries, wrong, start, end, token, slot = counts
+    table, table_width, rows_per_page = pages
     before = chunk * SEQUENCES
     inside = b < batch
     earlier = tl.arange(0, SCAN)
@@ -238,10 +240,8 @@ def plan_engine(
     loaded = load_sequences(given, b)
     limits = load_given(given.metadata.cu_rows, tl.minimum(b, given.batch - 1) + 1, given.metadata.reserved)
     first = load_sequences(given, tl.arange(0, SCAN))
-    windows, entries, wrong, start, end, token, slot = count_loaded(given, loaded, b, b < given.batch, RATIO)
+    counts = count_loaded(given, loaded, b, b < given.batch, RATIO)
     # Few windows are of one part (`keys.windows_per_program`), and nobody waits for their largest number.
-    if WINDOWS <= 8 or (chunk == num_chunks - 1) | (part == 0) | (tl.max(windows, axis=0) > part * WINDOWS):
-        plan_part(
-            given, loaded, limits, first, windows, entries, wrong, start, end, token, slot, own, table, table_width,
-            rows_per_page, chunk, num_chunks, part, b, RATIO, SEQUENCES, WINDOWS, SCAN,
-        )  # fmt: skip
+    if WINDOWS <= 8 or (chunk == num_chunks - 1) | (part == 0) | (tl.max(counts[0], axis=0) > part * WINDOWS):
+        pages = table, table_width, rows_per_page
+        plan_part(given, loaded, limits, first, counts, own, pages, chunk, num_chunks, part, b, RATIO, SEQUENCES, WINDOWS, SCAN)
