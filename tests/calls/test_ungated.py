@@ -187,7 +187,7 @@ def test_errors() -> None:
         kvfold.compress(text, plan, state, layer.cache, **given)
     with pytest.raises(ValueError, match=r"^ape must be None"):
         kvfold.compress(text, plan, None, layer.cache, **given | {"ape": torch.zeros(1, 32)})
-    with pytest.raises(TypeError, match=r"^state must be a FoldState or a WindowState, got NoneType"):
+    with pytest.raises(TypeError, match=r"^state must be a FoldState, a MeanState or a WindowState, got NoneType"):
         kvfold.compress(torch.zeros(4, 64), plan, None, layer.cache, **given | {"spec": gated})
     with pytest.raises(ValueError, match=r"^kv_score must have shape \[any, 32\]"):
         kvfold.compress(torch.zeros(4, 64), plan, None, layer.cache, **given)
