@@ -66,8 +66,8 @@ class StepPlan(PlanData):
         """Plans one step for all layers whose compressor has this ratio.
 
         Numbers are int32 or int64, in tensors of any stride below 2 GiB; rows of tables have theirs side by side.
-        (`snapshot_table` is contiguous int32.) All tensors must be written before this call or `update`, and all but `start_pos`,
-        `seq_lens` and `cu_seqlens`, which are copied, left alone until the last call of the step is done.
+        (`snapshot_table` is contiguous int32.) All tensors must be written before this call or `update`, and all but
+        `start_pos`, `seq_lens` and `cu_seqlens`, which are copied, left alone until the last call of the step is done.
 
         Args:
             ratio: tokens per window.
