@@ -358,11 +358,14 @@ class History(NamedTuple):
 
 
 class Tags(NamedTuple):
-    """Of input rows: the tags of the homes of all that a step may read (kernels/places.py), as in `Kept`."""
+    """Of input rows: the tags of the two places of all that a step may read (kernels/places.py)."""
 
-    before: object
-    lo: object
-    hi: object
+    before_home: object
+    before_other: object
+    lo_home: object
+    lo_other: object
+    hi_home: object
+    hi_other: object
 
 
 class Kept(NamedTuple):

@@ -74,63 +74,76 @@ def hi_row(seq, place, SPEC: tl.constexpr):
 
 @triton.jit
 def load_tags(seq, home, SPEC: tl.constexpr):
-    """What the tags of the homes of the history say. home: of the window that the step starts in."""
-    hi = tl.load(seq.tags + lo_places(seq, SPEC) + hi_home(seq, home))
-    before = scalar(-1)
-    lo = scalar(-1)
+    """What the tags say of both places of the history. home: of the window that the step starts in."""
+    tags = seq.tags + lo_places(seq, SPEC)
+    hi = hi_home(seq, home)
+    at_home = tl.load(tags + hi)
+    at_other = tl.load(tags + other_place(hi, seq.ring))
     if SPEC.OVERLAP:
-        before = tl.load(seq.tags + home_before(seq, home))
-        lo = tl.load(seq.tags + home)
-    return Tags(before, lo, hi)
+        before = home_before(seq, home)
+        before_home = tl.load(seq.tags + before)
+        before_other = tl.load(seq.tags + other_place(before, lo_half(seq)))
+        lo_home = tl.load(seq.tags + home)
+        lo_other = tl.load(seq.tags + other_place(home, lo_half(seq)))
+    else:
+        before_home = scalar(-1)
+        before_other = scalar(-1)
+        lo_home = scalar(-1)
+        lo_other = scalar(-1)
+    return Tags(before_home, before_other, lo_home, lo_other, at_home, at_other)
 
 
 @triton.jit
-def found_place(tags, tag, home, half, wanted, least, most):
-    """Where a `wanted` window is whose last position there is from `least` to `most`: -1 if not wanted, -2 if nowhere.
-
-    tag: of its home.
-    """
-    away = other_place(home, half)
-    at_home = (tag >= least) & (tag <= most)
-    other = tl.load(tags + away, mask=wanted & (at_home == 0), other=-1)
-    found = tl.where(at_home, home, tl.where((other >= least) & (other <= most), away, -2))
+def found_place(home, half, at_home, at_other, wanted, least, most):
+    """Where a `wanted` window is whose last position there is from `least` to `most`: -1 if not wanted, -2 if nowhere."""
+    found = tl.where((at_other >= least) & (at_other <= most), other_place(home, half), -2)
+    found = tl.where((at_home >= least) & (at_home <= most), home, found)
     return tl.where(wanted, found, -1)
 
 
 @triton.jit
 def find_history(tags, seq, home, SPEC: tl.constexpr):
-    """Whether all that the step reads is there, the place of each part of it, -1 for what it does not read, and whether any
-    of these is not a home. home: as in `load_tags`.
+    """Whether all that the step reads is there, and the place of each part of it, -1 for what it does not read.
+
+    home: as in `load_tags`.
     """
-    x0 = seq.start - seq.start % SPEC.RATIO
+    inside = seq.start % SPEC.RATIO
+    x0 = seq.start - inside
     last = seq.start - 1
     most = x0 + SPEC.RATIO - 1
-    own = x0 < seq.start
-    hi = tl.where(own, hi_home(seq, home), -1)
-    lo = tl.where(own, home, -1)
-    before = tl.where(x0 > 0, home_before(seq, home), -1)
-    moved = own & ((tags.hi < last) | (tags.hi > most))
+    own = inside > 0
+    hi = found_place(hi_home(seq, home), seq.ring, tags.hi_home, tags.hi_other, own, last, most)
+    held = hi != -2
+    before = scalar(-1)
+    lo = scalar(-1)
     if SPEC.OVERLAP:
-        moved = moved | (own & ((tags.lo < last) | (tags.lo > most))) | ((x0 > 0) & (tags.before != x0 - 1))
-    held = moved == 0
-    if moved:  # rare, and the code for it would be in the way of all others
-        hi = found_place(seq.tags + lo_places(seq, SPEC), tags.hi, hi_home(seq, home), seq.ring, own, last, most)
-        held = hi != -2
-        if SPEC.OVERLAP:
-            lo = found_place(seq.tags, tags.lo, home, lo_half(seq), own, last, most)
-            before = found_place(seq.tags, tags.before, home_before(seq, home), lo_half(seq), x0 > 0, x0 - 1, x0 - 1)
-            held = held & (lo != -2) & (before != -2)
-    if SPEC.OVERLAP == 0:
-        lo = scalar(-1)
-        before = scalar(-1)
-    return held, Kept(before, lo, hi), moved
+        half = lo_half(seq)
+        before = found_place(home_before(seq, home), half, tags.before_home, tags.before_other, x0 > 0, x0 - 1, x0 - 1)
+        lo = found_place(home, half, tags.lo_home, tags.lo_other, own, last, most)
+        held = held & (before != -2) & (lo != -2)
+    return held, Kept(before, lo, hi)
 
 
 @triton.jit
 def look_up(seq, SPEC: tl.constexpr):
-    """The first two of `find_history`, from the beginning."""
+    """`find_history` from the beginning, for long steps: most find all at home, and go round the rest."""
     home = home_of(seq, seq.start // SPEC.RATIO, SPEC)
-    held, kept, _moved = find_history(load_tags(seq, home, SPEC), seq, home, SPEC)
+    x0 = seq.start - seq.start % SPEC.RATIO
+    own = x0 < seq.start
+    hi = hi_home(seq, home)
+    least = seq.start - 1
+    most = x0 + SPEC.RATIO - 1
+    tag = tl.load(seq.tags + lo_places(seq, SPEC) + hi)
+    away = own & ((tag < least) | (tag > most))
+    kept = Kept(scalar(-1), scalar(-1), tl.where(own, hi, -1))
+    if SPEC.OVERLAP:
+        before = home_before(seq, home)
+        tag = tl.load(seq.tags + home)
+        away = away | (own & ((tag < least) | (tag > most))) | ((x0 > 0) & (tl.load(seq.tags + before) != x0 - 1))
+        kept = Kept(tl.where(x0 > 0, before, -1), tl.where(own, home, -1), tl.where(own, hi, -1))
+    held = away == 0
+    if away:
+        held, kept = find_history(load_tags(seq, home, SPEC), seq, home, SPEC)
     return held, kept
 
 

@@ -87,11 +87,11 @@ def fold_item(live, tokens, seq, begin, stop, place, last, first, snap, HOW: tl.
     m, l, a = empty_fold(SPEC.HEAD_DIM)
     ats, gaps, theres, biases = token_addresses(live, tokens, begin, stop, SPEC, HOW.AHEAD)
     wait_for_inputs(HOW.PDL)
+    history = load_history(seq, last)
     m = tl.load(row, mask=old, other=m)
     l = tl.load(row + SPEC.HEAD_DIM, mask=old, other=0.0)
     a = tl.load(row + 2 * SPEC.HEAD_DIM, mask=old, other=0.0)
     ks, ss = load_tokens(ats, gaps, theres, biases)
-    history = load_history(seq, last)
     held, moved = check_history(history, seq)
     if held:
         if resumes & moved:
@@ -121,24 +121,15 @@ def pool_item(live, tokens, seq, window, home, ends, HOW: tl.constexpr, SPEC: tl
     y = tl.zeros((SPEC.HEAD_DIM,), tl.float32)
     if ends:  # from the homes: to look at tags first would cost a memory latency
         y = pool_window(live, tokens, biases, seq, window, lo, hi, "old", HOW, SPEC)
-    held, kept, moved = find_history(tags, seq, own, SPEC)
+    held, kept = find_history(tags, seq, own, SPEC)
+    moved = (further == 0) & (kept.hi >= 0) & (kept.hi != hi)
     if SPEC.OVERLAP:
-        lo = tl.where(further == 0, kept.before, kept.lo)
+        found = tl.where(further == 0, kept.before, kept.lo)
+        moved = moved | ((further <= 1) & (found >= 0) & (found != lo))
+        lo = found
     if held & ends & moved:
         y = pool_window(live, tokens, biases, seq, window, lo, kept.hi, "old", HOW, SPEC)
     return y, held, kept
-
-
-@triton.jit
-def keep_item(copies, live, tokens, seq, window, begin, stop, home, kept, snap, SPEC: tl.constexpr):
-    """Stores what the state and a snapshot keep of new positions `[begin, stop)` of a window. copies: of `load_rows`."""
-    lo_place, hi_place, lo_empty, hi_empty = places_to_keep(seq, window, home, kept, SPEC)
-    keep_tags(seq, lo_place, hi_place, lo_empty, hi_empty, stop - 1, SPEC)
-    for i in tl.static_range(SPEC.RATIO):
-        at = window * SPEC.RATIO + i
-        if (at >= begin) & (at < stop):
-            keep_row(copies[i], seq, i, at < stop, lo_place, hi_place, SPEC)
-    snapshot_rows(live, tokens, window, begin, stop, snap, SPEC)
 
 
 @triton.jit
@@ -181,15 +172,19 @@ def short_step(pid, plan, snap_table, one, HOW: tl.constexpr, SPEC: tl.constexpr
             if HOW.PDL:
                 prefetch_rows(live, own, seq, window, begin, stop, home, entry >= 0, SPEC)
             y, held, kept = pool_item(live, own, seq, window, home, entry >= 0, HOW, SPEC)
-            # Loaded before the entry is finished, and stored after; before it where it is narrow, and finished soon.
+            # Loaded before the entry is finished, stored after.
             copies = load_rows(live, own, window, begin, stop, SPEC)
-            if SPEC.HEAD_DIM <= 128 and held:
-                keep_item(copies, live, own, seq, window, begin, stop, home, kept, snap, SPEC)
         deliver, refused = slot_valid(entry, cache_slot, window * SPEC.RATIO, plan.entry_capacity, cache, SPEC.ROPE_DIM)
         if held & deliver:
             emit(y, entry, cache_slot, weight, cos, sin, cache, SPEC, FMT, HOW.TARGET)
-        if SPEC.KIND != "fold" and SPEC.HEAD_DIM > 128 and held:
-            keep_item(copies, live, own, seq, window, begin, stop, home, kept, snap, SPEC)
+        if SPEC.KIND != "fold" and held:
+            lo_place, hi_place, lo_empty, hi_empty = places_to_keep(seq, window, home, kept, SPEC)
+            keep_tags(seq, lo_place, hi_place, lo_empty, hi_empty, stop - 1, SPEC)
+            for i in tl.static_range(SPEC.RATIO):
+                at = window * SPEC.RATIO + i
+                if (at >= begin) & (at < stop):
+                    keep_row(copies[i], seq, i, at < stop, lo_place, hi_place, SPEC)
+            snapshot_rows(live, own, window, begin, stop, snap, SPEC)
     else:
         # The next launch waits for this one alone, so this one must end after the one before it, also where it does nothing.
         wait_for_inputs(HOW.PDL)
