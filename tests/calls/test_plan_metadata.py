@@ -12,9 +12,10 @@ from support.helpers import Backend
 
 import kvfold
 from kvfold import StepPlan
+from kvfold.arguments.checks import check_numbers
 from kvfold.backend_torch.plan import update_torch
 from kvfold.backend_triton.kernels.plan_metadata import SCAN_METADATA
-from kvfold.backend_triton.launch import _numbers, update_on_gpu
+from kvfold.backend_triton.launch import update_on_gpu
 from kvfold.contract import INT32_MAX, MOST_POSITIONS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -335,11 +336,11 @@ def test_bad_updates() -> None:
 def test_numbers_too_far_apart() -> None:
     """The kernel works out how many bytes apart they are as an int32."""
     for dtype, apart in ((torch.int32, 2**29), (torch.int64, 2**28)):
-        rows = torch.empty((2, apart), dtype=dtype, device="meta")
-        assert _numbers(rows[:, : apart - 1][:1, 0]).at.shape == (1,)  # of a single one it does not matter
-        assert _numbers(torch.empty((2, apart - 1), dtype=dtype, device="meta")[:, 0]).step < 2**30
-        with pytest.raises(ValueError, match="2 GiB apart"):
-            _numbers(rows[:, 0])
+        rows, meta = torch.empty((2, apart), dtype=dtype, device="meta"), torch.device("meta")
+        check_numbers("start_pos", rows[:1, 0], (1,), meta, fake=True)  # of a single one it does not matter
+        check_numbers("start_pos", torch.empty((2, apart - 1), dtype=dtype, device="meta")[:, 0], (2,), meta, fake=True)
+        with pytest.raises(ValueError, match="start_pos must have numbers less than 2 GiB apart"):
+            check_numbers("start_pos", rows[:, 0], (2,), meta, fake=True)
 
 
 def test_traced() -> None:

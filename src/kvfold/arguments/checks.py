@@ -178,13 +178,15 @@ def check_tensor(
 def check_numbers(
     name: str, tensor: object, shape: tuple[int | None, ...], device: torch.device, *, fake: bool = False
 ) -> None:
-    """int32 or int64 numbers of an engine, of any stride; in rows of a table side by side. fake: see `check_memory`."""
+    """int32 or int64 numbers of an engine, less than 2 GiB apart; in rows of a table side by side. fake: see `check_memory`."""
     check_memory(name, tensor, fake=fake)
     check_dtype(name, tensor, (torch.int32, torch.int64))
     check_shape(name, tensor, shape)
     check_device(name, tensor, device)
     if tensor.dim() == 2 and tensor.shape[1] > 1 and tensor.stride(1) != 1:
         raise ValueError(f"{name} must be contiguous in its last dimension, got strides {tuple(tensor.stride())}")
+    if tensor.shape[0] > 1 and tensor.stride(0) * tensor.element_size() >= 2**31:  # a kernel has the distance in 32 bits
+        raise ValueError(f"{name} must have numbers less than 2 GiB apart, got strides {tuple(tensor.stride())}")
 
 
 def side_by_side(tensor: torch.Tensor | None, dtype: torch.dtype = torch.int32) -> bool:
