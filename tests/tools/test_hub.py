@@ -33,6 +33,7 @@ EXTRAS = {
     "demo/model.py": {"transformers"},
     "demo/plot.py": {"PIL", "matplotlib"},  # matplotlib needs PIL itself
     "demo/show.py": {"rich"},
+    "demo/train.py": {"matplotlib", "rich"},
     "integrations": {"transformers"},
 }
 
