@@ -39,11 +39,8 @@ def check_call(
     backend: str | None,
 ) -> tuple[Inputs, How]:
     """Checks the arguments of the forward; what they mean."""
-    check_spec("spec", spec)
-    check_type("packing", packing, Packing)
+    check_packing(packing, spec)
     value, score = check_tokens(kv_score, spec, backend)
-    if packing.ratio != spec.ratio:
-        raise ValueError(f"packing must be for spec.ratio={spec.ratio}, got {packing.ratio}")
     if packing.tokens != value.shape[0]:
         raise ValueError(f"packing must be for the {value.shape[0]} rows of kv_score, got {packing.tokens}")
     x = Inputs(value, score, packing.pieces, ape, norm_weight, rope if spec.rope_dim else None, cache_scale)
@@ -55,6 +52,14 @@ def check_call(
             "Packing.build takes max_seqlen"
         )
     return x, how
+
+
+def check_packing(packing: Packing, spec: CompressorSpec) -> None:
+    """Checks the two, and that one is for the other: also before an operator is given what is left of them."""
+    check_spec("spec", spec)
+    check_type("packing", packing, Packing)
+    if packing.ratio != spec.ratio:
+        raise ValueError(f"packing must be for spec.ratio={spec.ratio}, got {packing.ratio}")
 
 
 def check_tokens(kv_score: object, spec: CompressorSpec, backend: str | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -151,8 +156,7 @@ def check_gradients(
     x: Inputs, how: How, kept: torch.Tensor, d_entries: torch.Tensor, d_latent: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Checks what a backward is given besides the inputs; the gradients as the backends take them."""
-    wide = torch.float64 if x.value.dtype == torch.float64 else torch.float32
-    check_tensor("kept", kept, how.kept_shape(x), (wide,), x.value.device)
+    check_tensor("kept", kept, how.kept_shape(x), (x.wide,), x.value.device)
     shape = how.capacity(x), how.spec.head_dim
     check_memory("d_entries", d_entries)
     d_entries = d_entries.contiguous()

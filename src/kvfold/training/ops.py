@@ -13,9 +13,9 @@ import torch
 
 from ..arguments.checks import check_type
 from ..ops import NAMESPACE
-from ..spec import CompressorSpec, check_spec
+from ..spec import CompressorSpec
 from ..storage.formats import FORMATS, RecordFormat, get_format
-from .checks import check_call, check_gradients
+from .checks import check_call, check_gradients, check_packing
 from .packing import Packing
 from .problem import How, Inputs
 from .run import backward, forward
@@ -42,10 +42,7 @@ def compress(
     backend: str | None,
 ) -> Sequence[torch.Tensor]:
     """`training.compress` while it is traced: entries and latents. weights: ape, norm_weight, rope."""
-    check_spec("spec", spec)
-    check_type("packing", packing, Packing)
-    if packing.ratio != spec.ratio:
-        raise ValueError(f"packing must be for spec.ratio={spec.ratio}, got {packing.ratio}")
+    check_packing(packing, spec)
     value, score = kv_score if isinstance(kv_score, tuple) and len(kv_score) == 2 else (kv_score, None)
     check_type("kv_score", value, torch.Tensor)
     name = ""
@@ -112,10 +109,9 @@ def _fake_forward(*args: object) -> tuple[torch.Tensor, ...]:
     named = _named(args)
     how, value = _fake_how(named), named["value"]
     x = Inputs(value, *[None] * 6)
-    wide = torch.float64 if value.dtype == torch.float64 else torch.float32
     entries = value.new_empty((how.capacity(x), how.spec.head_dim), dtype=how.out_dtype)
     latent = value.new_empty(how.latent_shape(x), dtype=how.out_dtype)
-    return entries, latent, value.new_empty(how.kept_shape(x), dtype=wide)
+    return entries, latent, value.new_empty(how.kept_shape(x), dtype=x.wide)
 
 
 def _fake_backward(d_entries: torch.Tensor, d_latent: torch.Tensor, kept: torch.Tensor, *args: object) -> tuple:

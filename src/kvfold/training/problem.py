@@ -30,6 +30,11 @@ class Inputs(NamedTuple):
     scale: torch.Tensor | None
 
     @property
+    def wide(self) -> torch.dtype:
+        """What is summed and kept in: fp64 of fp64, else fp32."""
+        return torch.float64 if self.value.dtype == torch.float64 else torch.float32
+
+    @property
     def kv_score(self) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         return self.value if self.score is None else (self.value, self.score)
 

@@ -75,12 +75,11 @@ def backward_torch(
         d_value[at, row.half] = _narrow(dk, x.value.dtype)
         d_score[at, row.half] = _narrow(ds, x.value.dtype)
         d_ape[j % spec.ratio, row.half] = ds.double().sum(0)
-    kind = torch.float64 if y.dtype == torch.float64 else torch.float32
-    ape = d_ape.to(kind) if spec.has_ape else None
+    ape = d_ape.to(x.wide) if spec.has_ape else None
     value, score = whole[:tokens], None
     if x.score is not None:
         value, score = d_value[:tokens].contiguous(), d_score[:tokens].contiguous()
-    return Gradients(value, score, ape, share.double().sum(0).to(kind))
+    return Gradients(value, score, ape, share.double().sum(0).to(x.wide))
 
 
 def pull_back(

@@ -6,7 +6,7 @@ A window is short, and all warps decode the item and finish the entry, so fewer 
 import triton
 import triton.language as tl
 
-from ..args import Tokens
+from ..args import Kept, Tokens
 from .finish import entry_slot, load_finish
 from .items import dealt_items, draw_item, item_after, load_item, next_index, pause
 from .long_fold import deliver_entry
@@ -17,6 +17,7 @@ from .rows import keep_window, load_biases, pool_window
 from .slots import sequence_of
 from .snapshot import snap_of, snapshot_rows
 from .tokens import apart_from
+from .vectors import scalar
 
 
 @triton.jit
@@ -32,8 +33,9 @@ def take_item(
     apart = apart_from(tokens, token - start)
     tokens = Tokens(tokens.kv_score, tokens.stride, tokens.count, tokens.ape, apart, tokens.skew)
     seq = sequence_of(st, slot, start, end, SPEC)
+    kept = Kept(scalar(-1), scalar(-1), scalar(-1))
     if held & (seq.h0 < start):
-        held, _kept = look_up(seq, SPEC)
+        held, kept = look_up(seq, SPEC)
     if first & (held == 0):
         tl.atomic_add(plan.errors, 1)
     if held:
@@ -41,8 +43,6 @@ def take_item(
             # Loaded while the window is folded, which has no registers to spare for the rest of `entry_address`.
             cache_slot = entry_slot(entry, plan)
             if not LIVE or (window - SPEC.OVERLAP) * SPEC.RATIO < start:
-                # Again: kept from above, what was found would take registers from every window.
-                _held, kept = look_up(seq, SPEC)
                 lo = tl.where(first, kept.before, kept.lo)
                 y = pool_window(live, tokens, biases, seq, window, lo, kept.hi, "old", HOW, SPEC)
             else:

@@ -17,7 +17,7 @@ WARPS_METADATA = 4
 
 @triton.jit
 def bytes_apart(numbers):
-    """From one number, or row of them, to the next; below 2**31 (`launch`), so that an address is one instruction."""
+    """From one number, or row of them, to the next; below 2**31 (`check_numbers`), so that an address is one instruction."""
     return numbers.step.to(tl.int32) // 2 * 4
 
 

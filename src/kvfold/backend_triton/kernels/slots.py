@@ -40,8 +40,7 @@ def last_home(seq):
 @triton.jit
 def load_history(seq, last):
     """What the tags say of the last position before the step. last: of `last_home`."""
-    spare = tl.load(seq.tags + seq.ring)
-    return History(tl.load(seq.tags + last), spare)
+    return History(tl.load(seq.tags + last), tl.load(seq.tags + seq.ring))
 
 
 @triton.jit
