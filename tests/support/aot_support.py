@@ -11,8 +11,9 @@ import kvfold
 from kvfold import V4_HCA
 from kvfold.backend_triton import build
 from kvfold.precompile import combinations as kernels
-from kvfold.precompile.combinations import Combination
+from kvfold.precompile.combinations import Combination, combinations
 from kvfold.precompile.report import AotKernel, AotReport, Resources
+from kvfold.storage.formats import FORMATS
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, spilled: dict[str, int], broken: str | None = None) -> None:
@@ -32,5 +33,13 @@ def fake(monkeypatch: pytest.MonkeyPatch, spilled: dict[str, int], broken: str |
     monkeypatch.setattr(kernels, "build", build_one)
 
 
+RUN = "bf16", "mxfp4"
+
+
 def run(target: str, folder: Path, **arguments: object) -> AotReport:
-    return kvfold.aot(target, folder, [V4_HCA], ["bf16", "mxfp4"], workers=1, **arguments)
+    return kvfold.aot(target, folder, [V4_HCA], RUN, workers=1, **arguments)
+
+
+def of_run() -> tuple[Combination, ...]:
+    """The kernels that `run` compiles."""
+    return tuple(combinations((V4_HCA,), tuple(FORMATS[name] for name in RUN)))

@@ -1,0 +1,17 @@
+"""Which engines a user asked kvfold to plug itself into: the environment variable `KVFOLD_ENGINES`, read once by each plug-in."""
+
+from __future__ import annotations
+
+import os
+
+VARIABLE = "KVFOLD_ENGINES"
+ENGINES = ("vllm", "sglang", "tensorrt_llm")
+
+
+def asked_for(engine: str) -> bool:
+    """Whether `KVFOLD_ENGINES`, names with commas between them, has this engine; a name of none is a `ValueError`."""
+    names = [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
+    for name in names:
+        if name not in ENGINES:
+            raise ValueError(f"{VARIABLE} must have names of {', '.join(ENGINES)}, got {name!r}")
+    return engine in names
