@@ -22,8 +22,8 @@ for folder in FOLDERS:
         pytest.exit(f"{folder} is not there: `make engines` makes it, and then runs these tests", returncode=4)
 sys.path += map(str, FOLDERS)  # at the end: what the environment has stays what it is
 
-# Triton's interpreter cuts fp32 off where it makes bf16 of it, and rounds half up where it makes e4m3. GPUs round to the nearest,
-# ties to even, and so does torch.
+# Triton's interpreter cuts fp32 off where it makes bf16 of it, and rounds half up where it makes e4m3. GPUs and torch round
+# to the nearest, ties to even.
 ROUNDED = {tl.bfloat16: (torch.bfloat16, torch.int16, np.uint16), tl.float8e4nv: (torch.float8_e4m3fn, torch.uint8, np.uint8)}
 CONVERT = interpreter._convert_float
 
