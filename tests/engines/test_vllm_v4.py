@@ -1,0 +1,125 @@
+"""DeepSeek-V4 in vLLM: its own compressors and builders with kvfold and without, over the same steps, byte by byte."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import pytest
+from engines.vllm_world import BLOCK, Layer, Memory, Step, World, make_config
+
+from kvfold.integrations.vllm import refused, register, unregister
+
+# Prompts whole and in chunks, beside decoding; 1 and 4 new tokens, of which drafts are rejected; padding of requests and tokens;
+# a batch of nobody's. Then sequence 3 has the first 256 tokens of sequence 0 already.
+BEFORE = (
+    Step.of((0, 0, 150), (1, 0, 9)),
+    Step.of((0, 150, 112), (1, 9, 1), (2, 0, 5), requests=4, tokens=120),
+    Step.of((0, 262, 4, 2), (1, 10, 4, 0), (2, 5, 4, 1), requests=4, tokens=16),
+    Step.of((0, 0, 4), (1, 0, 4), dummy=True),
+    Step.of((1, 10, 1), (0, 264, 1), requests=3, tokens=3),
+)
+HIT = (
+    Step.of((3, 256, 127), (0, 265, 117)),
+    Step.of((3, 383, 4, 1), (0, 382, 4)),
+    Step.of((0, 386, 1), (3, 384, 1)),
+    Step.of((3, 385, 100), (1, 11, 120)),
+)
+LAYERS = {
+    "C4": ((4, 512, False), (4, 128, False)),
+    "C4 mxfp4": ((4, 128, True),),
+    "C128": ((128, 512, False),),
+}
+
+
+@pytest.fixture(autouse=True)
+def own_classes() -> Iterator[None]:
+    yield
+    unregister()
+
+
+def run(layers: str, *, cache_first: bool = False) -> World:
+    config = make_config()
+    made = [Layer(config, ratio, width, fp4=fp4, cache_first=cache_first) for ratio, width, fp4 in LAYERS[layers]]
+    world = World(made, config)
+    world.run(BEFORE)
+    world.hit(3, 0, BLOCK)
+    world.run(HIT)
+    return world
+
+
+@cache
+def theirs(layers: str) -> World:
+    return run(layers)
+
+
+def check_same(found: Memory, wanted: Memory, *, to_the_bit: bool) -> None:
+    """The same bytes. If not `to_the_bit`: but for the last bit of rotated bf16 channels, in 1 byte and 1 more of each 10,000."""
+    written = int((wanted.bytes != wanted.before).sum())
+    assert written > 0
+    different = (found.bytes != wanted.bytes).nonzero()
+    if to_the_bit:
+        assert not len(different), f"{len(different)} of {written} bytes differ"
+        return
+    assert len(different) <= 1 + written // 10_000
+    for page, at in different.tolist():
+        assert at % 576 >= 448 and at % 2 == 0, f"byte {at} of block {page} is of no rotated channel's low half"
+        assert abs(int(found.bytes[page, at]) - int(wanted.bytes[page, at])) == 1
+
+
+def check(found: World, wanted: World) -> None:
+    assert refused() == 0
+    for ours, its in zip(found.layers, wanted.layers, strict=True):
+        assert type(ours.compressor) is not type(its.compressor)
+        check_same(ours.states, its.states, to_the_bit=True)
+        check_same(ours.caches, its.caches, to_the_bit=ours.compressor.head_dim == 128)
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+def test_window(layers: str) -> None:
+    """state="window": vLLM's pages of raw rows hold the same bits, and so do its caches."""
+    wanted = theirs(layers)
+    register()
+    check(run(layers), wanted)
+
+
+def test_the_cache_builds_first() -> None:
+    wanted = theirs("C128")
+    register()
+    check(run("C128", cache_first=True), wanted)
+
+
+def test_fold() -> None:
+    """state="fold": ratio 128 in one block for each request; the caches hold the same."""
+    wanted = theirs("C128")
+    register("fold")
+    found = run("C128")
+    assert refused() == 0
+    check_same(found.layers[0].caches, wanted.layers[0].caches, to_the_bit=False)
+    assert found.layers[0].states.bytes.shape[1] == 37440  # with 3 drafts as large as vLLM's own pages
+
+
+def test_interpreted() -> None:
+    """kvfold's own kernels, interpreted."""
+    steps = (Step.of((0, 0, 9), (1, 0, 3)), Step.of((0, 9, 4, 3), (1, 3, 4, 1)), Step.of((0, 12, 1), (1, 4, 1)))
+    worlds = []
+    for backend in (None, "triton"):
+        if backend:
+            register(backend=backend)
+        config = make_config()
+        worlds.append(World([Layer(config, 4, 128)], config))
+        worlds[-1].run(steps)
+    check(worlds[1], worlds[0])
+
+
+def test_fewer_drafts_than_a_step() -> None:
+    """Without speculation a decode step has 1 token; a step of 4 is planned as any other."""
+    steps = (Step.of((0, 0, 9)), Step.of((0, 9, 1)), Step.of((0, 10, 4)))
+    worlds = []
+    for ours in (False, True):
+        if ours:
+            register()
+        config = make_config(drafts=0)
+        worlds.append(World([Layer(config, 4, 128)], config))
+        worlds[-1].run(steps)
+    check(worlds[1], worlds[0])

@@ -1,0 +1,249 @@
+"""vLLM's own compressors, metadata builders and pages on a CPU, and the steps of a scheduler over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
+from vllm.forward_context import set_forward_context
+from vllm.models.deepseek_v4 import attention, compressor, sparse_mla
+from vllm.models.deepseek_v4.common.ops import fused_compress_quant_cache, fused_indexer_q
+from vllm.models.deepseek_v41.common.ops import fused_compress_quant_cache as fused_v41
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import KVCacheSpec, MLAAttentionSpec
+
+type(current_platform).device_type = "cpu"  # without binaries vLLM finds none
+REQUESTS, TOKENS, LENGTH, BLOCK, DRAFTS = 5, 420, 1024, 256, 3
+PAGE = 37440  # bytes: what vLLM gives V4's pages in the fp8_ds_mla layout
+NONE, PAD = 0, -1
+
+
+@triton.jit
+def e2m1(x):
+    """The code of the nearest e2m1 number, ties to even."""
+    at = tl.abs(x)
+    up = (at > 0.25).to(tl.uint8) + (at >= 0.75).to(tl.uint8) + (at > 1.25).to(tl.uint8) + (at >= 1.75).to(tl.uint8)
+    up += (at > 2.5).to(tl.uint8) + (at >= 3.5).to(tl.uint8) + (at > 5.0).to(tl.uint8)
+    return up | ((x < 0).to(tl.uint8) << 3)
+
+
+@triton.jit
+def e2m1_pair(low, high):
+    return e2m1(low) | (e2m1(high) << 4)
+
+
+def no_projection(*_: Any, **__: Any) -> torch.nn.Module:
+    """Tests hand over `kv_score`, so no weights are made, which would ask for tensor parallel groups."""
+    return torch.nn.Identity()
+
+
+compressor.MergedColumnParallelLinear = no_projection
+for module in (fused_compress_quant_cache, fused_indexer_q, fused_v41):
+    module._fp32x2_to_fp4x2 = e2m1_pair  # vLLM's is an instruction of a GPU
+
+
+def make_config(drafts: int = DRAFTS, **cache: Any) -> VllmConfig:
+    """A configuration as far as compressors and their builders read one."""
+    config = VllmConfig(device_config=DeviceConfig(device="cpu"))
+    config.kernel_config.enable_jit_warmup = False
+    text = SimpleNamespace(qk_rope_head_dim=64, rms_norm_eps=1e-6, index_topk=512, model_type="deepseek_v4")
+    config.model_config = SimpleNamespace(hf_config=text, hf_text_config=text, max_model_len=LENGTH, dtype=torch.bfloat16)
+    config.scheduler_config.max_num_seqs, config.scheduler_config.max_num_batched_tokens = REQUESTS, TOKENS
+    config.scheduler_config.async_scheduling = False
+    config.cache_config.cache_dtype, config.cache_config.block_size = cache.get("dtype", "fp8_ds_mla"), BLOCK
+    speculative = SimpleNamespace(num_speculative_tokens=drafts, parallel_drafting=False, use_dspark=lambda: False)
+    config.speculative_config = speculative if drafts else None
+    return config
+
+
+class Part(NamedTuple):
+    """One request's part of a step. The rows of its tokens behind the first `kept` are those of rejected drafts."""
+
+    sequence: int
+    start: int
+    new: int
+    kept: int
+
+
+class Step(NamedTuple):
+    """parts: in the order of the batch. requests, tokens: with padding. dummy: all slots and blocks are none's."""
+
+    parts: tuple[Part, ...]
+    requests: int = 0
+    tokens: int = 0
+    dummy: bool = False
+
+    @classmethod
+    def of(cls, *parts: Sequence[int], **padding: Any) -> Step:
+        return cls(tuple(Part(*(*part, part[2])[:4]) for part in parts), **padding)
+
+
+class Memory:
+    """Pages of a state or a cache, in vLLM's way: blocks that lie `PAGE` bytes apart, of which 0 is none's."""
+
+    def __init__(self, blocks: int, shape: tuple[int, ...], dtype: torch.dtype, apart: int = PAGE) -> None:
+        draw = torch.Generator().manual_seed(blocks)
+        self.bytes = torch.randint(0, 256, (blocks, apart), dtype=torch.uint8, generator=draw)
+        self.before = self.bytes.clone()
+        inside = self.bytes.view(dtype)
+        self.view = inside.as_strided((blocks, *shape), (inside.stride(0), shape[1], 1))
+
+
+class Layer:
+    """One compressor of vLLM with its two builders, as a model would make them, and pages of its own.
+
+    Args:
+        head_dim: 512, or 128 of an indexer. fp4: its cache in MXFP4.
+        cache_first: the cache's builder builds before the state's.
+        state_window: positions that vLLM keeps of the state; blocks behind are none's.
+    """
+
+    def __init__(
+        self, config: VllmConfig, ratio: int, head_dim: int = 512, *, fp4: bool = False, cache_first: bool = False
+    ) -> None:
+        self.config, self.ratio, self.cache_first = config, ratio, cache_first
+        name, device = f"layer.{ratio}.{head_dim}", torch.device("cpu")
+        with set_current_vllm_config(config):
+            self.compressor = attention.DeepseekCompressor(
+                vllm_config=config, compress_ratio=ratio, hidden_size=64, head_dim=head_dim, rotate=True,
+                prefix=f"{name}.compressor", k_cache_prefix=name, use_fp4_cache=fp4,
+            )  # fmt: skip
+        draw = torch.Generator().manual_seed(ratio + head_dim)
+        self.compressor.ape.data.copy_(torch.randn(self.compressor.ape.shape, generator=draw))
+        self.compressor.norm.weight.data.copy_(1 + torch.randn(head_dim, generator=draw) / 8)
+        state = self.compressor.state_cache
+        spec: KVCacheSpec = state.get_kv_cache_spec(config)
+        self.state_size = spec.block_size
+        builder = state.get_attn_backend().get_builder_cls()
+        self.state_builder = builder(spec, [state.prefix], config, device)
+        self.one_block = type(spec).__name__ == "CircularBufferSpec"
+        record = 584 if head_dim == 512 else 68 if fp4 else 132
+        cache_spec = MLAAttentionSpec(
+            block_size=BLOCK, num_kv_heads=1, head_size=record, dtype=torch.uint8, tokens_per_state=ratio
+        )
+        self.cache_builder = sparse_mla.DeepseekV4FlashMLAMetadataBuilder(cache_spec, [name], config, device)
+        per_sequence = 1 if self.one_block else -(-LENGTH // self.state_size)
+        self.state_table = torch.zeros(REQUESTS, per_sequence, dtype=torch.int32)
+        self.cache_table = torch.zeros(REQUESTS, LENGTH // BLOCK, dtype=torch.int32)
+        self.state_blocks, self.cache_blocks = Blocks(per_sequence), Blocks(LENGTH // BLOCK)
+        self.states = Memory(
+            1 + REQUESTS * per_sequence, (self.state_size, spec.head_size), torch.float32, spec.page_size_bytes
+        )
+        self.caches = Memory(1 + REQUESTS * LENGTH // BLOCK, (BLOCK // ratio, record), torch.uint8)
+        state.bind_kv_cache(self.states.view[:, None])
+        config.compilation_config.static_forward_context[name] = SimpleNamespace(kv_cache=self.caches.view)
+        self.name, self.window = name, getattr(spec, "sliding_window", LENGTH)
+        self.channels = (1 + (ratio == 4)) * head_dim
+
+    def build(self, step: Step, common: dict[str, Any]) -> dict[str, Any]:
+        """The step's metadata, by the name of a layer."""
+        state_slots, cache_slots = self._fill(step, common["num_actual_tokens"])
+        requests = common["num_reqs"]
+        own = CommonAttentionMetadata(**common, block_table_tensor=self.state_table[:requests], slot_mapping=state_slots)
+        cache = CommonAttentionMetadata(**common, block_table_tensor=self.cache_table[:requests], slot_mapping=cache_slots)
+        order = [(self.state_builder, own, self.compressor.state_cache.prefix), (self.cache_builder, cache, self.name)]
+        return {name: builder.build(0, its) for builder, its, name in (order[::-1] if self.cache_first else order)}
+
+    def _fill(self, step: Step, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes the batch's rows of both tables; the slot of each token in the state and in the (token's) cache."""
+        self.state_table.zero_(), self.cache_table.zero_()
+        slots = torch.full((2, tokens), PAD, dtype=torch.int64)
+        at = 0
+        for row, part in enumerate(() if step.dummy else step.parts):
+            states = list(self.state_blocks.of(part.sequence))
+            gone = max(part.start - self.window + 1, 0) // self.state_size
+            if not self.one_block:
+                states[:gone] = [NONE] * gone
+            caches = self.cache_blocks.of(part.sequence)
+            self.state_table[row, : len(states)] = torch.tensor(states, dtype=torch.int32)
+            self.cache_table[row, : len(caches)] = torch.tensor(caches, dtype=torch.int32)
+            for i, position in enumerate(range(part.start, part.start + part.new)):
+                if not self.one_block:
+                    block, offset = divmod(position, self.state_size)
+                    slots[0, at + i] = states[block] * self.state_size + offset
+                block, offset = divmod(position, BLOCK)
+                slots[1, at + i] = caches[block] * BLOCK + offset
+            at += part.new
+        return slots[0], slots[1]
+
+
+class Blocks:
+    """The blocks of each sequence, in an order of no meaning; `share` gives one sequence those of another's begin."""
+
+    def __init__(self, per_sequence: int) -> None:
+        order = torch.randperm(REQUESTS * per_sequence, generator=torch.Generator().manual_seed(per_sequence)) + 1
+        self._of = order.view(REQUESTS, per_sequence).tolist()
+
+    def of(self, sequence: int) -> list[int]:
+        return self._of[sequence]
+
+    def share(self, sequence: int, other: int, count: int) -> None:
+        self._of[sequence][:count] = self._of[other][:count]
+
+
+class World:
+    """Layers under one scheduler, whose sequences have the same tokens in every world."""
+
+    def __init__(self, layers: Sequence[Layer], config: VllmConfig) -> None:
+        self.layers, self.config = layers, config
+        self.ends, self.lengths = torch.zeros(REQUESTS + 1, dtype=torch.int32), torch.zeros(REQUESTS, dtype=torch.int32)
+        angle = torch.arange(LENGTH)[:, None] * 10000.0 ** (-torch.arange(32) / 32)
+        self.rotary = SimpleNamespace(cos_sin_cache=torch.cat([angle.cos(), angle.sin()], dim=1))
+        draw = torch.Generator().manual_seed(7)
+        widths = {2 * layer.channels for layer in layers}
+        self.texts = {width: torch.randn(REQUESTS, LENGTH, width, generator=draw) for width in sorted(widths)}
+
+    def hit(self, sequence: int, other: int, length: int) -> None:
+        """A prefix hit: the first `length` tokens of a sequence are another's, blocks and all."""
+        for text in self.texts.values():
+            text[sequence, :length] = text[other, :length]
+        for layer in self.layers:
+            layer.cache_blocks.share(sequence, other, length // BLOCK)
+            if not layer.one_block:
+                layer.state_blocks.share(sequence, other, length // layer.state_size)
+
+    def run(self, steps: Sequence[Step]) -> None:
+        for step in steps:
+            self._run(step)
+
+    def _run(self, step: Step) -> None:
+        new = [part.new for part in step.parts]
+        total, requests = sum(new), max(step.requests, len(new))
+        tokens = max(step.tokens, total)
+        ends = torch.tensor([0, *new]).cumsum(0)
+        self.ends[: len(ends)], self.ends[len(ends) :] = ends, total
+        self.lengths.zero_()
+        self.lengths[: len(new)] = torch.tensor([part.new if step.dummy else part.start + part.new for part in step.parts])
+        positions = torch.zeros(tokens, dtype=torch.int64)
+        if not step.dummy:
+            positions[:total] = torch.cat([torch.arange(part.start, part.start + part.new) for part in step.parts])
+        common = {
+            "query_start_loc": self.ends[: requests + 1], "query_start_loc_cpu": self.ends[: requests + 1].clone(),
+            "seq_lens": self.lengths[:requests], "num_reqs": requests, "num_actual_tokens": tokens, "max_query_len": max(new),
+            "max_seq_len": LENGTH, "positions": positions, "seq_lens_cpu_upper_bound": self.lengths[:requests].clone(),
+        }  # fmt: skip
+        metadata: dict[str, Any] = {}
+        for layer in self.layers:
+            metadata |= layer.build(step, common)
+        with set_forward_context(metadata, self.config, num_tokens=tokens):
+            for layer in self.layers:
+                self.call(layer, self.kv_score(step, 2 * layer.channels, tokens), positions)
+
+    def call(self, layer: Layer, kv_score: torch.Tensor, positions: torch.Tensor) -> None:
+        layer.compressor(kv_score, positions, self.rotary)
+
+    def kv_score(self, step: Step, width: int, tokens: int) -> torch.Tensor:
+        rows = torch.full((tokens, width), 3.0)
+        at = 0
+        for part in step.parts:
+            text = self.texts[width][part.sequence, part.start : part.start + part.new]
+            rows[at : at + part.new] = text
+            rows[at + part.kept : at + part.new] = text[part.kept :] * -2 + 1  # drafts that will be rejected
+            at += part.new
+        return rows
