@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from functools import cache
 
 import pytest
-from engines.vllm_world import BLOCK, Layer, Memory, Step, World, make_config
+from engines.vllm_compare import check_same
+from engines.vllm_world import BLOCK, Layer, Step, World, make_config
 
 from kvfold.integrations.vllm import refused, register, unregister
 
-# Prompts whole and in chunks, beside decoding; 1 and 4 new tokens, of which drafts are rejected; padding of requests and tokens;
-# a batch of nobody's. Then sequence 3 has the first 256 tokens of sequence 0 already.
+# Prompts whole and in chunks, beside decoding; 1 and 4 new tokens, of which drafts are rejected; padding of requests and
+# tokens; a batch of nobody's. Then sequence 3 has the first 256 tokens of sequence 0 already.
 BEFORE = (
     Step.of((0, 0, 150), (1, 0, 9)),
     Step.of((0, 150, 112), (1, 9, 1), (2, 0, 5), requests=4, tokens=120),
@@ -51,20 +52,6 @@ def run(layers: str, *, cache_first: bool = False) -> World:
 @cache
 def theirs(layers: str) -> World:
     return run(layers)
-
-
-def check_same(found: Memory, wanted: Memory, *, to_the_bit: bool) -> None:
-    """The same bytes. If not `to_the_bit`: but for the last bit of rotated bf16 channels, in 1 byte and 1 more of each 10,000."""
-    written = int((wanted.bytes != wanted.before).sum())
-    assert written > 0
-    different = (found.bytes != wanted.bytes).nonzero()
-    if to_the_bit:
-        assert not len(different), f"{len(different)} of {written} bytes differ"
-        return
-    assert len(different) <= 1 + written // 10_000
-    for page, at in different.tolist():
-        assert at % 576 >= 448 and at % 2 == 0, f"byte {at} of block {page} is of no rotated channel's low half"
-        assert abs(int(found.bytes[page, at]) - int(wanted.bytes[page, at])) == 1
 
 
 def check(found: World, wanted: World) -> None:

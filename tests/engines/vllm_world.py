@@ -13,10 +13,13 @@ from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
 from vllm.forward_context import set_forward_context
 from vllm.models.deepseek_v4 import attention, compressor, sparse_mla
 from vllm.models.deepseek_v4.common.ops import fused_compress_quant_cache, fused_indexer_q
+from vllm.models.deepseek_v41 import attention as attention_v41
+from vllm.models.deepseek_v41 import compressor as compressor_v41
+from vllm.models.deepseek_v41 import sparse_mla as sparse_mla_v41
 from vllm.models.deepseek_v41.common.ops import fused_compress_quant_cache as fused_v41
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.kv_cache_interface import KVCacheSpec, MLAAttentionSpec
+from vllm.v1.kv_cache_interface import CircularBufferSpec, KVCacheSpec, MLAAttentionSpec
 
 type(current_platform).device_type = "cpu"  # without binaries vLLM finds none
 REQUESTS, TOKENS, LENGTH, BLOCK, DRAFTS = 5, 420, 1024, 256, 3
@@ -43,7 +46,7 @@ def no_projection(*_: Any, **__: Any) -> torch.nn.Module:
     return torch.nn.Identity()
 
 
-compressor.MergedColumnParallelLinear = no_projection
+compressor.MergedColumnParallelLinear = compressor_v41.MergedColumnParallelLinear = no_projection
 for module in (fused_compress_quant_cache, fused_indexer_q, fused_v41):
     module._fp32x2_to_fp4x2 = e2m1_pair  # vLLM's is an instruction of a GPU
 
@@ -99,78 +102,98 @@ class Layer:
     """One compressor of vLLM with its two builders, as a model would make them, and pages of its own.
 
     Args:
-        head_dim: 512, or 128 of an indexer. fp4: its cache in MXFP4.
+        ratio: 4 and 128 are V4's, 1 and 2 V4.1's. head_dim: 512, or 128 of V4's indexer.
+        fp4: the indexer's cache in MXFP4.
+        record: bytes of V4.1's: 584, 528 or 288.
         cache_first: the cache's builder builds before the state's.
-        state_window: positions that vLLM keeps of the state; blocks behind are none's.
     """
 
     def __init__(
-        self, config: VllmConfig, ratio: int, head_dim: int = 512, *, fp4: bool = False, cache_first: bool = False
+        self,
+        config: VllmConfig,
+        ratio: int,
+        head_dim: int = 512,
+        *,
+        fp4: bool = False,
+        record: int = 584,
+        cache_first: bool = False,
     ) -> None:
-        self.config, self.ratio, self.cache_first = config, ratio, cache_first
-        name, device = f"layer.{ratio}.{head_dim}", torch.device("cpu")
+        self.config, self.ratio, self.cache_first, self.record = config, ratio, cache_first, record
+        self.name, device = f"layer.{ratio}.{head_dim}.{record}", torch.device("cpu")
+        named = {"vllm_config": config, "compress_ratio": ratio, "hidden_size": 64, "head_dim": head_dim, "rotate": True}
+        named |= {"prefix": f"{self.name}.compressor", "k_cache_prefix": self.name}
         with set_current_vllm_config(config):
-            self.compressor = attention.DeepseekCompressor(
-                vllm_config=config, compress_ratio=ratio, hidden_size=64, head_dim=head_dim, rotate=True,
-                prefix=f"{name}.compressor", k_cache_prefix=name, use_fp4_cache=fp4,
-            )  # fmt: skip
+            if ratio > 2:
+                self.compressor = attention.DeepseekCompressor(**named, use_fp4_cache=fp4)
+            else:
+                self.compressor = attention_v41.DeepseekCompressor(**named)
         draw = torch.Generator().manual_seed(ratio + head_dim)
-        self.compressor.ape.data.copy_(torch.randn(self.compressor.ape.shape, generator=draw))
+        if ratio > 2:
+            self.compressor.ape.data.copy_(torch.randn(self.compressor.ape.shape, generator=draw))
+            self.record = 584 if head_dim == 512 else 68 if fp4 else 132
         self.compressor.norm.weight.data.copy_(1 + torch.randn(head_dim, generator=draw) / 8)
-        state = self.compressor.state_cache
-        spec: KVCacheSpec = state.get_kv_cache_spec(config)
-        self.state_size = spec.block_size
-        builder = state.get_attn_backend().get_builder_cls()
-        self.state_builder = builder(spec, [state.prefix], config, device)
-        self.one_block = type(spec).__name__ == "CircularBufferSpec"
-        record = 584 if head_dim == 512 else 68 if fp4 else 132
-        cache_spec = MLAAttentionSpec(
-            block_size=BLOCK, num_kv_heads=1, head_size=record, dtype=torch.uint8, tokens_per_state=ratio
+        spec = MLAAttentionSpec(
+            block_size=BLOCK, num_kv_heads=1, head_size=self.record, dtype=torch.uint8, tokens_per_state=ratio
         )
-        self.cache_builder = sparse_mla.DeepseekV4FlashMLAMetadataBuilder(cache_spec, [name], config, device)
-        per_sequence = 1 if self.one_block else -(-LENGTH // self.state_size)
-        self.state_table = torch.zeros(REQUESTS, per_sequence, dtype=torch.int32)
+        module = sparse_mla if ratio > 2 else sparse_mla_v41
+        self.cache_builder = module.DeepseekV4FlashMLAMetadataBuilder(spec, [self.name], config, device)
         self.cache_table = torch.zeros(REQUESTS, LENGTH // BLOCK, dtype=torch.int32)
-        self.state_blocks, self.cache_blocks = Blocks(per_sequence), Blocks(LENGTH // BLOCK)
-        self.states = Memory(
-            1 + REQUESTS * per_sequence, (self.state_size, spec.head_size), torch.float32, spec.page_size_bytes
-        )
-        self.caches = Memory(1 + REQUESTS * LENGTH // BLOCK, (BLOCK // ratio, record), torch.uint8)
+        self.cache_blocks = Blocks(LENGTH // BLOCK)
+        rows = BLOCK // ratio
+        apart = max(PAGE, -(-rows * self.record // 576) * 576)
+        self.caches = Memory(1 + REQUESTS * LENGTH // BLOCK, (rows, self.record), torch.uint8, apart)
+        config.compilation_config.static_forward_context[self.name] = SimpleNamespace(kv_cache=self.caches.view)
+        self.kv_width = head_dim * (1, 2, 4)[(ratio > 1) + (ratio == 4)]
+        if self.compressor.state_cache is not None:
+            self._make_state(device)
+
+    def _make_state(self, device: torch.device) -> None:
+        state = self.compressor.state_cache
+        spec: KVCacheSpec = state.get_kv_cache_spec(self.config)
+        builder = state.get_attn_backend().get_builder_cls()
+        self.state_builder = builder(spec, [state.prefix], self.config, device)
+        self.state_size, self.window = spec.block_size, getattr(spec, "sliding_window", LENGTH)
+        self.one_block = isinstance(spec, CircularBufferSpec)
+        per_sequence = 1 if self.one_block else -(-LENGTH // self.state_size)
+        self.state_table, self.state_blocks = torch.zeros(REQUESTS, per_sequence, dtype=torch.int32), Blocks(per_sequence)
+        shape = (self.state_size, spec.head_size)
+        self.states = Memory(1 + REQUESTS * per_sequence, shape, torch.float32, spec.page_size_bytes)
         state.bind_kv_cache(self.states.view[:, None])
-        config.compilation_config.static_forward_context[name] = SimpleNamespace(kv_cache=self.caches.view)
-        self.name, self.window = name, getattr(spec, "sliding_window", LENGTH)
-        self.channels = (1 + (ratio == 4)) * head_dim
 
     def build(self, step: Step, common: dict[str, Any]) -> dict[str, Any]:
         """The step's metadata, by the name of a layer."""
         state_slots, cache_slots = self._fill(step, common["num_actual_tokens"])
         requests = common["num_reqs"]
-        own = CommonAttentionMetadata(**common, block_table_tensor=self.state_table[:requests], slot_mapping=state_slots)
-        cache = CommonAttentionMetadata(**common, block_table_tensor=self.cache_table[:requests], slot_mapping=cache_slots)
-        order = [(self.state_builder, own, self.compressor.state_cache.prefix), (self.cache_builder, cache, self.name)]
-        return {name: builder.build(0, its) for builder, its, name in (order[::-1] if self.cache_first else order)}
+        its = CommonAttentionMetadata(**common, block_table_tensor=self.cache_table[:requests], slot_mapping=cache_slots)
+        order = [(self.cache_builder, its, self.name)]
+        if self.compressor.state_cache is not None:
+            own = CommonAttentionMetadata(**common, block_table_tensor=self.state_table[:requests], slot_mapping=state_slots)
+            order.insert(self.cache_first, (self.state_builder, own, self.compressor.state_cache.prefix))
+        return {name: builder.build(0, common) for builder, common, name in order}
 
     def _fill(self, step: Step, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes the batch's rows of both tables; the slot of each token in the state and in the (token's) cache."""
-        self.state_table.zero_(), self.cache_table.zero_()
         slots = torch.full((2, tokens), PAD, dtype=torch.int64)
-        at = 0
-        for row, part in enumerate(() if step.dummy else step.parts):
-            states = list(self.state_blocks.of(part.sequence))
-            gone = max(part.start - self.window + 1, 0) // self.state_size
-            if not self.one_block:
-                states[:gone] = [NONE] * gone
-            caches = self.cache_blocks.of(part.sequence)
-            self.state_table[row, : len(states)] = torch.tensor(states, dtype=torch.int32)
-            self.cache_table[row, : len(caches)] = torch.tensor(caches, dtype=torch.int32)
-            for i, position in enumerate(range(part.start, part.start + part.new)):
-                if not self.one_block:
-                    block, offset = divmod(position, self.state_size)
-                    slots[0, at + i] = states[block] * self.state_size + offset
-                block, offset = divmod(position, BLOCK)
-                slots[1, at + i] = caches[block] * BLOCK + offset
-            at += part.new
+        parts = () if step.dummy else step.parts
+        self.cache_table.zero_()
+        self._fill_one(parts, self.cache_table, slots[1], self.cache_blocks, BLOCK)
+        if self.compressor.state_cache is not None:
+            self.state_table.zero_()
+            self._fill_one(parts, self.state_table, slots[0], self.state_blocks, self.state_size)
+            for row, part in enumerate(parts):
+                gone = max(part.start - self.window + 1, 0) // self.state_size
+                self.state_table[row, : 0 if self.one_block else gone] = NONE
         return slots[0], slots[1]
+
+    def _fill_one(self, parts: Sequence[Part], table: torch.Tensor, slots: torch.Tensor, blocks: Blocks, size: int) -> None:
+        at = 0
+        for row, part in enumerate(parts):
+            mine = torch.tensor(blocks.of(part.sequence))
+            table[row, : len(mine)] = mine
+            if table.shape[1] > 1:  # vLLM has no slots of rings
+                positions = torch.arange(part.start, part.start + part.new)
+                slots[at : at + part.new] = mine[positions // size] * size + positions % size
+            at += part.new
 
 
 class Blocks:
@@ -191,12 +214,12 @@ class World:
     """Layers under one scheduler, whose sequences have the same tokens in every world."""
 
     def __init__(self, layers: Sequence[Layer], config: VllmConfig) -> None:
-        self.layers, self.config = layers, config
+        self.layers, self.config, self.latents = layers, config, []
         self.ends, self.lengths = torch.zeros(REQUESTS + 1, dtype=torch.int32), torch.zeros(REQUESTS, dtype=torch.int32)
         angle = torch.arange(LENGTH)[:, None] * 10000.0 ** (-torch.arange(32) / 32)
         self.rotary = SimpleNamespace(cos_sin_cache=torch.cat([angle.cos(), angle.sin()], dim=1))
         draw = torch.Generator().manual_seed(7)
-        widths = {2 * layer.channels for layer in layers}
+        widths = {layer.kv_width for layer in layers}
         self.texts = {width: torch.randn(REQUESTS, LENGTH, width, generator=draw) for width in sorted(widths)}
 
     def hit(self, sequence: int, other: int, length: int) -> None:
@@ -205,7 +228,7 @@ class World:
             text[sequence, :length] = text[other, :length]
         for layer in self.layers:
             layer.cache_blocks.share(sequence, other, length // BLOCK)
-            if not layer.one_block:
+            if layer.compressor.state_cache is not None and not layer.one_block:
                 layer.state_blocks.share(sequence, other, length // layer.state_size)
 
     def run(self, steps: Sequence[Step]) -> None:
@@ -233,10 +256,16 @@ class World:
             metadata |= layer.build(step, common)
         with set_forward_context(metadata, self.config, num_tokens=tokens):
             for layer in self.layers:
-                self.call(layer, self.kv_score(step, 2 * layer.channels, tokens), positions)
+                self.call(layer, self.kv_score(step, layer.kv_width, tokens), positions)
 
     def call(self, layer: Layer, kv_score: torch.Tensor, positions: torch.Tensor) -> None:
-        layer.compressor(kv_score, positions, self.rotary)
+        if layer.ratio > 2:
+            layer.compressor(kv_score, positions, self.rotary)
+            return
+        latent = layer.compressor(kv_score, positions)
+        layer.compressor.insert_cache(latent, positions, self.rotary)
+        ends = (positions % layer.ratio == layer.ratio - 1).nonzero()[:, 0]
+        self.latents.append(latent[ends[ends < int(self.ends[-1])]])
 
     def kv_score(self, step: Step, width: int, tokens: int) -> torch.Tensor:
         rows = torch.full((tokens, width), 3.0)

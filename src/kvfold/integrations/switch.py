@@ -1,4 +1,4 @@
-"""Which engines kvfold shall plug itself into, by the variable `KVFOLD_ENGINES` that each plug-in reads once, and into which it did."""
+"""Which engines kvfold plugs itself into: asked for by the environment variable `KVFOLD_ENGINES`, and done."""
 
 from __future__ import annotations
 

@@ -10,7 +10,10 @@ from vllm.forward_context import ForwardContext
 from vllm.v1.attention.backend import CommonAttentionMetadata, max_decode_query_len
 
 from ...contract import UnsupportedError
+from ...precompile.warmup import warmup
 from .plans import Batch, Limits
+
+_compiled: set[tuple] = set()
 
 
 def check(config: Any, state: str) -> None:
@@ -43,3 +46,11 @@ def piecewise(context: ForwardContext, x: torch.Tensor) -> bool:
     """Whether a call on `x` is being recorded in a graph of a part of the model."""
     recorded = x.is_cuda and torch.cuda.is_current_stream_capturing()
     return recorded and context.cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE
+
+
+def compile_before(kv_score: torch.Tensor, backend: str | None, **what: Any) -> None:
+    """`warmup` of the kernels of a compressor, once for all that are alike, so that nothing compiles while vLLM records."""
+    key = (kv_score.device, kv_score.dtype, *what.values())
+    if kv_score.is_cuda and backend != "torch" and key not in _compiled:
+        warmup(dtypes=(kv_score.dtype,), pdl=False, device=kv_score.device, **what)
+        _compiled.add(key)

@@ -16,7 +16,6 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, Atte
 from vllm.v1.kv_cache_interface import CircularBufferSpec, KVCacheSpec
 
 from ...compress import compress
-from ...precompile.warmup import warmup
 from ...spec import CompressorSpec
 from ...storage.cache import EntryCache
 from ...storage.fold_state import FoldState
@@ -28,7 +27,6 @@ from .plans import StateIn
 options: dict[str, Any] = {"state": "window", "backend": None}  # of `register`
 FOLDED = 128  # the ratio whose states are fold rows with state="fold"
 ALIGNMENT = 576  # of vLLM's pages
-_compiled: set[tuple] = set()
 
 
 class Compressor(theirs.DeepseekCompressor):
@@ -77,27 +75,18 @@ class Compressor(theirs.DeepseekCompressor):
             self._state = WindowState(pool[..., :half], pool[..., half:])
         self._cache: EntryCache = records.v4_cache(layer, self._spec, self.use_fp4_cache)
         self._pool, self._blocks = pool, blocks
-        if kv_score.is_cuda and self._backend != "torch":
-            self._compile(kv_score)
-
-    def _compile(self, kv_score: torch.Tensor) -> None:
-        kind, page = ("window", (self._state.page_size,)) if isinstance(self._state, WindowState) else ("fold", None)
-        key = (self._spec, self._cache.format.name, kv_score.device, self.norm.weight.dtype, self._limits, kind)
-        if key in _compiled:
-            return
-        warmup(
-            [self._spec],
-            [self._cache.format.name],
-            dtypes=(kv_score.dtype,),
+        window = isinstance(self._state, WindowState)
+        config.compile_before(
+            kv_score,
+            self._backend,
+            specs=(self._spec,),
+            formats=(self._cache.format.name,),
             max_new_tokens=(self._limits.decode, self._limits.tokens),
-            states=(kind,),
+            states=("window" if window else "fold",),
             norm_weight_dtypes=(self.norm.weight.dtype,),
-            page_sizes=page,
+            page_sizes=(self._state.page_size,) if window else None,
             plans=("engine",),
-            pdl=False,
-            device=kv_score.device,
         )
-        _compiled.add(key)
 
 
 class MetadataBuilder(theirs.CompressorMetadataBuilder):

@@ -37,7 +37,7 @@ class Compressor(theirs.DeepseekCompressor):
             norm_eps=self.rms_norm_eps,
             gate=self.has_gate,
         )
-        self._backend = v4.options["backend"]
+        self._backend, self._limits = v4.options["backend"], config.limits(vllm_config)
         self._pool: torch.Tensor | None = None
         self._blocks: torch.Tensor | None = None
 
@@ -52,6 +52,18 @@ class Compressor(theirs.DeepseekCompressor):
         if self._pool is not self.state_cache.kv_cache:
             self._pool, half = self.state_cache.kv_cache, self._spec.channels
             self._state = WindowState(self._pool[..., :half], self._pool[..., half:])
+            config.compile_before(
+                kv_score,
+                self._backend,
+                specs=(self._spec,),
+                formats=(None,),
+                max_new_tokens=(self._limits.decode, self._limits.tokens),
+                states=("window",),
+                norm_weight_dtypes=(self.norm.weight.dtype,),
+                latents=(True,),
+                page_sizes=(self._state.page_size,),
+                plans=("engine", "ring"),
+            )
         latent = torch.empty(plan.entry_capacity, self.head_dim, dtype=torch.bfloat16, device=kv_score.device)
         compress(
             kv_score,
@@ -79,6 +91,16 @@ class Compressor(theirs.DeepseekCompressor):
         if self._blocks is not layer.kv_cache:
             self._blocks = layer.kv_cache
             self._cache: EntryCache = records.v41_cache(layer, self._spec)
+            config.compile_before(
+                latent,
+                self._backend,
+                specs=(self._spec,),
+                formats=(self._cache.format.name,),
+                rows=(latent.dtype,),
+                states=(),
+                slot_dtypes=(slots.dtype,),
+                position_dtypes=(positions.dtype,),
+            )
         store(
             latent[: len(slots)],
             self._cache,
