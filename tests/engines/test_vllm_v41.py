@@ -58,6 +58,7 @@ def test_records(record: int) -> None:
         if ours.ratio > 1:
             check_same(ours.states, its.states, to_the_bit=True)
         check_same(ours.caches, its.caches, to_the_bit=False, of_bf16=record == 584)
-    ours, its = torch.cat(found.latents), torch.cat(wanted.latents)
-    apart = (ours.view(torch.int16).int() - its.view(torch.int16).int()).abs()
-    assert int(apart.max()) <= 1 and int((apart > 0).sum()) <= 1 + apart.numel() // 10_000  # the last bit of bf16
+    ours, its = torch.cat(found.latents).float(), torch.cat(wanted.latents).float()
+    # The last bit of bf16; where a window's two tokens cancel, 2^-21 of what they were, 4 roundings of numbers up to 2.
+    assert bool(((ours - its).abs() <= its.abs() / 128 + 2.0**-21).all())
+    assert int((ours != its).sum()) <= 1 + its.numel() // 10_000
