@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -19,9 +20,11 @@ from vllm.models.deepseek_v41 import sparse_mla as sparse_mla_v41
 from vllm.models.deepseek_v41.common.ops import fused_compress_quant_cache as fused_v41
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.mla import indexer
 from vllm.v1.kv_cache_interface import CircularBufferSpec, KVCacheSpec, MLAAttentionSpec
 
-type(current_platform).device_type = "cpu"  # without binaries vLLM finds none
+# Without binaries vLLM knows of no platform, and asks it these.
+type(current_platform).device_type, type(current_platform).num_compute_units = "cpu", lambda *_: 1
 REQUESTS, TOKENS, LENGTH, BLOCK, DRAFTS = 5, 420, 1024, 256, 3
 PAGE = 37440  # bytes: what vLLM gives V4's pages in the fp8_ds_mla layout
 NONE, PAD = 0, -1
@@ -59,8 +62,10 @@ def make_config(drafts: int = DRAFTS, **cache: Any) -> VllmConfig:
     config.model_config = SimpleNamespace(hf_config=text, hf_text_config=text, max_model_len=LENGTH, dtype=torch.bfloat16)
     config.scheduler_config.max_num_seqs, config.scheduler_config.max_num_batched_tokens = REQUESTS, TOKENS
     config.scheduler_config.async_scheduling = False
+    config.attention_config.sparse_mla_prefill_workspace_factor = 1
     config.cache_config.cache_dtype, config.cache_config.block_size = cache.get("dtype", "fp8_ds_mla"), BLOCK
     speculative = SimpleNamespace(num_speculative_tokens=drafts, parallel_drafting=False, use_dspark=lambda: False)
+    speculative.enable_adaptive_verification = False
     config.speculative_config = speculative if drafts else None
     return config
 
@@ -135,8 +140,11 @@ class Layer:
         spec = MLAAttentionSpec(
             block_size=BLOCK, num_kv_heads=1, head_size=self.record, dtype=torch.uint8, tokens_per_state=ratio
         )
-        module = sparse_mla if ratio > 2 else sparse_mla_v41
-        self.cache_builder = module.DeepseekV4FlashMLAMetadataBuilder(spec, [self.name], config, device)
+        if head_dim == 128:
+            builder = partial(indexer.DeepseekV32IndexerMetadataBuilder, block_table_width=LENGTH // BLOCK)
+        else:
+            builder = (sparse_mla if ratio > 2 else sparse_mla_v41).DeepseekV4FlashMLAMetadataBuilder
+        self.cache_builder = builder(spec, [self.name], config, device)
         self.cache_table = torch.zeros(REQUESTS, LENGTH // BLOCK, dtype=torch.int32)
         self.cache_blocks = Blocks(LENGTH // BLOCK)
         rows = BLOCK // ratio

@@ -38,4 +38,5 @@ def v41_cache(layer: Any, spec: CompressorSpec) -> EntryCache:
 def _plain(layer: Any, spec: CompressorSpec, wide: str, narrow: str) -> EntryCache:
     if layer.kv_cache.dtype == torch.bfloat16:
         return EntryCache.from_blocks(layer.kv_cache, wide, spec)
-    return EntryCache.from_blocks(layer.kv_cache, narrow, spec, scale=layer._flashinfer_fp8_kv_scale)
+    scale = getattr(layer, "_flashinfer_fp8_kv_scale", None)
+    return EntryCache.from_blocks(layer.kv_cache, narrow, spec, scale=1.0 if scale is None else scale)
