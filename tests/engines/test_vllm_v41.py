@@ -47,7 +47,7 @@ def theirs(record: int) -> World:
     return run(record)
 
 
-@pytest.mark.parametrize("record", [584, 528, 288])
+@pytest.mark.parametrize("record", [584, 528, 288, 1024, 512])
 def test_records(record: int) -> None:
     wanted = theirs(record)
     register()

@@ -109,7 +109,7 @@ class Layer:
     Args:
         ratio: 4 and 128 are V4's, 1 and 2 V4.1's. head_dim: 512, or 128 of V4's indexer.
         fp4: the indexer's cache in MXFP4.
-        record: bytes of V4.1's: 584, 528 or 288.
+        record: bytes of V4.1's: 584, 528 or 288, or of plain rows, 1024 in bf16 and 512 in e4m3.
         cache_first: the cache's builder builds before the state's.
     """
 
@@ -149,8 +149,11 @@ class Layer:
         self.cache_blocks = Blocks(LENGTH // BLOCK)
         rows = BLOCK // ratio
         apart = max(PAGE, -(-rows * self.record // 576) * 576)
-        self.caches = Memory(1 + REQUESTS * LENGTH // BLOCK, (rows, self.record), torch.uint8, apart)
-        config.compilation_config.static_forward_context[self.name] = SimpleNamespace(kv_cache=self.caches.view)
+        dtype = {1024: torch.bfloat16, 512: torch.float8_e4m3fn}.get(self.record, torch.uint8)
+        shape = (rows, self.record // dtype.itemsize)
+        self.caches = Memory(1 + REQUESTS * LENGTH // BLOCK, shape, dtype, apart)
+        layer = SimpleNamespace(kv_cache=self.caches.view, _flashinfer_fp8_kv_scale=torch.tensor([0.375]))
+        config.compilation_config.static_forward_context[self.name] = layer
         self.kv_width = head_dim * (1, 2, 4)[(ratio > 1) + (ratio == 4)]
         if self.compressor.state_cache is not None:
             self._make_state(device)
