@@ -6,8 +6,14 @@ from collections.abc import Iterator
 from functools import cache
 
 import pytest
+import torch
 from engines.vllm_compare import check_same
 from engines.vllm_world import BLOCK, Layer, Step, World, make_config
+from vllm.config import set_current_vllm_config
+from vllm.models.deepseek_v4 import compressor
+from vllm.v1.core.kv_cache_planning import get_kv_cache_groups
+from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
+from vllm.v1.kv_cache_interface import KVCacheGroupSpec, KVCacheSpec, MLAAttentionSpec, SlidingWindowMLASpec
 
 from kvfold.integrations.vllm import refused, register, unregister
 
@@ -84,6 +90,39 @@ def test_fold() -> None:
     assert refused() == 0
     check_same(found.layers[0].caches, wanted.layers[0].caches, to_the_bit=False)
     assert found.layers[0].states.bytes.shape[1] == 37440  # with 3 drafts as large as vLLM's own pages
+
+
+def block_layouts() -> tuple[dict[str, int], list[KVCacheGroupSpec]]:
+    """What a V4 of six layers asks vLLM for, in bytes of a page, and the groups that vLLM makes of that."""
+    config = make_config()
+    config.cache_config.kv_cache_layout, config.scheduler_config.disable_hybrid_kv_cache_manager = "BLNHC", False
+    register_all_kvcache_specs(config)
+    mla = {"num_kv_heads": 1, "dtype": torch.uint8, "alignment": 576}
+    wide = {"head_size": 512, "state_content_bytes": 584, "model_version": "deepseek_v4", **mla}
+    specs: dict[str, KVCacheSpec] = {}
+    with set_current_vllm_config(config):
+        for i, ratio in enumerate((4, 128) * 3):
+            specs[f"{i}.swa"] = SlidingWindowMLASpec(block_size=64, sliding_window=128, **wide)
+            specs[f"{i}"] = MLAAttentionSpec(block_size=BLOCK, tokens_per_state=ratio, **wide)
+            widths = {"state": 512, "indexer.state": 128} if ratio == 4 else {"state": 512}
+            for name, width in widths.items():
+                made = compressor.CompressorStateCache(width * (4 if ratio == 4 else 2), torch.float32, ratio, f"{i}.{name}")
+                specs[f"{i}.{name}"] = made.get_kv_cache_spec(config)
+            if ratio == 4:
+                specs[f"{i}.indexer"] = MLAAttentionSpec(block_size=BLOCK, head_size=132, tokens_per_state=4, **mla)
+    return {name: spec.page_size_bytes for name, spec in specs.items()}, get_kv_cache_groups(config, specs)
+
+
+def test_fold_fits_into_blocks() -> None:
+    """vLLM groups fold states as it does raw ones, in blocks that are no wider, one for each request."""
+    _, wanted = block_layouts()
+    register("fold")
+    pages, found = block_layouts()
+    assert pages["1.state"] == 37440
+    assert [group.layer_names for group in found] == [group.layer_names for group in wanted]
+    assert max(g.kv_cache_spec.page_size_bytes for g in found) == max(g.kv_cache_spec.page_size_bytes for g in wanted)
+    (folded,) = [group.kv_cache_spec for group in found if "1.state" in group.layer_names]
+    assert folded.max_memory_usage_bytes(make_config()) == folded.page_size_bytes == 3 * 37440
 
 
 def test_interpreted() -> None:
