@@ -7,14 +7,15 @@ from functools import cache
 
 import pytest
 import torch
+from engines import vllm_cpu  # noqa: F401
 from engines.vllm_compare import check_same
-from engines.vllm_world import BLOCK, Layer, Step, World, make_config
 from vllm.config import set_current_vllm_config
 from vllm.models.deepseek_v4 import compressor
 from vllm.v1.core.kv_cache_planning import get_kv_cache_groups
 from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
 from vllm.v1.kv_cache_interface import KVCacheGroupSpec, KVCacheSpec, MLAAttentionSpec, SlidingWindowMLASpec
 
+from benchmarks.lib.vllm_world import BLOCK, Layer, Sizes, Step, World, make_config
 from kvfold.integrations.vllm import refused, register, unregister
 
 # Prompts whole and in chunks, beside decoding; 1 and 4 new tokens, of which drafts are rejected; padding of requests and
@@ -32,6 +33,7 @@ HIT = (
     Step.of((0, 386, 1), (3, 384, 1)),
     Step.of((3, 385, 100), (1, 11, 120)),
 )
+SIZES = Sizes()
 LAYERS = {
     "C4": ((4, 512, False), (4, 128, False)),
     "C4 mxfp4": ((4, 128, True),),
@@ -46,9 +48,9 @@ def own_classes() -> Iterator[None]:
 
 
 def run(layers: str, *, cache_first: bool = False) -> World:
-    config = make_config()
-    made = [Layer(config, ratio, width, fp4=fp4, cache_first=cache_first) for ratio, width, fp4 in LAYERS[layers]]
-    world = World(made, config)
+    config = make_config(SIZES)
+    made = [Layer(SIZES, config, ratio, width, fp4=fp4, cache_first=cache_first) for ratio, width, fp4 in LAYERS[layers]]
+    world = World(made, config, SIZES)
     world.run(BEFORE)
     world.hit(3, 0, BLOCK)
     world.run(HIT)
@@ -94,7 +96,7 @@ def test_fold() -> None:
 
 def block_layouts() -> tuple[dict[str, int], list[KVCacheGroupSpec]]:
     """What a V4 of six layers asks vLLM for, in bytes of a page, and the groups that vLLM makes of that."""
-    config = make_config()
+    config = make_config(SIZES)
     config.cache_config.kv_cache_layout, config.scheduler_config.disable_hybrid_kv_cache_manager = "BLNHC", False
     register_all_kvcache_specs(config)
     mla = {"num_kv_heads": 1, "dtype": torch.uint8, "alignment": 576}
@@ -122,7 +124,7 @@ def test_fold_fits_into_blocks() -> None:
     assert [group.layer_names for group in found] == [group.layer_names for group in wanted]
     assert max(g.kv_cache_spec.page_size_bytes for g in found) == max(g.kv_cache_spec.page_size_bytes for g in wanted)
     (folded,) = [group.kv_cache_spec for group in found if "1.state" in group.layer_names]
-    assert folded.max_memory_usage_bytes(make_config()) == folded.page_size_bytes == 3 * 37440
+    assert folded.max_memory_usage_bytes(make_config(SIZES)) == folded.page_size_bytes == 3 * 37440
 
 
 def test_interpreted() -> None:
@@ -132,8 +134,8 @@ def test_interpreted() -> None:
     for backend in (None, "triton"):
         if backend:
             register(backend=backend)
-        config = make_config()
-        worlds.append(World([Layer(config, 4, 128)], config))
+        config = make_config(SIZES)
+        worlds.append(World([Layer(SIZES, config, 4, 128)], config, SIZES))
         worlds[-1].run(steps)
     check(worlds[1], worlds[0])
 
@@ -142,10 +144,11 @@ def test_fewer_drafts_than_a_step() -> None:
     """Without speculation a decode step has 1 token; a step of 4 is planned as any other."""
     steps = (Step.of((0, 0, 9)), Step.of((0, 9, 1)), Step.of((0, 10, 4)))
     worlds = []
+    sizes = Sizes(drafts=0)
     for ours in (False, True):
         if ours:
             register()
-        config = make_config(drafts=0)
-        worlds.append(World([Layer(config, 4, 128)], config))
+        config = make_config(sizes)
+        worlds.append(World([Layer(sizes, config, 4, 128)], config, sizes))
         worlds[-1].run(steps)
     check(worlds[1], worlds[0])

@@ -7,13 +7,15 @@ from functools import cache
 
 import pytest
 import torch
+from engines import vllm_cpu  # noqa: F401
 from engines.vllm_compare import check_same
-from engines.vllm_world import BLOCK, Layer, Step, World, make_config
 
+from benchmarks.lib.vllm_world import BLOCK, Layer, Sizes, Step, World, make_config
 from kvfold.integrations.vllm import refused, register, unregister
 
 # Windows of 2 that are cut by chunks, by single tokens and by rejected drafts; rings of 8 rows that a chunk overruns; padding
 # of requests and tokens; a hit that ends where a block does. A batch of nobody's has no latents to compare.
+SIZES = Sizes()
 STEPS = (
     Step.of((0, 0, 33), (1, 0, 9)),
     Step.of((0, 33, 20), (1, 9, 1), (2, 0, 5), requests=4, tokens=40),
@@ -31,8 +33,8 @@ def own_classes() -> Iterator[None]:
 
 
 def run(record: int) -> World:
-    config = make_config()
-    world = World([Layer(config, 2, record=record), Layer(config, 1, record=record)], config)
+    config = make_config(SIZES)
+    world = World([Layer(SIZES, config, 2, record=record), Layer(SIZES, config, 1, record=record)], config, SIZES)
     world.run(STEPS)
     world.latents, kept = [], world.latents
     world.run(DUMMY)

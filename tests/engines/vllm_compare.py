@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engines.vllm_world import Memory
+from benchmarks.lib.vllm_world import Memory
 
 
 def check_same(found: Memory, wanted: Memory, *, to_the_bit: bool, of_bf16: bool = True) -> None:
