@@ -22,8 +22,8 @@ from kvfold.cli import bench, show
 from kvfold.cli.app import app
 from kvfold.demo import run as demo
 from kvfold.integrations import switch
-from kvfold.integrations.vllm import plugin as vllm_plugin
 from kvfold.integrations.transformers import cache as transformers_cache
+from kvfold.integrations.vllm import plugin as vllm_plugin
 from kvfold.storage.formats import FORMATS
 from kvfold.testing import Step
 
