@@ -245,6 +245,7 @@ class World:
             if layer.compressor.state_cache is not None and not layer.one_block:
                 layer.state_blocks.share(sequence, other, length // layer.state_size)
 
+    @torch.inference_mode()  # as vLLM runs a step
     def run(self, steps: Sequence[Step]) -> None:
         for step in steps:
             metadata, positions = self.prepare(step)

@@ -196,8 +196,10 @@ def test_updated_by_whichever_builds_last(state_first: bool, monkeypatch: pytest
                 group.states_built(batch)
             else:
                 assert builder.build(0, common) == "metadata"
-        plan = group.plans["layer"].choose(piecewise=False)
+        plan = group.plans_of("layer").choose(piecewise=False)
         assert plan.entry_slots[0] == slot
+    with pytest.raises(RuntimeError, match="no slots of another"):
+        group.plans_of("another")
 
 
 def test_the_benchmark_imports_no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:

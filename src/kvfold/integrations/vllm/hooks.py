@@ -32,19 +32,22 @@ class _Cache(NamedTuple):
 
 
 class Group:
-    """The compressors whose states share a metadata builder.
-
-    Attributes:
-        plans: by the name of the layer of a compressor's cache.
-    """
+    """The compressors whose states share a metadata builder."""
 
     def __init__(self, layer_names: list[str], limits: Limits, state: StateIn) -> None:
         made = [COMPRESSORS[name] for name in layer_names]
-        self.limits, self.state, self.plans = limits, state, dict[str, Plans]()
+        self.limits, self.state = limits, state
         self._ratio, self._names = made[0].ratio, {one.cache for one in made}
+        self._plans: dict[str, Plans] = {}
         self._caches: dict[int, _Cache] = {}
         self._batch: Batch | None = None
         _groups.add(self)
+
+    def plans_of(self, cache: str) -> Plans:
+        """The plans of the compressor whose cache is of the layer of this name."""
+        if cache not in self._plans:
+            raise RuntimeError(f"kvfold knows no slots of {cache}: its attention backend builds metadata in a class of its own")
+        return self._plans[cache]
 
     def states_built(self, batch: Batch) -> None:
         """The states' builder has built for a step."""
@@ -64,7 +67,7 @@ class Group:
         if not names:
             return None
         plans = Plans(self._ratio, self.limits, self.state, builder.compressed_slot_mapping_buffer)
-        self.plans.update(dict.fromkeys(names, plans))
+        self._plans.update(dict.fromkeys(names, plans))
         cache = self._caches[id(builder)] = _Cache(builder, plans, self._batch is not None)
         return cache
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...contract import UnsupportedError
 from ..switch import ON
+from .plans import ERRORS
 
 STATES = ("window", "fold")
 TESTED = "0.33.0"
@@ -91,6 +92,7 @@ def register(state: str = "window", *, backend: str | None = None) -> None:
 def unregister() -> None:
     """Gives vLLM its own classes back; models that were built in between keep kvfold's. Not registered: does nothing."""
     global _state
+    ERRORS.clear()
     while _saved:
         holder, name, value = _saved.pop()
         setattr(holder, name, value)
@@ -103,10 +105,6 @@ def refused() -> int:
 
     Waits for the GPU; not for a step.
     """
-    if _state is None:
-        return 0
-    from .plans import ERRORS
-
     return sum(int(errors) for errors in ERRORS.values())
 
 

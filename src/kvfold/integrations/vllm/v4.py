@@ -7,7 +7,7 @@ than updates, `pdl` is off.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from vllm.forward_context import get_forward_context
@@ -46,7 +46,7 @@ class Compressor(theirs.DeepseekCompressor):
         context = get_forward_context()
         if not isinstance(context.attn_metadata, dict):  # vLLM measures its memory
             return
-        plans = context.attn_metadata[self.state_cache.prefix].kvfold_plans[self.k_cache_prefix]
+        plans = context.attn_metadata[self.state_cache.prefix].kvfold_group.plans_of(self.k_cache_prefix)
         plan = plans.choose(config.piecewise(context, kv_score))
         layer = self._static_forward_context[self.k_cache_prefix]
         if self._pool is not self.state_cache.kv_cache or self._blocks is not layer.kv_cache:
@@ -99,15 +99,14 @@ class MetadataBuilder(theirs.CompressorMetadataBuilder):
     def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> Any:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
         self._group.states_built(config.batch_of(common_attn_metadata, metadata.block_table))
-        metadata.kvfold_plans = self._group.plans
+        metadata.kvfold_group = self._group
         return metadata
 
 
-class FoldMetadata:
-    """What a step's metadata is for fold rows: the plans."""
+class FoldMetadata(NamedTuple):
+    """What a step's metadata is for fold rows."""
 
-    def __init__(self, group: Group) -> None:
-        self.kvfold_plans = group.plans
+    kvfold_group: Group
 
 
 class FoldMetadataBuilder(AttentionMetadataBuilder[FoldMetadata]):
