@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, reduce
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
 from vllm.v1.kv_cache_interface import KVCacheGroupSpec, KVCacheSpec, MLAAttentionSpec, SlidingWindowMLASpec
 
 from benchmarks.lib.vllm_world import BLOCK, Layer, Sizes, Step, World, make_config
-from kvfold.integrations.vllm import refused, register, unregister
+from kvfold.integrations.vllm import UnsupportedError, refused, register, unregister
 
 # Prompts whole and in chunks, beside decoding; 1 and 4 new tokens, of which drafts are rejected; padding of requests and
 # tokens; a batch of nobody's. Then sequence 3 has the first 256 tokens of sequence 0 already.
@@ -76,6 +76,43 @@ def test_window(layers: str) -> None:
     wanted = theirs(layers)
     register()
     check(run(layers), wanted)
+
+
+def test_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan for any step, which graphs of a part of the model record, serves all steps with the same result."""
+    wanted = theirs("C4 mxfp4")
+    register()
+    from kvfold.integrations.vllm import config
+
+    monkeypatch.setattr(config, "piecewise", lambda context, x: True)
+    check(run("C4 mxfp4"), wanted)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "named"),
+    [
+        ("parallel_config.decode_context_parallel_size", 2, "decode_context_parallel_size must be 1"),
+        ("parallel_config.prefill_context_parallel_size", 2, "prefill_context_parallel_size must be 1"),
+        ("parallel_config.enable_dbo", True, "enable_dbo and ubatch_size must be off"),
+        ("kv_transfer_config", "any", "kv_transfer_config must be None"),
+    ],
+)
+def test_refused(path: str, value: object, named: str) -> None:
+    """What a configuration asks for that kvfold does not do is said when the model is built."""
+    register("fold")
+    config = make_config(SIZES)
+    *holders, name = path.split(".")
+    object.__setattr__(reduce(getattr, holders, config), name, value)
+    for ratio in (128, 2) if value != "any" else (128,):
+        with pytest.raises(UnsupportedError, match=named):
+            Layer(SIZES, config, ratio)
+
+
+def test_another_state_is_refused() -> None:
+    register("fold")
+    register("fold")
+    with pytest.raises(ValueError, match="state must be 'fold'"):
+        register("window")
 
 
 def test_the_cache_builds_first() -> None:
