@@ -249,6 +249,7 @@ class World:
     def run(self, steps: Sequence[Step]) -> None:
         for step in steps:
             metadata, positions = self.prepare(step)
+            positions = torch.nn.functional.pad(positions, (0, 3), value=1)  # rows may go on behind the step's tokens
             self.forward(metadata, [self.kv_score(step, layer.kv_width, len(positions)) for layer in self.layers], positions)
 
     def prepare(self, step: Step) -> tuple[dict[str, Any], torch.Tensor]:

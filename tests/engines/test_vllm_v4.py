@@ -82,9 +82,9 @@ def test_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan for any step, which graphs of a part of the model record, serves all steps with the same result."""
     wanted = theirs("C4 mxfp4")
     register()
-    from kvfold.integrations.vllm import config
+    from kvfold.integrations.vllm import config, plans
 
-    monkeypatch.setattr(config, "piecewise", lambda context, x: True)
+    monkeypatch.setattr(config, "recorded", lambda context, x: plans.Recorded.PIECE)
     check(run("C4 mxfp4"), wanted)
 
 

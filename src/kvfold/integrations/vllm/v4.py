@@ -47,7 +47,7 @@ class Compressor(theirs.DeepseekCompressor):
         if not isinstance(context.attn_metadata, dict):  # vLLM measures its memory
             return
         plans = context.attn_metadata[self.state_cache.prefix].kvfold_group.plans_of(self.k_cache_prefix)
-        plan = plans.choose(config.piecewise(context, kv_score))
+        plan = plans.choose(config.recorded(context, kv_score))
         layer = self._static_forward_context[self.k_cache_prefix]
         if self._pool is not self.state_cache.kv_cache or self._blocks is not layer.kv_cache:
             self._wrap(layer, kv_score)
