@@ -9,7 +9,6 @@ import triton.language as tl
 
 from benchmarks.lib.vllm_platform import take_no_platform
 
-MODELS = "vllm.models.deepseek_"
 KERNELS = (
     "v4.common.ops.fused_compress_quant_cache",
     "v4.common.ops.fused_indexer_q",
@@ -33,4 +32,4 @@ def e2m1_pair(low, high):
 
 take_no_platform("cpu")
 for name in KERNELS:
-    importlib.import_module(MODELS + name)._fp32x2_to_fp4x2 = e2m1_pair  # vLLM's is an instruction of a GPU
+    importlib.import_module(f"vllm.models.deepseek_{name}")._fp32x2_to_fp4x2 = e2m1_pair  # vLLM's is an instruction of a GPU
