@@ -63,10 +63,10 @@ class Layer:
         return torch.tensor(list(values), dtype=INT32, device=self.where.device)
 
     def step(self, start: list[int], new: list[int], *, contexts: int = 0, gap: int = 0, next_n: int | None = None) -> Tensor:
-        """A step in which request b goes from `start[b]` by `new[b]` tokens, the first `contexts` of them by the context operator.
+        """A step in which request b brings `new[b]` tokens, the first `contexts` requests by the context operator.
 
-        gap: places of entries that are reserved for each request and more than it needs. Returns the output, NaN where nothing
-        was written, and checks it and the pools.
+        start: tokens before. gap: places of entries that are reserved for each request and more than it needs. Returns the
+        output, NaN where nothing was written, and checks it and the pools.
         """
         batch, ratio = len(start), self.ratio
         ends = [a + n for a, n in zip(start, new, strict=True)]

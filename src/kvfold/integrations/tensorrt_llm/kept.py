@@ -12,8 +12,11 @@ from typing import TypeVar
 
 import torch
 
-from ... import EntryCache, StepPlan, WindowState
+from ...plan import StepPlan
+from ...spec import CompressorSpec
+from ...storage.cache import EntryCache
 from ...storage.formats import RecordFormat
+from ...storage.window_state import WindowState
 
 MOST = 1024  # objects of calls that no graph has recorded; the one that was not used for longest goes first
 
@@ -118,7 +121,7 @@ def cache_of(
     kv_cache: torch.Tensor,
     fmt: RecordFormat,
     tokens_per_block: int,
-    spec: object,
+    spec: CompressorSpec,
     scales: torch.Tensor | None,
     scale: float | torch.Tensor,
 ) -> EntryCache:

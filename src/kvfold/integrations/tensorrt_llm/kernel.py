@@ -27,8 +27,8 @@ from ...storage.formats import RecordFormat
 class Rows(NamedTuple):
     """Where the rows go, as the operator is told: tensors of int32, but for the mask.
 
-    mask: of each row, uint8. positions: for RoPE. count, first: of each sequence, rows and the number of the first one. offsets:
-    of each sequence in the rows. table: `[batch, width]`, blocks of the cache.
+    mask: of each row, uint8. positions: for RoPE. count, offsets, first: of each sequence, how many rows, where they begin, and
+    the number of the first one's entry. table: `[batch, width]`, blocks of the cache, `pitch` numbers apart.
     """
 
     mask: object
@@ -49,7 +49,8 @@ AT_ONCE = 256  # sequences whose offsets are looked at together
 
 @triton.jit
 def postprocess_kernel(
-    rows_mask, rows_positions, rows_count, rows_offsets, rows_first, rows_table, rows_pitch, rows_width, rows_batch, rows_errors,
+    rows_mask, rows_positions, rows_count, rows_offsets, rows_first, rows_table, rows_pitch, rows_width, rows_batch,
+    rows_errors,
     pooled, pooled_stride,
     output_rows, output_latent, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride,
     output_scales, output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
@@ -68,35 +69,37 @@ def postprocess_kernel(
     )  # fmt: skip
     wait_for_inputs(HOW.PDL)  # all that it reads may be of the launch before
     row = tl.program_id(0)
-    if tl.load(rows_mask + row) != 0:
-        # Offsets do not decrease, so that the row is of the sequence behind all that end before it.
-        sequence = 0
-        for begin in range(0, rows_batch, AT_ONCE):
-            b = begin + tl.arange(0, AT_ONCE)
-            end = tl.load(rows_offsets + 1 + b, mask=b < rows_batch, other=2147483647)
-            sequence += tl.sum((end <= row).to(tl.int32), axis=0)
-        known = sequence < rows_batch
-        index = row - tl.load(rows_offsets + sequence, mask=known, other=0)
-        known = known & (index < tl.load(rows_count + sequence, mask=known, other=0))
-        position = 0
+    wanted = tl.load(rows_mask + row) != 0
+    position = row
+    if SPEC.ROPE_DIM > 0:
+        position = tl.load(rows_positions + row)
+    y = tl.load(pooled + row.to(tl.int64) * pooled_stride + tl.arange(0, SPEC.HEAD_DIM)).to(tl.float32)
+    # Offsets do not decrease, so that the row is of the sequence behind all that end before it.
+    sequence = row * 0
+    for begin in range(0, rows_batch, AT_ONCE):
+        b = begin + tl.arange(0, AT_ONCE)
+        end = tl.load(rows_offsets + 1 + b, mask=b < rows_batch, other=2147483647)
+        sequence += tl.sum((end <= row).to(tl.int32), axis=0)
+    known = wanted & (sequence < rows_batch)
+    index = row - tl.load(rows_offsets + sequence, mask=known, other=0)
+    known = known & (index < tl.load(rows_count + sequence, mask=known, other=0))
+    if known:
+        fine = True
         if SPEC.ROPE_DIM > 0:
-            position = tl.load(rows_positions + row)
-        number = index + tl.load(rows_first + sequence, mask=known, other=0)
+            fine = (position >= 0) & (position < output.max_position)
+        number = index + tl.load(rows_first + sequence)
         column = number // output.rows_per_page
-        fine = (position >= 0) & (position < output.max_position) if SPEC.ROPE_DIM > 0 else number >= 0
-        inside = known & fine & (number >= 0) & (column < rows_width)
-        page = tl.load(rows_table + sequence * rows_pitch + column, mask=inside, other=-1).to(tl.int64)
+        inside = (number >= 0) & (column < rows_width)
+        page = tl.load(rows_table + sequence * rows_pitch + column, mask=inside, other=-2).to(tl.int64)
         slot = page * output.rows_per_page + (number - column * output.rows_per_page)
-        here = inside & (page >= 0) & (slot < output.num_slots)
-        if known & fine:
-            y = tl.load(pooled + row.to(tl.int64) * pooled_stride + tl.arange(0, SPEC.HEAD_DIM)).to(tl.float32)
+        if fine:
             weight, cos, sin = load_finish(position, output, SPEC)
             if also.pages is not None:
                 emit(y, row, row.to(tl.int64), weight, cos, sin, also, SPEC, ALSO, HOW.TARGET)
-            if here:
+            if (page >= 0) & (slot < output.num_slots):
                 emit(y, row, slot, weight, cos, sin, output, SPEC, FMT, HOW.TARGET)
-        # A page of -1 drops the record, as everywhere; all else that is wrong is counted.
-        if known & ((fine & inside & ((page < -1) | (slot >= output.num_slots))) | (fine == 0) | (inside == 0)):
+        # A page of -1 drops the record, as everywhere; what else is wrong is counted.
+        if (fine == 0) | (page < -1) | (slot >= output.num_slots):
             tl.atomic_add(rows_errors, 1)
 
 

@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 import torch
 
-from ..switch import asked_for
+from ..switch import ON, asked_for
 from .kept import forget
 from .pooling import paged_kv_compress, prefill_reduction
 from .postprocess import postprocess_scatter
 
-NAMESPACE = "trtllm"
+ENGINE, NAMESPACE = "tensorrt_llm", "trtllm"
 _POOLS = (
     "Tensor kv_score, Tensor ape, Tensor(a!) paged_kv, Tensor(b!) paged_score, Tensor block_table_kv, "
     "Tensor block_table_score, Tensor(c!) output, Tensor kv_lens"
@@ -67,7 +67,7 @@ def register(*, replace: bool = False, nvfp4: bool = False) -> None:
     there = {name: found for name in IMPLEMENTATIONS if (found := _defined(name)) is not None}
     if there and not replace:
         raise RuntimeError(f"torch.ops.{NAMESPACE}.{next(iter(there))} is defined by another library: register(replace=True)")
-    if not there and "tensorrt_llm" not in sys.modules and importlib.util.find_spec("tensorrt_llm") is not None:
+    if not there and ENGINE not in sys.modules and importlib.util.find_spec(ENGINE) is not None:
         raise RuntimeError("tensorrt_llm must be imported before register(), as it defines the operators itself")
     for name, schema in there.items():
         _check_arguments(name, schema)
@@ -81,11 +81,12 @@ def register(*, replace: bool = False, nvfp4: bool = False) -> None:
         for device in ("CUDA", "CPU"):
             library.impl(name, called, device)
     _library = library
+    ON[ENGINE] = f"{len(IMPLEMENTATIONS)} operators {NAMESPACE}::compressor_*" + (", taken over" if there else "")
 
 
 def load() -> None:
-    """`register(replace=True)`, if `KVFOLD_ENGINES` has `tensorrt_llm`: for code that runs in processes with kvfold and without."""
-    if asked_for("tensorrt_llm"):
+    """`register(replace=True)` where `KVFOLD_ENGINES` has `tensorrt_llm`, and nothing elsewhere."""
+    if asked_for(ENGINE):
         register(replace=True)
 
 
@@ -95,6 +96,7 @@ def unregister() -> None:
     if _library is not None:
         _library._destroy()
         _library = None
+        del ON[ENGINE]
     forget()
 
 

@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-from ... import CompressorSpec, compress
 from ...arguments.checks import check_int, check_tensor
+from ...compress import compress
+from ...spec import CompressorSpec
 from .kept import bucket, once, plan_of, state_of
 
 MOST_NEW = 8  # tokens of a request in a generation step, as TensorRT-LLM has it

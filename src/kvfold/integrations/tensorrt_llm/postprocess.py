@@ -8,9 +8,12 @@ from typing import NamedTuple
 
 import torch
 
-from ... import CompressorSpec, EntryCache, UnsupportedError, store
 from ...arguments.checks import check_int, check_tensor
+from ...contract import UnsupportedError
+from ...spec import CompressorSpec
+from ...storage.cache import EntryCache
 from ...storage.formats import FORMATS, RecordFormat
+from ...store import store
 from .kept import cache_of, errors, once, place
 
 # By `cache_scale_type`; rows that are kept as they came have the format of their dtype.
@@ -104,7 +107,7 @@ def format_of(dtype: torch.dtype, cache_scale_type: int) -> RecordFormat:
 def finishing_spec(head_dim: int, nope_dim: int, rope_dim: int, eps: float, hadamard: bool) -> CompressorSpec:
     """Of rows that are finished one by one: the operator is not told what the ratio was."""
     if nope_dim + rope_dim != head_dim:
-        raise ValueError(f"nope_dim and rope_dim must add up to {head_dim}, the width of kv_comp, got {nope_dim} and {rope_dim}")
+        raise ValueError(f"nope_dim and rope_dim must add up to {head_dim}, as wide as kv_comp, got {nope_dim} and {rope_dim}")
     return CompressorSpec(head_dim, 1, has_ape=False, rope_dim=rope_dim, norm_eps=eps, hadamard=hadamard, gate=False)
 
 
@@ -115,8 +118,8 @@ def _check(kv_comp: torch.Tensor, told: Told) -> None:
     check_tensor("compressed_mask", told.compressed_mask, (None,), (torch.bool,), device)
     for name in ("position_ids", "num_outputs", "cu_kv_comp", "start_pos"):
         check_tensor(name, getattr(told, name), (None,), _INT32, device)
-    least = {"compressed_mask": count, "position_ids": count, "cu_kv_comp": batch + 1, "start_pos": batch, "block_offsets": batch}
-    for name, size in least.items():
+    least = {"compressed_mask": count, "position_ids": count, "cu_kv_comp": batch + 1, "start_pos": batch}
+    for name, size in (*least.items(), ("block_offsets", batch)):
         if getattr(told, name).shape[0] < size:
             raise ValueError(f"{name} must have {size} rows or more, got {list(getattr(told, name).shape)}")
     table = told.block_offsets
@@ -173,8 +176,8 @@ Weights = tuple[torch.Tensor, torch.Tensor | None]
 
 
 def _with_triton(rows: torch.Tensor, told: Told, cache: EntryCache, also: Other | None, weights: Weights) -> None:
-    from . import kernel  # imports triton, which the torch backend does not need
-    from ...backend_triton.launcher import launcher_of
+    from ...backend_triton.launcher import launcher_of  # imports triton, which the torch backend does not need
+    from . import kernel
 
     norm_weight, rope = weights
     key = kernel.PostprocessKey(cache.spec, cache.format, None if also is None else also.fmt, rows.dtype, norm_weight.dtype)

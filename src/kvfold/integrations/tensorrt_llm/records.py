@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ... import compress
 from ...arguments.checks import check_int
+from ...compress import compress
 from .kept import bucket, cache_of, plan_of, state_of
 from .pooling import Pools, pooling_spec
 from .postprocess import format_of
