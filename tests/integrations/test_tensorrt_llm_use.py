@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -283,3 +286,21 @@ def test_on_a_gpu_records_are_two_launches() -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(one.cache, want)
+
+
+def test_the_page_runs_as_pasted(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "tensorrt_llm.md").read_text()
+    scope: dict = {}
+    for text in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(text, "tensorrt_llm.md", "exec"), scope)
+    assert "compressor_postprocess_scatter" in capsys.readouterr().out
+    one, other = Model(BACKENDS["torch"], 32, 4, 1), Model(BACKENDS["torch"], 32, 4, 1)
+    kv_score, lens, cu_seq = one.lengths([0, 0, 0], [9, 4, 2])
+    compressor = SimpleNamespace(
+        ape=one.ape, norm=SimpleNamespace(weight=one.weight, variance_epsilon=1e-6), kv_cache_dtype=1, rotate_activation=False,
+        rotary_emb=SimpleNamespace(rotary_cos_sin=one.table.view(-1, 2, 8)),
+    )  # fmt: skip
+    metadata = SimpleNamespace(num_contexts=3, num_generations=0, kv_lens_cuda_runtime=lens, cu_seq_lens_cuda=cu_seq)
+    scope["behind_the_projection"](compressor, kv_score, metadata, one.pools, one.cache, one.blocks, BLOCK)
+    other.records([0, 0, 0], [9, 4, 2])
+    assert torch.equal(one.cache, other.cache) and one.cache.any()

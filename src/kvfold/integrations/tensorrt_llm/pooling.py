@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from ...arguments.checks import check_int, check_tensor
 from ...compress import compress
 from ...spec import CompressorSpec
-from .kept import bucket, once, plan_of, state_of
+from .kept import bucket, plan_of, state_of
 
 MOST_NEW = 8  # tokens of a request in a generation step, as TensorRT-LLM has it
 _FLOATS = (torch.bfloat16, torch.float32)
@@ -129,8 +130,9 @@ def _pool(
     compress(kv_score, plan, state, None, spec=spec, ape=ape, norm_weight=None, rope=None, rows=rows)
 
 
-def pooling_spec(head_dim: int, ratio: int, **finish: object) -> CompressorSpec:
-    """TensorRT-LLM's compressors: windows overlap at ratio 4, and ape is always there, be it of zeros. finish: what else."""
-    key = ("spec", head_dim, ratio, *finish.items())
-    given = finish or {"rope_dim": 0}
-    return once(key, lambda: CompressorSpec(head_dim, ratio, overlap=ratio == 4, **given), torch.device("cpu"))
+@lru_cache(maxsize=64)
+def pooling_spec(
+    head_dim: int, ratio: int, rope_dim: int = 0, norm_eps: float = 1e-6, hadamard: bool = False
+) -> CompressorSpec:
+    """TensorRT-LLM's compressors: windows overlap at ratio 4, and ape is always there, be it of zeros."""
+    return CompressorSpec(head_dim, ratio, overlap=ratio == 4, rope_dim=rope_dim, norm_eps=norm_eps, hadamard=hadamard)

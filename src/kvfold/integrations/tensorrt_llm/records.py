@@ -56,8 +56,7 @@ def compress_records(
         check_int("max_new_tokens", max_new_tokens, 1, 1 << 24)
     rope_dim = cos_sin_table.shape[-1] * (2 if cos_sin_table.dim() == 3 else 1)
     rope = cos_sin_table.view(-1, rope_dim)
-    finish = {"rope_dim": rope_dim, "norm_eps": norm_eps, "hadamard": rotate_activation}
-    spec = pooling_spec(norm_weight.shape[0], ape.shape[0], **finish)
+    spec = pooling_spec(norm_weight.shape[0], ape.shape[0], rope_dim, norm_eps, rotate_activation)
     cache = cache_of(kv_cache, format_of(torch.bfloat16, cache_scale_type), tokens_per_block, spec, kv_cache_scale, scale)
     state = state_of(pools.paged_kv, pools.paged_score, pools.page_size, spec.channels)
     more = {
