@@ -288,12 +288,11 @@ def test_on_a_gpu_records_are_two_launches() -> None:
     assert torch.equal(one.cache, want)
 
 
-def test_the_page_runs_as_pasted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_runs_as_pasted() -> None:
     page = (Path(__file__).parents[2] / "docs" / "tensorrt_llm.md").read_text()
     scope: dict = {}
     for text in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(compile(text, "tensorrt_llm.md", "exec"), scope)
-    assert "compressor_postprocess_scatter" in capsys.readouterr().out
     one, other = Model(BACKENDS["torch"], 32, 4, 1), Model(BACKENDS["torch"], 32, 4, 1)
     kv_score, lens, cu_seq = one.lengths([0, 0, 0], [9, 4, 2])
     compressor = SimpleNamespace(
