@@ -19,7 +19,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYERS = 2  # of each kind: of ratio 128, and of ratio 4 with its indexer
 SLOTS, DRAFTS, CHUNK = 4, 3, 192  # requests that run at once, tokens guessed in a step, tokens of a step with prompts
 BUCKETS = (1, 2, 4)  # batch sizes of steps that only decode
-PAGE, PAGES, TEXT, VOCAB = 128, 14, 640, 997  # positions of a page, pages in all, longest request, token ids
+PAGE, PAGES, TEXT, VOCAB = 128, 10, 640, 997  # positions of a page, pages in all, longest request, token ids
 MAIN, KEYS = "fp8_ds_mla", "indexer_mxfp4"  # record formats
 COLUMNS = TEXT // PAGE
 torch.set_num_threads(1)  # on a CPU these tensors are too small to share
@@ -128,9 +128,10 @@ class Step:
             128: StepPlan.build(128, self.start, self.ends, most, rows_per_page=PAGE // 128, **given),
             4: StepPlan.build(4, self.start, self.ends, most, rows_per_page=PAGE // 4, **given, **kept),
         }
-        self.graph = torch.cuda.CUDAGraph() if record else None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.run([])  # nobody is in it: what is made once is made before a graph is recorded
         if record:
-            self.run([])  # with nobody in it: what is made once is made before it is recorded
+            self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.launch()
 
@@ -152,13 +153,15 @@ class Step:
         numbers += [r.slot for r, _ in work] + [-1] * absent
         numbers += [page for r, _ in work for page in r.pages + [-1] * (COLUMNS - len(r.pages))] + [-1] * absent * COLUMNS
         self.inputs.copy_(torch.tensor(numbers, dtype=torch.int32))
-        if self.graph and work:
+        if self.graph:
             self.graph.replay()
         else:
             self.launch()
 
 
 class Engine:
+    """All layers with what they keep, and who runs when."""
+
     def __init__(self) -> None:
         draw = torch.Generator().manual_seed(0)
         kinds = [[(V4_HCA, MAIN)], [(V4_CSA, MAIN), (V4_INDEXER, KEYS)]] * LAYERS
@@ -176,6 +179,7 @@ class Engine:
         self.mixed = Step(self, SLOTS, CHUNK, CHUNK, record=False)
 
     def step(self) -> None:
+        """One step of the model: prompts and decode together, or decode alone by the graph of the next larger batch."""
         self.admit()
         work = self.schedule()
         only_decode = all(len(tokens) <= 1 + DRAFTS for _, tokens in work)
