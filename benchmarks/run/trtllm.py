@@ -56,8 +56,8 @@ class Inputs:
     def ints(self, values: object) -> torch.Tensor:
         return torch.tensor(list(values), dtype=torch.int32, device=self.device)
 
-    def calls(self) -> dict[str, Callable[[], None]]:
-        """One call of each of WAYS, over a buffer set of its own."""
+    def calls(self) -> tuple[dict[str, Callable[[], None]], torch.Tensor]:
+        """One call of each of WAYS, over a buffer set of its own; and the blocks that they store into."""
         case, spec, batch = self.case, self.spec, self.case.batch
         made = {"dtype": torch.float32, "device": self.device}
         kv, score = (torch.randn(batch * self.pages, PAGE, spec.channels, **made) for _ in range(2))
@@ -99,7 +99,7 @@ class Inputs:
             pool()
             finish()
 
-        return dict(zip(WAYS, (compress, both, records, pool, finish, pool_and_finish), strict=True))
+        return dict(zip(WAYS, (compress, both, records, pool, finish, pool_and_finish), strict=True)), cache
 
     def check(self) -> None:
         errors = int(self.plan.errors) + int(tensorrt_llm.errors(self.device))
@@ -111,7 +111,7 @@ def calls_of(case: Case, kind: int, device: str = DEVICE, sets: int = 0) -> dict
     """Of each way one call for each buffer set. sets: other than the protocol wants."""
     inputs = Inputs(case, kind, device)
     size = 4 * case.batch * inputs.spec.channels * 2 * (inputs.spec.window_rows + NEW)
-    made = [inputs.calls() for _ in range(sets or protocol.buffer_sets(size))]
+    made = [inputs.calls()[0] for _ in range(sets or protocol.buffer_sets(size))]
     for call in made[0].values():
         call()
     inputs.check()

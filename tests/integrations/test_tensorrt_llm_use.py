@@ -17,6 +17,8 @@ from support.helpers import Backend, make_tokens
 from test_tensorrt_llm import CUDA, INT32, ON_BOTH, graph_of, launches_of
 from torch import Tensor
 
+from benchmarks.lib import protocol
+from benchmarks.run import trtllm
 from kvfold import CompressorSpec, EntryCache, reference
 from kvfold.integrations import tensorrt_llm
 from kvfold.integrations.tensorrt_llm import Pools, compress_records
@@ -303,3 +305,19 @@ def test_the_page_runs_as_pasted() -> None:
     scope["behind_the_projection"](compressor, kv_score, metadata, one.pools, one.cache, one.blocks, BLOCK)
     other.records([0, 0, 0], [9, 4, 2])
     assert torch.equal(one.cache, other.cache) and one.cache.any()
+
+
+@pytest.mark.parametrize("kind", trtllm.KINDS)
+@pytest.mark.parametrize("case", [case for case in trtllm.CASES if case.batch == 16], ids=lambda case: case.name)
+def test_the_benchmark_times_the_same_work(case: protocol.Case, kind: int) -> None:
+    """Each way leaves the records of the first; `calls_of` itself raises where one is refused."""
+    inputs = trtllm.Inputs(case, kind, "cpu")
+    calls, cache = inputs.calls()
+    calls["compress"]()
+    want = cache.clone()
+    assert want.any()
+    for way in ("update + compress", "compress_records", "pool + finish"):
+        cache.zero_()
+        calls[way]()
+        assert torch.equal(cache, want), way
+    inputs.check()
