@@ -43,7 +43,8 @@ class Rows(NamedTuple):
     errors: object
 
 
-_TYPES = Rows("*u8", *(LOOSE + "*i32",) * 5, "i64", "i32", "i32", LOOSE + "*i32")._replace(mask=LOOSE + "*u8")
+_INTS = LOOSE + "*i32"
+_TYPES = Rows(LOOSE + "*u8", *(_INTS,) * 5, pitch="i64", width="i32", batch="i32", errors=_INTS)
 AT_ONCE = 256  # sequences whose offsets are looked at together
 
 

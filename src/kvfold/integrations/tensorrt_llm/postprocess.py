@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 import torch
 
-from ...arguments.checks import check_int, check_tensor
+from ...arguments.checks import check_device, check_int, check_tensor
 from ...contract import UnsupportedError
 from ...spec import CompressorSpec
 from ...storage.cache import EntryCache
 from ...storage.formats import FORMATS, RecordFormat
 from ...store import store
-from .kept import cache_of, errors, once, place
+from .kept import cache_of, errors
 
 # By `cache_scale_type`; rows that are kept as they came have the format of their dtype.
 FORMATS_BY_TYPE = (None, "fp8_tensor_trtllm", "fp8_block128", "mxfp4", "nvfp4_trtllm")
@@ -83,6 +83,7 @@ def postprocess_scatter(
         raise ValueError(f"kv_cache_scale must be given with cache_scale_type 4 alone, which is {cache_scale_type}")
     told = Told(compressed_mask, position_ids, num_outputs, cu_kv_comp, start_pos, block_offsets)
     _check(kv_comp, told)
+    check_device("kv_cache", kv_cache, kv_comp.device)
     scale = nvfp4_global_scale if cache_scale_type == 4 else 1.0
     cache = cache_of(kv_cache, fmt, tokens_per_block, spec, kv_cache_scale, scale)
     also = _other(kv_comp, fmt, spec, kv_out, quant_output, scale_output)
@@ -130,6 +131,11 @@ def _check(kv_comp: torch.Tensor, told: Told) -> None:
         )
 
 
+@lru_cache(maxsize=8)
+def with_scales_apart(fmt: RecordFormat) -> RecordFormat:
+    return fmt if fmt.separate else replace(fmt, name=f"{fmt.name}, scales apart", separate=True)
+
+
 class Other(NamedTuple):
     """A second output: a record for each row, in the row's place. values, scales: bytes `[n, ...]`."""
 
@@ -157,7 +163,7 @@ def _other(
         raise UnsupportedError("kv_out must be None with quant_output: a launch has one output of rows besides the cache")
     if fmt.group < 32:
         raise ValueError(f"quant_output must be None unless cache_scale_type is 2 or 3, whose format {fmt.name!r} is not")
-    apart = fmt if fmt.separate else replace(fmt, name=f"{fmt.name}, scales apart", separate=True)
+    apart = with_scales_apart(fmt)
     found = []
     for name, x, size in (
         ("quant_output", codes, apart.row_bytes(spec)),
@@ -181,9 +187,7 @@ def _with_triton(rows: torch.Tensor, told: Told, cache: EntryCache, also: Other 
 
     norm_weight, rope = weights
     key = kernel.PostprocessKey(cache.spec, cache.format, None if also is None else also.fmt, rows.dtype, norm_weight.dtype)
-    device, table = rows.device, told.block_offsets
-    same = ("launcher", place(cache.storage), key[1], key[2], key[3], key[4], cache.spec.hadamard)
-    launcher = once(same, lambda: launcher_of(key, device), device)
+    table = told.block_offsets
     where = kernel.Rows(
         told.compressed_mask.view(torch.uint8),
         told.position_ids,
@@ -194,9 +198,10 @@ def _with_triton(rows: torch.Tensor, told: Told, cache: EntryCache, also: Other 
         table.stride(0),
         table.shape[1],
         told.num_outputs.shape[0],
-        errors(device),
+        errors(rows.device),
     )
-    kernel.launch(launcher, where, rows, norm_weight, rope, cache, None if also is None else also[1:])
+    outputs = cache, None if also is None else also[1:]
+    kernel.launch(launcher_of(key, rows.device), where, rows, norm_weight, rope, *outputs)
 
 
 def _with_torch(rows: torch.Tensor, told: Told, cache: EntryCache, also: Other | None, weights: Weights) -> None:
