@@ -6,9 +6,11 @@ in every step, or the same parts of them, so each of these objects is found agai
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -24,6 +26,7 @@ T = TypeVar("T")
 _kept: OrderedDict[Hashable, object] = OrderedDict()
 _recorded: dict[Hashable, object] = {}  # a graph has their addresses, so they stay
 _errors: dict[torch.device, torch.Tensor] = {}
+_steps = 0  # how often `step` was called
 
 
 def once(key: Hashable, make: Callable[[], T], device: torch.device) -> T:
@@ -48,6 +51,33 @@ def forget() -> None:
     """
     _kept.clear()
     _recorded.clear()
+
+
+@dataclass
+class Shared:
+    """A plan, and those of layers over the same memory. lengths: what it is updated from. step: in which it was."""
+
+    plan: StepPlan
+    lengths: Lengths
+    layers: dict[tuple, StepPlan] = field(default_factory=dict)
+    step: int = 0
+
+    def of_layer(self, block_tables: tuple[torch.Tensor, torch.Tensor]) -> StepPlan:
+        key = tuple(map(place, block_tables))
+        if key not in self.layers:
+            self.layers[key] = copy.copy(self.plan)
+            self.layers[key].block_tables = block_tables
+        return self.layers[key]
+
+
+def step() -> None:
+    """Says that a step begins: until the next one, metadata at the same addresses stays what it is.
+
+    Then one plan update serves all layers of a ratio. Call it at the top of the model's forward, which a CUDA graph records
+    too, and again behind whatever changes metadata in it. Until it is called for the first time every call updates its plan.
+    """
+    global _steps
+    _steps += 1
 
 
 def errors(device: torch.device | str | int) -> torch.Tensor:
@@ -91,29 +121,43 @@ def _pages(name: str, pool: torch.Tensor, page_size: int, channels: int) -> torc
     return pool.view(-1, page_size, channels)
 
 
+class Lengths(NamedTuple):
+    """What a step adds. name: "start_pos" or "seq_lens", which `given` are."""
+
+    name: str
+    given: torch.Tensor
+    cu_seq_lens: torch.Tensor
+
+
 def plan_of(
-    ratio: int,
-    lengths: dict[str, torch.Tensor],
-    cu_seq_lens: torch.Tensor,
+    spec: CompressorSpec,
+    lengths: Lengths,
     max_new_tokens: int,
-    more: dict[str, torch.Tensor | int | tuple[torch.Tensor, ...]],
+    block_tables: tuple[torch.Tensor, torch.Tensor],
+    page_size: int,
+    **more: torch.Tensor | int,
 ) -> StepPlan:
-    """A plan for this step, updated: one launch. lengths: `start_pos` or `seq_lens`. more: arguments of `StepPlan.build`."""
-    device = cu_seq_lens.device
+    """A plan for this step, updated: by one launch, or by none if another layer was given the same in the same step.
 
-    def described(value: object) -> Hashable:
-        if isinstance(value, tuple):
-            return tuple(map(described, value))
-        return place(value) if isinstance(value, torch.Tensor) else value
+    What a plan has of a step is all layers'; each has its block tables, and so a plan of its own over the same memory. Layers
+    of another width have other memory, as an engine runs an indexer's compressor on a stream beside the main one's.
+    """
+    device, ratio, options = lengths.given.device, spec.ratio, {"page_size": page_size, **more}
+    described = tuple((name, place(x) if isinstance(x, torch.Tensor) else x) for name, x in options.items())
+    told = lengths.name, place(lengths.given), place(lengths.cu_seq_lens)
+    given = {lengths.name: lengths.given, "cu_seqlens": lengths.cu_seq_lens}
 
-    def make() -> StepPlan:
-        start_pos = lengths.get("start_pos")
-        total = {name: x for name, x in lengths.items() if name != "start_pos"}
-        return StepPlan.build(ratio, start_pos, cu_seq_lens, max_new_tokens, **total, **more, errors=errors(device))
+    def make() -> Shared:
+        options.update({"block_tables": block_tables, "errors": errors(device)})
+        plan = StepPlan.build(ratio, max_new_tokens=max_new_tokens, **{"start_pos": None, **given}, **options)
+        return Shared(plan, lengths)
 
-    shape = ("plan", ratio, *lengths, cu_seq_lens.shape[0], max_new_tokens, device)
-    plan = once((*shape, *((name, described(value)) for name, value in more.items())), make, device)
-    plan.update(**lengths, cu_seqlens=cu_seq_lens)
+    shared = once(("plan", ratio, spec.head_dim, max_new_tokens, told, described), make, device)
+    plan = shared.of_layer(block_tables)
+    if shared.step != _steps or not _steps:
+        shared.plan.update(**given)
+        plan.fresh = shared.plan.fresh  # the next launch reads what this one writes
+        shared.step = _steps
     return plan
 
 

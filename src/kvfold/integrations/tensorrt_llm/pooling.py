@@ -10,7 +10,7 @@ import torch
 from ...arguments.checks import check_int, check_tensor
 from ...compress import compress
 from ...spec import CompressorSpec
-from .kept import bucket, plan_of, state_of
+from .kept import Lengths, bucket, plan_of, state_of
 
 MOST_NEW = 8  # tokens of a request in a generation step, as TensorRT-LLM has it
 _FLOATS = (torch.bfloat16, torch.float32)
@@ -65,8 +65,8 @@ def paged_kv_compress(
     most = output.shape[0] if output.shape[0] == places else bucket(output.shape[0])
     pools = Pools(paged_kv, paged_score, block_table_kv, block_table_score, page_size)
     check_tensor("kv_lens", kv_lens, (None,), _INT32, kv_score.device)
-    lengths = {"seq_lens": kv_lens[:batch_size]}
-    _pool(kv_score, ape, pools, output, lengths, cu_seq_lens, cu_kv_comp, (batch_size, head_dim, compress_ratio, next_n, most))
+    given = "seq_lens", kv_lens[:batch_size], cu_seq_lens
+    _pool(kv_score, ape, pools, output, given, cu_kv_comp, (batch_size, head_dim, compress_ratio, next_n, most))
 
 
 def prefill_reduction(
@@ -95,8 +95,8 @@ def prefill_reduction(
     pools = Pools(paged_kv, paged_score, block_table_kv, block_table_score, page_size)
     most = bucket(kv_score.shape[0]), bucket(output.shape[0])
     check_tensor("start_pos", start_pos, (None,), _INT32, kv_score.device)
-    lengths = {"start_pos": start_pos[:batch_size]}
-    _pool(kv_score, ape, pools, output, lengths, cu_seq_lens, cu_kv_comp, (batch_size, head_dim, compress_ratio, *most))
+    given = "start_pos", start_pos[:batch_size], cu_seq_lens
+    _pool(kv_score, ape, pools, output, given, cu_kv_comp, (batch_size, head_dim, compress_ratio, *most))
 
 
 def _pool(
@@ -104,28 +104,23 @@ def _pool(
     ape: torch.Tensor,
     pools: Pools,
     output: torch.Tensor,
-    lengths: dict[str, torch.Tensor],
-    cu_seq_lens: torch.Tensor,
+    given: tuple[str, torch.Tensor, torch.Tensor],
     cu_kv_comp: torch.Tensor,
     shape: tuple[int, int, int, int, int],
 ) -> None:
-    """shape: the batch, head_dim, the ratio, most new tokens of a request, and most places of entries."""
+    """given: as `Lengths`. shape: the batch, head_dim, the ratio, most new tokens of a request, and most places of entries."""
     batch, head_dim, ratio, most_new, most_rows = shape
     if batch == 0 or kv_score.shape[0] == 0:
         return
     spec = pooling_spec(head_dim, ratio)
     state = state_of(pools.paged_kv, pools.paged_score, pools.page_size, spec.channels)
-    more = {
-        "block_tables": (pools.block_table_kv[:batch], pools.block_table_score[:batch]),
-        "page_size": pools.page_size,
-        "max_tokens": bucket(kv_score.shape[0]),
-        "cu_rows": cu_kv_comp[: batch + 1],
-        "max_rows": most_rows,
-    }
     check_tensor("output", output, (None, head_dim), _FLOATS, kv_score.device)
-    check_tensor("cu_seq_lens", cu_seq_lens, (None,), _INT32, kv_score.device)
+    check_tensor("cu_seq_lens", given[2], (None,), _INT32, kv_score.device)
     check_tensor("cu_kv_comp", cu_kv_comp, (None,), _INT32, kv_score.device)
-    plan = plan_of(ratio, lengths, cu_seq_lens[: batch + 1], most_new, more)
+    lengths = Lengths(*given[:2], given[2][: batch + 1])
+    tables = pools.block_table_kv[:batch], pools.block_table_score[:batch]
+    places = {"cu_rows": cu_kv_comp[: batch + 1], "max_rows": most_rows, "max_tokens": bucket(kv_score.shape[0])}
+    plan = plan_of(spec, lengths, most_new, tables, pools.page_size, **places)
     rows = output if output.shape[0] else None
     compress(kv_score, plan, state, None, spec=spec, ape=ape, norm_weight=None, rope=None, rows=rows)
 

@@ -6,7 +6,7 @@ import torch
 
 from ...arguments.checks import check_int
 from ...compress import compress
-from .kept import bucket, cache_of, plan_of, state_of
+from .kept import Lengths, bucket, cache_of, plan_of, state_of
 from .pooling import Pools, pooling_spec
 from .postprocess import format_of
 
@@ -59,13 +59,9 @@ def compress_records(
     spec = pooling_spec(norm_weight.shape[0], ape.shape[0], rope_dim, norm_eps, rotate_activation)
     cache = cache_of(kv_cache, format_of(torch.bfloat16, cache_scale_type), tokens_per_block, spec, kv_cache_scale, scale)
     state = state_of(pools.paged_kv, pools.paged_score, pools.page_size, spec.channels)
-    more = {
-        "block_tables": (pools.block_table_kv[:batch], pools.block_table_score[:batch]),
-        "page_size": pools.page_size,
-        "max_tokens": bucket(tokens),
-        "cache_block_table": block_table[:batch],
-        "rows_per_page": tokens_per_block,
-    }
+    lengths = Lengths("seq_lens", kv_lens, cu_seq_lens[: batch + 1])
     most = bucket(tokens) if max_new_tokens is None else max_new_tokens
-    plan = plan_of(spec.ratio, {"seq_lens": kv_lens}, cu_seq_lens[: batch + 1], most, more)
+    tables = pools.block_table_kv[:batch], pools.block_table_score[:batch]
+    places = {"cache_block_table": block_table[:batch], "rows_per_page": tokens_per_block, "max_tokens": bucket(tokens)}
+    plan = plan_of(spec, lengths, most, tables, pools.page_size, **places)
     compress(kv_score, plan, state, cache, spec=spec, ape=ape, norm_weight=norm_weight, rope=rope)
