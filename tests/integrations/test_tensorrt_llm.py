@@ -32,6 +32,12 @@ def operators() -> Iterator[None]:
     tensorrt_llm.unregister()
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_kept() -> Iterator[None]:
+    yield
+    tensorrt_llm.forget()
+
+
 @dataclass
 class Layer:
     """One compressor of TensorRT-LLM: its pools full of NaN, with shuffled block tables, and the tokens of all requests."""

@@ -21,13 +21,19 @@ from benchmarks.run import trtllm
 from kvfold import CompressorSpec, EntryCache, StepPlan, reference
 from kvfold.integrations import tensorrt_llm
 from kvfold.integrations.switch import ON
-from kvfold.integrations.tensorrt_llm import Pools, compress_records, kept
+from kvfold.integrations.tensorrt_llm import Pools, compress_records
 from kvfold.integrations.tensorrt_llm.operators import IMPLEMENTATIONS, schemas
 from kvfold.storage.formats import FORMATS
 
 BF16 = torch.bfloat16
 OPS = torch.ops.trtllm
 BLOCK = 2  # records of a block of the cache
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_kept() -> Iterator[None]:
+    yield
+    tensorrt_llm.forget()
 
 
 @pytest.fixture
@@ -270,8 +276,6 @@ def test_layers_share_a_plan_update(where: Backend, monkeypatch: pytest.MonkeyPa
     alone = [Model(where, 32, 4, 0, seed=seed) for seed in range(3)]
     for layer in (*layers, *alone):
         layer.blocks = layers[0].blocks  # which are those of all layers of a ratio
-    tensorrt_llm.forget()
-    monkeypatch.setattr(kept, "_steps", 0)
     for round_, (start, new) in enumerate(script(4)):
         lens, cu_seq = layers[0].lengths(start, new)[1:]
         if round_:

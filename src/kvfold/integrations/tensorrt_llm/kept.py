@@ -47,8 +47,10 @@ def once(key: Hashable, make: Callable[[], T], device: torch.device) -> T:
 def forget() -> None:
     """Lets go of all states, plans and caches, and of the buffers that they are of: before an engine makes its pools anew.
 
-    CUDA graphs that were recorded before must not be replayed behind this.
+    CUDA graphs that were recorded before must not be replayed behind this. It is as if `step` had never been called.
     """
+    global _steps
+    _steps = 0
     _kept.clear()
     _recorded.clear()
 
