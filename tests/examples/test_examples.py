@@ -1,4 +1,4 @@
-"""Every script of examples/ that needs no engine runs on a CPU and ends well. Those of engines are run by tests/engines."""
+"""Every script of examples/ that needs no engine runs and ends well, on a CPU and on a GPU. Those of engines: tests/engines."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ LAST = {
 }
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("script", [name for name in SCRIPTS if not name.startswith(OF_ENGINES)])
-def test_example(script: str) -> None:
+def test_example(script: str, device: str) -> None:
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"PYTHONPATH": path} | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
     command = [sys.executable, str(ROOT / "examples" / script)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
