@@ -29,7 +29,11 @@ VARIANTS = ("fwd", "bwd", "both")
 BF16 = torch.bfloat16
 # What is tried beside the rows of the table, for each kernel: fields that change together.
 SWEEP: dict[str, tuple[dict[str, int], ...]] = {
-    "forward": tuple({"num_warps": w, "registers": r, "ahead": a} for w in (2, 4, 8) for r in (0, 64, 128) for a in (4, 8, 16)),
+    "forward": (
+        *({"num_warps": w, "registers": r, "ahead": a} for w in (2, 4, 8) for r in (0, 64, 128) for a in (4, 8, 16)),
+        *({"num_warps": w, "slice": s} for w, s in ((8, 0), (2, 128), (4, 128), (4, 256), (8, 256))),
+    ),
+    "entries": tuple({"num_warps": w} for w in (2, 4, 8)),
     "again": (
         *({"num_warps": w, "registers": r} for w, r in ((1, 0), (1, 128), (2, 0), (2, 80), (4, 0), (4, 128), (8, 0), (8, 96))),
         *({"groups": g} for g in (128, 256, 384, 512, 768, 1024, 2048)),
