@@ -154,12 +154,12 @@ def test_a_loss_of_latents_alone(backend: Backend) -> None:
     given, n = problem.given(backend), problem.windows
     found = []
     for used in (0, 1):
-        rows = problem.tokens(backend.device).requires_grad_()
+        rows = problem.tokens(backend.device).clone().requires_grad_()
         results = compress(rows, problem.packing(backend.device), **given, latent=True)
         g = problem.incoming().nan_to_num(0.0).to(results[0])
         results[used].backward(g)
         found.append(rows.grad)
-        both = problem.tokens(backend.device).requires_grad_()
+        both = problem.tokens(backend.device).clone().requires_grad_()
         results = compress(both, problem.packing(backend.device), **given, latent=True)
         torch.autograd.backward(results, [g if i == used else torch.zeros_like(g) for i in (0, 1)])
         assert torch.equal(both.grad, rows.grad) and rows.grad[: n * 4].any()
