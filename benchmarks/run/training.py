@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 import kvfold
-from kvfold.training import Packing, compress, compress_backward, compress_forward, launch, table
+from kvfold.training import Packing, compress, compress_backward, compress_forward, keys, launch, problem, table
 from kvfold.training.variants import TrainingKey
 
 from ..lib import protocol
@@ -184,8 +184,8 @@ def sweep(case: Case) -> list[tuple[str, float]]:
 
 def keys_of(case: Case) -> dict[str, TrainingKey]:
     """Of each launch of a step, by its kernel."""
-    how = launch.How(case.spec, True, BF16, None, False, "")
-    return launch.keys_of(how, (BF16, False, torch.float32), case.capacity)
+    how = problem.How(case.spec, True, BF16, None, False, "")
+    return keys.keys_of(how, (BF16, False, torch.float32), case.capacity)
 
 
 _CONFIGS = table.CONFIGS

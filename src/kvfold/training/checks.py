@@ -18,7 +18,7 @@ from ..contract import INT32_MAX
 from ..spec import CompressorSpec, check_spec
 from ..storage.formats import RecordFormat, get_format
 from .packing import Packing
-from .problem import How, Inputs
+from .problem import How, Inputs, rounds_rows
 
 _FLOATS = (torch.bfloat16, torch.float32)
 
@@ -132,15 +132,12 @@ def check_rest(
     if out_dtype not in accepted:
         raise TypeError(f"out_dtype must be one of {accepted} for kv_score of {value.dtype}, got {out_dtype}")
     fmt = None if fake_quant is None else get_format(fake_quant)
-    if fmt is None:
-        round_rows = round_rows is not False and value.dtype == torch.bfloat16
-    else:
+    if fmt is not None:
         if exact:
             raise ValueError("fake_quant must be None for kv_score of torch.float64, which no record is made of")
         fmt.check(spec)
-        round_rows = fmt.round_rows if round_rows is None else round_rows
     _check_scale(x.scale, fmt, value.device)
-    return How(spec, round_rows, out_dtype, fmt, latent, chosen)
+    return How(spec, rounds_rows(round_rows, fmt, value.dtype), out_dtype, fmt, latent, chosen)
 
 
 def _check_scale(scale: torch.Tensor | None, fmt: RecordFormat | None, device: torch.device) -> None:

@@ -11,9 +11,9 @@ from ..backend_triton import args
 from ..backend_triton.build import INTERPRETED
 from ..backend_triton.launcher import Launcher, address, launcher_of, supports_pdl
 from .args import Incoming, Kept, Pieces
+from .keys import keys_of
 from .problem import Entries, Gradients, How, Inputs, Records, scratch_records
-from .table import choose, groups_of
-from .variants import TrainingKey, slices_of, tiles_of
+from .variants import tiles_of
 
 
 class Launch(NamedTuple):
@@ -117,24 +117,6 @@ def launches_of(how: How, types: tuple, capacity: int, device: torch.device) -> 
     for kernel, key in keys_of(how, types, capacity).items():
         found[kernel] = Launch(launcher_of(key, device), key.groups, tiles_of(key))
     return Launches(*(found.get(name) for name in Launches._fields))
-
-
-def keys_of(how: How, types: tuple, capacity: int) -> dict[str, TrainingKey]:
-    """The key of each launch of a call, by the name of its kernel; of the launch that is not made there is none.
-
-    types: dtype of kv_score, whether it is two tensors, dtype of norm_weight.
-    """
-    backward = ("finish", "spread") if how.keeps else ("again",)
-    forward = choose("forward", how.spec, capacity)
-    shared, reads = slices_of(forward, how.spec) > 1, how.fmt is not None
-    names = "forward", *["entries"] * shared, *["read"] * reads, *backward, "sum"
-    configs = {name: choose(name, how.spec, capacity) for name in names}
-    groups = {name: groups_of(config, capacity) for name, config in configs.items()}
-    found = {}
-    for name, config in configs.items():
-        counts = (groups[backward[-1]], groups[backward[0]]) if name == "sum" else (groups[name], 1)
-        found[name] = TrainingKey(how.spec, how.record, config, *types, how.out_dtype, how.latent, how.keeps, *counts)
-    return found
 
 
 def _launch(launch: Launch, count: int, values: tuple, bits: int, pdl: bool) -> None:

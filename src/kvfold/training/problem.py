@@ -52,6 +52,11 @@ class How(NamedTuple):
         """What finishing an entry goes by: the format of fake quantization, or one of plain rows."""
         return _record(self.fmt, self.out_dtype, self.round_rows)
 
+    @property
+    def way_back(self) -> RecordFormat:
+        """What the backward goes by: as all but the rounding of pooled rows passes gradients as they are, the same for many."""
+        return _record(None, torch.bfloat16, self.round_rows)
+
     def capacity(self, x: Inputs) -> int:
         return x.value.shape[0] // self.spec.ratio
 
@@ -65,6 +70,13 @@ class How(NamedTuple):
 
     def latent_shape(self, x: Inputs) -> tuple[int, ...]:
         return (self.capacity(x), self.spec.head_dim) if self.latent else (0,)
+
+
+def rounds_rows(asked: bool | None, fmt: RecordFormat | None, dtype: torch.dtype) -> bool:
+    """Whether pooled rows of kv_score of this dtype are rounded to bf16."""
+    if fmt is None:
+        return asked is not False and dtype == torch.bfloat16
+    return fmt.round_rows if asked is None else asked
 
 
 @lru_cache(maxsize=256)
