@@ -58,6 +58,8 @@ def check_packing(packing: Packing, spec: CompressorSpec) -> None:
     """Checks the two, and that one is for the other: also before an operator is given what is left of them."""
     check_spec("spec", spec)
     check_type("packing", packing, Packing)
+    if "pieces" not in packing.__dict__:
+        raise ValueError("packing must be made by Packing.build, got one without pieces")
     if packing.ratio != spec.ratio:
         raise ValueError(f"packing must be for spec.ratio={spec.ratio}, got {packing.ratio}")
 
@@ -92,7 +94,7 @@ def check_tokens(kv_score: object, spec: CompressorSpec, backend: str | None) ->
 
 
 def _on_kernels(backend: str | None, tensor: torch.Tensor) -> bool:
-    return backend == "triton" or (backend is None and tensor.is_cuda)
+    return tensor.is_cuda if backend is None else isinstance(backend, str) and backend == "triton"
 
 
 def check_rest(
@@ -129,7 +131,7 @@ def check_rest(
     if out_dtype is None:
         out_dtype = value.dtype
     accepted = (torch.float64,) if exact else _FLOATS
-    if out_dtype not in accepted:
+    if not isinstance(out_dtype, torch.dtype) or out_dtype not in accepted:
         raise TypeError(f"out_dtype must be one of {accepted} for kv_score of {value.dtype}, got {out_dtype}")
     fmt = None if fake_quant is None else get_format(fake_quant)
     if fmt is not None:
