@@ -45,7 +45,7 @@ def test_against_fp64(backend: Backend, name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", REAL, ids=lambda name: f"cuda-{name}")
 @pytest.mark.parametrize("pair", [False, True])
 @each_dtype
 def test_real_shapes_against_fp64(name: str, pair: bool, dtype: torch.dtype) -> None:
