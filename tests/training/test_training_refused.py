@@ -80,6 +80,7 @@ def test_scores_without_a_gate() -> None:
     "changed, message",
     [
         ({"d_entries": torch.zeros(2, 32)}, "d_entries must have shape"),
+        ({"d_entries": torch.zeros(1, 32).expand(1 << 40, 32)}, "d_entries must have shape"),
         ({"d_entries": torch.zeros(3, 32, dtype=BF16)}, "d_entries must be torch.float32"),
         ({"d_latent": torch.zeros(3, 16)}, "d_latent must have shape"),
         ({"kept": torch.zeros(3, 3, 32)}, "kept must have shape"),

@@ -156,15 +156,18 @@ def check_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Checks what a backward is given besides the inputs; the gradients as the backends take them."""
     check_tensor("kept", kept, how.kept_shape(x), (x.wide,), x.value.device)
-    shape = how.capacity(x), how.spec.head_dim
-    check_memory("d_entries", d_entries)
-    d_entries = d_entries.contiguous()
-    check_tensor("d_entries", d_entries, shape, (how.out_dtype,), x.value.device)
+    d_entries = _check_gradient("d_entries", d_entries, x, how)
     if not how.latent:
         if d_latent is not None:
             raise ValueError("d_latent must be None without latent=True")
         return d_entries, None
-    check_memory("d_latent", d_latent)
-    d_latent = d_latent.contiguous()
-    check_tensor("d_latent", d_latent, shape, (how.out_dtype,), x.value.device)
-    return d_entries, d_latent
+    return d_entries, _check_gradient("d_latent", d_latent, x, how)
+
+
+def _check_gradient(name: str, gradient: torch.Tensor, x: Inputs, how: How) -> torch.Tensor:
+    """Checked, then contiguous: a copy of another shape could be of any size."""
+    check_memory(name, gradient)
+    check_dtype(name, gradient, (how.out_dtype,))
+    check_shape(name, gradient, (how.capacity(x), how.spec.head_dim))
+    check_device(name, gradient, x.value.device)
+    return gradient.contiguous()
