@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 import kvfold
-from kvfold.training import Packing, compress, compress_backward, compress_forward, launch, table
+from kvfold.training import Packing, compress, compress_backward, compress_forward, keys, launch, problem, table
 from kvfold.training.variants import TrainingKey
 
 from ..lib import protocol
@@ -29,7 +29,11 @@ VARIANTS = ("fwd", "bwd", "both")
 BF16 = torch.bfloat16
 # What is tried beside the rows of the table, for each kernel: fields that change together.
 SWEEP: dict[str, tuple[dict[str, int], ...]] = {
-    "forward": tuple({"num_warps": w, "registers": r, "ahead": a} for w in (2, 4, 8) for r in (0, 64, 128) for a in (4, 8, 16)),
+    "forward": (
+        *({"num_warps": w, "registers": r, "ahead": a} for w in (2, 4, 8) for r in (0, 64, 128) for a in (4, 8, 16)),
+        *({"num_warps": w, "slice": s} for w, s in ((8, 0), (2, 128), (4, 128), (4, 256), (8, 256))),
+    ),
+    "entries": tuple({"num_warps": w} for w in (2, 4, 8)),
     "again": (
         *({"num_warps": w, "registers": r} for w, r in ((1, 0), (1, 128), (2, 0), (2, 80), (4, 0), (4, 128), (8, 0), (8, 96))),
         *({"groups": g} for g in (128, 256, 384, 512, 768, 1024, 2048)),
@@ -180,8 +184,8 @@ def sweep(case: Case) -> list[tuple[str, float]]:
 
 def keys_of(case: Case) -> dict[str, TrainingKey]:
     """Of each launch of a step, by its kernel."""
-    how = launch.How(case.spec, True, BF16, None, False, "")
-    return launch.keys_of(how, (BF16, False, torch.float32), case.capacity)
+    how = problem.How(case.spec, True, BF16, None, False, "")
+    return keys.keys_of(how, (BF16, False, torch.float32), case.capacity)
 
 
 _CONFIGS = table.CONFIGS

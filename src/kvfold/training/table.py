@@ -17,13 +17,15 @@ class Config:
     """A row of the table. It serves a kernel for what is inside its bounds; of several rows, the first one.
 
     Attributes:
-        kernel: `"forward"`; `"again"`, the whole backward of windows that are folded again; `"finish"`, `"spread"`, the
-            backward of windows whose fold was kept, in two launches; `"sum"`, of the groups' sums.
+        kernel: `"forward"`; `"entries"`, of windows that several programs of the forward share; `"read"`, of records, for fake
+            quantization; `"again"`, the whole backward of windows that are folded again; `"finish"`, `"spread"`, the backward
+            of windows whose fold was kept, in two launches; `"sum"`, of the groups' sums.
         head_dims: narrowest and widest entry.
         window_rows: fewest and most tokens per entry.
         entries: most rows of entries.
         num_warps: per program. registers: bound on registers per thread, 0 for none.
-        ahead: `"forward"`: tokens in flight at once.
+        ahead: `"forward"`: tokens in flight at once. slice: channels of a program, where a window is folded token by token; 0
+            for all.
         rows, columns: `"spread"`, `"sum"`: of a tile.
         groups: most groups of windows, each summed by itself.
         hold: `"again"`: rows of ape stay in registers, instead of being read for each window.
@@ -36,6 +38,7 @@ class Config:
     num_warps: int
     registers: int = 0
     ahead: int = 0
+    slice: int = 0
     rows: int = 0
     columns: int = 0
     groups: int = 0
@@ -62,10 +65,15 @@ CONFIGS: tuple[Config, ...] = (
     Config("forward", _WIDEST, _SHORT, ANY, 16, ahead=8),
     Config("forward", _NARROW, _LONG, ANY, 1, ahead=8),
     Config("forward", _MIDDLE, _LONG, ANY, 2, ahead=8),
-    # Few windows are chains of tokens, so many loads ahead; many are as fast as their instructions.
+    # As long steps over fold rows (backend_triton/table.py): few windows are chains of tokens, so many loads ahead, and shared
+    # where that fills 132 multiprocessors better; many are as fast as their instructions.
+    Config("forward", _WIDE, _LONG, 66, 8, ahead=16, slice=256),
     Config("forward", _WIDE, _LONG, 132, 8, ahead=16),
+    Config("forward", _WIDE, _LONG, 198, 4, ahead=16, slice=256),
     Config("forward", _WIDE, _LONG, ANY, 4, 128, ahead=4),
     Config("forward", _WIDEST, _LONG, ANY, 16, ahead=4),
+    Config("entries", (16, 4096), _LONG, ANY, 4),
+    *(Config("read", width, _ALL, ANY, warps) for width, warps in ((_NARROW, 1), (_MIDDLE, 2), (_WIDE, 4), (_WIDEST, 8))),
     Config("again", _NARROW, _SHORT, 4096, 1, groups=512),
     Config("again", _NARROW, _SHORT, ANY, 1, 128, groups=1024),
     Config("again", _MIDDLE, _SHORT, ANY, 2, groups=512),
