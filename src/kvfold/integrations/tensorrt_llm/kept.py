@@ -75,6 +75,8 @@ class Shared:
     def of_layer(self, block_tables: tuple[torch.Tensor, torch.Tensor]) -> StepPlan:
         key = tuple(map(place, block_tables))
         if key not in self.layers:
+            if len(self.layers) >= MOST:  # of tables that are made anew for each call
+                self.layers.clear()
             self.layers[key] = copy.copy(self.plan)
             self.layers[key].block_tables = block_tables
         return self.layers[key]
