@@ -39,9 +39,14 @@ def once(key: Hashable, make: Callable[[], T], device: torch.device) -> T:
             if len(_kept) > MOST:
                 _kept.popitem(last=False)
         _kept.move_to_end(key)
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if recorded(device):
             _recorded[key] = _kept.pop(key)
     return found  # type: ignore[return-value]
+
+
+def recorded(device: torch.device) -> bool:
+    """Whether a CUDA graph records what is called now."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def forget() -> None:
@@ -57,16 +62,21 @@ def forget() -> None:
 
 @dataclass
 class Shared:
-    """A plan, and those of layers over the same memory. lengths: what it is updated from. step: in which it was."""
+    """A plan, and those of layers over the same memory.
+
+    lengths: what it is updated from. updated: in which step it was, and if that was recorded in a graph.
+    """
 
     plan: StepPlan
     lengths: Lengths
     layers: dict[tuple, StepPlan] = field(default_factory=dict)
-    step: int = 0
+    updated: tuple[int, bool] = (0, False)
 
     def of_layer(self, block_tables: tuple[torch.Tensor, torch.Tensor]) -> StepPlan:
         key = tuple(map(place, block_tables))
         if key not in self.layers:
+            if len(self.layers) >= MOST:  # of tables that are made anew for each call
+                self.layers.clear()
             self.layers[key] = copy.copy(self.plan)
             self.layers[key].block_tables = block_tables
         return self.layers[key]
@@ -150,16 +160,16 @@ def plan_of(
     given = {lengths.name: lengths.given, "cu_seqlens": lengths.cu_seq_lens}
 
     def make() -> Shared:
-        options.update({"block_tables": block_tables, "errors": errors(device)})
-        plan = StepPlan.build(ratio, max_new_tokens=max_new_tokens, **{"start_pos": None, **given}, **options)
-        return Shared(plan, lengths)
+        known = {"start_pos": None, **given, **options, "block_tables": block_tables, "errors": errors(device)}
+        return Shared(StepPlan.build(ratio, max_new_tokens=max_new_tokens, **known), lengths)
 
     shared = once(("plan", ratio, spec.head_dim, max_new_tokens, told, described), make, device)
     plan = shared.of_layer(block_tables)
-    if shared.step != _steps or not _steps:
+    now = _steps, recorded(device)
+    if shared.updated != now or not _steps:
         shared.plan.update(**given)
         plan.fresh = shared.plan.fresh  # the next launch reads what this one writes
-        shared.step = _steps
+        shared.updated = now
     return plan
 
 
