@@ -6,6 +6,7 @@ import os
 
 VARIABLE = "KVFOLD_ENGINES"
 ENGINES = ("vllm", "sglang", "tensorrt_llm")
+ON: dict[str, str] = {}  # by engine, what a plug-in replaced: it says so when it registered
 
 
 def asked_for(engine: str) -> bool:
