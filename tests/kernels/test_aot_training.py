@@ -12,7 +12,7 @@ from test_aot import python
 
 import kvfold
 from kvfold import V4_CSA, V4_HCA, V4_INDEXER, V41_MAIN_R2, CompressorSpec
-from kvfold.precompile.combinations import SPECS, TARGETS, of_training
+from kvfold.precompile.combinations import SPECS, TARGETS, dependent, of_training
 from kvfold.storage.formats import FORMATS
 from kvfold.training.keys import Calls, training_keys
 from kvfold.training.table import CONFIGS
@@ -105,7 +105,8 @@ made = {}
 for target, chosen in targets.items():
     for one in chosen:
         found = kernels.build(one, target, Path(sys.argv[1]), 0)
-        made[f"{target} {found.name}"] = (found.bytes, found.resources.spilled)
+        waits = "griddepcontrol.wait" in kernels.compile_one(one, target).asm.get("ptx", "")
+        made[f"{target} {found.name}"] = (found.bytes, found.resources.spilled, waits)
 print(json.dumps(made))
 """
 
@@ -115,5 +116,7 @@ def test_a_few_compile(tmp_path: Path) -> None:
     made = json.loads(python(tmp_path, FEW, tmp_path))
     assert {name.split()[0] for name in made} == set(TARGETS)
     assert {name.split()[1] for name in made if name.startswith("sm_90 ")} == {f"train_{kernel}" for kernel in KERNELS}
-    for name, (size, spilled) in made.items():
-        assert size > 1000 and (not spilled or not name.startswith("sm_90 ")), name
+    for name, (size, spilled, waits) in made.items():
+        target = name.split()[0]
+        assert size > 1000 and (not spilled or target != "sm_90"), name
+        assert waits == dependent(target), name  # all are launched as dependents where there are such launches

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.helpers import SMALL_ROWS, Backend
+from support.helpers import SMALL_ROWS, Backend, Weights
 from support.training_support import REAL, SPECS, Problem, run, same
 from torch import Tensor
 
@@ -69,6 +69,17 @@ def test_real_entries_are_those_that_are_served(name: str) -> None:
     found = compress_forward(problem.tokens(CUDA.device), problem.packing(CUDA.device), **given)
     for steps in (700, 3):
         assert torch.equal(found.entries[: problem.windows].cpu(), served(problem, CUDA, "fp32", steps))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("windows", [60, 100, 150, 300])
+def test_every_row_of_long_windows_gives_what_is_served(windows: int) -> None:
+    """Of the table: programs that share windows, and programs that do not."""
+    problem = Problem.make(REAL["hca"], BF16, [128 * (windows - 1), 100, 128], spare=0)
+    problem.weights = Weights.make(problem.spec, 0, max_positions=128 * windows)
+    given = problem.given(CUDA) | {"round_rows": False, "out_dtype": FP32}
+    found = compress_forward(problem.tokens(CUDA.device), problem.packing(CUDA.device), **given)
+    assert torch.equal(found.entries[: problem.windows].cpu(), served(problem, CUDA, "fp32", max(problem.lengths)))
 
 
 @pytest.mark.parametrize("name", FORMATS)

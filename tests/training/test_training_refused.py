@@ -21,6 +21,7 @@ def rows(width: int = 128, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 BAD = {
     "no tensor": ({"kv_score": [1.0]}, "kv_score must be a torch.Tensor"),
+    "nothing in a tuple": ({"kv_score": ()}, "kv_score must be a tensor or two"),
     "three tensors": ({"kv_score": (rows(64),) * 3}, "kv_score must be a tensor or two"),
     "fp16": ({"kv_score": rows(dtype=torch.float16)}, "kv_score must be torch.bfloat16"),
     "narrow": ({"kv_score": rows(64)}, "kv_score must have shape"),
