@@ -12,7 +12,9 @@ from ..backend_triton.build import Variant
 from ..backend_triton.variants import variant_of
 from ..spec import CompressorSpec
 from ..storage.formats import RecordFormat
-from ..training.keys import Calls, TrainingKey, training_keys
+from ..training.keys import Calls, training_keys
+from ..training.table import Config
+from ..training.variants import TrainingKey
 from .choices import fits
 
 
@@ -23,7 +25,6 @@ class TrainingKernel:
     words: tuple[str, ...]
     fmt: RecordFormat | None
     wanted: TrainingKey
-    spills: int = 0  # bytes that a thread may: no row of training's table spills on sm_90
 
     @property
     def name(self) -> str:
@@ -44,8 +45,13 @@ class TrainingKernel:
         return " ".join(parts)
 
     @property
-    def config(self) -> object:
+    def config(self) -> Config:
         return self.wanted.config
+
+    @property
+    def spills(self) -> int:
+        """Bytes that a thread may spill on sm_90, by the row of the table."""
+        return self.config.spills
 
     def variant(self, pdl: bool = False) -> Variant:
         return variant_of(self.wanted, True, pdl)
