@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test engines aot tritons docs wheel hub lint format clean
+.PHONY: demo test engines aot tritons docs site wheel hub lint format clean
 
 demo: $(READY)
 	$(BIN)/kvfold demo --out demo-out
@@ -40,6 +40,11 @@ tritons: $(READY)
 # Tables, pictures and marked parts of the documents, from results, formats and configurations.
 docs: $(READY)
 	$(BIN)/python -m benchmarks.publish.documents
+
+# The documents as a static site, in build/site.
+site: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[site]"
+	$(BIN)/python packaging/make_site.py build/site
 
 # The wheel, by way of the source distribution, and a new user's first steps with it in an environment of its own.
 wheel: $(READY)
