@@ -1,0 +1,232 @@
+"""`ContextParallel`: the calls of a rank."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..arguments.checks import check_type
+from ..compress import compress
+from ..contract import UnsupportedError
+from ..spec import CompressorSpec, check_spec
+from ..storage.fold_state import FoldState
+from ..storage.step import Compressor
+from .carry import put_carry, take_carry
+from .exchange import How, Part, Scratch, exchange
+from .gather import gather
+from .plan import ParallelPlan
+from .schedule import schedule
+from .shards import LAYOUTS, Shards
+from .transport import Transport
+
+
+class ContextParallel:
+    """A group of processes over which sequences are cut; one object in each process.
+
+    Attributes:
+        rank, size: of this process in the group, and how many there are.
+        layout: which chunks a rank has, by default: "contiguous" or "zigzag".
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | DeviceMesh | None = None,
+        layout: str = "contiguous",
+        *,
+        timeout: timedelta | None = None,
+    ) -> None:
+        """Sends nothing.
+
+        Args:
+            group: the processes: a group of torch.distributed, a device mesh of one dimension, or None for all processes; for
+                this one alone where torch.distributed is not initialized.
+            layout: "contiguous" or "zigzag"; see `Shards.build`.
+            timeout: how long to wait for another rank. Default, and always with NCCL: the timeout of the group.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+        """
+        if isinstance(group, DeviceMesh):
+            if group.ndim != 1:
+                raise ValueError(f"group must be a mesh of one dimension, as mesh['cp'], got {group.ndim} dimensions")
+            group = group.get_group()
+        if group is None and dist.is_available() and dist.is_initialized():
+            group = dist.group.WORLD
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            raise TypeError(f"group must be a process group or a DeviceMesh that this rank is in, got {type(group).__name__}")
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
+        if timeout is not None:
+            check_type("timeout", timeout, timedelta)
+        self.layout, self._transport = layout, Transport(group, timeout)
+        self._scratch: weakref.WeakKeyDictionary[FoldState, Scratch] = weakref.WeakKeyDictionary()
+
+    @property
+    def rank(self) -> int:
+        return self._transport.rank
+
+    @property
+    def size(self) -> int:
+        return self._transport.size
+
+    def split(
+        self,
+        lengths: Sequence[int],
+        *,
+        start_pos: Sequence[int] | None = None,
+        each: bool = False,
+        cuts: Sequence[int] | None = None,
+    ) -> Shards:
+        """`Shards.build` for this group, after all ranks have said that they mean the same. Waits for them.
+
+        Args: as for `Shards.build`.
+
+        Raises:
+            TypeError, ValueError: naming the argument. RankError: naming the argument that is another on other ranks, or the
+                rank that does not answer.
+        """
+        shards = Shards.build(lengths, self.size, layout=self.layout, start_pos=start_pos, each=each, cuts=cuts)
+        self._transport.agree(layout=self.layout, lengths=shards.lengths, start_pos=shards.start_pos, cuts=shards.segments)
+        return shards
+
+    def plan(
+        self,
+        shards: Shards,
+        spec: CompressorSpec,
+        *,
+        state_slots: torch.Tensor,
+        entry_slots: torch.Tensor | None = None,
+        cache_block_table: torch.Tensor | None = None,
+        rows_per_page: int | None = None,
+        errors: torch.Tensor | None = None,
+    ) -> ParallelPlan:
+        """This rank's part of a step, for all compressors of one ratio and overlap. Sends nothing.
+
+        Slots and tables are this rank's own, of the sequences of the whole step: another rank's may be others. They are read
+        here, and not again.
+
+        Args:
+            shards: of the step.
+            spec: any of the compressors: its ratio and its overlap count.
+            state_slots: int32 or int64 `[B]`: the slot of each sequence in the states.
+            entry_slots: int32 or int64 `[E]`: the cache slot of each entry of the step, in the order of one process: by
+                sequence, then by window. -1 drops it.
+            cache_block_table: int32 or int64 `[B, Q]`, instead: as for `StepPlan.build`.
+            rows_per_page: with `cache_block_table`: entries per page, the same as the cache's.
+            errors: int32 `[1]`, to count in; default a new one.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+        """
+        check_type("shards", shards, Shards)
+        check_spec("spec", spec)
+        if shards.ranks != self.size:
+            raise ValueError(f"shards must be for {self.size} ranks, got {shards.ranks}")
+        made = schedule(shards, spec.ratio, spec.overlap)
+        return ParallelPlan(
+            shards,
+            made,
+            self.rank,
+            spec.ratio,
+            spec.overlap,
+            state_slots,
+            entry_slots=entry_slots,
+            cache_block_table=cache_block_table,
+            rows_per_page=rows_per_page,
+            errors=errors,
+        )
+
+    def compress(
+        self,
+        compressors: Sequence[Compressor | tuple],
+        plan: ParallelPlan,
+        *,
+        backend: str | None = None,
+        pdl: bool | None = None,
+    ) -> None:
+        """`kvfold.compress` of a step that is cut over the ranks, for one compressor or more; every rank calls it.
+
+        Writes the entries that this rank owns to its caches, with the bits of one process; and to its states what the next step
+        needs of the sequences that end here. `gather` gives both to all ranks. What ranks send each other of all these
+        compressors goes in one message. Results on a GPU are there in the order of the stream; gloo makes the host wait.
+
+        Args:
+            compressors: `(kv_score, state, cache, spec, ape, norm_weight, rope)` for each, in the same order on every rank:
+                `kv_score` are the rank's own tokens in the order of `plan.shards`, `state` a `FoldState`, or None without a
+                gate. Snapshots are refused.
+            plan: of this step, for their ratio and overlap.
+            backend, pdl: as for `kvfold.compress`.
+
+        Raises:
+            TypeError, ValueError: naming the argument, `compressors[i]` before it.
+            RankError: naming the ranks that did not answer. The exchange comes first: no entry and no state has been written
+                then. With NCCL it is the group's watchdog that ends the process.
+        """
+        made = self._checked(compressors, plan)
+        parts = {
+            i: Part(c, self._scratch_of(c.state, len(plan.shards.segments[self.rank]))) for i, c in made.items() if c.spec.gate
+        }
+        how = How(backend, pdl)
+        if parts:
+            exchange([*parts.values()], plan, self._transport, how)
+        for i, c in made.items():
+            if plan.step is None:
+                continue
+            state = parts[i].scratch.main if i in parts else None
+            weights = {"spec": c.spec, "ape": c.ape, "norm_weight": c.norm_weight, "rope": c.rope}
+            compress(c.kv_score, plan.step, state, c.cache, **weights, **how._asdict())
+            if state is not None and len(plan.ends.slots):
+                carry = take_carry(state, *plan.ends)
+                put_carry(c.state, *plan.owned[self.rank].ends, carry)
+
+    def gather(self, compressors: Sequence[Compressor | tuple], plan: ParallelPlan) -> None:
+        """Gives every rank the entries and the states that `compress` made, in one all-gather; every rank calls it.
+
+        Records go as bytes, each to the slot that the rank's own plan has for the entry. `plan.errors` then counts what was
+        refused on any rank.
+
+        Args:
+            compressors, plan: as `compress` had them. Mutated: caches and states.
+
+        Raises:
+            TypeError, ValueError: naming the argument. RankError: naming the ranks that did not answer; nothing has been
+                written then.
+        """
+        gather([*self._checked(compressors, plan).values()], plan, self._transport)
+
+    def _checked(self, compressors: Sequence[Compressor | tuple], plan: ParallelPlan) -> dict[int, Compressor]:
+        check_type("plan", plan, ParallelPlan)
+        if not isinstance(compressors, Sequence) or isinstance(compressors, Compressor) or not len(compressors):
+            raise TypeError(f"compressors must be a sequence of one or more, got {type(compressors).__name__}")
+        made = {}
+        for i, one in enumerate(compressors):
+            name = f"compressors[{i}]"
+            if not isinstance(one, tuple) or len(one) not in (len(Compressor._fields) - 1, len(Compressor._fields)):
+                raise TypeError(f"{name} must be a tuple {Compressor._fields}, the last of which may be missing")
+            c = made[i] = Compressor(*one)
+            check_spec(f"{name}: spec", c.spec)
+            if (c.spec.ratio, c.spec.overlap) != (plan.ratio, plan.overlap):
+                want = f"ratio {plan.ratio} and overlap {plan.overlap} like plan"
+                raise ValueError(f"{name}: spec must be of {want}, got {c.spec.ratio} and {c.spec.overlap}")
+            if c.snapshots is not None:
+                raise UnsupportedError(f"{name}: snapshots must be None, as each rank has only some of a page's rows")
+            if c.spec.gate and not isinstance(c.state, FoldState):
+                what = type(c.state).__name__
+                raise UnsupportedError(f"{name}: state must be a FoldState, whose carry can be sent, got {what}")
+            for part, x in c.parts():
+                if x.shape[0] != plan.shards.tokens(self.rank):
+                    own = f"the {plan.shards.tokens(self.rank)} tokens of rank {self.rank}"
+                    raise ValueError(f"{name}: {part} must have {own}, got {x.shape[0]}")
+        return made
+
+    def _scratch_of(self, state: FoldState, count: int) -> Scratch:
+        """Kept with the state, so that a layer's calls meet the same objects in every step."""
+        known = self._scratch.get(state)
+        if known is None or known.main.num_slots < count or known.main.rows.dtype != state.rows.dtype:
+            known = self._scratch[state] = Scratch.like(state, count)
+        return known
