@@ -13,6 +13,10 @@ import torch.distributed as dist
 from .errors import RankError
 
 
+# The older name of the two says that it is old, from torch 2.13 on.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 class Parcel(NamedTuple):
     """A tensor for another rank, or from it. rank: in the group."""
 
@@ -61,7 +65,7 @@ class Transport:
         found = data.new_empty(self.size, *data.shape)
         others = [rank for rank in range(self.size) if rank != self.rank]
         try:
-            work = dist.all_gather_into_tensor(found.view(-1), data, group=self.group, async_op=True)
+            work = _all_gather(found.view(-1), data, group=self.group, async_op=True)
         except RuntimeError as error:
             raise _unanswered(others, what, error) from error
         self._wait(work, others, what)
