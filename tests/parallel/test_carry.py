@@ -105,7 +105,9 @@ def test_wrong_arguments_are_named() -> None:
         "slots": lambda: take_carry(state, ints(0).float(), ints(0)),
         "positions": lambda: take_carry(state, ints(0), ints(0, 0)),
         "out": lambda: take_carry(state, ints(0), ints(0), out=good.rows),
-        "out.positions": lambda: take_carry(state, ints(0, 1), ints(0, 0), out=Carry.empty(state, 2)._replace(positions=ints(0))),
+        "out.positions": lambda: take_carry(
+            state, ints(0, 1), ints(0, 0), out=Carry.empty(state, 2)._replace(positions=ints(0))
+        ),
         "carry.rows": lambda: put_carry(state, ints(0), ints(0), good._replace(rows=good.rows[:, :3])),
         "carry.positions": lambda: put_carry(state, ints(0), ints(0), good._replace(positions=ints(0).long())),
         "spec": lambda: kvfold.carry_bytes(state),

@@ -10,7 +10,7 @@ import torch
 from support.parallel_support import SPECS, Step, World, check_steps
 
 from kvfold.parallel import Shards
-from kvfold.parallel.schedule import schedule
+from kvfold.parallel.schedule import Reads, schedule
 
 
 def every_cut(total: int, chunks: int) -> list[tuple[int, ...]]:
@@ -73,7 +73,7 @@ def test_what_compressors_may_be(world: World) -> None:
 
 def test_kernels_are_cut_as_well(world: World) -> None:
     """The Triton backend, interpreted, by the same code."""
-    steps = [Step(("fold",), (21,), cuts=(0, 4, 13, 21)), Step(("overlap", "indexer"), (13, 3), cuts=(0, 3, 9, 16))]
+    steps = [Step(("fold",), (14,), cuts=(0, 3, 5, 14)), Step(("overlap", "indexer"), (13, 3), cuts=(0, 3, 9, 16))]
     world.run(3, check_steps, [step._replace(backend="triton") for step in steps])
 
 
@@ -82,9 +82,9 @@ def test_common_cuts_take_one_round() -> None:
     for ratio, overlap in ((128, False), (4, True)):
         for layout in ("contiguous", "zigzag"):
             for lengths in ((100_003,), (5000, 60_001, 1)):
-                made = schedule(Shards.build(lengths, 4, layout=layout, each=len(lengths) == 1), ratio, overlap)
+                made = schedule(Shards.build(lengths, 4, layout=layout, each=len(lengths) == 1), Reads(ratio, overlap, True))
                 assert made.rounds == 1
-    assert schedule(Shards.build((1024,), 4), 128, False).rounds == 0, "cuts on windows of ratio 128 need nothing"
-    assert schedule(Shards.build((20,), 4, cuts=(0, 8, 9, 10, 20)), 128, False).rounds == 3, "a chain"
-    short = schedule(Shards.build((400,), 4, cuts=(0, 200, 201, 202, 400)), 128, False)
+    assert schedule(Shards.build((1024,), 4), Reads(128, False, True)).rounds == 0, "cuts on windows of ratio 128 need nothing"
+    assert schedule(Shards.build((20,), 4, cuts=(0, 8, 9, 10, 20)), Reads(128, False, True)).rounds == 3, "a chain"
+    short = schedule(Shards.build((400,), 4, cuts=(0, 200, 201, 202, 400)), Reads(128, False, True))
     assert [(m.round, m.source, m.target) for m in short.messages] == [(0, 0, 1), (1, 1, 2), (2, 2, 3)]

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from support import fast_interpreter
 from torch import Tensor
 
 import kvfold
@@ -70,8 +71,12 @@ class World:
 
 def _serve(rank: int, store: str, pipe: Any) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, SIZE), rank=rank, world_size=SIZE, timeout=timedelta(seconds=60))
+    fast_interpreter.install()
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(store, SIZE), rank=rank, world_size=SIZE, timeout=timedelta(seconds=60)
+    )
     groups = {n: dist.new_group(range(n)) for n in range(1, SIZE + 1)}
     while (command := pipe.recv()) is not None:
         ranks, function, given = command
@@ -207,8 +212,7 @@ def check_steps(group: dist.ProcessGroup, steps: Sequence[Step]) -> int:
         try:
             sent += _check_step(group, step)
         except Exception as error:
-            error.add_note(str(step)) if hasattr(error, "add_note") else None
-            raise
+            raise AssertionError(f"{step}: {error}") from error
     return sent
 
 
@@ -227,12 +231,12 @@ def _check_step(group: dist.ProcessGroup, step: Step) -> int:
     mine = Rank(step, turned=cp.rank)
     mine.one_process([0] * len(step.lengths), step.starts)
     shards = cp.split(step.lengths, start_pos=step.start_pos, each=step.each, cuts=step.cuts)
-    where = {"state_slots": mine.slots, "cache_block_table": mine.table, "rows_per_page": ROWS_PER_PAGE}
+    where = {"state_slots": mine.slots.tolist(), "cache_block_table": mine.table, "rows_per_page": ROWS_PER_PAGE}
     plan = cp.plan(shards, mine.compressors[0].spec, **where)
     own, blank = mine.own(shards.index(cp.rank)), [copy.deepcopy(c.cache) for c in mine.compressors]
     cp.compress(own, plan, backend=step.backend)
     assert int(plan.errors) == 0, "refused"
-    ratio = plan.ratio
+    ratio = plan.reads.ratio
     for rank in range(cp.size):
         for sequence, windows in shards.windows(rank, ratio):
             for c, reference, unwritten in zip(mine.compressors, alone.compressors, blank, strict=True):

@@ -8,9 +8,9 @@ import torch
 
 from ..arguments.checks import check_dense, check_device, check_dtype, check_memory, check_shape
 from ..backend_torch.items import FoldRows, StateRows
-from ..spec import CompressorSpec
 from ..storage.fold_state import FoldState, carry_shape
 from ..storage.remembered import check_made
+from .spots import parts_of, spots_of
 
 
 class Carry(NamedTuple):
@@ -85,13 +85,6 @@ def redirect(there: torch.Tensor) -> torch.Tensor:
     return torch.where(there, torch.arange(len(there), device=there.device), there.int().argmax(0, keepdim=True))
 
 
-def _parts(spec: CompressorSpec, rows: int) -> list[tuple[str, int, int]]:
-    """What the rows of a carry of input rows are, as far as it has any: of which, from where on, how many."""
-    ratio, inner = spec.ratio, spec.ratio - 1
-    parts = [("before", 0, ratio), ("lo", ratio, inner), ("hi", ratio + inner, inner)] if spec.overlap else [("hi", 0, inner)]
-    return [part for part in parts if part[1] + part[2] <= rows]
-
-
 def _take(state: FoldState, slots: torch.Tensor, positions: torch.Tensor, out: Carry) -> None:
     there = (slots >= 0) & (slots < state.num_slots) & (positions >= 0)
     slot, start = torch.where(there, slots, 0).long(), torch.where(there, positions, 0).long()
@@ -107,7 +100,7 @@ def _take(state: FoldState, slots: torch.Tensor, positions: torch.Tensor, out: C
         known, (before, lo, hi) = held.history(slot, start)
         there &= known
         places = {"before": (held.lo, before), "lo": (held.lo, lo), "hi": (held.hi, hi)}
-        for name, first, n in _parts(state.spec, count):
+        for name, first, n in parts_of(state.spec, count):
             of, place = places[name]
             at = torch.arange(n, device=slot.device)
             out.rows[:, first : first + n] = of.data[of.row(place.clamp(min=0)[:, None], at)]
@@ -118,31 +111,17 @@ def _take(state: FoldState, slots: torch.Tensor, positions: torch.Tensor, out: C
 
 def _put(state: FoldState, slots: torch.Tensor, positions: torch.Tensor, carry: Carry) -> None:
     inside = (slots >= 0) & (slots < state.num_slots)
-    fits = inside & (carry.positions == positions) & (positions >= 0)
     which = redirect(inside)
-    inside, fits, rows = inside[which], fits[which], carry.rows[which]
-    slot, start = torch.where(inside, slots[which], 0).long(), positions[which].long()
-    ratio, window, last = state.spec.ratio, start // state.spec.ratio, start - 1
-    within, count = start % ratio > 0, rows.shape[1]
-    # Of each part: whether a step reads it, its place and tag, and its first row in the slot.
-    if state.kind == "fold":
-        home = last % state.ring
-        parts, found = [("row", 0, 1)][:count], {"row": (within, home, last, home)}
-    else:
-        lo, hi = state.places
-        parts, home = _parts(state.spec, count), window % hi
-        found = {"hi": (within, lo + home, last, lo * ratio + home * max(ratio - 1, 1))}
-        if lo:
-            home, left = window % lo, (window - 1) % lo
-            found |= {"lo": (within, home, last, home * ratio)}
-            found |= {"before": (window > 0, left, window * ratio - 1, left * ratio)}
-    state.positions[slot] = torch.where(inside[:, None], -1, state.positions[slot])
-    for name, first, n in parts:
-        reads, place, tag, row = found[name]
-        at = slot[:, None], row[:, None] + torch.arange(n, device=slot.device)
-        new = rows[:, first : first + n].reshape(len(slot), n, *state.rows.shape[2:])
-        state.rows[at] = torch.where(inside.view(-1, *[1] * (new.dim() - 1)), new, state.rows[at])
-        state.positions[slot, place] = torch.where(fits & reads, tag, state.positions[slot, place].long()).int()
+    inside, slots, positions = inside[which], torch.where(inside, slots, 0)[which], positions[which]
+    found = spots_of(state, slots, positions, carry.rows.shape[1])
+    # Where no slot is inside all that is written is what was there.
+    state.positions[slots] = torch.where(inside[:, None], -1, state.positions[slots])
+    fits = (inside & (carry.positions[which] == positions))[:, None]
+    old = state.positions[found.slots, found.places]
+    state.positions[found.slots, found.places] = torch.where(fits, found.tags, old)
+    old = state.rows[found.slots, found.rows]
+    new = carry.rows[which].reshape(old.shape)
+    state.rows[found.slots, found.rows] = torch.where(inside.view(-1, *[1] * (old.dim() - 1)), new, old)
 
 
 def _check_numbers(state: FoldState, slots: torch.Tensor, positions: torch.Tensor) -> None:

@@ -10,17 +10,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..arguments.checks import check_type
+from ..arguments.checks import check_type, usable_device
 from ..compress import compress
 from ..contract import UnsupportedError
 from ..spec import CompressorSpec, check_spec
 from ..storage.fold_state import FoldState
 from ..storage.step import Compressor
-from .carry import put_carry, take_carry
 from .exchange import How, Part, Scratch, exchange
-from .gather import gather
+from .gather import gather, put_ends
 from .plan import ParallelPlan
-from .schedule import schedule
+from .schedule import Reads
 from .shards import LAYOUTS, Shards
 from .transport import Transport
 
@@ -64,6 +63,7 @@ class ContextParallel:
         if timeout is not None:
             check_type("timeout", timeout, timedelta)
         self.layout, self._transport = layout, Transport(group, timeout)
+        self._agreed: set[str] = set()
         self._scratch: weakref.WeakKeyDictionary[FoldState, Scratch] = weakref.WeakKeyDictionary()
 
     @property
@@ -99,7 +99,8 @@ class ContextParallel:
         shards: Shards,
         spec: CompressorSpec,
         *,
-        state_slots: torch.Tensor,
+        device: torch.device | str | None = None,
+        state_slots: Sequence[int] | None = None,
         entry_slots: torch.Tensor | None = None,
         cache_block_table: torch.Tensor | None = None,
         rows_per_page: int | None = None,
@@ -107,15 +108,16 @@ class ContextParallel:
     ) -> ParallelPlan:
         """This rank's part of a step, for all compressors of one ratio and overlap. Sends nothing.
 
-        Slots and tables are this rank's own, of the sequences of the whole step: another rank's may be others. They are read
-        here, and not again.
+        Slots and tables are this rank's own, of all sequences of the step: another rank's may be others. They are read here,
+        and not again.
 
         Args:
             shards: of the step.
-            spec: any of the compressors: its ratio and its overlap count.
-            state_slots: int32 or int64 `[B]`: the slot of each sequence in the states.
+            spec: any of the compressors: its ratio, its overlap and whether it has a gate count.
+            device: of the tokens; default that of the slots or the table, else torch's.
+            state_slots: the slot of each sequence in the states, on the host, all different; default 0, 1, ...
             entry_slots: int32 or int64 `[E]`: the cache slot of each entry of the step, in the order of one process: by
-                sequence, then by window. -1 drops it.
+                sequence, then by window. -1 drops it, and must do so on all ranks.
             cache_block_table: int32 or int64 `[B, Q]`, instead: as for `StepPlan.build`.
             rows_per_page: with `cache_block_table`: entries per page, the same as the cache's.
             errors: int32 `[1]`, to count in; default a new one.
@@ -127,14 +129,15 @@ class ContextParallel:
         check_spec("spec", spec)
         if shards.ranks != self.size:
             raise ValueError(f"shards must be for {self.size} ranks, got {shards.ranks}")
-        made = schedule(shards, spec.ratio, spec.overlap)
+        given = next((x for x in (entry_slots, cache_block_table, errors) if x is not None), None)
+        if device is None and isinstance(given, torch.Tensor):
+            device = given.device
         return ParallelPlan(
             shards,
-            made,
             self.rank,
-            spec.ratio,
-            spec.overlap,
-            state_slots,
+            spec,
+            torch.empty(0, device=usable_device("device", device)).device,
+            state_slots=state_slots,
             entry_slots=entry_slots,
             cache_block_table=cache_block_table,
             rows_per_page=rows_per_page,
@@ -164,25 +167,26 @@ class ContextParallel:
 
         Raises:
             TypeError, ValueError: naming the argument, `compressors[i]` before it.
-            RankError: naming the ranks that did not answer. The exchange comes first: no entry and no state has been written
-                then. With NCCL it is the group's watchdog that ends the process.
+            RankError: naming the ranks that did not answer: no entry and no state has been written then, as the exchange comes
+                first; with NCCL it is the group's watchdog that ends the process. Compressors that are others on other ranks
+                are named when a list is first seen.
         """
         made = self._checked(compressors, plan)
-        parts = {
-            i: Part(c, self._scratch_of(c.state, len(plan.shards.segments[self.rank]))) for i, c in made.items() if c.spec.gate
-        }
+        self._agree(made)
         how = How(backend, pdl)
-        if parts:
-            exchange([*parts.values()], plan, self._transport, how)
-        for i, c in made.items():
-            if plan.step is None:
-                continue
-            state = parts[i].scratch.main if i in parts else None
-            weights = {"spec": c.spec, "ape": c.ape, "norm_weight": c.norm_weight, "rope": c.rope}
-            compress(c.kv_score, plan.step, state, c.cache, **weights, **how._asdict())
-            if state is not None and len(plan.ends.slots):
-                carry = take_carry(state, *plan.ends)
-                put_carry(c.state, *plan.owned[self.rank].ends, carry)
+        count = len(plan.shards.segments[self.rank])
+        parts = [Part(c, self._scratch_of(c.state, count)) for c in made if c.spec.gate]
+        with torch.inference_mode():
+            ends = exchange(parts, plan, self._transport, how) if parts else []
+        mains = iter(parts)
+        for c in made:
+            state = next(mains).scratch.main if c.spec.gate else None
+            if plan.step is not None:
+                weights = {"spec": c.spec, "ape": c.ape, "norm_weight": c.norm_weight, "rope": c.rope}
+                compress(c.kv_score, plan.step, state, c.cache, **weights, **how._asdict())
+        with torch.inference_mode():
+            for part, carry in zip(parts, ends, strict=True):
+                put_ends(part.c.state, plan, self.rank, carry)
 
     def gather(self, compressors: Sequence[Compressor | tuple], plan: ParallelPlan) -> None:
         """Gives every rank the entries and the states that `compress` made, in one all-gather; every rank calls it.
@@ -197,32 +201,44 @@ class ContextParallel:
             TypeError, ValueError: naming the argument. RankError: naming the ranks that did not answer; nothing has been
                 written then.
         """
-        gather([*self._checked(compressors, plan).values()], plan, self._transport)
+        made = self._checked(compressors, plan)
+        self._agree(made)
+        gather(made, plan, self._transport)
 
-    def _checked(self, compressors: Sequence[Compressor | tuple], plan: ParallelPlan) -> dict[int, Compressor]:
+    def _checked(self, compressors: Sequence[Compressor | tuple], plan: ParallelPlan) -> list[Compressor]:
         check_type("plan", plan, ParallelPlan)
         if not isinstance(compressors, Sequence) or isinstance(compressors, Compressor) or not len(compressors):
             raise TypeError(f"compressors must be a sequence of one or more, got {type(compressors).__name__}")
-        made = {}
+        made = []
         for i, one in enumerate(compressors):
             name = f"compressors[{i}]"
             if not isinstance(one, tuple) or len(one) not in (len(Compressor._fields) - 1, len(Compressor._fields)):
                 raise TypeError(f"{name} must be a tuple {Compressor._fields}, the last of which may be missing")
-            c = made[i] = Compressor(*one)
+            c = Compressor(*one)
+            made.append(c)
             check_spec(f"{name}: spec", c.spec)
-            if (c.spec.ratio, c.spec.overlap) != (plan.ratio, plan.overlap):
-                want = f"ratio {plan.ratio} and overlap {plan.overlap} like plan"
-                raise ValueError(f"{name}: spec must be of {want}, got {c.spec.ratio} and {c.spec.overlap}")
+            if Reads.of(c.spec) != plan.reads:
+                raise ValueError(f"{name}: spec must be of {plan.reads} like plan, got {Reads.of(c.spec)}")
             if c.snapshots is not None:
                 raise UnsupportedError(f"{name}: snapshots must be None, as each rank has only some of a page's rows")
             if c.spec.gate and not isinstance(c.state, FoldState):
                 what = type(c.state).__name__
                 raise UnsupportedError(f"{name}: state must be a FoldState, whose carry can be sent, got {what}")
+            if c.spec.gate and max(plan.state_slots, default=0) >= c.state.num_slots:
+                most = max(plan.state_slots)
+                raise ValueError(f"{name}: state must have slot {most} of plan.state_slots, got {c.state.num_slots} slots")
             for part, x in c.parts():
                 if x.shape[0] != plan.shards.tokens(self.rank):
                     own = f"the {plan.shards.tokens(self.rank)} tokens of rank {self.rank}"
                     raise ValueError(f"{name}: {part} must have {own}, got {x.shape[0]}")
         return made
+
+    def _agree(self, compressors: Sequence[Compressor]) -> None:
+        """Once for each such list, as messages of other sizes would never arrive."""
+        what = repr([(c.spec, c.state and c.state.rows.dtype, c.cache and c.cache.format) for c in compressors])
+        if what not in self._agreed:
+            self._transport.agree(compressors=what)
+            self._agreed.add(what)
 
     def _scratch_of(self, state: FoldState, count: int) -> Scratch:
         """Kept with the state, so that a layer's calls meet the same objects in every step."""

@@ -10,9 +10,10 @@ import torch
 from ..compress import compress
 from ..storage.fold_state import FoldState
 from ..storage.step import Compressor
-from .carry import Carry, put_carry, take_carry
+from .carry import Carry, take_carry
 from .message import carries_in, message_bytes
-from .plan import ParallelPlan, Round, Sent, Spots
+from .plan import ParallelPlan, Round
+from .spots import Spots, pretend_at, put_at, take_at
 from .transport import Parcel, Transport
 
 
@@ -42,63 +43,55 @@ class How(NamedTuple):
     pdl: bool | None
 
 
-def exchange(parts: Sequence[Part], plan: ParallelPlan, transport: Transport, how: How) -> None:
-    """All carries into the main scratch states of these compressors, which have a state each."""
-    if len(plan.first.slots):
+def exchange(parts: Sequence[Part], plan: ParallelPlan, transport: Transport, how: How) -> list[Carry]:
+    """All carries into the main scratch states of these compressors, which have a state each.
+
+    Returns of each compressor the carries at the ends of sequences that end here, as `plan.ends` has them.
+    """
+    if plan.first:
         for c, scratch in parts:
-            carry = take_carry(c.state, plan.first_sequences, plan.first.positions)
-            _put(scratch, plan.first, carry, plan.first_passes_on)
+            carry = take_carry(c.state, plan.first_slots, plan.first_spots.positions)
+            _put(scratch, plan.first_spots, carry, plan.first_passes_on)
+    states, count = [part.scratch.tail for part in parts], len(plan.ends[plan.rank].slots)
+    ends = carries_in(_buffer(states, count, plan.ends_inside), states, count, plan.ends_inside)
     for number, each in enumerate(plan.rounds):
         _fold_tails(parts, each, how)
-        sent, received = _parcels(each.sent, parts), _parcels(each.received, parts)
-        for one, (_, carries) in zip(each.sent, sent, strict=True):
-            for part, carry in zip(parts, carries, strict=True):
-                take_carry(part.scratch.tail, *one.spots, out=carry)
+        if len(each.ends.spots):
+            for state, (rows, positions) in zip(states, ends, strict=True):
+                take_at(state, each.ends.spots, rows[each.ends.among], positions[each.ends.among])
+        sent, received = ([(one, _buffer(states, len(one.spots), one.inside)) for one in some] for some in each[2:])
+        for one, data in sent:
+            for state, carry in zip(states, carries_in(data, states, len(one.spots), one.inside), strict=True):
+                take_at(state, one.spots, *carry)
         transport.exchange(
-            [Parcel(one.message.target, data) for one, (data, _) in zip(each.sent, sent, strict=True)],
-            [Parcel(one.message.source, data) for one, (data, _) in zip(each.received, received, strict=True)],
+            [Parcel(one.message.target, data) for one, data in sent],
+            [Parcel(one.message.source, data) for one, data in received],
             f"the carries of round {number}",
         )
-        for one, (_, carries) in zip(each.received, received, strict=True):
-            for part, carry in zip(parts, carries, strict=True):
+        for one, data in received:
+            for part, carry in zip(parts, carries_in(data, states, len(one.spots), one.inside), strict=True):
                 _put(part.scratch, one.spots, carry, one.passes_on)
+    return ends
 
 
 def _put(scratch: Scratch, spots: Spots, carry: Carry, passes_on: bool) -> None:
-    put_carry(scratch.main, *spots, carry)
+    put_at(scratch.main, spots, *carry)
     if passes_on:
-        put_carry(scratch.tail, *spots, carry)
+        put_at(scratch.tail, spots, *carry)
 
 
 def _fold_tails(parts: Sequence[Part], each: Round, how: How) -> None:
     if each.tail is None:
         return
-    step, rows, blank = each.tail
+    step, rows, pretended = each.tail
     for c, scratch in parts:
-        if len(blank.slots):
-            # The first entry of such a step would be wrong; nobody keeps it, and no carry depends on it.
-            nothing = Carry.empty(scratch.tail, len(blank.slots), inside=False)
-            put_carry(scratch.tail, *blank, nothing._replace(positions=blank.positions))
+        if len(pretended):
+            pretend_at(scratch.tail, pretended)
         given = c.kv_score
         tokens = tuple(x[rows] for x in given) if isinstance(given, tuple) else given[rows]
-        compress(
-            tokens,
-            step,
-            scratch.tail,
-            None,
-            spec=c.spec,
-            ape=c.ape,
-            norm_weight=None,
-            rope=None,
-            **how._asdict(),
-        )
+        weights = {"spec": c.spec, "ape": c.ape, "norm_weight": None, "rope": None}
+        compress(tokens, step, scratch.tail, None, **weights, **how._asdict())
 
 
-def _parcels(messages: Sequence[Sent], parts: Sequence[Part]) -> list[tuple[torch.Tensor, list[Carry]]]:
-    """Of each message one buffer, and the carries of all compressors in it."""
-    states, found = [part.scratch.tail for part in parts], []
-    for one in messages:
-        count = len(one.spots.slots)
-        data = torch.zeros(message_bytes(states, count, one.inside), dtype=torch.uint8, device=states[0].device)
-        found.append((data, carries_in(data, states, count, one.inside)))
-    return found
+def _buffer(states: Sequence[FoldState], count: int, inside: bool) -> torch.Tensor:
+    return torch.zeros(message_bytes(states, count, inside), dtype=torch.uint8, device=states[0].device)

@@ -1,40 +1,36 @@
-"""`ParallelPlan`: one rank's part of a step, for all compressors of one ratio and overlap, computed once."""
+"""`ParallelPlan`: one rank's part of a step, for all compressors that read the same, computed once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
 
 from ..arguments.checks import check_int, check_numbers, check_tensor
 from ..plan import StepPlan
-from .schedule import Message, Schedule, reach, reads_history
-from .shards import Segment, Shards
-
-
-class Spots(NamedTuple):
-    """Some segments of a rank: their slots in its scratch states, and a position of each; int32 `[n]` both."""
-
-    slots: torch.Tensor
-    positions: torch.Tensor
+from ..spec import CompressorSpec
+from ..storage.fold_state import FoldState, carry_shape
+from .schedule import Message, Reads, Schedule, schedule
+from .shards import Segment, Shards, numbers_of
+from .spots import Spots, spots_of
 
 
 class Tail(NamedTuple):
-    """The last tokens of segments, folded alone and first, to send what the next rank needs.
+    """The last tokens of segments, folded alone and first: what their carries are made of.
 
-    step: their plan. rows: which rows of the rank's tokens they are: a slice, or int64 indices. blank: of those whose step
-    would read a history that changes nothing of what is sent.
+    step: their plan. rows: which of the rank's tokens they are, a slice or int64 indices. pretended: those whose step reads
+    what no carry depends on.
     """
 
     step: StepPlan
     rows: slice | torch.Tensor
-    blank: Spots
+    pretended: Spots
 
 
 class Sent(NamedTuple):
-    """A message that this rank sends or gets. inside: whether any of its carries starts inside of a window. passes_on: whether
+    """A message that this rank sends, or gets. inside: whether any of its carries starts inside of a window. passes_on: whether
     any that it brings is needed to send another one."""
 
     message: Message
@@ -43,88 +39,111 @@ class Sent(NamedTuple):
     passes_on: bool
 
 
+class End(NamedTuple):
+    """Sequences that end in this round's tails. spots: in the tail's states. among: which these are of the rank's `Ends`."""
+
+    spots: Spots
+    among: slice
+
+
 class Round(NamedTuple):
-    """What this rank does in one round: fold tails, send, receive."""
+    """What this rank does in one round: fold tails, keep the carries of sequences that end in them, send, receive."""
 
     tail: Tail | None
+    ends: End
     sent: tuple[Sent, ...]
     received: tuple[Sent, ...]
 
 
-class Owned(NamedTuple):
-    """What a rank makes. entries: the cache slots of its entries, int64 `[n]`, in this rank's cache. ends: the state slots of
-    the sequences that end in its tokens, and the positions there."""
+class Ends(NamedTuple):
+    """The sequences that end in a rank's tokens. slots: in the states; positions: their ends. over: int64, slots of those of
+    which the next step reads nothing; only the others have carries."""
 
-    entries: torch.Tensor
-    ends: Spots
+    slots: list[int]
+    positions: list[int]
+    over: torch.Tensor
 
 
 class ParallelPlan:
     """Who sends what to whom, and the plans of this rank's calls. Made by `ContextParallel.plan`.
 
     Attributes:
-        shards, rank, ratio, overlap: what it is for.
+        shards, rank, reads: what it is for; `reads` is what compressors of it have in common.
         step: the `StepPlan` of the rank's own tokens, of which each segment is a sequence; None without tokens.
         errors: int32 `[1]`: grows where something was refused, on this rank or, after a `gather`, on any. One refusal may be
             counted more than once, as all that needs it is refused as well.
         entry_slots: int64 `[E]`, the cache slots of all entries of the step in the order of one process, or None.
-        rounds: of the exchange, in order. In most steps it is one; none if every cut is where nothing is needed.
+        rounds: of the exchange, in order. In most steps it is one.
+        entries: of each rank, the cache slots that its entries have in this rank's cache, int64.
+        ends: of each rank.
     """
 
     def __init__(
         self,
         shards: Shards,
-        made: Schedule,
         rank: int,
-        ratio: int,
-        overlap: bool,
-        state_slots: torch.Tensor,
+        spec: CompressorSpec,
+        device: torch.device,
         *,
+        state_slots: Sequence[int] | None,
         entry_slots: torch.Tensor | None,
         cache_block_table: torch.Tensor | None,
         rows_per_page: int | None,
         errors: torch.Tensor | None,
     ) -> None:
-        self.shards, self.rank, self.ratio, self.overlap = shards, rank, ratio, overlap
-        self.device, self.state_slots = state_slots.device, state_slots
+        self.shards, self.rank, self.reads, self.device = shards, rank, Reads.of(spec), device
         count = len(shards.lengths)
-        check_numbers("state_slots", state_slots, (count,), self.device)
+        self.state_slots = [*range(count)] if state_slots is None else numbers_of("state_slots", state_slots)
+        if len(self.state_slots) != count or len({*self.state_slots}) != count:
+            raise ValueError(f"state_slots must be {count} different numbers, one for each sequence, got {self.state_slots}")
         if errors is not None:
-            check_tensor("errors", errors, (1,), (torch.int32,), self.device)
-        self.errors = torch.zeros(1, dtype=torch.int32, device=self.device) if errors is None else errors
+            check_tensor("errors", errors, (1,), (torch.int32,), device)
+        self.errors = torch.zeros(1, dtype=torch.int32, device=device) if errors is None else errors
+        self.like = FoldState.allocate(spec, 0, 1) if spec.gate else None  # whose rows lie as those of a scratch state
         self._own = {segment: i for i, segment in enumerate(shards.segments[rank])}
         self._entries = self._entry_numbers()
         self.entry_slots = self._slots(entry_slots, cache_block_table, rows_per_page)
-        self.step = self._step([*self._own], [s.start for s in self._own], self._owned_slots(rank))
-        self._left = shards.before()
-        self.rounds = tuple(self._round(made, number) for number in range(made.rounds))
-        first = [s for s in self._own if s not in self._left and reads_history(s.start, ratio, overlap)]
-        self.first, self.first_passes_on = self._spots(first, [s.start for s in first]), self._pass_on(first, made)
-        self.first_sequences = self._state_slots(first)
-        self.owned = tuple(self._owned(other) for other in range(shards.ranks))
-        own_ends = self._ends(rank)
-        self.ends = self._spots(own_ends, [s.end for s in own_ends])
+        self.entries = tuple(self._owned_slots(other) for other in range(shards.ranks))
+        own, left = [*self._own], shards.before()
+        mine = None if self.entry_slots is None else self.entries[rank]
+        self.step = self._step(own, [s.start for s in own], mine)
+        made = schedule(shards, self.reads)
+        # Segments of which no other one of this step is the left neighbour, but an earlier step.
+        self.first = [s for s in own if s not in left and self.reads.anything(s.start)]
+        self.first_passes_on = self._pass_on(self.first, made)
+        self.first_slots = self._ints([self.state_slots[s.sequence] for s in self.first])
+        self.first_spots = self._spots(self.first, [s.start for s in self.first], True)
+        self.ends = tuple(self._ends_of(other, made) for other in range(shards.ranks))
+        rounds = max([made.rounds, *(made.ready[s] + 1 for s in self._ending(rank, made))])
+        self.rounds = tuple(self._round(made, number) for number in range(rounds))
+        self._state_spots: dict[tuple, tuple[Spots, ...]] = {}
 
     @property
     def messages(self) -> list[Message]:
         """What this rank sends, in order."""
         return [sent.message for each in self.rounds for sent in each.sent]
 
-    def _entry_numbers(self) -> list[tuple[int, int]]:
-        """Of each sequence: the number of its first entry of the step, and that one's window; one more for their number."""
-        spans = [
-            (s // self.ratio, (s + n) // self.ratio) for s, n in zip(self.shards.start_pos, self.shards.lengths, strict=True)
-        ]
-        firsts = [0, *accumulate(b - a for a, b in spans)]
-        return [*zip(firsts, [a for a, _ in spans] + [0], strict=True)]
+    @property
+    def ends_inside(self) -> bool:
+        """Whether any sequence of the step ends inside of a window."""
+        return any(position % self.reads.ratio for ends in self.ends for position in ends.positions)
 
-    def _numbers(self, rank: int) -> list[int]:
-        """The entries of a rank, by their numbers in the whole step."""
-        found = []
-        for sequence, windows in self.shards.windows(rank, self.ratio):
-            number, window = self._entries[sequence]
-            found += range(number + windows.start - window, number + windows.stop - window)
-        return found
+    def state_spots(self, state: FoldState) -> tuple[Spots, ...]:
+        """Of each rank: where the carries of the sequences that end there go in a caller's state."""
+        key = state.ring, state.places
+        if key not in self._state_spots:
+            rows = carry_shape(state.spec, None if self.ends_inside else state.spec.ratio)[0]
+            made = [spots_of(state, _long(ends.slots), _long(ends.positions), rows) for ends in self.ends]
+            self._state_spots[key] = tuple(spots.to(self.device) for spots in made)
+        return self._state_spots[key]
+
+    def _entry_numbers(self) -> list[tuple[int, int]]:
+        """Of each sequence: the number of its first entry of the step, and that one's window; last how many there are."""
+        ratio, found, number = self.reads.ratio, [], 0
+        for start, length in zip(self.shards.start_pos, self.shards.lengths, strict=True):
+            found.append((number, start // ratio))
+            number += (start + length) // ratio - start // ratio
+        return [*found, (number, 0)]
 
     def _slots(
         self, entry_slots: torch.Tensor | None, table: torch.Tensor | None, rows_per_page: int | None
@@ -132,67 +151,95 @@ class ParallelPlan:
         """The cache slot of every entry of the step."""
         if entry_slots is not None and table is not None:
             raise ValueError("entry_slots and cache_block_table exclude each other, got both")
-        total, lengths = self._entries[-1][0], self.shards.lengths
+        total, batch = self._entries[-1][0], len(self.shards.lengths)
         if entry_slots is not None:
             check_numbers("entry_slots", entry_slots, (total,), self.device)
             return entry_slots.long()
         if table is None:
             return None
         check_int("rows_per_page", rows_per_page, 1, 1 << 20)
-        check_numbers("cache_block_table", table, (len(lengths), None), self.device)
-        counts = [b[0] - a[0] for a, b in zip(self._entries, self._entries[1:], strict=False)]
-        most = max((w + n for (_, w), n in zip(self._entries, counts, strict=False) if n), default=0)
+        check_numbers("cache_block_table", table, (batch, None), self.device)
+        counts = [after - before for (before, _), (after, _) in pairwise(self._entries)]
+        most = max((window + n for (_, window), n in zip(self._entries, counts, strict=False) if n), default=0)
         if table.shape[1] * rows_per_page < most:
             raise ValueError(f"cache_block_table must have pages for {most} entries, got {table.shape[1]} of {rows_per_page}")
-        firsts = torch.tensor([(n, w) for n, w in self._entries[:-1]], dtype=torch.int64).reshape(-1, 2)
-        sequence = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts, dtype=torch.int64))
-        window = torch.arange(total) - firsts[sequence, 0] + firsts[sequence, 1]
-        sequence, window = sequence.to(self.device), window.to(self.device)
-        page = table[sequence, window // rows_per_page].long()
+        sequence = torch.repeat_interleave(_long([*range(batch)]), _long(counts))
+        first = _long([window - number for number, window in self._entries])
+        window = (torch.arange(total) + first[sequence]).to(self.device)
+        page = table[sequence.to(self.device), window // rows_per_page].long()
         return torch.where(page >= 0, page * rows_per_page + window % rows_per_page, -1)
 
-    def _owned_slots(self, rank: int) -> torch.Tensor | None:
-        return None if self.entry_slots is None else self.entry_slots[self._indices(self._numbers(rank))]
+    def _owned_slots(self, rank: int) -> torch.Tensor:
+        """Of the entries of a rank."""
+        found = [torch.zeros(0, dtype=torch.int64, device=self.device)]
+        for sequence, windows in self.shards.windows(rank, self.reads.ratio) if self.entry_slots is not None else ():
+            number, window = self._entries[sequence]
+            found.append(self.entry_slots[number + windows.start - window : number + windows.stop - window])
+        return torch.cat(found)
 
-    def _owned(self, rank: int) -> Owned:
-        ends, entries = self._ends(rank), self._owned_slots(rank)
-        if entries is None:
-            entries = torch.zeros(0, dtype=torch.int64, device=self.device)
-        return Owned(entries, Spots(self._state_slots(ends), self._ints([s.end for s in ends])))
+    def _ending(self, rank: int, made: Schedule) -> list[Segment]:
+        """The segments of a rank with which sequences end that have a carry, by the round in which it can be known."""
+        shards, own = self.shards, self.shards.segments[rank]
+        ends = [s for s in own if s.end == shards.start_pos[s.sequence] + shards.lengths[s.sequence]]
+        return sorted((s for s in ends if self.reads.anything(s.end)), key=lambda s: made.ready[s])
 
-    def _ends(self, rank: int) -> list[Segment]:
-        """The segments of a rank with which their sequences end."""
-        shards = self.shards
-        return [s for s in shards.segments[rank] if s.end == shards.start_pos[s.sequence] + shards.lengths[s.sequence]]
+    def _ends_of(self, rank: int, made: Schedule) -> Ends:
+        shards, own, some = self.shards, self.shards.segments[rank], self._ending(rank, made)
+        ends = [s for s in own if s.end == shards.start_pos[s.sequence] + shards.lengths[s.sequence]]
+        over = [self.state_slots[s.sequence] for s in ends if s not in some]
+        return Ends([self.state_slots[s.sequence] for s in some], [s.end for s in some], _long(over).to(self.device))
 
     def _round(self, made: Schedule, number: int) -> Round:
-        sent = [self._sent(m, m.lefts, [s.end for s in m.lefts], made) for m in made.sent(self.rank, number)]
-        received = [self._sent(m, m.rights, [s.start for s in m.rights], made) for m in made.received(self.rank, number)]
-        tails = [s for one in sent for s in one.message.lefts]
-        return Round(self._tail(tails) if tails else None, tuple(sent), tuple(received))
-
-    def _sent(self, message: Message, own: Sequence[Segment], positions: list[int], made: Schedule) -> Sent:
-        inside = any(position % self.ratio for position in positions)
-        return Sent(message, self._spots(own, positions), inside, self._pass_on(message.rights, made))
-
-    def _pass_on(self, segments: Sequence[Segment], made: Schedule) -> bool:
-        """Whether any of them has too few tokens to send its own carry without the one that it gets."""
-        sends = {s for m in made.messages for s in m.lefts}
-        return any(s in sends and reach(s.end, self.ratio, self.overlap) < s.start for s in segments)
-
-    def _tail(self, segments: list[Segment]) -> Tail:
-        starts = [max(reach(s.end, self.ratio, self.overlap), s.start) for s in segments]
-        rows = [(s.row + start - s.start, s.row + s.end - s.start) for s, start in zip(segments, starts, strict=True)]
-        blank = [(s, start) for s, start in zip(segments, starts, strict=True) if self._is_blank(s, start)]
-        return Tail(
-            self._step(segments, starts, None),
-            slice(*rows[0]) if len(rows) == 1 else self._indices([x for first, last in rows for x in range(first, last)]),
-            self._spots([s for s, _ in blank], [start for _, start in blank]),
+        sent = [m for m in made.messages if (m.source, m.round) == (self.rank, number)]
+        received = [m for m in made.messages if (m.target, m.round) == (self.rank, number)]
+        ending = self._ending(self.rank, made)
+        ends = [s for s in ending if made.ready[s] == number]
+        before = sum(made.ready[s] < number for s in ending)
+        tails = [*ends, *(s for m in sent for s in m.lefts)]
+        return Round(
+            self._tail(tails) if tails else None,
+            End(self._tail_spots(ends, self.ends_inside), slice(before, before + len(ends))),
+            tuple(self._sent(m, True, made) for m in sent),
+            tuple(self._sent(m, False, made) for m in received),
         )
 
-    def _is_blank(self, segment: Segment, start: int) -> bool:
-        whole = reach(segment.end, self.ratio, self.overlap) >= segment.start
-        return whole and reads_history(start, self.ratio, self.overlap)
+    def _sent(self, message: Message, leaves: bool, made: Schedule) -> Sent:
+        positions = [s.start for s in message.rights]
+        inside = any(position % self.reads.ratio for position in positions)
+        spots = self._tail_spots(message.lefts, inside) if leaves else self._spots(message.rights, positions, inside)
+        return Sent(message, spots, inside, self._pass_on(message.rights, made))
+
+    def _pass_on(self, segments: Sequence[Segment], made: Schedule) -> bool:
+        """Whether any of them has too few tokens to know its own carry without the one that it gets."""
+        wanted = {s for m in made.messages for s in m.lefts} | {*self._ending(self.rank, made)}
+        return any(s in wanted and self.reads.reach(s.end) < s.start for s in segments)
+
+    def _tail(self, segments: list[Segment]) -> Tail:
+        starts = [self._tail_start(s) for s in segments]
+        rows = [(s.row + start - s.start, s.row + s.end - s.start) for s, start in zip(segments, starts, strict=True)]
+        pretended = [
+            (s, start)
+            for s, start in zip(segments, starts, strict=True)
+            if self.reads.reach(s.end) >= s.start and self.reads.anything(start)
+        ]
+        return Tail(
+            self._step(segments, starts, None),
+            slice(*rows[0]) if len(rows) == 1 else _long([x for row in rows for x in range(*row)]).to(self.device),
+            self._spots([s for s, _ in pretended], [start for _, start in pretended], False),
+        )
+
+    def _tail_start(self, segment: Segment) -> int:
+        return max(self.reads.reach(segment.end), segment.start)
+
+    def _tail_spots(self, segments: Sequence[Segment], inside: bool) -> Spots:
+        """Where the carries at the ends of segments are once their tails were folded."""
+        spots = self._spots(segments, [s.end for s in segments], inside)
+        for i, s in enumerate(segments):
+            start = self._tail_start(s)
+            # As `FoldState` has it: what would take the place of the row that the step reads goes to the spare one.
+            if self.like.kind == "fold" and start % self.reads.ratio and (s.end - start) % self.like.ring == 0:
+                spots.rows[i], spots.places[i] = self.like.ring, self.like.ring
+        return spots
 
     def _step(self, segments: list[Segment], starts: list[int], entry_slots: torch.Tensor | None) -> StepPlan | None:
         """A plan of segments from these positions to their ends."""
@@ -200,7 +247,7 @@ class ParallelPlan:
         if not lengths:
             return None
         return StepPlan.build(
-            self.ratio,
+            self.reads.ratio,
             self._ints(starts),
             self._ints([0, *accumulate(lengths)]),
             max(lengths),
@@ -210,14 +257,16 @@ class ParallelPlan:
             errors=self.errors,
         )
 
-    def _spots(self, segments: Sequence[Segment], positions: list[int]) -> Spots:
-        return Spots(self._ints([self._own[s] for s in segments]), self._ints(positions))
-
-    def _state_slots(self, segments: Sequence[Segment]) -> torch.Tensor:
-        return self.state_slots[self._indices([s.sequence for s in segments])]
+    def _spots(self, segments: Sequence[Segment], positions: list[int], inside: bool) -> Spots:
+        """Homes in scratch states."""
+        if self.like is None:
+            return Spots(*(torch.zeros(0, dtype=torch.int64, device=self.device) for _ in Spots._fields))
+        rows = carry_shape(self.like.spec, None if inside else self.reads.ratio)[0]
+        return spots_of(self.like, _long([self._own[s] for s in segments]), _long(positions), rows).to(self.device)
 
     def _ints(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32).to(self.device)
 
-    def _indices(self, values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(self.device)
+
+def _long(values: list[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64)

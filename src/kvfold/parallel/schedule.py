@@ -9,7 +9,28 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ..spec import CompressorSpec
 from .shards import Segment, Shards
+
+
+class Reads(NamedTuple):
+    """What steps of a compressor read of the tokens before them, as far as a schedule asks."""
+
+    ratio: int
+    overlap: bool
+    gate: bool
+
+    @classmethod
+    def of(cls, spec: CompressorSpec) -> Reads:
+        return cls(spec.ratio, spec.overlap, spec.gate)
+
+    def anything(self, position: int) -> bool:
+        """Whether a step that starts at `position` reads anything of the tokens before."""
+        return self.gate and position > 0 and (self.overlap or position % self.ratio > 0)
+
+    def reach(self, position: int) -> int:
+        """The first token that the carry at `position` depends on."""
+        return max(position // self.ratio - self.overlap, 0) * self.ratio
 
 
 class Message(NamedTuple):
@@ -23,38 +44,27 @@ class Message(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """All messages of a step. rounds: how many there are; 0 if nothing has to be sent."""
+    """All messages of a step.
+
+    messages: by round, source and target. rounds: how many rounds they take; 0 if nothing has to be sent. ready: of each
+    segment the first round in which its own carry, at its end, can be known.
+    """
 
     messages: tuple[Message, ...]
     rounds: int
-
-    def sent(self, rank: int, number: int) -> list[Message]:
-        return [m for m in self.messages if m.source == rank and m.round == number]
-
-    def received(self, rank: int, number: int) -> list[Message]:
-        return [m for m in self.messages if m.target == rank and m.round == number]
+    ready: dict[Segment, int]
 
 
-def reads_history(position: int, ratio: int, overlap: bool) -> bool:
-    """Whether a step that starts at `position` reads anything of the tokens before."""
-    return position > 0 and (overlap or position % ratio > 0)
-
-
-def reach(position: int, ratio: int, overlap: bool) -> int:
-    """The first token that the carry at `position` depends on."""
-    return max(position // ratio - overlap, 0) * ratio
-
-
-def schedule(shards: Shards, ratio: int, overlap: bool) -> Schedule:
-    """The messages of all compressors of this ratio and overlap."""
-    before, round_of = shards.before(), {}
+def schedule(shards: Shards, reads: Reads) -> Schedule:
+    """The messages of all compressors that read this."""
+    before, ready = shards.before(), {}
     for own in sorted((s for rank in shards.segments for s in rank), key=lambda s: (s.sequence, s.start)):
         left = before.get(own)
-        waits = left is not None and reach(own.end, ratio, overlap) < own.start
-        round_of[own] = round_of[left] + 1 if waits else 0
+        waits = left is not None and reads.reach(own.end) < own.start
+        ready[own] = ready[left] + 1 if waits else 0
     pairs: dict[tuple[int, int, int], list[tuple[Segment, Segment]]] = {}
     for right, left in before.items():
-        if reads_history(right.start, ratio, overlap):
-            pairs.setdefault((round_of[left], left.rank, right.rank), []).append((left, right))
+        if reads.anything(right.start):
+            pairs.setdefault((ready[left], left.rank, right.rank), []).append((left, right))
     messages = [Message(*key, *map(tuple, zip(*found, strict=True))) for key, found in sorted(pairs.items())]
-    return Schedule(tuple(messages), max((m.round + 1 for m in messages), default=0))
+    return Schedule(tuple(messages), max((m.round + 1 for m in messages), default=0), ready)

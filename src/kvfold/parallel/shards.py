@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -78,8 +78,8 @@ class Shards:
         check_int("ranks", ranks, 1, 1 << 16)
         if layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
-        lengths = _numbers("lengths", lengths)
-        start_pos = [0] * len(lengths) if start_pos is None else _numbers("start_pos", start_pos)
+        lengths = numbers_of("lengths", lengths)
+        start_pos = [0] * len(lengths) if start_pos is None else numbers_of("start_pos", start_pos)
         if len(start_pos) != len(lengths):
             raise ValueError(f"start_pos must have {len(lengths)} numbers like lengths, got {len(start_pos)}")
         for start, length in zip(start_pos, lengths, strict=True):
@@ -87,7 +87,7 @@ class Shards:
         chunks, total = ranks * (2 if layout == "zigzag" else 1), sum(lengths)
         order = [(i, 2 * ranks - 1 - i) if layout == "zigzag" else (i,) for i in range(ranks)]
         if not each:
-            cuts = _even(0, total, chunks) if cuts is None else _numbers("cuts", cuts)
+            cuts = _even(0, total, chunks) if cuts is None else numbers_of("cuts", cuts)
             if len(cuts) != chunks + 1 or cuts[0] != 0 or cuts[-1] != total or any(a > b for a, b in _pairs(cuts)):
                 raise ValueError(f"cuts must be {chunks + 1} numbers from 0 to {total} that do not decrease, got {cuts}")
             parts = [[(cuts[c], cuts[c + 1]) for c in chosen] for chosen in order]
@@ -144,10 +144,10 @@ def _even(first: int, behind: int, chunks: int) -> list[int]:
 
 
 def _pairs(numbers: Sequence[int]) -> list[tuple[int, int]]:
-    return [*zip(numbers, numbers[1:], strict=False)]
+    return [*pairwise(numbers)]
 
 
-def _numbers(name: str, values: Sequence[int]) -> list[int]:
+def numbers_of(name: str, values: Sequence[int]) -> list[int]:
     if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
         raise TypeError(f"{name} must be a sequence of ints on the host, got {type(values).__name__}")
     for i, value in enumerate(values):

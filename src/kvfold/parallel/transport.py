@@ -12,7 +12,6 @@ import torch.distributed as dist
 
 from .errors import RankError
 
-
 # The older name of the two says that it is old, from torch 2.13 on.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -81,7 +80,9 @@ class Transport:
         for i, (name, value) in enumerate(arguments.items()):
             others = [rank for rank, row in enumerate(found) if row[i] != numbers[i]]
             if others:
-                raise RankError(f"{name} must be the same on all ranks, got {value!r} on rank {self.rank}, not so on {others}")
+                raise RankError(
+                    f"{name} must be the same on all ranks, got {_short(value)} on rank {self.rank}, not so on {others}"
+                )
 
     def _wait(self, work: dist.Work, ranks: list[int], what: str) -> None:
         try:
@@ -92,6 +93,11 @@ class Transport:
                 work.wait()
         except RuntimeError as error:
             raise _unanswered(ranks, what, error) from error
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _unanswered(ranks: list[int], what: str, error: RuntimeError) -> RankError:
