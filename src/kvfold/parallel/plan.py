@@ -12,6 +12,8 @@ from ..arguments.checks import check_int, check_numbers, check_tensor
 from ..plan import StepPlan
 from ..spec import CompressorSpec
 from ..storage.fold_state import FoldState, carry_shape
+from ..storage.step import Compressor
+from .message import message_bytes
 from .schedule import Message, Reads, Schedule, schedule
 from .shards import Segment, Shards, numbers_of
 from .spots import Spots, spots_of
@@ -122,6 +124,11 @@ class ParallelPlan:
     def messages(self) -> list[Message]:
         """What this rank sends, in order."""
         return [sent.message for each in self.rounds for sent in each.sent]
+
+    def bytes_sent(self, compressors: Sequence[Compressor]) -> int:
+        """Bytes that this rank sends in a `compress` of these compressors, to all of its neighbours."""
+        states = [c.state for c in compressors if c.state is not None]
+        return sum(message_bytes(states, len(sent.spots), sent.inside) for each in self.rounds for sent in each.sent)
 
     @property
     def ends_inside(self) -> bool:
