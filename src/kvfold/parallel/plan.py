@@ -127,8 +127,11 @@ class ParallelPlan:
 
     def bytes_sent(self, compressors: Sequence[Compressor]) -> int:
         """Bytes that this rank sends in a `compress` of these compressors, to all of its neighbours."""
-        states = [c.state for c in compressors if c.state is not None]
-        return sum(message_bytes(states, len(sent.spots), sent.inside) for each in self.rounds for sent in each.sent)
+        return sum(self.message_bytes(compressors, sent) for each in self.rounds for sent in each.sent)
+
+    def message_bytes(self, compressors: Sequence[Compressor], sent: Sent) -> int:
+        """Bytes of one of the messages."""
+        return message_bytes([c.state for c in compressors if c.state is not None], len(sent.spots), sent.inside)
 
     @property
     def ends_inside(self) -> bool:
