@@ -3,11 +3,11 @@
 torchrun --nproc-per-node 2 -m benchmarks.run.parallel --out benchmarks/results/parallel.jsonl
          [--tokens 1048576] [--only SUBSTRING] [--layout contiguous,zigzag] [--graph]
 
-One sequence, bf16 kv_score, records of vLLM. All figures are those of the slowest rank. `one_us`: `kvfold.compress` of all tokens
-on one GPU, of two compressors one after the other. `cut_us`: `ContextParallel.compress` of a rank's tokens; the all-gather of
-entries is apart, `gather_us`. `exchange_us`: the messages alone, beside `bytes`, the most that a rank sends. `handover_us`: all
-that a cut adds but for the main call: tails, messages, putting carries. `share`: cut_us / one_us. --graph: calls are recorded in
-CUDA graphs.
+One sequence, bf16 kv_score, records of vLLM. All figures are those of the slowest rank. `one_us`: `kvfold.compress` of all
+tokens on one GPU, of two compressors one after the other. `cut_us`: `ContextParallel.compress` of a rank's tokens; the
+all-gather of entries is apart, `gather_us`. `exchange_us`: the messages alone, beside `bytes`, the most that a rank sends.
+`handover_us`: all that a cut adds but for the main call: tails, messages, putting carries. `share`: cut_us / one_us. --graph:
+calls are recorded in CUDA graphs.
 """
 
 from __future__ import annotations

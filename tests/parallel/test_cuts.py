@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 import random
-from itertools import combinations_with_replacement
 
 import pytest
 import torch
-from support.parallel_support import SPECS, Step, World, check_steps
+from support.parallel_support import SPECS, Step, World, check_steps, drawn_cuts, every_cut
 
 from kvfold.parallel import Shards
 from kvfold.parallel.schedule import Reads, schedule
-
-
-def every_cut(total: int, chunks: int) -> list[tuple[int, ...]]:
-    return [(0, *inner, total) for inner in combinations_with_replacement(range(total + 1), chunks - 1)]
-
-
-def drawn_cuts(draw: random.Random, total: int, chunks: int) -> tuple[int, ...]:
-    """Some short, some empty, some on a window."""
-    inner = [draw.choice((draw.randrange(total + 1), draw.randrange(min(total, 12) + 1))) for _ in range(chunks - 1)]
-    if draw.random() < 0.3 and inner:
-        inner = [inner[0]] * len(inner)
-    return 0, *sorted(inner), total
 
 
 @pytest.mark.parametrize("name", ["fold", "overlap", "rows", "wide overlap"])

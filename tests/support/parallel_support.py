@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import os
+import random
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import lru_cache
+from itertools import combinations_with_replacement
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,14 +55,15 @@ class World:
         pipes = self._pipes[:ranks]
         for pipe in pipes:
             pipe.send((ranks, function, given))
-        found = []
-        for rank, pipe in enumerate(pipes):
-            if not pipe.poll(PATIENCE):
-                raise TimeoutError(f"rank {rank} of {ranks} did not come back from {function.__name__}")
-            found.append(pipe.recv())
-        errors = [f"rank {rank}:\n{text}" for rank, (text, _) in enumerate(found) if text]
-        assert not errors, "\n".join(errors)
-        return [value for _, value in found]
+        found: dict[int, Any] = {}
+        while len(found) < ranks:
+            ready = wait([pipe for rank, pipe in enumerate(pipes) if rank not in found], PATIENCE)
+            if not ready:
+                raise TimeoutError(f"{function.__name__}: of {ranks} ranks only {sorted(found)} came back")
+            for pipe in ready:
+                text, found[pipes.index(pipe)] = pipe.recv()
+                assert not text, f"rank {pipes.index(pipe)}:\n{text}"  # others may wait for it
+        return [found[rank] for rank in range(ranks)]
 
     def close(self) -> None:
         for pipe, process in zip(self._pipes, self._processes, strict=True):
@@ -104,6 +108,18 @@ class Step(NamedTuple):
     @property
     def starts(self) -> tuple[int, ...]:
         return self.start_pos or (0,) * len(self.lengths)
+
+
+def every_cut(total: int, chunks: int) -> list[tuple[int, ...]]:
+    return [(0, *inner, total) for inner in combinations_with_replacement(range(total + 1), chunks - 1)]
+
+
+def drawn_cuts(draw: random.Random, total: int, chunks: int) -> tuple[int, ...]:
+    """Some short, some empty, some on a window."""
+    inner = [draw.choice((draw.randrange(total + 1), draw.randrange(min(total, 12) + 1))) for _ in range(chunks - 1)]
+    if draw.random() < 0.3 and inner:
+        inner = [inner[0]] * len(inner)
+    return 0, *sorted(inner), total
 
 
 ROWS_PER_PAGE = 5

@@ -15,12 +15,15 @@ from ..compress import compress
 from ..contract import UnsupportedError
 from ..spec import CompressorSpec, check_spec
 from ..storage.fold_state import FoldState
+from ..storage.formats import RecordFormat
 from ..storage.step import Compressor
 from .exchange import How, Part, Scratch, exchange
 from .gather import gather, put_ends
+from .halo import CutPacking
 from .plan import ParallelPlan
 from .schedule import Reads
 from .shards import LAYOUTS, Shards
+from .training import WEIGHTS, AllEntries, Call, Entries
 from .transport import Transport
 
 
@@ -204,6 +207,96 @@ class ContextParallel:
         made = self._checked(compressors, plan)
         self._agree(made)
         gather(made, plan, self._transport)
+
+    def packing(self, shards: Shards, spec: CompressorSpec, *, device: torch.device | str | None = None) -> CutPacking:
+        """For training: this rank's part of packed sequences, for all compressors of one ratio and overlap. Sends nothing.
+
+        Args:
+            shards: of whole sequences, without `start_pos`.
+            spec: any of the compressors: its ratio and its overlap count.
+            device: of the tokens; default torch's.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+        """
+        check_type("shards", shards, Shards)
+        check_spec("spec", spec)
+        if shards.ranks != self.size:
+            raise ValueError(f"shards must be for {self.size} ranks, got {shards.ranks}")
+        return CutPacking(shards, self.rank, spec, torch.empty(0, device=usable_device("device", device)).device)
+
+    def entries(
+        self,
+        kv_score: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+        packing: CutPacking,
+        *,
+        spec: CompressorSpec,
+        ape: torch.Tensor | None,
+        norm_weight: torch.Tensor,
+        rope: torch.Tensor | None,
+        round_rows: bool | None = None,
+        out_dtype: torch.dtype | None = None,
+        fake_quant: str | RecordFormat | None = None,
+        cache_scale: torch.Tensor | None = None,
+        weights: str = "gather",
+        backend: str | None = None,
+    ) -> torch.Tensor:
+        """`kvfold.training.compress` of sequences that are cut over the ranks; every rank calls it, and its backward.
+
+        Entries and gradients of kv_score have the bits of one process. Second derivatives are refused.
+
+        Args:
+            kv_score: the rank's own tokens in the order of `packing.shards`, otherwise as for `training.compress`.
+            packing: for `spec`.
+            spec, ape, norm_weight, rope, round_rows, out_dtype, fake_quant, cache_scale, backend: as for `training.compress`,
+                the same on all ranks.
+            weights: the gradients of ape and norm_weight. "gather": of all ranks, their parts added in the order of ranks, the
+                same bits on every rank and in every run. "reduce": the same by an all-reduce, in whatever order that adds.
+                "own": the rank's part alone, for trainers that add over the group themselves. None of them has the bits of
+                one process, as their sums have other parts.
+
+        Returns:
+            `[packing.entries, head_dim]`: the entries of the windows that end in the rank's tokens, by segment, then by window.
+            It depends on all inputs in the eyes of autograd, also where it is empty.
+
+        Raises:
+            TypeError, ValueError: naming the argument. RankError: naming the ranks that did not answer.
+        """
+        check_type("packing", packing, CutPacking)
+        check_spec("spec", spec)
+        if (spec.ratio, spec.overlap) != (packing.ratio, packing.overlap):
+            want = f"of ratio {packing.ratio} and overlap {packing.overlap} like packing"
+            raise ValueError(f"spec must be {want}, got ratio {spec.ratio} and overlap {spec.overlap}")
+        if weights not in WEIGHTS:
+            raise ValueError(f"weights must be one of {WEIGHTS}, got {weights!r}")
+        if spec.rope_dim and isinstance(rope, torch.Tensor) and rope.shape[0] <= packing.last_start:
+            raise ValueError(
+                f"rope must have {packing.last_start + 1} rows for the positions of rank {self.rank}, got {rope.shape[0]}"
+            )
+        tokens = kv_score if isinstance(kv_score, tuple) else (kv_score,)
+        options = {"round_rows": round_rows, "out_dtype": out_dtype, "fake_quant": fake_quant, "backend": backend}
+        call = Call(packing, self._transport, spec, options, cache_scale, weights)
+        return Entries.apply(call, ape, norm_weight, rope, *tokens)
+
+    def all_entries(self, entries: torch.Tensor, packing: CutPacking) -> torch.Tensor:
+        """The entries of all ranks, where attention wants them; every rank calls it, and its backward.
+
+        Args:
+            entries: what `entries` gave.
+            packing: as it had it.
+
+        Returns:
+            `[E, head_dim]` in the order of one process: by sequence, then by window. The gradient of an entry is the sum of
+            those that it has on all ranks, added in fp32 in their order.
+
+        Raises:
+            TypeError, ValueError: naming the argument. RankError: naming the ranks that did not answer.
+        """
+        check_type("packing", packing, CutPacking)
+        check_type("entries", entries, torch.Tensor)
+        if entries.dim() != 2 or entries.shape[0] != packing.entries:
+            raise ValueError(f"entries must be the {packing.entries} of rank {self.rank}, got shape {list(entries.shape)}")
+        return AllEntries.apply(packing, self._transport, entries)
 
     def _checked(self, compressors: Sequence[Compressor | tuple], plan: ParallelPlan) -> list[Compressor]:
         check_type("plan", plan, ParallelPlan)

@@ -70,6 +70,17 @@ class Transport:
         self._wait(work, others, what)
         return found
 
+    def reduce(self, data: torch.Tensor, what: str) -> torch.Tensor:
+        """The sum over all ranks, added in whatever order the group does it. `data` is written."""
+        if self.size > 1:
+            others = [rank for rank in range(self.size) if rank != self.rank]
+            try:
+                work = dist.all_reduce(data, group=self.group, async_op=True)
+            except RuntimeError as error:
+                raise _unanswered(others, what, error) from error
+            self._wait(work, others, what)
+        return data
+
     def agree(self, **arguments: object) -> None:
         """Checks that all ranks have the same arguments, by a number of each. Waits for the others."""
         if self.size == 1:
