@@ -3,7 +3,18 @@
 from .carry import Carry, put_carry, take_carry
 from .context import ContextParallel
 from .errors import RankError
+from .halo import CutPacking
 from .plan import ParallelPlan
 from .shards import Segment, Shards
 
-__all__ = ["Carry", "ContextParallel", "ParallelPlan", "RankError", "Segment", "Shards", "put_carry", "take_carry"]
+__all__ = [
+    "Carry",
+    "ContextParallel",
+    "CutPacking",
+    "ParallelPlan",
+    "RankError",
+    "Segment",
+    "Shards",
+    "put_carry",
+    "take_carry",
+]
