@@ -4,13 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test aot tritons docs site wheel hub lint format clean
+.PHONY: demo test engines aot tritons docs site wheel hub lint format clean
 
 demo: $(READY)
 	$(BIN)/kvfold demo --out demo-out
 
 test: $(READY)
 	$(BIN)/pytest -n 2 --dist worksteal
+
+# The integrations against vLLM's and SGLang's own classes, from their wheels (380 MB, downloaded once), on a CPU: their Triton
+# kernels run interpreted.
+engines: $(READY)
+	$(BIN)/python packaging/engines.py build/engines
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/engines
 
 # Every row of the table with every format, for every GPU in the support table, to files under build/aot; needs none of them, and
 # about an hour of two cores. Fails where a kernel does not compile; `kvfold aot sm_90 DIR` also where one spills more than it may.

@@ -41,7 +41,9 @@ def turned(text: str, place: str) -> str:
         image, words, target, part = found[1], found[2], found[3], found[4] or ""
         if "://" in target:
             return found[0]
-        if target.startswith("docs/"):  # of a page in the root
+        if place == "":
+            if target not in PAGES and not target.startswith("docs/"):
+                return words
             target = target.removeprefix("docs/")
         up = target.count("../")
         name = target.replace("../", "")

@@ -272,6 +272,7 @@ MOST = (
     "rows hd512 R4 overlap rows ahead8 warps4 n8",
     "rows hd512 R4 overlap fp8_ds_mla ahead4 warps2 windows18",
     "rows hd512 R4 overlap fp8_ds_mla ahead8 warps2 snapshots",
+    _PAIR.format("ahead4 warps2 windows18", "indexer_fp8_vllm"),
     _PAIR.format("ahead8 warps2", "indexer_mxfp4"),
     "rows hd128 R4 overlap hadamard mxfp4 ahead8 warps1",
     "window hd256 R4 overlap hadamard bf16 ahead4 warps2 page4",
