@@ -120,7 +120,7 @@ class Step:
         row = self.maps.ring_rows(slots, position.clamp(min=0), self.source.ring)
         if every:
             keep = (token < self.cu_seqlens[-1]) & (slots > 0)
-            keep &= kept_positions(position, self.seq_lens[b], self.source.page_size)
+            keep &= kept_positions(position, self.seq_lens[b], self.source.ring, self.source.page_size)
             row = torch.where(keep, row, self.source.rows - 1)
         return token, position % self.compress_ratio, row
 
@@ -163,8 +163,9 @@ def create_step(
         most = max(extend_lens_cpu[:batch], default=1) if host else tokens
         most = min([most, *_verify_tokens[-1:]])
     drafts = is_prefill and bool(_verify_tokens)
-    # Of rings of SWA pages a step of more than ring - 6 tokens could write where it reads; other states have no such limit.
-    long = most > source.ring - 6 if source.kind == "pages" else is_prefill and not drafts
+    # A step of more than ring - 7 tokens could write a row of a ring where it reads an old one. kvfold sees that of rings of a
+    # request, not of those of SWA pages.
+    long = most > source.ring - 7 if source.kind == "pages" else is_prefill and not drafts
     step = Step(source, compress_ratio, max(most, 1), tokens, online_state_slot_offset > 0, long)
     step.is_decode = not is_prefill
     maps = SwaPages(req_to_token, token_to_kv_pool.full_to_swa_index_mapping, source.page_size)
@@ -173,6 +174,6 @@ def create_step(
         req_pool_indices.long().clone(), seq_lens[:batch].long().clone(), cu_seqlens, maps, -(-longest // source.page_size)
     )
     if long and source.kind == "pages" and host:
-        kept = torch.from_numpy(kept_tokens(seq_lens_cpu[:batch], extend_lens_cpu[:batch], source.page_size))
+        kept = torch.from_numpy(kept_tokens(seq_lens_cpu[:batch], extend_lens_cpu[:batch], source.ring, source.page_size))
         step.kept = (kept.to(device, non_blocking=True),)
     return step

@@ -53,15 +53,14 @@ class SwaPages:
         return made[0].to(torch.int32), made[1].to(torch.int32), made[2].to(torch.int32)
 
 
-def kept_positions(positions: torch.Tensor, end: torch.Tensor, page_size: int) -> torch.Tensor:
-    """Which positions of a step up to `end` a later one may read at ratio 4: of the last two groups, and the last of a page."""
-    return (positions >= end // GROUP * GROUP - GROUP) | (positions % page_size >= page_size - GROUP)
+def kept_positions(positions: torch.Tensor, end: torch.Tensor, ring: int, page_size: int) -> torch.Tensor:
+    """Which positions of a step up to `end` a later one may read at ratio 4: the last `ring`, and the last group of a page."""
+    return (positions >= end - ring) | (positions % page_size >= page_size - GROUP)
 
 
-def kept_tokens(seq_lens: list[int], extend_lens: list[int], page_size: int) -> np.ndarray:
+def kept_tokens(seq_lens: list[int], extend_lens: list[int], ring: int, page_size: int) -> np.ndarray:
     """The same on the host: int64, numbers of the kept tokens among all of the step."""
     new = np.asarray(extend_lens, dtype=np.int64)
     end = np.repeat(np.asarray(seq_lens, dtype=np.int64), new)
-    token = np.arange(len(end))
-    position = end - np.repeat(np.cumsum(new), new) + token
-    return np.flatnonzero((position >= end // GROUP * GROUP - GROUP) | (position % page_size >= page_size - GROUP))
+    position = end - np.repeat(np.cumsum(new), new) + np.arange(len(end))
+    return np.flatnonzero((position >= end - ring) | (position % page_size >= page_size - GROUP))
