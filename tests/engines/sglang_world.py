@@ -40,13 +40,19 @@ def _without_torchvision() -> None:
 
 _without_torchvision()
 
+from sglang.kernels.ops.quantization.fp4_fake_quant import ceil_pow2  # noqa: E402
+from sglang.srt.environ import envs  # noqa: E402
 from sglang.srt.layers.attention import deepseek_v4_backend as sgl_backend  # noqa: E402
 from sglang.srt.layers.attention.dsv4 import compressor as sgl_compressor  # noqa: E402
+from sglang.srt.layers.attention.dsv4 import dsv41_sparse  # noqa: E402
 from sglang.srt.layers.attention.dsv4.online_c128_mtp import OnlineC128MTPController  # noqa: E402
 from sglang.srt.mem_cache import deepseek_v4_memory_pool as sgl_pool  # noqa: E402
+from sglang.srt.mem_cache.hybrid_cache import linker_pool_assembler  # noqa: E402
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool  # noqa: E402
+from sglang.srt.model_executor.forward_batch_info import ForwardMode  # noqa: E402
 from sglang.srt.plugins import hook_registry  # noqa: E402
 from sglang.srt.runtime_context import get_context  # noqa: E402
+from sglang.test.kernels.deepseek_v4 import common, dsv41_kv_quant_reference, k_cache_reference  # noqa: E402
 
 from kvfold.integrations import sglang as plugin  # noqa: E402
 from kvfold.integrations import switch  # noqa: E402
@@ -54,6 +60,17 @@ from kvfold.integrations.sglang import layer as layer_module  # noqa: E402
 from kvfold.integrations.sglang import plugin as plugin_module  # noqa: E402
 
 compress = layer_module.compress
+# Of SGLang, for the tests: they import it from here, as it does not import without the stubs above.
+__all__ = [
+    "ForwardMode",
+    "ceil_pow2",
+    "common",
+    "dsv41_kv_quant_reference",
+    "dsv41_sparse",
+    "envs",
+    "k_cache_reference",
+    "linker_pool_assembler",
+]
 
 PAGE = 256  # tokens of a page, of both pools
 TEXT = 1024  # the longest request

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from sglang.srt.environ import envs
-from sglang_world import World, config, plugged, sgl_pool
+from sglang_world import World, config, envs, plugged, sgl_pool
 
 from kvfold import UnsupportedError
 from kvfold.integrations import sglang as plugin

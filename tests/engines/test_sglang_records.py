@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from sglang.test.kernels.deepseek_v4 import common, dsv41_kv_quant_reference, k_cache_reference
-from sglang_world import Text, World, config, plugged
+from sglang_world import Text, World, common, config, dsv41_kv_quant_reference, k_cache_reference, plugged
 
 LENGTH = 600  # of request 1, on three pages
 

@@ -7,7 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from sglang_world import PAGE, TEXT, Backend, World, config, make_compressor, plugged, rope_freqs, sgl_backend
+from sglang_world import (
+    PAGE,
+    TEXT,
+    Backend,
+    World,
+    config,
+    linker_pool_assembler,
+    make_compressor,
+    plugged,
+    rope_freqs,
+    sgl_backend,
+)
 
 from kvfold import UnsupportedError
 from kvfold.integrations import sglang as plugin
@@ -15,6 +26,7 @@ from kvfold.integrations import switch
 
 STATES = ("pools", "fold")
 DRAFTS = 4
+UNTOUCHED = -5.0  # in the rows of request 0 and of page 0, which are padding
 
 
 @pytest.fixture(autouse=True)
@@ -39,11 +51,12 @@ def verify(world: World, *steps: tuple[int, int]) -> None:
 
 
 def spoil(world: World) -> None:
-    """Whatever a former owner left: NaN in every state, and in fold pools tags of it."""
+    """Whatever a former owner left: NaN in every state."""
     pool = world.backend.token_to_kv_pool
     for state in (*pool.compress_state_pools, *pool.indexer_compress_state_pools):
         if state is not None and not hasattr(state, "fold"):
             state.kv_score_buffer.kv_score.fill_(torch.nan)
+            state.kv_score_buffer.kv_score[: state.ring_size] = UNTOUCHED
         elif state is not None:
             state.fold.state.rows.fill_(torch.nan)
 
@@ -81,7 +94,7 @@ def padding_is_untouched(world: World) -> bool:
     states = [s for s in (*pool.compress_state_pools, *pool.indexer_compress_state_pools) if s is not None]
     if hasattr(states[0], "fold"):
         return all(bool((s.fold.state.positions[0] == -1).all()) for s in states)
-    return all(bool(s.kv_score_buffer.kv_score[: s.ring_size].isnan().all()) for s in states)
+    return all(bool((s.kv_score_buffer.kv_score[: s.ring_size] == UNTOUCHED).all()) for s in states)
 
 
 def records(pages: torch.Tensor, rows: int, slots: torch.Tensor) -> torch.Tensor:
@@ -187,17 +200,42 @@ def test_transfer_to_another_engine(state: str, length: int) -> None:
 
 def send(source: Backend, request: int, target: Backend, other: int, length: int) -> None:
     """As the transfer engine does: items of buffers, by page for state of pages, by SGLang's indices for that of requests."""
-    pages = -(-length // PAGE)
-    of_pages = [
-        [int(b.full_to_swa[b.req_to_token[r, k * PAGE].long()]) // PAGE for k in range(pages)]
-        for b, r in ((source, request), (target, other))
-    ]
+    of_pages = [swa_pages(b, r, length) for b, r in ((source, request), (target, other))]
     of_request = [b.token_to_kv_pool.request_state_transfer_indices(r, length) for b, r in ((source, request), (target, other))]
     for infos, (mine, its) in (("get_state_buf_infos", of_pages), ("get_request_state_buf_infos", of_request)):
         here, there = (getattr(b.token_to_kv_pool, infos)() for b in (source, target))
         for a, b, size in zip(here[0], there[0], here[2], strict=True):
             for i, j in zip(mine, its, strict=True):
                 ctypes.memmove(b + int(j) * size, a + int(i) * size, size)
+
+
+def swa_pages(backend: Backend, request: int, length: int) -> list[int]:
+    """The pages of the sliding-window pool of a request's first tokens."""
+    first = backend.req_to_token[request, :length:PAGE].long()
+    return (backend.full_to_swa[first] // PAGE).tolist()
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_pages_that_hicache_brings_back(state: str) -> None:
+    """The rows of state pages that SGLang's host cache copies, as it views them, are what a hit in other pages needs."""
+    with plugged(state), config():
+        source, target = World([4, 128]), World([4, 128])
+        spoil(target)
+        source.backend.allocate(2, 600)
+        target.backend.allocate(1, TEXT)
+        target.backend.allocate(4, 600)
+        for text in (*source.texts, *target.texts):
+            text.rows[4] = text.rows[2]
+        extend(source, (2, 0, 530))
+        pools = [w.backend.token_to_kv_pool for w in (source, target)]
+        for name in ("compress_state_pools", "indexer_compress_state_pools"):
+            here, there = (linker_pool_assembler._deepseek_v4_state_views(getattr(p, name), [0])[0] for p in pools)
+            there[swa_pages(target.backend, 4, 512)] = here[swa_pages(source.backend, 2, 512)]
+        extend(target, (4, 512, 70))
+        for mine, other in zip(target.texts, source.texts, strict=True):
+            for (_, window), row in other.found.items():
+                mine.found.setdefault((4, window), row)
+        target.check({4: 582})
 
 
 @pytest.mark.parametrize("state", STATES)

@@ -1,29 +1,22 @@
 """kvfold in SGLang's V4.1 compressors against SGLang's own torch path, which it runs where it has no CUDA kernel.
 
 Both see the same projections, pools and metadata. SGLang stores main entries by a CUDA kernel alone: in its place are the
-quantizers of its own kernel tests. Index keys it stores by a Triton kernel, which is interpreted here.
+quantizers of its own kernel tests. Index keys it stores by a Triton kernel, which is interpreted here (`make engines`).
 """
 
 from __future__ import annotations
 
-import os
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from sglang_world import PAGE, REQUESTS, TEXT, Backend, Norm, config, plugged, rope_freqs
+from sglang_world import REQUESTS, TEXT, Backend, ForwardMode, ceil_pow2, config, dsv41_sparse, plugged, rope_freqs
+from sglang_world import dsv41_kv_quant_reference as quantize
 from torch import nn
 
 from kvfold import UnsupportedError
 from kvfold.integrations import sglang as plugin
-
-os.environ.setdefault("TRITON_INTERPRET", "1")
-
-from sglang.kernels.ops.quantization.fp4_fake_quant import ceil_pow2
-from sglang.srt.layers.attention.dsv4 import dsv41_sparse
-from sglang.srt.model_executor.forward_batch_info import ForwardMode
-from sglang.test.kernels.deepseek_v4 import dsv41_kv_quant_reference as quantize
 
 DRAFTS = 3
 RATIOS = [2, 2, 1]
@@ -46,10 +39,8 @@ def make_layer(layer_id: int, freqs: torch.Tensor) -> Any:
     indexer = dsv41_sparse.DeepseekV41Indexer.__new__(dsv41_sparse.DeepseekV41Indexer)
     nn.Module.__init__(indexer)
     indexer.owns_k, indexer.index_head_dim, indexer.rope_head_dim = True, 128, 64
-    indexer.wk = nn.Linear(512, 128, bias=False, dtype=torch.bfloat16)
-    indexer.wk.weight.data.copy_(torch.randn(128, 512, generator=draw) / 22)
+    indexer.wk = indexer.forward_wk = Linear(torch.randn(128, 512, generator=draw).bfloat16() / 22)
     indexer.k_norm = dsv41_sparse.RMSNorm(128, 1e-6)
-    indexer.forward_wk = indexer.wk  # of the same rows the same products, whatever the batch: see `Linear`
     return SimpleNamespace(
         layer_id=layer_id, compress_ratio=ratio, compressor=compressor, indexer=indexer, freqs_cis=freqs, rope_head_dim=64
     )
@@ -73,8 +64,6 @@ class Engine:
         self.backend = Backend(RATIOS, drafts=drafts, layout=layout, kv_source_layers=SOURCES)
         freqs = rope_freqs()
         self.layers, self.ours = [make_layer(layer, freqs) for layer in SOURCES], ours
-        for layer in self.layers:
-            layer.indexer.wk = layer.indexer.forward_wk = Linear(layer.indexer.wk.weight.data)
         self.rows = torch.randn(REQUESTS + 1, TEXT, 1024, generator=torch.Generator().manual_seed(5))
         self.rows[0] = torch.nan
         if not ours:
@@ -229,6 +218,3 @@ def test_what_is_not_served_is_refused() -> None:
         engine.backend.extend = with_tail
         with pytest.raises(UnsupportedError, match="encoder SWA replay"):
             engine.step(ForwardMode.EXTEND, (1, 0, 4))
-
-
-assert Norm and PAGE

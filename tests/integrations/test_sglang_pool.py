@@ -57,11 +57,11 @@ def test_transfer(name: str, length: int) -> None:
     there.slot_rows.fill_(77)
     text.step(here, 2, 0, length)
     mine, its = here.transfer_indices(2, length), there.transfer_indices(4, length)
-    assert mine.dtype == "int32" and mine.tolist() == [2] * len(mine) and its.tolist() == [4] * len(mine)
+    assert mine == [2] * len(its) and its == [4] * len(mine)
     assert len(mine) == (length % text.spec.ratio > 0 or text.spec.overlap)
     for a, b, size in zip(here.buf_infos()[0], there.buf_infos()[0], here.buf_infos()[2], strict=True):
         for i, j in zip(mine, its, strict=True):
-            ctypes.memmove(b + int(j) * size, a + int(i) * size, size)
+            ctypes.memmove(b + j * size, a + i * size, size)
     whole = text.step(FoldStatePool(text.spec, 1, 4), 0, 0, 640)
     assert torch.equal(text.step(there, 4, length, 640 - length), whole[length // text.spec.ratio :])
     assert int(text.errors) == 0

@@ -32,7 +32,7 @@ def pool_class() -> type:
             POOLS[rows.data_ptr()] = fold
 
         def transfer_indices(self, req_pool_idx: int, seq_len: int) -> np.ndarray:
-            return self.fold.transfer_indices(req_pool_idx, seq_len)
+            return np.array(self.fold.transfer_indices(req_pool_idx, seq_len), dtype=np.int32)
 
     return FoldCompressStatePool
 
@@ -79,7 +79,7 @@ def request_state_buf_infos(pool: Any) -> BufInfos:
 def request_state_transfer_indices(pool: Any, req_pool_idx: int, seq_len: int) -> np.ndarray:
     """One list of slots for all of those buffers: the request's own, if any compressor needs it."""
     found = [fold.transfer_indices(req_pool_idx, seq_len) for fold in _folds(pool)]
-    return max(found, key=len, default=np.empty(0, np.int32))
+    return np.array(max(found, key=len, default=[]), dtype=np.int32)
 
 
 def clear_request_state(pool: Any, req_pool_idx: int) -> None:

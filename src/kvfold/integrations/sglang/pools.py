@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 
 from ...restore import restore
@@ -57,10 +56,9 @@ class FoldStatePool:
         if kept.rows_per_page:
             self.page_rows, self.snapshots = _snapshots(kept, num_pages, self.slot_rows.device)
 
-    def transfer_indices(self, slot: int, seq_len: int) -> np.ndarray:
-        """int32 `[0 or 1]`: the slot, if a request of `seq_len` tokens has state that its next step reads."""
-        needed = len(self.state.history_of(seq_len)) > 0
-        return np.array([slot] if needed else [], dtype=np.int32)
+    def transfer_indices(self, slot: int, seq_len: int) -> list[int]:
+        """The slot, if a request of `seq_len` tokens has state that its next step reads, else nothing."""
+        return [slot] if self.state.history_of(seq_len) else []
 
     def buf_infos(self) -> BufInfos:
         """Address, bytes, and bytes of one slot, each in a list, of what `transfer_indices` counts rows of."""

@@ -174,6 +174,6 @@ def create_step(
         req_pool_indices.long().clone(), seq_lens[:batch].long().clone(), cu_seqlens, maps, -(-longest // source.page_size)
     )
     if long and source.kind == "pages" and host:
-        kept = torch.from_numpy(kept_tokens(seq_lens_cpu[:batch], extend_lens_cpu[:batch], source.ring, source.page_size))
+        kept = kept_tokens(seq_lens_cpu[:batch], extend_lens_cpu[:batch], source.ring, source.page_size)
         step.kept = (kept.to(device, non_blocking=True),)
     return step

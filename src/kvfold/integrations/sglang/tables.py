@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 GROUP = 4  # rows of a page of kvfold's table over SGLang's rings of ratio 4
@@ -58,9 +57,8 @@ def kept_positions(positions: torch.Tensor, end: torch.Tensor, ring: int, page_s
     return (positions >= end - ring) | (positions % page_size >= page_size - GROUP)
 
 
-def kept_tokens(seq_lens: list[int], extend_lens: list[int], ring: int, page_size: int) -> np.ndarray:
+def kept_tokens(seq_lens: list[int], extend_lens: list[int], ring: int, page_size: int) -> torch.Tensor:
     """The same on the host: int64, numbers of the kept tokens among all of the step."""
-    new = np.asarray(extend_lens, dtype=np.int64)
-    end = np.repeat(np.asarray(seq_lens, dtype=np.int64), new)
-    position = end - np.repeat(np.cumsum(new), new) + np.arange(len(end))
-    return np.flatnonzero((position >= end - ring) | (position % page_size >= page_size - GROUP))
+    new, end = torch.tensor(extend_lens), torch.tensor(seq_lens)
+    position = (end - new.cumsum(0)).repeat_interleave(new) + torch.arange(int(new.sum()))
+    return kept_positions(position, end.repeat_interleave(new), ring, page_size).nonzero().flatten()
