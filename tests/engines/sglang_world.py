@@ -132,7 +132,7 @@ def make_compressor(layer: int, ratio: int, head_dim: int, freqs: torch.Tensor, 
     nn.Module.__init__(made)
     made.layer_id, made.ratio, made.head_dim, made.overlap = layer, ratio, head_dim, ratio == 4
     made.is_in_indexer = made.rotate = head_dim == 128
-    made.norm, made.freqs_cis = Norm(head_dim, 1e-6, draw), freqs
+    made.norm, made.freqs_cis = Norm(head_dim, 3e-6, draw), freqs
     width = head_dim * (1 + made.overlap)
     made.ape = nn.Parameter(torch.empty(ratio, width), requires_grad=False)
     made.plain_ape = torch.randn(ratio, width, generator=draw)

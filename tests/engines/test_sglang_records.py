@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from sglang_world import Text, World, common, config, dsv41_kv_quant_reference, k_cache_reference, plugged
@@ -32,14 +30,26 @@ def replace_index_pool(world: World) -> None:
     pool.index_pools[4] = type(old)(old.size, old.page_size, old.dtype, 128, 1, "cpu", False, use_fp4_indexer=True)
 
 
-def finished(text: Text, windows: range) -> torch.Tensor:
-    """fp32 `[n, head_dim]`: pooled rows in fp64, then SGLang's norm, RoPE and Hadamard, in fp64 as well."""
+def normed(text: Text, windows: range) -> torch.Tensor:
+    """fp64 `[n, head_dim]`: pooled rows behind SGLang's norm."""
     c = text.compressor
     x = torch.stack([text.pooled(1, w) for w in windows])
-    x = x / (x.square().mean(1, keepdim=True) + 1e-6).sqrt() * c.norm.weight.double()
-    turned = torch.view_as_complex(x[:, -64:].reshape(len(x), 32, 2)) * c.freqs_cis[[w * c.ratio for w in windows]]
-    x = torch.cat([x[:, :-64], torch.view_as_real(turned).flatten(1)], dim=1)
-    if c.rotate:
+    return x / (x.square().mean(1, keepdim=True) + c.norm.variance_epsilon).sqrt() * c.norm.weight.double()
+
+
+def rotated(text: Text, x: torch.Tensor, windows: range) -> torch.Tensor:
+    """SGLang's RoPE of the last 64 channels, by the position of the window's first token."""
+    turned = (
+        torch.view_as_complex(x[:, -64:].reshape(len(x), 32, 2))
+        * text.compressor.freqs_cis[[w * text.compressor.ratio for w in windows]]
+    )
+    return torch.cat([x[:, :-64], torch.view_as_real(turned).flatten(1)], dim=1)
+
+
+def finished(text: Text, windows: range) -> torch.Tensor:
+    """fp32 `[n, head_dim]`: finished rows, in fp64 until the end; those of the indexer behind a Hadamard rotation."""
+    x = rotated(text, normed(text, windows), windows)
+    if text.compressor.rotate:
         for step in (1, 2, 4, 8, 16, 32, 64):
             low, high = x.view(len(x), -1, 2, step).unbind(2)
             x = torch.stack([low + high, low - high], dim=2).view(len(x), -1)
@@ -120,35 +130,18 @@ def test_index_keys_in_fp4() -> None:
 
 @pytest.mark.parametrize("layout", ["v41", "v41_new"])
 def test_main_records_of_v41_layouts(layout: str) -> None:
-    """The fp8 layouts of V4.1, under layers of ratios 4 and 128."""
+    """The fp8 layouts of V4.1, under layers of ratios 4 and 128: the normed row is rounded to bf16 before it is rotated."""
     world = world_of(layout)
     for text in world.texts:
         if text.compressor.is_in_indexer:
             continue
         pages, rows, slots, windows = stored(world, text)
-        normed: Any = finished(text, windows)
-        normed = torch.cat([normed[:, :448].bfloat16().float(), rotated_after_rounding(text, windows)], dim=1).bfloat16()
         made = torch.zeros(len(pages) * rows, 512, dtype=torch.bfloat16)
-        made[slots] = normed
+        made[slots] = rotated(text, normed(text, windows).float().bfloat16().double(), windows).float().bfloat16()
         expected = dsv41_kv_quant_reference.quantize_k_cache_v41(made.view(len(pages), rows, 512))
+        mine = pages.view(torch.uint8)
         if layout == "v41_new":
-            expected = dsv41_kv_quant_reference.interleave_pages(expected, rows, 512, 16)
-        mine, its = (p.view(torch.uint8)[:, : rows * 528] for p in (pages, expected))
-        there = torch.zeros(len(pages) * rows, dtype=torch.bool)
-        there[slots] = True
-        for one, other in ((mine, its),):
-            if layout == "v41":
-                parts = [(x[:, : rows * 512].reshape(-1, 512), x[:, rows * 512 :].reshape(-1, 16)) for x in (one, other)]
-            else:
-                parts = [x.reshape(-1, 528).split([512, 16], dim=1) for x in (one, other)]
-            for got, want in zip(*parts, strict=True):
-                assert (got[there] != want[there]).float().mean() <= 1e-3
-
-
-def rotated_after_rounding(text: Text, windows: range) -> torch.Tensor:
-    """The last 64 channels where the normed row is rounded to bf16 before it is rotated."""
-    c = text.compressor
-    x = torch.stack([text.pooled(1, w) for w in windows])
-    x = (x / (x.square().mean(1, keepdim=True) + 1e-6).sqrt() * c.norm.weight.double()).float().bfloat16()[:, -64:].double()
-    turned = torch.view_as_complex(x.reshape(len(x), 32, 2)) * c.freqs_cis[[w * c.ratio for w in windows]]
-    return torch.view_as_real(turned).flatten(1).float()
+            mine = dsv41_kv_quant_reference.deinterleave_pages(mine, rows, 512, 16)
+        for first, width in ((0, 512), (rows * 512, 16)):
+            got, want = (x[:, first : first + rows * width].reshape(-1, width)[slots] for x in (mine, expected))
+            assert (got != want).float().mean() <= 1e-3

@@ -97,9 +97,12 @@ def make_layer(
 ) -> Layer:
     """Wraps what SGLang hands to a compressor: its state pool, cache pages `[pages, bytes]`, and weights."""
     cache = EntryCache(kv_cache.view(torch.uint8).flatten(1), fmt, page_size, spec)
-    pool = POOLS.get(buffer.data_ptr()) if source.kind == "fold" else None
-    snapshots = None if pool is None else pool.snapshots
-    states = (pool.state,) if pool is not None else _states(source, spec, buffer, banks)
+    snapshots = None
+    if source.kind == "fold":
+        state, snapshots = POOLS[buffer.data_ptr()].views(spec)
+        states: tuple[FoldState | MeanState | WindowState, ...] = (state,)
+    else:
+        states = _states(source, spec, buffer, banks)
     return Layer(spec, ape_of(ape, spec), rope_of(freqs), cache, states, snapshots, buffer, made_of)
 
 

@@ -90,16 +90,16 @@ def _layer_of(pool: Any, layer: Any) -> _LowLayer:
     if owns_key:
         key_spec = replace(V41_INDEX_K, ratio=ratio, gate=ratio > 1, norm_eps=layer.indexer.k_norm.eps)
         key_cache = EntryCache(keys, index_format(True, ratio), pool.get_index_k_page_size(ratio), key_spec)
-    _LAYERS[norm] = _LowLayer(spec, rope_of(layer.freqs_cis), cache, _state(pool, buffer), key_spec, key_cache, made_of)
+    _LAYERS[norm] = _LowLayer(spec, rope_of(layer.freqs_cis), cache, _state(pool, spec, buffer), key_spec, key_cache, made_of)
     return _LAYERS[norm]
 
 
-def _state(pool: Any, buffer: torch.Tensor | None) -> FoldState | WindowState | None:
+def _state(pool: Any, spec: CompressorSpec, buffer: torch.Tensor | None) -> FoldState | WindowState | None:
     if buffer is None:
         return None
     source = source_of(pool, 2)
     if source.kind == "fold":
-        return POOLS[buffer.data_ptr()].state
+        return POOLS[buffer.data_ptr()].views(spec)[0]
     half, rings = buffer.shape[1] // 2, buffer.shape[0] // source.ring
     rows = buffer[: rings * source.ring].view(rings, source.ring, 2 * half)
     return WindowState(rows[..., :half], rows[..., half:])

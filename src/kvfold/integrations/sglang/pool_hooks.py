@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -60,9 +61,9 @@ def _make(pool: Any, spec: CompressorSpec, pages: int, enable_memory_saver: bool
     if pool._unified_kv:
         raise UnsupportedError("SGLANG_HACK_FLASHMLA_BACKEND must not be unified_kv_triton: its caches are none of kvfold's")
     drafts = get_spec().speculative_num_draft_tokens if get_spec().speculative_algorithm is not None else 0
-    fold = FoldStatePool(
-        spec, pool.num_req_slots, max(drafts or 0, 1), num_pages=pages, page_size=pool.swa_page_size, device=pool.device
-    )
+    most, page_size = max(drafts or 0, 1), pool.swa_page_size
+    with torch.cuda.use_mem_pool(pool.custom_mem_pool) if pool.custom_mem_pool else nullcontext():  # of PD transfer
+        fold = FoldStatePool(spec, pool.num_req_slots, most, num_pages=pages, page_size=page_size, device=pool.device)
     return pool_class()(fold, spec.ratio, pool.swa_page_size)
 
 

@@ -56,6 +56,11 @@ class FoldStatePool:
         if kept.rows_per_page:
             self.page_rows, self.snapshots = _snapshots(kept, num_pages, self.slot_rows.device)
 
+    def views(self, spec: CompressorSpec) -> tuple[FoldState, Snapshots | None]:
+        """State and snapshots over the same bytes for a spec that differs in `norm_eps` alone, which no byte depends on."""
+        kept, state = self.snapshots, FoldState.over(self.slot_rows, spec, self.state.max_new_tokens)
+        return state, None if kept is None else Snapshots(spec, kept.rows, kept.positions, kept.page_size)
+
     def transfer_indices(self, slot: int, seq_len: int) -> list[int]:
         """The slot, if a request of `seq_len` tokens has state that its next step reads, else nothing."""
         return [slot] if self.state.history_of(seq_len) else []

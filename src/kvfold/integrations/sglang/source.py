@@ -56,7 +56,6 @@ def source_of(pool: Any, ratio: int) -> Source:
     known = _SOURCES.setdefault(pool, {})
     if ratio not in known:
         known[ratio] = _find(pool, ratio)
-        errors_on(torch.device(pool.device))
     return known[ratio]
 
 
@@ -69,6 +68,7 @@ def _find(pool: Any, ratio: int) -> Source:
     if state is None:
         raise UnsupportedError(f"compression_ratios must have {ratio} on this pipeline stage, got {pool.compression_ratios}")
     buffer = state.kv_score_buffer.kv_score
+    errors_on(buffer.device)  # made now, and not in a graph
     if buffer.data_ptr() in POOLS:
         return Source("fold", 1, pool.swa_page_size, buffer.shape[0])
     if state.online:
