@@ -41,6 +41,7 @@ def _without_torchvision() -> None:
 _without_torchvision()
 
 from sglang.kernels.ops.quantization.fp4_fake_quant import ceil_pow2  # noqa: E402
+from sglang.srt import plugins as sgl_plugins  # noqa: E402
 from sglang.srt.environ import envs  # noqa: E402
 from sglang.srt.layers.attention import deepseek_v4_backend as sgl_backend  # noqa: E402
 from sglang.srt.layers.attention.dsv4 import compressor as sgl_compressor  # noqa: E402
@@ -70,6 +71,7 @@ __all__ = [
     "envs",
     "k_cache_reference",
     "linker_pool_assembler",
+    "sgl_plugins",
 ]
 
 PAGE = 256  # tokens of a page, of both pools
@@ -78,13 +80,13 @@ REQUESTS = 5  # and slot 0, which is SGLang's padding
 
 
 @contextmanager
-def plugged(state: str) -> Iterator[None]:
-    """kvfold on in SGLang, and off again behind it, which SGLang itself has no way to do."""
+def plugged(state: str | None = None, start: Callable[[], None] | None = None) -> Iterator[None]:
+    """kvfold on in SGLang, by `start` or in code, and off again behind it, which SGLang itself has no way to do."""
     kinds = hook_registry.HookType
     targets = [target for target, _, _ in plugin_module._hooks(kinds) + plugin_module._fold_hooks(kinds)]
     before = {target: plugin_module._resolve(target) for target in targets}
-    plugin.register(state)
     try:
+        start() if start is not None else plugin.register(state)
         yield
     finally:
         for target, original in before.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from sglang_world import (
     plugged,
     rope_freqs,
     sgl_backend,
+    sgl_plugins,
+    sgl_pool,
 )
 
 from kvfold import UnsupportedError
@@ -153,8 +156,8 @@ def test_a_launch_writes_no_row_of_a_page_that_it_reads(drafts: int) -> None:
 
 
 @pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("hit", [256, 512])
-def test_radix_resume(state: str, hit: int) -> None:
+@pytest.mark.parametrize(("hit", "new"), [(256, 50), (512, 50), (512, 1)])
+def test_radix_resume(state: str, hit: int, new: int) -> None:
     """A request that goes on behind pages of another one, in a slot that a third one left."""
     with plugged(state), config():
         world = World([4, 128])
@@ -167,12 +170,13 @@ def test_radix_resume(state: str, hit: int) -> None:
         extend(world, (1, 0, 300), (3, 0, 90))  # 3 leaves its slot behind this
         extend(world, (1, 300, 300))
         backend.allocate(3, hit + 60, shared=backend.pages_of(1, hit // PAGE))
-        extend(world, (3, hit, 50))
-        decode(world, (3, hit + 50), (1, 600))
+        extend(world, (3, hit, new))
+        for i in range(4):
+            decode(world, (3, hit + new + i), (1, 600 + i))
         for text in world.texts:  # windows of the shared pages are of request 1
             ratio = text.compressor.ratio
             text.found.update({(3, w): text.found[1, w] for w in range(hit // ratio)})
-        world.check({1: 600, 3: hit + 51})
+        world.check({1: 604, 3: hit + new + 4})
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -189,8 +193,7 @@ def test_transfer_to_another_engine(state: str, length: int) -> None:
             text.rows[4] = text.rows[2]
         extend(source, (2, 0, length))
         send(source.backend, 2, target.backend, 4, length)
-        extend(target, (4, length, 3))
-        for i in range(3, 6):
+        for i in range(6):
             decode(target, (4, length + i))
         extend(target, (4, length + 6, 129))
         for mine, other in zip(target.texts, source.texts, strict=True):
@@ -296,6 +299,8 @@ def test_steps_that_do_not_fit_are_refused() -> None:
         one, other = (backend.extend([(1, 0, n)]).c4_compress_metadata for n in (8, 9))
         with pytest.raises(ValueError, match="other must be a step of the same shape"):
             one.copy_(other)
+        with pytest.raises(ValueError, match="other must be planned on the device"):
+            one.copy_(one)
 
 
 def test_new_weights_reach_the_copy_of_ape() -> None:
@@ -308,6 +313,18 @@ def test_new_weights_reach_the_copy_of_ape() -> None:
             text.compressor.load_ape_weight(text.compressor.ape, text.compressor.plain_ape)
         extend(world, (1, 0, 41))
         world.check({1: 41})
+
+
+def test_sglang_loads_it_as_an_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = importlib.metadata.EntryPoint("kvfold", "kvfold.integrations.sglang.plugin:load", "sglang.srt.plugins")
+    monkeypatch.setattr(sgl_plugins, "entry_points", lambda group: [point] if group == point.group else [])
+    monkeypatch.setenv("KVFOLD_SGLANG_STATE", "fold")
+    for asked in ("vllm", "vllm,sglang"):
+        monkeypatch.setenv("KVFOLD_ENGINES", asked)
+        monkeypatch.setattr(sgl_plugins, "_plugins_loaded", False)
+        with plugged(start=sgl_plugins.load_plugins):
+            assert ('state="fold"' in switch.ON.get("sglang", "")) == ("sglang" in asked)
+            assert hasattr(sgl_pool.DeepSeekV4TokenToKVPool._make_compress_state_pool, "__wrapped__") == ("sglang" in asked)
 
 
 def test_what_is_on_is_said_and_undone() -> None:

@@ -21,15 +21,15 @@ from .source import POOLS, Source
 from .step import Step
 
 _LAYERS: weakref.WeakKeyDictionary[nn.Module, Layer] = weakref.WeakKeyDictionary()
-_ROPES: dict[tuple, torch.Tensor] = {}
+_ROPES: dict[tuple, tuple[weakref.ref, torch.Tensor]] = {}  # by address, as long as the tensor there is the one it was
 
 
 def rope_of(freqs: torch.Tensor) -> torch.Tensor:
     """fp32 `[max_pos, rope_dim]`, cosines then sines, of SGLang's complex table; one for all layers that share it."""
     key = (freqs.data_ptr(), tuple(freqs.shape), freqs.device)
-    if key not in _ROPES:
-        _ROPES[key] = torch.cat([freqs.real, freqs.imag], dim=1).float()
-    return _ROPES[key]
+    if key not in _ROPES or _ROPES[key][0]() is None:
+        _ROPES[key] = weakref.ref(freqs), torch.cat([freqs.real, freqs.imag], dim=1).float()
+    return _ROPES[key][1]
 
 
 def ape_of(ape: torch.Tensor, spec: CompressorSpec) -> torch.Tensor:

@@ -38,7 +38,7 @@ class Step:
             banks,
             long,
         )
-        self.is_decode = False
+        self.is_decode = self.may_hit = self.on_host = False
         self.plan: StepPlan | None = None
         self.table: torch.Tensor | None = None  # of the state's pages, or of snapshots
         self.hits: tuple[torch.Tensor, ...] = ()  # as `restore` takes them
@@ -51,10 +51,12 @@ class Step:
         return self
 
     def copy_(self, other: Step) -> None:
-        """Becomes another step of the same shape, in place."""
+        """Becomes another step of the same shape, in place. Neither may be of a prefill whose lengths the host knew."""
         mine, its = ((s.compress_ratio, s.source, s.most, s.tokens, s.banks, s.cu_seqlens.shape) for s in (self, other))
         if mine != its:
             raise ValueError(f"other must be a step of the same shape, {mine}, got {its}")
+        if self.on_host or other.on_host:
+            raise ValueError("other must be planned on the device, as SGLang does for graphs, got a step planned on the host")
         self.slots.copy_(other.slots)
         self.seq_lens.copy_(other.seq_lens)
         self.cu_seqlens.copy_(other.cu_seqlens)
@@ -107,7 +109,7 @@ class Step:
                 self._set("kept", self._kept(start))
         elif source.kind == "fold" and self.compress_ratio == 4:
             self._set("table", (self.maps.pages(slots, self.num_pages),))
-            if self.most > 1 and self.long:
+            if self.may_hit:
                 self._set("hits", self.maps.hits(slots, start))
 
     def _kept(self, start: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -167,13 +169,17 @@ def create_step(
     # request, not of those of SWA pages.
     long = most > source.ring - 7 if source.kind == "pages" else is_prefill and not drafts
     step = Step(source, compress_ratio, max(most, 1), tokens, online_state_slot_offset > 0, long)
-    step.is_decode = not is_prefill
+    step.is_decode, step.may_hit = not is_prefill, long
+    step.on_host = long and host
+    if step.on_host:
+        starts = [end - new for end, new in zip(seq_lens_cpu[:batch], extend_lens_cpu[:batch], strict=True)]
+        step.may_hit = any(start > 0 and start % source.page_size == 0 for start in starts)
     maps = SwaPages(req_to_token, token_to_kv_pool.full_to_swa_index_mapping, source.page_size)
     longest = max(seq_lens_cpu[:batch], default=0) if host else req_to_token.shape[1]
     step.take(
         req_pool_indices.long().clone(), seq_lens[:batch].long().clone(), cu_seqlens, maps, -(-longest // source.page_size)
     )
-    if long and source.kind == "pages" and host:
+    if step.on_host and source.kind == "pages":
         kept = kept_tokens(seq_lens_cpu[:batch], extend_lens_cpu[:batch], source.ring, source.page_size)
         step.kept = (kept.to(device, non_blocking=True),)
     return step
