@@ -244,22 +244,25 @@ class Backend(sgl_backend.DeepseekV4AttnBackend):
         """int64: the slot of each new token; 0 for those of request 0, which is padding."""
         return torch.cat([self.req_to_token[r, s : s + n].long() * (r > 0) for r, s, n in steps])
 
-    def extend(self, steps: list[tuple[int, int, int]], *, graph: bool = False) -> Any:
-        """The metadata of a prefill step over (request, start, new tokens), by SGLang's own builder."""
+    def extend(self, steps: list[tuple[int, int, int]], *, graph: int = 0) -> Any:
+        """The metadata of a prefill step over (request, start, new tokens), by SGLang's own builder; of a graph of so many."""
         requests, start, new = (torch.tensor(x) for x in zip(*steps, strict=True))
         seq_lens = start + new
         casual = torch.cat([torch.arange(s, s + n) + 1 for _, s, n in steps])
-        self.expand_prefill_casually = lambda **_: (casual, requests.repeat_interleave(new))  # a Triton kernel
+        padding = max(graph - len(casual), 0)
+        padded = torch.nn.functional.pad(casual, (0, padding), value=1)
+        repeated = torch.nn.functional.pad(requests.repeat_interleave(new), (0, padding))
+        self.expand_prefill_casually = lambda **_: (padded, repeated)  # a Triton kernel
         return self.init_forward_metadata_prefill(
             max_seq_len=TEXT,
             req_pool_indices=requests,
             seq_lens=seq_lens,
             seq_lens_cpu=seq_lens.tolist(),
-            out_cache_loc=self.slots_of(steps),
+            out_cache_loc=torch.nn.functional.pad(self.slots_of(steps), (0, padding)),
             num_tokens=int(new.sum()),
             extend_seq_lens=new,
             extend_seq_lens_cpu=new.tolist(),
-            use_prefill_cuda_graph=graph,
+            use_prefill_cuda_graph=graph > 0,
         )
 
     def decode(self, steps: list[tuple[int, int, int]]) -> Any:
@@ -338,9 +341,12 @@ class World:
     def run(self, metadata: Any, steps: list[tuple[int, int, int]]) -> None:
         """All layers of a step, through SGLang's own `forward_unified`; kvfold's pooled rows go to `Text.found`."""
         self.backend.forward_metadata = metadata
+        tokens = len(metadata.core_metadata.raw_out_loc)  # a graph has more than the step
         for text in self.texts:
+            x = text.of(steps)
+            x = torch.nn.functional.pad(x, (0, 0, 0, tokens - len(x)), value=torch.nan)
             with mock.patch.object(layer_module, "compress", text.spy(steps)):
-                self.backend.forward_unified(text.of(steps), self.batch, text.compressor.layer_id, text.compressor)
+                self.backend.forward_unified(x, self.batch, text.compressor.layer_id, text.compressor)
 
     def check(self, ends: dict[int, int], more: float = 0.0) -> None:
         """That every entry of these requests, up to their ends, is the mean in fp64; `more` is allowed of resumed rows."""

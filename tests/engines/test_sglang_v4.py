@@ -280,11 +280,11 @@ def test_prefill_graph(state: str) -> None:
         backend.allocate(1, 400)
         backend.allocate(2, 400)
         extend(world, (1, 0, 30), (2, 0, 256))
-        recorded = backend.extend([(1, 30, 40), (2, 256, 20)], graph=True)
+        recorded = backend.extend([(1, 30, 40), (2, 256, 20)], graph=2000)
         before = addresses(recorded)
         world.run(recorded, [(1, 30, 40), (2, 256, 20)])
         steps = [(1, 70, 10), (2, 276, 50)]
-        recorded.refresh_for_breakable_cuda_graph_replay_(backend.extend(steps, graph=True))
+        recorded.refresh_for_breakable_cuda_graph_replay_(backend.extend(steps, graph=2000))
         world.run(recorded, steps)
         assert addresses(recorded) == before
         extend(world, (1, 80, 200))

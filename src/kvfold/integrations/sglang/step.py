@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,37 +23,49 @@ def verify(build: Any, backend: Any, *args: Any, **kwargs: Any) -> Any:
         _verify_tokens.pop()
 
 
+@dataclass(eq=False)
 class Step:
     """Lengths and request slots of a step, and the plan that `bind` makes of them once SGLang knows the cache slots.
 
     SGLang builds it in a CUDA graph or before one, and copies a new step into the one that a graph was recorded with: all
     tensors keep their addresses.
+
+    Attributes:
+        most, tokens: host bounds on the new tokens of a request, and of all.
+        slots, seq_lens: int64 `[B]`, the step's own copies; `cu_seqlens`: int32 `[B + 1]`.
+        num_pages: host bound on the prefix pages of a request.
+        banks: whether the online pool's drafts go to banks.
+        long: of rings of SWA pages, whether new rows are stored behind the launch; of others, a prefill.
+        on_host: a long step whose lengths the host knows; then it chose `kept`, or `may_hit`.
+        may_hit: whether a request may go on at the end of a prefix page.
+        kept: tokens, their places in a group of 4, and rows of the pool: what is stored behind the launch.
+        table: of the state's pages, or of snapshots.
+        hits: as `restore` takes them.
     """
 
-    def __init__(self, source: Source, ratio: int, most: int, tokens: int, banks: bool, long: bool) -> None:
-        self.source, self.compress_ratio, self.most, self.tokens, self.banks, self.long = (
-            source,
-            ratio,
-            most,
-            tokens,
-            banks,
-            long,
-        )
-        self.is_decode = self.may_hit = self.on_host = False
-        self.plan: StepPlan | None = None
-        self.table: torch.Tensor | None = None  # of the state's pages, or of snapshots
-        self.hits: tuple[torch.Tensor, ...] = ()  # as `restore` takes them
-        self.kept: tuple[torch.Tensor, ...] = ()  # tokens, positions in a group, and rows of what is stored behind the launch
-        self.out_loc: torch.Tensor | None = None
-
-    def take(self, slots: torch.Tensor, seq_lens: torch.Tensor, cu_seqlens: torch.Tensor, maps: SwaPages, pages: int) -> Step:
-        """Takes a step's own tensors: int64 `[B]` twice, int32 `[B + 1]`; and what its tables are made of."""
-        self.slots, self.seq_lens, self.cu_seqlens, self.maps, self.num_pages = slots, seq_lens, cu_seqlens, maps, pages
-        return self
+    source: Source
+    compress_ratio: int
+    most: int
+    tokens: int
+    slots: torch.Tensor
+    seq_lens: torch.Tensor
+    cu_seqlens: torch.Tensor
+    maps: SwaPages
+    num_pages: int
+    banks: bool
+    long: bool
+    on_host: bool
+    may_hit: bool
+    kept: tuple[torch.Tensor, ...] = ()
+    hits: tuple[torch.Tensor, ...] = ()
+    table: torch.Tensor | None = None
+    out_loc: torch.Tensor | None = None
+    plan: StepPlan | None = None
+    stream: int | None = None
 
     def copy_(self, other: Step) -> None:
         """Becomes another step of the same shape, in place. Neither may be of a prefill whose lengths the host knew."""
-        mine, its = ((s.compress_ratio, s.source, s.most, s.tokens, s.banks, s.cu_seqlens.shape) for s in (self, other))
+        mine, its = ((s.compress_ratio, s.source, s.most, s.tokens, s.banks, len(s.slots)) for s in (self, other))
         if mine != its:
             raise ValueError(f"other must be a step of the same shape, {mine}, got {its}")
         if self.on_host or other.on_host:
@@ -113,14 +126,12 @@ class Step:
                 self._set("hits", self.maps.hits(slots, start))
 
     def _kept(self, start: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Of a long step over rings: which new rows are stored, behind the launch, as they may be where it reads old ones."""
-        every = not self.kept or self.kept[0].shape[0] == self.tokens
+        """Of a long step over rings of SWA pages: the new rows that later steps may read; all others go to nobody's row."""
         token = self.kept[0] if self.kept else torch.arange(self.tokens, device=start.device)
         b = torch.searchsorted(self.cu_seqlens[1:], token.to(torch.int32), right=True).clamp(max=len(start) - 1)
-        position = token - self.cu_seqlens[b] + start[b]
-        slots = self.slots[b]
-        row = self.maps.ring_rows(slots, position.clamp(min=0), self.source.ring)
-        if every:
+        position, slots = token - self.cu_seqlens[b] + start[b], self.slots[b]
+        row = self.maps.ring_rows(slots, position.clamp(0, self.maps.req_to_token.shape[1] - 1), self.source.ring)
+        if not self.on_host:
             keep = (token < self.cu_seqlens[-1]) & (slots > 0)
             keep &= kept_positions(position, self.seq_lens[b], self.source.ring, self.source.page_size)
             row = torch.where(keep, row, self.source.rows - 1)
@@ -168,18 +179,26 @@ def create_step(
     # A step of more than ring - 7 tokens could write a row of a ring where it reads an old one. kvfold sees that of rings of a
     # request, not of those of SWA pages.
     long = most > source.ring - 7 if source.kind == "pages" else is_prefill and not drafts
-    step = Step(source, compress_ratio, max(most, 1), tokens, online_state_slot_offset > 0, long)
-    step.is_decode, step.may_hit = not is_prefill, long
-    step.on_host = long and host
-    if step.on_host:
-        starts = [end - new for end, new in zip(seq_lens_cpu[:batch], extend_lens_cpu[:batch], strict=True)]
-        step.may_hit = any(start > 0 and start % source.page_size == 0 for start in starts)
-    maps = SwaPages(req_to_token, token_to_kv_pool.full_to_swa_index_mapping, source.page_size)
+    on_host, may_hit, kept, page_size = long and host, long, (), source.page_size
+    if on_host:
+        ends, new = seq_lens_cpu[:batch], extend_lens_cpu[:batch]
+        may_hit = any(end > n and (end - n) % page_size == 0 for end, n in zip(ends, new, strict=True))
+        if source.kind == "pages":
+            kept = (kept_tokens(ends, new, source.ring, page_size).to(device, non_blocking=True),)
     longest = max(seq_lens_cpu[:batch], default=0) if host else req_to_token.shape[1]
-    step.take(
-        req_pool_indices.long().clone(), seq_lens[:batch].long().clone(), cu_seqlens, maps, -(-longest // source.page_size)
+    return Step(
+        source,
+        compress_ratio,
+        max(most, 1),
+        tokens,
+        slots=req_pool_indices.to(torch.int64, copy=True),
+        seq_lens=seq_lens[:batch].to(torch.int64, copy=True),
+        cu_seqlens=cu_seqlens,
+        maps=SwaPages(req_to_token, token_to_kv_pool.full_to_swa_index_mapping, page_size),
+        num_pages=-(-longest // page_size),
+        banks=online_state_slot_offset > 0,
+        long=long,
+        on_host=on_host,
+        may_hit=may_hit,
+        kept=kept,
     )
-    if step.on_host and source.kind == "pages":
-        kept = kept_tokens(seq_lens_cpu[:batch], extend_lens_cpu[:batch], source.ring, source.page_size)
-        step.kept = (kept.to(device, non_blocking=True),)
-    return step
