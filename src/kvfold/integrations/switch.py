@@ -11,6 +11,9 @@ ON: dict[str, str] = {}  # by engine, what a plug-in replaced: it says so when i
 # What a plug-in replaced in this process, in a few words, by its name. It is there if and only if the plug-in is on.
 ON: dict[str, str] = {}
 
+# What a plug-in replaced in this process, in a few words, by its name. It is there if and only if the plug-in is on.
+ON: dict[str, str] = {}
+
 
 def asked_for(engine: str) -> bool:
     """Whether `KVFOLD_ENGINES`, names with commas between them, has this engine; a name of none is a `ValueError`."""
