@@ -6,7 +6,6 @@ It imports vLLM.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -17,9 +16,10 @@ from vllm.models.deepseek_v4 import attention, compressor, sparse_mla
 from vllm.models.deepseek_v41 import attention as attention_v41
 from vllm.models.deepseek_v41 import compressor as compressor_v41
 from vllm.models.deepseek_v41 import sparse_mla as sparse_mla_v41
-from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.mla import indexer
 from vllm.v1.kv_cache_interface import CircularBufferSpec, KVCacheSpec, MLAAttentionSpec
+from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
+from vllm.v1.worker.utils import AttentionGroup
 
 BLOCK = 256  # positions of a block of vLLM's caches
 PAGE = 37440  # bytes: what vLLM gives V4's pages in the fp8_ds_mla layout
@@ -97,7 +97,7 @@ class Memory:
 
 
 class Layer:
-    """One compressor of vLLM with its two builders, as a model would make them, and pages of its own.
+    """One compressor of vLLM with its two metadata builders, as vLLM's runner makes them, and pages of its own.
 
     Args:
         ratio: 4 and 128 are V4's, 1 and 2 V4.1's. head_dim: 512, or 128 of V4's indexer.
@@ -118,7 +118,7 @@ class Layer:
         cache_first: bool = False,
         name: str = "layer",
     ) -> None:
-        self.sizes = sizes
+        self.sizes, self.groups = sizes, list[AttentionGroup]()
         self.config, self.ratio, self.cache_first, self.record = config, ratio, cache_first, record
         self.name, device = f"{name}.{ratio}.{head_dim}.{record}", torch.device(sizes.device)
         named = {"vllm_config": config, "compress_ratio": ratio, "hidden_size": 64, "head_dim": head_dim, "rotate": True}
@@ -136,11 +136,8 @@ class Layer:
         spec = MLAAttentionSpec(
             block_size=BLOCK, num_kv_heads=1, head_size=self.record, dtype=torch.uint8, tokens_per_state=ratio
         )
-        if head_dim == 128:
-            builder = partial(indexer.DeepseekV32IndexerMetadataBuilder, block_table_width=sizes.length // BLOCK)
-        else:
-            builder = (sparse_mla if ratio > 2 else sparse_mla_v41).DeepseekV4FlashMLAMetadataBuilder
-        self.cache_builder = builder(spec, [self.name], config, device)
+        backend = (sparse_mla if ratio > 2 else sparse_mla_v41).DeepseekV4FlashMLABackend
+        self._add(indexer.DeepseekV4IndexerBackend if head_dim == 128 else backend, self.name, spec)
         self.cache_table = torch.zeros(sizes.requests, sizes.length // BLOCK, dtype=torch.int32, device=device)
         self.cache_blocks = Blocks(sizes.requests, sizes.length // BLOCK)
         rows, caches = BLOCK // ratio, 1 + sizes.requests * sizes.length // BLOCK  # with block 0, which is none's
@@ -157,12 +154,17 @@ class Layer:
         config.compilation_config.static_forward_context[self.name] = layer
         self.kv_width = head_dim * (1, 2, 4)[(ratio > 1) + (ratio == 4)]
 
+    def _add(self, backend: Any, name: str, spec: KVCacheSpec) -> None:
+        """A group of one layer, in the order in which vLLM builds their metadata."""
+        group = AttentionGroup(backend, [name], spec, 0)
+        group.create_metadata_builders(self.config, torch.device(self.sizes.device), spec.block_size)
+        self.groups.insert(len(self.groups) * self.cache_first, group)
+
     def _make_state(self, device: torch.device, first: int) -> int:
         """All of the state but its memory, whose blocks are those from `first` on; and how many these are."""
         state = self.compressor.state_cache
         spec: KVCacheSpec = state.get_kv_cache_spec(self.config)
-        builder = state.get_attn_backend().get_builder_cls()
-        self.state_builder = builder(spec, [state.prefix], self.config, device)
+        self._add(state.get_attn_backend(), state.prefix, spec)
         self.state_size, self.window = spec.block_size, getattr(spec, "sliding_window", self.sizes.length)
         self.one_block = isinstance(spec, CircularBufferSpec)
         per_sequence = 1 if self.one_block else -(-self.sizes.length // self.state_size)
@@ -172,16 +174,13 @@ class Layer:
         self.state_shape = (self.state_size, spec.head_size)
         return requests * per_sequence
 
-    def build(self, step: Step, common: dict[str, Any]) -> dict[str, Any]:
-        """The step's metadata, by the name of a layer."""
-        state_slots, cache_slots = self._fill(step, common["num_actual_tokens"])
-        requests = common["num_reqs"]
-        its = CommonAttentionMetadata(**common, block_table_tensor=self.cache_table[:requests], slot_mapping=cache_slots)
-        order = [(self.cache_builder, its, self.name)]
+    def tables(self, step: Step, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The table of blocks of a step and the slots of its tokens, of each of `groups`."""
+        state_slots, cache_slots = self._fill(step, tokens)
+        found = [(self.cache_table, cache_slots)]
         if self.compressor.state_cache is not None:
-            own = CommonAttentionMetadata(**common, block_table_tensor=self.state_table[:requests], slot_mapping=state_slots)
-            order.insert(self.cache_first, (self.state_builder, own, self.compressor.state_cache.prefix))
-        return {name: builder.build(0, common) for builder, common, name in order}
+            found.insert(self.cache_first, (self.state_table, state_slots))
+        return found
 
     def _fill(self, step: Step, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes the batch's rows of both tables; the slot of each token in the state and in the (token's) cache."""
@@ -270,15 +269,23 @@ class World:
         if not step.dummy:
             every = [torch.arange(part.start, part.start + part.new) for part in step.parts]
             positions[:total] = torch.cat(every).to(device)
-        common = {
-            "query_start_loc": self.ends[: requests + 1], "query_start_loc_cpu": self.ends[: requests + 1].cpu().clone(),
-            "seq_lens": self.lengths[:requests], "num_reqs": requests, "num_actual_tokens": tokens, "max_query_len": max(new),
-            "max_seq_len": self.sizes.length, "positions": positions,
-            "seq_lens_cpu_upper_bound": self.lengths[:requests].cpu().clone(),
-        }  # fmt: skip
-        metadata: dict[str, Any] = {}
-        for layer in self.layers:
-            metadata |= layer.build(step, common)
+        groups = [group for layer in self.layers for group in layer.groups]
+        tables, slots = zip(*(pair for layer in self.layers for pair in layer.tables(step, tokens)), strict=True)
+        metadata = build_attn_metadata(
+            attn_groups=[[group] for group in groups],
+            num_reqs=requests,
+            num_tokens=tokens,
+            query_start_loc_gpu=self.ends[: requests + 1],
+            query_start_loc_cpu=self.ends[: requests + 1].cpu().clone(),
+            max_query_len=max(new),
+            seq_lens=self.lengths,
+            max_seq_len=self.sizes.length,
+            block_tables=[table[:requests] for table in tables],
+            slot_mappings=slots,
+            kv_cache_config=SimpleNamespace(kv_cache_groups=groups),
+            seq_lens_cpu_upper_bound=self.lengths.cpu().clone(),
+            positions=positions,
+        )
         return metadata, positions
 
     def forward(self, metadata: dict[str, Any], kv_scores: Sequence[torch.Tensor], positions: torch.Tensor) -> None:
