@@ -231,3 +231,26 @@ def test_the_benchmark_imports_no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (adapters.SHAPES["step"].count(128), adapters.SHAPES["step"].count(4)) == (31, 30)
     with pytest.raises(SystemExit):
         adapters.parse(["--shapes", "CSA,MLA"])
+
+
+def test_layers_of_a_group_share_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One plan for all layers whose states and whose caches share tables, and another for caches of another builder."""
+
+    class CacheBuilder:
+        def __init__(self, *layer_names: str) -> None:
+            self.layer_names, self.compressed_slot_mapping_buffer = layer_names, torch.full((LIMITS.tokens,), -1)
+
+        @tell_slots
+        def build(self, common_prefix_len: int, common_attn_metadata: object, fast_build: bool = False) -> None: ...
+
+    for name in ("a", "b", "c"):
+        monkeypatch.setitem(COMPRESSORS, f"{name}.state", Compressed(4, name))
+    group = Group([f"{name}.state" for name in ("a", "b", "c")], LIMITS, StateIn("pages", 4))
+    common = ModuleType("common")
+    common.num_reqs, common.num_actual_tokens = 1, 4
+    group.states_built(Batch(1, 4, 4, ints([0, 4]), ints([4]), torch.zeros(1, 6, dtype=torch.int32)))
+    builders = CacheBuilder("a", "b"), CacheBuilder("c", "d")
+    for builder in builders:
+        builder.build(0, common)
+    assert group.plans_of("a") is group.plans_of("b") is not group.plans_of("c")
+    assert group.plans_of("c").choose().token_slots is builders[1].compressed_slot_mapping_buffer
