@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 OF_ENGINES = re.compile(
-    r"kvfold\.integrations\.(vllm|sglang) import register|^import (vllm|sglang)\b", re.MULTILINE
+    r"kvfold\.integrations\.(vllm|sglang) import .*\bregister\b|^import (vllm|sglang)\b", re.MULTILINE
 )  # tests/engines
 RUN = ("info", "explain")  # commands that take no time; of the others the arguments are read
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
