@@ -12,7 +12,7 @@ import torch.distributed as dist
 from support.parallel_support import SPECS, World, drawn_cuts, every_cut
 
 import kvfold
-from kvfold.parallel import ContextParallel, Shards
+from kvfold.parallel import ContextParallel, CutPacking, Shards
 from kvfold.training import Packing, compress
 
 
@@ -130,6 +130,18 @@ def test_packed_sequences_cut_anywhere(world: World, layout: str, ranks: int) ->
     found = world.run(ranks, check_cases, cases)
     for one in found[1:]:
         assert all(map(torch.equal, one, found[0])), "the same bits of gradients of weights on all ranks"
+
+
+def test_rows_that_cross_are_those_of_v4() -> None:
+    """As docs/parallel.md says: at most 127 of ratio 128 and 7 of ratio 4, the rank's two neighbours together."""
+    for spec, most in ((kvfold.V4_HCA, 127), (kvfold.V4_CSA, 7)):
+        counts = set()
+        for cut in range(2 * spec.ratio, 3 * spec.ratio):
+            packing = CutPacking(
+                Shards.build((5 * spec.ratio,), 2, cuts=(0, cut, 5 * spec.ratio)), 1, spec, torch.device("cpu")
+            )
+            counts.add(sum(len(one.rows) for one in packing.borrowed))
+        assert max(counts) == most and most * spec.kv_score_width * 2 in (127 * 2048, 7 * 4096)
 
 
 def test_what_else_is_taken(world: World) -> None:
