@@ -4,7 +4,7 @@ torchrun --nproc-per-node 2 -m benchmarks.run.parallel --out benchmarks/results/
          [--tokens 1048576] [--only SUBSTRING] [--layout contiguous,zigzag] [--graph]
 
 One sequence, bf16 kv_score, records of vLLM. All figures are those of the slowest rank. `one_us`: `kvfold.compress` of all
-tokens on one GPU, of two compressors one after the other. `cut_us`: `ContextParallel.compress` of a rank's tokens; the
+tokens on one GPU, of two compressors `compress_many`. `cut_us`: `ContextParallel.compress` of a rank's tokens; the
 all-gather of entries is apart, `gather_us`. `exchange_us`: the messages alone, beside `bytes`, the most that a rank sends.
 `handover_us`: all that a cut adds but for the main call: tails, messages, putting carries. `share`: cut_us / one_us. --graph:
 calls are recorded in CUDA graphs.
@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 import kvfold
 from kvfold.parallel import ContextParallel, ParallelPlan, Shards
-from kvfold.parallel.exchange import How, Part, Scratch, exchange
+from kvfold.parallel.exchange import How, Part, Scratch, exchange, run
 from kvfold.parallel.transport import Parcel, Transport
 
 from ..lib import protocol
@@ -115,11 +115,7 @@ def one_us(case: Case, tokens: int, timer: Timer) -> float:
     where = {"cache_block_table": pages_of(found), "rows_per_page": ROWS_PER_PAGE}
     plan = kvfold.StepPlan.build(case.ratio, zero, ends, tokens, state_slots=zero, **where)
 
-    def step() -> None:
-        for kv_score, state, cache, spec, ape, norm_weight, rope, _ in found:
-            kvfold.compress(kv_score, plan, state, cache, spec=spec, ape=ape, norm_weight=norm_weight, rope=rope)
-
-    us = timer.us(step)
+    us = timer.us(lambda: run(found, plan, How(None, None)))
     assert int(plan.errors) == 0
     return us
 
