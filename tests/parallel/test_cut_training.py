@@ -158,8 +158,29 @@ def test_what_else_is_taken(world: World) -> None:
 
 
 def test_kernels_are_cut_as_well(world: World) -> None:
-    cases = [Case("fold", (23,), cuts=(0, 4, 23)), Case("overlap", (14, 5), cuts=(0, 9, 19), two=True)]
-    world.run(2, check_cases, [case._replace(backend="triton") for case in cases])
+    """These write gradients into memory that is not zero before: every half of every row must be written by somebody."""
+    cases = [
+        Case("fold", (23,), cuts=(0, 4, 23)),
+        Case("fold", (23, 3), "zigzag", cuts=(0, 2, 5, 14, 26)),
+        Case("overlap", (14, 5), cuts=(0, 9, 19), two=True),
+        Case("overlap", (14, 5, 9), "zigzag", cuts=(0, 2, 3, 16, 28)),
+        Case("rows", (10, 5), "zigzag", each=True),
+        Case("wide overlap", (30, 12), cuts=(0, 13, 42)),
+        Case("tokens", (5, 4), cuts=(0, 3, 9)),
+    ]
+    world.run(2, check_kernels, [case._replace(backend="triton") for case in cases])
+
+
+def check_kernels(group: dist.ProcessGroup, cases: Sequence[Case]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        empty = torch.empty
+
+        def filled(*shape, **how) -> torch.Tensor:
+            made = empty(*shape, **how)
+            return made.fill_(torch.nan) if made.is_floating_point() else made
+
+        patch.setattr(torch, "empty", filled)
+        check_cases(group, cases)
 
 
 def test_wrong_arguments_are_named() -> None:
