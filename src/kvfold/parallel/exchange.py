@@ -49,10 +49,10 @@ def exchange(parts: Sequence[Part], plan: ParallelPlan, transport: Transport, ho
 
     Returns of each compressor the carries at the ends of sequences that end here, as `plan.ends` has them.
     """
-    if plan.first:
+    slots, spots, passes_on = plan.first
+    if len(slots):
         for c, scratch in parts:
-            carry = take_carry(c.state, plan.first_slots, plan.first_spots.positions)
-            _put(scratch, plan.first_spots, carry, plan.first_passes_on)
+            _put(scratch, spots, take_carry(c.state, slots, spots.positions), passes_on)
     states, count = [part.scratch.tail for part in parts], len(plan.ends[plan.rank].slots)
     ends = carries_in(_buffer(states, count, plan.ends_inside), states, count, plan.ends_inside)
     for number, each in enumerate(plan.rounds):
