@@ -106,4 +106,4 @@ def run(compressors: Sequence[Compressor], step: StepPlan, how: How) -> None:
 
 
 def _buffer(states: Sequence[FoldState], count: int, inside: bool) -> torch.Tensor:
-    return torch.zeros(message_bytes(states, count, inside), dtype=torch.uint8, device=states[0].device)
+    return torch.empty(message_bytes(states, count, inside), dtype=torch.uint8, device=states[0].device)
