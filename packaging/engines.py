@@ -56,10 +56,8 @@ def unpack(wheel: Path, folder: Path) -> None:
     if done.is_file() and done.read_text() == wheel.name:
         return
     with zipfile.ZipFile(wheel) as archive:
-        names = [
-            name for name in archive.namelist() if name.endswith((".py", ".json", ".pyi", ".txt")) or ".dist-info/" in name
-        ]
-        archive.extractall(folder, names)
+        wanted = [n for n in archive.namelist() if n.endswith(WANTED) or n.startswith(WHOLE) or ".dist-info/" in n]
+        archive.extractall(folder, wanted)
     done.write_text(wheel.name)
 
 

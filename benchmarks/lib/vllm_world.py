@@ -83,17 +83,17 @@ class Step(NamedTuple):
 
 
 class Memory:
-    """Pages of a state or a cache, in vLLM's way: blocks that lie `apart` bytes apart, of which 0 is none's.
+    """The blocks of a state or a cache in a pool of both, as vLLM has them.
 
-    before: on a CPU, what all bytes were in the beginning.
+    Attributes:
+        view: all blocks of the pool, as this one sees them. bytes: of its own blocks.
+        before: on a CPU, what these were in the beginning.
     """
 
-    def __init__(self, blocks: int, shape: tuple[int, ...], dtype: torch.dtype, apart: int, device: str) -> None:
-        draw = torch.Generator(device).manual_seed(blocks)
-        self.bytes = torch.randint(0, 256, (blocks, apart), dtype=torch.uint8, generator=draw, device=device)
-        self.before = self.bytes.clone() if device == "cpu" else None
-        inside = self.bytes.view(dtype)
-        self.view = inside.as_strided((blocks, *shape), (inside.stride(0), shape[1], 1))
+    def __init__(self, pool: torch.Tensor, own: slice, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.bytes, inside = pool[own], pool.view(dtype)
+        self.before = self.bytes.clone() if pool.device.type == "cpu" else None
+        self.view = inside.as_strided((len(pool), *shape), (inside.stride(0), shape[1], 1))
 
 
 class Layer:
@@ -143,18 +143,22 @@ class Layer:
         self.cache_builder = builder(spec, [self.name], config, device)
         self.cache_table = torch.zeros(sizes.requests, sizes.length // BLOCK, dtype=torch.int32, device=device)
         self.cache_blocks = Blocks(sizes.requests, sizes.length // BLOCK)
-        rows = BLOCK // ratio
+        rows, caches = BLOCK // ratio, 1 + sizes.requests * sizes.length // BLOCK  # with block 0, which is none's
+        states = 0 if self.compressor.state_cache is None else self._make_state(device, caches)
+        draw = torch.Generator(device).manual_seed(ratio)
         apart = max(PAGE, -(-rows * self.record // 576) * 576)
+        pool = torch.randint(0, 256, (caches + states, apart), dtype=torch.uint8, generator=draw, device=device)
         dtype = {1024: torch.bfloat16, 512: torch.float8_e4m3fn}.get(self.record, torch.uint8)
-        shape = (rows, self.record // dtype.itemsize)
-        self.caches = Memory(1 + sizes.requests * sizes.length // BLOCK, shape, dtype, apart, sizes.device)
+        self.caches = Memory(pool, slice(caches), (rows, self.record // dtype.itemsize), dtype)
+        if states:
+            self.states = Memory(pool, slice(caches, None), self.state_shape, torch.float32)
+            self.compressor.state_cache.bind_kv_cache(self.states.view[:, None])
         layer = SimpleNamespace(kv_cache=self.caches.view, _flashinfer_fp8_kv_scale=torch.tensor([0.375], device=device))
         config.compilation_config.static_forward_context[self.name] = layer
         self.kv_width = head_dim * (1, 2, 4)[(ratio > 1) + (ratio == 4)]
-        if self.compressor.state_cache is not None:
-            self._make_state(device)
 
-    def _make_state(self, device: torch.device) -> None:
+    def _make_state(self, device: torch.device, first: int) -> int:
+        """All of the state but its memory, whose blocks are those from `first` on; and how many these are."""
         state = self.compressor.state_cache
         spec: KVCacheSpec = state.get_kv_cache_spec(self.config)
         builder = state.get_attn_backend().get_builder_cls()
@@ -164,10 +168,9 @@ class Layer:
         per_sequence = 1 if self.one_block else -(-self.sizes.length // self.state_size)
         requests = self.sizes.requests
         self.state_table = torch.zeros(requests, per_sequence, dtype=torch.int32, device=device)
-        self.state_blocks = Blocks(requests, per_sequence)
-        shape = (self.state_size, spec.head_size)
-        self.states = Memory(1 + requests * per_sequence, shape, torch.float32, spec.page_size_bytes, self.sizes.device)
-        state.bind_kv_cache(self.states.view[:, None])
+        self.state_blocks = Blocks(requests, per_sequence, first)
+        self.state_shape = (self.state_size, spec.head_size)
+        return requests * per_sequence
 
     def build(self, step: Step, common: dict[str, Any]) -> dict[str, Any]:
         """The step's metadata, by the name of a layer."""
@@ -208,8 +211,8 @@ class Layer:
 class Blocks:
     """The blocks of each sequence, in an order of no meaning; `share` gives one sequence those of another's begin."""
 
-    def __init__(self, requests: int, per_sequence: int) -> None:
-        order = torch.randperm(requests * per_sequence, generator=torch.Generator().manual_seed(per_sequence)) + 1
+    def __init__(self, requests: int, per_sequence: int, first: int = 1) -> None:
+        order = torch.randperm(requests * per_sequence, generator=torch.Generator().manual_seed(per_sequence)) + first
         self._of = order.view(requests, per_sequence).tolist()
 
     def of(self, sequence: int) -> list[int]:
@@ -249,6 +252,7 @@ class World:
     def run(self, steps: Sequence[Step]) -> None:
         for step in steps:
             metadata, positions = self.prepare(step)
+            positions = torch.nn.functional.pad(positions, (0, 3), value=1)  # rows may go on behind the step's tokens
             self.forward(metadata, [self.kv_score(step, layer.kv_width, len(positions)) for layer in self.layers], positions)
 
     def prepare(self, step: Step) -> tuple[dict[str, Any], torch.Tensor]:

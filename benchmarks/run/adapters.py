@@ -27,7 +27,7 @@ from ..lib import protocol, table
 from .v41 import launches_of
 
 HEADER = ("case", "variant", "us", "host us", "launches")
-COPIES = 8  # of a layer that is timed alone, so that its pages are cold
+COPIES = 32  # of a layer that is timed alone, so that its pages are as cold as in a model
 SHAPES = {"HCA": (128,) * COPIES, "CSA": (4,) * COPIES, "step": (128, *(4, 128) * 30)}
 VARIANTS = ("own", "window", "fold")
 END = 512  # tokens that each sequence has after a step in which it ends a window of every ratio
@@ -65,20 +65,15 @@ def cases(batches: list[int], shapes: list[str]) -> list[Case]:
 @contextmanager
 def vllm_step(case: Case, variant: str, layers: tuple[int, ...], device: str) -> Iterator[Ready]:
     """A step over vLLM's own classes, or over kvfold's in their place."""
-    from types import SimpleNamespace
+    from ..lib.vllm_platform import take_no_platform
 
-    from vllm.models.deepseek_v4 import compressor
-
+    if "vllm.models" not in sys.modules:
+        take_no_platform(device)
     from kvfold.integrations.vllm import refused, register, unregister
 
     from ..lib.vllm_world import Layer, Sizes, Step, World, make_config
 
-    platform = compressor.current_platform
-    if variant == "own":  # on CUDA vLLM takes kernels in CuTe, unless it knows of no platform
-        compressor.current_platform = SimpleNamespace(
-            device_type=device, is_cuda=bool, is_rocm=bool, is_xpu=bool, is_cpu=bool
-        )  # bool() is False
-    else:
+    if variant != "own":
         register(variant)
     try:
         sizes = Sizes(case.batch, case.batch * 128, END + 256, case.new - 1, device)
@@ -96,7 +91,6 @@ def vllm_step(case: Case, variant: str, layers: tuple[int, ...], device: str) ->
         yield Ready(lambda: world.forward(metadata, kv_scores, positions), refused)
     finally:
         unregister()
-        compressor.current_platform = platform
 
 
 STEPS = {"vllm": vllm_step}  # by the name of an engine

@@ -82,9 +82,9 @@ def test_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan for any step, which graphs of a part of the model record, serves all steps with the same result."""
     wanted = theirs("C4 mxfp4")
     register()
-    from kvfold.integrations.vllm import config
+    from kvfold.integrations.vllm import config, plans
 
-    monkeypatch.setattr(config, "piecewise", lambda context, x: True)
+    monkeypatch.setattr(config, "recorded", lambda context, x: plans.Recorded.PIECE)
     check(run("C4 mxfp4"), wanted)
 
 
@@ -128,7 +128,7 @@ def test_fold() -> None:
     found = run("C128")
     assert refused() == 0
     check_same(found.layers[0].caches, wanted.layers[0].caches, to_the_bit=False)
-    assert found.layers[0].states.bytes.shape[1] == 37440  # with 3 drafts as large as vLLM's own pages
+    assert len(found.layers[0].states.bytes) == SIZES.requests  # blocks
 
 
 def block_layouts() -> tuple[dict[str, int], list[KVCacheGroupSpec]]:
@@ -164,17 +164,22 @@ def test_fold_fits_into_blocks() -> None:
     assert folded.max_memory_usage_bytes(make_config(SIZES)) == folded.page_size_bytes == 3 * 37440
 
 
-def test_interpreted() -> None:
+@pytest.mark.parametrize(("ratio", "width", "state"), [(4, 128, "window"), (128, 512, "window"), (128, 512, "fold")])
+def test_interpreted(ratio: int, width: int, state: str) -> None:
     """kvfold's own kernels, interpreted."""
-    steps = (Step.of((0, 0, 9), (1, 0, 3)), Step.of((0, 9, 4, 3), (1, 3, 4, 1)), Step.of((0, 12, 1), (1, 4, 1)))
+    begin = ratio - 3  # so that the next step ends a window
+    steps = (Step.of((0, 0, begin), (1, 0, 3)), Step.of((0, begin, 4, 3), (1, 3, 4, 1)), Step.of((0, begin + 3, 1), (1, 4, 1)))
     worlds = []
     for backend in (None, "triton"):
         if backend:
-            register(backend=backend)
+            register(state, backend=backend)
         config = make_config(SIZES)
-        worlds.append(World([Layer(SIZES, config, 4, 128)], config, SIZES))
+        worlds.append(World([Layer(SIZES, config, ratio, width)], config, SIZES))
         worlds[-1].run(steps)
-    check(worlds[1], worlds[0])
+    if state == "window":
+        check(worlds[1], worlds[0])
+    assert refused() == 0
+    check_same(worlds[1].layers[0].caches, worlds[0].layers[0].caches, to_the_bit=False, of_bf16=width == 512)
 
 
 def test_fewer_drafts_than_a_step() -> None:

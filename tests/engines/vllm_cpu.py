@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+
 import triton
 import triton.language as tl
-from vllm.models.deepseek_v4.common.ops import fused_compress_quant_cache, fused_indexer_q
-from vllm.models.deepseek_v41.common.ops import fused_compress_quant_cache as fused_v41
-from vllm.platforms import current_platform
 
-# Without binaries vLLM knows of no platform, and asks it these.
-type(current_platform).device_type, type(current_platform).num_compute_units = "cpu", lambda *_: 1
+from benchmarks.lib.vllm_platform import take_no_platform
+
+KERNELS = (
+    "v4.common.ops.fused_compress_quant_cache",
+    "v4.common.ops.fused_indexer_q",
+    "v41.common.ops.fused_compress_quant_cache",
+)
 
 
 @triton.jit
@@ -26,5 +30,6 @@ def e2m1_pair(low, high):
     return e2m1(low) | (e2m1(high) << 4)
 
 
-for module in (fused_compress_quant_cache, fused_indexer_q, fused_v41):
-    module._fp32x2_to_fp4x2 = e2m1_pair  # vLLM's is an instruction of a GPU
+take_no_platform("cpu")
+for name in KERNELS:
+    importlib.import_module(f"vllm.models.deepseek_{name}")._fp32x2_to_fp4x2 = e2m1_pair  # vLLM's is an instruction of a GPU

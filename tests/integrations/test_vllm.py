@@ -12,7 +12,7 @@ import kvfold
 from kvfold.integrations import switch
 from kvfold.integrations.vllm import patch, plugin, refused, register
 from kvfold.integrations.vllm.hooks import COMPRESSORS, Compressed, Group, tell_slots
-from kvfold.integrations.vllm.plans import ERRORS, Batch, Limits, Plans, StateIn
+from kvfold.integrations.vllm.plans import ERRORS, Batch, Limits, Plans, Recorded, StateIn
 
 SPEC = kvfold.CompressorSpec(head_dim=16, ratio=4, overlap=True, rope_dim=8)
 LIMITS = Limits(requests=4, tokens=24, decode=2)
@@ -41,6 +41,9 @@ def test_asked_for_and_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_names(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="state must be one of window, fold, got 'raw'"):
         register("raw")
+    monkeypatch.setenv("KVFOLD_ENGINES", "vllm:pools")
+    with pytest.raises(ValueError, match="KVFOLD_ENGINES must have one of window, fold behind vllm:, got 'pools'"):
+        plugin.load()
     monkeypatch.setenv("KVFOLD_ENGINES", "vlm")
     with pytest.raises(ValueError, match=r"KVFOLD_ENGINES must have names of .*'vlm'"):
         plugin.load()
@@ -126,7 +129,7 @@ def test_plans_for_any_step() -> None:
     """A plan for the number of requests that decode, and one for all other steps, give the same as a plan of its own."""
     ours, plain = Layer(), Layer()
     for starts, lengths in STEPS:
-        ours.call(ours.plan(starts, lengths), ours.plans.choose(piecewise=False))
+        ours.call(ours.plan(starts, lengths), ours.plans.choose())
         rows = plain.plan(starts, lengths)
         ends, seq_lens = (
             torch.tensor([0, *lengths]).cumsum(0).int(),
@@ -145,20 +148,40 @@ def test_plans_for_any_step() -> None:
 def test_recorded_plans_stay_and_follow() -> None:
     """What a graph recorded is updated in each later step: the plan of as many requests, and of a piece of the model any."""
     layer, again = Layer(), Layer()
-    layer.call(layer.plan(*STEPS[0]), layer.plans.choose(piecewise=False))
-    again.call(again.plan(*STEPS[0]), again.plans.choose(piecewise=False))
-    whole = layer.plans.choose(piecewise=True)  # as recorded: the same for each step from here on
+    layer.call(layer.plan(*STEPS[0]), layer.plans.choose())
+    again.call(again.plan(*STEPS[0]), again.plans.choose())
+    whole = layer.plans.choose(Recorded.PIECE)  # as recorded: the same for each step from here on
     of_two = None
     for starts, lengths in STEPS[1:]:
         rows, other = layer.plan(starts, lengths), again.plan(starts, lengths)
-        assert layer.plans.choose(piecewise=True) is whole
+        assert layer.plans.choose(Recorded.PIECE) is whole
         if max(lengths) <= LIMITS.decode and len(starts) == 2:
-            of_two = of_two or layer.plans.choose(piecewise=False)
-            assert layer.plans.choose(piecewise=False) is of_two is not whole
+            of_two = of_two or layer.plans.choose()
+            assert layer.plans.choose() is of_two is not whole
         layer.call(rows, whole)
-        again.call(other, again.plans.choose(piecewise=False))
+        again.call(other, again.plans.choose())
     every = torch.tensor([8 + w for w in range(6)] + [16 + w for w in range(4)])
     assert torch.equal(layer.cache.read(every), again.cache.read(every))
+
+
+def test_a_recorded_mixture_follows() -> None:
+    """A graph of the whole model that may be replayed for any step is, with decode steps too."""
+    layer = Layer()
+    layer.plan(*STEPS[0])
+    whole = layer.plans.choose(Recorded.WHOLE)
+    assert layer.plans.choose() is whole
+    layer.plan(*STEPS[1])
+    assert layer.plans.choose() is not whole and whole.cu_seqlens.tolist() == [0, 1, 3, 3, 3]
+
+
+def test_decode_plans_that_nobody_recorded_are_alone() -> None:
+    layer = Layer()
+    layer.plan(*STEPS[0])
+    whole = layer.plans.choose()
+    layer.plan(*STEPS[1])
+    layer.plans.choose(Recorded.WHOLE)
+    layer.plan(*STEPS[2])
+    assert whole.cu_seqlens.tolist() == [0, 11, 16, 16, 16]  # as its last step left it
 
 
 def test_a_batch_of_nobody() -> None:
@@ -166,7 +189,7 @@ def test_a_batch_of_nobody() -> None:
     layer.state.kv.zero_(), layer.cache.pages.zero_()
     table = torch.zeros_like(layer.table)
     layer.plans.update(Batch(3, 6, 2, ints([0, 2, 4, 6]), ints([2, 2, 2]), table[:3]))
-    layer.call(layer.text[0, :6], layer.plans.choose(piecewise=False))
+    layer.call(layer.text[0, :6], layer.plans.choose())
     assert not bool(layer.state.kv.any()) and not bool(layer.cache.pages.any()) and int(ERRORS[torch.device("cpu")]) == 0
 
 
@@ -196,7 +219,7 @@ def test_updated_by_whichever_builds_last(state_first: bool, monkeypatch: pytest
                 group.states_built(batch)
             else:
                 assert builder.build(0, common) == "metadata"
-        plan = group.plans_of("layer").choose(piecewise=False)
+        plan = group.plans_of("layer").choose()
         assert plan.entry_slots[0] == slot
     with pytest.raises(RuntimeError, match="no slots of another"):
         group.plans_of("another")

@@ -11,7 +11,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata, max_decode_query_
 
 from ...contract import UnsupportedError
 from ...precompile.warmup import warmup
-from .plans import Batch, Limits
+from .plans import Batch, Limits, Recorded
 
 _compiled: set[tuple] = set()
 
@@ -42,10 +42,11 @@ def batch_of(common: CommonAttentionMetadata, block_table: torch.Tensor) -> Batc
     return Batch(common.num_reqs, common.num_actual_tokens, common.max_query_len, *lengths, block_table[: common.num_reqs])
 
 
-def piecewise(context: ForwardContext, x: torch.Tensor) -> bool:
-    """Whether a call on `x` is being recorded in a graph of a part of the model."""
-    recorded = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    return recorded and context.cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE
+def recorded(context: ForwardContext, x: torch.Tensor) -> Recorded:
+    """Whether a call on `x` is being recorded, and where."""
+    if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return Recorded.NOT
+    return Recorded.PIECE if context.cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE else Recorded.WHOLE
 
 
 def compile_before(kv_score: torch.Tensor, backend: str | None, **what: Any) -> None:

@@ -6,11 +6,12 @@ reads must follow from the graph alone, not from the step:
 - a step whose requests all bring at most 1 + drafts tokens has a plan for its number of requests. vLLM records its decode
   graphs over these, padded to the graph's number of requests;
 - any other step, and any number of requests, has one plan, sized by vLLM's limits. So have graphs that vLLM records over parts
-  of a model (piecewise), as these are replayed for any number of requests.
+  of a model (piecewise), as these are replayed for any number of requests. Once it is recorded, every step updates it.
 """
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,14 @@ class Batch(NamedTuple):
     block_table: torch.Tensor
 
 
+class Recorded(Enum):
+    """Whether a call is being recorded in a CUDA graph: of the whole model, or of a piece of it."""
+
+    NOT = 0
+    WHOLE = 1
+    PIECE = 2
+
+
 class StateIn(NamedTuple):
     """How plans find the state. kind: "pages", "rings" (one block for each request) or "slots" (that block is a fold state)."""
 
@@ -59,6 +68,7 @@ class Plans:
         self.current: StepPlan | None = None
         self._recorded = False
         self._plans: dict[tuple[int, ...], StepPlan] = {}
+        self._any: StepPlan | None = None
         self._lengths: torch.Tensor | None = None
         self._ends: torch.Tensor | None = None
 
@@ -67,20 +77,18 @@ class Plans:
         short = batch.longest <= self.limits.decode
         if short:
             self.current = self._update(batch, batch.query_start_loc, batch.seq_lens, self.limits.decode, None)
-        if not short or self._recorded or self._lengths is None:
+        if not short or self._recorded or self._any is None:
             whole = self._pad(batch)
-            any_plan = self._update(whole, self._ends, self._lengths, self.limits.tokens, self.limits.tokens)
-            self._any = any_plan
-            self.current = self.current if short else any_plan
+            self._any = self._update(whole, self._ends, self._lengths, self.limits.tokens, self.limits.tokens)
+            self.current = self.current if short else self._any
 
-    def choose(self, piecewise: bool) -> StepPlan:
-        """The plan for a call now. piecewise: it is being recorded in a graph of a part of the model."""
+    def choose(self, recorded: Recorded = Recorded.NOT) -> StepPlan:
+        """The plan for a call now. recorded: where it is being recorded."""
         if self.current is None:
             raise RuntimeError("plans must be updated before a step: vLLM built no metadata of this group of layers")
-        if not piecewise:
-            return self.current
-        self._recorded = True
-        return self._any
+        plan = self._any if recorded is Recorded.PIECE else self.current
+        self._recorded |= recorded is not Recorded.NOT and plan is self._any
+        return plan
 
     def _pad(self, batch: Batch) -> Batch:
         """The step as one of as many requests as there can be, in buffers of ours; those behind its own bring no tokens."""

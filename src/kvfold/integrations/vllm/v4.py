@@ -47,7 +47,7 @@ class Compressor(theirs.DeepseekCompressor):
         if not isinstance(context.attn_metadata, dict):  # vLLM measures its memory
             return
         plans = context.attn_metadata[self.state_cache.prefix].kvfold_group.plans_of(self.k_cache_prefix)
-        plan = plans.choose(config.piecewise(context, kv_score))
+        plan = plans.choose(config.recorded(context, kv_score))
         layer = self._static_forward_context[self.k_cache_prefix]
         if self._pool is not self.state_cache.kv_cache or self._blocks is not layer.kv_cache:
             self._wrap(layer, kv_score)
@@ -143,7 +143,8 @@ class FoldStateCache(theirs.CompressorStateCache):
     """A state whose ratio-128 layers ask vLLM for one block for each request, large enough for kvfold's fold rows.
 
     vLLM shares none of these blocks between requests, and needs not: its prefix hits end where a window of 128 does, which it
-    checks itself, and there a step reads no state.
+    checks itself, and there a step reads no state. So a request reads only rows that it wrote, and a block that was another's,
+    or a cache's, needs no clearing.
     """
 
     def __init__(self, state_dim: int, dtype: torch.dtype, compress_ratio: int, prefix: str) -> None:

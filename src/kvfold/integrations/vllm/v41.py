@@ -48,7 +48,7 @@ class Compressor(theirs.DeepseekCompressor):
         if not isinstance(context.attn_metadata, dict):  # vLLM measures its memory
             return None
         metadata = context.attn_metadata[self.state_cache.prefix]
-        plan = metadata.kvfold_plans.choose(config.piecewise(context, kv_score))
+        plan = metadata.kvfold_plans.choose(config.recorded(context, kv_score))
         if self._pool is not self.state_cache.kv_cache:
             self._pool, half = self.state_cache.kv_cache, self._spec.channels
             self._state = WindowState(self._pool[..., :half], self._pool[..., half:])
@@ -121,17 +121,19 @@ class MetadataBuilder(theirs.CompressorMetadataBuilder):
         super().__init__(*args, **named)
         limits = config.limits(self.vllm_config)
         self._plans = Plans(2, limits, StateIn("rings", self.capacity), None)
-        self._entries = torch.zeros(limits.tokens, dtype=torch.int64, device=self.device)
-        self._starts = torch.zeros(limits.tokens, dtype=torch.int64, device=self.device)
+        self._order = torch.arange(limits.tokens, device=self.device)
+        self._starts, self._ends, self._entries = (torch.zeros_like(self._order) for _ in range(3))
 
     def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> Any:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
         common, count = common_attn_metadata, common_attn_metadata.num_actual_tokens
         self._plans.update(config.batch_of(common, common.block_table_tensor))
-        positions = common.positions[:count]
-        torch.bitwise_and(positions, 1, out=self._starts[:count])  # whether a token ends a window of 2
-        torch.cumsum(self._starts[:count], 0, out=self._entries[:count])
-        self._entries[:count].sub_(1).clamp_(min=0)
-        torch.sub(positions, self._starts[:count], out=self._starts[:count])
+        positions, starts, ends = common.positions[:count], self._starts[:count], self._ends[:count]
+        torch.bitwise_and(positions, 1, out=ends)
+        torch.sub(positions, ends, out=starts)
+        ends.mul_(self._order[:count] < common.query_start_loc[common.num_reqs])  # padding ends none
+        self._ends[count:].zero_()
+        torch.cumsum(self._ends, 0, out=self._entries)  # of all: a recorded call reads behind the step's tokens, too
+        self._entries.sub_(1).clamp_(min=0)
         metadata.kvfold_plans, metadata.kvfold_entries, metadata.kvfold_starts = self._plans, self._entries, self._starts
         return metadata
