@@ -1,13 +1,13 @@
 """Times a prefill that is cut over GPUs beside one GPU, and the exchange alone beside its bytes.
 
 torchrun --nproc-per-node 2 -m benchmarks.run.parallel --out benchmarks/results/parallel.jsonl
-         [--tokens 1048576] [--only SUBSTRING] [--layout contiguous,zigzag] [--graph]
+         [--tokens 1048576] [--training-tokens 262144] [--only SUBSTRING] [--layout contiguous,zigzag] [--graph]
 
 One sequence, bf16 kv_score, records of vLLM. All figures are those of the slowest rank. `one_us`: `kvfold.compress` of all
-tokens on one GPU, of two compressors one after the other. `cut_us`: `ContextParallel.compress` of a rank's tokens; the
+tokens on one GPU, of two compressors `compress_many`. `cut_us`: `ContextParallel.compress` of a rank's tokens; the
 all-gather of entries is apart, `gather_us`. `exchange_us`: the messages alone, beside `bytes`, the most that a rank sends.
 `handover_us`: all that a cut adds but for the main call: tails, messages, putting carries. `share`: cut_us / one_us. --graph:
-calls are recorded in CUDA graphs.
+calls are recorded in CUDA graphs. Rows `train`: forward and backward of one compressor by autograd, eager; `bytes` each way.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ import torch.distributed as dist
 
 import kvfold
 from kvfold.parallel import ContextParallel, ParallelPlan, Shards
-from kvfold.parallel.exchange import How, Part, Scratch, exchange
+from kvfold.parallel.exchange import How, Part, Scratch, exchange, run
 from kvfold.parallel.transport import Parcel, Transport
+from kvfold.training import Packing, compress
 
 from ..lib import protocol
 from ..lib.table import show
@@ -115,11 +116,7 @@ def one_us(case: Case, tokens: int, timer: Timer) -> float:
     where = {"cache_block_table": pages_of(found), "rows_per_page": ROWS_PER_PAGE}
     plan = kvfold.StepPlan.build(case.ratio, zero, ends, tokens, state_slots=zero, **where)
 
-    def step() -> None:
-        for kv_score, state, cache, spec, ape, norm_weight, rope, _ in found:
-            kvfold.compress(kv_score, plan, state, cache, spec=spec, ape=ape, norm_weight=norm_weight, rope=rope)
-
-    us = timer.us(step)
+    us = timer.us(lambda: run(found, plan, How(None, None)))
     assert int(plan.errors) == 0
     return us
 
@@ -193,9 +190,46 @@ def measure(cp: ContextParallel, transport: Transport, case: Case, tokens: int, 
     return what | row
 
 
+def measure_training(cp: ContextParallel, transport: Transport, case: Case, tokens: int, timer: Timer) -> dict:
+    """The same of a forward and a backward of one compressor, through autograd, without CUDA graphs."""
+    device, spec = timer.device, case.compressors[0][0]
+    leaves = torch.randn(spec.ratio, spec.channels, device=device), torch.ones(spec.head_dim, device=device)
+    ape, norm_weight = (x.requires_grad_() for x in leaves)
+    rope = kvfold.reference.rope_table(tokens, spec.rope_dim).to(device)
+    given = {"spec": spec, "ape": ape, "norm_weight": norm_weight, "rope": rope}
+
+    def step(rows: int, entries: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], None]:
+        kv_score = torch.randn(rows, 2 * spec.channels, dtype=torch.bfloat16, device=device).requires_grad_()
+        g = torch.randn_like(entries(kv_score))
+        return lambda: torch.autograd.grad(entries(kv_score), [kv_score, ape, norm_weight], g)
+
+    def together() -> None:
+        transport.gather(torch.zeros(1, dtype=torch.int64, device=device), "a barrier")
+
+    eager = Timer(device, timer.repeats, False)
+    whole = Packing.build(torch.tensor([0, tokens], dtype=torch.int32, device=device), tokens, spec.ratio)
+    alone = eager.us(step(tokens, lambda x: compress(x, whole, **given)))
+    shards = split(cp, case, tokens)
+    packing = cp.packing(shards, spec, device=device)
+    cut = eager.us(step(shards.tokens(cp.rank), lambda x: cp.entries(x, packing, **given)), together)
+    sent = sum(len(one.rows) for one in packing.lent) * spec.kv_score_width * 2
+    mine = torch.tensor([alone, cut, float(sent)], dtype=torch.float64, device=device)
+    one_us, cut_us, most = (
+        transport.gather(mine.view(torch.int64), "figures").view(torch.float64).view(cp.size, -1).amax(0).tolist()
+    )
+    what = {"bench": "parallel", "case": f"train {case.name} s{tokens}", "variant": f"{cp.size} {cp.layout}"}
+    return what | {
+        "one_us": round(one_us, 2),
+        "cut_us": round(cut_us, 2),
+        "bytes": int(most),
+        "share": round(cut_us / one_us, 4),
+    }
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = protocol.parser(__doc__)
     parser.add_argument("--tokens", type=int, default=1 << 20)
+    parser.add_argument("--training-tokens", type=int, default=1 << 18)
     parser.add_argument("--only", default="", help="cases whose name has this in it")
     parser.add_argument("--layout", default="contiguous,zigzag", help="separated by commas (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=20)
@@ -210,19 +244,22 @@ def main() -> int:
     if cuda:
         torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    timer, rows = Timer(device, args.repeats, args.graph), []
+    timer, transport, rows = Timer(device, args.repeats, args.graph), Transport(dist.group.WORLD, None), []
     for layout in args.layout.split(","):
         cp = ContextParallel(layout=layout)
-        for case in CASES:
-            if args.only in case.name:
-                row = measure(cp, Transport(dist.group.WORLD, None), case, args.tokens, timer)
+        todo = [(measure, case, args.tokens) for case in CASES]
+        todo += [(measure_training, case, args.training_tokens) for case in CASES if len(case.compressors) == 1]
+        for call, case, tokens in todo:
+            name = f"train {case.name}" if call is measure_training else case.name
+            if args.only in name:
+                row = call(cp, transport, case, tokens, timer)
                 rows.append(row)
                 if cp.rank == 0:
                     print(row, flush=True)
                     protocol.append_rows(args.out, [protocol.environment(args.commit) | row])
     if dist.get_rank() == 0:
         columns = ("case", "variant", "one_us", "cut_us", "share", "exchange_us", "bytes", "handover_us", "gather_us")
-        show("prefill, cut over GPUs", columns, [[str(row[name]) for name in columns] for row in rows])
+        show("prefill, cut over GPUs", columns, [[str(row.get(name, "")) for name in columns] for row in rows])
     dist.destroy_process_group()
     return 0
 

@@ -1,6 +1,6 @@
 """kvfold: GPU kernels for the KV-cache compressor of DeepSeek-V4."""
 
-from . import ops, parallel, reference, training
+from . import ops, reference, training
 from ._version import __version__
 from .compress import compress, compress_many
 from .contract import UnsupportedError
@@ -45,7 +45,6 @@ __all__ = [
     "compress_many",
     "dump",
     "ops",
-    "parallel",
     "reference",
     "replay",
     "restore",

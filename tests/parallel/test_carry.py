@@ -66,6 +66,9 @@ def test_bytes_of_v4() -> None:
               for spec in (kvfold.V4_CSA, kvfold.V4_INDEXER)]  # fmt: skip
     assert of_cut == [(8192, 20480), (2048, 5120)]
     assert kvfold.carry_bytes(kvfold.V41_MAIN_R1) == 0
+    scratch = [2 * kvfold.FoldState.allocate(spec, 1, 1, dtype=dtype).bytes_per_slot // 1000
+               for spec, dtype in ((kvfold.V4_HCA, torch.float32), (kvfold.V4_CSA, torch.bfloat16))]  # fmt: skip
+    assert scratch == [36, 90]
 
 
 @pytest.mark.parametrize("name", NAMES)

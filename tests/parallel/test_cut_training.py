@@ -12,7 +12,7 @@ import torch.distributed as dist
 from support.parallel_support import SPECS, World, drawn_cuts, every_cut
 
 import kvfold
-from kvfold.parallel import ContextParallel, Shards
+from kvfold.parallel import ContextParallel, CutPacking, Shards
 from kvfold.training import Packing, compress
 
 
@@ -132,6 +132,18 @@ def test_packed_sequences_cut_anywhere(world: World, layout: str, ranks: int) ->
         assert all(map(torch.equal, one, found[0])), "the same bits of gradients of weights on all ranks"
 
 
+def test_rows_that_cross_are_those_of_v4() -> None:
+    """As docs/parallel.md says: at most 127 of ratio 128 and 7 of ratio 4, the rank's two neighbours together."""
+    for spec, most in ((kvfold.V4_HCA, 127), (kvfold.V4_CSA, 7)):
+        counts = set()
+        for cut in range(2 * spec.ratio, 3 * spec.ratio):
+            packing = CutPacking(
+                Shards.build((5 * spec.ratio,), 2, cuts=(0, cut, 5 * spec.ratio)), 1, spec, torch.device("cpu")
+            )
+            counts.add(sum(len(one.rows) for one in packing.borrowed))
+        assert max(counts) == most and most * spec.kv_score_width * 2 in (127 * 2048, 7 * 4096)
+
+
 def test_what_else_is_taken(world: World) -> None:
     bf16 = torch.bfloat16
     world.run(2, check_cases, [
@@ -146,8 +158,29 @@ def test_what_else_is_taken(world: World) -> None:
 
 
 def test_kernels_are_cut_as_well(world: World) -> None:
-    cases = [Case("fold", (23,), cuts=(0, 4, 23)), Case("overlap", (14, 5), cuts=(0, 9, 19), two=True)]
-    world.run(2, check_cases, [case._replace(backend="triton") for case in cases])
+    """These write gradients into memory that is not zero before: every half of every row must be written by somebody."""
+    cases = [
+        Case("fold", (23,), cuts=(0, 4, 23)),
+        Case("fold", (23, 3), "zigzag", cuts=(0, 2, 5, 14, 26)),
+        Case("overlap", (14, 5), cuts=(0, 9, 19), two=True),
+        Case("overlap", (14, 5, 9), "zigzag", cuts=(0, 2, 3, 16, 28)),
+        Case("rows", (10, 5), "zigzag", each=True),
+        Case("wide overlap", (30, 12), cuts=(0, 13, 42)),
+        Case("tokens", (5, 4), cuts=(0, 3, 9)),
+    ]
+    world.run(2, check_kernels, [case._replace(backend="triton") for case in cases])
+
+
+def check_kernels(group: dist.ProcessGroup, cases: Sequence[Case]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        empty = torch.empty
+
+        def filled(*shape, **how) -> torch.Tensor:
+            made = empty(*shape, **how)
+            return made.fill_(torch.nan) if made.is_floating_point() else made
+
+        patch.setattr(torch, "empty", filled)
+        check_cases(group, cases)
 
 
 def test_wrong_arguments_are_named() -> None:

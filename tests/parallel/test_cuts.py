@@ -6,9 +6,10 @@ import random
 
 import pytest
 import torch
-from support.parallel_support import SPECS, Step, World, check_steps, drawn_cuts, every_cut
+import torch.distributed as dist
+from support.parallel_support import ROWS_PER_PAGE, SPECS, Rank, Step, World, check_steps, drawn_cuts, every_cut
 
-from kvfold.parallel import Shards
+from kvfold.parallel import ContextParallel, Shards
 from kvfold.parallel.schedule import Reads, schedule
 
 
@@ -36,6 +37,36 @@ def test_packed_sequences_cut_anywhere(world: World, layout: str, ranks: int) ->
             cuts = None if each else drawn_cuts(draw, sum(lengths), ranks * (2 if layout == "zigzag" else 1))
             steps.append(Step((name,), lengths, start_pos, layout, each, cuts))
     world.run(ranks, check_steps, steps)
+
+
+def by_slots(group: dist.ProcessGroup) -> tuple[bool, list[int]]:
+    """The same step told by a table, and by a slot for each entry, of which one is dropped; the bytes of all pages."""
+    cp, step = ContextParallel(group), Step(("overlap",), (21, 9), start_pos=(6, 0))
+    shards, storages = cp.split(step.lengths, start_pos=step.starts), []
+    for how in ("table", "slots"):
+        mine = Rank(step)
+        mine.one_process((0, 0), step.starts)
+        where = {"cache_block_table": mine.table, "rows_per_page": ROWS_PER_PAGE}
+        if how == "slots":
+            windows = [(0, w) for w in range(1, 6)] + [(1, w) for w in range(2)]
+            slots = [int(mine.table[b, w // ROWS_PER_PAGE]) * ROWS_PER_PAGE + w % ROWS_PER_PAGE for b, w in windows]
+            dropped, slots[4] = slots[4], -1
+            where = {"entry_slots": torch.tensor(slots)}
+        errors = torch.zeros(1, dtype=torch.int32)
+        plan = cp.plan(shards, SPECS["overlap"], errors=errors, **where)
+        own = mine.own(shards.index(cp.rank))
+        cp.compress(own, plan, backend="torch")
+        cp.gather(own, plan)
+        assert int(errors) == 0 and plan.errors is errors
+        storages.append(own[0].cache.storage)
+    size = own[0].spec.head_dim * 4
+    differ = (storages[0] != storages[1])[:, : ROWS_PER_PAGE * size].reshape(-1, size).any(1).nonzero()[:, 0]
+    return differ.tolist() == [dropped], plan.entry_slots.tolist()
+
+
+def test_entries_by_slots(world: World) -> None:
+    for only_the_dropped_one, slots in world.run(2, by_slots):
+        assert only_the_dropped_one and slots[4] == -1
 
 
 def test_long_sequences(world: World) -> None:

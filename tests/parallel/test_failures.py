@@ -130,6 +130,20 @@ def test_wrong_arguments_are_named() -> None:
     assert int(plan.errors) == 0
 
 
+def test_nothing_of_a_former_owner_is_left() -> None:
+    """Also where the next step reads nothing, as one that were rewound would find the rows of another sequence."""
+    cp, spec = ContextParallel(), SPECS["fold"]
+    for length in (2 * spec.ratio, 2 * spec.ratio + 1):
+        mine = Rank(Step(("fold",), (length,)))
+        mine.one_process([0], [length - 1])
+        (own,) = mine.own(torch.arange(length))
+        assert (own.state.positions >= 0).sum() > 1
+        plan = cp.plan(cp.split((length,)), spec, cache_block_table=mine.table, rows_per_page=ROWS_PER_PAGE)
+        cp.compress([own], plan)
+        assert own.state.positions.max() == (-1 if length % spec.ratio == 0 else length - 1)
+        assert (own.state.positions >= 0).sum() == length % spec.ratio
+
+
 def test_a_mesh_is_a_group(world: World) -> None:
     assert world.run(SIZE, over_a_mesh) == [(rank % 2, 2) for rank in range(SIZE)]
 

@@ -53,6 +53,18 @@ def test_the_benchmark_measures(world: World, name: str, layout: str, sent: int)
     assert rows[0]["exchange_us"] >= 0
 
 
+def training_row(group: dist.ProcessGroup, name: str) -> dict:
+    case = next(case for case in parallel.CASES if case.name == name)
+    timer = parallel.Timer(torch.device("cpu"), 1, False)
+    return parallel.measure_training(ContextParallel(group), Transport(group, None), case, 512, timer)
+
+
+def test_the_benchmark_trains(world: World) -> None:
+    rows = world.run(2, training_row, "r4 inside")
+    assert rows[0] == rows[1] and rows[0]["case"] == "train r4 inside s512"
+    assert rows[0]["bytes"] == 7 * 4096 and rows[0]["cut_us"] > 0 and rows[0]["one_us"] > 0
+
+
 def test_cases_are_those_of_the_documents() -> None:
     assert [case.name for case in parallel.CASES if not case.inside] == ["r128", "r4", "r4 many"]
     assert parallel.parse([]).tokens == 1 << 20

@@ -49,6 +49,7 @@ _WARM = {
 PLAIN: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "CompressorSpec": (CompressorSpec, {field.name: getattr(SPEC, field.name) for field in fields(CompressorSpec)}),
     "RecordFormat": (_record, _RECORD),
+    "carry_bytes": (kvfold.carry_bytes, {"spec": SPEC, "position": 6, "dtype": torch.float32}),
     "FoldState.allocate": (
         _on_meta(FoldState.allocate),
         {"spec": SPEC, "num_slots": 2, "max_new_tokens": 4, "dtype": torch.float32},

@@ -1,4 +1,7 @@
-"""Context parallelism: a sequence cut over several processes, entries and state with the bits of one."""
+"""Context parallelism: a sequence cut over several processes, entries and state with the bits of one.
+
+`import kvfold` leaves it out, as it needs torch.distributed.
+"""
 
 from .carry import Carry, put_carry, take_carry
 from .context import ContextParallel

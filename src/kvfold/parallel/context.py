@@ -11,13 +11,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..arguments.checks import check_type, usable_device
-from ..compress import compress
 from ..contract import UnsupportedError
 from ..spec import CompressorSpec, check_spec
 from ..storage.fold_state import FoldState
 from ..storage.formats import RecordFormat
 from ..storage.step import Compressor
-from .exchange import How, Part, Scratch, exchange
+from .exchange import How, Part, Scratch, exchange, run
 from .gather import gather, put_ends
 from .halo import CutPacking
 from .plan import ParallelPlan
@@ -162,9 +161,9 @@ class ContextParallel:
         compressors goes in one message. Results on a GPU are there in the order of the stream; gloo makes the host wait.
 
         Args:
-            compressors: `(kv_score, state, cache, spec, ape, norm_weight, rope)` for each, in the same order on every rank:
+            compressors: `(kv_score, state, cache, spec, ape, norm_weight, rope)` for each, in the same order on every rank;
                 `kv_score` are the rank's own tokens in the order of `plan.shards`, `state` a `FoldState`, or None without a
-                gate. Snapshots are refused.
+                gate. Two that have states are one launch, as by `compress_many`. Snapshots are refused.
             plan: of this step, for their ratio and overlap.
             backend, pdl: as for `kvfold.compress`.
 
@@ -182,11 +181,8 @@ class ContextParallel:
         with torch.inference_mode():
             ends = exchange(parts, plan, self._transport, how) if parts else []
         mains = iter(parts)
-        for c in made:
-            state = next(mains).scratch.main if c.spec.gate else None
-            if plan.step is not None:
-                weights = {"spec": c.spec, "ape": c.ape, "norm_weight": c.norm_weight, "rope": c.rope}
-                compress(c.kv_score, plan.step, state, c.cache, **weights, **how._asdict())
+        if plan.step is not None:
+            run([c._replace(state=next(mains).scratch.main) if c.spec.gate else c for c in made], plan.step, how)
         with torch.inference_mode():
             for part, carry in zip(parts, ends, strict=True):
                 put_ends(part.c.state, plan, self.rank, carry)

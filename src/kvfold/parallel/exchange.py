@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..compress import compress
+from ..compress import compress, compress_many
+from ..plan import StepPlan
 from ..storage.fold_state import FoldState
 from ..storage.step import Compressor
 from .carry import Carry, take_carry
@@ -48,10 +49,10 @@ def exchange(parts: Sequence[Part], plan: ParallelPlan, transport: Transport, ho
 
     Returns of each compressor the carries at the ends of sequences that end here, as `plan.ends` has them.
     """
-    if plan.first:
+    slots, spots, passes_on = plan.first
+    if len(slots):
         for c, scratch in parts:
-            carry = take_carry(c.state, plan.first_slots, plan.first_spots.positions)
-            _put(scratch, plan.first_spots, carry, plan.first_passes_on)
+            _put(scratch, spots, take_carry(c.state, slots, spots.positions), passes_on)
     states, count = [part.scratch.tail for part in parts], len(plan.ends[plan.rank].slots)
     ends = carries_in(_buffer(states, count, plan.ends_inside), states, count, plan.ends_inside)
     for number, each in enumerate(plan.rounds):
@@ -84,14 +85,25 @@ def _fold_tails(parts: Sequence[Part], each: Round, how: How) -> None:
     if each.tail is None:
         return
     step, rows, pretended = each.tail
+    made = []
     for c, scratch in parts:
         if len(pretended):
             pretend_at(scratch.tail, pretended)
         given = c.kv_score
         tokens = tuple(x[rows] for x in given) if isinstance(given, tuple) else given[rows]
-        weights = {"spec": c.spec, "ape": c.ape, "norm_weight": None, "rope": None}
-        compress(tokens, step, scratch.tail, None, **weights, **how._asdict())
+        made.append(c._replace(kv_score=tokens, state=scratch.tail, cache=None, norm_weight=None, rope=None))
+    run(made, step, how)
+
+
+def run(compressors: Sequence[Compressor], step: StepPlan, how: How) -> None:
+    """`compress` of each; of two that have states in one launch."""
+    if len(compressors) == 2 and all(c.state is not None for c in compressors):
+        compress_many(compressors, step, **how._asdict())
+        return
+    for c in compressors:
+        weights = {"spec": c.spec, "ape": c.ape, "norm_weight": c.norm_weight, "rope": c.rope}
+        compress(c.kv_score, step, c.state, c.cache, **weights, **how._asdict())
 
 
 def _buffer(states: Sequence[FoldState], count: int, inside: bool) -> torch.Tensor:
-    return torch.zeros(message_bytes(states, count, inside), dtype=torch.uint8, device=states[0].device)
+    return torch.empty(message_bytes(states, count, inside), dtype=torch.uint8, device=states[0].device)

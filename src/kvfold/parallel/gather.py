@@ -47,7 +47,7 @@ def bundle_bytes(compressors: Sequence[Compressor], plan: ParallelPlan) -> int:
 
 @torch.inference_mode()
 def gather(compressors: Sequence[Compressor], plan: ParallelPlan, transport: Transport) -> None:
-    data = torch.zeros(bundle_bytes(compressors, plan), dtype=torch.uint8, device=plan.device)
+    data = torch.empty(bundle_bytes(compressors, plan), dtype=torch.uint8, device=plan.device)
     mine = Bundle.of(data, compressors, plan)
     mine.errors.copy_(plan.errors)
     for c, records in zip(_with_cache(compressors), mine.records, strict=True):

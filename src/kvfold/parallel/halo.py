@@ -7,6 +7,7 @@ begin further left, one or two of each segment, are made from a small tensor: ro
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -63,26 +64,31 @@ class CutPacking:
         seams = self._seams(rank)
         by_segment = {seam.segment: seam for seam in seams}
         pieces, rests, small, order = [], [], [], []
-        seam_count = sum(len(seam.windows) for seam in seams)
+        self.seam_entries, self.inside_entries = sum(len(seam.windows) for seam in seams), 0
         for segment in own:
             seam = by_segment.get(segment)
             whole = self._whole(segment)
             if seam is not None:
-                order += range(len(small), len(small) + len(seam.windows))
-                first = seam.base - seam.reach
-                small += [(first + w * self.ratio, w, w == seam.windows[-1], 0) for w in seam.windows]
-            order += range(seam_count + len(pieces), seam_count + len(pieces) + len(whole))
+                number = sum(map(len, small))
+                order.append(torch.arange(number, number + len(seam.windows)))
+                small.append(self._pieces(seam.windows, seam.base - seam.reach))
+            number = self.seam_entries + self.inside_entries
+            order.append(torch.arange(number, number + len(whole)))
             first = segment.row - segment.start
-            pieces += [(first + w * self.ratio, w, w == whole[-1], 0) for w in whole]
+            pieces.append(self._pieces(whole, first))
+            self.inside_entries += len(whole)
             # What no window inside writes the gradient of: all that is behind the last one.
             start = first + (whole[-1] + 1) * self.ratio if len(whole) else segment.row
             behind = range(start, segment.row + segment.end - segment.start, self.ratio)
             rests += [(at, -1, min(self.ratio, behind.stop - at), 0) for at in behind]
-        self.entries, self.inside_entries, self.seam_entries = len(order), len(pieces), seam_count
+        self.entries = self.seam_entries + self.inside_entries
         self.inside = self._packing(tokens, pieces, rests)
         self.seams = self._packing(self._seam_rows(seams), small, []) if seams else None
-        self.order = None if order == [*range(len(order))] else self._indices(order)
-        self.last_start = max((w * self.ratio for _, w, *_ in (*pieces, *small)), default=0)
+        in_order = torch.cat([torch.arange(0), *order])
+        self.order = None if torch.equal(in_order, torch.arange(self.entries)) else in_order.to(device)
+        self.last_start = max(
+            (w[-1] * self.ratio for w in (*map(self._whole, own), *(s.windows for s in seams)) if w), default=0
+        )
         self._rows_at_seams(seams)
         self.lent = tuple(self._borrowed(other, rank) for other in range(shards.ranks) if other != rank)
         self.borrowed = tuple(self._borrowed(rank, other) for other in range(shards.ranks) if other != rank)
@@ -147,19 +153,22 @@ class CutPacking:
         return (s for s in self.shards.segments[rank] if s.sequence == sequence)
 
     def _numbers(self, rank: int) -> torch.Tensor:
-        first, found = [0], []
-        for length in self.shards.lengths:
-            first.append(first[-1] + length // self.ratio)
-        for sequence, windows in self.shards.windows(rank, self.ratio):
-            found += [first[sequence] + w for w in windows]
-        return self._indices(found)
+        first = [0, *accumulate(length // self.ratio for length in self.shards.lengths)]
+        found = [torch.arange(w.start, w.stop) + first[sequence] for sequence, w in self.shards.windows(rank, self.ratio)]
+        return torch.cat([torch.arange(0), *found]).to(self.device)
 
-    def _packing(self, tokens: int, pieces: list[tuple], rests: list[tuple]) -> Packing:
-        count = tokens // self.ratio + 1
-        rows = [*pieces, *rests]
-        rows += [(0, -1, 0, 0)] * (count - len(rows))
-        made = torch.tensor(rows, dtype=torch.int32).to(self.device)
-        ends = torch.tensor([0, len(pieces)], dtype=torch.int32).to(self.device)
+    def _pieces(self, windows: range, first: int) -> torch.Tensor:
+        """Of windows of one segment, as `Packing.pieces`. first: the row that position 0 would be."""
+        window = torch.arange(windows.start, windows.stop)
+        last = (window == windows.stop - 1).long()
+        return torch.stack([first + window * self.ratio, window, last, torch.zeros_like(window)], dim=1)
+
+    def _packing(self, tokens: int, pieces: list[torch.Tensor], rests: list[tuple]) -> Packing:
+        windows, count = sum(map(len, pieces)), tokens // self.ratio + 1
+        rests = rests + [(0, -1, 0, 0)] * (count - windows - len(rests))
+        rows = [*pieces, torch.tensor(rests, dtype=torch.int64).reshape(-1, 4)]
+        made = torch.cat(rows).int().to(self.device)
+        ends = torch.tensor([0, windows], dtype=torch.int32).to(self.device)
         # Its windows are anywhere in their sequences: `ContextParallel.entries` looks for their positions in the RoPE table.
         return Packing(tokens, self.ratio, 0, ends, made)
 

@@ -66,6 +66,15 @@ class Ends(NamedTuple):
     over: torch.Tensor
 
 
+class First(NamedTuple):
+    """Segments that go on from an earlier step: their sequences' slots in the states, int32, and their homes in scratch states.
+    passes_on: see `Sent`."""
+
+    slots: torch.Tensor
+    spots: Spots
+    passes_on: bool
+
+
 class ParallelPlan:
     """Who sends what to whom, and the plans of this rank's calls. Made by `ContextParallel.plan`.
 
@@ -75,6 +84,7 @@ class ParallelPlan:
         errors: int32 `[1]`: grows where something was refused, on this rank or, after a `gather`, on any. One refusal may be
             counted more than once, as all that needs it is refused as well.
         entry_slots: int64 `[E]`, the cache slots of all entries of the step in the order of one process, or None.
+        first: the rank's segments that go on from an earlier step.
         rounds: of the exchange, in order. In most steps it is one.
         entries: of each rank, the cache slots that its entries have in this rank's cache, int64.
         ends: of each rank.
@@ -110,11 +120,9 @@ class ParallelPlan:
         mine = None if self.entry_slots is None else self.entries[rank]
         self.step = self._step(own, [s.start for s in own], mine)
         made = schedule(shards, self.reads)
-        # Segments of which no other one of this step is the left neighbour, but an earlier step.
-        self.first = [s for s in own if s not in left and self.reads.anything(s.start)]
-        self.first_passes_on = self._pass_on(self.first, made)
-        self.first_slots = self._ints([self.state_slots[s.sequence] for s in self.first])
-        self.first_spots = self._spots(self.first, [s.start for s in self.first], True)
+        first = [s for s in own if s not in left and self.reads.anything(s.start)]
+        slots, spots = [self.state_slots[s.sequence] for s in first], self._spots(first, [s.start for s in first], True)
+        self.first = First(self._ints(slots), spots, self._pass_on(first, made))
         self.ends = tuple(self._ends_of(other, made) for other in range(shards.ranks))
         rounds = max([made.rounds, *(made.ready[s] + 1 for s in self._ending(rank, made))])
         self.rounds = tuple(self._round(made, number) for number in range(rounds))
@@ -187,16 +195,18 @@ class ParallelPlan:
             found.append(self.entry_slots[number + windows.start - window : number + windows.stop - window])
         return torch.cat(found)
 
+    def _last(self, rank: int) -> list[Segment]:
+        """The segments of a rank with which sequences end."""
+        ends = [start + length for start, length in zip(self.shards.start_pos, self.shards.lengths, strict=True)]
+        return [s for s in self.shards.segments[rank] if s.end == ends[s.sequence]]
+
     def _ending(self, rank: int, made: Schedule) -> list[Segment]:
-        """The segments of a rank with which sequences end that have a carry, by the round in which it can be known."""
-        shards, own = self.shards, self.shards.segments[rank]
-        ends = [s for s in own if s.end == shards.start_pos[s.sequence] + shards.lengths[s.sequence]]
-        return sorted((s for s in ends if self.reads.anything(s.end)), key=lambda s: made.ready[s])
+        """Those behind which there is a carry, by the round in which it can be known."""
+        return sorted((s for s in self._last(rank) if self.reads.anything(s.end)), key=lambda s: made.ready[s])
 
     def _ends_of(self, rank: int, made: Schedule) -> Ends:
-        shards, own, some = self.shards, self.shards.segments[rank], self._ending(rank, made)
-        ends = [s for s in own if s.end == shards.start_pos[s.sequence] + shards.lengths[s.sequence]]
-        over = [self.state_slots[s.sequence] for s in ends if s not in some]
+        some = self._ending(rank, made)
+        over = [self.state_slots[s.sequence] for s in self._last(rank) if s not in some]
         return Ends([self.state_slots[s.sequence] for s in some], [s.end for s in some], _long(over).to(self.device))
 
     def _round(self, made: Schedule, number: int) -> Round:

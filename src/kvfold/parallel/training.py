@@ -60,13 +60,8 @@ class Entries(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_entries: torch.Tensor):
         call, packing, count = ctx.call, ctx.call.packing, ctx.count
-        ape, norm_weight, rope, *rest = ctx.saved_tensors
-        given, tokens, small, kept = (
-            Parameters(ape, norm_weight, rope),
-            rest[:count],
-            rest[count : 2 * count],
-            rest[2 * count :],
-        )
+        *given, rest = *ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        given, tokens, small, kept = Parameters(*given), rest[:count], rest[count : 2 * count], rest[2 * count :]
         if packing.order is not None:
             d_entries = torch.empty_like(d_entries).index_copy_(0, packing.order, d_entries)
         at_seams, whole = d_entries.split([packing.seam_entries, packing.inside_entries])
@@ -76,7 +71,7 @@ class Entries(torch.autograd.Function):
         d_tokens = _parts(made[0])
         _return(call, d_tokens, _parts(made[-1]) if packing.seams is not None else small)
         d_ape, d_norm_weight = _weights(call, made)
-        return None, d_ape, d_norm_weight.to(norm_weight.dtype), None, *d_tokens
+        return None, d_ape, d_norm_weight.to(given.norm_weight.dtype), None, *d_tokens
 
 
 class AllEntries(torch.autograd.Function):
@@ -105,7 +100,7 @@ class AllEntries(torch.autograd.Function):
         sent = [Parcel(rank, d_all[packing.numbers[rank]].contiguous()) for rank in others if len(packing.numbers[rank])]
         received = {rank: torch.empty_like(mine) for rank in others if len(mine)}
         transport.exchange(sent, [Parcel(*one) for one in received.items()], "gradients of entries")
-        total = torch.zeros_like(mine, dtype=torch.float32)
+        total = torch.zeros_like(mine, dtype=torch.promote_types(mine.dtype, torch.float32))
         for rank in range(transport.size):  # one order on every rank
             total += received.get(rank, mine)
         return None, None, total.to(d_all.dtype)
