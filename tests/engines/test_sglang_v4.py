@@ -91,6 +91,23 @@ def test_chunks_then_decode(state: str) -> None:
                 assert torch.equal(records(page, rows, at), records(*whole.cache_of(other), at))
 
 
+def test_raw_rows_in_bf16() -> None:
+    """New rows are rounded as old ones are, wherever they are stored: the same bits however a request is cut."""
+    with plugged("pools"), config():
+        world, whole = (World([4, 128], dtype=torch.bfloat16) for _ in range(2))
+        for one in (world, whole):
+            spoil(one)
+            one.backend.allocate(1, 300)
+        extend(world, (1, 0, 100))
+        extend(world, (1, 100, 151))
+        for i in range(251, 263):
+            decode(world, (1, i))
+        extend(whole, (1, 0, 263))
+        for mine, other in zip(world.texts, whole.texts, strict=True):
+            assert len(mine.found) == 263 // mine.compressor.ratio
+            assert all(torch.equal(row, other.found[key]) for key, row in mine.found.items())
+
+
 def padding_is_untouched(world: World) -> bool:
     """Request 0 and page 0 still hold what `spoil` left, and no tags."""
     pool = world.backend.token_to_kv_pool
