@@ -4,13 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test aot tritons docs wheel hub lint format clean
+.PHONY: demo test engines aot tritons docs site wheel hub lint format clean
 
 demo: $(READY)
 	$(BIN)/kvfold demo --out demo-out
 
 test: $(READY)
 	$(BIN)/pytest -n 2 --dist worksteal
+
+# The integrations against vLLM's and SGLang's own classes, from their wheels (380 MB, downloaded once), on a CPU: their Triton
+# kernels run interpreted.
+engines: $(READY)
+	$(BIN)/python packaging/engines.py build/engines
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/engines
 
 # Every row of the table with every format, for every GPU in the support table, to files under build/aot; needs none of them, and
 # about an hour of two cores. Fails where a kernel does not compile; `kvfold aot sm_90 DIR` also where one spills more than it may.
@@ -34,6 +40,11 @@ tritons: $(READY)
 # Tables, pictures and marked parts of the documents, from results, formats and configurations.
 docs: $(READY)
 	$(BIN)/python -m benchmarks.publish.documents
+
+# The documents as a static site, in build/site.
+site: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[site]"
+	$(BIN)/python packaging/make_site.py build/site
 
 # The wheel, by way of the source distribution, and a new user's first steps with it in an environment of its own.
 wheel: $(READY)

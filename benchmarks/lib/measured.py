@@ -70,7 +70,7 @@ def markdown(header: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
 
 
 def _is_number(cell: str) -> bool:
-    return cell in ("", "-") or cell[0].isdigit()
+    return cell in ("", "-") or cell.lstrip("*")[0].isdigit()
 
 
 def taken(rows: Rows) -> str:
@@ -99,7 +99,10 @@ def decode_summary(rows: Rows) -> str:
 
 
 def _summary(rows: Rows, bench: str, header: tuple[str, ...], wanted: list[tuple[str, list[Case], str, bool]]) -> str:
-    """Microseconds, and behind them those of the best pipeline of another project; a line for each of `wanted` with rows."""
+    """Microseconds, bold where slower than what stands behind them: those of the best pipeline of another project.
+
+    A line for each of `wanted` with rows.
+    """
 
     def body(device: str) -> tuple[str, Rows]:
         ours, lines, used = of(rows, bench, device), [], []
@@ -117,7 +120,9 @@ def _beside(case: Case, row: dict | None, device: str, raw: bool) -> str:
     if row is None:
         return ""
     peer = table.peer_of(case, row["variant"], raw) if device == PEERS_DEVICE else None
-    return f"{row['us']:.1f}" + (f" ({peer[0]:.1f})" if peer else "")
+    if peer is None:
+        return f"{row['us']:.1f}"
+    return (f"**{row['us']:.1f}**" if row["us"] > peer[0] else f"{row['us']:.1f}") + f" ({peer[0]:.1f})"
 
 
 def prefill_summary(rows: Rows) -> str:

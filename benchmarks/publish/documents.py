@@ -31,6 +31,8 @@ def pictures(rows: Rows) -> dict[str, list[Panel]]:
     for bench, panels in (("decode", plot.decode_panels), ("prefill", plot.prefill_panels)):
         for device in measured.devices(rows, bench):
             found[f"{bench}-{measured.slug(device)}.svg"] = panels(rows, device, device == measured.PEERS_DEVICE)
+    for device in measured.devices(rows, "window_reduction"):
+        found[f"why-{measured.slug(device)}.svg"] = plot.why_panels(rows, device)
     return found
 
 
@@ -42,12 +44,14 @@ def tables(rows: Rows) -> dict[str, str]:
 
 def parts(rows: Rows) -> dict[str, str]:
     """What stands between the marks of a name, in any page."""
+    short = [row for row in rows if row["device"] == measured.PEERS_DEVICE]  # as README is
     made = {
         "formats": layouts.formats_table(),
         "pages": layouts.pages(),
         "configs": layouts.configs_table(),
         "states": layouts.states_table(),
-        "speed": measured.decode_summary([row for row in rows if row["device"] == measured.PEERS_DEVICE]),  # README is short
+        "speed": measured.decode_summary(short),
+        "speed_of_prompts": measured.prefill_summary(short),
         "decode": measured.decode_summary(rows) + _links(rows, "decode"),
         "prefill": measured.prefill_summary(rows) + _links(rows, "prefill"),
         "mixed": measured.mixed_summary(rows),

@@ -88,6 +88,36 @@ def prefill_panels(rows: Rows, device: str, peers: bool) -> list[Panel]:
     return found
 
 
+def why_panels(rows: Rows, device: str) -> list[Panel]:
+    """From one warp for a window of raw rows to a fold: steps of 4 tokens in which every sequence ends a window of 128."""
+    cases = [Case("decode", 512, 128, batch, 4, "hit") for batch in (16, 64, 128, 256)]
+    ticks, states = [(float(case.batch), str(case.batch)) for case in cases], measured.of(rows, "decode", device)
+    reduced, orange, blue = measured.of(rows, "window_reduction", device), "#b5651d", "#1f6f8b"
+
+    def line(label: str, found: dict, variant: str, key: str, **style: object) -> Series:
+        own = [(float(case.batch), found.get((case.name, variant), {})) for case in cases]
+        points = [(batch, row[key]) for batch, row in own if key in row]
+        return Series(label, points, {"linewidth": 2, **style})
+
+    dotted = {"linewidth": 1, "linestyle": ":"}
+    first = [
+        line("one warp for each window", reduced, "one_warp", "us", color="#555555", marker="x"),
+        line("many programs for each window", reduced, "shipped", "us", color=orange, marker="^"),
+        line("floor: reading the raw rows", reduced, "shipped", "floor_us", color=orange, **dotted),
+    ]
+    window, fold = "window:fp8_ds_mla", "fold:fp8_ds_mla"
+    second = [
+        line("many programs for each window", states, window, "us", color=orange, marker="^"),
+        line("floor: reading the raw rows", states, window, "floor_us", color=orange, **dotted),
+        line("fold rows", states, fold, "us", color=blue, marker="o"),
+        line("floor: reading the fold rows", states, fold, "floor_us", color=blue, **dotted),
+    ]
+    titles = "1. The reduction of 128 raw rows", "2. What has to be read at all"
+    panels = zip(titles, (first, second), strict=True)
+    drawn = [Panel(title, "sequences", "microseconds", ticks, [s for s in lines if s.points]) for title, lines in panels]
+    return [panel for panel in drawn if panel.series]
+
+
 def _shapes(ours: dict[tuple[str, str], dict]) -> list[tuple[int, int]]:
     """Sequences and tokens of each, of the cases that are not mixed."""
     ends = {tuple(case.split()[-2:]) for case, _ in ours if case.startswith("pre ")}

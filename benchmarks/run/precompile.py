@@ -110,6 +110,7 @@ def keys(only: str = "") -> list[Key]:
     found |= engine_keys()
     for case in training.cases():
         found |= {f"{case.name} {kernel}": key for kernel, key in training.keys_of(case).items()}
+        found |= {f"{case.name} quant {kernel}": key for kernel, key in training.keys_of(case, quantized=True).items()}
         if "sweep" in only:  # what `training --sweep` times, and nobody else
             for kernel, told, _ in training.other_rows(case):
                 found |= {f"sweep {case.name} {kernel} {told}: {name}": key for name, key in training.keys_of(case).items()}

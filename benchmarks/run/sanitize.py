@@ -1,10 +1,10 @@
 """Runs GPU tests under compute-sanitizer's four tools, side by side, and appends one line for each.
 
 python -m benchmarks.run.sanitize --out benchmarks/results/sanitizer.jsonl [--tools memcheck,racecheck] [--timeout SECONDS]
-                              [--tests tests/calls/test_padding.py,...] [--only cuda] [--processes 4]
+                              [--tests calls,states,training,tests/calls/test_padding.py,...] [--only cuda] [--processes 4]
 
-The tests of a tool are dealt out to several processes. A tool of which one did not finish in time has "errors": null, which
-is no verdict.
+`calls` (the default), `states` and `training` are sets of tests (`TESTS`). The tests of a tool are dealt out to several
+processes. A tool of which one did not finish in time has "errors": null, which is no verdict.
 """
 
 from __future__ import annotations
@@ -18,12 +18,37 @@ from concurrent.futures import ThreadPoolExecutor
 from ..lib import bounded, protocol
 
 TOOLS = "memcheck,racecheck,initcheck,synccheck"
-# Padding, refusals and slot reuse over both kinds of state, shared windows, pairs, plans, stores and snapshots.
-TESTS = (
-    "tests/calls/test_padding.py,tests/calls/test_plan.py,tests/calls/test_store.py,tests/calls/test_many.py,"
-    "tests/calls/test_window_refused.py,tests/storage/test_snapshots.py,tests/kernels/test_configs.py"
-)
+TESTS = {
+    # Padding, refusals and slot reuse over both kinds of state, shared windows, pairs, plans, stores and snapshots.
+    "calls": (
+        "tests/calls/test_padding.py", "tests/calls/test_plan_metadata_calls.py", "tests/calls/test_store.py",
+        "tests/calls/test_many.py", "tests/calls/test_window_refused.py", "tests/storage/test_snapshots.py",
+        "tests/kernels/test_configs.py",
+    ),
+    # What programs of one launch may read of each other's windows: long and short steps over input rows, rewinds, rings that
+    # turn, states in an engine's pages, and banks that keep each draft.
+    "states": (
+        "tests/storage/test_state.py", "tests/storage/test_state_pages.py::test_same_bits_as_a_state_of_its_own",
+        *(f"tests/calls/test_history.py::test_histories[cuda-{name}]"
+          for name in ("csa", "csa-bf16-state", "ratio-2", "rows-8")),
+        "tests/calls/test_window_ring.py::test_histories", "tests/calls/test_mean.py",
+    ),
+    # Forward and backward of packed sequences: ratios 1 to 128, windows that programs share, records.
+    "training": (
+        "tests/training/test_training_gradients.py::test_against_fp64",
+        "tests/training/test_training_gradients.py::test_real_shapes_against_fp64",
+        "tests/training/test_training_bits.py::test_a_sequence_has_its_bits_in_every_packing",
+        "tests/training/test_training_bits.py::test_the_table_changes_no_bit_but_by_groups",
+        *(f"tests/training/test_training_bits.py::test_fake_quantization_is_what_is_read_of_the_records[cuda-{name}]"
+          for name in ("fp8_ds_mla", "indexer_mxfp4", "fp8_tensor")),
+    ),
+}  # fmt: skip
 SUMMARY = re.compile(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+)")
+
+
+def chosen(text: str) -> list[str]:
+    """Paths of sets, files and tests that are separated by commas."""
+    return [path for word in text.split(",") for path in TESTS.get(word, (word,))]
 
 
 def collect(tests: list[str], only: str) -> list[str]:
@@ -43,11 +68,11 @@ def part(tool: str, names: list[str], timeout: float) -> tuple[dict[str, int], i
     return counts, sum(map(int, found)) if found else None, output
 
 
-def run(tool: str, tests: list[str], names: list[str], args: argparse.Namespace) -> dict:
+def run(tool: str, names: list[str], args: argparse.Namespace) -> dict:
     start, count = time.monotonic(), min(args.processes, len(names))
     with ThreadPoolExecutor(count) as pool:
         parts = list(pool.map(lambda i: part(tool, names[i::count], args.timeout), range(count)))
-    row = {"bench": "sanitizer", "tool": tool, "tests": " ".join(tests), "only": args.only}
+    row = {"bench": "sanitizer", "tool": tool, "tests": args.tests, "only": args.only}
     row |= {word: sum(counts.get(word, 0) for counts, _, _ in parts) for word in ("passed", "failed")}
     errors = [found for _, found, _ in parts]
     row["errors"] = None if None in errors else sum(errors)
@@ -61,17 +86,17 @@ def run(tool: str, tests: list[str], names: list[str], args: argparse.Namespace)
 def main() -> int:
     parser = protocol.parser(__doc__)
     parser.add_argument("--tools", default=TOOLS)
-    parser.add_argument("--tests", default=TESTS)
+    parser.add_argument("--tests", default="calls", help="sets, files or tests (default: %(default)s)")
     parser.add_argument("--only", default="cuda and not torch-cuda", help="pytest's -k (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=4, help="of each tool (default: %(default)s)")
     parser.add_argument("--timeout", type=float, default=600)
     args = parser.parse_args()
-    where, tools, tests = protocol.environment(args.commit), args.tools.split(","), args.tests.split(",")
-    names = collect(tests, args.only)
+    where, tools = protocol.environment(args.commit), args.tools.split(",")
+    names = collect(chosen(args.tests), args.only)
     if not names:
         parser.error(f"--tests and --only choose no test, got {args.tests!r} and {args.only!r}")
     with ThreadPoolExecutor(len(tools)) as pool:
-        rows = list(pool.map(lambda tool: run(tool, tests, names, args), tools))
+        rows = list(pool.map(lambda tool: run(tool, names, args), tools))
     for row in rows:
         print(row)
         protocol.append_rows(args.out, [row | where])

@@ -1,4 +1,5 @@
-"""Times training calls: forward, backward and both of packed sequences, what they cost the host, and the memory they need.
+"""Times training calls: forward, backward and both of packed sequences, the forward with fake quantization (`quant`), what they
+cost the host, and the memory they need.
 
 python -m benchmarks.run.training --out benchmarks/results/training.jsonl [--only SUBSTRING] [--sweep]
 
@@ -17,7 +18,8 @@ from typing import NamedTuple
 import torch
 
 import kvfold
-from kvfold.training import Packing, compress, compress_backward, compress_forward, launch, table
+from kvfold.storage.formats import FORMATS
+from kvfold.training import Packing, compress, compress_backward, compress_forward, keys, launch, problem, table
 from kvfold.training.variants import TrainingKey
 
 from ..lib import protocol
@@ -25,11 +27,16 @@ from ..lib.table import show
 from .overhead import host_us
 
 DEVICE = "cuda"
-VARIANTS = ("fwd", "bwd", "both")
+VARIANTS = ("fwd", "bwd", "both", "quant")
+FAKE_QUANT = {512: "fp8_ds_mla", 128: "indexer_mxfp4"}  # of `quant`, by head_dim
 BF16 = torch.bfloat16
 # What is tried beside the rows of the table, for each kernel: fields that change together.
 SWEEP: dict[str, tuple[dict[str, int], ...]] = {
-    "forward": tuple({"num_warps": w, "registers": r, "ahead": a} for w in (2, 4, 8) for r in (0, 64, 128) for a in (4, 8, 16)),
+    "forward": (
+        *({"num_warps": w, "registers": r, "ahead": a} for w in (2, 4, 8) for r in (0, 64, 128) for a in (4, 8, 16)),
+        *({"num_warps": w, "slice": s} for w, s in ((8, 0), (2, 128), (4, 128), (4, 256), (8, 256))),
+    ),
+    "entries": tuple({"num_warps": w} for w in (2, 4, 8)),
     "again": (
         *({"num_warps": w, "registers": r} for w, r in ((1, 0), (1, 128), (2, 0), (2, 80), (4, 0), (4, 128), (8, 0), (8, 96))),
         *({"groups": g} for g in (128, 256, 384, 512, 768, 1024, 2048)),
@@ -97,10 +104,13 @@ class Buffers:
 
     def run(self, variant: str) -> None:
         held, kept = [], self.kept
-        if variant != "bwd":
+        if variant == "quant":
+            name = FAKE_QUANT[self.given["spec"].head_dim]
+            held = [compress_forward(self.rows, self.packing, **self.given, fake_quant=name)]
+        elif variant != "bwd":
             held = [compress_forward(self.rows, self.packing, **self.given)]
             kept = held[0].kept
-        if variant != "fwd":
+        if variant in ("bwd", "both"):
             held.append(compress_backward(self.g, self.rows, self.packing, kept, **self.given))
         self.held = held
 
@@ -178,10 +188,11 @@ def sweep(case: Case) -> list[tuple[str, float]]:
     return found
 
 
-def keys_of(case: Case) -> dict[str, TrainingKey]:
+def keys_of(case: Case, quantized: bool = False) -> dict[str, TrainingKey]:
     """Of each launch of a step, by its kernel."""
-    how = launch.How(case.spec, True, BF16, None, False, "")
-    return launch.keys_of(how, (BF16, False, torch.float32), case.capacity)
+    fmt = FORMATS[FAKE_QUANT[case.spec.head_dim]] if quantized else None
+    how = problem.How(case.spec, problem.rounds_rows(None, fmt, BF16), BF16, fmt, False, "")
+    return keys.keys_of(how, (BF16, False, torch.float32), case.capacity)
 
 
 _CONFIGS = table.CONFIGS
@@ -228,7 +239,7 @@ def main() -> int:
     return 0
 
 
-_HALVES = {"fwd": (0, 1), "bwd": (1, 2), "both": (0, 2)}
+_HALVES = {"fwd": (0, 1), "bwd": (1, 2), "both": (0, 2), "quant": (0, 1)}
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -1,6 +1,6 @@
 """kvfold: GPU kernels for the KV-cache compressor of DeepSeek-V4."""
 
-from . import ops, reference, training
+from . import ops, parallel, reference, training
 from ._version import __version__
 from .compress import compress, compress_many
 from .contract import UnsupportedError
@@ -13,7 +13,7 @@ from .precompile.warmup import warmup
 from .restore import restore
 from .spec import V4_CSA, V4_HCA, V4_INDEXER, V41_INDEX_K, V41_MAIN_R1, V41_MAIN_R2, CompressorSpec
 from .storage.cache import EntryCache
-from .storage.fold_state import FoldState
+from .storage.fold_state import FoldState, carry_bytes
 from .storage.mean_state import MeanState
 from .storage.snapshots import Snapshots
 from .storage.step import Compressor
@@ -39,11 +39,13 @@ __all__ = [
     "WindowState",
     "__version__",
     "aot",
+    "carry_bytes",
     "check",
     "compress",
     "compress_many",
     "dump",
     "ops",
+    "parallel",
     "reference",
     "replay",
     "restore",

@@ -1,3 +1,3 @@
 """The version, which packaging and the command line read too."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

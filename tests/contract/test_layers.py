@@ -19,7 +19,7 @@ KERNELS = "backend_triton/kernels/"
 # From top to bottom, as DESIGN.md has them (Layout). A module belongs to the longest name that its own begins with.
 LEVELS = (
     ("__init__", "__main__", "cli"),
-    ("demo", "verify", "debug", "explain", "testing", "integrations", "precompile"),
+    ("demo", "verify", "debug", "explain", "testing", "integrations", "parallel", "precompile"),
     ("compress", "store", "restore", "plan", "training"),
     ("ops",),
     ("calls",),

@@ -37,22 +37,22 @@ def sample() -> list[tuple[Combination, str]]:
     chosen.append((next(c for c in every if c.kind == "fold" and c.fmt is not None and c.config.slice), "sm_100"))
     few = {
         "plan": ("sm_90", "gfx942"),
-        "window": ("sm_90", "sm_80", "gfx950"),
+        "window": ("sm_80", "gfx950"),
         "pair": ("sm_90",),
         "restore": ("sm_80", "gfx950"),
     }
     for kind, wanted in few.items():
         some = [c for c in every if c.kind == kind]
         chosen += [(some[i * (len(some) - 1) // max(len(wanted) - 1, 1)], target) for i, target in enumerate(wanted)]
-    # Steps over a FoldState meet each target once, by turns in a kernel for short steps and in one for long ones; the other
-    # formats `store`, which finishes entries by the same code and compiles in a fifth of the time.
+    # Each target has a step over a FoldState, by turns of both kinds and for short and long steps; the other formats `store`,
+    # which finishes entries by the same code and compiles in a fifth of the time.
     for i, name in enumerate(FORMATS):
-        turn, kind = i // 2 % len(targets), ("fold", "rows")[i % 2] if i < 2 * len(targets) else "store"
+        turn, kind = i // 2, ("fold", "rows")[i % 2] if i < len(targets) else "store"
         fitting = [c for c in every if c.kind == kind and c.fmt is not None and c.fmt.name == name]
         fitting = [c for c in fitting if kind != "fold" or c.config.ahead < 16]  # which take as long; test_configs.py has them
         if kind != "store":
             fitting = [c for c in fitting if bool(c.config.programs) == bool((i + turn) % 2)]
-        chosen.append((fitting[i % len(fitting)], targets[turn if kind != "store" else i % len(targets)]))
+        chosen.append((fitting[i % len(fitting)], targets[i % len(targets)]))
     return chosen
 
 
@@ -272,6 +272,7 @@ MOST = (
     "rows hd512 R4 overlap rows ahead8 warps4 n8",
     "rows hd512 R4 overlap fp8_ds_mla ahead4 warps2 windows18",
     "rows hd512 R4 overlap fp8_ds_mla ahead8 warps2 snapshots",
+    _PAIR.format("ahead4 warps2 windows18", "indexer_fp8_vllm"),
     _PAIR.format("ahead8 warps2", "indexer_mxfp4"),
     "rows hd128 R4 overlap hadamard mxfp4 ahead8 warps1",
     "window hd256 R4 overlap hadamard bf16 ahead4 warps2 page4",

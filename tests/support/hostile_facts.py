@@ -12,6 +12,10 @@ from kvfold import EntryCache, FoldState, Snapshots, StepPlan, WindowState
 
 def disagreement(function: str, given: dict[str, Any]) -> str | None:
     """The first two that differ, in words; None where all agree."""
+    if function in ("training.compress", "training.compress, two", "compress_backward"):
+        packing, rows, spec = given["packing"], given["kv_score"], given["spec"]
+        facts = ("ratio of packing", packing.ratio, spec.ratio), ("tokens of packing", packing.tokens, rows.shape[0])
+        return next((f"{what}: {one} and {other}" for what, one, other in facts if one != other), None)
     if function == "compress_many" and given["compressors"] is not None:
         return None  # others than those that are here
     prefixes = ("0.", "1.") if function == "compress_many" else ("",)

@@ -17,8 +17,9 @@ from kvfold import CompressorSpec, EntryCache, FoldState, Snapshots, StepPlan, W
 from kvfold.storage.fold_state import state_kind
 from kvfold.storage.formats import FORMATS, RecordFormat
 from kvfold.storage.step import Compressor
+from kvfold.training import Packing
 
-KINDS = (StepPlan, EntryCache, FoldState, WindowState, Snapshots, CompressorSpec, RecordFormat)
+KINDS = (StepPlan, EntryCache, FoldState, WindowState, Snapshots, CompressorSpec, RecordFormat, Packing)
 
 # By the text that makes them, for a report. No number makes a call allocate much: what bounds cost is a caller's business.
 VALUES: dict[str, Any] = {

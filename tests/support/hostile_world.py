@@ -17,14 +17,14 @@ from support.helpers import Backend
 from torch import Tensor
 
 import kvfold
-from kvfold import EntryCache, FoldState, Snapshots, StepPlan, WindowState
+from kvfold import EntryCache, FoldState, Snapshots, StepPlan, WindowState, training
 
 OBJECTS = ("state", "cache", "snapshots", "plan")
 COMPRESSOR = ("kv_score", "state", "cache", "spec", "ape", "norm_weight", "rope", "snapshots")
 SPARE = 1 << 17  # bytes of the arena for tensors that a case lays out anew
 NOT_GIVEN = ("state_slots", "entry_slots", "cache_block_table", "rows_per_page", "snapshot_table", "snapshot_page_size",
              "page_size")  # fmt: skip
-FOLD_KINDS, ALL_KINDS = tuple(kind for kind in KINDS if kind != "window"), tuple(KINDS)
+FOLD_KINDS, ALL_KINDS, SHORT_KINDS = tuple(kind for kind in KINDS if kind != "window"), tuple(KINDS), ("rows", "fold")
 
 
 class Function(NamedTuple):
@@ -128,7 +128,33 @@ def _mark(given: dict[str, Any]) -> None:
     kvfold.ops.mark_static(*(value for value in given.values() if value is not None))
 
 
+def _train(given: dict[str, Any]) -> dict[str, Tensor]:
+    """Entries and latents, and if anything wants a gradient those, too."""
+    named = dict(given)
+    value, score, packing = named.pop("kv_score"), named.pop("score", None), named.pop("packing")
+    results = training.compress(value if "score" not in given else (value, score), packing, **named)
+    both = results if isinstance(results, tuple) else (results,)
+    found = dict(zip(("entries", "latent"), both, strict=False))
+    leaves = {n: x for n, x in given.items() if isinstance(x, Tensor) and x.requires_grad and n not in ("rope", "cache_scale")}
+    if leaves and all(x.requires_grad for x in both):
+        gradients = torch.autograd.grad([x.sum() for x in both], list(leaves.values()))
+        found |= {f"gradient of {name}": x for name, x in zip(leaves, gradients, strict=True)}
+    return found
+
+
+def _train_backward(given: dict[str, Any]) -> dict[str, Any]:
+    positional, named = _named(given, "d_entries", "kv_score", "packing", "kept")
+    return training.compress_backward(*positional, **named)._asdict()
+
+
+def _pack(given: dict[str, Any]) -> dict[str, Tensor]:
+    positional, named = _named(given, "cu_seqlens", "tokens", "ratio")
+    made = training.Packing.build(*positional, **named)
+    return {"pieces": made.pieces, "cu_entries": made.cu_entries}
+
+
 _HOW = ("backend", "pdl")
+_TRAIN = ("packing", "spec", "ape", "norm_weight", "rope", "round_rows", "out_dtype", "fake_quant")
 _PLACED = ("rows", "cache", "slots", "positions", "spec", "norm_weight", "rope", "errors")
 _WRITTEN = ("state", "cache", "snapshots", "rows", "latent")
 FUNCTIONS: dict[str, Function] = {
@@ -156,6 +182,16 @@ FUNCTIONS: dict[str, Function] = {
     "dump": Function("compress", ALL_KINDS, (*COMPRESSOR, "plan", "rows", "latent", *_HOW), _dump),
     "check, placed": Function("place", ALL_KINDS, (*_PLACED, "backend"), _check_placed),
     "dump, placed": Function("place", ALL_KINDS, (*_PLACED, *_HOW), _dump_placed),
+    "training.compress": Function(
+        "train", SHORT_KINDS, ("kv_score", *_TRAIN, "cache_scale", "latent", "backend"), _train,
+    ),
+    "training.compress, two": Function(
+        "train", SHORT_KINDS, ("kv_score", "score", *_TRAIN, "cache_scale", "latent", "backend"), _train,
+    ),
+    "compress_backward": Function(
+        "train", SHORT_KINDS, ("d_entries", "kv_score", "kept", *_TRAIN, "d_latent", "backend"), _train_backward,
+    ),
+    "Packing.build": Function("train", SHORT_KINDS, ("cu_seqlens", "tokens", "ratio", "max_seqlen"), _pack),
 }  # fmt: skip
 # What a constructor alone takes is spoiled before it makes an object of any of the above: see `Spoil.when`.
 
@@ -178,10 +214,12 @@ class HostileWorld(World):
             self.leaves["scales"] = self.leaves["cache.scales"]
         for field in NOT_GIVEN:
             self.leaves.setdefault(f"plan.{field}", None)
-        if "latent" in self.function.arguments:
+        if "latent" in self.function.arguments and "rows" in self.leaves:
             self.leaves["latent"] = self.put(self.leaves["rows"].bfloat16())
         if self.function.world == "check":
             self.leaves["full_history"] = None
+        if self.function.world == "train":
+            self._train()
         if self.function.world != "compress" and "rows" not in self.function.arguments:
             self.leaves.pop("rows", None)
         assert self.used + SPARE <= ARENA
@@ -191,6 +229,25 @@ class HostileWorld(World):
         names = self.function.arguments
         self.taken = [n for n in self.leaves if n in names or any(n.startswith(name + ".") for name in names)]
         self.reset()
+
+    def _train(self) -> None:
+        """Packed sequences of whole windows, tails and nothing, in place of a step."""
+        good, spec, two = self.leaves, self.spec, "score" in self.function.arguments
+        found = {name: good[name] for name in ("spec", "ape", "norm_weight", "rope", "backend")}
+        rows = torch.cat([good["kv_score"]] * 3)[:50]
+        parts = {"kv_score": rows[:, : spec.channels], "score": rows[:, spec.channels :]} if two else {"kv_score": rows}
+        found |= {name: self.put(part.contiguous()) for name, part in parts.items()}
+        cu_seqlens = self.ints(0, 9, 9, 41)
+        own = {"cu_seqlens": cu_seqlens, "tokens": 50, "ratio": spec.ratio, "max_seqlen": 40}
+        found |= own if self.function.call is _pack else {f"packing.{name}": value for name, value in own.items()}
+        found |= dict.fromkeys(("round_rows", "out_dtype", "cache_scale", "d_latent")) | {"latent": False}
+        found["fake_quant"] = "mxfp4" if self.kind == "rows" else None
+        if "kept" in self.function.arguments:
+            given = {name: found[name] for name in ("spec", "ape", "norm_weight", "rope", "fake_quant")}
+            packing = training.Packing.build(cu_seqlens, 50, spec.ratio, max_seqlen=40)
+            made = training.compress_forward(found["kv_score"], packing, **given, backend="torch")
+            found |= {"kept": self.put(made.kept), "d_entries": self.put(torch.ones_like(made.entries))}
+        self.leaves = {name: value for name, value in found.items() if name.split(".")[0] in self.function.arguments}
 
     def reset(self) -> None:
         self.arena.copy_(self._pristine)
@@ -229,6 +286,8 @@ class HostileWorld(World):
             return self.state(prefix)
         if last == "snapshots":
             return self.snapshots(prefix)
+        if last == "packing":
+            return self._make(training.Packing.build, "packing")
         if last == "cache":
             return self._make(EntryCache, prefix + "cache", spec=self._spec_of(prefix))
         return self.leaves.get(name)

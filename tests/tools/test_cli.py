@@ -16,11 +16,14 @@ from support.debug_support import Call
 from typer.testing import CliRunner
 
 import kvfold
+from kvfold import integrations
 from kvfold.backend_torch import fold as backend_torch
 from kvfold.cli import bench, show
 from kvfold.cli.app import app
 from kvfold.demo import run as demo
+from kvfold.integrations import switch
 from kvfold.integrations.transformers import cache as transformers_cache
+from kvfold.integrations.vllm import plugin as vllm_plugin
 from kvfold.storage.formats import FORMATS
 from kvfold.testing import Step
 
@@ -156,6 +159,34 @@ def test_info_shows_the_kernels_table():
     assert all(
         output.count(f"│ {kind} ") == sum(row[0].kind == kind for row in ROWS) for kind in ("fold", "rows", "window", "store")
     )
+
+
+class Point:
+    """The entry point of a plug-in, as an installed package has it."""
+
+    name = "kvfold"
+
+    def load(self):
+        return vllm_plugin.load
+
+
+def test_info_says_which_engines_run_on_kvfold(monkeypatch):
+    monkeypatch.delenv("KVFOLD_ENGINES", raising=False)
+    monkeypatch.setattr(integrations.metadata, "entry_points", lambda group: [Point()] if group.startswith("vllm") else [])
+    lines = call("info", columns=200).output.splitlines()
+    rows = {name: line for line in lines for name in ("vllm", "sglang") if line.startswith(f"│ {name} ")}
+    assert "found" in rows["vllm"] and "missing" in rows["sglang"] and all("off" in row for row in rows.values())
+    monkeypatch.setitem(switch.ON, "vllm", "all of it")
+    assert "all of it" in call("info", columns=200).output
+
+
+def test_info_says_why_an_engine_does_not(monkeypatch):
+    monkeypatch.setenv("KVFOLD_ENGINES", "vllm")
+    monkeypatch.setitem(sys.modules, "vllm", None)  # as where it is not installed
+    monkeypatch.setattr(integrations.metadata, "entry_points", lambda group: [Point()] if group.startswith("vllm") else [])
+    assert "not on: vllm must be installed" in call("info", columns=200).output
+    monkeypatch.setattr(integrations.metadata, "entry_points", lambda group: [])
+    assert "not loaded in this process" in call("info", columns=200).output
 
 
 def test_verify_passes_and_fails(tmp_path, monkeypatch):

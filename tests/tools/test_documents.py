@@ -119,7 +119,7 @@ def test_devices_never_share_a_table(tmp_path: Path) -> None:
         assert "4.1" in other and "2.5" not in other and "6.9" not in other and "sglang" not in other
     assert "H100" in documents.parts(rows)["decode"] and "H100" not in documents.parts(rows)["speed"]
     drawn = documents.pictures(rows)
-    assert set(drawn) == {"decode-h200.svg", "decode-h100.svg", "prefill-h200.svg"}
+    assert set(drawn) == {"decode-h200.svg", "decode-h100.svg", "prefill-h200.svg", "why-h200.svg"}
     labels = {name: {s.label for panel in panels for s in panel.series} for name, panels in drawn.items()}
     assert any("other projects" in label for label in labels["decode-h200.svg"])
     assert not any("other projects" in label for label in labels["decode-h100.svg"])
@@ -130,7 +130,8 @@ def test_every_bench_has_its_part(tmp_path: Path) -> None:
     assert not [name for name, text in made.items() if text == documents.MISSING]
     for name, cells in {
         "speed": "| ratio 128, 4 tokens, all end a window | 2.5 (6.9) |  |  |",
-        "prefill": "| ratio 128 | 15.6 (9.7) |  |  |  |",
+        "speed_of_prompts": "| ratio 128 | **15.6** (9.7) |  |  |  |",
+        "prefill": "| ratio 128 | **15.6** (9.7) |  |  |  |",
         "mixed": "| 17.5 | 15.5 | 2.8 |",
         "plan": "| r4 b16 n4 | 2.88 |",
         "host": "| fold:fp8_ds_mla | 20.5 | 60.2 | 70.8 |",
@@ -165,7 +166,7 @@ def test_written_once_and_then_up_to_date(tmp_path: Path) -> None:
     path = results / "decode.jsonl"
     path.write_text(path.read_text() + json.dumps(row("decode", HIT.name, "fold:fp8_ds_mla", 2.25)) + "\n")
     changed = documents.stale(root, results, write=False)
-    assert changed == ["docs/tables/decode.md", "README.md", "docs/plots/decode-h200.svg"]
+    assert changed == ["docs/tables/decode.md", "README.md", "docs/plots/decode-h200.svg", "docs/plots/why-h200.svg"]
 
 
 def test_fingerprints_follow_the_points() -> None:

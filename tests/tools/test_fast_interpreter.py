@@ -28,6 +28,11 @@ def reduce_kernel(x, out, AXIS: tl.constexpr, KEEP: tl.constexpr):
     tl.store(out + at, tl.zeros([8, 4], tl.float32) + (first + second if KEEP else tl.sum(first + second)))
 
 
+def as_triton_does(patch: pytest.MonkeyPatch) -> None:
+    for owner, name, ours in fast_interpreter.REPLACED:
+        patch.setattr(owner, name, fast_interpreter.ORIGINAL[ours.__name__])
+
+
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_reductions_are_in_the_same_order(axis: int, keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,9 +41,7 @@ def test_reductions_are_in_the_same_order(axis: int, keep: bool, monkeypatch: py
     assert interpreter.ReduceOps.generic_reduce is fast_interpreter.generic_reduce
     reduce_kernel[(1,)](x, ours, axis, keep)
     with monkeypatch.context() as patch:
-        for name in ("_patch_lang", "_get_np_dtype"):
-            patch.setattr(interpreter, name, fast_interpreter.ORIGINAL[name])
-        patch.setattr(interpreter.ReduceOps, "generic_reduce", fast_interpreter.ORIGINAL["generic_reduce"])
+        as_triton_does(patch)
         reduce_kernel[(1,)](x, theirs, axis, keep)
     assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32)) and bool(ours.abs().sum() > 0)
 
@@ -59,4 +62,33 @@ def test_every_dtype_is_the_same() -> None:
     ]
     for kind in [*plain, tl.pointer_type(tl.float32)]:
         for each in (kind, tl.block_type(kind, [4])):
-            assert fast_interpreter.get_np_dtype(each) == fast_interpreter.ORIGINAL["_get_np_dtype"](each), each
+            assert fast_interpreter.get_np_dtype(each) == fast_interpreter.ORIGINAL["get_np_dtype"](each), each
+
+
+@triton.jit
+def mixed_kernel(x, out, numbers, N: tl.constexpr):
+    """Operands of one dtype and of two, scalars, pointers, shapes to broadcast, and integers that overflow."""
+    i, j = tl.arange(0, N), tl.arange(0, 4)
+    block = tl.load(x + i[:, None] * 4 + j[None, :])
+    tl.static_assert(block.shape[0] == N and block.numel == 4 * N and i.dtype == tl.int32)
+    half, whole = block.to(tl.bfloat16), (block * 8).to(tl.int32)
+    sums = (half + block * 2 - whole) / (1 + j[None, :]) + tl.sum(block, 0)[None, :]
+    big = tl.load(numbers) * 65536 + whole.to(tl.int64) * tl.load(numbers + 1)
+    many = tl.where((whole & 1) == 0, sums, big.to(tl.float32) * 1e-9) + tl.broadcast_to(i[:, None], [N, 4])
+    tl.store(out + i[:, None] * 4 + j[None, :], tl.maximum(many, -block), mask=(i < N - 1)[:, None])
+
+
+def test_other_operations_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
+    numbers = torch.tensor([70_000, 3], dtype=torch.int32)
+    ours, theirs = torch.zeros(8, 4), torch.zeros(8, 4)
+    mixed_kernel[(1,)](x, ours, numbers, 8)
+    with monkeypatch.context() as patch:
+        as_triton_does(patch)
+        mixed_kernel[(1,)](x, theirs, numbers, 8)
+    assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32)) and bool(ours[:7].abs().sum() > 0)
+
+
+def test_all_is_replaced() -> None:
+    for owner, name, ours in fast_interpreter.REPLACED:
+        assert getattr(owner, name) is ours, name

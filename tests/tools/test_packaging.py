@@ -35,6 +35,7 @@ def test_wheel(tmp_path: Path) -> None:
         about = f"kvfold-{kvfold.__version__}.dist-info"
         metadata = email.message_from_bytes(wheel.read(f"{about}/METADATA"))
         assert "kvfold = kvfold.__main__:main" in wheel.read(f"{about}/entry_points.txt").decode()
+        assert wheel.read(f"{about}/licenses/LICENSE").decode() == (ROOT / "LICENSE").read_text()
     modules = {f"kvfold/{path.relative_to(PACKAGE).as_posix()}" for path in PACKAGE.rglob("*.py")}
     listed = set(re.findall(r'^"benchmarks/(\S+)" = ', (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
     benchmarks = {f"kvfold/benchmarks/{name}" for name in listed}
@@ -48,7 +49,7 @@ def check_metadata(metadata: email.message.Message) -> None:
     needed = metadata.get_all("Requires-Dist")
     always = sorted(re.match(r"\w+", requirement)[0] for requirement in needed if "extra ==" not in requirement)
     assert always == ["torch", "triton"], "everything else is an extra"
-    assert set(metadata.get_all("Provides-Extra")) == {"cli", "debug", "demo", "dev", "test", "transformers"}
+    assert set(metadata.get_all("Provides-Extra")) == {"cli", "debug", "demo", "dev", "site", "test", "transformers"}
     assert metadata["Version"] == kvfold.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"

@@ -76,7 +76,7 @@ def test_all_that_is_supported_is_drawn() -> None:
     pages = [(s.page_size, s.spec.ratio) for s in shapes if s.page_size]
     assert any(p % r and p > r for p, r in pages) and any(p < r for p, r in pages) and any(p == 1 for p, _ in pages)
     assert {c.values for c in cases} == set(VALUES) and any(s.other for s in shapes) and any(s.snapshot for s in shapes)
-    for on in ("joined", "freed", "store", "gap", "left", "right", "hit"):
+    for on in ("joined", "freed", "store", "gap", "blocks", "left", "right", "hit"):
         assert {bool(getattr(c, on)) for c in cases} == {False, True}, on
     assert any(len(set(c.slots)) < len(c.slots) for c in cases)  # a slot with an owner after another
     assert any(-1 in row for c in cases for row in c.entry_pages)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.helpers import SMALL_ROWS, Backend
+from support.helpers import SMALL_ROWS, Backend, Weights
 from support.training_support import REAL, SPECS, Problem, run, same
 from torch import Tensor
 
 import kvfold
 from kvfold import CompressorSpec
 from kvfold.storage.formats import FORMATS
+from kvfold.storage.pack import pack_records, unpack_records
 from kvfold.training import Packing, compress, compress_forward, table
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -70,6 +71,17 @@ def test_real_entries_are_those_that_are_served(name: str) -> None:
         assert torch.equal(found.entries[: problem.windows].cpu(), served(problem, CUDA, "fp32", steps))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("windows", [60, 100, 150, 300])
+def test_every_row_of_long_windows_gives_what_is_served(windows: int) -> None:
+    """Of the table: programs that share windows, and programs that do not."""
+    problem = Problem.make(REAL["hca"], BF16, [128 * (windows - 1), 100, 128], spare=0)
+    problem.weights = Weights.make(problem.spec, 0, max_positions=128 * windows)
+    given = problem.given(CUDA) | {"round_rows": False, "out_dtype": FP32}
+    found = compress_forward(problem.tokens(CUDA.device), problem.packing(CUDA.device), **given)
+    assert torch.equal(found.entries[: problem.windows].cpu(), served(problem, CUDA, "fp32", max(problem.lengths)))
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_fake_quantization_is_what_is_read_of_the_records(backend: Backend, name: str) -> None:
     fmt = FORMATS[name]
@@ -92,6 +104,34 @@ def test_fake_quantization_is_what_is_read_of_the_records(backend: Backend, name
     given |= {"fake_quant": None, "cache_scale": None, "round_rows": fmt.round_rows}
     compress(plain, problem.packing(backend.device), **given).backward(g)
     assert torch.equal(rows.grad, plain.grad)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_records_are_read_as_torch_reads_them(backend: Backend, name: str) -> None:
+    """Numbers of all sizes, and NaN where a format has it."""
+    if backend.name == "torch":
+        pytest.skip("it is the one to compare with")
+    from kvfold.training import launch
+    from kvfold.training.problem import How, Inputs, scratch_records
+
+    fmt = FORMATS[name]
+    head_dim = fmt.head_dims[0] if fmt.head_dims else 128
+    spec = CompressorSpec(head_dim, 2, rope_dim=64 if fmt.rope_dim is None else fmt.rope_dim)
+    draw, capacity = torch.Generator().manual_seed(9), 70  # two pages
+    numbers = torch.randn(capacity, head_dim, generator=draw) * torch.randn(capacity, 1, generator=draw).mul(6).exp2()
+    numbers[3], numbers[5, 1], numbers[64] = 0.0, torch.nan, torch.randint(-6, 7, (head_dim,), generator=draw).float()
+    packing = Packing.build(torch.tensor([0, 139], device=backend.device), 140, 2)  # one window less than there is room for
+    value = torch.zeros(140, spec.channels, device=backend.device)
+    scale = torch.tensor([0.3], device=backend.device) if fmt.takes_scale else None
+    x, how = Inputs(value, value, packing.pieces, None, value[0], None, scale), How(spec, True, FP32, fmt, False, backend.name)
+    records, slots = scratch_records(x, how), torch.arange(capacity, device=backend.device)
+    pack_records(records, slots, numbers.to(backend.device))
+    want = unpack_records(records, slots)
+    want[69] = 0.0
+    for dtype in (FP32, BF16):
+        entries = torch.empty(capacity, head_dim, dtype=dtype, device=backend.device)
+        launch.read_records(x, how._replace(out_dtype=dtype), records, entries)
+        assert torch.equal(entries.nan_to_num(nan=7e30), want.to(dtype).nan_to_num(nan=7e30)), dtype
 
 
 @pytest.mark.parametrize("name", ["csa", "hca", "wide-overlap"])
@@ -123,7 +163,8 @@ def test_the_table_changes_no_bit_but_by_groups(backend: Backend, monkeypatch: p
     problem = Problem.make(SPECS[name])
     want = run(problem, backend)
     other = tuple(replace(c, ahead=4, hold=True, rows=min(c.rows, 2), columns=min(c.columns, 16)) for c in table.CONFIGS)
-    other = tuple(replace(c, rows=128) if c.kernel == "sum" else c for c in other)
+    changed = {"sum": {"rows": 128}, "forward": {"slice": 16}}  # so several programs share a window
+    other = tuple(replace(c, **changed.get(c.kernel, {})) for c in other)
     monkeypatch.setattr(table, "CONFIGS", other)
     from kvfold.training import launch
 

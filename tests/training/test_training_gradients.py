@@ -45,7 +45,7 @@ def test_against_fp64(backend: Backend, name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", REAL, ids=lambda name: f"cuda-{name}")
 @pytest.mark.parametrize("pair", [False, True])
 @each_dtype
 def test_real_shapes_against_fp64(name: str, pair: bool, dtype: torch.dtype) -> None:
@@ -146,3 +146,21 @@ def test_gradients_have_the_dtype_of_their_input(backend: Backend) -> None:
     assert entries.dtype == torch.bfloat16
     entries.float().square().sum().backward()
     assert rows.grad.dtype == given["norm_weight"].grad.dtype == torch.bfloat16 and given["ape"].grad is None
+
+
+def test_a_loss_of_latents_alone(backend: Backend) -> None:
+    """Or of entries alone: what has no gradient counts as zeros."""
+    problem = Problem.make(SPECS["csa"])
+    given, n = problem.given(backend), problem.windows
+    found = []
+    for used in (0, 1):
+        rows = problem.tokens(backend.device).clone().requires_grad_()
+        results = compress(rows, problem.packing(backend.device), **given, latent=True)
+        g = problem.incoming().nan_to_num(0.0).to(results[0])
+        results[used].backward(g)
+        found.append(rows.grad)
+        both = problem.tokens(backend.device).clone().requires_grad_()
+        results = compress(both, problem.packing(backend.device), **given, latent=True)
+        torch.autograd.backward(results, [g if i == used else torch.zeros_like(g) for i in (0, 1)])
+        assert torch.equal(both.grad, rows.grad) and rows.grad[: n * 4].any()
+    assert not torch.equal(*found)

@@ -59,7 +59,7 @@ def test_offsets_that_are_none_stay_inside(cu: list[int]) -> None:
         ({"cu_seqlens": torch.zeros(1, dtype=torch.int32)}, "cu_seqlens must have a sequence"),
         ({"tokens": -1}, "tokens must be from 0"),
         ({"tokens": 4.0}, "tokens must be an int"),
-        ({"tokens": 2**31 - 1, "ratio": 1}, "tokens must leave at most"),
+        ({"tokens": 2**31 - 1, "ratio": 1}, "tokens and cu_seqlens must make at most"),
         ({"ratio": 0}, "ratio must be from 1"),
         ({"max_seqlen": -1}, "max_seqlen must be from 0"),
         ({"max_seqlen": "4"}, "max_seqlen must be an int"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from support.helpers import Backend
 from support.training_support import SPECS, Problem
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 from kvfold.training import Packing, compress, compress_backward, compress_forward
 
@@ -19,6 +21,7 @@ def rows(width: int = 128, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 BAD = {
     "no tensor": ({"kv_score": [1.0]}, "kv_score must be a torch.Tensor"),
+    "nothing in a tuple": ({"kv_score": ()}, "kv_score must be a tensor or two"),
     "three tensors": ({"kv_score": (rows(64),) * 3}, "kv_score must be a tensor or two"),
     "fp16": ({"kv_score": rows(dtype=torch.float16)}, "kv_score must be torch.bfloat16"),
     "narrow": ({"kv_score": rows(64)}, "kv_score must have shape"),
@@ -29,6 +32,9 @@ BAD = {
     "other tokens": ({"packing": Packing.build(torch.tensor([0, 8]), 8, 4)}, "packing must be for the 12 rows"),
     "other ratio": ({"packing": Packing.build(torch.tensor([0, 12]), 12, 2)}, "packing must be for spec.ratio=4"),
     "no packing": ({"packing": torch.tensor([0, 12])}, "packing must be a Packing"),
+    "packing of nothing": ({"packing": object.__new__(Packing)}, "packing must be made by Packing.build"),
+    "out of numbers": ({"out_dtype": np.zeros(4)}, "out_dtype must be one of"),
+    "backend of numbers": ({"backend": np.zeros(4)}, "backend must be one of"),
     "no spec": ({"spec": "csa"}, "spec must be a CompressorSpec"),
     "no ape": ({"ape": None}, "ape must be given exactly"),
     "ape in bf16": ({"ape": torch.zeros(4, 64, dtype=BF16)}, "ape must be torch.float32"),
@@ -75,6 +81,7 @@ def test_scores_without_a_gate() -> None:
     "changed, message",
     [
         ({"d_entries": torch.zeros(2, 32)}, "d_entries must have shape"),
+        ({"d_entries": torch.zeros(1, 32).expand(1 << 40, 32)}, "d_entries must have shape"),
         ({"d_entries": torch.zeros(3, 32, dtype=BF16)}, "d_entries must be torch.float32"),
         ({"d_latent": torch.zeros(3, 16)}, "d_latent must have shape"),
         ({"kept": torch.zeros(3, 3, 32)}, "kept must have shape"),
@@ -87,6 +94,18 @@ def test_backward(changed: dict, message: str) -> None:
     arguments = given | {"kept": kept, "d_entries": torch.zeros(3, 32)} | changed
     with pytest.raises((TypeError, ValueError), match=message):
         compress_backward(arguments.pop("d_entries"), problem.kv_score, packing, arguments.pop("kept"), **arguments)
+
+
+def test_fake_tensors_beside_real_ones() -> None:
+    """Outside of their mode; a packing of fake offsets is fake in whole."""
+    problem, mode = Problem.make(SPECS["csa"], lengths=[12], spare=0), FakeTensorMode()
+    packing, given = problem.packing(CPU.device), problem.given(CPU)
+    with pytest.raises(TypeError, match="packing must be a FakeTensor like kv_score"):
+        compress(mode.from_tensor(problem.kv_score), packing, **given)
+    fake = Packing.build(mode.from_tensor(problem.cu_seqlens), 12, 4)
+    assert isinstance(fake.pieces, FakeTensor) and fake.pieces.shape == packing.pieces.shape
+    with pytest.raises(TypeError, match=r"packing\.pieces must be a plain dense tensor"):
+        compress(problem.kv_score, fake, **given)
 
 
 def test_transforms_of_torch_func_are_refused() -> None:

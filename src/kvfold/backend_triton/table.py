@@ -138,6 +138,7 @@ ROWS: tuple[Row, ...] = (
     # One program more than fits, so that none has three windows where most have two: note 0056.
     _row(
         "rows", ANY, _WIDE, ahead=4, num_warps=2, registers=128, programs=9, pair_programs=6, bucket=18, spills=(68,),
+        pair_spills=32,
     ),
     # As many programs as fit; a window's rows all ahead: note 0057.
     _row(

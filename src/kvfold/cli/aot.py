@@ -25,6 +25,7 @@ def aot(
         typer.Option("--format", help="Repeated: a record format, or rows for pooled rows without a cache; default: all."),
     ] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="Repeated: of kv_score, bf16 or fp32; default: bf16.")] = None,
+    train: Annotated[list[int] | None, typer.Option(help="Repeated: also for training, with so many rows of kv_score.")] = None,
     strict: Annotated[
         bool | None,
         typer.Option(
@@ -55,7 +56,8 @@ def aot(
 
         try:
             with wrong_arguments(TypeError, ValueError):
-                how = {"dtypes": [dtypes[name] for name in dtype or ("bf16",)], "strict": strict, "workers": workers}
+                how = {"dtypes": [dtypes[name] for name in dtype or ("bf16",)], "training": train or (), "strict": strict,
+                       "workers": workers}  # fmt: skip
                 report = compile_all(target, out, specs, formats, progress=show, **how)
         except (ImportError, RuntimeError) as error:
             raise stop(str(error), "kvfold aot") from None

@@ -1,4 +1,4 @@
-"""`kvfold info`: versions, the GPU, the kernels' table and the record formats."""
+"""`kvfold info`: versions, the GPU, engines that kvfold is plugged into, the kernels' table and the record formats."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ Rows = list[tuple[str, ...]]
 def info(
     formats: Annotated[bool, typer.Option("--formats", help="Only the record formats, with every field.")] = False,
 ) -> None:
-    """Versions, the GPU, what kernels are configured for, and the record formats that entries can be kept in."""
+    """Versions, the GPU, engines (those of KVFOLD_ENGINES are tried), what kernels are configured for, and record formats."""
     from ..backend_triton.table import COLUMNS, in_words
+    from ..integrations import status
 
     console = make_console()
     if not formats:
         print_table(console, "Versions", ("what", "version"), _versions())
+        print_table(console, "Integrations", ("engine", "version", "entry point", "replaced"), status(load=True))
         title = "Kernels: the first row that serves a call; windows and programs per multiprocessor"
         print_table(console, title, COLUMNS, in_words())
     print_table(console, "Record formats", FORMATS + MORE if formats else FORMATS, _formats(every_field=formats))

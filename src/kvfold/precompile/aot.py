@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..arguments.checks import check_switch, check_type
+from ..arguments.checks import check_int, check_switch, check_type
+from ..contract import INT32_MAX
 from ..spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
 from ..storage.formats import FORMATS
-from .choices import FLOATS, check_all, check_choices, check_formats, check_workers, defined_for, processes
+from .choices import FLOATS, check_all, check_choices, check_formats, check_workers, defined_for, processes, several
 from .report import AotKernel, AotReport
 
 if TYPE_CHECKING:
     from .combinations import Combination
+    from .training import TrainingKernel
 
 JSON, TABLE = "kernels.json", "kernels.txt"
 OURS = re.compile(r"kernels\.txt|\w[\w.+-]*\.(cubin|hsaco)")  # names that `aot` gives, and no paths
@@ -37,6 +39,7 @@ def aot(
     formats: Iterable[str | None] = (None, *FORMATS),
     *,
     dtypes: Iterable[torch.dtype] = (torch.bfloat16,),
+    training: Iterable[int] = (),
     strict: bool | None = None,
     workers: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
@@ -69,6 +72,9 @@ def aot(
         specs: the compressors.
         formats: names of record formats, or None for pooled rows without a cache, each for every spec that it is defined for.
         dtypes: of `kv_score`: bf16, fp32 or both.
+        training: rows of kv_score that `training.compress` gets, if it is to be compiled for; forward and backward, the formats
+            as those of fake quantization. Without a format values and scores are one tensor and two; weights are fp32, and
+            what can be left to its default is.
         strict: True allows no spills (`Resources.spilled`), False all. Default: on sm_90 what the kernel's row of the table was
             measured with (`Config.spills`; 0 for most), whatever the dtype and whatever Triton compiles it now; on other
             targets, where no row was measured, all.
@@ -95,6 +101,9 @@ def aot(
         if not given:
             raise ValueError(f"{name} must have one at least, got none")
     defined_for(specs, names)
+    tokens = several("training", training)
+    for count in tokens:
+        check_int("training", count, 0, INT32_MAX)
     check_switch("strict", strict)
     workers = check_workers(workers)
 
@@ -107,7 +116,7 @@ def aot(
         raise RuntimeError("aot compiles for a GPU, but TRITON_INTERPRET is set and kernels are interpreted")
     folder = Path(os.path.realpath(out_dir))
     old, kept = _earlier(folder, target)
-    wanted = list(kernels.combinations(specs, names, dtypes))
+    wanted = [*kernels.combinations(specs, names, dtypes), *kernels.of_training(specs, names, dtypes, tokens)]
     for name in (*(kernels.file_of(one, target) for one in wanted), TABLE):
         if name not in old and os.path.lexists(folder / name):
             raise ValueError(f"out_dir must not have a {name} that aot did not write or that was changed since, got {folder}")
@@ -134,7 +143,7 @@ def aot(
 
 
 def _compile(
-    wanted: list[Combination], target: str, folder: Path, strict: bool | None, workers: int
+    wanted: list[Combination | TrainingKernel], target: str, folder: Path, strict: bool | None, workers: int
 ) -> Iterator[AotKernel | str]:
     """What each became, in order."""
     attempt, workers = partial(_attempt, target, folder, strict), min(workers, len(wanted))
@@ -145,7 +154,7 @@ def _compile(
         yield from pool.map(attempt, wanted)
 
 
-def _attempt(target: str, folder: Path, strict: bool | None, one: Combination) -> AotKernel | str:
+def _attempt(target: str, folder: Path, strict: bool | None, one: Combination | TrainingKernel) -> AotKernel | str:
     """The kernel, or why it did not compile."""
     from . import combinations as kernels
 

@@ -44,6 +44,7 @@ from ..storage.snapshots import Snapshots
 from .choices import fits
 from .report import AotKernel
 from .resources import resources
+from .training import TrainingKernel, training_kernels
 
 TARGETS = {
     **{f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100, 103, 120)},
@@ -213,6 +214,17 @@ def _all(
                     yield from _pairs(config, formats, dtype)
 
 
+def of_training(
+    specs: tuple[CompressorSpec, ...],
+    formats: tuple[RecordFormat | None, ...],
+    dtypes: tuple[torch.dtype, ...],
+    tokens: tuple[int, ...],
+) -> Iterator[TrainingKernel]:
+    """Every kernel of training calls with so many rows of kv_score."""
+    words = tuple((spec, tuple(_spec_words(spec))) for spec in specs)
+    return training_kernels(words, formats, dtypes, tokens)
+
+
 def _stores(spec: CompressorSpec, formats: list[RecordFormat], config: Config) -> Iterator[Combination]:
     """With a plan, without, and into a cache of plain rows as well; one of rows that have had their norm."""
     for fmt in formats[:1]:
@@ -253,7 +265,7 @@ def _stores_alike(spec: CompressorSpec, other: CompressorSpec) -> bool:
     return spec == replace(other, ratio=spec.ratio, overlap=spec.overlap, has_ape=spec.has_ape, gate=spec.gate)
 
 
-def compile_one(combination: Combination, target: str) -> CompiledKernel:
+def compile_one(combination: Combination | TrainingKernel, target: str) -> CompiledKernel:
     """For a name of `TARGETS`."""
     return combination.variant(dependent(target)).compile(TARGETS[target])
 
@@ -263,12 +275,12 @@ def dependent(target: str) -> bool:
     return TARGETS[target].backend == "cuda" and TARGETS[target].arch >= 90
 
 
-def file_of(combination: Combination, target: str) -> str:
+def file_of(combination: Combination | TrainingKernel, target: str) -> str:
     end = "cubin" if TARGETS[target].backend == "cuda" else "hsaco"
     return f"{combination.name.replace(' ', '-')}.{end}"
 
 
-def build(combination: Combination, target: str, folder: Path, allowed: int | None) -> AotKernel:
+def build(combination: Combination | TrainingKernel, target: str, folder: Path, allowed: int | None) -> AotKernel:
     """Compiles, writes the binary under the kernel's name into `folder`, and says all about it."""
     gpu, variant, path = TARGETS[target], combination.variant(dependent(target)), folder / file_of(combination, target)
     compiled = variant.compile(gpu)

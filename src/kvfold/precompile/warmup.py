@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from ..arguments.checks import check_int, check_switch, check_type, usable_device
+from ..contract import INT32_MAX
 from ..spec import CompressorSpec
 from ..storage.formats import RecordFormat
 from .choices import FLOATS, INDICES, check_all, check_choices, check_formats, check_workers, defined_for, fits, several
@@ -35,15 +36,18 @@ def warmup(
     slot_dtypes: Iterable[torch.dtype] = (),
     position_dtypes: Iterable[torch.dtype] = (torch.int64,),
     also: Iterable[tuple[str, str]] = (),
+    training: Iterable[int] = (),
+    round_rows: Iterable[bool | None] = (None,),
+    out_dtypes: Iterable[torch.dtype | None] = (None,),
     pdl: bool | None = None,
     device: torch.device | str | int | None = None,
     workers: int | None = None,
 ) -> int:
     """Compiles and loads every kernel that calls over these combinations can need, and launches none.
 
-    After it, `compress`, `compress_many`, `store`, `restore` and `StepPlan.update` compile nothing, whatever their batch sizes,
-    lengths, strides, alignments, slots and pages. An engine that keeps V4's layers in `FoldState`, decodes up to 4 tokens a
-    step and prefills in chunks of 8,192 calls, once for each device and before it captures a graph:
+    After it, `compress`, `compress_many`, `store`, `restore`, `StepPlan.update` and `training.compress` compile nothing,
+    whatever their batch sizes, lengths, strides, alignments, slots and pages. An engine that keeps V4's layers in `FoldState`,
+    decodes up to 4 tokens a step and prefills in chunks of 8,192 calls, once for each device and before it captures a graph:
 
         kvfold.warmup(
             [kvfold.V4_HCA, kvfold.V4_CSA],
@@ -75,7 +79,11 @@ def warmup(
         slot_dtypes: of `slots` in `store` without a plan: int32, int64 or both. Default: `store` is compiled with a plan alone.
         position_dtypes: of `positions` there.
         also: pairs of formats, of `cache` and of `also`, that `store` without a plan gets together.
-        pdl: as the calls will have it. False leaves out the kernels that are launched as dependents.
+        training: rows of kv_score that `training.compress` gets, forward and backward: those numbers of rows and no others.
+            `formats` are those of fake quantization then, None for calls without; dtypes, `norm_weight_dtypes`, `latents` and
+            `apart` are of these calls too. With `max_new_tokens=()` nothing is compiled for `compress` itself.
+        round_rows, out_dtypes: of these calls, None for the default.
+        pdl: as the calls will have it. False leaves out the kernels that are launched as dependents. Those of training are.
         device: default: the current one.
         workers: threads that compile at once, from 1 to 256; with 1 one kernel after the other. Default: the cores that this
             process may use, 16 at most. For AMD it is one.
@@ -97,6 +105,11 @@ def warmup(
     switches = {"snapshots": snapshots, "latents": latents, "apart": apart}
     snapshots, latents, apart = (check_choices(name, given, (False, True)) for name, given in switches.items())
     plans = check_choices("plans", plans, PLANS)
+    rows_of_training = several("training", training)
+    for tokens in rows_of_training:
+        check_int("training", tokens, 0, INT32_MAX)
+    rounds = check_choices("round_rows", round_rows, (None, False, True))
+    outs = check_choices("out_dtypes", out_dtypes, (None, *FLOATS))
     steps = several("max_new_tokens", max_new_tokens)
     for bound in steps:
         check_int("max_new_tokens", bound, 1, (1 << 31) - 1)
@@ -118,6 +131,7 @@ def warmup(
     from ..backend_triton import keys
     from ..backend_triton.launcher import INTERPRETED, supports_pdl
     from ..backend_triton.prepare import prepare
+    from ..training.keys import Calls, TrainingKey, training_keys
 
     gpu = _gpu(device, INTERPRETED)
     w = keys.Wanted(
@@ -140,8 +154,15 @@ def warmup(
     if True in snapshots:
         for spec in dict.fromkeys((*(specs if "fold" in states else ()), *paired)):
             found += keys.restore_keys(spec, w) if spec.gate else ()
-    dependent = pdl is not False and supports_pdl(gpu)
-    return prepare(found, gpu, lambda key: dependent and not isinstance(key, (keys.PlanKey, keys.RestoreKey)), workers)
+    normed = tuple(norm for norm in norms if norm is not None)
+    calls = Calls(rows_of_training, dtypes, normed, apart, latents, rounds, outs)
+    found += [key for spec, fmt in chosen for key in training_keys(spec, fmt, calls)]
+    never = keys.PlanKey, keys.RestoreKey
+
+    def dependent(key: object) -> bool:
+        return supports_pdl(gpu) and (isinstance(key, TrainingKey) or (pdl is not False and not isinstance(key, never)))
+
+    return prepare(found, gpu, dependent, workers)
 
 
 def _tables(plans: tuple[str, ...]) -> tuple[str, ...]:

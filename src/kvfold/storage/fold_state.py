@@ -18,7 +18,7 @@ from ..arguments.checks import (
     usable_device,
 )
 from ..arguments.overlap import Place, check_apart
-from ..contract import INT32_MAX, UnsupportedError
+from ..contract import INT32_MAX, MOST_POSITIONS, UnsupportedError
 from ..spec import CompressorSpec, check_spec
 from .remembered import RememberingState, check_made
 
@@ -330,6 +330,38 @@ def history_start(spec: CompressorSpec, position: int) -> int:
         return position - 1 if position % spec.ratio else position
     window = position // spec.ratio
     return max(window - int(spec.overlap), 0) * spec.ratio
+
+
+def carry_shape(spec: CompressorSpec, position: int | None = None) -> tuple[int, int]:
+    """Rows, and numbers in each, of what a step that starts at `position` reads; without a position the most that any reads."""
+    kind, ratio, inside = state_kind(spec), spec.ratio, position is None or position % spec.ratio > 0
+    if kind == "fold":
+        return int(inside), 3 * spec.head_dim
+    own = (ratio - 1) * inside  # of the window that the step begins in
+    return (ratio + 2 * own if position != 0 else 0) if spec.overlap else own, 2 * spec.head_dim
+
+
+def carry_bytes(spec: CompressorSpec, position: int | None = None, *, dtype: torch.dtype = torch.float32) -> int:
+    """Bytes of what a step that starts at `position` needs of all tokens before it (`kvfold.parallel.Carry`).
+
+    It is what a GPU sends to the one that goes on with a sequence: V4's ratio 128 needs 6 KB, or nothing where `position`
+    begins a window.
+
+    Args:
+        spec: the compressor. Without a gate it needs nothing.
+        position: of the first token of the step; None for the most that any needs.
+        dtype: that of the `FoldState`: bf16 or fp32 for input rows, fp32 for fold rows.
+
+    Raises:
+        TypeError, ValueError: naming the argument; `UnsupportedError` for fold rows in bf16.
+    """
+    check_spec("spec", spec)
+    if position is not None:
+        check_int("position", position, 0, MOST_POSITIONS)
+    if not spec.gate:
+        return 0
+    check_kept(spec, dtype)
+    return math.prod(carry_shape(spec, position)) * dtype.itemsize
 
 
 def ring_of(spec: CompressorSpec, max_new_tokens: int) -> int:

@@ -99,9 +99,15 @@ def make_cache(
     *,
     scale: float | Tensor = 1.0,
     gap: int = 0,
+    blocks: bool = False,
 ) -> EntryCache:
-    """A cache of bytes `UNTOUCHED`, `gap` more of them behind each page."""
+    """A cache of bytes `UNTOUCHED`, `gap` more of them behind each page. `blocks`: made of an engine's view of them."""
     known = FORMATS[fmt]
     sizes = known.page_bytes(spec, rows_per_page), rows_per_page * known.tail_bytes(spec)
     wide = [torch.full((pages, size + gap), UNTOUCHED, dtype=torch.uint8, device=device)[:, :size] for size in sizes]
-    return EntryCache(wide[0], known, rows_per_page, spec, scales=wide[1] if known.separate else None, scale=scale)
+    scales = wide[1] if known.separate else None
+    if blocks:
+        record = known.record_bytes(spec) if known.in_footer else known.row_bytes(spec)
+        view = wide[0].as_strided((pages, rows_per_page, record), (wide[0].stride(0), record, 1))
+        return EntryCache.from_blocks(view, known, spec, scales=scales, scale=scale)
+    return EntryCache(wide[0], known, rows_per_page, spec, scales=scales, scale=scale)

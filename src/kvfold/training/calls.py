@@ -64,7 +64,7 @@ def compress(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    if traced(kv_score[0] if isinstance(kv_score, tuple) else kv_score):
+    if traced(kv_score[0] if isinstance(kv_score, tuple) and kv_score else kv_score):
         entries, normed = ops.compress(
             kv_score, packing, spec, (ape, norm_weight, rope), round_rows, out_dtype, fake_quant, cache_scale, latent, backend
         )

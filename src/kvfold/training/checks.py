@@ -18,7 +18,7 @@ from ..contract import INT32_MAX
 from ..spec import CompressorSpec, check_spec
 from ..storage.formats import RecordFormat, get_format
 from .packing import Packing
-from .problem import How, Inputs
+from .problem import How, Inputs, rounds_rows
 
 _FLOATS = (torch.bfloat16, torch.float32)
 
@@ -58,6 +58,8 @@ def check_packing(packing: Packing, spec: CompressorSpec) -> None:
     """Checks the two, and that one is for the other: also before an operator is given what is left of them."""
     check_spec("spec", spec)
     check_type("packing", packing, Packing)
+    if "pieces" not in packing.__dict__:
+        raise ValueError("packing must be made by Packing.build, got one without pieces")
     if packing.ratio != spec.ratio:
         raise ValueError(f"packing must be for spec.ratio={spec.ratio}, got {packing.ratio}")
 
@@ -92,7 +94,7 @@ def check_tokens(kv_score: object, spec: CompressorSpec, backend: str | None) ->
 
 
 def _on_kernels(backend: str | None, tensor: torch.Tensor) -> bool:
-    return backend == "triton" or (backend is None and tensor.is_cuda)
+    return tensor.is_cuda if backend is None else isinstance(backend, str) and backend == "triton"
 
 
 def check_rest(
@@ -129,18 +131,15 @@ def check_rest(
     if out_dtype is None:
         out_dtype = value.dtype
     accepted = (torch.float64,) if exact else _FLOATS
-    if out_dtype not in accepted:
+    if not isinstance(out_dtype, torch.dtype) or out_dtype not in accepted:
         raise TypeError(f"out_dtype must be one of {accepted} for kv_score of {value.dtype}, got {out_dtype}")
     fmt = None if fake_quant is None else get_format(fake_quant)
-    if fmt is None:
-        round_rows = round_rows is not False and value.dtype == torch.bfloat16
-    else:
+    if fmt is not None:
         if exact:
             raise ValueError("fake_quant must be None for kv_score of torch.float64, which no record is made of")
         fmt.check(spec)
-        round_rows = fmt.round_rows if round_rows is None else round_rows
     _check_scale(x.scale, fmt, value.device)
-    return How(spec, round_rows, out_dtype, fmt, latent, chosen)
+    return How(spec, rounds_rows(round_rows, fmt, value.dtype), out_dtype, fmt, latent, chosen)
 
 
 def _check_scale(scale: torch.Tensor | None, fmt: RecordFormat | None, device: torch.device) -> None:
@@ -157,15 +156,18 @@ def check_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Checks what a backward is given besides the inputs; the gradients as the backends take them."""
     check_tensor("kept", kept, how.kept_shape(x), (x.wide,), x.value.device)
-    shape = how.capacity(x), how.spec.head_dim
-    check_memory("d_entries", d_entries)
-    d_entries = d_entries.contiguous()
-    check_tensor("d_entries", d_entries, shape, (how.out_dtype,), x.value.device)
+    d_entries = _check_gradient("d_entries", d_entries, x, how)
     if not how.latent:
         if d_latent is not None:
             raise ValueError("d_latent must be None without latent=True")
         return d_entries, None
-    check_memory("d_latent", d_latent)
-    d_latent = d_latent.contiguous()
-    check_tensor("d_latent", d_latent, shape, (how.out_dtype,), x.value.device)
-    return d_entries, d_latent
+    return d_entries, _check_gradient("d_latent", d_latent, x, how)
+
+
+def _check_gradient(name: str, gradient: torch.Tensor, x: Inputs, how: How) -> torch.Tensor:
+    """Checked, then contiguous: a copy of another shape could be of any size."""
+    check_memory(name, gradient)
+    check_dtype(name, gradient, (how.out_dtype,))
+    check_shape(name, gradient, (how.capacity(x), how.spec.head_dim))
+    check_device(name, gradient, x.value.device)
+    return gradient.contiguous()

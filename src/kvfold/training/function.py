@@ -17,16 +17,21 @@ class Compress(torch.autograd.Function):
         found = forward(x, how)
         ctx.save_for_backward(value, score, ape, norm_weight, rope, pieces, found.kept)
         ctx.how = how
+        ctx.set_materialize_grads(False)  # zeros for what has no gradient cost the host more than looking
         if not how.latent:
             ctx.mark_non_differentiable(found.latent)
         return found.entries, found.latent
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, d_entries: torch.Tensor, d_latent: torch.Tensor):
+    def backward(ctx, d_entries: torch.Tensor | None, d_latent: torch.Tensor | None):
+        if d_entries is None and d_latent is None:
+            return (None,) * 8
         value, score, ape, norm_weight, rope, pieces, kept = ctx.saved_tensors
-        how = ctx.how
-        x = Inputs(value, score, pieces, ape, norm_weight, rope, None)
-        found = backward(x, how, kept, d_entries.contiguous(), d_latent.contiguous() if how.latent else None)
-        wanted = zip((found.value, found.score, found.ape, found.norm_weight.to(norm_weight.dtype)), ctx.needs_input_grad)  # noqa: B905 (the rest is not differentiable)
-        return *(gradient if needed else None for gradient, needed in wanted), None, None, None, None
+        x, how = Inputs(value, score, pieces, ape, norm_weight, rope, None), ctx.how
+        d_entries = torch.zeros_like(d_latent) if d_entries is None else d_entries.contiguous()
+        if how.latent:
+            d_latent = torch.zeros_like(d_entries) if d_latent is None else d_latent.contiguous()
+        found = backward(x, how, kept, d_entries, d_latent)
+        # Torch drops those that nobody asked for.
+        return found.value, found.score, found.ape, found.norm_weight.to(norm_weight.dtype), None, None, None, None

@@ -8,24 +8,27 @@ from typing import NamedTuple
 import torch
 
 from ..backend_triton import args
-from ..backend_triton.args import flat
-from ..backend_triton.launcher import Launcher, launcher_of, pack, supports_pdl
-from .args import Incoming, Kept, Parts, Pieces
-from .problem import Entries, Gradients, How, Inputs, read_back, scratch_cache
-from .table import choose, groups_of
-from .variants import TrainingKey
+from ..backend_triton.build import INTERPRETED
+from ..backend_triton.launcher import Launcher, address, launcher_of, supports_pdl
+from .args import Incoming, Kept, Pieces
+from .keys import keys_of
+from .problem import Entries, Gradients, How, Inputs, Records, scratch_records
+from .variants import tiles_of
 
 
 class Launch(NamedTuple):
     launcher: Launcher
     groups: int  # of windows
-    tiles: int  # programs of a group
+    tiles: int  # programs of a group, or of an entry
 
 
 class Launches(NamedTuple):
-    """All of a call. again, or finish and spread, is None."""
+    """All of a call. None: entries, where programs have whole windows; read, without fake quantization; again, or finish and
+    spread."""
 
     forward: Launch
+    entries: Launch | None
+    read: Launch | None
     again: Launch | None
     finish: Launch | None
     spread: Launch | None
@@ -33,39 +36,36 @@ class Launches(NamedTuple):
 
 
 def forward_triton(x: Inputs, how: How) -> Entries:
-    """Entries, latents and the kept fold, after the arguments were checked: one launch, and with fake quantization what reads
-    the records back."""
+    """Entries, latents and the kept fold, after the arguments were checked: one launch; one more where programs share windows,
+    and one with fake quantization, which reads the records."""
     spec, device, capacity = how.spec, x.value.device, how.capacity(x)
     kept = torch.empty(how.kept_shape(x), dtype=torch.float32, device=device)
     latent = torch.empty(how.latent_shape(x), dtype=how.out_dtype, device=device)
-    cache = entries = None
-    if how.fmt is None:
-        entries = torch.empty(capacity, spec.head_dim, dtype=how.out_dtype, device=device)
-        pages = {"pages": entries.view(torch.uint8), "rows_per_page": max(capacity, 1), "num_slots": capacity}
-    else:
-        cache = scratch_cache(x, how)
-        pages = {
-            "pages": cache.pages,
-            "page_stride": cache.pages.stride(0),
-            "scales": cache.scale_pages,
-            "scales_stride": 0 if cache.scale_pages is None else cache.scale_pages.stride(0),
-            "rows_per_page": cache.rows_per_page,
-            "num_slots": cache.num_slots,
-            "scale": None if cache.scale_tensor is None else cache.scale_tensor.data_ptr(),
-        }
-    if capacity:
-        output = args.Output(
-            latent=latent if how.latent else None,
-            norm_weight=x.norm_weight,
-            rope=x.rope,
-            max_position=0 if x.rope is None else x.rope.shape[0],
-            **pages,
-        )
-        groups = _pieces(x, capacity), _tokens(x.value, x.score, x.ape), output, _kept(kept, how)
-        _launch(launches_of(*_asked(x, how)).forward, capacity, groups, False, output.page_stride | output.scales_stride)
-    if cache is not None:
-        entries = read_back(cache, x, how)
+    entries = torch.empty(capacity, spec.head_dim, dtype=how.out_dtype, device=device)
+    if not capacity:
+        return Entries(entries, latent, kept)
+    chosen, pdl = _launches(x, how, capacity), supports_pdl(device)
+    records = None if how.fmt is None else scratch_records(x, how)
+    pieces, tokens = _pieces(x, capacity), _tokens(x.value, x.score, x.ape)
+    output = _output(entries, records, (address(latent) if how.latent else None, *_finish(x)))
+    held = Kept(address(kept), kept.stride(0)) if how.keeps else Kept()
+    # All that is made here is aligned.
+    bits = _bits(pieces.rows, *_places(tokens), output.norm_weight, output.rope, output.page_stride, output.scales_stride)
+    _launch(chosen.forward, capacity, (*pieces, *tokens, *output, *held), bits, pdl)
+    if chosen.entries is not None:
+        _launch(chosen.entries, capacity, (*pieces, *output, *held), bits, pdl)
+    if records is not None:
+        read_records(x, how, records, entries)
     return Entries(entries, latent, kept)
+
+
+def read_records(x: Inputs, how: How, records: Records, entries: torch.Tensor) -> None:
+    """Writes to `entries` what attention reads of the records of a call: one launch."""
+    capacity, device = how.capacity(x), x.value.device
+    pieces, output = _pieces(x, capacity), _output(entries, records, (None, None, None, 0))
+    bits = _bits(pieces.rows, output.page_stride, output.scales_stride)
+    read = _launches(x, how, capacity).read
+    _launch(read, capacity, (*pieces, *output, address(entries)), bits, supports_pdl(device))
 
 
 def backward_triton(
@@ -73,96 +73,92 @@ def backward_triton(
 ) -> Gradients:
     """The gradients of all inputs, after the arguments were checked: two launches, or three where the fold was kept."""
     spec, device, capacity = how.spec, x.value.device, how.capacity(x)
-    chosen = launches_of(*_asked(x, how))
-    single = {"dtype": torch.float32, "device": device}
+    chosen, pdl = _launches(x, how, capacity), supports_pdl(device)
+    of_ape, of_weight = chosen.again or chosen.spread, chosen.again or chosen.finish
+    width = spec.ratio * spec.channels if spec.has_ape else 0
     d_value = torch.empty(x.value.shape, dtype=x.value.dtype, device=device)
     d_score = None if x.score is None else torch.empty(x.score.shape, dtype=x.value.dtype, device=device)
-    d_ape = torch.empty(spec.ratio, spec.channels, **single) if spec.has_ape else None
-    d_norm_weight = torch.empty(spec.head_dim, **single)
-    of_ape = chosen.again or chosen.spread
-    of_weight = chosen.again or chosen.finish
-    ape = torch.empty(of_ape.groups, spec.ratio * spec.channels, **single) if spec.has_ape else None
-    weight = torch.empty(of_weight.groups, spec.head_dim, **single)
+    d_ape = torch.empty(spec.ratio, spec.channels, dtype=torch.float32, device=device) if spec.has_ape else None
+    d_norm_weight = torch.empty(spec.head_dim, dtype=torch.float32, device=device)
+    # The groups' sums for ape and for norm_weight, then gradients of pooled rows: multiples of 16 numbers, as entries have.
+    sums = of_ape.groups * width, of_weight.groups * spec.head_dim
+    pooled = 0 if chosen.again is not None else capacity * spec.head_dim
+    scratch = torch.empty(sum(sums) + pooled, dtype=torch.float32, device=device)
+    ape, weight = _part(scratch, 0) if spec.has_ape else None, _part(scratch, sums[0])
 
-    pieces, tokens = _pieces(x, capacity), _tokens(x.value, x.score, x.ape)
-    finish = x.norm_weight, x.rope, 0 if x.rope is None else x.rope.shape[0]
+    pieces, tokens, finish = _pieces(x, capacity), _tokens(x.value, x.score, x.ape), _finish(x)
     gradients = _tokens(d_value, d_score, None)
-    dependent = supports_pdl(device)
+    incoming = Incoming(address(d_entries), address(d_latent))
+    bits = _bits(pieces.rows, *_places(tokens), *_places(gradients), *finish[:2], *incoming)
     if chosen.again is not None:
-        incoming = Incoming(d_entries, d_latent)
-        parts = Parts(ape, weight, chosen.again.groups)
-        groups = pieces, tokens, *finish, incoming, gradients, parts
-        _launch(chosen.again, chosen.again.groups, groups, False)
+        parts = ape, weight, of_ape.groups
+        _launch(chosen.again, of_ape.groups, (*pieces, *tokens, *finish, *incoming, *gradients, *parts), bits, pdl)
     else:
-        pooled = torch.empty(capacity, spec.head_dim, **single)
-        incoming = Incoming(d_entries, d_latent, pooled)
-        groups = pieces, *finish, _kept(kept, how), incoming, Parts(None, weight, chosen.finish.groups)
-        _launch(chosen.finish, chosen.finish.groups, groups, False)
-        incoming = Incoming(pooled=pooled)
-        groups = pieces, tokens, _kept(kept, how), incoming, gradients, Parts(ape, None, chosen.spread.groups)
-        _launch(chosen.spread, chosen.spread.groups * chosen.spread.tiles, groups, dependent)
-    # What the launch before wrote, this one waits for by itself, having started meanwhile.
-    _launch(chosen.sum, chosen.sum.tiles, (Parts(ape, weight, 1), d_ape, d_norm_weight), dependent)
+        held = Kept(address(kept), kept.stride(0))
+        bits |= _bits(*held)
+        incoming = incoming._replace(pooled=_part(scratch, sum(sums)))
+        groups = of_weight.groups
+        _launch(chosen.finish, groups, (*pieces, *finish, *held, *incoming, None, weight, groups), bits, pdl)
+        incoming, groups = Incoming(pooled=incoming.pooled), of_ape.groups
+        _launch(chosen.spread, groups, (*pieces, *tokens, *held, *incoming, *gradients, ape, None, groups), bits, pdl)
+    _launch(chosen.sum, 1, (ape, weight, 1, address(d_ape), address(d_norm_weight)), 0, pdl)
     return Gradients(d_value, d_score, d_ape, d_norm_weight)
 
 
-def _asked(x: Inputs, how: How) -> tuple:
-    """What launches follow from."""
+def _launches(x: Inputs, how: How, capacity: int) -> Launches:
     types = x.value.dtype, x.score is not None, x.norm_weight.dtype
-    return how._replace(backend=""), types, how.capacity(x), x.value.device
+    return launches_of(how, types, capacity, x.value.device)
 
 
 @lru_cache(maxsize=1024)
 def launches_of(how: How, types: tuple, capacity: int, device: torch.device) -> Launches:
     """Remembered, as hashing a key takes longer than a launch."""
-    keys = keys_of(how, types, capacity)
-    spec = how.spec
-    found: dict[str, Launch] = {}
-    for kernel, key in keys.items():
-        tiles = 1
-        if kernel == "spread":
-            rows, columns = min(key.config.rows, 1 << (spec.ratio - 1).bit_length()), min(key.config.columns, spec.head_dim)
-            tiles = -(-spec.ratio // rows) * (1 + spec.overlap) * (spec.head_dim // columns)
-        elif kernel == "sum":
-            width = spec.ratio * spec.channels if spec.has_ape else 0
-            tiles = -(-width // key.config.columns) + -(-spec.head_dim // key.config.columns)
-        found[kernel] = Launch(launcher_of(key, device), key.groups, tiles)
+    found = {}
+    for kernel, key in keys_of(how, types, capacity).items():
+        found[kernel] = Launch(launcher_of(key, device), key.groups, tiles_of(key))
     return Launches(*(found.get(name) for name in Launches._fields))
 
 
-def keys_of(how: How, types: tuple, capacity: int) -> dict[str, TrainingKey]:
-    """The key of each launch of a call, by the name of its kernel; of the launch that is not made there is none.
-
-    types: dtype of kv_score, whether it is two tensors, dtype of norm_weight.
-    """
-    names = ("forward", "finish", "spread") if how.keeps else ("forward", "again")
-    configs = {name: choose(name, how.spec, capacity) for name in (*names, "sum")}
-    groups = {name: groups_of(config, capacity) for name, config in configs.items()}
-    last, before = names[-1], names[1]
-    found = {}
-    for name, config in configs.items():
-        counts = (groups[last], groups[before]) if name == "sum" else (groups[name], 1)
-        found[name] = TrainingKey(how.spec, how.record, config, *types, how.out_dtype, how.latent, how.keeps, *counts)
-    return found
+def _launch(launch: Launch, count: int, values: tuple, bits: int, pdl: bool) -> None:
+    """A program, or `tiles` of them, for each of `count`. Dependent launches wait for all before, and read past the L1 cache
+    what those may have written."""
+    launch.launcher(count * launch.tiles, values, bits, pdl)
 
 
-def _launch(launch: Launch, grid: int, groups: tuple, pdl: bool, strides: int = 0) -> None:
-    """strides: besides those of tokens and kept folds, or-ed."""
-    values, bits = pack(*flat(groups))
-    for group in groups:
-        if isinstance(group, args.Tokens):
-            strides |= group.stride | (group.apart or 0) | (group.skew or 0)
-        elif isinstance(group, Kept):
-            strides |= group.plane or 0
-    launch.launcher(grid, values, bits | strides, pdl)
+def _bits(*values: object) -> int:
+    """Addresses and strides, or-ed; none is of a tensor that is made here, and so none of interpreted kernels counts."""
+    bits = 0
+    for value in values:
+        if value.__class__ is int:
+            bits |= value
+    return bits
+
+
+def _part(scratch: torch.Tensor, at: int) -> object:
+    """Where number `at` of a new tensor is."""
+    return scratch[at:] if INTERPRETED else scratch.data_ptr() + 4 * at
 
 
 def _pieces(x: Inputs, capacity: int) -> Pieces:
-    return Pieces(x.pieces, x.pieces.shape[0], capacity)
+    return Pieces(address(x.pieces), x.pieces.shape[0], capacity)
 
 
-def _kept(kept: torch.Tensor, how: How) -> Kept:
-    return Kept(kept, kept.stride(0)) if how.keeps else Kept()
+def _finish(x: Inputs) -> tuple:
+    """Norm weight, RoPE table and its length."""
+    return address(x.norm_weight), address(x.rope), 0 if x.rope is None else x.rope.shape[0]
+
+
+def _output(entries: torch.Tensor, records: Records | None, finish: tuple) -> args.Output:
+    """Where entries go: plain rows are records of one page. finish: latents, and `_finish`."""
+    if records is None:
+        pages, rows = entries.view(torch.uint8) if INTERPRETED else entries, entries.shape[0]
+        return args.Output(None, *finish, address(pages), 0, None, 0, rows, rows, None)
+    pages, scales, scale, rows = records.pages, records.scale_pages, records.scale_tensor, records.rows_per_page
+    apart = None, 0
+    if scales is not None:
+        apart = address(scales), scales.stride(0)
+    slots, at = rows * pages.shape[0], None if scale is None else scale.data_ptr()
+    return args.Output(None, *finish, address(pages), pages.stride(0), *apart, rows, slots, at)
 
 
 def _tokens(value: torch.Tensor, score: torch.Tensor | None, ape: torch.Tensor | None) -> args.Tokens:
@@ -170,4 +166,9 @@ def _tokens(value: torch.Tensor, score: torch.Tensor | None, ape: torch.Tensor |
     stride = value.stride(0)
     if score is not None:
         apart, skew = (score.data_ptr() - value.data_ptr()) // value.element_size(), score.stride(0) - stride
-    return args.Tokens(value, stride, value.shape[0], ape, apart, skew)
+    return args.Tokens(address(value), stride, value.shape[0], address(ape), apart, skew)
+
+
+def _places(tokens: args.Tokens) -> tuple:
+    """What of it must be a multiple of 16."""
+    return tokens.kv_score, tokens.stride, tokens.ape, tokens.apart, tokens.skew

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
+from torch._subclasses import FakeTensor
 
 from ..arguments.checks import check_type
 from ..ops import NAMESPACE
@@ -53,7 +54,18 @@ def compress(
             raise ValueError(f"fake_quant must be a format of kvfold.storage.formats.FORMATS when it is traced, got {name!r}")
     places = packing.tokens, packing.max_seqlen
     tensors = value, score, packing.pieces, *weights, cache_scale
+    _check_fakes(tensors)
     return OPS.train_compress(*tensors, *places, spec._text, round_rows, out_dtype, name, latent, backend)[:2]
+
+
+def _check_fakes(tensors: tuple[torch.Tensor | None, ...]) -> None:
+    """Outside of their mode, where torch would turn real tensors into such, fake ones stand beside fake ones only."""
+    if torch.compiler.is_compiling() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        return
+    names = "kv_score", "kv_score[1]", "packing", "ape", "norm_weight", "rope", "cache_scale"
+    for name, tensor in zip(names, tensors, strict=True):
+        if tensor is not None and not isinstance(tensor, FakeTensor):
+            raise TypeError(f"{name} must be a FakeTensor like kv_score, got a {type(tensor).__name__}")
 
 
 @lru_cache(maxsize=256)

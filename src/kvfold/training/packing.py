@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
+from torch._subclasses import FakeTensor
 
 from ..arguments.checks import check_int, check_memory, check_numbers
 from ..contract import INT32_MAX, MOST_POSITIONS
@@ -66,8 +69,17 @@ class Packing:
         check_int("max_seqlen", max_seqlen, 0, MOST_POSITIONS)
         count = tokens // ratio + cu_seqlens.shape[0] + 1
         if count > MOST_PIECES:
-            raise ValueError(f"tokens must leave at most {MOST_PIECES} pieces, with a window for each {ratio}, got {tokens}")
-        return cls(tokens, ratio, max_seqlen, *_pieces(cu_seqlens, tokens, ratio, max_seqlen, count))
+            raise ValueError(
+                f"tokens and cu_seqlens must make at most {MOST_PIECES} pieces, a window and a sequence each, got {count}"
+            )
+        with _mode_of(cu_seqlens):
+            return cls(tokens, ratio, max_seqlen, *_pieces(cu_seqlens, tokens, ratio, max_seqlen, count))
+
+
+def _mode_of(tensor: torch.Tensor) -> AbstractContextManager:
+    """That of a `FakeTensor`, in which new tensors are such, too."""
+    fake = not torch.compiler.is_compiling() and isinstance(tensor, FakeTensor)
+    return tensor.fake_mode if fake else nullcontext()
 
 
 def _pieces(

@@ -9,10 +9,8 @@ from typing import NamedTuple
 import torch
 
 from ..spec import CompressorSpec
-from ..storage.cache import EntryCache
 from ..storage.fold_state import state_kind
 from ..storage.formats import FORMATS, RecordFormat
-from ..storage.pack import unpack_records
 
 ROWS_OF_A_PAGE = 64  # of the records that fake quantization makes
 MOST_AGAIN = 8  # rows of a window that the backward folds again; of longer ones the fold is kept
@@ -54,6 +52,11 @@ class How(NamedTuple):
         """What finishing an entry goes by: the format of fake quantization, or one of plain rows."""
         return _record(self.fmt, self.out_dtype, self.round_rows)
 
+    @property
+    def way_back(self) -> RecordFormat:
+        """What the backward goes by: as all but the rounding of pooled rows passes gradients as they are, the same for many."""
+        return _record(None, torch.bfloat16, self.round_rows)
+
     def capacity(self, x: Inputs) -> int:
         return x.value.shape[0] // self.spec.ratio
 
@@ -67,6 +70,13 @@ class How(NamedTuple):
 
     def latent_shape(self, x: Inputs) -> tuple[int, ...]:
         return (self.capacity(x), self.spec.head_dim) if self.latent else (0,)
+
+
+def rounds_rows(asked: bool | None, fmt: RecordFormat | None, dtype: torch.dtype) -> bool:
+    """Whether pooled rows of kv_score of this dtype are rounded to bf16."""
+    if fmt is None:
+        return asked is not False and dtype == torch.bfloat16
+    return fmt.round_rows if asked is None else asked
 
 
 @lru_cache(maxsize=256)
@@ -102,15 +112,25 @@ class Gradients(NamedTuple):
     norm_weight: torch.Tensor
 
 
-def scratch_cache(x: Inputs, how: How) -> EntryCache:
-    """A cache for the records of all entries of a call with fake quantization; entry e has slot e."""
+class Records(NamedTuple):
+    """The records of all entries of a call with fake quantization, entry e in slot e: what `storage.pack` takes of a cache."""
+
+    format: RecordFormat
+    spec: CompressorSpec
+    rows_per_page: int
+    scale_tensor: torch.Tensor | None
+    pages: torch.Tensor
+    scale_pages: torch.Tensor | None
+
+
+def scratch_records(x: Inputs, how: How) -> Records:
+    """Not written yet."""
+    fmt, spec, device = how.record, how.spec, x.value.device
     pages = -(-how.capacity(x) // ROWS_OF_A_PAGE)
-    scale = 1.0 if x.scale is None else x.scale
-    return EntryCache.allocate(how.record, pages, ROWS_OF_A_PAGE, how.spec, device=x.value.device, scale=scale)
-
-
-def read_back(cache: EntryCache, x: Inputs, how: How) -> torch.Tensor:
-    """What an attention kernel reads of the records, zeros in rows without an entry."""
-    found = unpack_records(cache, torch.arange(how.capacity(x), device=x.value.device))
-    there = x.pieces[: how.capacity(x), 1:2] >= 0
-    return torch.where(there, found, 0.0).to(how.out_dtype)
+    storage = torch.empty(pages, fmt.page_bytes(spec, ROWS_OF_A_PAGE), dtype=torch.uint8, device=device)
+    scales = scale = None
+    if fmt.separate:
+        scales = torch.empty(pages, ROWS_OF_A_PAGE * fmt.tail_bytes(spec), dtype=torch.uint8, device=device)
+    if fmt.takes_scale:
+        scale = torch.ones(1, dtype=torch.float32, device=device) if x.scale is None else x.scale
+    return Records(fmt, spec, ROWS_OF_A_PAGE, scale, storage, scales)

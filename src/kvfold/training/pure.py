@@ -17,8 +17,8 @@ from ..backend_torch.fold import LOG2_E, LOWEST, exp2, fold_group, fold_step
 from ..contract import ROWS_AT_ONCE
 from ..spec import CompressorSpec
 from ..storage.fold_state import state_kind
-from ..storage.pack import bf16_bits, pack_records
-from .problem import Entries, Gradients, How, Inputs, read_back, scratch_cache
+from ..storage.pack import bf16_bits, pack_records, unpack_records
+from .problem import Entries, Gradients, How, Inputs, scratch_records
 
 
 class Row(NamedTuple):
@@ -46,9 +46,9 @@ def forward_torch(x: Inputs, how: How) -> Entries:
     done = turn(normed, spec, x.rope, position, how.record)
     if how.fmt is None:
         return Entries(_narrow(torch.where(there, done, 0.0), how.out_dtype), latent, kept)
-    cache = scratch_cache(x, how)
-    pack_records(cache, torch.arange(capacity, device=y.device), torch.where(there, done, 0.0))
-    return Entries(read_back(cache, x, how), latent, kept)
+    records, slots = scratch_records(x, how), torch.arange(capacity, device=y.device)
+    pack_records(records, slots, torch.where(there, done, 0.0))
+    return Entries(_narrow(torch.where(there, unpack_records(records, slots), 0.0), how.out_dtype), latent, kept)
 
 
 def backward_torch(

@@ -17,16 +17,19 @@ class Config:
     """A row of the table. It serves a kernel for what is inside its bounds; of several rows, the first one.
 
     Attributes:
-        kernel: `"forward"`; `"again"`, the whole backward of windows that are folded again; `"finish"`, `"spread"`, the
-            backward of windows whose fold was kept, in two launches; `"sum"`, of the groups' sums.
+        kernel: `"forward"`; `"entries"`, of windows that several programs of the forward share; `"read"`, of records, for fake
+            quantization; `"again"`, the whole backward of windows that are folded again; `"finish"`, `"spread"`, the backward
+            of windows whose fold was kept, in two launches; `"sum"`, of the groups' sums.
         head_dims: narrowest and widest entry.
         window_rows: fewest and most tokens per entry.
         entries: most rows of entries.
         num_warps: per program. registers: bound on registers per thread, 0 for none.
-        ahead: `"forward"`: tokens in flight at once.
+        ahead: `"forward"`: tokens in flight at once. slice: channels of a program, where a window is folded token by token; 0
+            for all.
         rows, columns: `"spread"`, `"sum"`: of a tile.
         groups: most groups of windows, each summed by itself.
         hold: `"again"`: rows of ape stay in registers, instead of being read for each window.
+        spills: bytes that a thread may spill on sm_90 under Triton 3.6.
     """
 
     kernel: str
@@ -36,10 +39,12 @@ class Config:
     num_warps: int
     registers: int = 0
     ahead: int = 0
+    slice: int = 0
     rows: int = 0
     columns: int = 0
     groups: int = 0
     hold: bool = False
+    spills: int = 0
 
     def serves(self, kernel: str, spec: CompressorSpec, entries: int) -> bool:
         return (
@@ -54,18 +59,23 @@ _NARROW, _MIDDLE, _WIDE, _WIDEST = (16, 128), (256, 256), (512, 1024), (2048, 40
 _SHORT, _LONG, _ALL = (1, 8), (9, 8192), (1, 8192)
 
 # Warps, registers and groups are those that a prototype was fastest with on an H200; these kernels have not run there yet. The
-# bounds on registers make nothing spill under Triton 3.6.
+# bounds on registers make nothing of V4's spill under Triton 3.6.
 CONFIGS: tuple[Config, ...] = (
     Config("forward", _NARROW, _SHORT, ANY, 1, ahead=8),
     Config("forward", _MIDDLE, _SHORT, ANY, 2, ahead=8),
     Config("forward", _WIDE, _SHORT, ANY, 4, ahead=8),
     Config("forward", _WIDEST, _SHORT, ANY, 16, ahead=8),
     Config("forward", _NARROW, _LONG, ANY, 1, ahead=8),
-    Config("forward", _MIDDLE, _LONG, ANY, 2, ahead=8),
-    # Few windows are chains of tokens, so many loads ahead; many are as fast as their instructions.
+    Config("forward", _MIDDLE, _LONG, ANY, 2, ahead=8, spills=20),
+    # As long steps over fold rows (backend_triton/table.py): few windows are chains of tokens, so many loads ahead, and shared
+    # where that fills 132 multiprocessors better; many are as fast as their instructions.
+    Config("forward", _WIDE, _LONG, 66, 8, ahead=16, slice=256),
     Config("forward", _WIDE, _LONG, 132, 8, ahead=16),
+    Config("forward", _WIDE, _LONG, 198, 4, ahead=16, slice=256),
     Config("forward", _WIDE, _LONG, ANY, 4, 128, ahead=4),
     Config("forward", _WIDEST, _LONG, ANY, 16, ahead=4),
+    Config("entries", (16, 4096), _LONG, ANY, 4),
+    *(Config("read", width, _ALL, ANY, warps) for width, warps in ((_NARROW, 1), (_MIDDLE, 2), (_WIDE, 4), (_WIDEST, 8))),
     Config("again", _NARROW, _SHORT, 4096, 1, groups=512),
     Config("again", _NARROW, _SHORT, ANY, 1, 128, groups=1024),
     Config("again", _MIDDLE, _SHORT, ANY, 2, groups=512),
@@ -76,7 +86,7 @@ CONFIGS: tuple[Config, ...] = (
     Config("finish", _MIDDLE, _LONG, ANY, 2, groups=256),
     Config("finish", _WIDE, _LONG, ANY, 4, groups=256),
     Config("finish", _WIDEST, _LONG, ANY, 8, groups=128),
-    Config("spread", (16, 4096), _LONG, 256, 4, rows=4, columns=256, groups=16),
+    Config("spread", (16, 4096), _LONG, 256, 4, rows=4, columns=256, groups=16, spills=4),
     Config("spread", (16, 4096), _LONG, ANY, 4, rows=4, columns=512, groups=16),
     Config("sum", (16, 4096), _ALL, ANY, 4, rows=128, columns=32),
 )

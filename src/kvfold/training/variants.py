@@ -18,13 +18,16 @@ from ..storage.fold_state import state_kind
 from ..storage.formats import RecordFormat
 from .args import Incoming, Kept, Parts, Pieces
 from .kernels.again import train_again_kernel
-from .kernels.forward import train_forward_kernel
+from .kernels.forward import train_entries_kernel, train_forward_kernel
 from .kernels.kept import train_finish_kernel, train_spread_kernel
+from .kernels.records import train_read_kernel
 from .kernels.sums import train_sum_kernel
 from .table import Config
 
 KERNELS |= {
     "train_forward": train_forward_kernel,
+    "train_entries": train_entries_kernel,
+    "train_read": train_read_kernel,
     "train_again": train_again_kernel,
     "train_finish": train_finish_kernel,
     "train_spread": train_spread_kernel,
@@ -58,16 +61,22 @@ def training_variant(key: TrainingKey) -> Variant:
 
 
 def forward_variant(key: TrainingKey) -> Variant:
-    fmt, spec = key.record, key.spec
-    output = types_of(args.Output, rows=None, norm_weight=POINTERS[key.norm_weight], latent=_latent(key))
-    absent = ["scales"] * (not fmt.separate) + ["rope"] * (not spec.rope_dim) + ["scale"] * (not fmt.takes_scale)
-    output = output._replace(**dict.fromkeys(absent))
-    kept = types_of(Kept) if key.keeps else Kept()
+    spec = key.spec
     # Stretches of a window are whole ones.
     ahead = gcd(key.config.ahead, spec.ratio) if _kind(spec) == "fold" else min(key.config.ahead, spec.window_rows)
-    how = Schedule(AHEAD=ahead, TOGETHER=1, SLICE=spec.head_dim)
-    arguments = types_of(Pieces), _tokens(key), output, kept
-    return _variant(key, arguments, how, FMT=format_of(fmt, spec))
+    how = Schedule(AHEAD=ahead, TOGETHER=1, SLICE=spec.head_dim // slices_of(key.config, spec))
+    arguments = types_of(Pieces), _tokens(key), _output(key), types_of(Kept) if key.keeps else Kept()
+    return _variant(key, arguments, how, FMT=format_of(key.record, spec))
+
+
+def entries_variant(key: TrainingKey) -> Variant:
+    arguments = types_of(Pieces), _output(key), types_of(Kept)
+    return _variant(key, arguments, Schedule(), FMT=format_of(key.record, key.spec))
+
+
+def read_variant(key: TrainingKey) -> Variant:
+    records = _output(key)._replace(norm_weight=None, rope=None, latent=None)
+    return _variant(key, (types_of(Pieces), records, POINTERS[key.out]), Schedule(), FMT=format_of(key.record, key.spec))
 
 
 def again_variant(key: TrainingKey) -> Variant:
@@ -92,13 +101,12 @@ def spread_variant(key: TrainingKey) -> Variant:
     incoming = Incoming(pooled=types_of(Incoming).pooled)
     parts = _parts(key)._replace(weight=None)
     arguments = types_of(Pieces), _tokens(key), types_of(Kept), incoming, _gradients(key), parts
-    rows, columns = min(key.config.rows, 1 << (key.spec.ratio - 1).bit_length()), min(key.config.columns, key.spec.head_dim)
+    rows, columns = tile_of(key)
     return _variant(key, arguments, Schedule(), ROWS=rows, COLUMNS=columns)
 
 
 def sum_variant(key: TrainingKey) -> Variant:
-    parts, spec = _parts(key), key.spec
-    width = spec.ratio * spec.channels if spec.has_ape else 0
+    parts = _parts(key)
     tile, weight_tile = (min(key.config.rows, 1 << (groups - 1).bit_length()) for groups in (key.groups, key.weight_groups))
     d_ape = parts.ape
     return _variant(
@@ -111,13 +119,15 @@ def sum_variant(key: TrainingKey) -> Variant:
         WEIGHT_GROUPS=key.weight_groups,
         WEIGHT_TILE=weight_tile,
         LOG2_WEIGHT_TILE=weight_tile.bit_length() - 1,
-        WIDTH=width,
+        WIDTH=_ape_width(key.spec),
         COLUMNS=key.config.columns,
     )
 
 
 _VARIANTS: dict[str, Callable[[TrainingKey], Variant]] = {
     "forward": forward_variant,
+    "entries": entries_variant,
+    "read": read_variant,
     "again": again_variant,
     "finish": finish_variant,
     "spread": spread_variant,
@@ -137,6 +147,40 @@ def _variant(key: TrainingKey, arguments: tuple, how: Schedule, **constants: Any
 
 def _kind(spec: CompressorSpec) -> str:
     return state_kind(spec) if spec.gate else ""
+
+
+def slices_of(config: Config, spec: CompressorSpec) -> int:
+    """Programs of the forward that share a window."""
+    return spec.head_dim // min(config.slice, spec.head_dim) if config.slice and _kind(spec) == "fold" else 1
+
+
+def tile_of(key: TrainingKey) -> tuple[int, int]:
+    """Tokens and channels of a program of `"spread"`."""
+    return min(key.config.rows, 1 << (key.spec.ratio - 1).bit_length()), min(key.config.columns, key.spec.head_dim)
+
+
+def tiles_of(key: TrainingKey) -> int:
+    """Programs of an entry, of a group of windows, or of all sums."""
+    spec, kernel = key.spec, key.config.kernel
+    if kernel == "forward":
+        return slices_of(key.config, spec)
+    if kernel == "spread":
+        rows, columns = tile_of(key)
+        return -(-spec.ratio // rows) * (1 + spec.overlap) * (spec.head_dim // columns)
+    if kernel == "sum":
+        return sum(-(-width // key.config.columns) for width in (_ape_width(spec), spec.head_dim))
+    return 1
+
+
+def _ape_width(spec: CompressorSpec) -> int:
+    return spec.ratio * spec.channels if spec.has_ape else 0
+
+
+def _output(key: TrainingKey) -> args.Output:
+    """Records of all entries: plain rows are such, too."""
+    fmt, output = key.record, types_of(args.Output, rows=None, norm_weight=POINTERS[key.norm_weight], latent=_latent(key))
+    absent = ["scales"] * (not fmt.separate) + ["rope"] * (not key.spec.rope_dim) + ["scale"] * (not fmt.takes_scale)
+    return output._replace(**dict.fromkeys(absent))
 
 
 def _latent(key: TrainingKey) -> str | None:

@@ -79,7 +79,7 @@ def untouched(engine: Engine, since: tuple[int, int] | None = None) -> None:
     """Raises Mismatch if a byte was written that is of no record; bytes between pages are looked at too."""
     cache, ids = engine.cache, torch.cat([slots[first:] for _, first, slots in _windows(engine, since)])
     ids = ids[ids >= 0].unique()
-    gap = cache.storage.untyped_storage().nbytes() // cache.num_pages - cache.page_bytes
+    gap = cache.storage.untyped_storage().nbytes() // cache.num_pages - cache.format.page_bytes(cache.spec, cache.rows_per_page)
     blank = make_cache(cache.format.name, cache.spec, cache.num_pages, cache.rows_per_page, str(cache.device), gap=gap)
     put_bytes(blank, ids, bytes_of(cache, ids))
     for name, got, want in (("page", cache.storage, blank.storage), ("scale page", cache.scales, blank.scales)):

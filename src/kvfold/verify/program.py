@@ -95,6 +95,7 @@ def _engine(case: RandomCase, name: str, shape: Shape, end: str = "", *, pieces:
     if shape.fmt is not None:
         scale = f"torch.tensor({shape.scale}, device=device)" if shape.scale_on_device and pieces else str(shape.scale)
         more = f", scale={scale}" * (scale != "1.0") + f", gap={case.gap}" * (pieces and case.gap > 0)
+        more += ", blocks=True" * (pieces and case.blocks)
         pages = first + sum(map(len, case.entry_pages))
         cache = f"testing.make_cache({shape.fmt!r}, spec{end}, {pages}, {case.rows_per_page}, device{more})"
     if pieces:

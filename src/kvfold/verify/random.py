@@ -94,7 +94,8 @@ class RandomCase:
         values: what tokens are like. draw: the seed of their numbers.
         lengths: tokens of each sequence; in the end `steps` have had all of them.
         slots: of each sequence; one that begins after another has ended may have its slot, or its pages.
-        entry_pages: pages of the cache. gap: bytes between them. left, right: elements beside kv_score's columns.
+        entry_pages: pages of the cache. gap: bytes between them. blocks: they come as an engine's view.
+        left, right: elements beside kv_score's columns.
         kv_pages, score_pages: of a window's pools, which have `pages` pages; `joined`: the pools are columns of one tensor;
             `freed`: pages before those that a step needs are -1 in its tables. Of rings each sequence has all pages of its own.
         snapshot_pages: where snapshots go. hit: (sequence, page): restored in the end, and gone on with.
@@ -112,6 +113,7 @@ class RandomCase:
     rows_per_page: int
     entry_pages: Pages
     gap: int
+    blocks: bool
     left: int
     right: int
     kv_pages: Pages = ()
@@ -277,8 +279,15 @@ class _Drawer:
             found["kv_pages"], found["score_pages"] = self._shared(kv, after), self._shared(score, after)
         return RandomCase(
             seed, index, shape, rng.choice(VALUES), rng.randrange(1 << 31), tuple(lengths), slots=self._slots(after),
-            store=shape.fmt is not None and rng.random() < 0.3, **found,
+            store=shape.fmt is not None and rng.random() < 0.3,
+            blocks=self._blocks(found["rows_per_page"], found["gap"]), **found,
         )  # fmt: skip
+
+    def _blocks(self, rows_per_page: int, gap: int) -> bool:
+        """Whether the cache is an engine's view of blocks, which takes pages that begin where records may."""
+        wanted, shapes = self.rng.random() < 0.4, [shape for shape in (self.shape, self.shape.other) if shape and shape.fmt]
+        apart = [(FORMATS[shape.fmt], FORMATS[shape.fmt].page_bytes(shape.spec, rows_per_page) + gap) for shape in shapes]
+        return wanted and bool(apart) and all(size % fmt.alignment == 0 for fmt, size in apart)
 
     def _ring_pages(self) -> int:
         """Pages of each ring: for the rows that the next step needs alone, or so that short steps can be taken back."""

@@ -110,7 +110,7 @@ def train_again_kernel(
         if piece.window >= 0:
             g, g_latent = load_incoming(incoming, number, SPEC)
             if SPEC.KIND == "":
-                y = widen(tl.load(tokens.kv_score + piece.token.to(tl.int64) * tokens.stride + c))
+                y = widen(tl.load(tokens.kv_score + piece.token.to(tl.int64) * tokens.stride + c, cache_modifier=".cg"))
                 dy, share = pull_back(g, g_latent, y, piece.window, output, SPEC, FMT, HOW.TARGET)
                 to = gradients.kv_score + piece.token.to(tl.int64) * gradients.stride + c
                 put(to, dy, None, HOW.TARGET.BF16_CONVERSION)

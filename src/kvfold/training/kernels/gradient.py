@@ -11,10 +11,10 @@ from ...backend_triton.kernels.record import bf16_bits, bf16_value
 def load_incoming(incoming, n, SPEC: tl.constexpr):
     """Gradients of entry n and of its latent, fp32; zeros for a latent that nobody asked for."""
     at = n.to(tl.int64) * SPEC.HEAD_DIM + tl.arange(0, SPEC.HEAD_DIM)
-    g = tl.load(incoming.entries + at).to(tl.float32)
+    g = tl.load(incoming.entries + at, cache_modifier=".cg").to(tl.float32)
     g_latent = tl.zeros((SPEC.HEAD_DIM,), tl.float32)
     if incoming.latent is not None:
-        g_latent = tl.load(incoming.latent + at).to(tl.float32)
+        g_latent = tl.load(incoming.latent + at, cache_modifier=".cg").to(tl.float32)
     return g, g_latent
 
 

@@ -39,8 +39,8 @@ def train_finish_kernel(
         piece = load_piece(pieces, number)
         if piece.window >= 0:
             at = number.to(tl.int64) * SPEC.HEAD_DIM + c
-            inverse = tl.load(kept.rows + at + kept.plane)
-            y = tl.load(kept.rows + at + 2 * kept.plane)
+            inverse = tl.load(kept.rows + at + kept.plane, cache_modifier=".cg")
+            y = tl.load(kept.rows + at + 2 * kept.plane, cache_modifier=".cg")
             g, g_latent = load_incoming(incoming, number, SPEC)
             dy, share = pull_back(g, g_latent, y, piece.window, output, SPEC, FMT, HOW.TARGET)
             shares += share
@@ -105,9 +105,9 @@ def train_spread_kernel(
         if piece.window >= lo:
             token = piece.token - lo * SPEC.RATIO
             row = number.to(tl.int64) * SPEC.HEAD_DIM + c
-            m = tl.load(kept.rows + row)
-            y = tl.load(kept.rows + row + 2 * kept.plane)
-            dy = tl.load(incoming.pooled + row)
+            m = tl.load(kept.rows + row, cache_modifier=".cg")
+            y = tl.load(kept.rows + row + 2 * kept.plane, cache_modifier=".cg")
+            dy = tl.load(incoming.pooled + row, cache_modifier=".cg")
             at = tokens.kv_score + (token + j)[:, None].to(tl.int64) * tokens.stride + at_half[None, :]
             k = tl.load(at, mask=where, other=0.0, cache_modifier=".cg")
             s = tl.load(at + gaps(tokens, token + j, CHANNELS), mask=where, other=float("-inf"), cache_modifier=".cg")

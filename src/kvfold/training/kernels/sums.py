@@ -17,7 +17,8 @@ def sum_columns(parts, width, out, c, GROUPS: tl.constexpr, TILE: tl.constexpr, 
         mask = tl.broadcast_to((first + g < GROUPS)[:, None], (TILE, COLUMNS)) & tl.broadcast_to(
             inside[None, :], (TILE, COLUMNS)
         )
-        sums += tl.load(parts + (first + g)[:, None].to(tl.int64) * width + c[None, :], mask=mask, other=0.0)
+        at = parts + (first + g)[:, None].to(tl.int64) * width + c[None, :]
+        sums += tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
     for i in tl.static_range(LOG2_TILE):
         sums = tl.sum(tl.reshape(sums, (TILE >> (i + 1), 2, COLUMNS)), axis=1)
     tl.store(out + c, tl.reshape(sums, (COLUMNS,)), mask=inside)

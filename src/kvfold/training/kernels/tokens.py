@@ -11,8 +11,11 @@ from ..args import Piece
 
 @triton.jit
 def load_piece(pieces, n):
+    """Past the L1 cache, as all that launches before may have written: see `pdl.load_plan`."""
     at = pieces.rows + n * 4
-    return Piece(tl.load(at), tl.load(at + 1), tl.load(at + 2))
+    return Piece(
+        tl.load(at, cache_modifier=".cg"), tl.load(at + 1, cache_modifier=".cg"), tl.load(at + 2, cache_modifier=".cg")
+    )  # fmt: skip
 
 
 @triton.jit

@@ -1,0 +1,193 @@
+"""Times compressors inside an engine, over its classes and pages: through kvfold's adapter, and by the engine's own kernels.
+
+python -m benchmarks.run.adapters --out benchmarks/results/adapters.jsonl [--engine vllm] [--engines build/engines]
+                                  [--batches 16,64] [--shapes HCA,CSA,step] [--variants own,window,fold] [--only SUBSTRING]
+
+us: of a CUDA graph that holds the calls of all layers, on one stream. host_us: of the same calls without a graph, on the host.
+launches: that a profiler counts in them. All three of one layer, or of a step: V4-Pro's 31 layers of ratio 128 and 30 of ratio
+4, each with its indexer. `own` is the engine's kernels; of vLLM its Triton ones. Of the others a wait for the GPU, or an
+allocation, is an error. --engines: a folder that `make engines` made; an engine that is installed needs none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ..lib import protocol, table
+from .v41 import launches_of
+
+HEADER = ("case", "variant", "us", "host us", "launches")
+COPIES = 32  # of a layer that is timed alone, so that its pages are as cold as in a model
+SHAPES = {"HCA": (128,) * COPIES, "CSA": (4,) * COPIES, "step": (128, *(4, 128) * 30)}
+VARIANTS = ("own", "window", "fold")
+END = 512  # tokens that each sequence has after a step in which it ends a window of every ratio
+
+
+class Case(NamedTuple):
+    """A decode step. mode: "hit" ends windows of 4 and of 128 in every sequence, "spread" has them at all phases."""
+
+    shape: str
+    batch: int
+    new: int
+    mode: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.shape} b{self.batch} n{self.new} {self.mode}"
+
+    @property
+    def starts(self) -> list[int]:
+        return [END - self.new - (b * 128 // self.batch if self.mode == "spread" else 0) for b in range(self.batch)]
+
+
+class Ready(NamedTuple):
+    """A step, ready to be called, and how many sequences and entries kvfold has refused."""
+
+    call: Callable[[], object]
+    refused: Callable[[], int]
+
+
+def cases(batches: list[int], shapes: list[str]) -> list[Case]:
+    steps = ((1, "hit"), (1, "spread"), (4, "hit"), (4, "spread"))
+    return [Case(shape, batch, new, mode) for shape in shapes for batch in batches for new, mode in steps]
+
+
+@contextmanager
+def vllm_step(case: Case, variant: str, layers: tuple[int, ...], device: str) -> Iterator[Ready]:
+    """A step over vLLM's own classes, or over kvfold's in their place."""
+    from ..lib.vllm_platform import take_no_platform
+
+    if "vllm.models" not in sys.modules:
+        take_no_platform(device)
+    from kvfold.integrations.vllm import refused, register, unregister
+
+    from ..lib.vllm_world import Layer, Sizes, Step, World, make_config
+
+    if variant != "own":
+        register(variant)
+    try:
+        sizes = Sizes(case.batch, case.batch * 128, END + 256, case.new - 1, device)
+        config = make_config(sizes)
+        made = []
+        for i, ratio in enumerate(layers):
+            widths = (512, 128) if ratio == 4 else (512,)
+            made += [Layer(sizes, config, ratio, width, name=f"layers.{i}") for width in widths]
+        world = World(made, config, sizes)
+        opened = Step.of(*((b, start // 128 * 128, start % 128) for b, start in enumerate(case.starts)))
+        world.run([opened])  # the windows that the step goes on with
+        step = Step.of(*((b, start, case.new) for b, start in enumerate(case.starts)))
+        metadata, positions = world.prepare(step)
+        kv_scores = [world.kv_score(step, layer.kv_width, len(positions)) for layer in made]
+        yield Ready(lambda: world.forward(metadata, kv_scores, positions), refused)
+    finally:
+        unregister()
+
+
+STEPS = {"vllm": vllm_step}  # by the name of an engine
+
+
+def host_us(call: Callable[[], object], device: str, chunks: int = 5) -> float:
+    """Microseconds of host time of a call, of the fastest one: what else a machine does only adds."""
+    wait, times = (torch.cuda.synchronize if device == "cuda" else int), []
+    for _ in range(chunks):
+        wait()
+        begin = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - begin) * 1e6)
+    wait()
+    return min(times)
+
+
+def check_quiet(call: Callable[[], object]) -> None:
+    """Raises if a call waits for the GPU or allocates."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    made = torch.cuda.memory_stats()["allocation.all.allocated"] - before
+    if made:
+        raise RuntimeError(f"a step of kvfold's allocated {made} times")
+
+
+def measure(ready: Ready, variant: str, count: int, device: str) -> dict:
+    """The figures of a step, for each of `count` layers."""
+    ready.call()
+    row = {"host_us": round(host_us(ready.call, device) / count, 2)}
+    if device == "cuda":
+        if variant != "own":
+            check_quiet(ready.call)
+        row = {"us": round(protocol.time_graph([ready.call]) / count, 3)} | row
+        row["launches"] = launches_of(ready.call) / count
+    if ready.refused():
+        raise RuntimeError(f"kvfold refused {ready.refused()} sequences or entries")
+    return row
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = protocol.parser(__doc__)
+    parser.add_argument("--engine", choices=sorted(STEPS), default="vllm")
+    parser.add_argument("--engines", type=Path, help="folder with what `make engines` unpacked")
+    for name, default in (("batches", "16,64"), ("shapes", ",".join(SHAPES)), ("variants", ",".join(VARIANTS))):
+        parser.add_argument(f"--{name}", default=default, help="separated by commas (default: %(default)s)")
+    parser.add_argument("--only", default="", help="cases whose name has this in it")
+    args = parser.parse_args(arguments)
+    args.batches = [int(batch) for batch in args.batches.split(",")]
+    args.shapes, args.variants = args.shapes.split(","), args.variants.split(",")
+    for name, known in (("shapes", SHAPES), ("variants", VARIANTS)):
+        if not set(getattr(args, name)) <= set(known):
+            parser.error(f"--{name} must be of {', '.join(known)}, got {getattr(args, name)}")
+    if args.engines is not None:
+        sys.path += [str(args.engines / args.engine), str(args.engines / "packages")]
+    return args
+
+
+def cells(row: dict) -> list[str]:
+    return [row["case"], row["variant"], *(f"{row[key]:.2f}" if key in row else "" for key in ("us", "host_us", "launches"))]
+
+
+def run(args: argparse.Namespace, device: str, shapes: dict[str, tuple[int, ...]] = SHAPES) -> tuple[list[dict], int]:
+    """The rows, and how many cases failed; each row is written when it is there."""
+    rows, failed, where = [], 0, protocol.environment(args.commit)
+    for case in (case for case in cases(args.batches, args.shapes) if args.only in case.name):
+        for variant in args.variants:
+            try:
+                count = 1 if case.shape == "step" else len(shapes[case.shape])
+                with STEPS[args.engine](case, variant, shapes[case.shape], device) as ready:
+                    figures = measure(ready, variant, count, device)
+            except Exception:  # the other cases are worth having: device time is scarce
+                traceback.print_exc()
+                failed += 1
+                continue
+            finally:
+                gc.collect()
+                if device == "cuda":
+                    torch.cuda.empty_cache()
+            rows.append({"bench": "adapters", "engine": args.engine, "case": case.name, "variant": variant} | figures)
+            print(*cells(rows[-1]), flush=True)
+            protocol.append_rows(args.out, [rows[-1] | where])
+    return rows, failed
+
+
+def main() -> int:
+    args = parse()
+    rows, failed = run(args, "cuda")
+    table.show(f"Compressors in {args.engine}, microseconds", HEADER, [cells(row) for row in rows])
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

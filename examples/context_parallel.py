@@ -1,0 +1,106 @@
+"""One long sequence cut over several processes: each compresses its own tokens, and all get all entries, with the same bits.
+
+    torchrun --nproc-per-node 2 examples/context_parallel.py                       # CPUs, over gloo
+    torchrun --nproc-per-node 2 examples/context_parallel.py --device cuda         # GPUs, over NCCL
+    [--tokens 20000] [--layout zigzag]
+
+Every process also compresses the whole sequence alone, and compares the bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+import torch
+import torch.distributed as dist
+
+import kvfold
+from kvfold.parallel import ContextParallel
+
+ROWS_PER_PAGE = 64
+LAYERS = {  # of DeepSeek-V4, by ratio: what takes part in one exchange, and the records that it makes
+    128: [(kvfold.V4_HCA, "fp8_ds_mla")],
+    4: [(kvfold.V4_CSA, "fp8_ds_mla"), (kvfold.V4_INDEXER, "indexer_fp8_vllm")],
+}
+
+
+def make(tokens: int, ratio: int, device: torch.device) -> list[kvfold.Compressor]:
+    """The compressors of a layer with kv_score of the whole sequence, random but the same in every process; empty caches."""
+    draw, found = torch.Generator().manual_seed(0), []
+    for spec, fmt in LAYERS[ratio]:
+        kv_score = torch.randn(tokens, 2 * spec.channels, generator=draw).bfloat16().to(device)
+        kept = torch.float32 if ratio == 128 else torch.bfloat16
+        state = kvfold.FoldState.allocate(spec, 1, 8, device=device, dtype=kept)
+        cache = kvfold.EntryCache.allocate(fmt, tokens // ratio // ROWS_PER_PAGE + 1, ROWS_PER_PAGE, spec, device=device)
+        ape = torch.randn(ratio, spec.channels, generator=draw).to(device)
+        rope = kvfold.reference.rope_table(tokens + 1, spec.rope_dim).to(device)
+        weight = torch.ones(spec.head_dim, device=device)
+        found.append(kvfold.Compressor(kv_score, state, cache, spec, ape, weight, rope))
+    return found
+
+
+def table_of(compressors: list[kvfold.Compressor]) -> torch.Tensor:
+    """The pages of the one sequence."""
+    cache = compressors[0].cache
+    return torch.arange(cache.num_pages, dtype=torch.int32, device=cache.device)[None]
+
+
+def cut(cp: ContextParallel, compressors: list[kvfold.Compressor], tokens: int) -> int:
+    """The step, cut over all processes. Returns how many bytes this one sent to neighbours."""
+    shards = cp.split([tokens])  # once per step: which tokens each process has
+    table = table_of(compressors)
+    plan = cp.plan(shards, compressors[0].spec, cache_block_table=table, rows_per_page=ROWS_PER_PAGE)  # once for all layers
+    mine = shards.index(cp.rank).to(table.device)
+    own = [c._replace(kv_score=c.kv_score[mine]) for c in compressors]  # in a model the projection makes only these
+    cp.compress(own, plan)
+    cp.gather(own, plan)  # where attention wants all entries on every GPU
+    assert int(plan.errors) == 0, "refused"
+    return plan.bytes_sent(own)
+
+
+def alone(compressors: list[kvfold.Compressor], tokens: int) -> None:
+    """The same step in one process."""
+    table, zero = table_of(compressors), torch.zeros(1, dtype=torch.int32, device=compressors[0].cache.device)
+    spec = compressors[0].spec
+    ends = torch.tensor([0, tokens], dtype=torch.int32, device=zero.device)
+    where = {"cache_block_table": table, "rows_per_page": ROWS_PER_PAGE}
+    plan = kvfold.StepPlan.build(spec.ratio, zero, ends, tokens, state_slots=zero, **where)
+    for kv_score, state, cache, spec, ape, norm_weight, rope, _ in compressors:
+        kvfold.compress(kv_score, plan, state, cache, spec=spec, ape=ape, norm_weight=norm_weight, rope=rope)
+
+
+def run(cp: ContextParallel, tokens: int, device: torch.device) -> list[str]:
+    """A line for each ratio; raises if any byte is another than in one process."""
+    lines = []
+    for ratio in LAYERS:
+        together, single = make(tokens, ratio, device), make(tokens, ratio, device)
+        sent = cut(cp, together, tokens)
+        alone(single, tokens)
+        for one, other in zip(together, single, strict=True):
+            assert torch.equal(one.cache.storage, other.cache.storage), f"ratio {ratio}: other bytes than in one process"
+        lines.append(
+            f"rank {cp.rank} of {cp.size}, {cp.layout}: ratio {ratio}, {tokens // ratio} entries, {sent} bytes to neighbours"
+        )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=20_000)
+    parser.add_argument("--layout", choices=("contiguous", "zigzag"), default="contiguous")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    args = parser.parse_args()
+    device = torch.device(args.device, int(os.environ["LOCAL_RANK"]) if args.device == "cuda" else None)
+    if args.device == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    try:
+        print("\n".join(run(ContextParallel(layout=args.layout), args.tokens, device)), flush=True)
+        print(f"rank {dist.get_rank()}: all bytes are those of one process", flush=True)
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""Training with sequences that are cut over ranks: entries of a rank's tokens, and all ranks' entries, with gradients.
+
+Ranks send the rows that windows across a cut need, and their gradients come back: each half of a row is used by one window, so
+its gradient is that of one rank, and nothing is added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from ..spec import CompressorSpec
+from ..training import Gradients, compress_backward, compress_forward
+from .halo import CutPacking
+from .transport import Parcel, Transport
+
+WEIGHTS = ("gather", "reduce", "own")
+Tokens = tuple[torch.Tensor, ...]  # one tensor, or values and scores
+
+
+class Call(NamedTuple):
+    """What is no tensor. options: of `training.compress_forward` and `compress_backward` both. weights: see `entries`."""
+
+    packing: CutPacking
+    transport: Transport
+    spec: CompressorSpec
+    options: dict[str, Any]
+    cache_scale: torch.Tensor | None
+    weights: str
+
+
+class Parameters(NamedTuple):
+    """As `training.compress` takes them."""
+
+    ape: torch.Tensor | None
+    norm_weight: torch.Tensor
+    rope: torch.Tensor | None
+
+
+class Entries(torch.autograd.Function):
+    """The entries that a rank owns."""
+
+    @staticmethod
+    def forward(ctx, call: Call, ape, norm_weight, rope, *tokens: torch.Tensor) -> torch.Tensor:
+        packing, given = call.packing, Parameters(ape, norm_weight, rope)
+        inside = _forward(call, given, packing.inside, tokens)  # checks all arguments before anything is sent
+        small = _seam_tokens(call, tokens)
+        found, kept = [inside.entries[: packing.inside_entries]], [inside.kept]
+        if packing.seams is not None:
+            seams = _forward(call, given, packing.seams, small)
+            found, kept = [seams.entries[: packing.seam_entries], *found], [*kept, seams.kept]
+        ctx.call, ctx.count = call, len(tokens)
+        ctx.save_for_backward(ape, norm_weight, rope, *tokens, *small, *kept)
+        entries = torch.cat(found)
+        return entries if packing.order is None else entries[packing.order]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_entries: torch.Tensor):
+        call, packing, count = ctx.call, ctx.call.packing, ctx.count
+        ape, norm_weight, rope, *rest = ctx.saved_tensors
+        given, tokens, small, kept = (
+            Parameters(ape, norm_weight, rope),
+            rest[:count],
+            rest[count : 2 * count],
+            rest[2 * count :],
+        )
+        if packing.order is not None:
+            d_entries = torch.empty_like(d_entries).index_copy_(0, packing.order, d_entries)
+        at_seams, whole = d_entries.split([packing.seam_entries, packing.inside_entries])
+        made = [_backward(call, given, packing.inside, tokens, kept[0], whole)]
+        if packing.seams is not None:
+            made.append(_backward(call, given, packing.seams, small, kept[1], at_seams))
+        d_tokens = _parts(made[0])
+        _return(call, d_tokens, _parts(made[-1]) if packing.seams is not None else small)
+        d_ape, d_norm_weight = _weights(call, made)
+        return None, d_ape, d_norm_weight.to(norm_weight.dtype), None, *d_tokens
+
+
+class AllEntries(torch.autograd.Function):
+    """The entries of all ranks, in the order of one process; the gradient of an entry is the sum of those of all ranks."""
+
+    @staticmethod
+    def forward(ctx, packing: CutPacking, transport: Transport, entries: torch.Tensor) -> torch.Tensor:
+        ctx.packing, ctx.transport = packing, transport
+        counts = [len(numbers) for numbers in packing.numbers]
+        found = entries.new_zeros(sum(counts), entries.shape[1])
+        if not len(found):
+            return found
+        padded = entries.new_zeros(max(counts), entries.shape[1])
+        padded[: len(entries)] = entries
+        data = padded.view(torch.uint8).flatten()
+        for numbers, theirs in zip(packing.numbers, transport.gather(data, "entries"), strict=True):
+            found[numbers] = theirs.view(entries.dtype).view(padded.shape)[: len(numbers)]
+        return found
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_all: torch.Tensor):
+        packing, transport = ctx.packing, ctx.transport
+        mine = d_all[packing.numbers[transport.rank]]
+        others = [rank for rank in range(transport.size) if rank != transport.rank]
+        sent = [Parcel(rank, d_all[packing.numbers[rank]].contiguous()) for rank in others if len(packing.numbers[rank])]
+        received = {rank: torch.empty_like(mine) for rank in others if len(mine)}
+        transport.exchange(sent, [Parcel(*one) for one in received.items()], "gradients of entries")
+        total = torch.zeros_like(mine, dtype=torch.float32)
+        for rank in range(transport.size):  # one order on every rank
+            total += received.get(rank, mine)
+        return None, None, total.to(d_all.dtype)
+
+
+def _forward(call: Call, given: Parameters, packing, tokens: Sequence[torch.Tensor]):
+    scale = {"cache_scale": call.cache_scale}
+    return compress_forward(_one(tokens), packing, spec=call.spec, **given._asdict(), **call.options, **scale)
+
+
+def _backward(call: Call, given: Parameters, packing, tokens, kept: torch.Tensor, d_entries: torch.Tensor) -> Gradients:
+    padded = d_entries.new_zeros(packing.capacity, call.spec.head_dim)
+    padded[: len(d_entries)] = d_entries
+    return compress_backward(padded, _one(tokens), packing, kept, spec=call.spec, **given._asdict(), **call.options)
+
+
+def _one(tokens: Sequence[torch.Tensor]) -> torch.Tensor | Tokens:
+    return tokens[0] if len(tokens) == 1 else tuple(tokens)
+
+
+def _parts(found: Gradients) -> Tokens:
+    return (found.value,) if found.score is None else (found.value, found.score)
+
+
+def _seam_tokens(call: Call, tokens: Sequence[torch.Tensor]) -> Tokens:
+    """The small tensors, of this rank's rows and of what the others send."""
+    packing = call.packing
+    count = packing.seams.tokens if packing.seams is not None else 0
+    small = tuple(x.new_zeros(count, x.shape[1]) for x in tokens)
+    for into, x in zip(small, tokens, strict=True):
+        into[packing.own.at] = x[packing.own.of]
+    sent = [Parcel(one.rank, _packed(tokens, one.rows)) for one in packing.lent if len(one.rows)]
+    received = [(one, _packed(small, one.rows)) for one in packing.borrowed if len(one.rows)]
+    call.transport.exchange(sent, [Parcel(one.rank, data) for one, data in received], "rows of windows across a cut")
+    for one, data in received:
+        for into, rows in zip(small, _unpacked(data, small), strict=True):
+            into[one.rows] = rows
+    return small
+
+
+def _return(call: Call, d_tokens: Tokens, d_small: Sequence[torch.Tensor]) -> None:
+    """Puts the gradients of rows at seams where they belong: here, or on the rank that lent the row."""
+    packing, spec = call.packing, call.spec
+    sent = [Parcel(one.rank, _packed(d_small, one.rows)) for one in packing.borrowed if len(one.rows)]
+    received = [(one, _packed(d_tokens, one.rows)) for one in packing.lent if len(one.rows)]
+    call.transport.exchange(sent, [Parcel(one.rank, data) for one, data in received], "gradients of rows across a cut")
+    own = packing.own
+    found = [(own.of, packing.own_hi, packing.own_lo, [x[own.at] for x in d_small])]
+    found += [(one.rows, one.hi, one.lo, _unpacked(data, d_tokens)) for one, data in received]
+    for rows, hi, lo, gradients in found:
+        for into, new in zip(d_tokens, gradients, strict=True):
+            parts = into.shape[1] // spec.channels  # values and scores in one tensor, or one of them
+            for part in range(parts):
+                first, last = part * spec.channels, (part + 1) * spec.channels
+                into[rows[hi], last - spec.head_dim : last] = new[hi, last - spec.head_dim : last]
+                if spec.overlap:
+                    into[rows[lo], first : first + spec.head_dim] = new[lo, first : first + spec.head_dim]
+
+
+def _packed(tokens: Sequence[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x[rows] for x in tokens], dim=1)
+
+
+def _unpacked(data: torch.Tensor, like: Sequence[torch.Tensor]) -> Tokens:
+    return data.split([x.shape[1] for x in like], dim=1)
+
+
+def _weights(call: Call, made: list[Gradients]) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Gradients of ape and norm_weight, of this rank or of all."""
+    ape = None if made[0].ape is None else sum(one.ape.double() for one in made)
+    norm_weight = sum(one.norm_weight.double() for one in made)
+    both = norm_weight if ape is None else torch.cat([ape.flatten(), norm_weight])
+    if call.weights == "gather":
+        parts = call.transport.gather(both.view(torch.int64), "gradients of weights").view(torch.float64)
+        both = torch.zeros_like(both)
+        for part in parts:
+            both += part
+    elif call.weights == "reduce":
+        both = call.transport.reduce(both, "gradients of weights")
+    dtype = made[0].norm_weight.dtype
+    if ape is None:
+        return None, both.to(dtype)
+    return both[: ape.numel()].view(ape.shape).to(dtype), both[ape.numel() :].to(dtype)

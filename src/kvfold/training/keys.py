@@ -1,0 +1,62 @@
+"""Which kernels a training call needs: launches ask for them, and `warmup` and `aot` for those of calls to come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import NamedTuple
+
+import torch
+
+from ..spec import CompressorSpec
+from ..storage.formats import RecordFormat
+from .problem import How, rounds_rows
+from .table import choose, groups_of
+from .variants import TrainingKey, slices_of
+
+_FORWARD = ("forward", "entries", "read")
+
+
+def keys_of(how: How, types: tuple, capacity: int) -> dict[str, TrainingKey]:
+    """The key of each launch of a call, by the name of its kernel; of the launch that is not made there is none.
+
+    types: dtype of kv_score, whether it is two tensors, dtype of norm_weight.
+    """
+    backward = ("finish", "spread") if how.keeps else ("again",)
+    shared, reads = slices_of(choose("forward", how.spec, capacity), how.spec) > 1, how.fmt is not None
+    names = "forward", *["entries"] * shared, *["read"] * reads, *backward, "sum"
+    configs = {name: choose(name, how.spec, capacity) for name in names}
+    groups = {name: groups_of(config, capacity) for name, config in configs.items()}
+    found = {}
+    for name, config in configs.items():
+        counts = (groups[backward[-1]], groups[backward[0]]) if name == "sum" else (groups[name], 1)
+        record = how.record if name in _FORWARD else how.way_back
+        found[name] = TrainingKey(how.spec, record, config, *types, how.out_dtype, how.latent, how.keeps, *counts)
+    return found
+
+
+class Calls(NamedTuple):
+    """Training calls to come: every one of each with every one of the others.
+
+    tokens: rows of kv_score. round_rows, out_dtypes: as `compress` is given them, so None for its default.
+    """
+
+    tokens: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
+    norms: tuple[torch.dtype, ...] = (torch.float32,)
+    apart: tuple[bool, ...] = (False,)
+    latents: tuple[bool, ...] = (False,)
+    round_rows: tuple[bool | None, ...] = (None,)
+    out_dtypes: tuple[torch.dtype | None, ...] = (None,)
+
+
+def training_keys(spec: CompressorSpec, fmt: RecordFormat | None, calls: Calls) -> Iterator[TrainingKey]:
+    """fmt: of fake quantization, None without."""
+    for dtype, norm, latent in product(calls.dtypes, calls.norms, calls.latents):
+        for apart, rounds, out in product(calls.apart if spec.gate else (False,), calls.round_rows, calls.out_dtypes):
+            how = How(spec, rounds_rows(rounds, fmt, dtype), out or dtype, fmt, latent, "triton")
+            for tokens in calls.tokens:
+                capacity = tokens // spec.ratio
+                for name, key in keys_of(how, (dtype, apart, norm), capacity).items():
+                    if capacity or name not in _FORWARD:  # nothing is launched for no entries
+                        yield key

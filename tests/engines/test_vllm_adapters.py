@@ -1,0 +1,19 @@
+"""The benchmark of adapters, in a small form on a CPU: its cases run, and nothing is refused in them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from engines import vllm_cpu  # noqa: F401
+
+from benchmarks.run import adapters
+
+
+def test_each_variant_runs(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    args = adapters.parse(["--out", str(out), "--batches", "1", "--shapes", "step", "--only", "n4 hit", "--commit", "none"])
+    rows, failed = adapters.run(args, "cpu", {"step": (128, 4)})
+    assert failed == 0 and [row["variant"] for row in rows] == ["own", "window", "fold"]
+    assert all(row["host_us"] > 0 for row in rows)
+    assert [json.loads(line)["case"] for line in out.read_text().splitlines()] == [row["case"] for row in rows]

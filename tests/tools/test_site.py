@@ -1,0 +1,37 @@
+"""The sources of the static site (`make site`): links lead to its pages, and the API page has all that is public."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import kvfold
+from kvfold import training
+
+ROOT = Path(__file__).parents[2]
+_spec = importlib.util.spec_from_file_location("site_of_kvfold", ROOT / "packaging" / "make_site.py")
+site = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(site)
+
+
+def test_links_stay_on_the_site(tmp_path: Path) -> None:
+    folder = tmp_path / "docs"
+    site.assemble(folder)
+    pages = list(folder.rglob("*.md"))
+    assert folder / "index.md" in pages and len(pages) > 20
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+            assert "://" in target or (page.parent / target).is_file(), f"{page.relative_to(folder)}: {target}"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    named = set(re.findall(r": (\S+\.md)$", (ROOT / "packaging" / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert named == {path.name for path in (ROOT / "docs").glob("*.md")} | set(site.PAGES.values()) | {"notes/README.md"}
+
+
+def test_the_api_page_has_what_is_public() -> None:
+    text = (ROOT / "docs" / "api.md").read_text()
+    named = {name for name in re.findall(r"^::: kvfold\.([\w.]+)$", text, re.MULTILINE)} | set(re.findall(r"`(V4\w+)`", text))
+    public = set(kvfold.__all__) - {"__version__"} | {f"training.{name}" for name in training.__all__}
+    assert named == public, named ^ public
