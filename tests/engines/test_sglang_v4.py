@@ -344,7 +344,7 @@ def test_sglang_loads_it_as_an_entry_point(monkeypatch: pytest.MonkeyPatch) -> N
             assert hasattr(sgl_pool.DeepSeekV4TokenToKVPool._make_compress_state_pool, "__wrapped__") == ("sglang" in asked)
 
 
-def test_what_is_on_is_said_and_undone() -> None:
+def test_what_is_on_is_said_and_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("make_forward_metadata_from_raw_verify", "_low_ratio_compress")
     before = [getattr(sgl_backend.DeepseekV4AttnBackend, name) for name in names]
     assert "sglang" not in switch.ON
@@ -353,6 +353,8 @@ def test_what_is_on_is_said_and_undone() -> None:
         assert all(getattr(sgl_backend.DeepseekV4AttnBackend, n) is not b for n, b in zip(names, before, strict=True))
         with pytest.raises(ValueError, match="once"):
             plugin.register("pools")
+        monkeypatch.setenv("KVFOLD_ENGINES", "sglang")
+        plugin.load()  # as the entry point of a process that has it on
     assert [getattr(sgl_backend.DeepseekV4AttnBackend, name) for name in names] == before
 
 

@@ -6,11 +6,6 @@ import os
 
 VARIABLE = "KVFOLD_ENGINES"
 ENGINES = ("vllm", "sglang", "tensorrt_llm")
-ON: dict[str, str] = {}  # by engine, what a plug-in replaced: it says so when it registered
-
-# What a plug-in replaced in this process, in a few words, by its name. It is there if and only if the plug-in is on.
-ON: dict[str, str] = {}
-
 # What a plug-in replaced in this process, in a few words, by its name. It is there if and only if the plug-in is on.
 ON: dict[str, str] = {}
 
