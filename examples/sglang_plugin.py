@@ -19,7 +19,7 @@ SPEC = kvfold.V4_CSA
 
 def generate(model: str, state: str) -> None:
     # Read by kvfold's entry point in each process that SGLang starts, so set before any is.
-    os.environ |= {"KVFOLD_ENGINES": "sglang", "KVFOLD_SGLANG_STATE": state}
+    os.environ |= {"KVFOLD_ENGINES": f"sglang:{state}"}
     import sglang
 
     engine = sglang.Engine(model_path=model, trust_remote_code=True)

@@ -14,7 +14,7 @@ ENGINES = Path(__file__).parents[1] / "build" / "engines"
 
 def generate(model: str, state: str) -> None:
     # Read by kvfold's entry point in each process that vLLM starts, so set before any is.
-    os.environ |= {"KVFOLD_ENGINES": "vllm", "KVFOLD_VLLM_STATE": state}
+    os.environ |= {"KVFOLD_ENGINES": f"vllm:{state}"}
     from vllm import LLM, SamplingParams
 
     engine = LLM(model=model, trust_remote_code=True)

@@ -335,8 +335,7 @@ def test_new_weights_reach_the_copy_of_ape() -> None:
 def test_sglang_loads_it_as_an_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
     point = importlib.metadata.EntryPoint("kvfold", "kvfold.integrations.sglang.plugin:load", "sglang.srt.plugins")
     monkeypatch.setattr(sgl_plugins, "entry_points", lambda group: [point] if group == point.group else [])
-    monkeypatch.setenv("KVFOLD_SGLANG_STATE", "fold")
-    for asked in ("vllm", "vllm,sglang"):
+    for asked in ("vllm", "vllm,sglang:fold"):
         monkeypatch.setenv("KVFOLD_ENGINES", asked)
         monkeypatch.setattr(sgl_plugins, "_plugins_loaded", False)
         with plugged(start=sgl_plugins.load_plugins):

@@ -19,7 +19,6 @@ from kvfold.integrations import switch
 @pytest.fixture(autouse=True)
 def off(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("KVFOLD_ENGINES", raising=False)
-    monkeypatch.delenv("KVFOLD_SGLANG_STATE", raising=False)
     yield
     assert "sglang" not in switch.ON
 
@@ -85,9 +84,9 @@ def test_another_platform(monkeypatch: pytest.MonkeyPatch, platform: str) -> Non
 def test_names_of_states(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="state must be one of pools, fold, got 'window'"):
         plugin.register("window")
-    monkeypatch.setenv("KVFOLD_SGLANG_STATE", "ring")
-    with pytest.raises(ValueError, match="KVFOLD_SGLANG_STATE must be one of pools, fold, got 'ring'"):
-        plugin.register()
+    monkeypatch.setenv("KVFOLD_ENGINES", "vllm,sglang:ring")
+    with pytest.raises(ValueError, match="KVFOLD_ENGINES must have one of pools, fold behind sglang:, got 'ring'"):
+        plugin.load()
 
 
 def test_a_wrong_engine_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,9 @@ def test_asked_for_and_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_names(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="state must be one of window, fold, got 'raw'"):
         register("raw")
+    monkeypatch.setenv("KVFOLD_ENGINES", "vllm:pools")
+    with pytest.raises(ValueError, match="KVFOLD_ENGINES must have one of window, fold behind vllm:, got 'pools'"):
+        plugin.load()
     monkeypatch.setenv("KVFOLD_ENGINES", "vlm")
     with pytest.raises(ValueError, match=r"KVFOLD_ENGINES must have names of .*'vlm'"):
         plugin.load()

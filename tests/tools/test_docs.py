@@ -11,6 +11,9 @@ import torch
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+OF_ENGINES = re.compile(
+    r"kvfold\.integrations\.(vllm|sglang) import .*\bregister\b|^import (vllm|sglang)\b", re.MULTILINE
+)  # tests/engines
 RUN = ("info", "explain")  # commands that take no time; of the others the arguments are read
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -27,7 +30,7 @@ def run(page: Path, of_transformers: bool = False) -> dict:
 
         scope["model"] = tiny()
     for number, text in enumerate(blocks(page, "python"), 1):
-        if ("kvfold.integrations" in text) == of_transformers:
+        if ("kvfold.integrations.transformers" in text) == of_transformers and not OF_ENGINES.search(text):
             exec(compile(text, f"{page.name}, block {number}", "exec"), scope)
     return scope
 

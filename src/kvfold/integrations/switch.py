@@ -1,4 +1,7 @@
-"""Which engines kvfold plugs itself into: asked for by the environment variable `KVFOLD_ENGINES`, and done."""
+"""Which engines kvfold plugs itself into: asked for by the environment variable `KVFOLD_ENGINES`, and done.
+
+`KVFOLD_ENGINES=vllm`, or with the state that `register` takes behind it: `KVFOLD_ENGINES=vllm:fold,sglang`.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,32 @@ import os
 
 VARIABLE = "KVFOLD_ENGINES"
 ENGINES = ("vllm", "sglang", "tensorrt_llm")
+
 # What a plug-in replaced in this process, in a few words, by its name. It is there if and only if the plug-in is on.
 ON: dict[str, str] = {}
 
 
 def asked_for(engine: str) -> bool:
     """Whether `KVFOLD_ENGINES`, names with commas between them, has this engine; a name of none is a `ValueError`."""
-    names = [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
-    for name in names:
+    return engine in _asked()
+
+
+def state_for(engine: str, states: tuple[str, ...]) -> str:
+    """The state that `KVFOLD_ENGINES` has behind the engine's name; the first of `states` where it has none.
+
+    Raises:
+        ValueError: it is none of `states`.
+    """
+    state = _asked().get(engine) or states[0]
+    if state not in states:
+        raise ValueError(f"{VARIABLE} must have one of {', '.join(states)} behind {engine}:, got {state!r}")
+    return state
+
+
+def _asked() -> dict[str, str]:
+    """By the name of an engine the state behind it, "" for none."""
+    asked = [name.strip().partition(":") for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
+    for name, _, _ in asked:
         if name not in ENGINES:
             raise ValueError(f"{VARIABLE} must have names of {', '.join(ENGINES)}, got {name!r}")
-    return engine in names
+    return {name: state for name, _, state in asked}

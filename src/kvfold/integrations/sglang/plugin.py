@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,6 @@ from ...contract import UnsupportedError
 from .. import switch
 
 VERSION = "0.5.23"
-STATE = "KVFOLD_SGLANG_STATE"
 STATES = ("pools", "fold")
 
 _DSV4 = "sglang.srt.layers.attention.dsv4."
@@ -21,33 +19,32 @@ _POOL = "sglang.srt.mem_cache.deepseek_v4_memory_pool.DeepSeekV4TokenToKVPool."
 
 
 def load() -> None:
-    """SGLang's entry point: `register()` if `KVFOLD_ENGINES` has sglang and kvfold is not on yet; else SGLang is not imported.
+    """SGLang's entry point: `register` if `KVFOLD_ENGINES` has sglang and kvfold is not on yet; else SGLang is not imported.
+
+    `sglang:fold` is `register("fold")`.
 
     Raises:
         ValueError, ImportError, UnsupportedError: as `register`. SGLang logs it and goes on with its own kernels.
     """
     if switch.asked_for("sglang") and "sglang" not in switch.ON:
-        register()
+        register(switch.state_for("sglang", STATES))
 
 
-def register(state: str | None = None) -> None:
+def register(state: str = "pools") -> None:
     """Hands SGLang's compressors of DeepSeek-V4 and V4.1 to kvfold, in this process.
 
     Call it before SGLang makes its pools; the entry point does. Once is enough, and there is no way back.
 
     Args:
-        state: `"pools"`: SGLang's own state pools, in place. `"fold"`: kvfold's state in pools of SGLang's kind. None: what the
-            environment variable `KVFOLD_SGLANG_STATE` says, else `"pools"`.
+        state: `"pools"`: SGLang's own state pools, in place. `"fold"`: kvfold's state in pools of SGLang's kind.
 
     Raises:
         ValueError: naming `state`.
         ImportError: SGLang is not installed.
         UnsupportedError: another version of SGLang, or a platform on which it uses other kernels.
     """
-    name = "state" if state is not None else STATE
-    state = state if state is not None else os.environ.get(STATE, STATES[0])
     if state not in STATES:
-        raise ValueError(f"{name} must be one of {', '.join(STATES)}, got {state!r}")
+        raise ValueError(f"state must be one of {', '.join(STATES)}, got {state!r}")
     if "sglang" in switch.ON:
         raise ValueError(f"kvfold must be registered once, and is already on in SGLang: {switch.ON['sglang']}")
     _check_engine()

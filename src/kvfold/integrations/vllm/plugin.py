@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
-from ..switch import asked_for
-
-STATE = "KVFOLD_VLLM_STATE"
+from ..switch import asked_for, state_for
 
 
 def load() -> None:
-    """Switches kvfold on if `KVFOLD_ENGINES` has vllm. `KVFOLD_VLLM_STATE` is the `state` of `register`, if set."""
+    """Switches kvfold on if `KVFOLD_ENGINES` has vllm; `vllm:fold` is `register("fold")`."""
     if asked_for("vllm"):
-        from .patch import register
+        from .patch import STATES, register
 
-        register(os.environ.get(STATE, "window"))
+        register(state_for("vllm", STATES))
