@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.metadata
 from typing import Any
 
 import pytest
+import sglang_world
 import torch
 from sglang_world import (
     PAGE,
@@ -256,6 +258,22 @@ def test_pages_that_hicache_brings_back(state: str) -> None:
             for (_, window), row in other.found.items():
                 mine.found.setdefault((4, window), row)
         target.check({4: 582})
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_on_triton_kernels(state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted: that kernels take what the adapter gives them, over the end of a window of 128."""
+    monkeypatch.setattr(sglang_world, "compress", functools.partial(sglang_world.compress, backend="triton"))
+    with plugged(state), config(DRAFTS):
+        world = World([4, 128], drafts=DRAFTS)
+        spoil(world)
+        world.backend.allocate(1, 140)
+        world.backend.allocate(2, 20)
+        extend(world, (1, 0, 126), (2, 0, 5))
+        verify(world, (1, 126), (2, 5), (0, 0))
+        decode(world, (1, 129), (2, 6), (0, 0))
+        extend(world, (1, 130, 3))
+        world.check({1: 133, 2: 7})
 
 
 @pytest.mark.parametrize("state", STATES)
