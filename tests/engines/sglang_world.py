@@ -100,8 +100,8 @@ def plugged(state: str | None = None, start: Callable[[], None] | None = None) -
 
 
 @contextmanager
-def config(drafts: int = 0) -> Iterator[None]:
-    """SGLang's published settings, with `drafts` tokens to verify."""
+def config(drafts: int = 0, **more: Any) -> Iterator[None]:
+    """SGLang's published settings, with `drafts` tokens to verify, and more of them."""
     override = get_context().override_server_args(
         attention_backend="dsv4",
         device="cpu",
@@ -110,6 +110,7 @@ def config(drafts: int = 0) -> Iterator[None]:
         speculative_num_draft_tokens=drafts,
         speculative_eagle_topk=1 if drafts else 0,
         speculative_num_steps=max(drafts - 1, 0),
+        **more,
     )
     override.install()
     try:
@@ -152,7 +153,16 @@ def rope_freqs() -> torch.Tensor:
 class Backend(sgl_backend.DeepseekV4AttnBackend):
     """SGLang's backend over its pool, with what its kernels put into the metadata computed by torch."""
 
-    def __init__(self, ratios: list[int], *, drafts: int = 0, layout: str = "v4", fp4: bool = False, **more: Any) -> None:
+    def __init__(
+        self,
+        ratios: list[int],
+        *,
+        drafts: int = 0,
+        layout: str = "v4",
+        fp4: bool = False,
+        dtype: torch.dtype = torch.float32,
+        **more: Any,
+    ) -> None:
         pages = REQUESTS * TEXT // PAGE + 1  # page 0 is nobody's
         size = pages * PAGE
         self.token_to_kv_pool = sgl_pool.DeepSeekV4TokenToKVPool(
@@ -165,8 +175,8 @@ class Backend(sgl_backend.DeepseekV4AttnBackend):
             page_size=PAGE,
             swa_page_size=PAGE,
             dtype=torch.float8_e4m3fn,
-            c4_state_dtype=torch.float32,
-            c128_state_dtype=torch.float32,
+            c4_state_dtype=dtype,
+            c128_state_dtype=dtype,
             qk_nope_head_dim=448,
             qk_rope_head_dim=64,
             indexer_head_dim=128,

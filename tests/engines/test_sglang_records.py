@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from sglang_world import Text, World, common, config, dsv41_kv_quant_reference, k_cache_reference, plugged
@@ -9,9 +11,9 @@ from sglang_world import Text, World, common, config, dsv41_kv_quant_reference, 
 LENGTH = 600  # of request 1, on three pages
 
 
-def world_of(layout: str = "v4", fp4: bool = False) -> World:
+def world_of(layout: str = "v4", fp4: bool = False, **more: Any) -> World:
     """A prefill, and decode over the end of a window of each ratio."""
-    with plugged("pools"), config():
+    with plugged("pools"), config(**more):
         world = World([4, 128], layout=layout, fp4=fp4)
         if fp4:
             replace_index_pool(world)
@@ -145,3 +147,17 @@ def test_main_records_of_v41_layouts(layout: str) -> None:
         for first, width in ((0, 512), (rows * 512, 16)):
             got, want = (x[:, first : first + rows * width].reshape(-1, width)[slots] for x in (mine, expected))
             assert (got != want).float().mean() <= 1e-3
+
+
+def test_plain_fp8_records() -> None:
+    """Those of TensorRT-LLM's attention in SGLang, which its own pool stores by torch."""
+    world = world_of(dsv4_attn_backend="trtllm")
+    pool = world.backend.token_to_kv_pool
+    for text in world.texts:
+        if text.compressor.is_in_indexer:
+            continue
+        pages, _, slots, windows = stored(world, text)
+        mine = pages.view(torch.uint8).clone()
+        pages.view(torch.uint8).zero_()
+        pool.set_extra_key_buffer_fused(text.compressor.layer_id, slots, finished(text, windows).bfloat16())
+        assert_nearly_equal(mine, pages.view(torch.uint8))

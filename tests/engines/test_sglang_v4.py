@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.metadata
 from typing import Any
 
 import pytest
+import sglang_world
 import torch
 from sglang_world import (
     PAGE,
@@ -89,6 +91,23 @@ def test_chunks_then_decode(state: str) -> None:
             for request, end in ((1, 521), (2, 136)):
                 at = world.slots(mine, request, end // mine.compressor.ratio)
                 assert torch.equal(records(page, rows, at), records(*whole.cache_of(other), at))
+
+
+def test_raw_rows_in_bf16() -> None:
+    """New rows are rounded as old ones are, wherever they are stored: the same bits however a request is cut."""
+    with plugged("pools"), config():
+        world, whole = (World([4, 128], dtype=torch.bfloat16) for _ in range(2))
+        for one in (world, whole):
+            spoil(one)
+            one.backend.allocate(1, 300)
+        extend(world, (1, 0, 100))
+        extend(world, (1, 100, 151))
+        for i in range(251, 263):
+            decode(world, (1, i))
+        extend(whole, (1, 0, 263))
+        for mine, other in zip(world.texts, whole.texts, strict=True):
+            assert len(mine.found) == 263 // mine.compressor.ratio
+            assert all(torch.equal(row, other.found[key]) for key, row in mine.found.items())
 
 
 def padding_is_untouched(world: World) -> bool:
@@ -242,6 +261,22 @@ def test_pages_that_hicache_brings_back(state: str) -> None:
 
 
 @pytest.mark.parametrize("state", STATES)
+def test_on_triton_kernels(state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted: that kernels take what the adapter gives them, over the end of a window of 128."""
+    monkeypatch.setattr(sglang_world, "compress", functools.partial(sglang_world.compress, backend="triton"))
+    with plugged(state), config(DRAFTS):
+        world = World([4, 128], drafts=DRAFTS)
+        spoil(world)
+        world.backend.allocate(1, 140)
+        world.backend.allocate(2, 20)
+        extend(world, (1, 0, 126), (2, 0, 5))
+        verify(world, (1, 126), (2, 5), (0, 0))
+        decode(world, (1, 129), (2, 6), (0, 0))
+        extend(world, (1, 130, 3))
+        world.check({1: 133, 2: 7})
+
+
+@pytest.mark.parametrize("state", STATES)
 def test_metadata_copied_into_that_of_a_graph(state: str) -> None:
     """What a graph was recorded with takes another step in place: every address that a kernel reads stays."""
     with plugged(state), config(DRAFTS):
@@ -326,7 +361,7 @@ def test_sglang_loads_it_as_an_entry_point(monkeypatch: pytest.MonkeyPatch) -> N
             assert hasattr(sgl_pool.DeepSeekV4TokenToKVPool._make_compress_state_pool, "__wrapped__") == ("sglang" in asked)
 
 
-def test_what_is_on_is_said_and_undone() -> None:
+def test_what_is_on_is_said_and_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("make_forward_metadata_from_raw_verify", "_low_ratio_compress")
     before = [getattr(sgl_backend.DeepseekV4AttnBackend, name) for name in names]
     assert "sglang" not in switch.ON
@@ -335,6 +370,8 @@ def test_what_is_on_is_said_and_undone() -> None:
         assert all(getattr(sgl_backend.DeepseekV4AttnBackend, n) is not b for n, b in zip(names, before, strict=True))
         with pytest.raises(ValueError, match="once"):
             plugin.register("pools")
+        monkeypatch.setenv("KVFOLD_ENGINES", "sglang")
+        plugin.load()  # as the entry point of a process that has it on
     assert [getattr(sgl_backend.DeepseekV4AttnBackend, name) for name in names] == before
 
 

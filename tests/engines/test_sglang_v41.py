@@ -62,12 +62,13 @@ class Engine:
     """One backend and the layers of its model, which `ours` says who compresses."""
 
     def __init__(self, layout: str, ours: bool, drafts: int = 0) -> None:
-        self.backend = Backend(RATIOS, drafts=drafts, layout=layout, kv_source_layers=SOURCES)
+        self.plain = layout == "uniform_fp8"
+        self.backend = Backend(RATIOS, drafts=drafts, layout="v4" if self.plain else layout, kv_source_layers=SOURCES)
         freqs = rope_freqs()
         self.layers, self.ours = [make_layer(layer, freqs) for layer in SOURCES], ours
         self.rows = torch.randn(REQUESTS + 1, TEXT, 1024, generator=torch.Generator().manual_seed(5))
         self.rows[0] = torch.nan
-        if not ours:
+        if not ours and not self.plain:
             self.backend.token_to_kv_pool.set_extra_key_buffer_fused = self.store
 
     def step(self, mode: ForwardMode, *steps: tuple[int, int, int]) -> None:
@@ -117,7 +118,10 @@ class Engine:
         slots = self.backend.req_to_token[request, ratio - 1 : count * ratio : ratio].long() // ratio
         rows, layout = pool.get_extra_key_page_size(layer.layer_id), pool.get_extra_key_layout(layer.layer_id)
         pages = pool.get_extra_key_buffer(layer.layer_id).view(torch.uint8)
-        main = fields(pages, rows, slots, layout.data_bytes, layout.scale_bytes, layout.row_addressing(rows))
+        if self.plain:
+            main = pages.view(-1, 512)[slots]
+        else:
+            main = fields(pages, rows, slots, layout.data_bytes, layout.scale_bytes, layout.row_addressing(rows))
         keys, size = pool.get_index_k_with_scale_buffer(layer.layer_id), pool.get_index_k_page_size(ratio)
         return main, fields(keys, size, slots, 64, 4, (64, size * 64, 4))
 
@@ -157,7 +161,7 @@ def compare(mine: Engine, theirs: Engine, ends: dict[int, int]) -> None:
 
 
 @pytest.mark.parametrize("state", ["pools", "fold"])
-@pytest.mark.parametrize("layout", ["v4", "v41", "v41_new"])
+@pytest.mark.parametrize("layout", ["v4", "v41", "v41_new", "uniform_fp8"])
 def test_chunks_and_decode(state: str, layout: str) -> None:
     theirs = theirs_of(layout)
     with plugged(state):
@@ -176,7 +180,7 @@ def theirs_of(layout: str) -> Engine:
 
 
 def run_schedule(layout: str, *, ours: bool) -> Engine:
-    with config():
+    with config(dsv4_attn_backend="trtllm" if layout == "uniform_fp8" else "auto"):
         engine = Engine(layout, ours)
         engine.backend.allocate(1, 64)
         engine.backend.allocate(2, 64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,12 +34,13 @@ def rope_of(freqs: torch.Tensor) -> torch.Tensor:
 
 
 def ape_of(ape: torch.Tensor, spec: CompressorSpec) -> torch.Tensor:
-    """fp32 `[ratio, channels]`: at ratio 4 SGLang keeps four rows of the earlier halves, then four of the later ones."""
-    rows = ape.detach().float()
-    if spec.overlap:
-        rows = rows.reshape(2 * spec.ratio, spec.head_dim)
-        return torch.cat([rows[: spec.ratio], rows[spec.ratio :]], dim=1)
-    return rows.reshape(spec.ratio, spec.channels).clone()
+    """fp32 `[ratio, channels]`, a copy: SGLang keeps an overlap's earlier halves in the first rows, then the later ones."""
+    with torch.inference_mode(False):  # new weights may come outside of it
+        rows = ape.detach().float()
+        if spec.overlap:
+            rows = rows.reshape(2 * spec.ratio, spec.head_dim)
+            return torch.cat([rows[: spec.ratio], rows[spec.ratio :]], dim=1)
+        return rows.reshape(spec.ratio, spec.channels).clone()
 
 
 @dataclass
@@ -61,7 +63,7 @@ class Layer:
     made_of: tuple[int, ...]
 
 
-def layer_of(norm: nn.Module, addresses: tuple[int, ...], make: Any) -> Layer:
+def layer_of(norm: nn.Module, addresses: tuple[int, ...], make: Callable[[], Layer]) -> Layer:
     """The layer of this norm; made again if a tensor of it has moved."""
     layer = _LAYERS.get(norm)
     if layer is None or layer.made_of != addresses:

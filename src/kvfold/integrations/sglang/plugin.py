@@ -19,14 +19,14 @@ _POOL = "sglang.srt.mem_cache.deepseek_v4_memory_pool.DeepSeekV4TokenToKVPool."
 
 
 def load() -> None:
-    """SGLang's entry point: `register` if `KVFOLD_ENGINES` has sglang, otherwise nothing; imports nothing of SGLang then.
+    """SGLang's entry point: `register` if `KVFOLD_ENGINES` has sglang and kvfold is not on yet; else SGLang is not imported.
 
     `sglang:fold` is `register("fold")`.
 
     Raises:
         ValueError, ImportError, UnsupportedError: as `register`. SGLang logs it and goes on with its own kernels.
     """
-    if switch.asked_for("sglang"):
+    if switch.asked_for("sglang") and "sglang" not in switch.ON:
         register(switch.state_for("sglang", STATES))
 
 

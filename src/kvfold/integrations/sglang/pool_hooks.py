@@ -57,9 +57,7 @@ def _make(pool: Any, spec: CompressorSpec, pages: int, enable_memory_saver: bool
     if enable_memory_saver:
         raise UnsupportedError('enable_memory_saver must be off with state="fold": its regions are of SGLang\'s own pools')
     if envs.SGLANG_OPT_USE_ONLINE_COMPRESS.get():
-        raise UnsupportedError('SGLANG_OPT_USE_ONLINE_COMPRESS must be off with state="fold", which is smaller than it')
-    if pool._unified_kv:
-        raise UnsupportedError("SGLANG_HACK_FLASHMLA_BACKEND must not be unified_kv_triton: its caches are none of kvfold's")
+        raise UnsupportedError('SGLANG_OPT_USE_ONLINE_COMPRESS must be off with state="fold", which has pools of its own')
     drafts = get_spec().speculative_num_draft_tokens if get_spec().speculative_algorithm is not None else 0
     most, page_size = max(drafts or 0, 1), pool.swa_page_size
     with torch.cuda.use_mem_pool(pool.custom_mem_pool) if pool.custom_mem_pool else nullcontext():  # of PD transfer

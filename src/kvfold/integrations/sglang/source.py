@@ -38,7 +38,8 @@ class Source:
 def errors_on(device: torch.device) -> torch.Tensor:
     """int32 `[1]`: what every plan of this device counts in."""
     if device not in _ERRORS:
-        _ERRORS[device] = torch.zeros(1, dtype=torch.int32, device=device)
+        with torch.inference_mode(False):
+            _ERRORS[device] = torch.zeros(1, dtype=torch.int32, device=device)
     return _ERRORS[device]
 
 
@@ -61,7 +62,7 @@ def source_of(pool: Any, ratio: int) -> Source:
 
 def _find(pool: Any, ratio: int) -> Source:
     if getattr(pool, "_unified_kv", False):
-        raise UnsupportedError("SGLANG_HACK_FLASHMLA_BACKEND must not be unified_kv_triton: its caches are none of kvfold's")
+        raise UnsupportedError("SGLANG_HACK_FLASHMLA_BACKEND must not be unified_kv_triton, whose caches are of ROCm alone")
     if type(pool.kv_pools.get(4)).__name__ == "HiSparseC4DevicePool":
         raise UnsupportedError("enable_hisparse must be off: its slots are translated in every layer")
     state = next((p for p in pool.compress_state_pools if p is not None and p.ratio == ratio), None)

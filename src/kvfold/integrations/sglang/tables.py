@@ -59,6 +59,6 @@ def kept_positions(positions: torch.Tensor, end: torch.Tensor, ring: int, page_s
 
 def kept_tokens(seq_lens: list[int], extend_lens: list[int], ring: int, page_size: int) -> torch.Tensor:
     """The same on the host: int64, numbers of the kept tokens among all of the step."""
-    new, end = torch.tensor(extend_lens), torch.tensor(seq_lens)
-    position = (end - new.cumsum(0)).repeat_interleave(new) + torch.arange(int(new.sum()))
+    new, end = (torch.tensor(lengths, device="cpu") for lengths in (extend_lens, seq_lens))
+    position = (end - new.cumsum(0)).repeat_interleave(new) + torch.arange(int(new.sum()), device="cpu")
     return kept_positions(position, end.repeat_interleave(new), ring, page_size).nonzero().flatten()
