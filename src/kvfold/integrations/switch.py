@@ -1,4 +1,4 @@
-"""Which engines a user asked kvfold to plug itself into: the environment variable `KVFOLD_ENGINES`, read once by each plug-in."""
+"""Which engines kvfold plugs itself into: asked for by the environment variable `KVFOLD_ENGINES`, and done."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import os
 
 VARIABLE = "KVFOLD_ENGINES"
 ENGINES = ("vllm", "sglang", "tensorrt_llm")
+
+# What a plug-in replaced in this process, in a few words, by its name. It is there if and only if the plug-in is on.
+ON: dict[str, str] = {}
 
 
 def asked_for(engine: str) -> bool:
