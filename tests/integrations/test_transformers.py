@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, StaticLayer
 
 from kvfold.integrations.transformers import UnsupportedError, entries, patch, rewind, unpatch
-from kvfold.integrations.transformers import cache as transformers_cache
+from kvfold.integrations.transformers import step as steps
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -78,6 +78,7 @@ def test_compressor_outputs_and_top_k(model):
 
 MODES = {
     "greedy": {},
+    "padded": {"attention_mask": (torch.arange(21) >= torch.tensor([[3], [0]])).long()},
     "sampling": {"do_sample": True, "top_k": 8},
     "beams": {"num_beams": 3},
     "several": {"do_sample": True, "num_return_sequences": 2},
@@ -99,25 +100,23 @@ def test_generate(patched, options):
     assert torch.equal(patched.generate(prompt, max_new_tokens=24, **options), want)
 
 
-def test_entries_are_written_in_place(patched):
-    cache = DynamicCache(config=patched.config)
-    with torch.no_grad():
-        patched(ids(20).to(patched.device), past_key_values=cache)
-        before = entries(cache, 1).data_ptr()
-        for token in ids(30, seed=2).T.to(patched.device):
-            patched(token[None], past_key_values=cache)
-    assert entries(cache, 1).data_ptr() == before and entries(cache, 1).shape[1] == 12
+@pytest.mark.parametrize("together", [True, False])
+def test_storage_is_as_large_as_it_must_be_and_written_in_place(patched, monkeypatch, together):
+    """A prompt has no room to spare; later there is a 64th. Over kvfold's plans and states the same."""
+    monkeypatch.setattr(steps, "goes_together", lambda device, backend: together and device.type == "cpu")
+    tokens = ids(4 * 140)
+    cuts = [20, *range(4 * 130 + 2, 4 * 140)]
+    got, cache = run(patched, tokens, cuts)
+    close(got, theirs(patched, tokens, cuts)[0])
+    fold = cache.layers[1].kvfold.folds["compressor"]
+    assert fold.storage.shape[1] == 140 and fold.entries().data_ptr() == fold.storage.data_ptr()
+    assert cache.layers[0].kvfold.folds["compressor"].storage.shape[1] == 560 // 16
 
 
-def test_storage_grows(patched):
-    tokens = ids(transformers_cache.FIRST_CAPACITY * 8 + 30)
-    cuts = [transformers_cache.FIRST_CAPACITY * 4 - 3, tokens.shape[1] - 4]
-    close(run(patched, tokens, cuts)[0], theirs(patched, tokens, cuts)[0])
-
-
-def test_one_plan_per_ratio_and_step(patched, monkeypatch):
-    calls = []
-    monkeypatch.setattr(transformers_cache, "compress", lambda rows, plan, *a, **k: calls.append(plan))
+def test_layers_of_a_ratio_share_a_plan(patched, monkeypatch):
+    monkeypatch.setattr(steps, "goes_together", lambda *_: False)
+    calls, real = [], steps.compress
+    monkeypatch.setattr(steps, "compress", lambda rows, plan, *a, **k: (calls.append(plan), real(rows, plan, *a, **k)))
     run(patched, ids(40))
     hca, main, indexer = calls
     assert main is indexer and main is not hca
@@ -290,12 +289,6 @@ def test_refusals(patched):
         static = Cache(layers=[StaticLayer(max_cache_len=64) for _ in LAYERS])
         with pytest.raises(UnsupportedError, match="cache layer of type StaticLayer"):
             patched(tokens, past_key_values=static)
-        with pytest.raises(UnsupportedError, match="position_ids"):
-            patched(tokens, position_ids=(torch.arange(20, device=tokens.device)[None] - 3).clamp(min=0))
-        mask = torch.ones(2, 20, dtype=torch.long, device=tokens.device)
-        mask[0, :3] = 0
-        with pytest.raises(UnsupportedError, match="padding"):
-            patched.generate(tokens.expand(2, -1), attention_mask=mask, max_new_tokens=2)
 
 
 def test_caches_do_not_cross_over(model):

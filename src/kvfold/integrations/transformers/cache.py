@@ -14,6 +14,9 @@ from .step import FORMATS, new_state, step
 from .weights import Shape
 
 
+_TRACED_ROOM = 512  # tokens
+
+
 class CompressorFold:
     """State and entries of one compressor (main or indexer) in one cache layer.
 
@@ -60,7 +63,7 @@ class CompressorFold:
         check_seen(start, self.length)
         new = kv.shape[1]
         end = start + new
-        self._reserve(end // self.shape.ratio)
+        self._reserve(end)
         self.norm_eps, before = norm_eps, None
         rows, tags = self.state
         if tags.shape[1] == 0 and new > self.max_new_tokens and start:
@@ -85,12 +88,19 @@ class CompressorFold:
         self.storage = self.storage.index_select(0, indices)
         self.state, self.before = _chosen(self.state, indices), self.before and (_chosen(self.before[0], indices), self.before[1])
 
-    def _reserve(self, count: int) -> None:
-        # A 64th more than there is: a fresh prompt has no more than it needs, and each entry is copied 64 times at most.
-        capacity = self.storage.shape[1]
-        if count > capacity:
-            room = max(1, capacity // 64) if capacity else 0
-            self.storage = torch.nn.functional.pad(self.storage, (0, 0, 0, max(count, capacity + room) - capacity))
+    def _reserve(self, end: int) -> None:
+        # A 64th more than there is: a prompt has no more than it needs, and each entry is copied 64 times at most. While it is
+        # traced, all compressors of a model grow in the same step, as a step in which one grows has a graph of its own.
+        ratio, capacity = self.shape.ratio, self.storage.shape[1]
+        if torch.compiler.is_compiling():
+            if end <= capacity * ratio:
+                return
+            wanted = -(-end // _TRACED_ROOM) * _TRACED_ROOM // ratio + (_TRACED_ROOM % ratio > 0)
+        else:
+            if end < (capacity + 1) * ratio:
+                return
+            wanted = max(end // ratio, capacity + capacity // 64)
+        self.storage = torch.nn.functional.pad(self.storage, (0, 0, 0, wanted - capacity))
 
 
 def _chosen(state: tuple[torch.Tensor, torch.Tensor], indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,10 +154,12 @@ class LayerFold:
 
     def keep_keys(self, full: torch.Tensor, new: int, start: int, window: int) -> None:
         """`full`: the sliding keys of a step from `start` on, those before it first, of which the last `window - 1` stay."""
-        older, most = full[:, :, : 1 - window], self.max_new_tokens
+        most = self.max_new_tokens
+        if most == 1:
+            return
+        self.older = full[:, :, : 1 - window]
         if start == 0 and new > most:
-            older = older[:, :, max(older.shape[2] - most, 0) :]
-        self.older = older if most > 1 else None
+            self.older = self.older[:, :, max(self.older.shape[2] - most, 0) :]
 
     def rewind(self, length: int, keys: torch.Tensor, window: int) -> torch.Tensor:
         """Back to `length` tokens. Returns the sliding keys `[batch, 1, <= window - 1, head_dim]` as they were then."""

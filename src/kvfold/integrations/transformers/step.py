@@ -103,6 +103,7 @@ def _step(
 ) -> None:
     *shape, norm_eps, backend = how
     spec = Shape(*shape).spec(norm_eps)
+    rope = rope[: (start + kv.shape[1]) // spec.ratio - start // spec.ratio]
     if tags.shape[1] == _NO_TAGS:
         step_even(kv, gate, start, rows, entries, spec, ape, norm_weight, rope)
         return

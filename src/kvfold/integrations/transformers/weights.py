@@ -144,14 +144,18 @@ def rope_table(rotary_emb: nn.Module, positions: torch.Tensor, layer_type: str =
 
 
 def rope_rows(part: Any, start: int, end: int, device: torch.device) -> torch.Tensor:
-    """fp32 `[windows that end in start .. end - 1, rope_dim]`: the rotations of their entries, as they are now."""
+    """fp32 `[n, rope_dim]`: the rotations, as they are now, of the entries of the `n` windows that end in `start .. end - 1`.
+
+    While it is traced, of as many as could end in so many tokens: that no step needs a graph of its own.
+    """
     ratio, rotary, kind = part.compress_rate, part.rotary_emb, part.rope_layer_type
     name = f"{kind}_inv_freq"
-    begun, ended = start // ratio, end // ratio
-    if begun == ended:
+    first = start // ratio
+    count = -((start - end) // ratio) if torch.compiler.is_compiling() else end // ratio - first
+    if not count:
         return torch.empty(0, 2 * getattr(rotary, name).numel(), device=device)
     try:
-        rows = rope_table(rotary, torch.arange(begun, ended, device=device) * ratio, kind)
+        rows = rope_table(rotary, (torch.arange(count, device=device) + first) * ratio, kind)
     except RuntimeError:  # what operations between a meta tensor and a real one raise
         if getattr(rotary, name).device.type == "meta":
             raise not_loaded(rotary, name) from None
