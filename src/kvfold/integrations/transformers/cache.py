@@ -15,6 +15,7 @@ from .weights import Shape
 
 
 _TRACED_ROOM = 512  # tokens
+_ROOM_OF_A_PLAN = 16  # entries: another capacity is another plan
 
 
 class CompressorFold:
@@ -89,17 +90,16 @@ class CompressorFold:
         self.state, self.before = _chosen(self.state, indices), self.before and (_chosen(self.before[0], indices), self.before[1])
 
     def _reserve(self, end: int) -> None:
-        # A 64th more than there is: a prompt has no more than it needs, and each entry is copied 64 times at most. While it is
-        # traced, all compressors of a model grow in the same step, as a step in which one grows has a graph of its own.
         ratio, capacity = self.shape.ratio, self.storage.shape[1]
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # all compressors of a model in one step, as such a step has a graph of its own
             if end <= capacity * ratio:
                 return
             wanted = -(-end // _TRACED_ROOM) * _TRACED_ROOM // ratio + (_TRACED_ROOM % ratio > 0)
-        else:
-            if end < (capacity + 1) * ratio:
+        else:  # a prompt has no more than it needs, and each entry is copied 128 times at most
+            if capacity and end < (capacity + 1) * ratio:
                 return
-            wanted = max(end // ratio, capacity + capacity // 64)
+            room = max(capacity // 128, 1 if self.state[1].shape[1] == 0 else _ROOM_OF_A_PLAN) if capacity else 1
+            wanted = max(end // ratio, capacity + room)
         self.storage = torch.nn.functional.pad(self.storage, (0, 0, 0, wanted - capacity))
 
 
