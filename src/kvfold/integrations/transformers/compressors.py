@@ -166,19 +166,16 @@ class KvfoldCSACompressor(_Kvfold, v4.DeepseekV4CSACompressor):
     pass
 
 
-CLASSES = {
-    v4.DeepseekV4HCACompressor: KvfoldHCACompressor,
-    v4.DeepseekV4CSACompressor: KvfoldCSACompressor,
-    v4.DeepseekV4Indexer: KvfoldIndexer,
-}
+CLASSES = {v4.DeepseekV4HCACompressor: KvfoldHCACompressor, v4.DeepseekV4CSACompressor: KvfoldCSACompressor}
 OWN = {ours: theirs for theirs, ours in CLASSES.items()}
+_WITH_INDEXERS = CLASSES | {v4.DeepseekV4Indexer: KvfoldIndexer}
 REGISTERED: dict[str, Any] = {"backend": None, "max_new_tokens": 1}  # how `register` wants compressors to be made
 
 
 def switch_on(module: nn.Module, hook: CompressorHook) -> None:
     """Makes a compressor pool with kvfold."""
     for one in weights.parts(module).values():
-        one.__class__ = CLASSES.get(type(one), type(one))
+        one.__class__ = _WITH_INDEXERS.get(type(one), type(one))
     # Handles stay with their hooks: unpickled, they keep later hooks of the process from taking their number.
     module.__dict__[MARK] = (module.register_forward_pre_hook(hook, with_kwargs=True),)
 
@@ -188,7 +185,7 @@ def switch_off(module: nn.Module) -> None:
     for handle in module.__dict__.pop(MARK):
         handle.remove()
     for one in weights.parts(module).values():
-        one.__class__ = OWN.get(type(one), type(one))
+        one.__class__ = next((theirs for theirs, ours in _WITH_INDEXERS.items() if ours is type(one)), type(one))
 
 
 def check_options(backend: str | None, max_new_tokens: int) -> None:
