@@ -152,7 +152,9 @@ def test_eval_mode_has_gradients_of_whole_sequences(model):
     for one in (model, unpatched(model)):
         embeds, cache = one.model.embed_tokens(TOKENS).detach().requires_grad_(), DynamicCache(config=model.config)
         one(inputs_embeds=embeds, past_key_values=cache).logits.sin().sum().backward()
-        found.append([embeds.grad, *(parameter.grad for parameter in compressors(one)[0].parameters()), step(one, TOKENS, cache)])
+        found.append(
+            [embeds.grad, *(parameter.grad for parameter in compressors(one)[0].parameters()), step(one, TOKENS, cache)]
+        )
     for mine, their in zip(*found, strict=True):
         assert (mine - their).norm() <= 1e-4 * their.norm()
 

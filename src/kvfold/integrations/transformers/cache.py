@@ -32,7 +32,9 @@ class CompressorFold:
         max_new_tokens: how many tokens can be taken back.
     """
 
-    def __init__(self, shape: Shape, like: torch.Tensor, entries: torch.dtype, max_new_tokens: int, backend: str | None) -> None:
+    def __init__(
+        self, shape: Shape, like: torch.Tensor, entries: torch.dtype, max_new_tokens: int, backend: str | None
+    ) -> None:
         """`like`: a projection `[batch, new, channels]`; entries: their dtype."""
         check_dtypes(like.dtype, entries)
         self.shape, self.norm_eps, self.max_new_tokens, self.backend = shape, 0.0, max_new_tokens, backend
@@ -87,7 +89,10 @@ class CompressorFold:
         """Makes batch row i what batch row `indices[i]` was; `indices` may repeat rows or leave some out."""
         indices = indices.to(self.storage.device)
         self.storage = self.storage.index_select(0, indices)
-        self.state, self.before = _chosen(self.state, indices), self.before and (_chosen(self.before[0], indices), self.before[1])
+        self.state, self.before = (
+            _chosen(self.state, indices),
+            self.before and (_chosen(self.before[0], indices), self.before[1]),
+        )
 
     def _reserve(self, end: int) -> None:
         ratio, capacity = self.shape.ratio, self.storage.shape[1]
@@ -210,4 +215,3 @@ class LayerFold:
             f"a rewind from {self.length} to {length} tokens: kvfold can go back to {self.step_start}, where the last step"
             f" began, or by up to max_new_tokens={self.max_new_tokens}, an argument of patch()"
         )
-
