@@ -1,6 +1,6 @@
 """Times the demo's DeepSeek-V4 in transformers, patched beside unpatched, and counts its cache's bytes and compiled graphs.
 
-python -m benchmarks.run.transformers --out benchmarks/results/transformers.jsonl [--device cuda] [--repeats 8] [--only SUBSTRING]
+python -m benchmarks.run.transformers --out benchmarks/results/transformers.jsonl [--device cuda] [--only SUBSTRING]
 
 Both models make the same calls in turn. `ms` is per call of the whole model: each call's fastest repeat, and of these the mean
 over the calls of a case, so that what else runs on the machine counts little and a step that ends a window counts. bytes are

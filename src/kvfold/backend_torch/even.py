@@ -59,7 +59,7 @@ def step_even(
     batch, done, width = pooled.shape
     fmt = FORMATS["fp32" if entries.dtype == torch.float32 else "bf16"]
     y = norm(pooled.reshape(-1, width), spec, norm_weight, fmt)
-    y = turn(y, spec, rope, torch.arange(done, device=kv.device).repeat(batch), fmt).view(pooled.shape)
+    y = turn(y, spec, rope.repeat(batch, 1), None, fmt).view(pooled.shape)
     first = start // spec.ratio
     entries[:, first : first + done] = y if entries.dtype == torch.float32 else bf16_bits(y).view(torch.bfloat16)
 
@@ -84,7 +84,7 @@ def _fold(
         else:
             state = empty_fold(batch, windows, spec.head_dim, device=kv.device)
         steps = iter((fold_step(state, k[:, :, 0], s[:, :, 0]),)) if length == 1 else fold_steps(state, k, s)
-        for j, state in enumerate(steps):  # noqa: B020
+        for j, state in enumerate(steps):
             for window in range(windows):
                 x = start + at + window * ratio + j
                 if x >= start + new - ring and (x + 1) % ratio:  # no step goes on from a window's end

@@ -13,7 +13,6 @@ from ...spec import CompressorSpec
 from .step import FORMATS, new_state, step
 from .weights import Shape
 
-
 _TRACED_ROOM = 512  # tokens
 _ROOM_OF_A_PLAN = 16  # entries: another capacity is another plan
 
@@ -62,7 +61,7 @@ class CompressorFold:
     def advance(
         self, kv: torch.Tensor, gate: torch.Tensor, start: int, weights: tuple[torch.Tensor, ...], norm_eps: float
     ) -> None:
-        """Folds `kv` and `gate` `[batch, new, channels]` at positions `start .. start + new - 1`. weights: as `step` takes them."""
+        """Folds `kv` and `gate` `[batch, new, channels]`, from position `start` on. weights: as `step` takes them."""
         check_seen(start, self.length)
         new = kv.shape[1]
         end = start + new

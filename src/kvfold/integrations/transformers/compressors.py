@@ -94,11 +94,11 @@ class _PoolingLayer:
     trained: dict[str, torch.Tensor] = field(default_factory=dict)  # entries that have gradients
 
     def store_compression_weights(self, name: str, kv: torch.Tensor, gate: torch.Tensor):
-        part = weights.parts(self.module)[name]
-        with torch.no_grad():
-            rope = weights.rope_rows(part, self.start, self.start + self.new, kv.device)
+        part = self.module if name == "compressor" else self.module.indexer
         if gradients.wanted(part, kv, gate):
             if not self.start:
+                with torch.no_grad():
+                    rope = weights.rope_rows(part, 0, self.new, kv.device)
                 self.trained[name] = gradients.entries(part, kv, gate, rope, self.hook.backend)
                 if not self.cached:
                     return kv[:, :0], gate[:, :0], 0
@@ -106,15 +106,16 @@ class _PoolingLayer:
                 weights.refuse_gradients(part, {"kv_proj": kv, "gate_proj": gate, "position_bias": part.position_bias})
         if torch.compiler.is_compiling():
             with torch.no_grad():
-                self._advance(name, part, kv, gate, rope)
+                self._advance(name, part, kv, gate)
         else:
             # What is kept must outlive an inference_mode block, in which tensors are made that nobody may write to later.
             with torch.inference_mode(False), torch.no_grad():
-                self._advance(name, part, kv, gate, rope)
+                self._advance(name, part, kv, gate)
         return kv[:, :0], gate[:, :0], 0
 
-    def _advance(self, name: str, part: Any, kv: torch.Tensor, gate: torch.Tensor, rope: torch.Tensor) -> None:
+    def _advance(self, name: str, part: Any, kv: torch.Tensor, gate: torch.Tensor) -> None:
         bias, weight, shape = weights.position_bias(part), weights.norm_weight(part, kv.device), weights.shape_of(part)
+        rope = weights.rope_rows(part, self.start, self.start + self.new, kv.device)
         fold = self.fold.folds.get(name)
         if fold is None:
             entries = weights.entry_dtype(part, kv.dtype, kv.device)

@@ -24,8 +24,19 @@ from torch import nn
 from ...contract import UnsupportedError
 from ..switch import ON
 from . import weights
-from .compressors import CACHE, CLASSES, MARK, OWN, REGISTERED, CompressorHook, argument, check_options
-from .compressors import refuse_gradient_of, switch_off, switch_on
+from .compressors import (
+    CACHE,
+    CLASSES,
+    MARK,
+    OWN,
+    REGISTERED,
+    CompressorHook,
+    argument,
+    check_options,
+    refuse_gradient_of,
+    switch_off,
+    switch_on,
+)
 from .layers import Snapshot, check_layer, rewind_layer, v4
 
 _NAME = "transformers"
@@ -45,8 +56,9 @@ def patch(model: nn.Module, *, backend: str | None = None, max_new_tokens: int =
     Gradients: whole sequences have them (`kvfold.training`), in train and in eval mode. A step from a filled cache has none
     through its compressors: in train mode it is refused where one would be lost, in eval mode it runs detached.
 
-    Limits, each refused with an `UnsupportedError`: fp16 projections (bf16 and fp32 are supported); static and quantized caches;
-    rotary embeddings that change with the sequence length; weights on the meta device that no hook loads when their module runs.
+    Limits, each refused with an `UnsupportedError`: fp16 projections (bf16 and fp32 are supported); static and quantized
+    caches; rotary embeddings that change with the sequence length; weights on the meta device that no hook loads when their
+    module runs.
 
     Args:
         model: anything with `DeepseekV4HCACompressor` or `DeepseekV4CSACompressor` modules in it. These and their indexers get
@@ -161,8 +173,8 @@ def entries(past_key_values: Any, layer_idx: int, name: str = "compressor") -> t
 def rewind(past_key_values: Any, length: int) -> None:
     """Takes the end of the last step back, as when drafts are rejected: the cache then holds `length` tokens.
 
-    Reaches back by up to `patch(max_new_tokens=)` tokens, and to where the last step began, if that is more than 1. Entries need
-    no change for that; sliding keys are put together from those before and after the step. Mutates `past_key_values`.
+    Reaches back by up to `patch(max_new_tokens=)` tokens and, if that is more than 1, to where the last step began. Entries
+    need no change for that; sliding keys are put together from those before and after the step. Mutates `past_key_values`.
 
     Args:
         past_key_values: a cache filled by a patched model.

@@ -40,7 +40,7 @@ def goes_together(device: torch.device, backend: str | None) -> bool:
 
 
 def new_state(like: torch.Tensor, shape: Shape, max_new_tokens: int, backend: str | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows and tags of an empty state, `[batch, ...]` each; `like`: a projection `[batch, new, channels]`, in the rows' dtype."""
+    """Rows and tags of an empty state, `[batch, ...]` each; `like`: a projection `[batch, new, channels]`."""
     if torch.compiler.is_compiling():
         return torch.ops.kvfold_transformers.new_state(like, max_new_tokens, *shape, backend)
     return _new_state(like, max_new_tokens, *shape, backend)
@@ -80,7 +80,7 @@ def step(
 
     Args:
         tokens: `kv` and `gate`, bf16 or fp32 `[batch, new, channels]`, from position `start` on.
-        weights: ape fp32 `[ratio, channels]`, norm_weight `[head_dim]`, and rotations of the entries, as `rope_rows` makes them.
+        weights: ape fp32 `[ratio, channels]`, norm_weight `[head_dim]`, and rotations, as `weights.rope_rows` makes them.
         state: rows and tags of `new_state`. Mutated.
         entries: fp32 or bf16 `[batch, at least (start + new) // ratio, head_dim]`. Mutated from `start // ratio` on.
     """
