@@ -30,7 +30,6 @@ def even_shape(spec: CompressorSpec, max_new_tokens: int) -> tuple[int, ...]:
     return windows * spec.ratio, 2 * spec.channels
 
 
-@torch.inference_mode()
 def step_even(
     kv: torch.Tensor,
     gate: torch.Tensor,
@@ -42,7 +41,7 @@ def step_even(
     norm_weight: torch.Tensor,
     rope: torch.Tensor,
 ) -> None:
-    """Folds the tokens of a step and writes the entries of the windows that end in it.
+    """Folds the tokens of a step and writes the entries of the windows that end in it. To be called where no gradient is made.
 
     A step may be as long as it likes; only the history of the last `max_new_tokens` positions is there behind it.
 
@@ -146,8 +145,7 @@ def _pool_windows(windows: torch.Tensor, before: int, spec: CompressorSpec, ape:
         halves.insert(0, (lo_k, lo_s))
     if spec.ratio % ROWS_AT_ONCE:  # a group has rows of both
         halves = [tuple(torch.cat(x, 2) for x in zip(*halves, strict=True))]
-    m, l, zeros = empty_fold(windows.shape[0], count, width, device=windows.device)
-    state = m, l, -zeros
+    state = None
     for k, s in halves:
         for j in range(0, k.shape[2], ROWS_AT_ONCE):
             state = fold_group(state, k[:, :, j : j + ROWS_AT_ONCE], s[:, :, j : j + ROWS_AT_ONCE])

@@ -45,7 +45,7 @@ def norm(y: torch.Tensor, spec: CompressorSpec, weight: torch.Tensor | None, fmt
 def turn(
     y: torch.Tensor, spec: CompressorSpec, table: torch.Tensor | None, positions: torch.Tensor | None, fmt: RecordFormat
 ) -> torch.Tensor:
-    """RoPE and Hadamard, of rows that are rounded to bf16 before where `fmt` says so. positions: None if a row of the table is a row's."""
+    """RoPE and Hadamard, of rows that are rounded to bf16 before where `fmt` says so. positions: None for row by row."""
     y = y.bfloat16().float() if fmt.round_normed else y
     if spec.rope_dim:
         cos, sin = (table if positions is None else table[positions]).chunk(2, dim=1)

@@ -64,18 +64,22 @@ def fold_steps(state: State, k: torch.Tensor, s: torch.Tensor) -> Iterator[State
         yield top, l, a
 
 
-def fold_group(state: State, ks: torch.Tensor, ss: torch.Tensor) -> State:
-    """Folds rows with values `ks` and scores `ss` (ape added), `[.., rows, head_dim]`, into `(m, l, a)` at once; fp32."""
-    m, l, a = state
-    top = m
-    for s in ss.unbind(-2):
-        top = torch.where(s > top, s, top)  # a NaN is no maximum, as on a GPU
-    alpha = exp2((m - top) * LOG2_E)
-    l, a = l * alpha, a * alpha
+def fold_group(state: State | None, ks: torch.Tensor, ss: torch.Tensor) -> State:
+    """Folds rows with values `ks` and scores `ss` (ape added), `[.., rows, head_dim]`, into `(m, l, a)` at once; fp32.
+
+    state: None before the first rows, which is `(LOWEST, 0, -0)`: the first product is then what it is without a sum.
+    """
+    # A NaN is a maximum here and none on a GPU; either way sum and entry are NaN.
+    top = ss.amax(-2)
+    top = top.clamp_(min=LOWEST) if state is None else torch.maximum(top, state[0])
     weights = exp2((ss - top.unsqueeze(-2)) * LOG2_E)
-    for e, value in zip(weights.unbind(-2), (weights * ks).unbind(-2), strict=True):
-        l, a = l + e, a + value
-    return top, l, a
+    first, *rows = torch.stack((weights, weights * ks)).unbind(-2)
+    if state is not None:
+        alpha = exp2((state[0] - top) * LOG2_E)
+        first = torch.stack(state[1:]) * alpha + first
+    for row in rows:
+        first = first + row
+    return top, *first.unbind(0)
 
 
 @torch.inference_mode()
@@ -179,9 +183,7 @@ def _fold_rows(c: Compressor, items: Items, plan: PlanData) -> torch.Tensor:
     if ends.numel():
         done, first = items[ends], (items.window == items.start // spec.ratio)[ends]
         before, lo, hi = (place[ends] for place in history)
-        m, l, zeros = empty_fold(len(ends), spec.head_dim, device=kv_score.device)
-        state = m, l, -zeros  # -0: the first product is then what it is without a sum
-        ks, ss = [], []
+        state, ks, ss = None, [], []
         for j in range(spec.window_rows):
             x = (done.window - int(spec.overlap)) * spec.ratio + j
             lower = spec.overlap and j < spec.ratio

@@ -14,6 +14,7 @@ from .step import FORMATS, new_state, step
 from .weights import Shape
 
 _TRACED_ROOM = 512  # tokens
+_ROOM = 32  # tokens
 _ROOM_OF_A_PLAN = 16  # entries: another capacity is another plan
 
 
@@ -99,12 +100,13 @@ class CompressorFold:
             if end <= capacity * ratio:
                 return
             wanted = -(-end // _TRACED_ROOM) * _TRACED_ROOM // ratio + (_TRACED_ROOM % ratio > 0)
-        else:  # a prompt has no more than it needs, and each entry is copied 128 times at most
+        else:  # a prompt has no more than it needs, and each entry is copied 64 times at most
             if capacity and end < (capacity + 1) * ratio:
                 return
-            room = max(capacity // 128, 1 if self.state[1].shape[1] == 0 else _ROOM_OF_A_PLAN) if capacity else 1
-            wanted = max(end // ratio, capacity + room)
-        self.storage = torch.nn.functional.pad(self.storage, (0, 0, 0, wanted - capacity))
+            least = _ROOM // ratio if self.state[1].shape[1] == 0 else _ROOM_OF_A_PLAN
+            wanted = max(end // ratio, capacity + max(1, least, capacity // 64) if capacity else 1)
+        old, self.storage = self.storage, self.storage.new_empty(self.storage.shape[0], wanted, self.shape.head_dim)
+        self.storage[:, :capacity] = old
 
 
 def _chosen(state: tuple[torch.Tensor, torch.Tensor], indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -107,10 +107,12 @@ class _PoolingLayer:
         if torch.compiler.is_compiling():
             with torch.no_grad():
                 self._advance(name, part, kv, gate)
-        else:
+        elif torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             # What is kept must outlive an inference_mode block, in which tensors are made that nobody may write to later.
             with torch.inference_mode(False), torch.no_grad():
                 self._advance(name, part, kv, gate)
+        else:
+            self._advance(name, part, kv, gate)
         return kv[:, :0], gate[:, :0], 0
 
     def _advance(self, name: str, part: Any, kv: torch.Tensor, gate: torch.Tensor) -> None:
