@@ -68,9 +68,11 @@ def _fold(
 ) -> torch.Tensor | None:
     """Over fold rows: what is left of the window under way, whole windows side by side, and the begin of the next."""
     (batch, new), ratio, ring = kv.shape[:2], spec.ratio, rows.shape[1]
+    if new == 1:
+        return _fold_one(kv[:, 0], gate[:, 0], start, rows, spec, ape[start % ratio])
     kv, gate, pooled, at = kv.float(), gate.float(), [], 0
     head = min(new, -start % ratio)
-    side_by_side = max(1, _ELEMENTS // (batch * ratio * spec.head_dim))
+    side_by_side = max(1, _ELEMENTS // (16 * batch * spec.head_dim))
     parts = [(1, head), *_pieces((new - head) // ratio, side_by_side, ratio), (1, (new - head) % ratio)]
     for windows, length in parts:
         if not windows * length:
@@ -78,7 +80,7 @@ def _fold(
         place, stop = (start + at) % ratio, at + windows * length
         k = kv[:, at:stop].unflatten(1, (windows, length))
         s = gate[:, at:stop].unflatten(1, (windows, length)) + ape[place : place + length]
-        if place:  # the rows are written to before the last is read
+        if place:  # the row may be written to while it is still read
             state = rows[:, (start - 1) % ring].clone()[:, None].unbind(2)
         else:
             state = empty_fold(batch, windows, spec.head_dim, device=kv.device)
@@ -92,6 +94,22 @@ def _fold(
             pooled.append(state[2] / state[1])
         at = stop
     return torch.cat(pooled, 1) if pooled else None
+
+
+def _fold_one(
+    k: torch.Tensor, s: torch.Tensor, start: int, rows: torch.Tensor, spec: CompressorSpec, bias: torch.Tensor
+) -> torch.Tensor | None:
+    """The same for one token, in as few operations as it takes."""
+    ratio, ring = spec.ratio, rows.shape[1]
+    if start % ratio:
+        state = rows[:, (start - 1) % ring].unbind(1)
+    else:
+        state = empty_fold(len(k), spec.head_dim, device=k.device)
+    state = fold_step(state, k.float(), s.float() + bias)
+    if (start + 1) % ratio:
+        torch.stack(state, 1, out=rows[:, start % ring])
+        return None
+    return (state[2] / state[1])[:, None]
 
 
 def _pieces(windows: int, most: int, ratio: int) -> list[tuple[int, int]]:
@@ -119,9 +137,9 @@ def _pool(
         return None
     side_by_side = max(1, _ELEMENTS // (batch * spec.window_rows * spec.head_dim))
     pooled = []
-    for i in range(0, ended - begun, side_by_side):
-        here = windows[:, i : min(i + side_by_side, ended - begun) + before].float()
-        pooled.append(_pool_windows(here, before, spec, ape))
+    for i in range(before, windows.shape[1], side_by_side):
+        lo = min(i, int(spec.overlap))  # windows that are here for their lo rows
+        pooled.append(_pool_windows(windows[:, i - lo : i + side_by_side].float(), lo, spec, ape))
     return torch.cat(pooled, 1)
 
 

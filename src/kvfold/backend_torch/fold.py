@@ -21,6 +21,7 @@ LOG2_E = 1.4426950408889634
 LOWEST = torch.finfo(torch.float32).min  # the maximum of no scores: finite, so that a score of -inf needs no guard
 
 _LN_2 = math.log(2)
+_IN_CACHE = 1 << 16  # elements that several operations in turn go over
 
 
 def exp2(x: torch.Tensor) -> torch.Tensor:
@@ -52,16 +53,17 @@ def fold_step(state: State, k: torch.Tensor, s: torch.Tensor) -> State:
 
 
 def fold_steps(state: State, k: torch.Tensor, s: torch.Tensor) -> Iterator[State]:
-    """The state after each row of `k` and `s` `[.., rows, head_dim]`, as `fold_step` makes it; all weights are made at once."""
+    """The state after each row of `k` and `s` `[.., rows, head_dim]`, as `fold_step` makes it; weights of many at once."""
     m, l, a = state
-    maxima = [m]
-    for score in s.unbind(-2):
-        maxima.append(torch.where(score > maxima[-1], score, maxima[-1]))
-    _, alphas, betas = _weights(torch.stack(maxima[:-1], -2), s)
-    rows = zip(maxima[1:], *(x.unbind(-2) for x in (alphas, betas, betas * k)), strict=True)
-    for top, alpha, beta, value in rows:
-        l, a = l * alpha + beta, a * alpha + value
-        yield top, l, a
+    at_once = max(1, _IN_CACHE // max(m.numel(), 1))
+    for ks, ss in zip(k.split(at_once, -2), s.split(at_once, -2), strict=True):
+        maxima = [m]
+        for score in ss.unbind(-2):
+            maxima.append(torch.where(score > maxima[-1], score, maxima[-1]))
+        _, alphas, betas = _weights(torch.stack(maxima[:-1], -2), ss)
+        for m, alpha, beta, value in zip(maxima[1:], *(x.unbind(-2) for x in (alphas, betas, betas * ks)), strict=True):
+            l, a = l * alpha + beta, a * alpha + value
+            yield m, l, a
 
 
 def fold_group(state: State | None, ks: torch.Tensor, ss: torch.Tensor) -> State:

@@ -209,10 +209,11 @@ class LayerFold:
 
     def _check_rewind(self, length: int) -> None:
         written = max((fold.written for fold in self.folds.values()), default=self.length)
-        whole_step = length == self.step_start and (self.max_new_tokens > 1 or not length)
-        if whole_step or (length >= 0 and written - length <= self.max_new_tokens):
+        whole_step = length == self.step_start and self.max_new_tokens > 1
+        if length == 0 or whole_step or (length > 0 and written - length <= self.max_new_tokens):
             return
         raise UnsupportedError(
-            f"a rewind from {self.length} to {length} tokens: kvfold can go back to {self.step_start}, where the last step"
-            f" began, or by up to max_new_tokens={self.max_new_tokens}, an argument of patch()"
+            f"a rewind from {self.length} to {length} tokens: kvfold can go back by up to max_new_tokens="
+            f"{self.max_new_tokens}, an argument of patch(), and, if that is more than 1, to the begin of the last step, here"
+            f" {self.step_start}"
         )

@@ -145,28 +145,45 @@ class _Kvfold:
         return "pooled by kvfold"
 
 
+def _picks_all(indexer: Any, args: tuple, kwargs: dict[str, Any]) -> _PoolingLayer | None:
+    """The layer, if there are no more entries than its indexer may pick: it picks all, and they need no scores."""
+    cache, layer_idx = argument(args, kwargs, *CACHE), argument(args, kwargs, 4, "layer_idx")
+    if not isinstance(cache, _StandIn):
+        return None
+    layer = cache.layers[layer_idx]
+    return layer if (layer.start + layer.new) // indexer.compress_rate <= indexer.index_topk else None
+
+
 class KvfoldIndexer(v4.DeepseekV4Indexer):
-    """While there are no more entries than an indexer may pick, it picks all: they need no scores."""
+    """An indexer of a patched model."""
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        hidden_states, position_ids = argument(args, kwargs, 0, "hidden_states"), argument(args, kwargs, 2, "position_ids")
-        cache, layer_idx = argument(args, kwargs, *CACHE), argument(args, kwargs, 4, "layer_idx")
-        layer = cache.layers[layer_idx] if isinstance(cache, _StandIn) else None
-        if layer is None or (layer.start + layer.new) // self.compress_rate > self.index_topk:
+        layer = _picks_all(self, args, kwargs)
+        if layer is None:
             return super().forward(*args, **kwargs)
+        hidden_states, position_ids = argument(args, kwargs, 0, "hidden_states"), argument(args, kwargs, 2, "position_ids")
         layer.store_compression_weights("indexer", self.kv_proj(hidden_states), self.gate_proj(hidden_states))
-        count = (layer.start + layer.new) // self.compress_rate
-        entry = torch.arange(count, device=hidden_states.device)
+        entry = torch.arange((layer.start + layer.new) // self.compress_rate, device=hidden_states.device)
         ready = entry < ((position_ids + 1) // self.compress_rate)[..., None]
         return torch.where(ready, entry, -1).expand(hidden_states.shape[0], -1, -1)
 
 
 class KvfoldHCACompressor(_Kvfold, v4.DeepseekV4HCACompressor):
-    pass
+    """An HCA compressor of a patched model."""
 
 
 class KvfoldCSACompressor(_Kvfold, v4.DeepseekV4CSACompressor):
-    pass
+    """A CSA compressor of a patched model."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        layer = _picks_all(self.indexer, args, kwargs)
+        if layer is None:
+            return super().forward(*args, **kwargs)
+        hidden_states = argument(args, kwargs, 0, "hidden_states")
+        rows = self.kv_proj(hidden_states), self.gate_proj(hidden_states)
+        entries = layer.update_compressor_states("compressor", layer.store_compression_weights("compressor", *rows)[0])
+        picked = self.indexer(*args, **kwargs)  # each entry in its own place, or -1
+        return entries[:, None], torch.where(picked < 0, -torch.inf, 0.0).to(entries.dtype)[:, None]
 
 
 CLASSES = {v4.DeepseekV4HCACompressor: KvfoldHCACompressor, v4.DeepseekV4CSACompressor: KvfoldCSACompressor}
