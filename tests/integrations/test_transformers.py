@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, StaticLayer
 
 from kvfold.integrations.transformers import UnsupportedError, entries, patch, rewind, unpatch
-from kvfold.integrations.transformers import cache as transformers_cache
+from kvfold.integrations.transformers import step as steps
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -19,6 +19,14 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 @pytest.fixture(scope="module", params=DEVICES)
 def model(request):
     return tiny().to(request.param)
+
+
+@pytest.fixture(scope="module")
+def two():
+    """Two layers with a compressor each, patched."""
+    made = tiny(layer_types=LAYERS[:2])
+    patch(made, max_new_tokens=5)
+    return made
 
 
 @pytest.fixture
@@ -78,6 +86,7 @@ def test_compressor_outputs_and_top_k(model):
 
 MODES = {
     "greedy": {},
+    "padded": {"attention_mask": (torch.arange(21) >= torch.tensor([[3], [0]])).long()},
     "sampling": {"do_sample": True, "top_k": 8},
     "beams": {"num_beams": 3},
     "several": {"do_sample": True, "num_return_sequences": 2},
@@ -99,25 +108,24 @@ def test_generate(patched, options):
     assert torch.equal(patched.generate(prompt, max_new_tokens=24, **options), want)
 
 
-def test_entries_are_written_in_place(patched):
-    cache = DynamicCache(config=patched.config)
-    with torch.no_grad():
-        patched(ids(20).to(patched.device), past_key_values=cache)
-        before = entries(cache, 1).data_ptr()
-        for token in ids(30, seed=2).T.to(patched.device):
-            patched(token[None], past_key_values=cache)
-    assert entries(cache, 1).data_ptr() == before and entries(cache, 1).shape[1] == 12
+@pytest.mark.parametrize("together", [True, False])
+def test_storage_is_as_large_as_it_must_be_and_written_in_place(patched, monkeypatch, together):
+    """A prompt has no room to spare; later there is a little, a little more where another capacity is another plan."""
+    monkeypatch.setattr(steps, "goes_together", lambda device, backend: together and device.type == "cpu")
+    tokens = ids(4 * 140)
+    cuts = [20, *range(4 * 130 + 2, 4 * 140)]
+    got, cache = run(patched, tokens, cuts)
+    close(got, theirs(patched, tokens, cuts)[0])
+    fold = cache.layers[1].kvfold.folds["compressor"]
+    assert fold.entries().data_ptr() == fold.storage.data_ptr()
+    sizes = [layer.kvfold.folds["compressor"].storage.shape[1] for layer in cache.layers[:2]]
+    assert sizes == ([36, 146] if together and patched.device.type == "cpu" else [48, 146])
 
 
-def test_storage_grows(patched):
-    tokens = ids(transformers_cache.FIRST_CAPACITY * 8 + 30)
-    cuts = [transformers_cache.FIRST_CAPACITY * 4 - 3, tokens.shape[1] - 4]
-    close(run(patched, tokens, cuts)[0], theirs(patched, tokens, cuts)[0])
-
-
-def test_one_plan_per_ratio_and_step(patched, monkeypatch):
-    calls = []
-    monkeypatch.setattr(transformers_cache, "compress", lambda rows, plan, *a, **k: calls.append(plan))
+def test_layers_of_a_ratio_share_a_plan(patched, monkeypatch):
+    monkeypatch.setattr(steps, "goes_together", lambda *_: False)
+    calls, real = [], steps.compress
+    monkeypatch.setattr(steps, "compress", lambda rows, plan, *a, **k: (calls.append(plan), real(rows, plan, *a, **k)))
     run(patched, ids(40))
     hca, main, indexer = calls
     assert main is indexer and main is not hca
@@ -149,12 +157,15 @@ def test_inference_mode_and_back(patched):
     close(torch.cat([first, second], 1), theirs(patched, tokens)[0])
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("start", [3, 14, 40])
 @pytest.mark.parametrize("accepted", [0, 1, 2, 3, 4, 5])
-def test_rewind(device, start, accepted):
-    model = tiny(layer_types=LAYERS[:2]).to(device)
-    patch(model, max_new_tokens=5)
+@pytest.mark.parametrize("start", [3, 14, 40])
+@pytest.mark.parametrize("where", ["cpu", "plan", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_rewind(two, monkeypatch, where, start, accepted):
+    """plan: over a plan and a `FoldState`, as on a GPU."""
+    if where == "plan":
+        monkeypatch.setattr(steps, "goes_together", lambda *_: False)
+    device = "cuda" if where == "cuda" else "cpu"
+    model = two.to(device)
     tokens, drafts = ids(start + 12).to(device), ids(5, seed=9).to(device)
     drafts[:, :accepted] = tokens[:, start : start + accepted]
     want, plain = run(model, tokens, range(start, start + 12))
@@ -290,12 +301,6 @@ def test_refusals(patched):
         static = Cache(layers=[StaticLayer(max_cache_len=64) for _ in LAYERS])
         with pytest.raises(UnsupportedError, match="cache layer of type StaticLayer"):
             patched(tokens, past_key_values=static)
-        with pytest.raises(UnsupportedError, match="position_ids"):
-            patched(tokens, position_ids=(torch.arange(20, device=tokens.device)[None] - 3).clamp(min=0))
-        mask = torch.ones(2, 20, dtype=torch.long, device=tokens.device)
-        mask[0, :3] = 0
-        with pytest.raises(UnsupportedError, match="padding"):
-            patched.generate(tokens.expand(2, -1), attention_mask=mask, max_new_tokens=2)
 
 
 def test_caches_do_not_cross_over(model):

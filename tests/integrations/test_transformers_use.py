@@ -29,8 +29,8 @@ model = two_patched  # the fixture
 @pytest.fixture
 def pooled(monkeypatch):
     """Counts kvfold's calls."""
-    calls, real = [], transformers_cache.compress
-    monkeypatch.setattr(transformers_cache, "compress", lambda *args, **kwargs: (calls.append(1), real(*args, **kwargs))[1])
+    calls, real = [], transformers_cache.step
+    monkeypatch.setattr(transformers_cache, "step", lambda *args, **kwargs: (calls.append(1), real(*args, **kwargs))[1])
     return calls
 
 
@@ -74,7 +74,7 @@ def test_a_cache_is_freed_with_its_last_reference(model, use):
         cache = use(model)
         folds = [cache.layers[layer].kvfold.folds[name] for layer, name in NAMES]
         alive = [weakref.ref(thing) for thing in (cache, *cache.layers, *folds)]
-        alive += [weakref.ref(tensor) for fold in folds for tensor in (fold.storage, fold.state.rows)]
+        alive += [weakref.ref(tensor) for fold in folds for tensor in (fold.storage, *fold.state)]
         del cache, folds
         assert [one() for one in alive] == [None] * len(alive)
     finally:
@@ -215,7 +215,7 @@ def test_somebody_elses_forward_survives(order, pooled):
 def test_a_compiled_compressor(model, pooled):
     want, _ = run(model, TOKENS, [21])
     pooled.clear()
-    compressors(model)[0].compile(backend="eager")
+    compressors(model)[0].compile(backend="eager", fullgraph=True)
     close(run(model, TOKENS, [21])[0], want)
     assert len(pooled) == 6
 

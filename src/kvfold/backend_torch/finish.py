@@ -43,12 +43,12 @@ def norm(y: torch.Tensor, spec: CompressorSpec, weight: torch.Tensor | None, fmt
 
 
 def turn(
-    y: torch.Tensor, spec: CompressorSpec, table: torch.Tensor | None, positions: torch.Tensor, fmt: RecordFormat
+    y: torch.Tensor, spec: CompressorSpec, table: torch.Tensor | None, positions: torch.Tensor | None, fmt: RecordFormat
 ) -> torch.Tensor:
-    """RoPE and Hadamard, of rows that are rounded to bf16 before where `fmt` says so."""
+    """RoPE and Hadamard, of rows that are rounded to bf16 before where `fmt` says so. positions: None for row by row."""
     y = y.bfloat16().float() if fmt.round_normed else y
     if spec.rope_dim:
-        cos, sin = table[positions].chunk(2, dim=1)
+        cos, sin = (table if positions is None else table[positions]).chunk(2, dim=1)
         x = y[:, -spec.rope_dim :]
         even, odd = x[:, 0::2], x[:, 1::2]
         rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(1)

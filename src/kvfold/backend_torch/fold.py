@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -19,53 +20,68 @@ from .items import FoldRows, Items, Places, StateRows, history_starts
 LOG2_E = 1.4426950408889634
 LOWEST = torch.finfo(torch.float32).min  # the maximum of no scores: finite, so that a score of -inf needs no guard
 
-_EXP2 = [math.log(2) ** k / math.factorial(k) for k in range(10)]  # Taylor: 7e-12 off at most for |x| <= 1/2
+_LN_2 = math.log(2)
+_IN_CACHE = 1 << 16  # elements that several operations in turn go over
 
 
 def exp2(x: torch.Tensor) -> torch.Tensor:
-    """2 ** x for x <= 0, fp32 to fp32, in operations of which IEEE fixes every bit.
+    """2 ** x for x <= 0, fp32 to fp32: rounded once, from fp64.
 
     `torch.exp2` on a CPU gives the elements behind a thread's last full vector other last bits than the same elements
-    elsewhere, and so an entry other bits in another batch.
+    elsewhere, and so an entry other bits in another batch. `torch.exp` does not.
     """
-    x = x.double().clamp(min=-1000.0)
-    whole = x.round()
-    part = x - whole
-    power = torch.full_like(part, _EXP2[-1])
-    for coefficient in _EXP2[-2::-1]:
-        power = power * part + coefficient
-    # A NaN is one in `power` already, whatever integer is made of it here.
-    return (power * ((whole.long() + 1023) << 52).view(torch.float64)).float()
+    return x.double().mul_(_LN_2).exp_().float()
 
 
-def fold_step(
-    state: tuple[torch.Tensor, torch.Tensor, torch.Tensor], k: torch.Tensor, s: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Folds value `k` with score `s` (ape added) into `(m, l, a)`, which is kept; fp32, elementwise."""
-    m, l, a = state
+State = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # (m, l, a)
+
+
+def _weights(m: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The maximum with a score `s`, what the sums before are multiplied by, and what the token is."""
     d = s - m
     e = exp2(d.abs() * -LOG2_E)
     rises = d > 0
-    alpha = torch.where(rises, e, 1.0)
-    beta = torch.where(rises, 1.0, e)
     # Not `torch.maximum`, whose sign of a zero differs behind a thread's last full vector.
-    return torch.where(rises, s, m), l * alpha + beta, a * alpha + beta * k
+    return torch.where(rises, s, m), torch.where(rises, e, 1.0), torch.where(rises, 1.0, e)
 
 
-def fold_group(
-    state: tuple[torch.Tensor, torch.Tensor, torch.Tensor], ks: list[torch.Tensor], ss: list[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Folds rows with values `ks` and scores `ss` (ape added) into `(m, l, a)` at once; fp32, elementwise."""
+def fold_step(state: State, k: torch.Tensor, s: torch.Tensor) -> State:
+    """Folds value `k` with score `s` (ape added) into `(m, l, a)`, which is kept; fp32, elementwise."""
     m, l, a = state
-    top = m
-    for s in ss:
-        top = torch.where(s > top, s, top)  # a NaN is no maximum, as on a GPU
-    alpha = exp2((m - top) * LOG2_E)
-    l, a = l * alpha, a * alpha
-    for k, s in zip(ks, ss, strict=True):
-        e = exp2((s - top) * LOG2_E)
-        l, a = l + e, a + e * k
-    return top, l, a
+    top, alpha, beta = _weights(m, s)
+    return top, l * alpha + beta, a * alpha + beta * k
+
+
+def fold_steps(state: State, k: torch.Tensor, s: torch.Tensor) -> Iterator[State]:
+    """The state after each row of `k` and `s` `[.., rows, head_dim]`, as `fold_step` makes it; weights of many at once."""
+    m, l, a = state
+    at_once = max(1, _IN_CACHE // max(m.numel(), 1))
+    for ks, ss in zip(k.split(at_once, -2), s.split(at_once, -2), strict=True):
+        maxima = [m]
+        for score in ss.unbind(-2):
+            maxima.append(torch.where(score > maxima[-1], score, maxima[-1]))
+        _, alphas, betas = _weights(torch.stack(maxima[:-1], -2), ss)
+        for m, alpha, beta, value in zip(maxima[1:], *(x.unbind(-2) for x in (alphas, betas, betas * ks)), strict=True):
+            l, a = l * alpha + beta, a * alpha + value
+            yield m, l, a
+
+
+def fold_group(state: State | None, ks: torch.Tensor, ss: torch.Tensor) -> State:
+    """Folds rows with values `ks` and scores `ss` (ape added), `[.., rows, head_dim]`, into `(m, l, a)` at once; fp32.
+
+    state: None before the first rows, which is `(LOWEST, 0, -0)`: the first product is then what it is without a sum.
+    """
+    # A NaN is a maximum here and none on a GPU; either way sum and entry are NaN.
+    top = ss.amax(-2)
+    top = top.clamp_(min=LOWEST) if state is None else torch.maximum(top, state[0])
+    weights = exp2((ss - top.unsqueeze(-2)) * LOG2_E)
+    first, *rows = torch.stack((weights, weights * ks)).unbind(-2)
+    if state is not None:
+        alpha = exp2((state[0] - top) * LOG2_E)
+        first = torch.stack(state[1:]) * alpha + first
+    for row in rows:
+        first = first + row
+    return top, *first.unbind(0)
 
 
 @torch.inference_mode()
@@ -127,8 +143,9 @@ def _masked(live: torch.Tensor, k: torch.Tensor, s: torch.Tensor) -> tuple[torch
     return torch.where(live[:, None], k, -0.0), torch.where(live[:, None], s, -torch.inf)
 
 
-def _empty_fold(n: int, spec: CompressorSpec, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    zeros = torch.zeros(n, spec.head_dim, dtype=torch.float32, device=device)
+def empty_fold(*shape: int, device: torch.device) -> State:
+    """The state of no tokens; `shape` ends in head_dim."""
+    zeros = torch.zeros(shape, dtype=torch.float32, device=device)
     return torch.full_like(zeros, LOWEST), zeros, zeros
 
 
@@ -137,7 +154,7 @@ def _fold_items(c: Compressor, items: Items, plan: PlanData) -> torch.Tensor:
     kv_score, spec, held = c.kv_score, c.spec, FoldRows(c.state)
     position = torch.maximum(items.start, items.window * spec.ratio)
     count = torch.minimum(items.end, (items.window + 1) * spec.ratio) - position
-    state = _empty_fold(len(position), spec, kv_score.device)
+    state = empty_fold(len(position), spec.head_dim, device=kv_score.device)
     resumes = (position == items.start) & (items.start % spec.ratio != 0)
     old = held.data[torch.where(resumes, held.find(items.slot, items.start - 1), 0)].unbind(1)
     state = tuple(torch.where(resumes[:, None], kept, new) for kept, new in zip(old, state, strict=True))
@@ -168,9 +185,7 @@ def _fold_rows(c: Compressor, items: Items, plan: PlanData) -> torch.Tensor:
     if ends.numel():
         done, first = items[ends], (items.window == items.start // spec.ratio)[ends]
         before, lo, hi = (place[ends] for place in history)
-        m, l, zeros = _empty_fold(len(ends), spec, kv_score.device)
-        state = m, l, -zeros  # -0: the first product is then what it is without a sum
-        ks, ss = [], []
+        state, ks, ss = None, [], []
         for j in range(spec.window_rows):
             x = (done.window - int(spec.overlap)) * spec.ratio + j
             lower = spec.overlap and j < spec.ratio
@@ -185,7 +200,7 @@ def _fold_rows(c: Compressor, items: Items, plan: PlanData) -> torch.Tensor:
             ks.append(k)
             ss.append(s)
         for j in range(0, spec.window_rows, ROWS_AT_ONCE):
-            state = fold_group(state, ks[j : j + ROWS_AT_ONCE], ss[j : j + ROWS_AT_ONCE])
+            state = fold_group(state, *(torch.stack(rows[j : j + ROWS_AT_ONCE], -2) for rows in (ks, ss)))
         pooled[ends] = state[2] / state[1]
     item, x = items.new_tokens(spec.ratio)
     value, score = kv_score[items.token[item] + x - items.start[item]].to(held.dtype).split(spec.channels, dim=1)

@@ -104,7 +104,7 @@ def _draw_bytes(axes, result: Result) -> None:  # type: ignore[no-untyped-def]
     axes.set_title("Bytes kept per sequence, state and entries together", loc="left", fontsize=11)
     axes.set_xlabel("context length (tokens)")
     axes.legend(loc="upper left", frameon=False, fontsize=9)
-    note = f"dotted: compressor state alone, in fp32\nentries in {ENTRY_FORMAT} on all sides"
+    note = f"dotted: compressor state alone\nstate and entries in {ENTRY_FORMAT} on all sides"
     axes.text(0.99, 0.03, note, transform=axes.transAxes, ha="right", fontsize=8, color="#555555")
 
 

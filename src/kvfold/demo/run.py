@@ -24,8 +24,7 @@ MOST_TOKENS = 1536
 DECODED = 96
 # fp32: both sides compute the same sums in another order. Entries have root mean square 1, logits magnitude 2.
 BOUND = 1e-4
-# How all systems keep entries: transformers does so for a bf16 model, engines and kvfold can.
-ENTRY_FORMAT = "bf16"
+ENTRY_FORMAT = "fp32"  # as this model's are, state likewise: bytes on all sides are of the same dtype
 
 Name = tuple[int, str]  # layer and "compressor" or "indexer"
 Advance = Callable[[int], None]
@@ -271,7 +270,7 @@ def _decode_with_drafts(model: Any, tokens: torch.Tensor, result: Result, seed: 
 
 
 def _replay(result: Result, name: Name, part: Any, drafts: int) -> tuple[bool, bool]:
-    """Drafts on the recorded rows of the plain run: are entries and final state the same bits?
+    """Drafts on the recorded rows of the plain run: are entries the same bits, and the final state that of one long step?
 
     A matrix product rounds differently for different batch shapes, so the bits of a run of the model are promised only from
     `kv_score` on. Accepted tokens get the rows that the plain run had, rejected ones NaN.
@@ -281,16 +280,16 @@ def _replay(result: Result, name: Name, part: Any, drafts: int) -> tuple[bool, b
     rows, spec, plain = result.rows[name], result.specs[name], result.ours["decode"]
     length, rope = len(rows), rope_table(part.rotary_emb, torch.arange(len(rows), device=rows.device))
     weights = {"spec": spec, "ape": part.position_bias.detach(), "norm_weight": part.kv_norm.weight.detach(), "rope": rope}
-    engine = Engine.make([rows], weights, fmt="fp32", most=1 + drafts, rows=None)
+    engine, whole = (Engine.make([rows], weights, fmt="fp32", most=1 + drafts, rows=None) for _ in range(2))
     steps = [(0, result.prefilled, result.prefilled), *result.steps]
     try:
         engine.run([Step(new, (Part(0, start, new, accepted),)) for start, new, accepted in steps])
+        whole.run([Step(length, (Part(0, 0, length, length),))])
     except AssertionError:  # refused
         return False, False
-    other = plain.cache.layers[name[0]].kvfold.folds[name[1]].state
     # At the end of a window an HCA step would read nothing, and that row is not kept; the one before says as much.
-    kept = other.history_of(length) or range(length - 2, length - 1)
-    states = _state_rows(engine.state, engine.slots[0], kept), _state_rows(other, 0, kept)
+    kept = whole.state.history_of(length) or range(length - 2, length - 1)
+    states = (_state_rows(one.state, one.slots[0], kept) for one in (engine, whole))
     return _same_bits(engine.entries()[0], plain.entries[name]), _same_bits(*states)
 
 
@@ -308,13 +307,13 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def kept_bytes(result: Result) -> dict[str, Kept]:
-    """What each system keeps for this model: state in fp32 as this model is, entries in `ENTRY_FORMAT` on all sides, so that
-    they differ in state alone. That of transformers is measured, its unpooled rows at their most while decoding.
+    """What each system keeps for this model: state and entries in fp32 as this model is, on all sides, so that they differ in
+    state alone. That of transformers is measured, its unpooled rows at their most while decoding.
     """
     layers, raw, folded = result.ours["decode"].cache.layers, Counter(), Counter()
     for (layer, name), spec in result.specs.items():
         raw[layer] += spec.window_rows * 2 * spec.channels * 4
-        folded[layer] += layers[layer].kvfold.folds[name].state.bytes_per_slot
+        folded[layer] += sum(tensor.nbytes for tensor in layers[layer].kvfold.folds[name].state)
 
     def entries(context: int) -> int:
         row = FORMATS[ENTRY_FORMAT].page_bytes

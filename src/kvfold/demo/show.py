@@ -68,7 +68,7 @@ def _bytes(result: Result) -> Table:
         state = (kept.state[hca], kept.state[csa], sum(kept.state.values()))
         table.add_row(system, *(f"{n:,}" for n in (*state, kept.entries(length), kept.total(length))))
     table.caption = (
-        f"State in fp32: of one layer, of all layers. Entries in {ENTRY_FORMAT} on all sides. transformers: measured, the most"
+        f"In {ENTRY_FORMAT} on all sides. State: of one layer, of all layers. transformers: measured, the most"
         " in decode; no rewind. Raw rows: K and S of a window, as engines keep them, no rewind. kvfold: enough to reject drafts"
     )
     return table

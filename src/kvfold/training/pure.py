@@ -129,11 +129,10 @@ def pool(x: Inputs, how: How) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
         for row in rows:
             state = fold_step(state, row.k, row.s)
     else:
-        state = *state[:2], -zeros  # as in `compress`: the first product is what it is without a sum
-        found = [*rows]
+        state, found = None, [*rows]
         for j in range(0, len(found), ROWS_AT_ONCE):
             group = found[j : j + ROWS_AT_ONCE]
-            state = fold_group(state, [row.k for row in group], [row.s for row in group])
+            state = fold_group(state, torch.stack([row.k for row in group], -2), torch.stack([row.s for row in group], -2))
     m, l, a = state
     return m, 1.0 / l, a / l
 

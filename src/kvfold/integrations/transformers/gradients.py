@@ -1,4 +1,4 @@
-"""Entries with gradients, for a model in train mode, and what autograd wants of a compressor that has none to give."""
+"""Entries with gradients, by `kvfold.training`."""
 
 from __future__ import annotations
 
@@ -22,13 +22,20 @@ def _packing(ratio: int, device: torch.device, batch: int, new: int) -> Packing:
 
 
 def wanted(part: Any, kv: torch.Tensor, gate: torch.Tensor) -> bool:
-    """Whether entries of these projections are to have gradients: in train mode, where anything that they are made of has."""
-    made_of = kv, gate, part.position_bias, part.kv_norm.weight
-    return part.training and torch.is_grad_enabled() and any(x.requires_grad for x in made_of)
+    """Whether entries of these projections are to have gradients: where anything that they are made of has.
+
+    In eval mode, not those of weights that a hook loads and drops: there they are detached.
+    """
+    if not torch.is_grad_enabled():
+        return False
+    here = part.training or all(x.device == kv.device for x in (part.position_bias, part.kv_norm.weight))
+    return here and any(x.requires_grad for x in (kv, gate, part.position_bias, part.kv_norm.weight))
 
 
 def entries(part: Any, kv: torch.Tensor, gate: torch.Tensor, rope: torch.Tensor, backend: str | None) -> torch.Tensor:
-    """`[batch, windows, head_dim]` of sequences from their first tokens on; the bits that the model makes in eval mode.
+    """`[batch, windows, head_dim]` of sequences from their first tokens on; the bits that the model makes without gradients.
+
+    rope: a row for each window, as `weights.rope_rows` makes them.
 
     Raises UnsupportedError for dtypes that kvfold has not, and for weights that a hook would have to load.
     """
@@ -39,13 +46,14 @@ def entries(part: Any, kv: torch.Tensor, gate: torch.Tensor, rope: torch.Tensor,
         if tensor.device != kv.device:
             raise UnsupportedError(f"gradients of {name} of {type(part).__name__}, which is on {tensor.device}: load it first")
     spec = weights.spec_of(part)
+    table = rope.repeat_interleave(spec.ratio, 0)  # by position
     found = compress(
         (kv.flatten(0, 1), gate.flatten(0, 1)),
         _packing(spec.ratio, kv.device, batch, new),
         spec=spec,
         ape=part.position_bias.float(),
         norm_weight=weight.float() if weight.dtype is torch.float16 else weight,
-        rope=rope,
+        rope=table,
         round_rows=False,
         out_dtype=out_dtype,
         backend=backend,

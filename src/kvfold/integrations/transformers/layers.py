@@ -1,14 +1,17 @@
-"""A cache layer of transformers that kvfold pools for, and a cache as it was before a step that failed."""
+"""The cache layers of transformers that kvfold can pool for, and a cache as it was before a step that failed.
+
+Importing this makes transformers build the DeepSeek-V4 layers of new caches of these classes. Until a patched model steps on
+one it does nothing else than transformers' own.
+"""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 
 from ...contract import UnsupportedError
-from .cache import CacheFold, LayerFold
+from .cache import LayerFold
 
 try:
     from transformers.models.deepseek_v4 import modeling_deepseek_v4 as v4
@@ -18,71 +21,79 @@ except ImportError as error:
     ) from error
 
 
-@functools.cache
-def folded(layer_class: type) -> type:
-    """The subclass of a cache layer's class for layers that kvfold pools for; they keep a `LayerFold` as `kvfold`.
+class _Layer:
+    """What both classes of layers have beside transformers' own. kvfold: None until a patched model has made a step on it."""
 
-    Made for any class, as a layer can only change to a class whose one base is its own.
-    """
+    kvfold: LayerFold | None = None
 
-    class FoldedLayer(layer_class):
-        _layer_type = None  # transformers makes the layers of new caches of the class that last claimed their type
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple:
+        full, values = super().update(key_states, value_states, *args, **kwargs)
+        if self.kvfold is not None:
+            new = key_states.shape[-2]
+            self.kvfold.keep_keys(full, new, self.cumulative_length - new, self.sliding_window)
+        return full, values
 
-        def store_compression_weights(self, *args: Any, **kwargs: Any) -> None:
+    def store_compression_weights(self, *args: Any, **kwargs: Any) -> Any:
+        if self.kvfold is not None:
             raise UnsupportedError("a cache filled by a kvfold-patched model in an unpatched one: start with a new cache")
+        return super().store_compression_weights(*args, **kwargs)
 
-        def reset(self) -> None:
-            # The layer becomes what it was before kvfold, fit for a patched and for an unpatched model.
-            self.__class__ = layer_class
-            del self.kvfold
-            self.reset()
+    def reset(self) -> None:
+        self.kvfold = None  # fit for a patched and for an unpatched model
+        super().reset()
 
-        def crop(self, tokens_to_remove: int) -> None:
-            """Like `rewind` of this layer; refuses what transformers refuses, and what is too far back for kvfold."""
-            beyond = self.get_seq_length() >= self.sliding_window and not self.record_past
-            if tokens_to_remove >= 0 or beyond or not self.is_initialized:
-                super().crop(tokens_to_remove)
-            else:
-                rewind_layer(self, max(self.get_seq_length() + tokens_to_remove, 0))
+    def crop(self, tokens_to_remove: int) -> None:
+        """Like `rewind` of this layer; refuses what transformers refuse, and what is too far back for kvfold."""
+        beyond = self.get_seq_length() >= self.sliding_window and not self.record_past
+        if self.kvfold is None or tokens_to_remove >= 0 or beyond or not self.is_initialized:
+            super().crop(tokens_to_remove)
+        else:
+            rewind_layer(self, max(self.get_seq_length() + tokens_to_remove, 0))
 
-        def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-            super().reorder_cache(beam_idx)
-            self.kvfold.select(beam_idx, self.keys)
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._select(beam_idx)
 
-        def batch_repeat_interleave(self, repeats: int) -> None:
-            chosen = self.kvfold.batch_rows().repeat_interleave(repeats)
-            super().batch_repeat_interleave(repeats)
-            self.kvfold.select(chosen, self.keys)
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        chosen = self._rows().repeat_interleave(repeats)
+        super().batch_repeat_interleave(repeats)
+        self._select(chosen)
 
-        def batch_select_indices(self, indices: torch.Tensor) -> None:
-            rows = self.kvfold.batch_rows()
-            chosen = rows[indices.to(rows.device) if isinstance(indices, torch.Tensor) else indices]
-            super().batch_select_indices(indices)
-            self.kvfold.select(chosen, self.keys)
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        rows = self._rows()
+        chosen = rows[indices.to(rows.device) if isinstance(indices, torch.Tensor) else indices]
+        super().batch_select_indices(indices)
+        self._select(chosen)
 
-        def __reduce__(self) -> tuple:
-            """Copies and pickles name the layer's own class: this one has no module to be found in."""
-            return _new, (layer_class,), self.__dict__
+    def _rows(self) -> torch.Tensor:
+        """int64 `[batch]`: 0, 1, ..; empty before the first step."""
+        return torch.arange(0) if self.keys is None else torch.arange(self.keys.shape[0], device=self.keys.device)
 
-    FoldedLayer._layer_type = layer_class._layer_type
-    FoldedLayer.__name__ = FoldedLayer.__qualname__ = f"Kvfold{layer_class.__name__}"
-    return FoldedLayer
+    def _select(self, chosen: torch.Tensor) -> None:
+        if self.kvfold is not None:
+            self.kvfold.select(chosen)
 
 
-def _new(layer_class: type) -> Any:
-    made = folded(layer_class)
-    return made.__new__(made)
+class KvfoldHCACache(_Layer, v4.DeepseekV4HCACache):
+    """Of a layer with an HCA compressor."""
+
+
+class KvfoldCSACache(_Layer, v4.DeepseekV4CSACache):
+    """Of a layer with a CSA compressor and its indexer."""
+
+
+_KVFOLD = {v4.DeepseekV4HCACache: KvfoldHCACache, v4.DeepseekV4CSACache: KvfoldCSACache}
 
 
 def rewind_layer(layer: Any, length: int) -> None:
     """A layer that kvfold pools for back to `length` tokens."""
-    layer.keys = layer.values = layer.kvfold.rewind(length, layer.sliding_window)
+    layer.keys = layer.values = layer.kvfold.rewind(length, layer.keys, layer.sliding_window)
     layer.cumulative_length = length
 
 
 def check_layer(layer: Any) -> None:
     """Refuses cache layers that are not DeepSeek-V4's own."""
-    if not isinstance(layer, v4.DeepseekV4HCACache):
+    if not isinstance(layer, _Layer) and type(layer) not in _KVFOLD:
         raise UnsupportedError(
             f"a cache layer of type {type(layer).__name__}: DeepSeek-V4 needs its own dynamic cache layers, as made by"
             " DynamicCache(config=model.config); static and quantized caches are not supported"
@@ -91,18 +102,12 @@ def check_layer(layer: Any) -> None:
 
 def layer_fold(layer: Any, max_new_tokens: int) -> LayerFold:
     """The `LayerFold` of a cache layer, attached to it at its first use."""
-    if not hasattr(layer, "kvfold"):
+    if not isinstance(layer, _Layer):
         check_layer(layer)
+        layer.__class__ = _KVFOLD[type(layer)]  # a cache from before kvfold was imported
+    if layer.kvfold is None:
         layer.kvfold = LayerFold(max_new_tokens)
-        layer.__class__ = folded(type(layer))
     return layer.kvfold
-
-
-def cache_fold(cache: Any) -> CacheFold:
-    """What kvfold keeps for a cache as a whole, attached to it at its first use."""
-    if not hasattr(cache, "kvfold"):
-        cache.kvfold = CacheFold()
-    return cache.kvfold
 
 
 class Snapshot:
@@ -111,7 +116,7 @@ class Snapshot:
     def __init__(self, cache: Any) -> None:
         self._cache = cache
         self._layers = [(layer, type(layer), _copied(layer)) for layer in cache.layers]
-        folds = [layer.kvfold for layer in cache.layers if hasattr(layer, "kvfold")]
+        folds = [fold for layer in cache.layers if (fold := getattr(layer, "kvfold", None)) is not None]
         self._folds = [(fold, _copied(fold), [(one, _copied(one)) for one in fold.folds.values()]) for fold in folds]
 
     def restore(self) -> None:
@@ -127,7 +132,7 @@ class Snapshot:
                 one.__dict__.update(before)
                 if written > one.written:  # of its state only what the failed step started from is sure to be there
                     one.written = written
-                    fold.step_start, fold.keys_before, fold.rewound = fold.length, None, True
+                    fold.step_start, fold.older = fold.length, None
 
 
 def _copied(thing: Any) -> dict[str, Any]:

@@ -1,13 +1,12 @@
 """What kvfold reads of a compressor of transformers: its shape, weights and rotations, and what autograd wants of it.
 
 All of it is read at every call, while the compressor runs: a model may be moved, cast, loaded, edited or offloaded between
-two calls. Only tables of rotations are kept, under the frequencies that they were made of.
+two calls. Nothing is kept.
 """
 
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,10 +17,8 @@ from torch.overrides import TorchFunctionMode
 from ...contract import UnsupportedError
 from ...spec import CompressorSpec
 
-_FIRST_POSITIONS = 4096
 # Rotary embeddings of these kinds change with the length of the sequence; an entry, once written, cannot.
 _VARYING_ROPE = ("dynamic", "longrope")
-_spec = functools.lru_cache(maxsize=256)(CompressorSpec)
 
 
 def parts(module: nn.Module) -> dict[str, Any]:
@@ -30,15 +27,35 @@ def parts(module: nn.Module) -> dict[str, Any]:
     return {"compressor": module} if indexer is None else {"compressor": module, "indexer": indexer}
 
 
-def spec_of(part: Any) -> CompressorSpec:
-    """The spec of a compressor or indexer as it is now."""
+class Shape(NamedTuple):
+    """What a compressor is, in numbers: what `CompressorSpec` is made of, as an operator takes it."""
+
+    head_dim: int
+    ratio: int
+    overlap: bool
+    rope_dim: int
+
+    def spec(self, norm_eps: float) -> CompressorSpec:
+        return _spec(*self, norm_eps)
+
+
+@functools.lru_cache(maxsize=256)
+def _spec(head_dim: int, ratio: int, overlap: bool, rope_dim: int, norm_eps: float) -> CompressorSpec:
+    return CompressorSpec(head_dim=head_dim, ratio=ratio, overlap=overlap, rope_dim=rope_dim, norm_eps=norm_eps)
+
+
+def shape_of(part: Any) -> Shape:
+    """The shape of a compressor or indexer as it is now."""
     rotary, kind = part.rotary_emb, part.rope_layer_type
     if rotary.rope_type[kind] in _VARYING_ROPE:
         raise UnsupportedError(f"rope type {rotary.rope_type[kind]!r}: it changes with the length")
     rope_dim = 2 * getattr(rotary, f"{kind}_inv_freq").numel()
-    overlap = part.position_bias.shape[-1] == 2 * part.head_dim
-    eps = part.kv_norm.variance_epsilon
-    return _spec(head_dim=part.head_dim, ratio=part.compress_rate, overlap=overlap, rope_dim=rope_dim, norm_eps=eps)
+    return Shape(part.head_dim, part.compress_rate, part.position_bias.shape[-1] == 2 * part.head_dim, rope_dim)
+
+
+def spec_of(part: Any) -> CompressorSpec:
+    """The spec of a compressor or indexer as it is now."""
+    return shape_of(part).spec(part.kv_norm.variance_epsilon)
 
 
 def position_bias(part: Any) -> torch.Tensor:
@@ -65,7 +82,7 @@ def entry_dtype(part: Any, dtype: torch.dtype, device: torch.device) -> torch.dt
 
 def _ordinary(tensor: torch.Tensor) -> torch.Tensor:
     # Tensors made in inference mode may not be used in calls that are made outside of it.
-    return tensor.clone() if tensor.is_inference() else tensor
+    return tensor.clone() if not torch.compiler.is_compiling() and tensor.is_inference() else tensor
 
 
 class _Watch(TorchFunctionMode):
@@ -102,24 +119,6 @@ def not_loaded(module: nn.Module, name: str) -> UnsupportedError:
     return UnsupportedError(f"{name} of {type(module).__name__} is on the meta device: load the weights first")
 
 
-def check_gradients(module: nn.Module, hidden_states: torch.Tensor, first: bool, start: int) -> None:
-    """Refuses what would silently give a wrong gradient. `first`: no earlier layer of this step was asked."""
-    if not torch.is_grad_enabled():
-        return
-    if module.training and start:
-        refuse_gradients(module, dict(module.named_parameters()) | {"hidden_states": hidden_states})
-    elif (
-        not module.training
-        and hidden_states.requires_grad
-        and (hidden_states.grad_fn is None or first)
-        and _has_input(hidden_states)
-    ):
-        raise UnsupportedError(
-            "gradients through the compressor to a model's input: hidden_states depends on a tensor that requires one and is no"
-            " parameter. Use model.train(), torch.no_grad(), or unpatch(model)"
-        )
-
-
 def refuse_gradients(part: Any, tensors: dict[str, torch.Tensor]) -> None:
     """In a step from a filled cache none of these may require one, projections too: a replica's weights are no parameters."""
     names = [name for name, tensor in tensors.items() if tensor.requires_grad]
@@ -128,22 +127,6 @@ def refuse_gradients(part: Any, tensors: dict[str, torch.Tensor]) -> None:
             f"gradients through the compressor in a step from a filled cache, which {', '.join(names)} would need: train on"
             " whole sequences, use torch.no_grad(), freeze it, or unpatch(model)"
         )
-
-
-def _has_input(tensor: torch.Tensor) -> bool:
-    """Whether a leaf of the graph behind `tensor`, which requires a gradient, is no parameter."""
-    if tensor.grad_fn is None:
-        return not isinstance(tensor, nn.Parameter)
-    seen, left = {tensor.grad_fn}, [tensor.grad_fn]
-    while left:
-        node = left.pop()
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, torch.Tensor) and not isinstance(leaf, nn.Parameter):
-            return True
-        fresh = {one for one, _ in node.next_functions if one is not None} - seen
-        seen |= fresh
-        left += fresh
-    return False
 
 
 def rope_table(rotary_emb: nn.Module, positions: torch.Tensor, layer_type: str = "compress") -> torch.Tensor:
@@ -160,55 +143,23 @@ def rope_table(rotary_emb: nn.Module, positions: torch.Tensor, layer_type: str =
     return torch.cat([cos[0], sin[0]], dim=-1)
 
 
-class _Table:
-    """Rotations of one set of frequencies on one device; shared by all modules that have these frequencies."""
+def rope_rows(part: Any, start: int, end: int, device: torch.device) -> torch.Tensor:
+    """fp32 `[n, rope_dim]`: the rotations, as they are now, of the entries of the `n` windows that end in `start .. end - 1`.
 
-    rows: torch.Tensor | None = None
-
-
-class _Seen(NamedTuple):
-    """What a rotary embedding was when its table was last looked up."""
-
-    key: tuple
-    inv_freq: weakref.ref[torch.Tensor]
-    written: tuple[int, int]
-    table: _Table
-
-
-def _written(tensor: torch.Tensor) -> tuple[int, int]:
-    return (-1 if tensor.is_inference() else tensor._version), tensor.data_ptr()
-
-
-class RopeTables:
-    """Rotation tables by the values of the frequencies; one lives as long as a module had it at its last call."""
-
-    def __init__(self) -> None:
-        self._seen: weakref.WeakKeyDictionary[nn.Module, _Seen] = weakref.WeakKeyDictionary()
-        self._tables: weakref.WeakValueDictionary[tuple, _Table] = weakref.WeakValueDictionary()
-
-    def get(self, part: Any, positions: int, device: torch.device, look: bool) -> torch.Tensor:
-        """fp32 `[at least positions, rope_dim]`, cosines then sines, from the module's own rotary embedding.
-
-        A CPU compares the frequencies at every call. Elsewhere that waits for the device: it is done where `look` says so,
-        and when the tensor is another one or was written to since the last call.
-        """
-        rotary, kind = part.rotary_emb, part.rope_layer_type
-        name = f"{kind}_inv_freq"
-        inv_freq = getattr(rotary, name)
-        if inv_freq.device.type == "meta":
-            inv_freq = _loaded(rotary, name, None, lambda: rope_table(rotary, torch.zeros(1, device=device), kind))
-        seen, written = self._seen.get(rotary), _written(inv_freq)
-        key = (type(rotary), kind, device, float(getattr(rotary, f"{kind}_attention_scaling")))
-        known = seen is not None and seen.key[:4] == key and seen.inv_freq() is inv_freq and seen.written == written
-        if not known or look or inv_freq.device.type == "cpu":
-            key = (*key, tuple(inv_freq.tolist()))
-            table = self._tables.setdefault(key, _Table())
-            seen = self._seen[rotary] = _Seen(key, weakref.ref(inv_freq), written, table)
-        table = seen.table
-        have = 0 if table.rows is None else len(table.rows)
-        if have < positions:
-            more = torch.arange(have, max(_FIRST_POSITIONS, 1 << (positions - 1).bit_length()), device=device)
-            new = rope_table(rotary, more, kind)
-            # Rows already there keep their bits: they are not computed again.
-            table.rows = new if table.rows is None else torch.cat([table.rows, new])
-        return table.rows
+    While it is traced, of as many as could end in so many tokens: that no step needs a graph of its own.
+    """
+    ratio, rotary, kind = part.compress_rate, part.rotary_emb, part.rope_layer_type
+    name = f"{kind}_inv_freq"
+    first = start // ratio
+    count = -((start - end) // ratio) if torch.compiler.is_compiling() else end // ratio - first
+    if not count:
+        return torch.empty(0, 2 * getattr(rotary, name).numel(), device=device)
+    try:
+        rows = rope_table(rotary, (torch.arange(count, device=device) + first) * ratio, kind)
+    except RuntimeError:  # what operations between a meta tensor and a real one raise
+        if getattr(rotary, name).device.type == "meta":
+            raise not_loaded(rotary, name) from None
+        raise
+    if rows.device.type == "meta":
+        raise not_loaded(rotary, name)
+    return rows
