@@ -4,8 +4,9 @@ every benchmark. What comes of it is added to the results of one folder; `docume
 python -m benchmarks.run.record --into benchmarks/results
                                [--logs FOLDER] [--only decode,prefill] [--seconds 900] [--commit COMMIT]
 
-Stages run one after the other, so that nothing disturbs a timing, and the ones that are cheap and most wanted come first. None
-starts that the time left does not hold, and none runs longer than its share; which those were is said at the end.
+Not here: `adapters`, which needs engines, and `parallel`, which needs two GPUs. Stages run one after the other, so that
+nothing disturbs a timing, and the ones that are cheap and most wanted come first. None starts that the time left does not
+hold, and none runs longer than its share; which those were is said at the end.
 """
 
 from __future__ import annotations
@@ -56,6 +57,9 @@ STAGES = (
     _bench("store-places", 30, "--places", "131072"),
     _bench("v41", 60),
     _bench("metadata", 40),
+    _bench("training", 120),
+    _bench("trtllm", 60),
+    _bench("transformers", 120, "--device", "cuda"),
     _bench("launches", 60),
     # racecheck and memcheck side by side, with 7 processes each, took 175 s; racecheck with one did not end in 380 s.
     _bench("sanitizer", 500, "--timeout", "490", module="run.sanitize"),
