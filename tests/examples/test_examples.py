@@ -14,6 +14,7 @@ SCRIPTS = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 OF_ENGINES = ("vllm", "sglang")  # how their names begin
 # What the last line of a script must say; each of these compares bits before.
 LAST = {
+    "context_parallel.py": "all bytes are those of one process",
     "serve.py": "one prefill of them alone, to the bit",
     "tensorrt_llm_operators.py": "the same bytes by operators and by one call",
     "train.py": "those of kvfold.compress, to the bit",
