@@ -36,7 +36,7 @@ EXTRAS = {
     "demo/train.py": {"matplotlib", "rich"},
     "integrations/transformers/": {"transformers"},
     "integrations/vllm/": {"vllm"},  # engines are there when they load their plug-ins
-    "integrations/sglang/": {"sglang"},
+    "integrations/sglang/": {"numpy", "sglang"},
 }
 
 
