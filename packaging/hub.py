@@ -7,8 +7,8 @@
         metadata.json            its identity and the digest of each file
         kvfold/__init__.py       for versions of `kernels` that look there
 
-The package is that of a wheel without the command line and the demo, whose imports the Hub does not allow. This script needs
-the standard library only.
+The package is that of a wheel without the command line, the demo and the plug-ins of engines, whose imports the Hub does not
+allow. This script needs the standard library only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "kvfold"
-LEFT_OUT = ("__main__.py", "cli", "demo")
+LEFT_OUT = ("__main__.py", "cli/", "demo/", "integrations/vllm/", "integrations/sglang/")
 BACKENDS = ("cpu", "cuda", "rocm")
 
 BUILD = """\
@@ -79,9 +79,9 @@ def modules() -> dict[str, bytes]:
     """The package's files by their path in it."""
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
-        name = path.relative_to(PACKAGE)
-        if name.parts[0] not in LEFT_OUT:
-            found[name.as_posix()] = path.read_bytes()
+        name = path.relative_to(PACKAGE).as_posix()
+        if not name.startswith(LEFT_OUT):
+            found[name] = path.read_bytes()
     return found
 
 

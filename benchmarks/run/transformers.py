@@ -3,7 +3,8 @@
 python -m benchmarks.run.transformers --out benchmarks/results/transformers.jsonl [--device cuda] [--only SUBSTRING]
 
 Both models make the same calls in turn. `ms` is per call of the whole model: each call's fastest repeat, and of these the mean
-over the calls of a case, so that what else runs on the machine counts little and a step that ends a window counts. bytes are
+over the calls of a case, so that what else runs on the machine counts little and a step that ends a window counts. On a CPU it is one thread's own
+time, without that of others on the same core. bytes are
 what all tensors of a cache show, without what they are views of. graphs: of `torch.compile` over a prompt and 40 steps
 of one token; -1 where `fullgraph=True` gave up, as there were too many.
 """
@@ -40,11 +41,14 @@ def models(device: str, dtype: torch.dtype) -> dict[str, Any]:
 
 def call(model: Any, tokens: torch.Tensor, cache: Any) -> float:
     """Milliseconds of a call."""
-    wait = torch.cuda.synchronize if tokens.is_cuda else lambda: None
-    wait()
+    if not tokens.is_cuda:
+        begin = time.process_time()
+        model(tokens, past_key_values=cache)
+        return 1e3 * (time.process_time() - begin)
+    torch.cuda.synchronize()
     begin = time.perf_counter()
     model(tokens, past_key_values=cache)
-    wait()
+    torch.cuda.synchronize()
     return 1e3 * (time.perf_counter() - begin)
 
 
@@ -117,7 +121,8 @@ def main() -> None:
     args = parser.parse_args()
     where = protocol.environment(args.commit) | {"transformers": transformers.__version__}
     if args.device == "cpu":
-        where |= {"device": "cpu", "threads": torch.get_num_threads()}
+        torch.set_num_threads(1)
+        where |= {"device": "cpu"}
     tokens = torch.randint(0, 256, (1, max(LENGTHS)), generator=torch.Generator().manual_seed(0)).to(args.device)
     shown = []
 

@@ -19,6 +19,7 @@ from kvfold.demo.model import build_model
 from kvfold.integrations import transformers as kvfold_transformers
 from kvfold.integrations.switch import ON
 from kvfold.integrations.transformers import UnsupportedError, patch, register, rewind, unpatch, unregister
+from kvfold.integrations.transformers.step import OPS
 from kvfold.integrations.transformers.weights import Shape
 
 TOKENS = ids(40, 2)
@@ -101,10 +102,10 @@ def test_compiled_as_a_whole(model):
 def test_operators(ratio):
     """What a compiler is told of them is true."""
     shape, kv = Shape(32, ratio, ratio == 4, 16), torch.randn(2, 5, 32 * (1 + (ratio == 4)))
-    opcheck(torch.ops.kvfold_transformers.new_state, (kv, 3, *shape, None))
-    state = torch.ops.kvfold_transformers.new_state(kv, 3, *shape, None)
+    opcheck(OPS.new_state, (kv, 3, *shape, None))
+    state = OPS.new_state(kv, 3, *shape, None)
     weights = torch.randn(ratio, kv.shape[2]), torch.ones(32), torch.rand(2, 16)
-    opcheck(torch.ops.kvfold_transformers.step, (kv, kv, *weights, *state, torch.zeros(2, 9, 32), 14, 3, *shape, 1e-6, None))
+    opcheck(OPS.step, (kv, kv, *weights, *state, torch.zeros(2, 9, 32), 14, 3, *shape, 1e-6, None))
 
 
 class Looks(TorchDispatchMode):

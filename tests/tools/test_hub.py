@@ -27,14 +27,16 @@ HUB = ROOT / "packaging" / "hub.py"
 # What a module may import beside the standard library. All of it is there after `pip install kvfold`, except behind an extra.
 EVERYWHERE = {"torch", "triton"}
 EXTRAS = {
-    "cli": {"typer", "rich"},
+    "cli/": {"typer", "rich"},
     "debug/file.py": {"numpy", "safetensors"},
     "demo/run.py": {"transformers"},
     "demo/model.py": {"transformers"},
     "demo/plot.py": {"PIL", "matplotlib"},  # matplotlib needs PIL itself
     "demo/show.py": {"rich"},
     "demo/train.py": {"matplotlib", "rich"},
-    "integrations": {"transformers"},
+    "integrations/transformers/": {"transformers"},
+    "integrations/vllm/": {"vllm"},  # engines are there when they load their plug-ins
+    "integrations/sglang/": {"sglang"},
 }
 
 
@@ -75,8 +77,8 @@ def imports(path: Path) -> set[str]:
 
 
 def extras(name: str) -> set[str]:
-    """Of a module by its path in the package: of its own, and of the folder at the top that it is in."""
-    return EXTRAS.get(name, set()) | EXTRAS.get(name.partition("/")[0], set())
+    """Of a module by its path in the package: of its own, and of the folder that it is in."""
+    return set().union(*(packages for start, packages in EXTRAS.items() if name.startswith(start)))
 
 
 def test_imports_are_relative_and_of_declared_packages() -> None:

@@ -21,6 +21,8 @@ from .weights import Shape
 
 FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _NO_TAGS = 0
+_NAMESPACE = __package__.replace(".", "_")  # of copies of kvfold under other names too
+OPS = getattr(torch.ops, _NAMESPACE)
 
 
 class _OfThread(threading.local):
@@ -42,7 +44,7 @@ def goes_together(device: torch.device, backend: str | None) -> bool:
 def new_state(like: torch.Tensor, shape: Shape, max_new_tokens: int, backend: str | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows and tags of an empty state, `[batch, ...]` each; `like`: a projection `[batch, new, channels]`."""
     if torch.compiler.is_compiling():
-        return torch.ops.kvfold_transformers.new_state(like, max_new_tokens, *shape, backend)
+        return OPS.new_state(like, max_new_tokens, *shape, backend)
     return _new_state(like, max_new_tokens, *shape, backend)
 
 
@@ -84,7 +86,7 @@ def step(
         state: rows and tags of `new_state`. Mutated.
         entries: fp32 or bf16 `[batch, at least (start + new) // ratio, head_dim]`. Mutated from `start // ratio` on.
     """
-    call = torch.ops.kvfold_transformers.step if torch.compiler.is_compiling() else _step
+    call = OPS.step if torch.compiler.is_compiling() else _step
     call(*tokens, *weights, *state, entries, start, max_new_tokens, *shape, norm_eps, backend)
 
 
@@ -151,7 +153,7 @@ def _table(rope: torch.Tensor, start: int, end: int, spec: CompressorSpec) -> to
 
 
 _SHAPE = "int head_dim, int ratio, bool overlap, int rope_dim"
-_LIBRARY = torch.library.Library("kvfold_transformers", "DEF")
+_LIBRARY = torch.library.Library(_NAMESPACE, "FRAGMENT")
 for _name, _schema, _run, _fake in (
     ("new_state", f"(Tensor like, int max_new_tokens, {_SHAPE}, str? backend) -> (Tensor, Tensor)", _new_state, _new_state),
     (
@@ -162,7 +164,7 @@ for _name, _schema, _run, _fake in (
         lambda *args: None,
     ),
 ):
-    _full = f"kvfold_transformers::{_name}"
+    _full = f"{_NAMESPACE}::{_name}"
     torch.library.define(_full, _schema, tags=(torch.Tag.pt2_compliant_tag,), lib=_LIBRARY)
     torch.library.impl(_full, "CompositeExplicitAutograd", _run, lib=_LIBRARY)
     torch.library.register_fake(_full, _fake, lib=_LIBRARY)
