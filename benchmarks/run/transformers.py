@@ -3,10 +3,9 @@
 python -m benchmarks.run.transformers --out benchmarks/results/transformers.jsonl [--device cuda] [--only SUBSTRING]
 
 Both models make the same calls in turn. `ms` is per call of the whole model: each call's fastest repeat, and of these the mean
-over the calls of a case, so that what else runs on the machine counts little and a step that ends a window counts. On a CPU it is one thread's own
-time, without that of others on the same core. bytes are
-what all tensors of a cache show, without what they are views of. graphs: of `torch.compile` over a prompt and 40 steps
-of one token; -1 where `fullgraph=True` gave up, as there were too many.
+over the calls of a case, so that what else runs on the machine counts little and a step that ends a window counts. On a CPU it
+is one thread's own time. bytes are what all tensors of a cache show, without what they are views of. graphs: of `torch.compile`
+over a prompt and 40 steps of one token; -1 where `fullgraph=True` gave up, as there were too many.
 """
 
 from __future__ import annotations

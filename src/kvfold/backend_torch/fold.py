@@ -37,19 +37,19 @@ State = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # (m, l, a)
 
 
 def _weights(m: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The maximum with a score `s`, what the sums before are multiplied by, and what the token is."""
+    """Where a score `s` is above the maximum before it, what the sums before are multiplied by, and what the token is."""
     d = s - m
-    e = exp2(d.abs() * -LOG2_E)
     rises = d > 0
-    # Not `torch.maximum`, whose sign of a zero differs behind a thread's last full vector.
-    return torch.where(rises, s, m), torch.where(rises, e, 1.0), torch.where(rises, 1.0, e)
+    e = exp2(d.abs_().mul_(-LOG2_E))
+    return rises, torch.where(rises, e, 1.0), torch.where(rises, 1.0, e)
 
 
 def fold_step(state: State, k: torch.Tensor, s: torch.Tensor) -> State:
     """Folds value `k` with score `s` (ape added) into `(m, l, a)`, which is kept; fp32, elementwise."""
     m, l, a = state
-    top, alpha, beta = _weights(m, s)
-    return top, l * alpha + beta, a * alpha + beta * k
+    rises, alpha, beta = _weights(m, s)
+    # Not `torch.maximum`, whose sign of a zero differs behind a thread's last full vector.
+    return torch.where(rises, s, m), l * alpha + beta, a * alpha + beta * k
 
 
 def fold_steps(state: State, k: torch.Tensor, s: torch.Tensor) -> Iterator[State]:
