@@ -53,17 +53,18 @@ def fold_step(state: State, k: torch.Tensor, s: torch.Tensor) -> State:
 
 
 def fold_steps(state: State, k: torch.Tensor, s: torch.Tensor) -> Iterator[State]:
-    """The state after each row of `k` and `s` `[.., rows, head_dim]`, as `fold_step` makes it; weights of many at once."""
+    """The state after each row of `k` and `s` `[.., rows, head_dim]`, as `fold_step` makes it, until the next."""
     m, l, a = state
-    at_once = max(1, _IN_CACHE // max(m.numel(), 1))
+    sums, at_once = torch.stack((l, a)), max(1, _IN_CACHE // max(m.numel(), 1))
     for ks, ss in zip(k.split(at_once, -2), s.split(at_once, -2), strict=True):
         maxima = [m]
         for score in ss.unbind(-2):
             maxima.append(torch.where(score > maxima[-1], score, maxima[-1]))
         _, alphas, betas = _weights(torch.stack(maxima[:-1], -2), ss)
-        for m, alpha, beta, value in zip(maxima[1:], *(x.unbind(-2) for x in (alphas, betas, betas * ks)), strict=True):
-            l, a = l * alpha + beta, a * alpha + value
-            yield m, l, a
+        added = torch.stack((betas, betas * ks))
+        for m, alpha, new in zip(maxima[1:], alphas.unbind(-2), added.unbind(-2), strict=True):
+            sums.mul_(alpha).add_(new)
+            yield m, *sums
 
 
 def fold_group(state: State | None, ks: torch.Tensor, ss: torch.Tensor) -> State:

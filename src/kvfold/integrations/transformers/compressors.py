@@ -159,8 +159,8 @@ class KvfoldIndexer(v4.DeepseekV4Indexer):
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         layer = _picks_all(self, args, kwargs)
-        if layer is None:
-            return super().forward(*args, **kwargs)
+        if layer is None:  # not by super(): who wrapped this method calls it behind unpatch() too
+            return v4.DeepseekV4Indexer.forward(self, *args, **kwargs)
         hidden_states, position_ids = argument(args, kwargs, 0, "hidden_states"), argument(args, kwargs, 2, "position_ids")
         layer.store_compression_weights("indexer", self.kv_proj(hidden_states), self.gate_proj(hidden_states))
         entry = torch.arange((layer.start + layer.new) // self.compress_rate, device=hidden_states.device)
@@ -178,7 +178,7 @@ class KvfoldCSACompressor(_Kvfold, v4.DeepseekV4CSACompressor):
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         layer = _picks_all(self.indexer, args, kwargs)
         if layer is None:
-            return super().forward(*args, **kwargs)
+            return v4.DeepseekV4CSACompressor.forward(self, *args, **kwargs)
         hidden_states = argument(args, kwargs, 0, "hidden_states")
         rows = self.kv_proj(hidden_states), self.gate_proj(hidden_states)
         entries = layer.update_compressor_states("compressor", layer.store_compression_weights("compressor", *rows)[0])
