@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -13,6 +15,9 @@ if not torch.cuda.is_available():
 from hypothesis import HealthCheck, settings
 from support import fast_interpreter
 from support.helpers import Backend
+
+if TYPE_CHECKING:
+    from support.parallel_support import World
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     fast_interpreter.install()
@@ -55,3 +60,13 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     if request.param == "interpreter" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("Triton compiles in this process, so it does not interpret")
     return BACKENDS[request.param]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """The ranks of tests/parallel, started once."""
+    from support.parallel_support import World
+
+    made = World(tmp_path_factory.mktemp("gloo"))
+    yield made
+    made.close()
