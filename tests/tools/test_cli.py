@@ -22,7 +22,7 @@ from kvfold.cli import bench, show
 from kvfold.cli.app import app
 from kvfold.demo import run as demo
 from kvfold.integrations import switch
-from kvfold.integrations.transformers import cache as transformers_cache
+from kvfold.integrations.transformers import step as transformers_step
 from kvfold.integrations.vllm import plugin as vllm_plugin
 from kvfold.storage.formats import FORMATS
 from kvfold.testing import Step
@@ -61,8 +61,8 @@ def test_what_systems_keep_differs_in_state_alone(text):
     result = demo.run(tokens, device="cpu", drafts=1, seed=5, advance=lambda n: None, decoded=4)
     kept = demo.kept_bytes(result)
     assert len(kept) == 3 and len({one.entries(200) for one in kept.values()}) == 1
-    rows = sum(2 * spec.head_dim * (200 // spec.ratio) for spec in result.specs.values())
-    assert kept["kvfold"].entries(200) == rows and demo.ENTRY_FORMAT == "bf16"
+    rows = sum(4 * spec.head_dim * (200 // spec.ratio) for spec in result.specs.values())
+    assert kept["kvfold"].entries(200) == rows and demo.ENTRY_FORMAT == "fp32"
 
 
 def test_the_picture_of_the_readme_is_small():
@@ -70,8 +70,8 @@ def test_the_picture_of_the_readme_is_small():
 
 
 def test_disagreement_fails(text, tmp_path, monkeypatch):
-    real = transformers_cache.compress
-    monkeypatch.setattr(transformers_cache, "compress", lambda rows, *args, **kwargs: real(rows * 1.01, *args, **kwargs))
+    real = transformers_step.step_even
+    monkeypatch.setattr(transformers_step, "step_even", lambda kv, gate, *args: real(kv, gate * 1.01, *args))
     result = call("demo", "--text", text, "--out", tmp_path, *SMALL)
     assert result.exit_code == 1
     assert "entries differ by more than 0.0001" in result.output
