@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 
@@ -12,7 +13,7 @@ from ..contract import INT32_MAX
 from ..spec import CompressorSpec, check_spec
 from .formats import FORMATS, RecordFormat, get_format
 from .pack import read_fields, unpack_records
-from .remembered import Checked, Layer, check_made
+from .remembered import Checked, Layer, check_made, dtype_name
 
 MOST_ROWS = 1 << 20  # of a page
 
@@ -201,6 +202,14 @@ class EntryCache(Checked):
         if blocks and memory.storage_offset() + (blocks - 1) * apart + used > memory.untyped_storage().nbytes():
             raise ValueError(f"view must have {used} bytes of memory in its last block in format {fmt.name!r}, {sizes}")
         return cls(memory.as_strided((blocks, used), (apart, 1)), fmt, rows, spec, scales=scales, scale=scale)
+
+    def _facts(self) -> Iterator[tuple[str, object]]:
+        yield from (("format", self.format.name), ("head_dim", self.spec.head_dim), ("num_pages", self.num_pages))
+        yield from (("rows_per_page", self.rows_per_page), ("num_slots", self.num_slots))
+        yield from (("record_bytes", self.format.record_bytes(self.spec)), ("page_bytes", self.page_bytes))
+        yield from (("dtype", dtype_name(self.storage)), ("device", self.device))
+        if self.format.takes_scale:
+            yield "scale", "a tensor" if isinstance(self.scale, torch.Tensor) else self.scale
 
     @property
     def num_pages(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from ..arguments.checks import (
 from ..arguments.overlap import Place, check_apart
 from ..contract import INT32_MAX, MOST_POSITIONS, UnsupportedError
 from ..spec import CompressorSpec, check_spec
-from .remembered import RememberingState, check_made
+from .remembered import RememberingState, check_made, dtype_name, row_bytes
 
 # Up to this ratio the input rows of a window are kept instead of fold rows: at ratio 8 a bf16 window is 8 rows of
 # 4 bytes per channel against one fold row of 12, and a step reads the rows it needs in one go.
@@ -194,6 +195,15 @@ class FoldState(RememberingState):
             return super().__reduce_ex__(protocol)
         how = {"dtype": self.rows.dtype, "round_inputs": self.round_inputs}
         return _over_again, (how, self.pages, self.spec, self.max_new_tokens)
+
+    def _facts(self) -> Iterator[tuple[str, object]]:
+        yield from (("kind", self.kind), ("ratio", self.spec.ratio), ("head_dim", self.spec.head_dim))
+        yield from (("num_slots", self.num_slots), ("bytes_per_slot", row_bytes(self.rows, self.positions)))
+        yield from (("dtype", dtype_name(self.rows)), ("device", self.device), ("max_new_tokens", self.max_new_tokens))
+        if self.round_inputs:
+            yield "round_inputs", True
+        if self.pages is not None:
+            yield "pages", f"{list(self.pages.shape)} bytes"
 
     @property
     def num_slots(self) -> int:

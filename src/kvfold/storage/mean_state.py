@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from ..arguments.checks import check_dense, check_float, check_int, check_memory, check_shape, usable_device
 from ..contract import INT32_MAX, UnsupportedError
 from ..spec import CompressorSpec, check_spec
 from .fold_state import MOST_RATIO_OF_ROWS, state_kind
-from .remembered import RememberingState
+from .remembered import RememberingState, dtype_name
 
 MOST_BANKS = 8  # the longest step of which all tokens are ahead at once
 
@@ -100,6 +102,11 @@ class MeanState(RememberingState):
         rows = torch.zeros((1 + banks, *shape) if banks else shape, device=usable_device("device", device))
         rows[..., : spec.head_dim] = -torch.inf
         return cls(spec, rows)
+
+    def _facts(self) -> Iterator[tuple[str, object]]:
+        yield from (("ratio", self.spec.ratio), ("head_dim", self.spec.head_dim), ("num_slots", self.num_slots))
+        yield from (("banks", self.banks), ("bytes_per_slot", self.bytes_per_slot))
+        yield from (("dtype", dtype_name(self.rows)), ("device", self.device))
 
     @property
     def num_slots(self) -> int:

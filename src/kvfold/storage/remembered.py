@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,16 @@ def where(tensors: Sequence[torch.Tensor]) -> list:
     if tensors and tensors[0].is_cpu:
         return [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors]
     return [x.data_ptr() for x in tensors]
+
+
+def dtype_name(x: torch.Tensor) -> str:
+    """A tensor's dtype as `bfloat16`."""
+    return str(x.dtype).removeprefix("torch.")
+
+
+def row_bytes(*tensors: torch.Tensor) -> int:
+    """Bytes of one slot or page of these tensors, whose first dimension counts them."""
+    return sum(math.prod(x.shape[1:]) * x.element_size() for x in tensors)
 
 
 class Checked:
@@ -45,6 +56,20 @@ class Checked:
         object.__setattr__(self, name, value)
         if not name.startswith("_") and name not in self._unchecked:
             object.__setattr__(self, "_token", None)
+
+    def __repr__(self) -> str:
+        """One line that tells what it is, from no tensor's contents; of an object that is half-built, what is known."""
+        known = []
+        try:
+            for name, value in self._facts():
+                known.append(f"{name}={value}")
+        except Exception as error:  # whatever is missing or of a wrong type: a debugger prints it all the same
+            known.append(f"and it is not whole: {error}")
+        return f"{type(self).__name__}({', '.join(known)})"
+
+    def _facts(self) -> Iterator[tuple[str, object]]:
+        """What `__repr__` tells, known from attributes, shapes and dtypes alone."""
+        raise NotImplementedError
 
     def __getstate__(self) -> dict[str, object]:
         """What copies and pickles take: they are checked again, and remember nothing, as their memory is their own."""

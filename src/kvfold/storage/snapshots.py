@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from ..arguments.checks import check_contiguous, check_dtype, check_int, check_memory
 from ..contract import INT32_MAX
 from ..spec import CompressorSpec, check_spec
 from .fold_state import check_rows, empty_rows, history_start, state_kind
-from .remembered import Checked, check_made
+from .remembered import Checked, check_made, dtype_name
 
 MOST_PAGE = 1 << 30  # positions per page: the end of the page of any position then is an int32
 
@@ -73,6 +75,11 @@ class Snapshots(Checked):
         check_int("num_pages", num_pages, 0, INT32_MAX)
         shape = _shape(spec, page_size)
         return cls(spec, *empty_rows(spec, num_pages, shape, shape[0], dtype, device), page_size)
+
+    def _facts(self) -> Iterator[tuple[str, object]]:
+        yield from (("ratio", self.spec.ratio), ("head_dim", self.spec.head_dim), ("num_pages", self.num_pages))
+        yield from (("page_size", self.page_size), ("rows_per_page", self.rows_per_page))
+        yield from (("bytes_per_page", self.bytes_per_page), ("dtype", dtype_name(self.rows)), ("device", self.device))
 
     @property
     def num_pages(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -169,6 +169,20 @@ class PlanData(Checked):
     _layer: Layer | None = None  # what the last call of a layer with neither a state nor a cache got with this plan
     _bounds: list[int]  # what its tensors span, as `check_apart` returns it
     _where: list  # where they were
+
+    def _facts(self) -> Iterator[tuple[str, object]]:
+        for name in ("ratio", "batch", "max_new_tokens", "max_tokens", "entry_capacity", "item_capacity"):
+            yield name, getattr(self, name)
+        yield "device", self.items.device
+        for name in ("page_size", "ring", "rows_per_page", "null_page", "null_slot", "snapshot_page_size"):
+            value = getattr(self, name)
+            if value is not None and value is not False:
+                yield name, value
+        tables = ("state_slots", "block_tables", "entry_slots", "cache_block_table", "token_slots", "cu_rows", "snapshot_table")
+        given = [name for name in tables if getattr(self, name) is not None]
+        if "entry_slots" in given and (self.cache_block_table is not None or self.token_slots is not None):
+            given.remove("entry_slots")  # the plan's own
+        yield "given", "+".join(given) or "lengths alone"
 
     def _allocate(self, lengths: Lengths, max_rows: int | None, errors: torch.Tensor | None) -> None:
         """Checks what `StepPlan.build` was given, which set the rest as attributes, and makes the plan's own tensors."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from ..arguments.checks import check_device, check_dtype, check_float, check_int, check_memory, check_shape, usable_device
@@ -9,7 +11,7 @@ from ..arguments.overlap import Place, check_apart
 from ..contract import INT32_MAX
 from ..spec import CompressorSpec, check_spec
 from .fold_state import state_kind
-from .remembered import RememberingState
+from .remembered import RememberingState, dtype_name
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -94,6 +96,11 @@ class WindowState(RememberingState):
         device = usable_device("device", device)
         shape = (num_pages, page_size, spec.channels)
         return cls(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
+
+    def _facts(self) -> Iterator[tuple[str, object]]:
+        yield from (("num_pages", self.num_pages), ("num_score_pages", self.num_score_pages), ("page_size", self.page_size))
+        yield from (("channels", self.channels), ("bytes_per_position", 2 * self.channels * self.kv.element_size()))
+        yield from (("dtype", dtype_name(self.kv)), ("device", self.device))
 
     @property
     def num_pages(self) -> int:
