@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 .PHONY: demo test engines aot tritons docs site wheel hub lint format clean
 
 demo: $(READY)
-	$(BIN)/kvfold demo --out demo-out
+	$(BIN)/kvfold demo --out demo-out $(if $(TEXT),--text "$(TEXT)")
 
 test: $(READY)
 	$(BIN)/pytest -n 2 --dist worksteal

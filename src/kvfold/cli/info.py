@@ -1,34 +1,69 @@
-"""`kvfold info`: versions, the GPU, engines that kvfold is plugged into, the kernels' table and the record formats."""
+"""`kvfold info`: versions, the GPU, engines that kvfold is plugged into, the record formats and the kernels' table."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
-from .show import make_console, print_table
+from .show import make_console, print_table, print_text
 
 Rows = list[tuple[str, ...]]
+ENGINES = ("vLLM", "SGLang", "TensorRT-LLM", "FlashInfer")
+KINDS = {
+    "fold": "fold rows",
+    "mean": "rows of maximum, sum and mean",
+    "rows": "kept input rows",
+    "window": "raw rows in pages",
+    "store": "pooled rows that are stored",
+}
+FORMATS = (
+    "format", "head_dim", "bytes", "element", "scales", "source", "page of 64", "tail at", "floor", "pad", "bf16 first",
+    "e2m1 ties",
+)  # fmt: skip
 
 
 def info(
+    kernels: Annotated[bool, typer.Option("--kernels", help="Only the kernels' table: which row serves which call.")] = False,
     formats: Annotated[bool, typer.Option("--formats", help="Only the record formats, with every field.")] = False,
 ) -> None:
-    """Versions, the GPU, engines (those of KVFOLD_ENGINES are tried), what kernels are configured for, and record formats."""
-    from ..backend_triton.table import COLUMNS, in_words
-    from ..integrations import status
-
+    """Versions, the GPU, engines (those of KVFOLD_ENGINES are tried), and the names of the record formats."""
     console = make_console()
-    if not formats:
+    if not kernels and not formats:
+        from ..integrations import status
+
         print_table(console, "Versions", ("what", "version"), _versions())
         print_table(console, "Integrations", ("engine", "version", "entry point", "replaced"), status(load=True))
-        title = "Kernels: the first row that serves a call; windows and programs per multiprocessor"
-        print_table(console, title, COLUMNS, in_words())
-    print_table(console, "Record formats", FORMATS + MORE if formats else FORMATS, _formats(every_field=formats))
+        print_table(console, "Record formats", ("written by", "formats"), _names())
+        print_text(console, "More: kvfold info --formats, kvfold info --kernels")
+    if kernels:
+        _print_kernels(console)
+    if formats:
+        print_table(console, "Record formats", FORMATS, _formats())
 
 
-FORMATS = ("format", "head_dim", "bytes", "element", "scales", "source")
-MORE = ("page of 64", "tail at", "floor", "pad", "bf16 first", "e2m1 ties")
+def _print_kernels(console: Console) -> None:
+    from ..backend_triton.table import COLUMNS, in_words
+
+    print_text(console, "The first row that serves a call is taken. Windows and programs are per multiprocessor.")
+    rows = in_words()
+    for kind in dict.fromkeys(row[0] for row in rows):
+        print_table(console, f"Kernels for {KINDS[kind]}", COLUMNS, [row for row in rows if row[0] == kind])
+
+
+def _names() -> Rows:
+    """Who writes which formats; one that several write is said of each."""
+    from ..storage.formats import FORMATS as formats
+
+    found: dict[str, list[str]] = {engine + version: [] for engine in ENGINES for version in (" V4", " V4.1")} | {
+        "any engine": []
+    }
+    for fmt in formats.values():
+        version = " V4.1" if "V4.1" in fmt.source or "V41" in fmt.source else " V4"
+        for engine in [name + version for name in ENGINES if name in fmt.source] or ["any engine"]:
+            found[engine].append(fmt.name)
+    return [(engine, " ".join(names)) for engine, names in found.items() if names]
 
 
 def _versions() -> Rows:
@@ -49,7 +84,7 @@ def _versions() -> Rows:
     return rows
 
 
-def _formats(every_field: bool) -> Rows:
+def _formats() -> Rows:
     from ..spec import V4_HCA, V4_INDEXER
     from ..storage.formats import FORMATS as formats
 
@@ -58,17 +93,15 @@ def _formats(every_field: bool) -> Rows:
         spec = V4_HCA if not fmt.head_dims or 512 in fmt.head_dims else V4_INDEXER
         element = f"{fmt.element}, rotated bf16" if fmt.rotated_bf16 else fmt.element
         scales = {"none": "none", "static": "one per cache"}.get(fmt.scale, f"{fmt.scale} per {fmt.group}")
-        fields: tuple[str, ...] = ()
-        if every_field:
-            inside = "in each record" if fmt.interleaved else f"{fmt.row_bytes(spec)}*N" if fmt.scale_bytes else "-"
-            where = "own buffer" if fmt.separate else inside
-            floor = f"{fmt.floor:.3g} on {fmt.floor_on}" if fmt.floor else "-"
-            pad = "-" if not fmt.pad else "zeroed" if fmt.pad_written else "left alone"
-            first = [name for name in ("rows", "normed", "values") if getattr(fmt, f"round_{name}")]
-            first = ", ".join([*first, *[f"{fmt.fp4_first} and back"] * bool(fmt.fp4_first)]) or "-"
-            ties = "to zero, no -0" if fmt.ties_to_zero else "to even, no -0" if fmt.unsigned_zero else "to even"
-            ties = ties if fmt.element == "e2m1" else "-"
-            fields = (str(fmt.page_bytes(spec, 64)), where, floor, pad, first, ties)
+        inside = "in each record" if fmt.interleaved else f"{fmt.row_bytes(spec)}*N" if fmt.scale_bytes else "-"
+        where = "own buffer" if fmt.separate else inside
+        floor = f"{fmt.floor:.3g} on {fmt.floor_on}" if fmt.floor else "-"
+        pad = "-" if not fmt.pad else "zeroed" if fmt.pad_written else "left alone"
+        first = [name for name in ("rows", "normed", "values") if getattr(fmt, f"round_{name}")]
+        first = ", ".join([*first, *[f"{fmt.fp4_first} and back"] * bool(fmt.fp4_first)]) or "-"
+        ties = "to zero, no -0" if fmt.ties_to_zero else "to even, no -0" if fmt.unsigned_zero else "to even"
+        ties = ties if fmt.element == "e2m1" else "-"
+        fields = (str(fmt.page_bytes(spec, 64)), where, floor, pad, first, ties)
         width = " or ".join(map(str, fmt.head_dims)) or "any"
         rows.append((fmt.name, width, str(fmt.record_bytes(spec)), element, scales, fmt.source, *fields))
     return rows

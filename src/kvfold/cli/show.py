@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column, Table
 from rich.text import Text
 
 FILE_WIDTH = 200  # of what is no terminal: no table is cut there
@@ -22,9 +22,10 @@ def make_console() -> Console:
 
 
 def make_progress(console: Console) -> Progress:
-    """A bar that counts in a terminal, and leaves nothing behind."""
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    """A bar that counts in a terminal, says how long it took and will take, and leaves nothing behind."""
+    counts = (BarColumn(16), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    what = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis"))
+    return Progress(*counts, what, console=console, transient=True, disable=not console.is_terminal)
 
 
 def check_device(device: str) -> None:
@@ -38,7 +39,10 @@ def check_device(device: str) -> None:
 
 
 def print_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table where its cells fit in, otherwise each row as text under its first cell. Nothing is cut."""
+    """A table where its cells fit in, otherwise each row as text behind its first cell.
+
+    Nothing is cut. The text says once what is the same in all rows, and leaves out "-", which is for nothing.
+    """
     whole = list(zip(columns, *rows, strict=True))
     widths = [max(len(line) for cell in column for line in cell.split("\n")) for column in whole]
     least = [max(len(word) for cell in column for word in cell.split() or [""]) for column in whole]
@@ -56,8 +60,31 @@ def print_table(console: Console, title: str, columns: Sequence[str], rows: Sequ
         return
     if title:
         console.print(f"[bold]{title}[/]", highlight=False)
+    same = {column: cells[0] for column, *cells in whole[1:] if len(cells) > 1 and len(set(cells)) == 1}
+    if said := [f"{column}: {cell}" for column, cell in same.items() if cell != "-"]:
+        _print_items(console, "in each row", said)
     for row in rows:
-        rest = "; ".join(f"{column}: {cell}" for column, cell in zip(columns[1:], row[1:], strict=True)).replace("\n", ", ")
-        text = Text.assemble((row[0], "bold"), f"  {rest}")
-        for i, line in enumerate(text.wrap(console, console.width - 2)):
-            console.print(Text("  " if i else "") + line, highlight=False)
+        cells = [f"{c}: {cell}" for c, cell in zip(columns[1:], row[1:], strict=True) if c not in same and cell != "-"]
+        _print_items(console, row[0], [cell.replace("\n", ", ") for cell in cells], style="bold")
+
+
+def _print_items(console: Console, head: str, items: Sequence[str], style: str = "") -> None:
+    """Items behind a head; a line ends between two of them if it can."""
+    lines = [head]
+    for i, item in enumerate(items):
+        part, joint = item + ";" * (i + 1 < len(items)), " " if i else "  "
+        if len(lines[-1] + joint + part) <= console.width - 2:
+            lines[-1] += joint + part
+        else:
+            lines.append(part)
+    for i, line in enumerate(lines):
+        text = Text(line)
+        text.stylize(style, 0, 0 if i else len(head))
+        print_text(console, text, indent=2, further=i > 0)
+
+
+def print_text(console: Console, text: str | Text, indent: int = 0, further: bool = False) -> None:
+    """Text, broken between words where the console ends; lines after the first, or all that go further, are indented."""
+    text = Text(text) if isinstance(text, str) else text
+    for i, line in enumerate(text.wrap(console, console.width - indent)):
+        console.print(Text(" " * indent if i or further else "") + line, highlight=False, soft_wrap=True)
