@@ -1,5 +1,6 @@
 """The command line from end to end, on a short text: what it prints, what it draws, and when it fails."""
 
+import io
 import json
 import re
 import subprocess
@@ -12,13 +13,14 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
+from rich.console import Console
 from support.debug_support import Call
 from typer.testing import CliRunner
 
 import kvfold
 from kvfold import integrations
 from kvfold.backend_torch import fold as backend_torch
-from kvfold.cli import bench, show
+from kvfold.cli import bench, info, show, verify
 from kvfold.cli.app import app
 from kvfold.demo import run as demo
 from kvfold.integrations import switch
@@ -26,6 +28,7 @@ from kvfold.integrations.transformers import step as transformers_step
 from kvfold.integrations.vllm import plugin as vllm_plugin
 from kvfold.storage.formats import FORMATS
 from kvfold.testing import Step
+from kvfold.verify.cases import Result
 
 SMALL = ["--tokens", "200", "--decode", "14"]
 
@@ -117,19 +120,47 @@ def test_greedy_tokens_may_differ_only_in_ties():
     assert demo.unexcused(torch.tensor([[1.0, 0.0, 0.0], [0.4, 0.5, 0.0]]), theirs) == 1
 
 
-def test_info_names_every_format():
-    result = call("info")
-    assert result.exit_code == 0
-    assert all(name in result.output for name in FORMATS) and torch.__version__.split("+")[0] in result.output
+def test_info_names_every_format_and_is_short():
+    result = call("info", columns=80)
+    assert result.exit_code == 0 and len(result.output.splitlines()) <= 60, result.output
+    assert {*FORMATS} <= set(result.output.split()) and torch.__version__.split("+")[0] in result.output
+
+
+def test_info_says_who_writes_a_format():
+    rows = dict(info._names())
+    assert "fp8_ds_mla" in rows["vLLM V4"].split() and "v41_nvfp4_sglang" in rows["SGLang V4.1"].split()
+    assert all("bf16" in rows[engine].split() for engine in ("vLLM V4", "SGLang V4"))  # both write it
 
 
 @pytest.mark.parametrize("columns", [60, 80, 200])
-@pytest.mark.parametrize("arguments", [("info",), ("info", "--formats")])
+@pytest.mark.parametrize("arguments", [("info",), ("info", "--formats"), ("info", "--kernels")])
 def test_tables_are_whole_at_any_width(arguments, columns):
     output = call(*arguments, columns=columns).output
     assert "\u2026" not in output and max(map(len, output.splitlines())) <= columns
     words = set(output.split())
-    assert {*FORMATS} <= words and "TensorRT-LLM," in words
+    if "--kernels" not in arguments:
+        assert {*FORMATS} <= words and any("TensorRT-LLM" in word for word in words)
+    else:
+        assert {"fold", "mean", "rows", "window", "store", "16"} <= words
+
+
+def test_a_row_without_room_keeps_all_that_tells_it_from_others(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    columns = ("name", "same for all", "of one", "bound")
+    show.print_table(show.make_console(), "Title", columns, [("a", "x" * 9, "-", "1 to 2"), ("b", "x" * 9, "deed", "3 to 4")])
+    lines = ["Title", "in each row", "  same for all: xxxxxxxxx", "a  bound: 1 to 2", "b  of one: deed;", "  bound: 3 to 4"]
+    assert capsys.readouterr().out.splitlines() == lines
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_the_bar_says_what_is_left_and_fits(width):
+    out = io.StringIO()
+    with show.make_progress(Console(file=out, force_terminal=True, width=width)) as progress:
+        task = progress.add_task("", total=4)
+        progress.update(task, advance=1, description="a case whose name is longer than what there is room for " * 2)
+    said = re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", out.getvalue()).replace("\r", "\n").splitlines()
+    bar = next(line for line in said if "a case" in line)
+    assert re.search(r"━ 1/4 \d:\d\d:\d\d left \S:\S\S:\S\S a case", bar) and len(bar) <= width, bar
 
 
 def test_a_pipe_has_no_width(capsys, monkeypatch):
@@ -137,6 +168,15 @@ def test_a_pipe_has_no_width(capsys, monkeypatch):
     cells = ["word " * 20, "word " * 15]
     show.print_table(show.make_console(), "", ("first", "second"), [cells])
     assert cells[0].strip() in capsys.readouterr().out  # in one line
+
+
+def test_make_demo_reads_the_text_that_is_named():
+    root = Path(bench.__file__).parents[3]
+    make = ["make", "--dry-run", "--no-print-directory", "-o", ".venv/.ready", "demo"]
+    said = subprocess.run([*make, "TEXT=a text.txt"], cwd=root, capture_output=True, text=True, check=True).stdout
+    assert said.strip().endswith('kvfold demo --out demo-out --text "a text.txt"'), said
+    said = subprocess.run(make, cwd=root, capture_output=True, text=True, check=True).stdout
+    assert said.strip().endswith("kvfold demo --out demo-out"), said
 
 
 def test_version():
@@ -155,10 +195,13 @@ def test_python_m_kvfold_and_missing_extras():
 def test_info_shows_the_kernels_table():
     from kvfold.backend_triton.table import ROWS
 
-    output = call("info").output
-    assert all(
-        output.count(f"│ {kind} ") == sum(row[0].kind == kind for row in ROWS) for kind in ("fold", "rows", "window", "store")
-    )
+    output = call("info", "--kernels", columns=200).output
+    counts = {kind: sum(row[0].kind == kind for row in ROWS) for kind in ("fold", "mean", "rows", "window", "store")}
+    assert {kind: output.count(f"│ {kind} ") for kind in counts} == counts and sum(counts.values()) == len(ROWS)
+    narrow = call("info", "--kernels", columns=80).output
+    assert {kind: len(re.findall(rf"^{kind}  \w", narrow, re.MULTILINE)) for kind in counts if kind != "store"} == {
+        kind: count for kind, count in counts.items() if kind != "store"
+    }
 
 
 class Point:
@@ -195,13 +238,38 @@ def test_verify_passes_and_fails(tmp_path, monkeypatch):
     result = call(*arguments)
     assert result.exit_code == 0 and "all 6 passed" in result.output, result.output
     rows = json.loads(out.read_text())
-    assert rows["failed"] == 0 and len(rows["results"]) == 6 and all(row["passed"] for row in rows["results"])
+    assert rows["failed"] == 0 and len(rows["results"]) == 6
+    assert all(row["passed"] and row["backend"] == "torch" for row in rows["results"])
+    assert re.search(r"same bits as prefill +│ 6 +│ 0 +│ 0 +│ torch ", result.output), result.output
     real = backend_torch.fold_group
     monkeypatch.setattr(backend_torch, "fold_group", lambda *args: (*real(*args)[:2], real(*args)[2] * 1.01))
     result = call(*arguments)
     assert result.exit_code == 1 and "6 of 6 failed" in result.output
     assert "FAIL" in result.output and "sequence 0, window 0, channel" in result.output
     assert json.loads(out.read_text())["failed"] == 6
+
+
+def test_verify_says_which_rows_ran_on_no_backend(tmp_path):
+    """On the torch backend those of the kernels' table. In 80 columns figures are not torn."""
+    out = tmp_path / "verify.json"
+    arguments = ("--device", "cpu", "--backend", "torch", "--quick", "--only", "512", "--json", out)
+    result = call("verify", *arguments, columns=80)
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())["results"]
+    skipped = [row for row in found if row["skipped"]]
+    assert 0 < len(skipped) < len(found) and {row["group"] for row in skipped} == {"table"}
+    assert all(row["backend"] == ("" if row["skipped"] else "torch") for row in found)
+    assert re.search(rf"rows of the kernels' table │ 0 +│ 0 +│ {len(skipped)} +│ none ", result.output), result.output
+    assert max(map(len, result.output.splitlines())) <= 80
+
+
+def test_a_line_of_verify_ends_before_its_figures(capsys, monkeypatch):
+    for columns, lines in (("60", 2), ("120", 1)):
+        monkeypatch.setenv("COLUMNS", columns)
+        verify._show(show.make_console(), Result("format", "a name [of] some length", "9.4e-08, bits equal", 1.25), "torch")
+        said = capsys.readouterr().out.splitlines()
+        assert len(said) == lines and said[-1].endswith("9.4e-08, bits equal  1.2 s")
+        assert said[0].startswith("pass format: a name [of] some length, torch")
 
 
 def test_verify_refuses_wrong_arguments():
@@ -217,7 +285,7 @@ def test_verify_refuses_wrong_arguments():
 def test_explain_prints_entries_rows_and_bytes():
     result = call("explain", "csa", "--start", 9, "--new", 4, "--format", "fp8_ds_mla")
     assert result.exit_code == 0, result.output
-    for words in ("4..7", "8..11", "page 0: values 1152..1599", "page 0: scales 36880..36886", "can start at: 0, 8 to 13"):
+    for words in ("4..7", "8..11", "values 1152..1599", "scales 36880..36886", "can start at: 0, 8 to 13"):
         assert words in result.output
     said = call("explain", "v41-r2", "--start", 7, "--new", 2, "--state", "window", "--page-size", 2, "--ring", 3).output
     assert "WindowState of rings of 6 rows: 2 tokens" in said and "The next step can start at: 7 to 9" in said, said

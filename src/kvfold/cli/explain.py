@@ -10,10 +10,10 @@ import typer
 from rich.console import Console
 
 from .failures import wrong_arguments
-from .show import make_console, print_table
+from .show import make_console, print_table, print_text
 
 if TYPE_CHECKING:
-    from ..explain import Explanation, Row
+    from ..explain import Explanation, Row, Span
     from ..spec import CompressorSpec
 
 SHOWN = 12  # rows of a table before its middle is left out
@@ -82,7 +82,7 @@ def _flag(value: str) -> bool:
 
 def _show(said: Explanation, fmt: str | None, console: Console) -> None:
     end, spec = said.start + said.new, said.spec
-    console.print(f"{spec}", soft_wrap=True, highlight=False)
+    print_text(console, f"{spec}", indent=2)
     rings, (lo, hi) = f" of rings of {said.ring} rows" * (said.ring > 0), said.places
     kept = {
         "window": f"WindowState{rings}",
@@ -90,14 +90,14 @@ def _show(said: Explanation, fmt: str | None, console: Console) -> None:
         "fold": f"FoldState of fold rows, ring {said.ring}, 1 spare",
         "rows": f"FoldState of input rows, places for {f'lo rows of {lo} and hi rows of {hi}' if lo else hi} windows",
     }[said.kind]
-    console.print(f"{kept}: {said.new} tokens, positions {said.start} to {end - 1}", soft_wrap=True, highlight=False)
-    bytes_of = [f"bytes as {fmt}"] if fmt else []
+    print_text(console, f"{kept}: {said.new} tokens, positions {said.start} to {end - 1}", indent=2)
+    bytes_of = [f"bytes of the page, {fmt}"] if fmt else []
     overlap = ["lo half of"] if spec.overlap else []
     columns = ("entry", *overlap, "hi half of" if spec.overlap else "positions", "RoPE at", "page, row", *bytes_of)
     cells = []
     for e in said.entries:
         lo = [_span(e.lo) if e.lo else "none"] if spec.overlap else []
-        spans = ["\n".join(f"{s.buffer} {s.page}: {s.what} {s.start}..{s.stop - 1}" for s in e.spans)] if fmt else []
+        spans = ["\n".join(map(_bytes, e.spans))] if fmt else []
         cells.append([str(e.window), *lo, _span(e.hi), str(e.position), f"{e.page}, {e.row}", *spans])
     _print(console, f"Entries: {len(said.entries)}", columns, cells)
     for title, rows in (("reads", said.reads), ("writes", said.writes), ("empties", said.emptied)):
@@ -105,7 +105,11 @@ def _show(said: Explanation, fmt: str | None, console: Console) -> None:
             cells = [[str(row.position), _place(row)] for row in rows]
             _print(console, f"State rows that it {title}: {len(rows)}", ("position", "state row"), cells)
     starts = ", ".join(_runs(said.starts)) + (", or the first position of any window before" if said.any_window else "")
-    console.print(f"The next step can start at: {starts}", soft_wrap=True, highlight=False)
+    print_text(console, f"The next step can start at: {starts}", indent=2)
+
+
+def _bytes(span: Span) -> str:
+    return f"{'scale page: ' * (span.buffer != 'page')}{span.what} {span.start}..{span.stop - 1}"
 
 
 def _place(row: Row) -> str:

@@ -12,13 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 
 from ..arguments.files import check_writable, write_atomically
 from .failures import MOST_SEED, stop, wrong_arguments
-from .show import check_device, make_console, make_progress
+from .show import check_device, make_console, make_progress, print_table, print_text
 
 if TYPE_CHECKING:
     from ..verify.cases import Result
+
+GROUPS = {"table": "rows of the kernels' table", "format": "record formats", "equivalence": "other equivalences"}
+INDENT = 5  # of what belongs to the line before
 
 
 def verify(
@@ -86,11 +90,11 @@ def _run_list(
     _headline(console, f"{len(cases)} cases", about)
     results = []
     with make_progress(console) as progress:
-        task = progress.add_task("", total=len(cases))
+        task = progress.add_task("", total=sum(not case.skip for case in cases))  # what is skipped takes no time
         for result in run(cases):
             results.append(result)
-            progress.update(task, advance=1, description=escape(result.name))
             if not result.skipped:
+                progress.update(task, advance=1, description=escape(result.name))
                 _show(console, result, about["backend"])
     failed, skipped = sum(bool(r.problem) for r in results), Counter(r.skipped for r in results if r.skipped)
     ran, seconds = len(results) - skipped.total(), sum(r.seconds for r in results)
@@ -99,18 +103,32 @@ def _run_list(
         raise stop(f"nothing was run; {', '.join(left)}", "kvfold verify")
     for line in left:
         console.print(line, style="yellow", highlight=False, soft_wrap=True)
+    print_table(console, "", ("cases", "passed", "failed", "skipped", "backend"), _summary(results, about["backend"]))
     verdict = f"[bold red]{failed} of {ran} failed[/]" if failed else f"[green]all {ran} passed[/]"
     console.print(f"{verdict} on backend {about['backend']} in {seconds:.0f} s", highlight=False)
-    rows = [asdict(result) | {"passed": result.passed} for result in results]
+    ran_on = {True: "", False: about["backend"]}
+    rows = [asdict(result) | {"passed": result.passed, "backend": ran_on[bool(result.skipped)]} for result in results]
     return {"failed": failed, "skipped": skipped.total(), "results": rows}, failed
 
 
+def _summary(results: list[Result], backend: str) -> list[tuple[str, ...]]:
+    """Of each group, how its cases went, and the backend that they ran on."""
+    rows = []
+    for group in dict.fromkeys(result.group for result in results):
+        of_group = [result for result in results if result.group == group]
+        passed, failed = sum(r.passed for r in of_group), sum(bool(r.problem) for r in of_group)
+        skipped = len(of_group) - passed - failed
+        rows.append((GROUPS.get(group, group), str(passed), str(failed), str(skipped), backend if passed + failed else "none"))
+    return rows
+
+
 def _show(console: Console, result: Result, backend: str) -> None:
-    verdict = "[green]pass[/]" if result.passed else "[bold red]FAIL[/]"
-    line = f"{verdict} {escape(f'{result.group}: {result.name}, {backend}')}  {result.figure}  {result.seconds:.1f} s"
-    console.print(line, soft_wrap=True, highlight=False)
+    verdict = ("pass", "green") if result.passed else ("FAIL", "bold red")
+    said, figures = f" {result.group}: {result.name}, {backend}", f"{result.figure}  {result.seconds:.1f} s"
+    joint = "  " if 4 + len(said) + 2 + len(figures) <= console.width - INDENT else "\n"  # so figures are not torn
+    print_text(console, Text.assemble(verdict, said, joint, figures), indent=INDENT)
     if not result.passed:
-        console.print(f"     {result.problem}", style="red", soft_wrap=True, highlight=False, markup=False)
+        console.print(f"{' ' * INDENT}{result.problem}", style="red", soft_wrap=True, highlight=False, markup=False)
 
 
 def _run_random(
@@ -141,7 +159,7 @@ def _run_random(
 
 def _headline(console: Console, what: str, about: dict[str, str]) -> None:
     versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "triton", "kvfold"))
-    console.print(f"{what} on {about['device']}, backend {about['backend']}, {versions}", soft_wrap=True, highlight=False)
+    print_text(console, f"{what} on {about['device']}, backend {about['backend']}, {versions}")
 
 
 def _interpreted() -> bool:
