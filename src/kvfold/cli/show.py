@@ -24,9 +24,8 @@ def make_console() -> Console:
 def make_progress(console: Console) -> Progress:
     """A bar that counts in a terminal, says how long it took and will take, and leaves nothing behind."""
     counts = (BarColumn(16), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    what = TextColumn(
-        "{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")
-    )  # what room is left
+    room = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # a long name would push the others out
+    what = TextColumn("{task.description}", table_column=room)
     return Progress(*counts, what, console=console, transient=True, expand=True, disable=not console.is_terminal)
 
 
