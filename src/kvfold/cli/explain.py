@@ -109,7 +109,7 @@ def _show(said: Explanation, fmt: str | None, console: Console) -> None:
 
 
 def _bytes(span: Span) -> str:
-    return f"{'scale page: ' * (span.buffer != 'page')}{span.what} {span.start}..{span.stop - 1}"
+    return f"{'scale page: ' * (span.buffer != 'page')}{span.what} {_span(range(span.start, span.stop))}"
 
 
 def _place(row: Row) -> str:
@@ -119,7 +119,8 @@ def _place(row: Row) -> str:
 
 
 def _span(positions: range) -> str:
-    return f"{positions.start}..{positions.stop - 1}"
+    """From the first to the last, of positions or bytes."""
+    return f"{positions.start}..{positions.stop - 1}" if len(positions) > 1 else f"{positions.start}"
 
 
 def _runs(positions: Sequence[int]) -> list[str]:
