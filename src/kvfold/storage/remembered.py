@@ -59,12 +59,12 @@ class Checked:
 
     def __repr__(self) -> str:
         """One line that tells what it is, from no tensor's contents; of an object that is half-built, what is known."""
-        known = []
+        known: list[str] = []
         try:
             for name, value in self._facts():
                 known.append(f"{name}={value}")
         except Exception as error:  # whatever is missing or of a wrong type: a debugger prints it all the same
-            known.append(f"and it is not whole: {error}")
+            known.append(f"and it is not whole: {' '.join(str(error).split())}")
         return f"{type(self).__name__}({', '.join(known)})"
 
     def _facts(self) -> Iterator[tuple[str, object]]:
