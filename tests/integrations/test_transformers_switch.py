@@ -216,3 +216,12 @@ def test_caches_made_of_another_copys_classes(model):
             model(TOKENS, past_key_values=filled)
     finally:
         cache_utils.DYNAMIC_LAYER_TYPE_MAPPING.update(before)
+
+
+def test_a_cache_from_before_kvfold_was_imported(model):
+    """Its layers are of transformers' own classes."""
+    cache = DynamicCache(config=model.config)
+    kinds = [v4.DeepseekV4HCACache if "HCA" in type(layer).__name__ else v4.DeepseekV4CSACache for layer in cache.layers]
+    cache.layers = [kind(model.config) for kind in kinds]
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS, past_key_values=cache).logits, run(model, TOKENS)[0])

@@ -14,6 +14,7 @@ from ...contract import UnsupportedError
 from .cache import LayerFold
 
 try:
+    from transformers.cache_utils import CacheLayerMixin
     from transformers.models.deepseek_v4 import modeling_deepseek_v4 as v4
 except ImportError as error:
     raise ImportError(
@@ -21,7 +22,7 @@ except ImportError as error:
     ) from error
 
 
-class _Layer:
+class _Layer(CacheLayerMixin):  # or Python would not let a layer of transformers' class become one of these
     """What both classes of layers have beside transformers' own. kvfold: None until a patched model has made a step on it."""
 
     kvfold: LayerFold | None = None
