@@ -197,3 +197,31 @@ def test_without_drafts_nothing_is_kept_to_take_back(model):
         rewind(cache, 30)
     rewind(cache, 0)
     assert torch.equal(run(made, TOKENS)[0], made(TOKENS, past_key_values=cache).logits.detach())
+
+
+def test_caches_made_of_another_copys_classes(model):
+    """A copy of kvfold under another name, imported later, has put classes of its own where transformers looks for them."""
+    from transformers import cache_utils
+
+    want = run(model, TOKENS, [21])[0]
+    before = dict(cache_utils.DYNAMIC_LAYER_TYPE_MAPPING)
+    try:
+        for base in (v4.DeepseekV4HCACache, v4.DeepseekV4CSACache):
+            type(base.__name__.replace("DeepseekV4", "Kvfold"), (base,), {"kvfold": None})  # making it registers it
+        assert {type(layer) for layer in DynamicCache(config=model.config).layers}.isdisjoint(before.values())
+        assert torch.equal(run(model, TOKENS, [21])[0], want)
+        filled = DynamicCache(config=model.config)
+        filled.layers[0].kvfold = object()
+        with pytest.raises(UnsupportedError, match="another copy of kvfold"):
+            model(TOKENS, past_key_values=filled)
+    finally:
+        cache_utils.DYNAMIC_LAYER_TYPE_MAPPING.update(before)
+
+
+def test_a_cache_from_before_kvfold_was_imported(model):
+    """Its layers are of transformers' own classes."""
+    cache = DynamicCache(config=model.config)
+    kinds = [v4.DeepseekV4HCACache if "HCA" in type(layer).__name__ else v4.DeepseekV4CSACache for layer in cache.layers]
+    cache.layers = [kind(model.config) for kind in kinds]
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS, past_key_values=cache).logits, run(model, TOKENS)[0])

@@ -60,7 +60,11 @@ def load():
         spec.loader.exec_module(module)
         return module
 
+    layers = sys.modules.get("transformers.cache_utils")
+    kept = dict(layers.DYNAMIC_LAYER_TYPE_MAPPING) if layers else {}
     yield from_file
+    if layers:  # where a copy has put its own
+        layers.DYNAMIC_LAYER_TYPE_MAPPING.update(kept)
     for key in [key for key in sys.modules if key.partition(".")[0] in loaded]:
         del sys.modules[key]
 

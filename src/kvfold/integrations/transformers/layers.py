@@ -14,6 +14,7 @@ from ...contract import UnsupportedError
 from .cache import LayerFold
 
 try:
+    from transformers.cache_utils import CacheLayerMixin
     from transformers.models.deepseek_v4 import modeling_deepseek_v4 as v4
 except ImportError as error:
     raise ImportError(
@@ -21,7 +22,7 @@ except ImportError as error:
     ) from error
 
 
-class _Layer:
+class _Layer(CacheLayerMixin):  # or Python would not let a layer of transformers' class become one of these
     """What both classes of layers have beside transformers' own. kvfold: None until a patched model has made a step on it."""
 
     kvfold: LayerFold | None = None
@@ -91,9 +92,19 @@ def rewind_layer(layer: Any, length: int) -> None:
     layer.cumulative_length = length
 
 
+def _ours(layer: Any) -> type | None:
+    """The class here for a layer of transformers' own class, or of that of another copy of kvfold; None for others."""
+    for theirs, ours in _KVFOLD.items():
+        if type(layer) in (theirs, ours) or (isinstance(layer, theirs) and type(layer).__name__ == ours.__name__):
+            return ours
+    return None
+
+
 def check_layer(layer: Any) -> None:
-    """Refuses cache layers that are not DeepSeek-V4's own."""
-    if not isinstance(layer, _Layer) and type(layer) not in _KVFOLD:
+    """Refuses cache layers that are not DeepSeek-V4's own, or that another copy of kvfold has filled."""
+    if _ours(layer) is not None and not isinstance(layer, _Layer) and getattr(layer, "kvfold", None) is not None:
+        raise UnsupportedError("a cache filled by another copy of kvfold: start with a new cache")
+    if _ours(layer) is None:
         raise UnsupportedError(
             f"a cache layer of type {type(layer).__name__}: DeepSeek-V4 needs its own dynamic cache layers, as made by"
             " DynamicCache(config=model.config); static and quantized caches are not supported"
@@ -104,7 +115,7 @@ def layer_fold(layer: Any, max_new_tokens: int) -> LayerFold:
     """The `LayerFold` of a cache layer, attached to it at its first use."""
     if not isinstance(layer, _Layer):
         check_layer(layer)
-        layer.__class__ = _KVFOLD[type(layer)]  # a cache from before kvfold was imported
+        layer.__class__ = _ours(layer)  # a cache from before kvfold was imported, or of classes of another copy
     if layer.kvfold is None:
         layer.kvfold = LayerFold(max_new_tokens)
     return layer.kvfold
