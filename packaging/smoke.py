@@ -64,7 +64,7 @@ def use(user: User, wheel: Path, text: Path) -> None:
     user.run("kvfold", "info", says=("fp8_ds_mla_vllm_triton", "Integrations"))
     user.run("kvfold", "info", "--kernels", says=("Kernels for fold rows",))
     user.run("kvfold", "info", "--formats", says=("576*N",))
-    user.run("kvfold", "explain", "csa", "--start", "9", "--new", "4", "--format", "fp8_ds_mla", says=("0 to 13",))
+    user.run("kvfold", "explain", "csa", "--start", "9", "--new", "4", "--format", "fp8_ds_mla", says=("0, 8 to 13",))
     user.run("kvfold", "verify", "--quick", "--device", "cpu", "--json", "verify.json", says=("passed on backend torch in",))
     user.run("kvfold", "demo", exits=2, says=("pip install 'kvfold[demo]'",), lines=1)
     gpu = subprocess.run([str(user.bin / "python"), "-c", "import torch, sys; sys.exit(torch.cuda.is_available())"]).returncode
