@@ -109,6 +109,12 @@ def test_rejected_drafts_need_nothing(name: str) -> None:
     assert torch.equal(torch.cat(rows), whole) and int(text.errors) == 0
 
 
+@pytest.mark.parametrize("changed", [{"num_slots": -1}, {"num_slots": 2.5}, {"num_pages": -3}, {"num_pages": "4"}])
+def test_wrong_sizes_are_named(changed: dict[str, object]) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"{next(iter(changed))} must be"):
+        FoldStatePool(**({"spec": kvfold.V4_CSA, "num_slots": 2} | changed))
+
+
 def test_cleared_slots_are_refused() -> None:
     text = Text(kvfold.V4_HCA)
     pool = FoldStatePool(text.spec, 2, 1)

@@ -267,10 +267,16 @@ def test_operators_are_in_order(where: Backend) -> None:
         ({"ape": torch.zeros(4, 63)}, "ape must have shape"),
         ({"kv_score": torch.zeros(2, 127)}, "kv_score must have shape"),
         ({"kv_lens": torch.zeros(2)}, "kv_lens must be"),
+        ({"batch_size": 3}, "kv_lens must have 3 rows"),
+        ({"cu_seq_lens": torch.zeros(2, dtype=INT32)}, "cu_seq_lens must have 3 rows"),
+        ({"cu_kv_comp": torch.zeros(2, dtype=INT32)}, "cu_kv_comp must have 3 rows"),
+        ({"block_table_score": torch.zeros(1, 4, dtype=INT32)}, "block_table_score must have 2 rows"),
+        ({"page_size": 0}, "page_size must be from 1"),
+        ({"compress_ratio": 0}, "compress_ratio must be from 1"),
         ({"cu_seq_lens": torch.zeros(3)}, "cu_seq_lens must be"),
         ({"cu_kv_comp": torch.zeros(3)}, "cu_kv_comp must be"),
         ({"new_tokens_per_seq": torch.zeros(2)}, "new_tokens_per_seq must be"),
-        ({"compress_ratio": 5000}, "ratio must be"),
+        ({"compress_ratio": 5000}, "compress_ratio must be"),
     ],
 )
 def test_wrong_arguments_are_named(changed: dict[str, object], message: str) -> None:

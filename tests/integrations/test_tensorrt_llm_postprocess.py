@@ -245,6 +245,21 @@ def test_what_is_wrong_is_counted(backend: Backend) -> None:
     assert counted == 3
 
 
+def test_rows_before_the_first_request_are_of_none(backend: Backend) -> None:
+    """With a mask that is true they would be entries before that request's first, which are stored already."""
+    one = Scatter(backend, 128, 0)
+    given = one.arguments()
+    given["cu_kv_comp"].fill_(2)  # no request has a row
+    given["position_ids"].clamp_(min=0)
+    given["kv_comp"].nan_to_num_()
+    given["compressed_mask"].fill_(True)
+    if backend.slow:
+        postprocess_scatter(**given, backend="triton")
+    else:
+        torch.ops.trtllm.compressor_postprocess_scatter(**given)
+    assert bool((one.cache == 0xA5).all()) and int(tensorrt_llm.errors(backend.device)) == 0
+
+
 def test_operator_is_in_order() -> None:
     for kind, side in ((0, True), (2, True), (3, False), (4, False)):
         one = Scatter(BACKENDS["torch"], 512, kind, side=side)
@@ -258,6 +273,11 @@ def test_operator_is_in_order() -> None:
     ("changed", "message"),
     [
         ({"cache_scale_type": 5}, "cache_scale_type must be"),
+        ({"tokens_per_block": 0}, "tokens_per_block must be from 1"),
+        ({"kv_comp": torch.zeros(128)}, "kv_comp must have shape"),
+        ({"rms_weight": torch.ones(127)}, "rms_weight must have shape"),
+        ({"cos_sin_table": torch.zeros(64, 2, 16)}, "cos_sin_table must have shape"),  # as many numbers, of other positions
+        ({"cos_sin_table": torch.zeros(64, 2, 32).double()}, "cos_sin_table must be torch.float32"),
         ({"cache_scale_type": 4}, "kv_cache_scale must be given"),
         ({"nope_dim": 65}, "nope_dim and rope_dim must add up to 128"),
         ({"kv_comp": torch.zeros(17, 128, dtype=torch.float16)}, "kv_comp must be"),

@@ -63,6 +63,13 @@ for engines in ("", "vllm,sglang", "vllm, tensorrt_llm"):
     assert in_a_process(code).splitlines() == ["False False", "False False", "True False"]
 
 
+def test_a_state_that_it_does_not_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVFOLD_ENGINES", "tensorrt_llm:fold")
+    with pytest.raises(ValueError, match="KVFOLD_ENGINES must have one of window behind tensorrt_llm:, got 'fold'"):
+        tensorrt_llm.load()
+    assert "tensorrt_llm" not in ON
+
+
 def test_it_says_that_it_is_on() -> None:
     tensorrt_llm.register()
     assert ON["tensorrt_llm"] == "3 operators trtllm::compressor_*"

@@ -331,3 +331,22 @@ def test_a_call_that_fails_can_be_made_again(model):
     with pytest.raises(UnsupportedError, match="rewind from 24 to 22"):
         rewind(cache, 22)
     assert torch.equal(step(model, TOKENS[:, 24:], cache), want[:, 24:])
+
+
+def test_a_crop_that_failed_halfway_is_not_gone_on_from():
+    """transformers crops layer by layer, so those before the one that refuses are shorter; `rewind` checks all before."""
+    model = tiny(layer_types=["sliding_attention", *TWO])
+    patch(model, max_new_tokens=2)
+    cache = DynamicCache(config=model.config)
+    for layer in cache.layers:
+        layer.activate_past_recording()
+    for start in range(0, 30, 3):
+        step(model, ids(30)[:, start : start + 3], cache)
+    with pytest.raises(UnsupportedError, match="a rewind from 30 to 10 tokens"):
+        rewind(cache, 10)
+    assert [layer.get_seq_length() for layer in cache.layers] == [30] * 3
+    with pytest.raises(UnsupportedError, match="a rewind from 30 to 10 tokens"):
+        cache.crop(-20)
+    assert [layer.get_seq_length() for layer in cache.layers] == [10, 30, 30]
+    with pytest.raises(UnsupportedError, match="layers hold 10, 30, 30 tokens"):
+        step(model, ids(1), cache)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from support.parallel_support import ROWS_PER_PAGE, SPECS, Rank, Step, World, check_steps, drawn_cuts, every_cut
 
+import kvfold
 from kvfold.parallel import ContextParallel, Shards
 from kvfold.parallel.schedule import Reads, schedule
 
@@ -106,3 +107,32 @@ def test_common_cuts_take_one_round() -> None:
     assert schedule(Shards.build((20,), 4, cuts=(0, 8, 9, 10, 20)), Reads(128, False, True)).rounds == 3, "a chain"
     short = schedule(Shards.build((400,), 4, cuts=(0, 200, 201, 202, 400)), Reads(128, False, True))
     assert [(m.round, m.source, m.target) for m in short.messages] == [(0, 0, 1), (1, 1, 2), (2, 2, 3)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["fold", "overlap"])
+def test_on_a_gpu_nothing_waits(name: str) -> None:
+    """A plan, a step that goes on from an earlier one, and what training is told: a copy from the host would wait."""
+    spec, device = SPECS[name], torch.device("cuda", 0)
+    cp = ContextParallel()
+    shards, whole = cp.split([30, 9], start_pos=[5, 0]), cp.split([30, 9])
+    state = kvfold.FoldState.allocate(spec, 2, 8, device=device)
+    cache = kvfold.EntryCache.allocate("fp32", 2, 16, spec, device=device)
+    ape, weight = torch.zeros(spec.ratio, spec.channels, device=device), torch.ones(spec.head_dim, device=device)
+    rope = kvfold.reference.rope_table(64, spec.rope_dim).to(device)
+    layer = [(torch.zeros(39, 2 * spec.channels, device=device), state, cache, spec, ape, weight, rope)]
+    table = torch.tensor([[0], [1]], dtype=torch.int32, device=device)
+
+    def step() -> None:
+        plan = cp.plan(shards, spec, cache_block_table=table, rows_per_page=16)
+        cp.compress(layer, plan)
+        cp.gather(layer, plan)
+        cp.packing(whole, spec, device=device)
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

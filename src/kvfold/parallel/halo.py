@@ -14,6 +14,7 @@ import torch
 
 from ..spec import CompressorSpec
 from ..training import Packing
+from .host import on_device
 from .shards import Segment, Shards
 
 
@@ -85,7 +86,7 @@ class CutPacking:
         self.inside = self._packing(tokens, pieces, rests)
         self.seams = self._packing(self._seam_rows(seams), small, []) if seams else None
         in_order = torch.cat([torch.arange(0), *order])
-        self.order = None if torch.equal(in_order, torch.arange(self.entries)) else in_order.to(device)
+        self.order = None if torch.equal(in_order, torch.arange(self.entries)) else on_device(in_order, device)
         self.last_start = max(
             (w[-1] * self.ratio for w in (*map(self._whole, own), *(s.windows for s in seams)) if w), default=0
         )
@@ -155,7 +156,7 @@ class CutPacking:
     def _numbers(self, rank: int) -> torch.Tensor:
         first = [0, *accumulate(length // self.ratio for length in self.shards.lengths)]
         found = [torch.arange(w.start, w.stop) + first[sequence] for sequence, w in self.shards.windows(rank, self.ratio)]
-        return torch.cat([torch.arange(0), *found]).to(self.device)
+        return on_device(torch.cat([torch.arange(0), *found]), self.device)
 
     def _pieces(self, windows: range, first: int) -> torch.Tensor:
         """Of windows of one segment, as `Packing.pieces`. first: the row that position 0 would be."""
@@ -167,10 +168,10 @@ class CutPacking:
         windows, count = sum(map(len, pieces)), tokens // self.ratio + 1
         rests = rests + [(0, -1, 0, 0)] * (count - windows - len(rests))
         rows = [*pieces, torch.tensor(rests, dtype=torch.int64).reshape(-1, 4)]
-        made = torch.cat(rows).int().to(self.device)
-        ends = torch.tensor([0, windows], dtype=torch.int32).to(self.device)
+        made = on_device(torch.cat(rows).int(), self.device)
+        ends = on_device(torch.tensor([0, windows], dtype=torch.int32), self.device)
         # Its windows are anywhere in their sequences: `ContextParallel.entries` looks for their positions in the RoPE table.
         return Packing(tokens, self.ratio, 0, ends, made)
 
     def _indices(self, values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(self.device)
+        return on_device(torch.tensor(values, dtype=torch.int64), self.device)

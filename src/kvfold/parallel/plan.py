@@ -13,6 +13,7 @@ from ..plan import StepPlan
 from ..spec import CompressorSpec
 from ..storage.fold_state import FoldState, carry_shape
 from ..storage.step import Compressor
+from .host import on_device
 from .message import message_bytes
 from .schedule import Message, Reads, Schedule, schedule
 from .shards import Segment, Shards, numbers_of
@@ -183,8 +184,8 @@ class ParallelPlan:
             raise ValueError(f"cache_block_table must have pages for {most} entries, got {table.shape[1]} of {rows_per_page}")
         sequence = torch.repeat_interleave(_long([*range(batch)]), _long(counts))
         first = _long([window - number for number, window in self._entries])
-        window = (torch.arange(total) + first[sequence]).to(self.device)
-        page = table[sequence.to(self.device), window // rows_per_page].long()
+        window = on_device(torch.arange(total) + first[sequence], self.device)
+        page = table[on_device(sequence, self.device), window // rows_per_page].long()
         return torch.where(page >= 0, page * rows_per_page + window % rows_per_page, -1)
 
     def _owned_slots(self, rank: int) -> torch.Tensor:
@@ -207,7 +208,7 @@ class ParallelPlan:
     def _ends_of(self, rank: int, made: Schedule) -> Ends:
         some = self._ending(rank, made)
         over = [self.state_slots[s.sequence] for s in self._last(rank) if s not in some]
-        return Ends([self.state_slots[s.sequence] for s in some], [s.end for s in some], _long(over).to(self.device))
+        return Ends([self.state_slots[s.sequence] for s in some], [s.end for s in some], on_device(_long(over), self.device))
 
     def _round(self, made: Schedule, number: int) -> Round:
         sent = [m for m in made.messages if (m.source, m.round) == (self.rank, number)]
@@ -244,7 +245,7 @@ class ParallelPlan:
         ]
         return Tail(
             self._step(segments, starts, None),
-            slice(*rows[0]) if len(rows) == 1 else _long([x for row in rows for x in range(*row)]).to(self.device),
+            slice(*rows[0]) if len(rows) == 1 else on_device(_long([x for row in rows for x in range(*row)]), self.device),
             self._spots([s for s, _ in pretended], [start for _, start in pretended], False),
         )
 
@@ -285,7 +286,7 @@ class ParallelPlan:
         return spots_of(self.like, _long([self._own[s] for s in segments]), _long(positions), rows).to(self.device)
 
     def _ints(self, values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int32).to(self.device)
+        return on_device(torch.tensor(values, dtype=torch.int32), self.device)
 
 
 def _long(values: list[int]) -> torch.Tensor:

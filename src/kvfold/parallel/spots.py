@@ -8,6 +8,7 @@ import torch
 
 from ..spec import CompressorSpec
 from ..storage.fold_state import FoldState
+from .host import on_device
 
 
 class Spots(NamedTuple):
@@ -27,7 +28,8 @@ class Spots(NamedTuple):
         return len(self.positions)
 
     def to(self, device: torch.device) -> Spots:
-        return Spots(*(x.to(device) for x in self))
+        """Of spots on the CPU."""
+        return Spots(*(on_device(x, device) for x in self))
 
 
 def parts_of(spec: CompressorSpec, rows: int) -> list[tuple[str, int, int]]:

@@ -84,7 +84,8 @@ def request_state_transfer_indices(pool: Any, req_pool_idx: int, seq_len: int) -
 def clear_request_state(pool: Any, req_pool_idx: int) -> None:
     """What `clear_request_scoped_state` is replaced by: a request that goes on in this slot by mistake is refused."""
     for fold in _folds(pool):
-        fold.clear(torch.tensor([req_pool_idx], device=fold.state.device))
+        # Not torch.tensor: its copy from the host would wait for the GPU.
+        fold.clear(torch.full((1,), req_pool_idx, dtype=torch.int64, device=fold.state.device))
 
 
 def clear_drafts(pool: Any, *args: Any, **kwargs: Any) -> None:

@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from ...arguments.checks import check_int
+from ...contract import INT32_MAX
 from ...restore import restore
 from ...spec import CompressorSpec
 from ...storage.fold_state import FoldState
@@ -47,6 +49,8 @@ class FoldStatePool:
         Raises:
             TypeError, ValueError: naming the argument.
         """
+        check_int("num_slots", num_slots, 0, INT32_MAX)
+        check_int("num_pages", num_pages, 0, INT32_MAX)
         size = FoldState.page_bytes(spec, max_new_tokens)
         self.spec = spec
         self.slot_rows = torch.zeros(num_slots, size, dtype=torch.uint8, device=device)

@@ -83,7 +83,7 @@ def postprocess_kernel(
         sequence += tl.sum((end <= row).to(tl.int32), axis=0)
     known = wanted & (sequence < rows_batch)
     index = row - tl.load(rows_offsets + sequence, mask=known, other=0)
-    known = known & (index < tl.load(rows_count + sequence, mask=known, other=0))
+    known = known & (index >= 0) & (index < tl.load(rows_count + sequence, mask=known, other=0))
     if known:
         fine = True
         if SPEC.ROPE_DIM > 0:

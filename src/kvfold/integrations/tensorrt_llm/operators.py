@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..switch import ON, asked_for
+from ..switch import ON, asked_for, state_for
 from .kept import forget
 from .pooling import paged_kv_compress, prefill_reduction
 from .postprocess import postprocess_scatter
@@ -87,6 +87,7 @@ def register(*, replace: bool = False, nvfp4: bool = False) -> None:
 def load() -> None:
     """`register(replace=True)` where `KVFOLD_ENGINES` has `tensorrt_llm`, and nothing elsewhere."""
     if asked_for(ENGINE):
+        state_for(ENGINE, ("window",))  # there is no other
         register(replace=True)
 
 

@@ -59,13 +59,13 @@ def paged_kv_compress(
     """
     check_int("next_n", next_n, 1, MOST_NEW)
     check_int("batch_size", batch_size, 0, 1 << 24)
+    check_int("compress_ratio", compress_ratio, 1, 4096)
     if new_tokens_per_seq is not None:
         check_tensor("new_tokens_per_seq", new_tokens_per_seq, (None,), _INT32, kv_score.device)
     places = batch_size * -(-next_n // compress_ratio)
     most = output.shape[0] if output.shape[0] == places else bucket(output.shape[0])
     pools = Pools(paged_kv, paged_score, block_table_kv, block_table_score, page_size)
-    check_tensor("kv_lens", kv_lens, (None,), _INT32, kv_score.device)
-    given = "seq_lens", kv_lens[:batch_size], cu_seq_lens
+    given = "seq_lens", first_rows("kv_lens", kv_lens, batch_size, kv_score.device), cu_seq_lens
     _pool(kv_score, ape, pools, output, given, cu_kv_comp, (batch_size, head_dim, compress_ratio, next_n, most))
 
 
@@ -94,8 +94,7 @@ def prefill_reduction(
     check_int("batch_size", batch_size, 0, 1 << 24)
     pools = Pools(paged_kv, paged_score, block_table_kv, block_table_score, page_size)
     most = bucket(kv_score.shape[0]), bucket(output.shape[0])
-    check_tensor("start_pos", start_pos, (None,), _INT32, kv_score.device)
-    given = "start_pos", start_pos[:batch_size], cu_seq_lens
+    given = "start_pos", first_rows("start_pos", start_pos, batch_size, kv_score.device), cu_seq_lens
     _pool(kv_score, ape, pools, output, given, cu_kv_comp, (batch_size, head_dim, compress_ratio, *most))
 
 
@@ -112,17 +111,39 @@ def _pool(
     batch, head_dim, ratio, most_new, most_rows = shape
     if batch == 0 or kv_score.shape[0] == 0:
         return
-    spec = pooling_spec(head_dim, ratio)
+    check_int("page_size", pools.page_size, 1, 1 << 24)
+    spec, device = pooling_spec(head_dim, ratio), kv_score.device
     state = state_of(pools.paged_kv, pools.paged_score, pools.page_size, spec.channels)
-    check_tensor("output", output, (None, head_dim), _FLOATS, kv_score.device)
-    check_tensor("cu_seq_lens", given[2], (None,), _INT32, kv_score.device)
-    check_tensor("cu_kv_comp", cu_kv_comp, (None,), _INT32, kv_score.device)
-    lengths = Lengths(*given[:2], given[2][: batch + 1])
-    tables = pools.block_table_kv[:batch], pools.block_table_score[:batch]
-    places = {"cu_rows": cu_kv_comp[: batch + 1], "max_rows": most_rows, "max_tokens": bucket(kv_score.shape[0])}
+    check_tensor("output", output, (None, head_dim), _FLOATS, device)
+    lengths = Lengths(*given[:2], first_rows("cu_seq_lens", given[2], batch + 1, device))
+    tables = tables_of(pools, batch)
+    places = {
+        "cu_rows": first_rows("cu_kv_comp", cu_kv_comp, batch + 1, device),
+        "max_rows": most_rows,
+        "max_tokens": bucket(kv_score.shape[0]),
+    }
     plan = plan_of(spec, lengths, most_new, tables, pools.page_size, **places)
     rows = output if output.shape[0] else None
     compress(kv_score, plan, state, None, spec=spec, ape=ape, norm_weight=None, rope=None, rows=rows)
+
+
+def first_rows(name: str, x: torch.Tensor, count: int, device: torch.device) -> torch.Tensor:
+    """Of an int32 `[n]` the first `count`."""
+    check_tensor(name, x, (None,), _INT32, device)
+    check_rows(name, x, count)
+    return x[:count]
+
+
+def tables_of(pools: Pools, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of the requests of both block tables."""
+    check_rows("block_table_kv", pools.block_table_kv, batch)
+    check_rows("block_table_score", pools.block_table_score, batch)
+    return pools.block_table_kv[:batch], pools.block_table_score[:batch]
+
+
+def check_rows(name: str, x: torch.Tensor, least: int) -> None:
+    if x.dim() == 0 or x.shape[0] < least:
+        raise ValueError(f"{name} must have {least} rows or more, got {list(x.shape)}")
 
 
 @lru_cache(maxsize=64)

@@ -74,9 +74,12 @@ def postprocess_scatter(
     Raises:
         TypeError, ValueError: naming the argument; `UnsupportedError` for what TensorRT-LLM has and kvfold has not.
     """
+    if kv_comp.dim() != 2:
+        raise ValueError(f"kv_comp must have shape [n, head_dim], got {list(kv_comp.shape)}")
     count, head_dim = kv_comp.shape
     if count == 0:
         return
+    check_int("tokens_per_block", tokens_per_block, 1, 1 << 20)
     fmt = format_of(kv_comp.dtype, cache_scale_type)
     spec = finishing_spec(head_dim, nope_dim, rope_dim, rms_eps, rotate_activation)
     if (kv_cache_scale is None) == (cache_scale_type == 4):
@@ -87,13 +90,11 @@ def postprocess_scatter(
     scale = nvfp4_global_scale if cache_scale_type == 4 else 1.0
     cache = cache_of(kv_cache, fmt, tokens_per_block, spec, kv_cache_scale, scale)
     also = _other(kv_comp, fmt, spec, kv_out, quant_output, scale_output)
-    rope = cos_sin_table.view(-1, rope_dim) if rope_dim else None
+    check_tensor("rms_weight", rms_weight, (head_dim,), (torch.bfloat16, torch.float32), kv_comp.device)
+    rope = rows_of_table(cos_sin_table, rope_dim, kv_comp.device) if rope_dim else None
     if backend == "torch" or (backend is None and not kv_comp.is_cuda):
         _with_torch(kv_comp, told, cache, also, (rms_weight, rope))
         return
-    check_tensor("rms_weight", rms_weight, (head_dim,), (torch.bfloat16, torch.float32), kv_comp.device)
-    if rope is not None:
-        check_tensor("cos_sin_table", rope, (None, rope_dim), (torch.float32,), kv_comp.device)
     _with_triton(kv_comp, told, cache, also, (rms_weight, rope))
 
 
@@ -102,6 +103,13 @@ def format_of(dtype: torch.dtype, cache_scale_type: int) -> RecordFormat:
     if dtype not in _PLAIN or (cache_scale_type and dtype != torch.bfloat16):
         raise TypeError(f"kv_comp must be bfloat16, or float32 with cache_scale_type 0, got {dtype} with {cache_scale_type}")
     return FORMATS[FORMATS_BY_TYPE[cache_scale_type] or _PLAIN[dtype]]
+
+
+def rows_of_table(table: torch.Tensor, rope_dim: int, device: torch.device) -> torch.Tensor:
+    """fp32 `[max_pos, 2, rope_dim / 2]`, or that flat, as `[max_pos, rope_dim]`."""
+    shape = (None, rope_dim) if table.dim() == 2 else (None, 2, rope_dim // 2)
+    check_tensor("cos_sin_table", table, shape, (torch.float32,), device)
+    return table.view(-1, rope_dim)
 
 
 @lru_cache(maxsize=64)
@@ -211,8 +219,9 @@ def _with_torch(rows: torch.Tensor, told: Told, cache: EntryCache, also: Other |
     sequence = torch.searchsorted(offsets[1:].contiguous(), row, right=True)
     known = told.compressed_mask[: len(row)] & (sequence < batch)
     sequence = sequence.clamp(max=max(batch - 1, 0))
-    known &= row - offsets[sequence] < told.num_outputs[sequence]
-    number = told.start_pos[sequence] + row - offsets[sequence]
+    index = row - offsets[sequence]  # below 0 of rows before the first request's
+    known &= (index >= 0) & (index < told.num_outputs[sequence])
+    number = told.start_pos[sequence] + index
     column = number // per_page
     inside = known & (number >= 0) & (column < told.block_offsets.shape[1])
     page = told.block_offsets[sequence, torch.where(inside, column, 0)].long()

@@ -7,7 +7,7 @@ import torch
 from ...arguments.checks import check_int
 from ...compress import compress
 from .kept import Lengths, bucket, cache_of, plan_of, state_of
-from .pooling import Pools, pooling_spec
+from .pooling import Pools, check_rows, first_rows, pooling_spec, tables_of
 from .postprocess import format_of
 
 
@@ -52,6 +52,8 @@ def compress_records(
     batch, tokens = kv_lens.shape[0], kv_score.shape[0]
     if batch == 0 or tokens == 0:
         return
+    check_int("tokens_per_block", tokens_per_block, 1, 1 << 20)
+    check_int("page_size", pools.page_size, 1, 1 << 24)
     if max_new_tokens is not None:
         check_int("max_new_tokens", max_new_tokens, 1, 1 << 24)
     rope_dim = cos_sin_table.shape[-1] * (2 if cos_sin_table.dim() == 3 else 1)
@@ -59,9 +61,10 @@ def compress_records(
     spec = pooling_spec(norm_weight.shape[0], ape.shape[0], rope_dim, norm_eps, rotate_activation)
     cache = cache_of(kv_cache, format_of(torch.bfloat16, cache_scale_type), tokens_per_block, spec, kv_cache_scale, scale)
     state = state_of(pools.paged_kv, pools.paged_score, pools.page_size, spec.channels)
-    lengths = Lengths("seq_lens", kv_lens, cu_seq_lens[: batch + 1])
+    lengths = Lengths("seq_lens", kv_lens, first_rows("cu_seq_lens", cu_seq_lens, batch + 1, kv_score.device))
     most = bucket(tokens) if max_new_tokens is None else max_new_tokens
-    tables = pools.block_table_kv[:batch], pools.block_table_score[:batch]
+    tables = tables_of(pools, batch)
+    check_rows("block_table", block_table, batch)
     places = {"cache_block_table": block_table[:batch], "rows_per_page": tokens_per_block, "max_tokens": bucket(tokens)}
     plan = plan_of(spec, lengths, most, tables, pools.page_size, **places)
     compress(kv_score, plan, state, cache, spec=spec, ape=ape, norm_weight=norm_weight, rope=rope)

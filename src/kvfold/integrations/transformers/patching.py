@@ -214,7 +214,16 @@ def _before_step(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None
             if decoder.self_attn.compressor is not None:
                 check_layer(layer)
     if not torch.compiler.is_compiling():
+        if cache is not None:
+            _check_lengths([layer.get_seq_length() for layer, _ in zip(cache.layers, module.layers, strict=False)])
         _thread.before = None if cache is None else Snapshot(cache)
+
+
+def _check_lengths(lengths: list[int]) -> None:
+    """A crop goes layer by layer; one that a layer refused leaves those before it shorter."""
+    if len({*lengths}) > 1:
+        held = ", ".join(map(str, lengths))
+        raise UnsupportedError(f"a cache whose layers hold {held} tokens, as after a crop that failed: start with a new cache")
 
 
 def _after_step(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
