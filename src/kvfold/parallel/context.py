@@ -96,6 +96,12 @@ class ContextParallel:
         self._transport.agree(layout=self.layout, lengths=shards.lengths, start_pos=shards.start_pos, cuts=shards.segments)
         return shards
 
+    def _check(self, shards: Shards, spec: CompressorSpec) -> None:
+        check_type("shards", shards, Shards)
+        check_spec("spec", spec)
+        if shards.ranks != self.size:
+            raise ValueError(f"shards must be for {self.size} ranks, got {shards.ranks}")
+
     def plan(
         self,
         shards: Shards,
@@ -127,10 +133,7 @@ class ContextParallel:
         Raises:
             TypeError, ValueError: naming the argument.
         """
-        check_type("shards", shards, Shards)
-        check_spec("spec", spec)
-        if shards.ranks != self.size:
-            raise ValueError(f"shards must be for {self.size} ranks, got {shards.ranks}")
+        self._check(shards, spec)
         given = next((x for x in (entry_slots, cache_block_table, errors) if x is not None), None)
         if device is None and isinstance(given, torch.Tensor):
             device = given.device
@@ -215,10 +218,7 @@ class ContextParallel:
         Raises:
             TypeError, ValueError: naming the argument.
         """
-        check_type("shards", shards, Shards)
-        check_spec("spec", spec)
-        if shards.ranks != self.size:
-            raise ValueError(f"shards must be for {self.size} ranks, got {shards.ranks}")
+        self._check(shards, spec)
         return CutPacking(shards, self.rank, spec, torch.empty(0, device=usable_device("device", device)).device)
 
     def entries(
