@@ -164,6 +164,18 @@ def load_scale(cache):
 
 
 @triton.jit
+def tail_address(record, page, number, row, cache, FMT: tl.constexpr):
+    """Where the scales of a record are: behind its values, in a buffer of their own, or behind all records of its page."""
+    if FMT.INTERLEAVED:
+        tail = record + FMT.VALUES_BYTES
+    elif cache.scales is not None:
+        tail = cache.scales + number * cache.scales_stride + row * FMT.TAIL_BYTES
+    else:
+        tail = page + cache.rows_per_page * FMT.ROW_BYTES + row * FMT.TAIL_BYTES
+    return tail
+
+
+@triton.jit
 def store_record(
     y, slot, scale, cache, SPEC: tl.constexpr, FMT: tl.constexpr, TARGET: tl.constexpr, COUNT: tl.constexpr = 1,
     wanted=None,
@@ -195,12 +207,7 @@ def store_record(
         if FMT.SCALE == "static":
             v = v * tl.div_rn(1.0, scale)
         else:
-            if FMT.INTERLEAVED:
-                tail = record + FMT.VALUES_BYTES
-            elif cache.scales is not None:
-                tail = cache.scales + number * cache.scales_stride + row * FMT.TAIL_BYTES
-            else:
-                tail = page + cache.rows_per_page * FMT.ROW_BYTES + row * FMT.TAIL_BYTES
+            tail = tail_address(record, page, number, row, cache, FMT)
             WORDS: tl.constexpr = FMT.SCALE == "fp32" or FMT.SCALE == "pow2" or FMT.SCALE == "ue8m0x4"
             tail_scales = tail.to(tl.pointer_type(tl.int32)) if WORDS else tail
             magnitude = magnitudes(v)

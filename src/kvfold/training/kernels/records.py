@@ -5,7 +5,7 @@ import triton.language as tl
 
 from ...backend_triton.args import Output
 from ...backend_triton.kernels.pdl import wait_for_inputs
-from ...backend_triton.kernels.record import bf16_value, e2m1_value, e4m3_value, load_scale
+from ...backend_triton.kernels.record import bf16_value, e2m1_value, e4m3_value, load_scale, tail_address
 from ..args import Pieces
 from .tokens import load_piece, put
 
@@ -21,12 +21,7 @@ def e4m3_number(code):
 @triton.jit
 def load_factors(record, page, number, row, c, inside, scale, cache, FMT: tl.constexpr):
     """What the value of each of the channels `c` is multiplied by, where they are `inside` the quantized ones."""
-    if FMT.INTERLEAVED:
-        tail = record + FMT.VALUES_BYTES
-    elif cache.scales is not None:
-        tail = cache.scales + number * cache.scales_stride + row * FMT.TAIL_BYTES
-    else:
-        tail = page + cache.rows_per_page * FMT.ROW_BYTES + row * FMT.TAIL_BYTES
+    tail = tail_address(record, page, number, row, cache, FMT)
     group = c // FMT.GROUP
     if FMT.SCALE == "fp32" or FMT.SCALE == "pow2":
         factor = tl.load(tail.to(tl.pointer_type(tl.float32)) + group, mask=inside, other=0.0, cache_modifier=".cg")
