@@ -95,20 +95,22 @@ def rewind_layer(layer: Any, length: int) -> None:
 def _ours(layer: Any) -> type | None:
     """The class here for a layer of transformers' own class, or of that of another copy of kvfold; None for others."""
     for theirs, ours in _KVFOLD.items():
-        if type(layer) in (theirs, ours) or (isinstance(layer, theirs) and type(layer).__name__ == ours.__name__):
+        if type(layer) is theirs or (isinstance(layer, theirs) and type(layer).__name__ == ours.__name__):
             return ours
     return None
 
 
 def check_layer(layer: Any) -> None:
     """Refuses cache layers that are not DeepSeek-V4's own, or that another copy of kvfold has filled."""
-    if _ours(layer) is not None and not isinstance(layer, _Layer) and getattr(layer, "kvfold", None) is not None:
-        raise UnsupportedError("a cache filled by another copy of kvfold: start with a new cache")
+    if isinstance(layer, _Layer):
+        return
     if _ours(layer) is None:
         raise UnsupportedError(
             f"a cache layer of type {type(layer).__name__}: DeepSeek-V4 needs its own dynamic cache layers, as made by"
             " DynamicCache(config=model.config); static and quantized caches are not supported"
         )
+    if getattr(layer, "kvfold", None) is not None:
+        raise UnsupportedError("a cache filled by another copy of kvfold: start with a new cache")
 
 
 def layer_fold(layer: Any, max_new_tokens: int) -> LayerFold:
