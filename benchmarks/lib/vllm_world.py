@@ -21,6 +21,8 @@ from vllm.v1.kv_cache_interface import CircularBufferSpec, KVCacheSpec, MLAAtten
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.utils import AttentionGroup
 
+from kvfold.testing.engine import Part
+
 BLOCK = 256  # positions of a block of vLLM's caches
 PAGE = 37440  # bytes: what vLLM gives V4's pages in the fp8_ds_mla layout
 NONE, PAD = 0, -1
@@ -58,15 +60,6 @@ def make_config(sizes: Sizes) -> VllmConfig:
     speculative.enable_adaptive_verification = False
     config.speculative_config = speculative if sizes.drafts else None
     return config
-
-
-class Part(NamedTuple):
-    """One request's part of a step. The rows of its tokens behind the first `kept` are those of rejected drafts."""
-
-    sequence: int
-    start: int
-    new: int
-    kept: int
 
 
 class Step(NamedTuple):
