@@ -19,7 +19,7 @@ from ...storage.window_state import WindowState
 from ...store import store
 from .layer import rope_of
 from .records import index_format, main_format
-from .source import POOLS, errors_on, source_of
+from .source import ERRORS, POOLS, source_of
 from .tables import request_rings
 
 _LAYERS: weakref.WeakKeyDictionary[nn.Module, _LowLayer] = weakref.WeakKeyDictionary()
@@ -131,7 +131,7 @@ def _plan_of(backend: Any, layer: Any, x: torch.Tensor, batch: Any) -> StepPlan:
         max_tokens=x.shape[0],
         token_slots=getattr(metadata.core_metadata, f"c{ratio}_out_loc"),
         no_slot=0,
-        errors=errors_on(x.device),
+        errors=ERRORS[x.device],
         **places,
     )
     return plans[ratio]

@@ -6,15 +6,14 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ...contract import UnsupportedError
+from ..errors import Errors
 from .pools import FoldStatePool
 
 # Fold pools by the address of the buffer that SGLang hands to a compressor.
 POOLS: weakref.WeakValueDictionary[int, FoldStatePool] = weakref.WeakValueDictionary()
 _SOURCES: weakref.WeakKeyDictionary[Any, dict[int, Source]] = weakref.WeakKeyDictionary()
-_ERRORS: dict[torch.device, torch.Tensor] = {}
+ERRORS = Errors()
 
 
 @dataclass(frozen=True)
@@ -35,17 +34,9 @@ class Source:
     rows: int
 
 
-def errors_on(device: torch.device) -> torch.Tensor:
-    """int32 `[1]`: what every plan of this device counts in."""
-    if device not in _ERRORS:
-        with torch.inference_mode(False):
-            _ERRORS[device] = torch.zeros(1, dtype=torch.int32, device=device)
-    return _ERRORS[device]
-
-
 def errors() -> int:
     """Sequences and entries that kvfold refused since the start, over all devices; synchronizes. Not 0 is a bug."""
-    return sum(int(count) for count in _ERRORS.values())
+    return ERRORS.total()
 
 
 def source_of(pool: Any, ratio: int) -> Source:
@@ -69,7 +60,7 @@ def _find(pool: Any, ratio: int) -> Source:
     if state is None:
         raise UnsupportedError(f"compression_ratios must have {ratio} on this pipeline stage, got {pool.compression_ratios}")
     buffer = state.kv_score_buffer.kv_score
-    errors_on(buffer.device)  # made now, and not in a graph
+    ERRORS[buffer.device]  # made now, and not in a graph
     if buffer.data_ptr() in POOLS:
         return Source("fold", 1, pool.swa_page_size, buffer.shape[0])
     if state.online:

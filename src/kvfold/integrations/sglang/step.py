@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ...plan import StepPlan
-from .source import Source, errors_on, source_of
+from .source import ERRORS, Source, source_of
 from .tables import SwaPages, kept_positions, kept_tokens, request_rings
 
 _verify_tokens: list[int] = []  # of the verify step whose metadata SGLang is building
@@ -101,7 +101,7 @@ class Step:
             max_tokens=self.tokens,
             token_slots=out_loc,
             no_slot=0,
-            errors=errors_on(out_loc.device),
+            errors=ERRORS[out_loc.device],
             **places,
         )
 

@@ -19,13 +19,14 @@ from ...spec import CompressorSpec
 from ...storage.cache import EntryCache
 from ...storage.formats import RecordFormat
 from ...storage.window_state import WindowState
+from ..errors import Errors
 
 MOST = 1024  # objects of calls that no graph has recorded; the one that was not used for longest goes first
 
 T = TypeVar("T")
 _kept: OrderedDict[Hashable, object] = OrderedDict()
 _recorded: dict[Hashable, object] = {}  # a graph has their addresses, so they stay
-_errors: dict[torch.device, torch.Tensor] = {}
+_errors = Errors()
 _steps = 0  # how often `step` was called
 
 
@@ -97,8 +98,6 @@ def errors(device: torch.device | str | int) -> torch.Tensor:
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    if device not in _errors:
-        _errors[device] = torch.zeros(1, dtype=torch.int32, device=device)
     return _errors[device]
 
 

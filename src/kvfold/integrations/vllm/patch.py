@@ -105,7 +105,7 @@ def refused() -> int:
 
     Waits for the GPU; not for a step.
     """
-    return sum(int(errors) for errors in ERRORS.values())
+    return ERRORS.total()
 
 
 def _modules() -> dict[str, ModuleType]:

@@ -17,8 +17,9 @@ from typing import NamedTuple
 import torch
 
 from ...plan import StepPlan
+from ..errors import Errors
 
-ERRORS: dict[torch.device, torch.Tensor] = {}  # int32 [1] for each device, shared by all plans
+ERRORS = Errors()
 
 
 class Limits(NamedTuple):
@@ -117,9 +118,6 @@ class Plans:
     def _build(
         self, table: torch.Tensor, ends: torch.Tensor, lengths: torch.Tensor, longest: int, tokens: int | None
     ) -> StepPlan:
-        device = table.device
-        if device not in ERRORS:
-            ERRORS[device] = torch.zeros(1, dtype=torch.int32, device=device)
         if self.state.kind == "slots":
             where = {"state_slots": table[:, 0], "null_slot": 0}
         else:
@@ -128,5 +126,5 @@ class Plans:
             where |= {"ring": True} if self.state.kind == "rings" else {}
         where |= {} if self.token_slots is None else {"token_slots": self.token_slots}
         return StepPlan.build(
-            self.ratio, None, ends, longest, seq_lens=lengths, max_tokens=tokens, errors=ERRORS[device], **where
+            self.ratio, None, ends, longest, seq_lens=lengths, max_tokens=tokens, errors=ERRORS[table.device], **where
         )
