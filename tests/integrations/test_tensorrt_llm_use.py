@@ -248,6 +248,10 @@ def test_wrong_arguments_of_records() -> None:
     one = Model(BACKENDS["torch"], 32, 4, 1)
     with pytest.raises(ValueError, match="max_new_tokens"):
         one.records([0, 0, 0], [8, 8, 8], max_new_tokens=0)
+    one.table = one.table.double()
+    with pytest.raises(TypeError, match=r"^cos_sin_table"):
+        one.records([0, 0, 0], [8, 8, 8])
+    one.table = one.table.float()
     with pytest.raises(TypeError, match="scale must be the number 1"):
         Model(BACKENDS["torch"], 32, 4, 0).records([0, 0, 0], [8, 8, 8], scale=torch.ones(1))
 

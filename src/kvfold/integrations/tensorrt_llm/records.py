@@ -8,7 +8,7 @@ from ...arguments.checks import check_int
 from ...compress import compress
 from .kept import Lengths, bucket, cache_of, plan_of, state_of
 from .pooling import Pools, check_rows, first_rows, pooling_spec, tables_of
-from .postprocess import format_of
+from .postprocess import format_of, rows_of_table
 
 
 def compress_records(
@@ -57,7 +57,7 @@ def compress_records(
     if max_new_tokens is not None:
         check_int("max_new_tokens", max_new_tokens, 1, 1 << 24)
     rope_dim = cos_sin_table.shape[-1] * (2 if cos_sin_table.dim() == 3 else 1)
-    rope = cos_sin_table.view(-1, rope_dim)
+    rope = rows_of_table(cos_sin_table, rope_dim, kv_score.device)
     spec = pooling_spec(norm_weight.shape[0], ape.shape[0], rope_dim, norm_eps, rotate_activation)
     cache = cache_of(kv_cache, format_of(torch.bfloat16, cache_scale_type), tokens_per_block, spec, kv_cache_scale, scale)
     state = state_of(pools.paged_kv, pools.paged_score, pools.page_size, spec.channels)
