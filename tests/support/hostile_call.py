@@ -23,6 +23,7 @@ from support.hostile_world import HostileWorld, has_memory, tensors_of
 from torch import Tensor
 
 from kvfold import StepPlan
+from kvfold.training import Packing
 
 SLOW = 5.0  # seconds of a call over a handful of tokens, on a machine that has other work too
 ATTEMPTS = 50
@@ -314,6 +315,9 @@ class _Call:
             found["duplicates"] = _duplicates(plan)
         if self.world.function.world == "restore":
             found["duplicates"] = _twice(self.given["slots"])
+        packing = self.given.get("packing")
+        if type(packing) is Packing and _readable(packing.pieces):
+            found["duplicates"] = _uneven(packing)
         return {name: plain(value) for name, value in found.items()}
 
     def errors(self) -> int:
@@ -322,7 +326,8 @@ class _Call:
 
 
 def undefined(results: dict[str, Any]) -> bool:
-    """Two sequences in one slot, entries in one cache slot or pages in one snapshot: the documents call that undefined."""
+    """Two sequences in one slot, entries in one cache slot, pages in one snapshot, or pieces that no `Packing.build` made: the
+    documents call that undefined."""
     return bool(results.get("duplicates"))
 
 
@@ -336,6 +341,14 @@ def _twice(tensor: Any) -> bool:
 def _duplicates(plan: StepPlan) -> bool:
     tables = (plan.state_slots, plan.entry_slots, plan.snapshot_table, plan.cache_block_table, *(plan.block_tables or ()))
     return any(_twice(x) for x in tables)
+
+
+def _uneven(packing: Packing) -> bool:
+    """Whether a token is in no piece, or in two."""
+    seen = torch.zeros(packing.tokens, dtype=torch.int32)
+    for token, window, rest, _ in packing.pieces.tolist():
+        seen[max(token, 0) : max(token, 0) + (packing.ratio if window >= 0 else max(rest, 0))] += 1
+    return bool((seen != 1).any())
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -30,7 +30,10 @@ def check(problem: Problem, backend: Backend, pair: bool, bound: float = EXACT, 
     mine = got.gradients
     assert mine.value.dtype == problem.kv_score.dtype
     assert off(mine.value, want.value) < (bound if mine.value.dtype == torch.float32 else bound + ROUNDED)
-    assert not mine.value[want.value == 0].any(), "a token of no window has a gradient"
+    # A score of equal values has a gradient of 0 as well, which rounding may miss: where the value's is not 0, it is not asked.
+    nothing = want.value == 0
+    nothing[:, problem.spec.channels :] &= nothing[:, : problem.spec.channels] if problem.spec.gate else True
+    assert not mine.value[nothing].any(), "a token of no window has a gradient"
     assert off(mine.norm_weight, want.norm_weight) < bound
     if want.ape is not None:
         assert off(mine.ape, want.ape) < bound

@@ -28,7 +28,8 @@ class Packing:
         cu_entries: int32 `[B + 1]`, entries before each sequence, and in all.
         pieces: int32 `[capacity + B + 2, 4]`. Row n, if `window` is not -1, is entry n: window `window` of its sequence, which
             begins at row `token` of kv_score; `rest` is 1 where no window of the sequence follows. Rows behind these have
-            `window` -1 and are `rest` tokens from `token` on that are of no window.
+            `window` -1 and are `rest` tokens from `token` on that are of no window. `build` puts each token in one piece; the
+            gradient of a token that other pieces leave out, or name twice, is undefined.
     """
 
     tokens: int
