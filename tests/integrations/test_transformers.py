@@ -99,6 +99,7 @@ def test_generate(patched, options):
     prompt = ids(21, 2).to(patched.device)
     other = copy.deepcopy(patched)
     unpatch(other)
+    options = {name: x.to(patched.device) if torch.is_tensor(x) else x for name, x in options.items()}
     want_options = dict(options)
     if "num_beams" in options and not LAYERS_MOVE:  # without a cache there is nothing to move
         want_options["use_cache"] = False
