@@ -1,24 +1,29 @@
 """One long sequence cut over several processes: each compresses its own tokens, and all get all entries, with the same bits.
 
+Then all go on from the end of it by a step of a few tokens, and train on it: entries and gradients.
+
     torchrun --nproc-per-node 2 examples/context_parallel.py                       # CPUs, over gloo
     torchrun --nproc-per-node 2 examples/context_parallel.py --device cuda         # GPUs, over NCCL
     [--tokens 3001] [--layout zigzag]
 
-Every process also compresses the whole sequence alone, and compares the bytes. Without torchrun it is one process.
+Every process also does the same with the whole sequence alone, and compares the bytes. Without torchrun it is one process.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 import kvfold
+import kvfold.training
 from kvfold.parallel import ContextParallel
 
 ROWS_PER_PAGE = 64
+NEXT = 8  # tokens of the step that goes on from the end
 LAYERS = {  # of DeepSeek-V4, by ratio: what takes part in one exchange, and the records that it makes
     128: [(kvfold.V4_HCA, "fp8_ds_mla")],
     4: [(kvfold.V4_CSA, "fp8_ds_mla"), (kvfold.V4_INDEXER, "indexer_fp8_vllm")],
@@ -27,6 +32,7 @@ LAYERS = {  # of DeepSeek-V4, by ratio: what takes part in one exchange, and the
 
 def make(tokens: int, ratio: int, device: torch.device) -> list[kvfold.Compressor]:
     """The compressors of a layer with kv_score of the whole sequence, random but the same in every process; empty caches."""
+    tokens += NEXT
     draw, found = torch.Generator().manual_seed(0), []
     for spec, fmt in LAYERS[ratio]:
         kv_score = torch.randn(tokens, 2 * spec.channels, generator=draw).bfloat16().to(device)
@@ -52,22 +58,45 @@ def cut(cp: ContextParallel, compressors: list[kvfold.Compressor], tokens: int) 
     table = table_of(compressors)
     plan = cp.plan(shards, compressors[0].spec, cache_block_table=table, rows_per_page=ROWS_PER_PAGE)  # once for all layers
     mine = shards.index(cp.rank).to(table.device)
-    own = [c._replace(kv_score=c.kv_score[mine]) for c in compressors]  # in a model the projection makes only these
+    own = [c._replace(kv_score=c.kv_score[:tokens][mine]) for c in compressors]  # in a model the projection makes only these
     cp.compress(own, plan)
     cp.gather(own, plan)  # where attention wants all entries on every GPU
     assert int(plan.errors) == 0, "refused"
     return plan.bytes_sent(own)
 
 
-def alone(compressors: list[kvfold.Compressor], tokens: int) -> None:
-    """The same step in one process."""
-    table, zero = table_of(compressors), torch.zeros(1, dtype=torch.int32, device=compressors[0].cache.device)
-    spec = compressors[0].spec
-    ends = torch.tensor([0, tokens], dtype=torch.int32, device=zero.device)
-    where = {"cache_block_table": table, "rows_per_page": ROWS_PER_PAGE}
-    plan = kvfold.StepPlan.build(spec.ratio, zero, ends, tokens, state_slots=zero, **where)
+def alone(compressors: list[kvfold.Compressor], start: int, end: int) -> None:
+    """A step from one position to another in one process."""
+    device = compressors[0].cache.device
+    first, ends = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([start], [0, end - start]))
+    where = {"cache_block_table": table_of(compressors), "rows_per_page": ROWS_PER_PAGE}
+    slot = torch.zeros(1, dtype=torch.int32, device=device)
+    plan = kvfold.StepPlan.build(compressors[0].spec.ratio, first, ends, end - start, state_slots=slot, **where)
     for kv_score, state, cache, spec, ape, norm_weight, rope, _ in compressors:
-        kvfold.compress(kv_score, plan, state, cache, spec=spec, ape=ape, norm_weight=norm_weight, rope=rope)
+        weights = {"spec": spec, "ape": ape, "norm_weight": norm_weight, "rope": rope}
+        kvfold.compress(kv_score[start:end], plan, state, cache, **weights)
+    assert int(plan.errors) == 0, "refused"
+
+
+def train(cp: ContextParallel, c: kvfold.Compressor, tokens: int) -> None:
+    """Entries and gradients of kv_score have the bits of one process."""
+    shards, device = cp.split([tokens]), c.kv_score.device
+    packing, mine = cp.packing(shards, c.spec, device=device), shards.index(cp.rank).to(device)
+    whole = c.kv_score[:tokens].clone().requires_grad_()
+    own = whole.detach()[mine].requires_grad_()
+    ape, norm_weight = c.ape.clone().requires_grad_(), c.norm_weight.clone().requires_grad_()
+    given = {"spec": c.spec, "ape": ape, "norm_weight": norm_weight, "rope": c.rope}
+    ends = torch.tensor([0, tokens], device=device)
+    single = kvfold.training.compress(whole, kvfold.training.Packing.build(ends, tokens, c.spec.ratio), **given)
+    every = cp.all_entries(cp.entries(own, packing, **given), packing)
+    assert torch.equal(every, single), "other entries than in one process"
+    g = torch.linspace(-1, 1, every.numel(), device=device).view_as(every).to(every.dtype)
+    want = torch.autograd.grad(single, [whole, ape, norm_weight], g)
+    # As every process has the same gradients of all entries, of which `all_entries` takes the sum.
+    got = torch.autograd.grad(every, [own, ape, norm_weight], g if cp.rank == 0 else torch.zeros_like(g))
+    assert torch.equal(got[0], want[0][mine]), "other gradients of kv_score than in one process"
+    for mine_, its in zip(got[1:], want[1:], strict=True):
+        torch.testing.assert_close(mine_, its, rtol=1e-3, atol=1e-3)
 
 
 def run(cp: ContextParallel, tokens: int, device: torch.device) -> list[str]:
@@ -76,9 +105,12 @@ def run(cp: ContextParallel, tokens: int, device: torch.device) -> list[str]:
     for ratio in LAYERS:
         together, single = make(tokens, ratio, device), make(tokens, ratio, device)
         sent = cut(cp, together, tokens)
-        alone(single, tokens)
+        alone(single, 0, tokens)
+        for each in (together, single):
+            alone(each, tokens, tokens + NEXT)  # the state is that of one process, too
         for one, other in zip(together, single, strict=True):
             assert torch.equal(one.cache.storage, other.cache.storage), f"ratio {ratio}: other bytes than in one process"
+        train(cp, single[0], tokens)
         lines.append(
             f"rank {cp.rank} of {cp.size}, {cp.layout}: ratio {ratio}, {tokens // ratio} entries, {sent} bytes to neighbours"
         )
@@ -96,7 +128,8 @@ def main() -> None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if "RANK" in os.environ:  # which torchrun sets
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        where = {"backend": "nccl", "device_id": device} if args.device == "cuda" else {"backend": "gloo"}
+        dist.init_process_group(**where, timeout=timedelta(seconds=120))
     cp = ContextParallel(layout=args.layout)
     lines = run(cp, args.tokens, device)
     print("\n".join([*lines, f"rank {cp.rank}: all bytes are those of one process"]), flush=True)

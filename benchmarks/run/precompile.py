@@ -30,11 +30,13 @@ from kvfold.backend_triton.variants import variant_of
 from kvfold.precompile.combinations import TARGETS
 from kvfold.storage.fold_state import state_kind
 from kvfold.storage.formats import FORMATS
+from kvfold.training import problem
+from kvfold.training.keys import keys_of as training_keys_of
 
 from ..lib import protocol, v41
 from ..lib.floor import PAGE_SIZE
 from ..lib.protocol import Case, Variant
-from . import decode, launches, metadata, overhead, prefill, store, training
+from . import decode, launches, metadata, overhead, parallel, prefill, store, training
 from .v41 import name_of
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -90,6 +92,31 @@ def engine_keys() -> dict[str, Key]:
     return found
 
 
+def parallel_keys() -> dict[str, Key]:
+    """Of the calls that `parallel` makes of its sequences over two GPUs or more, and the example, if its prompt is long."""
+    found: dict[str, Key] = {}
+    for case in parallel.CASES:
+        # The whole, a rank's part, and the tail that is folded first: its plan is short, or of one or two windows.
+        tail = case.ratio - 1 if case.ratio > 8 else 2 * case.ratio - 1
+        for what, new, windows in (("main", 1 << 20, 1 << 20), ("tail", tail, 2), ("next step", 8, 3)):
+            made = []
+            for spec, fmt in case.compressors:
+                kind, ends = state_kind(spec), what != "tail"
+                types = (BF16, FP32 if kind == "fold" else BF16, None, FP32 if ends else None, ends)
+                bucket = item_bucket(windows, MULTIPROCESSORS, BUCKETS)
+                made.append(step_key(spec, FORMATS[fmt] if ends else None, kind, new, types, bucket=bucket))
+            found |= {f"{case.name} {what} {i}": key for i, key in enumerate(made)}
+            if len(made) > 1:
+                found[f"{case.name} {what}"] = PairKey(*made)
+        found |= {f"{case.name} plan {n} {no}": plan_key(case.ratio, n, False, no) for n in (1, 1 << 20) for no in WAYS}
+        if len(case.compressors) == 1:
+            how = problem.How(case.compressors[0][0], True, BF16, None, False, "")
+            for capacity in (1, 2, 3, 1024, 1 << 20):
+                trained = training_keys_of(how, (BF16, False, FP32), capacity)
+                found |= {f"train {case.name} {capacity} {kernel}": key for kernel, key in trained.items()}
+    return {f"parallel {name}": key for name, key in found.items()}
+
+
 def keys(only: str = "") -> list[Key]:
     """Of the calls that `decode`, `prefill`, `launches`, `training` and those of an engine make, by what needs them.
 
@@ -108,6 +135,8 @@ def keys(only: str = "") -> list[Key]:
     for spec in (kvfold.V4_HCA, kvfold.V4_CSA):
         found[f"launches store r{spec.ratio}"] = store_key(spec, FORMATS[launches.FORMAT], (FP32, FP32))
     found |= engine_keys()
+    if "parallel" in only:
+        found |= parallel_keys()
     for case in training.cases():
         found |= {f"{case.name} {kernel}": key for kernel, key in training.keys_of(case).items()}
         found |= {f"{case.name} quant {kernel}": key for kernel, key in training.keys_of(case, quantized=True).items()}
