@@ -33,11 +33,26 @@ class Incoming(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """Sums of each group of windows, for ape `[groups, ratio * channels]` and for norm_weight `[groups, head_dim]`."""
+    """Sums of each group of windows, for ape `[groups, ratio * channels]` and for norm_weight `[groups, head_dim]`.
+
+    each: windows of a group, which follow each other. runs: `[groups, 4]` instead, its first window, that behind its last one,
+    and whose sum it goes on with; `each` is then how many windows there are in all.
+    """
 
     ape: Singles = None
     weight: Singles = None
     groups: Int = None
+    each: Int = None
+    runs: Ints = None
+
+
+class Group(NamedTuple):
+    """What a group takes: `own` windows from `first` on, and of the pieces from `behind` on every `groups`-th. at: of its sum."""
+
+    first: Any
+    own: Any
+    behind: Any
+    at: Any
 
 
 class Piece(NamedTuple):

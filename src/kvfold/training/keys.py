@@ -17,10 +17,10 @@ from .variants import TrainingKey, slices_of
 _FORWARD = ("forward", "entries", "read")
 
 
-def keys_of(how: How, types: tuple, capacity: int) -> dict[str, TrainingKey]:
+def keys_of(how: How, types: tuple, capacity: int, runs: bool = False) -> dict[str, TrainingKey]:
     """The key of each launch of a call, by the name of its kernel; of the launch that is not made there is none.
 
-    types: dtype of kv_score, whether it is two tensors, dtype of norm_weight.
+    types: dtype of kv_score, whether it is two tensors, dtype of norm_weight. runs: whether the backward is given `Runs`.
     """
     backward = ("finish", "spread") if how.keeps else ("again",)
     shared, reads = slices_of(choose("forward", how.spec, capacity), how.spec) > 1, how.fmt is not None
@@ -31,7 +31,8 @@ def keys_of(how: How, types: tuple, capacity: int) -> dict[str, TrainingKey]:
     for name, config in configs.items():
         counts = (groups[backward[-1]], groups[backward[0]]) if name == "sum" else (groups[name], 1)
         record = how.record if name in _FORWARD else how.way_back
-        found[name] = TrainingKey(how.spec, record, config, *types, how.out_dtype, how.latent, how.keeps, *counts)
+        key = TrainingKey(how.spec, record, config, *types, how.out_dtype, how.latent, how.keeps, *counts)
+        found[name] = key._replace(groups=1, runs=True) if runs and name in backward else key
     return found
 
 

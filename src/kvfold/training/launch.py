@@ -10,9 +10,11 @@ import torch
 from ..backend_triton import args
 from ..backend_triton.build import INTERPRETED
 from ..backend_triton.launcher import Launcher, address, launcher_of, supports_pdl
-from .args import Incoming, Kept, Pieces
+from ..spec import CompressorSpec
+from .args import Incoming, Kept, Parts, Pieces
 from .keys import keys_of
-from .problem import Entries, Gradients, How, Inputs, Records, scratch_records
+from .problem import Entries, Gradients, How, Inputs, Records, Sums, scratch_records
+from .table import each_of
 from .variants import tiles_of
 
 
@@ -69,52 +71,92 @@ def read_records(x: Inputs, how: How, records: Records, entries: torch.Tensor) -
 
 
 def backward_triton(
-    x: Inputs, how: How, kept: torch.Tensor, d_entries: torch.Tensor, d_latent: torch.Tensor | None
+    x: Inputs,
+    how: How,
+    kept: torch.Tensor,
+    d_entries: torch.Tensor,
+    d_latent: torch.Tensor | None,
+    given: Sums | None = None,
 ) -> Gradients:
-    """The gradients of all inputs, after the arguments were checked: two launches, or three where the fold was kept."""
+    """The gradients of all inputs, after the arguments were checked: two launches, or three where the fold was kept; one less
+    with sums that are given, which are gone on with and not added."""
     spec, device, capacity = how.spec, x.value.device, how.capacity(x)
-    chosen, pdl = _launches(x, how, capacity), supports_pdl(device)
+    chosen, pdl = _launches(x, how, capacity, given is not None), supports_pdl(device)
     of_ape, of_weight = chosen.again or chosen.spread, chosen.again or chosen.finish
     width = spec.ratio * spec.channels if spec.has_ape else 0
     d_value = torch.empty(x.value.shape, dtype=x.value.dtype, device=device)
     d_score = None if x.score is None else torch.empty(x.score.shape, dtype=x.value.dtype, device=device)
-    d_ape = torch.empty(spec.ratio, spec.channels, dtype=torch.float32, device=device) if spec.has_ape else None
-    d_norm_weight = torch.empty(spec.head_dim, dtype=torch.float32, device=device)
     # The groups' sums for ape and for norm_weight, then gradients of pooled rows: multiples of 16 numbers, as entries have.
-    sums = of_ape.groups * width, of_weight.groups * spec.head_dim
     pooled = 0 if chosen.again is not None else capacity * spec.head_dim
-    scratch = torch.empty(sum(sums) + pooled, dtype=torch.float32, device=device)
-    ape, weight = _part(scratch, 0) if spec.has_ape else None, _part(scratch, sums[0])
+    if given is None:
+        d_ape, d_norm_weight = _new_weights(spec, device)
+        sums = of_ape.groups * width, of_weight.groups * spec.head_dim
+        scratch = torch.empty(sum(sums) + pooled, dtype=torch.float32, device=device)
+        ape, weight = _part(scratch, 0) if spec.has_ape else None, _part(scratch, sums[0])
+        ape_groups, weight_groups = (
+            (launch.groups, each_of(launch.groups, capacity), None) for launch in (of_ape, of_weight)
+        )
+        at = sum(sums)
+    else:
+        d_ape, d_norm_weight, at = given.ape, given.norm_weight, 0
+        scratch = torch.empty(pooled, dtype=torch.float32, device=device)
+        ape, weight = address(given.ape), address(given.norm_weight)
+        ape_groups, weight_groups = (
+            (runs.rows.shape[0], runs.windows, address(runs.rows)) for runs in (given.of_ape, given.of_weight)
+        )
 
     pieces, tokens, finish = _pieces(x, capacity), _tokens(x.value, x.score, x.ape), _finish(x)
     gradients = _tokens(d_value, d_score, None)
     incoming = Incoming(address(d_entries), address(d_latent))
     bits = _bits(pieces.rows, *_places(tokens), *_places(gradients), *finish[:2], *incoming)
     if chosen.again is not None:
-        parts = ape, weight, of_ape.groups
-        _launch(chosen.again, of_ape.groups, (*pieces, *tokens, *finish, *incoming, *gradients, *parts), bits, pdl)
+        parts = Parts(ape, weight, *ape_groups)
+        _launch(chosen.again, parts.groups, (*pieces, *tokens, *finish, *incoming, *gradients, *parts), bits, pdl)
     else:
         held = Kept(address(kept), kept.stride(0))
         bits |= _bits(*held)
-        incoming = incoming._replace(pooled=_part(scratch, sum(sums)))
-        groups = of_weight.groups
-        _launch(chosen.finish, groups, (*pieces, *finish, *held, *incoming, None, weight, groups), bits, pdl)
-        incoming, groups = Incoming(pooled=incoming.pooled), of_ape.groups
-        _launch(chosen.spread, groups, (*pieces, *tokens, *held, *incoming, *gradients, ape, None, groups), bits, pdl)
-    _launch(chosen.sum, 1, (ape, weight, 1, address(d_ape), address(d_norm_weight)), 0, pdl)
+        incoming = incoming._replace(pooled=_part(scratch, at))
+        parts = Parts(None, weight, *weight_groups)
+        _launch(chosen.finish, parts.groups, (*pieces, *finish, *held, *incoming, *parts), bits, pdl)
+        incoming, parts = Incoming(pooled=incoming.pooled), Parts(ape, None, *ape_groups)
+        _launch(chosen.spread, parts.groups, (*pieces, *tokens, *held, *incoming, *gradients, *parts), bits, pdl)
+    if given is None:
+        _sum(chosen.sum, ape, weight, d_ape, d_norm_weight, 0, pdl)
     return Gradients(d_value, d_score, d_ape, d_norm_weight)
 
 
-def _launches(x: Inputs, how: How, capacity: int) -> Launches:
+def add_triton(
+    x: Inputs, how: How, capacity: int, ape: torch.Tensor | None, norm_weight: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """The gradients of weights, of the sums of all groups: one launch."""
+    device = x.value.device
+    d_ape, d_norm_weight = _new_weights(how.spec, device)
+    ape, weight = address(ape), address(norm_weight)
+    _sum(_launches(x, how, capacity).sum, ape, weight, d_ape, d_norm_weight, _bits(ape, weight), supports_pdl(device))
+    return d_ape, d_norm_weight
+
+
+def _new_weights(spec: CompressorSpec, device: torch.device) -> tuple[torch.Tensor | None, torch.Tensor]:
+    d_ape = torch.empty(spec.ratio, spec.channels, dtype=torch.float32, device=device) if spec.has_ape else None
+    return d_ape, torch.empty(spec.head_dim, dtype=torch.float32, device=device)
+
+
+def _sum(
+    launch: Launch, ape: object, weight: object, d_ape: torch.Tensor | None, d_weight: torch.Tensor, bits: int, pdl: bool
+) -> None:
+    _launch(launch, 1, (*Parts(ape, weight, 1, 1), address(d_ape), address(d_weight)), bits, pdl)
+
+
+def _launches(x: Inputs, how: How, capacity: int, runs: bool = False) -> Launches:
     types = x.value.dtype, x.score is not None, x.norm_weight.dtype
-    return launches_of(how, types, capacity, x.value.device)
+    return launches_of(how, types, capacity, x.value.device, runs)
 
 
 @lru_cache(maxsize=1024)
-def launches_of(how: How, types: tuple, capacity: int, device: torch.device) -> Launches:
+def launches_of(how: How, types: tuple, capacity: int, device: torch.device, runs: bool = False) -> Launches:
     """Remembered, as hashing a key takes longer than a launch."""
     found = {}
-    for kernel, key in keys_of(how, types, capacity).items():
+    for kernel, key in keys_of(how, types, capacity, runs).items():
         found[kernel] = Launch(launcher_of(key, device), key.groups, tiles_of(key))
     return Launches(*(found.get(name) for name in Launches._fields))
 

@@ -112,6 +112,28 @@ class Gradients(NamedTuple):
     norm_weight: torch.Tensor
 
 
+class Runs(NamedTuple):
+    """Which windows of a call are summed by themselves, where not all of a batch are in it: of a kernel of the backward.
+
+    rows: int32 `[runs, 4]`: a run's first window, the one behind its last, and the sum that it goes on with. No two of a call
+    go on with one. windows: of the call. longest: windows of a run.
+    """
+
+    rows: torch.Tensor
+    windows: int
+    longest: int
+
+
+class Sums(NamedTuple):
+    """What a backward with `Runs` goes on with, in fp32, fp64 with the torch backend: ape `[n, ratio * channels]`, None where
+    there is none; norm_weight `[m, head_dim]`. of_ape, of_weight: its runs."""
+
+    ape: torch.Tensor | None
+    norm_weight: torch.Tensor
+    of_ape: Runs
+    of_weight: Runs
+
+
 class Records(NamedTuple):
     """The records of all entries of a call with fake quantization, entry e in slot e: what `storage.pack` takes of a cache."""
 

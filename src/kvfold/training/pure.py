@@ -18,7 +18,8 @@ from ..contract import ROWS_AT_ONCE
 from ..spec import CompressorSpec
 from ..storage.fold_state import state_kind
 from ..storage.pack import bf16_bits, pack_records, unpack_records
-from .problem import Entries, Gradients, How, Inputs, scratch_records
+from .problem import Entries, Gradients, How, Inputs, Runs, Sums, scratch_records
+from .table import groups_for
 
 
 class Row(NamedTuple):
@@ -52,9 +53,14 @@ def forward_torch(x: Inputs, how: How) -> Entries:
 
 
 def backward_torch(
-    x: Inputs, how: How, kept: torch.Tensor, d_entries: torch.Tensor, d_latent: torch.Tensor | None
+    x: Inputs,
+    how: How,
+    kept: torch.Tensor,
+    d_entries: torch.Tensor,
+    d_latent: torch.Tensor | None,
+    sums: Sums | None = None,
 ) -> Gradients:
-    """The gradients of all inputs, after the arguments were checked."""
+    """The gradients of all inputs, after the arguments were checked; with sums that are given, these go on."""
     spec, capacity, tokens = how.spec, how.capacity(x), x.value.shape[0]
     there, _ = _places(x, spec, capacity)
     m, inverse, y = kept if how.keeps else pool(x, how)
@@ -63,7 +69,8 @@ def backward_torch(
     # A row more than there are, where what is of no token goes.
     whole = torch.zeros(tokens + 1, spec.kv_score_width, dtype=x.value.dtype, device=dy.device)
     d_value, d_score = whole[:, : spec.channels], whole[:, spec.channels :]
-    d_ape = torch.zeros(spec.ratio, spec.channels, dtype=torch.float64, device=dy.device)
+    given = sums or new_sums(x, how, capacity)
+    added = None if given.ape is None else given.ape.view(-1, spec.ratio, spec.channels)
     for j, row in enumerate(_rows(x, spec)):
         at, live = torch.where(row.live, row.at, tokens), row.live[:, None]
         if not spec.gate:
@@ -74,12 +81,50 @@ def backward_torch(
         ds = torch.where(live, dk * (row.k - y), 0.0)
         d_value[at, row.half] = _narrow(dk, x.value.dtype)
         d_score[at, row.half] = _narrow(ds, x.value.dtype)
-        d_ape[j % spec.ratio, row.half] = ds.double().sum(0)
-    ape = d_ape.to(x.wide) if spec.has_ape else None
+        if added is not None:
+            go_on(added[:, j % spec.ratio, row.half], ds, given.of_ape)
+    go_on(given.norm_weight, share, given.of_weight)
+    ape, norm_weight = (given.ape, given.norm_weight) if sums is not None else add_torch(x, how, given.ape, given.norm_weight)
     value, score = whole[:tokens], None
     if x.score is not None:
         value, score = d_value[:tokens].contiguous(), d_score[:tokens].contiguous()
-    return Gradients(value, score, ape, share.double().sum(0).to(x.wide))
+    return Gradients(value, score, ape, norm_weight)
+
+
+def new_sums(x: Inputs, how: How, capacity: int) -> Sums:
+    """Zeros, for all groups of a call."""
+    groups, spec, device = groups_for(how.keeps, how.spec, capacity), how.spec, x.value.device
+    ape = torch.zeros(groups.ape, spec.ratio * spec.channels, dtype=torch.float64, device=device) if spec.has_ape else None
+    weight, runs = torch.zeros(groups.weight, spec.head_dim, dtype=torch.float64, device=device), []
+    for count, each in ((groups.ape, groups.ape_each), (groups.weight, groups.weight_each)):
+        at = torch.arange(count, device=device)
+        rows = torch.stack([(at * each).clamp(max=capacity), ((at + 1) * each).clamp(max=capacity), at, at], dim=1)
+        runs.append(Runs(rows, capacity, min(each, capacity)))
+    return Sums(ape, weight, *runs)
+
+
+def go_on(sums: torch.Tensor, shares: torch.Tensor, runs: Runs) -> None:
+    """Adds the shares of windows to the sums of their runs, in fp64 and in order."""
+    first, behind, at, _ = runs.rows.long().unbind(1)
+    found = sums[at]
+    for i in range(runs.longest):
+        window = first + i
+        there = (window < behind)[:, None]
+        found = torch.where(there, found + shares[torch.where(there[:, 0], window, 0)].double(), found)
+    sums[at] = found
+
+
+def add_torch(
+    x: Inputs, how: How, ape: torch.Tensor | None, norm_weight: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """The gradients of weights, of the sums of all groups, in the order of groups."""
+    totals = []
+    for sums in (ape, norm_weight):
+        total = None if sums is None else torch.zeros_like(sums[0])
+        for one in () if sums is None else sums:
+            total = total + one
+        totals.append(None if total is None else total.to(x.wide))
+    return totals[0] if totals[0] is None else totals[0].view(how.spec.ratio, how.spec.channels), totals[1]
 
 
 def pull_back(

@@ -7,8 +7,8 @@ from types import ModuleType
 
 import torch
 
-from .problem import Entries, Gradients, How, Inputs
-from .pure import backward_torch, forward_torch
+from .problem import Entries, Gradients, How, Inputs, Sums
+from .pure import add_torch, backward_torch, forward_torch
 
 
 @cache
@@ -26,9 +26,26 @@ def forward(x: Inputs, how: How) -> Entries:
         return forward_torch(x, how)
 
 
-def backward(x: Inputs, how: How, kept: torch.Tensor, d_entries: torch.Tensor, d_latent: torch.Tensor | None) -> Gradients:
-    """d_entries, d_latent: contiguous, in `how.out_dtype`."""
+def backward(
+    x: Inputs,
+    how: How,
+    kept: torch.Tensor,
+    d_entries: torch.Tensor,
+    d_latent: torch.Tensor | None,
+    sums: Sums | None = None,
+) -> Gradients:
+    """d_entries, d_latent: contiguous, in `how.out_dtype`. sums: mutated; the gradients of weights are then what it has."""
     if how.backend == "triton":
-        return _triton().backward_triton(x, how, kept, d_entries, d_latent)
+        return _triton().backward_triton(x, how, kept, d_entries, d_latent, sums)
     with torch.no_grad():
-        return backward_torch(x, how, kept, d_entries, d_latent)
+        return backward_torch(x, how, kept, d_entries, d_latent, sums)
+
+
+def add(
+    x: Inputs, how: How, capacity: int, ape: torch.Tensor | None, norm_weight: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """The gradients of ape and norm_weight, of the sums of all groups of a call with room for `capacity` entries."""
+    if how.backend == "triton":
+        return _triton().add_triton(x, how, capacity, ape, norm_weight)
+    with torch.no_grad():
+        return add_torch(x, how, ape, norm_weight)

@@ -7,6 +7,7 @@ which each group makes of its own. It follows the spec and the number of entries
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..backend_triton.table import ANY
 from ..spec import CompressorSpec
@@ -95,6 +96,34 @@ CONFIGS: tuple[Config, ...] = (
 def choose(kernel: str, spec: CompressorSpec, entries: int) -> Config:
     """The first row of the table that serves a call; there is one for every spec."""
     return next(config for config in CONFIGS if config.serves(kernel, spec, entries))
+
+
+class Groups(NamedTuple):
+    """Whose windows are summed by themselves, for ape and for norm_weight: how many groups, and windows of each."""
+
+    ape: int
+    ape_each: int
+    weight: int
+    weight_each: int
+
+
+def backward_kernels(keeps: bool) -> tuple[str, str]:
+    """Which sum the gradients of ape, and of norm_weight. keeps: `How.keeps`."""
+    return ("spread", "finish") if keeps else ("again", "again")
+
+
+def groups_for(keeps: bool, spec: CompressorSpec, entries: int) -> Groups:
+    """Of a call with room for so many entries."""
+    found = []
+    for kernel in backward_kernels(keeps):
+        groups = groups_of(choose(kernel, spec, entries), entries)
+        found += [groups, each_of(groups, entries)]
+    return Groups(*found)
+
+
+def each_of(groups: int, entries: int) -> int:
+    """Windows of a group: the last ones may have fewer, or none."""
+    return max(-(-entries // groups), 1)
 
 
 def groups_of(config: Config, entries: int) -> int:

@@ -40,7 +40,8 @@ class TrainingKey(NamedTuple):
 
     record: what finishing an entry goes by, and what the forward writes. config: the row of the table, which names the kernel.
     kv_score, norm_weight, out: dtypes; the last of gradients of entries, and of latents. apart: values and scores are two
-    tensors. keeps: whether the fold is kept. groups, weight_groups: whose sums are added, for ape and for norm_weight.
+    tensors. keeps: whether the fold is kept. groups, weight_groups: whose sums are added, for ape and for norm_weight. runs:
+    whether windows are summed as `problem.Runs` say.
     """
 
     spec: CompressorSpec
@@ -54,6 +55,7 @@ class TrainingKey(NamedTuple):
     keeps: bool
     groups: int = 1
     weight_groups: int = 1
+    runs: bool = False
 
 
 def training_variant(key: TrainingKey) -> Variant:
@@ -206,5 +208,5 @@ def _incoming(key: TrainingKey) -> Incoming:
 
 
 def _parts(key: TrainingKey) -> Parts:
-    parts = types_of(Parts)
-    return parts if key.spec.has_ape else parts._replace(ape=None)
+    absent = ["ape"] * (not key.spec.has_ape) + ["runs"] * (not key.runs)
+    return types_of(Parts)._replace(**dict.fromkeys(absent))

@@ -13,7 +13,7 @@ from ...backend_triton.kernels.rows import fold_part, load_biases
 from ...backend_triton.kernels.tokens import gap
 from ..args import Incoming, Parts, Pieces
 from .gradient import load_incoming, pull_back
-from .tokens import load_pairs, load_piece, put, put_zeros
+from .tokens import begin_sum, count_pieces, load_group, load_pairs, load_piece, nth_piece, put, put_zeros
 
 
 @triton.jit
@@ -77,10 +77,10 @@ def train_again_kernel(
     output_norm_weight, output_rope, output_max_position,
     incoming_entries, incoming_latent, incoming_pooled,
     gradients_kv_score, gradients_stride, gradients_count, gradients_ape, gradients_apart, gradients_skew,
-    parts_ape, parts_weight, parts_groups,
+    parts_ape, parts_weight, parts_groups, parts_each, parts_runs,
     HOLD: tl.constexpr, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
-    """Group g takes pieces g, g + groups, and so on: windows, then tokens of no window, whose gradients are zeros."""
+    """A group takes windows that follow each other, then tokens of no window, whose gradients are zeros."""
     wait_for_inputs(HOW.PDL)
     group = tl.program_id(0)
     pieces = Pieces(pieces_rows, pieces_count, pieces_capacity)
@@ -93,19 +93,28 @@ def train_again_kernel(
         None, None, output_norm_weight, output_rope, output_max_position, pieces_rows, 0, None, 0, 1, 0, None
     )  # fmt: skip
     incoming = Incoming(incoming_entries, incoming_latent, incoming_pooled)
-    parts = Parts(parts_ape, parts_weight, parts_groups)
+    parts = Parts(parts_ape, parts_weight, parts_groups, parts_each, parts_runs)
     ROWS: tl.constexpr = SPEC.RATIO * (1 + SPEC.OVERLAP)
     CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
     c = tl.arange(0, SPEC.HEAD_DIM)
-    shares = tl.zeros((SPEC.HEAD_DIM,), tl.float32)
+    taken = load_group(parts, pieces, group)
+    of_weight = parts.weight + taken.at.to(tl.int64) * SPEC.HEAD_DIM + c
+    shares = begin_sum(of_weight, parts, None)
+    of_ape = of_weight
+    if parts.ape is not None:
+        of_ape = parts.ape + taken.at.to(tl.int64) * (SPEC.RATIO * CHANNELS) + c
     sums = ()
-    for _ in tl.static_range(ROWS):
-        sums = sums + (tl.zeros((SPEC.HEAD_DIM,), tl.float32),)
+    for j in tl.static_range(ROWS):
+        half = 0 if j < SPEC.RATIO * SPEC.OVERLAP else SPEC.OVERLAP * SPEC.HEAD_DIM
+        if parts.ape is not None:
+            sums = sums + (begin_sum(of_ape + (j % SPEC.RATIO) * CHANNELS + half, parts, None),)
+        else:
+            sums = sums + (tl.zeros((SPEC.HEAD_DIM,), tl.float32),)
     held = None
     if HOLD:
         held = load_biases(tokens.ape, 0, None, SPEC, ROWS)
-    for n in range(group, pieces.count, parts.groups):
-        number = group * 0 + n  # a tensor also where the interpreter has an int
+    for i in range(0, count_pieces(taken, pieces, parts)):
+        number = nth_piece(i, taken, parts)
         piece = load_piece(pieces, number)
         if piece.window >= 0:
             g, g_latent = load_incoming(incoming, number, SPEC)
@@ -128,8 +137,7 @@ def train_again_kernel(
         else:
             put_zeros(gradients, piece.token, piece.rest, SPEC)
     if parts.ape is not None:
-        part = parts.ape + group.to(tl.int64) * (SPEC.RATIO * CHANNELS) + c
         for j in tl.static_range(ROWS):
             half = 0 if j < SPEC.RATIO * SPEC.OVERLAP else SPEC.OVERLAP * SPEC.HEAD_DIM
-            tl.store(part + (j % SPEC.RATIO) * CHANNELS + half, sums[j])
-    tl.store(parts.weight + group.to(tl.int64) * SPEC.HEAD_DIM + c, shares)
+            tl.store(of_ape + (j % SPEC.RATIO) * CHANNELS + half, sums[j])
+    tl.store(of_weight, shares)

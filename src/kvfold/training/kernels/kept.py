@@ -9,7 +9,7 @@ from ...backend_triton.kernels.pdl import wait_for_inputs
 from ...backend_triton.kernels.tokens import gaps
 from ..args import Incoming, Kept, Parts, Pieces
 from .gradient import load_incoming, pull_back
-from .tokens import load_piece, put
+from .tokens import begin_sum, count_pieces, load_group, load_piece, nth_piece, put
 
 
 @triton.jit
@@ -18,10 +18,10 @@ def train_finish_kernel(
     output_norm_weight, output_rope, output_max_position,
     kept_rows, kept_plane,
     incoming_entries, incoming_latent, incoming_pooled,
-    parts_ape, parts_weight, parts_groups,
+    parts_ape, parts_weight, parts_groups, parts_each, parts_runs,
     HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
-    """Group g takes entries g, g + groups, and so on. Writes gradients of pooled rows, divided by the sums of weights."""
+    """A group takes entries that follow each other. Writes gradients of pooled rows, divided by the sums of weights."""
     wait_for_inputs(HOW.PDL)
     group = tl.program_id(0)
     pieces = Pieces(pieces_rows, pieces_count, pieces_capacity)
@@ -31,11 +31,13 @@ def train_finish_kernel(
     )  # fmt: skip
     kept = Kept(kept_rows, kept_plane)
     incoming = Incoming(incoming_entries, incoming_latent, incoming_pooled)
-    parts = Parts(parts_ape, parts_weight, parts_groups)
+    parts = Parts(parts_ape, parts_weight, parts_groups, parts_each, parts_runs)
     c = tl.arange(0, SPEC.HEAD_DIM)
-    shares = tl.zeros((SPEC.HEAD_DIM,), tl.float32)
-    for n in range(group, pieces.capacity, parts.groups):
-        number = group * 0 + n
+    taken = load_group(parts, pieces, group)
+    of_weight = parts.weight + taken.at.to(tl.int64) * SPEC.HEAD_DIM + c
+    shares = begin_sum(of_weight, parts, None)
+    for i in range(0, taken.own):
+        number = taken.first + i
         piece = load_piece(pieces, number)
         if piece.window >= 0:
             at = number.to(tl.int64) * SPEC.HEAD_DIM + c
@@ -45,7 +47,7 @@ def train_finish_kernel(
             dy, share = pull_back(g, g_latent, y, piece.window, output, SPEC, FMT, HOW.TARGET)
             shares += share
             tl.store(incoming.pooled + at, dy * inverse)
-    tl.store(parts.weight + group.to(tl.int64) * SPEC.HEAD_DIM + c, shares)
+    tl.store(of_weight, shares)
 
 
 @triton.jit
@@ -65,10 +67,10 @@ def train_spread_kernel(
     kept_rows, kept_plane,
     incoming_entries, incoming_latent, incoming_pooled,
     gradients_kv_score, gradients_stride, gradients_count, gradients_ape, gradients_apart, gradients_skew,
-    parts_ape, parts_weight, parts_groups,
+    parts_ape, parts_weight, parts_groups, parts_each, parts_runs,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, HOW: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
-    """ROWS tokens of a window and COLUMNS channels of each, of every `groups`-th window.
+    """ROWS tokens of a window and COLUMNS channels of each, of the windows of a group; and tokens of no window.
 
     With overlap the first half of a window's rows are the lo halves of the tokens of the window before.
     """
@@ -80,7 +82,7 @@ def train_spread_kernel(
     gradients = Tokens(
         gradients_kv_score, gradients_stride, gradients_count, gradients_ape, gradients_apart, gradients_skew
     )  # fmt: skip
-    parts = Parts(parts_ape, parts_weight, parts_groups)
+    parts = Parts(parts_ape, parts_weight, parts_groups, parts_each, parts_runs)
     CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
     SLICES: tl.constexpr = SPEC.HEAD_DIM // COLUMNS
     BLOCKS: tl.constexpr = (SPEC.RATIO + ROWS - 1) // ROWS
@@ -99,8 +101,12 @@ def train_spread_kernel(
     if tokens.ape is not None:
         bias = tl.load(tokens.ape + j[:, None] * CHANNELS + at_half[None, :], mask=where, other=0.0)
     sums = zeros
-    for n in range(group, pieces.count, parts.groups):
-        number = group * 0 + n
+    taken = load_group(parts, pieces, group)
+    if parts.ape is not None:
+        of_ape = parts.ape + taken.at.to(tl.int64) * (SPEC.RATIO * CHANNELS) + j[:, None] * CHANNELS + at_half[None, :]
+        sums = begin_sum(of_ape, parts, where)
+    for i in range(0, count_pieces(taken, pieces, parts)):
+        number = nth_piece(i, taken, parts)
         piece = load_piece(pieces, number)
         if piece.window >= lo:
             token = piece.token - lo * SPEC.RATIO
@@ -121,5 +127,4 @@ def train_spread_kernel(
         if piece.window < 0:
             put_tile(gradients, piece.token, j, j < piece.rest, at_half, zeros, zeros, SPEC, HOW.TARGET)
     if parts.ape is not None:
-        part = parts.ape + group.to(tl.int64) * (SPEC.RATIO * CHANNELS)
-        tl.store(part + j[:, None] * CHANNELS + at_half[None, :], sums, mask=where)
+        tl.store(of_ape, sums, mask=where)

@@ -26,7 +26,7 @@ def sum_columns(parts, width, out, c, GROUPS: tl.constexpr, TILE: tl.constexpr, 
 
 @triton.jit
 def train_sum_kernel(
-    parts_ape, parts_weight, parts_groups, d_ape, d_norm_weight,
+    parts_ape, parts_weight, parts_groups, parts_each, parts_runs, d_ape, d_norm_weight,
     GROUPS: tl.constexpr, TILE: tl.constexpr, LOG2_TILE: tl.constexpr, WEIGHT_GROUPS: tl.constexpr, WEIGHT_TILE: tl.constexpr,
     LOG2_WEIGHT_TILE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, HOW: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip

@@ -6,7 +6,7 @@ import triton.language as tl
 from ...backend_triton.kernels.fold import minus_zero, spread
 from ...backend_triton.kernels.record import bf16_bits
 from ...backend_triton.kernels.tokens import gap, whole_row
-from ..args import Piece
+from ..args import Group, Piece
 
 
 @triton.jit
@@ -16,6 +16,46 @@ def load_piece(pieces, n):
     return Piece(
         tl.load(at, cache_modifier=".cg"), tl.load(at + 1, cache_modifier=".cg"), tl.load(at + 2, cache_modifier=".cg")
     )  # fmt: skip
+
+
+@triton.jit
+def load_group(parts, pieces, group):
+    if parts.runs is None:
+        first = group * parts.each
+        last = tl.minimum(first + parts.each, pieces.capacity)
+        behind = group + pieces.capacity
+        at = group
+    else:
+        run = parts.runs + group * 4
+        first = tl.load(run, cache_modifier=".cg")
+        last = tl.load(run + 1, cache_modifier=".cg")
+        behind = group + parts.each
+        at = tl.load(run + 2, cache_modifier=".cg")
+    return Group(first, tl.maximum(last - first, 0), behind, at)
+
+
+@triton.jit
+def count_pieces(taken, pieces, parts):
+    """Of a group, those of no window counted."""
+    return taken.own + (tl.maximum(pieces.count - taken.behind, 0) + parts.groups - 1) // parts.groups
+
+
+@triton.jit
+def nth_piece(i, taken, parts):
+    """The number of piece i of a group."""
+    return tl.where(i < taken.own, taken.first + i, taken.behind + (i - taken.own) * parts.groups)
+
+
+@triton.jit
+def begin_sum(at, parts, mask):
+    """What a sum begins with: zeros, or what a launch before left. mask: of a tile; None for all."""
+    if parts.runs is None:
+        sums = tl.zeros(at.shape, tl.float32)
+    elif mask is None:
+        sums = tl.load(at, cache_modifier=".cg")
+    else:
+        sums = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
+    return sums
 
 
 @triton.jit
