@@ -103,6 +103,9 @@ def _check(group: dist.ProcessGroup, case: Case) -> torch.Tensor:
     if case.weights == "own":  # as a trainer does
         weight = weight.clone()
         dist.all_reduce(weight, group=group)
+    if case.weights == "gather":
+        assert torch.equal(bits(weight), bits(want.norm_weight)), "bits of the gradient of norm_weight"
+        assert want.ape is None or torch.equal(bits(given["ape"].grad), bits(want.ape)), "bits of the gradient of ape"
     assert (weight - want.norm_weight).norm() <= 1e-5 * want.norm_weight.norm() + 1e-7, "gradient of norm_weight"
     if want.ape is not None:
         ape = given["ape"].grad.clone()
@@ -130,6 +133,18 @@ def test_packed_sequences_cut_anywhere(world: World, layout: str, ranks: int) ->
     found = world.run(ranks, check_cases, cases)
     for one in found[1:]:
         assert all(map(torch.equal, one, found[0])), "the same bits of gradients of weights on all ranks"
+
+
+def test_groups_of_many_windows(world: World) -> None:
+    """Cuts inside of groups and of blocks of them, also where kernels add."""
+    draw, cases = random.Random(4), []
+    for name, total in (("fold", 500), ("overlap", 2200)):
+        for layout in ("contiguous", "zigzag"):
+            cuts = [sorted(draw.randrange(total + 1) for _ in range(5 if layout == "zigzag" else 2))]
+            cases += [Case(name, (total - 90, 90), layout, cuts=(0, *some, total)) for some in cuts]
+    cases += [Case("wide overlap", (400,), each=True), Case("fold", (420,), "zigzag", cuts=(0, 61, 150, 155, 300, 400, 420))]
+    cases += [case._replace(backend="triton") for case in cases if case.name == "fold"][:2]
+    world.run(3, check_cases, cases)
 
 
 def test_rows_that_cross_are_those_of_v4() -> None:

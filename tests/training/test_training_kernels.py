@@ -21,7 +21,7 @@ def test_every_spec_has_its_rows() -> None:
                 for kernel in (*whole, *(("finish", "spread") if spec.window_rows > 8 else ("again",))):
                     config = table.choose(kernel, spec, entries)
                     groups = table.groups_of(config, entries)
-                    assert groups == 0 if kernel in whole else 1 <= groups <= config.groups
+                    assert groups == 0 if kernel in whole else 1 <= groups <= max(config.groups, entries / 32)
 
 
 @pytest.mark.gpu

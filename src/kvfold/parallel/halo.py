@@ -14,8 +14,10 @@ import torch
 
 from ..spec import CompressorSpec
 from ..training import Packing
+from ..training.table import Groups
 from .host import on_device
 from .shards import Segment, Shards
+from .sums import Block, Dealt, deal
 
 
 class Rows(NamedTuple):
@@ -53,6 +55,7 @@ class CutPacking:
         seams: of the windows of the small tensor; None where the rank has none.
         entries: how many the rank makes: by segment, then by window.
         order: int64 `[entries]`, which row of seams' entries, then of those inside, is which entry; None if they are in order.
+        windows: entries of all ranks. capacity: rows of entries that one process has room for.
         numbers: for each rank, int64, the numbers of its entries in the order of one process.
         last_start: the position of the last window's first token, to check a RoPE table by.
     """
@@ -61,6 +64,10 @@ class CutPacking:
         if any(shards.start_pos):
             raise ValueError(f"shards must begin at the first tokens of their sequences, got start_pos={shards.start_pos}")
         self.shards, self.rank, self.ratio, self.overlap, self.device = shards, rank, spec.ratio, spec.overlap, device
+        self.windows = sum(length // self.ratio for length in shards.lengths)
+        self.capacity = sum(shards.lengths) // self.ratio
+        self._dealt: dict[Groups, Dealt] = {}
+        self.ways: dict = {}  # of `weights.ways_of`
         own, tokens = shards.segments[rank], shards.tokens(rank)
         seams = self._seams(rank)
         by_segment = {seam.segment: seam for seam in seams}
@@ -113,6 +120,23 @@ class CutPacking:
                 found.append(Seam(segment, windows, self._reach(windows[0]), base))
                 base += windows.stop * self.ratio - found[-1].reach
         return found
+
+    def blocks(self, rank: int) -> Iterator[Block]:
+        """The windows of a rank, by segment: those at its seam, then those inside."""
+        first, calls = [0, *accumulate(length // self.ratio for length in self.shards.lengths)], {True: 0, False: 0}
+        for segment in self.shards.segments[rank]:
+            whole, owned = self._whole(segment), range(segment.start // self.ratio, segment.end // self.ratio)
+            for seam, windows in ((True, range(owned.start, owned.stop - len(whole))), (False, whole)):
+                if len(windows):
+                    yield Block(seam, calls[seam], first[segment.sequence] + windows.start, len(windows))
+                    calls[seam] += len(windows)
+
+    def dealt(self, groups: Groups) -> Dealt:
+        """How the sums of these groups are dealt to ranks; remembered."""
+        if groups not in self._dealt:
+            by_rank = [[*self.blocks(rank)] for rank in range(self.shards.ranks)]
+            self._dealt[groups] = deal(by_rank, self.rank, groups, self.windows, self.device)
+        return self._dealt[groups]
 
     def _seam_rows(self, seams: Sequence[Seam]) -> int:
         return sum(seam.windows.stop * self.ratio - seam.reach for seam in seams)

@@ -12,11 +12,16 @@ from typing import Any, NamedTuple
 import torch
 
 from ..spec import CompressorSpec
-from ..training import Gradients, compress_backward, compress_forward
+from ..training import compress_forward
+from ..training.checks import check_call, check_gradients
+from ..training.problem import Gradients, How, Inputs, Sums
+from ..training.run import backward
 from .halo import CutPacking
 from .transport import Parcel, Transport
+from .weights import WEIGHTS, Weights
 
-WEIGHTS = ("gather", "reduce", "own")
+__all__ = ["WEIGHTS", "AllEntries", "Call", "Entries"]
+
 Tokens = tuple[torch.Tensor, ...]  # one tensor, or values and scores
 
 
@@ -65,12 +70,14 @@ class Entries(torch.autograd.Function):
         if packing.order is not None:
             d_entries = torch.empty_like(d_entries).index_copy_(0, packing.order, d_entries)
         at_seams, whole = d_entries.split([packing.seam_entries, packing.inside_entries])
-        made = [_backward(call, given, packing.inside, tokens, kept[0], whole)]
-        if packing.seams is not None:
-            made.append(_backward(call, given, packing.seams, small, kept[1], at_seams))
-        d_tokens = _parts(made[0])
-        _return(call, d_tokens, _parts(made[-1]) if packing.seams is not None else small)
-        d_ape, d_norm_weight = _weights(call, made)
+        x, how = _checked(call, given, packing.inside, tokens)
+        weights, d_small = Weights(x, how, packing), small
+        if packing.seams is not None:  # first, as windows inside go on with what these add
+            of_seams, _ = _checked(call, given, packing.seams, small)
+            d_small = _parts(_backward(of_seams, how, kept[1], at_seams, weights.sums(True)))
+        d_tokens = _parts(_backward(x, how, kept[0], whole, weights.sums(False)))
+        _return(call, d_tokens, d_small)
+        d_ape, d_norm_weight = weights.gradients(call.transport, call.weights)
         return None, d_ape, d_norm_weight.to(given.norm_weight.dtype), None, *d_tokens
 
 
@@ -111,10 +118,16 @@ def _forward(call: Call, given: Parameters, packing, tokens: Sequence[torch.Tens
     return compress_forward(_one(tokens), packing, spec=call.spec, **given._asdict(), **call.options, **scale)
 
 
-def _backward(call: Call, given: Parameters, packing, tokens, kept: torch.Tensor, d_entries: torch.Tensor) -> Gradients:
-    padded = d_entries.new_zeros(packing.capacity, call.spec.head_dim)
+def _checked(call: Call, given: Parameters, packing, tokens: Sequence[torch.Tensor]) -> tuple[Inputs, How]:
+    options = {"cache_scale": None, "latent": False, **call.options}
+    return check_call(_one(tokens), packing, spec=call.spec, **given._asdict(), **options)
+
+
+def _backward(x: Inputs, how: How, kept: torch.Tensor, d_entries: torch.Tensor, sums: Sums) -> Gradients:
+    padded = d_entries.new_zeros(how.capacity(x), how.spec.head_dim)
     padded[: len(d_entries)] = d_entries
-    return compress_backward(padded, _one(tokens), packing, kept, spec=call.spec, **given._asdict(), **call.options)
+    d_entries, _ = check_gradients(x, how, kept, padded, None)
+    return backward(x, how, kept, d_entries, None, sums)
 
 
 def _one(tokens: Sequence[torch.Tensor]) -> torch.Tensor | Tokens:
@@ -166,21 +179,3 @@ def _packed(tokens: Sequence[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
 
 def _unpacked(data: torch.Tensor, like: Sequence[torch.Tensor]) -> Tokens:
     return data.split([x.shape[1] for x in like], dim=1)
-
-
-def _weights(call: Call, made: list[Gradients]) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Gradients of ape and norm_weight, of this rank or of all."""
-    ape = None if made[0].ape is None else sum(one.ape.double() for one in made)
-    norm_weight = sum(one.norm_weight.double() for one in made)
-    both = norm_weight if ape is None else torch.cat([ape.flatten(), norm_weight])
-    if call.weights == "gather":
-        parts = call.transport.gather(both.view(torch.int64), "gradients of weights").view(torch.float64)
-        both = torch.zeros_like(both)
-        for part in parts:
-            both += part
-    elif call.weights == "reduce":
-        both = call.transport.reduce(both, "gradients of weights")
-    dtype = made[0].norm_weight.dtype
-    if ape is None:
-        return None, both.to(dtype)
-    return both[: ape.numel()].view(ape.shape).to(dtype), both[ape.numel() :].to(dtype)

@@ -11,7 +11,7 @@ import torch
 from ..spec import CompressorSpec
 from ..storage.formats import RecordFormat
 from .problem import How, rounds_rows
-from .table import choose, groups_of
+from .table import choose, groups_for, groups_of
 from .variants import TrainingKey, slices_of
 
 _FORWARD = ("forward", "entries", "read")
@@ -24,12 +24,14 @@ def keys_of(how: How, types: tuple, capacity: int, runs: bool = False) -> dict[s
     """
     backward = ("finish", "spread") if how.keeps else ("again",)
     shared, reads = slices_of(choose("forward", how.spec, capacity), how.spec) > 1, how.fmt is not None
-    names = "forward", *["entries"] * shared, *["read"] * reads, *backward, "sum"
+    names = "forward", *["entries"] * shared, *["read"] * reads, *backward, *["fold"] * runs, "sum"
     configs = {name: choose(name, how.spec, capacity) for name in names}
     groups = {name: groups_of(config, capacity) for name, config in configs.items()}
     found = {}
     for name, config in configs.items():
         counts = (groups[backward[-1]], groups[backward[0]]) if name == "sum" else (groups[name], 1)
+        if name == "sum" and runs:  # of blocks
+            counts = tuple(one.blocks for one in groups_for(how.keeps, how.spec, capacity))
         record = how.record if name in _FORWARD else how.way_back
         key = TrainingKey(how.spec, record, config, *types, how.out_dtype, how.latent, how.keeps, *counts)
         found[name] = key._replace(groups=1, runs=True) if runs and name in backward else key

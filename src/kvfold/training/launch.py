@@ -13,7 +13,7 @@ from ..backend_triton.launcher import Launcher, address, launcher_of, supports_p
 from ..spec import CompressorSpec
 from .args import Incoming, Kept, Parts, Pieces
 from .keys import keys_of
-from .problem import Entries, Gradients, How, Inputs, Records, Sums, scratch_records
+from .problem import Entries, Gradients, How, Inputs, Recipe, Records, Sums, scratch_records
 from .table import each_of
 from .variants import tiles_of
 
@@ -26,7 +26,7 @@ class Launch(NamedTuple):
 
 class Launches(NamedTuple):
     """All of a call. None: entries, where programs have whole windows; read, without fake quantization; again, or finish and
-    spread."""
+    spread; fold, without `Runs`."""
 
     forward: Launch
     entries: Launch | None
@@ -34,6 +34,7 @@ class Launches(NamedTuple):
     again: Launch | None
     finish: Launch | None
     spread: Launch | None
+    fold: Launch | None
     sum: Launch
 
 
@@ -125,14 +126,24 @@ def backward_triton(
     return Gradients(d_value, d_score, d_ape, d_norm_weight)
 
 
-def add_triton(
+def fold_triton(x: Inputs, how: How, sums: torch.Tensor, recipe: Recipe, out: torch.Tensor) -> None:
+    """Writes a recipe's rows to `out` `[n, width]`, fp32, of a dense tensor of sums: one launch."""
+    count, width = out.shape
+    if out.numel():
+        launch, places = _launches(x, how, how.capacity(x), True).fold, (address(sums), address(out))
+        values = places[0], address(recipe.rows), address(recipe.items), width, places[1]
+        tiles, pdl = -(-width // launch.tiles), supports_pdl(x.value.device)
+        launch.launcher(count * tiles, values, _bits(*places), pdl)
+
+
+def total_triton(
     x: Inputs, how: How, capacity: int, ape: torch.Tensor | None, norm_weight: torch.Tensor
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """The gradients of weights, of the sums of all groups: one launch."""
+    """The gradients of weights, of the sums of all blocks: one launch."""
     device = x.value.device
     d_ape, d_norm_weight = _new_weights(how.spec, device)
     ape, weight = address(ape), address(norm_weight)
-    _sum(_launches(x, how, capacity).sum, ape, weight, d_ape, d_norm_weight, _bits(ape, weight), supports_pdl(device))
+    _sum(_launches(x, how, capacity, True).sum, ape, weight, d_ape, d_norm_weight, _bits(ape, weight), supports_pdl(device))
     return d_ape, d_norm_weight
 
 

@@ -134,6 +134,17 @@ class Sums(NamedTuple):
     of_weight: Runs
 
 
+class Recipe(NamedTuple):
+    """How rows of sums are made of others, of which each is some of the windows of a group, or all of some groups of a block.
+
+    rows: int32 `[n + 1]`: row i is made of items `rows[i]` to before `rows[i + 1]`, in order. items: int32: twice where the sum
+    is, in units of `head_dim` numbers; and 1 if it begins a group, whose items are added up before it is added to the row.
+    """
+
+    rows: torch.Tensor
+    items: torch.Tensor
+
+
 class Records(NamedTuple):
     """The records of all entries of a call with fake quantization, entry e in slot e: what `storage.pack` takes of a cache."""
 

@@ -18,8 +18,8 @@ from ..contract import ROWS_AT_ONCE
 from ..spec import CompressorSpec
 from ..storage.fold_state import state_kind
 from ..storage.pack import bf16_bits, pack_records, unpack_records
-from .problem import Entries, Gradients, How, Inputs, Runs, Sums, scratch_records
-from .table import groups_for
+from .problem import Entries, Gradients, How, Inputs, Sums, scratch_records
+from .pure_sums import blocks, go_on, new_sums, total_torch
 
 
 class Row(NamedTuple):
@@ -84,47 +84,13 @@ def backward_torch(
         if added is not None:
             go_on(added[:, j % spec.ratio, row.half], ds, given.of_ape)
     go_on(given.norm_weight, share, given.of_weight)
-    ape, norm_weight = (given.ape, given.norm_weight) if sums is not None else add_torch(x, how, given.ape, given.norm_weight)
+    ape, norm_weight = given.ape, given.norm_weight
+    if sums is None:
+        ape, norm_weight = total_torch(x, how, *blocks(how, capacity, ape, norm_weight))
     value, score = whole[:tokens], None
     if x.score is not None:
         value, score = d_value[:tokens].contiguous(), d_score[:tokens].contiguous()
     return Gradients(value, score, ape, norm_weight)
-
-
-def new_sums(x: Inputs, how: How, capacity: int) -> Sums:
-    """Zeros, for all groups of a call."""
-    groups, spec, device = groups_for(how.keeps, how.spec, capacity), how.spec, x.value.device
-    ape = torch.zeros(groups.ape, spec.ratio * spec.channels, dtype=torch.float64, device=device) if spec.has_ape else None
-    weight, runs = torch.zeros(groups.weight, spec.head_dim, dtype=torch.float64, device=device), []
-    for count, each in ((groups.ape, groups.ape_each), (groups.weight, groups.weight_each)):
-        at = torch.arange(count, device=device)
-        rows = torch.stack([(at * each).clamp(max=capacity), ((at + 1) * each).clamp(max=capacity), at, at], dim=1)
-        runs.append(Runs(rows, capacity, min(each, capacity)))
-    return Sums(ape, weight, *runs)
-
-
-def go_on(sums: torch.Tensor, shares: torch.Tensor, runs: Runs) -> None:
-    """Adds the shares of windows to the sums of their runs, in fp64 and in order."""
-    first, behind, at, _ = runs.rows.long().unbind(1)
-    found = sums[at]
-    for i in range(runs.longest):
-        window = first + i
-        there = (window < behind)[:, None]
-        found = torch.where(there, found + shares[torch.where(there[:, 0], window, 0)].double(), found)
-    sums[at] = found
-
-
-def add_torch(
-    x: Inputs, how: How, ape: torch.Tensor | None, norm_weight: torch.Tensor
-) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """The gradients of weights, of the sums of all groups, in the order of groups."""
-    totals = []
-    for sums in (ape, norm_weight):
-        total = None if sums is None else torch.zeros_like(sums[0])
-        for one in () if sums is None else sums:
-            total = total + one
-        totals.append(None if total is None else total.to(x.wide))
-    return totals[0] if totals[0] is None else totals[0].view(how.spec.ratio, how.spec.channels), totals[1]
 
 
 def pull_back(

@@ -7,8 +7,9 @@ from types import ModuleType
 
 import torch
 
-from .problem import Entries, Gradients, How, Inputs, Sums
-from .pure import add_torch, backward_torch, forward_torch
+from .problem import Entries, Gradients, How, Inputs, Recipe, Sums
+from .pure import backward_torch, forward_torch
+from .pure_sums import fold_torch, total_torch
 
 
 @cache
@@ -41,11 +42,19 @@ def backward(
         return backward_torch(x, how, kept, d_entries, d_latent, sums)
 
 
-def add(
+def fold(x: Inputs, how: How, sums: torch.Tensor, recipe: Recipe, out: torch.Tensor) -> None:
+    """Writes the rows of a recipe to `out` `[n, width]`. sums: dense, as those that a backward goes on with."""
+    if how.backend == "triton":
+        return _triton().fold_triton(x, how, sums, recipe, out)
+    with torch.no_grad():
+        return fold_torch(how, sums, recipe, out)
+
+
+def total(
     x: Inputs, how: How, capacity: int, ape: torch.Tensor | None, norm_weight: torch.Tensor
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """The gradients of ape and norm_weight, of the sums of all groups of a call with room for `capacity` entries."""
+    """The gradients of ape and norm_weight, of the sums of all blocks of a call with room for `capacity` entries."""
     if how.backend == "triton":
-        return _triton().add_triton(x, how, capacity, ape, norm_weight)
+        return _triton().total_triton(x, how, capacity, ape, norm_weight)
     with torch.no_grad():
-        return add_torch(x, how, ape, norm_weight)
+        return total_torch(x, how, ape, norm_weight)

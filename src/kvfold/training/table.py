@@ -20,15 +20,15 @@ class Config:
     Attributes:
         kernel: `"forward"`; `"entries"`, of windows that several programs of the forward share; `"read"`, of records, for fake
             quantization; `"again"`, the whole backward of windows that are folded again; `"finish"`, `"spread"`, the backward
-            of windows whose fold was kept, in two launches; `"sum"`, of the groups' sums.
+            of windows whose fold was kept, in two launches; `"sum"`, of the groups' sums; `"fold"`, of those of some windows.
         head_dims: narrowest and widest entry.
         window_rows: fewest and most tokens per entry.
         entries: most rows of entries.
         num_warps: per program. registers: bound on registers per thread, 0 for none.
         ahead: `"forward"`: tokens in flight at once. slice: channels of a program, where a window is folded token by token; 0
             for all.
-        rows, columns: `"spread"`, `"sum"`: of a tile.
-        groups: most groups of windows, each summed by itself.
+        rows, columns: of a tile of `"spread"` and, for ape, of `"sum"`, where rows are blocks of groups.
+        groups: most groups of up to `MOST_EACH` windows, each summed by itself.
         hold: `"again"`: rows of ape stay in registers, instead of being read for each window.
         spills: bytes that a thread may spill on sm_90, by Triton 3.6; of `"again"` where kv_score is fp32.
     """
@@ -89,7 +89,9 @@ CONFIGS: tuple[Config, ...] = (
     Config("finish", _WIDEST, _LONG, ANY, 8, groups=128),
     Config("spread", (16, 4096), _LONG, 256, 4, rows=4, columns=256, groups=16, spills=4),
     Config("spread", (16, 4096), _LONG, ANY, 4, rows=4, columns=512, groups=16),
-    Config("sum", (16, 4096), _ALL, ANY, 4, rows=128, columns=32),
+    Config("sum", (16, 4096), _SHORT, ANY, 4, rows=128, columns=32),
+    Config("sum", (16, 4096), _LONG, ANY, 4, rows=8, columns=32),
+    Config("fold", (16, 4096), _ALL, ANY, 4, columns=512),
 )
 
 
@@ -98,13 +100,20 @@ def choose(kernel: str, spec: CompressorSpec, entries: int) -> Config:
     return next(config for config in CONFIGS if config.serves(kernel, spec, entries))
 
 
-class Groups(NamedTuple):
-    """Whose windows are summed by themselves, for ape and for norm_weight: how many groups, and windows of each."""
+MOST_EACH = 64  # windows of a group: of long sequences there are more groups, which several GPUs can share
+_BLOCKS = 128  # of the sums for norm_weight
 
-    ape: int
-    ape_each: int
-    weight: int
-    weight_each: int
+
+class Groups(NamedTuple):
+    """Whose windows are summed by themselves: how many groups, windows of each, and blocks of groups (kernels/sums.py)."""
+
+    count: int
+    each: int
+    blocks: int
+
+    @property
+    def of_a_block(self) -> int:
+        return -(-self.count // self.blocks)
 
 
 def backward_kernels(keeps: bool) -> tuple[str, str]:
@@ -112,13 +121,17 @@ def backward_kernels(keeps: bool) -> tuple[str, str]:
     return ("spread", "finish") if keeps else ("again", "again")
 
 
-def groups_for(keeps: bool, spec: CompressorSpec, entries: int) -> Groups:
-    """Of a call with room for so many entries."""
+def groups_for(keeps: bool, spec: CompressorSpec, entries: int) -> tuple[Groups, Groups]:
+    """For ape and for norm_weight, of a call with room for so many entries."""
     found = []
-    for kernel in backward_kernels(keeps):
+    for kernel, most in zip(backward_kernels(keeps), (choose("sum", spec, entries).rows, _BLOCKS), strict=True):
         groups = groups_of(choose(kernel, spec, entries), entries)
-        found += [groups, each_of(groups, entries)]
-    return Groups(*found)
+        found.append(Groups(groups, each_of(groups, entries), blocks_of(groups, most)))
+    return found[0], found[1]
+
+
+def blocks_of(groups: int, most: int = _BLOCKS) -> int:
+    return min(most, 1 << (groups - 1).bit_length())
 
 
 def each_of(groups: int, entries: int) -> int:
@@ -127,8 +140,10 @@ def each_of(groups: int, entries: int) -> int:
 
 
 def groups_of(config: Config, entries: int) -> int:
-    """Groups of a call with room for so many entries: powers of two less where there are fewer."""
+    """Groups of a call with room for so many entries: powers of two less where there are fewer, or more where many."""
     groups = config.groups
+    while groups and groups * MOST_EACH < entries:
+        groups *= 2
     while groups > 1 and groups >= 2 * entries:
         groups //= 2
     return groups

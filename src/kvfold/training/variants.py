@@ -21,8 +21,8 @@ from .kernels.again import train_again_kernel
 from .kernels.forward import train_entries_kernel, train_forward_kernel
 from .kernels.kept import train_finish_kernel, train_spread_kernel
 from .kernels.records import train_read_kernel
-from .kernels.sums import train_sum_kernel
-from .table import Config
+from .kernels.sums import train_fold_kernel, train_sum_kernel
+from .table import Config, blocks_of
 
 KERNELS |= {
     "train_forward": train_forward_kernel,
@@ -32,6 +32,7 @@ KERNELS |= {
     "train_finish": train_finish_kernel,
     "train_spread": train_spread_kernel,
     "train_sum": train_sum_kernel,
+    "train_fold": train_fold_kernel,
 }
 
 
@@ -109,7 +110,7 @@ def spread_variant(key: TrainingKey) -> Variant:
 
 def sum_variant(key: TrainingKey) -> Variant:
     parts = _parts(key)
-    tile, weight_tile = (min(key.config.rows, 1 << (groups - 1).bit_length()) for groups in (key.groups, key.weight_groups))
+    tile, weight_tile = blocks_of(key.groups, key.config.rows), blocks_of(key.weight_groups)
     d_ape = parts.ape
     return _variant(
         key,
@@ -126,6 +127,11 @@ def sum_variant(key: TrainingKey) -> Variant:
     )
 
 
+def fold_variant(key: TrainingKey) -> Variant:
+    sums, rows, number = types_of(Parts).weight, types_of(Parts).runs, types_of(Parts).groups
+    return _variant(key, (sums, rows, rows, number, sums), Schedule(), COLUMNS=key.config.columns)
+
+
 _VARIANTS: dict[str, Callable[[TrainingKey], Variant]] = {
     "forward": forward_variant,
     "entries": entries_variant,
@@ -134,6 +140,7 @@ _VARIANTS: dict[str, Callable[[TrainingKey], Variant]] = {
     "finish": finish_variant,
     "spread": spread_variant,
     "sum": sum_variant,
+    "fold": fold_variant,
 }
 VARIANTS[TrainingKey] = training_variant
 
@@ -169,6 +176,8 @@ def tiles_of(key: TrainingKey) -> int:
     if kernel == "spread":
         rows, columns = tile_of(key)
         return -(-spec.ratio // rows) * (1 + spec.overlap) * (spec.head_dim // columns)
+    if kernel == "fold":  # columns of a program, as how wide its rows are is told when it is launched
+        return key.config.columns
     if kernel == "sum":
         return sum(-(-width // key.config.columns) for width in (_ape_width(spec), spec.head_dim))
     return 1
