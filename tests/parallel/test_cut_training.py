@@ -1,4 +1,4 @@
-"""Training with cut sequences: entries and gradients of kv_score have the bits of one process, those of weights to rounding."""
+"""Training with cut sequences: entries and gradients have the bits of one process."""
 
 from __future__ import annotations
 

@@ -22,8 +22,9 @@ from .halo import CutPacking
 from .plan import ParallelPlan
 from .schedule import Reads
 from .shards import LAYOUTS, Shards
-from .training import WEIGHTS, AllEntries, Call, Entries
+from .training import AllEntries, Call, Entries
 from .transport import Transport
+from .weights import WEIGHTS
 
 
 class ContextParallel:
@@ -239,17 +240,16 @@ class ContextParallel:
     ) -> torch.Tensor:
         """`kvfold.training.compress` of sequences that are cut over the ranks; every rank calls it, and its backward.
 
-        Entries and gradients of kv_score have the bits of one process. Second derivatives are refused.
+        Entries and gradients have the bits of one process. Second derivatives are refused.
 
         Args:
             kv_score: the rank's own tokens in the order of `packing.shards`, otherwise as for `training.compress`.
             packing: for `spec`.
             spec, ape, norm_weight, rope, round_rows, out_dtype, fake_quant, cache_scale, backend: as for `training.compress`,
                 the same on all ranks.
-            weights: the gradients of ape and norm_weight. "gather": of all ranks, their parts added in the order of ranks, the
-                same bits on every rank and in every run. "reduce": the same by an all-reduce, in whatever order that adds.
-                "own": the rank's part alone, for trainers that add over the group themselves. None of them has the bits of
-                one process, as their sums have other parts.
+            weights: the gradients of ape and norm_weight. "gather": of all ranks, added in the order of one process, of which
+                they have the bits. "reduce": by an all-reduce, which is cheaper and agrees to rounding. "own": the rank's part
+                alone, for trainers that add over the group themselves.
 
         Returns:
             `[packing.entries, head_dim]`: the entries of the windows that end in the rank's tokens, by segment, then by window.

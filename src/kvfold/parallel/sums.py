@@ -78,9 +78,7 @@ def deal(by_rank: Sequence[Sequence[Block]], rank: int, groups: Groups, windows:
     runs, sums = runs_of(by_rank[rank], groups)
     sent = [sent_of(runs_of(blocks, groups)[1], groups, windows) for blocks in by_rank]
     items = sorted(
-        (row.first, row.group, other, number, row.begins)
-        for other, rows in enumerate(sent)
-        for number, row in enumerate(rows)
+        (row.first, row.group, other, number, row.begins) for other, rows in enumerate(sent) for number, row in enumerate(rows)
     )
     made: list[list[tuple[int, int, bool]]] = [[] for _ in range(groups.blocks)]
     for _, group, other, number, begins in items:

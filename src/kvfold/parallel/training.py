@@ -18,9 +18,7 @@ from ..training.problem import Gradients, How, Inputs, Sums
 from ..training.run import backward
 from .halo import CutPacking
 from .transport import Parcel, Transport
-from .weights import WEIGHTS, Weights
-
-__all__ = ["WEIGHTS", "AllEntries", "Call", "Entries"]
+from .weights import Weights
 
 Tokens = tuple[torch.Tensor, ...]  # one tensor, or values and scores
 

@@ -47,7 +47,7 @@ class Parts(NamedTuple):
 
 
 class Group(NamedTuple):
-    """What a group takes: `own` windows from `first` on, and of the pieces from `behind` on every `groups`-th. at: of its sum."""
+    """What a group takes: `own` windows from `first` on; of pieces from `behind` on every `groups`-th. at: which sum is its."""
 
     first: Any
     own: Any

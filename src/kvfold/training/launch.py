@@ -94,9 +94,7 @@ def backward_triton(
         sums = of_ape.groups * width, of_weight.groups * spec.head_dim
         scratch = torch.empty(sum(sums) + pooled, dtype=torch.float32, device=device)
         ape, weight = _part(scratch, 0) if spec.has_ape else None, _part(scratch, sums[0])
-        ape_groups, weight_groups = (
-            (launch.groups, each_of(launch.groups, capacity), None) for launch in (of_ape, of_weight)
-        )
+        ape_groups, weight_groups = ((launch.groups, each_of(launch.groups, capacity), None) for launch in (of_ape, of_weight))
         at = sum(sums)
     else:
         d_ape, d_norm_weight, at = given.ape, given.norm_weight, 0

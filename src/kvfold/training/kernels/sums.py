@@ -9,7 +9,6 @@ import triton.language as tl
 
 from ...backend_triton.kernels.pdl import wait_for_inputs
 
-
 MOST_UNROLLED = tl.constexpr(16)
 
 
