@@ -118,6 +118,9 @@ def test_wrong_arguments_are_named() -> None:
         "compressors": lambda: cp.compress(good, plan),
         r"compressors\[0\]: spec": lambda: cp.compress([good._replace(spec=SPECS["fold"])], plan),
         r"compressors\[0\]: kv_score": lambda: cp.compress([good._replace(kv_score=torch.zeros(8, 64))], plan),
+        r"compressors\[0\]: kv_score(?= must be a torch.Tensor)": lambda: cp.compress([good._replace(kv_score=None)], plan),
+        r"compressors\[0\]: kv_score(?= must have shape)": lambda: cp.compress([good._replace(kv_score=torch.zeros(9))], plan),
+        r"compressors\[1\]: kv_score\[1\]": lambda: cp.compress([good, good._replace(kv_score=(torch.zeros(9, 32), 1))], plan),
         r"compressors\[1\]: state": lambda: cp.compress([good, good._replace(state=windows)], plan),
         r"compressors\[0\]: snapshots": lambda: cp.compress(
             [good._replace(snapshots=kvfold.Snapshots.allocate(spec, 1, 4))], plan

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..arguments.checks import check_type, usable_device
+from ..arguments.checks import check_memory, check_shape, check_type, usable_device
 from ..contract import UnsupportedError
 from ..spec import CompressorSpec, check_spec
 from ..storage.fold_state import FoldState
@@ -316,7 +316,7 @@ class ContextParallel:
             if c.spec.gate and max(plan.state_slots, default=0) >= c.state.num_slots:
                 most = max(plan.state_slots)
                 raise ValueError(f"{name}: state must have slot {most} of plan.state_slots, got {c.state.num_slots} slots")
-            for part, x in c.parts():
+            for part, x in _parts(name, c):
                 if x.shape[0] != plan.shards.tokens(self.rank):
                     own = f"the {plan.shards.tokens(self.rank)} tokens of rank {self.rank}"
                     raise ValueError(f"{name}: {part} must have {own}, got {x.shape[0]}")
@@ -335,3 +335,15 @@ class ContextParallel:
         if known is None or known.main.num_slots < count or known.main.rows.dtype != state.rows.dtype:
             known = self._scratch[state] = Scratch.like(state, count)
         return known
+
+
+def _parts(name: str, c: Compressor) -> tuple[tuple[str, torch.Tensor], ...]:
+    """The tokens of a compressor of this name."""
+    try:
+        found = c.parts()
+        for part, x in found:
+            check_memory(part, x)
+            check_shape(part, x, (None, None))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
+    return found

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 
 from ..spec import CompressorSpec
+from ..storage.host import on_device
 from ..training import Packing
 from ..training.table import Groups
-from .host import on_device
 from .shards import Segment, Shards
 from .sums import Block, Dealt, deal
 

@@ -12,8 +12,8 @@ from ..arguments.checks import check_int, check_numbers, check_tensor
 from ..plan import StepPlan
 from ..spec import CompressorSpec
 from ..storage.fold_state import FoldState, carry_shape
+from ..storage.host import on_device
 from ..storage.step import Compressor
-from .host import on_device
 from .message import message_bytes
 from .schedule import Message, Reads, Schedule, schedule
 from .shards import Segment, Shards, numbers_of

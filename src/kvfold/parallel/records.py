@@ -1,4 +1,7 @@
-"""Records as bytes, out of the pages of a cache and into them: what ranks send of entries."""
+"""Records as bytes, out of the pages of a cache and into them: what ranks send of entries.
+
+Whole records, by views of pages. `debug.compare` takes their fields apart instead, by the address of every byte: for few.
+"""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import torch
 
 from ..spec import CompressorSpec
 from ..storage.fold_state import FoldState
-from .host import on_device
+from ..storage.host import on_device
 
 
 class Spots(NamedTuple):

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import torch
 
+from ..storage.host import on_device
 from ..training.problem import Recipe, Runs
 from ..training.table import Groups
-from .host import on_device
 
 
 class Block(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ...plan import StepPlan
+from ...storage.host import on_device
 from .source import ERRORS, Source, source_of
 from .tables import SwaPages, kept_positions, kept_tokens, request_rings
 
@@ -184,7 +185,7 @@ def create_step(
         ends, new = seq_lens_cpu[:batch], extend_lens_cpu[:batch]
         may_hit = any(end > n and (end - n) % page_size == 0 for end, n in zip(ends, new, strict=True))
         if source.kind == "pages":
-            kept = (kept_tokens(ends, new, source.ring, page_size).to(device, non_blocking=True),)
+            kept = (on_device(kept_tokens(ends, new, source.ring, page_size), device),)
     longest = max(seq_lens_cpu[:batch], default=0) if host else req_to_token.shape[1]
     return Step(
         source,
