@@ -8,6 +8,7 @@ from .debug.check import check
 from .debug.replay import dump, replay
 from .plan import StepPlan
 from .precompile.aot import aot
+from .precompile.prebuild import prebuild, use_prebuilt
 from .precompile.report import AotReport
 from .precompile.warmup import warmup
 from .restore import restore
@@ -45,10 +46,12 @@ __all__ = [
     "compress_many",
     "dump",
     "ops",
+    "prebuild",
     "reference",
     "replay",
     "restore",
     "store",
     "training",
+    "use_prebuilt",
     "warmup",
 ]

@@ -307,7 +307,7 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """Without a GPU: what `warmup` would compile."""
     found: Calls = set()
 
-    def prepare(keys: Iterable[tuple], device: torch.device, dependent: Callable[[tuple], bool], workers: int) -> int:
+    def prepare(keys: Iterable[tuple], device: torch.device, dependent: Callable[[tuple], bool], *more: object) -> int:
         before = len(found)
         found.update((key, *how) for key in keys for how in product((False, True)[: 1 + dependent(key)], (True, False)))
         return len(found) - before

@@ -22,7 +22,9 @@ SPEC = SPECS["indexer"]
 def test_warmup_prepares_what_calls_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU: the keys of calls with snapshots and of `restore`, with page sizes that keep something and nothing."""
     prepared, asked = set(), set()
-    monkeypatch.setattr(preparing, "prepare", lambda keys, device, dependent, workers: prepared.update(keys) or 1)
+    monkeypatch.setattr(
+        preparing, "prepare", lambda keys, device, dependent, workers, progress=None: prepared.update(keys) or 1
+    )
     monkeypatch.setattr(sys.modules["kvfold.precompile.warmup"], "_gpu", lambda device, interpreted: torch.device("cuda", 0))
     fold = CompressorSpec(head_dim=64, ratio=16)
     for spec in (SPEC, fold):

@@ -22,7 +22,7 @@ SPECS = (CompressorSpec(head_dim=128, ratio=4), CompressorSpec(head_dim=128, rat
 @pytest.fixture
 def prepared(monkeypatch: pytest.MonkeyPatch) -> set:
     found: set = set()
-    monkeypatch.setattr(preparing, "prepare", lambda keys, device, dependent, workers: found.update(keys) or 1)
+    monkeypatch.setattr(preparing, "prepare", lambda keys, device, dependent, workers, progress=None: found.update(keys) or 1)
     monkeypatch.setattr(sys.modules["kvfold.precompile.warmup"], "_gpu", lambda device, interpreted: torch.device("cuda", 0))
     return found
 

@@ -50,7 +50,8 @@ class Compiler:
         finally:
             with self.lock:
                 self.now -= 1
-        return SimpleNamespace(_init_handles=self.loaded, run="run", function="function", packed_metadata="metadata")
+        made = {"run": "run", "function": "function", "packed_metadata": "metadata", "src": None, "metadata": None}
+        return SimpleNamespace(_init_handles=self.loaded, **made)
 
     @staticmethod
     def loaded() -> None:
@@ -60,7 +61,7 @@ class Compiler:
 @pytest.fixture
 def compiles(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Compiler]:
     """Puts a `Compiler` in the place of Triton's, on a device that is taken to be there and has no kernels yet."""
-    active = SimpleNamespace(get_current_target=lambda: TARGET)
+    active = SimpleNamespace(get_current_target=lambda: TARGET, launcher_cls=lambda source, metadata: None)
     monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=active))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(dispatch, "_count_multiprocessors", lambda index: 132)
@@ -168,7 +169,9 @@ def test_as_many_as_there_are_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 5)
     assert selection.check_workers(None) == 5 and selection.check_workers(256) == 256
     given = []
-    monkeypatch.setattr(preparing, "prepare", lambda keys, device, dependent, workers: given.append(workers) or len(given))
+    monkeypatch.setattr(
+        preparing, "prepare", lambda keys, device, dependent, workers, progress: given.append(workers) or len(given)
+    )
     monkeypatch.setattr(sys.modules["kvfold.precompile.warmup"], "_gpu", lambda device, interpreted: DEVICE)
     assert [kvfold.warmup([], []), kvfold.warmup([], [], workers=7)] == [1, 2] and given == [5, 7]
 
@@ -187,7 +190,9 @@ from kvfold.precompile.combinations import TARGETS
 from kvfold.backend_triton.build import Variant
 from kvfold.backend_triton.keys import RestoreKey, plan_key
 
-triton.runtime.driver = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: TARGETS["sm_90"]))
+triton.runtime.driver = SimpleNamespace(
+    active=SimpleNamespace(get_current_target=lambda: TARGETS["sm_90"], launcher_cls=lambda source, metadata: None)
+)
 torch.cuda.device = lambda device: nullcontext()
 dispatch._count_multiprocessors = lambda index: 132
 threads, compile = set(), Variant.compile

@@ -30,7 +30,7 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> dict:
     """What is prepared, and whether as a dependent too."""
     found: dict = {}
     monkeypatch.setattr(
-        preparing, "prepare", lambda keys, gpu, dependent, n: found.update({k: dependent(k) for k in keys}) or 1
+        preparing, "prepare", lambda keys, gpu, dependent, *_: found.update({k: dependent(k) for k in keys}) or 1
     )
     monkeypatch.setattr(sys.modules["kvfold.precompile.warmup"], "_gpu", lambda *_: torch.device("cuda", 0))
     return found

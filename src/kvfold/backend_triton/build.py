@@ -63,7 +63,11 @@ class Variant:
 
     def compile(self, target: GPUTarget | None = None) -> CompiledKernel:
         """For `target`, or for the current device."""
-        kernel, target = KERNELS[self.kernel], target or triton.runtime.driver.active.get_current_target()
+        target = target or triton.runtime.driver.active.get_current_target()
+        return triton.compile(self.source_for(target), target=target, options=self.options_for(target))
+
+    def source_for(self, target: GPUTarget) -> ASTSource:
+        kernel = KERNELS[self.kernel]
         constants = {name: wrapped(value) for name, value in self.constants_for(target).items()}
         signature = {name: kind or "constexpr" for name, kind in zip_longest(kernel.arg_names, self.arguments)}
         aligned = {
@@ -72,11 +76,14 @@ class Variant:
             if self.aligned and (kind == STRIDE or kind.startswith("*"))
         }
         signature = {name: "i64" if kind == STRIDE else kind.removeprefix(LOOSE) for name, kind in signature.items()}
-        # The bits must not depend on what the compiler fuses; the fused operations are written out.
-        options = {"num_warps": self.num_warps, "enable_fp_fusion": False, "launch_pdl": self.pdl}
+        return ASTSource(kernel, signature, constants, aligned)
+
+    def options_for(self, target: GPUTarget) -> dict[str, object]:
+        """Of the compiler. The bits must not depend on what it fuses; the fused operations are written out."""
+        options: dict[str, object] = {"num_warps": self.num_warps, "enable_fp_fusion": False, "launch_pdl": self.pdl}
         if self.registers and target.backend == "cuda":
             options["maxnreg"] = self.registers
-        return triton.compile(ASTSource(kernel, signature, constants, aligned), target=target, options=options)
+        return options
 
     def constants_for(self, target: GPUTarget) -> dict[str, object]:
         """Compile-time arguments, with what is known of the launch and of the GPU; None for arguments that are left out."""

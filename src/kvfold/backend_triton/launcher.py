@@ -8,14 +8,16 @@ from functools import cache
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
+from . import prebuilt
 from .build import INTERPRETED, KERNELS, Variant
 from .keys import Key
 from .table import MULTIPROCESSORS
 from .variants import variant_of
 
-compilations = 0  # how many kernels were built here
+compilations = 0  # how many kernels were built here, or loaded from a package
 _launchers: dict[tuple[int | None, Key], Launcher] = {}
 _PLAIN = (int, float, type(None))
 _HOOKS = triton.knobs.runtime  # who listens to launches, such as Triton's profiler
@@ -88,11 +90,11 @@ class Launcher:
             run(grid, 1, 1, stream, function, metadata, None, None, None, *values, *constants)
 
     def build(self, aligned: bool, pdl: bool) -> tuple:
-        """Compiles for the current device and loads the kernel, which the capture of a CUDA graph may not do."""
+        """Makes the kernel for the current device and loads it, which the capture of a CUDA graph may not do."""
         with one_thread:
             if (aligned, pdl) not in self.built:  # by another thread, since this one looked
                 variant = variant_of(self.key, aligned, pdl, multiprocessors(self.device))
-                self.load(variant, variant.compile())
+                self.load(variant, make(variant, triton.runtime.driver.active.get_current_target()))
             return self.built[aligned, pdl]
 
     def load(self, variant: Variant, compiled: CompiledKernel) -> bool:
@@ -107,6 +109,11 @@ class Launcher:
             made = compiled, compiled.run, compiled.function, compiled.packed_metadata, constants
             self.built[variant.aligned, variant.pdl] = made
             return True
+
+
+def make(variant: Variant, target: GPUTarget) -> CompiledKernel:
+    """From a package, or else by Triton."""
+    return prebuilt.load(variant, target) or variant.compile(target)
 
 
 def launcher_of(key: Key, device: torch.device) -> Launcher:

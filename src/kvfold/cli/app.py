@@ -8,7 +8,7 @@ try:
     import typer
 
     from .._version import __version__
-    from . import aot, bench, demo, explain, info, replay, verify
+    from . import aot, bench, demo, explain, info, replay, verify, warmup
     from .failures import Commands
 except ImportError as error:
     if (error.name or "").partition(".")[0] not in ("typer", "rich"):
@@ -23,7 +23,17 @@ def _version(asked: bool) -> None:
 
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False)
-for command in (info.info, verify.verify, explain.explain, replay.replay, bench.bench, aot.aot, demo.demo):
+for command in (
+    info.info,
+    verify.verify,
+    explain.explain,
+    replay.replay,
+    bench.bench,
+    warmup.warmup,
+    warmup.prebuild,
+    aot.aot,
+    demo.demo,
+):
     app.command()(command)
 
 

@@ -35,6 +35,8 @@ def info(
 
         print_table(console, "Versions", ("what", "version"), _versions())
         print_table(console, "Integrations", ("engine", "version", "entry point", "replaced"), status(load=True))
+        if packages := _packages():
+            print_table(console, "Prebuilt kernels", ("folder", "kernels", "for", "used here"), packages)
         print_table(console, "Record formats", ("written by", "formats"), _names())
         print_text(console, "More: kvfold info --formats, kvfold info --kernels")
     if kernels:
@@ -81,6 +83,34 @@ def _versions() -> Rows:
         rows.append(("dependent launch", "yes" if pdl else "no: needs sm_90 and triton 3.5"))
     else:
         rows.append(("GPU", "none found; kvfold runs on its torch backend"))
+    return rows
+
+
+def _packages() -> Rows:
+    """Packages of prebuilt kernels that are installed, and why one is refused."""
+    from importlib.util import find_spec
+
+    import torch
+
+    if find_spec("triton") is None:
+        return []
+    from ..backend_triton import prebuilt
+    from ..backend_triton.launcher import multiprocessors
+
+    rows, here = [], None
+    if torch.cuda.is_available():
+        import triton
+
+        target = triton.runtime.driver.active.get_current_target()
+        here = prebuilt.facts_of(target, multiprocessors(torch.device("cuda", torch.cuda.current_device())))
+    for package in prebuilt.packages():
+        facts, why = package.facts, package.damaged
+        made_for = "-" if facts is None else f"{facts.target}, {facts.multiprocessors} multiprocessors, Triton {facts.triton}"
+        if not why and facts is not None:
+            # Without a GPU the rest may still be told.
+            why = package.refused(here or prebuilt.without_gpu(facts))
+            why = why or ("" if here else "there is no GPU")
+        rows.append((str(package.folder), str(len(package.kernels)), made_for, f"no: {why}" if why else "yes"))
     return rows
 
 

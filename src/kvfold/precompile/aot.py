@@ -47,8 +47,8 @@ def aot(
     """Compiles every kernel of the table that calls over these can get, writes the binaries and a report, and finds spills.
 
     For looking into kernels (`cuobjdump -sass`, `nvdisasm`), for comparing versions of kvfold and Triton, and for knowing
-    before deployment that all compile and none spills. They are not for loading: kvfold compiles what it launches through
-    Triton's cache, which this fills on the way for the same Triton on the same machine, and `warmup` loads it. Without a GPU.
+    before deployment that all compile and none spills. Without a GPU. They are not for loading: `prebuild` makes a package that
+    calls load, in all the ways that they are launched.
 
     Which kernels: every row of the table of configurations that a spec can reach, so any `max_new_tokens` and number of
     windows, over `FoldState` and `WindowState`, `store`, `restore` and `StepPlan.update`; `compress_many` where `specs` has

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -72,6 +72,11 @@ def check_workers(workers: int | None) -> int:
         return min(cores, MOST_WORKERS)
     check_int("workers", workers, 1, 256)
     return workers
+
+
+def check_progress(progress: Callable | None) -> None:
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress must be a function or None, got {type(progress).__name__}")
 
 
 def processes(workers: int) -> ProcessPoolExecutor:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
-from ..arguments.checks import check_int, check_switch, check_type, usable_device
-from ..contract import INT32_MAX
+from ..arguments.checks import usable_device
 from ..spec import CompressorSpec
-from ..storage.formats import RecordFormat
-from .choices import FLOATS, INDICES, check_all, check_choices, check_formats, check_workers, defined_for, fits, several
-
-STATES = ("fold", "mean", "window")
-PLANS = ("plain", "engine", "ring")  # as `backend_triton.keys.TABLES`, which imports triton
+from .choices import check_progress, check_workers
+from .wanted import keys_of
 
 
 def warmup(
@@ -42,8 +38,11 @@ def warmup(
     pdl: bool | None = None,
     device: torch.device | str | int | None = None,
     workers: int | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> int:
     """Compiles and loads every kernel that calls over these combinations can need, and launches none.
+
+    Kernels that a package of `prebuild` has for this GPU are loaded from it (`use_prebuilt`), the others are compiled.
 
     After it, `compress`, `compress_many`, `store`, `restore`, `StepPlan.update` and `training.compress` compile nothing,
     whatever their batch sizes, lengths, strides, alignments, slots and pages. An engine that keeps V4's layers in `FoldState`,
@@ -87,9 +86,12 @@ def warmup(
         device: default: the current one.
         workers: threads that compile at once, from 1 to 256; with 1 one kernel after the other. Default: the cores that this
             process may use, 16 at most. For AMD it is one.
+        progress: called with how many kernels are done, of how many, and words: before the first one how many are prebuilt and
+            how many seconds the others take if Triton's cache has none of them; after each its name. Not called where all were
+            there.
 
     Returns:
-        How many kernels were compiled; 0 when all were there.
+        How many kernels were compiled, or loaded from a package; 0 when all were there.
 
     Raises:
         Whatever Triton does for a kernel that does not compile. Those that were loaded before stay, and nothing is begun after.
@@ -97,77 +99,23 @@ def warmup(
             configured for a spec.
         RuntimeError: there is no GPU, or kernels are interpreted.
     """
-    specs, names = check_all("specs", specs, CompressorSpec), check_formats("formats", formats)
-    dtypes = check_choices("dtypes", dtypes, FLOATS)
-    norms = check_choices("norm_weight_dtypes", norm_weight_dtypes, (*FLOATS, None))
-    state_dtypes, states = check_choices("state_dtypes", state_dtypes, FLOATS), check_choices("states", states, STATES)
-    rows = check_choices("rows", rows, (None, *FLOATS))
-    switches = {"snapshots": snapshots, "latents": latents, "apart": apart}
-    snapshots, latents, apart = (check_choices(name, given, (False, True)) for name, given in switches.items())
-    plans = check_choices("plans", plans, PLANS)
-    rows_of_training = several("training", training)
-    for tokens in rows_of_training:
-        check_int("training", tokens, 0, INT32_MAX)
-    rounds = check_choices("round_rows", round_rows, (None, False, True))
-    outs = check_choices("out_dtypes", out_dtypes, (None, *FLOATS))
-    steps = several("max_new_tokens", max_new_tokens)
-    for bound in steps:
-        check_int("max_new_tokens", bound, 1, (1 << 31) - 1)
-    pages = None if page_sizes is None else several("page_sizes", page_sizes)
-    for size in pages or ():
-        check_int("page_sizes", size, 1, (1 << 31) - 1)
-    slots, positions = (
-        check_choices("slot_dtypes", slot_dtypes, INDICES),
-        check_choices("position_dtypes", position_dtypes, INDICES),
-    )
-    together = [check_formats(f"also[{i}]", pair) for i, pair in enumerate(several("also", also))]
-    pairs = [_pair(i, pair) for i, pair in enumerate(several("many", many))]
-    check_switch("pdl", pdl)
-    check_type("round_inputs", round_inputs, bool)
+    calls = {
+        "specs": specs, "formats": formats, "dtypes": dtypes, "max_new_tokens": max_new_tokens, "states": states,
+        "state_dtypes": state_dtypes, "norm_weight_dtypes": norm_weight_dtypes, "rows": rows, "latents": latents,
+        "apart": apart,
+        "page_sizes": page_sizes, "many": many, "snapshots": snapshots, "plans": plans, "round_inputs": round_inputs,
+        "slot_dtypes": slot_dtypes, "position_dtypes": position_dtypes, "also": also, "training": training,
+        "round_rows": round_rows, "out_dtypes": out_dtypes, "pdl": pdl,
+    }  # fmt: skip
+    keys, dependent = keys_of(calls)
     workers = check_workers(workers)
-    chosen = defined_for(specs, names)
-    stored = [(*one, some) for i, pair in enumerate(together) for one in _stored(i, pair, specs) for some in rows]
+    check_progress(progress)
 
-    from ..backend_triton import keys
     from ..backend_triton.launcher import INTERPRETED, supports_pdl
     from ..backend_triton.prepare import prepare
-    from ..training.keys import Calls, TrainingKey, training_keys
 
     gpu = _gpu(device, INTERPRETED)
-    w = keys.Wanted(
-        dtypes, steps, state_dtypes, norms, snapshots, round_inputs, slots, positions, _tables(plans), latents, apart
-    )
-    paired = [spec for pair in pairs for spec, _ in pair]
-    found = [*keys.plan_keys({spec.ratio for spec in (*specs, *paired) if spec.gate}, states, plans)]
-    if not all(spec.gate for spec in specs):
-        found += keys.plan_keys({1}, STATES, plans)  # with slots or without
-    for spec, fmt in chosen:
-        for some in rows:
-            found += keys.store_keys(spec, fmt, w, some)
-            found += keys.step_keys(spec, fmt, w, some) if "fold" in states or not spec.gate else ()
-            found += keys.mean_keys(spec, fmt, w, some) if "mean" in states else ()
-            found += keys.window_keys(spec, fmt, w, some, pages) if "window" in states and spec.gate else ()
-    for spec, fmt, second, some in stored:
-        found += keys.store_keys(spec, fmt, w, some, second)
-    for pair in pairs:
-        found += keys.pair_keys(pair, w)
-    if True in snapshots:
-        for spec in dict.fromkeys((*(specs if "fold" in states else ()), *paired)):
-            found += keys.restore_keys(spec, w) if spec.gate else ()
-    normed = tuple(norm for norm in norms if norm is not None)
-    calls = Calls(rows_of_training, dtypes, normed, apart, latents, rounds, outs)
-    found += [key for spec, fmt in chosen for key in training_keys(spec, fmt, calls)]
-    never = keys.PlanKey, keys.RestoreKey
-
-    def dependent(key: object) -> bool:
-        return supports_pdl(gpu) and (isinstance(key, TrainingKey) or (pdl is not False and not isinstance(key, never)))
-
-    return prepare(found, gpu, dependent, workers)
-
-
-def _tables(plans: tuple[str, ...]) -> tuple[str, ...]:
-    """How kernels of a `WindowState` read its tables: what is of an engine elsewhere may be plain here."""
-    return tuple(dict.fromkeys((*plans, *["plain"] * ("engine" in plans))))
+    return prepare(keys, gpu, lambda key: supports_pdl(gpu) and dependent(key), workers, progress)
 
 
 def _gpu(device: torch.device | str | int | None, interpreted: bool) -> torch.device:
@@ -179,36 +127,3 @@ def _gpu(device: torch.device | str | int | None, interpreted: bool) -> torch.de
     if found.type != "cuda":
         raise ValueError(f"device must be a CUDA or HIP device, got {found}")
     return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
-
-
-def _stored(
-    i: int, pair: tuple[RecordFormat | None, ...], specs: tuple[CompressorSpec, ...]
-) -> list[tuple[CompressorSpec, RecordFormat, RecordFormat]]:
-    """One of `also`, with each of the specs that both are defined for."""
-    if len(pair) != 2 or None in pair:
-        raise ValueError(f"also[{i}] must be the names of two formats, got {[fmt and fmt.name for fmt in pair]}")
-    first, second = pair
-    found = [(spec, first, second) for spec in specs if fits(spec, first) and fits(spec, second)]
-    if not found:
-        raise ValueError(f"also[{i}] must be defined for one of the specs at least, got {first.name!r} and {second.name!r}")
-    return found
-
-
-def _pair(i: int, pair: object) -> tuple[tuple[CompressorSpec, RecordFormat | None], ...]:
-    """One of `many`, with its formats looked up."""
-    name = f"many[{i}]"
-    if not isinstance(pair, tuple) or len(pair) != 2 or not all(isinstance(one, tuple) and len(one) == 2 for one in pair):
-        raise TypeError(f"{name} must be a pair of (spec, format) tuples, got {pair!r}")
-    found = []
-    for spec, fmt in pair:
-        check_type(name, spec, CompressorSpec)
-        (known,) = check_formats(name, (fmt,))
-        if known is not None:
-            try:
-                known.check(spec)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
-        found.append((spec, known))
-    if found[0][0].ratio != found[1][0].ratio:
-        raise ValueError(f"{name} must have one ratio, got {found[0][0].ratio} and {found[1][0].ratio}")
-    return tuple(found)

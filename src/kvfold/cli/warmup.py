@@ -1,0 +1,83 @@
+"""`kvfold warmup` and `kvfold prebuild`: compile before the first call, for this machine or for others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from .failures import stop, wrong_arguments
+from .show import make_console, make_progress, print_text
+
+SET = typer.Option("--set", help="Which calls: v4, layers of DeepSeek-V4 in FoldState, decode and prompts.")
+
+
+def warmup(
+    calls: Annotated[str, SET] = "v4",
+    prebuilt: Annotated[list[Path] | None, typer.Option(help="Repeated: a folder of kvfold prebuild.")] = None,
+    device: Annotated[str | None, typer.Option(help="Default: the current GPU.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Threads that compile; default: one for each core, 16 at most.")] = None,
+) -> None:
+    """Compiles the kernels of an engine's calls into Triton's cache, so that processes on this machine find them there."""
+    from ..precompile.prebuild import use_prebuilt
+    from ..precompile.warmup import warmup as compile_and_load
+
+    console, built = make_console(), 0
+    try:
+        with wrong_arguments(TypeError, ValueError):
+            for folder in prebuilt or ():
+                use_prebuilt(folder)
+            for what in _set(calls):
+                with _bar(console) as show:
+                    built += compile_and_load(**what, device=device, workers=workers, progress=show)
+    except RuntimeError as error:
+        raise stop(str(error), "kvfold warmup") from None
+    from ..backend_triton import prebuilt as packages
+
+    print_text(console, f"{built} kernels, {packages.loaded} of them prebuilt")
+
+
+def prebuild(
+    target: Annotated[str, typer.Argument(help="sm_80, sm_89, sm_90, sm_100, sm_103, sm_120, gfx942 or gfx950.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the package.")],
+    calls: Annotated[str, SET] = "v4",
+    multiprocessors: Annotated[int, typer.Option(help="Of the GPU; 132 are those of an H100 SXM and an H200.")] = 132,
+    workers: Annotated[int | None, typer.Option(help="Processes that compile; default: one for each core, 16 at most.")] = None,
+) -> None:
+    """Compiles the kernels of an engine's calls into a package for other machines with this GPU and this Triton."""
+    from ..precompile.prebuild import prebuild as compile_all
+
+    console = make_console()
+    try:
+        with wrong_arguments(TypeError, ValueError), _bar(console) as show:
+            count = compile_all(target, out, _set(calls), multiprocessors=multiprocessors, workers=workers, progress=show)
+    except RuntimeError as error:
+        raise stop(str(error), "kvfold prebuild") from None
+    print_text(console, f"{count} kernels in {out}")
+
+
+def _set(name: str) -> tuple:
+    from ..precompile.sets import SETS
+
+    if name not in SETS:
+        raise typer.BadParameter(f"--set must be one of {', '.join(SETS)}, got {name!r}")
+    return SETS[name]
+
+
+@contextmanager
+def _bar(console: Console) -> Iterator[Callable[[int, int, str], None]]:
+    """For `progress`. What is said before the first kernel stays."""
+    with make_progress(console) as progress:
+        task = progress.add_task("", total=None)
+
+        def show(done: int, total: int, words: str) -> None:
+            if not done:
+                print_text(console, words)
+            progress.update(task, completed=done, total=total, description=escape(words if done else ""))
+
+        yield show

@@ -1,0 +1,120 @@
+"""Which kernels `warmup` and `prebuild` make for what calls will be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ..arguments.checks import check_int, check_switch, check_type
+from ..contract import INT32_MAX
+from ..spec import CompressorSpec
+from ..storage.formats import RecordFormat
+from .choices import FLOATS, INDICES, check_all, check_choices, check_formats, defined_for, fits, several
+
+if TYPE_CHECKING:
+    from ..backend_triton.keys import Key
+
+STATES = ("fold", "mean", "window")
+PLANS = ("plain", "engine", "ring")  # as `backend_triton.keys.TABLES`, which imports triton
+
+
+def keys_of(calls: dict[str, Any]) -> tuple[list[Key], Callable[[Key], bool]]:
+    """Of calls that `warmup` describes, by all of its arguments that do; and which of them may be dependents, where there are
+    such. Raises as `warmup` does."""
+    specs, names = check_all("specs", calls["specs"], CompressorSpec), check_formats("formats", calls["formats"])
+
+    def choices(name: str, accepted: tuple) -> tuple:
+        return check_choices(name, calls[name], accepted)
+
+    dtypes, norms = choices("dtypes", FLOATS), choices("norm_weight_dtypes", (*FLOATS, None))
+    state_dtypes, states = choices("state_dtypes", FLOATS), choices("states", STATES)
+    rows = choices("rows", (None, *FLOATS))
+    snapshots, latents, apart = (choices(name, (False, True)) for name in ("snapshots", "latents", "apart"))
+    plans = choices("plans", PLANS)
+    rows_of_training = several("training", calls["training"])
+    for tokens in rows_of_training:
+        check_int("training", tokens, 0, INT32_MAX)
+    rounds, outs = choices("round_rows", (None, False, True)), choices("out_dtypes", (None, *FLOATS))
+    steps = several("max_new_tokens", calls["max_new_tokens"])
+    pages = None if calls["page_sizes"] is None else several("page_sizes", calls["page_sizes"])
+    for name, sizes in (("max_new_tokens", steps), ("page_sizes", pages or ())):
+        for size in sizes:
+            check_int(name, size, 1, (1 << 31) - 1)
+    slots, positions = choices("slot_dtypes", INDICES), choices("position_dtypes", INDICES)
+    together = [check_formats(f"also[{i}]", pair) for i, pair in enumerate(several("also", calls["also"]))]
+    pairs = [_pair(i, pair) for i, pair in enumerate(several("many", calls["many"]))]
+    pdl, round_inputs = calls["pdl"], calls["round_inputs"]
+    check_switch("pdl", pdl)
+    check_type("round_inputs", round_inputs, bool)
+    chosen = defined_for(specs, names)
+    stored = [(*one, some) for i, pair in enumerate(together) for one in _stored(i, pair, specs) for some in rows]
+
+    from ..backend_triton import keys
+    from ..training.keys import Calls, TrainingKey, training_keys
+
+    w = keys.Wanted(
+        dtypes, steps, state_dtypes, norms, snapshots, round_inputs, slots, positions, _tables(plans), latents, apart
+    )
+    paired = [spec for pair in pairs for spec, _ in pair]
+    found = [*keys.plan_keys({spec.ratio for spec in (*specs, *paired) if spec.gate}, states, plans)]
+    if not all(spec.gate for spec in specs):
+        found += keys.plan_keys({1}, STATES, plans)  # with slots or without
+    for spec, fmt in chosen:
+        for some in rows:
+            found += keys.store_keys(spec, fmt, w, some)
+            found += keys.step_keys(spec, fmt, w, some) if "fold" in states or not spec.gate else ()
+            found += keys.mean_keys(spec, fmt, w, some) if "mean" in states else ()
+            found += keys.window_keys(spec, fmt, w, some, pages) if "window" in states and spec.gate else ()
+    for spec, fmt, second, some in stored:
+        found += keys.store_keys(spec, fmt, w, some, second)
+    for pair in pairs:
+        found += keys.pair_keys(pair, w)
+    if True in snapshots:
+        for spec in dict.fromkeys((*(specs if "fold" in states else ()), *paired)):
+            found += keys.restore_keys(spec, w) if spec.gate else ()
+    normed = tuple(norm for norm in norms if norm is not None)
+    train = Calls(rows_of_training, dtypes, normed, apart, latents, rounds, outs)
+    found += [key for spec, fmt in chosen for key in training_keys(spec, fmt, train)]
+
+    def dependent(key: Key) -> bool:
+        return isinstance(key, TrainingKey) or (pdl is not False and not isinstance(key, (keys.PlanKey, keys.RestoreKey)))
+
+    return found, dependent
+
+
+def _tables(plans: tuple[str, ...]) -> tuple[str, ...]:
+    """How kernels of a `WindowState` read its tables: what is of an engine elsewhere may be plain here."""
+    return tuple(dict.fromkeys((*plans, *["plain"] * ("engine" in plans))))
+
+
+def _stored(
+    i: int, pair: tuple[RecordFormat | None, ...], specs: tuple[CompressorSpec, ...]
+) -> list[tuple[CompressorSpec, RecordFormat, RecordFormat]]:
+    """One of `also`, with each of the specs that both are defined for."""
+    if len(pair) != 2 or None in pair:
+        raise ValueError(f"also[{i}] must be the names of two formats, got {[fmt and fmt.name for fmt in pair]}")
+    first, second = pair
+    found = [(spec, first, second) for spec in specs if fits(spec, first) and fits(spec, second)]
+    if not found:
+        raise ValueError(f"also[{i}] must be defined for one of the specs at least, got {first.name!r} and {second.name!r}")
+    return found
+
+
+def _pair(i: int, pair: object) -> tuple[tuple[CompressorSpec, RecordFormat | None], ...]:
+    """One of `many`, with its formats looked up."""
+    name = f"many[{i}]"
+    if not isinstance(pair, tuple) or len(pair) != 2 or not all(isinstance(one, tuple) and len(one) == 2 for one in pair):
+        raise TypeError(f"{name} must be a pair of (spec, format) tuples, got {pair!r}")
+    found = []
+    for spec, fmt in pair:
+        check_type(name, spec, CompressorSpec)
+        (known,) = check_formats(name, (fmt,))
+        if known is not None:
+            try:
+                known.check(spec)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        found.append((spec, known))
+    if found[0][0].ratio != found[1][0].ratio:
+        raise ValueError(f"{name} must have one ratio, got {found[0][0].ratio} and {found[1][0].ratio}")
+    return tuple(found)
