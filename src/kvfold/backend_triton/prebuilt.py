@@ -27,17 +27,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.compiler.compiler import make_backend
 
-from .build import Variant
+from .build import KERNELS, Variant
 
 MANIFEST, FORM = "prebuilt.json", 1
 INSTALLED = "kvfold_kernels"  # where wheels of packages put their folders; it has no code, and none of it is imported
 MOST_MANIFEST, MOST_BINARY = 1 << 26, 1 << 26  # bytes
 DIGEST, NAME = re.compile(r"[0-9a-f]{64}"), re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
 PACKAGE = Path(__file__).parents[1]
-# What device code is made of, and the compiler told, but for what a variant says.
+# What all device code is made of, and the compiler told, but for what a variant says.
 SOURCES = (
-    "backend_triton/kernels", "backend_triton/args.py", "backend_triton/table.py", "backend_triton/build.py",
-    "training/kernels", "training/args.py", "contract.py",
+    "backend_triton/kernels", "backend_triton/args.py", "backend_triton/table.py", "backend_triton/build.py", "contract.py",
 )  # fmt: skip
 
 loaded = 0  # how many kernels came from packages
@@ -113,27 +112,42 @@ def _assembler(target: GPUTarget) -> str:
 
 @cache
 def sources() -> str:
-    """The sha256 of all files of `SOURCES`, by name."""
-    digest = hashlib.sha256()
-    for path in source_files():
-        text = path.read_bytes().replace(b"\r\n", b"\n")
-        digest.update(f"{path.relative_to(PACKAGE).as_posix()} {len(text)}\n".encode() + text)
-    return digest.hexdigest()
+    """The sha256 of all files of `SOURCES`."""
+    return _digest(source_files())
 
 
 def source_files() -> list[Path]:
-    found = []
-    for name in SOURCES:
-        path = PACKAGE / name
-        found += sorted(path.glob("*.py")) if path.is_dir() else [path]
-    return found
+    places = [PACKAGE / name for name in SOURCES]
+    return [file for place in places for file in (sorted(place.glob("*.py")) if place.is_dir() else [place])]
+
+
+@cache
+def own_sources(kernel: str) -> str:
+    """Of a kernel that is not in `SOURCES`: of the folder where it is and of the one above, which have its device code."""
+    return _digest(own_files(kernel))
+
+
+def own_files(kernel: str) -> list[Path]:
+    folder = Path(KERNELS[kernel].fn.__code__.co_filename).parent
+    if folder == PACKAGE / SOURCES[0]:
+        return []
+    return [*sorted(folder.glob("*.py")), *sorted(folder.parent.glob("*.py"))]
+
+
+def _digest(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        text = path.read_bytes().replace(b"\r\n", b"\n")
+        digest.update(f"{path.relative_to(PACKAGE).as_posix()} {len(text)}\n".encode() + text)
+    return digest.hexdigest()
 
 
 def key_of(variant: Variant, target: GPUTarget) -> str:
     """Of a variant and all that the compiler is told for it here, by options and by environment variables."""
     told = make_backend(target).parse_options(variant.options_for(target)).hash()
     environment = sorted(get_cache_invalidating_env_vars().items())
-    return hashlib.sha256(repr((FORM, variant, told, environment)).encode()).hexdigest()
+    key = FORM, variant, own_sources(variant.kernel), told, environment
+    return hashlib.sha256(repr(key).encode()).hexdigest()
 
 
 def binary_of(compiled: CompiledKernel, variant: Variant, target: GPUTarget) -> tuple[Binary, bytes]:
