@@ -169,7 +169,8 @@ def test_sources_are_all_that_device_code_imports(kernel: str) -> None:
                         seen.add(found)
                         waiting.append(found)
     assert {path.relative_to(prebuilt.PACKAGE).as_posix() for path in seen - hashed} <= {"spec.py", "arguments/checks.py"}
-    assert len(seen & hashed) > 2 and (kernel.startswith("train_") or not prebuilt.own_files(kernel))
+    assert Path(KERNELS[kernel].fn.__code__.co_filename) in hashed
+    assert kernel.startswith("train_") == bool(prebuilt.own_files(kernel))
 
 
 @compiles
