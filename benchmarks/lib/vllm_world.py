@@ -116,7 +116,7 @@ class Layer:
         self.name, device = f"{name}.{ratio}.{head_dim}.{record}", torch.device(sizes.device)
         named = {"vllm_config": config, "compress_ratio": ratio, "hidden_size": 64, "head_dim": head_dim, "rotate": True}
         named |= {"prefix": f"{self.name}.compressor", "k_cache_prefix": self.name}
-        with set_current_vllm_config(config):
+        with set_current_vllm_config(config), device:  # where vLLM's loader makes its modules
             if ratio > 2:
                 self.compressor = attention.DeepseekCompressor(**named, use_fp4_cache=fp4)
             else:
