@@ -7,7 +7,7 @@ One sequence, bf16 kv_score, records of vLLM. All figures are those of the slowe
 tokens on one GPU, of two compressors `compress_many`. `cut_us`: `ContextParallel.compress` of a rank's tokens; the
 all-gather of entries is apart, `gather_us`. `exchange_us`: the messages alone, beside `bytes`, the most that a rank sends.
 `handover_us`: all that a cut adds but for the main call: tails, messages, putting carries. `share`: cut_us / one_us. --graph:
-calls are recorded in CUDA graphs. Rows `train`: forward and backward of one compressor by autograd, eager; `bytes` each way.
+calls are recorded in CUDA graphs. Rows `train`: forward and backward of one compressor by autograd; `bytes` each way.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def measure(cp: ContextParallel, transport: Transport, case: Case, tokens: int, 
 
 
 def measure_training(cp: ContextParallel, transport: Transport, case: Case, tokens: int, timer: Timer) -> dict:
-    """The same of a forward and a backward of one compressor, through autograd, without CUDA graphs."""
+    """The same of a forward and a backward of one compressor, through autograd."""
     device, spec = timer.device, case.compressors[0][0]
     leaves = torch.randn(spec.ratio, spec.channels, device=device), torch.ones(spec.head_dim, device=device)
     ape, norm_weight = (x.requires_grad_() for x in leaves)
@@ -225,20 +225,20 @@ def measure_training(cp: ContextParallel, transport: Transport, case: Case, toke
     def together() -> None:
         transport.gather(torch.zeros(1, dtype=torch.int64, device=device), "a barrier")
 
-    eager = Timer(device, timer.repeats, False)
     if ("train", spec, tokens) not in _ONE:
         whole = Packing.build(torch.tensor([0, tokens], dtype=torch.int32, device=device), tokens, spec.ratio)
-        _ONE["train", spec, tokens] = eager.us(step(tokens, lambda x: compress(x, whole, **given)))
+        _ONE["train", spec, tokens] = timer.us(step(tokens, lambda x: compress(x, whole, **given)))
     alone = _ONE["train", spec, tokens]
     shards = split(cp, case, tokens)
     packing = cp.packing(shards, spec, device=device)
-    cut = eager.us(step(shards.tokens(cp.rank), lambda x: cp.entries(x, packing, **given)), together)
+    cut = timer.us(step(shards.tokens(cp.rank), lambda x: cp.entries(x, packing, **given)), together)
     sent = sum(len(one.rows) for one in packing.lent) * spec.kv_score_width * 2
     mine = torch.tensor([alone, cut, float(sent)], dtype=torch.float64, device=device)
     one_us, cut_us, most = (
         transport.gather(mine.view(torch.int64), "figures").view(torch.float64).view(cp.size, -1).amax(0).tolist()
     )
-    what = {"bench": "parallel", "case": f"train {case.name} s{tokens}", "variant": f"{cp.size} {cp.layout}"}
+    what = {"bench": "parallel", "case": f"train {case.name} s{tokens}"}
+    what["variant"] = f"{cp.size} {cp.layout}{' graph' * timer.graph}"
     return what | {
         "one_us": round(one_us, 2),
         "cut_us": round(cut_us, 2),
