@@ -26,12 +26,17 @@ TESTS = {
         "tests/kernels/test_configs.py",
     ),
     # What programs of one launch may read of each other's windows: long and short steps over input rows, rewinds, rings that
-    # turn, states in an engine's pages, and banks that keep each draft.
+    # turn, states in an engine's pages, and banks that keep each draft. A history takes a tool a minute: a few of each.
     "states": (
-        "tests/storage/test_state.py", "tests/storage/test_state_pages.py::test_same_bits_as_a_state_of_its_own",
-        *(f"tests/calls/test_history.py::test_histories[cuda-{name}]"
-          for name in ("csa", "csa-bf16-state", "ratio-2", "rows-8")),
-        "tests/calls/test_window_ring.py::test_histories", "tests/calls/test_mean.py",
+        "tests/storage/test_state.py::test_walks_of_long_and_short_steps[cuda-indexer-1]",
+        "tests/storage/test_state.py::test_walks_of_long_and_short_steps[cuda-rows-2-1]",
+        *(f"tests/storage/test_state.py::test_a_long_step_can_be_replayed_and_rewound_to_its_start[cuda-{name}]"
+          for name in ("hca", "csa")),
+        "tests/storage/test_state_pages.py::test_same_bits_as_a_state_of_its_own[cuda-rows-dtype0-Odd]",
+        "tests/calls/test_history.py::test_histories[cuda-ratio-2]",
+        *(f"tests/calls/test_window_ring.py::test_histories[cuda-{name}]" for name in ("pairs-8", "csa-16", "pending")),
+        "tests/calls/test_mean.py::test_read_and_write_in_one_launch[cuda-5]",
+        "tests/calls/test_mean.py::test_banks_keep_each_draft[cuda]",
     ),
     # Forward and backward of packed sequences: ratios 1 to 128, windows that programs share, records.
     "training": (
