@@ -31,7 +31,7 @@ from kvfold.precompile.combinations import TARGETS
 from kvfold.storage.fold_state import state_kind
 from kvfold.storage.formats import FORMATS
 
-from ..lib import protocol, v41
+from ..lib import models, protocol, v41
 from ..lib.floor import PAGE_SIZE
 from ..lib.protocol import Case, Variant
 from . import decode, launches, metadata, overhead, prefill, store, training
@@ -90,8 +90,19 @@ def engine_keys() -> dict[str, Key]:
     return found
 
 
+def model_keys() -> dict[str, Key]:
+    """Of the calls that `model_step` makes, and of its plans."""
+    found: dict[str, Key] = {}
+    for case in (*models.step_cases(), *models.prompt_cases()):
+        found |= {f"step {case.name} r{layer.ratio}": key_of(layer, models.VARIANTS[layer.ratio]) for layer in case.layers}
+    for ratio in models.VARIANTS:
+        for what, windows in (("step", 1), ("step prompt", 1 << 20)):
+            found[f"{what} plan r{ratio}"] = plan_key(ratio, windows, False, False)
+    return found
+
+
 def keys(only: str = "") -> list[Key]:
-    """Of the calls that `decode`, `prefill`, `launches`, `training` and those of an engine make, by what needs them.
+    """Of the calls of `decode`, `prefill`, `launches`, `training`, `model_step` and those of an engine, by what needs them.
 
     only: rows whose name has one of these, separated by commas, in it.
     """
@@ -107,7 +118,7 @@ def keys(only: str = "") -> list[Key]:
     found |= {f"launches {case.name}": key_of(case, launches.POOL, FP32) for case in launches.CASES}
     for spec in (kvfold.V4_HCA, kvfold.V4_CSA):
         found[f"launches store r{spec.ratio}"] = store_key(spec, FORMATS[launches.FORMAT], (FP32, FP32))
-    found |= engine_keys()
+    found |= engine_keys() | model_keys()
     for case in training.cases():
         found |= {f"{case.name} {kernel}": key for kernel, key in training.keys_of(case).items()}
         found |= {f"{case.name} quant {kernel}": key for kernel, key in training.keys_of(case, quantized=True).items()}
