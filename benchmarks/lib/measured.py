@@ -1,7 +1,7 @@
 """Result rows that count, and the Markdown tables that the documents show of them.
 
-Of each bench, case, variant and device the last row of its file counts. Tables never have rows of two devices, and the figures
-of other projects stand only beside those of the device that they were taken on.
+Of each bench, case, variant and device, and engine if it was in one, the last row of its file counts. Tables never have rows of
+two devices, and the figures of other projects stand only beside those of the device that they were taken on.
 """
 
 from __future__ import annotations
@@ -33,6 +33,16 @@ LAYERS = (
     ("ratio 4, main and indexer", 4, "many:fp8_ds_mla+indexer_fp8_vllm", False),
     ("ratio 128, raw fp32 rows", 128, "window:fp8_ds_mla", True),
 )
+SHORT = (  # lines that README has room for
+    "ratio 128, 4 tokens, all end a window",
+    "ratio 128, 1 token, at all phases",
+    "ratio 4, 1 token, main and indexer",
+    "ratio 4, 4 tokens, main and indexer",
+    "ratio 128, 4 tokens, raw fp32 rows",
+    "ratio 128",
+    "ratio 4, main alone",
+    "ratio 128, raw fp32 rows",
+)
 Rows = list[dict]
 
 
@@ -43,7 +53,7 @@ def newest(source: Path) -> Rows:
         for line in path.read_text().splitlines():
             row = json.loads(line) if line.strip() else {}
             if "case" in row and "pdl" not in row:
-                found[row["bench"], row["case"], row["variant"], row["device"]] = row
+                found[row["bench"], row.get("engine"), row["case"], row["variant"], row["device"]] = row
     return list(found.values())
 
 
@@ -91,29 +101,52 @@ def sections(rows: Rows, benches: tuple[str, ...], body: Callable[[str], tuple[s
 
 
 def decode_summary(rows: Rows) -> str:
+    return sections(rows, ("decode",), lambda device: _decode(rows, device))
+
+
+def speed(rows: Rows) -> str:
+    """What README shows of calls: some lines of both summaries, losses among them."""
+
+    def body(device: str) -> tuple[str, Rows]:
+        decode, used = _decode(rows, device, SHORT)
+        prompts, more = _prefill(rows, device, SHORT)
+        return "\n".join(filter(None, (decode, prompts))), used + more
+
+    return sections(rows, ("decode", "prefill"), body)
+
+
+def _decode(rows: Rows, device: str, only: tuple[str, ...] = ()) -> tuple[str, Rows]:
     wanted = [
         (words, [Case("decode", head_dim, ratio, batch, new, mode) for batch in BATCHES], variant, raw)
         for words, (head_dim, ratio, new, mode), variant, raw in DECODE
+        if not only or words in only
     ]
-    return _summary(rows, "decode", ("step", *(f"{batch} sequences" for batch in BATCHES)), wanted)
+    return _summary(rows, "decode", device, ("step", *(f"{batch} sequences" for batch in BATCHES)), wanted)
 
 
-def _summary(rows: Rows, bench: str, header: tuple[str, ...], wanted: list[tuple[str, list[Case], str, bool]]) -> str:
+def _prefill(rows: Rows, device: str, only: tuple[str, ...] = ()) -> tuple[str, Rows]:
+    wanted = [
+        (words, [Case("prefill", 512, ratio, batch, new) for batch, new in PREFILL], variant, raw)
+        for words, ratio, variant, raw in LAYERS
+        if not only or words in only
+    ]
+    return _summary(rows, "prefill", device, ("layer", *(f"{batch} x {new >> 10}k tokens" for batch, new in PREFILL)), wanted)
+
+
+def _summary(
+    rows: Rows, bench: str, device: str, header: tuple[str, ...], wanted: list[tuple[str, list[Case], str, bool]]
+) -> tuple[str, Rows]:
     """Microseconds, bold where slower than what stands behind them: those of the best pipeline of another project.
 
-    A line for each of `wanted` with rows.
+    A line for each of `wanted` with rows; nothing where none has any.
     """
-
-    def body(device: str) -> tuple[str, Rows]:
-        ours, lines, used = of(rows, bench, device), [], []
-        for words, cases, variant, raw in wanted:
-            found = [ours.get((case.name, variant)) for case in cases]
-            if any(found):
-                lines.append((words, *(_beside(case, row, device, raw) for case, row in zip(cases, found, strict=True))))
-                used += [row for row in found if row]
-        return markdown(header, lines), used
-
-    return sections(rows, (bench,), body)
+    ours, lines, used = of(rows, bench, device), [], []
+    for words, cases, variant, raw in wanted:
+        found = [ours.get((case.name, variant)) for case in cases]
+        if any(found):
+            lines.append((words, *(_beside(case, row, device, raw) for case, row in zip(cases, found, strict=True))))
+            used += [row for row in found if row]
+    return markdown(header, lines) if lines else "", used
 
 
 def _beside(case: Case, row: dict | None, device: str, raw: bool) -> str:
@@ -126,11 +159,7 @@ def _beside(case: Case, row: dict | None, device: str, raw: bool) -> str:
 
 
 def prefill_summary(rows: Rows) -> str:
-    wanted = [
-        (words, [Case("prefill", 512, ratio, batch, new) for batch, new in PREFILL], variant, raw)
-        for words, ratio, variant, raw in LAYERS
-    ]
-    return _summary(rows, "prefill", ("layer", *(f"{batch} x {new >> 10}k tokens" for batch, new in PREFILL)), wanted)
+    return sections(rows, ("prefill",), lambda device: _prefill(rows, device))
 
 
 def mixed_summary(rows: Rows) -> str:

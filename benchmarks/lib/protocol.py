@@ -144,14 +144,14 @@ def buffer_sets(bytes_per_set: int) -> int:
     return max(2, min(MOST_SETS, -(-4 * l2 // max(bytes_per_set, 1))))
 
 
-def time_graph(calls: list[Callable[[], None]], replays: int = 30) -> float:
-    """Median microseconds per call; `calls` holds one call for each buffer set."""
+def time_graph(calls: list[Callable[[], None]], replays: int = 30, rounds: int | None = None) -> float:
+    """Median microseconds per call; `calls` holds one call for each buffer set. rounds: of them in the graph."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls:
             call()
         torch.cuda.synchronize()
-        rounds = max(1, 64 // len(calls))
+        rounds = rounds or max(1, 64 // len(calls))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             for _ in range(rounds):
@@ -172,8 +172,8 @@ def time_graph(calls: list[Callable[[], None]], replays: int = 30) -> float:
 
 @lru_cache
 def peers() -> tuple[dict, ...]:
-    """Every figure of other projects."""
-    return tuple(json.loads(line) for line in PEERS.read_text().splitlines())
+    """Every figure of other projects; none where their file is not there."""
+    return tuple(json.loads(line) for line in PEERS.read_text().splitlines()) if PEERS.is_file() else ()
 
 
 def best_peer(case: Case, among: tuple[tuple[str, str], ...] | None = None) -> tuple[float, str] | None:
@@ -201,13 +201,16 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     return found
 
 
+def device_name() -> str:
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
+
+
 def environment(commit: str | None = None) -> dict[str, str]:
     """What every result row says about where it was taken."""
     if commit is None:
         git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
         commit = git.stdout.strip() or "unknown"
-    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
-    return {"device": device, "torch": torch.__version__, "triton": triton.__version__, "commit": commit}
+    return {"device": device_name(), "torch": torch.__version__, "triton": triton.__version__, "commit": commit}
 
 
 def append_rows(path: Path | None, rows: list[dict]) -> None:

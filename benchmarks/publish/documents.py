@@ -14,7 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-from ..lib import measured, protocol
+from ..lib import measured, measured_step, protocol
 from ..lib.measured import Rows
 from . import architecture, layouts, plot
 from .plot import Panel
@@ -28,7 +28,7 @@ TABLES = {"decode": "Decode", "prefill": "Prefill"}  # benches with more rows th
 def pictures(rows: Rows) -> dict[str, list[Panel]]:
     """The panels of each file of docs/plots, by its name: one for each bench and device."""
     found = {}
-    for bench, panels in (("decode", plot.decode_panels), ("prefill", plot.prefill_panels)):
+    for bench, panels in (("decode", plot.decode_panels), ("prefill", plot.prefill_panels), ("step", plot.step_panels)):
         for device in measured.devices(rows, bench):
             found[f"{bench}-{measured.slug(device)}.svg"] = panels(rows, device, device == measured.PEERS_DEVICE)
     for device in measured.devices(rows, "window_reduction"):
@@ -50,8 +50,7 @@ def parts(rows: Rows) -> dict[str, str]:
         "pages": layouts.pages(),
         "configs": layouts.configs_table(),
         "states": layouts.states_table(),
-        "speed": measured.decode_summary(short),
-        "speed_of_prompts": measured.prefill_summary(short),
+        "speed": measured.speed(short),
         "decode": measured.decode_summary(rows) + _links(rows, "decode"),
         "prefill": measured.prefill_summary(rows) + _links(rows, "prefill"),
         "mixed": measured.mixed_summary(rows),
@@ -67,7 +66,9 @@ def parts(rows: Rows) -> dict[str, str]:
         "store_places": measured.places_summary(rows),
         "metadata": measured.metadata_summary(rows),
     }
-    return {name: text or MISSING for name, text in made.items()}
+    whole = {"step": measured_step.short(rows, "docs/plots"), "whole_step": measured_step.whole(rows)}
+    # These bring their own headings and words, and are left out where there are no rows.
+    return {name: text or MISSING for name, text in made.items()} | whole | {"adapters": measured_step.adapters(rows)}
 
 
 def _links(rows: Rows, bench: str) -> str:

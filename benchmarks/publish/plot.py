@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from kvfold.arguments.files import write_atomically
 
-from ..lib import measured, protocol, table
+from ..lib import measured, models, protocol, table
 from ..lib.measured import PEERS_DEVICE, Rows
 from ..lib.protocol import Case
 
@@ -36,6 +36,12 @@ STYLES = {
     "window:indexer_fp8_vllm": {"color": "#b5651d", "marker": "^"},
 }
 GREY = {"marker": "x", "linestyle": "--"}
+WHOLE = (  # of a whole step: its lines
+    ("project_compress: projection and compressor of a layer in one", "fused", {"color": "#3d8b40", "marker": "s"}),
+    ("torch.mm, then kvfold", "apart", {"color": "#1f6f8b", "marker": "o"}),
+    ("torch.mm alone", "projections", {"color": "#b5651d", "marker": "^"}),
+    ("kvfold's plans and compressors alone", "compressors", {"color": "#1f6f8b", "marker": "o", "linestyle": "--"}),
+)
 
 
 class Series(NamedTuple):
@@ -116,6 +122,39 @@ def why_panels(rows: Rows, device: str) -> list[Panel]:
     panels = zip(titles, (first, second), strict=True)
     drawn = [Panel(title, "sequences", "microseconds", ticks, [s for s in lines if s.points]) for title, lines in panels]
     return [panel for panel in drawn if panel.series]
+
+
+def step_panels(rows: Rows, device: str, peers: bool) -> list[Panel]:
+    """A whole step of each model, 4 new tokens for each sequence; engines where all of their step was recorded."""
+    ours, found = measured.of(rows, "step", device), []
+    for model in reversed(models.MODELS):
+        cases = [case for case in models.step_cases() if (case.model, case.new) == (model, 4)]
+        ticks = [(float(case.batch), str(case.batch)) for case in cases]
+        series = []
+        for label, variant, style in WHOLE:
+            own = [(float(case.batch), ours[case.name, variant]["us"]) for case in cases if (case.name, variant) in ours]
+            series.append(Series(label, own, {"linewidth": 2, **style}))
+        floors = [(float(case.batch), ours.get((case.name, "apart"), {}).get("floor_us")) for case in cases]
+        dotted = {"linewidth": 1, "linestyle": ":", "color": "#555555"}
+        series.append(Series("weights, states and caches moved once", [(x, us) for x, us in floors if us], dotted))
+        if peers:
+            grey = {"color": "#555555", **GREY}
+            series.append(Series("torch.mm, then the fastest engine's kernels", _engines(ours, cases), grey))
+        series = [one for one in series if one.points]
+        if series:
+            title = f"{model.title}: a whole step, 4 tokens, sequences at all phases"
+            found.append(Panel(title, "sequences", "microseconds", ticks, series))
+    return found
+
+
+def _engines(ours: dict[tuple[str, str], dict], cases: list[models.StepCase]) -> list[tuple[float, float]]:
+    points = []
+    for case in cases:
+        sums = [models.engine_us(case, peer) for peer in models.ENGINES]
+        if (case.name, "projections") in ours and all(one.whole for one in sums):
+            us = ours[case.name, "projections"]["us"] + min(one.us for one in sums)
+            points.append((float(case.batch), round(us, 2)))
+    return points
 
 
 def _shapes(ours: dict[tuple[str, str], dict]) -> list[tuple[int, int]]:

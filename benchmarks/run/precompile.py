@@ -33,7 +33,7 @@ from kvfold.storage.formats import FORMATS
 from kvfold.training import problem
 from kvfold.training.keys import keys_of as training_keys_of
 
-from ..lib import protocol, v41
+from ..lib import models, protocol, v41
 from ..lib.floor import PAGE_SIZE
 from ..lib.protocol import Case, Variant
 from . import decode, launches, metadata, overhead, parallel, prefill, store, training
@@ -118,8 +118,19 @@ def parallel_keys() -> dict[str, Key]:
     return {f"parallel {name}": key for name, key in found.items()}
 
 
+def model_keys() -> dict[str, Key]:
+    """Of the calls that `model_step` makes, and of its plans."""
+    found: dict[str, Key] = {}
+    for case in (*models.step_cases(), *models.prompt_cases()):
+        found |= {f"step {case.name} r{layer.ratio}": key_of(layer, models.VARIANTS[layer.ratio]) for layer in case.layers}
+    for ratio in models.VARIANTS:
+        for what, windows in (("step", 1), ("step prompt", 1 << 20)):
+            found[f"{what} plan r{ratio}"] = plan_key(ratio, windows, False, False)
+    return found
+
+
 def keys(only: str = "") -> list[Key]:
-    """Of the calls that `decode`, `prefill`, `launches`, `training` and those of an engine make, by what needs them.
+    """Of the calls of `decode`, `prefill`, `launches`, `training`, `model_step` and those of an engine, by what needs them.
 
     only: rows whose name has one of these, separated by commas, in it.
     """
@@ -135,7 +146,7 @@ def keys(only: str = "") -> list[Key]:
     found |= {f"launches {case.name}": key_of(case, launches.POOL, FP32) for case in launches.CASES}
     for spec in (kvfold.V4_HCA, kvfold.V4_CSA):
         found[f"launches store r{spec.ratio}"] = store_key(spec, FORMATS[launches.FORMAT], (FP32, FP32))
-    found |= engine_keys()
+    found |= engine_keys() | model_keys()
     if "parallel" in only:
         found |= parallel_keys()
     for case in training.cases():

@@ -4,9 +4,9 @@ every benchmark. What comes of it is added to the results of one folder; `docume
 python -m benchmarks.run.record --into benchmarks/results
                                [--logs FOLDER] [--only decode,prefill] [--seconds 900] [--commit COMMIT]
 
-Not here: `adapters`, which needs engines, and `parallel`, which needs two GPUs. Stages run one after the other, so that
-nothing disturbs a timing, and the ones that are cheap and most wanted come first. None starts that the time left does not
-hold, and none runs longer than its share; which those were is said at the end.
+Stages run one after the other, so that nothing disturbs a timing, and the ones that are cheap and most wanted come first. None
+starts that the time left does not hold, and none runs longer than its share; which those were is said at the end. `adapters`
+needs an engine of `make engines`, and `parallel` two GPUs: left out where there are none, and failed where asked for by name.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,11 +25,15 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Stage:
-    """One command. seconds: what it may take, about twice what it took on an H200 with 16 cores."""
+    """One command.
+
+    seconds: what it may take, about twice what it took on an H200 with 16 cores. lacks: what it needs and is not there.
+    """
 
     name: str
     command: tuple[str, ...]
     seconds: int
+    lacks: Callable[[], str] = str
 
     def line(self, into: Path, commit: str | None) -> list[str]:
         found = [sys.executable, *self.command]
@@ -44,11 +49,27 @@ def _bench(name: str, seconds: int, *options: str, module: str = "") -> Stage:
     return Stage(name, ("-m", f"benchmarks.{module}", "--out", "{out}", *options), seconds)
 
 
+ENGINES = ROOT / "build" / "engines"
+GPUS = 2  # that `parallel` cuts over
+
+
+def no_engine() -> str:
+    return "" if (ENGINES / "vllm").is_dir() else "make engines"
+
+
+def no_gpus() -> str:
+    import torch
+
+    return "" if torch.cuda.device_count() >= GPUS else f"{GPUS} GPUs"
+
+
+ACROSS = ("-m", "torch.distributed.run", "--nproc-per-node", str(GPUS), "-m", "benchmarks.run.parallel", "--out", "{out}")
 PARALLEL = ("-n", "12", "--dist", "worksteal")
 STAGES = (
     Stage("precompile", ("-m", "benchmarks.run.precompile"), 90),
     _bench("decode", 120),
     _bench("prefill", 90, "--parts", "protocol,mixed"),
+    _bench("step", 180, module="run.model_step"),
     _bench("overhead", 60),
     _bench("window_reduction", 30, module="experiments.window_reduction"),
     _bench("pages", 20, module="experiments.pages"),
@@ -61,6 +82,8 @@ STAGES = (
     _bench("trtllm", 60),
     _bench("transformers", 120, "--device", "cuda"),
     _bench("launches", 60),
+    Stage("adapters", _bench("adapters", 0, "--engines", str(ENGINES)).command, 240, no_engine),
+    Stage("parallel", ACROSS, 300, no_gpus),
     # racecheck and memcheck side by side, with 7 processes each, took 175 s; racecheck with one did not end in 380 s.
     _bench("sanitizer", 500, "--timeout", "490", module="run.sanitize"),
     # An illegal access spoils a process for all tests behind it, and this file provokes what would be one.
@@ -105,6 +128,10 @@ def main() -> int:
     deadline, ends = time.monotonic() + args.seconds, []
     for stage in args.stages:
         left = deadline - time.monotonic()
+        if lacking := stage.lacks():
+            ends += [f"not started, needs {lacking}"] if args.only else []
+            print(f"{stage.name}: left out, needs {lacking}", flush=True)
+            continue
         ends.append(run(stage, args, left) if left > stage.seconds / 2 else f"not started, {max(left, 0):.0f} s were left")
         print(f"{stage.name}: {ends[-1]}", flush=True)
     return 0 if all(end.startswith("done") for end in ends) else 1

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kvfold
-from benchmarks.lib import measured, protocol
+from benchmarks.lib import measured, measured_step, models, protocol
 from benchmarks.lib.protocol import Case
 from benchmarks.publish import documents, layouts, plot
 from kvfold.storage.formats import FORMATS
@@ -24,6 +24,18 @@ H200, H100 = "NVIDIA H200", "NVIDIA H100 80GB HBM3"
 def row(bench: str, case: str, variant: str, us: float, device: str = H200, **more: object) -> dict:
     where = {"device": device, "torch": "2.11.0", "triton": "3.6.0", "commit": "abc1234"}
     return {"bench": bench, "case": case, "variant": variant, "us": us, **more, **where}
+
+
+def step_rows(fused: bool = True) -> list[dict]:
+    """Every case of model_step: figures by variant, a little more for each further sequence."""
+    us = {"updates": 8.0, "compressors": 150.0, "projections": 800.0, "apart": 1000.0} | ({"fused": 700.0} if fused else {})
+    steps = [
+        row("step", case.name, variant, time + case.batch / 2, floor_us=346.0)
+        for case in models.step_cases()
+        for variant, time in us.items()
+    ]
+    prompts = {"compressors": 50.0, "projections": 1500.0, "apart": 1600.0} | ({"fused": 1650.0} if fused else {})
+    return steps + [row("step", case.name, name, time) for case in models.prompt_cases() for name, time in prompts.items()]
 
 
 def sample(folder: Path) -> Path:
@@ -78,6 +90,12 @@ def sample(folder: Path) -> Path:
             row("plan_metadata", "plan r4 b256 n1", "token slots", 3.5, more_us=0.5),
             row("reserved", CSA_HIT.name, "fold:rows, reserved places", 4.5, more_us=-0.125),
         ],
+        "step": step_rows(),
+        "adapters": [
+            row("adapters", "HCA b16 n4 hit", "own", 11.5, engine="vllm", launches=2.0),
+            row("adapters", "HCA b16 n4 hit", "window", 5.25, engine="vllm", launches=1.0),
+            row("adapters", "HCA b16 n4 hit", "fold", 12.5, engine="vllm", launches=1.0),
+        ],
     }
     for name, lines in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -119,7 +137,7 @@ def test_devices_never_share_a_table(tmp_path: Path) -> None:
         assert "4.1" in other and "2.5" not in other and "6.9" not in other and "sglang" not in other
     assert "H100" in documents.parts(rows)["decode"] and "H100" not in documents.parts(rows)["speed"]
     drawn = documents.pictures(rows)
-    assert set(drawn) == {"decode-h200.svg", "decode-h100.svg", "prefill-h200.svg", "why-h200.svg"}
+    assert set(drawn) == {"decode-h200.svg", "decode-h100.svg", "prefill-h200.svg", "why-h200.svg", "step-h200.svg"}
     labels = {name: {s.label for panel in panels for s in panel.series} for name, panels in drawn.items()}
     assert any("other projects" in label for label in labels["decode-h200.svg"])
     assert not any("other projects" in label for label in labels["decode-h100.svg"])
@@ -129,8 +147,7 @@ def test_every_bench_has_its_part(tmp_path: Path) -> None:
     made = documents.parts(measured.newest(sample(tmp_path / "results")))
     assert not [name for name, text in made.items() if text == documents.MISSING]
     for name, cells in {
-        "speed": "| ratio 128, 4 tokens, all end a window | 2.5 (6.9) |  |  |",
-        "speed_of_prompts": "| ratio 128 | **15.6** (9.7) |  |  |  |",
+        "speed": "| ratio 128, 4 tokens, raw fp32 rows | 5.5 (8.0) |  |  |\n\n| layer |",
         "prefill": "| ratio 128 | **15.6** (9.7) |  |  |  |",
         "mixed": "| 17.5 | 15.5 | 2.8 |",
         "plan": "| r4 b16 n4 | 2.88 |",
@@ -144,9 +161,58 @@ def test_every_bench_has_its_part(tmp_path: Path) -> None:
         "v41": "| 4 layers, FoldState | 1 token, all end a window of 2 |  | 15.0 (1.25) |  |",
         "store_places": "| hd512 131072 rows of a plan | fp8_ds_mla | 165.0 |",
         "metadata": "| plan r4 b256 n1 | token slots | 3.50 | +0.50 |",
+        "step": "| `project_compress` | 700 | 708 | 732 | 828 |",
+        "whole_step": "| `torch.mm`, then kvfold | 1,000 | 1,008 | 1,032 | 1,128 |",
+        "adapters": "| vLLM | HCA b16 n4 hit | 11.5 (2) | 5.2 (1) | **12.5** (1) |",
     }.items():
         assert cells in made[name], made[name]
     assert documents.parts([])["speed"] == documents.MISSING
+
+
+def test_steps_and_engines_are_left_out_until_they_are_measured() -> None:
+    made = documents.parts([])
+    assert made["step"] == made["whole_step"] == made["adapters"] == ""
+    assert "step-h200.svg" not in documents.pictures([])
+    other = [dict(one, device=H100) for one in step_rows()]
+    assert documents.parts(other)["step"] == ""  # README is of one device
+    whole = documents.parts(other)["whole_step"]
+    assert "NVIDIA H100" in whole and "then vLLM" not in whole and "14124" not in whole
+
+
+def test_a_step_stands_beside_what_engines_do() -> None:
+    rows = step_rows()
+    made = documents.parts(rows)
+    sums = [models.engine_us(case, "sglang").us + 800 + case.batch / 2 for case in models.step_cases()[-4:]]
+    marks = ("+", "", "+", "")
+    wanted = " | ".join(f"{us:,.0f}{mark}" for us, mark in zip(sums, marks, strict=True))
+    assert f"| `torch.mm`, then SGLang | {wanted} |" in made["whole_step"]
+    assert f"| `torch.mm`, then the fastest engine's kernels | {wanted} |" in made["step"]  # here SGLang's
+    assert "| weights, states and caches moved once | 346 | 346 | 346 | 346 |" in made["step"]
+    assert "| V4-Pro, ratio 4 with indexer | 1,500 | 50 | 1,600 | 1,650 | 1.03 |" in made["whole_step"]
+    assert f"would be {models.share(158.0):.2f} %" in " ".join(made["whole_step"].split())
+    slow = [dict(one, us=1100.0) if one["variant"] == "fused" else one for one in rows]
+    assert "| `project_compress` | **1,100** | **1,100** | **1,100** | 1,100 |" in documents.parts(slow)["step"]
+    apart = documents.parts(step_rows(fused=False))
+    assert not any("project_compress` " in text or "**Bold**" in text for text in (apart["step"], apart["whole_step"]))
+    assert "| `torch.mm`, then `compress` | 1,000 |" in apart["step"]
+    panels = plot.step_panels(rows, H200, True)
+    assert [panel.title.partition(":")[0] for panel in panels] == ["V4-Pro", "V4-Flash"]
+    assert {len(one.points) for panel in panels for one in panel.series} == {4, 2}  # of engines, what was recorded whole
+
+
+def test_pages_hold_what_will_be_measured() -> None:
+    """README stays short and no line is long once there are rows, and their words lead somewhere."""
+    rows = measured.newest(ROOT / "benchmarks" / "results")
+    made = documents.parts([*(one for one in rows if one["bench"] not in ("step", "adapters")), *step_rows()])
+    page = documents.fill((ROOT / "README.md").read_text(), made, "README.md")
+    assert len(page.splitlines()) < 120 and "](docs/plots/step-h200.svg)" in page
+    for name in ("step", "whole_step", "adapters"):
+        lines = made[name].splitlines()
+        assert not [line for line in lines if len(line) > 128 and not line.startswith("|")], name
+    performance = documents.fill((ROOT / "docs/performance.md").read_text(), made, "performance.md")
+    headings = re.findall(r"^## (.+)", performance, re.MULTILINE)
+    assert headings[0] == "A whole step" and "Other projects" in headings
+    assert measured_step.INTRODUCTION.count("](#other-projects)") == 1
 
 
 def test_written_once_and_then_up_to_date(tmp_path: Path) -> None:

@@ -20,18 +20,26 @@ PACKAGE = Path(__file__).parents[1]
 MODULES = {
     "decode": "run.decode",
     "prefill": "run.prefill",
+    "step": "run.model_step",
     "store": "run.store",
     "plan": "run.overhead",
     "train": "run.training",
 }
 # What is left out of a first look. The others have few cases, or none to spare.
-QUICK = {"decode": ("--quick",), "prefill": ("--only", "b1 s8192"), "train": ("--only", "b1 s8192")}
+QUICK = {
+    "decode": ("--quick",),
+    "prefill": ("--only", "b1 s8192"),
+    "step": ("--only", "v4-pro b16"),
+    "train": ("--only", "b1 s8192"),
+}
 What = Enum("What", {name: name for name in MODULES})
 
 
 def bench(
-    what: Annotated[What, typer.Argument(help="What to time; plan: StepPlan.update and the host's part of a call.")],
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer cases (decode, prefill and train).")] = False,
+    what: Annotated[
+        What, typer.Argument(help="What to time; step: of a whole model; plan: StepPlan.update and the host's part.")
+    ],
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer cases (decode, prefill, step, train).")] = False,
     out: Annotated[Path | None, typer.Option(help="File that result rows are added to, as JSON lines.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture beside other projects' figures (decode; needs --out).")] = None,
 ) -> None:

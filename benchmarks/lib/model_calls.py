@@ -1,0 +1,132 @@
+"""A whole step as calls: layers with weights of their own, and any number of sets of states, caches and kv_score for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+import kvfold
+
+from . import models
+from .calls import Buffers, Step, Weights
+from .models import AnyCase, Model, StepCase
+from .protocol import Case
+
+PARTS = ("updates", "compressors", "projections", "apart", "fused")
+Call = Callable[[], None]
+
+
+def missing() -> str:
+    """Why `fused` cannot be timed, empty where it can."""
+    return "" if hasattr(kvfold, "project_compress") else "this kvfold has no project_compress"
+
+
+class Layer(NamedTuple):
+    """One layer's weights: of its projection `[columns, hidden_dim]`, main before indexer, and of each compressor."""
+
+    ratio: int
+    projection: torch.Tensor
+    compressors: list[Weights]
+
+
+class LayerSet(NamedTuple):
+    """What a layer has for itself in one set. kv_score: `[tokens, columns]`, of which each compressor has its own columns."""
+
+    kv_score: torch.Tensor
+    own: list[Buffers]
+
+
+def projections(model: Model, device: str = "cuda") -> list[torch.Tensor]:
+    """Of all layers of a model; made once, as they are most of the memory."""
+    found = []
+    for ratio in model.ratios:
+        weight = torch.empty(models.columns(ratio), model.hidden_dim, dtype=torch.bfloat16, device=device)
+        found.append(weight.normal_(std=model.hidden_dim**-0.5))
+    return found
+
+
+class WholeStep:
+    """All layers of one case. Plans are of a ratio; weights of a layer; `make_set` makes the rest."""
+
+    def __init__(self, case: AnyCase, weights: list[torch.Tensor], device: str = "cuda") -> None:
+        """weights: of `projections`, those of the case's layers."""
+        self.case, self.device = case, device
+        cases: dict[int, Case] = {layer.ratio: layer for layer in case.layers}
+        self.steps = {ratio: Step(layer, models.VARIANTS[ratio], device) for ratio, layer in cases.items()}
+        self.hidden = torch.randn(case.tokens, case.model.hidden_dim, device=device).bfloat16()
+        self.layers = [
+            Layer(layer.ratio, weight, [self._own(given) for given in self.steps[layer.ratio].weights])
+            for layer, weight in zip(case.layers, weights, strict=True)
+        ]
+
+    def _own(self, given: Weights) -> Weights:
+        """Weights of one layer; rotations are of the model."""
+        return given._replace(ape=torch.randn_like(given.ape), norm_weight=torch.rand_like(given.norm_weight) + 0.5)
+
+    def make_set(self) -> list[LayerSet]:
+        found = []
+        for layer in self.layers:
+            step = self.steps[layer.ratio]
+            kv_score = torch.randn(self.case.tokens, layer.projection.shape[0], device=self.device).bfloat16()
+            parts = kv_score.split([spec.kv_score_width for spec in step.specs], dim=1)
+            own = [b._replace(kv_score=part) for b, part in zip(step.buffers(), parts, strict=True)]
+            found.append(LayerSet(kv_score, own))
+        return found
+
+    def call(self, part: str, buffers: list[LayerSet]) -> Call:
+        """One step, or the part of it that is named so in `PARTS`, over a set. A prompt's plan is updated by nobody: it is
+        one of a whole model's."""
+        layers = list(zip(self.layers, buffers, strict=True))
+        updated = isinstance(self.case, StepCase) and part != "projections"
+        found = [self._update(step) for step in self.steps.values()] if updated else []
+        for layer, own in layers if part != "updates" else []:
+            if part in ("projections", "apart"):
+                found.append(self._project(layer, own))
+            if part in ("compressors", "apart"):
+                found.append(self._compress(layer, own))
+            if part == "fused":
+                found.append(self._fused(layer, own))
+
+        def step() -> None:
+            for one in found:
+                one()
+
+        return step
+
+    def check(self, call: Call) -> None:
+        """Makes the call once; a step that is refused would be fast."""
+        call()
+        for ratio, step in self.steps.items():
+            if int(step.plan.errors):
+                raise RuntimeError(f"{self.case.name}: plan.errors is {int(step.plan.errors)} after the ratio-{ratio} layers")
+
+    def _update(self, step: Step) -> Call:
+        return lambda: step.plan.update(step.start_pos, step.cu_seqlens)
+
+    def _project(self, layer: Layer, own: LayerSet) -> Call:
+        weight = layer.projection.t()
+        return lambda: torch.mm(self.hidden, weight, out=own.kv_score)
+
+    def _compress(self, layer: Layer, own: LayerSet) -> Call:
+        step = self.steps[layer.ratio]
+        made = [
+            kvfold.Compressor(b.kv_score, b.state, b.cache, spec, *weights)
+            for b, spec, weights in zip(own.own, step.specs, layer.compressors, strict=True)
+        ]
+        if len(made) == 2:
+            return lambda: kvfold.compress_many(made, step.plan)
+        (one,) = made
+        given = {"spec": one.spec, **layer.compressors[0]._asdict()}
+        return lambda: kvfold.compress(one.kv_score, step.plan, one.state, one.cache, **given)
+
+    def _fused(self, layer: Layer, own: LayerSet) -> Call:
+        step, weight = self.steps[layer.ratio], layer.projection
+        states, caches = [b.state for b in own.own], [b.cache for b in own.own]
+        if len(states) == 1:
+            given = {"spec": step.specs[0], **layer.compressors[0]._asdict()}
+            return lambda: kvfold.project_compress(self.hidden, weight, step.plan, states[0], caches[0], **given)
+        columns = {f"{name}s": [getattr(w, name) for w in layer.compressors] for name in Weights._fields}
+        given = {"specs": list(step.specs), **columns}
+        return lambda: kvfold.project_compress_many(self.hidden, weight, step.plan, states, caches, **given)
