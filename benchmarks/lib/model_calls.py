@@ -123,10 +123,12 @@ class WholeStep:
 
     def _fused(self, layer: Layer, own: LayerSet) -> Call:
         step, weight = self.steps[layer.ratio], layer.projection
-        states, caches = [b.state for b in own.own], [b.cache for b in own.own]
-        if len(states) == 1:
-            given = {"spec": step.specs[0], **layer.compressors[0]._asdict()}
-            return lambda: kvfold.project_compress(self.hidden, weight, step.plan, states[0], caches[0], **given)
-        columns = {f"{name}s": [getattr(w, name) for w in layer.compressors] for name in Weights._fields}
-        given = {"specs": list(step.specs), **columns}
-        return lambda: kvfold.project_compress_many(self.hidden, weight, step.plan, states, caches, **given)
+        made = [
+            kvfold.Compressor(None, b.state, b.cache, spec, *weights)
+            for b, spec, weights in zip(own.own, step.specs, layer.compressors, strict=True)
+        ]
+        if len(made) == 2:
+            return lambda: kvfold.project_compress_many(self.hidden, weight, made, step.plan)
+        (one,) = made
+        given = {"spec": one.spec, **layer.compressors[0]._asdict()}
+        return lambda: kvfold.project_compress(self.hidden, weight, step.plan, one.state, one.cache, **given)

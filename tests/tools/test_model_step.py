@@ -116,10 +116,13 @@ def test_fused_hands_on_one_layer_a_call(monkeypatch: pytest.MonkeyPatch) -> Non
     step.check(step.call("fused", buffers))
     assert len(calls) == 3 and model_calls.missing() == ""
     for (given, named), layer, own in zip(calls, step.layers, buffers, strict=True):
-        assert given[0] is step.hidden and given[1] is layer.projection and given[2] is step.steps[layer.ratio].plan
-        one = layer.ratio == 128
-        assert given[3:] == (own.own[0].state, own.own[0].cache) if one else given[3][1] is own.own[1].state
-        assert named.keys() == ({"spec", "ape", "norm_weight", "rope"} if one else {"specs", "apes", "norm_weights", "ropes"})
+        plan = step.steps[layer.ratio].plan
+        assert given[0] is step.hidden and given[1] is layer.projection
+        if layer.ratio == 128:
+            assert given[2:] == (plan, own.own[0].state, own.own[0].cache)
+            assert named.keys() == {"spec", "ape", "norm_weight", "rope"}
+        else:
+            assert given[3] is plan and [one.state for one in given[2]] == [b.state for b in own.own] and not named
 
 
 @pytest.fixture
