@@ -117,7 +117,9 @@ class _PoolingLayer:
 
     def _advance(self, name: str, part: Any, kv: torch.Tensor, gate: torch.Tensor) -> None:
         bias, weight, shape = weights.position_bias(part), weights.norm_weight(part, kv.device), weights.shape_of(part)
-        rope = weights.rope_rows(part, self.start, self.start + self.new, kv.device)
+        start, end = self.start, self.start + self.new
+        ends = torch.compiler.is_compiling() or start // shape.ratio < end // shape.ratio
+        rope = weights.rope_rows(part, start, end, kv.device) if ends else None
         fold = self.fold.folds.get(name)
         if fold is None:
             entries = weights.entry_dtype(part, kv.dtype, kv.device)
