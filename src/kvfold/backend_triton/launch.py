@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -370,20 +371,36 @@ def _count(met: Met, plan: PlanData, tokens: int, kinds: tuple[str, ...] = ()) -
     """Most windows of a call with so many tokens, and their bucket; remembered. kinds: of its states, where they are two."""
     known = met.counted
     if known[0] != tokens or known[1] != kinds:
-        # At least one program, to count sequences whose tokens an empty kv_score does not have.
-        grid = max(1, min(plan.item_capacity, plan.items_for(tokens)))
+        grid = most_windows(plan, tokens)
         buckets = pair_buckets({*kinds}) if kinds else BUCKETS
         known = met.counted = tokens, kinds, grid, item_bucket(grid, multiprocessors(met.device), buckets)
     return known[2], known[3]
 
 
+def most_windows(plan: PlanData, tokens: int) -> int:
+    """At least one, as a program counts sequences whose tokens an empty kv_score does not have."""
+    return max(1, min(plan.item_capacity, plan.items_for(tokens)))
+
+
 def _prepare(kernel: str, asked: tuple, chosen: Chosen, groups: tuple, brought: tuple[str, ...] = _BROUGHT) -> Prepared:
     found, bits = pack(*flat(groups))
-    names = KERNELS[kernel].arg_names
-    for name, value in zip(names, found, strict=False):  # the constants stand behind
-        if name.endswith("stride"):
-            bits |= value or 0
-    return Prepared(asked, chosen, list(found), tuple(i for i, name in enumerate(names) if name.endswith(brought)), bits)
+    places, strides = _places(kernel, brought)
+    for i in strides:
+        bits |= found[i] or 0
+    return Prepared(asked, chosen, list(found), places, bits)
+
+
+@cache
+def _places(kernel: str, brought: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of a kernel's run-time arguments, which a call brings, and which are strides."""
+    arguments = KERNELS[kernel]
+    names = arguments.arg_names[: len(arguments.arg_names) - len(arguments.constexprs)]  # the constants stand behind
+    ends = ((i, name) for i, name in enumerate(names) if name.endswith((*brought, "stride")))
+    kept = [*ends]
+    return (
+        tuple(i for i, name in kept if name.endswith(brought)),
+        tuple(i for i, name in kept if name.endswith("stride")),
+    )
 
 
 def _brought(c: Compressor, plan: PlanData, out: Outputs, slices: int, draws: bool) -> tuple[tuple, int]:

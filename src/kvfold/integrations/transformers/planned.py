@@ -1,24 +1,28 @@
-"""Steps over a plan, as on a GPU: what a thread keeps between them, so that a step is little more than its launches.
+"""Steps over a plan, as on a GPU, and what a thread keeps between them so that a step is little more than its launches.
 
-`kvfold.compress` checks an object when it first sees it. So plans, rotations by position and what wraps the tensors of a cache
-live on from step to step. Tensors of a cache are held by views and found by themselves: when a cache goes, all of it goes.
+A step is `kvfold.compress`, which checks all that it is given. On a GPU it is checked for the first of its kind; another one is
+the same launch over other tensors, which are all made here (`backend_triton/again.py`). Of a cache nothing is kept but weakly.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
+from functools import cache
+from typing import Any
 
 import torch
 
+from ...arguments.checks import check_real_memory, check_tensor
 from ...compress import compress
 from ...plan import StepPlan
 from ...spec import CompressorSpec
 from ...storage.cache import EntryCache
 from ...storage.fold_state import FoldState, state_kind
+from ...storage.step import Compressor
 
 FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-_MOST_PLANS = 16  # as many as a layer remembers
+_MOST_PLANS = 32
 _EXACT, _LONG = 8, 4096  # tokens: short steps have kernels of their own; a plan for long ones is large
 _LEAST_TABLE = 4096  # positions
 
@@ -43,61 +47,77 @@ def step_planned(
     backend: str | None,
 ) -> None:
     """`step.step`; ape: of any floating dtype; rope: a row for each entry of the step, None where there are none."""
-    batch, new = kv.shape[:2]
-    kept = _kept_on(kv.device)
-    layer = kept.layer(rows, tags, entries, spec, most_of(spec, max_new_tokens))
-    plan = kept.plan(spec.ratio, batch, start, new, entries.shape[1])
+    batch, new, _ = kv.shape
+    kept, most = _kept_on(kv.device), most_of(spec, max_new_tokens)
+    planned = kept.plan(spec.ratio, batch, start, new, entries.shape[1])
     table = kept.table(rope, start, start + new, spec)
-    ape, settled = layer.weights(ape, norm_weight)
+    ape, settled = kept.weights(rows, ape, norm_weight, spec)
     # A kernel may be launched while the one before it still runs, and then reads these without waiting for it.
     pdl = None if settled and rope is None else False
-    tokens = kv.flatten(0, 1), gate.flatten(0, 1)
-    compress(
-        tokens, plan, layer.state, layer.cache, spec=spec, ape=ape, norm_weight=norm_weight, rope=table, backend=backend, pdl=pdl
-    )
+    plan, value, score = planned.plan, kv.flatten(0, 1), gate.flatten(0, 1)
+    kind, again = None, None
+    if backend != "torch" and (kv.is_cuda or _triton().INTERPRETED) and _as_made(kv, gate, rows, entries, spec):
+        windows, bucket = planned.windows(batch * new)
+        kind = spec, most, plan.max_new_tokens, bucket, kv.dtype, norm_weight.dtype, rows.dtype, entries.dtype, batch > 1
+        again = kept.again.get(kind)
+    if again is not None:
+        again(windows, plan, value, score, (ape, norm_weight, table), (rows, tags), entries, kept.scratch, pdl)
+        return
+    state = FoldState(spec, rows, tags, most)
+    entry_cache = EntryCache(entries.view(-1, spec.head_dim), FORMATS[entries.dtype], 1, spec)
+    weights = {"spec": spec, "ape": ape, "norm_weight": norm_weight, "rope": table}
+    compress((value, score), plan, state, entry_cache, **weights, backend=backend, pdl=pdl)
+    if kind is not None:
+        kept.again[kind] = _triton().Again(Compressor((value, score), state, entry_cache, **weights), plan)
+        kept.scratch = kept.scratch or _triton().Scratch(kv.device)
 
 
-class _Layer:
-    """Rows, tags and entries of a compressor on one cache as `compress` takes them, and the weights of the last step."""
+@cache
+def _triton() -> Any:
+    """Imported where it is needed, as it imports triton."""
+    from ...backend_triton import again
 
-    def __init__(self, spec: CompressorSpec, rows: torch.Tensor, tags: torch.Tensor, most: int, kept: _Kept) -> None:
-        places, place = kept.layers, id(rows)
-        self.rows, self.tags = weakref.ref(rows, lambda _: places.pop(place, None)), weakref.ref(tags)
-        self.spec, self.most = spec, most
-        self.state = FoldState(spec, rows.detach(), tags.detach(), most)
-        self.state._workspaces = kept.workspaces  # of all states: launches of a stream come one behind the other
-        self.entries = self.ape_seen = self.norm_seen = _nothing
-        self.own_ape: torch.Tensor | None = None
-
-    def keep(self, entries: torch.Tensor) -> None:
-        """Each entry is a page, so that no plan depends on how much room there is."""
-        self.entries = weakref.ref(entries)
-        self.cache = EntryCache(entries.detach().view(-1, entries.shape[-1]), FORMATS[entries.dtype], 1, self.spec)
-
-    def weights(self, ape: torch.Tensor, norm_weight: torch.Tensor) -> tuple[torch.Tensor, bool]:
-        """ape in fp32, and whether both were there before this step: others may just have been written."""
-        settled = self.ape_seen() is ape and self.norm_seen() is norm_weight
-        if not settled:
-            self.ape_seen, self.norm_seen = weakref.ref(ape), weakref.ref(norm_weight)
-        if ape.dtype is torch.float32:
-            return ape, settled
-        if self.own_ape is None or self.own_ape.shape != ape.shape:
-            with torch.inference_mode(False):
-                self.own_ape = torch.empty(ape.shape, dtype=torch.float32, device=ape.device)
-        return self.own_ape.copy_(ape), False
+    return again
 
 
-def _nothing() -> None:
-    return None
+def _as_made(kv: torch.Tensor, gate: torch.Tensor, rows: torch.Tensor, entries: torch.Tensor, spec: CompressorSpec) -> bool:
+    """Whether projections are such that a step need not be checked whole: `compress` says what is wrong with others."""
+    for name, x in (("kv", kv), ("gate", gate)):
+        check_real_memory(name, x)
+        if x.shape[2] != spec.channels or not x.numel() or not x.is_contiguous():
+            return False
+    same = gate.dtype is kv.dtype and gate.shape == kv.shape and entries.is_contiguous() and rows.shape[0] == kv.shape[0]
+    return same and gate.device == rows.device == entries.device == kv.device
 
 
 class _Plan:
     """A plan, for which step it was made last, and how many entries of a sequence it has pages for."""
 
-    __slots__ = ("at", "plan", "width")
+    __slots__ = ("at", "counted", "plan", "width")
 
     def __init__(self, plan: StepPlan, at: tuple[int, int], width: int) -> None:
         self.plan, self.at, self.width = plan, at, width
+        self.counted = -1, 0, 0.0
+
+    def windows(self, tokens: int) -> tuple[int, float]:
+        """How many windows a call with so many tokens may touch, and their bucket."""
+        if self.counted[0] != tokens:
+            self.counted = tokens, *_triton().count(self.plan, tokens)
+        return self.counted[1:]
+
+
+class _Weights:
+    """Weights of the last step over a cache, and a copy of the bias in fp32, where it is not that itself."""
+
+    def __init__(self, gone: Any) -> None:
+        self.gone = gone
+        self.seen: tuple = (_nothing, _nothing)
+        self.where: tuple = ()
+        self.own: torch.Tensor | None = None
+
+
+def _nothing() -> None:
+    return None
 
 
 class _Kept:
@@ -105,26 +125,14 @@ class _Kept:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.layers: dict[int, _Layer] = {}  # by the id of their rows
+        self.known: dict[int, _Weights] = {}  # by the id of the rows of a state
         self.plans: dict[tuple, _Plan] = {}
+        self.again: dict[tuple, Any] = {}
         self.tables: dict[int, torch.Tensor] = {}
-        self.workspaces: list = []
-        self.lengths: tuple[torch.Tensor, torch.Tensor, tuple[int, int, int]] | None = None
+        self.lengths: tuple[Any, Any, tuple[int, int, int]] = None, None, (-1, -1, -1)
+        self.scratch: Any = None  # of kernels
 
-    def layer(
-        self, rows: torch.Tensor, tags: torch.Tensor, entries: torch.Tensor, spec: CompressorSpec, most: int
-    ) -> _Layer:
-        found = self.layers.get(id(rows))
-        same = found is not None and found.rows() is rows and found.tags() is tags
-        if not same or found.spec != spec or found.most != most:
-            with torch.inference_mode(False):
-                found = self.layers[id(rows)] = _Layer(spec, rows, tags, most, self)
-        if found.entries() is not entries:
-            with torch.inference_mode(False):
-                found.keep(entries)
-        return found
-
-    def plan(self, ratio: int, batch: int, start: int, new: int, capacity: int) -> StepPlan:
+    def plan(self, ratio: int, batch: int, start: int, new: int, capacity: int) -> _Plan:
         """Of a step of all sequences from `start` on; batch row = state slot, entry w of row b is slot `b * capacity + w`.
 
         It is made for up to twice the tokens, so that most steps are an `update` in place.
@@ -138,11 +146,12 @@ class _Kept:
         elif known.at != at:
             known.plan.update(*self._lengths(batch, start, new))
             known.at = at
-        return known.plan
+        return known
 
     def _build(self, key: tuple, at: tuple[int, int], capacity: int) -> _Plan:
-        ratio, batch, bound, apart = key
-        for old in [one for one in self.plans if one[2] > _LONG or len(self.plans) >= _MOST_PLANS]:
+        ratio, batch, bound, _ = key
+        full = len(self.plans) >= _MOST_PLANS
+        for old in [one for one in self.plans if full or one[2] > _LONG]:
             del self.plans[old]
         width, ints = capacity if batch > 1 else 1 << capacity.bit_length(), {"dtype": torch.int32, "device": self.device}
         pages, rows = torch.arange(batch * width, **ints).view(batch, width), torch.arange(batch, **ints)
@@ -153,14 +162,15 @@ class _Kept:
 
     def _lengths(self, batch: int, start: int, new: int) -> tuple[torch.Tensor, torch.Tensor]:
         """`start_pos` and `cu_seqlens`, which the plans of a step share."""
-        starts, ends, have = self.lengths or (None, None, (-1, -1, -1))
+        starts, ends, have = self.lengths
         if have != (batch, start, new):
-            with torch.inference_mode(False):
-                if have[0] != batch:
+            if have[0] != batch:
+                with torch.inference_mode(False):
                     starts = torch.full((batch,), start, dtype=torch.int32, device=self.device)
-                elif have[1] != start:
-                    starts.fill_(start)
-                if (have[0], have[2]) != (batch, new):
+            elif have[1] != start:
+                starts.fill_(start)
+            if (have[0], have[2]) != (batch, new):
+                with torch.inference_mode(False):
                     ends = torch.arange(batch + 1, dtype=torch.int32, device=self.device).mul_(new)
             self.lengths = starts, ends, (batch, start, new)
         return starts, ends
@@ -176,6 +186,31 @@ class _Kept:
             ratio = spec.ratio
             table[start // ratio * ratio : end // ratio * ratio : ratio] = rope
         return table
+
+    def weights(
+        self, rows: torch.Tensor, ape: torch.Tensor, norm_weight: torch.Tensor, spec: CompressorSpec
+    ) -> tuple[torch.Tensor, bool]:
+        """ape in fp32, and whether both are those of the last step: others may just have been written."""
+        place, known = id(rows), self.known
+        found = known.get(place)
+        if found is None or found.gone() is not rows:
+            found = known[place] = _Weights(weakref.ref(rows, lambda _: known.pop(place, None)))
+        where = ape.data_ptr(), ape.dtype, norm_weight.data_ptr(), norm_weight.dtype
+        settled = found.seen[0]() is ape and found.seen[1]() is norm_weight and found.where == where
+        if not settled:
+            check_tensor("norm_weight", norm_weight, (spec.head_dim,), tuple(FORMATS), self.device)
+            found.own = None
+        if ape.dtype is not torch.float32:
+            if found.own is None:
+                with torch.inference_mode(False):
+                    found.own = torch.empty(ape.shape, dtype=torch.float32, device=ape.device)
+            own = found.own.copy_(ape)
+        else:
+            own = ape
+        if not settled:
+            check_tensor("ape", own, (spec.ratio, spec.channels), (torch.float32,), self.device)
+            found.seen, found.where = (weakref.ref(ape), weakref.ref(norm_weight)), where
+        return own, settled and own is ape
 
 
 class _OfThread(threading.local):

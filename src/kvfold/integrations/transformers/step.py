@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...backend_torch.even import even_shape, step_even
-from ...storage.fold_state import FoldState, state_kind
+from ...storage.fold_state import empty_slots, state_kind
 from .planned import FORMATS, most_of, step_planned
 from .weights import Shape
 
@@ -42,8 +42,7 @@ def _new_state(like: torch.Tensor, max_new_tokens: int, *how: Any) -> tuple[torc
             like.new_zeros(batch, *even_shape(spec, max_new_tokens), dtype=dtype),
             like.new_empty(batch, _NO_TAGS, dtype=torch.int32),
         )
-    state = FoldState.allocate(spec, batch, most_of(spec, max_new_tokens), device=like.device, dtype=dtype)
-    return state.rows, state.positions
+    return empty_slots(spec, batch, most_of(spec, max_new_tokens), dtype, like.device)
 
 
 def step(
