@@ -10,8 +10,7 @@ from support.transformers_support import LAYERS, LAYERS_MOVE, NAMES, close, ids,
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, StaticLayer
 
-from kvfold.integrations.transformers import UnsupportedError, entries, patch, rewind, unpatch
-from kvfold.integrations.transformers import planned
+from kvfold.integrations.transformers import UnsupportedError, entries, patch, planned, rewind, unpatch
 from kvfold.integrations.transformers import step as steps
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

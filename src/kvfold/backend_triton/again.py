@@ -13,7 +13,7 @@ import torch
 
 from ..storage.step import Compressor, PlanData
 from .build import INTERPRETED
-from .launch import _places, _workspace, most_windows, use_pdl
+from .launch import argument_places, most_windows, scratch_of, update_on_gpu, use_pdl
 from .launcher import multiprocessors
 from .table import item_bucket
 
@@ -45,8 +45,9 @@ class Again:
 
     def __init__(self, c: Compressor, plan: PlanData) -> None:
         call = c.state._layer.plans[id(plan)].prepared
-        self.chosen, self.values, self.bits = call.chosen, call.values, call.bits
-        self.places, _ = _places("step", _BROUGHT)
+        self.places, _ = argument_places("step", _BROUGHT)
+        self.values = [None if i in self.places else value for i, value in enumerate(call.values)]  # of this call nothing stays
+        self.chosen, self.bits = call.chosen, call.bits
         self.head_dim, self.entry_bytes = c.spec.head_dim, c.cache.page_bytes
 
     def __call__(
@@ -68,9 +69,9 @@ class Again:
         chosen, (ape, norm_weight, rope) = self.chosen, weights
         workspace = arrivals = None
         if chosen.slices > 1:
-            workspace, arrivals = _workspace(scratch, plan.entry_capacity, self.head_dim)
+            workspace, arrivals = scratch_of(scratch, plan.entry_capacity, self.head_dim)
         elif chosen.draws[0]:
-            _, arrivals = _workspace(scratch, 1, 0)
+            _, arrivals = scratch_of(scratch, 1, 0)
         first, stride = value.data_ptr(), value.stride(0)
         apart = (score.data_ptr() - first) // value.element_size()
         brought = (
@@ -92,3 +93,9 @@ def count(plan: PlanData, tokens: int) -> tuple[int, float]:
     """Most windows of a call with so many tokens, and their bucket."""
     windows = most_windows(plan, tokens)
     return windows, item_bucket(windows, multiprocessors(plan.items.device))
+
+
+def update(plan: PlanData, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
+    """`StepPlan.update` of a plan on a GPU with lengths like those that it was built from, which are nothing that it writes."""
+    plan.fresh = True
+    update_on_gpu(plan, start_pos, cu_seqlens)

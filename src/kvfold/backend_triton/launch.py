@@ -384,32 +384,26 @@ def most_windows(plan: PlanData, tokens: int) -> int:
 
 def _prepare(kernel: str, asked: tuple, chosen: Chosen, groups: tuple, brought: tuple[str, ...] = _BROUGHT) -> Prepared:
     found, bits = pack(*flat(groups))
-    places, strides = _places(kernel, brought)
+    places, strides = argument_places(kernel, brought)
     for i in strides:
         bits |= found[i] or 0
     return Prepared(asked, chosen, list(found), places, bits)
 
 
 @cache
-def _places(kernel: str, brought: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of a kernel's run-time arguments, which a call brings, and which are strides."""
-    arguments = KERNELS[kernel]
-    names = arguments.arg_names[: len(arguments.arg_names) - len(arguments.constexprs)]  # the constants stand behind
-    ends = ((i, name) for i, name in enumerate(names) if name.endswith((*brought, "stride")))
-    kept = [*ends]
-    return (
-        tuple(i for i, name in kept if name.endswith(brought)),
-        tuple(i for i, name in kept if name.endswith("stride")),
-    )
+def argument_places(kernel: str, brought: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Which of a kernel's run-time arguments a call brings, and which are strides."""
+    names = KERNELS[kernel].arg_names  # the constants stand behind, under other names
+    return tuple(tuple(i for i, name in enumerate(names) if name.endswith(ends)) for ends in (brought, "stride"))
 
 
 def _brought(c: Compressor, plan: PlanData, out: Outputs, slices: int, draws: bool) -> tuple[tuple, int]:
     """What a call of one compressor brings: its tokens, the scratch that its programs need, and where rows go; its strides."""
     workspace = arrivals = apart = skew = None
     if slices > 1:
-        workspace, arrivals = _workspace(c.state, plan.entry_capacity, c.spec.head_dim)
+        workspace, arrivals = scratch_of(c.state, plan.entry_capacity, c.spec.head_dim)
     elif draws:  # from the count of the items that were drawn (kernels/items.py)
-        _, arrivals = _workspace(c.state, 1, 0)
+        _, arrivals = scratch_of(c.state, 1, 0)
     value, score = c.value, c.score
     strides = stride = value.stride(0)
     if score is not None:
@@ -482,7 +476,7 @@ def _output(
     )
 
 
-def _workspace(state: FoldState | WindowState, entries: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+def scratch_of(state: FoldState | WindowState, entries: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Pooled rows in the making, as words of 8 bytes, and tickets drawn for each (kernels/slices.py): zero between calls.
 
     Made by the first call of a size and kept by the state, outgrown ones too, as a CUDA graph may have recorded them.

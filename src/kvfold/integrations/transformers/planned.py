@@ -144,7 +144,11 @@ class _Kept:
             with torch.inference_mode(False):
                 known = self._build(key, at, capacity)
         elif known.at != at:
-            known.plan.update(*self._lengths(batch, start, new))
+            lengths = self._lengths(batch, start, new)
+            if self.device.type == "cpu":
+                known.plan.update(*lengths)
+            else:
+                _triton().update(known.plan, *lengths)
             known.at = at
         return known
 

@@ -12,7 +12,7 @@ import torch
 
 from ...backend_torch.even import even_shape, step_even
 from ...storage.fold_state import empty_slots, state_kind
-from .planned import FORMATS, most_of, step_planned
+from .planned import most_of, step_planned
 from .weights import Shape
 
 _NO_TAGS = 0
