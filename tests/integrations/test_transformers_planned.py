@@ -188,4 +188,4 @@ def test_no_operation_but_the_launch(backend, monkeypatch):
         planned.step_planned(
             *tokens, other.ape, other.norm_weight, None, *other.state, other.entries, 3, 1, other.spec, other.backend
         )
-    assert names == {"view"} and len(launches) == 1
+    assert names <= {"view", "detach"} and len(launches) == 1  # neither launches anything

@@ -25,6 +25,7 @@ FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _MOST_PLANS = 32
 _EXACT, _LONG = 8, 4096  # tokens: short steps have kernels of their own; a plan for long ones is large
 _LEAST_TABLE = 4096  # positions
+_LEAST_NUMBERS = 512  # windows
 
 
 def most_of(spec: CompressorSpec, max_new_tokens: int) -> int:
@@ -48,7 +49,7 @@ def step_planned(
 ) -> None:
     """`step.step`; ape: of any floating dtype; rope: a row for each entry of the step, None where there are none."""
     batch, new, _ = kv.shape
-    kept, most = _kept_on(kv.device), most_of(spec, max_new_tokens)
+    kept, most = kept_on(kv.device), most_of(spec, max_new_tokens)
     planned = kept.plan(spec.ratio, batch, start, new, entries.shape[1])
     table = kept.table(rope, start, start + new, spec)
     ape, settled = kept.weights(rows, ape, norm_weight, spec)
@@ -130,6 +131,7 @@ class _Kept:
         self.again: dict[tuple, Any] = {}
         self.tables: dict[int, torch.Tensor] = {}
         self.lengths: tuple[Any, Any, tuple[int, int, int]] = None, None, (-1, -1, -1)
+        self.numbers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of windows, by ratio
         self.scratch: Any = None  # of kernels
 
     def plan(self, ratio: int, batch: int, start: int, new: int, capacity: int) -> _Plan:
@@ -191,6 +193,15 @@ class _Kept:
             table[start // ratio * ratio : end // ratio * ratio : ratio] = rope
         return table
 
+    def windows(self, count: int, ratio: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """int64 `[count]` each: the numbers of the first windows, and the positions of their last tokens. Not to be written."""
+        found = self.numbers.get(ratio)
+        if found is None or len(found[0]) < count:
+            with torch.inference_mode(False):
+                number = torch.arange(max(_LEAST_NUMBERS, 1 << count.bit_length()), device=self.device)
+                found = self.numbers[ratio] = number, number * ratio + (ratio - 1)
+        return found[0][:count], found[1][:count]
+
     def weights(
         self, rows: torch.Tensor, ape: torch.Tensor, norm_weight: torch.Tensor, spec: CompressorSpec
     ) -> tuple[torch.Tensor, bool]:
@@ -227,7 +238,7 @@ class _OfThread(threading.local):
 _thread = _OfThread()
 
 
-def _kept_on(device: torch.device) -> _Kept:
+def kept_on(device: torch.device) -> _Kept:
     place = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     found = _thread.streams.get(place)
     if found is None:
