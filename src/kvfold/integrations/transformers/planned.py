@@ -57,7 +57,7 @@ def step_planned(
     pdl = None if settled and rope is None else False
     plan, value, score = planned.plan, kv.flatten(0, 1), gate.flatten(0, 1)
     kind, again = None, None
-    if backend != "torch" and (kv.is_cuda or _triton().INTERPRETED) and _as_made(kv, gate, rows, entries, spec):
+    if (backend == "triton" or (backend is None and kv.is_cuda)) and _as_made(kv, gate, rows, entries, spec):
         windows, bucket = planned.windows(batch * new)
         kind = spec, most, plan.max_new_tokens, bucket, kv.dtype, norm_weight.dtype, rows.dtype, entries.dtype, batch > 1
         again = kept.again.get(kind)
