@@ -1,5 +1,6 @@
 """Steps over a plan: the bits of one `compress`, whatever was launched before, and nothing kept that could go stale or stay."""
 
+import copy
 import gc
 import random
 import weakref
@@ -9,9 +10,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("transformers", minversion="5.17")
+from support.transformers_support import TWO, close, compressors, ids, run, tiny
+from support.transformers_support import step as step_of
+from transformers import DynamicCache
+
 from kvfold import CompressorSpec, EntryCache, FoldState, StepPlan, compress, reference
 from kvfold.backend_triton.launcher import Launcher
-from kvfold.integrations.transformers import planned, step
+from kvfold.integrations.transformers import patch, planned, rewind, step
 
 SPECS = [CompressorSpec(head_dim=32, ratio=ratio, overlap=overlap, rope_dim=16) for ratio, overlap in ((16, False), (4, True))]
 LENGTH = 84
@@ -189,3 +194,26 @@ def test_no_operation_but_the_launch(backend, monkeypatch):
             *tokens, other.ape, other.norm_weight, None, *other.state, other.entries, 3, 1, other.spec, other.backend
         )
     assert names <= {"view", "detach"} and len(launches) == 1  # neither launches anything
+
+
+@pytest.mark.parametrize("backend", ["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+def test_a_model_over_kernels(backend):
+    """Prompts, chunks and decode behind a copied cache, in inference mode and out of it; a cast between two runs."""
+    plain = tiny(layer_types=TWO).to(backend.device)
+    model = copy.deepcopy(plain)
+    patch(model, backend="triton", max_new_tokens=3)
+    tokens = ids(40, 2).to(backend.device)
+    for _ in range(2):
+        want = run(plain, tokens, [13, 17, 18, 19, 20])[0]
+        with torch.inference_mode():
+            cache = DynamicCache(config=model.config)
+            got = [model(tokens[:, :13].clone(), past_key_values=cache).logits]
+        copied = copy.deepcopy(cache)
+        for one in (copied, cache):  # the second has the same tokens in other memory
+            rest = [step_of(model, piece, one) for piece in tokens[:, 13:].split([4, 1, 1, 1, 20], 1)]
+        close(torch.cat([*got, *rest], 1), want)
+        rewind(cache, 38)
+        close(step_of(model, tokens[:, 38:], cache), want[:, 38:])
+        for compressor in (one for part in (plain, model) for one in compressors(part)):
+            compressor.position_bias = torch.nn.Parameter(compressor.position_bias.detach().bfloat16())
+    assert counted() == 0
