@@ -4,8 +4,10 @@ python -m benchmarks.run.transformers --out benchmarks/results/transformers.json
 
 Both models make the same calls in turn. `ms` is per call of the whole model: each call's fastest repeat, and of these the mean
 over the calls of a case, so that what else runs on the machine counts little and a step that ends a window counts. On a CPU it
-is one thread's own time. bytes are what all tensors of a cache show, without what they are views of. graphs: of `torch.compile`
-over a prompt and 40 steps of one token; -1 where `fullgraph=True` gave up, as there were too many.
+is one thread's own time. On a GPU, where a step takes as long as its launches, decoding is the last 64 of the same 128 steps,
+of which one ends a window of 128. bytes are what all tensors of a cache show, without what they are views of. graphs: of
+`torch.compile` over a prompt and 40 steps of one token, on a CPU; -1 where `fullgraph=True` gave up, as there were too many.
+Each row is printed and written when it is there, those that are asked for most first.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from ..lib import protocol, table
 
 SIDES = ("transformers", "kvfold")
 PROMPT, STEPS = 1024, 128
+REPEATS = {"cpu": 8, "cuda": 3}
+SECONDS = 60  # on a GPU no case begins behind that
 LENGTHS = (2000, 4000)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -115,39 +119,53 @@ def graphs(model: Any, tokens: torch.Tensor) -> int:
 def main() -> None:
     parser = protocol.parser(__doc__)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--repeats", type=int, default=8, help="of each call")
+    parser.add_argument("--repeats", type=int, help="of each call; 8 on a CPU, 3 on a GPU")
     parser.add_argument("--only", default="", help="cases whose names have this in them")
     args = parser.parse_args()
+    begun, repeats = time.monotonic(), args.repeats or REPEATS[args.device]
     where = protocol.environment(args.commit) | {"transformers": transformers.__version__}
     if args.device == "cpu":
         torch.set_num_threads(1)
         where |= {"device": "cpu"}
     tokens = torch.randint(0, 256, (1, max(LENGTHS)), generator=torch.Generator().manual_seed(0)).to(args.device)
+    steps = STEPS if args.device == "cpu" else STEPS // 2
+    prompt, behind = tokens[:, :PROMPT], list(tokens[:, PROMPT + STEPS - steps : PROMPT + STEPS].split(1, 1))
     shown = []
 
     def add(case: str, unit: str, make: Callable[[], dict[str, float]]) -> None:
         if args.only not in case:
             return
+        if args.device == "cuda" and time.monotonic() - begun > SECONDS:
+            print(f"{case}: left out, as {SECONDS} s have gone", flush=True)
+            return
         found = make()
         rows = [{"bench": "transformers", "case": case, "variant": side, unit: round(found[side], 3)} for side in SIDES]
         protocol.append_rows(args.out, [row | where for row in rows])
         shown.append([case, unit, *(f"{found[side]:,.3f}".rstrip("0").rstrip(".") for side in SIDES)])
+        print(*shown[-1], sep="  ", flush=True)
 
-    for name, dtype in DTYPES.items():
-        both = models(args.device, dtype)
-        prompt, behind = tokens[:, :PROMPT], list(tokens[:, PROMPT : PROMPT + STEPS].split(1, 1))
-        if name == "fp32" or args.device == "cuda":
-            add(f"{name} prefill {PROMPT}", "ms", lambda b=both, p=prompt: timed(b, None, [p], args.repeats))
-            add(f"{name} chunks {PROMPT}", "ms", lambda b=both, p=prompt: timed(b, None, chunks(p), args.repeats))
-            add(f"{name} decode {PROMPT}", "ms", lambda b=both, p=prompt, s=behind: timed(b, p, s, args.repeats))
+    def add_times(name: str, both: dict[str, Any]) -> None:
+        ahead = tokens[:, : PROMPT + STEPS - steps]
+        add(f"{name} decode {PROMPT}", "ms", lambda: timed(both, ahead, behind, repeats))
+        add(f"{name} prefill {PROMPT}", "ms", lambda: timed(both, None, [prompt], repeats))
+        add(f"{name} chunks {PROMPT}", "ms", lambda: timed(both, None, chunks(prompt), repeats))
+
+    def add_bytes(name: str, both: dict[str, Any]) -> None:
         caches = {side: new_cache(model) for side, model in both.items()}
         for before, length in zip((0, *LENGTHS), LENGTHS, strict=False):
             if args.only in f"{name} cache {length}":
                 for side, model in both.items():
                     model(tokens[:, before:length], past_key_values=caches[side])
-                add(f"{name} cache {length}", "bytes", lambda c=caches: {side: cache_bytes(c[side]) for side in c})
-        if name == "fp32":
-            add("graphs", "count", lambda b=both: {side: graphs(model, tokens) for side, model in b.items()})
+                add(f"{name} cache {length}", "bytes", lambda: {side: cache_bytes(c) for side, c in caches.items()})
+
+    made = {name: models(args.device, dtype) for name, dtype in DTYPES.items()}
+    for name, both in made.items():
+        if name == "fp32" or args.device == "cuda":
+            add_times(name, both)
+    for name, both in made.items():
+        add_bytes(name, both)
+    if args.device == "cpu":
+        add("graphs", "count", lambda: {side: graphs(model, tokens) for side, model in made["fp32"].items()})
     table.show("transformers and kvfold", ("case", "unit", *SIDES), shown)
 
 

@@ -23,7 +23,7 @@ LEVELS = (
     ("compress", "store", "restore", "plan", "training"),
     ("ops",),
     ("calls",),
-    ("backend_torch", "backend_triton.launch", "backend_triton.launcher", "backend_triton.prepare"),
+    ("backend_torch", "backend_triton.again", "backend_triton.launch", "backend_triton.launcher", "backend_triton.prepare"),
     ("backend_triton.variants", "backend_triton.keys", "backend_triton.build", "backend_triton.prebuilt"),
     ("backend_triton.kernels",),
     ("backend_triton.args", "backend_triton.table"),

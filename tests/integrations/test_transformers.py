@@ -10,7 +10,7 @@ from support.transformers_support import LAYERS, LAYERS_MOVE, NAMES, close, ids,
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, StaticLayer
 
-from kvfold.integrations.transformers import UnsupportedError, entries, patch, rewind, unpatch
+from kvfold.integrations.transformers import UnsupportedError, entries, patch, planned, rewind, unpatch
 from kvfold.integrations.transformers import step as steps
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -125,8 +125,8 @@ def test_storage_is_as_large_as_it_must_be_and_written_in_place(patched, monkeyp
 
 def test_layers_of_a_ratio_share_a_plan(patched, monkeypatch):
     monkeypatch.setattr(steps, "goes_together", lambda *_: False)
-    calls, real = [], steps.compress
-    monkeypatch.setattr(steps, "compress", lambda rows, plan, *a, **k: (calls.append(plan), real(rows, plan, *a, **k)))
+    calls, real = [], planned.compress
+    monkeypatch.setattr(planned, "compress", lambda rows, plan, *a, **k: (calls.append(plan), real(rows, plan, *a, **k)))
     run(patched, ids(40))
     hca, main, indexer = calls
     assert main is indexer and main is not hca

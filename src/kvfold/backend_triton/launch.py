@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -370,29 +371,39 @@ def _count(met: Met, plan: PlanData, tokens: int, kinds: tuple[str, ...] = ()) -
     """Most windows of a call with so many tokens, and their bucket; remembered. kinds: of its states, where they are two."""
     known = met.counted
     if known[0] != tokens or known[1] != kinds:
-        # At least one program, to count sequences whose tokens an empty kv_score does not have.
-        grid = max(1, min(plan.item_capacity, plan.items_for(tokens)))
+        grid = most_windows(plan, tokens)
         buckets = pair_buckets({*kinds}) if kinds else BUCKETS
         known = met.counted = tokens, kinds, grid, item_bucket(grid, multiprocessors(met.device), buckets)
     return known[2], known[3]
 
 
+def most_windows(plan: PlanData, tokens: int) -> int:
+    """At least one, as a program counts sequences whose tokens an empty kv_score does not have."""
+    return max(1, min(plan.item_capacity, plan.items_for(tokens)))
+
+
 def _prepare(kernel: str, asked: tuple, chosen: Chosen, groups: tuple, brought: tuple[str, ...] = _BROUGHT) -> Prepared:
     found, bits = pack(*flat(groups))
-    names = KERNELS[kernel].arg_names
-    for name, value in zip(names, found, strict=False):  # the constants stand behind
-        if name.endswith("stride"):
-            bits |= value or 0
-    return Prepared(asked, chosen, list(found), tuple(i for i, name in enumerate(names) if name.endswith(brought)), bits)
+    places, strides = argument_places(kernel, brought)
+    for i in strides:
+        bits |= found[i] or 0
+    return Prepared(asked, chosen, list(found), places, bits)
+
+
+@cache
+def argument_places(kernel: str, brought: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Which of a kernel's run-time arguments a call brings, and which are strides."""
+    names = KERNELS[kernel].arg_names  # the constants stand behind, under other names
+    return tuple(tuple(i for i, name in enumerate(names) if name.endswith(ends)) for ends in (brought, "stride"))
 
 
 def _brought(c: Compressor, plan: PlanData, out: Outputs, slices: int, draws: bool) -> tuple[tuple, int]:
     """What a call of one compressor brings: its tokens, the scratch that its programs need, and where rows go; its strides."""
     workspace = arrivals = apart = skew = None
     if slices > 1:
-        workspace, arrivals = _workspace(c.state, plan.entry_capacity, c.spec.head_dim)
+        workspace, arrivals = scratch_of(c.state, plan.entry_capacity, c.spec.head_dim)
     elif draws:  # from the count of the items that were drawn (kernels/items.py)
-        _, arrivals = _workspace(c.state, 1, 0)
+        _, arrivals = scratch_of(c.state, 1, 0)
     value, score = c.value, c.score
     strides = stride = value.stride(0)
     if score is not None:
@@ -465,7 +476,7 @@ def _output(
     )
 
 
-def _workspace(state: FoldState | WindowState, entries: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+def scratch_of(state: FoldState | WindowState, entries: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Pooled rows in the making, as words of 8 bytes, and tickets drawn for each (kernels/slices.py): zero between calls.
 
     Made by the first call of a size and kept by the state, outgrown ones too, as a CUDA graph may have recorded them.

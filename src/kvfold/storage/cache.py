@@ -309,16 +309,19 @@ def _byte_pages(name: str, storage: torch.Tensor, encoding: str, least: int, mos
     num_pages, item = storage.shape[0], storage.element_size()
     if num_pages == 0:
         return torch.empty(0, most, dtype=torch.uint8, device=storage.device)
-    have = storage[0].numel()
+    have, dense = storage.numel() // num_pages, storage.is_contiguous()
     if have * item < least:
         raise ValueError(f"{name} must have at least {least} bytes per page, got {have * item}")
-    if not storage[0].is_contiguous():
+    if not dense and not storage[0].is_contiguous():
         raise ValueError(f"{name} must be dense within a page, got strides {tuple(storage.stride())}")
     if num_pages > 1 and storage.stride(0) < have:
         raise ValueError(f"{name} must have pages that do not overlap, got strides {tuple(storage.stride())}")
     if storage.data_ptr() % unit or (num_pages > 1 and storage.stride(0) * item % unit):
         raise ValueError(f"{name} must have pages that start at a multiple of {unit} bytes")
-    flat = storage.detach().as_strided((num_pages, have), (storage.stride(0), 1))
-    pages = flat.view(torch.uint8)[:, :most]
+    flat = storage.detach()
+    flat = flat.view(num_pages, have) if dense else flat.as_strided((num_pages, have), (storage.stride(0), 1))
+    pages = flat.view(torch.uint8)
+    if have * item > most:
+        pages = pages[:, :most]
     check_memory(name, pages, fake=True)  # a view made inside of a transform is none of plain memory
     return pages

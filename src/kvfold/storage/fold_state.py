@@ -124,10 +124,8 @@ class FoldState(RememberingState):
         Raises:
             TypeError, ValueError: naming the argument; `UnsupportedError` for fold rows in bf16.
         """
-        shape, tags, _ = _slot(spec, max_new_tokens, dtype)
-        check_int("num_slots", num_slots, 0, INT32_MAX)
         _check_rounding(round_inputs, dtype)
-        return cls(spec, *empty_rows(spec, num_slots, shape, tags, dtype, device), max_new_tokens, round_inputs)
+        return cls(spec, *empty_slots(spec, num_slots, max_new_tokens, dtype, device), max_new_tokens, round_inputs)
 
     @classmethod
     def over(
@@ -303,6 +301,15 @@ def check_kept(spec: CompressorSpec, dtype: object) -> None:
             f"dtype must be torch.float32 for {spec}, whose state is fold rows, got {dtype}; there is bf16 for input rows, "
             f"which are kept with overlap or a ratio up to {MOST_RATIO_OF_ROWS}, and for the raw rows of a WindowState"
         )
+
+
+def empty_slots(
+    spec: CompressorSpec, num_slots: int, max_new_tokens: int, dtype: torch.dtype, device: torch.device | str | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`FoldState.rows` and `positions` of slots that hold nothing; the arguments are those of `FoldState.allocate`."""
+    shape, tags, _ = _slot(spec, max_new_tokens, dtype)
+    check_int("num_slots", num_slots, 0, INT32_MAX)
+    return empty_rows(spec, num_slots, shape, tags, dtype, device)
 
 
 def empty_rows(

@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensor
 from ..arguments.checks import check_type, name_of
 from ..arguments.overlap import Place, check_apart, join_bounds
 
+_set = object.__setattr__
 MOST_PLANS = 16  # remembered of a layer: an engine has one for each size of its graphs
 
 
@@ -53,9 +54,9 @@ class Checked:
     _unchecked: tuple[str, ...] = ()  # attributes that no check looks at
 
     def __setattr__(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)
-        if not name.startswith("_") and name not in self._unchecked:
-            object.__setattr__(self, "_token", None)
+        _set(self, name, value)
+        if name[0] != "_" and name not in self._unchecked and self._token is not None:
+            _set(self, "_token", None)
 
     def __repr__(self) -> str:
         """One line that tells what it is, from no tensor's contents; of an object that is half-built, what is known."""

@@ -10,7 +10,8 @@ import torch
 
 from ...contract import UnsupportedError
 from ...spec import CompressorSpec
-from .step import FORMATS, new_state, step
+from .planned import FORMATS
+from .step import new_state, step
 from .weights import Shape
 
 _TRACED_ROOM = 512  # tokens
@@ -59,9 +60,7 @@ class CompressorFold:
         if self.storage.dtype is not torch.float32 and entries is torch.float32:
             self.storage = self.storage.float()
 
-    def advance(
-        self, kv: torch.Tensor, gate: torch.Tensor, start: int, weights: tuple[torch.Tensor, ...], norm_eps: float
-    ) -> None:
+    def advance(self, kv: torch.Tensor, gate: torch.Tensor, start: int, weights: tuple, norm_eps: float) -> None:
         """Folds `kv` and `gate` `[batch, new, channels]`, from position `start` on. weights: as `step` takes them."""
         check_seen(start, self.length)
         new = kv.shape[1]
@@ -106,7 +105,8 @@ class CompressorFold:
             least = _ROOM // ratio if self.state[1].shape[1] == 0 else _ROOM_OF_A_PLAN
             wanted = max(end // ratio, capacity + max(1, least, capacity // 64) if capacity else 1)
         old, self.storage = self.storage, self.storage.new_empty(self.storage.shape[0], wanted, self.shape.head_dim)
-        self.storage[:, :capacity] = old
+        if capacity:
+            self.storage[:, :capacity] = old
 
 
 def _chosen(state: tuple[torch.Tensor, torch.Tensor], indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,6 +18,7 @@ from ...contract import UnsupportedError
 from . import gradients, weights
 from .cache import CompressorFold, LayerFold
 from .layers import layer_fold, v4
+from .planned import kept_on
 
 MARK = "_kvfold"
 # Where the compressors' and the model's forward take the cache; versions of transformers name it differently.
@@ -117,7 +118,9 @@ class _PoolingLayer:
 
     def _advance(self, name: str, part: Any, kv: torch.Tensor, gate: torch.Tensor) -> None:
         bias, weight, shape = weights.position_bias(part), weights.norm_weight(part, kv.device), weights.shape_of(part)
-        rope = weights.rope_rows(part, self.start, self.start + self.new, kv.device)
+        start, end = self.start, self.start + self.new
+        ends = torch.compiler.is_compiling() or start // shape.ratio < end // shape.ratio
+        rope = weights.rope_rows(part, start, end, kv.device) if ends else None
         fold = self.fold.folds.get(name)
         if fold is None:
             entries = weights.entry_dtype(part, kv.dtype, kv.device)
@@ -163,8 +166,13 @@ class KvfoldIndexer(v4.DeepseekV4Indexer):
             return v4.DeepseekV4Indexer.forward(self, *args, **kwargs)
         hidden_states, position_ids = argument(args, kwargs, 0, "hidden_states"), argument(args, kwargs, 2, "position_ids")
         layer.store_compression_weights("indexer", self.kv_proj(hidden_states), self.gate_proj(hidden_states))
-        entry = torch.arange((layer.start + layer.new) // self.compress_rate, device=hidden_states.device)
-        ready = entry < ((position_ids + 1) // self.compress_rate)[..., None]
+        count, ratio = (layer.start + layer.new) // self.compress_rate, self.compress_rate
+        if torch.compiler.is_compiling():
+            entry = torch.arange(count, device=hidden_states.device)
+            ready = entry < ((position_ids + 1) // ratio)[..., None]
+        else:
+            entry, last = kept_on(hidden_states.device).windows(count, ratio)
+            ready = position_ids[..., None] >= last
         return torch.where(ready, entry, -1).expand(hidden_states.shape[0], -1, -1)
 
 

@@ -19,6 +19,7 @@ from ...spec import CompressorSpec
 
 # Rotary embeddings of these kinds change with the length of the sequence; an entry, once written, cannot.
 _VARYING_ROPE = ("dynamic", "longrope")
+_ENTRY_DTYPES: dict[tuple, torch.dtype] = {}  # by forward of the norm, dtype of the rows and of its weight
 
 
 def parts(module: nn.Module) -> dict[str, Any]:
@@ -59,11 +60,11 @@ def spec_of(part: Any) -> CompressorSpec:
 
 
 def position_bias(part: Any) -> torch.Tensor:
-    """fp32 `[ratio, channels]`: the module's own tensor where it is fp32."""
+    """`[ratio, channels]`: the module's own tensor."""
     bias = part.position_bias
     if bias.device.type == "meta":
         raise not_loaded(part, "position_bias")
-    return _ordinary(bias).float()
+    return _ordinary(bias)
 
 
 def norm_weight(part: Any, device: torch.device) -> torch.Tensor:
@@ -77,7 +78,16 @@ def norm_weight(part: Any, device: torch.device) -> torch.Tensor:
 
 def entry_dtype(part: Any, dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """What dtype the module's norm makes of rows of `dtype`: versions of transformers differ where its weight is fp32."""
-    return part.kv_norm(torch.zeros(1, part.head_dim, dtype=dtype, device=device)).dtype
+    norm = part.kv_norm
+    # Of a norm that nobody has changed it is known; hooks, and a forward of its own, may do as they like.
+    plain = not (torch.compiler.is_compiling() or norm._forward_hooks or norm._forward_pre_hooks or "forward" in norm.__dict__)
+    case = type(norm).forward, dtype, norm.weight.dtype
+    found = _ENTRY_DTYPES.get(case) if plain else None
+    if found is None:
+        found = norm(torch.zeros(1, part.head_dim, dtype=dtype, device=device)).dtype
+        if plain:
+            _ENTRY_DTYPES[case] = found
+    return found
 
 
 def _ordinary(tensor: torch.Tensor) -> torch.Tensor:
@@ -150,12 +160,16 @@ def rope_rows(part: Any, start: int, end: int, device: torch.device) -> torch.Te
     """
     ratio, rotary, kind = part.compress_rate, part.rotary_emb, part.rope_layer_type
     name = f"{kind}_inv_freq"
-    first = start // ratio
-    count = -((start - end) // ratio) if torch.compiler.is_compiling() else end // ratio - first
+    first, traced = start // ratio, torch.compiler.is_compiling()
+    count = -((start - end) // ratio) if traced else end // ratio - first
     if not count:
         return torch.empty(0, 2 * getattr(rotary, name).numel(), device=device)
+    if traced:
+        positions = (torch.arange(count, device=device) + first) * ratio
+    else:
+        positions = torch.arange(first * ratio, (first + count) * ratio, ratio, device=device)
     try:
-        rows = rope_table(rotary, (torch.arange(count, device=device) + first) * ratio, kind)
+        rows = rope_table(rotary, positions, kind)
     except RuntimeError:  # what operations between a meta tensor and a real one raise
         if getattr(rotary, name).device.type == "meta":
             raise not_loaded(rotary, name) from None
