@@ -13,7 +13,7 @@ from ..backend_triton.launcher import Launcher, address, launcher_of, supports_p
 from ..spec import CompressorSpec
 from .args import Incoming, Kept, Parts, Pieces
 from .keys import keys_of
-from .problem import Entries, Gradients, How, Inputs, Recipe, Records, Sums, scratch_records
+from .problem import Entries, Gradients, How, Inputs, Recipe, Records, Runs, Sums, scratch_records
 from .table import each_of
 from .variants import tiles_of
 
@@ -26,7 +26,7 @@ class Launch(NamedTuple):
 
 class Launches(NamedTuple):
     """All of a call. None: entries, where programs have whole windows; read, without fake quantization; again, or finish and
-    spread; fold, without `Runs`."""
+    spread; fold and folded, without `Runs`, and folded without fold rows."""
 
     forward: Launch
     entries: Launch | None
@@ -35,6 +35,7 @@ class Launches(NamedTuple):
     finish: Launch | None
     spread: Launch | None
     fold: Launch | None
+    folded: Launch | None
     sum: Launch
 
 
@@ -122,6 +123,55 @@ def backward_triton(
     if given is None:
         _sum(chosen.sum, ape, weight, d_ape, d_norm_weight, 0, pdl)
     return Gradients(d_value, d_score, d_ape, d_norm_weight)
+
+
+def finish_triton(x: Inputs, how: How, live: Inputs, folds: torch.Tensor) -> Entries:
+    """Entries of windows that go on from fold rows, and what is kept of them: one launch; one more with fake quantization."""
+    spec, device, capacity = how.spec, x.value.device, how.capacity(x)
+    kept = torch.empty(how.kept_shape(x), dtype=torch.float32, device=device)
+    entries = torch.empty(capacity, spec.head_dim, dtype=how.out_dtype, device=device)
+    records = None if how.fmt is None else scratch_records(x, how)
+    pieces, tokens = _pieces(live, capacity), _tokens(live.value, live.score, live.ape)
+    rows, finish = address(folds), _finish(x)
+    output = _output(entries, records, (None, *finish))
+    bits = _bits(pieces.rows, *_places(tokens), rows, *finish[:2], output.page_stride, output.scales_stride)
+    values = *pieces, *tokens, rows, *output, address(kept), kept.stride(0)
+    _launch(_launches(x, how, capacity, True).folded, capacity, values, bits, supports_pdl(device))
+    if records is not None:
+        read_records(x, how, records, entries)
+    return Entries(entries, entries.new_empty(0), kept)
+
+
+def pull_triton(x: Inputs, how: How, kept: torch.Tensor, d_entries: torch.Tensor, sums: Sums) -> torch.Tensor:
+    """The first half of the backward, where the fold was kept: one launch. Goes on with the sums for norm_weight."""
+    device, capacity = x.value.device, how.capacity(x)
+    pooled = torch.empty(capacity, how.spec.head_dim, dtype=torch.float32, device=device)
+    pieces, finish, held = _pieces(x, capacity), _finish(x), Kept(address(kept), kept.stride(0))
+    incoming, parts = Incoming(address(d_entries), None, address(pooled)), _runs(None, sums.norm_weight, sums.of_weight)
+    bits = _bits(pieces.rows, *finish[:2], *held, incoming.entries)
+    values = *pieces, *finish, *held, *incoming, *parts
+    _launch(_launches(x, how, capacity, True).finish, parts.groups, values, bits, supports_pdl(device))
+    return pooled
+
+
+def spread_triton(x: Inputs, how: How, rows: torch.Tensor, sums: Sums) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The other half, of `rows` `[3, capacity, head_dim]`: one launch. Goes on with the sums for ape."""
+    device, capacity = x.value.device, how.capacity(x)
+    d_value = torch.empty(x.value.shape, dtype=x.value.dtype, device=device)
+    d_score = None if x.score is None else torch.empty(x.score.shape, dtype=x.value.dtype, device=device)
+    pieces, tokens, gradients = _pieces(x, capacity), _tokens(x.value, x.score, x.ape), _tokens(d_value, d_score, None)
+    # The kernel reads no inverse sums, in whose place the gradients lie.
+    held, incoming = Kept(address(rows), rows.stride(0)), Incoming(pooled=address(rows[1]))
+    parts = _runs(sums.ape, None, sums.of_ape)
+    bits = _bits(pieces.rows, *_places(tokens), *_places(gradients), *held, incoming.pooled)
+    values = *pieces, *tokens, *held, *incoming, *gradients, *parts
+    _launch(_launches(x, how, capacity, True).spread, parts.groups, values, bits, supports_pdl(device))
+    return d_value, d_score
+
+
+def _runs(ape: torch.Tensor | None, weight: torch.Tensor | None, runs: Runs) -> Parts:
+    """Sums that a launch goes on with."""
+    return Parts(address(ape), address(weight), runs.rows.shape[0], runs.windows, address(runs.rows))
 
 
 def fold_triton(x: Inputs, how: How, sums: torch.Tensor, recipe: Recipe, out: torch.Tensor) -> None:

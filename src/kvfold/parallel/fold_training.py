@@ -1,0 +1,57 @@
+"""The forward and the backward of windows that lie on several ranks, of which fold rows are sent (folds.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..storage.step import Compressor
+from ..training.problem import How, Inputs, Sums
+from ..training.run import pull, spread
+from . import exchange
+from .folds import CutFolds
+from .transport import Parcel, Transport
+
+Tokens = tuple[torch.Tensor, ...]  # one tensor, or values and scores
+
+
+def carried(folds: CutFolds, tokens: Tokens, how: How, ape: torch.Tensor | None, transport: Transport) -> torch.Tensor | None:
+    """Sends and receives folds. Returns those before the windows that this rank owns, `[n, 3, head_dim]`; None without any."""
+    spec, scratch = how.spec, folds.scratch(how.spec)
+    given = tuple(x.detach() for x in tokens)
+    kv_score = given[0] if len(given) == 1 else given
+    c = Compressor(kv_score, scratch.main, None, spec, None if ape is None else ape.detach(), None, None)
+    with torch.inference_mode():
+        exchange.exchange([exchange.Part(c, scratch)], folds.plan, transport, exchange.How(how.backend, None))
+    return None if folds.heads is None else scratch.main.rows[folds.heads.slots, folds.heads.places]
+
+
+def small_tokens(folds: CutFolds, tokens: Tokens, channels: int) -> Tokens:
+    """The rank's tokens of such windows, in their places. All others weigh nothing, so that no sum has a share of theirs."""
+    count = folds.packing.tokens
+    small = tuple(x.new_zeros(count, x.shape[1]) for x in tokens)
+    small[-1][:, -channels:] = -torch.inf
+    for into, x in zip(small, tokens, strict=True):
+        into[folds.own.at] = x[folds.own.of]
+    return small
+
+
+def pull_heads(x: Inputs, how: How, kept: torch.Tensor, d_entries: torch.Tensor, sums: Sums) -> torch.Tensor:
+    """Of the rank's own windows `[n, 3, head_dim]`: largest scores, gradients of pooled rows, pooled rows; what it sends."""
+    return torch.stack([kept[0], pull(x, how, kept, d_entries, sums), kept[2]], dim=1)
+
+
+def pass_on(folds: CutFolds, mine: torch.Tensor, transport: Transport) -> torch.Tensor:
+    """Sends what `pull_heads` gave to who has tokens of these windows; returns it of all windows of this rank's tokens."""
+    sent = [Parcel(one.rank, mine[one.which]) for one in folds.to]
+    received = [Parcel(one.rank, mine.new_empty(one.count, *mine.shape[1:])) for one in folds.from_]
+    transport.exchange(sent, received, "gradients of windows across a cut")
+    return torch.cat([mine, *(parcel.data for parcel in received)])
+
+
+def spread_all(x: Inputs, how: How, folds: CutFolds, rows: torch.Tensor, d_tokens: Sequence[torch.Tensor], sums: Sums) -> None:
+    """Puts the gradients of the rank's own tokens of these windows where they belong. x: of `small_tokens`."""
+    found = spread(x, how, rows.transpose(0, 1).contiguous(), sums)
+    for into, new in zip(d_tokens, found, strict=False):
+        into[folds.own.of] = new[folds.own.at]

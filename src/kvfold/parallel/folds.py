@@ -1,0 +1,171 @@
+"""`CutFolds`: for training over fold rows, the windows that lie on several ranks, which hand on a fold instead of raw rows.
+
+The rank that has a window's last token makes its entry. In the forward it goes on from the fold of the tokens before, as
+`ContextParallel.compress` does. In the backward it sends what the gradient of any token of the window is made of, besides the
+token: the largest score, the pooled row and the gradient of that. Each rank then makes the gradients of its own tokens.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+
+from ..spec import CompressorSpec
+from ..storage.fold_state import FoldState, state_kind
+from ..storage.host import on_device
+from ..training import Packing
+from ..training.table import Groups
+from .exchange import Scratch
+from .halo import CutPacking, Rows
+from .plan import ParallelPlan
+from .shards import Segment
+from .sums import Block, Dealt, Share, deal
+
+
+class Window(NamedTuple):
+    """A window whose tokens are on several ranks. owner: the segment that has the last one."""
+
+    sequence: int
+    window: int
+    owner: Segment
+
+
+class Heads(NamedTuple):
+    """The rank's tokens of the windows that it owns, the first ones of their segments.
+
+    pieces: as `training.run.finish` has them. slots, places: int64, where in the main scratch state the folds of the tokens
+    before are.
+    """
+
+    pieces: torch.Tensor
+    slots: torch.Tensor
+    places: torch.Tensor
+
+
+class Passed(NamedTuple):
+    """Windows that another rank has tokens of as well. rank: it. which: int64, of those that this rank owns, for it; or None
+    where it owns them. count: how many they are."""
+
+    rank: int
+    which: torch.Tensor | None
+    count: int
+
+
+class CutFolds:
+    """One rank's part. Made by `folds_of`.
+
+    Attributes:
+        plan: of the carries.
+        heads: None where the rank owns no such window.
+        packing: of a small tensor, `ratio` rows for each window that the rank has tokens of: those that it owns, in the order
+            of `CutPacking.seams`, then those of each other rank, by rank. None where there are none.
+        own: the rank's tokens in the small tensor.
+        to, from_: what goes to ranks that have tokens of its windows, and comes from ranks that own windows of its tokens.
+    """
+
+    def __init__(self, packing: CutPacking, spec: CompressorSpec) -> None:
+        self._cut, self._dealt = packing, {}
+        self._scratch: dict[CompressorSpec, Scratch] = {}
+        shards, rank, device = packing.shards, packing.rank, packing.device
+        self.plan = ParallelPlan(
+            shards,
+            rank,
+            spec,
+            device,
+            state_slots=None,
+            entry_slots=None,
+            cache_block_table=None,
+            rows_per_page=None,
+            errors=None,
+            carries_only=True,
+        )
+        owned = [self._owned(other) for other in range(shards.ranks)]
+        self._windows = [self._parts(owned, other) for other in range(shards.ranks)]
+        mine = self._windows[rank]
+        self.heads = self._heads(owned[rank]) if owned[rank] else None
+        at, of = [], []
+        for number, window in enumerate(mine):
+            for segment, first, behind in self._tokens(window, rank):
+                at += range(number * spec.ratio + first % spec.ratio, number * spec.ratio + (behind - 1) % spec.ratio + 1)
+                of += range(segment.row + first - segment.start, segment.row + behind - segment.start)
+        self.own = Rows(*(on_device(torch.tensor(some, dtype=torch.int64), device) for some in (at, of)))
+        self.packing = self._packing(mine) if mine else None
+        self.to, self.from_ = [], []
+        for other in range(shards.ranks):
+            which = [i for i, window in enumerate(owned[rank]) if other != rank and self._tokens(window, other)]
+            if which:
+                self.to.append(Passed(other, on_device(torch.tensor(which, dtype=torch.int64), device), len(which)))
+            count = sum(window.owner.rank == other for window in mine) if other != rank else 0
+            if count:
+                self.from_.append(Passed(other, None, count))
+
+    def scratch(self, spec: CompressorSpec) -> Scratch:
+        """States for this compressor, a slot for each segment of the rank."""
+        if spec not in self._scratch:
+            count = len(self._cut.shards.segments[self._cut.rank])
+            self._scratch[spec] = Scratch.like(FoldState.allocate(spec, 0, 1, device=self._cut.device), count)
+        return self._scratch[spec]
+
+    def dealt(self, groups: Groups) -> Dealt:
+        """How the sums for ape are dealt to ranks; remembered."""
+        if groups not in self._dealt:
+            cut = self._cut
+            first = [0, *accumulate(length // cut.ratio for length in cut.shards.lengths)]
+            blocks: list[list[Block]] = []
+            shares: list[list[Share]] = []
+            for rank, windows in enumerate(self._windows):
+                blocks.append([block for block in cut.blocks(rank) if not block.seam])
+                starts = [self._tokens(one, rank)[0][1] % cut.ratio == 0 for one in windows]
+                numbers = [first[one.sequence] + one.window for one in windows]
+                shares.append([Share(i, *found) for i, found in enumerate(zip(numbers, starts, strict=True))])
+            self._dealt[groups] = deal(blocks, shares, cut.rank, groups, cut.windows, cut.device)
+        return self._dealt[groups]
+
+    def _owned(self, rank: int) -> list[Window]:
+        return [Window(seam.segment.sequence, w, seam.segment) for seam in self._cut.seams_of(rank) for w in seam.windows]
+
+    def _parts(self, owned: list[list[Window]], rank: int) -> list[Window]:
+        """Of which a rank has tokens: its own first."""
+        others = [w for other, windows in enumerate(owned) if other != rank for w in windows if self._tokens(w, rank)]
+        return owned[rank] + others
+
+    def _tokens(self, window: Window, rank: int) -> list[tuple[Segment, int, int]]:
+        """A rank's tokens of a window: segments, and in each from which position to before which."""
+        first = window.window * self._cut.ratio
+        found = []
+        for s in self._cut.shards.segments[rank]:
+            low, high = max(s.start, first), min(s.end, first + self._cut.ratio)
+            if s.sequence == window.sequence and low < high:
+                found.append((s, low, high))
+        return sorted(found, key=lambda one: one[1])
+
+    def _heads(self, owned: list[Window]) -> Heads:
+        cut, ring = self._cut, self.plan.like.ring
+        slot_of = {s: i for i, s in enumerate(cut.shards.segments[cut.rank])}
+        starts = [window.owner.start for window in owned]
+        pieces = [(w.owner.row, w.window, 1, start % cut.ratio) for w, start in zip(owned, starts, strict=True)]
+        slots, places = [slot_of[window.owner] for window in owned], [(start - 1) % ring for start in starts]
+        made = on_device(torch.tensor(pieces, dtype=torch.int32), cut.device)
+        return Heads(made, *(on_device(torch.tensor(some, dtype=torch.int64), cut.device) for some in (slots, places)))
+
+    def _packing(self, windows: list[Window]) -> Packing:
+        ratio, device = self._cut.ratio, self._cut.device
+        pieces = [(i * ratio, window.window, 1, 0) for i, window in enumerate(windows)] + [(0, -1, 0, 0)]
+        ends = on_device(torch.tensor([0, len(windows)], dtype=torch.int32), device)
+        made = on_device(torch.tensor(pieces, dtype=torch.int32), device)
+        return Packing(len(windows) * ratio, ratio, 0, ends, made)
+
+
+def folds_of(packing: CutPacking, spec: CompressorSpec, dtype: torch.dtype) -> CutFolds | None:
+    """Remembered by the packing. None where ranks send raw rows: without fold rows, in fp64, and where no window is cut.
+
+    dtype: of kv_score.
+    """
+    if not spec.gate or state_kind(spec) != "fold" or dtype == torch.float64:
+        return None
+    if packing.folds is None:
+        cut = any(packing.seams_of(rank) for rank in range(packing.shards.ranks))
+        packing.folds = (CutFolds(packing, spec) if cut else None,)
+    return packing.folds[0]
