@@ -19,6 +19,7 @@ from ..training import Packing
 from ..training.table import Groups
 from .exchange import Scratch
 from .halo import CutPacking, Rows
+from .message import message_bytes
 from .plan import ParallelPlan
 from .shards import Segment
 from .sums import Block, Dealt, Share, deal
@@ -108,20 +109,33 @@ class CutFolds:
             self._scratch[spec] = Scratch.like(FoldState.allocate(spec, 0, 1, device=self._cut.device), count)
         return self._scratch[spec]
 
+    def bytes_sent(self, spec: CompressorSpec) -> tuple[int, int]:
+        """In a forward, and in its backward."""
+        states = [self.scratch(spec).main]
+        carries = (one for each in self.plan.rounds for one in each.sent)
+        forward = sum(message_bytes(states, len(one.spots), one.inside) for one in carries)
+        return forward, sum(one.count for one in self.to) * 3 * spec.head_dim * 4
+
     def dealt(self, groups: Groups) -> Dealt:
         """How the sums for ape are dealt to ranks; remembered."""
         if groups not in self._dealt:
             cut = self._cut
-            first = [0, *accumulate(length // cut.ratio for length in cut.shards.lengths)]
-            blocks: list[list[Block]] = []
-            shares: list[list[Share]] = []
-            for rank, windows in enumerate(self._windows):
-                blocks.append([block for block in cut.blocks(rank) if not block.seam])
-                starts = [self._tokens(one, rank)[0][1] % cut.ratio == 0 for one in windows]
-                numbers = [first[one.sequence] + one.window for one in windows]
-                shares.append([Share(i, *found) for i, found in enumerate(zip(numbers, starts, strict=True))])
+            blocks, shares = ([of(rank) for rank in range(cut.shards.ranks)] for of in (self.blocks, self.shares))
             self._dealt[groups] = deal(blocks, shares, cut.rank, groups, cut.windows, cut.device)
         return self._dealt[groups]
+
+    def blocks(self, rank: int) -> list[Block]:
+        """The windows that a rank has whole."""
+        return [block for block in self._cut.blocks(rank) if not block.seam]
+
+    def shares(self, rank: int) -> list[Share]:
+        """Its tokens of the others, as they are in its small tensor."""
+        ratio = self._cut.ratio
+        first = [0, *accumulate(length // ratio for length in self._cut.shards.lengths)]
+        return [
+            Share(i, first[one.sequence] + one.window, self._tokens(one, rank)[0][1] % ratio == 0)
+            for i, one in enumerate(self._windows[rank])
+        ]
 
     def _owned(self, rank: int) -> list[Window]:
         return [Window(seam.segment.sequence, w, seam.segment) for seam in self._cut.seams_of(rank) for w in seam.windows]

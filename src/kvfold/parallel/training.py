@@ -245,3 +245,13 @@ def _packed(tokens: Sequence[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
 
 def _unpacked(data: torch.Tensor, like: Sequence[torch.Tensor]) -> Tokens:
     return data.split([x.shape[1] for x in like], dim=1)
+
+
+def bytes_sent(packing: CutPacking, spec: CompressorSpec, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that the packing's rank sends, for kv_score of this dtype, in a forward and in its backward; weights aside."""
+    folds = folds_of(packing, spec, dtype)
+    if folds is not None:
+        return folds.bytes_sent(spec)
+    row = spec.kv_score_width * dtype.itemsize
+    forward, backward = (sum(len(one.rows) for one in some) * row for some in (packing.lent, packing.borrowed))
+    return forward, backward
