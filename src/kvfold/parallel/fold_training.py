@@ -6,25 +6,23 @@ from collections.abc import Sequence
 
 import torch
 
-from ..storage.step import Compressor
 from ..training.problem import How, Inputs, Sums
-from ..training.run import pull, spread
-from . import exchange
+from ..training.run import fold_tails, pull, spread
 from .folds import CutFolds
 from .transport import Parcel, Transport
 
 Tokens = tuple[torch.Tensor, ...]  # one tensor, or values and scores
 
 
-def carried(folds: CutFolds, tokens: Tokens, how: How, ape: torch.Tensor | None, transport: Transport) -> torch.Tensor | None:
+def carried(folds: CutFolds, x: Inputs, how: How, transport: Transport) -> torch.Tensor | None:
     """Sends and receives folds. Returns those before the windows that this rank owns, `[n, 3, head_dim]`; None without any."""
-    spec, scratch = how.spec, folds.scratch(how.spec)
-    given = tuple(x.detach() for x in tokens)
-    kv_score = given[0] if len(given) == 1 else given
-    c = Compressor(kv_score, scratch.main, None, spec, None if ape is None else ape.detach(), None, None)
-    with torch.inference_mode():
-        exchange.exchange([exchange.Part(c, scratch)], folds.plan, transport, exchange.How(how.backend, None))
-    return None if folds.heads is None else scratch.main.rows[folds.heads.slots, folds.heads.places]
+    rows = torch.empty(folds.rows, 3, how.spec.head_dim, dtype=torch.float32, device=x.value.device)
+    for number, each in enumerate(folds.rounds):
+        if each.tails is not None:
+            fold_tails(x, how, each.tails, rows, rows[each.first : each.first + len(each.tails)])
+        sent, received = ([Parcel(one.rank, rows[one.first : one.behind]) for one in some] for some in each[2:])
+        transport.exchange(sent, received, f"the carries of round {number}")
+    return None if folds.heads is None else rows[folds.heads.before]
 
 
 def small_tokens(folds: CutFolds, tokens: Tokens, channels: int) -> Tokens:

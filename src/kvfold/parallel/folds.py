@@ -13,14 +13,12 @@ from typing import NamedTuple
 import torch
 
 from ..spec import CompressorSpec
-from ..storage.fold_state import FoldState, state_kind
+from ..storage.fold_state import state_kind
 from ..storage.host import on_device
 from ..training import Packing
 from ..training.table import Groups
-from .exchange import Scratch
 from .halo import CutPacking, Rows
-from .message import message_bytes
-from .plan import ParallelPlan
+from .schedule import Reads, schedule
 from .shards import Segment
 from .sums import Block, Dealt, Share, deal
 
@@ -36,13 +34,29 @@ class Window(NamedTuple):
 class Heads(NamedTuple):
     """The rank's tokens of the windows that it owns, the first ones of their segments.
 
-    pieces: as `training.run.finish` has them. slots, places: int64, where in the main scratch state the folds of the tokens
-    before are.
+    pieces: as `training.run.finish` has them. before: int64, which rows of `CutFolds.rows` the folds of the tokens before are.
     """
 
     pieces: torch.Tensor
-    slots: torch.Tensor
-    places: torch.Tensor
+    before: torch.Tensor
+
+
+class Sent(NamedTuple):
+    """Fold rows that go to a rank, or come from it: from one to before another of `CutFolds.rows`."""
+
+    rank: int
+    first: int
+    behind: int
+
+
+class Round(NamedTuple):
+    """What a rank does in one round of the forward. tails: of `training.run.fold_tails`, None without any; rows from `first` on
+    are theirs, which are sent then."""
+
+    tails: torch.Tensor | None
+    first: int
+    sent: list[Sent]
+    received: list[Sent]
 
 
 class Passed(NamedTuple):
@@ -58,7 +72,7 @@ class CutFolds:
     """One rank's part. Made by `folds_of`.
 
     Attributes:
-        plan: of the carries.
+        rows: how many folds the rank makes and gets. rounds: in which it does so.
         heads: None where the rank owns no such window.
         packing: of a small tensor, `ratio` rows for each window that the rank has tokens of: those that it owns, in the order
             of `CutPacking.seams`, then those of each other rank, by rank. None where there are none.
@@ -68,23 +82,11 @@ class CutFolds:
 
     def __init__(self, packing: CutPacking, spec: CompressorSpec) -> None:
         self._cut, self._dealt = packing, {}
-        self._scratch: dict[CompressorSpec, Scratch] = {}
         shards, rank, device = packing.shards, packing.rank, packing.device
-        self.plan = ParallelPlan(
-            shards,
-            rank,
-            spec,
-            device,
-            state_slots=None,
-            entry_slots=None,
-            cache_block_table=None,
-            rows_per_page=None,
-            errors=None,
-            carries_only=True,
-        )
         owned = [self._owned(other) for other in range(shards.ranks)]
         self._windows = [self._parts(owned, other) for other in range(shards.ranks)]
         mine = self._windows[rank]
+        self._carries(spec)
         self.heads = self._heads(owned[rank]) if owned[rank] else None
         at, of = [], []
         for number, window in enumerate(mine):
@@ -102,19 +104,47 @@ class CutFolds:
             if count:
                 self.from_.append(Passed(other, None, count))
 
-    def scratch(self, spec: CompressorSpec) -> Scratch:
-        """States for this compressor, a slot for each segment of the rank."""
-        if spec not in self._scratch:
-            count = len(self._cut.shards.segments[self._cut.rank])
-            self._scratch[spec] = Scratch.like(FoldState.allocate(spec, 0, 1, device=self._cut.device), count)
-        return self._scratch[spec]
+    def _carries(self, spec: CompressorSpec) -> None:
+        """The rounds of the forward, and where in `rows` what is."""
+        cut, made = self._cut, schedule(self._cut.shards, Reads.of(spec))
+        self.rows, self.rounds, self._before = 0, [], {}
+        for number in range(made.rounds):
+            messages = []
+            for m in (m for m in made.messages if m.round == number):
+                pairs = [pair for pair in zip(m.lefts, m.rights, strict=True) if self._ends(pair[1])]
+                messages += [(m.source, m.target, pairs)] * bool(pairs)
+            first, sent, received = self.rows, [], []
+            tails = [self._tail(left) for source, _, pairs in messages if source == cut.rank for left, _ in pairs]
+            for source, target, pairs in messages:
+                if source == cut.rank:
+                    sent.append(self._next(target, len(pairs)))
+            for source, target, pairs in messages:
+                if target == cut.rank:
+                    self._before |= {right: self.rows + i for i, (_, right) in enumerate(pairs)}
+                    received.append(self._next(source, len(pairs)))
+            folded = on_device(torch.tensor(tails, dtype=torch.int32), cut.device) if tails else None
+            self.rounds.append(Round(folded, first, sent, received))
+
+    def _next(self, rank: int, count: int) -> Sent:
+        """The next so many rows, for a rank or of it."""
+        self.rows += count
+        return Sent(rank, self.rows - count, self.rows)
+
+    def _ends(self, segment: Segment) -> bool:
+        """Whether the window that a segment begins in is a whole one."""
+        return (segment.start // self._cut.ratio + 1) * self._cut.ratio <= self._cut.shards.lengths[segment.sequence]
+
+    def _tail(self, segment: Segment) -> tuple[int, int, int, int]:
+        """As `problem.TAIL_FIELDS`: a segment's last tokens, which begin a window, or with the segment in one."""
+        ratio = self._cut.ratio
+        start = max(segment.end // ratio * ratio, segment.start)
+        before = self._before[segment] if start % ratio else -1
+        return segment.row + start - segment.start, before, start % ratio, (segment.end - 1) % ratio + 1
 
     def bytes_sent(self, spec: CompressorSpec) -> tuple[int, int]:
         """In a forward, and in its backward."""
-        states = [self.scratch(spec).main]
-        carries = (one for each in self.plan.rounds for one in each.sent)
-        forward = sum(message_bytes(states, len(one.spots), one.inside) for one in carries)
-        return forward, sum(one.count for one in self.to) * 3 * spec.head_dim * 4
+        forward = sum(one.behind - one.first for each in self.rounds for one in each.sent)
+        return tuple(count * 3 * spec.head_dim * 4 for count in (forward, sum(one.count for one in self.to)))
 
     def dealt(self, groups: Groups) -> Dealt:
         """How the sums for ape are dealt to ranks; remembered."""
@@ -156,13 +186,11 @@ class CutFolds:
         return sorted(found, key=lambda one: one[1])
 
     def _heads(self, owned: list[Window]) -> Heads:
-        cut, ring = self._cut, self.plan.like.ring
-        slot_of = {s: i for i, s in enumerate(cut.shards.segments[cut.rank])}
-        starts = [window.owner.start for window in owned]
-        pieces = [(w.owner.row, w.window, 1, start % cut.ratio) for w, start in zip(owned, starts, strict=True)]
-        slots, places = [slot_of[window.owner] for window in owned], [(start - 1) % ring for start in starts]
+        cut = self._cut
+        pieces = [(w.owner.row, w.window, 1, w.owner.start % cut.ratio) for w in owned]
+        before = [self._before[window.owner] for window in owned]
         made = on_device(torch.tensor(pieces, dtype=torch.int32), cut.device)
-        return Heads(made, *(on_device(torch.tensor(some, dtype=torch.int64), cut.device) for some in (slots, places)))
+        return Heads(made, on_device(torch.tensor(before, dtype=torch.int64), cut.device))
 
     def _packing(self, windows: list[Window]) -> Packing:
         ratio, device = self._cut.ratio, self._cut.device

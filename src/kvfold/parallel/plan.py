@@ -81,7 +81,7 @@ class ParallelPlan:
 
     Attributes:
         shards, rank, reads: what it is for; `reads` is what compressors of it have in common.
-        step: the `StepPlan` of the rank's own tokens, of which each segment is a sequence; None without tokens, or a step.
+        step: the `StepPlan` of the rank's own tokens, of which each segment is a sequence; None without tokens.
         errors: int32 `[1]`: grows where something was refused, on this rank or, after a `gather`, on any. One refusal may be
             counted more than once, as all that needs it is refused as well.
         entry_slots: int64 `[E]`, the cache slots of all entries of the step in the order of one process, or None.
@@ -103,10 +103,7 @@ class ParallelPlan:
         cache_block_table: torch.Tensor | None,
         rows_per_page: int | None,
         errors: torch.Tensor | None,
-        carries_only: bool = False,
     ) -> None:
-        """carries_only: for training, which has no step of its own and keeps nothing at the ends of sequences."""
-        self._carries_only = carries_only
         self.shards, self.rank, self.reads, self.device = shards, rank, Reads.of(spec), device
         count = len(shards.lengths)
         self.state_slots = [*range(count)] if state_slots is None else numbers_of("state_slots", state_slots)
@@ -122,7 +119,7 @@ class ParallelPlan:
         self.entries = tuple(self._owned_slots(other) for other in range(shards.ranks))
         own, left = [*self._own], shards.before()
         mine = None if self.entry_slots is None else self.entries[rank]
-        self.step = None if carries_only else self._step(own, [s.start for s in own], mine)
+        self.step = self._step(own, [s.start for s in own], mine)
         made = schedule(shards, self.reads)
         first = [s for s in own if s not in left and self.reads.anything(s.start)]
         slots, spots = [self.state_slots[s.sequence] for s in first], self._spots(first, [s.start for s in first], True)
@@ -206,8 +203,6 @@ class ParallelPlan:
 
     def _ending(self, rank: int, made: Schedule) -> list[Segment]:
         """Those behind which there is a carry, by the round in which it can be known."""
-        if self._carries_only:
-            return []
         return sorted((s for s in self._last(rank) if self.reads.anything(s.end)), key=lambda s: made.ready[s])
 
     def _ends_of(self, rank: int, made: Schedule) -> Ends:

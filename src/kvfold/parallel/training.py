@@ -128,7 +128,7 @@ def _seams(call: Call, given: Parameters, tokens: Sequence[torch.Tensor]) -> tup
 def _folded(call: Call, given: Parameters, folds: CutFolds, tokens: Sequence[torch.Tensor]) -> problem.Entries | None:
     """Of fold rows: windows at seams."""
     x, how = _checked(call, given, call.packing.inside, tokens)
-    found = carried(folds, tokens, how, given.ape, call.transport)
+    found = carried(folds, x, how, call.transport)
     if found is None:
         return None
     return finish(_heads(call, given, tokens), how, x._replace(pieces=folds.heads.pieces), found)

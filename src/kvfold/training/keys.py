@@ -26,7 +26,7 @@ def keys_of(how: How, types: tuple, capacity: int, runs: bool = False) -> dict[s
     backward = ("finish", "spread") if how.keeps else ("again",)
     shared, reads = slices_of(choose("forward", how.spec, capacity), how.spec) > 1, how.fmt is not None
     cut = runs and how.spec.gate and state_kind(how.spec) == "fold"  # `Runs` are of windows on several GPUs
-    names = "forward", *["entries"] * shared, *["folded"] * cut, *["read"] * reads, *backward, *["fold"] * runs, "sum"
+    names = "forward", *["entries"] * shared, *["tail", "folded"] * cut, *["read"] * reads, *backward, *["fold"] * runs, "sum"
     configs = {name: choose(name, how.spec, capacity) for name in names}
     groups = {name: groups_of(config, capacity) for name, config in configs.items()}
     found = {}

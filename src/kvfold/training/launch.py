@@ -26,7 +26,7 @@ class Launch(NamedTuple):
 
 class Launches(NamedTuple):
     """All of a call. None: entries, where programs have whole windows; read, without fake quantization; again, or finish and
-    spread; fold and folded, without `Runs`, and folded without fold rows."""
+    spread; fold, tail and folded, without `Runs`, and the last two without fold rows."""
 
     forward: Launch
     entries: Launch | None
@@ -35,6 +35,7 @@ class Launches(NamedTuple):
     finish: Launch | None
     spread: Launch | None
     fold: Launch | None
+    tail: Launch | None
     folded: Launch | None
     sum: Launch
 
@@ -123,6 +124,14 @@ def backward_triton(
     if given is None:
         _sum(chosen.sum, ape, weight, d_ape, d_norm_weight, 0, pdl)
     return Gradients(d_value, d_score, d_ape, d_norm_weight)
+
+
+def tail_triton(x: Inputs, how: How, tails: torch.Tensor, folds: torch.Tensor, out: torch.Tensor) -> None:
+    """Folds of tokens whose windows end elsewhere: one launch."""
+    tokens, places = _tokens(x.value, x.score, x.ape), (address(folds), address(out))
+    bits = _bits(address(tails), *_places(tokens), *places)
+    launch = _launches(x, how, len(tails), True).tail
+    _launch(launch, len(tails), (address(tails), *tokens, *places), bits, supports_pdl(x.value.device))
 
 
 def finish_triton(x: Inputs, how: How, live: Inputs, folds: torch.Tensor) -> Entries:

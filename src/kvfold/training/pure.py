@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ..backend_torch.finish import norm, tree_sum, turn
-from ..backend_torch.fold import LOG2_E, LOWEST, exp2, fold_group, fold_step
+from ..backend_torch.fold import LOG2_E, LOWEST, State, exp2, fold_group, fold_step
 from ..contract import ROWS_AT_ONCE
 from ..spec import CompressorSpec
 from ..storage.fold_state import state_kind
@@ -43,17 +43,32 @@ def forward_torch(x: Inputs, how: How) -> Entries:
 
 def finish_torch(x: Inputs, how: How, live: Inputs, folds: torch.Tensor) -> Entries:
     """The same of windows that go on from fold rows `[capacity, 3, head_dim]` (run.py: `finish`)."""
-    spec, state = how.spec, folds.unbind(1)
     token, _, _, begin = live.pieces[: len(folds)].long().unbind(1)
-    value, score = (live.value, live.score) if live.score is not None else live.value.split(spec.channels, dim=1)
-    for j in range(spec.ratio):
-        there = (j >= begin)[:, None]
-        at = torch.where(there[:, 0], token + j - begin, token)
-        k, s = value[at].to(_wide(live)), score[at].to(_wide(live))
-        new = fold_step(state, k, s if live.ape is None else s + live.ape[j])
-        state = tuple(torch.where(there, after, before) for after, before in zip(new, state, strict=True))
-    m, l, a = state
+    m, l, a = _fold_on(live, how.spec, folds.unbind(1), token, begin, torch.full_like(begin, how.spec.ratio))
     return _deliver(x, how, m, 1.0 / l, a / l)
+
+
+def tail_torch(x: Inputs, how: How, tails: torch.Tensor, folds: torch.Tensor, out: torch.Tensor) -> None:
+    """Writes the folds of tails (run.py: `fold_tails`)."""
+    token, before, begin, end = tails.long().unbind(1)
+    empty = folds.new_zeros(3, how.spec.head_dim)
+    empty[0] = LOWEST
+    state = torch.where((before >= 0)[:, None, None], folds[before.clamp(min=0)], empty).unbind(1)
+    out.copy_(torch.stack(_fold_on(x, how.spec, state, token, begin, end), dim=1))
+
+
+def _fold_on(
+    x: Inputs, spec: CompressorSpec, state: State, token: torch.Tensor, begin: torch.Tensor, end: torch.Tensor
+) -> State:
+    """Folds the tokens of windows from places `begin` to before `end`; the first of each is row `token`."""
+    value, score = (x.value, x.score) if x.score is not None else x.value.split(spec.channels, dim=1)
+    for j in range(spec.ratio):
+        there = ((j >= begin) & (j < end))[:, None]
+        at = torch.where(there[:, 0], token + j - begin, token)
+        k, s = value[at].to(_wide(x)), score[at].to(_wide(x))
+        new = fold_step(state, k, s if x.ape is None else s + x.ape[j])
+        state = tuple(torch.where(there, after, before) for after, before in zip(new, state, strict=True))
+    return state
 
 
 def _deliver(x: Inputs, how: How, m: torch.Tensor, inverse: torch.Tensor, y: torch.Tensor) -> Entries:

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 
 from .problem import Entries, Gradients, How, Inputs, Recipe, Sums
-from .pure import backward_torch, finish_torch, forward_torch, pull_torch, spread_torch
+from .pure import backward_torch, finish_torch, forward_torch, pull_torch, spread_torch, tail_torch
 from .pure_sums import fold_torch, total_torch
 
 
@@ -58,6 +58,18 @@ def total(
         return _triton().total_triton(x, how, capacity, ape, norm_weight)
     with torch.no_grad():
         return total_torch(x, how, ape, norm_weight)
+
+
+def fold_tails(x: Inputs, how: How, tails: torch.Tensor, folds: torch.Tensor, out: torch.Tensor) -> None:
+    """Writes `out` `[n, 3, head_dim]`: folds of tokens of `x` whose windows end elsewhere, as a state has them.
+
+    tails: int32 `[n, 4]`, `problem.TAIL_FIELDS`. folds: `[rows, 3, head_dim]`, those before; `out` may be some of the rows.
+    """
+    if how.backend == "triton":
+        _triton().tail_triton(x, how, tails, folds, out)
+        return
+    with torch.no_grad():
+        tail_torch(x, how, tails, folds, out)
 
 
 def finish(x: Inputs, how: How, live: Inputs, folds: torch.Tensor) -> Entries:
