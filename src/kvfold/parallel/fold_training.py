@@ -25,11 +25,9 @@ def carried(folds: CutFolds, x: Inputs, how: How, transport: Transport) -> torch
     return None if folds.heads is None else rows[folds.heads.before]
 
 
-def small_tokens(folds: CutFolds, tokens: Tokens, channels: int) -> Tokens:
-    """The rank's tokens of such windows, in their places. All others weigh nothing, so that no sum has a share of theirs."""
-    count = folds.packing.tokens
-    small = tuple(x.new_zeros(count, x.shape[1]) for x in tokens)
-    small[-1][:, -channels:] = -torch.inf
+def small_tokens(folds: CutFolds, tokens: Tokens) -> Tokens:
+    """The rank's tokens of such windows, in their places; what is made of the other rows nobody reads."""
+    small = tuple(x.new_zeros(folds.packing.tokens, x.shape[1]) for x in tokens)
     for into, x in zip(small, tokens, strict=True):
         into[folds.own.at] = x[folds.own.of]
     return small
@@ -51,5 +49,9 @@ def pass_on(folds: CutFolds, mine: torch.Tensor, transport: Transport) -> torch.
 def spread_all(x: Inputs, how: How, folds: CutFolds, rows: torch.Tensor, d_tokens: Sequence[torch.Tensor], sums: Sums) -> None:
     """Puts the gradients of the rank's own tokens of these windows where they belong. x: of `small_tokens`."""
     found = spread(x, how, rows.transpose(0, 1).contiguous(), sums)
+    if sums.ape is not None:  # shares are of the rank's own tokens
+        windows, places = folds.others
+        shares = sums.of_ape.rows[:, 2].long()[windows]
+        sums.ape.view(-1, how.spec.ratio, how.spec.channels)[shares, places] = 0.0
     for into, new in zip(d_tokens, found, strict=False):
         into[folds.own.of] = new[folds.own.at]

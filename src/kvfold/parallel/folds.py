@@ -76,7 +76,7 @@ class CutFolds:
         heads: None where the rank owns no such window.
         packing: of a small tensor, `ratio` rows for each window that the rank has tokens of: those that it owns, in the order
             of `CutPacking.seams`, then those of each other rank, by rank. None where there are none.
-        own: the rank's tokens in the small tensor.
+        own: the rank's tokens in the small tensor. others: int64, windows and places there of tokens that are elsewhere.
         to, from_: what goes to ranks that have tokens of its windows, and comes from ranks that own windows of its tokens.
     """
 
@@ -94,6 +94,9 @@ class CutFolds:
                 at += range(number * spec.ratio + first % spec.ratio, number * spec.ratio + (behind - 1) % spec.ratio + 1)
                 of += range(segment.row + first - segment.start, segment.row + behind - segment.start)
         self.own = Rows(*(on_device(torch.tensor(some, dtype=torch.int64), device) for some in (at, of)))
+        others = sorted({*range(len(mine) * spec.ratio)} - {*at})
+        windows, places = ([x // spec.ratio for x in others], [x % spec.ratio for x in others])
+        self.others = tuple(on_device(torch.tensor(some, dtype=torch.int64), device) for some in (windows, places))
         self.packing = self._packing(mine) if mine else None
         self.to, self.from_ = [], []
         for other in range(shards.ranks):

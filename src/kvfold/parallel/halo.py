@@ -53,6 +53,7 @@ class CutPacking:
         shards, rank, ratio, overlap: what it is for.
         inside: of the windows that the rank's own tokens have whole.
         seams: of the windows of the small tensor; None where the rank has none.
+        touches: whether the rank has windows at seams, or rows of other ranks' ones.
         entries: how many the rank makes: by segment, then by window.
         order: int64 `[entries]`, which row of seams' entries, then of those inside, is which entry; None if they are in order.
         windows: entries of all ranks. capacity: rows of entries that one process has room for.
@@ -101,6 +102,7 @@ class CutPacking:
         self._rows_at_seams(seams)
         self.lent = tuple(self._borrowed(other, rank) for other in range(shards.ranks) if other != rank)
         self.borrowed = tuple(self._borrowed(rank, other) for other in range(shards.ranks) if other != rank)
+        self.touches = self.seams is not None or any(len(one.rows) for one in self.lent)
         self.numbers = tuple(self._numbers(other) for other in range(shards.ranks))
 
     def _reach(self, window: int) -> int:

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 
 from ..spec import CompressorSpec
-from ..training import compress_forward, problem
+from ..training import problem
 from ..training.checks import check_call, check_gradients
 from ..training.problem import Gradients, How, Inputs, Sums
-from ..training.run import backward, finish
+from ..training.run import backward, finish, forward
 from .fold_training import carried, pass_on, pull_heads, small_tokens, spread_all
 from .folds import CutFolds, folds_of
 from .halo import CutPacking
@@ -50,15 +50,16 @@ class Entries(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: Call, ape, norm_weight, rope, *tokens: torch.Tensor) -> torch.Tensor:
         packing, given = call.packing, Parameters(ape, norm_weight, rope)
-        inside = _forward(call, given, packing.inside, tokens)  # checks all arguments before anything is sent
+        x, how = _checked(call, given, packing.inside, tokens)  # all arguments, before anything is sent
+        inside = forward(x, how)
         folds = folds_of(packing, call.spec, tokens[0].dtype)
-        seams, small = _seams(call, given, tokens) if folds is None else (_folded(call, given, folds, tokens), ())
+        seams, small = _seams(call, given, tokens) if folds is None else (_folded(call, given, folds, x, how, tokens), ())
         found, kept = [inside.entries[: packing.inside_entries]], [inside.kept]
         if seams is not None:
             found, kept = [seams.entries[: packing.seam_entries], *found], [*kept, seams.kept]
         ctx.call, ctx.count = call, len(tokens)
         ctx.save_for_backward(ape, norm_weight, rope, *tokens, *small, *kept)
-        entries = torch.cat(found)
+        entries = torch.cat(found) if len(found) > 1 else found[0]
         return entries if packing.order is None else entries[packing.order]
 
     @staticmethod
@@ -114,20 +115,17 @@ class AllEntries(torch.autograd.Function):
         return None, None, total.to(d_all.dtype)
 
 
-def _forward(call: Call, given: Parameters, packing, tokens: Sequence[torch.Tensor]):
-    scale = {"cache_scale": call.cache_scale}
-    return compress_forward(_one(tokens), packing, spec=call.spec, **given._asdict(), **call.options, **scale)
-
-
 def _seams(call: Call, given: Parameters, tokens: Sequence[torch.Tensor]) -> tuple[problem.Entries | None, Tokens]:
     """Of raw rows: windows at seams, and the small tensors that they are made of."""
     small = _seam_tokens(call, tokens)
-    return None if call.packing.seams is None else _forward(call, given, call.packing.seams, small), small
+    seams = call.packing.seams
+    return None if seams is None else forward(*_checked(call, given, seams, small)), small
 
 
-def _folded(call: Call, given: Parameters, folds: CutFolds, tokens: Sequence[torch.Tensor]) -> problem.Entries | None:
+def _folded(
+    call: Call, given: Parameters, folds: CutFolds, x: Inputs, how: How, tokens: Sequence[torch.Tensor]
+) -> problem.Entries | None:
     """Of fold rows: windows at seams."""
-    x, how = _checked(call, given, call.packing.inside, tokens)
     found = carried(folds, x, how, call.transport)
     if found is None:
         return None
@@ -179,20 +177,22 @@ def _backward_folds(
     d_tokens = _parts(_backward(x, how, kept[0], d_entries[1], weights.sums(False)))
     rows = pass_on(folds, mine, call.transport)
     if folds.packing is not None:
-        small = small_tokens(folds, tokens, how.spec.channels)
+        small = small_tokens(folds, tokens)
         spread_all(_checked(call, given, folds.packing, small)[0], how, folds, rows, d_tokens, sums)
     return d_tokens
 
 
 def _checked(call: Call, given: Parameters, packing, tokens: Sequence[torch.Tensor]) -> tuple[Inputs, How]:
-    options = {"cache_scale": None, "latent": False, **call.options}
+    options = {"cache_scale": call.cache_scale, "latent": False, **call.options}
     return check_call(_one(tokens), packing, spec=call.spec, **given._asdict(), **options)
 
 
 def _backward(x: Inputs, how: How, kept: torch.Tensor, d_entries: torch.Tensor, sums: Sums) -> Gradients:
-    padded = d_entries.new_zeros(how.capacity(x), how.spec.head_dim)
-    padded[: len(d_entries)] = d_entries
-    d_entries, _ = check_gradients(x, how, kept, padded, None)
+    if len(d_entries) < how.capacity(x):
+        padded = d_entries.new_zeros(how.capacity(x), how.spec.head_dim)
+        padded[: len(d_entries)] = d_entries
+        d_entries = padded
+    d_entries, _ = check_gradients(x, how, kept, d_entries, None)
     return backward(x, how, kept, d_entries, None, sums)
 
 
@@ -207,6 +207,8 @@ def _parts(found: Gradients) -> Tokens:
 def _seam_tokens(call: Call, tokens: Sequence[torch.Tensor]) -> Tokens:
     """The small tensors, of this rank's rows and of what the others send."""
     packing = call.packing
+    if not packing.touches:
+        return ()
     count = packing.seams.tokens if packing.seams is not None else 0
     small = tuple(x.new_zeros(count, x.shape[1]) for x in tokens)
     for into, x in zip(small, tokens, strict=True):
@@ -223,6 +225,8 @@ def _seam_tokens(call: Call, tokens: Sequence[torch.Tensor]) -> Tokens:
 def _return(call: Call, d_tokens: Tokens, d_small: Sequence[torch.Tensor]) -> None:
     """Puts the gradients of rows at seams where they belong: here, or on the rank that lent the row."""
     packing, spec = call.packing, call.spec
+    if not packing.touches:
+        return
     sent = [Parcel(one.rank, _packed(d_small, one.rows)) for one in packing.borrowed if len(one.rows)]
     received = [(one, _packed(d_tokens, one.rows)) for one in packing.lent if len(one.rows)]
     call.transport.exchange(sent, [Parcel(one.rank, data) for one, data in received], "gradients of rows across a cut")

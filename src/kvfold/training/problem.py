@@ -145,8 +145,8 @@ class Recipe(NamedTuple):
     items: torch.Tensor
 
 
-# Of a row of tails: the row of its first token, that of the fold before or -1, and from which place in its window to before which
-# it has tokens.
+# Of a row of tails: the row of its first token, that of the fold before or -1, and from which place in its window to before
+# which one it has tokens.
 TAIL_FIELDS = ("token", "before", "begin", "end")
 
 
