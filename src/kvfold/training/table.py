@@ -85,7 +85,7 @@ CONFIGS: tuple[Config, ...] = (
     Config("finish", _MIDDLE, _LONG, ANY, 2, groups=256),
     Config("finish", _WIDE, _LONG, ANY, 4, groups=256),
     Config("finish", _WIDEST, _LONG, ANY, 8, groups=128),
-    Config("spread", (16, 4096), _LONG, 256, 2, rows=4, columns=256, groups=16, fetch=True),
+    Config("spread", (256, 4096), _LONG, 256, 2, rows=4, columns=256, groups=16, fetch=True),
     Config("spread", (16, 4096), _LONG, ANY, 4, rows=4, columns=512, groups=16),
     Config("sum", (16, 4096), _SHORT, ANY, 4, rows=128, columns=8),
     Config("sum", (16, 4096), _LONG, ANY, 4, rows=8, columns=32),
