@@ -90,14 +90,14 @@ _layers: dict[int, tuple[Layer, How]] = {}  # by the id of their norm_weight
 
 
 def _check_pieces(packing: Packing, value: torch.Tensor, spec: CompressorSpec) -> None:
-    pieces = packing.pieces
+    pieces, entries = packing.pieces, value.shape[0] // spec.ratio
     seen = packing.__dict__.get("_seen")
-    if seen is not None and seen[0] is pieces and seen[1] == where([pieces]) and seen[2] == value.device:
+    if seen is not None and seen[0] is pieces and seen[1:] == (where([pieces]), value.device, entries):
         return
     check_tensor("packing.pieces", pieces, (None, 4), (torch.int32,), value.device)
-    if pieces.shape[0] < value.shape[0] // spec.ratio:
-        raise ValueError(f"packing must have a piece for each of {value.shape[0] // spec.ratio} entries, got {pieces.shape[0]}")
-    packing.__dict__["_seen"] = pieces, where([pieces]), value.device
+    if pieces.shape[0] < entries:
+        raise ValueError(f"packing must have a piece for each of {entries} entries, got {pieces.shape[0]}")
+    packing.__dict__["_seen"] = pieces, where([pieces]), value.device, entries
 
 
 def check_packing(packing: Packing, spec: CompressorSpec) -> None:
