@@ -281,6 +281,40 @@ def store_summary(rows: Rows) -> str:
     return sections(rows, ("store",), body)
 
 
+TRAINED = {"hd512 r128": "ratio 128", "hd512 r4": "ratio 4, main", "hd128 r4": "ratio 4, indexer"}
+# Microseconds of forward and backward together that were asked for, by the case: of an H200.
+TRAINING_TARGETS = {
+    "hd512 r128": {(1, 8192): 26, (3, 8192): 55, (1, 65536): 115, (1, 131072): 215},
+    "hd512 r4": {(1, 8192): 42, (3, 8192): 95, (1, 65536): 230},
+    "hd128 r4": {(1, 8192): 17, (3, 8192): 30, (1, 65536): 66},
+}
+
+
+def training_summary(rows: Rows) -> str:
+    """Steps of training: microseconds on the device, their floors in brackets; on the host; and memory."""
+
+    def body(device: str) -> tuple[str, Rows]:
+        ours, lines = of(rows, "training", device), []
+        for layer, words in TRAINED.items():
+            for (batch, tokens), target in TRAINING_TARGETS[layer].items():
+                found = {name: ours.get((f"train {layer} b{batch} s{tokens}", name), {}) for name in TRAINING_COLUMNS}
+                if found["both"]:
+                    cells = {name: f"{row['us']:.1f}" if "us" in row else "" for name, row in found.items()}
+                    for name in ("fwd", "bwd"):
+                        cells[name] += f" ({found[name]['floor_us']:.1f})" if "floor_us" in found[name] else ""
+                    cells["host"] = f"{found['host']['us']:.0f}" if found["host"] else ""
+                    cells["memory"] = f"{found['memory']['mb']:.1f}" if found["memory"] else ""
+                    asked = str(target) if device == PEERS_DEVICE else ""
+                    lines.append((words, f"{batch} x {tokens}", *(cells[name] for name in TRAINING_COLUMNS), asked))
+        header = ("layer", "tokens", "forward", "backward", "both", "forward, fake quantized", "host", "MB", "asked: both")
+        return markdown(header, lines), list(ours.values())
+
+    return sections(rows, ("training",), body)
+
+
+TRAINING_COLUMNS = ("fwd", "bwd", "both", "quant", "host", "memory")
+
+
 def window_reduction(rows: Rows) -> str:
 
     def body(device: str) -> tuple[str, Rows]:

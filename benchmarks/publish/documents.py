@@ -19,7 +19,10 @@ from ..lib.measured import Rows
 from . import architecture, layouts, plot, scaling
 from .plot import Panel
 
-PAGES = ("README.md", "docs/configs.md", "docs/engine.md", "docs/parallel.md", "docs/performance.md", "docs/records.md")
+PAGES = (
+    "README.md", "docs/configs.md", "docs/engine.md", "docs/parallel.md", "docs/performance.md", "docs/records.md",
+    "docs/training.md",
+)  # fmt: skip
 MARKS = re.compile(r"(<!-- made: ([\w-]+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 MISSING = "Not measured yet.\n"
 TABLES = {"decode": "Decode", "prefill": "Prefill"}  # benches with more rows than a page should show
@@ -64,6 +67,7 @@ def parts(rows: Rows) -> dict[str, str]:
         "representations": measured.representations(rows),
         "v41": measured.v41_summary(rows),
         "store_places": measured.places_summary(rows),
+        "training": measured.training_summary(rows),
         "metadata": measured.metadata_summary(rows),
         "parallel": scaling.scaling(rows),
     }

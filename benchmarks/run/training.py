@@ -1,11 +1,12 @@
 """Times training calls: forward, backward and both of packed sequences, the forward with fake quantization (`quant`), what they
 cost the host, and the memory they need.
 
-python -m benchmarks.run.training --out benchmarks/results/training.jsonl [--only SUBSTRING] [--sweep]
+python -m benchmarks.run.training --out benchmarks/results/training.jsonl [--only SUBSTRING] [--sweep | --floor]
 
 kv_score and the gradients of entries are bf16, ape and norm_weight fp32, pooled rows are rounded. Each buffer set has inputs
 and results of its own, so all is cold. `host` is an eager forward and backward through autograd; `memory` is what such a step
 has allocated at most beyond inputs, entries and gradients. --sweep: other rows of the table, one kernel at a time.
+--floor: `floor_us` of fwd and bwd, too: what a kernel takes that only reads and writes as many bytes.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from kvfold.training import Packing, compress, compress_backward, compress_forwa
 from kvfold.training.variants import TrainingKey
 
 from ..lib import protocol
+from ..lib.floor import Traffic, floor_us
 from ..lib.table import show
 from .overhead import host_us
 
@@ -40,7 +42,7 @@ SWEEP: dict[str, tuple[dict[str, int], ...]] = {
     "again": (
         *({"num_warps": w, "registers": r} for w, r in ((1, 0), (1, 128), (2, 0), (2, 80), (4, 0), (4, 128), (8, 0), (8, 96))),
         *({"groups": g} for g in (128, 256, 384, 512, 768, 1024, 2048)),
-        {"hold": 1},
+        {"fetch": 1},
     ),
     "finish": tuple({"num_warps": w, "groups": g} for w in (2, 4) for g in (64, 128, 256, 512)),
     "spread": (
@@ -79,11 +81,16 @@ class Case:
         return self.tokens // self.spec.ratio
 
     @property
-    def bytes(self) -> tuple[int, int]:
-        """That the forward and the backward must move: inputs, entries, gradients, and what is kept; weights aside."""
+    def traffic(self) -> tuple[Traffic, Traffic]:
+        """What the forward and the backward must move: inputs, entries, gradients, and what is kept; weights aside."""
         rows, entries = self.tokens * self.spec.kv_score_width * 2, self.capacity * self.spec.head_dim * 2
         kept = self.capacity * self.spec.head_dim * 12 * (self.spec.window_rows > 8)
-        return rows + entries + kept, 2 * rows + entries + kept
+        return Traffic(rows, entries + kept), Traffic(rows + entries + kept, rows)
+
+    @property
+    def bytes(self) -> tuple[int, int]:
+        forward, backward = self.traffic
+        return forward.total, backward.total
 
 
 def cases() -> list[Case]:
@@ -212,6 +219,7 @@ def main() -> int:
     parser = protocol.parser(__doc__)
     parser.add_argument("--only", default="", help="cases whose name has this in it")
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--floor", action="store_true")
     args = parser.parse_args()
     where, rows = protocol.environment(args.commit), []
 
@@ -228,8 +236,10 @@ def main() -> int:
             for name, us in sweep(case):
                 add(case, name, us=us)
             continue
+        floors = {name: floor_us(one) for name, one in zip(("fwd", "bwd"), case.traffic, strict=True)} if args.floor else {}
         for variant, us in device_us(case).items():
-            add(case, variant, us=us, gb_per_s=sum(case.bytes[slice(*_HALVES[variant])]) / us / 1e3)
+            floor = {"floor_us": floors[variant]} if variant in floors else {}
+            add(case, variant, us=us, **floor, gb_per_s=sum(case.bytes[slice(*_HALVES[variant])]) / us / 1e3)
         add(case, "host", us=host_us(autograd_step(case)))
         torch.cuda.empty_cache()
         add(case, "memory", mb=memory_mb(case))

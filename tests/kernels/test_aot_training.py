@@ -46,7 +46,7 @@ def test_warmup_would_prepare_all_of_it() -> None:
 
 def test_every_row_of_the_table_serves_a_call() -> None:
     """So that none is there in vain."""
-    specs = [CompressorSpec(n, ratio, rope_dim=16) for n in (16, 128, 256, 512, 4096) for ratio in (4, 128)]
+    specs = [CompressorSpec(n, ratio, rope_dim=16) for n in (16, 128, 256, 512, 1024, 4096) for ratio in (4, 128)]
     calls = Calls((512, 8192, 128 * 100, 128 * 150, 65536), BOTH[:1])
     served = {key.config for spec in specs for fmt in (None, FORMATS["bf16"]) for key in training_keys(spec, fmt, calls)}
     of_cut = {config for config in CONFIGS if config.kernel in ("fold", "tail", "folded")}  # sequences, in tests/parallel

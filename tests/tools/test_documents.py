@@ -86,6 +86,10 @@ def sample(folder: Path) -> Path:
         ],
         "v41": [row("v41", "v41 4 layers b64 n1 hit", "fold", 15.0, floor_us=12.0)],
         "store_places": [row("store_places", "store hd512 131072 rows of a plan", "store:fp8_ds_mla", 165.0)],
+        "training": [
+            row("training", "train hd512 r4 b1 s8192", "fwd", 12.5, floor_us=10.0),
+            row("training", "train hd512 r4 b1 s8192", "both", 41.5),
+        ],
         "metadata": [
             row("plan_metadata", "plan r4 b256 n1", "token slots", 3.5, more_us=0.5),
             row("reserved", CSA_HIT.name, "fold:rows, reserved places", 4.5, more_us=-0.125),
@@ -160,6 +164,7 @@ def test_every_bench_has_its_part(tmp_path: Path) -> None:
         "mixed": "| 17.5 | 15.5 | 2.8 |",
         "plan": "| r4 b16 n4 | 2.88 |",
         "host": "| fold:fp8_ds_mla | 20.5 | 60.2 | 70.8 |",
+        "training": "| ratio 4, main | 1 x 8192 | 12.5 (10.0) |  | 41.5 |  |  |  | 42 |",
         "store": "| bf16 | 512 | 1.75 |  |  |  |  |  |",
         "launches": f"| {HIT.name} | 3.88 | 2.12 |",
         "page_reads": "| 16 windows of 128 rows, fp32 | 3.9 | 4.0 |",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.helpers import SMALL_ROWS, Backend, Weights
@@ -130,7 +132,7 @@ def test_records_are_read_as_torch_reads_them(backend: Backend, name: str) -> No
     want[69] = 0.0
     for dtype in (FP32, BF16):
         entries = torch.empty(capacity, head_dim, dtype=dtype, device=backend.device)
-        launch.read_records(x, how._replace(out_dtype=dtype), records, entries)
+        launch.read_records(x, replace(how, out_dtype=dtype), records, entries)
         assert torch.equal(entries.nan_to_num(nan=7e30), want.to(dtype).nan_to_num(nan=7e30)), dtype
 
 
@@ -156,13 +158,11 @@ def test_a_sequence_has_its_bits_in_every_packing(backend: Backend, name: str) -
 
 @pytest.mark.parametrize("name", ["csa", "hca"])
 def test_the_table_changes_no_bit_but_by_groups(backend: Backend, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    from dataclasses import replace
-
     if backend.name == "torch":
         pytest.skip("it has no table")
     problem = Problem.make(SPECS[name])
     want = run(problem, backend)
-    other = tuple(replace(c, ahead=4, hold=True, columns=min(c.columns, 16)) for c in table.CONFIGS)
+    other = tuple(replace(c, ahead=4, fetch=not c.fetch, columns=min(c.columns, 16)) for c in table.CONFIGS)
     changed = {"spread": {"rows": 2}, "forward": {"slice": 16}}  # so several programs share a window
     other = tuple(replace(c, **changed.get(c.kernel, {})) for c in other)
     monkeypatch.setattr(table, "CONFIGS", other)

@@ -71,6 +71,26 @@ def test_forward(changed: dict, message: str) -> None:
         arguments = problem.given(CPU) | {"kv_score": problem.kv_score, "packing": problem.packing(CPU.device)} | changed
 
 
+@pytest.mark.parametrize("changed, message", BAD.values(), ids=BAD.keys())
+def test_behind_a_good_call(changed: dict, message: str) -> None:
+    """What was right of a layer is not looked at again; what is other than then is."""
+    problem = Problem.make(SPECS["csa"], lengths=[12], spare=0)
+    good = problem.given(CPU) | {"kv_score": problem.kv_score, "packing": problem.packing(CPU.device)}
+    compress(**good)
+    with pytest.raises((TypeError, ValueError), match=message):
+        compress(**good | changed)
+    compress(**good)
+
+
+def test_a_packing_that_changed() -> None:
+    problem = Problem.make(SPECS["csa"], lengths=[12], spare=0)
+    given, packing = problem.given(CPU), problem.packing(CPU.device)
+    compress(problem.kv_score, packing, **given)
+    packing.tokens = 48
+    with pytest.raises(ValueError, match="packing must have a piece for each of 12 entries"):
+        compress(torch.zeros(48, 128), packing, **given)
+
+
 def test_scores_without_a_gate() -> None:
     problem = Problem.make(SPECS["v41-r1"], lengths=[4], spare=0)
     with pytest.raises(ValueError, match="kv_score must be values alone"):

@@ -37,6 +37,7 @@ class TrainingKernel:
         fields = {"ahead": config.ahead, "slice": config.slice, "rows": config.rows, "columns": config.columns,
                   "registers": config.registers, "warps": config.num_warps}  # fmt: skip
         parts += [f"{name}{value}" for name, value in fields.items() if value]
+        parts += ["fetch"] * config.fetch
         parts += ["rounded"] * (key.record.round_rows and kernel not in ("spread", "sum"))
         if kernel == "sum":
             parts += [f"groups{key.groups}", f"groups{key.weight_groups}"]

@@ -83,7 +83,7 @@ def compress(
             latent=latent,
             backend=backend,
         )
-        entries, normed = Compress.apply(x.value, x.score, x.ape, x.norm_weight, x.rope, x.scale, x.pieces, how)
+        return Compress.apply(x.value, x.score, x.ape, x.norm_weight, x, how)
     return (entries, normed) if latent else entries
 
 

@@ -9,29 +9,39 @@ from .run import backward, forward
 
 
 class Compress(torch.autograd.Function):
-    """`compress` of checked arguments. Differentiable once: in values, scores, ape and norm_weight."""
+    """`compress` of checked arguments: entries, and latents where they are asked for.
+
+    Differentiable once: in values, scores, ape and norm_weight, which are given apart from `x` for autograd to see them.
+    """
 
     @staticmethod
-    def forward(ctx, value, score, ape, norm_weight, rope, scale, pieces, how: How) -> tuple[torch.Tensor, torch.Tensor]:
-        x = Inputs(value, score, pieces, ape, norm_weight, rope, scale)
-        found = forward(x, how)
-        ctx.save_for_backward(value, score, ape, norm_weight, rope, pieces, found.kept)
+    def forward(ctx, value, score, ape, norm_weight, x: Inputs, how: How) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        found = forward(x, how, bare=True)
+        ctx.save_for_backward(value, score, ape, norm_weight, x.pieces, x.rope, found.kept)
         ctx.how = how
-        ctx.set_materialize_grads(False)  # zeros for what has no gradient cost the host more than looking
         if not how.latent:
-            ctx.mark_non_differentiable(found.latent)
+            return found.entries
+        ctx.set_materialize_grads(False)  # zeros for what has no gradient cost the host more than looking
         return found.entries, found.latent
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, d_entries: torch.Tensor | None, d_latent: torch.Tensor | None):
-        if d_entries is None and d_latent is None:
-            return (None,) * 8
-        value, score, ape, norm_weight, rope, pieces, kept = ctx.saved_tensors
-        x, how = Inputs(value, score, pieces, ape, norm_weight, rope, None), ctx.how
-        d_entries = torch.zeros_like(d_latent) if d_entries is None else d_entries.contiguous()
-        if how.latent:
-            d_latent = torch.zeros_like(d_entries) if d_latent is None else d_latent.contiguous()
-        found = backward(x, how, kept, d_entries, d_latent)
-        # Torch drops those that nobody asked for.
-        return found.value, found.score, found.ape, found.norm_weight.to(norm_weight.dtype), None, None, None, None
+    def backward(ctx, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        # The decorator turns autograd off and on again, which is off but for `create_graph`.
+        return _backward_once(ctx, *gradients) if torch.is_grad_enabled() else _backward(ctx, *gradients)
+
+
+def _backward(ctx, d_entries: torch.Tensor | None, d_latent: torch.Tensor | None = None) -> tuple[torch.Tensor | None, ...]:
+    if d_entries is None and d_latent is None:
+        return (None,) * 6
+    value, score, ape, norm_weight, pieces, rope, kept = ctx.saved_tensors
+    x, how = Inputs(value, score, pieces, ape, norm_weight, rope, None), ctx.how
+    d_entries = torch.zeros_like(d_latent) if d_entries is None else d_entries.contiguous()
+    if how.latent:
+        d_latent = torch.zeros_like(d_entries) if d_latent is None else d_latent.contiguous()
+    d_value, d_score, d_ape, d_norm_weight = backward(x, how, kept, d_entries, d_latent)
+    if norm_weight.dtype is not d_norm_weight.dtype:
+        d_norm_weight = d_norm_weight.to(norm_weight.dtype)
+    return d_value, d_score, d_ape, d_norm_weight, None, None  # torch drops those that nobody asked for
+
+
+_backward_once = torch.autograd.function.once_differentiable(_backward)

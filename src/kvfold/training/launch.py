@@ -11,7 +11,7 @@ from ..backend_triton import args
 from ..backend_triton.build import INTERPRETED
 from ..backend_triton.launcher import Launcher, address, launcher_of, supports_pdl
 from ..spec import CompressorSpec
-from .args import Incoming, Kept, Parts, Pieces
+from .args import Parts
 from .keys import keys_of
 from .problem import Entries, Gradients, How, Inputs, Recipe, Records, Runs, Sums, scratch_records
 from .table import each_of
@@ -21,6 +21,7 @@ from .variants import tiles_of
 class Launch(NamedTuple):
     launcher: Launcher
     groups: int  # of windows
+    each: int  # windows of a group
     tiles: int  # programs of a group, or of an entry
 
 
@@ -41,21 +42,24 @@ class Launches(NamedTuple):
 
 
 def forward_triton(x: Inputs, how: How) -> Entries:
-    """Entries, latents and the kept fold, after the arguments were checked: one launch; one more where programs share windows,
-    and one with fake quantization, which reads the records."""
-    spec, device, capacity = how.spec, x.value.device, how.capacity(x)
-    kept = torch.empty(how.kept_shape(x), dtype=torch.float32, device=device)
-    latent = torch.empty(how.latent_shape(x), dtype=how.out_dtype, device=device)
-    entries = torch.empty(capacity, spec.head_dim, dtype=how.out_dtype, device=device)
+    """Entries, latents and the kept fold, None where there are none, after the arguments were checked: one launch; one more
+    where programs share windows, and one with fake quantization, which reads the records."""
+    spec, device = how.spec, x.value.device
+    capacity = x.value.shape[0] // spec.ratio
+    kept = torch.empty((3, capacity, spec.head_dim), dtype=torch.float32, device=device) if how.keeps else None
+    latent = torch.empty((capacity, spec.head_dim), dtype=how.out_dtype, device=device) if how.latent else None
+    entries = torch.empty((capacity, spec.head_dim), dtype=how.out_dtype, device=device)
     if not capacity:
         return Entries(entries, latent, kept)
     chosen, pdl = _launches(x, how, capacity), supports_pdl(device)
     records = None if how.fmt is None else scratch_records(x, how)
-    pieces, tokens = _pieces(x, capacity), _tokens(x.value, x.score, x.ape)
-    output = _output(entries, records, (address(latent) if how.latent else None, *_finish(x)))
-    held = Kept(address(kept), kept.stride(0)) if how.keeps else Kept()
+    pieces, pieces_bits = _pieces(x, capacity)
+    tokens, bits = _tokens(x.value, x.score, x.ape)
+    finish, finish_bits = _finish(x)
+    output = _output(entries, records, (address(latent), *finish))
+    held = (address(kept), capacity * spec.head_dim) if how.keeps else (None, None)
     # All that is made here is aligned.
-    bits = _bits(pieces.rows, *_places(tokens), output.norm_weight, output.rope, output.page_stride, output.scales_stride)
+    bits |= pieces_bits | finish_bits | output.page_stride | output.scales_stride
     _launch(chosen.forward, capacity, (*pieces, *tokens, *output, *held), bits, pdl)
     if chosen.entries is not None:
         _launch(chosen.entries, capacity, (*pieces, *output, *held), bits, pdl)
@@ -67,8 +71,8 @@ def forward_triton(x: Inputs, how: How) -> Entries:
 def read_records(x: Inputs, how: How, records: Records, entries: torch.Tensor) -> None:
     """Writes to `entries` what attention reads of the records of a call: one launch."""
     capacity, device = how.capacity(x), x.value.device
-    pieces, output = _pieces(x, capacity), _output(entries, records, (None, None, None, 0))
-    bits = _bits(pieces.rows, output.page_stride, output.scales_stride)
+    (pieces, bits), output = _pieces(x, capacity), _output(entries, records, (None, None, None, 0))
+    bits |= output.page_stride | output.scales_stride
     read = _launches(x, how, capacity).read
     _launch(read, capacity, (*pieces, *output, address(entries)), bits, supports_pdl(device))
 
@@ -76,28 +80,27 @@ def read_records(x: Inputs, how: How, records: Records, entries: torch.Tensor) -
 def backward_triton(
     x: Inputs,
     how: How,
-    kept: torch.Tensor,
+    kept: torch.Tensor | None,
     d_entries: torch.Tensor,
     d_latent: torch.Tensor | None,
     given: Sums | None = None,
 ) -> Gradients:
     """The gradients of all inputs, after the arguments were checked: two launches, or three where the fold was kept; one less
     with sums that are given, which are gone on with and not added."""
-    spec, device, capacity = how.spec, x.value.device, how.capacity(x)
+    spec, device = how.spec, x.value.device
+    capacity, head_dim = x.value.shape[0] // spec.ratio, spec.head_dim
     chosen, pdl = _launches(x, how, capacity, given is not None), supports_pdl(device)
     of_ape, of_weight = chosen.again or chosen.spread, chosen.again or chosen.finish
-    width = spec.ratio * spec.channels if spec.has_ape else 0
-    d_value = torch.empty(x.value.shape, dtype=x.value.dtype, device=device)
-    d_score = None if x.score is None else torch.empty(x.score.shape, dtype=x.value.dtype, device=device)
+    d_value, d_score = torch.empty_like(x.value), None if x.score is None else torch.empty_like(x.score)
     # The groups' sums for ape and for norm_weight, then gradients of pooled rows: multiples of 16 numbers, as entries have.
-    pooled = 0 if chosen.again is not None else capacity * spec.head_dim
+    pooled = 0 if chosen.again is not None else capacity * head_dim
     if given is None:
-        d_ape, d_norm_weight = _new_weights(spec, device)
-        sums = of_ape.groups * width, of_weight.groups * spec.head_dim
-        scratch = torch.empty(sum(sums) + pooled, dtype=torch.float32, device=device)
-        ape, weight = _part(scratch, 0) if spec.has_ape else None, _part(scratch, sums[0])
-        ape_groups, weight_groups = ((launch.groups, each_of(launch.groups, capacity), None) for launch in (of_ape, of_weight))
-        at = sum(sums)
+        d_ape, d_norm_weight = _new_weights(x, spec)
+        first = of_ape.groups * spec.ratio * spec.channels if spec.has_ape else 0
+        at = first + of_weight.groups * head_dim
+        scratch = d_norm_weight.new_empty(at + pooled)
+        ape, weight = _part(scratch, 0) if spec.has_ape else None, _part(scratch, first)
+        ape_groups, weight_groups = (of_ape.groups, of_ape.each, None), (of_weight.groups, of_weight.each, None)
     else:
         d_ape, d_norm_weight, at = given.ape, given.norm_weight, 0
         scratch = torch.empty(pooled, dtype=torch.float32, device=device)
@@ -106,21 +109,24 @@ def backward_triton(
             (runs.rows.shape[0], runs.windows, address(runs.rows)) for runs in (given.of_ape, given.of_weight)
         )
 
-    pieces, tokens, finish = _pieces(x, capacity), _tokens(x.value, x.score, x.ape), _finish(x)
-    gradients = _tokens(d_value, d_score, None)
-    incoming = Incoming(address(d_entries), address(d_latent))
-    bits = _bits(pieces.rows, *_places(tokens), *_places(gradients), *finish[:2], *incoming)
+    (pieces, pieces_bits), (finish, finish_bits) = _pieces(x, capacity), _finish(x)
+    tokens, bits = _tokens(x.value, x.score, x.ape)
+    gradients, gradients_bits = _tokens(d_value, d_score, None)
+    entries, latent = address(d_entries), address(d_latent)
+    bits |= pieces_bits | finish_bits | gradients_bits
+    if not INTERPRETED:
+        bits |= entries | (latent or 0)
     if chosen.again is not None:
-        parts = Parts(ape, weight, *ape_groups)
-        _launch(chosen.again, parts.groups, (*pieces, *tokens, *finish, *incoming, *gradients, *parts), bits, pdl)
+        values = *pieces, *tokens, *finish, entries, latent, None, *gradients, ape, weight, *ape_groups
+        _launch(chosen.again, ape_groups[0], values, bits, pdl)
     else:
-        held = Kept(address(kept), kept.stride(0))
-        bits |= _bits(*held)
-        incoming = incoming._replace(pooled=_part(scratch, at))
-        parts = Parts(None, weight, *weight_groups)
-        _launch(chosen.finish, parts.groups, (*pieces, *finish, *held, *incoming, *parts), bits, pdl)
-        incoming, parts = Incoming(pooled=incoming.pooled), Parts(ape, None, *ape_groups)
-        _launch(chosen.spread, parts.groups, (*pieces, *tokens, *held, *incoming, *gradients, *parts), bits, pdl)
+        held, dy = (address(kept), capacity * head_dim), _part(scratch, at)
+        if not INTERPRETED:
+            bits |= held[0]
+        values = *pieces, *finish, *held, entries, latent, dy, None, weight, *weight_groups
+        _launch(chosen.finish, weight_groups[0], values, bits, pdl)
+        values = *pieces, *tokens, *held, None, None, dy, *gradients, ape, None, *ape_groups
+        _launch(chosen.spread, ape_groups[0], values, bits, pdl)
     if given is None:
         _sum(chosen.sum, ape, weight, d_ape, d_norm_weight, 0, pdl)
     return Gradients(d_value, d_score, d_ape, d_norm_weight)
@@ -128,10 +134,10 @@ def backward_triton(
 
 def tail_triton(x: Inputs, how: How, tails: torch.Tensor, folds: torch.Tensor, out: torch.Tensor) -> None:
     """Folds of tokens whose windows end elsewhere: one launch."""
-    tokens, places = _tokens(x.value, x.score, x.ape), (address(folds), address(out))
-    bits = _bits(address(tails), *_places(tokens), *places)
+    (tokens, bits), places = _tokens(x.value, x.score, x.ape), (address(tails), address(folds), address(out))
     launch = _launches(x, how, len(tails), True).tail
-    _launch(launch, len(tails), (address(tails), *tokens, *places), bits, supports_pdl(x.value.device))
+    values = places[0], *tokens, *places[1:]
+    _launch(launch, len(tails), values, bits | _bits(*places), supports_pdl(x.value.device))
 
 
 def finish_triton(x: Inputs, how: How, live: Inputs, folds: torch.Tensor) -> Entries:
@@ -140,25 +146,25 @@ def finish_triton(x: Inputs, how: How, live: Inputs, folds: torch.Tensor) -> Ent
     kept = torch.empty(how.kept_shape(x), dtype=torch.float32, device=device)
     entries = torch.empty(capacity, spec.head_dim, dtype=how.out_dtype, device=device)
     records = None if how.fmt is None else scratch_records(x, how)
-    pieces, tokens = _pieces(live, capacity), _tokens(live.value, live.score, live.ape)
-    rows, finish = address(folds), _finish(x)
-    output = _output(entries, records, (None, *finish))
-    bits = _bits(pieces.rows, *_places(tokens), rows, *finish[:2], output.page_stride, output.scales_stride)
+    (pieces, pieces_bits), (finish, finish_bits) = _pieces(live, capacity), _finish(x)
+    tokens, bits = _tokens(live.value, live.score, live.ape)
+    rows, output = address(folds), _output(entries, records, (None, *finish))
+    bits |= pieces_bits | finish_bits | _bits(rows, output.page_stride, output.scales_stride)
     values = *pieces, *tokens, rows, *output, address(kept), kept.stride(0)
     _launch(_launches(x, how, capacity, True).folded, capacity, values, bits, supports_pdl(device))
     if records is not None:
         read_records(x, how, records, entries)
-    return Entries(entries, entries.new_empty(0), kept)
+    return Entries(entries, None, kept)
 
 
 def pull_triton(x: Inputs, how: How, kept: torch.Tensor, d_entries: torch.Tensor, sums: Sums) -> torch.Tensor:
     """The first half of the backward, where the fold was kept: one launch. Goes on with the sums for norm_weight."""
     device, capacity = x.value.device, how.capacity(x)
     pooled = torch.empty(capacity, how.spec.head_dim, dtype=torch.float32, device=device)
-    pieces, finish, held = _pieces(x, capacity), _finish(x), Kept(address(kept), kept.stride(0))
-    incoming, parts = Incoming(address(d_entries), None, address(pooled)), _runs(None, sums.norm_weight, sums.of_weight)
-    bits = _bits(pieces.rows, *finish[:2], *held, incoming.entries)
-    values = *pieces, *finish, *held, *incoming, *parts
+    (pieces, pieces_bits), (finish, finish_bits) = _pieces(x, capacity), _finish(x)
+    held, entries, parts = (address(kept), kept.stride(0)), address(d_entries), _runs(None, sums.norm_weight, sums.of_weight)
+    bits = pieces_bits | finish_bits | _bits(*held, entries)
+    values = *pieces, *finish, *held, entries, None, address(pooled), *parts
     _launch(_launches(x, how, capacity, True).finish, parts.groups, values, bits, supports_pdl(device))
     return pooled
 
@@ -166,14 +172,14 @@ def pull_triton(x: Inputs, how: How, kept: torch.Tensor, d_entries: torch.Tensor
 def spread_triton(x: Inputs, how: How, rows: torch.Tensor, sums: Sums) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The other half, of `rows` `[3, capacity, head_dim]`: one launch. Goes on with the sums for ape."""
     device, capacity = x.value.device, how.capacity(x)
-    d_value = torch.empty(x.value.shape, dtype=x.value.dtype, device=device)
-    d_score = None if x.score is None else torch.empty(x.score.shape, dtype=x.value.dtype, device=device)
-    pieces, tokens, gradients = _pieces(x, capacity), _tokens(x.value, x.score, x.ape), _tokens(d_value, d_score, None)
+    d_value, d_score = torch.empty_like(x.value), None if x.score is None else torch.empty_like(x.score)
+    pieces, pieces_bits = _pieces(x, capacity)
+    tokens, bits = _tokens(x.value, x.score, x.ape)
+    gradients, gradients_bits = _tokens(d_value, d_score, None)
     # The kernel reads no inverse sums, in whose place the gradients lie.
-    held, incoming = Kept(address(rows), rows.stride(0)), Incoming(pooled=address(rows[1]))
-    parts = _runs(sums.ape, None, sums.of_ape)
-    bits = _bits(pieces.rows, *_places(tokens), *_places(gradients), *held, incoming.pooled)
-    values = *pieces, *tokens, *held, *incoming, *gradients, *parts
+    held, pooled, parts = (address(rows), rows.stride(0)), address(rows[1]), _runs(sums.ape, None, sums.of_ape)
+    bits |= pieces_bits | gradients_bits | _bits(*held, pooled)
+    values = *pieces, *tokens, *held, None, None, pooled, *gradients, *parts
     _launch(_launches(x, how, capacity, True).spread, parts.groups, values, bits, supports_pdl(device))
     return d_value, d_score
 
@@ -198,21 +204,21 @@ def total_triton(
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """The gradients of weights, of the sums of all blocks: one launch."""
     device = x.value.device
-    d_ape, d_norm_weight = _new_weights(how.spec, device)
+    d_ape, d_norm_weight = _new_weights(x, how.spec)
     ape, weight = address(ape), address(norm_weight)
     _sum(_launches(x, how, capacity, True).sum, ape, weight, d_ape, d_norm_weight, _bits(ape, weight), supports_pdl(device))
     return d_ape, d_norm_weight
 
 
-def _new_weights(spec: CompressorSpec, device: torch.device) -> tuple[torch.Tensor | None, torch.Tensor]:
-    d_ape = torch.empty(spec.ratio, spec.channels, dtype=torch.float32, device=device) if spec.has_ape else None
-    return d_ape, torch.empty(spec.head_dim, dtype=torch.float32, device=device)
+def _new_weights(x: Inputs, spec: CompressorSpec) -> tuple[torch.Tensor | None, torch.Tensor]:
+    d_ape = torch.empty_like(x.ape) if spec.has_ape else None
+    return d_ape, torch.empty(spec.head_dim, dtype=torch.float32, device=x.value.device)
 
 
 def _sum(
     launch: Launch, ape: object, weight: object, d_ape: torch.Tensor | None, d_weight: torch.Tensor, bits: int, pdl: bool
 ) -> None:
-    _launch(launch, 1, (*Parts(ape, weight, 1, 1), address(d_ape), address(d_weight)), bits, pdl)
+    _launch(launch, 1, (ape, weight, 1, 1, None, address(d_ape), address(d_weight)), bits, pdl)
 
 
 def _launches(x: Inputs, how: How, capacity: int, runs: bool = False) -> Launches:
@@ -225,7 +231,7 @@ def launches_of(how: How, types: tuple, capacity: int, device: torch.device, run
     """Remembered, as hashing a key takes longer than a launch."""
     found = {}
     for kernel, key in keys_of(how, types, capacity, runs).items():
-        found[kernel] = Launch(launcher_of(key, device), key.groups, tiles_of(key))
+        found[kernel] = Launch(launcher_of(key, device), key.groups, each_of(key.groups or 1, capacity), tiles_of(key))
     return Launches(*(found.get(name) for name in Launches._fields))
 
 
@@ -236,7 +242,7 @@ def _launch(launch: Launch, count: int, values: tuple, bits: int, pdl: bool) -> 
 
 
 def _bits(*values: object) -> int:
-    """Addresses and strides, or-ed; none is of a tensor that is made here, and so none of interpreted kernels counts."""
+    """Addresses, or-ed; of tensors of interpreted kernels none."""
     bits = 0
     for value in values:
         if value.__class__ is int:
@@ -249,13 +255,21 @@ def _part(scratch: torch.Tensor, at: int) -> object:
     return scratch[at:] if INTERPRETED else scratch.data_ptr() + 4 * at
 
 
-def _pieces(x: Inputs, capacity: int) -> Pieces:
-    return Pieces(address(x.pieces), x.pieces.shape[0], capacity)
+def _pieces(x: Inputs, capacity: int) -> tuple[tuple, int]:
+    """`args.Pieces`, and their address for `bits`."""
+    if INTERPRETED:
+        return (x.pieces, x.pieces.shape[0], capacity), 0
+    at = x.pieces.data_ptr()
+    return (at, x.pieces.shape[0], capacity), at
 
 
-def _finish(x: Inputs) -> tuple:
-    """Norm weight, RoPE table and its length."""
-    return address(x.norm_weight), address(x.rope), 0 if x.rope is None else x.rope.shape[0]
+def _finish(x: Inputs) -> tuple[tuple, int]:
+    """Norm weight, RoPE table and its length; and the addresses, or-ed."""
+    length = 0 if x.rope is None else x.rope.shape[0]
+    if INTERPRETED:
+        return (x.norm_weight, x.rope, length), 0
+    weight, rope = x.norm_weight.data_ptr(), None if x.rope is None else x.rope.data_ptr()
+    return (weight, rope, length), weight | (rope or 0)
 
 
 def _output(entries: torch.Tensor, records: Records | None, finish: tuple) -> args.Output:
@@ -271,14 +285,14 @@ def _output(entries: torch.Tensor, records: Records | None, finish: tuple) -> ar
     return args.Output(None, *finish, address(pages), pages.stride(0), *apart, rows, slots, at)
 
 
-def _tokens(value: torch.Tensor, score: torch.Tensor | None, ape: torch.Tensor | None) -> args.Tokens:
+def _tokens(value: torch.Tensor, score: torch.Tensor | None, ape: torch.Tensor | None) -> tuple[tuple, int]:
+    """`backend_triton.args.Tokens`; and what of them must be a multiple of 16, or-ed."""
     apart = skew = None
-    stride = value.stride(0)
+    stride, bits = value.stride(0), 0
     if score is not None:
         apart, skew = (score.data_ptr() - value.data_ptr()) // value.element_size(), score.stride(0) - stride
-    return args.Tokens(address(value), stride, value.shape[0], address(ape), apart, skew)
-
-
-def _places(tokens: args.Tokens) -> tuple:
-    """What of it must be a multiple of 16."""
-    return tokens.kv_score, tokens.stride, tokens.ape, tokens.apart, tokens.skew
+        bits = apart | skew
+    if INTERPRETED:
+        return (value, stride, value.shape[0], ape, apart, skew), 0
+    at, of_ape = value.data_ptr(), None if ape is None else ape.data_ptr()
+    return (at, stride, value.shape[0], of_ape, apart, skew), bits | at | stride | (of_ape or 0)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -37,7 +37,8 @@ class Inputs(NamedTuple):
         return self.value if self.score is None else (self.value, self.score)
 
 
-class How(NamedTuple):
+@dataclass(frozen=True)
+class How:
     """All else of a call. fmt: of fake quantization, None without. backend: one of `BACKENDS`, after the checks."""
 
     spec: CompressorSpec
@@ -46,6 +47,14 @@ class How(NamedTuple):
     fmt: RecordFormat | None
     latent: bool
     backend: str
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Once, as every launch looks for its kernel by it."""
+        return hash((self.spec, self.round_rows, self.out_dtype, self.fmt, self.latent, self.backend))
 
     @property
     def record(self) -> RecordFormat:
@@ -60,7 +69,7 @@ class How(NamedTuple):
     def capacity(self, x: Inputs) -> int:
         return x.value.shape[0] // self.spec.ratio
 
-    @property
+    @cached_property
     def keeps(self) -> bool:
         """Whether the fold of each entry is kept for the backward: `Entries.kept`."""
         return self.spec.gate and (state_kind(self.spec) == "fold" or self.spec.window_rows > MOST_AGAIN)
@@ -97,6 +106,12 @@ class Entries(NamedTuple):
     entries: torch.Tensor
     latent: torch.Tensor
     kept: torch.Tensor
+
+    def whole(self) -> Entries:
+        """With empty tensors for what is None."""
+        latent = self.entries.new_empty(0) if self.latent is None else self.latent
+        kept = self.entries.new_empty(0, dtype=torch.float32) if self.kept is None else self.kept
+        return Entries(self.entries, latent, kept)
 
 
 class Gradients(NamedTuple):

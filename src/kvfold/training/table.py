@@ -30,7 +30,7 @@ class Config:
             window is folded token by token; 0 for all.
         rows, columns: of a tile of `"spread"` and, for ape, of `"sum"`, where rows are blocks of groups.
         groups: most groups of up to `MOST_EACH` windows, each summed by itself.
-        hold: `"again"`: rows of ape stay in registers, instead of being read for each window.
+        fetch: `"again"`, `"spread"`: whether tokens of the next window are fetched into the L2 cache while one is worked on.
         spills: bytes that a thread may spill on sm_90, by Triton 3.6; of `"again"` where kv_score is fp32.
     """
 
@@ -45,7 +45,7 @@ class Config:
     rows: int = 0
     columns: int = 0
     groups: int = 0
-    hold: bool = False
+    fetch: bool = False
     spills: int = 0
 
     def serves(self, kernel: str, spec: CompressorSpec, entries: int) -> bool:
@@ -60,8 +60,7 @@ class Config:
 _NARROW, _MIDDLE, _WIDE, _WIDEST = (16, 128), (256, 256), (512, 1024), (2048, 4096)
 _SHORT, _LONG, _ALL = (1, 8), (9, 8192), (1, 8192)
 
-# Warps, registers and groups are those that a prototype was fastest with on an H200; these kernels have not run there yet. The
-# bounds on registers make nothing of V4's in bf16 spill under Triton 3.6.
+# Of V4's compressors each row is what was fastest of about a hundred on an H200 (benchmarks/run/training.py --sweep).
 CONFIGS: tuple[Config, ...] = (
     Config("forward", _NARROW, _SHORT, ANY, 1, ahead=8),
     Config("forward", _MIDDLE, _SHORT, ANY, 2, ahead=8),
@@ -71,26 +70,28 @@ CONFIGS: tuple[Config, ...] = (
     Config("forward", _MIDDLE, _LONG, ANY, 2, ahead=8, spills=20),
     # As long steps over fold rows (backend_triton/table.py): few windows are chains of tokens, so many loads ahead, and shared
     # where that fills 132 multiprocessors better; many are as fast as their instructions.
-    Config("forward", _WIDE, _LONG, 66, 8, ahead=16, slice=256),
+    Config("forward", _WIDE, _LONG, 66, 2, ahead=16, slice=64),
     Config("forward", _WIDE, _LONG, 132, 8, ahead=16),
     Config("forward", _WIDE, _LONG, 198, 4, ahead=16, slice=256),
-    Config("forward", _WIDE, _LONG, ANY, 4, 128, ahead=4),
+    Config("forward", _WIDE, _LONG, ANY, 8, ahead=8),
     Config("forward", _WIDEST, _LONG, ANY, 16, ahead=4),
     Config("entries", (16, 4096), _LONG, ANY, 4),
     *(Config("read", width, _ALL, ANY, warps) for width, warps in ((_NARROW, 1), (_MIDDLE, 2), (_WIDE, 4), (_WIDEST, 8))),
-    Config("again", _NARROW, _SHORT, 4096, 1, groups=512),
-    Config("again", _NARROW, _SHORT, ANY, 1, 128, groups=1024, spills=148),
+    Config("again", _NARROW, _SHORT, 4096, 1, groups=512, fetch=True),
+    Config("again", _NARROW, _SHORT, ANY, 1, groups=1024, fetch=True),
     Config("again", _MIDDLE, _SHORT, ANY, 2, groups=512),
-    Config("again", _WIDE, _SHORT, 4096, 4, groups=256),
-    Config("again", _WIDE, _SHORT, ANY, 4, 128, groups=512, spills=140),
+    # Of many entries groups are powers of two, so that GPUs which share a sequence evenly have whole ones.
+    Config("again", (512, 512), _SHORT, 4096, 4, groups=384, fetch=True),
+    Config("again", (512, 512), _SHORT, ANY, 2, groups=512, fetch=True, spills=140),
+    Config("again", (1024, 1024), _SHORT, ANY, 8, groups=256),
     Config("again", _WIDEST, _SHORT, ANY, 16, groups=128),
     Config("finish", _NARROW, _LONG, ANY, 1, groups=256),
     Config("finish", _MIDDLE, _LONG, ANY, 2, groups=256),
     Config("finish", _WIDE, _LONG, ANY, 4, groups=256),
     Config("finish", _WIDEST, _LONG, ANY, 8, groups=128),
-    Config("spread", (16, 4096), _LONG, 256, 4, rows=4, columns=256, groups=16, spills=4),
+    Config("spread", (256, 4096), _LONG, 256, 2, rows=4, columns=256, groups=16, fetch=True),
     Config("spread", (16, 4096), _LONG, ANY, 4, rows=4, columns=512, groups=16),
-    Config("sum", (16, 4096), _SHORT, ANY, 4, rows=128, columns=32),
+    Config("sum", (16, 4096), _SHORT, ANY, 4, rows=128, columns=8),
     Config("sum", (16, 4096), _LONG, ANY, 4, rows=8, columns=32),
     Config("fold", (16, 4096), _ALL, ANY, 4, columns=512),
     # One window of each segment: a chain of tokens.

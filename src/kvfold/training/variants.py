@@ -105,7 +105,7 @@ def again_variant(key: TrainingKey) -> Variant:
         _gradients(key),
         _parts(key),
     )
-    return _variant(key, arguments, Schedule(), FMT=format_of(key.record, key.spec), HOLD=key.config.hold)
+    return _variant(key, arguments, Schedule(), FMT=format_of(key.record, key.spec), FETCH=key.config.fetch)
 
 
 def finish_variant(key: TrainingKey) -> Variant:
@@ -119,7 +119,7 @@ def spread_variant(key: TrainingKey) -> Variant:
     parts = _parts(key)._replace(weight=None)
     arguments = types_of(Pieces), _tokens(key), types_of(Kept), incoming, _gradients(key), parts
     rows, columns = tile_of(key)
-    return _variant(key, arguments, Schedule(), ROWS=rows, COLUMNS=columns)
+    return _variant(key, arguments, Schedule(), ROWS=rows, COLUMNS=columns, FETCH=key.config.fetch)
 
 
 def sum_variant(key: TrainingKey) -> Variant:

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ...backend_triton.kernels.finish import hadamard, load_finish, rotate, tree_sum
+from ...backend_triton.kernels.finish import hadamard, rotate, tree_sum
 from ...backend_triton.kernels.record import bf16_bits, bf16_value
 
 
@@ -19,9 +19,12 @@ def load_incoming(incoming, n, SPEC: tl.constexpr):
 
 
 @triton.jit
-def pull_back(g, g_latent, y, window, output, SPEC: tl.constexpr, FMT: tl.constexpr, TARGET: tl.constexpr):
-    """The gradient of pooled row `y`, and the entry's share of norm_weight's. Roundings pass gradients as they are."""
-    weight, cos, sin = load_finish(window * SPEC.RATIO, output, SPEC)
+def pull_back(g, g_latent, y, finish, SPEC: tl.constexpr, FMT: tl.constexpr, TARGET: tl.constexpr):
+    """The gradient of pooled row `y`, and the entry's share of norm_weight's. Roundings pass gradients as they are.
+
+    finish: of `load_finish`.
+    """
+    weight, cos, sin = finish
     if SPEC.HADAMARD:  # its own transpose
         g = hadamard(g, SPEC, 1)
     if SPEC.ROPE_DIM > 0:  # turned the other way

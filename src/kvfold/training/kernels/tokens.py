@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from ...backend_triton.kernels.fold import minus_zero, spread
+from ...backend_triton.kernels.prefetch import prefetch_lines
 from ...backend_triton.kernels.record import bf16_bits
 from ...backend_triton.kernels.tokens import gap, whole_row
 from ..args import Group, Piece
@@ -16,6 +17,14 @@ def load_piece(pieces, n):
     return Piece(
         tl.load(at, cache_modifier=".cg"), tl.load(at + 1, cache_modifier=".cg"), tl.load(at + 2, cache_modifier=".cg")
     )  # fmt: skip
+
+
+@triton.jit
+def load_next_piece(pieces, n):
+    """Piece n; behind the last one, a piece of no tokens."""
+    token, window, rest = load_piece(pieces, tl.minimum(n, pieces.count - 1))
+    there = n < pieces.count
+    return Piece(token, tl.where(there, window, -1), tl.where(there, rest, 0))
 
 
 @triton.jit
@@ -60,9 +69,11 @@ def begin_sum(at, parts, mask):
 
 @triton.jit
 def put(at, x, mask, BF16_CONVERSION: tl.constexpr):
-    """Stores fp32, rounded to nearest even where `at` points at bf16."""
-    if at.dtype.element_ty == tl.bfloat16:
-        tl.store(at.to(tl.pointer_type(tl.int16)), bf16_bits(x, BF16_CONVERSION), mask=mask)
+    """Stores fp32, rounded to nearest even where `at` points at bf16; any NaN will do for one."""
+    if at.dtype.element_ty == tl.bfloat16 and BF16_CONVERSION:
+        tl.store(at, x.to(tl.bfloat16), mask=mask)
+    elif at.dtype.element_ty == tl.bfloat16:
+        tl.store(at.to(tl.pointer_type(tl.int16)), bf16_bits(x, False), mask=mask)
     else:
         tl.store(at, x, mask=mask)
 
@@ -101,3 +112,21 @@ def load_pairs(tokens, piece, SPEC: tl.constexpr):
             ss = ss + (tl.load(score_at, cache_modifier=".cg"),)
         at += tokens.stride
     return ks, ss
+
+
+@triton.jit
+def fetch_pairs(tokens, piece, SPEC: tl.constexpr):
+    """Fetches into the L2 cache what `load_pairs` loads."""
+    BYTES: tl.constexpr = tokens.kv_score.dtype.element_ty.primitive_bitwidth // 8
+    LINES: tl.constexpr = (SPEC.HEAD_DIM * BYTES + 127) // 128
+    CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
+    BEFORE: tl.constexpr = SPEC.RATIO * SPEC.OVERLAP
+    ROWS: tl.constexpr = SPEC.RATIO + BEFORE
+    # Ranges are powers of two.
+    e = tl.arange(0, LINES * (2 if ROWS == 1 else 4 if ROWS <= 2 else 8 if ROWS <= 4 else 16))
+    j = e // (2 * LINES)
+    x = piece.token - BEFORE + j
+    at = x.to(tl.int64) * tokens.stride + tl.where(j < BEFORE, 0, SPEC.OVERLAP * SPEC.HEAD_DIM)
+    at += tl.where(e // LINES % 2 == 0, 0, gap(tokens, x, CHANNELS))
+    wanted = (piece.window >= tl.where(j < BEFORE, SPEC.OVERLAP, 0)) & (j < ROWS)
+    prefetch_lines(tokens.kv_score.to(tl.int64, bitcast=True) + at * BYTES + e % LINES * 128, wanted)
