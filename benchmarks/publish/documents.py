@@ -16,10 +16,13 @@ from pathlib import Path
 
 from ..lib import measured, measured_step, protocol
 from ..lib.measured import Rows
-from . import architecture, layouts, plot
+from . import architecture, layouts, plot, scaling
 from .plot import Panel
 
-PAGES = ("README.md", "docs/configs.md", "docs/engine.md", "docs/performance.md", "docs/records.md", "docs/training.md")
+PAGES = (
+    "README.md", "docs/configs.md", "docs/engine.md", "docs/parallel.md", "docs/performance.md", "docs/records.md",
+    "docs/training.md",
+)  # fmt: skip
 MARKS = re.compile(r"(<!-- made: ([\w-]+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 MISSING = "Not measured yet.\n"
 TABLES = {"decode": "Decode", "prefill": "Prefill"}  # benches with more rows than a page should show
@@ -66,6 +69,7 @@ def parts(rows: Rows) -> dict[str, str]:
         "store_places": measured.places_summary(rows),
         "training": measured.training_summary(rows),
         "metadata": measured.metadata_summary(rows),
+        "parallel": scaling.scaling(rows),
     }
     whole = {"step": measured_step.short(rows, "docs/plots"), "whole_step": measured_step.whole(rows)}
     # These bring their own headings and words, and are left out where there are no rows.

@@ -7,7 +7,8 @@ One sequence, bf16 kv_score, records of vLLM. All figures are those of the slowe
 tokens on one GPU, of two compressors `compress_many`. `cut_us`: `ContextParallel.compress` of a rank's tokens; the
 all-gather of entries is apart, `gather_us`. `exchange_us`: the messages alone, beside `bytes`, the most that a rank sends.
 `handover_us`: all that a cut adds but for the main call: tails, messages, putting carries. `share`: cut_us / one_us. --graph:
-calls are recorded in CUDA graphs. Rows `train`: forward and backward of one compressor by autograd; `bytes` each way.
+calls are recorded in CUDA graphs. Rows `train`: forward and backward of one compressor by autograd; `bytes`: the most that a
+rank sends in one of them, sums of weights aside.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch.distributed as dist
 import kvfold
 from kvfold.parallel import ContextParallel, ParallelPlan, Shards
 from kvfold.parallel.exchange import How, Part, Scratch, exchange, run
+from kvfold.parallel.training import bytes_sent
 from kvfold.parallel.transport import Parcel, Transport
 from kvfold.training import Packing, compress
 
@@ -232,7 +234,7 @@ def measure_training(cp: ContextParallel, transport: Transport, case: Case, toke
     shards = split(cp, case, tokens)
     packing = cp.packing(shards, spec, device=device)
     cut = timer.us(step(shards.tokens(cp.rank), lambda x: cp.entries(x, packing, **given)), together)
-    sent = sum(len(one.rows) for one in packing.lent) * spec.kv_score_width * 2
+    sent = max(bytes_sent(packing, spec, torch.bfloat16))
     mine = torch.tensor([alone, cut, float(sent)], dtype=torch.float64, device=device)
     one_us, cut_us, most = (
         transport.gather(mine.view(torch.int64), "figures").view(torch.float64).view(cp.size, -1).amax(0).tolist()

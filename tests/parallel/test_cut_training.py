@@ -13,6 +13,7 @@ from support.parallel_support import SPECS, World, drawn_cuts, every_cut
 
 import kvfold
 from kvfold.parallel import ContextParallel, CutPacking, Shards
+from kvfold.parallel.training import bytes_sent
 from kvfold.training import Packing, compress
 
 
@@ -26,6 +27,8 @@ class Case(NamedTuple):
     two: bool = False
     weights: str = "gather"
     fake_quant: str | None = None
+    scale: float | None = None  # of the cache
+    wild: bool = False  # the gradient of an entry has an infinity
     backend: str = "torch"
 
 
@@ -38,13 +41,17 @@ class Made(NamedTuple):
 
 def inputs(case: Case) -> tuple[torch.Tensor, dict, torch.Tensor]:
     spec, draw, total = SPECS[case.name], torch.Generator().manual_seed(len(case.lengths)), sum(case.lengths)
+    wide = torch.float64 if case.dtype == torch.float64 else torch.float32
     rows = torch.randn(total, spec.kv_score_width, generator=draw).to(case.dtype)
-    ape = torch.randn(spec.ratio, spec.channels, generator=draw).requires_grad_() if spec.has_ape else None
-    weight = (1 + 0.2 * torch.randn(spec.head_dim, generator=draw)).requires_grad_()
+    ape = torch.randn(spec.ratio, spec.channels, generator=draw).to(wide).requires_grad_() if spec.has_ape else None
+    weight = (1 + 0.2 * torch.randn(spec.head_dim, generator=draw)).to(wide).requires_grad_()
     rope = kvfold.reference.rope_table(max(case.lengths) + 1, spec.rope_dim)
     given = {"spec": spec, "ape": ape, "norm_weight": weight, "rope": rope}
     count = sum(n // spec.ratio for n in case.lengths)
-    return rows, given, torch.randn(count, spec.head_dim, generator=draw).to(case.dtype)
+    g = torch.randn(count, spec.head_dim, generator=draw).to(case.dtype)
+    if case.wild:
+        g[1, 3] = torch.inf
+    return rows, given, g
 
 
 def halves(rows: torch.Tensor, two: bool) -> tuple[list[torch.Tensor], object]:
@@ -58,9 +65,14 @@ def alone(case: Case) -> Made:
     leaves, tokens = halves(rows, case.two)
     ends = torch.tensor([0, *torch.tensor(case.lengths).cumsum(0).tolist()], dtype=torch.int32)
     packing = Packing.build(ends, len(rows), given["spec"].ratio, max_seqlen=max(case.lengths))
-    entries = compress(tokens, packing, **given, fake_quant=case.fake_quant, backend=case.backend)[: len(g)]
+    entries = compress(tokens, packing, **given, **quantized(case), backend=case.backend)[: len(g)]
     entries.backward(g)
     return Made(entries.detach(), torch.cat([x.grad for x in leaves], dim=1), _grad(given["ape"]), given["norm_weight"].grad)
+
+
+def quantized(case: Case) -> dict:
+    scale = None if case.scale is None else torch.tensor([case.scale])
+    return {"fake_quant": case.fake_quant, "cache_scale": scale}
 
 
 def _grad(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -90,7 +102,7 @@ def _check(group: dist.ProcessGroup, case: Case) -> torch.Tensor:
     packing = cp.packing(shards, given["spec"])
     numbers = packing.numbers[cp.rank]
     leaves, tokens = halves(rows[own], case.two)
-    options = {"fake_quant": case.fake_quant, "weights": case.weights, "backend": case.backend}
+    options = quantized(case) | {"weights": case.weights, "backend": case.backend}
     entries = cp.entries(tokens, packing, **given, **options)
     assert torch.equal(bits(entries), bits(want.entries[numbers])), "entries"
     together = cp.all_entries(entries, packing)
@@ -106,6 +118,9 @@ def _check(group: dist.ProcessGroup, case: Case) -> torch.Tensor:
     if case.weights == "gather":
         assert torch.equal(bits(weight), bits(want.norm_weight)), "bits of the gradient of norm_weight"
         assert want.ape is None or torch.equal(bits(given["ape"].grad), bits(want.ape)), "bits of the gradient of ape"
+    if case.wild:
+        assert want.ape.isinf().any()
+        return weight
     assert (weight - want.norm_weight).norm() <= 1e-5 * want.norm_weight.norm() + 1e-7, "gradient of norm_weight"
     if want.ape is not None:
         ape = given["ape"].grad.clone()
@@ -147,16 +162,36 @@ def test_groups_of_many_windows(world: World) -> None:
     world.run(3, check_cases, cases)
 
 
-def test_rows_that_cross_are_those_of_v4() -> None:
-    """As docs/parallel.md says: at most 127 of ratio 128 and 7 of ratio 4, the rank's two neighbours together."""
-    for spec, most in ((kvfold.V4_HCA, 127), (kvfold.V4_CSA, 7)):
-        counts = set()
-        for cut in range(2 * spec.ratio, 3 * spec.ratio):
-            packing = CutPacking(
-                Shards.build((5 * spec.ratio,), 2, cuts=(0, cut, 5 * spec.ratio)), 1, spec, torch.device("cpu")
-            )
-            counts.add(sum(len(one.rows) for one in packing.borrowed))
-        assert max(counts) == most and most * spec.kv_score_width * 2 in (127 * 2048, 7 * 4096)
+def sent(spec: kvfold.CompressorSpec, cut: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that cross a cut, in a forward and in a backward."""
+    shards = Shards.build((5 * spec.ratio,), 2, cuts=(0, cut, 5 * spec.ratio))
+    left, right = (bytes_sent(CutPacking(shards, rank, spec, torch.device("cpu")), spec, dtype) for rank in range(2))
+    assert left[1] == right[0] == 0, "forwards to the right, back to the left"
+    return left[0], right[1]
+
+
+def test_bytes_that_cross_are_those_of_v4() -> None:
+    """As docs/parallel.md says: of ratio 128 a fold each way, of ratio 4 at most 7 rows; raw rows in fp64."""
+    bf16, hca, csa = torch.bfloat16, kvfold.V4_HCA, kvfold.V4_CSA
+    assert {sent(hca, cut, bf16) for cut in (257, 300, 383)} == {(6144, 6144)} and sent(hca, 256, bf16) == (0, 0)
+    assert sent(hca, 383, torch.float64) == (127 * 8192, 127 * 8192)
+    assert [sent(csa, cut, bf16) for cut in (8, 9, 10, 11)] == [(n * 4096, n * 4096) for n in (4, 5, 6, 7)]
+
+
+def test_windows_over_many_ranks(world: World) -> None:
+    """Shards shorter than a window: folds come in a chain, and one window has tokens of all ranks, and of a rank twice."""
+    cases = [
+        Case("fold", (30,), cuts=(0, 11, 13, 16, 30)),
+        Case("fold", (30,), cuts=(0, 11, 13, 16, 30), wild=True),
+        Case("fold", (30, 20), cuts=(0, 2, 4, 8, 50), weights="reduce"),
+        Case("fold", (27, 20), cuts=(0, 9, 9, 10, 47)),
+        Case("fold", (27, 20), "zigzag", cuts=(0, 10, 11, 12, 13, 14, 15, 16, 47)),
+        Case("plain fold", (30,), cuts=(0, 11, 13, 16, 30), two=True, dtype=torch.bfloat16),
+        Case("fold", (30,), cuts=(0, 11, 13, 16, 30), dtype=torch.float64, backend="torch"),
+        Case("fold", (30,), "zigzag", cuts=(0, 1, 2, 3, 4, 5, 6, 7, 30), fake_quant="fp8_tensor", scale=0.25),
+    ]
+    kernels = [case._replace(backend="triton") for case in cases if case.dtype != torch.float64]
+    world.run(4, check_cases, [*cases, *kernels[::2], kernels[-1]])
 
 
 def test_what_else_is_taken(world: World) -> None:

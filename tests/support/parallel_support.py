@@ -29,6 +29,7 @@ PATIENCE = 120.0  # seconds until a command that does not come back fails
 
 SPECS = {
     "fold": kvfold.CompressorSpec(head_dim=16, ratio=9, rope_dim=8),
+    "plain fold": kvfold.CompressorSpec(head_dim=16, ratio=9, rope_dim=8, has_ape=False),
     "overlap": kvfold.CompressorSpec(head_dim=16, ratio=4, overlap=True, rope_dim=8),
     "indexer": kvfold.CompressorSpec(head_dim=32, ratio=4, overlap=True, rope_dim=8, hadamard=True),
     "rows": kvfold.CompressorSpec(head_dim=16, ratio=3, rope_dim=8, has_ape=False),

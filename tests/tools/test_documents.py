@@ -100,6 +100,14 @@ def sample(folder: Path) -> Path:
             row("adapters", "HCA b16 n4 hit", "window", 5.25, engine="vllm", launches=1.0),
             row("adapters", "HCA b16 n4 hit", "fold", 12.5, engine="vllm", launches=1.0),
         ],
+        "parallel": [
+            row("parallel", f"r128{inside} s1048576", f"2 {how}", 0.0, one_us=512.0, cut_us=264.0, share=0.5156, **more)
+            for inside, how, more in (
+                ("", "contiguous", {"exchange_us": 60.0, "bytes": 0, "handover_us": 34.5, "gather_us": 942.4}),
+                (" inside", "zigzag graph", {"exchange_us": 14.34, "bytes": 6160, "handover_us": 31.8, "gather_us": 166.3}),
+            )
+        ]
+        + [row("parallel", "train r4 s262144", "2 contiguous graph", 0.0, one_us=1000.0, cut_us=600.0, share=0.6, bytes=16384)],
     }
     for name, lines in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -169,6 +177,10 @@ def test_every_bench_has_its_part(tmp_path: Path) -> None:
         "step": "| `project_compress` | 700 | 708 | 732 | 828 |",
         "whole_step": "| `torch.mm`, then kvfold | 1,000 | 1,008 | 1,032 | 1,128 |",
         "adapters": "| vLLM | HCA b16 n4 hit | 11.5 (2) | 5.2 (1) | **12.5** (1) |",
+        "parallel": "| zigzag | 512 | 264 | 0.52 | 14.3 | 6,160 | 31.8 | 166.3 | 136 (0.27) | 72 (0.14) |\n"
+        "| training, ratio 4, main | 262,144 | contiguous | 1000 | 600 | 0.60 | - | 16,384 | - | - | 350 (0.35) | 225 (0.23) |"
+        "\n"
+        "| ratio 128 | 1,048,576 | contiguous, no graph | 512 | 264 | 0.52 | 60.0 | 0 | 34.5 | 942.4 | - | - |\n",
     }.items():
         assert cells in made[name], made[name]
     assert documents.parts([])["speed"] == documents.MISSING

@@ -16,6 +16,7 @@ from ..spec import CompressorSpec, check_spec
 from ..storage.fold_state import FoldState
 from ..storage.formats import RecordFormat
 from ..storage.step import Compressor
+from .eager import eager
 from .exchange import How, Part, Scratch, exchange, run
 from .gather import gather, put_ends
 from .halo import CutPacking
@@ -77,6 +78,7 @@ class ContextParallel:
     def size(self) -> int:
         return self._transport.size
 
+    @eager
     def split(
         self,
         lengths: Sequence[int],
@@ -103,6 +105,7 @@ class ContextParallel:
         if shards.ranks != self.size:
             raise ValueError(f"shards must be for {self.size} ranks, got {shards.ranks}")
 
+    @eager
     def plan(
         self,
         shards: Shards,
@@ -150,6 +153,7 @@ class ContextParallel:
             errors=errors,
         )
 
+    @eager
     def compress(
         self,
         compressors: Sequence[Compressor | tuple],
@@ -191,6 +195,7 @@ class ContextParallel:
             for part, carry in zip(parts, ends, strict=True):
                 put_ends(part.c.state, plan, self.rank, carry)
 
+    @eager
     def gather(self, compressors: Sequence[Compressor | tuple], plan: ParallelPlan) -> None:
         """Gives every rank the entries and the states that `compress` made, in one all-gather; every rank calls it.
 
@@ -208,6 +213,7 @@ class ContextParallel:
         self._agree(made)
         gather(made, plan, self._transport)
 
+    @eager
     def packing(self, shards: Shards, spec: CompressorSpec, *, device: torch.device | str | None = None) -> CutPacking:
         """For training: this rank's part of packed sequences, for all compressors of one ratio and overlap. Sends nothing.
 
@@ -222,6 +228,7 @@ class ContextParallel:
         self._check(shards, spec)
         return CutPacking(shards, self.rank, spec, torch.empty(0, device=usable_device("device", device)).device)
 
+    @eager
     def entries(
         self,
         kv_score: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
@@ -274,6 +281,7 @@ class ContextParallel:
         call = Call(packing, self._transport, spec, options, cache_scale, weights)
         return Entries.apply(call, ape, norm_weight, rope, *tokens)
 
+    @eager
     def all_entries(self, entries: torch.Tensor, packing: CutPacking) -> torch.Tensor:
         """The entries of all ranks, where attention wants them; every rank calls it, and its backward.
 

@@ -53,6 +53,7 @@ class CutPacking:
         shards, rank, ratio, overlap: what it is for.
         inside: of the windows that the rank's own tokens have whole.
         seams: of the windows of the small tensor; None where the rank has none.
+        touches: whether the rank has windows at seams, or rows of other ranks' ones.
         entries: how many the rank makes: by segment, then by window.
         order: int64 `[entries]`, which row of seams' entries, then of those inside, is which entry; None if they are in order.
         windows: entries of all ranks. capacity: rows of entries that one process has room for.
@@ -68,8 +69,9 @@ class CutPacking:
         self.capacity = sum(shards.lengths) // self.ratio
         self._dealt: dict[Groups, Dealt] = {}
         self.ways: dict = {}  # of `weights.ways_of`
+        self.folds: tuple | None = None  # of `folds.folds_of`
         own, tokens = shards.segments[rank], shards.tokens(rank)
-        seams = self._seams(rank)
+        seams = self.seams_of(rank)
         by_segment = {seam.segment: seam for seam in seams}
         pieces, rests, small, order = [], [], [], []
         self.seam_entries, self.inside_entries = sum(len(seam.windows) for seam in seams), 0
@@ -100,6 +102,7 @@ class CutPacking:
         self._rows_at_seams(seams)
         self.lent = tuple(self._borrowed(other, rank) for other in range(shards.ranks) if other != rank)
         self.borrowed = tuple(self._borrowed(rank, other) for other in range(shards.ranks) if other != rank)
+        self.touches = self.seams is not None or any(len(one.rows) for one in self.lent)
         self.numbers = tuple(self._numbers(other) for other in range(shards.ranks))
 
     def _reach(self, window: int) -> int:
@@ -111,7 +114,7 @@ class CutPacking:
         at_seam = sum(self._reach(w) < segment.start for w in owned[:2])
         return owned[at_seam:]
 
-    def _seams(self, rank: int) -> list[Seam]:
+    def seams_of(self, rank: int) -> list[Seam]:
         found, base = [], 0
         for segment in self.shards.segments[rank]:
             owned, whole = range(segment.start // self.ratio, segment.end // self.ratio), self._whole(segment)
@@ -135,7 +138,7 @@ class CutPacking:
         """How the sums of these groups are dealt to ranks; remembered."""
         if groups not in self._dealt:
             by_rank = [[*self.blocks(rank)] for rank in range(self.shards.ranks)]
-            self._dealt[groups] = deal(by_rank, self.rank, groups, self.windows, self.device)
+            self._dealt[groups] = deal(by_rank, [[]] * len(by_rank), self.rank, groups, self.windows, self.device)
         return self._dealt[groups]
 
     def _seam_rows(self, seams: Sequence[Seam]) -> int:
@@ -163,7 +166,7 @@ class CutPacking:
     def _borrowed(self, borrower: int, lender: int) -> Borrowed:
         """What one rank needs of another one; `rows` are those of this rank, which is one of the two."""
         rows, hi, lo = [], [], []
-        for seam in self._seams(borrower):
+        for seam in self.seams_of(borrower):
             for segment in self._of(lender, seam.segment.sequence):
                 for position in range(max(segment.start, seam.reach), min(segment.end, seam.segment.start)):
                     upper, lower = self._halves(seam, position)

@@ -4,6 +4,9 @@ One process adds them by groups of windows, blocks of groups, then all blocks (t
 windows. It adds up the groups that it has whole, and the blocks, as far as it has them from their first groups on. Of a group
 that a cut is in it adds up the first windows, if it has these; of its other windows each goes to all ranks by itself, as sums
 of floating point cannot be put in order afterwards. Then every rank has everything, and adds up the rest.
+
+Of a window whose tokens are on several ranks (folds.py) each of them has the share of its own tokens in the gradient of ape,
+and zeros for the others. Each share goes alone: the first token's begins the group, if the window does.
 """
 
 from __future__ import annotations
@@ -31,6 +34,15 @@ class Block(NamedTuple):
     count: int
 
 
+class Share(NamedTuple):
+    """A rank's tokens of a window that is on several ranks, in its second call. at: the number there. first: in one process.
+    begins: whether the window's first token is one of them."""
+
+    at: int
+    first: int
+    begins: bool
+
+
 class Run(NamedTuple):
     """Windows of a call, from one to before another, whose shares are added to a sum."""
 
@@ -41,15 +53,18 @@ class Run(NamedTuple):
 
 
 class Sum(NamedTuple):
-    """Of windows of a group, from `first` to before `behind`, numbered as in one process."""
+    """Of windows of a group, from `first` to before `behind`, numbered as in one process. begins: whether the group begins with
+    it. shared: whether it is a `Share`."""
 
     group: int
     first: int
     behind: int
+    begins: bool
+    shared: bool = False
 
 
 class Sent(NamedTuple):
-    """A row of what a rank sends: of these sums, in order. begins: whether its first window is that of a group."""
+    """A row of what a rank sends: of these sums, in order. begins: whether a group begins with it."""
 
     sums: list[int]
     group: int
@@ -73,21 +88,31 @@ class Dealt(NamedTuple):
     blocks: list[list[tuple[int, int, bool]]]
 
 
-def deal(by_rank: Sequence[Sequence[Block]], rank: int, groups: Groups, windows: int, device: torch.device) -> Dealt:
+def deal(
+    by_rank: Sequence[Sequence[Block]],
+    shares: Sequence[Sequence[Share]],
+    rank: int,
+    groups: Groups,
+    windows: int,
+    device: torch.device,
+) -> Dealt:
     """windows: of all ranks."""
-    runs, sums = runs_of(by_rank[rank], groups)
-    sent = [sent_of(runs_of(blocks, groups)[1], groups, windows) for blocks in by_rank]
+    added = [runs_of(*of, groups) for of in zip(by_rank, shares, strict=True)]
+    runs, sums = added[rank]
+    sent = [sent_of(theirs, groups, windows) for _, theirs in added]
     items = sorted(
-        (row.first, row.group, other, number, row.begins) for other, rows in enumerate(sent) for number, row in enumerate(rows)
+        (row.first, row.group, not row.begins, other, number)
+        for other, rows in enumerate(sent)
+        for number, row in enumerate(rows)
     )
     made: list[list[tuple[int, int, bool]]] = [[] for _ in range(groups.blocks)]
-    for _, group, other, number, begins in items:
-        made[group // groups.of_a_block].append((other, number, begins))
+    for _, group, goes_on, other, number in items:
+        made[group // groups.of_a_block].append((other, number, not goes_on))
     calls = (_runs([run for run in runs if run.seam == seam], len(sums), device) for seam in (False, True))
     return Dealt(len(sums) + 1, *calls, [row.sums for row in sent[rank]], [len(rows) for rows in sent], made)
 
 
-def runs_of(blocks: Iterable[Block], groups: Groups) -> tuple[list[Run], list[Sum]]:
+def runs_of(blocks: Iterable[Block], shares: Iterable[Share], groups: Groups) -> tuple[list[Run], list[Sum]]:
     """What a rank adds up by itself. Of a call no two runs have one sum; those at seams are added first."""
     runs: list[Run] = []
     sums: list[Sum] = []
@@ -99,12 +124,13 @@ def runs_of(blocks: Iterable[Block], groups: Groups) -> tuple[list[Run], list[Su
             count = min(block.count - done, (group + 1) * groups.each - number)
             last = sums[-1] if sums else None
             if number == group * groups.each:
-                sums.append(Sum(group, number, number + count))
+                sums.append(Sum(group, number, number + count, True))
                 runs.append(Run(block.seam, at, at + count, len(sums) - 1))
             elif (
                 last is not None
                 and last.behind == number
-                and last.first == group * groups.each
+                and last.group == group
+                and last.begins
                 and (runs[-1].seam or not block.seam)
             ):
                 sums[-1] = last._replace(behind=number + count)
@@ -114,9 +140,13 @@ def runs_of(blocks: Iterable[Block], groups: Groups) -> tuple[list[Run], list[Su
                     runs.append(Run(block.seam, at, at + count, len(sums) - 1))
             else:
                 for i in range(count):
-                    sums.append(Sum(group, number + i, number + i + 1))
+                    sums.append(Sum(group, number + i, number + i + 1, False))
                     runs.append(Run(block.seam, at + i, at + i + 1, len(sums) - 1))
             done += count
+    for at, first, begins in shares:
+        group = first // groups.each
+        runs.append(Run(True, at, at + 1, len(sums)))
+        sums.append(Sum(group, first, first + 1, begins and first == group * groups.each, True))
     return runs, sums
 
 
@@ -124,9 +154,8 @@ def sent_of(sums: Iterable[Sum], groups: Groups, windows: int) -> list[Sent]:
     """The rows that a rank with these sums sends."""
     rows: list[Sent] = []
     open_ = -1  # the next group of the last row's block, if that began with the block and is whole so far
-    for number, (group, first, behind) in enumerate(sums):
-        begins = first == group * groups.each
-        whole = begins and behind == min(first + groups.each, windows)
+    for number, (group, first, behind, begins, shared) in enumerate(sums):
+        whole = begins and not shared and behind == min(first + groups.each, windows)
         if whole and group == open_ and group % groups.of_a_block:
             rows[-1].sums.append(number)
         else:

@@ -1,7 +1,7 @@
 """Training with sequences that are cut over ranks: entries of a rank's tokens, and all ranks' entries, with gradients.
 
-Ranks send the rows that windows across a cut need, and their gradients come back: each half of a row is used by one window, so
-its gradient is that of one rank, and nothing is added.
+Over fold rows ranks send folds of windows across a cut (folds.py). Otherwise they send the rows that these need, and their
+gradients come back: each half of a row is used by one window, so its gradient is that of one rank, and nothing is added.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 import torch
 
 from ..spec import CompressorSpec
-from ..training import compress_forward
+from ..training import problem
 from ..training.checks import check_call, check_gradients
 from ..training.problem import Gradients, How, Inputs, Sums
-from ..training.run import backward
+from ..training.run import backward, finish, forward
+from .fold_training import carried, pass_on, pull_heads, small_tokens, spread_all
+from .folds import CutFolds, folds_of
 from .halo import CutPacking
 from .transport import Parcel, Transport
 from .weights import Weights
@@ -48,15 +50,16 @@ class Entries(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: Call, ape, norm_weight, rope, *tokens: torch.Tensor) -> torch.Tensor:
         packing, given = call.packing, Parameters(ape, norm_weight, rope)
-        inside = _forward(call, given, packing.inside, tokens)  # checks all arguments before anything is sent
-        small = _seam_tokens(call, tokens)
+        x, how = _checked(call, given, packing.inside, tokens)  # all arguments, before anything is sent
+        inside = forward(x, how)
+        folds = folds_of(packing, call.spec, tokens[0].dtype)
+        seams, small = _seams(call, given, tokens) if folds is None else (_folded(call, given, folds, x, how, tokens), ())
         found, kept = [inside.entries[: packing.inside_entries]], [inside.kept]
-        if packing.seams is not None:
-            seams = _forward(call, given, packing.seams, small)
+        if seams is not None:
             found, kept = [seams.entries[: packing.seam_entries], *found], [*kept, seams.kept]
         ctx.call, ctx.count = call, len(tokens)
         ctx.save_for_backward(ape, norm_weight, rope, *tokens, *small, *kept)
-        entries = torch.cat(found)
+        entries = torch.cat(found) if len(found) > 1 else found[0]
         return entries if packing.order is None else entries[packing.order]
 
     @staticmethod
@@ -64,17 +67,18 @@ class Entries(torch.autograd.Function):
     def backward(ctx, d_entries: torch.Tensor):
         call, packing, count = ctx.call, ctx.call.packing, ctx.count
         *given, rest = *ctx.saved_tensors[:3], ctx.saved_tensors[3:]
-        given, tokens, small, kept = Parameters(*given), rest[:count], rest[count : 2 * count], rest[2 * count :]
+        given, tokens, kept = Parameters(*given), rest[:count], rest[len(rest) - (1 if packing.seams is None else 2) :]
+        small = rest[count : len(rest) - len(kept)]
         if packing.order is not None:
             d_entries = torch.empty_like(d_entries).index_copy_(0, packing.order, d_entries)
         at_seams, whole = d_entries.split([packing.seam_entries, packing.inside_entries])
         x, how = _checked(call, given, packing.inside, tokens)
-        weights, d_small = Weights(x, how, packing), small
-        if packing.seams is not None:  # first, as windows inside go on with what these add
-            of_seams, _ = _checked(call, given, packing.seams, small)
-            d_small = _parts(_backward(of_seams, how, kept[1], at_seams, weights.sums(True)))
-        d_tokens = _parts(_backward(x, how, kept[0], whole, weights.sums(False)))
-        _return(call, d_tokens, d_small)
+        folds = folds_of(packing, call.spec, tokens[0].dtype)
+        weights = Weights(x, how, packing, folds)
+        if folds is None:
+            d_tokens = _backward_rows(call, given, how, x, small, kept, (at_seams, whole), weights)
+        else:
+            d_tokens = _backward_folds(call, given, how, x, folds, tokens, kept, (at_seams, whole), weights)
         d_ape, d_norm_weight = weights.gradients(call.transport, call.weights)
         return None, d_ape, d_norm_weight.to(given.norm_weight.dtype), None, *d_tokens
 
@@ -111,20 +115,84 @@ class AllEntries(torch.autograd.Function):
         return None, None, total.to(d_all.dtype)
 
 
-def _forward(call: Call, given: Parameters, packing, tokens: Sequence[torch.Tensor]):
-    scale = {"cache_scale": call.cache_scale}
-    return compress_forward(_one(tokens), packing, spec=call.spec, **given._asdict(), **call.options, **scale)
+def _seams(call: Call, given: Parameters, tokens: Sequence[torch.Tensor]) -> tuple[problem.Entries | None, Tokens]:
+    """Of raw rows: windows at seams, and the small tensors that they are made of."""
+    small = _seam_tokens(call, tokens)
+    seams = call.packing.seams
+    return None if seams is None else forward(*_checked(call, given, seams, small)), small
+
+
+def _folded(
+    call: Call, given: Parameters, folds: CutFolds, x: Inputs, how: How, tokens: Sequence[torch.Tensor]
+) -> problem.Entries | None:
+    """Of fold rows: windows at seams."""
+    found = carried(folds, x, how, call.transport)
+    if found is None:
+        return None
+    return finish(_heads(call, given, tokens), how, x._replace(pieces=folds.heads.pieces), found)
+
+
+def _heads(call: Call, given: Parameters, tokens: Sequence[torch.Tensor]) -> Inputs:
+    """Of the windows at seams, for what reads no tokens."""
+    seams = call.packing.seams
+    none = [x.new_empty(seams.tokens, x.shape[1]) for x in tokens]
+    return _checked(call, given, seams, none)[0]
+
+
+def _backward_rows(
+    call: Call,
+    given: Parameters,
+    how: How,
+    x: Inputs,
+    small: Tokens,
+    kept: Sequence[torch.Tensor],
+    d_entries: Sequence[torch.Tensor],
+    weights: Weights,
+) -> Tokens:
+    """The gradients of tokens where ranks send raw rows. kept, d_entries: of windows inside, and at seams; the other way."""
+    d_small = small
+    if call.packing.seams is not None:  # first, as windows inside go on with what these add
+        of_seams, _ = _checked(call, given, call.packing.seams, small)
+        d_small = _parts(_backward(of_seams, how, kept[1], d_entries[0], weights.sums(True)))
+    d_tokens = _parts(_backward(x, how, kept[0], d_entries[1], weights.sums(False)))
+    _return(call, d_tokens, d_small)
+    return d_tokens
+
+
+def _backward_folds(
+    call: Call,
+    given: Parameters,
+    how: How,
+    x: Inputs,
+    folds: CutFolds,
+    tokens: Sequence[torch.Tensor],
+    kept: Sequence[torch.Tensor],
+    d_entries: Sequence[torch.Tensor],
+    weights: Weights,
+) -> Tokens:
+    """The same where they send folds."""
+    sums, mine = weights.sums(True), kept[0].new_empty(0, 3, how.spec.head_dim)
+    if call.packing.seams is not None:  # first, as windows inside go on with what these add
+        mine = pull_heads(_heads(call, given, tokens), how, kept[1], d_entries[0].contiguous(), sums)
+    d_tokens = _parts(_backward(x, how, kept[0], d_entries[1], weights.sums(False)))
+    rows = pass_on(folds, mine, call.transport)
+    if folds.packing is not None:
+        small = small_tokens(folds, tokens)
+        spread_all(_checked(call, given, folds.packing, small)[0], how, folds, rows, d_tokens, sums)
+    return d_tokens
 
 
 def _checked(call: Call, given: Parameters, packing, tokens: Sequence[torch.Tensor]) -> tuple[Inputs, How]:
-    options = {"cache_scale": None, "latent": False, **call.options}
+    options = {"cache_scale": call.cache_scale, "latent": False, **call.options}
     return check_call(_one(tokens), packing, spec=call.spec, **given._asdict(), **options)
 
 
 def _backward(x: Inputs, how: How, kept: torch.Tensor, d_entries: torch.Tensor, sums: Sums) -> Gradients:
-    padded = d_entries.new_zeros(how.capacity(x), how.spec.head_dim)
-    padded[: len(d_entries)] = d_entries
-    d_entries, _ = check_gradients(x, how, kept, padded, None)
+    if len(d_entries) < how.capacity(x):
+        padded = d_entries.new_zeros(how.capacity(x), how.spec.head_dim)
+        padded[: len(d_entries)] = d_entries
+        d_entries = padded
+    d_entries, _ = check_gradients(x, how, kept, d_entries, None)
     return backward(x, how, kept, d_entries, None, sums)
 
 
@@ -139,6 +207,8 @@ def _parts(found: Gradients) -> Tokens:
 def _seam_tokens(call: Call, tokens: Sequence[torch.Tensor]) -> Tokens:
     """The small tensors, of this rank's rows and of what the others send."""
     packing = call.packing
+    if not packing.touches:
+        return ()
     count = packing.seams.tokens if packing.seams is not None else 0
     small = tuple(x.new_zeros(count, x.shape[1]) for x in tokens)
     for into, x in zip(small, tokens, strict=True):
@@ -155,6 +225,8 @@ def _seam_tokens(call: Call, tokens: Sequence[torch.Tensor]) -> Tokens:
 def _return(call: Call, d_tokens: Tokens, d_small: Sequence[torch.Tensor]) -> None:
     """Puts the gradients of rows at seams where they belong: here, or on the rank that lent the row."""
     packing, spec = call.packing, call.spec
+    if not packing.touches:
+        return
     sent = [Parcel(one.rank, _packed(d_small, one.rows)) for one in packing.borrowed if len(one.rows)]
     received = [(one, _packed(d_tokens, one.rows)) for one in packing.lent if len(one.rows)]
     call.transport.exchange(sent, [Parcel(one.rank, data) for one, data in received], "gradients of rows across a cut")
@@ -177,3 +249,13 @@ def _packed(tokens: Sequence[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
 
 def _unpacked(data: torch.Tensor, like: Sequence[torch.Tensor]) -> Tokens:
     return data.split([x.shape[1] for x in like], dim=1)
+
+
+def bytes_sent(packing: CutPacking, spec: CompressorSpec, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that the packing's rank sends, for kv_score of this dtype, in a forward and in its backward; weights aside."""
+    folds = folds_of(packing, spec, dtype)
+    if folds is not None:
+        return folds.bytes_sent(spec)
+    row = spec.kv_score_width * dtype.itemsize
+    forward, backward = (sum(len(one.rows) for one in some) * row for some in (packing.lent, packing.borrowed))
+    return forward, backward

@@ -9,9 +9,10 @@ import torch
 
 from ..training.problem import How, Inputs, Recipe, Sums
 from ..training.run import fold, total
-from ..training.table import groups_for
+from ..training.table import Groups, groups_for
+from .folds import CutFolds
 from .halo import CutPacking
-from .sums import recipe_of
+from .sums import Dealt, recipe_of
 from .transport import Transport
 
 WEIGHTS = ("gather", "reduce", "own")
@@ -34,9 +35,9 @@ class Way(NamedTuple):
 class Weights:
     """Of one backward of a rank."""
 
-    def __init__(self, x: Inputs, how: How, packing: CutPacking) -> None:
-        self._x, self._how, self._packing, self._ways = x, how, packing, ways_of(packing, how)
-        self._dealt = [packing.dealt(groups) for groups in groups_for(how.keeps, how.spec, packing.capacity)]
+    def __init__(self, x: Inputs, how: How, packing: CutPacking, folds: CutFolds | None) -> None:
+        self._x, self._how, self._packing, self._ways = x, how, packing, ways_of(packing, how, folds)
+        self._dealt = dealt_of(packing, folds, groups_for(how.keeps, how.spec, packing.capacity))
         self._wide = torch.float64 if how.backend == "torch" else torch.float32
         _, self._sums = self._rows([way.sums for way in self._ways], torch.zeros)
 
@@ -76,14 +77,19 @@ class Weights:
         return ape.view(spec.ratio, spec.channels) if spec.has_ape else None, norm_weight
 
 
-def ways_of(packing: CutPacking, how: How) -> list[Way]:
+def dealt_of(packing: CutPacking, folds: CutFolds | None, groups: tuple[Groups, Groups]) -> list[Dealt]:
+    """For ape and for norm_weight. folds: where windows at seams lie on several ranks, which share ape's gradient."""
+    return [(folds or packing).dealt(groups[0]), packing.dealt(groups[1])]
+
+
+def ways_of(packing: CutPacking, how: How, folds: CutFolds | None) -> list[Way]:
     """For ape and for norm_weight; remembered by the packing."""
     spec, groups = how.spec, groups_for(how.keeps, how.spec, packing.capacity)
     widths = spec.ratio * spec.channels // spec.head_dim if spec.has_ape else 0, 1
-    key = groups, widths
+    key = groups, widths, folds is None
     if key in packing.ways:
         return packing.ways[key]
-    dealt, device = [packing.dealt(one) for one in groups], packing.device
+    dealt, device = dealt_of(packing, folds, groups), packing.device
     sent = [max(one.rows) for one in dealt]
     row = sum(rows * width for rows, width in zip(sent, widths, strict=True))  # units that a rank sends
     ways, first = [], 0

@@ -9,12 +9,13 @@ from typing import NamedTuple
 import torch
 
 from ..spec import CompressorSpec
+from ..storage.fold_state import state_kind
 from ..storage.formats import RecordFormat
 from .problem import How, rounds_rows
 from .table import choose, groups_for, groups_of
 from .variants import TrainingKey, slices_of
 
-_FORWARD = ("forward", "entries", "read")
+_FORWARD = ("forward", "entries", "folded", "read")
 
 
 def keys_of(how: How, types: tuple, capacity: int, runs: bool = False) -> dict[str, TrainingKey]:
@@ -24,7 +25,8 @@ def keys_of(how: How, types: tuple, capacity: int, runs: bool = False) -> dict[s
     """
     backward = ("finish", "spread") if how.keeps else ("again",)
     shared, reads = slices_of(choose("forward", how.spec, capacity), how.spec) > 1, how.fmt is not None
-    names = "forward", *["entries"] * shared, *["read"] * reads, *backward, *["fold"] * runs, "sum"
+    cut = runs and how.spec.gate and state_kind(how.spec) == "fold"  # `Runs` are of windows on several GPUs
+    names = "forward", *["entries"] * shared, *["tail", "folded"] * cut, *["read"] * reads, *backward, *["fold"] * runs, "sum"
     configs = {name: choose(name, how.spec, capacity) for name in names}
     groups = {name: groups_of(config, capacity) for name, config in configs.items()}
     found = {}

@@ -11,8 +11,9 @@ from ..backend_triton import args
 from ..backend_triton.build import INTERPRETED
 from ..backend_triton.launcher import Launcher, address, launcher_of, supports_pdl
 from ..spec import CompressorSpec
+from .args import Parts
 from .keys import keys_of
-from .problem import Entries, Gradients, How, Inputs, Recipe, Records, Sums, scratch_records
+from .problem import Entries, Gradients, How, Inputs, Recipe, Records, Runs, Sums, scratch_records
 from .table import each_of
 from .variants import tiles_of
 
@@ -26,7 +27,7 @@ class Launch(NamedTuple):
 
 class Launches(NamedTuple):
     """All of a call. None: entries, where programs have whole windows; read, without fake quantization; again, or finish and
-    spread; fold, without `Runs`."""
+    spread; fold, tail and folded, without `Runs`, and the last two without fold rows."""
 
     forward: Launch
     entries: Launch | None
@@ -35,6 +36,8 @@ class Launches(NamedTuple):
     finish: Launch | None
     spread: Launch | None
     fold: Launch | None
+    tail: Launch | None
+    folded: Launch | None
     sum: Launch
 
 
@@ -127,6 +130,63 @@ def backward_triton(
     if given is None:
         _sum(chosen.sum, ape, weight, d_ape, d_norm_weight, 0, pdl)
     return Gradients(d_value, d_score, d_ape, d_norm_weight)
+
+
+def tail_triton(x: Inputs, how: How, tails: torch.Tensor, folds: torch.Tensor, out: torch.Tensor) -> None:
+    """Folds of tokens whose windows end elsewhere: one launch."""
+    (tokens, bits), places = _tokens(x.value, x.score, x.ape), (address(tails), address(folds), address(out))
+    launch = _launches(x, how, len(tails), True).tail
+    values = places[0], *tokens, *places[1:]
+    _launch(launch, len(tails), values, bits | _bits(*places), supports_pdl(x.value.device))
+
+
+def finish_triton(x: Inputs, how: How, live: Inputs, folds: torch.Tensor) -> Entries:
+    """Entries of windows that go on from fold rows, and what is kept of them: one launch; one more with fake quantization."""
+    spec, device, capacity = how.spec, x.value.device, how.capacity(x)
+    kept = torch.empty(how.kept_shape(x), dtype=torch.float32, device=device)
+    entries = torch.empty(capacity, spec.head_dim, dtype=how.out_dtype, device=device)
+    records = None if how.fmt is None else scratch_records(x, how)
+    (pieces, pieces_bits), (finish, finish_bits) = _pieces(live, capacity), _finish(x)
+    tokens, bits = _tokens(live.value, live.score, live.ape)
+    rows, output = address(folds), _output(entries, records, (None, *finish))
+    bits |= pieces_bits | finish_bits | _bits(rows, output.page_stride, output.scales_stride)
+    values = *pieces, *tokens, rows, *output, address(kept), kept.stride(0)
+    _launch(_launches(x, how, capacity, True).folded, capacity, values, bits, supports_pdl(device))
+    if records is not None:
+        read_records(x, how, records, entries)
+    return Entries(entries, None, kept)
+
+
+def pull_triton(x: Inputs, how: How, kept: torch.Tensor, d_entries: torch.Tensor, sums: Sums) -> torch.Tensor:
+    """The first half of the backward, where the fold was kept: one launch. Goes on with the sums for norm_weight."""
+    device, capacity = x.value.device, how.capacity(x)
+    pooled = torch.empty(capacity, how.spec.head_dim, dtype=torch.float32, device=device)
+    (pieces, pieces_bits), (finish, finish_bits) = _pieces(x, capacity), _finish(x)
+    held, entries, parts = (address(kept), kept.stride(0)), address(d_entries), _runs(None, sums.norm_weight, sums.of_weight)
+    bits = pieces_bits | finish_bits | _bits(*held, entries)
+    values = *pieces, *finish, *held, entries, None, address(pooled), *parts
+    _launch(_launches(x, how, capacity, True).finish, parts.groups, values, bits, supports_pdl(device))
+    return pooled
+
+
+def spread_triton(x: Inputs, how: How, rows: torch.Tensor, sums: Sums) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The other half, of `rows` `[3, capacity, head_dim]`: one launch. Goes on with the sums for ape."""
+    device, capacity = x.value.device, how.capacity(x)
+    d_value, d_score = torch.empty_like(x.value), None if x.score is None else torch.empty_like(x.score)
+    pieces, pieces_bits = _pieces(x, capacity)
+    tokens, bits = _tokens(x.value, x.score, x.ape)
+    gradients, gradients_bits = _tokens(d_value, d_score, None)
+    # The kernel reads no inverse sums, in whose place the gradients lie.
+    held, pooled, parts = (address(rows), rows.stride(0)), address(rows[1]), _runs(sums.ape, None, sums.of_ape)
+    bits |= pieces_bits | gradients_bits | _bits(*held, pooled)
+    values = *pieces, *tokens, *held, None, None, pooled, *gradients, *parts
+    _launch(_launches(x, how, capacity, True).spread, parts.groups, values, bits, supports_pdl(device))
+    return d_value, d_score
+
+
+def _runs(ape: torch.Tensor | None, weight: torch.Tensor | None, runs: Runs) -> Parts:
+    """Sums that a launch goes on with."""
+    return Parts(address(ape), address(weight), runs.rows.shape[0], runs.windows, address(runs.rows))
 
 
 def fold_triton(x: Inputs, how: How, sums: torch.Tensor, recipe: Recipe, out: torch.Tensor) -> None:

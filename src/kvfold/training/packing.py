@@ -11,7 +11,7 @@ from ..arguments.checks import check_int, check_memory, check_numbers
 from ..contract import INT32_MAX, MOST_POSITIONS
 
 MOST_PIECES = (1 << 28) - 1  # kernels find a piece by an int32 of its numbers
-PIECE_FIELDS = ("token", "window", "rest", "unused")  # of a row of `Packing.pieces`
+PIECE_FIELDS = ("token", "window", "rest", "begin")  # of a row of `Packing.pieces`
 
 
 class Packing:
@@ -29,7 +29,8 @@ class Packing:
         pieces: int32 `[capacity + B + 2, 4]`. Row n, if `window` is not -1, is entry n: window `window` of its sequence, which
             begins at row `token` of kv_score; `rest` is 1 where no window of the sequence follows. Rows behind these have
             `window` -1 and are `rest` tokens from `token` on that are of no window. `build` puts each token in one piece; the
-            gradient of a token that other pieces leave out, or name twice, is undefined.
+            gradient of a token that other pieces leave out, or name twice, is undefined. `begin` is 0; of a window that is cut
+            over GPUs it is the place of its first token that is here.
     """
 
     tokens: int

@@ -160,6 +160,11 @@ class Recipe(NamedTuple):
     items: torch.Tensor
 
 
+# Of a row of tails: the row of its first token, that of the fold before or -1, and from which place in its window to before
+# which one it has tokens.
+TAIL_FIELDS = ("token", "before", "begin", "end")
+
+
 class Records(NamedTuple):
     """The records of all entries of a call with fake quantization, entry e in slot e: what `storage.pack` takes of a cache."""
 

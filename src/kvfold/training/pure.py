@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ..backend_torch.finish import norm, tree_sum, turn
-from ..backend_torch.fold import LOG2_E, LOWEST, exp2, fold_group, fold_step
+from ..backend_torch.fold import LOG2_E, LOWEST, State, exp2, fold_group, fold_step
 from ..contract import ROWS_AT_ONCE
 from ..spec import CompressorSpec
 from ..storage.fold_state import state_kind
@@ -38,9 +38,42 @@ class Row(NamedTuple):
 
 def forward_torch(x: Inputs, how: How) -> Entries:
     """Entries, latents and the kept fold, after the arguments were checked."""
+    return _deliver(x, how, *pool(x, how))
+
+
+def finish_torch(x: Inputs, how: How, live: Inputs, folds: torch.Tensor) -> Entries:
+    """The same of windows that go on from fold rows `[capacity, 3, head_dim]` (run.py: `finish`)."""
+    token, _, _, begin = live.pieces[: len(folds)].long().unbind(1)
+    m, l, a = _fold_on(live, how.spec, folds.unbind(1), token, begin, torch.full_like(begin, how.spec.ratio))
+    return _deliver(x, how, m, 1.0 / l, a / l)
+
+
+def tail_torch(x: Inputs, how: How, tails: torch.Tensor, folds: torch.Tensor, out: torch.Tensor) -> None:
+    """Writes the folds of tails (run.py: `fold_tails`)."""
+    token, before, begin, end = tails.long().unbind(1)
+    empty = folds.new_zeros(3, how.spec.head_dim)
+    empty[0] = LOWEST
+    state = torch.where((before >= 0)[:, None, None], folds[before.clamp(min=0)], empty).unbind(1)
+    out.copy_(torch.stack(_fold_on(x, how.spec, state, token, begin, end), dim=1))
+
+
+def _fold_on(
+    x: Inputs, spec: CompressorSpec, state: State, token: torch.Tensor, begin: torch.Tensor, end: torch.Tensor
+) -> State:
+    """Folds the tokens of windows from places `begin` to before `end`; the first of each is row `token`."""
+    value, score = (x.value, x.score) if x.score is not None else x.value.split(spec.channels, dim=1)
+    for j in range(spec.ratio):
+        there = ((j >= begin) & (j < end))[:, None]
+        at = torch.where(there[:, 0], token + j - begin, token)
+        k, s = value[at].to(_wide(x)), score[at].to(_wide(x))
+        new = fold_step(state, k, s if x.ape is None else s + x.ape[j])
+        state = tuple(torch.where(there, after, before) for after, before in zip(new, state, strict=True))
+    return state
+
+
+def _deliver(x: Inputs, how: How, m: torch.Tensor, inverse: torch.Tensor, y: torch.Tensor) -> Entries:
     spec, capacity = how.spec, how.capacity(x)
     there, position = _places(x, spec, capacity)
-    m, inverse, y = pool(x, how)
     kept = torch.where(there, torch.stack([m, inverse, y]), 0.0) if how.keeps else y.new_empty(0)
     normed = norm(y, spec, x.norm_weight, how.record)
     latent = _narrow(torch.where(there, normed, 0.0), how.out_dtype) if how.latent else y.new_empty(0, dtype=how.out_dtype)
@@ -61,36 +94,56 @@ def backward_torch(
     sums: Sums | None = None,
 ) -> Gradients:
     """The gradients of all inputs, after the arguments were checked; with sums that are given, these go on."""
-    spec, capacity, tokens = how.spec, how.capacity(x), x.value.shape[0]
-    there, _ = _places(x, spec, capacity)
+    capacity, given = how.capacity(x), sums or new_sums(x, how, how.capacity(x))
     m, inverse, y = kept if how.keeps else pool(x, how)
+    pooled = pull_torch(x, how, inverse if how.spec.gate else None, y, d_entries, d_latent, given)
+    value, score = spread_torch(x, how, m, y, pooled, given)
+    ape, norm_weight = given.ape, given.norm_weight
+    if sums is None:
+        ape, norm_weight = total_torch(x, how, *blocks(how, capacity, ape, norm_weight))
+    return Gradients(value, score, ape, norm_weight)
+
+
+def pull_torch(
+    x: Inputs,
+    how: How,
+    inverse: torch.Tensor | None,
+    y: torch.Tensor,
+    d_entries: torch.Tensor,
+    d_latent: torch.Tensor | None,
+    sums: Sums,
+) -> torch.Tensor:
+    """The gradients of pooled rows, divided by the sums of weights if there are any; goes on with the sums for norm_weight."""
+    there, _ = _places(x, how.spec, how.capacity(x))
     dy, share = pull_back(x, how, y, d_entries, d_latent)
     dy, share = torch.where(there, dy, 0.0), torch.where(there, share, 0.0)
+    go_on(sums.norm_weight, share, sums.of_weight)
+    return dy if inverse is None else dy * inverse
+
+
+def spread_torch(
+    x: Inputs, how: How, m: torch.Tensor, y: torch.Tensor, pooled: torch.Tensor, sums: Sums
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The gradients of kv_score, of what `pull_torch` gave; goes on with the sums for ape."""
+    spec, tokens = how.spec, x.value.shape[0]
     # A row more than there are, where what is of no token goes.
-    whole = torch.zeros(tokens + 1, spec.kv_score_width, dtype=x.value.dtype, device=dy.device)
+    whole = torch.zeros(tokens + 1, spec.kv_score_width, dtype=x.value.dtype, device=y.device)
     d_value, d_score = whole[:, : spec.channels], whole[:, spec.channels :]
-    given = sums or new_sums(x, how, capacity)
-    added = None if given.ape is None else given.ape.view(-1, spec.ratio, spec.channels)
+    added = None if sums.ape is None else sums.ape.view(-1, spec.ratio, spec.channels)
     for j, row in enumerate(_rows(x, spec)):
         at, live = torch.where(row.live, row.at, tokens), row.live[:, None]
         if not spec.gate:
-            d_value[at] = _narrow(torch.where(live, dy, 0.0), x.value.dtype)
+            d_value[at] = _narrow(torch.where(live, pooled, 0.0), x.value.dtype)
             continue
-        p = _weight(row.s, m) * inverse
-        dk = torch.where(live, p * dy, 0.0)
+        dk = torch.where(live, _weight(row.s, m) * pooled, 0.0)
         ds = torch.where(live, dk * (row.k - y), 0.0)
         d_value[at, row.half] = _narrow(dk, x.value.dtype)
         d_score[at, row.half] = _narrow(ds, x.value.dtype)
         if added is not None:
-            go_on(added[:, j % spec.ratio, row.half], ds, given.of_ape)
-    go_on(given.norm_weight, share, given.of_weight)
-    ape, norm_weight = given.ape, given.norm_weight
-    if sums is None:
-        ape, norm_weight = total_torch(x, how, *blocks(how, capacity, ape, norm_weight))
-    value, score = whole[:tokens], None
-    if x.score is not None:
-        value, score = d_value[:tokens].contiguous(), d_score[:tokens].contiguous()
-    return Gradients(value, score, ape, norm_weight)
+            go_on(added[:, j % spec.ratio, row.half], ds, sums.of_ape)
+    if x.score is None:
+        return whole[:tokens], None
+    return d_value[:tokens].contiguous(), d_score[:tokens].contiguous()
 
 
 def pull_back(

@@ -20,13 +20,14 @@ class Config:
     Attributes:
         kernel: `"forward"`; `"entries"`, of windows that several programs of the forward share; `"read"`, of records, for fake
             quantization; `"again"`, the whole backward of windows that are folded again; `"finish"`, `"spread"`, the backward
-            of windows whose fold was kept, in two launches; `"sum"`, of the groups' sums; `"fold"`, of those of some windows.
+            of windows whose fold was kept, in two launches; `"sum"`, of the groups' sums; `"fold"`, of those of some windows;
+            `"tail"`, the fold of tokens whose window ends on another GPU; `"folded"`, the forward of windows that begin there.
         head_dims: narrowest and widest entry.
         window_rows: fewest and most tokens per entry.
         entries: most rows of entries.
         num_warps: per program. registers: bound on registers per thread, 0 for none.
-        ahead: `"forward"`: tokens in flight at once. slice: channels of a program, where a window is folded token by token; 0
-            for all.
+        ahead: `"forward"`, `"tail"`, `"folded"`: tokens in flight at once. slice: `"forward"`: channels of a program, where a
+            window is folded token by token; 0 for all.
         rows, columns: of a tile of `"spread"` and, for ape, of `"sum"`, where rows are blocks of groups.
         groups: most groups of up to `MOST_EACH` windows, each summed by itself.
         fetch: `"again"`, `"spread"`: whether tokens of the next window are fetched into the L2 cache while one is worked on.
@@ -93,6 +94,12 @@ CONFIGS: tuple[Config, ...] = (
     Config("sum", (16, 4096), _SHORT, ANY, 4, rows=128, columns=8),
     Config("sum", (16, 4096), _LONG, ANY, 4, rows=8, columns=32),
     Config("fold", (16, 4096), _ALL, ANY, 4, columns=512),
+    # One window of each segment: a chain of tokens.
+    *(
+        Config(kernel, width, _LONG, ANY, warps, ahead=ahead)
+        for kernel in ("tail", "folded")
+        for width, warps, ahead in ((_NARROW, 1, 8), (_MIDDLE, 2, 8), (_WIDE, 8, 16), (_WIDEST, 16, 4))
+    ),
 )
 
 

@@ -18,6 +18,7 @@ from ..storage.fold_state import state_kind
 from ..storage.formats import RecordFormat
 from .args import Incoming, Kept, Parts, Pieces
 from .kernels.again import train_again_kernel
+from .kernels.folded import train_folded_kernel, train_tail_kernel
 from .kernels.forward import train_entries_kernel, train_forward_kernel
 from .kernels.kept import train_finish_kernel, train_spread_kernel
 from .kernels.records import train_read_kernel
@@ -33,6 +34,8 @@ KERNELS |= {
     "train_spread": train_spread_kernel,
     "train_sum": train_sum_kernel,
     "train_fold": train_fold_kernel,
+    "train_folded": train_folded_kernel,
+    "train_tail": train_tail_kernel,
 }
 
 
@@ -75,6 +78,17 @@ def forward_variant(key: TrainingKey) -> Variant:
 def entries_variant(key: TrainingKey) -> Variant:
     arguments = types_of(Pieces), _output(key), types_of(Kept)
     return _variant(key, arguments, Schedule(), FMT=format_of(key.record, key.spec))
+
+
+def folded_variant(key: TrainingKey) -> Variant:
+    arguments = types_of(Pieces), _tokens(key), types_of(Kept).rows, _output(key), types_of(Kept)
+    how = Schedule(AHEAD=key.config.ahead, SLICE=key.spec.head_dim)
+    return _variant(key, arguments, how, FMT=format_of(key.record, key.spec))
+
+
+def tail_variant(key: TrainingKey) -> Variant:
+    folds = types_of(Kept).rows
+    return _variant(key, (types_of(Pieces).rows, _tokens(key), folds, folds), Schedule(AHEAD=key.config.ahead))
 
 
 def read_variant(key: TrainingKey) -> Variant:
@@ -141,6 +155,8 @@ _VARIANTS: dict[str, Callable[[TrainingKey], Variant]] = {
     "spread": spread_variant,
     "sum": sum_variant,
     "fold": fold_variant,
+    "folded": folded_variant,
+    "tail": tail_variant,
 }
 VARIANTS[TrainingKey] = training_variant
 
