@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "kvfold"
-LEFT_OUT = ("__main__.py", "cli/", "demo/", "integrations/vllm/", "integrations/sglang/")
+LEFT_OUT = ("__main__.py", "demo/", "integrations/vllm/", "integrations/sglang/")
 BACKENDS = ("cpu", "cuda", "rocm")
 
 BUILD = """\

@@ -1,19 +1,6 @@
-"""`python -m kvfold`, and the `kvfold` command."""
+"""`python -m kvfold`: the `kvfold` command, but for the seconds that importing torch takes."""
 
-import sys
-
-
-def main() -> None:
-    """Runs the command line; says which extra to install when it is missing."""
-    try:
-        from .cli.app import app
-    except ImportError as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:  # importing torch takes seconds
-        print("kvfold: interrupted", file=sys.stderr)
-        sys.exit(130)
-    app()
-
+from kvfold_cli.__main__ import main
 
 if __name__ == "__main__":
     main()

@@ -14,11 +14,12 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "kvfold"
+COMMAND = "kvfold_cli"  # the package beside it, which says `kvfold.` where kvfold itself says `.`
 KERNELS = "backend_triton/kernels/"
 
 # From top to bottom, as DESIGN.md has them (Layout). A module belongs to the longest name that its own begins with.
 LEVELS = (
-    ("__init__", "__main__", "cli"),
+    ("__init__", "__main__", "kvfold_cli"),
     ("demo", "verify", "debug", "explain", "testing", "integrations", "parallel", "precompile"),
     ("compress", "store", "restore", "plan", "training"),
     ("ops",),
@@ -50,7 +51,8 @@ class Edge(NamedTuple):
 
 def read() -> Sources:
     paths = [path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] != "benchmarks"]
-    return {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in paths}
+    beside = {f"{COMMAND}/{path.name}": path.read_text() for path in (PACKAGE.parent / COMMAND).glob("*.py")}
+    return {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in paths} | beside
 
 
 def module_of(path: str) -> str:
@@ -59,12 +61,14 @@ def module_of(path: str) -> str:
 
 
 def imports_of(path: str, tree: ast.AST) -> Iterator[tuple[ast.ImportFrom, str]]:
-    """Every relative import of a file, wherever it stands, and what it is from; "" for the package itself."""
+    """Every import of kvfold's in a file, wherever it stands, and what it is from; "" for the package itself."""
     folder = path.split("/")[:-1]
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = folder[: len(folder) - node.level + 1]
             yield node, ".".join([*base, *([node.module] if node.module else [])])
+        elif isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] in ("kvfold", COMMAND):
+            yield node, node.module if node.module.startswith(COMMAND) else node.module[len("kvfold.") :]
 
 
 def edges(sources: Sources) -> list[Edge]:
@@ -211,7 +215,7 @@ def test_every_module_has_a_level_and_every_level_modules() -> None:
 
 RULES: dict[Callable[[Sources], list], tuple[Sources, Sources]] = {
     arrows_up: (
-        {"storage/a.py": "from ..spec import b", "spec.py": "", "cli/c.py": "def f():\n    from ..ops import d", "ops.py": ""},
+        {"storage/a.py": "from ..spec import b", "spec.py": "", "kvfold_cli/c.py": "from kvfold.ops import d", "ops.py": ""},
         {"storage/a.py": "if TYPE_CHECKING:\n    from ..calls.run import b", "calls/run.py": "b = 1"},
     ),
     circles: (
@@ -255,6 +259,7 @@ def test_other_ways_to_break_a_rule() -> None:
     assert private_names({"a.py": "from .b import _x", "b.py": ""})
     assert arrows_up({"nowhere.py": "from .spec import a", "spec.py": ""}), "a module without a level"
     assert arrows_up({"ops.py": "from . import __version__", "__init__.py": ""}), "the package itself is at the top"
+    assert arrows_up({"ops.py": "from kvfold_cli.app import app", "kvfold_cli/app.py": ""}), "the command is, too"
     assert circles({"a/x.py": "from ..b.x import y", "b/x.py": "", "b/z.py": "from ..a.w import y", "a/w.py": ""}), "of folders"
 
 

@@ -68,7 +68,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("typer")
     from typer.testing import CliRunner
 
-    from kvfold.cli.app import app
+    from kvfold_cli.app import app
 
     fake(monkeypatch, {})
     arguments = ["aot", "sm_90", str(tmp_path), "--spec", "hca", "--format", "rows", "--train", "8192", "--workers", "1"]

@@ -20,8 +20,6 @@ from typer.testing import CliRunner
 import kvfold
 from kvfold import integrations
 from kvfold.backend_torch import fold as backend_torch
-from kvfold.cli import bench, info, show, verify
-from kvfold.cli.app import app
 from kvfold.demo import run as demo
 from kvfold.integrations import switch
 from kvfold.integrations.transformers import step as transformers_step
@@ -29,6 +27,8 @@ from kvfold.integrations.vllm import plugin as vllm_plugin
 from kvfold.storage.formats import FORMATS
 from kvfold.testing import Step
 from kvfold.verify.cases import Result
+from kvfold_cli import bench, info, show, verify
+from kvfold_cli.app import app
 
 SMALL = ["--tokens", "200", "--decode", "14"]
 
@@ -187,9 +187,34 @@ def test_version():
 def test_python_m_kvfold_and_missing_extras():
     run = [sys.executable, "-m", "kvfold"]
     assert "demo" in subprocess.run([*run, "--help"], capture_output=True, text=True, check=True).stdout
-    hide = "import sys; sys.modules['typer'] = None; from kvfold.__main__ import main; main()"
+    hide = "import sys; sys.modules['typer'] = None; from kvfold_cli.__main__ import main; main()"
     missing = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True)
     assert missing.returncode == 1 and "pip install 'kvfold[cli]'" in missing.stderr and "Traceback" not in missing.stderr
+
+
+HELP = """
+import sys
+from kvfold_cli.__main__ import main
+sys.argv = ["kvfold", *sys.argv[1:]]
+try:
+    main()
+finally:
+    print("imported:", *sorted({"torch", "triton", "kvfold"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize("name", ["", "info", "verify", "explain", "replay", "bench", "warmup", "prebuild", "aot", "demo"])
+def test_help_imports_no_torch(name):
+    said = run_help(*filter(None, [name]), "--help")
+    assert "Usage: kvfold" in said and said.endswith("imported:\n"), said
+
+
+def test_other_commands_import_torch():
+    assert re.search("^imported: kvfold torch", run_help("--version"), re.MULTILINE)
+
+
+def run_help(*arguments):
+    return subprocess.run([sys.executable, "-c", HELP, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def test_info_shows_the_kernels_table():

@@ -18,11 +18,11 @@ from typer.testing import CliRunner
 
 from kvfold import aot as compile_all
 from kvfold.arguments.files import check_writable, write_atomically
-from kvfold.cli import bench, failures
-from kvfold.cli.app import app
 from kvfold.demo import plot as demo_plot
 from kvfold.demo import run as demo
 from kvfold.verify import run as verify_run
+from kvfold_cli import bench, failures
+from kvfold_cli.app import app
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": ""}
 KVFOLD = [sys.executable, "-m", "kvfold"]

@@ -16,9 +16,9 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner, Result
 
 from kvfold.backend_triton import prebuilt
-from kvfold.cli.app import app
 from kvfold.precompile.combinations import TARGETS
 from kvfold.precompile.sets import SETS
+from kvfold_cli.app import app
 
 ROOT = Path(__file__).parents[2]
 

@@ -69,7 +69,7 @@ def test_commands_are_there(page: Path) -> None:
     typer = pytest.importorskip("typer")
     from typer.testing import CliRunner
 
-    from kvfold.cli.app import app
+    from kvfold_cli.app import app
 
     for line in "".join(blocks(page, "console", "sh")).splitlines():
         words = line.partition("#")[0].split()

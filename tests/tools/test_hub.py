@@ -27,7 +27,7 @@ HUB = ROOT / "packaging" / "hub.py"
 # What a module may import beside the standard library. All of it is there after `pip install kvfold`, except behind an extra.
 EVERYWHERE = {"torch", "triton"}
 EXTRAS = {
-    "cli/": {"typer", "rich"},
+    "__main__.py": {"kvfold_cli"},
     "debug/file.py": {"numpy", "safetensors"},
     "demo/run.py": {"transformers"},
     "demo/model.py": {"transformers"},
@@ -83,6 +83,12 @@ def imports(path: Path) -> set[str]:
 def extras(name: str) -> set[str]:
     """Of a module by its path in the package: of its own, and of the folder that it is in."""
     return set().union(*(packages for start, packages in EXTRAS.items() if name.startswith(start)))
+
+
+def test_the_command_imports_kvfold_by_its_name_and_nothing_new() -> None:
+    for path in (PACKAGE.parent / "kvfold_cli").glob("*.py"):
+        foreign = imports(path) - sys.stdlib_module_names
+        assert foreign <= {"kvfold", "torch", "triton", "typer", "rich"}, f"{path.name} imports {sorted(foreign)}"
 
 
 def test_imports_are_relative_and_of_declared_packages() -> None:

@@ -19,6 +19,7 @@ pytest.importorskip("hatchling")
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "kvfold"
+COMMAND = ROOT / "src" / "kvfold_cli"
 
 
 def build(target: str, folder: Path) -> Path:
@@ -34,14 +35,16 @@ def test_wheel(tmp_path: Path) -> None:
         names = set(wheel.namelist())
         about = f"kvfold-{kvfold.__version__}.dist-info"
         metadata = email.message_from_bytes(wheel.read(f"{about}/METADATA"))
-        assert "kvfold = kvfold.__main__:main" in wheel.read(f"{about}/entry_points.txt").decode()
+        assert "kvfold = kvfold_cli.__main__:main" in wheel.read(f"{about}/entry_points.txt").decode()
         assert wheel.read(f"{about}/licenses/LICENSE").decode() == (ROOT / "LICENSE").read_text()
     modules = {f"kvfold/{path.relative_to(PACKAGE).as_posix()}" for path in PACKAGE.rglob("*.py")}
     listed = set(re.findall(r'^"benchmarks/(\S+)" = ', (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
     benchmarks = {f"kvfold/benchmarks/{name}" for name in listed}
     assert len(benchmarks) > 5
     assert {name for name in names if name.startswith("kvfold/")} == modules | benchmarks | {"kvfold/py.typed"}
-    assert {name.partition("/")[0] for name in names} == {"kvfold", about}
+    command = {f"kvfold_cli/{path.name}" for path in COMMAND.rglob("*.py")}
+    assert {name for name in names if name.startswith("kvfold_cli/")} == command and "kvfold_cli/app.py" in command
+    assert {name.partition("/")[0] for name in names} == {"kvfold", "kvfold_cli", about}
     check_metadata(metadata)
 
 

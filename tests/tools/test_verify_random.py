@@ -334,7 +334,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("typer")
     from typer.testing import CliRunner
 
-    from kvfold.cli.app import app
+    from kvfold_cli.app import app
 
     def call(*arguments: object) -> tuple[int, str]:
         done = CliRunner().invoke(app, ["verify", "--device", "cpu", "--backend", "torch", *map(str, arguments)])

@@ -10,8 +10,8 @@ pytest.importorskip("transformers", minversion="5.17")
 pytest.importorskip("matplotlib")
 from typer.testing import CliRunner
 
-from kvfold.cli.app import app
 from kvfold.demo import train
+from kvfold_cli.app import app
 
 
 def test_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ def info(
     """Versions, the GPU, engines (those of KVFOLD_ENGINES are tried), and the names of the record formats."""
     console = make_console()
     if not kernels and not formats:
-        from ..integrations import status
+        from kvfold.integrations import status
 
         print_table(console, "Versions", ("what", "version"), _versions())
         print_table(console, "Integrations", ("engine", "version", "entry point", "replaced"), status(load=True))
@@ -46,7 +46,7 @@ def info(
 
 
 def _print_kernels(console: Console) -> None:
-    from ..backend_triton.table import COLUMNS, in_words
+    from kvfold.backend_triton.table import COLUMNS, in_words
 
     print_text(console, "The first row that serves a call is taken. Windows and programs are per multiprocessor.")
     rows = in_words()
@@ -56,7 +56,7 @@ def _print_kernels(console: Console) -> None:
 
 def _names() -> Rows:
     """Who writes which formats; one that several write is said of each."""
-    from ..storage.formats import FORMATS as formats
+    from kvfold.storage.formats import FORMATS as formats
 
     found: dict[str, list[str]] = {engine + version: [] for engine in ENGINES for version in (" V4", " V4.1")} | {
         "any engine": []
@@ -71,11 +71,11 @@ def _names() -> Rows:
 def _versions() -> Rows:
     import torch
 
-    from ..debug.file import versions
+    from kvfold.debug.file import versions
 
     rows = list(versions("torch", "triton", "transformers").items())
     if torch.cuda.is_available():
-        from ..backend_triton.launcher import supports_pdl
+        from kvfold.backend_triton.launcher import supports_pdl
 
         rows.append(("GPU", torch.cuda.get_device_name()))
         rows.append(("capability", ".".join(map(str, torch.cuda.get_device_capability()))))
@@ -94,8 +94,8 @@ def _packages() -> Rows:
 
     if find_spec("triton") is None:
         return []
-    from ..backend_triton import prebuilt
-    from ..backend_triton.launcher import multiprocessors
+    from kvfold.backend_triton import prebuilt
+    from kvfold.backend_triton.launcher import multiprocessors
 
     rows, here = [], None
     if torch.cuda.is_available():
@@ -115,8 +115,8 @@ def _packages() -> Rows:
 
 
 def _formats() -> Rows:
-    from ..spec import V4_HCA, V4_INDEXER
-    from ..storage.formats import FORMATS as formats
+    from kvfold.spec import V4_HCA, V4_INDEXER
+    from kvfold.storage.formats import FORMATS as formats
 
     rows = []
     for fmt in formats.values():

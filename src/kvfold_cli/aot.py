@@ -37,9 +37,9 @@ def aot(
     """Compiles kernels to files, with registers, spills and shared memory of each; exit code 1 on spills and failures."""
     import torch
 
-    from ..precompile.aot import aot as compile_all
-    from ..precompile.report import COLUMNS
-    from ..storage.formats import FORMATS
+    from kvfold.precompile.aot import aot as compile_all
+    from kvfold.precompile.report import COLUMNS
+    from kvfold.storage.formats import FORMATS
 
     console = make_console()
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -70,7 +70,7 @@ def aot(
 
 def _specs(text: str) -> list:
     if text == "table":
-        from ..precompile.combinations import SPECS
+        from kvfold.precompile.combinations import SPECS
 
         return list(SPECS)
     with wrong_arguments(TypeError, ValueError, option="--spec"):

@@ -14,12 +14,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from ..arguments.files import check_writable, write_atomically
 from .failures import MOST_SEED, stop, wrong_arguments
 from .show import check_device, make_console, make_progress, print_table, print_text
 
 if TYPE_CHECKING:
-    from ..verify.cases import Result
+    from kvfold.verify.cases import Result
 
 GROUPS = {"table": "rows of the kernels' table", "format": "record formats", "equivalence": "other equivalences"}
 INDENT = 5  # of what belongs to the line before
@@ -46,7 +45,8 @@ def verify(
     """Checks every configuration and record format against fp64, and every equivalence, on this machine."""
     import torch
 
-    from .._version import __version__
+    from kvfold import __version__
+    from kvfold.arguments.files import check_writable, write_atomically
 
     console = make_console()
     if device is None:
@@ -80,8 +80,8 @@ def _run_list(
     console: Console, about: dict[str, str], device: str, backend: str, quick: bool, only: str
 ) -> tuple[dict[str, Any], int]:
     """The list of cases; results as plain values, and how many failed."""
-    from ..verify.cases import list_cases
-    from ..verify.cases import verify as run
+    from kvfold.verify.cases import list_cases
+    from kvfold.verify.cases import verify as run
 
     with wrong_arguments(ValueError):
         cases = [case for case in list_cases(device, backend=backend, quick=quick) if only in f"{case.group}: {case.name}"]
@@ -135,7 +135,7 @@ def _run_random(
     console: Console, about: dict[str, str], cases: int, seed: int, device: str, backend: str, first: int, workers: int | None
 ) -> tuple[dict[str, Any], int]:
     """Drawn cases; a summary, and how many failed. Of each that fails its program is printed."""
-    from ..verify.run import summary, verify_random
+    from kvfold.verify.run import summary, verify_random
 
     with wrong_arguments(ValueError):
         found = verify_random(cases, seed, device=device, backend=backend, first=first, workers=workers)
@@ -164,7 +164,7 @@ def _headline(console: Console, what: str, about: dict[str, str]) -> None:
 
 def _interpreted() -> bool:
     try:
-        from ..backend_triton.build import INTERPRETED
+        from kvfold.backend_triton.build import INTERPRETED
     except ImportError:  # no triton: the torch backend needs none
         return False
     return bool(INTERPRETED)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..arguments.files import check_writable, write_atomically
 from .failures import MOST_SEED, stop, wrong_arguments
 from .show import check_device, make_console, make_progress
 
@@ -29,9 +28,10 @@ def demo(
     """Runs a small DeepSeek-V4 on a text, with transformers' compressors and with kvfold, and compares everything."""
     console = make_console()
     try:
-        from ..demo import run as job
-        from ..demo.plot import draw
-        from ..demo.show import show
+        from kvfold.arguments.files import check_writable, write_atomically
+        from kvfold.demo import run as job
+        from kvfold.demo.plot import draw
+        from kvfold.demo.show import show
     except ImportError as error:
         raise stop(f"needs {error.name}: pip install 'kvfold[demo]'", "kvfold demo") from None
     check_device(device)
@@ -57,7 +57,8 @@ def demo(
 
 def _train(console: Console, ids: torch.Tensor, steps: int, device: str, seed: int, picture: Path) -> None:
     """The other part of the demo: gradients in place of entries."""
-    from ..demo import train as job
+    from kvfold.arguments.files import check_writable, write_atomically
+    from kvfold.demo import train as job
 
     check_writable(picture)
     console.print(f"{steps} steps on {ids.shape[1]} bytes, with transformers' compressors and with kvfold, fp32 on {device}")

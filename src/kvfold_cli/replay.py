@@ -25,7 +25,7 @@ def replay(
     """Makes a dumped call again and says what it was, and with --check whether and where it is wrong."""
     import torch
 
-    from ..debug.replay import replay as again
+    from kvfold.debug.replay import replay as again
 
     console = make_console()
     with wrong_arguments(ImportError, OSError, RuntimeError, TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""The command line: registers the commands of `kvfold.cli`."""
+"""The command line: registers the commands."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Annotated
 try:
     import typer
 
-    from .._version import __version__
     from . import aot, bench, demo, explain, info, replay, verify, warmup
     from .failures import Commands
 except ImportError as error:
@@ -18,6 +17,8 @@ except ImportError as error:
 
 def _version(asked: bool) -> None:
     if asked:
+        from kvfold import __version__
+
         print(f"kvfold {__version__}")
         raise typer.Exit
 

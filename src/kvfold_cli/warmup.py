@@ -24,8 +24,8 @@ def warmup(
     workers: Annotated[int | None, typer.Option(help="Threads that compile; default: one for each core, 16 at most.")] = None,
 ) -> None:
     """Compiles the kernels of an engine's calls into Triton's cache, so that processes on this machine find them there."""
-    from ..precompile.prebuild import use_prebuilt
-    from ..precompile.warmup import warmup as compile_and_load
+    from kvfold.precompile.prebuild import use_prebuilt
+    from kvfold.precompile.warmup import warmup as compile_and_load
 
     console, built = make_console(), 0
     try:
@@ -37,7 +37,7 @@ def warmup(
                     built += compile_and_load(**what, device=device, workers=workers, progress=show)
     except RuntimeError as error:
         raise stop(str(error), "kvfold warmup") from None
-    from ..backend_triton import prebuilt as packages
+    from kvfold.backend_triton import prebuilt as packages
 
     print_text(console, f"{built} kernels, {packages.loaded} of them prebuilt")
 
@@ -50,7 +50,7 @@ def prebuild(
     workers: Annotated[int | None, typer.Option(help="Processes that compile; default: one for each core, 16 at most.")] = None,
 ) -> None:
     """Compiles the kernels of an engine's calls into a package for other machines with this GPU and this Triton."""
-    from ..precompile.prebuild import prebuild as compile_all
+    from kvfold.precompile.prebuild import prebuild as compile_all
 
     console = make_console()
     try:
@@ -62,7 +62,7 @@ def prebuild(
 
 
 def _set(name: str) -> tuple:
-    from ..precompile.sets import SETS
+    from kvfold.precompile.sets import SETS
 
     if name not in SETS:
         raise typer.BadParameter(f"--set must be one of {', '.join(SETS)}, got {name!r}")

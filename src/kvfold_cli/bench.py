@@ -11,10 +11,9 @@ from typing import Annotated
 
 import typer
 
-from ..arguments.files import check_writable
 from .failures import stop
 
-PACKAGE = Path(__file__).parents[1]
+PACKAGE = Path(__file__).parents[1] / "kvfold"
 
 
 MODULES = {
@@ -46,7 +45,8 @@ def bench(
     """Times kvfold on this GPU, under the protocol that the recorded figures of other projects were taken by."""
     import torch
 
-    from .._version import __version__
+    from kvfold import __version__
+    from kvfold.arguments.files import check_writable
 
     if plot is not None and (what is not What.decode or out is None):
         raise typer.BadParameter("--plot is drawn from decode rows: it needs `bench decode --out FILE`")
@@ -80,5 +80,5 @@ def run(module: str, *arguments: str) -> int:
     """Runs a module of the benchmarks in a process of its own; its exit code."""
     place = folder()
     root, package = (PACKAGE.parent, "kvfold.benchmarks") if place.parent == PACKAGE else (place.parent, "benchmarks")
-    command = [sys.executable, "-m", "kvfold.cli.script", str(root), f"{package}.{module}", *arguments]
+    command = [sys.executable, "-m", "kvfold_cli.script", str(root), f"{package}.{module}", *arguments]
     return subprocess.run(command, check=False).returncode

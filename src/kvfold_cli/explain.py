@@ -13,8 +13,8 @@ from .failures import wrong_arguments
 from .show import make_console, print_table, print_text
 
 if TYPE_CHECKING:
-    from ..explain import Explanation, Row, Span
-    from ..spec import CompressorSpec
+    from kvfold.explain import Explanation, Row, Span
+    from kvfold.spec import CompressorSpec
 
 SHOWN = 12  # rows of a table before its middle is left out
 
@@ -36,8 +36,8 @@ def explain(
     ring: Annotated[int, typer.Option(min=0, help="Pages of each sequence's ring in a WindowState; 0: no rings.")] = 0,
 ) -> None:
     """Which positions make which entry, which state rows and bytes a step touches, and where one can rewind to."""
-    from ..explain import explain as find
-    from ..storage.formats import get_format
+    from kvfold.explain import explain as find
+    from kvfold.storage.formats import get_format
 
     with wrong_arguments(ValueError, option="--format"):
         known = None if fmt is None else get_format(fmt)
@@ -50,7 +50,7 @@ def explain(
 
 def parse_spec(text: str) -> CompressorSpec:
     """A preset's name, or fields of `CompressorSpec`. Raises ValueError or TypeError naming what is wrong."""
-    from ..spec import V4_CSA, V4_HCA, V4_INDEXER, V41_INDEX_K, V41_MAIN_R1, V41_MAIN_R2, CompressorSpec
+    from kvfold.spec import V4_CSA, V4_HCA, V4_INDEXER, V41_INDEX_K, V41_MAIN_R1, V41_MAIN_R2, CompressorSpec
 
     presets = {"hca": V4_HCA, "csa": V4_CSA, "indexer": V4_INDEXER}
     presets |= {"v41-r1": V41_MAIN_R1, "v41-r2": V41_MAIN_R2, "v41-index": V41_INDEX_K}

@@ -1,4 +1,4 @@
-"""`python -m kvfold.cli.script FOLDER MODULE ...`: a benchmark in a process of its own, which fails as commands do."""
+"""`python -m kvfold_cli.script FOLDER MODULE ...`: a benchmark in a process of its own, which fails as commands do."""
 
 from __future__ import annotations
 

@@ -1,1 +1,0 @@
-"""The command `kvfold`: one module for each subcommand."""
