@@ -11,6 +11,7 @@ from ..args import Tokens
 from .finish import emit, entry_address, slot_valid
 from .fold import empty_fold, fold_step, minus_zero, quotient, spread
 from .items import load_item
+from .memory import in_turn, load_blocks
 from .pdl import load_plan, wait_for_inputs
 from .places import find_history, hi_home, home_back, home_before, home_of, keep_tags, load_tags, places_to_keep
 from .prefetch import prefetch_fold, prefetch_rows
@@ -47,13 +48,18 @@ def token_addresses(live, tokens, x0, stop, SPEC: tl.constexpr, AHEAD: tl.conste
 @triton.jit
 def load_tokens(ats, gaps, wanted, biases):
     """Values, and scores with ape, of what `token_addresses` found."""
-    ks = ()
-    ss = ()
+    both = ()
+    theres = ()
     for i in tl.static_range(len(ats)):
-        ks = ks + (tl.load(ats[i], mask=wanted[i], other=minus_zero()).to(tl.float32),)
-        s = tl.load(ats[i] + gaps[i], mask=wanted[i], other=float("-inf")).to(tl.float32)
-        ss = ss + (s + biases[i],)
-    return ks, ss
+        both = both + (ats[i], ats[i] + gaps[i])
+        theres = theres + (wanted[i], wanted[i])
+    ks, ss = in_turn(load_blocks(both, theres, (minus_zero(), float("-inf")) * len(ats)))
+    values = ()
+    scores = ()
+    for i in tl.static_range(len(ats)):
+        values = values + (ks[i].to(tl.float32),)
+        scores = scores + (ss[i].to(tl.float32) + biases[i],)
+    return values, scores
 
 
 @triton.jit
