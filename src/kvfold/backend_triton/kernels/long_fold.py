@@ -74,10 +74,16 @@ def load_ape(ape, theres, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl
     ats = ()
     rows = ()
     for i in tl.static_range(AHEAD):
+        row = tl.zeros((SLICE,), tl.float32)
         if ape is not None:
-            ats = ats + (ape + (i * HEAD_DIM + tl.arange(0, SLICE)),)
-        rows = rows + (tl.zeros((SLICE,), tl.float32),)
-    return rows if ape is None else load_blocks(ats, theres, (0.0,) * AHEAD)
+            at = ape + (i * HEAD_DIM + tl.arange(0, SLICE))
+            ats = ats + (at,)
+            if SLICE > 512:  # 8 channels to a thread
+                row = tl.load(at) if theres is None else tl.load(at, theres[i], 0.0)
+        rows = rows + (row,)
+    if SLICE <= 512 and ape is not None:
+        rows = load_blocks(ats, theres, (0.0,) * AHEAD)
+    return rows
 
 
 @triton.jit

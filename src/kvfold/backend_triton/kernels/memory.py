@@ -4,6 +4,8 @@ Triton's coalescing pass asks of every access what its address is made of, of al
 work that grows with accesses times operations squared, and was most of what a large kernel took to compile. It does not ask
 where an address is carried round a loop. So accesses stand in a loop of one turn, whose bounds Triton does not know and LLVM
 does: the machine code has no loop (docs/notes/0074).
+
+Not for fp32 beside bf16 where a thread has 8 channels: by itself the pass gives a thread 4 of them, and then converts.
 """
 
 import triton
@@ -12,7 +14,8 @@ import triton.language as tl
 
 @triton.jit
 def unseen_zero():
-    """0, by its lowest bit, which Triton does not follow."""
+    """0, by its lowest bit, which Triton does not follow. As a bound of loops; times 64 also as a step of addresses, of which
+    Triton then knows that they stay aligned."""
     return tl.program_id(0) * 2 & 1
 
 
@@ -47,7 +50,7 @@ def load_blocks(ats, theres, others, PAST_L1: tl.constexpr = False):
             else:
                 found = found + (tl.load(ats[i], theres[i], others[i], cache_modifier=CACHE),)
         blocks = found
-        ats = move_blocks(ats, zero)
+        ats = move_blocks(ats, zero * 64)
     return blocks
 
 
@@ -69,4 +72,4 @@ def store_blocks(ats, blocks, there):
     for _ in tl.range(zero, zero + 1, num_stages=1):
         for i in tl.static_range(len(ats)):
             tl.store(ats[i], blocks[i], there)
-        ats = move_blocks(ats, zero)
+        ats = move_blocks(ats, zero * 64)

@@ -26,21 +26,21 @@ def load_biases(ape, j0, wanted, SPEC: tl.constexpr, AHEAD: tl.constexpr, COUNT:
     wanted: nothing is read where it is false; None: it is read.
     """
     ROWS: tl.constexpr = SPEC.RATIO * (1 + SPEC.OVERLAP)
-    # The interpreter has no % of a number and a constant of a module.
-    MASKED: tl.constexpr = (wanted is not None) or (ROWS // AHEAD * AHEAD != ROWS)
-    ats = ()
-    theres = ()
-    rows = ()
+    biases = ()
     for i in tl.static_range(AHEAD):
+        bias = tl.zeros((COUNT * SPEC.HEAD_DIM,), tl.float32)
         if ape is not None:
             j = scalar(j0) + i
             half = tl.where(j < SPEC.RATIO * SPEC.OVERLAP, 0, SPEC.OVERLAP * SPEC.HEAD_DIM)
             at = ape + (j % SPEC.RATIO) * (SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)) + half + channels(SPEC.HEAD_DIM, COUNT)
-            ats = ats + (at,)
-            there = j < ROWS if wanted is None else wanted & (j < ROWS)
-            theres = theres + (spread(there, COUNT * SPEC.HEAD_DIM),)
-        rows = rows + (tl.zeros((COUNT * SPEC.HEAD_DIM,), tl.float32),)
-    return rows if ape is None else load_blocks(ats, theres if MASKED else None, (0.0,) * AHEAD)
+            if wanted is not None:
+                bias = tl.load(at, mask=spread(wanted & (j < ROWS), COUNT * SPEC.HEAD_DIM), other=0.0)
+            elif ROWS // AHEAD * AHEAD != ROWS:  # the interpreter has no % of a number and a constant of a module
+                bias = tl.load(at, mask=spread(j < ROWS, COUNT * SPEC.HEAD_DIM), other=0.0)
+            else:
+                bias = tl.load(at)
+        biases = biases + (bias,)
+    return biases
 
 
 @triton.jit
@@ -58,10 +58,8 @@ def load_window(
     CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
     WINDOW_ROWS: tl.constexpr = SPEC.RATIO * (1 + SPEC.OVERLAP)
     MIXED: tl.constexpr = SOURCE == "old" and not SAME  # old and new rows are of two dtypes
-    ats = ()
-    theres = ()
-    kept_ats = ()
-    olds = ()
+    ks = ()
+    ss = ()
     x0 = (window - SPEC.OVERLAP) * SPEC.RATIO
     c = tl.arange(0, SPEC.HEAD_DIM)
     # Pointers go from row to row, as a multiplication for each costs a decode step a third of its instructions.
@@ -87,25 +85,25 @@ def load_window(
                     apart = tl.where(x < seq.start, SPEC.HEAD_DIM, apart)
             else:
                 old = spread(there & (x < seq.start), SPEC.HEAD_DIM)
-                kept_ats = kept_ats + (kept, kept + SPEC.HEAD_DIM)
-                olds = olds + (old, old)
+                k_old = tl.load(kept, mask=old, other=0.0).to(tl.float32)
+                s_old = tl.load(kept + SPEC.HEAD_DIM, mask=old, other=0.0).to(tl.float32)
                 there = there & (x >= seq.start)
-        # Of live rows the mask is always true, but without it the compiler moves each load to its use.
+        # Of live rows the mask is always true, but without it the compiler moves each load to its use. Past L1: `load_live`.
         there = spread(there, SPEC.HEAD_DIM)
-        ats = ats + (row, row + apart)
-        theres = theres + (there, there)
-        at += tokens.stride
-    rows = load_blocks(ats, theres, (minus_zero(), float("-inf")) * AHEAD, PAST_L1=SOURCE == "live")  # past L1: see `load_live`
-    if MIXED:
-        kept_rows = load_blocks(kept_ats, olds, (0.0,) * (2 * AHEAD))
-    found = ()
-    for i in tl.static_range(2 * AHEAD):
-        row = as_kept(rows[i], KEPT, BF16_CONVERSION)
-        row = widen(row) if SOURCE == "live" else row.to(tl.float32)
+        others = (minus_zero(), float("-inf"))
+        k, s = load_blocks((row, row + apart), (there, there), others, PAST_L1=SOURCE == "live")
+        k = as_kept(k, KEPT, BF16_CONVERSION)
+        s = as_kept(s, KEPT, BF16_CONVERSION)
+        if SOURCE == "live":
+            k = widen(k)
+            s = widen(s)
         if MIXED:
-            row = tl.where(olds[i], kept_rows[i].to(tl.float32), row)
-        found = found + (row,)
-    return in_turn(found)
+            k = tl.where(old, k_old, k.to(tl.float32))
+            s = tl.where(old, s_old, s.to(tl.float32))
+        ks = ks + (k.to(tl.float32),)
+        ss = ss + (s.to(tl.float32),)
+        at += tokens.stride
+    return ks, ss
 
 
 @triton.jit
