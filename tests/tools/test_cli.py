@@ -171,7 +171,7 @@ def test_a_pipe_has_no_width(capsys, monkeypatch):
 
 
 def test_make_demo_reads_the_text_that_is_named():
-    root = Path(bench.__file__).parents[3]
+    root = Path(bench.__file__).parents[2]
     make = ["make", "--dry-run", "--no-print-directory", "-o", ".venv/.ready", "demo"]
     said = subprocess.run([*make, "TEXT=a text.txt"], cwd=root, capture_output=True, text=True, check=True).stdout
     assert said.strip().endswith('kvfold demo --out demo-out --text "a text.txt"'), said
@@ -407,7 +407,7 @@ def file_of(module: str) -> str:
 
 def test_the_wheel_carries_what_the_benchmarks_import():
     """The list in pyproject.toml has each module that is run, its packages, and all that it imports of benchmarks/."""
-    text = (Path(bench.__file__).parents[3] / "pyproject.toml").read_text()
+    text = (Path(bench.__file__).parents[2] / "pyproject.toml").read_text()
     carried = set(re.findall(r'^"benchmarks/(\S+)" = "kvfold/benchmarks/\1"$', text, re.MULTILINE))
     assert carried >= {*map(file_of, bench.MODULES.values()), file_of("publish.plot"), "peers_h200.jsonl", "__init__.py"}
     there = {path.relative_to(bench.folder()).as_posix() for path in bench.folder().rglob("*.py")}
