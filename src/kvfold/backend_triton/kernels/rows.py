@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from .fold import ROWS_AT_ONCE, empty_group, fold_group, minus_zero, quotient, spread, widen
-from .memory import in_turn, load_blocks, store_blocks
 from .places import hi_row, home_of, keep_tags, lo_row, look_up, places_to_keep
 from .record import bf16_bits, bf16_value
 from .tokens import gap, whole_row
@@ -57,7 +56,6 @@ def load_window(
     SAME: tl.constexpr = tokens.kv_score.dtype.element_ty == KEPT
     CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
     WINDOW_ROWS: tl.constexpr = SPEC.RATIO * (1 + SPEC.OVERLAP)
-    MIXED: tl.constexpr = SOURCE == "old" and not SAME  # old and new rows are of two dtypes
     ks = ()
     ss = ()
     x0 = (window - SPEC.OVERLAP) * SPEC.RATIO
@@ -75,33 +73,35 @@ def load_window(
         there = x >= 0
         if WINDOW_ROWS % AHEAD != 0:
             there = there & (j < WINDOW_ROWS)
-        row = at + half
-        apart = gap(tokens, x, CHANNELS)
-        if SOURCE == "old":
+        if SOURCE == "live":
+            there = spread(there, SPEC.HEAD_DIM)
+            # The mask is always true, but without it the compiler moves each load to its use. Past L1: see `load_live`.
+            k = tl.load(at + half, mask=there, other=minus_zero(), cache_modifier=".cg")
+            score_at = at + half + gap(tokens, x, CHANNELS)
+            s = tl.load(score_at, mask=there, other=float("-inf"), cache_modifier=".cg")
+            k = widen(as_kept(k, KEPT, BF16_CONVERSION))
+            s = widen(as_kept(s, KEPT, BF16_CONVERSION))
+        else:
             kept = tl.where(j < SPEC.RATIO * SPEC.OVERLAP, lo_rows, hi_rows) + j * (2 * SPEC.HEAD_DIM)
             if SAME:
-                row = tl.where(x < seq.start, kept, row)
+                row = tl.where(x < seq.start, kept, at + half)
+                there = spread(there, SPEC.HEAD_DIM)
+                k = tl.load(row, mask=there, other=minus_zero()).to(tl.float32)
                 if tokens.skew is not None or SPEC.OVERLAP:
-                    apart = tl.where(x < seq.start, SPEC.HEAD_DIM, apart)
+                    row += tl.where(x < seq.start, 0, gap(tokens, x, CHANNELS) - SPEC.HEAD_DIM)
+                s = tl.load(row + SPEC.HEAD_DIM, mask=there, other=float("-inf")).to(tl.float32)
             else:
                 old = spread(there & (x < seq.start), SPEC.HEAD_DIM)
+                new = spread(there & (x >= seq.start), SPEC.HEAD_DIM)
                 k_old = tl.load(kept, mask=old, other=0.0).to(tl.float32)
+                k_new = as_kept(tl.load(at + half, mask=new, other=minus_zero()), KEPT, BF16_CONVERSION).to(tl.float32)
                 s_old = tl.load(kept + SPEC.HEAD_DIM, mask=old, other=0.0).to(tl.float32)
-                there = there & (x >= seq.start)
-        # Of live rows the mask is always true, but without it the compiler moves each load to its use. Past L1: `load_live`.
-        there = spread(there, SPEC.HEAD_DIM)
-        others = (minus_zero(), float("-inf"))
-        k, s = load_blocks((row, row + apart), (there, there), others, PAST_L1=SOURCE == "live")
-        k = as_kept(k, KEPT, BF16_CONVERSION)
-        s = as_kept(s, KEPT, BF16_CONVERSION)
-        if SOURCE == "live":
-            k = widen(k)
-            s = widen(s)
-        if MIXED:
-            k = tl.where(old, k_old, k.to(tl.float32))
-            s = tl.where(old, s_old, s.to(tl.float32))
-        ks = ks + (k.to(tl.float32),)
-        ss = ss + (s.to(tl.float32),)
+                s_new = tl.load(at + half + gap(tokens, x, CHANNELS), mask=new, other=float("-inf"))
+                s_new = as_kept(s_new, KEPT, BF16_CONVERSION).to(tl.float32)
+                k = tl.where(old, k_old, k_new)
+                s = tl.where(old, s_old, s_new)
+        ks = ks + (k,)
+        ss = ss + (s,)
         at += tokens.stride
     return ks, ss
 
@@ -115,7 +115,8 @@ def load_live(
 
     KEPT: as in `as_kept`. COUNT: of windows in a row from `window` on, side by side.
     """
-    ats = ()
+    ks = ()
+    ss = ()
     CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
     x = (window - SPEC.OVERLAP) * SPEC.RATIO
     at = live + (x + J0).to(tl.int64) * tokens.stride + channels(SPEC.HEAD_DIM, COUNT)
@@ -125,19 +126,18 @@ def load_live(
         x += behind
     for j in tl.static_range(J0, J0 + ROWS):
         half = 0 if j < SPEC.RATIO * SPEC.OVERLAP else SPEC.OVERLAP * SPEC.HEAD_DIM
-        ats = ats + (at + half, at + half + gap(tokens, x + j, CHANNELS))
+        # Past the L1 cache, which is better used for rows of ape.
+        ks = ks + (as_kept(tl.load(at + half, cache_modifier=".cg"), KEPT, INLINE_PTX),)
+        s = tl.load(at + half + gap(tokens, x + j, CHANNELS), cache_modifier=".cg")
+        ss = ss + (as_kept(s, KEPT, INLINE_PTX),)
         at += tokens.stride
-    rows = load_blocks(ats, None, None, PAST_L1=True)  # L1 is better used for rows of ape
-    found = ()
-    for i in tl.static_range(2 * ROWS):
-        found = found + (as_kept(rows[i], KEPT, INLINE_PTX),)
     if INLINE_PTX:
         # A barrier for the compiler, which would move the last two loads to their use.
         tl.inline_asm_elementwise(
             "bar.warp.sync 0xffffffff; mov.b32 $0, 0;",
             "=r,r", [tl.full((), 0, tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
-    return in_turn(found)
+    return ks, ss
 
 
 @triton.jit
@@ -205,14 +205,13 @@ def load_rows(live, tokens, window, begin, stop, SPEC: tl.constexpr):
     """Input rows of `[begin, stop)`, not yet converted, one for each position of the window."""
     LENGTH: tl.constexpr = 2 * SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
     at = live + (window * SPEC.RATIO).to(tl.int64) * tokens.stride + tl.arange(0, LENGTH)
-    ats = ()
-    theres = ()
+    copies = ()
     for i in tl.static_range(SPEC.RATIO):
         x = window * SPEC.RATIO + i
-        ats = ats + (whole_row(at, tokens, x, LENGTH // 2),)
-        theres = theres + (spread((x >= begin) & (x < stop), LENGTH),)
+        there = spread((x >= begin) & (x < stop), LENGTH)
+        copies = copies + (tl.load(whole_row(at, tokens, x, LENGTH // 2), mask=there, other=0.0),)
         at += tokens.stride
-    return load_blocks(ats, theres, (0.0,) * SPEC.RATIO)
+    return copies
 
 
 @triton.jit
@@ -228,7 +227,7 @@ def keep_row(copy, seq, i, wanted, lo_place, hi_place, SPEC: tl.constexpr):
         row = tl.where(lo, lo_row(lo_place, SPEC) + i, row)
         there = tl.where(lo, spread(wanted & (lo_place >= 0), 2 * CHANNELS), there)
     at = row * (2 * SPEC.HEAD_DIM) + c // CHANNELS * SPEC.HEAD_DIM + c % SPEC.HEAD_DIM
-    store_blocks((seq.rows + at,), (as_kept(copy, KEPT).to(KEPT),), there)
+    tl.store(seq.rows + at, as_kept(copy, KEPT).to(KEPT), mask=there)
 
 
 @triton.jit
@@ -243,14 +242,11 @@ def keep_window(live, tokens, seq, window, begin, stop, SPEC: tl.constexpr, COUN
     keep_tags(seq, lo_place, hi_place, lo_empty, hi_empty, stop - 1, SPEC)
     if (lo_place >= 0) | (hi_place >= 0):
         for base in range(begin, stop, COUNT):
-            ats = ()
-            theres = ()
+            copies = ()
             for i in tl.static_range(COUNT):
                 x = base + i
-                at = live + x.to(tl.int64) * tokens.stride + tl.arange(0, LENGTH)
-                ats = ats + (whole_row(at, tokens, x, LENGTH // 2),)
-                theres = theres + (spread(x < stop, LENGTH),)
-            copies = load_blocks(ats, theres, (0.0,) * COUNT)
+                at = whole_row(live + x.to(tl.int64) * tokens.stride + tl.arange(0, LENGTH), tokens, x, LENGTH // 2)
+                copies = copies + (tl.load(at, mask=spread(x < stop, LENGTH), other=0.0),)
             for i in tl.static_range(COUNT):
                 x = base + i
                 keep_row(copies[i], seq, x - window * SPEC.RATIO, x < stop, lo_place, hi_place, SPEC)
