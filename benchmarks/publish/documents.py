@@ -16,12 +16,12 @@ from pathlib import Path
 
 from ..lib import measured, measured_step, protocol
 from ..lib.measured import Rows
-from . import architecture, layouts, plot, scaling
+from . import architecture, layouts, operators, plot, scaling
 from .plot import Panel
 
 PAGES = (
     "README.md", "docs/configs.md", "docs/engine.md", "docs/parallel.md", "docs/performance.md", "docs/records.md",
-    "docs/training.md",
+    "docs/tensorrt_llm.md", "docs/training.md",
 )  # fmt: skip
 MARKS = re.compile(r"(<!-- made: ([\w-]+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 MISSING = "Not measured yet.\n"
@@ -70,6 +70,7 @@ def parts(rows: Rows) -> dict[str, str]:
         "training": measured.training_summary(rows),
         "metadata": measured.metadata_summary(rows),
         "parallel": scaling.scaling(rows),
+        "trtllm": operators.operators(rows),
     }
     whole = {"step": measured_step.short(rows, "docs/plots"), "whole_step": measured_step.whole(rows)}
     # These bring their own headings and words, and are left out where there are no rows.

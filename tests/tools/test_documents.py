@@ -94,6 +94,10 @@ def sample(folder: Path) -> Path:
             row("plan_metadata", "plan r4 b256 n1", "token slots", 3.5, more_us=0.5),
             row("reserved", CSA_HIT.name, "fold:rows, reserved places", 4.5, more_us=-0.125),
         ],
+        "trtllm": [
+            row("trtllm", "dec hd512 r4 b64 n4 hit", f"{name}:bf16_trtllm", us, ratio=ratio)
+            for name, us, ratio in (("update + compress", 8.5, 1.0), ("pool + finish", 12.75, 1.5))
+        ],
         "step": step_rows(),
         "adapters": [
             row("adapters", "HCA b16 n4 hit", "own", 11.5, engine="vllm", launches=2.0),
@@ -176,6 +180,7 @@ def test_every_bench_has_its_part(tmp_path: Path) -> None:
         "metadata": "| plan r4 b256 n1 | token slots | 3.50 | +0.50 |",
         "step": "| `project_compress` | 700 | 708 | 732 | 828 |",
         "whole_step": "| `torch.mm`, then kvfold | 1,000 | 1,008 | 1,032 | 1,128 |",
+        "trtllm": "| ratio 4, main, 64 requests | 8.5 | - | 12.8 (1.50) | - | - | - |",
         "adapters": "| vLLM | HCA b16 n4 hit | 11.5 (2) | 5.2 (1) | **12.5** (1) |",
         "parallel": "| zigzag | 512 | 264 | 0.52 | 14.3 | 6,160 | 31.8 | 166.3 | 136 (0.27) | 72 (0.14) |\n"
         "| training, ratio 4, main | 262,144 | contiguous | 1000 | 600 | 0.60 | - | 16,384 | - | - | 350 (0.35) | 225 (0.23) |"
