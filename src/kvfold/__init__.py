@@ -11,6 +11,7 @@ from .precompile.aot import aot
 from .precompile.prebuild import prebuild, use_prebuilt
 from .precompile.report import AotReport
 from .precompile.warmup import warmup
+from .project import project_compress, project_compress_many
 from .restore import restore
 from .spec import V4_CSA, V4_HCA, V4_INDEXER, V41_INDEX_K, V41_MAIN_R1, V41_MAIN_R2, CompressorSpec
 from .storage.cache import EntryCache
@@ -47,6 +48,8 @@ __all__ = [
     "dump",
     "ops",
     "prebuild",
+    "project_compress",
+    "project_compress_many",
     "reference",
     "replay",
     "restore",

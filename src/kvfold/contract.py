@@ -14,9 +14,18 @@ LANES, ROWS_OF_A_LANE = 8, 8
 # groups are a window of ratio 4 with overlap. A group of 8 would hold all its scores in registers at once.
 ROWS_AT_ONCE = 4
 
+# The order of the sums of a projection. hidden_dim is cut into CHUNKS_OF_HIDDEN chunks of a multiple of HIDDEN_STEP, the last of
+# which may be shorter or empty. Each is summed by itself, in fp32; then chunk 2i and chunk 2i + 1; then these pairs in order.
+CHUNKS_OF_HIDDEN, HIDDEN_STEP, LEAST_HIDDEN = 8, 64, 256
+
 
 class UnsupportedError(ValueError, NotImplementedError):
     """What was asked for is valid, but kvfold has no kernel or no hook for it; the message says what there is."""
+
+
+def chunk_of_hidden(hidden_dim: int) -> int:
+    """Numbers of a hidden state in each chunk of a projection's sums."""
+    return -(-hidden_dim // (CHUNKS_OF_HIDDEN * HIDDEN_STEP)) * HIDDEN_STEP
 
 
 def pooled_bound(window_rows: int) -> float:

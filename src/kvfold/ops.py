@@ -17,14 +17,15 @@ from torch._subclasses import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from .arguments.checks import check_type
-from .calls.run import run_compress, run_many, run_placed, run_restore, run_store, run_update
+from .calls.check_project import with_room
+from .calls.run import run_compress, run_many, run_placed, run_product, run_restore, run_store, run_update
 from .spec import CompressorSpec, check_spec
 from .storage.cache import EntryCache
 from .storage.fold_state import FoldState
 from .storage.mean_state import MeanState
 from .storage.remembered import check_made
 from .storage.snapshots import Snapshots
-from .storage.step import LIVE, Compressor, Hits, Lengths, Outputs, Placed, PlanData
+from .storage.step import LIVE, Compressor, Hits, Lengths, Outputs, Placed, PlanData, Projection
 from .storage.window_state import WindowState
 
 # Operators are global to a process: each copy of the package, loaded under a name of its own, has its own.
@@ -107,6 +108,19 @@ def compress_many(compressors: Sequence[Compressor], plan: PlanData, backend: st
         return
     first, second = compressors
     _call(OPS.compress_many, *_plan(plan, _FOLD_PLAN), *_fold(first), *_fold(second), backend, pdl)
+
+
+def project(
+    p: Projection, compressors: Sequence[Compressor], plan: PlanData, out: Outputs, backend: str | None, pdl: bool | None
+) -> None:
+    """`kvfold.project_compress`, or of several compressors, while it is traced: its product, and `compress` behind it."""
+    made = with_room(p, compressors)
+    weights, lengths = [weight for weights in p.weights for weight in weights], [len(weights) for weights in p.weights]
+    _call(OPS.project, p.hidden, weights, lengths, [c.kv_score for c in made], p.round_kv_score, backend, pdl)
+    if len(made) == 1:
+        compress(made[0], plan, out, backend, pdl)
+    else:
+        compress_many(made, plan, backend, pdl)
 
 
 def store(c: Compressor, plan: PlanData, backend: str | None, pdl: bool | None) -> None:
@@ -379,6 +393,10 @@ def _store_placed(*args: object) -> None:
     run_placed(Placed(rows, slots, positions, caches, spec, *weights, errors), *how)
 
 
+def _project(hidden: torch.Tensor, weights: list, lengths: list, kv_scores: list, rounded: bool, *how: object) -> None:
+    run_product(Projection(hidden, tuple(tuple(part) for part in _cut(weights, *(range(n) for n in lengths))), rounded), kv_scores, *how)
+
+
 def _restore(*args: object) -> None:
     (text,), state, kept, (*hits, backend) = _cut(args, SPEC, STATE, KEPT, HITS)
     spec = _spec_of(text)
@@ -412,5 +430,6 @@ _define("compress_window", PLAN + TABLES + WINDOW + OUTPUTS + HOW, _compress_win
 _define("compress_many", (*FOLD_PLAN, *(f"{argument}_{i}" for i in (0, 1) for argument in FOLD), *HOW), _compress_many)
 _define("store", ("Tensor rows", *PLAN, *SPEC, *CACHE, *WEIGHTS[1:], *HOW), _store)
 _define("store_placed", PLACES + SPEC + CACHE + ALSO + WEIGHTS[1:] + HOW, _store_placed)
+_define("project", ("Tensor hidden", "Tensor[] weights", "SymInt[] tensors", "Tensor![] kv_scores", "bool rounded", *HOW), _project)
 _define("restore", SPEC + STATE + KEPT + HITS, _restore)
 _define("update", ("Tensor start_pos", "Tensor cu_seqlens", "bool totals", *WHOLE_PLAN), _update)

@@ -160,6 +160,57 @@ class Compressor(NamedTuple):
     output: Output
 
 
+class Hidden(NamedTuple):
+    """Hidden states of a step's tokens: `count` rows, `stride` elements apart."""
+
+    rows: Annotated[Any, "*bf16"] = None
+    stride: Stride = 0
+    count: Int = 0
+
+
+class Weights(NamedTuple):
+    """Of a projection: a row for each of the `columns` of its sums, in up to four tensors one behind the other.
+
+    cut_1, gap_1: from column `cut_1` on, how many elements further a row lies than if it stood behind the one before.
+    """
+
+    rows: Annotated[Any, "*bf16"] = None
+    columns: Int = 0
+    cut_1: Int = None
+    gap_1: Stride = None
+    cut_2: Int = None
+    gap_2: Stride = None
+    cut_3: Int = None
+    gap_3: Stride = None
+
+
+class Sums(NamedTuple):
+    """Where a projection goes: rows of `kv_score`, `stride` elements apart; or parts of them, `part` elements apart."""
+
+    rows: Floats = None
+    stride: Stride = 0
+    part: Stride = None
+
+
+class ProjectArguments(NamedTuple):
+    """Of the product of `project_compress`."""
+
+    hidden: Hidden
+    weights: Weights
+    sums: Sums
+
+
+class AddArguments(NamedTuple):
+    """Of what adds the parts of a product: how many rows of how many columns; kv_score is `rows`, `stride` elements apart."""
+
+    parts: Floats
+    count: Int
+    columns: Int
+    part: Stride
+    kv_score: Floats
+    stride: Stride
+
+
 class WindowArguments(NamedTuple):
     """Of `compress` over a `WindowState`.
 
@@ -310,6 +361,7 @@ class Target:
     FAST_DIVISION: it has a division in two instructions for divisors that are neither tiny nor huge.
     COHERENT_STORES: other programs of the same launch see a plain store while it runs (NVIDIA's memory model).
     INLINE_PTX: it runs PTX.
+    BF16_PRODUCTS: its matrix units take bf16 as it is. SHARED_BYTES: of shared memory that a program may have.
     """
 
     BF16_CONVERSION: bool = False
@@ -318,6 +370,8 @@ class Target:
     COHERENT_STORES: bool = False
     INLINE_PTX: bool = False
     THREADS_PER_WARP: int = 32
+    BF16_PRODUCTS: bool = False
+    SHARED_BYTES: int = 0
 
 
 @dataclass(frozen=True)
@@ -325,15 +379,34 @@ class Schedule:
     """How the work is cut: of a row of the table (`table.Config`), which says what each means.
 
     SLICE: channels of a program's part of an entry. PDL: launched as a dependent of the launch before it. MULTIPROCESSORS: of
-    the GPU.
+    the GPU. PARTS: of which each new number is a sum, 0 where it is one; ROUNDED: to bf16 then.
     """
 
     AHEAD: int = 0
     TOGETHER: int = 0
     SLICE: int = 0
+    PARTS: int = 0
+    ROUNDED: bool = False
     PDL: bool = False
     MULTIPROCESSORS: int = MULTIPROCESSORS
     TARGET: Target = Target()
+
+
+@dataclass(frozen=True)
+class Product:
+    """How a projection is cut, of a row of its table (`table.Tiling`), and the order of its sums.
+
+    HIDDEN_DIM: numbers of a hidden state. CHUNK: that one chain of instructions sums. COLUMNS, TOKENS, DEPTH: of a tile.
+    PARTS: programs that share a tile, a part of hidden_dim to each. STAGES: tiles under way at once.
+    """
+
+    HIDDEN_DIM: int
+    CHUNK: int
+    COLUMNS: int
+    TOKENS: int
+    DEPTH: int
+    PARTS: int
+    STAGES: int
 
 
 class Sequence(NamedTuple):
@@ -366,6 +439,21 @@ class Tags(NamedTuple):
     lo_other: object
     hi_home: object
     hi_other: object
+
+
+class Live(NamedTuple):
+    """The tokens of a work item: `Tokens`, counted from its position 0.
+
+    part: where each number of kv_score is a sum of several, elements from one to the next (kernels/parts.py).
+    """
+
+    kv_score: object
+    stride: object
+    count: object
+    ape: object
+    apart: object
+    skew: object
+    part: object
 
 
 class Kept(NamedTuple):

@@ -16,7 +16,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from .args import LOOSE, STRIDE, Schedule, Target
-from .kernels import entry, plan, restore, window
+from .kernels import entry, plan, project, restore, window
 from .table import MULTIPROCESSORS
 
 KERNELS = {
@@ -26,6 +26,8 @@ KERNELS = {
     "store": entry.store_kernel,
     "plan": plan.plan_kernel,
     "restore": restore.restore_kernel,
+    "project": project.project_kernel,
+    "add": project.add_kernel,
 }
 INTERPRETED = not isinstance(entry.step_kernel, JITFunction)
 
@@ -40,7 +42,17 @@ def facts_of(target: GPUTarget) -> Target:
         COHERENT_STORES=nvidia,
         INLINE_PTX=nvidia,
         THREADS_PER_WARP=target.warp_size,
+        BF16_PRODUCTS=True,
+        SHARED_BYTES=_shared_bytes(target) - 2048,  # for what a kernel has besides its tiles
     )
+
+
+def _shared_bytes(target: GPUTarget) -> int:
+    """Shared memory that a program may have, by the vendors' tables."""
+    if target.backend == "cuda":
+        large = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227, 110: 227}
+        return large.get(target.arch, 99) << 10
+    return (160 if target.arch == "gfx950" else 64) << 10
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ equal: they differ in length, in types, or in the kind of the table's row.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
@@ -15,13 +16,13 @@ import torch
 from ..spec import CompressorSpec
 from ..storage.fold_state import state_kind
 from ..storage.formats import RecordFormat
-from .table import ANY, BUCKETS, Config, choose, pair_buckets
+from .table import ANY, BUCKETS, Config, Tiling, choose, pair_buckets
 
 
 class Types(NamedTuple):
     """Dtypes of a call's tensors, None for those that it has not; whether its plan has entry slots, and it latents.
 
-    apart: values and scores are two tensors.
+    apart: values and scores are two tensors. parts: of which each number of them is a sum, 0 for none; rounded: to bf16 then.
     """
 
     kv_score: torch.dtype
@@ -31,6 +32,8 @@ class Types(NamedTuple):
     entry_slots: bool
     latent: bool = False
     apart: bool = False
+    parts: int = 0
+    rounded: bool = False
 
 
 class StepKey(NamedTuple):
@@ -100,7 +103,26 @@ class PlanKey(NamedTuple):
     metadata: bool = False
 
 
-Key = StepKey | PairKey | WindowKey | StoreKey | RestoreKey | PlanKey
+class ProjectKey(NamedTuple):
+    """Of a projection. tensors: that weights are in, 1, 2 or 4. sums: the dtype of what it makes; rounded: to bf16 in any."""
+
+    hidden_dim: int
+    config: Tiling
+    tensors: int
+    sums: torch.dtype
+    rounded: bool = False
+
+
+class AddKey(NamedTuple):
+    """Of what adds the parts of a projection. sums, rounded: as of `ProjectKey`."""
+
+    parts: int
+    sums: torch.dtype
+    rounded: bool
+    what: str = "add"
+
+
+Key = StepKey | PairKey | WindowKey | StoreKey | RestoreKey | PlanKey | ProjectKey | AddKey
 
 
 def step_key(
@@ -117,6 +139,12 @@ def step_key(
     # Snapshots take the row for many windows, which has whole rows. No item of fold rows is longer than a window.
     bound = max_new_tokens if kind == "rows" else min(max_new_tokens, spec.ratio)
     return StepKey(spec, fmt, choose(kind, spec, bound, ANY if snapshots else bucket), Types(*types), snapshots)
+
+
+@lru_cache(maxsize=256)
+def is_short(kind: str, spec: CompressorSpec, max_new_tokens: int) -> bool:
+    """Whether calls over a state of this kind have a program for each work item."""
+    return step_key(spec, None, kind, max_new_tokens, (None,) * 5).config.programs == 0
 
 
 def window_key(

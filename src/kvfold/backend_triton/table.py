@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..contract import UnsupportedError
+from ..contract import HIDDEN_STEP, UnsupportedError
 from ..spec import CompressorSpec
 
 ANY = (1 << 31) - 1
@@ -154,6 +154,48 @@ ROWS: tuple[Row, ...] = (
     _scaled(_row("store", ANY, ahead=1, num_warps=1)),
 )  # fmt: skip
 CONFIGS: Row = tuple(config for row in ROWS for config in row)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """A row of the table of projections. It serves steps of up to `max_tokens` tokens; of several, the first one.
+
+    Attributes:
+        columns, tokens: of kv_score, in a tile, which is a program's. Columns are at least 64, so that Hopper has one kind of
+            instruction for all of them; any value then gives the same bits.
+        depth: numbers of hidden states and weights that a tile takes at once. Any value gives the same bits.
+        parts: programs that share a tile, a part of hidden_dim each: 8, 4 or 1. Any of these gives the same bits.
+        stages: of `depth` numbers that are under way at once; fewer on a GPU that has not the room.
+        num_warps: per program. Any value gives the same bits.
+    """
+
+    max_tokens: int
+    columns: int
+    tokens: int
+    depth: int
+    parts: int
+    stages: int
+    num_warps: int
+
+    def depth_for(self, chunk: int) -> int:
+        """No tile is of two chunks."""
+        return self.depth if chunk % self.depth == 0 else HIDDEN_STEP
+
+
+TILINGS: tuple[Tiling, ...] = (
+    Tiling(16, columns=64, tokens=16, depth=128, parts=8, stages=6, num_warps=4),
+    Tiling(32, columns=64, tokens=32, depth=128, parts=8, stages=5, num_warps=4),
+    Tiling(64, columns=64, tokens=64, depth=128, parts=8, stages=4, num_warps=4),
+    Tiling(128, columns=64, tokens=128, depth=128, parts=8, stages=4, num_warps=4),
+    Tiling(512, columns=128, tokens=128, depth=64, parts=8, stages=5, num_warps=8),
+    Tiling(2048, columns=128, tokens=128, depth=64, parts=4, stages=5, num_warps=8),
+    Tiling(ANY, columns=128, tokens=128, depth=64, parts=1, stages=6, num_warps=8),
+)
+
+
+def tiling(tokens: int) -> Tiling:
+    """The row that serves a step of so many tokens."""
+    return next(row for row in TILINGS if tokens <= row.max_tokens)
 
 
 def item_bucket(windows: int, multiprocessors: int, buckets: tuple[float, ...] = BUCKETS) -> float:

@@ -8,20 +8,21 @@ from typing import Any
 
 import torch
 
-from ..contract import LANES, ROWS_OF_A_LANE
+from ..contract import LANES, ROWS_OF_A_LANE, chunk_of_hidden
 from ..spec import CompressorSpec
 from ..storage.fold_state import state_kind
 from ..storage.formats import FORMATS, RecordFormat
 from . import args
-from .args import LOOSE, Format, Schedule, Spec, flat, types_of
+from .args import LOOSE, Format, Product, Schedule, Spec, flat, types_of
 from .build import Variant
 from .kernels.plan import NUM_WARPS, SCAN
 from .kernels.plan_items import SEQUENCES
 from .kernels.plan_metadata import SCAN_METADATA, WARPS_METADATA
-from .keys import Key, PairKey, PlanKey, RestoreKey, StepKey, StoreKey, Types, WindowKey
+from .keys import AddKey, Key, PairKey, PlanKey, ProjectKey, RestoreKey, StepKey, StoreKey, Types, WindowKey
 from .table import MULTIPROCESSORS, Config
 
 INDICES = {torch.int32: LOOSE + "*i32", torch.int64: LOOSE + "*i64", None: None}
+ADDED_AT_ONCE = 512  # columns of a row of kv_score whose parts a program adds
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", None: None}
 
 
@@ -31,7 +32,8 @@ def variant_of(key: Key, aligned: bool, pdl: bool, multiprocessors: int = MULTIP
 
 def step_variant(key: StepKey) -> Variant:
     slices = slices_of(key.spec, key.config)
-    arguments = _plan(key.types), _snap_table(key.snapshots), _compressor(key, slices)
+    part = args.STRIDE if key.types.parts else None
+    arguments = _plan(key.types), _snap_table(key.snapshots), _compressor(key, slices), part
     return _variant("step", arguments, key.config.num_warps, key.config.registers, **_constants(key, slices))
 
 
@@ -136,6 +138,27 @@ def plan_variant(key: PlanKey) -> Variant:
     return _variant("plan", arguments, warps, RATIO=key.ratio, SEQUENCES=SEQUENCES, WINDOWS=key.windows, SCAN=scan)
 
 
+def project_variant(key: ProjectKey) -> Variant:
+    config, chunk = key.config, chunk_of_hidden(key.hidden_dim)
+    absent = ["cut_1", "gap_1"] * (key.tensors < 2) + ["cut_2", "gap_2", "cut_3", "gap_3"] * (key.tensors < 4)
+    sums = types_of(args.Sums, rows=POINTERS[key.sums])
+    arguments = args.ProjectArguments(
+        types_of(args.Hidden),
+        types_of(args.Weights)._replace(**dict.fromkeys(absent)),
+        sums._replace(part=None) if config.parts == 1 else sums,
+    )
+    depth = config.depth_for(chunk)
+    made = Product(
+        key.hidden_dim, chunk, config.columns, config.tokens, depth, config.parts, config.stages * (config.depth // depth)
+    )
+    return _variant("project", arguments, config.num_warps, HOW=Schedule(ROUNDED=key.rounded), P=made)
+
+
+def add_variant(key: AddKey) -> Variant:
+    arguments = types_of(args.AddArguments, kv_score=POINTERS[key.sums])
+    return _variant("add", arguments, 4, HOW=Schedule(PARTS=key.parts, ROUNDED=key.rounded), SIZE=ADDED_AT_ONCE)
+
+
 # By the kind of key; training adds its own (training/variants.py).
 VARIANTS: dict[type, Callable[[Any], Variant]] = {
     StepKey: step_variant,
@@ -144,6 +167,8 @@ VARIANTS: dict[type, Callable[[Any], Variant]] = {
     StoreKey: store_variant,
     RestoreKey: restore_variant,
     PlanKey: plan_variant,
+    ProjectKey: project_variant,
+    AddKey: add_variant,
 }
 
 
@@ -210,7 +235,9 @@ def _constants(key: StepKey, slices: int) -> dict[str, object]:
     ahead = config.ahead if kind in ("fold", "mean") else min(config.ahead, spec.window_rows)
     together = config.together if kind == "fold" or draws_items(spec, config) else 1
     return {
-        "HOW": Schedule(ahead, together if config.programs else 0, spec.head_dim // slices),
+        "HOW": Schedule(
+            ahead, together if config.programs else 0, spec.head_dim // slices, key.types.parts, key.types.rounded
+        ),
         "SPEC": replace(spec_of(spec), OVERLAP=int(spec.overlap), KIND=kind),
         "FMT": format_of(key.fmt, spec),
     }

@@ -88,7 +88,7 @@ def _check_one(c: Compressor, plan: PlanData, backend: str | None) -> tuple[str,
         chosen = choose_backend(backend, name, x)
         check_spec("spec", spec)
         width = spec.head_dim << (spec.overlap + (spec.gate and len(parts) == 1))
-        spans.append((name, x, *_check_tokens(name, x, width)))
+        spans.append((name, x, *check_tokens(name, x, width)))
     if len(spans) == 2:
         _check_two(c)
     met = _known(c, plan) or _check_fixed(c, plan)
@@ -100,7 +100,7 @@ def _check_one(c: Compressor, plan: PlanData, backend: str | None) -> tuple[str,
             raise TypeError(f"{name} must be torch.bfloat16, {why}, got torch.float32")
         room = met.rooms.get(name, NO_ROOM)
         if start < room[0] or end > room[1]:
-            _check_room(name, x, False, start, end, c, plan, met)
+            check_room(name, x, False, start, end, c, plan, met)
     return chosen, met, spans
 
 
@@ -115,7 +115,7 @@ def _check_outputs(c: Compressor, plan: PlanData, out: Outputs, met: Met, parts:
         check_tensor(name, x, plan.rows_shape(c.spec), dtypes, met.device)
         start = x.data_ptr()
         end = start + x.nbytes
-        _check_room(name, x, True, start, end, c, plan, met)
+        check_room(name, x, True, start, end, c, plan, met)
         for spans, too in ((parts, False), (written, True)):
             for other, y, first, behind in spans:
                 if start < behind and first < end:
@@ -123,7 +123,7 @@ def _check_outputs(c: Compressor, plan: PlanData, out: Outputs, met: Met, parts:
         written.append((name, x, start, end))
 
 
-def _check_tokens(name: str, x: torch.Tensor, width: int) -> tuple[int, int]:
+def check_tokens(name: str, x: torch.Tensor, width: int) -> tuple[int, int]:
     """Checks a tensor of a step's tokens; returns the address of its first byte, and the one behind its last."""
     check_real_memory(name, x)
     dtype, shape = x.dtype, x.shape
@@ -199,7 +199,7 @@ def _check_pair(first: Compressor, second: Compressor, plan: PlanData, found: li
         for name, x, start, end in parts:
             room = met.rooms.get(f"the other {name}", NO_ROOM)
             if start < room[0] or end > room[1]:
-                _check_room(f"the other {name}", x, False, start, end, other, plan, met)
+                check_room(f"the other {name}", x, False, start, end, other, plan, met)
 
 
 def _known(c: Compressor, plan: PlanData) -> Met | None:
@@ -358,7 +358,7 @@ def _places(c: Compressor) -> list[Place]:
     return written + [Place(name, weight) for name, weight in weights if weight is not None]
 
 
-def _check_room(
+def check_room(
     name: str, x: torch.Tensor, written: bool, start: int, end: int, c: Compressor, plan: PlanData, met: Met
 ) -> None:
     """Checks that a tensor, from `start` to `end`, shares nothing with layer and plan.
@@ -384,7 +384,7 @@ def check_store(c: Compressor, plan: PlanData, backend: str | None) -> str:
     met = _meet(c, plan)
     check_tensor("rows", rows, plan.rows_shape(c.spec), _FLOATS, cache.device)
     start = rows.data_ptr()
-    _check_room("rows", rows, False, start, start + rows.nbytes, c, plan, met)
+    check_room("rows", rows, False, start, start + rows.nbytes, c, plan, met)
     return chosen
 
 

@@ -81,6 +81,23 @@ class Outputs(NamedTuple):
 NO_OUTPUTS = Outputs()
 
 
+class Projection(NamedTuple):
+    """What kv_score is made of, and to what it is rounded; the arguments are those of `project_compress`.
+
+    weights: of each compressor, one tensor or two. stacked: the one tensor that holds those of all, where there is one.
+    """
+
+    hidden: torch.Tensor
+    weights: tuple[tuple[torch.Tensor, ...], ...]
+    round_kv_score: bool
+    stacked: torch.Tensor | None = None
+
+    @property
+    def sums_in(self) -> torch.dtype:
+        """The dtype of a kv_score that nobody asked for."""
+        return torch.bfloat16 if self.round_kv_score else torch.float32
+
+
 class Hits(NamedTuple):
     """What `restore` is to do, slot by slot; the arguments are its own."""
 

@@ -36,7 +36,7 @@ def prefetch_pieces(at, wanted, SIZE: tl.constexpr):
 
 
 @triton.jit
-def prefetch_fold(live, tokens, seq, last, begin, stop, resumes, SPEC: tl.constexpr, AHEAD: tl.constexpr):
+def prefetch_fold(live, tokens, seq, last, begin, stop, resumes, HOW: tl.constexpr, SPEC: tl.constexpr):
     """What a short step over fold rows loads: the row at home `last`, tags, and positions `[begin, stop)`, AHEAD at most."""
     LINES: tl.constexpr = (SPEC.HEAD_DIM * 4 + 127) // 128
     STEP: tl.constexpr = 128 if SPEC.HEAD_DIM >= 32 else SPEC.HEAD_DIM * 4
@@ -46,7 +46,8 @@ def prefetch_fold(live, tokens, seq, last, begin, stop, resumes, SPEC: tl.conste
     first = seq.tags.to(tl.int64, bitcast=True)
     e = tl.arange(0, 2)
     prefetch_lines(first + e * (seq.ring * 4), e >= 0)
-    prefetch_tokens(live, tokens, begin, stop, AHEAD, SPEC.HEAD_DIM)
+    if HOW.PARTS == 0:  # parts are in L2 as the launch before leaves them
+        prefetch_tokens(live, tokens, begin, stop, HOW.AHEAD, SPEC.HEAD_DIM)
 
 
 @triton.jit

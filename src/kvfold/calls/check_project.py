@@ -1,0 +1,144 @@
+"""What `project_compress` and `project_compress_many` may be given, besides what `compress` may (checks.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+
+import torch
+
+from ..arguments.checks import check_device, check_dtype, check_real_memory, check_shape, check_switch, check_tensor, check_type
+from ..arguments.overlap import Place, check_apart, extent
+from ..contract import HIDDEN_STEP, LEAST_HIDDEN
+from ..spec import check_spec
+from ..storage.step import Compressor, Outputs, PlanData, Projection, owner_of
+from .checks import check_room, check_tokens, choose_backend
+
+_BF16 = (torch.bfloat16,)
+
+
+def projection_of(hidden: torch.Tensor, weight: object, specs: Sequence[object], round_kv_score: bool) -> Projection:
+    """What a call is given as `hidden` and `weight`, of one compressor or, where `weight` may be a list, of several."""
+    check_type("hidden", hidden, torch.Tensor)
+    check_switch("round_kv_score", round_kv_score)
+    if round_kv_score is None:
+        raise TypeError("round_kv_score must be a bool, got NoneType")
+    for i, spec in enumerate(specs):
+        check_spec("spec" if len(specs) == 1 else f"compressors[{i}]: spec", spec)
+    check_shape("hidden", hidden, (None, None))
+    if isinstance(weight, torch.Tensor):
+        widths = [spec.kv_score_width for spec in specs]
+        check_shape("weight", weight, (sum(widths), hidden.shape[1]))
+        return Projection(hidden, tuple((part,) for part in weight.split(widths)), round_kv_score, weight)
+    return Projection(hidden, tuple(_parts(name, given) for name, given in _given(weight, specs)), round_kv_score)
+
+
+def _given(weight: object, specs: Sequence[object]) -> list[tuple[str, object]]:
+    if len(specs) == 1:
+        return [("weight", weight)]
+    if not isinstance(weight, (list, tuple)) or len(weight) != len(specs):
+        raise TypeError(f"weight must be a torch.Tensor or {len(specs)} of them, got {_told(weight)}")
+    return [(f"weight[{i}]", given) for i, given in enumerate(weight)]
+
+
+def _parts(name: str, given: object) -> tuple[torch.Tensor, ...]:
+    if isinstance(given, torch.Tensor):
+        return (given,)
+    if not isinstance(given, tuple) or len(given) != 2 or not all(isinstance(x, torch.Tensor) for x in given):
+        raise TypeError(f"{name} must be a torch.Tensor, or a tuple of two, of values and of scores, got {_told(given)}")
+    return given
+
+
+def _told(given: object) -> str:
+    return f"{type(given).__name__} of {len(given)}" if isinstance(given, (list, tuple)) else type(given).__name__
+
+
+def check_hidden(p: Projection, backend: str | None) -> str:
+    """Checks the hidden states; returns the backend to use."""
+    hidden = p.hidden
+    check_type("hidden", hidden, torch.Tensor)
+    chosen = choose_backend(backend, "hidden", hidden)
+    check_real_memory("hidden", hidden)
+    check_dtype("hidden", hidden, _BF16)
+    check_shape("hidden", hidden, (None, None))
+    width = hidden.shape[1]
+    if width % HIDDEN_STEP or width < LEAST_HIDDEN:
+        raise ValueError(f"hidden must be a multiple of {HIDDEN_STEP} and at least {LEAST_HIDDEN} numbers wide, got {width}")
+    check_tokens("hidden", hidden, width)
+    return chosen
+
+
+def check_product(p: Projection, kv_scores: Sequence[torch.Tensor], backend: str | None) -> str:
+    """Checks all that makes kv_score, and what receives it; returns the backend to use."""
+    chosen, hidden = check_hidden(p, backend), p.hidden
+    for i, x in enumerate(kv_scores):
+        name = "kv_score" if len(kv_scores) == 1 else f"compressors[{i}]: kv_score"
+        _check_kv_score(name, x, p)
+    for name, weight, columns in _named(p, [x.shape[1] for x in kv_scores]):
+        check_tensor(name, weight, (columns, hidden.shape[1]), _BF16, hidden.device)
+    return chosen
+
+
+def _named(p: Projection, widths: Sequence[int]) -> list[tuple[str, torch.Tensor, int]]:
+    """Weights, with the names that errors have for them, and how many rows they must have."""
+    if p.stacked is not None:
+        return [("weight", p.stacked, sum(widths))]
+    found = []
+    for i, (weights, width) in enumerate(zip(p.weights, widths, strict=True)):
+        name = "weight" if len(widths) == 1 else f"weight[{i}]"
+        names = (name,) if len(weights) == 1 else (f"{name}[0]", f"{name}[1]")
+        found += [(one, weight, width // len(weights)) for one, weight in zip(names, weights, strict=True)]
+    return found
+
+
+def _check_kv_score(name: str, x: torch.Tensor, p: Projection) -> None:
+    check_type(name, x, torch.Tensor)
+    check_shape(name, x, (None, None))
+    check_tokens(name, x, x.shape[1])
+    check_device(name, x, p.hidden.device)
+    count = p.hidden.shape[0]
+    if x.shape[0] != count:
+        raise ValueError(f"{name} must have {count} rows like hidden, got {x.shape[0]}")
+    if x.dtype is torch.bfloat16 and not p.round_kv_score:
+        raise ValueError(f"round_kv_score must be True for a {name} in torch.bfloat16, got False")
+    if count > 1 and x.stride(0) < x.shape[1]:
+        raise ValueError(f"{name} must have rows apart from each other, as they are written, got strides {tuple(x.stride())}")
+
+
+def with_room(p: Projection, compressors: Sequence[Compressor], parts: int = 0) -> list[Compressor]:
+    """The compressors with a kv_score: the caller's, or one of their own; of that the first of so many `parts`, in fp32."""
+    widths = [c.spec.kv_score_width for c in compressors]
+    columns = sum(width for width, c in zip(widths, compressors, strict=True) if c.kv_score is None)
+    own = None
+    if columns:
+        count, dtype = p.hidden.shape[0], torch.float32 if parts else p.sums_in
+        own = torch.empty((max(parts, 1), count, columns), dtype=dtype, device=p.hidden.device)[0]
+    made, at = [], 0
+    for width, c in zip(widths, compressors, strict=True):
+        if c.kv_score is None:
+            c, at = c._replace(kv_score=own[:, at : at + width]), at + width
+        made.append(c)
+    return made
+
+
+def check_projected(p: Projection, compressors: Sequence[Compressor], plan: PlanData, out: Outputs) -> None:
+    """Checks that what a call writes shares no byte with hidden states, weights, and a kv_score that was given."""
+    named = _named(p, [c.spec.kv_score_width for c in compressors])
+    read = [Place("hidden", p.hidden), *(Place(name, weight) for name, weight, _ in named)]
+    written = [Place("kv_score", c.kv_score, True) for c in compressors if c.kv_score is not None]
+    for c in compressors:
+        met = owner_of(c, plan)._layer.plans[id(plan)]
+        for name, x, writes, _ in (*read, *written):
+            check_room(name, x, writes, *extent(x), c, plan, met)
+    written += [Place(name, x, True) for name, x in (("rows", out.rows), ("latent", out.latent)) if x is not None]
+    for one, other in product(read, written):
+        _check_apart(one, other)
+    for i, one in enumerate(written):
+        for other in written[i + 1 :]:
+            _check_apart(one, other)
+
+
+def _check_apart(one: Place, other: Place) -> None:
+    (start, end), (first, behind) = extent(one.tensor), extent(other.tensor)
+    if start < behind and first < end:
+        check_apart((one, other))
