@@ -8,14 +8,17 @@ from __future__ import annotations
 import argparse
 import time
 from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 
 import torch
 import triton
 
 import kvfold
 from kvfold.backend_triton.keys import (
+    AddKey,
     Key,
     PairKey,
+    ProjectKey,
     StepKey,
     StoreKey,
     WindowKey,
@@ -25,7 +28,7 @@ from kvfold.backend_triton.keys import (
     store_key,
     window_key,
 )
-from kvfold.backend_triton.table import BUCKETS, MULTIPROCESSORS, item_bucket, pair_buckets
+from kvfold.backend_triton.table import BUCKETS, MULTIPROCESSORS, TILINGS, item_bucket, pair_buckets, tiling
 from kvfold.backend_triton.variants import variant_of
 from kvfold.precompile.combinations import TARGETS
 from kvfold.storage.fold_state import state_kind
@@ -40,6 +43,7 @@ from . import decode, launches, metadata, overhead, parallel, prefill, store, tr
 from .v41 import name_of
 
 BF16, FP32 = torch.bfloat16, torch.float32
+HIDDEN_DIMS = (4096, 7168)  # of V4-Flash and V4-Pro
 WAYS = (False, True)  # a call is launched in: as a dependent or not
 
 
@@ -129,6 +133,26 @@ def model_keys() -> dict[str, Key]:
     return found
 
 
+def project_keys() -> dict[str, Key]:
+    """Of the calls of `project_compress` and `project_compress_many` in a step of V4, by both models' hidden_dim."""
+    found: dict[str, Key] = {f"project add {parts}": AddKey(parts, FP32, False) for parts in (8, 4)}
+    for width, config in product(HIDDEN_DIMS, TILINGS):
+        found[f"project h{width} t{config.max_tokens}"] = ProjectKey(width, config, 1, FP32)
+    main, indexer = FORMATS["fp8_ds_mla"], FORMATS["indexer_mxfp4"]
+    for new, batch in product((1, 4), (1, 16, 64, 256)):
+        parts = tiling(new * batch).parts
+        types = (FP32, FP32, None, FP32, True)
+        found[f"project r128 b{batch} n{new}"] = step_key(
+            kvfold.V4_HCA, main, "fold", new, (*types, False, False, parts, False) if parts > 1 else types
+        )
+        bucket = item_bucket(2 * batch, MULTIPROCESSORS, pair_buckets({"rows"}))
+        found[f"project r4 b{batch} n{new}"] = PairKey(
+            step_key(kvfold.V4_CSA, main, "rows", new, types, bucket=bucket),
+            step_key(kvfold.V4_INDEXER, indexer, "rows", new, types, bucket=bucket),
+        )
+    return found
+
+
 def keys(only: str = "") -> list[Key]:
     """Of the calls of `decode`, `prefill`, `launches`, `training`, `model_step` and those of an engine, by what needs them.
 
@@ -146,7 +170,7 @@ def keys(only: str = "") -> list[Key]:
     found |= {f"launches {case.name}": key_of(case, launches.POOL, FP32) for case in launches.CASES}
     for spec in (kvfold.V4_HCA, kvfold.V4_CSA):
         found[f"launches store r{spec.ratio}"] = store_key(spec, FORMATS[launches.FORMAT], (FP32, FP32))
-    found |= engine_keys() | model_keys()
+    found |= engine_keys() | model_keys() | project_keys()
     if "parallel" in only:
         found |= parallel_keys()
     for case in training.cases():
@@ -163,9 +187,9 @@ def build(job: tuple[Key, bool, str]) -> None:
     variant_of(key, True, pdl).compile(TARGETS[target])
 
 
-def compile_all(wanted: list[Key], target: str) -> str:
-    """All at once, in both ways; a kernel that fails ends it. Returns what was done."""
-    start, jobs = time.perf_counter(), [(key, pdl, target) for key in wanted for pdl in WAYS]
+def compile_all(wanted: list[Key], target: str, ways: tuple[bool, ...] = WAYS) -> str:
+    """All at once, in both ways or in one; a kernel that fails ends it. Returns what was done."""
+    start, jobs = time.perf_counter(), [(key, pdl, target) for key in wanted for pdl in ways]
     with ProcessPoolExecutor() as pool:
         list(pool.map(build, jobs))
     return f"{len(jobs)} kernels by Triton {triton.__version__} in {time.perf_counter() - start:.0f} s"

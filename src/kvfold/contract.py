@@ -14,8 +14,8 @@ LANES, ROWS_OF_A_LANE = 8, 8
 # groups are a window of ratio 4 with overlap. A group of 8 would hold all its scores in registers at once.
 ROWS_AT_ONCE = 4
 
-# The order of the sums of a projection. hidden_dim is cut into CHUNKS_OF_HIDDEN chunks of a multiple of HIDDEN_STEP, the last of
-# which may be shorter or empty. Each is summed by itself, in fp32; then chunk 2i and chunk 2i + 1; then these pairs in order.
+# The order of the sums of a projection. hidden_dim is cut into CHUNKS_OF_HIDDEN chunks of a multiple of HIDDEN_STEP, the last
+# of which may be shorter or empty. Each is summed by itself, in fp32; then chunks 2i and 2i + 1; then these pairs in order.
 CHUNKS_OF_HIDDEN, HIDDEN_STEP, LEAST_HIDDEN = 8, 64, 256
 
 

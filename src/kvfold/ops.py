@@ -60,6 +60,9 @@ UNGATED = (*TOKENS, *ONE)
 OUTPUTS = ("Tensor!? rows", "Tensor!? latent")
 HOW = ("str? backend", "bool? pdl")
 KEPT = ("Tensor snapshot_rows", "Tensor snapshot_positions", "SymInt page_size")  # SNAPSHOTS that are there, and only read
+HIDDEN = (
+    "Tensor hidden", "Tensor[] weights", "SymInt[] tensors", "Tensor![] kv_scores", "bool round_kv_score",
+)  # fmt: skip
 HITS = ("Tensor slots", "Tensor pages", "Tensor start_pos", "Tensor! errors", "str? backend")
 WHOLE_PLAN = (
     "Tensor? state_slots", "Tensor? cache_block_table", "SymInt? rows_per_page", "Tensor! own_start_pos",
@@ -393,8 +396,9 @@ def _store_placed(*args: object) -> None:
     run_placed(Placed(rows, slots, positions, caches, spec, *weights, errors), *how)
 
 
-def _project(hidden: torch.Tensor, weights: list, lengths: list, kv_scores: list, rounded: bool, *how: object) -> None:
-    run_product(Projection(hidden, tuple(tuple(part) for part in _cut(weights, *(range(n) for n in lengths))), rounded), kv_scores, *how)
+def _project(hidden: torch.Tensor, weights: list, tensors: list, kv_scores: list, round_kv_score: bool, *how: object) -> None:
+    parts = _cut(weights, *(range(count) for count in tensors))
+    run_product(Projection(hidden, tuple(tuple(part) for part in parts), round_kv_score), kv_scores, *how)
 
 
 def _restore(*args: object) -> None:
@@ -430,6 +434,6 @@ _define("compress_window", PLAN + TABLES + WINDOW + OUTPUTS + HOW, _compress_win
 _define("compress_many", (*FOLD_PLAN, *(f"{argument}_{i}" for i in (0, 1) for argument in FOLD), *HOW), _compress_many)
 _define("store", ("Tensor rows", *PLAN, *SPEC, *CACHE, *WEIGHTS[1:], *HOW), _store)
 _define("store_placed", PLACES + SPEC + CACHE + ALSO + WEIGHTS[1:] + HOW, _store_placed)
-_define("project", ("Tensor hidden", "Tensor[] weights", "SymInt[] tensors", "Tensor![] kv_scores", "bool rounded", *HOW), _project)
+_define("project", (*HIDDEN, *HOW), _project)
 _define("restore", SPEC + STATE + KEPT + HITS, _restore)
 _define("update", ("Tensor start_pos", "Tensor cu_seqlens", "bool totals", *WHOLE_PLAN), _update)

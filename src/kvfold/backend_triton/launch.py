@@ -117,7 +117,9 @@ def compress_triton(c: Compressor, plan: PlanData, out: Outputs, pdl: bool | Non
     chosen = call.chosen
     brought, strides = _brought(c, plan, out, chosen.slices, chosen.draws[0])
     brought = plan.room(*out), *brought, parts.step
-    call.launch(min(grid * chosen.slices, chosen.programs), brought, strides | (parts.step or 0), use_pdl(pdl, plan, met.device))
+    call.launch(
+        min(grid * chosen.slices, chosen.programs), brought, strides | (parts.step or 0), use_pdl(pdl, plan, met.device)
+    )
 
 
 def compress_pair_triton(pair: tuple[Compressor, Compressor], plan: PlanData, pdl: bool | None) -> None:

@@ -235,9 +235,7 @@ def _constants(key: StepKey, slices: int) -> dict[str, object]:
     ahead = config.ahead if kind in ("fold", "mean") else min(config.ahead, spec.window_rows)
     together = config.together if kind == "fold" or draws_items(spec, config) else 1
     return {
-        "HOW": Schedule(
-            ahead, together if config.programs else 0, spec.head_dim // slices, key.types.parts, key.types.rounded
-        ),
+        "HOW": Schedule(ahead, together if config.programs else 0, spec.head_dim // slices, key.types.parts, key.types.rounded),
         "SPEC": replace(spec_of(spec), OVERLAP=int(spec.overlap), KIND=kind),
         "FMT": format_of(key.fmt, spec),
     }

@@ -33,9 +33,10 @@ def sum_parts(at, step, there, PARTS: tl.constexpr):
     for i in tl.static_range(PARTS):
         found = found + (tl.load(at + i * step, mask=there, other=0.0, cache_modifier=".cg"),)
     EACH: tl.constexpr = PARTS // PAIRS
-    for i in tl.static_range(PAIRS):
-        pair = found[2 * i] + found[2 * i + 1] if EACH == 2 else found[i]
-        total = pair + 0.0 if i == 0 else total + pair  # from 0 on, so that no sum is -0
+    total = found[0] + found[1] if EACH == 2 else found[0]
+    total += 0.0  # as who sums all of hidden_dim begins with 0: no sum is -0
+    for i in tl.static_range(1, PAIRS):
+        total += found[2 * i] + found[2 * i + 1] if EACH == 2 else found[i]
     return total
 
 
