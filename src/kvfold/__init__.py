@@ -2,7 +2,7 @@
 
 from . import ops, reference, training
 from ._version import __version__
-from .compress import compress, compress_many
+from .compress import compress, compress_many, project_compress, project_compress_many
 from .contract import UnsupportedError
 from .debug.check import check
 from .debug.replay import dump, replay
@@ -11,7 +11,6 @@ from .precompile.aot import aot
 from .precompile.prebuild import prebuild, use_prebuilt
 from .precompile.report import AotReport
 from .precompile.warmup import warmup
-from .project import project_compress, project_compress_many
 from .restore import restore
 from .spec import V4_CSA, V4_HCA, V4_INDEXER, V41_INDEX_K, V41_MAIN_R1, V41_MAIN_R2, CompressorSpec
 from .storage.cache import EntryCache

@@ -55,6 +55,18 @@ def pooled_worst(window_rows: int) -> float:
     return (12 * window_rows + 16) * 2.0**-24
 
 
+def projected_worst(hidden_dim: int) -> float:
+    """How far a number of kv_score can be from the exact one, over the sum of the magnitudes of what it is a sum of.
+
+    Args:
+        hidden_dim: numbers of a hidden state.
+
+    Source: docs/numerics.md, Projections.
+    """
+    # A matrix instruction adds 16 products and the sum before, each of which it may cut off at 2**-23 of the largest.
+    return (chunk_of_hidden(hidden_dim) * 17 / 16 + 5) * 2.0**-23
+
+
 def resumed_bound(steps: int) -> float:
     """By how much more a pooled row over a `MeanState` may be off, over the same as `pooled_bound` and `pooled_worst`.
 

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from .spec import CompressorSpec
 
 
+def projected(hidden: Tensor, weight: Tensor) -> Tensor:
+    """kv_score in fp64, `[T, 2 * channels]`, of hidden states `[T, hidden_dim]` and a weight `[2 * channels, hidden_dim]`."""
+    return hidden.double() @ weight.double().T
+
+
 def pooled(kv_score: Tensor, spec: CompressorSpec, ape: Tensor | None, dtype: torch.dtype = torch.float64) -> Tensor:
     """The pooled rows of one sequence, from its first token: a softmax-weighted mean per window and channel.
 

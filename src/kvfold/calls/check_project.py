@@ -10,35 +10,34 @@ import torch
 from ..arguments.checks import check_device, check_dtype, check_real_memory, check_shape, check_switch, check_tensor, check_type
 from ..arguments.overlap import Place, check_apart, extent
 from ..contract import HIDDEN_STEP, LEAST_HIDDEN
-from ..spec import check_spec
+from ..spec import CompressorSpec, check_spec
+from ..storage.fold_state import FoldState
 from ..storage.step import Compressor, Outputs, PlanData, Projection, owner_of
 from .checks import check_room, check_tokens, choose_backend
 
 _BF16 = (torch.bfloat16,)
 
 
-def projection_of(hidden: torch.Tensor, weight: object, specs: Sequence[object], round_kv_score: bool) -> Projection:
-    """What a call is given as `hidden` and `weight`, of one compressor or, where `weight` may be a list, of several."""
+def projection_of(
+    hidden: torch.Tensor, weight: object, specs: Sequence[CompressorSpec], round_kv_score: bool, many: bool = False
+) -> Projection:
+    """What a call is given as `hidden` and `weight`. many: of `project_compress_many`, where that may be a sequence."""
     check_type("hidden", hidden, torch.Tensor)
     check_switch("round_kv_score", round_kv_score)
     if round_kv_score is None:
         raise TypeError("round_kv_score must be a bool, got NoneType")
     for i, spec in enumerate(specs):
-        check_spec("spec" if len(specs) == 1 else f"compressors[{i}]: spec", spec)
+        check_spec(f"compressors[{i}]: spec" if many else "spec", spec)
     check_shape("hidden", hidden, (None, None))
     if isinstance(weight, torch.Tensor):
         widths = [spec.kv_score_width for spec in specs]
         check_shape("weight", weight, (sum(widths), hidden.shape[1]))
         return Projection(hidden, tuple((part,) for part in weight.split(widths)), round_kv_score, weight)
-    return Projection(hidden, tuple(_parts(name, given) for name, given in _given(weight, specs)), round_kv_score)
-
-
-def _given(weight: object, specs: Sequence[object]) -> list[tuple[str, object]]:
-    if len(specs) == 1:
-        return [("weight", weight)]
+    if not many:
+        return Projection(hidden, (_parts("weight", weight),), round_kv_score)
     if not isinstance(weight, (list, tuple)) or len(weight) != len(specs):
-        raise TypeError(f"weight must be a torch.Tensor or {len(specs)} of them, got {_told(weight)}")
-    return [(f"weight[{i}]", given) for i, given in enumerate(weight)]
+        raise TypeError(f"weight must be a torch.Tensor, or a sequence of {len(specs)}, got {_told(weight)}")
+    return Projection(hidden, tuple(_parts(f"weight[{i}]", given) for i, given in enumerate(weight)), round_kv_score)
 
 
 def _parts(name: str, given: object) -> tuple[torch.Tensor, ...]:
@@ -47,6 +46,10 @@ def _parts(name: str, given: object) -> tuple[torch.Tensor, ...]:
     if not isinstance(given, tuple) or len(given) != 2 or not all(isinstance(x, torch.Tensor) for x in given):
         raise TypeError(f"{name} must be a torch.Tensor, or a tuple of two, of values and of scores, got {_told(given)}")
     return given
+
+
+def _name(argument: str, i: int, of: Sequence[object]) -> str:
+    return argument if len(of) == 1 else f"compressors[{i}]: {argument}"
 
 
 def _told(given: object) -> str:
@@ -72,8 +75,7 @@ def check_product(p: Projection, kv_scores: Sequence[torch.Tensor], backend: str
     """Checks all that makes kv_score, and what receives it; returns the backend to use."""
     chosen, hidden = check_hidden(p, backend), p.hidden
     for i, x in enumerate(kv_scores):
-        name = "kv_score" if len(kv_scores) == 1 else f"compressors[{i}]: kv_score"
-        _check_kv_score(name, x, p)
+        _check_kv_score(_name("kv_score", i, kv_scores), x, p)
     for name, weight, columns in _named(p, [x.shape[1] for x in kv_scores]):
         check_tensor(name, weight, (columns, hidden.shape[1]), _BF16, hidden.device)
     return chosen
@@ -114,8 +116,15 @@ def with_room(p: Projection, compressors: Sequence[Compressor], parts: int = 0) 
         count, dtype = p.hidden.shape[0], torch.float32 if parts else p.sums_in
         own = torch.empty((max(parts, 1), count, columns), dtype=dtype, device=p.hidden.device)[0]
     made, at = [], 0
-    for width, c in zip(widths, compressors, strict=True):
-        if c.kv_score is None:
+    for i, (width, c) in enumerate(zip(widths, compressors, strict=True)):
+        name = _name("kv_score", i, compressors)
+        state = c.state
+        if isinstance(state, FoldState) and state.rows.dtype is torch.bfloat16 and not (state.round_inputs or p.round_kv_score):
+            raise TypeError("round_kv_score must be True, as state keeps input rows in bf16 without round_inputs, got False")
+        if c.kv_score is not None:
+            check_type(name, c.kv_score, torch.Tensor)
+            check_shape(name, c.kv_score, (None, width))
+        else:
             c, at = c._replace(kv_score=own[:, at : at + width]), at + width
         made.append(c)
     return made

@@ -1,0 +1,35 @@
+"""kv_score and entries against fp64, within the bounds of docs/numerics.md."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.helpers import Backend
+from support.project_support import SPECS, Projected, hidden_states
+
+from kvfold import reference
+from kvfold.contract import projected_worst
+
+
+@pytest.mark.parametrize("width", [256, 448, 4096])
+@pytest.mark.parametrize("count", [3, 40])
+def test_kv_score(width: int, count: int, backend: Backend) -> None:
+    if backend.slow and width > 1000 and count > 16:
+        pytest.skip("the interpreter would take minutes")
+    one, hidden = Projected(SPECS["rows"], backend, width), hidden_states(count, width)
+    kv_score = torch.empty(count, one.spec.kv_score_width, device=backend.device)
+    one.step(hidden, [(0, 0, min(count, 32)), (1, 0, count - 32)][: 1 + (count > 32)], kv_score=kv_score)
+    weight = one.weight.cpu()
+    most = hidden.double().abs() @ weight.double().abs().T
+    error = (kv_score.cpu().double() - reference.projected(hidden, weight)).abs()
+    assert (error <= projected_worst(width) * most).all()
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_entries(name: str, backend: Backend) -> None:
+    """By how much more than `compress` of the exact kv_score, in fp32, an entry is off: less than that kv_score's error."""
+    one, hidden = Projected(SPECS[name], backend), hidden_states(32, 512)
+    one.run(hidden, [32])
+    entries = one.entries(hidden)
+    rows = one.cache.read(torch.arange(len(entries), device=backend.device)).cpu().double()
+    assert (rows - entries).abs().max() < 2e-5 * entries.abs().max()
