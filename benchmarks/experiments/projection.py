@@ -3,7 +3,10 @@
 A figure is microseconds per layer of one CUDA graph of 31 layers, each with its own weights, launched as dependents; beside it
 those of `torch.mm` and of reading the weights once at 4.5 TB/s.
 
-python -m benchmarks.experiments.projection [--out FILE] [--shapes 1024x7168,2560x7168] [--tokens 4,16,64,256]
+python -m benchmarks.experiments.projection [--out FILE] [--shapes 1024x7168,2560x7168] [--tokens 4,16,64,256] [--sweep]
+
+Without `--sweep` the rows beside the table's are those of `FEW`. "parts" is a product that leaves its parts to whoever reads
+them, as short steps over fold rows do; the others have the last program of a tile add them up.
 """
 
 from __future__ import annotations
@@ -14,8 +17,8 @@ from itertools import product
 
 import torch
 
-from kvfold.backend_triton.keys import AddKey, ProjectKey
-from kvfold.backend_triton.launch_product import add, project
+from kvfold.backend_triton.keys import ProjectKey
+from kvfold.backend_triton.launch_product import project
 from kvfold.backend_triton.table import TILINGS, Tiling, tiling
 
 from ..lib import protocol
@@ -24,7 +27,22 @@ from ..run.precompile import compile_all
 LAYERS, BANDWIDTH = 31, 4.5e12
 SHAPES = ((1024, 7168), (2560, 7168), (1024, 4096), (2560, 4096))
 TOKENS = (4, 16, 64, 256)
-LONG = 8192  # tokens of a prompt, of which only bits are compared
+LONG = 8192  # tokens of a prompt
+# Columns, tokens, depth, parts, stages and warps, by the most tokens of a step that they may be best for.
+FEW: dict[int, tuple[tuple[int, ...], ...]] = {
+    16: ((64, 16, 128, 4, 2, 4), (128, 16, 64, 4, 6, 4)),
+    64: ((64, 64, 64, 4, 3, 4), (64, 64, 64, 4, 6, 8)),
+    # So many programs to a multiprocessor that all of a step's are there at once.
+    512: (
+        (64, 64, 64, 4, 2, 4), (64, 64, 64, 4, 3, 4), (64, 64, 64, 8, 3, 4), (128, 64, 64, 4, 2, 4), (128, 64, 64, 8, 3, 4),
+        (128, 64, 64, 8, 2, 4), (64, 128, 64, 4, 2, 4), (64, 128, 64, 4, 9, 8), (128, 128, 64, 8, 2, 4),
+        (128, 128, 64, 8, 3, 8), (128, 128, 64, 4, 3, 8), (128, 128, 64, 4, 6, 8),
+    ),
+    LONG: (
+        (128, 128, 64, 1, 3, 8), (128, 128, 64, 1, 4, 8), (128, 64, 64, 1, 4, 8), (64, 128, 64, 1, 4, 8),
+        (128, 64, 64, 1, 3, 4),
+    ),
+}  # fmt: skip
 
 
 def others(tokens: int) -> Iterator[Tiling]:
@@ -45,45 +63,46 @@ def others(tokens: int) -> Iterator[Tiling]:
             yield Tiling(tokens, columns, wide, 64, parts, stages, 8 if columns * wide > 4096 else 4)
 
 
-def rows(tokens: int) -> list[Tiling]:
-    """The row of the table first."""
-    return list(dict.fromkeys([tiling(tokens), *others(tokens)]))
+def rows(tokens: int, sweep: bool) -> list[Tiling]:
+    """The table's first, those of either width."""
+    few = next(few for most, few in FEW.items() if tokens <= most)
+    more = others(tokens) if sweep else (Tiling(tokens, *one) for one in few)
+    return list(dict.fromkeys([tiling(tokens, 1024), tiling(tokens, 2560), *more]))
 
 
-def key_of(config: Tiling, hidden_dim: int) -> ProjectKey:
-    return ProjectKey(hidden_dim, config, 1, torch.float32)
+class Product:
+    """A call of the product by this row, with room for all that it makes. apart: it leaves its parts as they are."""
+
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, config: Tiling, apart: bool = False) -> None:
+        shape = hidden.shape[0], weight.shape[0]
+        self.given = hidden, (weight,), config, True
+        self.kv_score = None if apart else torch.empty(shape, device="cuda")
+        self.parts = self.done = None
+        if config.parts > 1:
+            self.parts = torch.empty((config.parts, *shape), device="cuda")
+            self.done = None if apart else torch.zeros(config.tiles(*shape), dtype=torch.int32, device="cuda")
+
+    def __call__(self) -> torch.Tensor | None:
+        project(*self.given, self.kv_score, self.parts, self.done)
+        return self.kv_score
 
 
-def room_for(config: Tiling, count: int, columns: int) -> torch.Tensor:
-    shape = (count, columns) if config.parts == 1 else (config.parts, count, columns)
-    return torch.empty(shape, dtype=torch.float32, device="cuda")
-
-
-def whole(hidden: torch.Tensor, weight: torch.Tensor, config: Tiling) -> torch.Tensor:
-    """kv_score by this row."""
-    out = room_for(config, hidden.shape[0], weight.shape[0])
-    project(hidden, (weight,), out, config, pdl=True)
-    if config.parts == 1:
-        return out
-    found = torch.empty_like(out[0])
-    add(out, found, True, False)
-    return found
-
-
-def check(shape: tuple[int, int]) -> dict:
+def check(shape: tuple[int, int], counts: list[int], sweep: bool) -> dict:
     """Bits of every row and every number of tokens, and the distance from fp64 in units of the bound."""
     columns, width = shape
     generator = torch.Generator(device="cuda").manual_seed(columns + width)
     hidden = torch.randn(LONG, width, generator=generator, device="cuda").bfloat16()
     hidden[3] = 0  # sums of nothing, too
     weight = (torch.randn(columns, width, generator=generator, device="cuda") / width**0.5).bfloat16()
-    right = whole(hidden, weight, TILINGS[-1]).view(torch.int32)
+    right = Product(hidden, weight, TILINGS[-1])().view(torch.int32)
     differ, compared = [], 0
-    for tokens in (1, 3, *TOKENS, 300, 1000):
-        for config in rows(tokens) if tokens in TOKENS else TILINGS:
-            compared += 1
-            if not torch.equal(whole(hidden[:tokens], weight, config).view(torch.int32), right[:tokens]):
-                differ.append([tokens, str(config)])
+    for tokens in (1, 3, *counts, 300, 1000):
+        for config in rows(tokens, sweep) if tokens in counts else TILINGS:
+            call = Product(hidden[:tokens], weight, config)
+            for _ in range(3):  # the counts of tiles are zero again
+                compared += 1
+                if not torch.equal(call().view(torch.int32), right[:tokens]):
+                    differ.append([tokens, str(config)])
     exact = hidden[:512].double() @ weight.double().T
     most = hidden[:512].double().abs() @ weight.double().abs().T
     error = (right[:512].view(torch.float32).double() - exact).abs()
@@ -92,47 +111,49 @@ def check(shape: tuple[int, int]) -> dict:
     return found | {"differ": differ[:8]}
 
 
-def figures(shape: tuple[int, int], tokens: int) -> Iterator[dict]:
+def figures(shape: tuple[int, int], tokens: int, sweep: bool) -> Iterator[dict]:
     """Of every row, and of `torch.mm`."""
     columns, width = shape
-    hidden = torch.randn(tokens, width, device="cuda").bfloat16()
+    hidden, rounds = torch.randn(tokens, width, device="cuda").bfloat16(), 15 if tokens < LONG else 5
     weights = [(torch.randn(columns, width, device="cuda") / width**0.5).bfloat16() for _ in range(LAYERS)]
     same = {"what": "time", "shape": shape, "tokens": tokens}
     into = torch.empty(tokens, columns, dtype=torch.bfloat16, device="cuda")
-    us = protocol.time_graph([lambda w=w: torch.mm(hidden, w.T, out=into) for w in weights], 15)
+    us = protocol.time_graph([lambda w=w: torch.mm(hidden, w.T, out=into) for w in weights], rounds)
     yield same | {"how": "torch.mm", "us": round(us, 2)}
     yield same | {"how": "weights once", "us": round(columns * width * 2 / BANDWIDTH * 1e6, 2)}
-    for config in rows(tokens):
-        outs = [room_for(config, tokens, columns) for _ in range(LAYERS)]
-        calls = [
-            lambda w=w, out=out, config=config: project(hidden, (w,), out, config, pdl=True)
-            for w, out in zip(weights, outs, strict=True)
-        ]
-        try:
-            us = protocol.time_graph(calls, 15)
-        except Exception as error:  # a row that the device has no room for
-            yield same | {"how": str(config), "us": None, "error": str(error)[:80]}
+    for config, apart in product(rows(tokens, sweep), (False, True)):
+        if apart and (config.parts == 1 or columns != 1024):
             continue
-        yield same | {"how": str(config), "us": round(us, 2), "table": config == tiling(tokens)}
+        told = {"how": str(config), "parts": apart, "table": config == tiling(tokens, columns)}
+        try:
+            us = protocol.time_graph([Product(hidden, w, config, apart) for w in weights], rounds)
+        except Exception as error:  # a row that the device has no room for
+            yield same | told | {"us": None, "error": str(error)[:80]}
+            continue
+        yield same | told | {"us": round(us, 2)}
 
 
 def main() -> None:
     parser = protocol.parser(__doc__)
     parser.add_argument("--shapes", default=",".join(f"{columns}x{width}" for columns, width in SHAPES))
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--sweep", action="store_true", help="many more rows, which takes minutes")
     parser.add_argument("--target", default="sm_90")
     args = parser.parse_args()
     shapes = [tuple(int(number) for number in text.split("x")) for text in args.shapes.split(",")]
     counts = [int(text) for text in args.tokens.split(",")]
-    configs = dict.fromkeys([*TILINGS, *(config for tokens in (*TOKENS, *counts) for config in rows(tokens))])
-    keys = [key_of(config, width) for width in dict.fromkeys(width for _, width in shapes) for config in configs]
-    print(compile_all([*keys, *(AddKey(parts, torch.float32, False) for parts in (8, 4))], args.target, (True,)), flush=True)
+    configs = dict.fromkeys([*TILINGS, *(config for tokens in counts for config in rows(tokens, args.sweep))])
+    sums = [(config, kind) for config in configs for kind in (torch.float32, *[None] * (config.parts > 1))]
+    keys = [
+        ProjectKey(width, config, 1, kind) for width in dict.fromkeys(width for _, width in shapes) for config, kind in sums
+    ]
+    print(compile_all(keys, args.target, (True,)), flush=True)
     found = []
     for shape in shapes:
-        found.append(check(shape))
+        found.append(check(shape, counts, args.sweep))
         print(json.dumps(found[-1]), flush=True)
         for tokens in counts:
-            timed = sorted(figures(shape, tokens), key=lambda row: row["us"] or 1e9)
+            timed = sorted(figures(shape, tokens, args.sweep), key=lambda row: row["us"] or 1e9)
             for row in timed[:12]:
                 print(json.dumps(row), flush=True)
             found += timed

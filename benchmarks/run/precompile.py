@@ -15,7 +15,6 @@ import triton
 
 import kvfold
 from kvfold.backend_triton.keys import (
-    AddKey,
     Key,
     PairKey,
     ProjectKey,
@@ -135,12 +134,13 @@ def model_keys() -> dict[str, Key]:
 
 def project_keys() -> dict[str, Key]:
     """Of the calls of `project_compress` and `project_compress_many` in a step of V4, by both models' hidden_dim."""
-    found: dict[str, Key] = {f"project add {parts}": AddKey(parts, FP32, False) for parts in (8, 4)}
-    for width, config in product(HIDDEN_DIMS, TILINGS):
-        found[f"project h{width} t{config.max_tokens}"] = ProjectKey(width, config, 1, FP32)
+    found: dict[str, Key] = {}
+    for width, (i, config), sums in product(HIDDEN_DIMS, enumerate(TILINGS), (FP32, None)):
+        if sums or config.parts > 1:
+            found[f"project h{width} row {i} {sums}"] = ProjectKey(width, config, 1, sums)
     main, indexer = FORMATS["fp8_ds_mla"], FORMATS["indexer_mxfp4"]
     for new, batch in product((1, 4), (1, 16, 64, 256)):
-        parts = tiling(new * batch).parts
+        parts = tiling(new * batch, kvfold.V4_HCA.kv_score_width).parts
         types = (FP32, FP32, None, FP32, True)
         found[f"project r128 b{batch} n{new}"] = step_key(
             kvfold.V4_HCA, main, "fold", new, (*types, False, False, parts, False) if parts > 1 else types

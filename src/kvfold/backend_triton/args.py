@@ -184,12 +184,23 @@ class Weights(NamedTuple):
     gap_3: Stride = None
 
 
-class Sums(NamedTuple):
-    """Where a projection goes: rows of `kv_score`, `stride` elements apart; or parts of them, `part` elements apart."""
+class Parts(NamedTuple):
+    """Where programs that share a tile of a projection leave their parts: rows `stride` elements apart, parts `step` apart.
+
+    done: of each tile, how many have; None where whoever reads kv_score adds them up.
+    """
 
     rows: Floats = None
-    stride: Stride = 0
-    part: Stride = None
+    stride: Stride = None
+    step: Stride = None
+    done: Ints = None
+
+
+class Sums(NamedTuple):
+    """Where a projection goes: rows of `kv_score`, `stride` elements apart; None where it stays in parts."""
+
+    rows: Floats = None
+    stride: Stride = None
 
 
 class ProjectArguments(NamedTuple):
@@ -197,18 +208,8 @@ class ProjectArguments(NamedTuple):
 
     hidden: Hidden
     weights: Weights
+    parts: Parts
     sums: Sums
-
-
-class AddArguments(NamedTuple):
-    """Of what adds the parts of a product: how many rows of how many columns; kv_score is `rows`, `stride` elements apart."""
-
-    parts: Floats
-    count: Int
-    columns: Int
-    part: Stride
-    kv_score: Floats
-    stride: Stride
 
 
 class WindowArguments(NamedTuple):

@@ -104,25 +104,19 @@ class PlanKey(NamedTuple):
 
 
 class ProjectKey(NamedTuple):
-    """Of a projection. tensors: that weights are in, 1, 2 or 4. sums: the dtype of what it makes; rounded: to bf16 in any."""
+    """Of a projection. tensors: that weights are in, 1, 2 or 4.
+
+    sums: the dtype of kv_score, None where it stays in parts; rounded: to bf16 in any dtype.
+    """
 
     hidden_dim: int
     config: Tiling
     tensors: int
-    sums: torch.dtype
+    sums: torch.dtype | None
     rounded: bool = False
 
 
-class AddKey(NamedTuple):
-    """Of what adds the parts of a projection. sums, rounded: as of `ProjectKey`."""
-
-    parts: int
-    sums: torch.dtype
-    rounded: bool
-    what: str = "add"
-
-
-Key = StepKey | PairKey | WindowKey | StoreKey | RestoreKey | PlanKey | ProjectKey | AddKey
+Key = StepKey | PairKey | WindowKey | StoreKey | RestoreKey | PlanKey | ProjectKey
 
 
 def step_key(

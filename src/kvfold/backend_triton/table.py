@@ -158,7 +158,8 @@ CONFIGS: Row = tuple(config for row in ROWS for config in row)
 
 @dataclass(frozen=True)
 class Tiling:
-    """A row of the table of projections. It serves steps of up to `max_tokens` tokens; of several, the first one.
+    """A row of the table of projections. It serves steps of up to `max_tokens` tokens and kv_score of up to `max_columns`; of
+    several, the first one.
 
     Attributes:
         columns, tokens: of kv_score, in a tile, which is a program's. Columns are at least 64, so that Hopper has one kind of
@@ -176,26 +177,31 @@ class Tiling:
     parts: int
     stages: int
     num_warps: int
+    max_columns: int = ANY
+
+    def tiles(self, tokens: int, columns: int) -> int:
+        """Of a call, each of which `parts` programs share."""
+        return -(-columns // self.columns) * -(-tokens // self.tokens)
 
     def depth_for(self, chunk: int) -> int:
         """No tile is of two chunks."""
         return self.depth if chunk % self.depth == 0 else HIDDEN_STEP
 
 
+# A layer's weights are read at 4.5 TB/s or less: note 0080.
 TILINGS: tuple[Tiling, ...] = (
-    Tiling(16, columns=64, tokens=16, depth=128, parts=8, stages=6, num_warps=4),
-    Tiling(32, columns=64, tokens=32, depth=128, parts=8, stages=5, num_warps=4),
-    Tiling(64, columns=64, tokens=64, depth=128, parts=8, stages=4, num_warps=4),
-    Tiling(128, columns=64, tokens=128, depth=128, parts=8, stages=4, num_warps=4),
-    Tiling(512, columns=128, tokens=128, depth=64, parts=8, stages=5, num_warps=8),
-    Tiling(2048, columns=128, tokens=128, depth=64, parts=4, stages=5, num_warps=8),
+    Tiling(16, columns=64, tokens=16, depth=128, parts=8, stages=5, num_warps=4, max_columns=1024),
+    Tiling(16, columns=64, tokens=16, depth=128, parts=8, stages=2, num_warps=4),
+    Tiling(64, columns=64, tokens=64, depth=128, parts=8, stages=4, num_warps=4, max_columns=1024),
+    Tiling(64, columns=64, tokens=64, depth=64, parts=8, stages=3, num_warps=4),
+    Tiling(512, columns=128, tokens=64, depth=64, parts=4, stages=4, num_warps=8),
     Tiling(ANY, columns=128, tokens=128, depth=64, parts=1, stages=6, num_warps=8),
 )
 
 
-def tiling(tokens: int) -> Tiling:
-    """The row that serves a step of so many tokens."""
-    return next(row for row in TILINGS if tokens <= row.max_tokens)
+def tiling(tokens: int, columns: int) -> Tiling:
+    """The row that serves a step of so many tokens, of kv_score of so many columns."""
+    return next(row for row in TILINGS if tokens <= row.max_tokens and columns <= row.max_columns)
 
 
 def item_bucket(windows: int, multiprocessors: int, buckets: tuple[float, ...] = BUCKETS) -> float:

@@ -18,11 +18,10 @@ from .build import Variant
 from .kernels.plan import NUM_WARPS, SCAN
 from .kernels.plan_items import SEQUENCES
 from .kernels.plan_metadata import SCAN_METADATA, WARPS_METADATA
-from .keys import AddKey, Key, PairKey, PlanKey, ProjectKey, RestoreKey, StepKey, StoreKey, Types, WindowKey
+from .keys import Key, PairKey, PlanKey, ProjectKey, RestoreKey, StepKey, StoreKey, Types, WindowKey
 from .table import MULTIPROCESSORS, Config
 
 INDICES = {torch.int32: LOOSE + "*i32", torch.int64: LOOSE + "*i64", None: None}
-ADDED_AT_ONCE = 512  # columns of a row of kv_score whose parts a program adds
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", None: None}
 
 
@@ -141,22 +140,18 @@ def plan_variant(key: PlanKey) -> Variant:
 def project_variant(key: ProjectKey) -> Variant:
     config, chunk = key.config, chunk_of_hidden(key.hidden_dim)
     absent = ["cut_1", "gap_1"] * (key.tensors < 2) + ["cut_2", "gap_2", "cut_3", "gap_3"] * (key.tensors < 4)
-    sums = types_of(args.Sums, rows=POINTERS[key.sums])
+    parts = args.Parts() if config.parts == 1 else types_of(args.Parts)
     arguments = args.ProjectArguments(
         types_of(args.Hidden),
         types_of(args.Weights)._replace(**dict.fromkeys(absent)),
-        sums._replace(part=None) if config.parts == 1 else sums,
+        parts if key.sums else parts._replace(done=None),
+        types_of(args.Sums, rows=POINTERS[key.sums]) if key.sums else args.Sums(),
     )
     depth = config.depth_for(chunk)
     made = Product(
         key.hidden_dim, chunk, config.columns, config.tokens, depth, config.parts, config.stages * (config.depth // depth)
     )
     return _variant("project", arguments, config.num_warps, HOW=Schedule(ROUNDED=key.rounded), P=made)
-
-
-def add_variant(key: AddKey) -> Variant:
-    arguments = types_of(args.AddArguments, kv_score=POINTERS[key.sums])
-    return _variant("add", arguments, 4, HOW=Schedule(PARTS=key.parts, ROUNDED=key.rounded), SIZE=ADDED_AT_ONCE)
 
 
 # By the kind of key; training adds its own (training/variants.py).
@@ -168,7 +163,6 @@ VARIANTS: dict[type, Callable[[Any], Variant]] = {
     RestoreKey: restore_variant,
     PlanKey: plan_variant,
     ProjectKey: project_variant,
-    AddKey: add_variant,
 }
 
 

@@ -82,13 +82,13 @@ def run_product(p: Projection, kv_scores: Sequence[torch.Tensor], backend: str |
     _product(check_product(p, kv_scores, backend), p, kv_scores, pdl is not False)
 
 
-def _product(chosen: str, p: Projection, kv_scores: Sequence[torch.Tensor], pdl: bool) -> None:
+def _product(chosen: str, p: Projection, kv_scores: Sequence[torch.Tensor], pdl: bool, state: object = None) -> None:
     if p.hidden.shape[0] == 0:
         return
     if chosen == "torch":
         product_torch(p, kv_scores)
     else:
-        _triton_product().product_triton(p, kv_scores, pdl)
+        _triton_product().product_triton(p, kv_scores, pdl, state)
 
 
 def run_project(
@@ -113,7 +113,7 @@ def run_project(
         dependent = _triton().use_pdl(pdl, plan, p.hidden.device)  # the first launch after an update is now this one
     else:
         dependent = False
-    _product(chosen, p, kv_scores, dependent)
+    _product(chosen, p, kv_scores, dependent, made[0].state)
     if len(made) == 1:
         _compress(chosen, made[0], plan, out, pdl)
     else:

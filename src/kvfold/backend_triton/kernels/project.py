@@ -3,12 +3,15 @@
 hidden_dim is cut into 8 chunks. A chunk is summed by one chain of matrix instructions, from its first number on; then chunks
 in pairs, and the pairs in order (contract.py). Columns are the rows of these instructions and tokens their columns, so that
 one instruction serves one token and many; which tile a token is in changes nothing of what is added to what.
+
+Programs that share a tile leave their parts of it in memory. The last one that has adds them up, unless whoever reads
+kv_score does (parts.py).
 """
 
 import triton
 import triton.language as tl
 
-from ..args import Hidden, Sums, Weights
+from ..args import Hidden, Parts, Sums, Weights
 from .parts import CHUNKS, PAIRS, rounded_to, sum_parts
 from .pdl import wait_for_inputs
 
@@ -44,10 +47,23 @@ def product(w_at, x_at, k, acc, HOW: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
+def chunk_of(w_at, x_at, chunk, HOW: tl.constexpr, P: tl.constexpr):
+    """The sums of a chunk of hidden_dim. A loop of its own, so that an instruction need not wait for the one before it."""
+    TILES: tl.constexpr = P.CHUNK // P.DEPTH
+    ROOM: tl.constexpr = HOW.TARGET.SHARED_BYTES // ((P.COLUMNS + P.TOKENS) * P.DEPTH * 2)  # for tiles under way
+    STAGES: tl.constexpr = P.STAGES if P.STAGES < ROOM else ROOM
+    acc = tl.zeros((P.COLUMNS, P.TOKENS), tl.float32)
+    for i in tl.range(0, TILES, num_stages=STAGES):
+        acc = product(w_at, x_at, chunk * P.CHUNK + i * P.DEPTH, acc, HOW, P)
+    return acc
+
+
+@triton.jit
 def project_kernel(
     hidden_rows, hidden_stride, hidden_count,
     weights_rows, weights_columns, weights_cut_1, weights_gap_1, weights_cut_2, weights_gap_2, weights_cut_3, weights_gap_3,
-    sums_rows, sums_stride, sums_part,
+    parts_rows, parts_stride, parts_step, parts_done,
+    sums_rows, sums_stride,
     HOW: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """A program: the sums of one tile over a part of hidden_dim, or over all of it."""
@@ -55,64 +71,41 @@ def project_kernel(
     weights = Weights(
         weights_rows, weights_columns, weights_cut_1, weights_gap_1, weights_cut_2, weights_gap_2, weights_cut_3, weights_gap_3
     )
-    sums = Sums(sums_rows, sums_stride, sums_part)
+    parts = Parts(parts_rows, parts_stride, parts_step, parts_done)
+    sums = Sums(sums_rows, sums_stride)
     across = tl.cdiv(weights.columns, P.COLUMNS)
-    pid = tl.program_id(0)
-    column = pid % across * P.COLUMNS + tl.arange(0, P.COLUMNS)
-    along = tl.cdiv(hidden.count, P.TOKENS)
-    token = pid // across % along * P.TOKENS + tl.arange(0, P.TOKENS)
-    part = pid // across // along
+    tiles = across * tl.cdiv(hidden.count, P.TOKENS)
+    tile = tl.program_id(0) % tiles
+    part = tl.program_id(0) // tiles
+    column = tile % across * P.COLUMNS + tl.arange(0, P.COLUMNS)
+    token = tile // across * P.TOKENS + tl.arange(0, P.TOKENS)
     # Beyond the last one the last is taken again, and not stored.
     w_at = weight_rows(weights, tl.minimum(column, weights.columns - 1), P.HIDDEN_DIM)
     x_at = hidden.rows + tl.minimum(token, hidden.count - 1).to(tl.int64) * hidden.stride
     wait_for_inputs(HOW.PDL)
-    TILES: tl.constexpr = P.CHUNK // P.DEPTH  # of a chunk
-    ROOM: tl.constexpr = HOW.TARGET.SHARED_BYTES // ((P.COLUMNS + P.TOKENS) * P.DEPTH * 2)  # for tiles under way
-    STAGES: tl.constexpr = P.STAGES if P.STAGES < ROOM else ROOM
-    acc = tl.zeros((P.COLUMNS, P.TOKENS), tl.float32)
-    first = part * (CHUNKS // P.PARTS * TILES)
-    if P.PARTS == CHUNKS:
-        for i in tl.range(0, TILES, num_stages=STAGES):
-            acc = product(w_at, x_at, (first + i) * P.DEPTH, acc, HOW, P)
-        total = acc
-    elif P.PARTS == PAIRS:
-        pair = acc
-        for i in tl.range(0, 2 * TILES, num_stages=STAGES):
-            acc = product(w_at, x_at, (first + i) * P.DEPTH, acc, HOW, P)
-            if i == TILES - 1:
-                pair = acc
-                acc = tl.zeros((P.COLUMNS, P.TOKENS), tl.float32)
-        total = pair + acc
-    else:
-        pair = acc
-        total = acc
-        for i in tl.range(0, CHUNKS * TILES, num_stages=STAGES):
-            acc = product(w_at, x_at, i * P.DEPTH, acc, HOW, P)
-            if i % (2 * TILES) == TILES - 1:
-                pair = acc
-                acc = tl.zeros((P.COLUMNS, P.TOKENS), tl.float32)
-            elif i % (2 * TILES) == 2 * TILES - 1:
-                total += pair + acc
-                acc = tl.zeros((P.COLUMNS, P.TOKENS), tl.float32)
     there = (column < weights.columns)[:, None] & (token < hidden.count)[None, :]
-    at = sums.rows + column[:, None] + token.to(tl.int64)[None, :] * sums.stride
-    if P.PARTS > 1:
-        tl.store(at + part.to(tl.int64) * sums.part, total, mask=there)
+    if P.PARTS == 1:
+        total = tl.zeros((P.COLUMNS, P.TOKENS), tl.float32)
+        for pair in range(PAIRS):
+            first = chunk_of(w_at, x_at, 2 * pair, HOW, P)
+            total += first + chunk_of(w_at, x_at, 2 * pair + 1, HOW, P)
+        store_sums(sums, column, token, total, there, HOW)
     else:
-        tl.store(at, rounded_to(total, sums.rows.dtype.element_ty, HOW.ROUNDED, HOW.TARGET.BF16_CONVERSION), mask=there)
+        if P.PARTS == CHUNKS:
+            total = chunk_of(w_at, x_at, part, HOW, P)
+        else:
+            first = chunk_of(w_at, x_at, 2 * part, HOW, P)
+            total = first + chunk_of(w_at, x_at, 2 * part + 1, HOW, P)
+        at = parts.rows + column[:, None] + token.to(tl.int64)[None, :] * parts.stride
+        tl.store(at + part.to(tl.int64) * parts.step, total, mask=there)
+        if sums.rows is not None:
+            tl.debug_barrier()  # all threads' parts are written before one of them counts this program
+            if tl.atomic_add(parts.done + tile, 1, sem="acq_rel") == P.PARTS - 1:
+                tl.store(parts.done + tile, 0)  # as the next call finds it
+                store_sums(sums, column, token, sum_parts(at, parts.step, there, P.PARTS), there, HOW)
 
 
 @triton.jit
-def add_kernel(
-    parts, count, columns, part, kv_score, stride, HOW: tl.constexpr, SIZE: tl.constexpr
-):  # fmt: skip
-    """kv_score from the parts of a product: a program for SIZE columns of a row."""
-    across = tl.cdiv(columns, SIZE)
-    pid = tl.program_id(0)
-    column = pid % across * SIZE + tl.arange(0, SIZE)
-    row = (pid // across).to(tl.int64)
-    there = column < columns
-    wait_for_inputs(HOW.PDL)
-    x = sum_parts(parts + row * columns + column, part, there, HOW.PARTS)
-    x = rounded_to(x, kv_score.dtype.element_ty, HOW.ROUNDED, HOW.TARGET.BF16_CONVERSION)
-    tl.store(kv_score + row * stride + column, x, mask=there)
+def store_sums(sums, column, token, x, there, HOW: tl.constexpr):
+    x = rounded_to(x, sums.rows.dtype.element_ty, HOW.ROUNDED, HOW.TARGET.BF16_CONVERSION)
+    tl.store(sums.rows + column[:, None] + token.to(tl.int64)[None, :] * sums.stride, x, mask=there)
