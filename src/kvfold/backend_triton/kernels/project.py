@@ -15,6 +15,8 @@ from ..args import Hidden, Parts, Sums, Weights
 from .parts import CHUNKS, PAIRS, rounded_to, sum_parts
 from .pdl import wait_for_inputs
 
+SUMMED = tl.constexpr(16)  # tokens of a tile whose parts are added up at once: those of more would take too many registers
+
 
 @triton.jit
 def weight_rows(weights, column, HIDDEN_DIM: tl.constexpr):
@@ -102,7 +104,16 @@ def project_kernel(
             tl.debug_barrier()  # all threads' parts are written before one of them counts this program
             if tl.atomic_add(parts.done + tile, 1, sem="acq_rel") == P.PARTS - 1:
                 tl.store(parts.done + tile, 0)  # as the next call finds it
-                store_sums(sums, column, token, sum_parts(at, parts.step, there, P.PARTS), there, HOW)
+                for i in range(0, P.TOKENS, SUMMED):
+                    some = tile // across * P.TOKENS + i + tl.arange(0, SUMMED)
+                    add_parts(parts, sums, column, some, weights.columns, hidden.count, HOW, P)
+
+
+@triton.jit
+def add_parts(parts, sums, column, token, columns, count, HOW: tl.constexpr, P: tl.constexpr):
+    there = (column < columns)[:, None] & (token < count)[None, :]
+    at = parts.rows + column[:, None] + token.to(tl.int64)[None, :] * parts.stride
+    store_sums(sums, column, token, sum_parts(at, parts.step, there, P.PARTS), there, HOW)
 
 
 @triton.jit
