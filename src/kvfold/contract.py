@@ -28,6 +28,12 @@ def chunk_of_hidden(hidden_dim: int) -> int:
     return -(-hidden_dim // (CHUNKS_OF_HIDDEN * HIDDEN_STEP)) * HIDDEN_STEP
 
 
+def check_hidden_dim(name: str, width: int) -> None:
+    """Raises ValueError where no projection is defined for hidden states so wide."""
+    if width % HIDDEN_STEP or width < LEAST_HIDDEN:
+        raise ValueError(f"{name} must be a multiple of {HIDDEN_STEP} and at least {LEAST_HIDDEN} numbers wide, got {width}")
+
+
 def pooled_bound(window_rows: int) -> float:
     """How far a pooled row, or a fold row, may be from the exact one: the norm of the difference over the norm of the row.
 

@@ -14,7 +14,7 @@ from rich.markup import escape
 from .failures import stop, wrong_arguments
 from .show import make_console, make_progress, print_text
 
-SET = typer.Option("--set", help="Which calls: v4, layers of DeepSeek-V4 in FoldState, decode and prompts.")
+SET = typer.Option("--set", help="Which calls: v4, layers of DeepSeek-V4 in FoldState, decode and prompts; v4-project.")
 
 
 def warmup(

@@ -6,7 +6,7 @@ equal: they differ in length, in types, or in the kind of the table's row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
@@ -16,7 +16,7 @@ import torch
 from ..spec import CompressorSpec
 from ..storage.fold_state import state_kind
 from ..storage.formats import RecordFormat
-from .table import ANY, BUCKETS, Config, Tiling, choose, pair_buckets
+from .table import ANY, BUCKETS, Config, Tiling, choose, pair_buckets, tilings
 
 
 class Types(NamedTuple):
@@ -272,6 +272,34 @@ def window_keys(
     for dtype, state, bound, page in product(w.dtypes, w.state_dtypes, w.steps, pages or (spec.ratio, 1)):
         for finish, apart, tables in product(w.finishes(fmt), w.apart, w.tables):
             yield window_key(spec, fmt, bound, (dtype, state, rows, *finish, apart), page, tables)
+
+
+def project_keys(
+    columns: int, hidden_dims: Iterable[int], rounds: Iterable[bool], tensors: tuple[int, ...], parted: bool = False
+) -> Iterator[ProjectKey]:
+    """Of kv_score of so many columns. rounds: whether it is rounded to bf16. tensors: as of `ProjectKey`.
+
+    parted: calls may leave it in parts.
+    """
+    for width, config, count in product(hidden_dims, tilings(columns), tensors):
+        if parted and config.parts > 1:
+            yield ProjectKey(width, config, count, None)
+        for rounded in rounds:
+            yield ProjectKey(width, config, count, torch.float32, rounded)
+            if rounded:
+                yield ProjectKey(width, config, count, torch.bfloat16, rounded)
+
+
+def parted_keys(
+    spec: CompressorSpec, fmt: RecordFormat | None, w: Wanted, rows: torch.dtype | None, rounds: Iterable[bool]
+) -> Iterator[StepKey]:
+    """Of short steps over fold rows, whose calls add up the parts of a projection."""
+    parts = {config.parts for config in tilings(spec.kv_score_width)} - {1}
+    if kind_of(spec) != "fold":
+        return
+    for key in step_keys(spec, fmt, w._replace(dtypes=(torch.float32,), apart=(False,)), rows):
+        for count, rounded in product(sorted(parts), () if key.config.programs else rounds):
+            yield key._replace(types=key.types._replace(parts=count, rounded=rounded))
 
 
 def restore_keys(spec: CompressorSpec, w: Wanted) -> Iterator[RestoreKey]:

@@ -25,7 +25,7 @@ _locks: defaultdict[tuple, threading.Lock] = defaultdict(threading.Lock)
 # (facebookexperimental/triton, pull request 3586).
 THREADED = torch.version.hip is None
 # About what a kernel takes one core to compile, on the average of those of V4: benchmarks/results/compile.jsonl.
-SECONDS = {"plan": 0.8, "step": 3.5, "pair": 6.0, "window": 3.0, "store": 0.8, "restore": 0.4}
+SECONDS = {"plan": 0.8, "step": 3.5, "pair": 6.0, "window": 3.0, "store": 0.8, "restore": 0.4, "project": 2.5}
 
 
 def ways(dependent: bool) -> list[tuple[bool, bool]]:

@@ -204,6 +204,11 @@ def tiling(tokens: int, columns: int) -> Tiling:
     return next(row for row in TILINGS if tokens <= row.max_tokens and columns <= row.max_columns)
 
 
+def tilings(columns: int) -> tuple[Tiling, ...]:
+    """Those that serve some step."""
+    return tuple(dict.fromkeys(tiling(row.max_tokens, columns) for row in TILINGS))
+
+
 def item_bucket(windows: int, multiprocessors: int, buckets: tuple[float, ...] = BUCKETS) -> float:
     """The bucket of a call that may touch so many windows on a device."""
     return next(bucket for bucket in buckets if windows <= bucket * multiprocessors)

@@ -9,7 +9,7 @@ import torch
 
 from ..arguments.checks import check_device, check_dtype, check_real_memory, check_shape, check_switch, check_tensor, check_type
 from ..arguments.overlap import Place, check_apart, extent
-from ..contract import HIDDEN_STEP, LEAST_HIDDEN
+from ..contract import check_hidden_dim
 from ..spec import CompressorSpec, check_spec
 from ..storage.fold_state import FoldState
 from ..storage.step import Compressor, Outputs, PlanData, Projection, owner_of
@@ -64,10 +64,8 @@ def check_hidden(p: Projection, backend: str | None) -> str:
     check_real_memory("hidden", hidden)
     check_dtype("hidden", hidden, _BF16)
     check_shape("hidden", hidden, (None, None))
-    width = hidden.shape[1]
-    if width % HIDDEN_STEP or width < LEAST_HIDDEN:
-        raise ValueError(f"hidden must be a multiple of {HIDDEN_STEP} and at least {LEAST_HIDDEN} numbers wide, got {width}")
-    check_tokens("hidden", hidden, width)
+    check_hidden_dim("hidden", hidden.shape[1])
+    check_tokens("hidden", hidden, hidden.shape[1])
     return chosen
 
 

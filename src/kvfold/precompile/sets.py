@@ -20,7 +20,13 @@ def _v4(norm: torch.dtype) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _projected(norm: torch.dtype) -> dict[str, Any]:
+    """The same from hidden states on, of V4-Flash and V4-Pro."""
+    return _v4(norm) | {"dtypes": (), "hidden_dims": (4096, 7168)}
+
+
 # By name, the arguments of each call of `warmup`, for norm weights in bf16 and in fp32.
 SETS: dict[str, tuple[dict[str, Any], ...]] = {
     "v4": (_v4(torch.bfloat16), _v4(torch.float32)),
+    "v4-project": (_projected(torch.bfloat16), _projected(torch.float32)),
 }

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..arguments.checks import check_int, check_switch, check_type
-from ..contract import INT32_MAX
+from ..contract import INT32_MAX, check_hidden_dim
 from ..spec import CompressorSpec
 from ..storage.formats import RecordFormat
 from .choices import FLOATS, INDICES, check_all, check_choices, check_formats, defined_for, fits, several
@@ -43,6 +45,12 @@ def keys_of(calls: dict[str, Any]) -> tuple[list[Key], Callable[[Key], bool]]:
     slots, positions = choices("slot_dtypes", INDICES), choices("position_dtypes", INDICES)
     together = [check_formats(f"also[{i}]", pair) for i, pair in enumerate(several("also", calls["also"]))]
     pairs = [_pair(i, pair) for i, pair in enumerate(several("many", calls["many"]))]
+    hidden_dims, rounded = several("hidden_dims", calls["hidden_dims"]), choices("round_kv_score", (False, True))
+    for width in hidden_dims:
+        check_int("hidden_dims", width, 1, INT32_MAX)
+        check_hidden_dim("hidden_dims", width)
+    if hidden_dims:  # what projections make
+        dtypes = tuple(dict.fromkeys((*dtypes, *(torch.bfloat16 if some else torch.float32 for some in rounded))))
     pdl, round_inputs = calls["pdl"], calls["round_inputs"]
     check_switch("pdl", pdl)
     check_type("round_inputs", round_inputs, bool)
@@ -65,10 +73,17 @@ def keys_of(calls: dict[str, Any]) -> tuple[list[Key], Callable[[Key], bool]]:
             found += keys.step_keys(spec, fmt, w, some) if "fold" in states or not spec.gate else ()
             found += keys.mean_keys(spec, fmt, w, some) if "mean" in states else ()
             found += keys.window_keys(spec, fmt, w, some, pages) if "window" in states and spec.gate else ()
+            found += keys.parted_keys(spec, fmt, w, some, rounded) if hidden_dims and "fold" in states else ()
     for spec, fmt, second, some in stored:
         found += keys.store_keys(spec, fmt, w, some, second)
+    for spec in specs:
+        parted = "fold" in states and keys.kind_of(spec) == "fold"
+        found += keys.project_keys(spec.kv_score_width, hidden_dims, rounded, (1, 2) if spec.gate else (1,), parted)
     for pair in pairs:
         found += keys.pair_keys(pair, w)
+        found += keys.project_keys(sum(spec.kv_score_width for spec, _ in pair), hidden_dims, rounded, (2, 4))
+        for spec, _ in pair:  # where each has a kv_score of its own
+            found += keys.project_keys(spec.kv_score_width, hidden_dims, rounded, (1, 2))
     if True in snapshots:
         for spec in dict.fromkeys((*(specs if "fold" in states else ()), *paired)):
             found += keys.restore_keys(spec, w) if spec.gate else ()

@@ -32,6 +32,8 @@ def warmup(
     slot_dtypes: Iterable[torch.dtype] = (),
     position_dtypes: Iterable[torch.dtype] = (torch.int64,),
     also: Iterable[tuple[str, str]] = (),
+    hidden_dims: Iterable[int] = (),
+    round_kv_score: Iterable[bool] = (False,),
     training: Iterable[int] = (),
     round_rows: Iterable[bool | None] = (None,),
     out_dtypes: Iterable[torch.dtype | None] = (None,),
@@ -44,9 +46,10 @@ def warmup(
 
     Kernels that a package of `prebuild` has for this GPU are loaded from it (`use_prebuilt`), the others are compiled.
 
-    After it, `compress`, `compress_many`, `store`, `restore`, `StepPlan.update` and `training.compress` compile nothing,
-    whatever their batch sizes, lengths, strides, alignments, slots and pages. An engine that keeps V4's layers in `FoldState`,
-    decodes up to 4 tokens a step and prefills in chunks of 8,192 calls, once for each device and before it captures a graph:
+    After it, `compress`, `compress_many`, `store`, `restore`, `StepPlan.update`, `training.compress` and, with `hidden_dims`,
+    `project_compress` and `project_compress_many` compile nothing, whatever their batch sizes, lengths, strides, alignments,
+    slots and pages. An engine that keeps V4's layers in `FoldState`, decodes up to 4 tokens a step and prefills in chunks of
+    8,192 calls, once for each device and before it captures a graph:
 
         kvfold.warmup(
             [kvfold.V4_HCA, kvfold.V4_CSA],
@@ -78,6 +81,9 @@ def warmup(
         slot_dtypes: of `slots` in `store` without a plan: int32, int64 or both. Default: `store` is compiled with a plan alone.
         position_dtypes: of `positions` there.
         also: pairs of formats, of `cache` and of `also`, that `store` without a plan gets together.
+        hidden_dims: numbers of the hidden states that `project_compress` gets for specs, and `project_compress_many` for many.
+            `dtypes` need not name what these make of them; with `dtypes=()` there is nothing for other kv_score.
+        round_kv_score: as these calls have it: False, True or both.
         training: rows of kv_score that `training.compress` gets, forward and backward: those numbers of rows and no others.
             `formats` are those of fake quantization then, None for calls without; dtypes, `norm_weight_dtypes`, `latents` and
             `apart` are of these calls too. With `max_new_tokens=()` nothing is compiled for `compress` itself.
@@ -104,8 +110,8 @@ def warmup(
         "state_dtypes": state_dtypes, "norm_weight_dtypes": norm_weight_dtypes, "rows": rows, "latents": latents,
         "apart": apart,
         "page_sizes": page_sizes, "many": many, "snapshots": snapshots, "plans": plans, "round_inputs": round_inputs,
-        "slot_dtypes": slot_dtypes, "position_dtypes": position_dtypes, "also": also, "training": training,
-        "round_rows": round_rows, "out_dtypes": out_dtypes, "pdl": pdl,
+        "slot_dtypes": slot_dtypes, "position_dtypes": position_dtypes, "also": also, "hidden_dims": hidden_dims,
+        "round_kv_score": round_kv_score, "training": training, "round_rows": round_rows, "out_dtypes": out_dtypes, "pdl": pdl,
     }  # fmt: skip
     keys, dependent = keys_of(calls)
     workers = check_workers(workers)

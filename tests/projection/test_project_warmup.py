@@ -1,0 +1,97 @@
+"""Which kernels `warmup` prepares for projections: those that calls then ask for; no GPU."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from conftest import BACKENDS
+from support.project_support import FOLD, NARROW, ONE, ROWS, Projected, hidden_states
+
+import kvfold
+from kvfold import CompressorSpec
+from kvfold.backend_triton import launch, launch_product
+from kvfold.backend_triton import prepare as preparing
+from kvfold.backend_triton.keys import Key, PairKey, ProjectKey, StepKey
+
+FP32, BF16, WIDTH = torch.float32, torch.bfloat16, 256
+COUNTS = (3, 20)  # tokens of a step
+LONG = replace(FOLD, ratio=256)  # whose windows are longer than a short step
+
+
+class Asked:
+    """What is prepared, and what calls ask for."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.prepared: set[Key] = set()
+        self.keys: set[Key] = set()
+        self.backend = BACKENDS["cuda" if torch.cuda.is_available() else "interpreter"]
+        patch.setattr(preparing, "prepare", lambda keys, *rest: self.prepared.update(keys) or 1)
+        patch.setattr(sys.modules["kvfold.precompile.warmup"], "_gpu", lambda *_: torch.device("cuda", 0))
+        for module in (launch, launch_product):
+            patch.setattr(module, "launcher_of", lambda key, device: self.keys.add(key) or (lambda *arguments: None))
+
+    def layer(self, spec: CompressorSpec) -> Projected:
+        return Projected(spec, self.backend, WIDTH)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
+    return Asked(monkeypatch)
+
+
+def kinds(keys: set[Key]) -> set[tuple]:
+    """Without rows of the tables, which follow from sizes."""
+    return {(key.tensors, key.sums, key.rounded) for key in keys if isinstance(key, ProjectKey)}
+
+
+@pytest.mark.parametrize("spec", [FOLD, LONG, ROWS, ONE], ids=["fold", "long", "rows", "ungated"])
+def test_one(asked: Asked, spec: CompressorSpec) -> None:
+    """With a kv_score of the caller's and without, rounded or not, by a weight and by two; and nothing else is prepared."""
+    kvfold.warmup([spec], ["fp32"], dtypes=(), max_new_tokens=(3, 32), hidden_dims=(WIDTH,), round_kv_score=(False, True))
+    one = asked.layer(spec)
+    half = spec.kv_score_width // 2
+    weights = [one.weight, (one.weight[:half], one.weight[half:])][: 1 + spec.gate]
+    for count, weight, rounded, dtype in product(COUNTS, weights, (False, True), (None, FP32, BF16)):
+        if rounded or dtype is not BF16:
+            kv_score = (
+                None if dtype is None else torch.empty(count, spec.kv_score_width, dtype=dtype, device=one.backend.device)
+            )
+            one.step(hidden_states(count, WIDTH), [(0, 0, count)], weight, kv_score=kv_score, round_kv_score=rounded)
+    assert asked.keys <= asked.prepared
+    assert any(isinstance(key, StepKey) and key.types.parts for key in asked.keys) == (spec in (FOLD, LONG))
+    assert kinds(asked.prepared) == kinds(asked.keys)
+
+
+def test_two(asked: Asked) -> None:
+    pair, device = ((ROWS, "fp32"), (NARROW, "fp32")), asked.backend.device
+    kvfold.warmup([], [], dtypes=(), max_new_tokens=(20,), many=[pair], hidden_dims=(WIDTH,))
+    both = [asked.layer(spec) for spec, _ in pair]
+    weights = [one.weight for one in both]
+    halves = [tuple(one.weight.chunk(2)) for one in both]
+    for count, weight, given in product(COUNTS, (torch.cat(weights), weights, halves), (False, True)):
+        made = []
+        for one in both:
+            kv_score = torch.empty(count, one.spec.kv_score_width, device=device) if given else None
+            made.append((kv_score, one.state, one.cache, *one.given.values()))
+        plan = both[0].plan([(0, 0, count)])
+        plan.max_new_tokens = 20
+        hidden = hidden_states(count, WIDTH).to(device)
+        kvfold.project_compress_many(hidden, weight, made, plan, backend=asked.backend.name)
+    assert asked.keys <= asked.prepared and any(isinstance(key, PairKey) for key in asked.keys)
+    assert kinds(asked.keys) == kinds(asked.prepared)
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match=r"^hidden_dims must be a multiple of 64 and at least 256"):
+        kvfold.warmup([FOLD], [None], hidden_dims=(100,))
+    with pytest.raises(ValueError, match=r"^round_kv_score must be among"):
+        kvfold.warmup([FOLD], [None], round_kv_score=(None,))
+
+
+def test_without_hidden_states_nothing_is_prepared(asked: Asked) -> None:
+    kvfold.warmup([FOLD], [None])
+    assert not kinds(asked.prepared)
