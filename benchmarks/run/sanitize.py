@@ -1,9 +1,9 @@
 """Runs GPU tests under compute-sanitizer's four tools, side by side, and appends one line for each.
 
 python -m benchmarks.run.sanitize --out benchmarks/results/sanitizer.jsonl [--tools memcheck,racecheck] [--timeout SECONDS]
-                              [--tests calls,states,training,tests/calls/test_padding.py,...] [--only cuda] [--processes 4]
+                              [--tests calls,states,projection,training,tests/calls/test_padding.py,...] [--only cuda] [--processes 4]
 
-`calls` (the default), `states` and `training` are sets of tests (`TESTS`). The tests of a tool are dealt out to several
+`calls` (the default), `states`, `projection` and `training` are sets of tests (`TESTS`). The tests of a tool are dealt out to several
 processes. A tool of which one did not finish in time has "errors": null, which is no verdict.
 """
 
@@ -37,6 +37,13 @@ TESTS = {
         *(f"tests/calls/test_window_ring.py::test_histories[cuda-{name}]" for name in ("pairs-8", "csa-16", "pending")),
         "tests/calls/test_mean.py::test_read_and_write_in_one_launch[cuda-5]",
         "tests/calls/test_mean.py::test_banks_keep_each_draft[cuda]",
+    ),
+    # Products whose tiles are shared by programs and are not full, with the folds behind them that add up parts.
+    "projection": (
+        "tests/projection/test_project_bits.py::test_every_row_of_the_table",
+        "tests/projection/test_project_bits.py::test_every_form",
+        "tests/projection/test_project_bits.py::test_two_compressors",
+        "tests/projection/test_project_bits.py::test_what_it_leaves_alone",
     ),
     # Forward and backward of packed sequences: ratios 1 to 128, windows that programs share, records.
     "training": (

@@ -2,11 +2,13 @@
 
 from .data import make_cache, make_pools, make_state, make_tokens, make_weights
 from .engine import Engine, Part, Step, chunks, drafts, prefill, run_many
+from .projected import ProjectedEngine
 from .told import Told
 
 __all__ = [
     "Engine",
     "Part",
+    "ProjectedEngine",
     "Step",
     "Told",
     "chunks",

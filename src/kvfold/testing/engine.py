@@ -221,7 +221,7 @@ class Engine:
         count = plan.entry_capacity if plan.cu_rows is None else self._places(step)[-1]
         out = {} if self.rows is None else {"rows": self._unwritten(count)}
         out |= {"latent": self._unwritten(count, torch.bfloat16)} if self.latent else {}
-        compress(kv_score, plan, *rest, **named, **out, backend=self.backend)
+        self._call(kv_score, plan, *rest, **named, **out, backend=self.backend)
         refused = int(plan.errors)
         for name, kept in (("rows", self.pooled), ("latent", self.latents)):
             if name in out and not refused:
@@ -232,6 +232,9 @@ class Engine:
         """What `compress`, `check` and `dump` take for a step: by position, and by name."""
         args = self.kv_score(step, wrong), self.plan(step), self.state, self.cache
         return args, self.weights | {"snapshots": self.snapshots}
+
+    def _call(self, *args: object, **named: object) -> None:
+        compress(*args, **named)  # type: ignore[arg-type]
 
     def _keep(self, step: Step, out: Tensor, kept: list[Tensor]) -> None:
         ratio, of_none = self.spec.ratio, torch.ones(len(out), dtype=torch.bool, device=out.device)

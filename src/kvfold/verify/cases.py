@@ -22,8 +22,11 @@ from ..spec import V4_CSA, V4_HCA, V4_INDEXER, V41_INDEX_K, V41_MAIN_R1, V41_MAI
 from ..storage.formats import FORMATS
 from ..testing.data import make_cache, make_state, make_tokens, make_weights
 from ..testing.engine import Engine, Step, chunks, drafts, prefill, run_many
+from ..testing.projected import ProjectedEngine
 from ..testing.told import Told
 from .case import Mismatch, close, close_to_fp64, normed, packed, same, same_records, untouched
+from .project import check_cut as check_projected_cut
+from .project import check_kv_score, hidden_of, kv_score_of, weight_of
 from .training import check_training
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -205,6 +208,7 @@ def _equivalence_cases(lab: Lab) -> Iterator[Case]:
         yield Case("equivalence", f"v41 ratio {spec.ratio}: records from latents, index keys into two caches", run)
     for label, preset in (("hca", V4_HCA), ("csa", V4_CSA), ("indexer", V4_INDEXER)):
         yield Case("training", label, partial(check_gradients, lab, lab.spec(preset)))
+        yield Case("projection", label, partial(check_projection, lab, lab.spec(preset)))
 
 
 def check_config(lab: Lab, config: Config, state: torch.dtype, rows: torch.dtype) -> str:
@@ -379,6 +383,19 @@ def check_many(lab: Lab) -> str:
 def check_gradients(lab: Lab, spec: CompressorSpec) -> str:
     """Entries and gradients of training, of kv_score in bf16, and on a GPU in fp32 too."""
     return "; ".join(check_training(lab.engine(lab.inputs(spec, dtype), fmt="fp32")) for dtype in (BF16, FP32)[: 1 + lab.real])
+
+
+def check_projection(lab: Lab, spec: CompressorSpec) -> str:
+    """From hidden states on: kv_score against fp64, and decoding with drafts to the bit of a prefill."""
+    tokens, weights = lab.inputs(spec)
+    width = 7168 if lab.real else 256
+    hidden, weight = hidden_of([len(text) for text in tokens], width, lab.device), weight_of(spec, width, lab.device)
+    worst = check_kv_score(torch.cat(hidden), weight, weights, lab.backend)
+    inputs = [kv_score_of(text, weight, weights, lab.backend) for text in hidden], weights
+    fmt = "indexer_mxfp4" if spec.head_dim == 128 else "fp8_ds_mla"
+    cut = ProjectedEngine.make(*inputs, fmt=fmt, backend=lab.backend)
+    check_projected_cut(cut.begin(hidden, weight), lab.engine(inputs), drafts(cut.lengths, DRAFTS, spec.ratio + 1))
+    return f"{worst:.1e} of the bound, bits equal"
 
 
 def run_checked(engine: Engine, steps: list[Step]) -> None:
