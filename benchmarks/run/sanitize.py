@@ -1,10 +1,11 @@
 """Runs GPU tests under compute-sanitizer's four tools, side by side, and appends one line for each.
 
 python -m benchmarks.run.sanitize --out benchmarks/results/sanitizer.jsonl [--tools memcheck,racecheck] [--timeout SECONDS]
-                              [--tests calls,states,projection,training,tests/calls/test_padding.py,...] [--only cuda] [--processes 4]
+                              [--tests calls,states,projection,training,tests/calls/test_padding.py,...]
+                              [--only cuda] [--processes 4]
 
-`calls` (the default), `states`, `projection` and `training` are sets of tests (`TESTS`). The tests of a tool are dealt out to several
-processes. A tool of which one did not finish in time has "errors": null, which is no verdict.
+`calls` (the default), `states`, `projection` and `training` are sets of tests (`TESTS`). The tests of a tool are dealt out to
+several processes. A tool of which one did not finish in time has "errors": null, which is no verdict.
 """
 
 from __future__ import annotations
