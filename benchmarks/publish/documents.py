@@ -52,6 +52,7 @@ def parts(rows: Rows) -> dict[str, str]:
         "formats": layouts.formats_table(),
         "pages": layouts.pages(),
         "configs": layouts.configs_table(),
+        "tilings": layouts.tilings_table(),
         "states": layouts.states_table(),
         "speed": measured.speed(short),
         "decode": measured.decode_summary(rows) + _links(rows, "decode"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kvfold import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec, FoldState, Snapshots
-from kvfold.backend_triton.table import COLUMNS, in_words
+from kvfold.backend_triton.table import COLUMNS, TILING_COLUMNS, in_words, tilings_in_words
 from kvfold.storage.fold_state import state_kind
 from kvfold.storage.formats import FORMATS, RecordFormat
 
@@ -123,6 +123,11 @@ def _bytes(title: str, fields: list[tuple[int, str, str]]) -> str:
 def configs_table() -> str:
     """The rows of `backend_triton/table.py`, in order."""
     return markdown(COLUMNS, in_words())
+
+
+def tilings_table() -> str:
+    """The rows for projections, in order."""
+    return markdown(TILING_COLUMNS, tilings_in_words())
 
 
 def states_table() -> str:

@@ -188,7 +188,7 @@ class Tiling:
         return self.depth if chunk % self.depth == 0 else HIDDEN_STEP
 
 
-# A layer's weights are read at 4.5 TB/s or less: note 0080.
+# Note 0076.
 TILINGS: tuple[Tiling, ...] = (
     Tiling(16, columns=64, tokens=16, depth=128, parts=8, stages=5, num_warps=4, max_columns=1024),
     Tiling(16, columns=64, tokens=16, depth=128, parts=8, stages=2, num_warps=4),
@@ -250,6 +250,17 @@ COLUMNS = (
     "kind", "head_dim", "rows of a window", "new tokens", "windows", "ahead", "warps", "slice", "tile", "registers", "programs",
     "together", "may spill",
 )  # fmt: skip
+
+
+TILING_COLUMNS = ("tokens of a step", "columns of kv_score", "columns", "tokens", "depth", "parts", "stages", "warps")
+
+
+def tilings_in_words() -> list[tuple[str, ...]]:
+    """`TILINGS` for readers, by `TILING_COLUMNS`."""
+    return [
+        (_most(t.max_tokens), _most(t.max_columns), *map(str, (t.columns, t.tokens, t.depth, t.parts, t.stages, t.num_warps)))
+        for t in TILINGS
+    ]
 
 
 def in_words() -> list[tuple[str, ...]]:
