@@ -18,6 +18,7 @@ from torch import Tensor
 
 import kvfold
 from kvfold import EntryCache, FoldState, Snapshots, StepPlan, WindowState, training
+from kvfold.contract import LEAST_HIDDEN
 
 OBJECTS = ("state", "cache", "snapshots", "plan")
 COMPRESSOR = ("kv_score", "state", "cache", "spec", "ape", "norm_weight", "rope", "snapshots")
@@ -49,6 +50,11 @@ def _named(given: dict[str, Any], *positional: str) -> tuple[list[Any], dict[str
 def _compress(given: dict[str, Any]) -> None:
     positional, named = _named(given, "kv_score", "plan", "state", "cache")
     kvfold.compress(*positional, **named)
+
+
+def _project(given: dict[str, Any]) -> None:
+    positional, named = _named(given, "hidden", "weight", "plan", "state", "cache")
+    kvfold.project_compress(*positional, **named)
 
 
 def _many(given: dict[str, Any]) -> None:
@@ -159,6 +165,10 @@ _PLACED = ("rows", "cache", "slots", "positions", "spec", "norm_weight", "rope",
 _WRITTEN = ("state", "cache", "snapshots", "rows", "latent")
 FUNCTIONS: dict[str, Function] = {
     "compress": Function("compress", ALL_KINDS, (*COMPRESSOR, "plan", "rows", "latent", *_HOW), _compress, _WRITTEN),
+    "project_compress": Function(
+        "compress", ALL_KINDS, ("hidden", "weight", *COMPRESSOR, "plan", "rows", "latent", "round_kv_score", *_HOW), _project,
+        (*_WRITTEN, "kv_score"),
+    ),
     "compress_many": Function(
         "many", FOLD_KINDS, ("compressors", *(f"{i}.{name}" for i in (0, 1) for name in COMPRESSOR), "plan", *_HOW), _many,
         tuple(f"{i}.{name}" for i in (0, 1) for name in ("state", "cache", "snapshots")),
@@ -216,6 +226,8 @@ class HostileWorld(World):
             self.leaves.setdefault(f"plan.{field}", None)
         if "latent" in self.function.arguments and "rows" in self.leaves:
             self.leaves["latent"] = self.put(self.leaves["rows"].bfloat16())
+        if "hidden" in self.function.arguments:
+            self._project()
         if self.function.world == "check":
             self.leaves["full_history"] = None
         if self.function.world == "train":
@@ -229,6 +241,13 @@ class HostileWorld(World):
         names = self.function.arguments
         self.taken = [n for n in self.leaves if n in names or any(n.startswith(name + ".") for name in names)]
         self.reset()
+
+    def _project(self) -> None:
+        """Hidden states in place of kv_score, which receives what is made of them."""
+        count, columns = self.leaves["kv_score"].shape
+        hidden, weight = torch.ones(count, LEAST_HIDDEN), torch.ones(columns, LEAST_HIDDEN) / 64
+        self.leaves |= {"hidden": self.put(hidden.bfloat16()), "weight": self.put(weight.bfloat16())}
+        self.leaves |= {"kv_score": self.put(torch.zeros(count, columns)), "round_kv_score": False}
 
     def _train(self) -> None:
         """Packed sequences of whole windows, tails and nothing, in place of a step."""

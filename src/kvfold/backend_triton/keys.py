@@ -36,6 +36,17 @@ class Types(NamedTuple):
     rounded: bool = False
 
 
+class Parts(NamedTuple):
+    """How kv_score is in parts, if it is: how many, whether their sum is rounded, and elements from one to the next."""
+
+    count: int = 0
+    rounded: bool = False
+    step: int | None = None
+
+
+WHOLE = Parts()
+
+
 class StepKey(NamedTuple):
     """Of `compress` over a `FoldState` or a `MeanState`, or without a state. snapshots: whether it leaves any."""
 

@@ -29,7 +29,9 @@ from .build import INTERPRETED, KERNELS
 from .kernels.plan_items import SEQUENCES
 from .kernels.plan_metadata import ENTRIES, TABLE, TOKENS
 from .keys import (
+    WHOLE,
     PairKey,
+    Parts,
     RestoreKey,
     Types,
     kind_of,
@@ -53,17 +55,6 @@ _NO_CACHE = (None,) * len(args.Output._fields)
 
 
 _TOTALS = KERNELS["plan"].arg_names.index("totals")
-
-
-class Parts(NamedTuple):
-    """How kv_score is in parts, if it is: how many, whether their sum is rounded, and elements from one to the next."""
-
-    count: int = 0
-    rounded: bool = False
-    step: int | None = None
-
-
-WHOLE = Parts()
 
 
 class Chosen(NamedTuple):

@@ -11,8 +11,8 @@ from ..storage.remembered import RememberingState
 from ..storage.step import Compressor, Outputs, PlanData, Projection
 from . import args
 from .args import flat
-from .keys import ProjectKey, is_short
-from .launch import Parts, compress_triton, use_pdl
+from .keys import Parts, ProjectKey, is_short
+from .launch import compress_triton, use_pdl
 from .launcher import launcher_of, pack, supports_pdl
 from .table import Tiling, tiling
 

@@ -7,7 +7,16 @@ from itertools import product
 
 import torch
 
-from ..arguments.checks import check_device, check_dtype, check_real_memory, check_shape, check_switch, check_tensor, check_type
+from ..arguments.checks import (
+    check_device,
+    check_dtype,
+    check_memory,
+    check_real_memory,
+    check_shape,
+    check_switch,
+    check_tensor,
+    check_type,
+)
 from ..arguments.overlap import Place, check_apart, extent
 from ..contract import check_hidden_dim
 from ..spec import CompressorSpec, check_spec
@@ -28,9 +37,11 @@ def projection_of(
         raise TypeError("round_kv_score must be a bool, got NoneType")
     for i, spec in enumerate(specs):
         check_spec(f"compressors[{i}]: spec" if many else "spec", spec)
+    check_memory("hidden", hidden, fake=True)
     check_shape("hidden", hidden, (None, None))
     if isinstance(weight, torch.Tensor):
         widths = [spec.kv_score_width for spec in specs]
+        check_memory("weight", weight, fake=True)
         check_shape("weight", weight, (sum(widths), hidden.shape[1]))
         return Projection(hidden, tuple((part,) for part in weight.split(widths)), round_kv_score, weight)
     if not many:
@@ -93,6 +104,7 @@ def _named(p: Projection, widths: Sequence[int]) -> list[tuple[str, torch.Tensor
 
 def _check_kv_score(name: str, x: torch.Tensor, p: Projection) -> None:
     check_type(name, x, torch.Tensor)
+    check_real_memory(name, x)
     check_shape(name, x, (None, None))
     check_tokens(name, x, x.shape[1])
     check_device(name, x, p.hidden.device)
@@ -117,10 +129,12 @@ def with_room(p: Projection, compressors: Sequence[Compressor], parts: int = 0) 
     for i, (width, c) in enumerate(zip(widths, compressors, strict=True)):
         name = _name("kv_score", i, compressors)
         state = c.state
-        if isinstance(state, FoldState) and state.rows.dtype is torch.bfloat16 and not (state.round_inputs or p.round_kv_score):
+        rows = getattr(state, "rows", None) if isinstance(state, FoldState) else None  # which is checked later
+        if getattr(rows, "dtype", None) is torch.bfloat16 and not (state.round_inputs or p.round_kv_score):
             raise TypeError("round_kv_score must be True, as state keeps input rows in bf16 without round_inputs, got False")
         if c.kv_score is not None:
             check_type(name, c.kv_score, torch.Tensor)
+            check_memory(name, c.kv_score, fake=True)
             check_shape(name, c.kv_score, (None, width))
         else:
             c, at = c._replace(kv_score=own[:, at : at + width]), at + width
