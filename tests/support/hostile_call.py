@@ -312,6 +312,9 @@ class _Call:
             and plan.num_items.numel() == 1
         ):
             found["plan.items"] = found["plan.items"][: int(plan.num_items)]
+            if plan.reserved is False and isinstance(plan.entry_slots, Tensor) and has_memory(plan.cu_entries):
+                # A place of no entry says nothing; in slots that are copied, as strided ones are, it is -1.
+                found["plan.entry_slots"] = plan.entry_slots[: int(plan.cu_entries[-1])]
             found["duplicates"] = _duplicates(plan)
         if self.world.function.world == "restore":
             found["duplicates"] = _twice(self.given["slots"])

@@ -1,0 +1,66 @@
+"""`project_compress` and `project_compress_many` while they are traced: operators, with the bits of eager calls."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import BACKENDS
+from support.helpers import Backend
+from support.project_support import FOLD, NARROW, ROWS, SPECS, Projected, hidden_states
+from torch._subclasses import FakeTensorMode
+
+import kvfold
+
+
+@pytest.fixture(autouse=True)
+def anew() -> None:
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_compiled(name: str, backend: Backend) -> None:
+    """A prompt, and a step behind it, in whole graphs; with a kv_score of the caller's and without."""
+    hidden = hidden_states(20, 256).to(backend.device)
+    eager, traced = Projected(SPECS[name], backend, 256), Projected(SPECS[name], backend, 256)
+
+    def call(hidden, plan, state, cache, kv_score):
+        kvfold.project_compress(
+            hidden, traced.weight, plan, state, cache, kv_score=kv_score, backend=backend.name, **traced.given
+        )
+
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    for at, count, given in ((0, 17, False), (17, 3, True)):
+        kv_score = torch.empty(count, eager.spec.kv_score_width, device=backend.device) if given else None
+        plan = traced.plan([(0, at, count)])
+        compiled(hidden[at : at + count], plan, traced.state, traced.cache, kv_score)
+        wanted = torch.empty(count, eager.spec.kv_score_width, device=backend.device)
+        eager.step(hidden[at : at + count], [(0, at, count)], kv_score=wanted)
+        assert int(plan.errors) == 0 and (kv_score is None or torch.equal(kv_score, wanted))
+    assert torch.equal(traced.records(0), eager.records(0)) and eager.records(0).any()
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_two_compiled(stacked: bool, backend: Backend) -> None:
+    hidden = hidden_states(20, 256).to(backend.device)
+    eager, traced = ([Projected(spec, backend, 256) for spec in (ROWS, NARROW)] for _ in range(2))
+    weights = [one.weight for one in traced]
+    weight = torch.cat(weights) if stacked else weights
+    plan = traced[0].plan([(0, 0, 20)])
+
+    def call(hidden, plan, states, caches):
+        made = [(None, s, c, *one.given.values()) for one, s, c in zip(traced, states, caches, strict=True)]
+        kvfold.project_compress_many(hidden, weight, made, plan, backend=backend.name)
+
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    compiled(hidden, plan, [one.state for one in traced], [one.cache for one in traced])
+    for one, other in zip(eager, traced, strict=True):
+        one.step(hidden, [(0, 0, 20)])
+        assert torch.equal(one.records(0), other.records(0)) and one.records(0).any()
+
+
+def test_fake() -> None:
+    """Of tensors without memory nothing is made."""
+    with FakeTensorMode():
+        one = Projected(FOLD, BACKENDS["torch"], 256)
+        plan = one.plan([(0, 0, 4)])
+        kvfold.project_compress(hidden_states(4, 256), one.weight, plan, one.state, one.cache, **one.given)
