@@ -45,6 +45,8 @@ def load_sums(ats, theres, others, tokens, HOW: tl.constexpr):
     """Numbers of new tokens that are sums of what stands at each of `ats`; others: what stands in where they are not there."""
     found = ()
     for i in tl.static_range(len(ats)):
-        x = rounded_to(sum_parts(ats[i], tokens.part, theres[i], HOW.PARTS), tl.float32, HOW.ROUNDED, HOW.TARGET.BF16_CONVERSION)
+        x = rounded_to(
+            sum_parts(ats[i], tokens.part, theres[i], HOW.PARTS), tl.float32, HOW.ROUNDED, HOW.TARGET.BF16_CONVERSION
+        )
         found = found + (tl.where(theres[i], x, others[i]),)
     return found
