@@ -41,12 +41,11 @@ def sum_parts(at, step, there, PARTS: tl.constexpr):
 
 
 @triton.jit
-def load_sums(ats, theres, others, tokens, HOW: tl.constexpr):
-    """Numbers of new tokens that are sums of what stands at each of `ats`; others: what stands in where they are not there."""
-    found = ()
-    for i in tl.static_range(len(ats)):
-        x = rounded_to(
-            sum_parts(ats[i], tokens.part, theres[i], HOW.PARTS), tl.float32, HOW.ROUNDED, HOW.TARGET.BF16_CONVERSION
-        )
-        found = found + (tl.where(theres[i], x, others[i]),)
-    return found
+def load_new(at, tokens, there, other, HOW: tl.constexpr):
+    """Numbers of new tokens, which stand at `at` or are sums of what does."""
+    if HOW.PARTS == 0:
+        x = tl.load(at, mask=there, other=other)
+    else:
+        x = sum_parts(at, tokens.part, there, HOW.PARTS)
+        x = tl.where(there, rounded_to(x, tl.float32, HOW.ROUNDED, HOW.TARGET.BF16_CONVERSION), other)
+    return x
