@@ -133,6 +133,23 @@ def test_wrong_weights_are_refused_by_name(backend):
         one.step(3)
 
 
+@pytest.mark.parametrize("bias", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["torch", "interpreter"], indirect=True)
+def test_weights_of_another_shape_at_the_same_address_are_refused(backend, bias):
+    """On a CPU; on a GPU a tensor keeps its shape."""
+    one = Sequences(SPECS[0], 1, torch.float32, backend, bias=bias)
+    for _ in range(3):
+        one.step(1)
+    for name in ("ape", "norm_weight"):
+        weight = getattr(one, name)
+        whole = weight.data
+        weight.data = whole[:1]
+        with pytest.raises(ValueError, match=f"{name} must have shape"):
+            one.step(1)
+        weight.data = whole
+        one.step(1)
+
+
 def test_wrong_projections_are_refused(backend):
     """They go through `compress`, which says what is wrong, also behind steps that were right."""
     one = Sequences(SPECS[0], 1, torch.float32, backend)
@@ -169,6 +186,15 @@ def test_plans_are_few(backend):
         kept.plan(4, 1, 0, new, 2000 if new > 4096 else 64)
         assert len(kept.plans) <= planned._MOST_PLANS
     assert all(key[2] <= 4096 for key in kept.plans)
+
+
+def test_kinds_of_steps_are_few(backend, monkeypatch):
+    monkeypatch.setattr(planned, "_MOST_KINDS", 2)
+    one = Sequences(SPECS[1], 1, torch.float32, backend)
+    for new in (9, 20, 1, 3, 1, 4):
+        one.step(new)
+    (kept,) = planned._thread.streams.values()
+    assert len(kept.again) <= 2 and torch.equal(one.done(), one.whole()[:, : one.at // 4])
 
 
 @pytest.mark.parametrize("backend", ["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
