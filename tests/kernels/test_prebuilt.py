@@ -208,6 +208,7 @@ BROKEN: dict[str, tuple[Callable[[dict], object], str]] = {
     "form": (lambda m: m | {"form": 2}, "form 1"),
     "list": (lambda m: [m], "form 1"),
     "facts": (lambda m: m | {"multiprocessors": "132"}, "what it is for"),
+    "escape": (lambda m: m | {"triton": "\x1b[31m"}, "what it is for"),
     "no target": (lambda m: {k: v for k, v in m.items() if k != "target"}, "what it is for"),
     "kernels": (lambda m: m | {"kernels": [*m["kernels"].values()]}, "kernels by keys"),
     "key": (lambda m: m | {"kernels": {f"../{key}": row for key, row in m["kernels"].items()}}, "kernels by keys"),

@@ -183,7 +183,7 @@ def read(folder: Path) -> Package:
         if not isinstance(given, dict) or type(given.get("form")) is not int or given["form"] != FORM:
             raise Damaged(f"{MANIFEST} is not of form {FORM}, which this kvfold reads")
         facts = Facts(*(given.get(name) for name in Facts._fields))
-        if not all(type(x) is (int if name == "multiprocessors" else str) for name, x in facts._asdict().items()):
+        if not all(_is_fact(*one) for one in facts._asdict().items()):
             raise Damaged(f"{MANIFEST} must say what it is for: {', '.join(Facts._fields)}")
         rows = given.get("kernels")
         if not isinstance(rows, dict) or not all(DIGEST.fullmatch(key) for key in rows):
@@ -205,6 +205,10 @@ def _binary(key: str, row: object) -> Binary:
         if named and isinstance(made, dict) and all(_is_made(*one) for one in made.items()):
             return Binary(sha256, name, made)
     raise Damaged(f"{MANIFEST} must say of each kernel its sha256, its name and what was made, kernel {key} does not")
+
+
+def _is_fact(name: str, value: object) -> bool:
+    return type(value) is int if name == "multiprocessors" else isinstance(value, str) and value.isprintable()
 
 
 def _matches(pattern: re.Pattern[str], value: object) -> bool:
