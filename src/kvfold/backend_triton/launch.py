@@ -487,13 +487,11 @@ def scratch_of(state: FoldState | WindowState, entries: int, head_dim: int) -> t
     Made by the first call of a size and kept by the state, outgrown ones too, as a CUDA graph may have recorded them. Calls of
     several widths may share it (`again.Scratch`), so it is as large as the largest of each.
     """
-    last = state._workspaces[-1] if state._workspaces else None
-    if last is not None and last[0].device != state.device:
-        last = None
-    words, tickets = (0, 0) if last is None else (last[0].numel(), last[1].numel())
-    if last is None or words < entries * head_dim or tickets < entries:
-        rows = torch.zeros(max(words, entries * head_dim), dtype=torch.int64, device=state.device)
-        made = rows, torch.zeros(max(tickets, entries), dtype=torch.int32, device=state.device)
+    last, sizes = state._workspaces[-1] if state._workspaces else None, (entries * head_dim, entries)
+    if last is None or last[0].numel() < sizes[0] or last[1].numel() < sizes[1] or last[0].device != state.device:
+        words, tickets = sizes if last is None else (max(x.numel(), n) for x, n in zip(last, sizes, strict=True))
+        rows = torch.zeros(words, dtype=torch.int64, device=state.device)
+        made = rows, torch.zeros(tickets, dtype=torch.int32, device=state.device)
         if rows.is_cuda and torch.cuda.is_current_stream_capturing():
             state._recorded.append(made)  # zeroed by replays of the graph and by nothing else, so for this call in it alone
             return made
