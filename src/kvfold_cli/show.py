@@ -44,6 +44,7 @@ def print_table(console: Console, title: str, columns: Sequence[str], rows: Sequ
 
     Nothing is cut. The text says once what is the same in all rows, and leaves out "-", which is for nothing.
     """
+    rows = [[_printable(cell) for cell in row] for row in rows]
     whole = list(zip(columns, *rows, strict=True))
     widths = [max(len(line) for cell in column for line in cell.split("\n")) for column in whole]
     least = [max(len(word) for cell in column for word in cell.split() or [""]) for column in whole]
@@ -56,7 +57,7 @@ def print_table(console: Console, title: str, columns: Sequence[str], rows: Sequ
         for column, width in zip(columns, widths, strict=True):
             table.add_column(column, width=width)
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         console.print(table)
         return
     if title:
@@ -67,6 +68,11 @@ def print_table(console: Console, title: str, columns: Sequence[str], rows: Sequ
     for row in rows:
         cells = [f"{c}: {cell}" for c, cell in zip(columns[1:], row[1:], strict=True) if c not in same and cell != "-"]
         _print_items(console, row[0], [cell.replace("\n", ", ") for cell in cells], style="bold")
+
+
+def _printable(cell: str) -> str:
+    """With escapes for what a terminal would act on, or a file could not have: names of folders may be anything."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in cell)
 
 
 def _print_items(console: Console, head: str, items: Sequence[str], style: str = "") -> None:

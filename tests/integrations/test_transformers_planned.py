@@ -15,6 +15,7 @@ from support.transformers_support import step as step_of
 from transformers import DynamicCache
 
 from kvfold import CompressorSpec, EntryCache, FoldState, StepPlan, compress, reference
+from kvfold.backend_triton import again
 from kvfold.backend_triton.launcher import Launcher
 from kvfold.integrations.transformers import patch, planned, rewind, step
 
@@ -99,8 +100,8 @@ def test_bits(backend, spec, seed):
                 one.at = max(one.at - draw.randint(0, most), furthest - most, 0)
         assert torch.equal(one.done().float(), one.whole())
     assert counted() == 0
-    again = next(kept.again for kept in planned._thread.streams.values())
-    assert bool(again) == (backend.name == "triton")
+    kinds = next(kept.again for kept in planned._thread.streams.values())
+    assert bool(kinds) == (backend.name == "triton")
 
 
 @pytest.mark.parametrize("bias", [torch.float32, torch.bfloat16])
@@ -131,6 +132,23 @@ def test_wrong_weights_are_refused_by_name(backend):
     one.ape, one.norm_weight = torch.zeros(16, 32, device=backend.device), one.norm_weight.double()
     with pytest.raises(TypeError, match="norm_weight must be"):
         one.step(3)
+
+
+@pytest.mark.parametrize("bias", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["torch", "interpreter"], indirect=True)
+def test_weights_of_another_shape_at_the_same_address_are_refused(backend, bias):
+    """On a CPU; on a GPU a tensor keeps its shape."""
+    one = Sequences(SPECS[0], 1, torch.float32, backend, bias=bias)
+    for _ in range(3):
+        one.step(1)
+    for name in ("ape", "norm_weight"):
+        weight = getattr(one, name)
+        whole = weight.data
+        weight.data = whole[:1]
+        with pytest.raises(ValueError, match=f"{name} must have shape"):
+            one.step(1)
+        weight.data = whole
+        one.step(1)
 
 
 def test_wrong_projections_are_refused(backend):
@@ -169,6 +187,39 @@ def test_plans_are_few(backend):
         kept.plan(4, 1, 0, new, 2000 if new > 4096 else 64)
         assert len(kept.plans) <= planned._MOST_PLANS
     assert all(key[2] <= 4096 for key in kept.plans)
+
+
+@pytest.mark.parametrize("backend", ["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+@pytest.mark.parametrize("order", [(4, 512), (512, 1024), (1024, 512, 4)], ids=str)
+def test_compressors_of_all_widths_share_scratch(backend, order, monkeypatch):
+    """An indexer counts items that are drawn; entries of fold rows are shared in slices, which are as wide as they are."""
+
+    def checked(scratch, entries, head_dim):
+        found = scratch_of(scratch, entries, head_dim)
+        asked.append(entries * head_dim)
+        assert found[0].numel() >= asked[-1] and found[1].numel() >= entries
+        return found
+
+    asked, scratch_of = [], again.scratch_of
+    monkeypatch.setattr(again, "scratch_of", checked)
+    overlapping = CompressorSpec(head_dim=128, ratio=4, overlap=True, rope_dim=16)
+    for width in order:
+        spec = overlapping if width == 4 else CompressorSpec(head_dim=width, ratio=64, rope_dim=16)
+        for seed in range(2):
+            one = Sequences(spec, 1, torch.float32, backend, seed=seed)
+            one.step(42), one.step(42)
+            assert torch.equal(one.done(), one.whole())
+    (kept,) = planned._thread.streams.values()
+    assert {*asked} == {0 if width == 4 else width for width in order} and len(kept.scratch._workspaces) <= 2
+
+
+def test_kinds_of_steps_are_few(backend, monkeypatch):
+    monkeypatch.setattr(planned, "_MOST_KINDS", 2)
+    one = Sequences(SPECS[1], 1, torch.float32, backend)
+    for new in (9, 20, 1, 3, 1, 4):
+        one.step(new)
+    (kept,) = planned._thread.streams.values()
+    assert len(kept.again) <= 2 and torch.equal(one.done(), one.whole()[:, : one.at // 4])
 
 
 @pytest.mark.parametrize("backend", ["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)

@@ -44,6 +44,18 @@ def test_gradients_are_those_of_transformers(pair, how):
     assert len(worst) > 20 and max(worst.values()) < 1e-5, worst
 
 
+@pytest.mark.parametrize("length", [1, 3, 5])
+def test_prompts_shorter_than_a_window(pair, length):
+    """Of which several have tokens for one together."""
+    for model in pair:
+        model.zero_grad()
+    got, want = (model(ids(length, 8), use_cache=True).logits for model in pair)
+    assert off(got.detach(), want.detach()) < 1e-5
+    got.sum().backward(), want.sum().backward()
+    weights = [model.model.layers[0].self_attn.kv_proj.weight for model in pair]
+    assert off(*(weight.grad for weight in weights)) < 1e-4
+
+
 def test_entries_of_train_mode_have_the_bits_of_eval_mode(pair):
     model, found = pair[0], []
     for mode in (True, False):

@@ -208,6 +208,7 @@ BROKEN: dict[str, tuple[Callable[[dict], object], str]] = {
     "form": (lambda m: m | {"form": 2}, "form 1"),
     "list": (lambda m: [m], "form 1"),
     "facts": (lambda m: m | {"multiprocessors": "132"}, "what it is for"),
+    "escape": (lambda m: m | {"triton": "\x1b[31m"}, "what it is for"),
     "no target": (lambda m: {k: v for k, v in m.items() if k != "target"}, "what it is for"),
     "kernels": (lambda m: m | {"kernels": [*m["kernels"].values()]}, "kernels by keys"),
     "key": (lambda m: m | {"kernels": {f"../{key}": row for key, row in m["kernels"].items()}}, "kernels by keys"),
@@ -216,6 +217,11 @@ BROKEN: dict[str, tuple[Callable[[dict], object], str]] = {
     "name": (lambda m: rows(m, lambda row: row | {"name": "../plan_kernel"}), "of each kernel"),
     "number": (lambda m: rows(m, lambda row: row | {"made": row["made"] | {"shared": "16"}}), "of each kernel"),
     "negative": (lambda m: rows(m, lambda row: row | {"made": row["made"] | {"shared": -1}}), "of each kernel"),
+    "form is true": (lambda m: m | {"form": True}, "form 1"),
+    "another number": (lambda m: rows(m, lambda row: row | {"made": row["made"] | {"shared": 8}}), "was changed"),
+    "a number less": (lambda m: rows(m, lambda row: row | {"made": {"tmem_size": 0}}), "was changed"),
+    "swapped": (lambda m: m | {"kernels": dict(zip(m["kernels"], [*m["kernels"].values()][::-1], strict=True))}, "was changed"),
+    "no sha256": (lambda m: {k: v for k, v in m.items() if k != "sha256"}, "was changed"),
 }
 
 
@@ -226,6 +232,11 @@ def rows(manifest: dict, change: Callable[[dict], dict]) -> dict:
 def edit(package: Path, change: Callable[[dict], object]) -> None:
     path = package / prebuilt.MANIFEST
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+def signed(manifest: dict) -> dict:
+    """As if it had been made so."""
+    return manifest | {"sha256": prebuilt._digest_of(manifest["kernels"])}
 
 
 @compiles
@@ -284,10 +295,32 @@ def test_a_binary_that_is_not_as_its_name_says(package: Path, how: str) -> None:
 @compiles
 @pytest.mark.parametrize("name", ["num_warps", "target", "name", "hash", "triton_version", "extern_libs"])
 def test_a_package_says_nothing_that_is_known_here(package: Path, name: str) -> None:
-    edit(package, lambda m: rows(m, lambda row: row | {"made": row["made"] | {name: 1}}))
+    edit(package, lambda m: signed(rows(m, lambda row: row | {"made": row["made"] | {name: 1}})))
     kvfold.use_prebuilt(package)
     with pytest.warns(RuntimeWarning, match=rf"must not say of a kernel {name}"):
         assert prebuilt.load(VARIANT, TARGET) is None
+
+
+@compiles
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Triton's __del__ of what it did not make
+@pytest.mark.parametrize("said", [{}, {"shared": 16, "_x": 1}, {"shared": 16, "class": 1}], ids=["none", "_x", "class"])
+def test_what_triton_cannot_read_is_compiled(package: Path, said: dict) -> None:
+    edit(package, lambda m: signed(rows(m, lambda row: row | {"made": said})))
+    kvfold.use_prebuilt(package)
+    with pytest.warns(RuntimeWarning, match=rf"does not say of kernel {prebuilt.key_of(VARIANT, TARGET)}"):
+        assert prebuilt.load(VARIANT, TARGET) is None
+
+
+@compiles
+def test_a_package_that_is_whole_now_is_taken(package: Path) -> None:
+    """A folder that was looked at too early, as while it was copied."""
+    path = package / prebuilt.MANIFEST
+    whole = path.read_text()
+    path.write_text(whole[:100])
+    with pytest.raises(ValueError, match="is not JSON"):
+        kvfold.use_prebuilt(package)
+    path.write_text(whole)
+    assert kvfold.use_prebuilt(package) == 8 and silently() is not None
 
 
 @compiles
@@ -382,6 +415,8 @@ def test_a_manifest_of_another_is_not_written_over(tmp_path: Path) -> None:
         kvfold.prebuild("sm_90", tmp_path, [SMALL], workers=1)
     with pytest.raises(TypeError, match="folder must be a path"):
         kvfold.use_prebuilt(3)
+    with pytest.raises(ValueError, match="folder must be a path, got one with a zero character"):
+        kvfold.use_prebuilt("a\0b")
     assert (tmp_path / prebuilt.MANIFEST).read_text() == "{}"
 
 

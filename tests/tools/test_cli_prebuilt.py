@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -59,6 +60,15 @@ def test_info_says_which_packages_there_are(tmp_path: Path, installed: Callable[
     for words in ("there '3.4.0'", "sources of kvfold's kernels are others", "is not of form 1"):
         assert all(word in said for word in words.split())
     assert said.count("no:") >= 2
+
+
+@pytest.mark.parametrize("name", ["[bold]x[/y]", "\x1b[31m", os.fsdecode(b"\xff")], ids=["markup", "escape", "bytes"])
+@pytest.mark.parametrize("width", [200, 40])
+def test_info_prints_any_folder(tmp_path: Path, installed: Callable[..., None], name: str, width: int) -> None:
+    installed(package(tmp_path / name))
+    done = CliRunner().invoke(app, ["info"], env={"COLUMNS": str(width)})
+    said = "".join(done.output.split())
+    assert done.exit_code == 0 and ascii(name)[1:-1] in said.replace("│", "") and "\x1b" not in said
 
 
 def test_warmup_says_what_it_did(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

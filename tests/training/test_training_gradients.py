@@ -139,6 +139,16 @@ def test_an_empty_result_depends_on_every_input(backend: Backend, name: str, len
     assert all(x.grad is not None and x.grad.shape == x.shape and not x.grad.any() for x in leaves)
 
 
+def test_sequences_shorter_than_a_window_need_no_rotations(backend: Backend) -> None:
+    """Together they have the tokens of one."""
+    problem = Problem.make(SPECS["csa"], lengths=[3, 3], spare=0)
+    given = problem.given(backend) | {"rope": problem.weights.rope[:0].to(backend.device)}
+    rows = problem.tokens(backend.device).requires_grad_()
+    entries = compress(rows, problem.packing(backend.device), **given)
+    entries.sum().backward()
+    assert entries.shape == (1, 32) and not entries.any() and not rows.grad.any()
+
+
 def test_gradients_have_the_dtype_of_their_input(backend: Backend) -> None:
     """norm_weight in bf16, which entries are made with as it is; and what needs no gradient gets none."""
     problem = Problem.make(SPECS["csa"], torch.bfloat16)

@@ -484,12 +484,14 @@ def _output(
 def scratch_of(state: FoldState | WindowState, entries: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Pooled rows in the making, as words of 8 bytes, and tickets drawn for each (kernels/slices.py): zero between calls.
 
-    Made by the first call of a size and kept by the state, outgrown ones too, as a CUDA graph may have recorded them.
+    Made by the first call of a size and kept by the state, outgrown ones too, as a CUDA graph may have recorded them. Calls of
+    several widths may share it (`again.Scratch`), so it is as large as the largest of each.
     """
-    last = state._workspaces[-1][1] if state._workspaces else None
-    if last is None or last.shape[0] < entries or last.device != state.device:
-        rows = torch.zeros(entries, head_dim, dtype=torch.int64, device=state.device)
-        made = rows, torch.zeros(entries, dtype=torch.int32, device=state.device)
+    last, sizes = state._workspaces[-1] if state._workspaces else None, (entries * head_dim, entries)
+    if last is None or last[0].numel() < sizes[0] or last[1].numel() < sizes[1] or last[0].device != state.device:
+        words, tickets = sizes if last is None else (max(x.numel(), n) for x, n in zip(last, sizes, strict=True))
+        rows = torch.zeros(words, dtype=torch.int64, device=state.device)
+        made = rows, torch.zeros(tickets, dtype=torch.int32, device=state.device)
         if rows.is_cuda and torch.cuda.is_current_stream_capturing():
             state._recorded.append(made)  # zeroed by replays of the graph and by nothing else, so for this call in it alone
             return made

@@ -167,22 +167,31 @@ def binary_of(compiled: CompiledKernel, variant: Variant, target: GPUTarget) -> 
 
 def manifest_of(facts: Facts, kernels: dict[str, Binary], about: dict[str, object]) -> dict[str, object]:
     """The contents of `MANIFEST`. about: for readers."""
-    return {"form": FORM, **facts._asdict(), "about": about, "kernels": {key: asdict(one) for key, one in kernels.items()}}
+    rows = {key: asdict(one) for key, one in kernels.items()}
+    return {"form": FORM, **facts._asdict(), "about": about, "sha256": _digest_of(rows), "kernels": rows}
+
+
+def _digest_of(rows: dict[str, Any]) -> str:
+    """Of all that a manifest says of its kernels: a number that was changed there would be launched with."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
 def read(folder: Path) -> Package:
     """A package, or why it is none; its binaries are read when they are needed."""
     try:
         given = json.loads(_bytes(folder / MANIFEST, MOST_MANIFEST))
-        if not isinstance(given, dict) or given.get("form") != FORM:
+        if not isinstance(given, dict) or type(given.get("form")) is not int or given["form"] != FORM:
             raise Damaged(f"{MANIFEST} is not of form {FORM}, which this kvfold reads")
         facts = Facts(*(given.get(name) for name in Facts._fields))
-        if not all(type(x) is (int if name == "multiprocessors" else str) for name, x in facts._asdict().items()):
+        if not all(_is_fact(*one) for one in facts._asdict().items()):
             raise Damaged(f"{MANIFEST} must say what it is for: {', '.join(Facts._fields)}")
         rows = given.get("kernels")
         if not isinstance(rows, dict) or not all(DIGEST.fullmatch(key) for key in rows):
             raise Damaged(f"{MANIFEST} must have kernels by keys")
-        return Package(folder, facts, {key: _binary(key, row) for key, row in rows.items()})
+        kernels = {key: _binary(key, row) for key, row in rows.items()}
+        if given.get("sha256") != _digest_of(rows):
+            raise Damaged(f"{MANIFEST} was changed: its kernels are not those that its sha256 is of")
+        return Package(folder, facts, kernels)
     except Damaged as error:
         return Package(folder, damaged=str(error))
     except (ValueError, RecursionError) as error:
@@ -196,6 +205,10 @@ def _binary(key: str, row: object) -> Binary:
         if named and isinstance(made, dict) and all(_is_made(*one) for one in made.items()):
             return Binary(sha256, name, made)
     raise Damaged(f"{MANIFEST} must say of each kernel its sha256, its name and what was made, kernel {key} does not")
+
+
+def _is_fact(name: str, value: object) -> bool:
+    return type(value) is int if name == "multiprocessors" else isinstance(value, str) and value.isprintable()
 
 
 def _matches(pattern: re.Pattern[str], value: object) -> bool:
@@ -226,6 +239,7 @@ def use(folder: str | os.PathLike[str]) -> Package:
     with _lock:
         if path not in _folders:
             _folders.append(path)
+    _read_once.cache_clear()  # it may have been damaged, or not all there, when it was named before
     return _read_once(path)
 
 
@@ -313,7 +327,10 @@ def _compiled(package: Package, key: str, variant: Variant, target: GPUTarget) -
         files = {end: Path(folder, f"{one.name}.{end}") for end in ("json", backend.binary_ext)}
         files["json"].write_text(json.dumps(metadata, default=vars))
         files[backend.binary_ext].write_bytes(binary)
-        return CompiledKernel(variant.source_for(target), {path.name: str(path) for path in files.values()}, key)
+        try:
+            return CompiledKernel(variant.source_for(target), {path.name: str(path) for path in files.values()}, key)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise Damaged(f"{MANIFEST} does not say of kernel {key} what Triton asks for: {error}") from error
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

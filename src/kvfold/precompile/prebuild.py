@@ -126,6 +126,8 @@ def use_prebuilt(folder: str | os.PathLike[str]) -> int:
     """
     if not isinstance(folder, (str, os.PathLike)):
         raise TypeError(f"folder must be a path, got {type(folder).__name__}")
+    if "\0" in os.fsdecode(folder):
+        raise ValueError(f"folder must be a path, got one with a zero character: {os.fsdecode(folder)!r}")
     from ..backend_triton import prebuilt
 
     package = prebuilt.use(folder)

@@ -77,7 +77,7 @@ def _deliver(x: Inputs, how: How, m: torch.Tensor, inverse: torch.Tensor, y: tor
     kept = torch.where(there, torch.stack([m, inverse, y]), 0.0) if how.keeps else y.new_empty(0)
     normed = norm(y, spec, x.norm_weight, how.record)
     latent = _narrow(torch.where(there, normed, 0.0), how.out_dtype) if how.latent else y.new_empty(0, dtype=how.out_dtype)
-    done = turn(normed, spec, x.rope, position, how.record)
+    done = turn(normed, spec, _rotations(x), position, how.record)
     if how.fmt is None:
         return Entries(_narrow(torch.where(there, done, 0.0), how.out_dtype), latent, kept)
     records, slots = scratch_records(x, how), torch.arange(capacity, device=y.device)
@@ -160,7 +160,7 @@ def pull_back(
     if spec.hadamard:  # its own transpose
         g = turn(g, replace(spec, rope_dim=0), None, position, exact)
     if spec.rope_dim:  # turned the other way
-        cos, sin = x.rope.chunk(2, dim=1)
+        cos, sin = _rotations(x).chunk(2, dim=1)
         g = turn(g, replace(spec, hadamard=False), torch.cat([cos, -sin], dim=1), position, exact)
     if d_latent is not None:
         g = g + d_latent.to(wide)
@@ -228,6 +228,11 @@ def _places(x: Inputs, spec: CompressorSpec, capacity: int) -> tuple[torch.Tenso
     """Which rows are entries, `[capacity, 1]`, and the position that RoPE turns each by."""
     window = x.pieces[:capacity, 1].long()
     return (window >= 0)[:, None], window.clamp(min=0) * spec.ratio
+
+
+def _rotations(x: Inputs) -> torch.Tensor | None:
+    """The table of RoPE, with a row at least: rows that are no entries are turned by its first one, also if all are such."""
+    return x.rope if x.rope is None or len(x.rope) else x.rope.new_zeros(1, x.rope.shape[1])
 
 
 def _wide(x: Inputs) -> torch.dtype:

@@ -19,10 +19,12 @@ from ...plan import StepPlan
 from ...spec import CompressorSpec
 from ...storage.cache import EntryCache
 from ...storage.fold_state import FoldState, state_kind
+from ...storage.remembered import where
 from ...storage.step import Compressor
 
 FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _MOST_PLANS = 32
+_MOST_KINDS = 256  # of steps: each length of a long prompt is one
 _EXACT, _LONG = 8, 4096  # tokens: short steps have kernels of their own; a plan for long ones is large
 _LEAST_TABLE = 4096  # positions
 _LEAST_NUMBERS = 512  # windows
@@ -69,6 +71,8 @@ def step_planned(
     weights = {"spec": spec, "ape": ape, "norm_weight": norm_weight, "rope": table}
     compress((value, score), plan, state, entry_cache, **weights, backend=backend, pdl=pdl)
     if kind is not None:
+        if len(kept.again) >= _MOST_KINDS:
+            kept.again.clear()
         kept.again[kind] = _triton().Again(Compressor((value, score), state, entry_cache, **weights), plan)
         kept.scratch = kept.scratch or _triton().Scratch(kv.device)
 
@@ -113,7 +117,7 @@ class _Weights:
     def __init__(self, gone: Any) -> None:
         self.gone = gone
         self.seen: tuple = (_nothing, _nothing)
-        self.where: tuple = ()
+        self.at: tuple = ()
         self.own: torch.Tensor | None = None
 
 
@@ -210,9 +214,10 @@ class _Kept:
         found = known.get(place)
         if found is None or found.gone() is not rows:
             found = known[place] = _Weights(weakref.ref(rows, lambda _: known.pop(place, None)))
-        where = ape.data_ptr(), ape.dtype, norm_weight.data_ptr(), norm_weight.dtype
-        settled = found.seen[0]() is ape and found.seen[1]() is norm_weight and found.where == where
+        at = where([ape, norm_weight]), ape.dtype, norm_weight.dtype
+        settled = found.seen[0]() is ape and found.seen[1]() is norm_weight and found.at == at
         if not settled:
+            found.at = ()  # until both are checked: a step that is refused leaves nothing to go on with
             check_tensor("norm_weight", norm_weight, (spec.head_dim,), tuple(FORMATS), self.device)
             found.own = None
         if ape.dtype is not torch.float32:
@@ -224,7 +229,7 @@ class _Kept:
             own = ape
         if not settled:
             check_tensor("ape", own, (spec.ratio, spec.channels), (torch.float32,), self.device)
-            found.seen, found.where = (weakref.ref(ape), weakref.ref(norm_weight)), where
+            found.seen, found.at = (weakref.ref(ape), weakref.ref(norm_weight)), at
         return own, settled and own is ape
 
 
