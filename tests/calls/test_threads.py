@@ -106,8 +106,11 @@ def test_one_thread_builds_what_both_need(monkeypatch: pytest.MonkeyPatch) -> No
         return SimpleNamespace(_init_handles=lambda: None, run=None, function=None, packed_metadata=None)
 
     def variant(key: tuple, aligned: bool, pdl: bool, multiprocessors: int) -> object:
-        return SimpleNamespace(kernel="store", aligned=aligned, pdl=pdl, compile=lambda: compile_slowly(aligned, pdl))
+        return SimpleNamespace(kernel="store", aligned=aligned, pdl=pdl)
 
+    target = SimpleNamespace(driver=SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: "a target")))
+    monkeypatch.setattr(dispatch.triton, "runtime", target)
+    monkeypatch.setattr(dispatch, "make", lambda one, target: compile_slowly(one.aligned, one.pdl))
     monkeypatch.setattr(dispatch, "variant_of", variant)
     monkeypatch.setattr(dispatch, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(dispatch, "KERNELS", {"store": SimpleNamespace(constexprs=())})
