@@ -232,7 +232,7 @@ def choose(kind: str, spec: CompressorSpec, max_new_tokens: int, bucket: float =
     odd = kind == "window" and spec.ratio & (spec.ratio - 1) != 0
     head_dim, window_rows = spec.head_dim, spec.window_rows
     for config in CONFIGS:
-        if config.kind == kind and config.serves(kind, head_dim, window_rows, max_new_tokens, bucket) and not odd:
+        if config.serves(kind, head_dim, window_rows, max_new_tokens, bucket) and not odd:
             return config
     rows = [config for config in CONFIGS if config.kind == kind] or list(CONFIGS)
     listed = "; ".join(

@@ -80,14 +80,12 @@ def check_hidden(p: Projection, backend: str | None) -> str:
     return chosen
 
 
-def check_product(p: Projection, kv_scores: Sequence[torch.Tensor], backend: str | None) -> str:
-    """Checks all that makes kv_score, and what receives it; returns the backend to use."""
-    chosen, hidden = check_hidden(p, backend), p.hidden
+def check_product(p: Projection, kv_scores: Sequence[torch.Tensor]) -> None:
+    """Checks the weights that make kv_score of checked hidden states, and what receives it."""
     for i, x in enumerate(kv_scores):
         _check_kv_score(_name("kv_score", i, kv_scores), x, p)
     for name, weight, columns in _named(p, [x.shape[1] for x in kv_scores]):
-        check_tensor(name, weight, (columns, hidden.shape[1]), _BF16, hidden.device)
-    return chosen
+        check_tensor(name, weight, (columns, p.hidden.shape[1]), _BF16, p.hidden.device)
 
 
 def _named(p: Projection, widths: Sequence[int]) -> list[tuple[str, torch.Tensor, int]]:

@@ -79,7 +79,9 @@ def _compress_many(chosen: str, compressors: Sequence[Compressor], plan: PlanDat
 def run_product(p: Projection, kv_scores: Sequence[torch.Tensor], backend: str | None, pdl: bool | None) -> None:
     """kv_score of each compressor alone, from hidden states."""
     check_switch("pdl", pdl)
-    _product(check_product(p, kv_scores, backend), p, kv_scores, pdl is not False)
+    chosen = check_hidden(p, backend)
+    check_product(p, kv_scores)
+    _product(chosen, p, kv_scores, pdl is not False)
 
 
 def _product(chosen: str, p: Projection, kv_scores: Sequence[torch.Tensor], pdl: bool, state: object = None) -> None:
@@ -100,7 +102,7 @@ def run_project(
     parts = _triton_product().parts_of(p, compressors, plan) if chosen == "triton" else 0
     made = with_room(p, compressors, parts)
     kv_scores = [c.kv_score for c in made]
-    check_product(p, kv_scores, backend)
+    check_product(p, kv_scores)
     if len(made) == 1:
         check_compress(made[0], plan, out, backend)
     else:

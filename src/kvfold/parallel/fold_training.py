@@ -9,6 +9,7 @@ import torch
 from ..training.problem import How, Inputs, Sums
 from ..training.run import fold_tails, pull, spread
 from .folds import CutFolds
+from .halo import Rows
 from .transport import Parcel, Transport
 
 Tokens = tuple[torch.Tensor, ...]  # one tensor, or values and scores
@@ -25,11 +26,11 @@ def carried(folds: CutFolds, x: Inputs, how: How, transport: Transport) -> torch
     return None if folds.heads is None else rows[folds.heads.before]
 
 
-def small_tokens(folds: CutFolds, tokens: Tokens) -> Tokens:
-    """The rank's tokens of such windows, in their places; what is made of the other rows nobody reads."""
-    small = tuple(x.new_zeros(folds.packing.tokens, x.shape[1]) for x in tokens)
+def small_tokens(count: int, own: Rows, tokens: Tokens) -> Tokens:
+    """The rank's tokens of windows at seams, in their places among `count` rows; the others are zeros."""
+    small = tuple(x.new_zeros(count, x.shape[1]) for x in tokens)
     for into, x in zip(small, tokens, strict=True):
-        into[folds.own.at] = x[folds.own.of]
+        into[own.at] = x[own.of]
     return small
 
 

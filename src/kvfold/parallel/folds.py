@@ -7,14 +7,13 @@ token: the largest score, the pooled row and the gradient of that. Each rank the
 
 from __future__ import annotations
 
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 
 from ..spec import CompressorSpec
 from ..storage.fold_state import state_kind
-from ..storage.host import on_device
+from ..storage.host import numbers_on
 from ..training import Packing
 from ..training.table import Groups
 from .halo import CutPacking, Rows
@@ -93,16 +92,16 @@ class CutFolds:
             for segment, first, behind in self._tokens(window, rank):
                 at += range(number * spec.ratio + first % spec.ratio, number * spec.ratio + (behind - 1) % spec.ratio + 1)
                 of += range(segment.row + first - segment.start, segment.row + behind - segment.start)
-        self.own = Rows(*(on_device(torch.tensor(some, dtype=torch.int64), device) for some in (at, of)))
+        self.own = Rows(*(numbers_on(device, some, torch.int64) for some in (at, of)))
         others = sorted({*range(len(mine) * spec.ratio)} - {*at})
         windows, places = ([x // spec.ratio for x in others], [x % spec.ratio for x in others])
-        self.others = tuple(on_device(torch.tensor(some, dtype=torch.int64), device) for some in (windows, places))
+        self.others = tuple(numbers_on(device, some, torch.int64) for some in (windows, places))
         self.packing = self._packing(mine) if mine else None
         self.to, self.from_ = [], []
         for other in range(shards.ranks):
             which = [i for i, window in enumerate(owned[rank]) if other != rank and self._tokens(window, other)]
             if which:
-                self.to.append(Passed(other, on_device(torch.tensor(which, dtype=torch.int64), device), len(which)))
+                self.to.append(Passed(other, numbers_on(device, which, torch.int64), len(which)))
             count = sum(window.owner.rank == other for window in mine) if other != rank else 0
             if count:
                 self.from_.append(Passed(other, None, count))
@@ -125,7 +124,7 @@ class CutFolds:
                 if target == cut.rank:
                     self._before |= {right: self.rows + i for i, (_, right) in enumerate(pairs)}
                     received.append(self._next(source, len(pairs)))
-            folded = on_device(torch.tensor(tails, dtype=torch.int32), cut.device) if tails else None
+            folded = numbers_on(cut.device, tails) if tails else None
             self.rounds.append(Round(folded, first, sent, received))
 
     def _next(self, rank: int, count: int) -> Sent:
@@ -164,7 +163,7 @@ class CutFolds:
     def shares(self, rank: int) -> list[Share]:
         """Its tokens of the others, as they are in its small tensor."""
         ratio = self._cut.ratio
-        first = [0, *accumulate(length // ratio for length in self._cut.shards.lengths)]
+        first = self._cut.shards.windows_before(ratio)
         return [
             Share(i, first[one.sequence] + one.window, self._tokens(one, rank)[0][1] % ratio == 0)
             for i, one in enumerate(self._windows[rank])
@@ -192,14 +191,14 @@ class CutFolds:
         cut = self._cut
         pieces = [(w.owner.row, w.window, 1, w.owner.start % cut.ratio) for w in owned]
         before = [self._before[window.owner] for window in owned]
-        made = on_device(torch.tensor(pieces, dtype=torch.int32), cut.device)
-        return Heads(made, on_device(torch.tensor(before, dtype=torch.int64), cut.device))
+        made = numbers_on(cut.device, pieces)
+        return Heads(made, numbers_on(cut.device, before, torch.int64))
 
     def _packing(self, windows: list[Window]) -> Packing:
         ratio, device = self._cut.ratio, self._cut.device
         pieces = [(i * ratio, window.window, 1, 0) for i, window in enumerate(windows)] + [(0, -1, 0, 0)]
-        ends = on_device(torch.tensor([0, len(windows)], dtype=torch.int32), device)
-        made = on_device(torch.tensor(pieces, dtype=torch.int32), device)
+        ends = numbers_on(device, [0, len(windows)])
+        made = numbers_on(device, pieces)
         return Packing(len(windows) * ratio, ratio, 0, ends, made)
 
 

@@ -7,13 +7,12 @@ begin further left, one or two of each segment, are made from a small tensor: ro
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 
 from ..spec import CompressorSpec
-from ..storage.host import on_device
+from ..storage.host import numbers_on, on_device
 from ..training import Packing
 from ..training.table import Groups
 from .shards import Segment, Shards
@@ -65,7 +64,7 @@ class CutPacking:
         if any(shards.start_pos):
             raise ValueError(f"shards must begin at the first tokens of their sequences, got start_pos={shards.start_pos}")
         self.shards, self.rank, self.ratio, self.overlap, self.device = shards, rank, spec.ratio, spec.overlap, device
-        self.windows = sum(length // self.ratio for length in shards.lengths)
+        self.windows = shards.windows_before(self.ratio)[-1]
         self.capacity = sum(shards.lengths) // self.ratio
         self._dealt: dict[Groups, Dealt] = {}
         self.ways: dict = {}  # of `weights.ways_of`
@@ -126,7 +125,7 @@ class CutPacking:
 
     def blocks(self, rank: int) -> Iterator[Block]:
         """The windows of a rank, by segment: those at its seam, then those inside."""
-        first, calls = [0, *accumulate(length // self.ratio for length in self.shards.lengths)], {True: 0, False: 0}
+        first, calls = self.shards.windows_before(self.ratio), {True: 0, False: 0}
         for segment in self.shards.segments[rank]:
             whole, owned = self._whole(segment), range(segment.start // self.ratio, segment.end // self.ratio)
             for seam, windows in ((True, range(owned.start, owned.stop - len(whole))), (False, whole)):
@@ -181,7 +180,7 @@ class CutPacking:
         return (s for s in self.shards.segments[rank] if s.sequence == sequence)
 
     def _numbers(self, rank: int) -> torch.Tensor:
-        first = [0, *accumulate(length // self.ratio for length in self.shards.lengths)]
+        first = self.shards.windows_before(self.ratio)
         found = [torch.arange(w.start, w.stop) + first[sequence] for sequence, w in self.shards.windows(rank, self.ratio)]
         return on_device(torch.cat([torch.arange(0), *found]), self.device)
 
@@ -196,9 +195,9 @@ class CutPacking:
         rests = rests + [(0, -1, 0, 0)] * (count - windows - len(rests))
         rows = [*pieces, torch.tensor(rests, dtype=torch.int64).reshape(-1, 4)]
         made = on_device(torch.cat(rows).int(), self.device)
-        ends = on_device(torch.tensor([0, windows], dtype=torch.int32), self.device)
+        ends = numbers_on(self.device, [0, windows])
         # Its windows are anywhere in their sequences: `ContextParallel.entries` looks for their positions in the RoPE table.
         return Packing(tokens, self.ratio, 0, ends, made)
 
     def _indices(self, values: list[int]) -> torch.Tensor:
-        return on_device(torch.tensor(values, dtype=torch.int64), self.device)
+        return numbers_on(self.device, values, torch.int64)

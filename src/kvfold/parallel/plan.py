@@ -12,7 +12,7 @@ from ..arguments.checks import check_int, check_numbers, check_tensor
 from ..plan import StepPlan
 from ..spec import CompressorSpec
 from ..storage.fold_state import FoldState, carry_shape
-from ..storage.host import on_device
+from ..storage.host import numbers_on, on_device
 from ..storage.step import Compressor
 from .message import message_bytes
 from .schedule import Message, Reads, Schedule, schedule
@@ -286,7 +286,7 @@ class ParallelPlan:
         return spots_of(self.like, _long([self._own[s] for s in segments]), _long(positions), rows).to(self.device)
 
     def _ints(self, values: list[int]) -> torch.Tensor:
-        return on_device(torch.tensor(values, dtype=torch.int32), self.device)
+        return numbers_on(self.device, values)
 
 
 def _long(values: list[int]) -> torch.Tensor:

@@ -107,6 +107,10 @@ class Shards:
         """Of each segment of a rank, its sequence and the windows that it owns: those that end in it."""
         return [(s.sequence, range(s.start // ratio, s.end // ratio)) for s in self.segments[rank]]
 
+    def windows_before(self, ratio: int) -> list[int]:
+        """Whole windows of the sequences before each one, and at the end of all."""
+        return [0, *accumulate(length // ratio for length in self.lengths)]
+
     def index(self, rank: int) -> torch.Tensor:
         """int64 `[tokens]`: which rows of the packed batch a rank has, in its own order."""
         first = [offset - start for offset, start in zip([0, *accumulate(self.lengths)], self.start_pos, strict=False)]

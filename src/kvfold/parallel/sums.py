@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..storage.host import on_device
+from ..storage.host import numbers_on
 from ..training.problem import Recipe, Runs
 from ..training.table import Groups
 
@@ -168,12 +168,10 @@ def sent_of(sums: Iterable[Sum], groups: Groups, windows: int) -> list[Sent]:
 def _runs(runs: Sequence[Run], spare: int, device: torch.device) -> Runs:
     """A call without a window goes on with the spare sum."""
     rows = [(run.first, run.behind, run.sum, 0) for run in runs] or [(0, 0, spare, 0)]
-    made = on_device(torch.tensor(rows, dtype=torch.int32), device)
-    return Runs(made, max(run[1] for run in rows), max(run[1] - run[0] for run in rows))
+    return Runs(numbers_on(device, rows), max(run[1] for run in rows), max(run[1] - run[0] for run in rows))
 
 
 def recipe_of(rows: Sequence[Sequence[tuple[int, bool]]], device: torch.device) -> Recipe:
     """Of each row what it is made of: where, in units of `head_dim` numbers, and whether it begins a group."""
-    ends = torch.tensor([0, *accumulate(map(len, rows))], dtype=torch.int32)
-    items = torch.tensor([2 * at + begins for row in rows for at, begins in row], dtype=torch.int32)
-    return Recipe(on_device(ends, device), on_device(items, device))
+    items = [2 * at + begins for row in rows for at, begins in row]
+    return Recipe(numbers_on(device, [0, *accumulate(map(len, rows))]), numbers_on(device, items))

@@ -177,7 +177,7 @@ def _backward_folds(
     d_tokens = _parts(_backward(x, how, kept[0], d_entries[1], weights.sums(False)))
     rows = pass_on(folds, mine, call.transport)
     if folds.packing is not None:
-        small = small_tokens(folds, tokens)
+        small = small_tokens(folds.packing.tokens, folds.own, tokens)  # nobody reads what is made of the other rows
         spread_all(_checked(call, given, folds.packing, small)[0], how, folds, rows, d_tokens, sums)
     return d_tokens
 
@@ -210,9 +210,7 @@ def _seam_tokens(call: Call, tokens: Sequence[torch.Tensor]) -> Tokens:
     if not packing.touches:
         return ()
     count = packing.seams.tokens if packing.seams is not None else 0
-    small = tuple(x.new_zeros(count, x.shape[1]) for x in tokens)
-    for into, x in zip(small, tokens, strict=True):
-        into[packing.own.at] = x[packing.own.of]
+    small = small_tokens(count, packing.own, tokens)
     sent = [Parcel(one.rank, _packed(tokens, one.rows)) for one in packing.lent if len(one.rows)]
     received = [(one, _packed(small, one.rows)) for one in packing.borrowed if len(one.rows)]
     call.transport.exchange(sent, [Parcel(one.rank, data) for one, data in received], "rows of windows across a cut")
