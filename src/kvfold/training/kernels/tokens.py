@@ -80,15 +80,17 @@ def put(at, x, mask, BF16_CONVERSION: tl.constexpr):
 
 @triton.jit
 def put_zeros(gradients, first, count, SPEC: tl.constexpr):
-    """Zeros as the gradients of `count` tokens from `first` on."""
+    """Zeros as the gradients of `count` tokens from `first` on, up to a window of them."""
     CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
     WIDTH: tl.constexpr = CHANNELS if SPEC.KIND == "" else 2 * CHANNELS
-    for i in range(0, count):
+    # Not `range(0, count)`: Triton 3.6 takes the bound of an inner loop for what it was before the loop around it (note 0070).
+    for i in range(0, SPEC.RATIO):
         row = first + i
         at = gradients.kv_score + row.to(tl.int64) * gradients.stride + tl.arange(0, WIDTH)
         if SPEC.KIND != "":
             at = whole_row(at, gradients, row, CHANNELS)
-        tl.store(at, tl.zeros((WIDTH,), gradients.kv_score.dtype.element_ty))
+        if i < count:
+            tl.store(at, tl.zeros((WIDTH,), gradients.kv_score.dtype.element_ty))
 
 
 @triton.jit
