@@ -94,8 +94,8 @@ def spread_window(ks, y, dy, weights, sums, piece, gradients, SPEC: tl.constexpr
         k = widen_again(ks[j], TARGET.INLINE_PTX)
         dk = weights[j] * dy
         ds = dk * (k - y)
-        put(to + half, dk, mask, TARGET.BF16_CONVERSION)
-        put(to + half + gap(gradients, x + j, CHANNELS), ds, mask, TARGET.BF16_CONVERSION)
+        put(to + half, dk, mask, TARGET.BF16_CONVERSION, True)
+        put(to + half + gap(gradients, x + j, CHANNELS), ds, mask, TARGET.BF16_CONVERSION, True)
         added = added + (sums[j] + ds,)
         to += gradients.stride
     return added
@@ -168,7 +168,7 @@ def train_again_kernel(
             else:
                 ks, ss = load_pairs(tokens, piece, SPEC)
                 if FETCH and HOW.TARGET.INLINE_PTX:
-                    fetch_pairs(tokens, behind, SPEC)
+                    fetch_pairs(tokens, behind, HOW.PDL, SPEC)
                 l, a, weights = fold_again(ks, ss, tokens.ape, SPEC, ROWS)
                 y = quotient(a, l, HOW.TARGET.FAST_DIVISION)
                 dy, share = pull_back(g, g_latent, y, finish, SPEC, FMT, HOW.TARGET)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ...backend_triton.kernels.finish import hadamard, rotate, tree_sum
+from ...backend_triton.kernels.finish import hadamard, rotate
 from ...backend_triton.kernels.record import bf16_bits, bf16_value
 
 
@@ -16,6 +16,16 @@ def load_incoming(incoming, n, SPEC: tl.constexpr):
     if incoming.latent is not None:
         g_latent = tl.load(incoming.latent + at, cache_modifier=".cg").to(tl.float32)
     return g, g_latent
+
+
+@triton.jit
+def tree_sums(a, b, LENGTH: tl.constexpr, LOG2: tl.constexpr):
+    """`tree_sum` of both, in as many steps as of one: each step waits for all warps."""
+    x = tl.join(a, b)
+    for i in tl.static_range(LOG2):
+        x = tl.sum(tl.reshape(x, (LENGTH >> (i + 1), 2, 2)), axis=1)
+    of_a, of_b = tl.split(x)
+    return tl.sum(of_a, axis=0), tl.sum(of_b, axis=0)
 
 
 @triton.jit
@@ -32,8 +42,9 @@ def pull_back(g, g_latent, y, finish, SPEC: tl.constexpr, FMT: tl.constexpr, TAR
     g += g_latent
     if FMT.ROUND_ROWS:
         y = bf16_value(bf16_bits(y, TARGET.BF16_CONVERSION))
-    scale = tl.div_rn(1.0, tl.sqrt_rn(tree_sum(y * y, SPEC.HEAD_DIM, SPEC.LOG2, 1) * (1.0 / SPEC.HEAD_DIM) + SPEC.EPS))
-    normed = y * scale
     weighted = g * weight
-    dot = tree_sum(weighted * normed, SPEC.HEAD_DIM, SPEC.LOG2, 1) * (1.0 / SPEC.HEAD_DIM)
+    squares, products = tree_sums(y * y, weighted * y, SPEC.HEAD_DIM, SPEC.LOG2)
+    scale = tl.div_rn(1.0, tl.sqrt_rn(squares * (1.0 / SPEC.HEAD_DIM) + SPEC.EPS))
+    normed = y * scale
+    dot = products * scale * (1.0 / SPEC.HEAD_DIM)
     return (weighted - normed * dot) * scale, g * normed

@@ -68,12 +68,13 @@ def fetch_tile(tokens, piece, lo, j0, c0, ROWS: tl.constexpr, COLUMNS: tl.conste
     """Fetches into the L2 cache what a program reads of a window: ROWS rows from `j0` on, COLUMNS channels from `c0` on."""
     BYTES: tl.constexpr = tokens.kv_score.dtype.element_ty.primitive_bitwidth // 8
     LINES: tl.constexpr = (COLUMNS * BYTES + 127) // 128
-    e = tl.arange(0, ROWS * 2 * LINES)
+    ALL: tl.constexpr = ROWS * 2 * LINES
+    e = tl.arange(0, ALL if ALL > 128 else 128)  # no fewer than threads, or several of them would fetch the same one
     j = j0 + e // (2 * LINES)
     x = piece.token - lo * SPEC.RATIO + j
     at = x.to(tl.int64) * tokens.stride + c0
     at += tl.where(e // LINES % 2 == 0, 0, gap(tokens, x, SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)))
-    wanted = (piece.window >= lo) & (j < SPEC.RATIO)
+    wanted = (piece.window >= lo) & (j < SPEC.RATIO) & (e < ALL)
     prefetch_lines(tokens.kv_score.to(tl.int64, bitcast=True) + at * BYTES + e % LINES * 128, wanted)
 
 

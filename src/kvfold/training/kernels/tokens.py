@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ...backend_triton.kernels.fold import minus_zero, spread
-from ...backend_triton.kernels.prefetch import prefetch_lines
+from ...backend_triton.kernels.prefetch import prefetch_lines, prefetch_pieces
 from ...backend_triton.kernels.record import bf16_bits
 from ...backend_triton.kernels.tokens import gap, whole_row
 from ..args import Group, Piece
@@ -68,14 +68,15 @@ def begin_sum(at, parts, mask):
 
 
 @triton.jit
-def put(at, x, mask, BF16_CONVERSION: tl.constexpr):
-    """Stores fp32, rounded to nearest even where `at` points at bf16; any NaN will do for one."""
+def put(at, x, mask, BF16_CONVERSION: tl.constexpr, STREAM: tl.constexpr = False):
+    """Stores fp32, rounded to nearest even where `at` points at bf16; any NaN will do for one. STREAM: first to leave L2."""
+    CACHE: tl.constexpr = ".cs" if STREAM else ""
     if at.dtype.element_ty == tl.bfloat16 and BF16_CONVERSION:
-        tl.store(at, x.to(tl.bfloat16), mask=mask)
+        tl.store(at, x.to(tl.bfloat16), mask=mask, cache_modifier=CACHE)
     elif at.dtype.element_ty == tl.bfloat16:
-        tl.store(at.to(tl.pointer_type(tl.int16)), bf16_bits(x, False), mask=mask)
+        tl.store(at.to(tl.pointer_type(tl.int16)), bf16_bits(x, False), mask=mask, cache_modifier=CACHE)
     else:
-        tl.store(at, x, mask=mask)
+        tl.store(at, x, mask=mask, cache_modifier=CACHE)
 
 
 @triton.jit
@@ -117,18 +118,23 @@ def load_pairs(tokens, piece, SPEC: tl.constexpr):
 
 
 @triton.jit
-def fetch_pairs(tokens, piece, SPEC: tl.constexpr):
-    """Fetches into the L2 cache what `load_pairs` loads."""
+def fetch_pairs(tokens, piece, BULK: tl.constexpr, SPEC: tl.constexpr):
+    """Fetches into the L2 cache what `load_pairs` loads: half rows of 1 KB or more, if `BULK`, as pieces (note 0070)."""
     BYTES: tl.constexpr = tokens.kv_score.dtype.element_ty.primitive_bitwidth // 8
-    LINES: tl.constexpr = (SPEC.HEAD_DIM * BYTES + 127) // 128
+    PIECES: tl.constexpr = BULK and SPEC.HEAD_DIM * BYTES >= 1024
+    LINES: tl.constexpr = 1 if PIECES else (SPEC.HEAD_DIM * BYTES + 127) // 128
     CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
     BEFORE: tl.constexpr = SPEC.RATIO * SPEC.OVERLAP
     ROWS: tl.constexpr = SPEC.RATIO + BEFORE
-    # Ranges are powers of two.
-    e = tl.arange(0, LINES * (2 if ROWS == 1 else 4 if ROWS <= 2 else 8 if ROWS <= 4 else 16))
+    ALL: tl.constexpr = LINES * (2 if ROWS == 1 else 4 if ROWS <= 2 else 8 if ROWS <= 4 else 16)  # ranges are powers of two
+    e = tl.arange(0, 128 if PIECES else ALL)  # pieces: no fewer than threads, or several of them would fetch the same one
     j = e // (2 * LINES)
     x = piece.token - BEFORE + j
     at = x.to(tl.int64) * tokens.stride + tl.where(j < BEFORE, 0, SPEC.OVERLAP * SPEC.HEAD_DIM)
     at += tl.where(e // LINES % 2 == 0, 0, gap(tokens, x, CHANNELS))
     wanted = (piece.window >= tl.where(j < BEFORE, SPEC.OVERLAP, 0)) & (j < ROWS)
-    prefetch_lines(tokens.kv_score.to(tl.int64, bitcast=True) + at * BYTES + e % LINES * 128, wanted)
+    at = tokens.kv_score.to(tl.int64, bitcast=True) + at * BYTES + e % LINES * 128
+    if PIECES:
+        prefetch_pieces(at, wanted, SPEC.HEAD_DIM * BYTES)
+    else:
+        prefetch_lines(at, wanted)
