@@ -13,6 +13,7 @@ in all-gathers, of sums of weights; the most of any rank. These are parts of a t
 from __future__ import annotations
 
 import argparse
+import traceback
 from collections.abc import Callable, Sequence
 from functools import reduce
 
@@ -162,7 +163,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    args, rows = parse(), []
+    args, rows, failed = parse(), [], 0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     timer = Timer(device, args.repeats, graph=True)
     sizes, layouts = [int(size) for size in args.ranks.split(",")], args.layout.split(",")
@@ -171,7 +172,12 @@ def main() -> int:
     for call, case in todo:
         training = call is measure_training
         if args.only in (f"train {case.name}" if training else case.name):
-            for row in call(case, args.training_tokens if training else args.tokens, sizes, layouts, timer):
+            try:
+                found = call(case, args.training_tokens if training else args.tokens, sizes, layouts, timer)
+            except Exception:  # the other cases are worth having: device time is scarce
+                traceback.print_exc()
+                found, failed = [], failed + 1
+            for row in found:
                 rows.append(row)
                 print(row, flush=True)
                 protocol.append_rows(args.out, [protocol.environment(args.commit) | row])
@@ -179,7 +185,7 @@ def main() -> int:
                 torch.cuda.empty_cache()
     columns = ("case", "variant", "one_us", "part_us", "share", "messages", "bytes", "gathered")
     show("parts of ranks, on one GPU", columns, [[str(row[name]) for name in columns] for row in rows])
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
