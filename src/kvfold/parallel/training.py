@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..arguments.checks import check_memory
 from ..spec import CompressorSpec
 from ..training import problem
-from ..training.checks import check_call, check_gradients
+from ..training.checks import check_call
 from ..training.problem import Gradients, How, Inputs, Sums
 from ..training.run import backward, finish, forward
 from .fold_training import carried, pass_on, pull_heads, small_tokens, spread_all
@@ -51,20 +52,25 @@ class Entries(torch.autograd.Function):
     def forward(ctx, call: Call, ape, norm_weight, rope, *tokens: torch.Tensor) -> torch.Tensor:
         packing, given = call.packing, Parameters(ape, norm_weight, rope)
         x, how = _checked(call, given, packing.inside, tokens)  # all arguments, before anything is sent
-        inside = forward(x, how)
+        at_seams = packing.seam_entries
+        # One tensor, as to put two together would copy all entries.
+        entries = tokens[0].new_empty(at_seams + how.capacity(x), call.spec.head_dim, dtype=how.out_dtype)
+        inside = forward(x, how, out=entries[at_seams:])
         folds = folds_of(packing, call.spec, tokens[0].dtype)
         seams, small = _seams(call, given, tokens) if folds is None else (_folded(call, given, folds, x, how, tokens), ())
-        found, kept = [inside.entries[: packing.inside_entries]], [inside.kept]
+        kept = [inside.kept]
         if seams is not None:
-            found, kept = [seams.entries[: packing.seam_entries], *found], [*kept, seams.kept]
+            entries[:at_seams] = seams.entries[:at_seams]
+            kept.append(seams.kept)
         ctx.call, ctx.count = call, len(tokens)
         ctx.save_for_backward(ape, norm_weight, rope, *tokens, *small, *kept)
-        entries = torch.cat(found) if len(found) > 1 else found[0]
+        entries = entries[: packing.entries]
         return entries if packing.order is None else entries[packing.order]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_entries: torch.Tensor):
+        check_memory("d_entries", d_entries)
         call, packing, count = ctx.call, ctx.call.packing, ctx.count
         *given, rest = *ctx.saved_tensors[:3], ctx.saved_tensors[3:]
         given, tokens, kept = Parameters(*given), rest[:count], rest[len(rest) - (1 if packing.seams is None else 2) :]
@@ -188,12 +194,10 @@ def _checked(call: Call, given: Parameters, packing, tokens: Sequence[torch.Tens
 
 
 def _backward(x: Inputs, how: How, kept: torch.Tensor, d_entries: torch.Tensor, sums: Sums) -> Gradients:
-    if len(d_entries) < how.capacity(x):
-        padded = d_entries.new_zeros(how.capacity(x), how.spec.head_dim)
-        padded[: len(d_entries)] = d_entries
-        d_entries = padded
-    d_entries, _ = check_gradients(x, how, kept, d_entries, None)
-    return backward(x, how, kept, d_entries, None, sums)
+    missing = how.capacity(x) - len(d_entries)
+    if missing > 0 and how.backend == "torch":  # kernels read none of an entry that is not there, so theirs is not copied
+        d_entries = torch.cat([d_entries, d_entries.new_zeros(missing, how.spec.head_dim)])
+    return backward(x, how, kept, d_entries.contiguous(), None, sums)
 
 
 def _one(tokens: Sequence[torch.Tensor]) -> torch.Tensor | Tokens:
