@@ -19,7 +19,7 @@ from ..training.problem import Gradients, How, Inputs, Sums
 from ..training.run import backward, finish, forward
 from .fold_training import carried, pass_on, pull_heads, small_tokens, spread_all
 from .folds import CutFolds, folds_of
-from .halo import CutPacking
+from .halo import CutPacking, Rows
 from .transport import Parcel, Transport
 from .weights import Weights
 
@@ -216,7 +216,7 @@ def _seam_tokens(call: Call, tokens: Sequence[torch.Tensor]) -> Tokens:
     count = packing.seams.tokens if packing.seams is not None else 0
     small = small_tokens(count, packing.own, tokens)
     sent = [Parcel(one.rank, _packed(tokens, one.rows)) for one in packing.lent if len(one.rows)]
-    received = [(one, _packed(small, one.rows)) for one in packing.borrowed if len(one.rows)]
+    received = [(one, _room(small, one.rows)) for one in packing.borrowed if len(one.rows)]
     call.transport.exchange(sent, [Parcel(one.rank, data) for one, data in received], "rows of windows across a cut")
     for one, data in received:
         for into, rows in zip(small, _unpacked(data, small), strict=True):
@@ -230,23 +230,32 @@ def _return(call: Call, d_tokens: Tokens, d_small: Sequence[torch.Tensor]) -> No
     if not packing.touches:
         return
     sent = [Parcel(one.rank, _packed(d_small, one.rows)) for one in packing.borrowed if len(one.rows)]
-    received = [(one, _packed(d_tokens, one.rows)) for one in packing.lent if len(one.rows)]
+    received = [(one, _room(d_tokens, one.rows)) for one in packing.lent if len(one.rows)]
     call.transport.exchange(sent, [Parcel(one.rank, data) for one, data in received], "gradients of rows across a cut")
-    own = packing.own
-    found = [(own.of, packing.own_hi, packing.own_lo, [x[own.at] for x in d_small])]
-    found += [(one.rows, one.hi, one.lo, _unpacked(data, d_tokens)) for one, data in received]
-    for rows, hi, lo, gradients in found:
+    found = [(packing.own_hi, packing.own_lo, d_small)]
+    found += [(one.hi, one.lo, _unpacked(data, d_tokens)) for one, data in received]
+    for hi, lo, gradients in found:
         for into, new in zip(d_tokens, gradients, strict=True):
-            parts = into.shape[1] // spec.channels  # values and scores in one tensor, or one of them
-            for part in range(parts):
-                first, last = part * spec.channels, (part + 1) * spec.channels
-                into[rows[hi], last - spec.head_dim : last] = new[hi, last - spec.head_dim : last]
-                if spec.overlap:
-                    into[rows[lo], first : first + spec.head_dim] = new[lo, first : first + spec.head_dim]
+            _put_half(into, new, hi, int(spec.overlap), spec)
+            if spec.overlap:
+                _put_half(into, new, lo, 0, spec)
+
+
+def _put_half(into: torch.Tensor, new: torch.Tensor, rows: Rows, half: int, spec: CompressorSpec) -> None:
+    """Of some rows one half of the values, of the scores, or of both where they are in one tensor."""
+    if len(rows.at):
+        halves = -1, 1 + spec.overlap, spec.head_dim
+        into.unflatten(1, halves)[:, :, half][rows.of] = new.unflatten(1, halves)[:, :, half][rows.at]
 
 
 def _packed(tokens: Sequence[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
-    return torch.cat([x[rows] for x in tokens], dim=1)
+    found = [x[rows] for x in tokens]
+    return torch.cat(found, dim=1) if len(found) > 1 else found[0]
+
+
+def _room(tokens: Sequence[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+    """For what `_packed` makes of so many rows."""
+    return tokens[0].new_empty(len(rows), sum(x.shape[1] for x in tokens))
 
 
 def _unpacked(data: torch.Tensor, like: Sequence[torch.Tensor]) -> Tokens:
