@@ -8,7 +8,7 @@ closed: each rank's step can be made, and timed, by itself. Receiving is a copy 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -70,7 +70,10 @@ class Mail(Transport):
         return (*who, self._numbers[who])
 
 
-def ranks_of(size: int, layout: str) -> list[tuple[ContextParallel, Mail]]:
+Ranks = Sequence[tuple[ContextParallel, Mail]]
+
+
+def ranks_of(size: int, layout: str) -> Ranks:
     """So many ranks that share a mailbox, and their transports."""
     box = Mailbox(size)
     found = [(ContextParallel(layout=layout), Mail(box, rank)) for rank in range(size)]
@@ -79,6 +82,17 @@ def ranks_of(size: int, layout: str) -> list[tuple[ContextParallel, Mail]]:
     return found
 
 
-def close(ranks: Sequence[tuple[ContextParallel, Mail]]) -> None:
+def settle(ranks: Ranks, steps: Sequence[Callable[[], object]]) -> None:
+    """Makes the ranks' steps, each of which begins with `Mail.begin`, until nothing that is sent changes; then closes the box.
+
+    In each round one message more is right, of those that depend on another: of a step they are few more than ranks.
+    """
+    for _ in range(2 * len(ranks) + 2):
+        for step in steps:
+            step()
+    close(ranks)
+
+
+def close(ranks: Ranks) -> None:
     for _, mail in ranks:
         mail._box.closed = True

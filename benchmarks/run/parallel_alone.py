@@ -26,19 +26,9 @@ from kvfold.parallel.halo import CutPacking
 from kvfold.training import Packing, compress
 
 from ..lib import protocol
-from ..lib.ranks import Mail, close, ranks_of
+from ..lib.ranks import Mail, Ranks, ranks_of, settle
 from ..lib.table import show
 from .parallel import CASES, ROWS_PER_PAGE, Case, Timer, compressors_of, pages_of, rope_of, split
-
-Ranks = Sequence[tuple[ContextParallel, Mail]]
-
-
-def settle(ranks: Ranks, steps: Sequence[Callable[[], None]]) -> None:
-    """Makes the steps until what ranks send depends on nothing that they did not get: a few more rounds than ranks."""
-    for _ in range(len(ranks) + 3):
-        for step in steps:
-            step()
-    close(ranks)
 
 
 def timed(ranks: Ranks, steps: Sequence[Callable[[], None]], timer: Timer, one_us: float) -> dict:
@@ -115,9 +105,9 @@ def measure_training(case: Case, tokens: int, sizes: Sequence[int], layouts: Seq
 
     def step() -> list[torch.Tensor]:
         entries = compress(kv_score, whole, **given)
-        return [entries, *torch.autograd.grad(entries, [kv_score, ape, norm_weight], g)]
+        return [entries.detach(), *torch.autograd.grad(entries, [kv_score, ape, norm_weight], g)]
 
-    one_us, wanted = timer.us(step), [x.detach() for x in step()]
+    one_us, wanted = timer.us(step), step()
     for size in sizes:
         for layout in layouts:
             ranks, steps, numbers = ranks_of(size, layout), [], []
@@ -146,7 +136,7 @@ def training_step_of(
     def step() -> list[torch.Tensor]:
         mail.begin()
         entries = cp.entries(tokens, packing, **given)
-        return [entries, *torch.autograd.grad(entries, leaves, g)]
+        return [entries.detach(), *torch.autograd.grad(entries, leaves, g)]
 
     return step
 
