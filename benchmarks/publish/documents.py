@@ -71,6 +71,7 @@ def parts(rows: Rows) -> dict[str, str]:
         "training": measured.training_summary(rows),
         "metadata": measured.metadata_summary(rows),
         "parallel": scaling.scaling(rows),
+        "parallel_parts": scaling.parts(rows),
         "trtllm": operators.operators(rows),
     }
     whole = {"step": measured_step.short(rows, "docs/plots"), "whole_step": measured_step.whole(rows)}

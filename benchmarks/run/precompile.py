@@ -114,7 +114,7 @@ def parallel_keys() -> dict[str, Key]:
         found |= {f"{case.name} plan {n} {no}": plan_key(case.ratio, n, False, no) for n in (1, 1 << 20) for no in WAYS}
         if len(case.compressors) == 1:
             how = problem.How(case.compressors[0][0], True, BF16, None, False, "")
-            for tokens in (case.ratio, 2 * case.ratio, 3 * case.ratio, 50_000, 100_003, 1 << 17, 1 << 18):
+            for tokens in (case.ratio, 2 * case.ratio, 3 * case.ratio, 50_000, 100_003, 1 << 16, 1 << 17, 1 << 18):
                 for runs in WAYS:
                     trained = training_keys_of(how, (BF16, False, FP32), tokens // case.ratio, runs)
                     found |= {f"train {case.name} {tokens} {runs} {kernel}": key for kernel, key in trained.items()}

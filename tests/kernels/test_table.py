@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from kvfold import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
+from kvfold import V4_CSA, V4_HCA, V4_INDEXER, V41_MAIN_R2, CompressorSpec
 from kvfold.backend_triton.table import ANY, BUCKETS, COLUMNS, CONFIGS, ROWS, choose, in_words, item_bucket, pair_buckets
 
 MIDDLE = CompressorSpec(256, 4, overlap=True)
@@ -43,7 +43,9 @@ CHOSEN = [
     (MIDDLE, "window", 8, 1, (2, 4, 0, 128, 128, 1056, 1, 0, False, 0, 0)),
     (MIDDLE, "window", 9, 1, (2, 4, 0, 128, 128, 1056, 1, 0, True, 16, 0)),
     (V4_INDEXER, "window", 9, 1, (1, 4, 0, 128, 128, 2112, 1, 0, True, 0, 0)),
-    (V4_HCA, "store", 1, 1, (4, 1, 0, 128, 0, 0, 1, 0, False, 0, 0)),
+    (V41_MAIN_R2, "rows", 8, 4096, (2, 2, 0, 128, 0, 0, 1, 0, False, 0, 0)),
+    (V41_MAIN_R2, "rows", 9, 1, (2, 4, 0, 128, 128, 1188, 1, 792, False, 64, 84)),
+    (V4_HCA, "store", 1, 1, (2, 1, 0, 128, 0, 0, 1, 0, False, 0, 0)),
     (MIDDLE, "store", 1, 1, (2, 1, 0, 128, 0, 0, 1, 0, False, 0, 0)),
     (V4_INDEXER, "store", 1, 1, (1, 1, 0, 128, 0, 0, 1, 0, False, 0, 0)),
 ]

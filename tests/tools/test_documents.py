@@ -111,7 +111,8 @@ def sample(folder: Path) -> Path:
                 (" inside", "zigzag graph", {"exchange_us": 14.34, "bytes": 6160, "handover_us": 31.8, "gather_us": 166.3}),
             )
         ]
-        + [row("parallel", "train r4 s262144", "2 contiguous graph", 0.0, one_us=1000.0, cut_us=600.0, share=0.6, bytes=16384)],
+        + [row("parallel", "train r4 s262144", "2 contiguous graph", 0.0, one_us=1000.0, cut_us=600.0, share=0.6, bytes=16384)]
+        + [row("parallel_alone", "train r4 s262144", "4 zigzag", 0.0, one_us=1000.0, part_us=260.0, messages=2, gathered=1500)],
     }
     for name, lines in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -186,6 +187,7 @@ def test_every_bench_has_its_part(tmp_path: Path) -> None:
         "| training, ratio 4, main | 262,144 | contiguous | 1000 | 600 | 0.60 | - | 16,384 | - | - | 350 (0.35) | 225 (0.23) |"
         "\n"
         "| ratio 128 | 1,048,576 | contiguous, no graph | 512 | 264 | 0.52 | 60.0 | 0 | 34.5 | 942.4 | - | - |\n",
+        "parallel_parts": "| training, ratio 4, main | 262,144 | 4 | zigzag | 1000 | 260 | 0.26 | 2 | 289 | 0.29 | 2 |",
     }.items():
         assert cells in made[name], made[name]
     assert documents.parts([])["speed"] == documents.MISSING

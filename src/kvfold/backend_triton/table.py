@@ -130,6 +130,8 @@ ROWS: tuple[Row, ...] = (
     _row("mean", ANY, _WIDE, ahead=16, num_warps=8, programs=2, bucket=1),
     _row("mean", ANY, _WIDE, ahead=4, num_warps=4, registers=128, programs=4, spills=(4,)),
     _scaled(_row("rows", 8, _NARROW, _MIDDLE, rows=(1, 8), ahead=8, num_warps=2)),
+    # Windows of two rows are as fast as their instructions, of which fewer warps have fewer: note 0077.
+    _row("rows", 8, _WIDE, rows=(1, 2), ahead=2, num_warps=2),
     # The bound on registers is so that 512 programs fit at once: note 0054.
     _row("rows", 8, _WIDE, rows=(1, 8), ahead=8, num_warps=4, registers=128, pair_spills=4),
     # Two windows to a warp: note 0055.
@@ -150,8 +152,8 @@ ROWS: tuple[Row, ...] = (
     # Slices of 32 channels for decoding: note 0058; of 64 for prompts, as memory is written best in long pieces: note 0059.
     _row("window", 8, **_SHORT, spills=(300, 300, 292)),
     _row("window", ANY, **_LONG, spills=(216, 216, 216)),
-    # Note 0060.
-    _scaled(_row("store", ANY, ahead=1, num_warps=1)),
+    # Notes 0060 and 0077.
+    tuple(replace(c, num_warps=min(c.num_warps, 2)) for c in _scaled(_row("store", ANY, ahead=1, num_warps=1))),
 )  # fmt: skip
 CONFIGS: Row = tuple(config for row in ROWS for config in row)
 

@@ -117,11 +117,11 @@ def _put(state: FoldState, slots: torch.Tensor, positions: torch.Tensor, carry: 
     # Where no slot is inside all that is written is what was there.
     state.positions[slots] = torch.where(inside[:, None], -1, state.positions[slots])
     fits = (inside & (carry.positions[which] == positions))[:, None]
-    old = state.positions[found.slots, found.places]
-    state.positions[found.slots, found.places] = torch.where(fits, found.tags, old)
-    old = state.rows[found.slots, found.rows]
+    old = state.positions[found.place_slots, found.places]
+    state.positions[found.place_slots, found.places] = torch.where(fits, found.tags, old)
+    old = state.rows[found.row_slots, found.rows]
     new = carry.rows[which].reshape(old.shape)
-    state.rows[found.slots, found.rows] = torch.where(inside.view(-1, *[1] * (old.dim() - 1)), new, old)
+    state.rows[found.row_slots, found.rows] = torch.where(inside.view(-1, *[1] * (old.dim() - 1)), new, old)
 
 
 def _check_numbers(state: FoldState, slots: torch.Tensor, positions: torch.Tensor) -> None:

@@ -20,7 +20,7 @@ from .sums import Block, Dealt, deal
 
 
 class Rows(NamedTuple):
-    """Rows of one tensor that are rows of another one, int64 `[n]` each; in `hi` and `lo` those of which a half counts."""
+    """Rows of one tensor that are rows of another one, int64 `[n]` each; as `hi` and `lo` those of which that half counts."""
 
     at: torch.Tensor
     of: torch.Tensor
@@ -28,12 +28,12 @@ class Rows(NamedTuple):
 
 class Borrowed(NamedTuple):
     """Rows that one rank has and another needs, in the order of the message. rank: the other one. rows: of this rank's tokens
-    where it lends, of its small tensor where it borrows. hi, lo: of which of them, by number, the borrower uses that half."""
+    where it lends, of its small tensor where it borrows. hi, lo: of which it uses that half, by number, and `rows`."""
 
     rank: int
     rows: torch.Tensor
-    hi: torch.Tensor
-    lo: torch.Tensor
+    hi: Rows
+    lo: Rows
 
 
 class Seam(NamedTuple):
@@ -160,7 +160,9 @@ class CutPacking:
                     at.append(seam.base + position - seam.reach)
                     of.append(segment.row + position - segment.start)
         self.own = Rows(self._indices(at), self._indices(of))
-        self.own_hi, self.own_lo = self._indices(hi), self._indices(lo)
+        self.own_hi, self.own_lo = (
+            Rows(self._indices([at[i] for i in some]), self._indices([of[i] for i in some])) for some in (hi, lo)
+        )
 
     def _borrowed(self, borrower: int, lender: int) -> Borrowed:
         """What one rank needs of another one; `rows` are those of this rank, which is one of the two."""
@@ -174,7 +176,8 @@ class CutPacking:
                     lent = segment.row + position - segment.start
                     rows.append(lent if lender == self.rank else seam.base + position - seam.reach)
         other = borrower if lender == self.rank else lender
-        return Borrowed(other, self._indices(rows), self._indices(hi), self._indices(lo))
+        halves = (Rows(self._indices(some), self._indices([rows[i] for i in some])) for some in (hi, lo))
+        return Borrowed(other, self._indices(rows), *halves)
 
     def _of(self, rank: int, sequence: int) -> Iterator[Segment]:
         return (s for s in self.shards.segments[rank] if s.sequence == sequence)

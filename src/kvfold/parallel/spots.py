@@ -14,15 +14,22 @@ from ..storage.host import on_device
 class Spots(NamedTuple):
     """The homes of carries of n sequences, in any state with as many rows a slot.
 
-    slots: int64 `[n, 1]`. positions: int32 `[n]`, where steps go on. rows: int64 `[n, r]`, the row in its slot of each row of a
-    carry. places: int64 `[n, t]`, the tags in its slot; tags: int32, what they say then.
+    slots: int64 `[n]`. positions: int32 `[n]`, where steps go on. rows: int64 `[n, r]`, the row in its slot of each row of a
+    carry; row_slots: those slots. places: int64 `[n, t]`, the tags in its slot, and place_slots; tags: int32, what they say
+    then. all_tags: int32 `[n, P]`, what all tags of the slot say then. none: int32 `[n, 1]` of -1.
+
+    What would follow from others is here as well, as indices of two shapes, or a number, would be one launch more each.
     """
 
     slots: torch.Tensor
     positions: torch.Tensor
+    row_slots: torch.Tensor
     rows: torch.Tensor
+    place_slots: torch.Tensor
     places: torch.Tensor
     tags: torch.Tensor
+    all_tags: torch.Tensor
+    none: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -64,25 +71,29 @@ def spots_of(state: FoldState, slots: torch.Tensor, positions: torch.Tensor, cou
     first = reads.int().argmax(1, keepdim=True)
     places = torch.where(reads, places, places.gather(1, first))
     tags = torch.where(reads, tags, torch.where(reads.any(1, keepdim=True), tags.gather(1, first), -1))
-    return Spots(slot, positions.int(), torch.cat(rows, dim=1), places, tags.int())
+    tags, positions = tags.int(), positions.int()
+    all_tags = tags.new_full((len(positions), state.positions.shape[1]), -1).scatter_(1, places, tags)
+    at, none = torch.cat(rows, dim=1), torch.full_like(positions, -1)[:, None]
+    row_slots, place_slots = (slot.expand_as(x).contiguous() for x in (at, places))
+    return Spots(slot[:, 0], positions, row_slots, at, place_slots, places, tags, all_tags, none)
 
 
 def take_at(state: FoldState, spots: Spots, rows: torch.Tensor, positions: torch.Tensor) -> None:
     """Writes the carries at these spots, as `Carry` has them. It is for states in which nothing else can hold them."""
-    rows.copy_(state.rows[spots.slots, spots.rows].view(rows.shape))
-    held = (state.positions[spots.slots, spots.places] == spots.tags).all(1)
-    positions.copy_(torch.where(held, spots.positions, -1))
+    into = rows.view(*spots.rows.shape, *state.rows.shape[2:])
+    torch.ops.aten.index.Tensor_out(state.rows, [spots.row_slots, spots.rows], out=into)  # `copy_` would be one launch more
+    same = state.positions[spots.place_slots, spots.places] == spots.tags
+    held = same[:, 0] if same.shape[1] == 1 else same.all(1)
+    torch.where(held, spots.positions, spots.none[:, 0], out=positions)
 
 
 def put_at(state: FoldState, spots: Spots, rows: torch.Tensor, positions: torch.Tensor) -> None:
     """`put_carry` at these spots, whose slots are all inside of the state."""
-    state.positions.index_fill_(0, spots.slots[:, 0], -1)
-    state.rows[spots.slots, spots.rows] = rows.view(*spots.rows.shape, *state.rows.shape[2:])
+    state.rows[spots.row_slots, spots.rows] = rows.view(*spots.rows.shape, *state.rows.shape[2:])
     fits = (positions == spots.positions)[:, None]
-    state.positions[spots.slots, spots.places] = torch.where(fits, spots.tags, -1)
+    state.positions[spots.slots] = torch.where(fits, spots.all_tags, spots.none)
 
 
 def pretend_at(state: FoldState, spots: Spots) -> None:
     """Puts carries of whatever rows are there: for steps of which nobody keeps what depends on these."""
-    state.positions.index_fill_(0, spots.slots[:, 0], -1)
-    state.positions[spots.slots, spots.places] = spots.tags
+    state.positions[spots.slots] = spots.all_tags

@@ -11,14 +11,15 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..arguments.checks import check_memory
 from ..spec import CompressorSpec
 from ..training import problem
-from ..training.checks import check_call, check_gradients
+from ..training.checks import check_call
 from ..training.problem import Gradients, How, Inputs, Sums
 from ..training.run import backward, finish, forward
 from .fold_training import carried, pass_on, pull_heads, small_tokens, spread_all
 from .folds import CutFolds, folds_of
-from .halo import CutPacking
+from .halo import CutPacking, Rows
 from .transport import Parcel, Transport
 from .weights import Weights
 
@@ -51,20 +52,25 @@ class Entries(torch.autograd.Function):
     def forward(ctx, call: Call, ape, norm_weight, rope, *tokens: torch.Tensor) -> torch.Tensor:
         packing, given = call.packing, Parameters(ape, norm_weight, rope)
         x, how = _checked(call, given, packing.inside, tokens)  # all arguments, before anything is sent
-        inside = forward(x, how)
+        at_seams = packing.seam_entries
+        # One tensor, as to put two together would copy all entries.
+        entries = tokens[0].new_empty(at_seams + how.capacity(x), call.spec.head_dim, dtype=how.out_dtype)
+        inside = forward(x, how, out=entries[at_seams:])
         folds = folds_of(packing, call.spec, tokens[0].dtype)
         seams, small = _seams(call, given, tokens) if folds is None else (_folded(call, given, folds, x, how, tokens), ())
-        found, kept = [inside.entries[: packing.inside_entries]], [inside.kept]
+        kept = [inside.kept]
         if seams is not None:
-            found, kept = [seams.entries[: packing.seam_entries], *found], [*kept, seams.kept]
+            entries[:at_seams] = seams.entries[:at_seams]
+            kept.append(seams.kept)
         ctx.call, ctx.count = call, len(tokens)
         ctx.save_for_backward(ape, norm_weight, rope, *tokens, *small, *kept)
-        entries = torch.cat(found) if len(found) > 1 else found[0]
+        entries = entries[: packing.entries]
         return entries if packing.order is None else entries[packing.order]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_entries: torch.Tensor):
+        check_memory("d_entries", d_entries)
         call, packing, count = ctx.call, ctx.call.packing, ctx.count
         *given, rest = *ctx.saved_tensors[:3], ctx.saved_tensors[3:]
         given, tokens, kept = Parameters(*given), rest[:count], rest[len(rest) - (1 if packing.seams is None else 2) :]
@@ -188,12 +194,10 @@ def _checked(call: Call, given: Parameters, packing, tokens: Sequence[torch.Tens
 
 
 def _backward(x: Inputs, how: How, kept: torch.Tensor, d_entries: torch.Tensor, sums: Sums) -> Gradients:
-    if len(d_entries) < how.capacity(x):
-        padded = d_entries.new_zeros(how.capacity(x), how.spec.head_dim)
-        padded[: len(d_entries)] = d_entries
-        d_entries = padded
-    d_entries, _ = check_gradients(x, how, kept, d_entries, None)
-    return backward(x, how, kept, d_entries, None, sums)
+    missing = how.capacity(x) - len(d_entries)
+    if missing > 0 and how.backend == "torch":  # kernels read none of an entry that is not there, so theirs is not copied
+        d_entries = torch.cat([d_entries, d_entries.new_zeros(missing, how.spec.head_dim)])
+    return backward(x, how, kept, d_entries.contiguous(), None, sums)
 
 
 def _one(tokens: Sequence[torch.Tensor]) -> torch.Tensor | Tokens:
@@ -212,7 +216,7 @@ def _seam_tokens(call: Call, tokens: Sequence[torch.Tensor]) -> Tokens:
     count = packing.seams.tokens if packing.seams is not None else 0
     small = small_tokens(count, packing.own, tokens)
     sent = [Parcel(one.rank, _packed(tokens, one.rows)) for one in packing.lent if len(one.rows)]
-    received = [(one, _packed(small, one.rows)) for one in packing.borrowed if len(one.rows)]
+    received = [(one, _room(small, one.rows)) for one in packing.borrowed if len(one.rows)]
     call.transport.exchange(sent, [Parcel(one.rank, data) for one, data in received], "rows of windows across a cut")
     for one, data in received:
         for into, rows in zip(small, _unpacked(data, small), strict=True):
@@ -226,23 +230,32 @@ def _return(call: Call, d_tokens: Tokens, d_small: Sequence[torch.Tensor]) -> No
     if not packing.touches:
         return
     sent = [Parcel(one.rank, _packed(d_small, one.rows)) for one in packing.borrowed if len(one.rows)]
-    received = [(one, _packed(d_tokens, one.rows)) for one in packing.lent if len(one.rows)]
+    received = [(one, _room(d_tokens, one.rows)) for one in packing.lent if len(one.rows)]
     call.transport.exchange(sent, [Parcel(one.rank, data) for one, data in received], "gradients of rows across a cut")
-    own = packing.own
-    found = [(own.of, packing.own_hi, packing.own_lo, [x[own.at] for x in d_small])]
-    found += [(one.rows, one.hi, one.lo, _unpacked(data, d_tokens)) for one, data in received]
-    for rows, hi, lo, gradients in found:
+    found = [(packing.own_hi, packing.own_lo, d_small)]
+    found += [(one.hi, one.lo, _unpacked(data, d_tokens)) for one, data in received]
+    for hi, lo, gradients in found:
         for into, new in zip(d_tokens, gradients, strict=True):
-            parts = into.shape[1] // spec.channels  # values and scores in one tensor, or one of them
-            for part in range(parts):
-                first, last = part * spec.channels, (part + 1) * spec.channels
-                into[rows[hi], last - spec.head_dim : last] = new[hi, last - spec.head_dim : last]
-                if spec.overlap:
-                    into[rows[lo], first : first + spec.head_dim] = new[lo, first : first + spec.head_dim]
+            _put_half(into, new, hi, int(spec.overlap), spec)
+            if spec.overlap:
+                _put_half(into, new, lo, 0, spec)
+
+
+def _put_half(into: torch.Tensor, new: torch.Tensor, rows: Rows, half: int, spec: CompressorSpec) -> None:
+    """Of some rows one half of the values, of the scores, or of both where they are in one tensor."""
+    if len(rows.at):
+        halves = -1, 1 + spec.overlap, spec.head_dim
+        into.unflatten(1, halves)[:, :, half][rows.of] = new.unflatten(1, halves)[:, :, half][rows.at]
 
 
 def _packed(tokens: Sequence[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
-    return torch.cat([x[rows] for x in tokens], dim=1)
+    found = [x[rows] for x in tokens]
+    return torch.cat(found, dim=1) if len(found) > 1 else found[0]
+
+
+def _room(tokens: Sequence[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+    """For what `_packed` makes of so many rows."""
+    return tokens[0].new_empty(len(rows), sum(x.shape[1] for x in tokens))
 
 
 def _unpacked(data: torch.Tensor, like: Sequence[torch.Tensor]) -> Tokens:

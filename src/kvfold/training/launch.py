@@ -41,14 +41,14 @@ class Launches(NamedTuple):
     sum: Launch
 
 
-def forward_triton(x: Inputs, how: How) -> Entries:
+def forward_triton(x: Inputs, how: How, out: torch.Tensor | None = None) -> Entries:
     """Entries, latents and the kept fold, None where there are none, after the arguments were checked: one launch; one more
-    where programs share windows, and one with fake quantization, which reads the records."""
+    where programs share windows, and one with fake quantization, which reads the records. out: for the entries."""
     spec, device = how.spec, x.value.device
     capacity = x.value.shape[0] // spec.ratio
     kept = torch.empty((3, capacity, spec.head_dim), dtype=torch.float32, device=device) if how.keeps else None
     latent = torch.empty((capacity, spec.head_dim), dtype=how.out_dtype, device=device) if how.latent else None
-    entries = torch.empty((capacity, spec.head_dim), dtype=how.out_dtype, device=device)
+    entries = torch.empty((capacity, spec.head_dim), dtype=how.out_dtype, device=device) if out is None else out
     if not capacity:
         return Entries(entries, latent, kept)
     chosen, pdl = _launches(x, how, capacity), supports_pdl(device)

@@ -20,13 +20,17 @@ def _triton() -> ModuleType:
     return launch
 
 
-def forward(x: Inputs, how: How, bare: bool = False) -> Entries:
-    """bare: whether latents and the kept fold may be None where there are none, as an empty tensor costs the host 3 us."""
+def forward(x: Inputs, how: How, bare: bool = False, out: torch.Tensor | None = None) -> Entries:
+    """bare: whether latents and the kept fold may be None where there are none, as an empty tensor costs the host 3 us.
+
+    out: contiguous `[capacity, head_dim]`, for the entries; default a new tensor.
+    """
     if how.backend == "triton":
-        found = _triton().forward_triton(x, how)
+        found = _triton().forward_triton(x, how, out)
         return found if bare else found.whole()
     with torch.no_grad():
-        return forward_torch(x, how)
+        found = forward_torch(x, how)
+        return found if out is None else found._replace(entries=out.copy_(found.entries))
 
 
 def backward(

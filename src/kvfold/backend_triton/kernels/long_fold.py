@@ -11,6 +11,7 @@ from ..args import Opened, Tokens
 from .finish import emit, entry_address, entry_slot, load_finish, slot_valid
 from .fold import empty_fold, fold_step, minus_zero, quotient, spread
 from .items import load_item
+from .memory import in_turn, load_blocks, move_blocks
 from .pdl import load_plan, wait_for_inputs
 from .prefetch import prefetch_item
 from .slices import draw_ticket, is_last, leave_slice, take_slices
@@ -53,19 +54,36 @@ def open_window(item, there, c0, errors, tokens, st, SPEC: tl.constexpr, SLICE: 
 @triton.jit
 def load_stretch(at, apart, tokens, ape, left, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr):
     """Rows of ape, values and scores, unconverted, of the first `left` of AHEAD tokens; all point at the first."""
-    biases = ()
-    ks = ()
-    ss = ()
+    theres = ()
+    twice = ()
+    ats = ()
     for i in tl.static_range(AHEAD):
         there = spread(i < left, SLICE)
-        bias = tl.zeros((SLICE,), tl.float32)
-        if ape is not None:
-            bias = tl.load(ape + (i * HEAD_DIM + tl.arange(0, SLICE)), mask=there, other=0.0)
-        biases = biases + (bias,)
-        ks = ks + (tl.load(at, mask=there, other=minus_zero()),)
-        ss = ss + (tl.load(at + gap_of(apart, tokens.skew, i, HEAD_DIM), mask=there, other=float("-inf")),)
+        theres = theres + (there,)
+        twice = twice + (there, there)
+        ats = ats + (at, at + gap_of(apart, tokens.skew, i, HEAD_DIM))
         at += tokens.stride
+    biases = load_ape(ape, theres, AHEAD, HEAD_DIM, SLICE)
+    ks, ss = in_turn(load_blocks(ats, twice, (minus_zero(), float("-inf")) * AHEAD))
     return biases, ks, ss
+
+
+@triton.jit
+def load_ape(ape, theres, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr):
+    """AHEAD rows of ape, which points at the first; of zeros without it. theres: of each row, or None."""
+    ats = ()
+    rows = ()
+    for i in tl.static_range(AHEAD):
+        row = tl.zeros((SLICE,), tl.float32)
+        if ape is not None:
+            at = ape + (i * HEAD_DIM + tl.arange(0, SLICE))
+            ats = ats + (at,)
+            if SLICE > 512:  # 8 channels to a thread
+                row = tl.load(at) if theres is None else tl.load(at, theres[i], 0.0)
+        rows = rows + (row,)
+    if SLICE <= 512 and ape is not None:
+        rows = load_blocks(ats, theres, (0.0,) * AHEAD)
+    return rows
 
 
 @triton.jit
@@ -88,20 +106,14 @@ def load_tokens_ahead(ats, windows, tokens, j0, HOW: tl.constexpr, SPEC: tl.cons
     Past the L1 cache, which is better used for rows of ape.
     """
     AHEAD: tl.constexpr = HOW.AHEAD
-    biases = ()
-    ks = ()
-    ss = ()
+    both = ()
     for i in tl.static_range(AHEAD):
-        bias = tl.zeros((HOW.SLICE,), tl.float32)
-        if tokens.ape is not None:
-            bias = tl.load(tokens.ape + j0 * SPEC.HEAD_DIM + (i * SPEC.HEAD_DIM + tl.arange(0, HOW.SLICE)))
-        biases = biases + (bias,)
-        new_ats = ()
         for w in tl.static_range(len(ats)):
-            ks = ks + (tl.load(ats[w], cache_modifier=".cg"),)
-            ss = ss + (tl.load(ats[w] + gap_of(windows[w].apart, tokens.skew, j0 + i, SPEC.HEAD_DIM), cache_modifier=".cg"),)
-            new_ats = new_ats + (ats[w] + tokens.stride,)
-        ats = new_ats
+            both = both + (ats[w], ats[w] + gap_of(windows[w].apart, tokens.skew, j0 + i, SPEC.HEAD_DIM))
+        ats = move_blocks(ats, tokens.stride)
+    ape = None if tokens.ape is None else tokens.ape + j0 * SPEC.HEAD_DIM
+    biases = load_ape(ape, None, AHEAD, SPEC.HEAD_DIM, HOW.SLICE)
+    ks, ss = in_turn(load_blocks(both, None, None, PAST_L1=True))
     return biases, ks, ss
 
 

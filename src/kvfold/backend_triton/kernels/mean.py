@@ -13,6 +13,7 @@ from .finish import emit, entry_address, slot_valid
 from .fold import LOWEST, empty_fold, fold_step, minus_zero, quotient, spread
 from .items import load_item
 from .long_fold import deliver_entry, fold_stretches, load_stretch
+from .memory import store_blocks
 from .pdl import load_plan, wait_for_inputs
 from .prefetch import prefetch_lines, prefetch_tokens
 from .short import load_tokens, token_addresses
@@ -37,9 +38,8 @@ def keep_mean(m, l, a, row, SPEC: tl.constexpr):
     tl.debug_barrier()  # where a row is narrow several threads have read a channel, of which one stores it
     empty = l == 0.0
     at = row + tl.arange(0, SPEC.HEAD_DIM)
-    tl.store(at, tl.where(empty, float("-inf"), m))
-    tl.store(at + SPEC.HEAD_DIM, l)
-    tl.store(at + 2 * SPEC.HEAD_DIM, tl.where(empty, 0.0, tl.div_rn(a, tl.where(empty, 1.0, l))))
+    mean = tl.where(empty, 0.0, tl.div_rn(a, tl.where(empty, 1.0, l)))
+    store_blocks((at, at + SPEC.HEAD_DIM, at + 2 * SPEC.HEAD_DIM), (tl.where(empty, float("-inf"), m), l, mean), None)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ from ..args import Live
 from .finish import emit, entry_address, slot_valid
 from .fold import empty_fold, fold_step, minus_zero, quotient, spread
 from .items import load_item
+from .memory import in_turn, load_blocks
 from .parts import load_new
 from .pdl import load_plan, wait_for_inputs
 from .places import find_history, hi_home, home_back, home_before, home_of, keep_tags, load_tags, places_to_keep
@@ -48,13 +49,25 @@ def token_addresses(live, tokens, x0, stop, SPEC: tl.constexpr, AHEAD: tl.conste
 @triton.jit
 def load_tokens(ats, gaps, wanted, biases, tokens, HOW: tl.constexpr):
     """Values, and scores with ape, of what `token_addresses` found."""
-    ks = ()
-    ss = ()
+    both = ()
+    theres = ()
     for i in tl.static_range(len(ats)):
-        ks = ks + (load_new(ats[i], tokens, wanted[i], minus_zero(), HOW).to(tl.float32),)
-        s = load_new(ats[i] + gaps[i], tokens, wanted[i], float("-inf"), HOW).to(tl.float32)
-        ss = ss + (s + biases[i],)
-    return ks, ss
+        both = both + (ats[i], ats[i] + gaps[i])
+        theres = theres + (wanted[i], wanted[i])
+    found = ()
+    if HOW.PARTS == 0:
+        found = load_blocks(both, theres, (minus_zero(), float("-inf")) * len(ats))
+    else:
+        for i in tl.static_range(len(ats)):
+            found = found + (load_new(both[2 * i], tokens, wanted[i], minus_zero(), HOW),)
+            found = found + (load_new(both[2 * i + 1], tokens, wanted[i], float("-inf"), HOW),)
+    ks, ss = in_turn(found)
+    values = ()
+    scores = ()
+    for i in tl.static_range(len(ats)):
+        values = values + (ks[i].to(tl.float32),)
+        scores = scores + (ss[i].to(tl.float32) + biases[i],)
+    return values, scores
 
 
 @triton.jit

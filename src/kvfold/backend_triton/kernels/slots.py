@@ -9,6 +9,7 @@ import triton.language as tl
 
 from ..args import History, Sequence
 from .fold import spread
+from .memory import store_blocks
 
 
 @triton.jit
@@ -95,7 +96,5 @@ def keep_fold(m, l, a, x, place, wanted, seq, SPEC: tl.constexpr, SLICE: tl.cons
     kept = wanted & (x % SPEC.RATIO != SPEC.RATIO - 1)
     row = seq.rows + place * (3 * SPEC.HEAD_DIM) + tl.arange(0, SLICE)
     there = spread(kept, SLICE)
-    tl.store(row, m, mask=there)
-    tl.store(row + SPEC.HEAD_DIM, l, mask=there)
-    tl.store(row + 2 * SPEC.HEAD_DIM, a, mask=there)
+    store_blocks((row, row + SPEC.HEAD_DIM, row + 2 * SPEC.HEAD_DIM), (m, l, a), there)
     tl.store(seq.tags + place, tl.where(kept, x, -1), mask=wanted)
