@@ -1,161 +1,350 @@
-"""Times the product of `project_compress` by itself, for rows of its table and others, and compares the bits of all of them.
-
-A figure is microseconds per layer of one CUDA graph of 31 layers, each with its own weights, launched as dependents; beside it
-those of `torch.mm` and of reading the weights once at 4.5 TB/s.
-
-python -m benchmarks.experiments.projection [--out FILE] [--shapes 1024x7168,2560x7168] [--tokens 4,16,64,256] [--sweep]
-
-Without `--sweep` the rows beside the table's are those of `FEW`. "parts" is a product that leaves its parts to whoever reads
-them, as short steps over fold rows do; the others have the last program of a tile add them up.
-"""
+"""Experiment of one turn on the GPU: forms of the product of `project_compress`. python -m benchmarks.experiments.projection"""
 
 from __future__ import annotations
 
 import json
+import time
+import traceback
 from collections.abc import Iterator
-from itertools import product
+from dataclasses import replace
 
 import torch
 
-from kvfold.backend_triton.keys import ProjectKey
-from kvfold.backend_triton.launch_product import project
-from kvfold.backend_triton.table import TILINGS, Tiling, tiling
+import kvfold
+from kvfold.backend_triton import table
+from kvfold.backend_triton.keys import AddKey, PairKey, ProjectKey, step_key
+from kvfold.backend_triton.launch_product import add, project
+from kvfold.backend_triton.table import ANY, BUCKETS, Tiling
+from kvfold.storage.formats import FORMATS
 
-from ..lib import protocol
+from ..lib import model_calls, models, protocol
+from ..lib.model_calls import WholeStep
+from ..lib.models import StepCase
 from ..run.precompile import compile_all
 
-LAYERS, BANDWIDTH = 31, 4.5e12
-SHAPES = ((1024, 7168), (2560, 7168), (1024, 4096), (2560, 4096))
-TOKENS = (4, 16, 64, 256)
-LONG = 8192  # tokens of a prompt
-# Columns, tokens, depth, parts, stages and warps, by the most tokens of a step that they may be best for.
-FEW: dict[int, tuple[tuple[int, ...], ...]] = {
-    16: ((64, 16, 128, 4, 2, 4), (128, 16, 64, 4, 6, 4)),
-    64: ((64, 64, 64, 4, 3, 4), (64, 64, 64, 4, 6, 8)),
-    # So many programs to a multiprocessor that all of a step's are there at once.
-    512: (
-        (64, 64, 64, 4, 2, 4), (64, 64, 64, 4, 3, 4), (64, 64, 64, 8, 3, 4), (128, 64, 64, 4, 2, 4), (64, 128, 64, 4, 2, 4),
-        (64, 128, 64, 4, 9, 8), (128, 128, 64, 8, 3, 8), (128, 128, 64, 4, 6, 8),
-    ),
-    LONG: (
-        (128, 128, 64, 1, 3, 8), (128, 128, 64, 1, 4, 8), (128, 64, 64, 1, 4, 8), (64, 128, 64, 1, 4, 8),
-        (128, 64, 64, 1, 3, 4),
-    ),
+FP32, BF16 = torch.float32, torch.bfloat16
+T = Tiling
+PRO, FLASH = models.MODELS[1], models.MODELS[0]
+SHAPES = ((1024, 7168), (2560, 7168))
+
+
+def side(columns, tokens, depth, stages, warps, **more):
+    return T(ANY, columns, tokens, depth, 1, stages, warps, side=8, **more)
+
+
+def parts(columns, tokens, depth, count, stages, warps, **more):
+    return T(ANY, columns, tokens, depth, count, stages, warps, **more)
+
+
+# By width of kv_score and tokens.
+SIDES = {
+    (1024, 4): [
+        side(8, 8, 64, 8, 4),
+        side(8, 8, 128, 4, 4),
+        side(8, 8, 64, 6, 4),
+        side(16, 8, 64, 8, 8),
+        side(8, 16, 64, 6, 4),
+    ],
+    (1024, 16): [
+        side(8, 16, 64, 6, 8),
+        side(8, 16, 64, 6, 4),
+        side(8, 16, 64, 4, 8),
+        side(16, 16, 64, 6, 8),
+        side(8, 16, 128, 4, 8),
+    ],
+    (2560, 4): [
+        side(16, 8, 64, 4, 8),
+        side(16, 8, 64, 4, 4),
+        side(8, 8, 64, 4, 4),
+        side(16, 8, 64, 3, 8),
+        side(16, 8, 128, 2, 8),
+    ],
+    (2560, 16): [side(16, 16, 64, 3, 8), side(16, 16, 64, 4, 8), side(16, 16, 64, 6, 8), side(8, 16, 64, 3, 8)],
+}
+PARTS = {
+    (1024, 4): [parts(64, 16, 128, 8, 5, 4), parts(64, 8, 128, 8, 5, 4)],
+    (1024, 16): [parts(64, 16, 128, 8, 5, 4)],
+    (1024, 64): [parts(64, 64, 128, 8, 4, 4), parts(64, 64, 64, 8, 6, 4), parts(128, 64, 64, 8, 8, 8)],
+    (1024, 256): [parts(64, 128, 64, 4, 9, 8), parts(128, 64, 64, 4, 4, 8), parts(64, 128, 64, 8, 4, 8), parts(128, 128, 64, 8, 6, 8),
+                  parts(128, 128, 128, 8, 3, 8), parts(64, 256, 64, 8, 4, 8)],
+    (2560, 4): [parts(64, 16, 128, 8, 2, 4), parts(128, 16, 64, 4, 6, 4)],
+    (2560, 16): [parts(64, 16, 128, 8, 2, 4), parts(128, 16, 64, 4, 6, 4)],
+    (2560, 64): [parts(64, 64, 64, 8, 3, 4), parts(64, 64, 64, 4, 6, 8), parts(64, 64, 64, 4, 6, 4), parts(128, 64, 64, 8, 4, 8),
+                 parts(128, 64, 64, 8, 4, 4), parts(128, 64, 128, 8, 2, 8)],
+    (2560, 256): [parts(128, 64, 64, 4, 4, 8), parts(64, 128, 64, 4, 4, 8), parts(128, 128, 64, 4, 3, 8), parts(128, 128, 64, 8, 3, 8),
+                  parts(128, 256, 64, 8, 4, 8), parts(128, 256, 64, 4, 4, 8), parts(128, 128, 128, 4, 3, 8)],
 }  # fmt: skip
-
-
-def others(tokens: int) -> Iterator[Tiling]:
-    """Rows that could serve a step of so many tokens."""
-    if tokens <= 64:
-        wide = max(16, tokens)
-        for depth, parts, columns in product((64, 128), (8, 4), (64, 128)):
-            each = (columns + wide) * depth * 2
-            for room in (56, 110, 220):  # KiB, so that 4, 2 or 1 programs have room on a multiprocessor
-                stages = min(room * 1024 // each, 14 * 128 // depth)
-                for warps in (4, 8):
-                    if stages >= 2 and warps * 16 <= columns * 2:
-                        yield Tiling(tokens, columns, wide, depth, parts, stages, warps)
-        return
-    for (columns, wide), parts, room in product(((64, 64), (64, 128), (128, 64), (128, 128), (128, 256)), (8, 4), (110, 220)):
-        stages = min(room * 1024 // ((columns + wide) * 128), 14)
-        if stages >= 2:
-            yield Tiling(tokens, columns, wide, 64, parts, stages, 8 if columns * wide > 4096 else 4)
-
-
-def rows(tokens: int, sweep: bool) -> list[Tiling]:
-    """The table's first, those of either width."""
-    few = next(few for most, few in FEW.items() if tokens <= most)
-    more = others(tokens) if sweep else (Tiling(tokens, *one) for one in few)
-    return list(dict.fromkeys([tiling(tokens, 1024), tiling(tokens, 2560), *more]))
+LONGS = [
+    T(ANY, 128, 128, 64, 1, 6, 8),
+    T(ANY, 128, 128, 64, 1, 4, 8, group=8),
+    T(ANY, 128, 128, 64, 1, 6, 8, group=16),
+    T(ANY, 128, 128, 64, 1, 6, 8, flat=1, group=8),
+    T(ANY, 128, 128, 64, 1, 4, 8, flat=1, group=16),
+    T(ANY, 128, 128, 128, 1, 3, 8, flat=1, group=8),
+    T(ANY, 128, 128, 64, 1, 6, 8, flat=2, group=8),
+    T(ANY, 128, 128, 128, 1, 3, 8, flat=2, group=16),
+    T(ANY, 64, 256, 64, 1, 5, 8, flat=1, group=8),
+    T(ANY, 128, 128, 128, 1, 3, 8, group=16),
+]
+RIGHT = LONGS[0]
 
 
 class Product:
-    """A call of the product by this row, with room for all that it makes. apart: it leaves its parts as they are."""
+    """A call of the product by this row, with the launch that adds parts."""
 
-    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, config: Tiling, apart: bool = False) -> None:
+    def __init__(self, hidden, weight, config, into=None, room=None, alone=False):
         shape = hidden.shape[0], weight.shape[0]
         self.given = hidden, (weight,), config, True
-        self.kv_score = None if apart else torch.empty(shape, device="cuda")
-        self.parts = self.done = None
+        self.kv_score = torch.empty(shape, device="cuda", dtype=FP32) if into is None else into
+        self.parts = None
         if config.parts > 1:
-            self.parts = torch.empty((config.parts, *shape), device="cuda")
-            self.done = None if apart else torch.zeros(config.tiles(*shape), dtype=torch.int32, device="cuda")
+            self.parts = torch.empty((config.parts, *shape), device="cuda") if room is None else room[: config.parts]
+        self.alone = alone
 
-    def __call__(self) -> torch.Tensor | None:
-        project(*self.given, self.kv_score, self.parts, self.done)
+    def __call__(self):
+        config, rounded = self.given[2], self.kv_score.dtype is BF16
+        if self.parts is None:
+            project(*self.given, self.kv_score, rounded=rounded)
+        else:
+            project(*self.given, parts=self.parts)
+            if not self.alone:
+                add(self.parts, self.kv_score, config.early, True, rounded)
         return self.kv_score
 
 
-def check(shape: tuple[int, int], counts: list[int], sweep: bool) -> dict:
-    """Bits of every row and every number of tokens, and the distance from fp64 in units of the bound."""
-    columns, width = shape
+class Gluon:
+    """The prototype."""
+
+    def __init__(self, hidden, weight, stages, group, persistent, into=None):
+        from .gluon_long import long_kernel
+
+        self.kernel, self.hidden, self.weight = long_kernel, hidden, weight
+        self.out = torch.empty(hidden.shape[0], weight.shape[0], device="cuda") if into is None else into
+        tiles = weight.shape[0] // 128 * -(-hidden.shape[0] // 128)
+        self.grid, self.stages, self.group = (min(tiles, 132) if persistent else tiles,), stages, group
+        self.name = f"gluon stages {stages} group {group} persistent {persistent}"
+
+    def __call__(self):
+        (count, width), columns = self.hidden.shape, self.weight.shape[0]
+        more = {"K": width, "BM": 128, "BN": 128, "BK": 64, "S": self.stages, "GROUP": self.group, "WARPS": 8}
+        self.kernel[self.grid](self.weight, self.hidden, self.out, columns, count, **more, num_warps=8, enable_fp_fusion=False)
+        return self.out
+
+
+def gluons(hidden, weight, into=None):
+    for stages, group, persistent in ((6, 8, True), (6, 16, True), (4, 8, True), (6, 8, False), (5, 4, True)):
+        yield Gluon(hidden, weight, stages, group, persistent, into)
+
+
+def check(columns: int, width: int) -> dict:
     generator = torch.Generator(device="cuda").manual_seed(columns + width)
-    hidden = torch.randn(LONG, width, generator=generator, device="cuda").bfloat16()
-    hidden[3] = 0  # sums of nothing, too
+    hidden = torch.randn(600, width, generator=generator, device="cuda").bfloat16()
+    hidden[3] = 0
     weight = (torch.randn(columns, width, generator=generator, device="cuda") / width**0.5).bfloat16()
-    right = Product(hidden, weight, TILINGS[-1])().view(torch.int32)
+    right = Product(hidden, weight, RIGHT)().view(torch.int32)
     differ, compared = [], 0
-    for tokens in (1, 3, *counts, 300, 1000):
-        for config in rows(tokens, sweep) if tokens in counts else TILINGS:
-            call = Product(hidden[:tokens], weight, config)
-            for _ in range(3):  # the counts of tiles are zero again
-                compared += 1
-                if not torch.equal(call().view(torch.int32), right[:tokens]):
-                    differ.append([tokens, str(config)])
-    exact = hidden[:512].double() @ weight.double().T
-    most = hidden[:512].double().abs() @ weight.double().abs().T
-    error = (right[:512].view(torch.float32).double() - exact).abs()
+    for tokens in (1, 4, 16, 64, 256, 600):
+        rows = [r for of in (SIDES, PARTS) for (_, most), found in of.items() for r in found if most >= tokens or of is PARTS]
+        for config in dict.fromkeys([*rows, *LONGS]):
+            compared += 1
+            at = 600 - tokens
+            got = Product(hidden[at:], weight, config)().view(torch.int32)
+            if not torch.equal(got, right[at:]):
+                wrong = int((got != right[at:]).sum())
+                differ.append([tokens, wrong, str(config)])
+        if columns % 128 == 0 and width > 512:
+            try:
+                for call in gluons(hidden[at:].contiguous(), weight):
+                    compared += 1
+                    wrong = int((call().view(torch.int32) != right[at:]).sum())
+                    if wrong:
+                        differ.append([tokens, wrong, call.name])
+            except Exception as error:
+                differ.append([tokens, "gluon", str(error)[:300]])
+    exact = hidden.double() @ weight.double().T
+    most = hidden.double().abs() @ weight.double().abs().T
+    error = (right.view(FP32).double() - exact).abs()
     bound = float((error / (most * width * 2.0**-24 + 1e-300)).max())
-    found = {"what": "bits", "shape": shape, "compared": compared, "differing": len(differ), "of bound": bound}
-    return found | {"differ": differ[:8]}
+    return {
+        "what": "bits",
+        "shape": (columns, width),
+        "compared": compared,
+        "differing": len(differ),
+        "of": bound,
+        "differ": differ[:12],
+    }
 
 
-def figures(shape: tuple[int, int], tokens: int, sweep: bool) -> Iterator[dict]:
-    """Of every row, and of `torch.mm`."""
+def show(row: dict) -> dict:
+    print(json.dumps(row).replace("max_tokens=2147483647, ", "").replace("max_columns=2147483647, ", ""), flush=True)
+    return row
+
+
+def figures(shape, tokens) -> Iterator[dict]:
     columns, width = shape
-    hidden, rounds = torch.randn(tokens, width, device="cuda").bfloat16(), 15 if tokens < LONG else 5
-    weights = [(torch.randn(columns, width, device="cuda") / width**0.5).bfloat16() for _ in range(LAYERS)]
+    hidden = torch.randn(tokens, width, device="cuda").bfloat16()
+    weights = [(torch.randn(columns, width, device="cuda") / width**0.5).bfloat16() for _ in range(31)]
     same = {"what": "time", "shape": shape, "tokens": tokens}
-    into = torch.empty(tokens, columns, dtype=torch.bfloat16, device="cuda")
-    us = protocol.time_graph([lambda w=w: torch.mm(hidden, w.T, out=into) for w in weights], rounds)
+    into = torch.empty(tokens, columns, dtype=BF16, device="cuda")
+    room = torch.empty(8, tokens, columns, device="cuda")
+    us = protocol.time_graph([lambda w=w: torch.mm(hidden, w.T, out=into) for w in weights], 8)
     yield same | {"how": "torch.mm", "us": round(us, 2)}
-    yield same | {"how": "weights once", "us": round(columns * width * 2 / BANDWIDTH * 1e6, 2)}
-    for config, apart in product(rows(tokens, sweep), (False, True)):
-        if apart and (config.parts == 1 or columns != 1024):
-            continue
-        told = {"how": str(config), "parts": apart, "table": config == tiling(tokens, columns)}
+    for config in (*SIDES.get((columns, tokens), ()), *PARTS[columns, tokens]):
+        ways = [(config, False), (replace(config, ahead=8), False), (replace(config, ahead=8, early=True), False)]
+        for how, alone in [*ways, *([(config, True)] if config.parts > 1 else [])]:
+            if config.side > 1 and how.early:
+                continue
+            try:
+                us = protocol.time_graph([Product(hidden, w, how, into, room, alone) for w in weights], 8)
+            except Exception as error:
+                yield same | {"how": str(how), "us": None, "error": str(error)[:90]}
+                continue
+            yield same | {"how": str(how), "alone": alone, "us": round(us, 2)}
+
+
+def long_figures(columns: int, width: int, tokens: int) -> Iterator[dict]:
+    hidden = torch.randn(tokens, width, device="cuda").bfloat16()
+    weight = (torch.randn(columns, width, device="cuda") / width**0.5).bfloat16()
+    into = torch.empty(tokens, columns, dtype=BF16, device="cuda")
+    same = {"what": "long", "shape": (columns, width), "tokens": tokens}
+    for name, call in (
+        ("torch.mm", lambda: torch.mm(hidden, weight.T, out=into)),
+        *((str(c), Product(hidden, weight, c, into)) for c in LONGS),
+        *((c.name, c) for c in gluons(hidden, weight, into)),
+    ):
         try:
-            us = protocol.time_graph([Product(hidden, w, config, apart) for w in weights], rounds)
-        except Exception as error:  # a row that the device has no room for
-            yield same | told | {"us": None, "error": str(error)[:80]}
+            us = protocol.time_graph([call], 12, rounds=4)
+        except Exception as error:
+            yield same | {"how": name, "us": None, "error": str(error)[:90]}
             continue
-        yield same | told | {"us": round(us, 2)}
+        yield same | {"how": name, "us": round(us, 1), "tflops": round(2 * columns * width * tokens / us / 1e6)}
+
+
+def sets() -> dict[str, dict[int, list[tuple[Tiling, ...]]]]:
+    """TILINGS of whole steps, by tokens."""
+    found: dict = {}
+    for tokens, (a, b) in {
+        4: (SIDES[1024, 4][2], SIDES[2560, 4][0]),  # both have room on a multiprocessor
+        16: (SIDES[1024, 16][2], SIDES[2560, 16][0]),
+    }.items():
+        for ahead, early in ((0, False), (8, False), (8, True), (4, True), (0, True)):
+            found.setdefault(tokens, []).append((f"side ahead {ahead} early {early}", a, b, {"ahead": ahead, "early": early}))
+    for tokens, (a, b) in {
+        4: (PARTS[1024, 4][0], PARTS[2560, 4][0]),
+        16: (PARTS[1024, 16][0], PARTS[2560, 16][0]),
+        64: (PARTS[1024, 64][0], PARTS[2560, 64][0]),
+        256: (PARTS[1024, 256][1], PARTS[2560, 256][0]),
+    }.items():
+        for adds in ("launch", "reader"):
+            for ahead, early in ((0, False), (8, False), (8, True), (4, True)) if adds == "launch" else ((0, False), (8, True)):
+                name = f"parts {adds} ahead {ahead} early {early}"
+                found.setdefault(tokens, []).append((name, a, b, {"ahead": ahead, "early": early, "adds": adds}))
+    for i, (a, b) in enumerate(((PARTS[1024, 64][0], PARTS[2560, 64][1]), (PARTS[1024, 64][1], PARTS[2560, 64][3]))):
+        for ahead, early in ((0, False), (8, True)):
+            found[64].append((f"parts launch other {i} ahead {ahead} early {early}", a, b, {"ahead": ahead, "early": early}))
+    return found
+
+
+def whole(model, batch: int, weights) -> Iterator[dict]:
+    case = StepCase(model, batch, 4)
+    step = WholeStep(case, weights)
+    kept = [step.make_set() for _ in range(2)]
+    for name, a, b, how in [("apart", None, None, None), *sets()[case.tokens]]:
+        row = {"what": "step", "case": case.name, "how": name}
+        try:
+            if a is not None:
+                table.TILINGS = (replace(a, max_columns=1024, **how), replace(b, **how))
+            calls = [step.call("fused" if a else "apart", own) for own in kept]
+            step.check(calls[0])
+            us = protocol.time_graph(calls, rounds=2)
+            step.check(calls[0])
+            yield row | {"us": round(us, 1)}
+        except Exception as error:
+            traceback.print_exc()
+            yield row | {"us": None, "error": str(error)[:200]}
+
+
+def keys() -> list:
+    rows = dict.fromkeys([*LONGS, *(r for of in (SIDES, PARTS) for found in of.values() for r in found)])
+    found: list = []
+    for width in (7168, 1024, 256):
+        for config in rows:
+            sums = (None,) if config.parts > 1 else (FP32,)
+            found += [ProjectKey(width, config, 1, kind) for kind in sums]
+    for config in rows:
+        if config.parts == 1:
+            found.append(ProjectKey(7168, config, 1, BF16, True))
+        if config not in LONGS:
+            for ahead in (8,):
+                found.append(
+                    ProjectKey(7168, replace(config, ahead=ahead), 1, BF16 if config.parts == 1 else None, config.parts == 1)
+                )
+    for of in sets().values():
+        for _, a, b, how in of:
+            for config in (replace(a, max_columns=1024, **how), replace(b, **how)):
+                found.append(ProjectKey(7168, config, 1, BF16 if config.parts == 1 else None, config.parts == 1))
+    for count in (4, 8):
+        for early in (False, True):
+            found += [AddKey(count, FP32, False, early), AddKey(count, BF16, True, early)]
+    main, indexer = FORMATS["fp8_ds_mla"], FORMATS["indexer_fp8_vllm"]
+    for early in (False, True):
+        for kind, count in ((BF16, 0), (FP32, 8), (FP32, 4)):
+            types = (kind, FP32, None, FP32, True, False, False, count, count > 0, early)
+            found.append(step_key(kvfold.V4_HCA, main, "fold", 4, types))
+        types = (BF16, BF16, None, FP32, True, False, False, 0, False, early)
+        for bucket in BUCKETS:
+            found.append(
+                PairKey(
+                    step_key(kvfold.V4_CSA, main, "rows", 4, types, bucket=bucket),
+                    step_key(kvfold.V4_INDEXER, indexer, "rows", 4, types, bucket=bucket),
+                )
+            )
+    return list(dict.fromkeys(found))
 
 
 def main() -> None:
     parser = protocol.parser(__doc__)
-    parser.add_argument("--shapes", default=",".join(f"{columns}x{width}" for columns, width in SHAPES))
-    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
-    parser.add_argument("--sweep", action="store_true", help="many more rows, which takes minutes")
-    parser.add_argument("--target", default="sm_90")
+    parser.add_argument("--only", default="", help="compile, bits, time, long, step")
     args = parser.parse_args()
-    shapes = [tuple(int(number) for number in text.split("x")) for text in args.shapes.split(",")]
-    counts = [int(text) for text in args.tokens.split(",")]
-    configs = dict.fromkeys([*TILINGS, *(config for tokens in counts for config in rows(tokens, args.sweep))])
-    sums = [(config, kind) for config in configs for kind in (torch.float32, *[None] * (config.parts > 1))]
-    keys = [
-        ProjectKey(width, config, 1, kind) for width in dict.fromkeys(width for _, width in shapes) for config, kind in sums
-    ]
-    print(compile_all(keys, args.target, (True,)), flush=True)
-    found = []
-    for shape in shapes:
-        found.append(check(shape, counts, args.sweep))
-        print(json.dumps(found[-1]), flush=True)
-        for tokens in counts:
-            timed = sorted(figures(shape, tokens, args.sweep), key=lambda row: row["us"] or 1e9)
-            for row in timed[:12]:
-                print(json.dumps(row), flush=True)
-            found += timed
+    begin = time.perf_counter()
+    if "compile" in args.only:
+        found = keys()
+        print(compile_all(found, "sm_90", (True,)), flush=True)
+        plain = [
+            ProjectKey(7168, replace(c, max_columns=m, **how), 1, BF16 if c.parts == 1 else None, c.parts == 1)
+            for of in sets().values()
+            for _, a, b, how in of
+            for c, m in ((a, 1024), (b, ANY))
+        ]
+        plain += [key for key in found if not isinstance(key, ProjectKey)]
+        print(compile_all(list(dict.fromkeys(plain)), "sm_90", (False,)), flush=True)
+        return
+    found: list[dict] = []
+    wanted = args.only.split(",") if args.only else ["bits", "step", "time", "long"]
+    if "bits" in wanted:
+        for columns, width in ((1024, 7168), (2560, 7168), (192, 256), (192, 1024)):
+            try:
+                found.append(show(check(columns, width)))
+            except Exception:
+                traceback.print_exc()
+        print(f"{time.perf_counter() - begin:.0f} s", flush=True)
+    if "step" in wanted:
+        weights = model_calls.projections(PRO)
+        for batch in (1, 4, 16, 64):
+            for row in whole(PRO, batch, weights):
+                found.append(show(row))
+        del weights
+        torch.cuda.empty_cache()
+        print(f"{time.perf_counter() - begin:.0f} s", flush=True)
+    if "time" in wanted:
+        for shape in SHAPES:
+            for tokens in (4, 16, 64, 256):
+                found += [show(row) for row in figures(shape, tokens)]
+        print(f"{time.perf_counter() - begin:.0f} s", flush=True)
+    if "long" in wanted:
+        for columns, width in ((1024, 7168), (1024, 4096), (2560, 7168)):
+            found += [show(row) for row in long_figures(columns, width, 16384)]
+        print(f"{time.perf_counter() - begin:.0f} s", flush=True)
     protocol.append_rows(args.out, [protocol.environment(args.commit) | row for row in found])
 
 

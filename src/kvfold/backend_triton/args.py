@@ -388,6 +388,7 @@ class Schedule:
     SLICE: int = 0
     PARTS: int = 0
     ROUNDED: bool = False
+    EARLY: bool = False
     PDL: bool = False
     MULTIPROCESSORS: int = MULTIPROCESSORS
     TARGET: Target = Target()
@@ -408,6 +409,10 @@ class Product:
     DEPTH: int
     PARTS: int
     STAGES: int
+    SIDE: int = 1
+    AHEAD: int = 0
+    FLAT: int = 0
+    GROUP: int = 0
 
 
 class Sequence(NamedTuple):

@@ -34,6 +34,7 @@ class Types(NamedTuple):
     apart: bool = False
     parts: int = 0
     rounded: bool = False
+    early: bool = False
 
 
 class Parts(NamedTuple):
@@ -42,6 +43,7 @@ class Parts(NamedTuple):
     count: int = 0
     rounded: bool = False
     step: int | None = None
+    early: bool = False
 
 
 WHOLE = Parts()
@@ -127,7 +129,16 @@ class ProjectKey(NamedTuple):
     rounded: bool = False
 
 
-Key = StepKey | PairKey | WindowKey | StoreKey | RestoreKey | PlanKey | ProjectKey
+class AddKey(NamedTuple):
+    """Of the sum of a projection's parts."""
+
+    parts: int
+    sums: torch.dtype
+    rounded: bool
+    early: bool = False
+
+
+Key = AddKey | StepKey | PairKey | WindowKey | StoreKey | RestoreKey | PlanKey | ProjectKey
 
 
 def step_key(

@@ -99,7 +99,7 @@ def compress_triton(c: Compressor, plan: PlanData, out: Outputs, pdl: bool | Non
         return
     met, value = owner_of(c, plan)._layer.plans[id(plan)], c.value
     grid, bucket = _count(met, plan, value.shape[0])
-    asked, call = (bucket, value.dtype, c.score is None, *_out_types(out), *parts[:2]), met.prepared
+    asked, call = (bucket, value.dtype, c.score is None, *_out_types(out), *parts[:2], parts.early), met.prepared
     if call is None or call.asked != asked:
         wanted = _step_wanted(c, plan, out, bucket, parts)
         chosen = _choose_step(wanted, c.device) if c.state is None else _choose(c.state, wanted, _choose_step)
@@ -113,17 +113,17 @@ def compress_triton(c: Compressor, plan: PlanData, out: Outputs, pdl: bool | Non
     )
 
 
-def compress_pair_triton(pair: tuple[Compressor, Compressor], plan: PlanData, pdl: bool | None) -> None:
+def compress_pair_triton(pair: tuple[Compressor, Compressor], plan: PlanData, pdl: bool | None, parts: Parts = WHOLE) -> None:
     """`compress_many` of two, after their arguments were checked: one launch on the current stream."""
     if plan.item_capacity == 0:
         return
     first, second = pair
     met, one, other = first.state._layer.plans[id(plan)], first.value, second.value
     grid, bucket = _count(met, plan, max(one.shape[0], other.shape[0]), (first.state.kind, second.state.kind))
-    asked = bucket, one.dtype, first.score is None, other.dtype, second.score is None, second.state._layer
+    asked = bucket, one.dtype, first.score is None, other.dtype, second.score is None, second.state._layer, parts.early
     call = met.prepared
     if call is None or call.asked != asked:
-        chosen = _choose(first.state, tuple(_step_wanted(c, plan, NO_OUTPUTS, bucket) for c in pair), _choose_pair)
+        chosen = _choose(first.state, tuple(_step_wanted(c, plan, NO_OUTPUTS, bucket, parts) for c in pair), _choose_pair)
         groups = _plan(plan), _snap_table(plan, *pair), *(_compressor(c, NO_OUTPUTS) for c in pair)
         call = met.prepared = _prepare("pair", asked, chosen, groups)
     chosen = call.chosen
@@ -341,7 +341,7 @@ def _choose_window(wanted: tuple, device: torch.device) -> Chosen:
 def _step_wanted(c: Compressor, plan: PlanData, out: Outputs, bucket: float, parts: Parts = WHOLE) -> tuple:
     """Arguments of `step_key`."""
     types = _types(c, None if c.state is None else c.state.rows.dtype, plan, out)
-    types = types._replace(parts=parts.count, rounded=parts.rounded)
+    types = types._replace(parts=parts.count, rounded=parts.rounded, early=parts.early)
     kind = kind_of(c.spec) if c.state is None else c.state.kind
     return c.spec, _format(c), kind, plan.max_new_tokens, types, _keeps(c.snapshots), bucket
 

@@ -11,10 +11,11 @@ from ..storage.remembered import RememberingState
 from ..storage.step import Compressor, Outputs, PlanData, Projection
 from . import args
 from .args import flat
-from .keys import Parts, ProjectKey, is_short
+from .keys import AddKey, Parts, ProjectKey, is_short
 from .launch import compress_triton, use_pdl
 from .launcher import launcher_of, pack, supports_pdl
 from .table import Tiling, tiling
+from .variants import ADDED_AT_ONCE
 
 LEAST_COUNTS = 1024  # tiles, of which most calls have fewer
 
@@ -25,7 +26,7 @@ def project_triton(p: Projection, c: Compressor, plan: PlanData, out: Outputs, p
     config = tiling(*whole.shape)
     parts = whole.as_strided((config.parts, *whole.shape), (whole.numel(), *whole.stride()))
     project(p.hidden, p.weights[0], config, use_pdl(pdl, plan, p.hidden.device), parts=parts)
-    compress_triton(c, plan, out, pdl, Parts(config.parts, p.round_kv_score, parts.stride(0)))
+    compress_triton(c, plan, out, pdl, Parts(config.parts, p.round_kv_score, parts.stride(0), config.early))
 
 
 def parts_of(p: Projection, compressors: Sequence[Compressor], plan: PlanData) -> int:
@@ -36,8 +37,9 @@ def parts_of(p: Projection, compressors: Sequence[Compressor], plan: PlanData) -
     c, count = compressors[0], p.hidden.shape[0]
     if len(compressors) > 1 or c.kv_score is not None or not count:
         return 0
-    parts = tiling(count, c.spec.kv_score_width).parts
-    if parts == 1 or not isinstance(c.state, FoldState) or not isinstance(plan, PlanData) or not plan.item_capacity:
+    config = tiling(count, c.spec.kv_score_width)
+    parts = config.parts
+    if parts == 1 or config.adds != "reader" or not isinstance(c.state, FoldState) or not isinstance(plan, PlanData) or not plan.item_capacity:
         return 0
     return parts if c.state.kind == "fold" and is_short("fold", c.state.spec, plan.max_new_tokens) else 0
 
@@ -69,8 +71,27 @@ def _product(p: Projection, weights: tuple[torch.Tensor, ...], kv_score: torch.T
     parts = done = None
     if config.parts > 1:
         parts = torch.empty((config.parts, *kv_score.shape), dtype=torch.float32, device=kv_score.device)
+        if config.adds != "last":
+            project(p.hidden, weights, config, pdl, parts=parts)
+            add(parts, kv_score, config.early, pdl, p.round_kv_score)
+            return
         done = _counts(state, config.tiles(*kv_score.shape), kv_score.device)
     project(p.hidden, weights, config, pdl, kv_score, parts, done, p.round_kv_score)
+
+
+def add(parts: torch.Tensor, kv_score: torch.Tensor, early: bool, pdl: bool, rounded: bool) -> None:
+    """One launch that makes kv_score of its parts."""
+    count, columns = kv_score.shape
+    groups = args.Parts(parts, parts.stride(1), parts.stride(0)), count, columns, args.Sums(kv_score, kv_score.stride(0))
+    values, bits = pack(*flat(groups))
+    launcher = launcher_of(AddKey(parts.shape[0], kv_score.dtype, rounded, early), kv_score.device)
+    launcher(count * -(-columns // ADDED_AT_ONCE), values, bits | parts.stride(0) | parts.stride(1) | kv_score.stride(0), pdl)
+
+
+def early_of(p: Projection, compressors: Sequence[Compressor]) -> Parts:
+    """Whether the launch behind the product lets the next one begin at once."""
+    columns = sum(c.spec.kv_score_width for c in compressors)
+    return Parts(early=tiling(p.hidden.shape[0], columns).early)
 
 
 def _counts(state: object, tiles: int, device: torch.device) -> torch.Tensor:

@@ -178,6 +178,12 @@ class Tiling:
     stages: int
     num_warps: int
     max_columns: int = ANY
+    side: int = 1
+    ahead: int = 0
+    flat: int = 0
+    group: int = 0
+    early: bool = False
+    adds: str = 'launch'  # last, reader
 
     def tiles(self, tokens: int, columns: int) -> int:
         """Of a call, each of which `parts` programs share."""
@@ -190,12 +196,12 @@ class Tiling:
 
 # Note 0076.
 TILINGS: tuple[Tiling, ...] = (
-    Tiling(16, columns=64, tokens=16, depth=128, parts=8, stages=5, num_warps=4, max_columns=1024),
-    Tiling(16, columns=64, tokens=16, depth=128, parts=8, stages=2, num_warps=4),
-    Tiling(64, columns=64, tokens=64, depth=128, parts=8, stages=4, num_warps=4, max_columns=1024),
-    Tiling(64, columns=64, tokens=64, depth=64, parts=8, stages=3, num_warps=4),
-    Tiling(512, columns=128, tokens=64, depth=64, parts=4, stages=4, num_warps=8),
-    Tiling(ANY, columns=128, tokens=128, depth=64, parts=1, stages=6, num_warps=8),
+    Tiling(16, columns=8, tokens=16, depth=64, parts=1, stages=6, num_warps=8, max_columns=1024, side=8, ahead=8, early=True),
+    Tiling(16, columns=16, tokens=16, depth=64, parts=1, stages=3, num_warps=8, side=8, ahead=8, early=True),
+    Tiling(64, columns=64, tokens=64, depth=128, parts=8, stages=4, num_warps=4, max_columns=1024, ahead=8, early=True),
+    Tiling(64, columns=64, tokens=64, depth=64, parts=8, stages=3, num_warps=4, ahead=8, early=True),
+    Tiling(512, columns=128, tokens=64, depth=64, parts=4, stages=4, num_warps=8, ahead=8, early=True),
+    Tiling(ANY, columns=128, tokens=128, depth=64, parts=1, stages=6, num_warps=8, flat=1, group=8),
 )
 
 

@@ -18,7 +18,7 @@ from .build import Variant
 from .kernels.plan import NUM_WARPS, SCAN
 from .kernels.plan_items import SEQUENCES
 from .kernels.plan_metadata import SCAN_METADATA, WARPS_METADATA
-from .keys import Key, PairKey, PlanKey, ProjectKey, RestoreKey, StepKey, StoreKey, Types, WindowKey
+from .keys import AddKey, Key, PairKey, PlanKey, ProjectKey, RestoreKey, StepKey, StoreKey, Types, WindowKey
 from .table import MULTIPROCESSORS, Config
 
 INDICES = {torch.int32: LOOSE + "*i32", torch.int64: LOOSE + "*i64", None: None}
@@ -149,9 +149,19 @@ def project_variant(key: ProjectKey) -> Variant:
     )
     depth = config.depth_for(chunk)
     made = Product(
-        key.hidden_dim, chunk, config.columns, config.tokens, depth, config.parts, config.stages * (config.depth // depth)
+        key.hidden_dim, chunk, config.columns, config.tokens, depth, config.parts, config.stages * (config.depth // depth),
+        config.side, config.ahead, config.flat, config.group,
     )
     return _variant("project", arguments, config.num_warps, HOW=Schedule(ROUNDED=key.rounded), P=made)
+
+
+def add_variant(key: AddKey) -> Variant:
+    arguments = types_of(args.Parts)._replace(done=None), "i32", "i32", types_of(args.Sums, rows=POINTERS[key.sums])
+    how = Schedule(PARTS=key.parts, ROUNDED=key.rounded, EARLY=key.early)
+    return _variant("add", arguments, 4, HOW=how, SIZE=ADDED_AT_ONCE)
+
+
+ADDED_AT_ONCE = 512
 
 
 # By the kind of key; training adds its own (training/variants.py).
@@ -163,6 +173,7 @@ VARIANTS: dict[type, Callable[[Any], Variant]] = {
     RestoreKey: restore_variant,
     PlanKey: plan_variant,
     ProjectKey: project_variant,
+    AddKey: add_variant,
 }
 
 
@@ -229,7 +240,7 @@ def _constants(key: StepKey, slices: int) -> dict[str, object]:
     ahead = config.ahead if kind in ("fold", "mean") else min(config.ahead, spec.window_rows)
     together = config.together if kind == "fold" or draws_items(spec, config) else 1
     return {
-        "HOW": Schedule(ahead, together if config.programs else 0, spec.head_dim // slices, key.types.parts, key.types.rounded),
+        "HOW": Schedule(ahead, together if config.programs else 0, spec.head_dim // slices, key.types.parts, key.types.rounded, key.types.early),
         "SPEC": replace(spec_of(spec), OVERLAP=int(spec.overlap), KIND=kind),
         "FMT": format_of(key.fmt, spec),
     }

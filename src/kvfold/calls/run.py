@@ -46,7 +46,7 @@ def run_compress(c: Compressor, plan: PlanData, out: Outputs, backend: str | Non
     _compress(check_compress(c, plan, out, backend), c, plan, out, pdl)
 
 
-def _compress(chosen: str, c: Compressor, plan: PlanData, out: Outputs, pdl: bool | None) -> None:
+def _compress(chosen: str, c: Compressor, plan: PlanData, out: Outputs, pdl: bool | None, *parts: object) -> None:
     if plan.batch == 0:
         return
     paged = isinstance(c.state, WindowState)
@@ -56,7 +56,7 @@ def _compress(chosen: str, c: Compressor, plan: PlanData, out: Outputs, pdl: boo
     elif paged:
         _triton().compress_window_triton(c, plan, out, pdl)
     else:
-        _triton().compress_triton(c, plan, out, pdl)
+        _triton().compress_triton(c, plan, out, pdl, *parts)
 
 
 def run_many(compressors: Sequence[Compressor], plan: PlanData, backend: str | None, pdl: bool | None) -> None:
@@ -64,16 +64,16 @@ def run_many(compressors: Sequence[Compressor], plan: PlanData, backend: str | N
     _compress_many(check_many(compressors, plan, backend), compressors, plan, pdl)
 
 
-def _compress_many(chosen: str, compressors: Sequence[Compressor], plan: PlanData, pdl: bool | None) -> None:
+def _compress_many(chosen: str, compressors: Sequence[Compressor], plan: PlanData, pdl: bool | None, *parts: object) -> None:
     if plan.batch == 0:
         return
     if chosen == "torch":
         for c in compressors:
             compress_torch(c, plan, NO_OUTPUTS)
     elif len(compressors) == 1:
-        _triton().compress_triton(compressors[0], plan, NO_OUTPUTS, pdl)
+        _triton().compress_triton(compressors[0], plan, NO_OUTPUTS, pdl, *parts)
     else:
-        _triton().compress_pair_triton((compressors[0], compressors[1]), plan, pdl)
+        _triton().compress_pair_triton((compressors[0], compressors[1]), plan, pdl, *parts)
 
 
 def run_product(p: Projection, kv_scores: Sequence[torch.Tensor], backend: str | None, pdl: bool | None) -> None:
@@ -116,10 +116,11 @@ def run_project(
     else:
         dependent = False
     _product(chosen, p, kv_scores, dependent, made[0].state)
+    early = (_triton_product().early_of(p, made),) if chosen == "triton" else ()
     if len(made) == 1:
-        _compress(chosen, made[0], plan, out, pdl)
+        _compress(chosen, made[0], plan, out, pdl, *early)
     else:
-        _compress_many(chosen, made, plan, pdl)
+        _compress_many(chosen, made, plan, pdl, *early)
 
 
 def run_store(c: Compressor, plan: PlanData, backend: str | None, pdl: bool | None) -> None:

@@ -10,7 +10,7 @@ from .long_fold import long_fold_step
 from .long_rows import long_rows_step
 from .long_rows_narrow import narrow_rows_step
 from .mean import long_mean_step, short_mean_step
-from .pdl import load_plan, wait_for_inputs
+from .pdl import let_go_early, load_plan, wait_for_inputs
 from .short import count_overflow, short_step, ungated_step
 
 
@@ -52,6 +52,7 @@ def step_kernel(
     HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
     """`compress` over a `FoldState` or a `MeanState`, or without a state."""
+    let_go_early(HOW)
     plan = Plan(plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors)
     snap_table = SnapshotTable(snap_table_pages, snap_table_width, snap_table_page_size)
     one = Compressor(
@@ -91,6 +92,7 @@ def pair_kernel(
     FMT_1: tl.constexpr,
 ):  # fmt: skip
     """`compress_many`: the first half of the programs is of one compressor, the second of the other."""
+    let_go_early(HOW_0)
     plan = Plan(plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors)
     snap_table = SnapshotTable(snap_table_pages, snap_table_width, snap_table_page_size)
     first = Compressor(

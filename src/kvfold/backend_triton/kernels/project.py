@@ -13,7 +13,8 @@ import triton.language as tl
 
 from ..args import Hidden, Parts, Sums, Weights
 from .parts import CHUNKS, PAIRS, rounded_to, sum_parts
-from .pdl import wait_for_inputs
+from .pdl import let_go_early, wait_for_inputs
+from .prefetch import prefetch_pieces
 
 SUMMED = tl.constexpr(16)  # tokens of a tile whose parts are added up at once: those of more would take too many registers
 
@@ -31,15 +32,25 @@ def weight_rows(weights, column, HIDDEN_DIM: tl.constexpr):
 
 
 @triton.jit
-def product(w_at, x_at, k, acc, HOW: tl.constexpr, P: tl.constexpr):
-    """Adds DEPTH numbers of hidden states, from `k` on, times their weights to `acc`, `[COLUMNS, TOKENS]`."""
+def added(a, b):
+    """a + b. As `+` Triton would make `b` the sum that the instructions behind `a` begin with, where it sees that this is 0."""
+    return tl.fma(a, tl.full(a.shape, 1.0, tl.float32), b)
+
+
+@triton.jit
+def product(w_at, x_at, there, first, k, acc, HOW: tl.constexpr, P: tl.constexpr):
+    """Adds DEPTH numbers of hidden states, from `k` on, times their weights to `acc`, a row of weights to a row of it.
+
+    there: whether a hidden state is. first: of hidden_dim, where each row of either begins.
+    """
     d = k + tl.arange(0, P.DEPTH)
     if P.CHUNK * CHUNKS == P.HIDDEN_DIM:
         w = tl.load(w_at[:, None] + d[None, :])
-        x = tl.load(x_at[:, None] + d[None, :])
+        x = tl.load(x_at[:, None] + d[None, :], mask=there[:, None], other=0.0)
     else:
-        w = tl.load(w_at[:, None] + d[None, :], mask=d[None, :] < P.HIDDEN_DIM, other=0.0)
-        x = tl.load(x_at[:, None] + d[None, :], mask=d[None, :] < P.HIDDEN_DIM, other=0.0)
+        w = tl.load(w_at[:, None] + d[None, :], mask=first[0][:, None] + d[None, :] < P.HIDDEN_DIM, other=0.0)
+        inside = there[:, None] & (first[1][:, None] + d[None, :] < P.HIDDEN_DIM)
+        x = tl.load(x_at[:, None] + d[None, :], mask=inside, other=0.0)
     if HOW.TARGET.BF16_PRODUCTS:
         acc = tl.dot(w, tl.trans(x), acc)
     else:
@@ -49,15 +60,74 @@ def product(w_at, x_at, k, acc, HOW: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def chunk_of(w_at, x_at, chunk, HOW: tl.constexpr, P: tl.constexpr):
+def chunk_of(w_at, x_at, there, first, chunk, HOW: tl.constexpr, P: tl.constexpr):
     """The sums of a chunk of hidden_dim. A loop of its own, so that an instruction need not wait for the one before it."""
     TILES: tl.constexpr = P.CHUNK // P.DEPTH
-    ROOM: tl.constexpr = HOW.TARGET.SHARED_BYTES // ((P.COLUMNS + P.TOKENS) * P.DEPTH * 2)  # for tiles under way
+    ROOM: tl.constexpr = HOW.TARGET.SHARED_BYTES // ((P.COLUMNS + P.TOKENS) * P.SIDE * P.DEPTH * 2)  # for tiles under way
     STAGES: tl.constexpr = P.STAGES if P.STAGES < ROOM else ROOM
-    acc = tl.zeros((P.COLUMNS, P.TOKENS), tl.float32)
+    acc = tl.zeros((P.SIDE * P.COLUMNS, P.SIDE * P.TOKENS), tl.float32)
     for i in tl.range(0, TILES, num_stages=STAGES):
-        acc = product(w_at, x_at, chunk * P.CHUNK + i * P.DEPTH, acc, HOW, P)
+        acc = product(w_at, x_at, there, first, chunk * P.CHUNK + i * P.DEPTH, acc, HOW, P)
     return acc
+
+
+@triton.jit
+def all_chunks(w_at, x_at, there, first, HOW: tl.constexpr, P: tl.constexpr):
+    """The sums of all of hidden_dim, by one loop whose loads go on where a chunk ends."""
+    TILES: tl.constexpr = P.CHUNK // P.DEPTH
+    ROOM: tl.constexpr = HOW.TARGET.SHARED_BYTES // ((P.COLUMNS + P.TOKENS) * P.DEPTH * 2)
+    STAGES: tl.constexpr = P.STAGES if P.STAGES < ROOM else ROOM
+    total = tl.zeros((P.COLUMNS, P.TOKENS), tl.float32)
+    pair = tl.zeros((P.COLUMNS, P.TOKENS), tl.float32)
+    acc = tl.zeros((P.COLUMNS, P.TOKENS), tl.float32)
+    if P.FLAT == 1:
+        for i in tl.range(0, CHUNKS * TILES, num_stages=STAGES):
+            acc = product(w_at, x_at, there, first, i * P.DEPTH, acc, HOW, P)
+            if i % (2 * TILES) == TILES - 1:
+                pair = acc
+                acc = tl.zeros((P.COLUMNS, P.TOKENS), tl.float32)
+            elif i % (2 * TILES) == 2 * TILES - 1:
+                total += added(acc, pair)
+                acc = tl.zeros((P.COLUMNS, P.TOKENS), tl.float32)
+    else:
+        for c in tl.range(0, CHUNKS, flatten=True, num_stages=STAGES):
+            acc = tl.zeros((P.COLUMNS, P.TOKENS), tl.float32)
+            for i in tl.range(0, TILES, num_stages=STAGES):
+                acc = product(w_at, x_at, there, first, c * P.CHUNK + i * P.DEPTH, acc, HOW, P)
+            if c % 2 == 1:
+                total += added(acc, pair)
+            pair = acc
+    return total
+
+
+@triton.jit
+def beside(acc, P: tl.constexpr):
+    """The sums of chunks that lie side by side: each chunk's rows with its own hidden states, and what is added to what."""
+    x = tl.reshape(acc, (CHUNKS, P.COLUMNS, CHUNKS, P.TOKENS))
+    i = tl.arange(0, CHUNKS)
+    own = i[:, None, None, None] == i[None, None, :, None]
+    x = tl.sum(tl.where(own, x, 0.0), axis=2)  # a number and zeros
+    total = tl.zeros((P.COLUMNS, P.TOKENS), tl.float32)
+    for pair in tl.static_range(PAIRS):
+        total += pick(x, 2 * pair) + pick(x, 2 * pair + 1)
+    return total
+
+
+@triton.jit
+def pick(x, i: tl.constexpr):
+    """Row `i` of the first axis."""
+    return tl.sum(tl.where((tl.arange(0, CHUNKS) == i)[:, None, None], x, 0.0), axis=0)
+
+
+@triton.jit
+def prefetch_weights(w_at, part, HOW: tl.constexpr, P: tl.constexpr):
+    """Fetches what a program will read of its weights, or the first AHEAD eighths, to the L2 cache: nobody writes them."""
+    ROWS: tl.constexpr = P.SIDE * P.COLUMNS
+    PIECES: tl.constexpr = 4 if ROWS <= 64 else 2 if ROWS <= 128 else 1
+    LENGTH: tl.constexpr = P.HIDDEN_DIM // P.PARTS // P.SIDE * P.AHEAD // 8 // PIECES
+    x = w_at + part * (P.HIDDEN_DIM // P.PARTS)
+    at = x.to(tl.int64, bitcast=True)[None, :] + (tl.arange(0, PIECES) * (LENGTH * 2))[:, None]
+    prefetch_pieces(at, at != 0, LENGTH * 2)
 
 
 @triton.jit
@@ -76,28 +146,53 @@ def project_kernel(
     parts = Parts(parts_rows, parts_stride, parts_step, parts_done)
     sums = Sums(sums_rows, sums_stride)
     across = tl.cdiv(weights.columns, P.COLUMNS)
-    tiles = across * tl.cdiv(hidden.count, P.TOKENS)
+    along = tl.cdiv(hidden.count, P.TOKENS)
+    tiles = across * along
     tile = tl.program_id(0) % tiles
     part = tl.program_id(0) // tiles
-    column = tile % across * P.COLUMNS + tl.arange(0, P.COLUMNS)
-    token = tile // across * P.TOKENS + tl.arange(0, P.TOKENS)
-    # Beyond the last one the last is taken again, and not stored.
-    w_at = weight_rows(weights, tl.minimum(column, weights.columns - 1), P.HIDDEN_DIM)
-    x_at = hidden.rows + tl.minimum(token, hidden.count - 1).to(tl.int64) * hidden.stride
+    if P.GROUP == 0:
+        tile_column = tile % across
+        tile_token = tile // across
+    else:
+        # Tiles of GROUP rows of them at a time, so that what is on the GPU at once shares more.
+        group = tile // (P.GROUP * across)
+        height = tl.minimum(along - group * P.GROUP, P.GROUP)
+        tile_token = group * P.GROUP + tile % (P.GROUP * across) % height
+        tile_column = tile % (P.GROUP * across) // height
+    column = tile_column * P.COLUMNS + tl.arange(0, P.COLUMNS)
+    token = tile_token * P.TOKENS + tl.arange(0, P.TOKENS)
+    # SIDE chunks lie side by side: rows of a tile are columns by chunks.
+    r = tl.arange(0, P.SIDE * P.COLUMNS)
+    row = tl.minimum(tile_column * P.COLUMNS + r % P.COLUMNS, weights.columns - 1)
+    w_first = r // P.COLUMNS * P.CHUNK
+    w_at = weight_rows(weights, row, P.HIDDEN_DIM) + w_first
+    t = tl.arange(0, P.SIDE * P.TOKENS)
+    one = tile_token * P.TOKENS + t % P.TOKENS
+    x_first = t // P.TOKENS * P.CHUNK
+    x_there = one < hidden.count
+    x_at = hidden.rows + tl.minimum(one, hidden.count - 1).to(tl.int64) * hidden.stride + x_first
+    first = (w_first, x_first)
+    if HOW.PDL and P.AHEAD and P.CHUNK * CHUNKS == P.HIDDEN_DIM:
+        prefetch_weights(w_at, part, HOW, P)
     wait_for_inputs(HOW.PDL)
     there = (column < weights.columns)[:, None] & (token < hidden.count)[None, :]
-    if P.PARTS == 1:
-        total = tl.zeros((P.COLUMNS, P.TOKENS), tl.float32)
-        for pair in range(PAIRS):
-            first = chunk_of(w_at, x_at, 2 * pair, HOW, P)
-            total += first + chunk_of(w_at, x_at, 2 * pair + 1, HOW, P)
+    if P.SIDE > 1:
+        store_sums(sums, column, token, beside(chunk_of(w_at, x_at, x_there, first, 0, HOW, P), P), there, HOW)
+    elif P.PARTS == 1:
+        if P.FLAT:
+            total = all_chunks(w_at, x_at, x_there, first, HOW, P)
+        else:
+            total = tl.zeros((P.COLUMNS, P.TOKENS), tl.float32)
+            for pair in range(PAIRS):
+                half = chunk_of(w_at, x_at, x_there, first, 2 * pair, HOW, P)
+                total += added(chunk_of(w_at, x_at, x_there, first, 2 * pair + 1, HOW, P), half)
         store_sums(sums, column, token, total, there, HOW)
     else:
         if P.PARTS == CHUNKS:
-            total = chunk_of(w_at, x_at, part, HOW, P)
+            total = chunk_of(w_at, x_at, x_there, first, part, HOW, P)
         else:
-            first = chunk_of(w_at, x_at, 2 * part, HOW, P)
-            total = first + chunk_of(w_at, x_at, 2 * part + 1, HOW, P)
+            half = chunk_of(w_at, x_at, x_there, first, 2 * part, HOW, P)
+            total = added(chunk_of(w_at, x_at, x_there, first, 2 * part + 1, HOW, P), half)
         at = parts.rows + column[:, None] + token.to(tl.int64)[None, :] * parts.stride
         tl.store(at + part.to(tl.int64) * parts.step, total, mask=there)
         if sums.rows is not None:
@@ -105,8 +200,26 @@ def project_kernel(
             if tl.atomic_add(parts.done + tile, 1, sem="acq_rel") == P.PARTS - 1:
                 tl.store(parts.done + tile, 0)  # as the next call finds it
                 for i in range(0, P.TOKENS, SUMMED):
-                    some = tile // across * P.TOKENS + i + tl.arange(0, SUMMED)
+                    some = tile_token * P.TOKENS + i + tl.arange(0, SUMMED)
                     add_parts(parts, sums, column, some, weights.columns, hidden.count, HOW, P)
+
+
+@triton.jit
+def add_kernel(
+    parts_rows, parts_stride, parts_step, parts_done, count, columns, sums_rows, sums_stride,
+    HOW: tl.constexpr, SIZE: tl.constexpr
+):  # fmt: skip
+    """kv_score from the parts of a product: a program for SIZE columns of a row."""
+    let_go_early(HOW)
+    across = tl.cdiv(columns, SIZE)
+    pid = tl.program_id(0)
+    column = pid % across * SIZE + tl.arange(0, SIZE)
+    row = (pid // across).to(tl.int64)
+    there = column < columns
+    wait_for_inputs(HOW.PDL)
+    x = sum_parts(parts_rows + row * parts_stride + column, parts_step, there, HOW.PARTS)
+    x = rounded_to(x, sums_rows.dtype.element_ty, HOW.ROUNDED, HOW.TARGET.BF16_CONVERSION)
+    tl.store(sums_rows + row * sums_stride + column, x, mask=there)
 
 
 @triton.jit
