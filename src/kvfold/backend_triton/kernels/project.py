@@ -11,11 +11,13 @@ kv_score does (parts.py).
 import triton
 import triton.language as tl
 
+from ... import contract
 from ..args import Hidden, Parts, Sums, Weights
 from .parts import CHUNKS, PAIRS, rounded_to, sum_parts
 from .pdl import let_go_early, wait_for_inputs
 from .prefetch import prefetch_pieces
 
+STEP = tl.constexpr(contract.HIDDEN_STEP)
 SUMMED = tl.constexpr(16)  # tokens of a tile whose parts are added up at once: those of more would take too many registers
 
 
@@ -38,12 +40,12 @@ def added(a, b):
 
 
 @triton.jit
-def product(w_at, x_at, there, first, k, acc, HOW: tl.constexpr, P: tl.constexpr):
-    """Adds DEPTH numbers of hidden states, from `k` on, times their weights to `acc`, a row of weights to a row of it.
+def tiles_at(w_at, x_at, there, first, k, DEPTH: tl.constexpr, P: tl.constexpr):
+    """DEPTH numbers from `k` on of weights and of hidden states, a row for each row of them.
 
     there: whether a hidden state is. first: of hidden_dim, where each row of either begins.
     """
-    d = k + tl.arange(0, P.DEPTH)
+    d = k + tl.arange(0, DEPTH)
     if P.CHUNK * CHUNKS == P.HIDDEN_DIM:
         w = tl.load(w_at[:, None] + d[None, :])
         x = tl.load(x_at[:, None] + d[None, :], mask=there[:, None], other=0.0)
@@ -51,11 +53,20 @@ def product(w_at, x_at, there, first, k, acc, HOW: tl.constexpr, P: tl.constexpr
         w = tl.load(w_at[:, None] + d[None, :], mask=first[0][:, None] + d[None, :] < P.HIDDEN_DIM, other=0.0)
         inside = there[:, None] & (first[1][:, None] + d[None, :] < P.HIDDEN_DIM)
         x = tl.load(x_at[:, None] + d[None, :], mask=inside, other=0.0)
+    return w, x
+
+
+@triton.jit
+def product(w_at, x_at, there, first, k, acc, HOW: tl.constexpr, P: tl.constexpr):
+    """Adds DEPTH numbers of hidden states, from `k` on, times their weights to `acc`, a row of weights to a row of it."""
     if HOW.TARGET.BF16_PRODUCTS:
+        w, x = tiles_at(w_at, x_at, there, first, k, P.DEPTH, P)
         acc = tl.dot(w, tl.trans(x), acc)
     else:
         # The interpreter's own product has another order of sums for every shape.
-        acc += tl.sum(w.to(tl.float32)[:, None, :] * x.to(tl.float32)[None, :, :], axis=2)
+        for i in tl.static_range(0, P.DEPTH, STEP):
+            w, x = tiles_at(w_at, x_at, there, first, k + i, STEP, P)
+            acc += tl.sum(w.to(tl.float32)[:, None, :] * x.to(tl.float32)[None, :, :], axis=2)
     return acc
 
 
