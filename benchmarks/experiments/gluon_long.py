@@ -3,6 +3,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     warpgroup_mma,
@@ -138,3 +139,54 @@ def long_kernel(
         n = token + gl.arange(0, BN, layout=gl.SliceLayout(0, ACC))
         at = o_ptr + gl.expand_dims(n, 0).to(gl.int64) * columns + gl.expand_dims(m, 1)
         gl.store(at, total.to(o_ptr.dtype.element_ty), mask=gl.expand_dims(n, 0) < count)
+
+
+@gluon.jit
+def part_kernel(w_ptr, x_ptr, p_ptr, columns, count, step, K: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
+                S: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr):
+    """A chunk of a tile: its weights are on their way before it waits for the launch before."""
+    CHUNK: gl.constexpr = K // 8
+    TILES: gl.constexpr = CHUNK // BK
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BN, 16])
+    SH: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    ROWS: gl.constexpr = gl.SliceLayout(1, LOAD)
+    COLS: gl.constexpr = gl.SliceLayout(0, LOAD)
+    ws = gl.allocate_shared_memory(gl.bfloat16, [S, BM, BK], SH)
+    xs = gl.allocate_shared_memory(gl.bfloat16, [S, BN, BK], SH)
+    across = columns // BM
+    tiles = across * ((count + BN - 1) // BN)
+    tile = gl.program_id(0) % tiles
+    part = gl.program_id(0) // tiles
+    column, token = tile % across * BM, tile // across * BN
+    d = gl.expand_dims(gl.arange(0, BK, layout=COLS), 0)
+    w_off = gl.expand_dims(gl.arange(0, BM, layout=ROWS), 1) * K + d
+    rows = gl.expand_dims(gl.arange(0, BN, layout=ROWS), 1)
+    x_off = rows * K + d
+    w_at = w_ptr + column.to(gl.int64) * K + part * CHUNK
+    x_at = x_ptr + token.to(gl.int64) * K + part * CHUNK
+    inside = rows < count - token
+    for g in gl.static_range(S - 1):
+        async_copy.async_copy_global_to_shared(ws.index(g), w_at + g * BK + w_off, mask=(w_off >= 0) & (g < TILES))
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    for g in gl.static_range(S - 1):
+        async_copy.async_copy_global_to_shared(xs.index(g), x_at + g * BK + x_off, mask=inside & (g < TILES))
+        async_copy.commit_group()  # the first has all weights
+    acc = warpgroup_mma_init(gl.zeros((BM, BN), gl.float32, ACC))
+    for i in range(TILES):
+        async_copy.wait_group(S - 2)
+        fence_async_shared()
+        s = i % S
+        acc = warpgroup_mma(ws.index(s), xs.index(s).permute((1, 0)), acc, use_acc=i > 0, is_async=True)
+        acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(acc,)))
+        h = i + S - 1
+        async_copy.async_copy_global_to_shared(ws.index(h % S), w_at + h * BK + w_off, mask=(w_off >= 0) & (h < TILES))
+        async_copy.async_copy_global_to_shared(xs.index(h % S), x_at + h * BK + x_off, mask=inside & (h < TILES))
+        async_copy.commit_group()
+    total = warpgroup_mma_wait(0, deps=(acc,))
+    m = column + gl.arange(0, BM, layout=gl.SliceLayout(1, ACC))
+    n = token + gl.arange(0, BN, layout=gl.SliceLayout(0, ACC))
+    at = p_ptr + part.to(gl.int64) * step + gl.expand_dims(n, 0).to(gl.int64) * columns + gl.expand_dims(m, 1)
+    gl.store(at, total, mask=gl.expand_dims(n, 0) < count)

@@ -131,6 +131,44 @@ class Gluon:
         return self.out
 
 
+GLUON_PARTS = {
+    (1024, 4): [(64, 16, 64, 8, 4), (64, 16, 64, 11, 4)],
+    (1024, 16): [(64, 16, 64, 8, 4), (64, 16, 64, 11, 4)],
+    (1024, 64): [(64, 64, 64, 6, 4), (64, 64, 64, 13, 4)],
+    (2560, 4): [(64, 16, 64, 5, 4), (64, 16, 64, 8, 4)],
+    (2560, 16): [(64, 16, 64, 5, 4), (64, 16, 64, 8, 4)],
+    (2560, 64): [(64, 64, 64, 3, 4), (128, 64, 64, 4, 8)],
+}
+
+
+class GluonParts:
+    """The prototype that has weights on their way before it waits; its parts are left alone."""
+
+    def __init__(self, hidden, weight, room, how):
+        from .gluon_long import part_kernel
+
+        self.kernel, self.hidden, self.weight, self.room, self.how = part_kernel, hidden, weight, room, how
+
+    def __call__(self):
+        (count, width), columns = self.hidden.shape, self.weight.shape[0]
+        bm, bn, bk, stages, warps = self.how
+        grid = (8 * columns // bm * -(-count // bn),)
+        more = {"K": width, "BM": bm, "BN": bn, "BK": bk, "S": stages, "WARPS": warps, "PDL": True}
+        self.kernel[grid](
+            self.weight,
+            self.hidden,
+            self.room,
+            columns,
+            count,
+            self.room.stride(0),
+            **more,
+            num_warps=warps,
+            enable_fp_fusion=False,
+            launch_pdl=True,
+        )
+        return self.room
+
+
 def gluons(hidden, weight, into=None):
     for stages, group, persistent in ((6, 8, True), (4, 16, True), (6, 8, False)):
         yield Gluon(hidden, weight, stages, group, persistent, into)
@@ -189,6 +227,16 @@ def figures(shape, tokens) -> Iterator[dict]:
     room = torch.empty(8, tokens, columns, device="cuda")
     us = protocol.time_graph([lambda w=w: torch.mm(hidden, w.T, out=into) for w in weights], 8)
     yield same | {"how": "torch.mm", "us": round(us, 2)}
+    for how in GLUON_PARTS.get((columns, tokens), ()):
+        try:
+            GluonParts(hidden, weights[0], room, how)()
+            parted = Product(hidden, weights[0], PARTS[columns, tokens][0], into)
+            parted()
+            equal = torch.equal(parted.parts, room) if parted.parts.shape[0] == 8 else None
+            us = protocol.time_graph([GluonParts(hidden, w, room, how) for w in weights], 8)
+            yield same | {"how": f"gluon parts {how}", "alone": True, "equal": equal, "us": round(us, 2)}
+        except Exception as error:
+            yield same | {"how": f"gluon parts {how}", "us": None, "error": str(error)[:300]}
     for config in (*SIDES.get((columns, tokens), ()), *PARTS[columns, tokens]):
         ways = [(config, False), (replace(config, ahead=8), False), (replace(config, ahead=8, early=True), False)]
         for how, alone in [*ways, *([(config, True)] if config.parts > 1 else [])]:
@@ -307,6 +355,13 @@ def main() -> None:
     parser.add_argument("--only", default="", help="compile, bits, time, long, step")
     args = parser.parse_args()
     begin = time.perf_counter()
+    if args.only.startswith("gluon-parts"):
+        columns, tokens = [*GLUON_PARTS][int(args.only[11:])]
+        hidden, weight = (torch.zeros(n, 7168, dtype=BF16, device="cuda") for n in (tokens, columns))
+        for how in GLUON_PARTS[columns, tokens]:
+            GluonParts(hidden, weight, torch.empty(8, tokens, columns, device="cuda"), how)()
+        torch.cuda.synchronize()
+        return
     if args.only.startswith("gluon"):  # one of them, into the cache
         i, (width, kind) = int(args.only[5:]) % 3, ((7168, FP32), (7168, BF16), (4096, BF16))[int(args.only[5:]) // 3]
         hidden, weight = (torch.zeros(n, width, dtype=BF16, device="cuda") for n in (256, 1024))
