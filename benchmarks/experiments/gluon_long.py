@@ -190,3 +190,64 @@ def part_kernel(w_ptr, x_ptr, p_ptr, columns, count, step, K: gl.constexpr, BM: 
     n = token + gl.arange(0, BN, layout=gl.SliceLayout(0, ACC))
     at = p_ptr + part.to(gl.int64) * step + gl.expand_dims(n, 0).to(gl.int64) * columns + gl.expand_dims(m, 1)
     gl.store(at, total, mask=gl.expand_dims(n, 0) < count)
+
+
+@gluon.jit
+def fetch_unit(g, pid, programs, units, tiles, across, w_ptr, x_ptr, ws, xs, w_off, x_off, rows, count, K: gl.constexpr,
+               BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, S: gl.constexpr):
+    TILES: gl.constexpr = K // 8 // BK
+    unit = pid + g // TILES * programs
+    k = unit // tiles * (K // 8) + g % TILES * BK
+    column, token = unit % tiles % across * BM, unit % tiles // across * BN
+    there = unit < units
+    s = g % S
+    async_copy.async_copy_global_to_shared(ws.index(s), w_ptr + (column.to(gl.int64) * K + k) + w_off, mask=(w_off >= 0) & there)
+    inside = (rows < count - token) & there
+    async_copy.async_copy_global_to_shared(xs.index(s), x_ptr + (token.to(gl.int64) * K + k) + x_off, mask=inside)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def unit_kernel(w_ptr, x_ptr, p_ptr, columns, count, step, K: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
+                S: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr):
+    """Chunks of tiles in turn, with loads that go on from one to the next."""
+    TILES: gl.constexpr = K // 8 // BK
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BN, 16])
+    SH: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    ROWS: gl.constexpr = gl.SliceLayout(1, LOAD)
+    COLS: gl.constexpr = gl.SliceLayout(0, LOAD)
+    ws = gl.allocate_shared_memory(gl.bfloat16, [S, BM, BK], SH)
+    xs = gl.allocate_shared_memory(gl.bfloat16, [S, BN, BK], SH)
+    pid = gl.program_id(0)
+    programs = gl.num_programs(0)
+    across = columns // BM
+    tiles = across * ((count + BN - 1) // BN)
+    units = tiles * 8
+    d = gl.expand_dims(gl.arange(0, BK, layout=COLS), 0)
+    w_off = gl.expand_dims(gl.arange(0, BM, layout=ROWS), 1) * K + d
+    rows = gl.expand_dims(gl.arange(0, BN, layout=ROWS), 1)
+    x_off = rows * K + d
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    for j in gl.static_range(S - 1):
+        fetch_unit(j, pid, programs, units, tiles, across, w_ptr, x_ptr, ws, xs, w_off, x_off, rows, count, K, BM, BN, BK, S)
+    g = 0
+    for unit in range(pid, units, programs):
+        acc = warpgroup_mma_init(gl.zeros((BM, BN), gl.float32, ACC))
+        for i in range(TILES):
+            async_copy.wait_group(S - 2)
+            fence_async_shared()
+            s = g % S
+            acc = warpgroup_mma(ws.index(s), xs.index(s).permute((1, 0)), acc, use_acc=i > 0, is_async=True)
+            acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(acc,)))
+            fetch_unit(g + S - 1, pid, programs, units, tiles, across, w_ptr, x_ptr, ws, xs, w_off, x_off, rows, count, K, BM, BN, BK, S)
+            g += 1
+        total = warpgroup_mma_wait(0, deps=(acc,))
+        column, token = unit % tiles % across * BM, unit % tiles // across * BN
+        m = column + gl.arange(0, BM, layout=gl.SliceLayout(1, ACC))
+        n = token + gl.arange(0, BN, layout=gl.SliceLayout(0, ACC))
+        part = unit // tiles
+        at = p_ptr + part.to(gl.int64) * step + gl.expand_dims(n, 0).to(gl.int64) * columns + gl.expand_dims(m, 1)
+        gl.store(at, total, mask=gl.expand_dims(n, 0) < count)

@@ -138,6 +138,9 @@ GLUON_PARTS = {
     (2560, 4): [(64, 16, 64, 5, 4), (64, 16, 64, 8, 4)],
     (2560, 16): [(64, 16, 64, 5, 4), (64, 16, 64, 8, 4)],
     (2560, 64): [(64, 64, 64, 3, 4), (128, 64, 64, 4, 8)],
+    # With a fourth number: programs, each of which takes chunks of tiles in turn.
+    (1024, 256): [(64, 128, 64, 4, 4, 264), (128, 128, 64, 6, 8, 132)],
+    (2560, 256): [(64, 128, 64, 4, 4, 264), (128, 128, 64, 6, 8, 132), (128, 64, 64, 4, 8, 264)],
 }
 
 
@@ -145,14 +148,16 @@ class GluonParts:
     """The prototype that has weights on their way before it waits; its parts are left alone."""
 
     def __init__(self, hidden, weight, room, how):
-        from .gluon_long import part_kernel
+        from .gluon_long import part_kernel, unit_kernel
 
-        self.kernel, self.hidden, self.weight, self.room, self.how = part_kernel, hidden, weight, room, how
+        self.programs, how = (how[5], how[:5]) if len(how) > 5 else (1 << 30, how)
+        self.kernel = part_kernel if self.programs == 1 << 30 else unit_kernel
+        self.hidden, self.weight, self.room, self.how = hidden, weight, room, how
 
     def __call__(self):
         (count, width), columns = self.hidden.shape, self.weight.shape[0]
         bm, bn, bk, stages, warps = self.how
-        grid = (8 * columns // bm * -(-count // bn),)
+        grid = (min(self.programs, 8 * columns // bm * -(-count // bn)),)
         more = {"K": width, "BM": bm, "BN": bn, "BK": bk, "S": stages, "WARPS": warps, "PDL": True}
         self.kernel[grid](
             self.weight,
