@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 import kvfold
-from kvfold.backend_triton import table
+from kvfold.backend_triton import launch_product, table
 from kvfold.backend_triton.keys import AddKey, PairKey, ProjectKey, step_key
 from kvfold.backend_triton.launch_product import add, project
 from kvfold.backend_triton.table import ANY, BUCKETS, Tiling
@@ -28,64 +28,32 @@ PRO, FLASH = models.MODELS[1], models.MODELS[0]
 SHAPES = ((1024, 7168), (2560, 7168))
 
 
-def side(columns, tokens, depth, stages, warps, **more):
-    return T(ANY, columns, tokens, depth, 1, stages, warps, side=8, **more)
-
-
 def parts(columns, tokens, depth, count, stages, warps, **more):
     return T(ANY, columns, tokens, depth, count, stages, warps, **more)
 
 
 # By width of kv_score and tokens.
-SIDES = {
-    (1024, 4): [
-        side(8, 8, 64, 8, 4),
-        side(8, 8, 128, 4, 4),
-        side(8, 8, 64, 6, 4),
-        side(16, 8, 64, 8, 8),
-        side(8, 16, 64, 6, 4),
-    ],
-    (1024, 16): [
-        side(8, 16, 64, 6, 8),
-        side(8, 16, 64, 6, 4),
-        side(8, 16, 64, 4, 8),
-        side(16, 16, 64, 6, 8),
-        side(8, 16, 128, 4, 8),
-    ],
-    (2560, 4): [
-        side(16, 8, 64, 4, 8),
-        side(16, 8, 64, 4, 4),
-        side(8, 8, 64, 4, 4),
-        side(16, 8, 64, 3, 8),
-        side(16, 8, 128, 2, 8),
-    ],
-    (2560, 16): [side(16, 16, 64, 3, 8), side(16, 16, 64, 4, 8), side(16, 16, 64, 6, 8), side(8, 16, 64, 3, 8)],
-}
 PARTS = {
-    (1024, 4): [parts(64, 16, 128, 8, 5, 4), parts(64, 8, 128, 8, 5, 4)],
-    (1024, 16): [parts(64, 16, 128, 8, 5, 4)],
-    (1024, 64): [parts(64, 64, 128, 8, 4, 4), parts(64, 64, 64, 8, 6, 4), parts(128, 64, 64, 8, 8, 8)],
-    (1024, 256): [parts(64, 128, 64, 4, 9, 8), parts(128, 64, 64, 4, 4, 8), parts(64, 128, 64, 8, 4, 8), parts(128, 128, 64, 8, 6, 8),
-                  parts(128, 128, 128, 8, 3, 8), parts(64, 256, 64, 8, 4, 8)],
-    (2560, 4): [parts(64, 16, 128, 8, 2, 4), parts(128, 16, 64, 4, 6, 4)],
-    (2560, 16): [parts(64, 16, 128, 8, 2, 4), parts(128, 16, 64, 4, 6, 4)],
-    (2560, 64): [parts(64, 64, 64, 8, 3, 4), parts(64, 64, 64, 4, 6, 8), parts(64, 64, 64, 4, 6, 4), parts(128, 64, 64, 8, 4, 8),
-                 parts(128, 64, 64, 8, 4, 4), parts(128, 64, 128, 8, 2, 8)],
-    (2560, 256): [parts(128, 64, 64, 4, 4, 8), parts(64, 128, 64, 4, 4, 8), parts(128, 128, 64, 4, 3, 8), parts(128, 128, 64, 8, 3, 8),
-                  parts(128, 256, 64, 8, 4, 8), parts(128, 256, 64, 4, 4, 8), parts(128, 128, 128, 4, 3, 8)],
+    (1024, 16): [
+        parts(64, 16, 128, 8, 5, 4), parts(64, 16, 128, 8, 3, 4, ahead=512), parts(64, 16, 64, 8, 3, 4, ahead=512),
+        parts(64, 16, 64, 8, 5, 4, ahead=256), parts(64, 16, 128, 8, 2, 4, ahead=512), parts(64, 16, 64, 4, 3, 4, ahead=512),
+    ],
+    (2560, 16): [
+        parts(64, 16, 128, 8, 2, 4), parts(64, 16, 64, 8, 3, 4, ahead=256), parts(64, 16, 64, 4, 3, 4, ahead=512),
+        parts(128, 16, 64, 8, 2, 8, ahead=256), parts(128, 16, 64, 4, 3, 8, ahead=256), parts(64, 16, 64, 8, 2, 4, ahead=512),
+    ],
+    (1024, 64): [
+        parts(64, 64, 64, 8, 6, 4), parts(64, 64, 64, 8, 4, 4, ahead=256), parts(64, 64, 64, 8, 3, 4, ahead=512),
+        parts(64, 64, 128, 8, 3, 4, ahead=256), parts(64, 64, 64, 8, 4, 4, ahead=128),
+    ],
+    (2560, 64): [
+        parts(64, 64, 64, 8, 3, 4), parts(64, 64, 64, 8, 2, 4, ahead=128), parts(128, 64, 64, 8, 2, 8, ahead=128),
+        parts(64, 64, 64, 4, 3, 4, ahead=256), parts(64, 64, 64, 4, 6, 4), parts(128, 64, 64, 8, 2, 4, ahead=128),
+    ],
+    (1024, 256): [parts(128, 64, 64, 4, 4, 8), parts(128, 64, 64, 4, 3, 8, ahead=128), parts(64, 128, 64, 4, 4, 8)],
+    (2560, 256): [parts(64, 128, 64, 4, 4, 8), parts(64, 128, 64, 4, 3, 8), parts(64, 64, 64, 4, 3, 4), parts(64, 128, 64, 4, 2, 8, ahead=128)],
 }  # fmt: skip
-LONGS = [
-    T(ANY, 128, 128, 64, 1, 6, 8),
-    T(ANY, 128, 128, 64, 1, 4, 8, group=8),
-    T(ANY, 128, 128, 64, 1, 6, 8, group=16),
-    T(ANY, 128, 128, 64, 1, 6, 8, flat=1, group=8),
-    T(ANY, 128, 128, 64, 1, 4, 8, flat=1, group=16),
-    T(ANY, 128, 128, 128, 1, 3, 8, flat=1, group=8),
-    T(ANY, 128, 128, 64, 1, 6, 8, flat=2, group=8),
-    T(ANY, 128, 128, 128, 1, 3, 8, flat=2, group=16),
-    T(ANY, 64, 256, 64, 1, 5, 8, flat=1, group=8),
-    T(ANY, 128, 128, 128, 1, 3, 8, group=16),
-]
+LONGS = [T(ANY, 128, 128, 64, 1, 6, 8), T(ANY, 128, 128, 64, 1, 4, 8, group=8), T(ANY, 128, 128, 64, 1, 4, 8, group=4)]
 RIGHT = LONGS[0]
 
 
@@ -112,53 +80,29 @@ class Product:
         return self.kv_score
 
 
-class Gluon:
-    """The prototype."""
-
-    def __init__(self, hidden, weight, stages, group, persistent, into=None):
-        from .gluon_long import long_kernel
-
-        self.kernel, self.hidden, self.weight = long_kernel, hidden, weight
-        self.out = torch.empty(hidden.shape[0], weight.shape[0], device="cuda") if into is None else into
-        tiles = weight.shape[0] // 128 * -(-hidden.shape[0] // 128)
-        self.grid, self.stages, self.group = (min(tiles, 132) if persistent else tiles,), stages, group
-        self.name = f"gluon stages {stages} group {group} persistent {persistent}"
-
-    def __call__(self):
-        (count, width), columns = self.hidden.shape, self.weight.shape[0]
-        more = {"K": width, "BM": 128, "BN": 128, "BK": 64, "S": self.stages, "GROUP": self.group, "WARPS": 8}
-        self.kernel[self.grid](self.weight, self.hidden, self.out, columns, count, **more, num_warps=8, enable_fp_fusion=False)
-        return self.out
-
-
 GLUON_PARTS = {
-    (1024, 4): [(64, 16, 64, 8, 4), (64, 16, 64, 11, 4)],
-    (1024, 16): [(64, 16, 64, 8, 4), (64, 16, 64, 11, 4)],
-    (1024, 64): [(64, 64, 64, 6, 4), (64, 64, 64, 13, 4)],
-    (2560, 4): [(64, 16, 64, 5, 4), (64, 16, 64, 8, 4)],
-    (2560, 16): [(64, 16, 64, 5, 4), (64, 16, 64, 8, 4)],
-    (2560, 64): [(64, 64, 64, 3, 4), (128, 64, 64, 4, 8)],
-    # With a fourth number: programs, each of which takes chunks of tiles in turn.
-    (1024, 256): [(64, 128, 64, 4, 4, 264), (128, 128, 64, 6, 8, 132)],
-    (2560, 256): [(64, 128, 64, 4, 4, 264), (128, 128, 64, 6, 8, 132), (128, 64, 64, 4, 8, 264)],
+    (1024, 16): [(64, 16, 64, 11, 4), (64, 16, 64, 15, 4)],
+    (2560, 16): [(64, 16, 64, 5, 4), (64, 16, 64, 7, 4)],
+    (1024, 64): [(64, 64, 64, 6, 4), (64, 64, 64, 6, 4)],
+    (2560, 64): [(128, 64, 64, 4, 8), (64, 64, 64, 3, 4)],
 }
 
 
 class GluonParts:
     """The prototype that has weights on their way before it waits; its parts are left alone."""
 
-    def __init__(self, hidden, weight, room, how):
+    def __init__(self, hidden, weight, room, how, pdl=True):
         from .gluon_long import part_kernel, unit_kernel
 
         self.programs, how = (how[5], how[:5]) if len(how) > 5 else (1 << 30, how)
         self.kernel = part_kernel if self.programs == 1 << 30 else unit_kernel
-        self.hidden, self.weight, self.room, self.how = hidden, weight, room, how
+        self.hidden, self.weight, self.room, self.how, self.pdl = hidden, weight, room, how, pdl
 
     def __call__(self):
         (count, width), columns = self.hidden.shape, self.weight.shape[0]
         bm, bn, bk, stages, warps = self.how
         grid = (min(self.programs, 8 * columns // bm * -(-count // bn)),)
-        more = {"K": width, "BM": bm, "BN": bn, "BK": bk, "S": stages, "WARPS": warps, "PDL": True}
+        more = {"K": width, "BM": bm, "BN": bn, "BK": bk, "S": stages, "WARPS": warps, "PDL": self.pdl}
         self.kernel[grid](
             self.weight,
             self.hidden,
@@ -169,14 +113,9 @@ class GluonParts:
             **more,
             num_warps=warps,
             enable_fp_fusion=False,
-            launch_pdl=True,
+            launch_pdl=self.pdl,
         )
         return self.room
-
-
-def gluons(hidden, weight, into=None):
-    for stages, group, persistent in ((6, 8, True), (4, 16, True), (6, 8, False)):
-        yield Gluon(hidden, weight, stages, group, persistent, into)
 
 
 def check(columns: int, width: int) -> dict:
@@ -187,7 +126,7 @@ def check(columns: int, width: int) -> dict:
     right = Product(hidden, weight, RIGHT)().view(torch.int32)
     differ, compared = [], 0
     for tokens in (1, 4, 16, 64, 256, 600):
-        rows = [r for of in (SIDES, PARTS) for (_, most), found in of.items() for r in found if most >= tokens or of is PARTS]
+        rows = [r for found in PARTS.values() for r in found]
         for config in dict.fromkeys([*rows, *LONGS]):
             compared += 1
             at = 600 - tokens
@@ -195,15 +134,6 @@ def check(columns: int, width: int) -> dict:
             if not torch.equal(got, right[at:]):
                 wrong = int((got != right[at:]).sum())
                 differ.append([tokens, wrong, str(config)])
-        if columns % 128 == 0 and width > 1024 and tokens in (64, 256):
-            try:
-                for call in gluons(hidden[at:].contiguous(), weight):
-                    compared += 1
-                    wrong = int((call().view(torch.int32) != right[at:]).sum())
-                    if wrong:
-                        differ.append([tokens, wrong, call.name])
-            except Exception as error:
-                differ.append([tokens, "gluon", str(error)[:300]])
     exact = hidden.double() @ weight.double().T
     most = hidden.double().abs() @ weight.double().abs().T
     error = (right.view(FP32).double() - exact).abs()
@@ -242,11 +172,8 @@ def figures(shape, tokens) -> Iterator[dict]:
             yield same | {"how": f"gluon parts {how}", "alone": True, "equal": equal, "us": round(us, 2)}
         except Exception as error:
             yield same | {"how": f"gluon parts {how}", "us": None, "error": str(error)[:300]}
-    for config in (*SIDES.get((columns, tokens), ()), *PARTS[columns, tokens]):
-        ways = [(config, False), (replace(config, ahead=8), False), (replace(config, ahead=8, early=True), False)]
-        for how, alone in [*ways, *([(config, True)] if config.parts > 1 else [])]:
-            if config.side > 1 and how.early:
-                continue
+    for config in PARTS[columns, tokens]:
+        for how, alone in ((config, False), (replace(config, early=True), False), (config, True)):
             try:
                 us = protocol.time_graph([Product(hidden, w, how, into, room, alone) for w in weights], 8)
             except Exception as error:
@@ -263,7 +190,6 @@ def long_figures(columns: int, width: int, tokens: int) -> Iterator[dict]:
     for name, call in (
         ("torch.mm", lambda: torch.mm(hidden, weight.T, out=into)),
         *((str(c), Product(hidden, weight, c, into)) for c in LONGS),
-        *((c.name, c) for c in gluons(hidden, weight, into)),
     ):
         try:
             us = protocol.time_graph([call], 12, rounds=4)
@@ -273,37 +199,56 @@ def long_figures(columns: int, width: int, tokens: int) -> Iterator[dict]:
         yield same | {"how": name, "us": round(us, 1), "tflops": round(2 * columns * width * tokens / us / 1e6)}
 
 
-def sets() -> dict[str, dict[int, list[tuple[Tiling, ...]]]]:
-    """TILINGS of whole steps, by tokens."""
-    found: dict = {}
-    for tokens, (a, b) in {
-        4: (SIDES[1024, 4][2], SIDES[2560, 4][0]),  # both have room on a multiprocessor
-        16: (SIDES[1024, 16][2], SIDES[2560, 16][0]),
-    }.items():
-        for ahead, early in ((0, False), (8, False), (8, True), (4, True), (0, True)):
-            found.setdefault(tokens, []).append((f"side ahead {ahead} early {early}", a, b, {"ahead": ahead, "early": early}))
-    for tokens, (a, b) in {
-        4: (PARTS[1024, 4][0], PARTS[2560, 4][0]),
-        16: (PARTS[1024, 16][0], PARTS[2560, 16][0]),
-        64: (PARTS[1024, 64][0], PARTS[2560, 64][0]),
-        256: (PARTS[1024, 256][1], PARTS[2560, 256][0]),
-    }.items():
-        for adds in ("launch", "reader"):
-            for ahead, early in ((0, False), (8, False), (8, True), (4, True)) if adds == "launch" else ((0, False), (8, True)):
-                name = f"parts {adds} ahead {ahead} early {early}"
-                found.setdefault(tokens, []).append((name, a, b, {"ahead": ahead, "early": early, "adds": adds}))
-    for i, (a, b) in enumerate(((PARTS[1024, 64][0], PARTS[2560, 64][1]), (PARTS[1024, 64][1], PARTS[2560, 64][3]))):
-        for ahead, early in ((0, False), (8, True)):
-            found[64].append((f"parts launch other {i} ahead {ahead} early {early}", a, b, {"ahead": ahead, "early": early}))
+def sets() -> dict[int, list]:
+    """TILINGS of whole steps, by tokens: every row beside the first of the other width."""
+    found: dict[int, list] = {}
+    for tokens in (4, 16, 64, 256):
+        wide = max(tokens, 16)
+        ones, others, made = PARTS[1024, wide], PARTS[2560, wide], []
+        pairs = [(a, others[0]) for a in ones] + [(ones[0], b) for b in others[1:]] + [(ones[1], b) for b in others[1:3]]
+        if tokens == 16:
+            pairs = [(ones[0], others[0]), (ones[1], others[1]), (ones[1], others[2])]
+        for a, b in pairs:
+            for early in (False, True):
+                made.append((f"{told(a)} | {told(b)} | early {early}", a, b, {"early": early}))
+        found[tokens] = made
     return found
+
+
+def told(c: Tiling) -> str:
+    return f"{c.columns}x{c.tokens} d{c.depth} p{c.parts} s{c.stages} w{c.num_warps} a{c.ahead}"
+
+
+def gluon_step(which: int):
+    """Puts the prototype in the place of the product that leaves parts."""
+
+    def instead(hidden, weights, config, pdl, kv_score=None, parts=None, done=None, rounded=False):
+        key = parts.shape[2], max(16, hidden.shape[0])
+        GluonParts(hidden, weights[0] if len(weights) == 1 else stacked(weights), parts, GLUON_PARTS[key][which], pdl)()
+
+    return instead
+
+
+def stacked(weights):
+    """Main and indexer, which stand behind each other."""
+    first = weights[0]
+    return first.as_strided((sum(w.shape[0] for w in weights), first.shape[1]), first.stride())
 
 
 def whole(model, batch: int, weights) -> Iterator[dict]:
     case = StepCase(model, batch, 4)
     step = WholeStep(case, weights)
     kept = [step.make_set() for _ in range(2)]
-    for name, a, b, how in [("apart", None, None, None), *sets()[case.tokens]]:
+    given = [(name, a, b, how, None) for name, a, b, how in [("apart", None, None, None), *sets()[case.tokens]]]
+    if case.tokens <= 64:
+        wide = max(16, case.tokens)
+        for which, early in ((0, False), (0, True), (1, False), (1, True)):
+            a, b = (parts(64, wide, 64, 8, 3, 4) for _ in range(2))
+            how = GLUON_PARTS[1024, wide][which], GLUON_PARTS[2560, wide][which]
+            given.append((f"gluon {how} early {early}", a, b, {"early": early}, which))
+    for name, a, b, how, which in given:
         row = {"what": "step", "case": case.name, "how": name}
+        launch_product.project = project if which is None else gluon_step(which)
         try:
             if a is not None:
                 table.TILINGS = (replace(a, max_columns=1024, **how), replace(b, **how))
@@ -318,40 +263,35 @@ def whole(model, batch: int, weights) -> Iterator[dict]:
 
 
 def keys() -> list:
-    rows = dict.fromkeys([*LONGS, *(r for of in (SIDES, PARTS) for found in of.values() for r in found)])
+    rows = dict.fromkeys([*LONGS, *(r for found in PARTS.values() for r in found)])
+    found = [
+        ProjectKey(width, config, 1, None if config.parts > 1 else FP32) for width in (7168, 4096, 1024, 256) for config in rows
+    ]
+    found += [ProjectKey(width, config, 1, BF16, True) for width in (7168, 4096) for config in LONGS]
+    found += [
+        AddKey(count, *kind, early) for count in (4, 8) for kind in ((FP32, False), (BF16, True)) for early in (False, True)
+    ]
+    return found
+
+
+def step_keys() -> list:
+    """Of whole steps, which need them in both ways."""
     found: list = []
-    for width in (7168, 1024, 256):
-        for config in rows:
-            sums = (None,) if config.parts > 1 else (FP32,)
-            found += [ProjectKey(width, config, 1, kind) for kind in sums]
-    for config in rows:
-        if config.parts == 1:
-            found.append(ProjectKey(7168, config, 1, BF16, True))
-        if config not in LONGS:
-            for ahead in (8,):
-                found.append(
-                    ProjectKey(7168, replace(config, ahead=ahead), 1, BF16 if config.parts == 1 else None, config.parts == 1)
-                )
     for of in sets().values():
         for _, a, b, how in of:
-            for config in (replace(a, max_columns=1024, **how), replace(b, **how)):
-                found.append(ProjectKey(7168, config, 1, BF16 if config.parts == 1 else None, config.parts == 1))
-    for count in (4, 8):
-        for early in (False, True):
-            found += [AddKey(count, FP32, False, early), AddKey(count, BF16, True, early)]
+            for config, most in ((a, 1024), (b, ANY)):
+                found += [ProjectKey(7168, replace(config, max_columns=most, **how), 1 if most == 1024 else 2, None)]
     main, indexer = FORMATS["fp8_ds_mla"], FORMATS["indexer_fp8_vllm"]
     for early in (False, True):
-        for kind, count in ((BF16, 0), (FP32, 8), (FP32, 4)):
-            types = (kind, FP32, None, FP32, True, False, False, count, count > 0, early)
-            found.append(step_key(kvfold.V4_HCA, main, "fold", 4, types))
+        types = (BF16, FP32, None, FP32, True, False, False, 0, False, early)
+        found.append(step_key(kvfold.V4_HCA, main, "fold", 4, types))
         types = (BF16, BF16, None, FP32, True, False, False, 0, False, early)
         for bucket in BUCKETS:
-            found.append(
-                PairKey(
-                    step_key(kvfold.V4_CSA, main, "rows", 4, types, bucket=bucket),
-                    step_key(kvfold.V4_INDEXER, indexer, "rows", 4, types, bucket=bucket),
-                )
+            one, other = (
+                step_key(spec, fmt, "rows", 4, types, bucket=bucket)
+                for spec, fmt in ((kvfold.V4_CSA, main), (kvfold.V4_INDEXER, indexer))
             )
+            found.append(PairKey(one, other))
     return list(dict.fromkeys(found))
 
 
@@ -364,31 +304,20 @@ def main() -> None:
         columns, tokens = [*GLUON_PARTS][int(args.only[11:])]
         hidden, weight = (torch.zeros(n, 7168, dtype=BF16, device="cuda") for n in (tokens, columns))
         for how in GLUON_PARTS[columns, tokens]:
-            GluonParts(hidden, weight, torch.empty(8, tokens, columns, device="cuda"), how)()
-        torch.cuda.synchronize()
-        return
-    if args.only.startswith("gluon"):  # one of them, into the cache
-        i, (width, kind) = int(args.only[5:]) % 3, ((7168, FP32), (7168, BF16), (4096, BF16))[int(args.only[5:]) // 3]
-        hidden, weight = (torch.zeros(n, width, dtype=BF16, device="cuda") for n in (256, 1024))
-        [*gluons(hidden, weight, torch.zeros(256, 1024, dtype=kind, device="cuda"))][i]()
+            for pdl in (True, False):
+                GluonParts(hidden, weight, torch.empty(8, tokens, columns, device="cuda"), how, pdl)()
+                if tokens == 16:  # a number that 16 divides is another kernel
+                    GluonParts(hidden[:4], weight, torch.empty(8, 4, columns, device="cuda"), how, pdl)()
         torch.cuda.synchronize()
         return
     if "compile" in args.only:
-        found = keys()
-        print(compile_all(found, "sm_90", (True,)), flush=True)
-        plain = [
-            ProjectKey(7168, replace(c, max_columns=m, **how), 1, BF16 if c.parts == 1 else None, c.parts == 1)
-            for of in sets().values()
-            for _, a, b, how in of
-            for c, m in ((a, 1024), (b, ANY))
-        ]
-        plain += [key for key in found if not isinstance(key, ProjectKey)]
-        print(compile_all(list(dict.fromkeys(plain)), "sm_90", (False,)), flush=True)
+        print(compile_all([*keys(), *step_keys()], "sm_90", (True,)), flush=True)
+        print(compile_all(step_keys(), "sm_90", (False,)), flush=True)
         return
     found: list[dict] = []
     wanted = args.only.split(",") if args.only else ["bits", "step", "time", "long"]
     if "bits" in wanted:
-        for columns, width in ((1024, 7168), (2560, 7168), (192, 256), (192, 1024)):
+        for columns, width in ((1024, 7168), (2560, 7168), (192, 256), (192, 1024), (1024, 4096)):
             try:
                 found.append(show(check(columns, width)))
             except Exception:
@@ -403,12 +332,12 @@ def main() -> None:
         torch.cuda.empty_cache()
         print(f"{time.perf_counter() - begin:.0f} s", flush=True)
     if "long" in wanted:
-        for columns, width in ((1024, 7168), (1024, 4096), (2560, 7168)):
+        for columns, width in ((1024, 7168), (2560, 7168)):
             found += [show(row) for row in long_figures(columns, width, 16384)]
         print(f"{time.perf_counter() - begin:.0f} s", flush=True)
     if "time" in wanted:
         for shape in SHAPES:
-            for tokens in (4, 16, 64, 256):
+            for tokens in (16, 64, 256):
                 found += [show(row) for row in figures(shape, tokens)]
         print(f"{time.perf_counter() - begin:.0f} s", flush=True)
     protocol.append_rows(args.out, [protocol.environment(args.commit) | row for row in found])

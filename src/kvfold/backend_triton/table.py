@@ -189,6 +189,13 @@ class Tiling:
         """Of a call, each of which `parts` programs share."""
         return -(-columns // self.columns) * -(-tokens // self.tokens)
 
+    def ahead_of(self, hidden_dim: int, chunk: int) -> int:
+        """Of the last chunk of a part, where none is short: fewer where chunks are shorter."""
+        ahead = self.ahead if self.parts > 1 and chunk * 8 == hidden_dim else 0
+        while ahead >= chunk or ahead and (chunk - ahead) % self.depth_for(chunk):
+            ahead //= 2
+        return ahead if ahead >= 64 else 0
+
     def depth_for(self, chunk: int) -> int:
         """No tile is of two chunks."""
         return self.depth if chunk % self.depth == 0 else HIDDEN_STEP
@@ -196,12 +203,12 @@ class Tiling:
 
 # Note 0076.
 TILINGS: tuple[Tiling, ...] = (
-    Tiling(16, columns=8, tokens=16, depth=64, parts=1, stages=6, num_warps=8, max_columns=1024, side=8, ahead=8, early=True),
-    Tiling(16, columns=16, tokens=16, depth=64, parts=1, stages=3, num_warps=8, side=8, ahead=8, early=True),
-    Tiling(64, columns=64, tokens=64, depth=128, parts=8, stages=4, num_warps=4, max_columns=1024, ahead=8, early=True),
-    Tiling(64, columns=64, tokens=64, depth=64, parts=8, stages=3, num_warps=4, ahead=8, early=True),
-    Tiling(512, columns=128, tokens=64, depth=64, parts=4, stages=4, num_warps=8, ahead=8, early=True),
-    Tiling(ANY, columns=128, tokens=128, depth=64, parts=1, stages=6, num_warps=8, flat=1, group=8),
+    Tiling(16, columns=64, tokens=16, depth=128, parts=8, stages=3, num_warps=4, max_columns=1024, ahead=512, early=True),
+    Tiling(16, columns=64, tokens=16, depth=64, parts=8, stages=3, num_warps=4, ahead=256, early=True),
+    Tiling(64, columns=64, tokens=64, depth=128, parts=8, stages=4, num_warps=4, max_columns=1024, ahead=256, early=True),
+    Tiling(64, columns=64, tokens=64, depth=64, parts=8, stages=3, num_warps=4, ahead=128, early=True),
+    Tiling(512, columns=128, tokens=64, depth=64, parts=4, stages=4, num_warps=8, early=True),
+    Tiling(ANY, columns=128, tokens=128, depth=64, parts=1, stages=4, num_warps=8, group=8),
 )
 
 

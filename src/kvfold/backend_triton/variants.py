@@ -150,7 +150,7 @@ def project_variant(key: ProjectKey) -> Variant:
     depth = config.depth_for(chunk)
     made = Product(
         key.hidden_dim, chunk, config.columns, config.tokens, depth, config.parts, config.stages * (config.depth // depth),
-        config.side, config.ahead, config.flat, config.group,
+        1, config.ahead_of(key.hidden_dim, chunk), 0, config.group,
     )
     return _variant("project", arguments, config.num_warps, HOW=Schedule(ROUNDED=key.rounded), P=made)
 

@@ -40,105 +40,57 @@ def added(a, b):
 
 
 @triton.jit
-def tiles_at(w_at, x_at, there, first, k, DEPTH: tl.constexpr, P: tl.constexpr):
+def tiles_at(w_at, x_at, there, k, DEPTH: tl.constexpr, P: tl.constexpr):
     """DEPTH numbers from `k` on of weights and of hidden states, a row for each row of them.
 
-    there: whether a hidden state is. first: of hidden_dim, where each row of either begins.
+    there: whether a hidden state is.
     """
     d = k + tl.arange(0, DEPTH)
     if P.CHUNK * CHUNKS == P.HIDDEN_DIM:
         w = tl.load(w_at[:, None] + d[None, :])
         x = tl.load(x_at[:, None] + d[None, :], mask=there[:, None], other=0.0)
     else:
-        w = tl.load(w_at[:, None] + d[None, :], mask=first[0][:, None] + d[None, :] < P.HIDDEN_DIM, other=0.0)
-        inside = there[:, None] & (first[1][:, None] + d[None, :] < P.HIDDEN_DIM)
+        w = tl.load(w_at[:, None] + d[None, :], mask=d[None, :] < P.HIDDEN_DIM, other=0.0)
+        inside = there[:, None] & (d[None, :] < P.HIDDEN_DIM)
         x = tl.load(x_at[:, None] + d[None, :], mask=inside, other=0.0)
     return w, x
 
 
 @triton.jit
-def product(w_at, x_at, there, first, k, acc, HOW: tl.constexpr, P: tl.constexpr):
+def product(w_at, x_at, there, k, acc, HOW: tl.constexpr, P: tl.constexpr):
     """Adds DEPTH numbers of hidden states, from `k` on, times their weights to `acc`, a row of weights to a row of it."""
     if HOW.TARGET.BF16_PRODUCTS:
-        w, x = tiles_at(w_at, x_at, there, first, k, P.DEPTH, P)
+        w, x = tiles_at(w_at, x_at, there, k, P.DEPTH, P)
         acc = tl.dot(w, tl.trans(x), acc)
     else:
         # The interpreter's own product has another order of sums for every shape.
         for i in tl.static_range(0, P.DEPTH, STEP):
-            w, x = tiles_at(w_at, x_at, there, first, k + i, STEP, P)
+            w, x = tiles_at(w_at, x_at, there, k + i, STEP, P)
             acc += tl.sum(w.to(tl.float32)[:, None, :] * x.to(tl.float32)[None, :, :], axis=2)
     return acc
 
 
 @triton.jit
-def chunk_of(w_at, x_at, there, first, chunk, HOW: tl.constexpr, P: tl.constexpr):
-    """The sums of a chunk of hidden_dim. A loop of its own, so that an instruction need not wait for the one before it."""
-    TILES: tl.constexpr = P.CHUNK // P.DEPTH
-    ROOM: tl.constexpr = HOW.TARGET.SHARED_BYTES // ((P.COLUMNS + P.TOKENS) * P.SIDE * P.DEPTH * 2)  # for tiles under way
+def chunk_of(w_at, x_at, there, chunk, HOW: tl.constexpr, P: tl.constexpr, LENGTH: tl.constexpr):
+    """The sums of a chunk's first LENGTH numbers. A loop of its own, so that an instruction need not wait for the one before."""
+    ROOM: tl.constexpr = HOW.TARGET.SHARED_BYTES // ((P.COLUMNS + P.TOKENS) * P.DEPTH * 2)  # for tiles under way
     STAGES: tl.constexpr = P.STAGES if P.STAGES < ROOM else ROOM
-    acc = tl.zeros((P.SIDE * P.COLUMNS, P.SIDE * P.TOKENS), tl.float32)
-    for i in tl.range(0, TILES, num_stages=STAGES):
-        acc = product(w_at, x_at, there, first, chunk * P.CHUNK + i * P.DEPTH, acc, HOW, P)
+    acc = tl.zeros((P.COLUMNS, P.TOKENS), tl.float32)
+    for i in tl.range(0, LENGTH // P.DEPTH, num_stages=STAGES):
+        acc = product(w_at, x_at, there, chunk * P.CHUNK + i * P.DEPTH, acc, HOW, P)
     return acc
 
 
 @triton.jit
-def all_chunks(w_at, x_at, there, first, HOW: tl.constexpr, P: tl.constexpr):
-    """The sums of all of hidden_dim, by one loop whose loads go on where a chunk ends."""
-    TILES: tl.constexpr = P.CHUNK // P.DEPTH
-    ROOM: tl.constexpr = HOW.TARGET.SHARED_BYTES // ((P.COLUMNS + P.TOKENS) * P.DEPTH * 2)
-    STAGES: tl.constexpr = P.STAGES if P.STAGES < ROOM else ROOM
-    total = tl.zeros((P.COLUMNS, P.TOKENS), tl.float32)
-    pair = tl.zeros((P.COLUMNS, P.TOKENS), tl.float32)
-    acc = tl.zeros((P.COLUMNS, P.TOKENS), tl.float32)
-    if P.FLAT == 1:
-        for i in tl.range(0, CHUNKS * TILES, num_stages=STAGES):
-            acc = product(w_at, x_at, there, first, i * P.DEPTH, acc, HOW, P)
-            if i % (2 * TILES) == TILES - 1:
-                pair = acc
-                acc = tl.zeros((P.COLUMNS, P.TOKENS), tl.float32)
-            elif i % (2 * TILES) == 2 * TILES - 1:
-                total += added(acc, pair)
-                acc = tl.zeros((P.COLUMNS, P.TOKENS), tl.float32)
+def last_chunk_of(w_at, x_at, there, chunk, ahead, HOW: tl.constexpr, P: tl.constexpr):
+    """The sums of a chunk of whose weights the last ones are `ahead`."""
+    if P.AHEAD == 0 or not HOW.TARGET.BF16_PRODUCTS:
+        acc = chunk_of(w_at, x_at, there, chunk, HOW, P, P.CHUNK)
     else:
-        for c in tl.range(0, CHUNKS, flatten=True, num_stages=STAGES):
-            acc = tl.zeros((P.COLUMNS, P.TOKENS), tl.float32)
-            for i in tl.range(0, TILES, num_stages=STAGES):
-                acc = product(w_at, x_at, there, first, c * P.CHUNK + i * P.DEPTH, acc, HOW, P)
-            if c % 2 == 1:
-                total += added(acc, pair)
-            pair = acc
-    return total
-
-
-@triton.jit
-def beside(acc, P: tl.constexpr):
-    """The sums of chunks that lie side by side: each chunk's rows with its own hidden states, and what is added to what."""
-    x = tl.reshape(acc, (CHUNKS, P.COLUMNS, CHUNKS, P.TOKENS))
-    i = tl.arange(0, CHUNKS)
-    own = i[:, None, None, None] == i[None, None, :, None]
-    x = tl.sum(tl.where(own, x, 0.0), axis=2)  # a number and zeros
-    total = tl.zeros((P.COLUMNS, P.TOKENS), tl.float32)
-    for pair in tl.static_range(PAIRS):
-        total += pick(x, 2 * pair) + pick(x, 2 * pair + 1)
-    return total
-
-
-@triton.jit
-def pick(x, i: tl.constexpr):
-    """Row `i` of the first axis."""
-    return tl.sum(tl.where((tl.arange(0, CHUNKS) == i)[:, None, None], x, 0.0), axis=0)
-
-
-@triton.jit
-def prefetch_weights(w_at, part, HOW: tl.constexpr, P: tl.constexpr):
-    """Fetches what a program will read of its weights, or the first AHEAD eighths, to the L2 cache: nobody writes them."""
-    ROWS: tl.constexpr = P.SIDE * P.COLUMNS
-    PIECES: tl.constexpr = 4 if ROWS <= 64 else 2 if ROWS <= 128 else 1
-    LENGTH: tl.constexpr = P.HIDDEN_DIM // P.PARTS // P.SIDE * P.AHEAD // 8 // PIECES
-    x = w_at + part * (P.HIDDEN_DIM // P.PARTS)
-    at = x.to(tl.int64, bitcast=True)[None, :] + (tl.arange(0, PIECES) * (LENGTH * 2))[:, None]
-    prefetch_pieces(at, at != 0, LENGTH * 2)
+        x = tl.load(x_at[:, None] + (chunk * P.CHUNK + P.CHUNK - P.AHEAD + tl.arange(0, P.AHEAD))[None, :])
+        acc = chunk_of(w_at, x_at, there, chunk, HOW, P, P.CHUNK - P.AHEAD)
+        acc = tl.dot(ahead, tl.trans(tl.where(there[:, None], x, 0.0)), acc)
+    return acc
 
 
 @triton.jit
@@ -172,38 +124,28 @@ def project_kernel(
         tile_column = tile % (P.GROUP * across) // height
     column = tile_column * P.COLUMNS + tl.arange(0, P.COLUMNS)
     token = tile_token * P.TOKENS + tl.arange(0, P.TOKENS)
-    # SIDE chunks lie side by side: rows of a tile are columns by chunks.
-    r = tl.arange(0, P.SIDE * P.COLUMNS)
-    row = tl.minimum(tile_column * P.COLUMNS + r % P.COLUMNS, weights.columns - 1)
-    w_first = r // P.COLUMNS * P.CHUNK
-    w_at = weight_rows(weights, row, P.HIDDEN_DIM) + w_first
-    t = tl.arange(0, P.SIDE * P.TOKENS)
-    one = tile_token * P.TOKENS + t % P.TOKENS
-    x_first = t // P.TOKENS * P.CHUNK
-    x_there = one < hidden.count
-    x_at = hidden.rows + tl.minimum(one, hidden.count - 1).to(tl.int64) * hidden.stride + x_first
-    first = (w_first, x_first)
-    if HOW.PDL and P.AHEAD and P.CHUNK * CHUNKS == P.HIDDEN_DIM:
-        prefetch_weights(w_at, part, HOW, P)
+    w_at = weight_rows(weights, tl.minimum(column, weights.columns - 1), P.HIDDEN_DIM)
+    x_there = token < hidden.count
+    x_at = hidden.rows + tl.minimum(token, hidden.count - 1).to(tl.int64) * hidden.stride
+    LAST: tl.constexpr = CHUNKS // P.PARTS  # chunks of a part
+    ahead = 0
+    if P.AHEAD > 0:
+        d = (part + 1) * (LAST * P.CHUNK) - P.AHEAD + tl.arange(0, P.AHEAD)
+        ahead = tl.load(w_at[:, None] + d[None, :])
     wait_for_inputs(HOW.PDL)
     there = (column < weights.columns)[:, None] & (token < hidden.count)[None, :]
-    if P.SIDE > 1:
-        store_sums(sums, column, token, beside(chunk_of(w_at, x_at, x_there, first, 0, HOW, P), P), there, HOW)
-    elif P.PARTS == 1:
-        if P.FLAT:
-            total = all_chunks(w_at, x_at, x_there, first, HOW, P)
-        else:
-            total = tl.zeros((P.COLUMNS, P.TOKENS), tl.float32)
-            for pair in range(PAIRS):
-                half = chunk_of(w_at, x_at, x_there, first, 2 * pair, HOW, P)
-                total += added(chunk_of(w_at, x_at, x_there, first, 2 * pair + 1, HOW, P), half)
+    if P.PARTS == 1:
+        total = tl.zeros((P.COLUMNS, P.TOKENS), tl.float32)
+        for pair in range(PAIRS):
+            half = chunk_of(w_at, x_at, x_there, 2 * pair, HOW, P, P.CHUNK)
+            total += added(chunk_of(w_at, x_at, x_there, 2 * pair + 1, HOW, P, P.CHUNK), half)
         store_sums(sums, column, token, total, there, HOW)
     else:
         if P.PARTS == CHUNKS:
-            total = chunk_of(w_at, x_at, x_there, first, part, HOW, P)
+            total = last_chunk_of(w_at, x_at, x_there, part, ahead, HOW, P)
         else:
-            half = chunk_of(w_at, x_at, x_there, first, 2 * part, HOW, P)
-            total = added(chunk_of(w_at, x_at, x_there, first, 2 * part + 1, HOW, P), half)
+            half = chunk_of(w_at, x_at, x_there, 2 * part, HOW, P, P.CHUNK)
+            total = added(last_chunk_of(w_at, x_at, x_there, 2 * part + 1, ahead, HOW, P), half)
         at = parts.rows + column[:, None] + token.to(tl.int64)[None, :] * parts.stride
         tl.store(at + part.to(tl.int64) * parts.step, total, mask=there)
         if sums.rows is not None:
