@@ -53,8 +53,14 @@ PARTS = {
     (1024, 256): [parts(128, 64, 64, 4, 4, 8), parts(128, 64, 64, 4, 3, 8, ahead=128), parts(64, 128, 64, 4, 4, 8)],
     (2560, 256): [parts(64, 128, 64, 4, 4, 8), parts(64, 128, 64, 4, 3, 8), parts(64, 64, 64, 4, 3, 4), parts(64, 128, 64, 4, 2, 8, ahead=128)],
 }  # fmt: skip
-LONGS = [T(ANY, 128, 128, 64, 1, 6, 8), T(ANY, 128, 128, 64, 1, 4, 8, group=8), T(ANY, 128, 128, 64, 1, 4, 8, group=4)]
-RIGHT = LONGS[0]
+LONGS = [
+    T(ANY, 128, 256, 64, 1, 3, 8, group=8),
+    T(ANY, 256, 128, 64, 1, 3, 8, group=8),
+    T(ANY, 128, 128, 64, 1, 6, 8),
+    T(ANY, 128, 128, 64, 1, 4, 8, group=8),
+    T(ANY, 128, 128, 64, 1, 4, 8, group=4),
+]
+RIGHT = T(ANY, 128, 128, 64, 1, 6, 8)
 
 
 class Product:
@@ -267,7 +273,7 @@ def keys() -> list:
     found = [
         ProjectKey(width, config, 1, None if config.parts > 1 else FP32) for width in (7168, 4096, 1024, 256) for config in rows
     ]
-    found += [ProjectKey(width, config, 1, BF16, True) for width in (7168, 4096) for config in LONGS]
+    found += [ProjectKey(width, config, 1, BF16, True) for width in (7168,) for config in LONGS]
     found += [
         AddKey(count, *kind, early) for count in (4, 8) for kind in ((FP32, False), (BF16, True)) for early in (False, True)
     ]
