@@ -1,351 +1,161 @@
-"""Experiment of one turn on the GPU: forms of the product of `project_compress`. python -m benchmarks.experiments.projection"""
+"""Times the product of `project_compress` by itself, for rows of its table and others, and compares the bits of all of them.
+
+A figure is microseconds per layer of one CUDA graph of 31 layers, each with its own weights, launched as dependents; beside it
+those of `torch.mm` and of reading the weights once at 4.5 TB/s.
+
+python -m benchmarks.experiments.projection [--out FILE] [--shapes 1024x7168,2560x7168] [--tokens 4,16,64,256] [--sweep]
+
+Without `--sweep` the rows beside the table's are those of `FEW`. "parts" is a product that leaves its parts to whoever reads
+them, as short steps over fold rows do; the others have the last program of a tile add them up.
+"""
 
 from __future__ import annotations
 
 import json
-import time
-import traceback
 from collections.abc import Iterator
-from dataclasses import replace
+from itertools import product
 
 import torch
 
-import kvfold
-from kvfold.backend_triton import launch_product, table
-from kvfold.backend_triton.keys import AddKey, PairKey, ProjectKey, step_key
-from kvfold.backend_triton.launch_product import add, project
-from kvfold.backend_triton.table import ANY, BUCKETS, Tiling
-from kvfold.storage.formats import FORMATS
+from kvfold.backend_triton.keys import ProjectKey
+from kvfold.backend_triton.launch_product import project
+from kvfold.backend_triton.table import TILINGS, Tiling, tiling
 
-from ..lib import model_calls, models, protocol
-from ..lib.model_calls import WholeStep
-from ..lib.models import StepCase
+from ..lib import protocol
 from ..run.precompile import compile_all
 
-FP32, BF16 = torch.float32, torch.bfloat16
-T = Tiling
-PRO, FLASH = models.MODELS[1], models.MODELS[0]
-SHAPES = ((1024, 7168), (2560, 7168))
-
-
-def parts(columns, tokens, depth, count, stages, warps, **more):
-    return T(ANY, columns, tokens, depth, count, stages, warps, **more)
-
-
-# By width of kv_score and tokens.
-PARTS = {
-    (1024, 16): [
-        parts(64, 16, 128, 8, 5, 4), parts(64, 16, 128, 8, 3, 4, ahead=512), parts(64, 16, 64, 8, 3, 4, ahead=512),
-        parts(64, 16, 64, 8, 5, 4, ahead=256), parts(64, 16, 128, 8, 2, 4, ahead=512), parts(64, 16, 64, 4, 3, 4, ahead=512),
-    ],
-    (2560, 16): [
-        parts(64, 16, 128, 8, 2, 4), parts(64, 16, 64, 8, 3, 4, ahead=256), parts(64, 16, 64, 4, 3, 4, ahead=512),
-        parts(128, 16, 64, 8, 2, 8, ahead=256), parts(128, 16, 64, 4, 3, 8, ahead=256), parts(64, 16, 64, 8, 2, 4, ahead=512),
-    ],
-    (1024, 64): [
-        parts(64, 64, 64, 8, 6, 4), parts(64, 64, 64, 8, 4, 4, ahead=256), parts(64, 64, 64, 8, 3, 4, ahead=512),
-        parts(64, 64, 128, 8, 3, 4, ahead=256), parts(64, 64, 64, 8, 4, 4, ahead=128),
-    ],
-    (2560, 64): [
-        parts(64, 64, 64, 8, 3, 4), parts(64, 64, 64, 8, 2, 4, ahead=128), parts(128, 64, 64, 8, 2, 8, ahead=128),
-        parts(64, 64, 64, 4, 3, 4, ahead=256), parts(64, 64, 64, 4, 6, 4), parts(128, 64, 64, 8, 2, 4, ahead=128),
-    ],
-    (1024, 256): [parts(128, 64, 64, 4, 4, 8), parts(128, 64, 64, 4, 3, 8, ahead=128), parts(64, 128, 64, 4, 4, 8)],
-    (2560, 256): [parts(64, 128, 64, 4, 4, 8), parts(64, 128, 64, 4, 3, 8), parts(64, 64, 64, 4, 3, 4), parts(64, 128, 64, 4, 2, 8, ahead=128)],
+LAYERS, BANDWIDTH = 31, 4.5e12
+SHAPES = ((1024, 7168), (2560, 7168), (1024, 4096), (2560, 4096))
+TOKENS = (4, 16, 64, 256)
+LONG = 8192  # tokens of a prompt
+# Columns, tokens, depth, parts, stages and warps, by the most tokens of a step that they may be best for.
+FEW: dict[int, tuple[tuple[int, ...], ...]] = {
+    16: ((64, 16, 128, 4, 2, 4), (128, 16, 64, 4, 6, 4)),
+    64: ((64, 64, 64, 4, 3, 4), (64, 64, 64, 4, 6, 8)),
+    # So many programs to a multiprocessor that all of a step's are there at once.
+    512: (
+        (64, 64, 64, 4, 2, 4), (64, 64, 64, 4, 3, 4), (64, 64, 64, 8, 3, 4), (128, 64, 64, 4, 2, 4), (64, 128, 64, 4, 2, 4),
+        (64, 128, 64, 4, 9, 8), (128, 128, 64, 8, 3, 8), (128, 128, 64, 4, 6, 8),
+    ),
+    LONG: (
+        (128, 128, 64, 1, 3, 8), (128, 128, 64, 1, 4, 8), (128, 64, 64, 1, 4, 8), (64, 128, 64, 1, 4, 8),
+        (128, 64, 64, 1, 3, 4),
+    ),
 }  # fmt: skip
-LONGS = [
-    T(ANY, 128, 256, 64, 1, 3, 8, group=8),
-    T(ANY, 256, 128, 64, 1, 3, 8, group=8),
-    T(ANY, 128, 128, 64, 1, 6, 8),
-    T(ANY, 128, 128, 64, 1, 4, 8, group=8),
-    T(ANY, 128, 128, 64, 1, 4, 8, group=4),
-]
-RIGHT = T(ANY, 128, 128, 64, 1, 6, 8)
+
+
+def others(tokens: int) -> Iterator[Tiling]:
+    """Rows that could serve a step of so many tokens."""
+    if tokens <= 64:
+        wide = max(16, tokens)
+        for depth, parts, columns in product((64, 128), (8, 4), (64, 128)):
+            each = (columns + wide) * depth * 2
+            for room in (56, 110, 220):  # KiB, so that 4, 2 or 1 programs have room on a multiprocessor
+                stages = min(room * 1024 // each, 14 * 128 // depth)
+                for warps in (4, 8):
+                    if stages >= 2 and warps * 16 <= columns * 2:
+                        yield Tiling(tokens, columns, wide, depth, parts, stages, warps)
+        return
+    for (columns, wide), parts, room in product(((64, 64), (64, 128), (128, 64), (128, 128), (128, 256)), (8, 4), (110, 220)):
+        stages = min(room * 1024 // ((columns + wide) * 128), 14)
+        if stages >= 2:
+            yield Tiling(tokens, columns, wide, 64, parts, stages, 8 if columns * wide > 4096 else 4)
+
+
+def rows(tokens: int, sweep: bool) -> list[Tiling]:
+    """The table's first, those of either width."""
+    few = next(few for most, few in FEW.items() if tokens <= most)
+    more = others(tokens) if sweep else (Tiling(tokens, *one) for one in few)
+    return list(dict.fromkeys([tiling(tokens, 1024), tiling(tokens, 2560), *more]))
 
 
 class Product:
-    """A call of the product by this row, with the launch that adds parts."""
+    """A call of the product by this row, with room for all that it makes. apart: it leaves its parts as they are."""
 
-    def __init__(self, hidden, weight, config, into=None, room=None, alone=False):
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, config: Tiling, apart: bool = False) -> None:
         shape = hidden.shape[0], weight.shape[0]
         self.given = hidden, (weight,), config, True
-        self.kv_score = torch.empty(shape, device="cuda", dtype=FP32) if into is None else into
-        self.parts = None
+        self.kv_score = None if apart else torch.empty(shape, device="cuda")
+        self.parts = self.done = None
         if config.parts > 1:
-            self.parts = torch.empty((config.parts, *shape), device="cuda") if room is None else room[: config.parts]
-        self.alone = alone
+            self.parts = torch.empty((config.parts, *shape), device="cuda")
+            self.done = None if apart else torch.zeros(config.tiles(*shape), dtype=torch.int32, device="cuda")
 
-    def __call__(self):
-        config, rounded = self.given[2], self.kv_score.dtype is BF16
-        if self.parts is None:
-            project(*self.given, self.kv_score, rounded=rounded)
-        else:
-            project(*self.given, parts=self.parts)
-            if not self.alone:
-                add(self.parts, self.kv_score, config.early, True, rounded)
+    def __call__(self) -> torch.Tensor | None:
+        project(*self.given, self.kv_score, self.parts, self.done)
         return self.kv_score
 
 
-GLUON_PARTS = {
-    (1024, 16): [(64, 16, 64, 11, 4), (64, 16, 64, 15, 4)],
-    (2560, 16): [(64, 16, 64, 5, 4), (64, 16, 64, 7, 4)],
-    (1024, 64): [(64, 64, 64, 6, 4), (64, 64, 64, 6, 4)],
-    (2560, 64): [(128, 64, 64, 4, 8), (64, 64, 64, 3, 4)],
-}
-
-
-class GluonParts:
-    """The prototype that has weights on their way before it waits; its parts are left alone."""
-
-    def __init__(self, hidden, weight, room, how, pdl=True):
-        from .gluon_long import part_kernel, unit_kernel
-
-        self.programs, how = (how[5], how[:5]) if len(how) > 5 else (1 << 30, how)
-        self.kernel = part_kernel if self.programs == 1 << 30 else unit_kernel
-        self.hidden, self.weight, self.room, self.how, self.pdl = hidden, weight, room, how, pdl
-
-    def __call__(self):
-        (count, width), columns = self.hidden.shape, self.weight.shape[0]
-        bm, bn, bk, stages, warps = self.how
-        grid = (min(self.programs, 8 * columns // bm * -(-count // bn)),)
-        more = {"K": width, "BM": bm, "BN": bn, "BK": bk, "S": stages, "WARPS": warps, "PDL": self.pdl}
-        self.kernel[grid](
-            self.weight,
-            self.hidden,
-            self.room,
-            columns,
-            count,
-            self.room.stride(0),
-            **more,
-            num_warps=warps,
-            enable_fp_fusion=False,
-            launch_pdl=self.pdl,
-        )
-        return self.room
-
-
-def check(columns: int, width: int) -> dict:
-    generator = torch.Generator(device="cuda").manual_seed(columns + width)
-    hidden = torch.randn(600, width, generator=generator, device="cuda").bfloat16()
-    hidden[3] = 0
-    weight = (torch.randn(columns, width, generator=generator, device="cuda") / width**0.5).bfloat16()
-    right = Product(hidden, weight, RIGHT)().view(torch.int32)
-    differ, compared = [], 0
-    for tokens in (1, 4, 16, 64, 256, 600):
-        rows = [r for found in PARTS.values() for r in found]
-        for config in dict.fromkeys([*rows, *LONGS]):
-            compared += 1
-            at = 600 - tokens
-            got = Product(hidden[at:], weight, config)().view(torch.int32)
-            if not torch.equal(got, right[at:]):
-                wrong = int((got != right[at:]).sum())
-                differ.append([tokens, wrong, str(config)])
-    exact = hidden.double() @ weight.double().T
-    most = hidden.double().abs() @ weight.double().abs().T
-    error = (right.view(FP32).double() - exact).abs()
-    bound = float((error / (most * width * 2.0**-24 + 1e-300)).max())
-    return {
-        "what": "bits",
-        "shape": (columns, width),
-        "compared": compared,
-        "differing": len(differ),
-        "of": bound,
-        "differ": differ[:12],
-    }
-
-
-def show(row: dict) -> dict:
-    print(json.dumps(row).replace("max_tokens=2147483647, ", "").replace("max_columns=2147483647, ", ""), flush=True)
-    return row
-
-
-def figures(shape, tokens) -> Iterator[dict]:
+def check(shape: tuple[int, int], counts: list[int], sweep: bool) -> dict:
+    """Bits of every row and every number of tokens, and the distance from fp64 in units of the bound."""
     columns, width = shape
-    hidden = torch.randn(tokens, width, device="cuda").bfloat16()
-    weights = [(torch.randn(columns, width, device="cuda") / width**0.5).bfloat16() for _ in range(31)]
+    generator = torch.Generator(device="cuda").manual_seed(columns + width)
+    hidden = torch.randn(LONG, width, generator=generator, device="cuda").bfloat16()
+    hidden[3] = 0  # sums of nothing, too
+    weight = (torch.randn(columns, width, generator=generator, device="cuda") / width**0.5).bfloat16()
+    right = Product(hidden, weight, TILINGS[-1])().view(torch.int32)
+    differ, compared = [], 0
+    for tokens in (1, 3, *counts, 300, 1000):
+        for config in rows(tokens, sweep) if tokens in counts else TILINGS:
+            call = Product(hidden[:tokens], weight, config)
+            for _ in range(3):  # the counts of tiles are zero again
+                compared += 1
+                if not torch.equal(call().view(torch.int32), right[:tokens]):
+                    differ.append([tokens, str(config)])
+    exact = hidden[:512].double() @ weight.double().T
+    most = hidden[:512].double().abs() @ weight.double().abs().T
+    error = (right[:512].view(torch.float32).double() - exact).abs()
+    bound = float((error / (most * width * 2.0**-24 + 1e-300)).max())
+    found = {"what": "bits", "shape": shape, "compared": compared, "differing": len(differ), "of bound": bound}
+    return found | {"differ": differ[:8]}
+
+
+def figures(shape: tuple[int, int], tokens: int, sweep: bool) -> Iterator[dict]:
+    """Of every row, and of `torch.mm`."""
+    columns, width = shape
+    hidden, rounds = torch.randn(tokens, width, device="cuda").bfloat16(), 15 if tokens < LONG else 5
+    weights = [(torch.randn(columns, width, device="cuda") / width**0.5).bfloat16() for _ in range(LAYERS)]
     same = {"what": "time", "shape": shape, "tokens": tokens}
-    into = torch.empty(tokens, columns, dtype=BF16, device="cuda")
-    room = torch.empty(8, tokens, columns, device="cuda")
-    us = protocol.time_graph([lambda w=w: torch.mm(hidden, w.T, out=into) for w in weights], 8)
+    into = torch.empty(tokens, columns, dtype=torch.bfloat16, device="cuda")
+    us = protocol.time_graph([lambda w=w: torch.mm(hidden, w.T, out=into) for w in weights], rounds)
     yield same | {"how": "torch.mm", "us": round(us, 2)}
-    for how in GLUON_PARTS.get((columns, tokens), ()):
-        try:
-            GluonParts(hidden, weights[0], room, how)()
-            parted = Product(hidden, weights[0], PARTS[columns, tokens][0], into)
-            parted()
-            equal = torch.equal(parted.parts, room) if parted.parts.shape[0] == 8 else None
-            us = protocol.time_graph([GluonParts(hidden, w, room, how) for w in weights], 8)
-            yield same | {"how": f"gluon parts {how}", "alone": True, "equal": equal, "us": round(us, 2)}
-        except Exception as error:
-            yield same | {"how": f"gluon parts {how}", "us": None, "error": str(error)[:300]}
-    for config in PARTS[columns, tokens]:
-        for how, alone in ((config, False), (replace(config, early=True), False), (config, True)):
-            try:
-                us = protocol.time_graph([Product(hidden, w, how, into, room, alone) for w in weights], 8)
-            except Exception as error:
-                yield same | {"how": str(how), "us": None, "error": str(error)[:90]}
-                continue
-            yield same | {"how": str(how), "alone": alone, "us": round(us, 2)}
-
-
-def long_figures(columns: int, width: int, tokens: int) -> Iterator[dict]:
-    hidden = torch.randn(tokens, width, device="cuda").bfloat16()
-    weight = (torch.randn(columns, width, device="cuda") / width**0.5).bfloat16()
-    into = torch.empty(tokens, columns, dtype=BF16, device="cuda")
-    same = {"what": "long", "shape": (columns, width), "tokens": tokens}
-    for name, call in (
-        ("torch.mm", lambda: torch.mm(hidden, weight.T, out=into)),
-        *((str(c), Product(hidden, weight, c, into)) for c in LONGS),
-    ):
-        try:
-            us = protocol.time_graph([call], 12, rounds=4)
-        except Exception as error:
-            yield same | {"how": name, "us": None, "error": str(error)[:90]}
+    yield same | {"how": "weights once", "us": round(columns * width * 2 / BANDWIDTH * 1e6, 2)}
+    for config, apart in product(rows(tokens, sweep), (False, True)):
+        if apart and (config.parts == 1 or columns != 1024):
             continue
-        yield same | {"how": name, "us": round(us, 1), "tflops": round(2 * columns * width * tokens / us / 1e6)}
-
-
-def sets() -> dict[int, list]:
-    """TILINGS of whole steps, by tokens: every row beside the first of the other width."""
-    found: dict[int, list] = {}
-    for tokens in (4, 16, 64, 256):
-        wide = max(tokens, 16)
-        ones, others, made = PARTS[1024, wide], PARTS[2560, wide], []
-        pairs = [(a, others[0]) for a in ones] + [(ones[0], b) for b in others[1:]] + [(ones[1], b) for b in others[1:3]]
-        if tokens == 16:
-            pairs = [(ones[0], others[0]), (ones[1], others[1]), (ones[1], others[2])]
-        for a, b in pairs:
-            for early in (False, True):
-                made.append((f"{told(a)} | {told(b)} | early {early}", a, b, {"early": early}))
-        found[tokens] = made
-    return found
-
-
-def told(c: Tiling) -> str:
-    return f"{c.columns}x{c.tokens} d{c.depth} p{c.parts} s{c.stages} w{c.num_warps} a{c.ahead}"
-
-
-def gluon_step(which: int):
-    """Puts the prototype in the place of the product that leaves parts."""
-
-    def instead(hidden, weights, config, pdl, kv_score=None, parts=None, done=None, rounded=False):
-        key = parts.shape[2], max(16, hidden.shape[0])
-        GluonParts(hidden, weights[0] if len(weights) == 1 else stacked(weights), parts, GLUON_PARTS[key][which], pdl)()
-
-    return instead
-
-
-def stacked(weights):
-    """Main and indexer, which stand behind each other."""
-    first = weights[0]
-    return first.as_strided((sum(w.shape[0] for w in weights), first.shape[1]), first.stride())
-
-
-def whole(model, batch: int, weights) -> Iterator[dict]:
-    case = StepCase(model, batch, 4)
-    step = WholeStep(case, weights)
-    kept = [step.make_set() for _ in range(2)]
-    given = [(name, a, b, how, None) for name, a, b, how in [("apart", None, None, None), *sets()[case.tokens]]]
-    if case.tokens <= 64:
-        wide = max(16, case.tokens)
-        for which, early in ((0, False), (0, True), (1, False), (1, True)):
-            a, b = (parts(64, wide, 64, 8, 3, 4) for _ in range(2))
-            how = GLUON_PARTS[1024, wide][which], GLUON_PARTS[2560, wide][which]
-            given.append((f"gluon {how} early {early}", a, b, {"early": early}, which))
-    for name, a, b, how, which in given:
-        row = {"what": "step", "case": case.name, "how": name}
-        launch_product.project = project if which is None else gluon_step(which)
+        told = {"how": str(config), "parts": apart, "table": config == tiling(tokens, columns)}
         try:
-            if a is not None:
-                table.TILINGS = (replace(a, max_columns=1024, **how), replace(b, **how))
-            calls = [step.call("fused" if a else "apart", own) for own in kept]
-            step.check(calls[0])
-            us = protocol.time_graph(calls, rounds=2)
-            step.check(calls[0])
-            yield row | {"us": round(us, 1)}
-        except Exception as error:
-            traceback.print_exc()
-            yield row | {"us": None, "error": str(error)[:200]}
-
-
-def keys() -> list:
-    rows = dict.fromkeys([*LONGS, *(r for found in PARTS.values() for r in found)])
-    found = [
-        ProjectKey(width, config, 1, None if config.parts > 1 else FP32) for width in (7168, 4096, 1024, 256) for config in rows
-    ]
-    found += [ProjectKey(width, config, 1, BF16, True) for width in (7168,) for config in LONGS]
-    found += [
-        AddKey(count, *kind, early) for count in (4, 8) for kind in ((FP32, False), (BF16, True)) for early in (False, True)
-    ]
-    return found
-
-
-def step_keys() -> list:
-    """Of whole steps, which need them in both ways."""
-    found: list = []
-    for of in sets().values():
-        for _, a, b, how in of:
-            for config, most in ((a, 1024), (b, ANY)):
-                found += [ProjectKey(7168, replace(config, max_columns=most, **how), 1 if most == 1024 else 2, None)]
-    main, indexer = FORMATS["fp8_ds_mla"], FORMATS["indexer_fp8_vllm"]
-    for early in (False, True):
-        types = (BF16, FP32, None, FP32, True, False, False, 0, False, early)
-        found.append(step_key(kvfold.V4_HCA, main, "fold", 4, types))
-        types = (BF16, BF16, None, FP32, True, False, False, 0, False, early)
-        for bucket in BUCKETS:
-            one, other = (
-                step_key(spec, fmt, "rows", 4, types, bucket=bucket)
-                for spec, fmt in ((kvfold.V4_CSA, main), (kvfold.V4_INDEXER, indexer))
-            )
-            found.append(PairKey(one, other))
-    return list(dict.fromkeys(found))
+            us = protocol.time_graph([Product(hidden, w, config, apart) for w in weights], rounds)
+        except Exception as error:  # a row that the device has no room for
+            yield same | told | {"us": None, "error": str(error)[:80]}
+            continue
+        yield same | told | {"us": round(us, 2)}
 
 
 def main() -> None:
     parser = protocol.parser(__doc__)
-    parser.add_argument("--only", default="", help="compile, bits, time, long, step")
+    parser.add_argument("--shapes", default=",".join(f"{columns}x{width}" for columns, width in SHAPES))
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--sweep", action="store_true", help="many more rows, which takes minutes")
+    parser.add_argument("--target", default="sm_90")
     args = parser.parse_args()
-    begin = time.perf_counter()
-    if args.only.startswith("gluon-parts"):
-        columns, tokens = [*GLUON_PARTS][int(args.only[11:])]
-        hidden, weight = (torch.zeros(n, 7168, dtype=BF16, device="cuda") for n in (tokens, columns))
-        for how in GLUON_PARTS[columns, tokens]:
-            for pdl in (True, False):
-                GluonParts(hidden, weight, torch.empty(8, tokens, columns, device="cuda"), how, pdl)()
-                if tokens == 16:  # a number that 16 divides is another kernel
-                    GluonParts(hidden[:4], weight, torch.empty(8, 4, columns, device="cuda"), how, pdl)()
-        torch.cuda.synchronize()
-        return
-    if "compile" in args.only:
-        print(compile_all([*keys(), *step_keys()], "sm_90", (True,)), flush=True)
-        print(compile_all(step_keys(), "sm_90", (False,)), flush=True)
-        return
-    found: list[dict] = []
-    wanted = args.only.split(",") if args.only else ["bits", "step", "time", "long"]
-    if "bits" in wanted:
-        for columns, width in ((1024, 7168), (2560, 7168), (192, 256), (192, 1024), (1024, 4096)):
-            try:
-                found.append(show(check(columns, width)))
-            except Exception:
-                traceback.print_exc()
-        print(f"{time.perf_counter() - begin:.0f} s", flush=True)
-    if "step" in wanted:
-        weights = model_calls.projections(PRO)
-        for batch in (1, 4, 16, 64):
-            for row in whole(PRO, batch, weights):
-                found.append(show(row))
-        del weights
-        torch.cuda.empty_cache()
-        print(f"{time.perf_counter() - begin:.0f} s", flush=True)
-    if "long" in wanted:
-        for columns, width in ((1024, 7168), (2560, 7168)):
-            found += [show(row) for row in long_figures(columns, width, 16384)]
-        print(f"{time.perf_counter() - begin:.0f} s", flush=True)
-    if "time" in wanted:
-        for shape in SHAPES:
-            for tokens in (16, 64, 256):
-                found += [show(row) for row in figures(shape, tokens)]
-        print(f"{time.perf_counter() - begin:.0f} s", flush=True)
+    shapes = [tuple(int(number) for number in text.split("x")) for text in args.shapes.split(",")]
+    counts = [int(text) for text in args.tokens.split(",")]
+    configs = dict.fromkeys([*TILINGS, *(config for tokens in counts for config in rows(tokens, args.sweep))])
+    sums = [(config, kind) for config in configs for kind in (torch.float32, *[None] * (config.parts > 1))]
+    keys = [
+        ProjectKey(width, config, 1, kind) for width in dict.fromkeys(width for _, width in shapes) for config, kind in sums
+    ]
+    print(compile_all(keys, args.target, (True,)), flush=True)
+    found = []
+    for shape in shapes:
+        found.append(check(shape, counts, args.sweep))
+        print(json.dumps(found[-1]), flush=True)
+        for tokens in counts:
+            timed = sorted(figures(shape, tokens, args.sweep), key=lambda row: row["us"] or 1e9)
+            for row in timed[:12]:
+                print(json.dumps(row), flush=True)
+            found += timed
     protocol.append_rows(args.out, [protocol.environment(args.commit) | row for row in found])
 
 

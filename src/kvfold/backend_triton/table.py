@@ -168,6 +168,7 @@ class Tiling:
         parts: programs that share a tile, a part of hidden_dim each: 8, 4 or 1. Any of these gives the same bits.
         stages: of `depth` numbers that are under way at once; fewer on a GPU that has not the room.
         num_warps: per program. Any value gives the same bits.
+        group: rows of tiles, of tokens, that programs take side by side. Any value gives the same bits.
     """
 
     max_tokens: int
@@ -178,23 +179,11 @@ class Tiling:
     stages: int
     num_warps: int
     max_columns: int = ANY
-    side: int = 1
-    ahead: int = 0
-    flat: int = 0
-    group: int = 0
-    early: bool = False
-    adds: str = 'launch'  # last, reader
+    group: int = 1
 
     def tiles(self, tokens: int, columns: int) -> int:
         """Of a call, each of which `parts` programs share."""
         return -(-columns // self.columns) * -(-tokens // self.tokens)
-
-    def ahead_of(self, hidden_dim: int, chunk: int) -> int:
-        """Of the last chunk of a part, where none is short: fewer where chunks are shorter."""
-        ahead = self.ahead if self.parts > 1 and chunk * 8 == hidden_dim else 0
-        while ahead >= chunk or ahead and (chunk - ahead) % self.depth_for(chunk):
-            ahead //= 2
-        return ahead if ahead >= 64 else 0
 
     def depth_for(self, chunk: int) -> int:
         """No tile is of two chunks."""
@@ -203,11 +192,12 @@ class Tiling:
 
 # Note 0076.
 TILINGS: tuple[Tiling, ...] = (
-    Tiling(16, columns=64, tokens=16, depth=128, parts=8, stages=3, num_warps=4, max_columns=1024, ahead=512, early=True),
-    Tiling(16, columns=64, tokens=16, depth=64, parts=8, stages=3, num_warps=4, ahead=256, early=True),
-    Tiling(64, columns=64, tokens=64, depth=128, parts=8, stages=4, num_warps=4, max_columns=1024, ahead=256, early=True),
-    Tiling(64, columns=64, tokens=64, depth=64, parts=8, stages=3, num_warps=4, ahead=128, early=True),
-    Tiling(512, columns=128, tokens=64, depth=64, parts=4, stages=4, num_warps=8, early=True),
+    Tiling(16, columns=64, tokens=16, depth=128, parts=8, stages=5, num_warps=4, max_columns=1024),
+    Tiling(16, columns=64, tokens=16, depth=128, parts=8, stages=2, num_warps=4),
+    Tiling(64, columns=64, tokens=64, depth=64, parts=8, stages=6, num_warps=4, max_columns=1024),
+    Tiling(64, columns=64, tokens=64, depth=64, parts=8, stages=3, num_warps=4),
+    Tiling(512, columns=128, tokens=64, depth=64, parts=4, stages=4, num_warps=8, max_columns=1024),
+    Tiling(512, columns=64, tokens=128, depth=64, parts=4, stages=4, num_warps=8),
     Tiling(ANY, columns=128, tokens=128, depth=64, parts=1, stages=4, num_warps=8, group=8),
 )
 

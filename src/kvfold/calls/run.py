@@ -46,7 +46,7 @@ def run_compress(c: Compressor, plan: PlanData, out: Outputs, backend: str | Non
     _compress(check_compress(c, plan, out, backend), c, plan, out, pdl)
 
 
-def _compress(chosen: str, c: Compressor, plan: PlanData, out: Outputs, pdl: bool | None, *parts: object) -> None:
+def _compress(chosen: str, c: Compressor, plan: PlanData, out: Outputs, pdl: bool | None) -> None:
     if plan.batch == 0:
         return
     paged = isinstance(c.state, WindowState)
@@ -56,7 +56,7 @@ def _compress(chosen: str, c: Compressor, plan: PlanData, out: Outputs, pdl: boo
     elif paged:
         _triton().compress_window_triton(c, plan, out, pdl)
     else:
-        _triton().compress_triton(c, plan, out, pdl, *parts)
+        _triton().compress_triton(c, plan, out, pdl)
 
 
 def run_many(compressors: Sequence[Compressor], plan: PlanData, backend: str | None, pdl: bool | None) -> None:
@@ -64,16 +64,16 @@ def run_many(compressors: Sequence[Compressor], plan: PlanData, backend: str | N
     _compress_many(check_many(compressors, plan, backend), compressors, plan, pdl)
 
 
-def _compress_many(chosen: str, compressors: Sequence[Compressor], plan: PlanData, pdl: bool | None, *parts: object) -> None:
+def _compress_many(chosen: str, compressors: Sequence[Compressor], plan: PlanData, pdl: bool | None) -> None:
     if plan.batch == 0:
         return
     if chosen == "torch":
         for c in compressors:
             compress_torch(c, plan, NO_OUTPUTS)
     elif len(compressors) == 1:
-        _triton().compress_triton(compressors[0], plan, NO_OUTPUTS, pdl, *parts)
+        _triton().compress_triton(compressors[0], plan, NO_OUTPUTS, pdl)
     else:
-        _triton().compress_pair_triton((compressors[0], compressors[1]), plan, pdl, *parts)
+        _triton().compress_pair_triton((compressors[0], compressors[1]), plan, pdl)
 
 
 def run_product(p: Projection, kv_scores: Sequence[torch.Tensor], backend: str | None, pdl: bool | None) -> None:
@@ -84,13 +84,13 @@ def run_product(p: Projection, kv_scores: Sequence[torch.Tensor], backend: str |
     _product(chosen, p, kv_scores, pdl is not False)
 
 
-def _product(chosen: str, p: Projection, kv_scores: Sequence[torch.Tensor], pdl: bool, state: object = None) -> None:
+def _product(chosen: str, p: Projection, kv_scores: Sequence[torch.Tensor], pdl: bool) -> None:
     if p.hidden.shape[0] == 0:
         return
     if chosen == "torch":
         product_torch(p, kv_scores)
     else:
-        _triton_product().product_triton(p, kv_scores, pdl, state)
+        _triton_product().product_triton(p, kv_scores, pdl)
 
 
 def run_project(
@@ -99,8 +99,7 @@ def run_project(
     """`project_compress` of one, or `project_compress_many` where there are no outputs."""
     check_switch("pdl", pdl)
     chosen = check_hidden(p, backend)
-    parts = _triton_product().parts_of(p, compressors, plan) if chosen == "triton" else 0
-    made = with_room(p, compressors, parts)
+    made = with_room(p, compressors)
     kv_scores = [c.kv_score for c in made]
     check_product(p, kv_scores)
     if len(made) == 1:
@@ -108,19 +107,15 @@ def run_project(
     else:
         check_many(made, plan, backend)
     check_projected(p, compressors, plan, out)
-    if parts:
-        _triton_product().project_triton(p, made[0], plan, out, pdl)
-        return
     if chosen == "triton":
         dependent = _triton().use_pdl(pdl, plan, p.hidden.device)  # the first launch after an update is now this one
     else:
         dependent = False
-    _product(chosen, p, kv_scores, dependent, made[0].state)
-    early = (_triton_product().early_of(p, made),) if chosen == "triton" else ()
+    _product(chosen, p, kv_scores, dependent)
     if len(made) == 1:
-        _compress(chosen, made[0], plan, out, pdl, *early)
+        _compress(chosen, made[0], plan, out, pdl)
     else:
-        _compress_many(chosen, made, plan, pdl, *early)
+        _compress_many(chosen, made, plan, pdl)
 
 
 def run_store(c: Compressor, plan: PlanData, backend: str | None, pdl: bool | None) -> None:

@@ -19,13 +19,6 @@ def wait_for_inputs(PDL: tl.constexpr):
 
 
 @triton.jit
-def let_go_early(HOW: tl.constexpr):
-    """Lets the next launch begin to start before this one waits, where HOW says so."""
-    if HOW.PDL and HOW.EARLY:
-        gdc_launch_dependents()
-
-
-@triton.jit
 def load_plan(pointer):
     """A number of the plan, past the L1 cache.
 

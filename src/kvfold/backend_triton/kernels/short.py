@@ -11,7 +11,6 @@ from ..args import Live
 from .finish import emit, entry_address, slot_valid
 from .fold import empty_fold, fold_step, minus_zero, quotient, spread
 from .items import load_item
-from .parts import load_new
 from .pdl import load_plan, wait_for_inputs
 from .places import find_history, hi_home, home_back, home_before, home_of, keep_tags, load_tags, places_to_keep
 from .prefetch import prefetch_fold, prefetch_rows
@@ -51,8 +50,8 @@ def load_tokens(ats, gaps, wanted, biases, tokens, HOW: tl.constexpr):
     ks = ()
     ss = ()
     for i in tl.static_range(len(ats)):
-        ks = ks + (load_new(ats[i], tokens, wanted[i], minus_zero(), HOW).to(tl.float32),)
-        s = load_new(ats[i] + gaps[i], tokens, wanted[i], float("-inf"), HOW).to(tl.float32)
+        ks = ks + (tl.load(ats[i], mask=wanted[i], other=minus_zero()).to(tl.float32),)
+        s = tl.load(ats[i] + gaps[i], mask=wanted[i], other=float("-inf")).to(tl.float32)
         ss = ss + (s + biases[i],)
     return ks, ss
 
@@ -134,10 +133,9 @@ def pool_item(live, tokens, seq, window, home, ends, HOW: tl.constexpr, SPEC: tl
 
 
 @triton.jit
-def short_step(pid, plan, snap_table, one, part, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr):
+def short_step(pid, plan, snap_table, one, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr):
     """Work item `pid` of one compressor. All items of a sequence agree on whether it can go on.
 
-    part: where each number of kv_score is a sum of several, elements from one to the next.
     No item has more than AHEAD new tokens (state of fold rows) or rows (of input rows): all are loaded at once.
     """
     tokens, st, snaps, _scratch, cache = one
@@ -157,7 +155,7 @@ def short_step(pid, plan, snap_table, one, part, HOW: tl.constexpr, SPEC: tl.con
         stop = begin + tl.minimum(end - begin, SPEC.RATIO - begin % SPEC.RATIO)
         live = tokens.kv_score + (token - start).to(tl.int64) * tokens.stride
         apart = apart_from(tokens, token - start)
-        own = Live(tokens.kv_score, tokens.stride, tokens.count, tokens.ape, apart, tokens.skew, part)
+        own = Live(tokens.kv_score, tokens.stride, tokens.count, tokens.ape, apart, tokens.skew)
         seq = sequence_of(st, slot, start, end, SPEC)
         if SPEC.KIND == "fold":
             # The one division that homes need, before the wait; all other homes follow from it.
