@@ -255,13 +255,17 @@ COLUMNS = (
 )  # fmt: skip
 
 
-TILING_COLUMNS = ("tokens of a step", "columns of kv_score", "columns", "tokens", "depth", "parts", "stages", "warps")
+TILING_COLUMNS = ("tokens of a step", "columns of kv_score", "columns", "tokens", "depth", "parts", "stages", "warps", "group")
 
 
 def tilings_in_words() -> list[tuple[str, ...]]:
     """`TILINGS` for readers, by `TILING_COLUMNS`."""
     return [
-        (_most(t.max_tokens), _most(t.max_columns), *map(str, (t.columns, t.tokens, t.depth, t.parts, t.stages, t.num_warps)))
+        (
+            _most(t.max_tokens),
+            _most(t.max_columns),
+            *map(str, (t.columns, t.tokens, t.depth, t.parts, t.stages, t.num_warps, t.group)),
+        )
         for t in TILINGS
     ]
 

@@ -137,7 +137,7 @@ def project_kernel(
 
 @triton.jit
 def add_kernel(
-    parts_rows, parts_stride, parts_step, columns, sums_rows, sums_stride,
+    parts_rows, parts_stride, parts_step, columns, kv_score_rows, kv_score_stride, kv_score_step,
     HOW: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr
 ):  # fmt: skip
     """kv_score from its parts, a chunk or a pair of chunks each: a program for SIZE columns of a token."""
@@ -155,7 +155,8 @@ def add_kernel(
     total = tl.zeros((SIZE,), tl.float32)  # as who sums all of hidden_dim begins: no sum is -0
     for i in tl.static_range(PAIRS):
         total += found[2 * i] + found[2 * i + 1] if EACH == 2 else found[i]
-    tl.store(sums_rows + token * sums_stride + column, rounded_to(total, sums_rows.dtype.element_ty, HOW), mask=there)
+    x = rounded_to(total, kv_score_rows.dtype.element_ty, HOW)
+    tl.store(kv_score_rows + token * kv_score_stride + column, x, mask=there)
 
 
 @triton.jit
