@@ -154,7 +154,7 @@ def project_variant(key: ProjectKey) -> Variant:
 
 def add_variant(key: AddKey) -> Variant:
     arguments = types_of(args.AddArguments, kv_score=types_of(args.Sums, rows=POINTERS[key.sums])._replace(step=None))
-    return _variant("add", arguments, 4, HOW=Schedule(ROUNDED=key.rounded), PARTS=key.parts, SIZE=ADDED_AT_ONCE)
+    return _variant("project_add", arguments, 4, HOW=Schedule(ROUNDED=key.rounded), PARTS=key.parts, SIZE=ADDED_AT_ONCE)
 
 
 # By the kind of key; training adds its own (training/variants.py).
