@@ -5,20 +5,21 @@ those of `torch.mm` and of reading the weights once at 4.5 TB/s.
 
 python -m benchmarks.experiments.projection [--out FILE] [--shapes 1024x7168,2560x7168] [--tokens 4,16,64,256] [--sweep]
 
-Without `--sweep` the rows beside the table's are those of `FEW`. "parts" is a product that leaves its parts to whoever reads
-them, as short steps over fold rows do; the others have the last program of a tile add them up.
+Without `--sweep` the rows beside the table's are those of `FEW`. "alone" is a product without the launch that adds its parts.
+All layers write the same parts and kv_score, as the layers of a model may.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from copy import copy
 from itertools import product
 
 import torch
 
-from kvfold.backend_triton.keys import ProjectKey
-from kvfold.backend_triton.launch_product import project
+from kvfold.backend_triton.keys import AddKey, ProjectKey
+from kvfold.backend_triton.launch_product import add, project
 from kvfold.backend_triton.table import TILINGS, Tiling, tiling
 
 from ..lib import protocol
@@ -30,17 +31,10 @@ TOKENS = (4, 16, 64, 256)
 LONG = 8192  # tokens of a prompt
 # Columns, tokens, depth, parts, stages and warps, by the most tokens of a step that they may be best for.
 FEW: dict[int, tuple[tuple[int, ...], ...]] = {
-    16: ((64, 16, 128, 4, 2, 4), (128, 16, 64, 4, 6, 4)),
-    64: ((64, 64, 64, 4, 3, 4), (64, 64, 64, 4, 6, 8)),
-    # So many programs to a multiprocessor that all of a step's are there at once.
-    512: (
-        (64, 64, 64, 4, 2, 4), (64, 64, 64, 4, 3, 4), (64, 64, 64, 8, 3, 4), (128, 64, 64, 4, 2, 4), (64, 128, 64, 4, 2, 4),
-        (64, 128, 64, 4, 9, 8), (128, 128, 64, 8, 3, 8), (128, 128, 64, 4, 6, 8),
-    ),
-    LONG: (
-        (128, 128, 64, 1, 3, 8), (128, 128, 64, 1, 4, 8), (128, 64, 64, 1, 4, 8), (64, 128, 64, 1, 4, 8),
-        (128, 64, 64, 1, 3, 4),
-    ),
+    16: ((128, 16, 64, 4, 6, 4), (64, 8, 128, 8, 5, 4)),
+    64: ((64, 64, 128, 8, 4, 4), (64, 64, 64, 4, 6, 4), (128, 64, 64, 8, 4, 8)),
+    512: ((128, 64, 64, 4, 4, 8), (64, 128, 64, 4, 4, 8), (128, 128, 64, 8, 3, 8), (128, 128, 64, 4, 3, 8)),
+    LONG: ((128, 128, 64, 1, 6, 8), (128, 128, 128, 1, 3, 8)),
 }  # fmt: skip
 
 
@@ -70,19 +64,25 @@ def rows(tokens: int, sweep: bool) -> list[Tiling]:
 
 
 class Product:
-    """A call of the product by this row, with room for all that it makes. apart: it leaves its parts as they are."""
+    """A call of the product by this row, with room for all that it makes. alone: its parts stay as they are."""
 
-    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, config: Tiling, apart: bool = False) -> None:
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, config: Tiling, alone: bool = False) -> None:
         shape = hidden.shape[0], weight.shape[0]
-        self.given = hidden, (weight,), config, True
-        self.kv_score = None if apart else torch.empty(shape, device="cuda")
-        self.parts = self.done = None
+        self.hidden, self.weight, self.config = hidden, weight, config
+        self.kv_score, self.parts, self.alone = torch.empty(shape, device="cuda"), None, alone
         if config.parts > 1:
             self.parts = torch.empty((config.parts, *shape), device="cuda")
-            self.done = None if apart else torch.zeros(config.tiles(*shape), dtype=torch.int32, device="cuda")
 
-    def __call__(self) -> torch.Tensor | None:
-        project(*self.given, self.kv_score, self.parts, self.done)
+    def of_layer(self, weight: torch.Tensor) -> Product:
+        """The same for another weight, into the same room."""
+        found = copy(self)
+        found.weight = weight
+        return found
+
+    def __call__(self) -> torch.Tensor:
+        project(self.hidden, (self.weight,), self.kv_score if self.parts is None else self.parts, self.config, True)
+        if self.parts is not None and not self.alone:
+            add(self.parts, self.kv_score, True, False)
         return self.kv_score
 
 
@@ -98,10 +98,9 @@ def check(shape: tuple[int, int], counts: list[int], sweep: bool) -> dict:
     for tokens in (1, 3, *counts, 300, 1000):
         for config in rows(tokens, sweep) if tokens in counts else TILINGS:
             call = Product(hidden[:tokens], weight, config)
-            for _ in range(3):  # the counts of tiles are zero again
-                compared += 1
-                if not torch.equal(call().view(torch.int32), right[:tokens]):
-                    differ.append([tokens, str(config)])
+            compared += 1
+            if not torch.equal(call().view(torch.int32), right[:tokens]):
+                differ.append([tokens, str(config)])
     exact = hidden[:512].double() @ weight.double().T
     most = hidden[:512].double().abs() @ weight.double().abs().T
     error = (right[:512].view(torch.float32).double() - exact).abs()
@@ -120,12 +119,13 @@ def figures(shape: tuple[int, int], tokens: int, sweep: bool) -> Iterator[dict]:
     us = protocol.time_graph([lambda w=w: torch.mm(hidden, w.T, out=into) for w in weights], rounds)
     yield same | {"how": "torch.mm", "us": round(us, 2)}
     yield same | {"how": "weights once", "us": round(columns * width * 2 / BANDWIDTH * 1e6, 2)}
-    for config, apart in product(rows(tokens, sweep), (False, True)):
-        if apart and (config.parts == 1 or columns != 1024):
+    for config, alone in product(rows(tokens, sweep), (False, True)):
+        if alone and config.parts == 1:
             continue
-        told = {"how": str(config), "parts": apart, "table": config == tiling(tokens, columns)}
+        told = {"how": str(config), "alone": alone, "table": config == tiling(tokens, columns)}
         try:
-            us = protocol.time_graph([Product(hidden, w, config, apart) for w in weights], rounds)
+            call = Product(hidden, weights[0], config, alone)
+            us = protocol.time_graph([call.of_layer(w) for w in weights], rounds)
         except Exception as error:  # a row that the device has no room for
             yield same | told | {"us": None, "error": str(error)[:80]}
             continue
@@ -142,10 +142,9 @@ def main() -> None:
     shapes = [tuple(int(number) for number in text.split("x")) for text in args.shapes.split(",")]
     counts = [int(text) for text in args.tokens.split(",")]
     configs = dict.fromkeys([*TILINGS, *(config for tokens in counts for config in rows(tokens, args.sweep))])
-    sums = [(config, kind) for config in configs for kind in (torch.float32, *[None] * (config.parts > 1))]
-    keys = [
-        ProjectKey(width, config, 1, kind) for width in dict.fromkeys(width for _, width in shapes) for config, kind in sums
-    ]
+    widths = dict.fromkeys(width for _, width in shapes)
+    keys = [ProjectKey(width, config, 1, torch.float32) for width, config in product(widths, configs)]
+    keys += [AddKey(parts, torch.float32) for parts in (4, 8)]
     print(compile_all(keys, args.target, (True,)), flush=True)
     found = []
     for shape in shapes:

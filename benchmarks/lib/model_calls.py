@@ -122,13 +122,14 @@ class WholeStep:
         return lambda: kvfold.compress(one.kv_score, step.plan, one.state, one.cache, **given)
 
     def _fused(self, layer: Layer, own: LayerSet) -> Call:
+        # Rounded as torch.mm's, which is bf16.
         step, weight = self.steps[layer.ratio], layer.projection
         made = [
             kvfold.Compressor(None, b.state, b.cache, spec, *weights)
             for b, spec, weights in zip(own.own, step.specs, layer.compressors, strict=True)
         ]
         if len(made) == 2:
-            return lambda: kvfold.project_compress_many(self.hidden, weight, made, step.plan)
+            return lambda: kvfold.project_compress_many(self.hidden, weight, made, step.plan, round_kv_score=True)
         (one,) = made
-        given = {"spec": one.spec, **layer.compressors[0]._asdict()}
+        given = {"spec": one.spec, **layer.compressors[0]._asdict(), "round_kv_score": True}
         return lambda: kvfold.project_compress(self.hidden, weight, step.plan, one.state, one.cache, **given)

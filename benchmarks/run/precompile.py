@@ -15,6 +15,7 @@ import triton
 
 import kvfold
 from kvfold.backend_triton.keys import (
+    AddKey,
     Key,
     PairKey,
     ProjectKey,
@@ -27,7 +28,7 @@ from kvfold.backend_triton.keys import (
     store_key,
     window_key,
 )
-from kvfold.backend_triton.table import BUCKETS, MULTIPROCESSORS, TILINGS, item_bucket, pair_buckets, tiling
+from kvfold.backend_triton.table import BUCKETS, MULTIPROCESSORS, TILINGS, item_bucket, pair_buckets
 from kvfold.backend_triton.variants import variant_of
 from kvfold.precompile.combinations import TARGETS
 from kvfold.storage.fold_state import state_kind
@@ -135,16 +136,17 @@ def model_keys() -> dict[str, Key]:
 def project_keys() -> dict[str, Key]:
     """Of the calls of `project_compress` and `project_compress_many` in a step of V4, by both models' hidden_dim."""
     found: dict[str, Key] = {}
-    for width, (i, config), sums in product(HIDDEN_DIMS, enumerate(TILINGS), (FP32, None)):
-        if sums or config.parts > 1:
-            found[f"project h{width} row {i} {sums}"] = ProjectKey(width, config, 1, sums)
+    stored = ((FP32, False), (BF16, True))
+    for width, (i, config), (sums, rounded) in product(HIDDEN_DIMS, enumerate(TILINGS), stored):
+        if config.parts == 1 or not rounded:
+            for tensors in (1, 2):
+                found[f"project h{width} row {i} {sums} {tensors}"] = ProjectKey(width, config, tensors, sums, rounded)
+        if config.parts > 1:
+            found[f"project sum of {config.parts} {sums}"] = AddKey(config.parts, sums, rounded)
     main, indexer = FORMATS["fp8_ds_mla"], FORMATS["indexer_mxfp4"]
     for new, batch in product((1, 4), (1, 16, 64, 256)):
-        parts = tiling(new * batch, kvfold.V4_HCA.kv_score_width).parts
         types = (FP32, FP32, None, FP32, True)
-        found[f"project r128 b{batch} n{new}"] = step_key(
-            kvfold.V4_HCA, main, "fold", new, (*types, False, False, parts, False) if parts > 1 else types
-        )
+        found[f"project r128 b{batch} n{new}"] = step_key(kvfold.V4_HCA, main, "fold", new, types)
         bucket = item_bucket(2 * batch, MULTIPROCESSORS, pair_buckets({"rows"}))
         found[f"project r4 b{batch} n{new}"] = PairKey(
             step_key(kvfold.V4_CSA, main, "rows", new, types, bucket=bucket),

@@ -184,23 +184,12 @@ class Weights(NamedTuple):
     gap_3: Stride = None
 
 
-class Parts(NamedTuple):
-    """Where programs that share a tile of a projection leave their parts: rows `stride` elements apart, parts `step` apart.
-
-    done: of each tile, how many have; None where whoever reads kv_score adds them up.
-    """
-
-    rows: Floats = None
-    stride: Stride = None
-    step: Stride = None
-    done: Ints = None
-
-
 class Sums(NamedTuple):
-    """Where a projection goes: rows of `kv_score`, `stride` elements apart; None where it stays in parts."""
+    """Where a projection goes: rows of kv_score, `stride` elements apart, or of parts of it, `step` apart from each other."""
 
     rows: Floats = None
-    stride: Stride = None
+    stride: Stride = 0
+    step: Stride = None
 
 
 class ProjectArguments(NamedTuple):
@@ -208,8 +197,15 @@ class ProjectArguments(NamedTuple):
 
     hidden: Hidden
     weights: Weights
-    parts: Parts
     sums: Sums
+
+
+class AddArguments(NamedTuple):
+    """Of the sum of a projection's parts."""
+
+    parts: Sums
+    columns: Int
+    kv_score: Sums
 
 
 class WindowArguments(NamedTuple):
@@ -380,13 +376,12 @@ class Schedule:
     """How the work is cut: of a row of the table (`table.Config`), which says what each means.
 
     SLICE: channels of a program's part of an entry. PDL: launched as a dependent of the launch before it. MULTIPROCESSORS: of
-    the GPU. PARTS: of which each new number is a sum, 0 where it is one; ROUNDED: to bf16 then.
+    the GPU. ROUNDED: whether a projection is, to bf16 in any dtype.
     """
 
     AHEAD: int = 0
     TOGETHER: int = 0
     SLICE: int = 0
-    PARTS: int = 0
     ROUNDED: bool = False
     PDL: bool = False
     MULTIPROCESSORS: int = MULTIPROCESSORS
@@ -398,7 +393,8 @@ class Product:
     """How a projection is cut, of a row of its table (`table.Tiling`), and the order of its sums.
 
     HIDDEN_DIM: numbers of a hidden state. CHUNK: that one chain of instructions sums. COLUMNS, TOKENS, DEPTH: of a tile.
-    PARTS: programs that share a tile, a part of hidden_dim to each. STAGES: tiles under way at once.
+    PARTS: programs that share a tile, a part of hidden_dim to each. STAGES: tiles under way at once. GROUP: rows
+    of tiles that programs take side by side.
     """
 
     HIDDEN_DIM: int
@@ -408,6 +404,7 @@ class Product:
     DEPTH: int
     PARTS: int
     STAGES: int
+    GROUP: int
 
 
 class Sequence(NamedTuple):
@@ -443,10 +440,7 @@ class Tags(NamedTuple):
 
 
 class Live(NamedTuple):
-    """The tokens of a work item: `Tokens`, counted from its position 0.
-
-    part: where each number of kv_score is a sum of several, elements from one to the next (kernels/parts.py).
-    """
+    """The tokens of a work item: `Tokens`, counted from its position 0."""
 
     kv_score: object
     stride: object
@@ -454,7 +448,6 @@ class Live(NamedTuple):
     ape: object
     apart: object
     skew: object
-    part: object
 
 
 class Kept(NamedTuple):

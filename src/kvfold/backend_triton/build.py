@@ -27,6 +27,7 @@ KERNELS = {
     "plan": plan.plan_kernel,
     "restore": restore.restore_kernel,
     "project": project.project_kernel,
+    "project_add": project.add_kernel,
 }
 INTERPRETED = not isinstance(entry.step_kernel, JITFunction)
 

@@ -7,7 +7,6 @@ equal: they differ in length, in types, or in the kind of the table's row.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ from .table import ANY, BUCKETS, Config, Tiling, choose, pair_buckets, tilings
 class Types(NamedTuple):
     """Dtypes of a call's tensors, None for those that it has not; whether its plan has entry slots, and it latents.
 
-    apart: values and scores are two tensors. parts: of which each number of them is a sum, 0 for none; rounded: to bf16 then.
+    apart: values and scores are two tensors.
     """
 
     kv_score: torch.dtype
@@ -32,19 +31,6 @@ class Types(NamedTuple):
     entry_slots: bool
     latent: bool = False
     apart: bool = False
-    parts: int = 0
-    rounded: bool = False
-
-
-class Parts(NamedTuple):
-    """How kv_score is in parts, if it is: how many, whether their sum is rounded, and elements from one to the next."""
-
-    count: int = 0
-    rounded: bool = False
-    step: int | None = None
-
-
-WHOLE = Parts()
 
 
 class StepKey(NamedTuple):
@@ -117,17 +103,25 @@ class PlanKey(NamedTuple):
 class ProjectKey(NamedTuple):
     """Of a projection. tensors: that weights are in, 1, 2 or 4.
 
-    sums: the dtype of kv_score, None where it stays in parts; rounded: to bf16 in any dtype.
+    sums: the dtype of kv_score, or of its parts where it has several; rounded: to bf16 in any dtype.
     """
 
     hidden_dim: int
     config: Tiling
     tensors: int
-    sums: torch.dtype | None
+    sums: torch.dtype
     rounded: bool = False
 
 
-Key = StepKey | PairKey | WindowKey | StoreKey | RestoreKey | PlanKey | ProjectKey
+class AddKey(NamedTuple):
+    """Of the sum of a projection's parts. sums, rounded: as of `ProjectKey`."""
+
+    parts: int
+    sums: torch.dtype
+    rounded: bool = False
+
+
+Key = StepKey | PairKey | WindowKey | StoreKey | RestoreKey | PlanKey | ProjectKey | AddKey
 
 
 def step_key(
@@ -144,12 +138,6 @@ def step_key(
     # Snapshots take the row for many windows, which has whole rows. No item of fold rows is longer than a window.
     bound = max_new_tokens if kind == "rows" else min(max_new_tokens, spec.ratio)
     return StepKey(spec, fmt, choose(kind, spec, bound, ANY if snapshots else bucket), Types(*types), snapshots)
-
-
-@lru_cache(maxsize=256)
-def is_short(kind: str, spec: CompressorSpec, max_new_tokens: int) -> bool:
-    """Whether calls over a state of this kind have a program for each work item."""
-    return step_key(spec, None, kind, max_new_tokens, (None,) * 5).config.programs == 0
 
 
 def window_key(
@@ -286,31 +274,15 @@ def window_keys(
 
 
 def project_keys(
-    columns: int, hidden_dims: Iterable[int], rounds: Iterable[bool], tensors: tuple[int, ...], parted: bool = False
-) -> Iterator[ProjectKey]:
-    """Of kv_score of so many columns. rounds: whether it is rounded to bf16. tensors: as of `ProjectKey`.
-
-    parted: calls may leave it in parts.
-    """
-    for width, config, count in product(hidden_dims, tilings(columns), tensors):
-        if parted and config.parts > 1:
-            yield ProjectKey(width, config, count, None)
-        for rounded in rounds:
-            yield ProjectKey(width, config, count, torch.float32, rounded)
-            if rounded:
-                yield ProjectKey(width, config, count, torch.bfloat16, rounded)
-
-
-def parted_keys(
-    spec: CompressorSpec, fmt: RecordFormat | None, w: Wanted, rows: torch.dtype | None, rounds: Iterable[bool]
-) -> Iterator[StepKey]:
-    """Of short steps over fold rows, whose calls add up the parts of a projection."""
-    parts = {config.parts for config in tilings(spec.kv_score_width)} - {1}
-    if kind_of(spec) != "fold":
-        return
-    for key in step_keys(spec, fmt, w._replace(dtypes=(torch.float32,), apart=(False,)), rows):
-        for count, rounded in product(sorted(parts), () if key.config.programs else rounds):
-            yield key._replace(types=key.types._replace(parts=count, rounded=rounded))
+    columns: int, hidden_dims: Iterable[int], rounds: Iterable[bool], tensors: tuple[int, ...]
+) -> Iterator[ProjectKey | AddKey]:
+    """Of kv_score of so many columns. rounds: whether it is rounded to bf16. tensors: as of `ProjectKey`."""
+    stored = [(torch.float32, rounded) for rounded in rounds] + [(torch.bfloat16, True) for rounded in rounds if rounded]
+    for width, config in product(hidden_dims, tilings(columns)):
+        if config.parts > 1:
+            yield from (AddKey(config.parts, *kind) for kind in stored)
+        kinds = stored if config.parts == 1 else [(torch.float32, False)]
+        yield from (ProjectKey(width, config, count, *kind) for count, kind in product(tensors, kinds))
 
 
 def restore_keys(spec: CompressorSpec, w: Wanted) -> Iterator[RestoreKey]:

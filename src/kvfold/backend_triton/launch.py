@@ -29,9 +29,7 @@ from .build import INTERPRETED, KERNELS
 from .kernels.plan_items import SEQUENCES
 from .kernels.plan_metadata import ENTRIES, TABLE, TOKENS
 from .keys import (
-    WHOLE,
     PairKey,
-    Parts,
     RestoreKey,
     Types,
     kind_of,
@@ -48,7 +46,7 @@ from .variants import draws_items, slices_of
 # What every call brings of itself, in order: how the names of such parameters of a kernel end.
 _BROUGHT = (
     "plan_entry_capacity", "pooled", "tokens_kv_score", "tokens_stride", "tokens_count", "tokens_apart", "tokens_skew",
-    "scratch_workspace", "scratch_arrivals", "output_rows", "output_latent", "part",
+    "scratch_workspace", "scratch_arrivals", "output_rows", "output_latent",
 )  # fmt: skip
 _BROUGHT_PLACED = ("plan_errors", "places_slots", "places_positions", "pooled", "pooled_stride")  # `store` without a plan
 _NO_CACHE = (None,) * len(args.Output._fields)
@@ -93,24 +91,22 @@ class Prepared:
         self.chosen.launcher(grid, values, bits, pdl)
 
 
-def compress_triton(c: Compressor, plan: PlanData, out: Outputs, pdl: bool | None, parts: Parts = WHOLE) -> None:
+def compress_triton(c: Compressor, plan: PlanData, out: Outputs, pdl: bool | None) -> None:
     """`compress` but over a `WindowState`, after its arguments were checked: one launch on the current stream."""
     if plan.item_capacity == 0:
         return
     met, value = owner_of(c, plan)._layer.plans[id(plan)], c.value
     grid, bucket = _count(met, plan, value.shape[0])
-    asked, call = (bucket, value.dtype, c.score is None, *_out_types(out), *parts[:2]), met.prepared
+    asked, call = (bucket, value.dtype, c.score is None, *_out_types(out)), met.prepared
     if call is None or call.asked != asked:
-        wanted = _step_wanted(c, plan, out, bucket, parts)
+        wanted = _step_wanted(c, plan, out, bucket)
         chosen = _choose_step(wanted, c.device) if c.state is None else _choose(c.state, wanted, _choose_step)
-        groups = _plan(plan), _snap_table(plan, c), _compressor(c, out), None
+        groups = _plan(plan), _snap_table(plan, c), _compressor(c, out)
         call = met.prepared = _prepare("step", asked, chosen, groups)
     chosen = call.chosen
     brought, strides = _brought(c, plan, out, chosen.slices, chosen.draws[0])
-    brought = plan.room(*out), *brought, parts.step
-    call.launch(
-        min(grid * chosen.slices, chosen.programs), brought, strides | (parts.step or 0), use_pdl(pdl, plan, met.device)
-    )
+    brought = plan.room(*out), *brought
+    call.launch(min(grid * chosen.slices, chosen.programs), brought, strides, use_pdl(pdl, plan, met.device))
 
 
 def compress_pair_triton(pair: tuple[Compressor, Compressor], plan: PlanData, pdl: bool | None) -> None:
@@ -338,10 +334,9 @@ def _choose_window(wanted: tuple, device: torch.device) -> Chosen:
     return Chosen(wanted, launcher_of(key, device), most, slices=slices_of(key.spec, key.config))
 
 
-def _step_wanted(c: Compressor, plan: PlanData, out: Outputs, bucket: float, parts: Parts = WHOLE) -> tuple:
+def _step_wanted(c: Compressor, plan: PlanData, out: Outputs, bucket: float) -> tuple:
     """Arguments of `step_key`."""
     types = _types(c, None if c.state is None else c.state.rows.dtype, plan, out)
-    types = types._replace(parts=parts.count, rounded=parts.rounded)
     kind = kind_of(c.spec) if c.state is None else c.state.kind
     return c.spec, _format(c), kind, plan.max_new_tokens, types, _keeps(c.snapshots), bucket
 

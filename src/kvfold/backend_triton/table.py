@@ -170,6 +170,7 @@ class Tiling:
         parts: programs that share a tile, a part of hidden_dim each: 8, 4 or 1. Any of these gives the same bits.
         stages: of `depth` numbers that are under way at once; fewer on a GPU that has not the room.
         num_warps: per program. Any value gives the same bits.
+        group: rows of tiles, of tokens, that programs take side by side. Any value gives the same bits.
     """
 
     max_tokens: int
@@ -180,6 +181,7 @@ class Tiling:
     stages: int
     num_warps: int
     max_columns: int = ANY
+    group: int = 1
 
     def tiles(self, tokens: int, columns: int) -> int:
         """Of a call, each of which `parts` programs share."""
@@ -194,10 +196,11 @@ class Tiling:
 TILINGS: tuple[Tiling, ...] = (
     Tiling(16, columns=64, tokens=16, depth=128, parts=8, stages=5, num_warps=4, max_columns=1024),
     Tiling(16, columns=64, tokens=16, depth=128, parts=8, stages=2, num_warps=4),
-    Tiling(64, columns=64, tokens=64, depth=128, parts=8, stages=4, num_warps=4, max_columns=1024),
+    Tiling(64, columns=64, tokens=64, depth=64, parts=8, stages=6, num_warps=4, max_columns=1024),
     Tiling(64, columns=64, tokens=64, depth=64, parts=8, stages=3, num_warps=4),
-    Tiling(512, columns=128, tokens=64, depth=64, parts=4, stages=4, num_warps=8),
-    Tiling(ANY, columns=128, tokens=128, depth=64, parts=1, stages=6, num_warps=8),
+    Tiling(512, columns=128, tokens=64, depth=64, parts=4, stages=4, num_warps=8, max_columns=1024),
+    Tiling(512, columns=64, tokens=128, depth=64, parts=4, stages=4, num_warps=8),
+    Tiling(ANY, columns=128, tokens=128, depth=64, parts=1, stages=4, num_warps=8, group=8),
 )
 
 
@@ -254,13 +257,17 @@ COLUMNS = (
 )  # fmt: skip
 
 
-TILING_COLUMNS = ("tokens of a step", "columns of kv_score", "columns", "tokens", "depth", "parts", "stages", "warps")
+TILING_COLUMNS = ("tokens of a step", "columns of kv_score", "columns", "tokens", "depth", "parts", "stages", "warps", "group")
 
 
 def tilings_in_words() -> list[tuple[str, ...]]:
     """`TILINGS` for readers, by `TILING_COLUMNS`."""
     return [
-        (_most(t.max_tokens), _most(t.max_columns), *map(str, (t.columns, t.tokens, t.depth, t.parts, t.stages, t.num_warps)))
+        (
+            _most(t.max_tokens),
+            _most(t.max_columns),
+            *map(str, (t.columns, t.tokens, t.depth, t.parts, t.stages, t.num_warps, t.group)),
+        )
         for t in TILINGS
     ]
 

@@ -18,10 +18,11 @@ from .build import Variant
 from .kernels.plan import NUM_WARPS, SCAN
 from .kernels.plan_items import SEQUENCES
 from .kernels.plan_metadata import SCAN_METADATA, WARPS_METADATA
-from .keys import Key, PairKey, PlanKey, ProjectKey, RestoreKey, StepKey, StoreKey, Types, WindowKey
+from .keys import AddKey, Key, PairKey, PlanKey, ProjectKey, RestoreKey, StepKey, StoreKey, Types, WindowKey
 from .table import MULTIPROCESSORS, Config
 
 INDICES = {torch.int32: LOOSE + "*i32", torch.int64: LOOSE + "*i64", None: None}
+ADDED_AT_ONCE = 512  # numbers of kv_score whose parts a program adds up
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", None: None}
 
 
@@ -31,8 +32,7 @@ def variant_of(key: Key, aligned: bool, pdl: bool, multiprocessors: int = MULTIP
 
 def step_variant(key: StepKey) -> Variant:
     slices = slices_of(key.spec, key.config)
-    part = args.STRIDE if key.types.parts else None
-    arguments = _plan(key.types), _snap_table(key.snapshots), _compressor(key, slices), part
+    arguments = _plan(key.types), _snap_table(key.snapshots), _compressor(key, slices)
     return _variant("step", arguments, key.config.num_warps, key.config.registers, **_constants(key, slices))
 
 
@@ -140,18 +140,21 @@ def plan_variant(key: PlanKey) -> Variant:
 def project_variant(key: ProjectKey) -> Variant:
     config, chunk = key.config, chunk_of_hidden(key.hidden_dim)
     absent = ["cut_1", "gap_1"] * (key.tensors < 2) + ["cut_2", "gap_2", "cut_3", "gap_3"] * (key.tensors < 4)
-    parts = args.Parts() if config.parts == 1 else types_of(args.Parts)
+    sums = types_of(args.Sums, rows=POINTERS[key.sums])
     arguments = args.ProjectArguments(
         types_of(args.Hidden),
         types_of(args.Weights)._replace(**dict.fromkeys(absent)),
-        parts if key.sums else parts._replace(done=None),
-        types_of(args.Sums, rows=POINTERS[key.sums]) if key.sums else args.Sums(),
+        sums if config.parts > 1 else sums._replace(step=None),
     )
     depth = config.depth_for(chunk)
-    made = Product(
-        key.hidden_dim, chunk, config.columns, config.tokens, depth, config.parts, config.stages * (config.depth // depth)
-    )
+    stages = config.stages * (config.depth // depth)
+    made = Product(key.hidden_dim, chunk, config.columns, config.tokens, depth, config.parts, stages, config.group)
     return _variant("project", arguments, config.num_warps, HOW=Schedule(ROUNDED=key.rounded), P=made)
+
+
+def add_variant(key: AddKey) -> Variant:
+    arguments = types_of(args.AddArguments, kv_score=types_of(args.Sums, rows=POINTERS[key.sums])._replace(step=None))
+    return _variant("project_add", arguments, 4, HOW=Schedule(ROUNDED=key.rounded), PARTS=key.parts, SIZE=ADDED_AT_ONCE)
 
 
 # By the kind of key; training adds its own (training/variants.py).
@@ -163,6 +166,7 @@ VARIANTS: dict[type, Callable[[Any], Variant]] = {
     RestoreKey: restore_variant,
     PlanKey: plan_variant,
     ProjectKey: project_variant,
+    AddKey: add_variant,
 }
 
 
@@ -229,7 +233,7 @@ def _constants(key: StepKey, slices: int) -> dict[str, object]:
     ahead = config.ahead if kind in ("fold", "mean") else min(config.ahead, spec.window_rows)
     together = config.together if kind == "fold" or draws_items(spec, config) else 1
     return {
-        "HOW": Schedule(ahead, together if config.programs else 0, spec.head_dim // slices, key.types.parts, key.types.rounded),
+        "HOW": Schedule(ahead, together if config.programs else 0, spec.head_dim // slices),
         "SPEC": replace(spec_of(spec), OVERLAP=int(spec.overlap), KIND=kind),
         "FMT": format_of(key.fmt, spec),
     }

@@ -115,14 +115,13 @@ def _check_kv_score(name: str, x: torch.Tensor, p: Projection) -> None:
         raise ValueError(f"{name} must have rows apart from each other, as they are written, got strides {tuple(x.stride())}")
 
 
-def with_room(p: Projection, compressors: Sequence[Compressor], parts: int = 0) -> list[Compressor]:
-    """The compressors with a kv_score: the caller's, or one of their own; of that the first of so many `parts`, in fp32."""
+def with_room(p: Projection, compressors: Sequence[Compressor]) -> list[Compressor]:
+    """The compressors with a kv_score: the caller's, or one of their own."""
     widths = [c.spec.kv_score_width for c in compressors]
     columns = sum(width for width, c in zip(widths, compressors, strict=True) if c.kv_score is None)
     own = None
     if columns:
-        count, dtype = p.hidden.shape[0], torch.float32 if parts else p.sums_in
-        own = torch.empty((max(parts, 1), count, columns), dtype=dtype, device=p.hidden.device)[0]
+        own = torch.empty((p.hidden.shape[0], columns), dtype=p.sums_in, device=p.hidden.device)
     made, at = [], 0
     for i, (width, c) in enumerate(zip(widths, compressors, strict=True)):
         name = _name("kv_score", i, compressors)

@@ -84,13 +84,13 @@ def run_product(p: Projection, kv_scores: Sequence[torch.Tensor], backend: str |
     _product(chosen, p, kv_scores, pdl is not False)
 
 
-def _product(chosen: str, p: Projection, kv_scores: Sequence[torch.Tensor], pdl: bool, state: object = None) -> None:
+def _product(chosen: str, p: Projection, kv_scores: Sequence[torch.Tensor], pdl: bool) -> None:
     if p.hidden.shape[0] == 0:
         return
     if chosen == "torch":
         product_torch(p, kv_scores)
     else:
-        _triton_product().product_triton(p, kv_scores, pdl, state)
+        _triton_product().product_triton(p, kv_scores, pdl)
 
 
 def run_project(
@@ -99,8 +99,7 @@ def run_project(
     """`project_compress` of one, or `project_compress_many` where there are no outputs."""
     check_switch("pdl", pdl)
     chosen = check_hidden(p, backend)
-    parts = _triton_product().parts_of(p, compressors, plan) if chosen == "triton" else 0
-    made = with_room(p, compressors, parts)
+    made = with_room(p, compressors)
     kv_scores = [c.kv_score for c in made]
     check_product(p, kv_scores)
     if len(made) == 1:
@@ -108,14 +107,11 @@ def run_project(
     else:
         check_many(made, plan, backend)
     check_projected(p, compressors, plan, out)
-    if parts:
-        _triton_product().project_triton(p, made[0], plan, out, pdl)
-        return
     if chosen == "triton":
         dependent = _triton().use_pdl(pdl, plan, p.hidden.device)  # the first launch after an update is now this one
     else:
         dependent = False
-    _product(chosen, p, kv_scores, dependent, made[0].state)
+    _product(chosen, p, kv_scores, dependent)
     if len(made) == 1:
         _compress(chosen, made[0], plan, out, pdl)
     else:

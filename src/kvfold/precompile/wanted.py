@@ -73,12 +73,10 @@ def keys_of(calls: dict[str, Any]) -> tuple[list[Key], Callable[[Key], bool]]:
             found += keys.step_keys(spec, fmt, w, some) if "fold" in states or not spec.gate else ()
             found += keys.mean_keys(spec, fmt, w, some) if "mean" in states else ()
             found += keys.window_keys(spec, fmt, w, some, pages) if "window" in states and spec.gate else ()
-            found += keys.parted_keys(spec, fmt, w, some, rounded) if hidden_dims and "fold" in states else ()
     for spec, fmt, second, some in stored:
         found += keys.store_keys(spec, fmt, w, some, second)
     for spec in specs:
-        parted = "fold" in states and keys.kind_of(spec) == "fold"
-        found += keys.project_keys(spec.kv_score_width, hidden_dims, rounded, (1, 2) if spec.gate else (1,), parted)
+        found += keys.project_keys(spec.kv_score_width, hidden_dims, rounded, (1, 2) if spec.gate else (1,))
     for pair in pairs:
         found += keys.pair_keys(pair, w)
         found += keys.project_keys(sum(spec.kv_score_width for spec, _ in pair), hidden_dims, rounded, (2, 4))

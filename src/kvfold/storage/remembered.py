@@ -107,7 +107,6 @@ class RememberingState(Checked):
     """A state, over which calls of one layer are made again and again."""
 
     _workspaces: list  # scratch of the kernels, made once and kept for the next call: backend_triton/launch.py
-    _counts: list  # the same, of a projection: backend_triton/launch_product.py
     _recorded: list  # the same for calls that made theirs while they were recorded in a CUDA graph
     _chosen: tuple | None = None  # the kernel of the last call: backend_triton/launch.py
     _layer: Layer | None = None  # what the last call got with this state
@@ -119,7 +118,7 @@ class RememberingState(Checked):
 
     def _forget(self) -> None:
         """Sets everything remembered to what it is before the first call."""
-        self._workspaces, self._counts, self._recorded = [], [], []
+        self._workspaces, self._recorded = [], []
         self._forget_calls()
 
     def _forget_calls(self) -> None:

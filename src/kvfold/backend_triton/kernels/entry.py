@@ -15,7 +15,7 @@ from .short import count_overflow, short_step, ungated_step
 
 
 @triton.jit
-def run_step(pid, programs, plan, snap_table, one, part, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr):
+def run_step(pid, programs, plan, snap_table, one, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr):
     """Program `pid` of the `programs` of one compressor.
 
     TOGETHER: 0 for a short step, a program for each work item; otherwise how many windows a program folds side by side.
@@ -26,7 +26,7 @@ def run_step(pid, programs, plan, snap_table, one, part, HOW: tl.constexpr, SPEC
         elif SPEC.KIND == "mean":
             short_mean_step(pid, plan, one, HOW, SPEC, FMT)
         else:
-            short_step(pid, plan, snap_table, one, part, HOW, SPEC, FMT)
+            short_step(pid, plan, snap_table, one, HOW, SPEC, FMT)
         if pid == programs - 1:
             count_overflow(plan, programs, SPEC.RATIO)
     elif SPEC.KIND == "fold":
@@ -48,7 +48,7 @@ def step_kernel(
     snapshots_rows, snapshots_tags, snapshots_count, snapshots_stride, snapshots_pitch,
     scratch_workspace, scratch_arrivals,
     output_rows, output_latent, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride,
-    output_scales, output_scales_stride, output_rows_per_page, output_num_slots, output_scale, part,
+    output_scales, output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
     HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
     """`compress` over a `FoldState` or a `MeanState`, or without a state."""
@@ -64,7 +64,7 @@ def step_kernel(
             output_scales, output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
         ),
     )  # fmt: skip
-    run_step(tl.program_id(0), tl.num_programs(0), plan, snap_table, one, part, HOW, SPEC, FMT)
+    run_step(tl.program_id(0), tl.num_programs(0), plan, snap_table, one, HOW, SPEC, FMT)
 
 
 @triton.jit
@@ -134,9 +134,9 @@ def pair_kernel(
     half = tl.num_programs(0) // 2
     pid = tl.program_id(0)
     if pid < half:
-        run_step(pid, half, plan, snap_table, first, None, HOW_0, SPEC_0, FMT_0)
+        run_step(pid, half, plan, snap_table, first, HOW_0, SPEC_0, FMT_0)
     else:
-        run_step(pid - half, half, plan, snap_table, second, None, HOW_1, SPEC_1, FMT_1)
+        run_step(pid - half, half, plan, snap_table, second, HOW_1, SPEC_1, FMT_1)
 
 
 @triton.jit

@@ -106,7 +106,7 @@ def short_mean_step(pid, plan, one, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: 
             prefetch_mean(live, own, row, begin, upto, resumes, SPEC, HOW.AHEAD)
         wait_for_inputs(HOW.PDL)
         m, l, a = load_mean(row, resumes, SPEC)
-        ks, ss = load_tokens(ats, gaps, theres, biases, own, HOW)
+        ks, ss = load_tokens(ats, gaps, theres, biases)
         m, l, a = fold_new(m, l, a, ks, ss, begin, begin, stop, row, st, start, end, SPEC, HOW.AHEAD)
         y = quotient(a, l, HOW.TARGET.FAST_DIVISION)
         if HOW.AHEAD > 1 and chains:

@@ -46,8 +46,7 @@ def prefetch_fold(live, tokens, seq, last, begin, stop, resumes, HOW: tl.constex
     first = seq.tags.to(tl.int64, bitcast=True)
     e = tl.arange(0, 2)
     prefetch_lines(first + e * (seq.ring * 4), e >= 0)
-    if HOW.PARTS == 0:  # parts are in L2 as the launch before leaves them
-        prefetch_tokens(live, tokens, begin, stop, HOW.AHEAD, SPEC.HEAD_DIM)
+    prefetch_tokens(live, tokens, begin, stop, HOW.AHEAD, SPEC.HEAD_DIM)
 
 
 @triton.jit

@@ -4,18 +4,21 @@ hidden_dim is cut into 8 chunks. A chunk is summed by one chain of matrix instru
 in pairs, and the pairs in order (contract.py). Columns are the rows of these instructions and tokens their columns, so that
 one instruction serves one token and many; which tile a token is in changes nothing of what is added to what.
 
-Programs that share a tile leave their parts of it in memory. The last one that has adds them up, unless whoever reads
-kv_score does (parts.py).
+Programs that share a tile leave their parts of it in memory, and a launch of its own adds them up: over the whole GPU, where
+the last program of a tile would do so alone (note 0076).
 """
 
 import triton
 import triton.language as tl
 
-from ..args import Hidden, Parts, Sums, Weights
-from .parts import CHUNKS, PAIRS, rounded_to, sum_parts
+from ... import contract
+from ..args import Hidden, Sums, Weights
 from .pdl import wait_for_inputs
+from .record import bf16_bits, bf16_value
 
-SUMMED = tl.constexpr(16)  # tokens of a tile whose parts are added up at once: those of more would take too many registers
+CHUNKS = tl.constexpr(contract.CHUNKS_OF_HIDDEN)
+PAIRS = tl.constexpr(contract.CHUNKS_OF_HIDDEN // 2)
+STEP = tl.constexpr(contract.HIDDEN_STEP)
 
 
 @triton.jit
@@ -31,41 +34,72 @@ def weight_rows(weights, column, HIDDEN_DIM: tl.constexpr):
 
 
 @triton.jit
-def product(w_at, x_at, k, acc, HOW: tl.constexpr, P: tl.constexpr):
-    """Adds DEPTH numbers of hidden states, from `k` on, times their weights to `acc`, `[COLUMNS, TOKENS]`."""
-    d = k + tl.arange(0, P.DEPTH)
+def added(a, b):
+    """a + b of two sums of products. Written as `+`, Triton may let the instructions of `a` begin from `b` and not from 0."""
+    return tl.fma(a, tl.full(a.shape, 1.0, tl.float32), b)
+
+
+@triton.jit
+def tiles_at(w_at, x_at, there, k, DEPTH: tl.constexpr, P: tl.constexpr):
+    """DEPTH numbers from `k` on of weights and of hidden states, a row for each column and each token that is `there`."""
+    d = k + tl.arange(0, DEPTH)
     if P.CHUNK * CHUNKS == P.HIDDEN_DIM:
         w = tl.load(w_at[:, None] + d[None, :])
-        x = tl.load(x_at[:, None] + d[None, :])
+        x = tl.load(x_at[:, None] + d[None, :], mask=there[:, None], other=0.0)
     else:
-        w = tl.load(w_at[:, None] + d[None, :], mask=d[None, :] < P.HIDDEN_DIM, other=0.0)
-        x = tl.load(x_at[:, None] + d[None, :], mask=d[None, :] < P.HIDDEN_DIM, other=0.0)
+        inside = (d < P.HIDDEN_DIM)[None, :]
+        w = tl.load(w_at[:, None] + d[None, :], mask=inside, other=0.0)
+        x = tl.load(x_at[:, None] + d[None, :], mask=there[:, None] & inside, other=0.0)
+    return w, x
+
+
+@triton.jit
+def product(w_at, x_at, there, k, acc, HOW: tl.constexpr, P: tl.constexpr):
+    """Adds DEPTH numbers of hidden states, from `k` on, times their weights to `acc`, `[COLUMNS, TOKENS]`."""
     if HOW.TARGET.BF16_PRODUCTS:
+        w, x = tiles_at(w_at, x_at, there, k, P.DEPTH, P)
         acc = tl.dot(w, tl.trans(x), acc)
     else:
-        # The interpreter's own product has another order of sums for every shape.
-        acc += tl.sum(w.to(tl.float32)[:, None, :] * x.to(tl.float32)[None, :, :], axis=2)
+        # The interpreter's own product has another order of sums for every shape; this one has the same for every depth.
+        for i in tl.static_range(0, P.DEPTH, STEP):
+            w, x = tiles_at(w_at, x_at, there, k + i, STEP, P)
+            acc += tl.sum(w.to(tl.float32)[:, None, :] * x.to(tl.float32)[None, :, :], axis=2)
     return acc
 
 
 @triton.jit
-def chunk_of(w_at, x_at, chunk, HOW: tl.constexpr, P: tl.constexpr):
+def chunk_of(w_at, x_at, there, chunk, HOW: tl.constexpr, P: tl.constexpr):
     """The sums of a chunk of hidden_dim. A loop of its own, so that an instruction need not wait for the one before it."""
     TILES: tl.constexpr = P.CHUNK // P.DEPTH
     ROOM: tl.constexpr = HOW.TARGET.SHARED_BYTES // ((P.COLUMNS + P.TOKENS) * P.DEPTH * 2)  # for tiles under way
     STAGES: tl.constexpr = P.STAGES if P.STAGES < ROOM else ROOM
     acc = tl.zeros((P.COLUMNS, P.TOKENS), tl.float32)
     for i in tl.range(0, TILES, num_stages=STAGES):
-        acc = product(w_at, x_at, chunk * P.CHUNK + i * P.DEPTH, acc, HOW, P)
+        acc = product(w_at, x_at, there, chunk * P.CHUNK + i * P.DEPTH, acc, HOW, P)
     return acc
+
+
+@triton.jit
+def pair_of(w_at, x_at, there, pair, HOW: tl.constexpr, P: tl.constexpr):
+    """The sums of two chunks."""
+    first = chunk_of(w_at, x_at, there, 2 * pair, HOW, P)
+    return added(chunk_of(w_at, x_at, there, 2 * pair + 1, HOW, P), first)
+
+
+@triton.jit
+def place_of(tile, across, along, P: tl.constexpr):
+    """Which columns and tokens a tile has: GROUP rows of tiles at a time, so that what is on the GPU at once shares more."""
+    group = tile // (P.GROUP * across)
+    height = tl.minimum(along - group * P.GROUP, P.GROUP)
+    within = tile % (P.GROUP * across)
+    return within // height * P.COLUMNS, (group * P.GROUP + within % height) * P.TOKENS
 
 
 @triton.jit
 def project_kernel(
     hidden_rows, hidden_stride, hidden_count,
     weights_rows, weights_columns, weights_cut_1, weights_gap_1, weights_cut_2, weights_gap_2, weights_cut_3, weights_gap_3,
-    parts_rows, parts_stride, parts_step, parts_done,
-    sums_rows, sums_stride,
+    sums_rows, sums_stride, sums_step,
     HOW: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """A program: the sums of one tile over a part of hidden_dim, or over all of it."""
@@ -73,50 +107,63 @@ def project_kernel(
     weights = Weights(
         weights_rows, weights_columns, weights_cut_1, weights_gap_1, weights_cut_2, weights_gap_2, weights_cut_3, weights_gap_3
     )
-    parts = Parts(parts_rows, parts_stride, parts_step, parts_done)
-    sums = Sums(sums_rows, sums_stride)
+    sums = Sums(sums_rows, sums_stride, sums_step)
     across = tl.cdiv(weights.columns, P.COLUMNS)
-    tiles = across * tl.cdiv(hidden.count, P.TOKENS)
-    tile = tl.program_id(0) % tiles
-    part = tl.program_id(0) // tiles
-    column = tile % across * P.COLUMNS + tl.arange(0, P.COLUMNS)
-    token = tile // across * P.TOKENS + tl.arange(0, P.TOKENS)
-    # Beyond the last one the last is taken again, and not stored.
+    along = tl.cdiv(hidden.count, P.TOKENS)
+    tiles = across * along
+    column, token = place_of(tl.program_id(0) % tiles, across, along, P)
+    column += tl.arange(0, P.COLUMNS)
+    token += tl.arange(0, P.TOKENS)
+    # Beyond the last column that one is taken again, and not stored.
     w_at = weight_rows(weights, tl.minimum(column, weights.columns - 1), P.HIDDEN_DIM)
-    x_at = hidden.rows + tl.minimum(token, hidden.count - 1).to(tl.int64) * hidden.stride
+    x_at = hidden.rows + token.to(tl.int64) * hidden.stride
+    there = token < hidden.count
     wait_for_inputs(HOW.PDL)
-    there = (column < weights.columns)[:, None] & (token < hidden.count)[None, :]
+    at = sums.rows + column[:, None] + token.to(tl.int64)[None, :] * sums.stride
     if P.PARTS == 1:
         total = tl.zeros((P.COLUMNS, P.TOKENS), tl.float32)
         for pair in range(PAIRS):
-            first = chunk_of(w_at, x_at, 2 * pair, HOW, P)
-            total += first + chunk_of(w_at, x_at, 2 * pair + 1, HOW, P)
-        store_sums(sums, column, token, total, there, HOW)
+            total += pair_of(w_at, x_at, there, pair, HOW, P)
+        x = rounded_to(total, sums.rows.dtype.element_ty, HOW)
     else:
+        part = tl.program_id(0) // tiles
         if P.PARTS == CHUNKS:
-            total = chunk_of(w_at, x_at, part, HOW, P)
+            x = chunk_of(w_at, x_at, there, part, HOW, P)
         else:
-            first = chunk_of(w_at, x_at, 2 * part, HOW, P)
-            total = first + chunk_of(w_at, x_at, 2 * part + 1, HOW, P)
-        at = parts.rows + column[:, None] + token.to(tl.int64)[None, :] * parts.stride
-        tl.store(at + part.to(tl.int64) * parts.step, total, mask=there)
-        if sums.rows is not None:
-            tl.debug_barrier()  # all threads' parts are written before one of them counts this program
-            if tl.atomic_add(parts.done + tile, 1, sem="acq_rel") == P.PARTS - 1:
-                tl.store(parts.done + tile, 0)  # as the next call finds it
-                for i in range(0, P.TOKENS, SUMMED):
-                    some = tile // across * P.TOKENS + i + tl.arange(0, SUMMED)
-                    add_parts(parts, sums, column, some, weights.columns, hidden.count, HOW, P)
+            x = pair_of(w_at, x_at, there, part, HOW, P)
+        at += part.to(tl.int64) * sums.step
+    tl.store(at, x, mask=(column < weights.columns)[:, None] & there[None, :])
 
 
 @triton.jit
-def add_parts(parts, sums, column, token, columns, count, HOW: tl.constexpr, P: tl.constexpr):
-    there = (column < columns)[:, None] & (token < count)[None, :]
-    at = parts.rows + column[:, None] + token.to(tl.int64)[None, :] * parts.stride
-    store_sums(sums, column, token, sum_parts(at, parts.step, there, P.PARTS), there, HOW)
+def add_kernel(
+    parts_rows, parts_stride, parts_step, columns, kv_score_rows, kv_score_stride, kv_score_step,
+    HOW: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr
+):  # fmt: skip
+    """kv_score from its parts, a chunk or a pair of chunks each: a program for SIZE columns of a token."""
+    across = tl.cdiv(columns, SIZE)
+    column = tl.program_id(0) % across * SIZE + tl.arange(0, SIZE)
+    token = (tl.program_id(0) // across).to(tl.int64)
+    there = column < columns
+    wait_for_inputs(HOW.PDL)
+    at = parts_rows + token * parts_stride + column
+    found = ()
+    for i in tl.static_range(PARTS):
+        # Past the L1 cache, which may hold what stood there before this launch began.
+        found = found + (tl.load(at + i * parts_step, mask=there, other=0.0, cache_modifier=".cg"),)
+    EACH: tl.constexpr = PARTS // PAIRS
+    total = tl.zeros((SIZE,), tl.float32)  # as who sums all of hidden_dim begins: no sum is -0
+    for i in tl.static_range(PAIRS):
+        total += found[2 * i] + found[2 * i + 1] if EACH == 2 else found[i]
+    x = rounded_to(total, kv_score_rows.dtype.element_ty, HOW)
+    tl.store(kv_score_rows + token * kv_score_stride + column, x, mask=there)
 
 
 @triton.jit
-def store_sums(sums, column, token, x, there, HOW: tl.constexpr):
-    x = rounded_to(x, sums.rows.dtype.element_ty, HOW.ROUNDED, HOW.TARGET.BF16_CONVERSION)
-    tl.store(sums.rows + column[:, None] + token.to(tl.int64)[None, :] * sums.stride, x, mask=there)
+def rounded_to(x, KIND: tl.constexpr, HOW: tl.constexpr):
+    """fp32 as it is stored in dtype KIND; where HOW rounds, to the nearest bf16 first."""
+    if tl.bfloat16 == KIND:
+        x = bf16_bits(x, HOW.TARGET.BF16_CONVERSION).to(tl.bfloat16, bitcast=True)
+    elif HOW.ROUNDED:
+        x = bf16_value(bf16_bits(x, HOW.TARGET.BF16_CONVERSION))
+    return x

@@ -12,7 +12,6 @@ from .finish import emit, entry_address, slot_valid
 from .fold import empty_fold, fold_step, minus_zero, quotient, spread
 from .items import load_item
 from .memory import in_turn, load_blocks
-from .parts import load_new
 from .pdl import load_plan, wait_for_inputs
 from .places import find_history, hi_home, home_back, home_before, home_of, keep_tags, load_tags, places_to_keep
 from .prefetch import prefetch_fold, prefetch_rows
@@ -47,21 +46,14 @@ def token_addresses(live, tokens, x0, stop, SPEC: tl.constexpr, AHEAD: tl.conste
 
 
 @triton.jit
-def load_tokens(ats, gaps, wanted, biases, tokens, HOW: tl.constexpr):
+def load_tokens(ats, gaps, wanted, biases):
     """Values, and scores with ape, of what `token_addresses` found."""
     both = ()
     theres = ()
     for i in tl.static_range(len(ats)):
         both = both + (ats[i], ats[i] + gaps[i])
         theres = theres + (wanted[i], wanted[i])
-    found = ()
-    if HOW.PARTS == 0:
-        found = load_blocks(both, theres, (minus_zero(), float("-inf")) * len(ats))
-    else:
-        for i in tl.static_range(len(ats)):
-            found = found + (load_new(both[2 * i], tokens, wanted[i], minus_zero(), HOW),)
-            found = found + (load_new(both[2 * i + 1], tokens, wanted[i], float("-inf"), HOW),)
-    ks, ss = in_turn(found)
+    ks, ss = in_turn(load_blocks(both, theres, (minus_zero(), float("-inf")) * len(ats)))
     values = ()
     scores = ()
     for i in tl.static_range(len(ats)):
@@ -105,7 +97,7 @@ def fold_item(live, tokens, seq, begin, stop, place, last, first, snap, HOW: tl.
     m = tl.load(row, mask=old, other=m)
     l = tl.load(row + SPEC.HEAD_DIM, mask=old, other=0.0)
     a = tl.load(row + 2 * SPEC.HEAD_DIM, mask=old, other=0.0)
-    ks, ss = load_tokens(ats, gaps, theres, biases, tokens, HOW)
+    ks, ss = load_tokens(ats, gaps, theres, biases)
     held, moved = check_history(history, seq)
     if held:
         if resumes & moved:
@@ -147,10 +139,9 @@ def pool_item(live, tokens, seq, window, home, ends, HOW: tl.constexpr, SPEC: tl
 
 
 @triton.jit
-def short_step(pid, plan, snap_table, one, part, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr):
+def short_step(pid, plan, snap_table, one, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr):
     """Work item `pid` of one compressor. All items of a sequence agree on whether it can go on.
 
-    part: where each number of kv_score is a sum of several, elements from one to the next.
     No item has more than AHEAD new tokens (state of fold rows) or rows (of input rows): all are loaded at once.
     """
     tokens, st, snaps, _scratch, cache = one
@@ -170,7 +161,7 @@ def short_step(pid, plan, snap_table, one, part, HOW: tl.constexpr, SPEC: tl.con
         stop = begin + tl.minimum(end - begin, SPEC.RATIO - begin % SPEC.RATIO)
         live = tokens.kv_score + (token - start).to(tl.int64) * tokens.stride
         apart = apart_from(tokens, token - start)
-        own = Live(tokens.kv_score, tokens.stride, tokens.count, tokens.ape, apart, tokens.skew, part)
+        own = Live(tokens.kv_score, tokens.stride, tokens.count, tokens.ape, apart, tokens.skew)
         seq = sequence_of(st, slot, start, end, SPEC)
         if SPEC.KIND == "fold":
             # The one division that homes need, before the wait; all other homes follow from it.
