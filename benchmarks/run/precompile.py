@@ -1,6 +1,6 @@
 """Compiles what the benchmarks need on all cores, into Triton's cache: time on a rented GPU is for measuring.
 
-python -m benchmarks.run.precompile [--target sm_90] [--only WORDS,WORDS]        needs no GPU
+python -m benchmarks.run.precompile [--target sm_90] [--only WORDS,WORDS] [--ordinary]       needs no GPU
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from itertools import product
 
 import torch
@@ -153,6 +154,24 @@ def project_keys() -> dict[str, Key]:
     return found
 
 
+def adapter_keys() -> dict[str, Key]:
+    """Of the calls that `adapters` makes over vLLM's pages, none of which is launched as a dependent."""
+    found: dict[str, Key] = {}
+    specs = {
+        "r128": (kvfold.V4_HCA, "fp8_ds_mla_vllm_triton", 8),
+        "r4": (kvfold.V4_CSA, "fp8_ds_mla_vllm_triton", 4),
+        "indexer": (replace(kvfold.V4_INDEXER, hadamard=False), "indexer_fp8_vllm", 4),
+    }
+    types = (FP32, FP32, None, FP32, True)
+    for (name, (spec, fmt, page)), new in product(specs.items(), (1, 4, 1 << 20)):
+        found[f"vllm window {name} n{new}"] = window_key(spec, FORMATS[fmt], new, types, page, "engine")
+        for bucket in BUCKETS if name == "r128" else ():
+            found[f"vllm fold {name} n{new} {bucket}"] = step_key(spec, FORMATS[fmt], "fold", new, types, bucket=bucket)
+    for ratio, windows in product((4, 128), (1, 1 << 20)):
+        found[f"vllm plan r{ratio} {windows}"] = plan_key(ratio, windows, True, True, True)
+    return {f"adapters {name}": key for name, key in found.items()}
+
+
 def keys(only: str = "") -> list[Key]:
     """Of the calls of `decode`, `prefill`, `launches`, `training`, `model_step` and those of an engine, by what needs them.
 
@@ -173,6 +192,8 @@ def keys(only: str = "") -> list[Key]:
     found |= engine_keys() | model_keys() | project_keys()
     if "parallel" in only:
         found |= parallel_keys()
+    if "adapters" in only:
+        found |= adapter_keys()
     for case in training.cases():
         found |= {f"{case.name} {kernel}": key for kernel, key in training.keys_of(case).items()}
         found |= {f"{case.name} quant {kernel}": key for kernel, key in training.keys_of(case, quantized=True).items()}
@@ -199,8 +220,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=TARGETS, default="sm_90")
     parser.add_argument("--only", default="", help="rows of `compare` whose name has one of these, separated by commas, in it")
+    parser.add_argument("--ordinary", action="store_true", help="not as dependent launches too")
     args = parser.parse_args()
-    print(compile_all(keys(args.only), args.target))
+    print(compile_all(keys(args.only), args.target, WAYS[: 1 + (not args.ordinary)]))
 
 
 if __name__ == "__main__":
