@@ -138,7 +138,7 @@ def load_lane_pages(pools, pool, sequence, x0, COUNT: tl.constexpr, LANES: tl.co
     column = x0 // pools.page_size
     row = x0 - column * pools.page_size
     found = ()
-    for i in tl.static_range(COUNT):
+    for _i in tl.static_range(COUNT):
         at = tl.minimum(column, pool.width - 1) if pools.ring is None else column % pool.width
         found = found + (tl.load(words + at * apart, cache_modifier=".cg"),)
         row += LANES
@@ -159,10 +159,11 @@ def lane_rows(pool, page, row):
 def load_page_rows(
     tokens, pools, item, c0, j0, pages, mine, SPEC: tl.constexpr, tiling, BF16: tl.constexpr
 ):  # fmt: skip
-    """Rows `[j0, j0 + TILE)` of a window, of which only some of the last LANES are new: the usual decode. The window lies on one
-    page, or each LANES of its rows do; what of these has no page is read from page 0.
+    """Rows `[j0, j0 + TILE)` of a window, of which only some of the last LANES are new: the usual decode.
 
-    All are loaded from the pages, and new ones put over what was there: without masks a tile takes half the instructions.
+    The window lies on one page, or each LANES of its rows do, of which those without one are read from page 0. All are loaded,
+    and new ones put over what was there: without masks a tile takes half the instructions.
+
     mine: the new ones are stored too, on the one page.
     """
     LANES: tl.constexpr = tiling.LANES
@@ -410,9 +411,8 @@ def pool_slice(
             absent = pages.absent.to(tl.int32)
             usable = absent == 0
         else:  # there is a page that may be read
-            usable = (tl.minimum(pools.kv.num_pages, pools.score.num_pages) > 0) & (
-                tl.minimum(pools.kv.width, pools.score.width) > 0
-            )
+            pages_there = tl.minimum(pools.kv.num_pages, pools.score.num_pages)
+            usable = tl.minimum(pages_there, tl.minimum(pools.kv.width, pools.score.width)) > 0
         way = tl.where((item.start >= x0 + SPEC.RATIO - LANES) & usable, 1, 0)
     if PROMPT:
         way = tl.where(mine, 2, way)
