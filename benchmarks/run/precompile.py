@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from itertools import product
 
 import torch
@@ -37,6 +36,7 @@ from kvfold.training import problem
 from kvfold.training.keys import keys_of as training_keys_of
 
 from ..lib import models, protocol, v41
+from ..lib.adapter_kernels import adapter_keys
 from ..lib.floor import PAGE_SIZE
 from ..lib.protocol import Case, Variant
 from . import decode, launches, metadata, overhead, parallel, prefill, store, training
@@ -152,24 +152,6 @@ def project_keys() -> dict[str, Key]:
             step_key(kvfold.V4_INDEXER, indexer, "rows", new, types, bucket=bucket),
         )
     return found
-
-
-def adapter_keys() -> dict[str, Key]:
-    """Of the calls that `adapters` makes over vLLM's pages, none of which is launched as a dependent."""
-    found: dict[str, Key] = {}
-    specs = {
-        "r128": (kvfold.V4_HCA, "fp8_ds_mla_vllm_triton", 8),
-        "r4": (kvfold.V4_CSA, "fp8_ds_mla_vllm_triton", 4),
-        "indexer": (replace(kvfold.V4_INDEXER, hadamard=False), "indexer_fp8_vllm", 4),
-    }
-    types = (FP32, FP32, None, FP32, True)
-    for (name, (spec, fmt, page)), new in product(specs.items(), (1, 4, 1 << 20)):
-        found[f"vllm window {name} n{new}"] = window_key(spec, FORMATS[fmt], new, types, page, "engine")
-        for bucket in BUCKETS if name == "r128" else ():
-            found[f"vllm fold {name} n{new} {bucket}"] = step_key(spec, FORMATS[fmt], "fold", new, types, bucket=bucket)
-    for ratio, windows in product((4, 128), (1, 1 << 20)):
-        found[f"vllm plan r{ratio} {windows}"] = plan_key(ratio, windows, True, True, True)
-    return {f"adapters {name}": key for name, key in found.items()}
 
 
 def keys(only: str = "") -> list[Key]:
