@@ -33,21 +33,20 @@ class _Stub(types.ModuleType):
 
 
 VISION = ("", ".io", ".transforms", ".transforms.functional", ".transforms.v2", ".transforms.v2.functional")
-STUBS = {"torchvision": VISION, "PIL": ("", ".Image", ".ImageOps"), "IPython": ("", ".display")}
+STUBS = {"torchvision": VISION, "IPython": ("", ".display")}
 
 
 def _stub_out() -> None:
-    """SGLang imports torchvision and PIL for image models and IPython for notebooks, of which nothing runs here.
+    """SGLang imports torchvision for image models and IPython for notebooks, of which nothing runs here.
 
-    transformers shall not believe in torchvision. The others are taken where they are.
+    They are taken where they are; transformers shall not believe in a stub.
     """
-    import_utils.is_torchvision_available(), import_utils.is_vision_available()
+    import_utils.is_torchvision_available()
     for package, names in STUBS.items():
-        if package == "torchvision" or find_spec(package) is None:
-            for name in names:
-                stub = _Stub(package + name)
-                stub.__spec__ = ModuleSpec(stub.__name__, None)
-                sys.modules.setdefault(stub.__name__, stub)
+        for name in names if find_spec(package) is None else ():
+            stub = _Stub(package + name)
+            stub.__spec__ = ModuleSpec(stub.__name__, None)
+            sys.modules[stub.__name__] = stub
 
 
 _stub_out()
