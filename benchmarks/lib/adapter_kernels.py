@@ -56,12 +56,12 @@ def _trtllm() -> Iterator[tuple[str, Key]]:
         dim, ratio, rotated = spec.head_dim, spec.ratio, spec.hadamard
         fmt = FORMATS[FORMATS_BY_TYPE[INDEXER if rotated else MAIN]]
         pooled = BF16, FP32, BF16, None, False
-        yield f"tensorrt_llm pool {name}", window_key(pooling_spec(dim, ratio), None, 4, pooled, PAGE, "engine")
+        yield f"trtllm pool {name}", window_key(pooling_spec(dim, ratio), None, 4, pooled, PAGE, "engine")
         finish = finishing_spec(dim, dim - 64, 64, 1e-6, rotated)
         yield (
-            f"tensorrt_llm finish {name}",
+            f"trtllm finish {name}",
             PostprocessKey(finish, fmt, with_scales_apart(fmt) if rotated else None, BF16, BF16),
         )
         if not rotated:
             types = BF16, FP32, None, BF16, True
-            yield f"tensorrt_llm records {name}", window_key(pooling_spec(dim, ratio, 64), fmt, 4, types, PAGE, "plain")
+            yield f"trtllm records {name}", window_key(pooling_spec(dim, ratio, 64), fmt, 4, types, PAGE, "plain")

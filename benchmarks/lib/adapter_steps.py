@@ -146,5 +146,5 @@ class Engine(NamedTuple):
 ENGINES = {
     "vllm": Engine(vllm_step, ("window", "fold", "own")),
     "sglang": Engine(sglang_step, ("pools", "fold")),
-    "tensorrt_llm": Engine(trtllm_step, ("records", "operators")),
+    "trtllm": Engine(trtllm_step, ("records", "operators")),
 }

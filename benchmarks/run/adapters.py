@@ -10,7 +10,7 @@ launches: that a profiler counts in them. All three of one layer, or of a step: 
 have nothing before them.
 
 Variants. vllm: `own`, its Triton kernels; `window`, its pages; `fold`, kvfold's rows in these at ratio 128. sglang: `pools`, as
-SGLang has them; `fold`, of kvfold. tensorrt_llm: `operators`; `records`, one call in place of two for main compressors. But
+SGLang has them; `fold`, of kvfold. trtllm: `operators`; `records`, one call in place of two for main compressors. But
 in `own` a wait for the GPU, or an allocation, is an error. --engines: a folder that `make engines` made; an engine that is
 installed needs none, and TensorRT-LLM is not imported.
 """
