@@ -1,4 +1,4 @@
-"""Which kernels the steps of `adapter_steps` call, so that they can be compiled beforehand."""
+"""Which kernels adapters call in the steps of `adapter_steps` and in a model of transformers, to compile them beforehand."""
 
 from __future__ import annotations
 
@@ -10,24 +10,27 @@ import torch
 
 import kvfold
 from kvfold.backend_triton.keys import Key, plan_key, step_key, window_key
-from kvfold.backend_triton.table import BUCKETS
+from kvfold.backend_triton.table import BUCKETS, MULTIPROCESSORS, item_bucket
 from kvfold.integrations.tensorrt_llm.kernel import PostprocessKey
 from kvfold.integrations.tensorrt_llm.pooling import pooling_spec
 from kvfold.integrations.tensorrt_llm.postprocess import FORMATS_BY_TYPE, finishing_spec, with_scales_apart
+from kvfold.storage.fold_state import state_kind
 from kvfold.storage.formats import FORMATS
 
 from .adapter_trtllm import INDEXER, MAIN, PAGE
 
 BF16, FP32 = torch.bfloat16, torch.float32
+PLAIN = {FP32: "fp32", BF16: "bf16"}
 LONG = 1 << 20
 SPECS = {"r128": kvfold.V4_HCA, "r4": kvfold.V4_CSA, "indexer": kvfold.V4_INDEXER}
 
 
 def adapter_keys() -> dict[str, Key]:
     """By what needs them: "adapters ENGINE ..."."""
-    found = {**dict(_vllm()), **dict(_sglang()), **dict(_trtllm())}
+    found = {**dict(_vllm()), **dict(_sglang()), **dict(_trtllm()), **dict(_transformers())}
     for ratio, windows in product((4, 128), (1, LONG)):
         found[f"plan r{ratio} {windows}"] = plan_key(ratio, windows, True, True, True)
+        found[f"plan r{ratio} {windows} plain"] = plan_key(ratio, windows, False, False)
     return {f"adapters {name}": key for name, key in found.items()}
 
 
@@ -65,3 +68,13 @@ def _trtllm() -> Iterator[tuple[str, Key]]:
         if not rotated:
             types = BF16, FP32, None, BF16, True
             yield f"trtllm records {name}", window_key(pooling_spec(dim, ratio, 64), fmt, 4, types, PAGE, "plain")
+
+
+def _transformers() -> Iterator[tuple[str, Key]]:
+    """Of prompts of up to 4000 tokens, pieces of them, and one token; values and scores are two tensors."""
+    for (name, spec), dtype, new in product(SPECS.items(), (FP32, BF16), (1, 8, LONG)):
+        kind = state_kind(spec)
+        types = dtype, FP32 if kind == "fold" else dtype, None, dtype, True, False, True
+        bucket = item_bucket(2000 // spec.ratio + 1, MULTIPROCESSORS, BUCKETS)
+        key = step_key(replace(spec, hadamard=False), FORMATS[PLAIN[dtype]], kind, new, types, bucket=bucket)
+        yield f"transformers {name} {PLAIN[dtype]} n{new}", key
