@@ -1,7 +1,4 @@
-"""What the documents show of whole steps (`step.jsonl`) and of compressors inside of engines (`adapters.jsonl`).
-
-All of it is left out, its words too, where there are no rows.
-"""
+"""What the documents show of whole steps (`step.jsonl`); left out, its words too, where there are no rows."""
 
 from __future__ import annotations
 
@@ -164,36 +161,3 @@ def share(rows: Rows, device: str) -> str:
     if ours is None:
         return ""
     return textwrap.fill(models.share_text(ours["us"]), WIDTH) + "\n"
-
-
-def adapters(rows: Rows) -> str:
-    """Compressors inside an engine: by its own kernels and by kvfold's adapter, over two states."""
-    ways = (("own", "own kernels"), ("window", "kvfold, raw rows"), ("fold", "kvfold, fold states"))
-    if not measured.devices(rows, "adapters"):
-        return ""
-
-    def body(device: str) -> tuple[str, Rows]:
-        used = [row for row in rows if (row["bench"], row["device"]) == ("adapters", device) and "us" in row]
-        found = {(row["engine"], row["case"], row["variant"]): row for row in used}
-        lines = []
-        for engine, case in dict.fromkeys((row["engine"], row["case"]) for row in used):
-            own = [found.get((engine, case, name)) for name, _ in ways]
-            lines.append((models.ENGINES[engine], case, *(_adapter_cell(row, own[0]) for row in own)))
-        return measured.markdown(("engine", "case", *(words for _, words in ways)), lines), used
-
-    return f"## Inside of an engine\n\n{INSIDE}\n{measured.sections(rows, ('adapters',), body)}\n"
-
-
-INSIDE = """\
-The engine's own classes, metadata and pages, in a CUDA graph: its kernels, and kvfold's adapter in their place. Microseconds,
-in brackets launches; of one layer, or of `step`: 31 layers of ratio 128 and 30 of ratio 4 with indexers. `hit`: every sequence
-ends a window. **Bold**: kvfold is slower (`benchmarks/run/adapters.py`).
-"""
-
-
-def _adapter_cell(row: dict | None, own: dict | None) -> str:
-    if row is None:
-        return ""
-    slower = own is not None and row["us"] > own["us"]
-    us = f"**{row['us']:,.1f}**" if slower else f"{row['us']:,.1f}"
-    return f"{us} ({row['launches']:g})"

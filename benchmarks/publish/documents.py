@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..lib import measured, measured_step, protocol
 from ..lib.measured import Rows
-from . import architecture, layouts, operators, plot, scaling
+from . import architecture, inside, layouts, operators, plot, scaling
 from .plot import Panel
 
 PAGES = (
@@ -76,7 +76,7 @@ def parts(rows: Rows) -> dict[str, str]:
     }
     whole = {"step": measured_step.short(rows, "docs/plots"), "whole_step": measured_step.whole(rows)}
     # These bring their own headings and words, and are left out where there are no rows.
-    return {name: text or MISSING for name, text in made.items()} | whole | {"adapters": measured_step.adapters(rows)}
+    return {name: text or MISSING for name, text in made.items()} | whole | {"adapters": inside.inside(rows)}
 
 
 def _links(rows: Rows, bench: str) -> str:

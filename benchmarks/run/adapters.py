@@ -1,12 +1,18 @@
 """Times compressors inside an engine, over its classes and pages: through kvfold's adapter, and by the engine's own kernels.
 
+python -m benchmarks.run.precompile --only adapters --ordinary
 python -m benchmarks.run.adapters --out benchmarks/results/adapters.jsonl [--engine vllm] [--engines build/engines]
-                                  [--batches 16,64] [--shapes HCA,CSA,step] [--variants own,window,fold] [--only SUBSTRING]
+                                  [--batches 16,64] [--shapes HCA,CSA,step] [--variants VARIANTS] [--only SUBSTRING]
 
 us: of a CUDA graph that holds the calls of all layers, on one stream. host_us: of the same calls without a graph, on the host.
 launches: that a profiler counts in them. All three of one layer, or of a step: V4-Pro's 31 layers of ratio 128 and 30 of ratio
-4, each with its indexer. `own` is the engine's kernels; of vLLM its Triton ones. Of the others a wait for the GPU, or an
-allocation, is an error. --engines: a folder that `make engines` made; an engine that is installed needs none.
+4, each with its indexer. The plan of a step is updated before it, as the engine does, but in TensorRT-LLM's operators, which
+have nothing before them.
+
+Variants. vllm: `own`, its Triton kernels; `window`, its pages; `fold`, kvfold's rows in these at ratio 128. sglang: `pools`, as
+SGLang has them; `fold`, of kvfold. trtllm: `operators`; `records`, one call in place of two for main compressors. But
+in `own` a wait for the GPU, or an allocation, is an error. --engines: a folder that `make engines` made; an engine that is
+installed needs none, and TensorRT-LLM is not imported.
 """
 
 from __future__ import annotations
@@ -16,84 +22,24 @@ import gc
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from ..lib import protocol, table
+from ..lib.adapter_steps import ENGINES, Case, Ready
 from .v41 import launches_of
 
 HEADER = ("case", "variant", "us", "host us", "launches")
 COPIES = 32  # of a layer that is timed alone, so that its pages are as cold as in a model
 SHAPES = {"HCA": (128,) * COPIES, "CSA": (4,) * COPIES, "step": (128, *(4, 128) * 30)}
-VARIANTS = ("own", "window", "fold")
-END = 512  # tokens that each sequence has after a step in which it ends a window of every ratio
-
-
-class Case(NamedTuple):
-    """A decode step. mode: "hit" ends windows of 4 and of 128 in every sequence, "spread" has them at all phases."""
-
-    shape: str
-    batch: int
-    new: int
-    mode: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.shape} b{self.batch} n{self.new} {self.mode}"
-
-    @property
-    def starts(self) -> list[int]:
-        return [END - self.new - (b * 128 // self.batch if self.mode == "spread" else 0) for b in range(self.batch)]
-
-
-class Ready(NamedTuple):
-    """A step, ready to be called, and how many sequences and entries kvfold has refused."""
-
-    call: Callable[[], object]
-    refused: Callable[[], int]
 
 
 def cases(batches: list[int], shapes: list[str]) -> list[Case]:
-    steps = ((1, "hit"), (1, "spread"), (4, "hit"), (4, "spread"))
-    return [Case(shape, batch, new, mode) for shape in shapes for batch in batches for new, mode in steps]
-
-
-@contextmanager
-def vllm_step(case: Case, variant: str, layers: tuple[int, ...], device: str) -> Iterator[Ready]:
-    """A step over vLLM's own classes, or over kvfold's in their place."""
-    from ..lib.vllm_platform import take_no_platform
-
-    if "vllm.models" not in sys.modules:
-        take_no_platform(device)
-    from kvfold.integrations.vllm import refused, register, unregister
-
-    from ..lib.vllm_world import Layer, Sizes, Step, World, make_config
-
-    if variant != "own":
-        register(variant)
-    try:
-        sizes = Sizes(case.batch, case.batch * 128, END + 256, case.new - 1, device)
-        config = make_config(sizes)
-        made = []
-        for i, ratio in enumerate(layers):
-            widths = (512, 128) if ratio == 4 else (512,)
-            made += [Layer(sizes, config, ratio, width, name=f"layers.{i}") for width in widths]
-        world = World(made, config, sizes)
-        opened = Step.of(*((b, start // 128 * 128, start % 128) for b, start in enumerate(case.starts)))
-        world.run([opened])  # the windows that the step goes on with
-        step = Step.of(*((b, start, case.new) for b, start in enumerate(case.starts)))
-        metadata, positions = world.prepare(step)
-        kv_scores = [world.kv_score(step, layer.kv_width, len(positions)) for layer in made]
-        yield Ready(lambda: world.forward(metadata, kv_scores, positions), refused)
-    finally:
-        unregister()
-
-
-STEPS = {"vllm": vllm_step}  # by the name of an engine
+    """Small batches first."""
+    steps = ((4, "hit"), (1, "spread"))
+    return [Case(shape, batch, new, mode) for batch in batches for shape in shapes for new, mode in steps]
 
 
 def host_us(call: Callable[[], object], device: str, chunks: int = 5) -> float:
@@ -130,7 +76,8 @@ def measure(ready: Ready, variant: str, count: int, device: str) -> dict:
     if device == "cuda":
         if variant != "own":
             check_quiet(ready.call)
-        row = {"us": round(protocol.time_graph([ready.call]) / count, 3)} | row
+        # As many layers in a graph as a step has, or more: own kernels are slow.
+        row = {"us": round(protocol.time_graph([ready.call], rounds=1 if count == 1 else 4) / count, 3)} | row
         row["launches"] = launches_of(ready.call) / count
     if ready.refused():
         raise RuntimeError(f"kvfold refused {ready.refused()} sequences or entries")
@@ -139,15 +86,16 @@ def measure(ready: Ready, variant: str, count: int, device: str) -> dict:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = protocol.parser(__doc__)
-    parser.add_argument("--engine", choices=sorted(STEPS), default="vllm")
+    parser.add_argument("--engine", choices=sorted(ENGINES), default="vllm")
     parser.add_argument("--engines", type=Path, help="folder with what `make engines` unpacked")
-    for name, default in (("batches", "16,64"), ("shapes", ",".join(SHAPES)), ("variants", ",".join(VARIANTS))):
-        parser.add_argument(f"--{name}", default=default, help="separated by commas (default: %(default)s)")
+    for name, default in (("batches", "16,64"), ("shapes", ",".join(SHAPES)), ("variants", None)):
+        parser.add_argument(f"--{name}", default=default, help=f"separated by commas (default: {default or 'all'})")
     parser.add_argument("--only", default="", help="cases whose name has this in it")
     args = parser.parse_args(arguments)
     args.batches = [int(batch) for batch in args.batches.split(",")]
-    args.shapes, args.variants = args.shapes.split(","), args.variants.split(",")
-    for name, known in (("shapes", SHAPES), ("variants", VARIANTS)):
+    variants = ENGINES[args.engine].variants
+    args.shapes, args.variants = args.shapes.split(","), args.variants.split(",") if args.variants else [*variants]
+    for name, known in (("shapes", SHAPES), ("variants", variants)):
         if not set(getattr(args, name)) <= set(known):
             parser.error(f"--{name} must be of {', '.join(known)}, got {getattr(args, name)}")
     if args.engines is not None:
@@ -166,7 +114,7 @@ def run(args: argparse.Namespace, device: str, shapes: dict[str, tuple[int, ...]
         for variant in args.variants:
             try:
                 count = 1 if case.shape == "step" else len(shapes[case.shape])
-                with STEPS[args.engine](case, variant, shapes[case.shape], device) as ready:
+                with ENGINES[args.engine].step(case, variant, shapes[case.shape], device) as ready:
                     figures = measure(ready, variant, count, device)
             except Exception:  # the other cases are worth having: device time is scarce
                 traceback.print_exc()

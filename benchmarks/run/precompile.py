@@ -1,6 +1,6 @@
 """Compiles what the benchmarks need on all cores, into Triton's cache: time on a rented GPU is for measuring.
 
-python -m benchmarks.run.precompile [--target sm_90] [--only WORDS,WORDS]        needs no GPU
+python -m benchmarks.run.precompile [--target sm_90] [--only WORDS,WORDS] [--ordinary]       needs no GPU
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from kvfold.training import problem
 from kvfold.training.keys import keys_of as training_keys_of
 
 from ..lib import models, protocol, v41
+from ..lib.adapter_kernels import adapter_keys
 from ..lib.floor import PAGE_SIZE
 from ..lib.protocol import Case, Variant
 from . import decode, launches, metadata, overhead, parallel, prefill, store, training
@@ -175,6 +176,8 @@ def keys(only: str = "") -> list[Key]:
     found |= engine_keys() | model_keys() | project_keys()
     if "parallel" in only:
         found |= parallel_keys()
+    if "adapters" in only:
+        found |= adapter_keys()
     for case in training.cases():
         found |= {f"{case.name} {kernel}": key for kernel, key in training.keys_of(case).items()}
         found |= {f"{case.name} quant {kernel}": key for kernel, key in training.keys_of(case, quantized=True).items()}
@@ -201,8 +204,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=TARGETS, default="sm_90")
     parser.add_argument("--only", default="", help="rows of `compare` whose name has one of these, separated by commas, in it")
+    parser.add_argument("--ordinary", action="store_true", help="not as dependent launches too")
     args = parser.parse_args()
-    print(compile_all(keys(args.only), args.target))
+    print(compile_all(keys(args.only), args.target, WAYS[: 1 + (not args.ordinary)]))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Times the demo's DeepSeek-V4 in transformers, patched beside unpatched, and counts its cache's bytes and compiled graphs.
 
+python -m benchmarks.run.precompile --only "adapters transformers,adapters plan"         for a GPU
 python -m benchmarks.run.transformers --out benchmarks/results/transformers.jsonl [--device cuda] [--only SUBSTRING]
 
 Both models make the same calls in turn. `ms` is per call of the whole model: each call's fastest repeat, and of these the mean
@@ -7,7 +8,7 @@ over the calls of a case, so that what else runs on the machine counts little an
 is one thread's own time. On a GPU, where a step takes as long as its launches, decoding is the last 64 of the same 128 steps,
 of which one ends a window of 128. bytes are what all tensors of a cache show, without what they are views of. graphs: of
 `torch.compile` over a prompt and 40 steps of one token, on a CPU; -1 where `fullgraph=True` gave up, as there were too many.
-Each row is printed and written when it is there, those that are asked for most first.
+Each row is printed and written when it is there, those that are asked for most first; on a GPU no case begins after a minute.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, help="of each call; 8 on a CPU, 3 on a GPU")
     parser.add_argument("--only", default="", help="cases whose names have this in them")
     args = parser.parse_args()
-    begun, repeats = time.monotonic(), args.repeats or REPEATS[args.device]
+    repeats = args.repeats or REPEATS[args.device]
     where = protocol.environment(args.commit) | {"transformers": transformers.__version__}
     if args.device == "cpu":
         torch.set_num_threads(1)
@@ -159,6 +160,7 @@ def main() -> None:
                 add(f"{name} cache {length}", "bytes", lambda: {side: cache_bytes(c) for side, c in caches.items()})
 
     made = {name: models(args.device, dtype) for name, dtype in DTYPES.items()}
+    begun = time.monotonic()
     for name, both in made.items():
         if name == "fp32" or args.device == "cuda":
             add_times(name, both)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from sglang_world import World, config, envs, plugged, sgl_pool
 
+from benchmarks.lib.sglang_world import World, config, envs, plugged, sgl_pool
 from kvfold import UnsupportedError
 from kvfold.integrations import sglang as plugin
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from sglang_world import Text, World, common, config, dsv41_kv_quant_reference, k_cache_reference, plugged
+
+from benchmarks.lib.sglang_world import Text, World, common, config, dsv41_kv_quant_reference, k_cache_reference, plugged
 
 LENGTH = 600  # of request 1, on three pages
 

@@ -8,9 +8,10 @@ import importlib.metadata
 from typing import Any
 
 import pytest
-import sglang_world
 import torch
-from sglang_world import (
+
+from benchmarks.lib import sglang_world
+from benchmarks.lib.sglang_world import (
     PAGE,
     TEXT,
     Backend,
@@ -24,7 +25,6 @@ from sglang_world import (
     sgl_plugins,
     sgl_pool,
 )
-
 from kvfold import UnsupportedError
 from kvfold.integrations import sglang as plugin
 from kvfold.integrations import switch

@@ -12,10 +12,20 @@ from typing import Any
 
 import pytest
 import torch
-from sglang_world import REQUESTS, TEXT, Backend, ForwardMode, ceil_pow2, config, dsv41_sparse, plugged, rope_freqs
-from sglang_world import dsv41_kv_quant_reference as quantize
 from torch import nn
 
+from benchmarks.lib.sglang_world import (
+    REQUESTS,
+    TEXT,
+    Backend,
+    ForwardMode,
+    ceil_pow2,
+    config,
+    dsv41_sparse,
+    plugged,
+    rope_freqs,
+)
+from benchmarks.lib.sglang_world import dsv41_kv_quant_reference as quantize
 from kvfold import UnsupportedError
 from kvfold.integrations import sglang as plugin
 

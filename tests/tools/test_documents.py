@@ -100,9 +100,16 @@ def sample(folder: Path) -> Path:
         ],
         "step": step_rows(),
         "adapters": [
-            row("adapters", "HCA b16 n4 hit", "own", 11.5, engine="vllm", launches=2.0),
-            row("adapters", "HCA b16 n4 hit", "window", 5.25, engine="vllm", launches=1.0),
-            row("adapters", "HCA b16 n4 hit", "fold", 12.5, engine="vllm", launches=1.0),
+            *(
+                row("adapters", "HCA b16 n4 hit", way, us, engine=engine, launches=launches, host_us=37.6)
+                for engine, way, us, launches in (
+                    ("vllm", "own", 11.5, 2.0),
+                    ("vllm", "window", 5.25, 1.0),
+                    ("vllm", "fold", 12.5, 1.0),
+                    ("sglang", "pools", 6.25, 1.0),
+                    ("trtllm", "operators", 7.75, 2.0),
+                )
+            ),
         ],
         "parallel": [
             row("parallel", f"r128{inside} s1048576", f"2 {how}", 0.0, one_us=512.0, cut_us=264.0, share=0.5156, **more)
@@ -182,7 +189,7 @@ def test_every_bench_has_its_part(tmp_path: Path) -> None:
         "step": "| `project_compress` | 700 | 708 | 732 | 828 |",
         "whole_step": "| `torch.mm`, then kvfold | 1,000 | 1,008 | 1,032 | 1,128 |",
         "trtllm": "| ratio 4, main, 64 requests | 8.5 | - | 12.8 (1.50) | - | - | - |",
-        "adapters": "| vLLM | HCA b16 n4 hit | 11.5 (2) | 5.2 (1) | **12.5** (1) |",
+        "adapters": "| HCA b16 n4 hit | 11.5 (2; 38) | 5.2 (1; 38) | **12.5** (1; 38) |\n\n| SGLang | kvfold, in its pools |",
         "parallel": "| zigzag | 512 | 264 | 0.52 | 14.3 | 6,160 | 31.8 | 166.3 | 136 (0.27) | 72 (0.14) |\n"
         "| training, ratio 4, main | 262,144 | contiguous | 1000 | 600 | 0.60 | - | 16,384 | - | - | 350 (0.35) | 225 (0.23) |"
         "\n"

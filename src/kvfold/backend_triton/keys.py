@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..contract import LANES
 from ..spec import CompressorSpec
 from ..storage.fold_state import state_kind
 from ..storage.formats import RecordFormat
@@ -53,20 +54,23 @@ class PairKey(NamedTuple):
 class WindowKey(NamedTuple):
     """Of `compress` over a `WindowState`.
 
-    one_page: a window has its rows on one page, as the ratio divides the page size. tables: one of `TABLES`.
+    pages: one of `PAGES`. tables: one of `TABLES`.
     """
 
     spec: CompressorSpec
     fmt: RecordFormat | None
     config: Config
     types: Types
-    one_page: bool
+    pages: str
     tables: str = "plain"
 
 
 # How the kernels of a `WindowState` read block tables: contiguous int32 of pages for entries that stand one behind the other;
 # any that an engine has, for entries anywhere; or as the latter, as rings.
 TABLES = ("plain", "engine", "ring")
+
+# How the rows of a window of raw rows lie on pages: all on one; or each LANES of them on one; or anyhow.
+PAGES = ("one", "lanes", "any")
 
 
 class StoreKey(NamedTuple):
@@ -143,7 +147,15 @@ def step_key(
 def window_key(
     spec: CompressorSpec, fmt: RecordFormat | None, max_new_tokens: int, types: tuple, page_size: int, tables: str = "plain"
 ) -> WindowKey:
-    return WindowKey(spec, fmt, choose("window", spec, max_new_tokens), Types(*types), page_size % spec.ratio == 0, tables)
+    return WindowKey(spec, fmt, choose("window", spec, max_new_tokens), Types(*types), pages_of(spec, page_size), tables)
+
+
+def pages_of(spec: CompressorSpec, page_size: int) -> str:
+    """One of `PAGES`. Windows with overlap are short, and begin with rows of the one before."""
+    one, lanes, many = PAGES
+    if page_size % spec.ratio == 0:
+        return one
+    return lanes if page_size % LANES == 0 and spec.ratio % LANES == 0 and not spec.overlap else many
 
 
 def store_key(
@@ -267,8 +279,8 @@ def pair_keys(pair: tuple[tuple[CompressorSpec, RecordFormat | None], ...], w: W
 def window_keys(
     spec: CompressorSpec, fmt: RecordFormat | None, w: Wanted, rows: torch.dtype | None, pages: tuple[int, ...] | None
 ) -> Iterator[WindowKey]:
-    """pages: sizes; None: any. What matters of one is whether the ratio divides it."""
-    for dtype, state, bound, page in product(w.dtypes, w.state_dtypes, w.steps, pages or (spec.ratio, 1)):
+    """pages: sizes; None: any. What matters of one is how windows lie on it (`pages_of`)."""
+    for dtype, state, bound, page in product(w.dtypes, w.state_dtypes, w.steps, pages or (spec.ratio, LANES, 1)):
         for finish, apart, tables in product(w.finishes(fmt), w.apart, w.tables):
             yield window_key(spec, fmt, bound, (dtype, state, rows, *finish, apart), page, tables)
 

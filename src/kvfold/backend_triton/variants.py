@@ -75,8 +75,12 @@ def window_variant(key: WindowKey) -> Variant:
         FMT=format_of(key.fmt, spec),
         TILE=max(lanes * together, min(config.tile, spec.window_rows)),
         LANES=lanes,
-        ONE_PAGE=key.one_page,
-        PROMPT=config.prompt and key.one_page and not ring and (key.fmt is not None or types.rows is not None or types.latent),
+        ONE_PAGE=key.pages == "one",
+        LANE_PAGES=key.pages == "lanes",
+        PROMPT=config.prompt
+        and key.pages == "one"
+        and not ring
+        and (key.fmt is not None or types.rows is not None or types.latent),
         ALIGNED=False,
     )
 

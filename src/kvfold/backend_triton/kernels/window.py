@@ -28,7 +28,7 @@ from .slices import draw_ticket, first_work, is_last, leave_slice, share_entries
 from .tokens import apart_from, gap
 from .vectors import scalar
 from .window_ring import holds_up, left_to_readers, readers_of, store_held_up
-from .window_rows import Pages, Pools, Tiling, find_pages, pool_slice, store_rounded
+from .window_rows import Pages, Pools, Tiling, check_window, find_pages, pool_slice, store_rounded
 
 
 class Launch(NamedTuple):
@@ -119,25 +119,6 @@ def write_rows(launch, item, begin, stop, halves, readers, AHEAD: tl.constexpr, 
             at = score_page * score_pool.page_stride + row * score_pool.row_stride + c
             store_rounded(score_pool.rows, at, ss[i], score_kept)
     return refused
-
-
-@triton.jit
-def check_window(pools, item, SPEC: tl.constexpr, tiling):
-    """How many old rows of a window have no page, and how many a bad one; of a window on one page, whether it has any such."""
-    missing = tl.zeros((), tl.int32)
-    bad = tl.zeros((), tl.int32)
-    STEP: tl.constexpr = SPEC.RATIO if tiling.ONE_PAGE else 1
-    ROWS: tl.constexpr = (1 + SPEC.OVERLAP) if tiling.ONE_PAGE else tiling.TILE
-    for j0 in range(0, SPEC.RATIO * (1 + SPEC.OVERLAP), ROWS * STEP):
-        j = j0 + tl.arange(0, ROWS) * STEP
-        x = (item.window - SPEC.OVERLAP) * SPEC.RATIO + j
-        wanted = (x >= 0) & (x < item.start) & (j < SPEC.RATIO * (1 + SPEC.OVERLAP))
-        x = tl.maximum(x, 0)
-        _, kv_missing, kv_bad = find_pages(pools, pools.kv, item.sequence, x, wanted)
-        _, score_missing, score_bad = find_pages(pools, pools.score, item.sequence, x, wanted)
-        missing += tl.sum((kv_missing | score_missing).to(tl.int32), axis=0)
-        bad += tl.sum((kv_bad | score_bad).to(tl.int32), axis=0)
-    return missing, bad
 
 
 @triton.jit
@@ -437,7 +418,7 @@ def window_kernel(
     output_rows, output_latent, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride,
     output_scales, output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
     HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
-    ONE_PAGE: tl.constexpr, PROMPT: tl.constexpr, ALIGNED: tl.constexpr,
+    ONE_PAGE: tl.constexpr, LANE_PAGES: tl.constexpr, PROMPT: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """`compress` over a `WindowState`."""
     plan = Plan(plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors)
@@ -483,5 +464,5 @@ def window_kernel(
     # The tiling is built in the call: assigned to a variable, its constants would be tensors.
     run_program(
         front, total, task, shares, programs, launch, HOW, SPEC, FMT,
-        Tiling(TILE, LANES, HOW.TOGETHER, HOW.SLICE, ONE_PAGE, PROMPT, ALIGNED, JOIN), POOLS,
+        Tiling(TILE, LANES, HOW.TOGETHER, HOW.SLICE, ONE_PAGE, LANE_PAGES, PROMPT, ALIGNED, JOIN), POOLS,
     )  # fmt: skip

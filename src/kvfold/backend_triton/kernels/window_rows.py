@@ -45,9 +45,10 @@ class Tiling(NamedTuple):
     """Constants of how rows are pooled. LANES and GROUP are the order of the sums; the others change no bit.
 
     TILE: rows in flight at once. LANES: sums side by side; row j belongs to lane j % LANES. GROUP: rows of a lane that are
-    weighed against one maximum. SLICE: channels of a part of an entry. ONE_PAGE: a window lies on one page. PROMPT: for long
-    steps, where windows that are all new are common. ALIGNED: rows of kv_score begin at multiples of 16 bytes. JOIN: of
-    how many last rows of a window the new ones are stored by who pools it; 0: of none.
+    weighed against one maximum. SLICE: channels of a part of an entry. ONE_PAGE: a window lies on one page. LANE_PAGES: it does
+    not, but each LANES of its rows do. PROMPT: for long steps, where windows that are all new are common. ALIGNED: rows of
+    kv_score begin at multiples of 16 bytes. JOIN: of how many last rows of a window the new ones are stored by who pools it; 0:
+    of none.
     """
 
     TILE: Any
@@ -55,6 +56,7 @@ class Tiling(NamedTuple):
     GROUP: Any
     SLICE: Any
     ONE_PAGE: Any
+    LANE_PAGES: Any
     PROMPT: Any
     ALIGNED: Any
     JOIN: Any
@@ -75,6 +77,25 @@ def find_pages(pools, pool, sequence, x, wanted):
         page = tl.where(page == pools.null_page, -1, page)
     bad = wanted & ((inside == 0) | (page < -1) | (page >= pool.num_pages))
     return page.to(tl.int64), wanted & inside & (page == -1), bad
+
+
+@triton.jit
+def check_window(pools, item, SPEC: tl.constexpr, tiling):
+    """How many old rows of a window have no page, and how many a bad one; of a window on one page, whether it has any such."""
+    missing = tl.zeros((), tl.int32)
+    bad = tl.zeros((), tl.int32)
+    STEP: tl.constexpr = SPEC.RATIO if tiling.ONE_PAGE else tiling.LANES if tiling.LANE_PAGES else 1
+    ROWS: tl.constexpr = (1 + SPEC.OVERLAP) if tiling.ONE_PAGE else tiling.TILE // STEP
+    for j0 in range(0, SPEC.RATIO * (1 + SPEC.OVERLAP), ROWS * STEP):
+        j = j0 + tl.arange(0, ROWS) * STEP
+        x = (item.window - SPEC.OVERLAP) * SPEC.RATIO + j
+        wanted = (x >= 0) & (x < item.start) & (j < SPEC.RATIO * (1 + SPEC.OVERLAP))
+        x = tl.maximum(x, 0)
+        _, kv_missing, kv_bad = find_pages(pools, pools.kv, item.sequence, x, wanted)
+        _, score_missing, score_bad = find_pages(pools, pools.score, item.sequence, x, wanted)
+        missing += tl.sum((kv_missing | score_missing).to(tl.int32), axis=0)
+        bad += tl.sum((kv_bad | score_bad).to(tl.int32), axis=0)
+    return missing, bad
 
 
 @triton.jit
@@ -105,44 +126,89 @@ def put_new_rows(k, s, tokens, item, j, x, c, new, RATIO: tl.constexpr, CHANNELS
 
 
 @triton.jit
+def load_lane_pages(pools, pool, sequence, x0, COUNT: tl.constexpr, LANES: tl.constexpr):
+    """What the table has for each LANES rows from position `x0` on, which share a page, as int32; its last column for those
+    behind. Scalars, and nothing is done with any before all are on their way.
+    """
+    words = pool.table + sequence.to(tl.int64) * pool.width
+    apart = 1
+    if pool.step is not None:
+        words = pool.table.to(tl.pointer_type(tl.int32)) + sequence.to(tl.int64) * (pool.step // 2)
+        apart = 1 + (pool.step % 2).to(tl.int32)  # int64: the low word, and `check_window` looks at both
+    column = x0 // pools.page_size
+    row = x0 - column * pools.page_size
+    found = ()
+    for _i in tl.static_range(COUNT):
+        at = tl.minimum(column, pool.width - 1) if pools.ring is None else column % pool.width
+        found = found + (tl.load(words + at * apart, cache_modifier=".cg"),)
+        row += LANES
+        column += (row >= pools.page_size).to(tl.int32)
+        row = tl.where(row >= pools.page_size, 0, row)
+    return found
+
+
+@triton.jit
+def lane_rows(pool, page, row):
+    """Where row `row` of a page of `load_lane_pages` begins; of page 0 where that is not in the pool."""
+    page = tl.where(page.to(tl.uint32) < pool.num_pages.to(tl.uint32), page, 0)
+    # A page spans less than 2**31 elements.
+    return pool.rows + page.to(tl.int64) * pool.page_stride + row * pool.row_stride.to(tl.int32)
+
+
+@triton.jit
 def load_page_rows(
     tokens, pools, item, c0, j0, pages, mine, SPEC: tl.constexpr, tiling, BF16: tl.constexpr
 ):  # fmt: skip
-    """Rows `[j0, j0 + TILE)` of a window on one page, of which only some of the last LANES are new: the usual decode.
+    """Rows `[j0, j0 + TILE)` of a window, of which only some of the last LANES are new: the usual decode.
 
-    All are loaded from the page, and new ones put over what was there: without masks a tile takes half the instructions.
-    mine: the new ones are stored too.
+    The window lies on one page, or each LANES of its rows do, of which those without one are read from page 0. All are loaded,
+    and new ones put over what was there: without masks a tile takes half the instructions.
+
+    mine: the new ones are stored too, on the one page.
     """
     LANES: tl.constexpr = tiling.LANES
     c = c0 + tl.arange(0, tiling.SLICE)[None, :]
     lane = tl.arange(0, LANES)
-    first = (item.window * SPEC.RATIO) % pools.page_size + j0
-    kv_rows = pools.kv.rows + pages.kv * pools.kv.page_stride + first * pools.kv.row_stride
-    score_rows = pools.score.rows + pages.score * pools.score.page_stride + first * pools.score.row_stride
+    COUNT: tl.constexpr = tiling.TILE // LANES
+    x0 = item.window * SPEC.RATIO + j0
+    if tiling.ONE_PAGE:
+        first = (item.window * SPEC.RATIO) % pools.page_size + j0
+        kv_rows = pools.kv.rows + pages.kv * pools.kv.page_stride + first * pools.kv.row_stride
+        score_rows = pools.score.rows + pages.score * pools.score.page_stride + first * pools.score.row_stride
+    else:
+        kv_pages = load_lane_pages(pools, pools.kv, item.sequence, x0, COUNT, LANES)
+        score_pages = load_lane_pages(pools, pools.score, item.sequence, x0, COUNT, LANES)
+        row = x0 % pools.page_size
     # A page spans less than 2**31 elements: one 32-bit offset for each row.
     kv_at = (lane * pools.kv.row_stride.to(tl.int32))[:, None] + c
     score_at = (lane * pools.score.row_stride.to(tl.int32))[:, None] + c
     ks = ()
     ss = ()
-    for i in tl.static_range(tiling.TILE // LANES):
+    for i in tl.static_range(COUNT):
+        if not tiling.ONE_PAGE:
+            kv_rows = lane_rows(pools.kv, kv_pages[i], row)
+            score_rows = lane_rows(pools.score, score_pages[i], row)
+            row = tl.where(row + LANES >= pools.page_size, 0, row + LANES)
         # Nobody reads them again in this step (docs/notes/0030-old-rows-leave-the-cache.md).
         k = tl.load(kv_rows + kv_at, eviction_policy="evict_first").to(tl.float32)
         s = tl.load(score_rows + score_at, eviction_policy="evict_first").to(tl.float32)
-        if i == tiling.TILE // LANES - 1:
+        if i == COUNT - 1:
             # Behind the loads of a tile: waiting for new rows earlier holds up loads that have no register yet.
-            if item.start < item.window * SPEC.RATIO + j0 + tiling.TILE:
+            if item.start < x0 + tiling.TILE:
                 j = lane + j0 + i * LANES  # a tensor first: the interpreter has numbers for the others
                 x = item.window * SPEC.RATIO + j
                 at = c.to(tl.int64) + (j * 0)[:, None]
                 k, s = put_new_rows(k, s, tokens, item, j, x, at, x >= item.start, SPEC.RATIO, SPEC.HEAD_DIM, BF16)
-                if mine:
-                    news = ((x >= item.start).to(tl.int32)[:, None] + c * 0) != 0
-                    store_rounded(kv_rows, kv_at, k, news)
-                    store_rounded(score_rows, score_at, s, news)
+                if tiling.ONE_PAGE:
+                    if mine:
+                        news = ((x >= item.start).to(tl.int32)[:, None] + c * 0) != 0
+                        store_rounded(kv_rows, kv_at, k, news)
+                        store_rounded(score_rows, score_at, s, news)
         ks = ks + (k,)
         ss = ss + (s,)
-        kv_rows += LANES * pools.kv.row_stride
-        score_rows += LANES * pools.score.row_stride
+        if tiling.ONE_PAGE:
+            kv_rows += LANES * pools.kv.row_stride
+            score_rows += LANES * pools.score.row_stride
     return ks, ss
 
 
@@ -328,9 +394,9 @@ def pool_slice(
     PROMPT: tl.constexpr = tiling.PROMPT
     BF16: tl.constexpr = pools.kv.rows.dtype.element_ty == tl.bfloat16
     WINDOW_ROWS: tl.constexpr = SPEC.RATIO * (1 + SPEC.OVERLAP)
-    PAGE_ROWS: tl.constexpr = (tiling.ONE_PAGE and SPEC.OVERLAP == 0) and GROUP > 1
-    # Where windows lie on one page, other rows are rare, and larger tiles of them cost registers (docs/notes/0031).
-    ANY_TILE: tl.constexpr = LANES * GROUP if tiling.ONE_PAGE else TILE
+    PAGE_ROWS: tl.constexpr = ((tiling.ONE_PAGE and SPEC.OVERLAP == 0) or tiling.LANE_PAGES) and GROUP > 1
+    # Where `load_page_rows` serves, other rows are rare, and larger tiles of them cost registers (docs/notes/0031).
+    ANY_TILE: tl.constexpr = LANES * GROUP if tiling.ONE_PAGE or PAGE_ROWS else TILE
     r = tl.full((LANES, SLICE), LOWEST, tl.float32)
     l = tl.zeros((LANES, SLICE), tl.float32)
     a = tl.zeros((LANES, SLICE), tl.float32)
@@ -341,14 +407,23 @@ def pool_slice(
     x0 = item.window * SPEC.RATIO
     way = tl.zeros((), tl.int32)
     if PAGE_ROWS:
-        absent = pages.absent.to(tl.int32)
-        way = tl.where((item.start >= x0 + SPEC.RATIO - LANES) & (absent == 0), 1, 0)
+        if tiling.ONE_PAGE:
+            absent = pages.absent.to(tl.int32)
+            usable = absent == 0
+        else:  # there is a page that may be read
+            pages_there = tl.minimum(pools.kv.num_pages, pools.score.num_pages)
+            usable = tl.minimum(pages_there, tl.minimum(pools.kv.width, pools.score.width)) > 0
+        way = tl.where((item.start >= x0 + SPEC.RATIO - LANES) & usable, 1, 0)
     if PROMPT:
         way = tl.where(mine, 2, way)
     if way == 1:
         if PAGE_ROWS:
             for j0 in range(0, WINDOW_ROWS, TILE):
                 ks, ss = load_page_rows(tokens, pools, item, c0, j0, pages, mine, SPEC, tiling, BF16)
+                if j0 == 0:
+                    if tiling.LANE_PAGES:  # behind the loads of rows
+                        missing, bad = check_window(pools, item, SPEC, tiling)
+                        absent = missing + bad
                 r, l, a = weigh_rows(r, l, a, ks, ss, GROUP)
     elif way == 2:
         if PROMPT:

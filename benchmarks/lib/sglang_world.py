@@ -1,7 +1,9 @@
-"""SGLang 0.5.23 on a CPU, as far as its compressors go: its own pools, metadata, hook registry and backend methods.
+"""SGLang 0.5.23 as far as its compressors go: its own pools, metadata, hook registry and backend methods, for tests and
+benchmarks.
 
-Not SGLang's own here: its kernels, which are CUDA's alone. What they compute before a compressor runs, cache slots of tokens
-and lengths token by token, is computed by torch in `Backend`; what they compute instead of kvfold, in the tests, in fp64.
+Not SGLang's own here: its kernels, which are built where it is installed. What they compute before a compressor runs, cache
+slots of tokens and lengths token by token, is computed by torch in `Backend`; what they compute instead of kvfold, in the
+tests, in fp64. It imports SGLang, which must find no GPU then: it would ask for its own binaries.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any, ClassVar
 from unittest import mock
@@ -29,16 +32,24 @@ class _Stub(types.ModuleType):
         return type(name, (), {})
 
 
-def _without_torchvision() -> None:
-    """SGLang imports torchvision for image models, of which nothing runs here; transformers shall not believe in it."""
+VISION = ("", ".io", ".transforms", ".transforms.functional", ".transforms.v2", ".transforms.v2.functional")
+STUBS = {"torchvision": VISION, "IPython": ("", ".display")}
+
+
+def _stub_out() -> None:
+    """SGLang imports torchvision for image models and IPython for notebooks, of which nothing runs here.
+
+    They are taken where they are; transformers shall not believe in a stub.
+    """
     import_utils.is_torchvision_available()
-    for name in ("", ".io", ".transforms", ".transforms.functional", ".transforms.v2", ".transforms.v2.functional"):
-        stub = _Stub("torchvision" + name)
-        stub.__spec__ = ModuleSpec(stub.__name__, None)
-        sys.modules.setdefault(stub.__name__, stub)
+    for package, names in STUBS.items():
+        for name in names if find_spec(package) is None else ():
+            stub = _Stub(package + name)
+            stub.__spec__ = ModuleSpec(stub.__name__, None)
+            sys.modules[stub.__name__] = stub
 
 
-_without_torchvision()
+_stub_out()
 
 from sglang.kernels.ops.quantization.fp4_fake_quant import ceil_pow2  # noqa: E402
 from sglang.srt import plugins as sgl_plugins  # noqa: E402
@@ -100,11 +111,11 @@ def plugged(state: str | None = None, start: Callable[[], None] | None = None) -
 
 
 @contextmanager
-def config(drafts: int = 0, **more: Any) -> Iterator[None]:
+def config(drafts: int = 0, device: str = "cpu", **more: Any) -> Iterator[None]:
     """SGLang's published settings, with `drafts` tokens to verify, and more of them."""
     override = get_context().override_server_args(
         attention_backend="dsv4",
-        device="cpu",
+        device=device,
         kv_cache_dtype="auto",
         speculative_algorithm="EAGLE" if drafts else None,
         speculative_num_draft_tokens=drafts,
@@ -129,17 +140,17 @@ class Norm(nn.Module):
 
 
 def make_compressor(layer: int, ratio: int, head_dim: int, freqs: torch.Tensor, seed: int) -> Any:
-    """SGLang's `Compressor` without its projection; `ape` is loaded by its own loader."""
+    """SGLang's `Compressor` without its projection, where `freqs` is; `ape` is loaded by its own loader."""
     draw = torch.Generator().manual_seed(seed)
     made = sgl_compressor.Compressor.__new__(sgl_compressor.Compressor)
     nn.Module.__init__(made)
     made.layer_id, made.ratio, made.head_dim, made.overlap = layer, ratio, head_dim, ratio == 4
     made.is_in_indexer = made.rotate = head_dim == 128
-    made.norm, made.freqs_cis = Norm(head_dim, 3e-6, draw), freqs
+    made.norm, made.freqs_cis = Norm(head_dim, 3e-6, draw).to(freqs.device), freqs
     width = head_dim * (1 + made.overlap)
-    made.ape = nn.Parameter(torch.empty(ratio, width), requires_grad=False)
+    made.ape = nn.Parameter(torch.empty(ratio, width, device=freqs.device), requires_grad=False)
     made.plain_ape = torch.randn(ratio, width, generator=draw)
-    made.load_ape_weight(made.ape, made.plain_ape)
+    made.load_ape_weight(made.ape, made.plain_ape.to(freqs.device))
     made.compute_kv_score = lambda x, batch: x
     return made
 
@@ -161,12 +172,14 @@ class Backend(sgl_backend.DeepseekV4AttnBackend):
         layout: str = "v4",
         fp4: bool = False,
         dtype: torch.dtype = torch.float32,
+        requests: int = REQUESTS,
+        device: str = "cpu",
         **more: Any,
     ) -> None:
-        pages = REQUESTS * TEXT // PAGE + 1  # page 0 is nobody's
-        size = pages * PAGE
+        pages = requests * TEXT // PAGE + 1  # page 0 is nobody's
+        size, self.where = pages * PAGE, device
         self.token_to_kv_pool = sgl_pool.DeepSeekV4TokenToKVPool(
-            max_num_reqs=REQUESTS,
+            max_num_reqs=requests,
             swa_size=size,
             c4_size=size // 4,
             c128_size=size // 128,
@@ -181,7 +194,7 @@ class Backend(sgl_backend.DeepseekV4AttnBackend):
             qk_rope_head_dim=64,
             indexer_head_dim=128,
             layer_num=len(ratios),
-            device="cpu",
+            device=device,
             enable_memory_saver=False,
             compression_ratios=ratios,
             full_size=size,
@@ -190,9 +203,9 @@ class Backend(sgl_backend.DeepseekV4AttnBackend):
         )
         draw = torch.Generator().manual_seed(7)
         order = torch.cat([torch.zeros(1, dtype=torch.int64), 1 + torch.randperm(pages - 1, generator=draw)])
-        self.full_to_swa = (order[:, None] * PAGE + torch.arange(PAGE)).flatten()
+        self.full_to_swa = (order[:, None] * PAGE + torch.arange(PAGE)).flatten().to(device)
         self.token_to_kv_pool.register_mapping(self.full_to_swa)
-        table = ReqToTokenPool(size=REQUESTS, max_context_len=TEXT, device="cpu", enable_memory_saver=False)
+        table = ReqToTokenPool(size=requests, max_context_len=TEXT, device=device, enable_memory_saver=False)
         self.req_to_token = table.req_to_token
         self.free_pages = (1 + torch.randperm(pages - 1, generator=draw)).tolist()
         self.speculative_num_draft_tokens, self.mtp_enabled = drafts, drafts > 0
@@ -201,7 +214,7 @@ class Backend(sgl_backend.DeepseekV4AttnBackend):
         self.present_ratios = tuple(sorted(set(ratios)))
         self.low_ratios = tuple(r for r in self.present_ratios if r in (1, 2))
         self.online_c128_mtp = OnlineC128MTPController(self)
-        self.cuda_int32_kwargs = {"device": "cpu", "dtype": torch.int32}
+        self.cuda_int32_kwargs = {"device": device, "dtype": torch.int32}
         self.is_dspark_draft = False
         self.cp_size = 1
 
@@ -217,7 +230,8 @@ class Backend(sgl_backend.DeepseekV4AttnBackend):
         """Pages for positions up to `length`, of which the first are another request's."""
         have = list(shared) + [self.free_pages.pop() for _ in range(-(-length // PAGE) - len(shared))]
         for k, page in enumerate(have):
-            self.req_to_token[request, k * PAGE : (k + 1) * PAGE] = torch.arange(page * PAGE, (page + 1) * PAGE)
+            at = torch.arange(page * PAGE, (page + 1) * PAGE, device=self.where)
+            self.req_to_token[request, k * PAGE : (k + 1) * PAGE] = at
 
     def pages_of(self, request: int, count: int) -> list[int]:
         return (self.req_to_token[request, : count * PAGE : PAGE] // PAGE).tolist()
@@ -231,9 +245,9 @@ class Backend(sgl_backend.DeepseekV4AttnBackend):
             seq_lens_casual=seq_lens,
             cuda_int32_kwargs=self.cuda_int32_kwargs,
             positions_casual=seq_lens - 1,
-            page_table=torch.zeros(len(seq_lens), 1, dtype=torch.int32),
-            swa_page_indices=torch.zeros(len(seq_lens), 1, dtype=torch.int32),
-            swa_topk_lengths=torch.zeros(len(seq_lens), dtype=torch.int32),
+            page_table=torch.zeros(len(seq_lens), 1, **self.cuda_int32_kwargs),
+            swa_page_indices=torch.zeros(len(seq_lens), 1, **self.cuda_int32_kwargs),
+            swa_topk_lengths=torch.zeros(len(seq_lens), **self.cuda_int32_kwargs),
             index_topk=512,
             present_ratios=self.present_ratios,
             low_ratios=self.low_ratios,
@@ -250,15 +264,18 @@ class Backend(sgl_backend.DeepseekV4AttnBackend):
     def init_forward_metadata_indexer(self, *args: Any, **kwargs: Any) -> None:
         return None
 
+    def _columns(self, steps: list[tuple[int, int, int]]) -> list[torch.Tensor]:
+        return [torch.tensor(column, device=self.where) for column in zip(*steps, strict=True)]
+
     def slots_of(self, steps: list[tuple[int, int, int]]) -> torch.Tensor:
         """int64: the slot of each new token; 0 for those of request 0, which is padding."""
         return torch.cat([self.req_to_token[r, s : s + n].long() * (r > 0) for r, s, n in steps])
 
     def extend(self, steps: list[tuple[int, int, int]], *, graph: int = 0) -> Any:
         """The metadata of a prefill step over (request, start, new tokens), by SGLang's own builder; of a graph of so many."""
-        requests, start, new = (torch.tensor(x) for x in zip(*steps, strict=True))
+        requests, start, new = self._columns(steps)
         seq_lens = start + new
-        casual = torch.cat([torch.arange(s, s + n) + 1 for _, s, n in steps])
+        casual = torch.cat([torch.arange(s, s + n, device=self.where) + 1 for _, s, n in steps])
         padding = max(graph - len(casual), 0)
         padded = torch.nn.functional.pad(casual, (0, padding), value=1)
         repeated = torch.nn.functional.pad(requests.repeat_interleave(new), (0, padding))
@@ -276,13 +293,13 @@ class Backend(sgl_backend.DeepseekV4AttnBackend):
         )
 
     def decode(self, steps: list[tuple[int, int, int]]) -> Any:
-        requests, start, _ = (torch.tensor(x) for x in zip(*steps, strict=True))
+        requests, start, _ = self._columns(steps)
         raw = sgl_backend.DSV4RawDecodeMetadata(requests, start + 1, self.slots_of(steps))
         return self.make_forward_metadata_from_raw_decode(raw)
 
     def verify(self, steps: list[tuple[int, int, int]]) -> Any:
         """Each with as many tokens as there are drafts."""
-        requests, start, new = (torch.tensor(x) for x in zip(*steps, strict=True))
+        requests, start, new = self._columns(steps)
         self.online_c128_mtp._verify_ctx = None
         offset = self.online_c128_mtp.state_slot_offset()
         raw = sgl_backend.DSV4RawVerifyMetadata(
