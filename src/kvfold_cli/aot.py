@@ -19,14 +19,18 @@ def aot(
     out: Annotated[Path, typer.Argument(help="Folder for the binaries, kernels.json and kernels.txt.")],
     spec: Annotated[
         list[str] | None,
-        typer.Option(help="Repeated: hca, csa, indexer, fields, or table for one of each width; default: hca, csa, indexer, or with --set none."),
+        typer.Option(
+            help="Repeated: hca, csa, indexer, fields, or table, one of each width; default: the first three, with --set none."
+        ),
     ] = None,
     fmt: Annotated[
         list[str] | None,
         typer.Option("--format", help="Repeated: a record format, or rows for pooled rows without a cache; default: all."),
     ] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="Repeated: of kv_score, bf16 or fp32; default: bf16.")] = None,
-    calls: Annotated[list[str] | None, typer.Option("--set", help="Repeated: calls of an engine, as of kvfold prebuild.")] = None,
+    calls: Annotated[
+        list[str] | None, typer.Option("--set", help="Repeated: an engine's calls, as of kvfold prebuild.")
+    ] = None,
     train: Annotated[list[int] | None, typer.Option(help="Repeated: also for training, with so many rows of kv_score.")] = None,
     strict: Annotated[
         bool | None,

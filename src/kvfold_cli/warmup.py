@@ -56,7 +56,9 @@ def prebuild(
     console = make_console()
     try:
         with wrong_arguments(TypeError, ValueError), _bar(console) as show:
-            count = compile_all(target, out, calls_of(calls or ["v4"]), multiprocessors=multiprocessors, workers=workers, progress=show)
+            count = compile_all(
+                target, out, calls_of(calls or ["v4"]), multiprocessors=multiprocessors, workers=workers, progress=show
+            )
     except RuntimeError as error:
         raise stop(str(error), "kvfold prebuild") from None
     print_text(console, f"{count} kernels in {out}")

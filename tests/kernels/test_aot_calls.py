@@ -71,7 +71,9 @@ def test_a_few_compile(tmp_path: Path) -> None:
     assert said[:2] == ["project", "h4096"] and said[-2] == "project_kernel" and int(said[-1]) > 1000
     report = json.loads((tmp_path / "made" / "kernels.json").read_text())
     (one,) = report["kernels"]
-    assert one["name"] == "store hd512 R1 no_ape eps1e-20 fp8_ds_mla_v41 rows_bf16 norm_none slots_int64 positions_int64 ordinary"
+    assert (
+        one["name"] == "store hd512 R1 no_ape eps1e-20 fp8_ds_mla_v41 rows_bf16 norm_none slots_int64 positions_int64 ordinary"
+    )
     assert (tmp_path / "made" / one["file"]).stat().st_size == one["bytes"] > 1000
 
 

@@ -149,9 +149,7 @@ def aot(
     return report
 
 
-def _compile(
-    wanted: list[Kernel], target: str, folder: Path, strict: bool | None, workers: int
-) -> Iterator[AotKernel | str]:
+def _compile(wanted: list[Kernel], target: str, folder: Path, strict: bool | None, workers: int) -> Iterator[AotKernel | str]:
     """What each became, in order."""
     attempt, workers = partial(_attempt, target, folder, strict), min(workers, len(wanted))
     if workers == 1:

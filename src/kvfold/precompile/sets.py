@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,12 +30,13 @@ def _projected(norm: torch.dtype) -> dict[str, Any]:
 
 
 def _vllm(fold: bool) -> Calls:
-    """V4 in vLLM, by kvfold's plug-in (docs/vllm.md): kv_score in fp32, blocks of 4 and 8 raw rows. fold: ratio 128 in fold
-    rows."""
+    """V4 in vLLM, by kvfold's plug-in (docs/vllm.md): kv_score in fp32, blocks of 4 and 8 raw rows, index keys that are not
+    rotated. fold: ratio 128 in fold rows."""
+    specs = (V4_CSA, replace(V4_INDEXER, hadamard=False))
     told = {"dtypes": (FP32,), "max_new_tokens": STEPS, "norm_weight_dtypes": (BF16,), "plans": ("engine",), "pdl": False}
     rows = told | {"states": ("window",)}
     return (
-        rows | {"specs": (V4_CSA, V4_INDEXER), "formats": (MAIN, "indexer_fp8_vllm", KEYS), "page_sizes": (4,)},
+        rows | {"specs": specs, "formats": (MAIN, "indexer_fp8_vllm", KEYS), "page_sizes": (4,)},
         (told if fold else rows | {"page_sizes": (8,)}) | {"specs": (V4_HCA,), "formats": (MAIN,)},
     )
 
@@ -47,8 +49,8 @@ def _vllm_v41() -> Calls:
             "norm_weight_dtypes": (BF16,), "latents": (True,), "page_sizes": (8,), "plans": ("engine", "ring"), "pdl": False,
         },
         {
-            "specs": (V41_MAIN_R1, V41_MAIN_R2), "formats": ("fp8_ds_mla_v41",), "max_new_tokens": (), "states": (), "plans": (),
-            "rows": (BF16,), "norm_weight_dtypes": (None,), "slot_dtypes": (INT64,), "pdl": False,
+            "specs": (V41_MAIN_R1, V41_MAIN_R2), "formats": ("fp8_ds_mla_v41",), "max_new_tokens": (), "states": (),
+            "rows": (BF16,), "norm_weight_dtypes": (None,), "slot_dtypes": (INT64,), "plans": (), "pdl": False,
         },
     )  # fmt: skip
 
@@ -77,7 +79,13 @@ def _sglang_v41(fold: bool) -> Calls:
     return (
         main | pairs,
         main | {"specs": (V41_MAIN_R1,), "max_new_tokens": STEPS, "plans": ("engine",), "pdl": False},
-        keys | {"specs": (V41_INDEX_K,), "max_new_tokens": (), "rows": (BF16,), "plans": ()},
+        keys
+        | {
+            "specs": (V41_INDEX_K, replace(V41_INDEX_K, ratio=2, gate=True)),
+            "max_new_tokens": (),
+            "rows": (BF16,),
+            "plans": (),
+        },
         _plans(V41_MAIN_R2),
     )
 
