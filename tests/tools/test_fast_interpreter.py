@@ -108,8 +108,9 @@ def operators_kernel(x, y, n, out, F: tl.constexpr, I: tl.constexpr):
     w = (wide + I) * wide - (5 - wide) + 2 * wide + (wide + k)
     mask = ((a < b) & (k >= I)) | ((b > 0.5) & (wide != k)) | (f == a) | (k <= 2) & (one > a)
     same = ((k == I) | (wide < 3)) & (a == a)
-    tl.store(out + at, f + m.to(tl.float32) + w.to(tl.float32) + mask.to(tl.int32) * 2 + same.to(tl.int32))
-    tl.store(out + 32 + at, (a * (one < 0) + (k > 0).to(tl.float32)) * (m == w.to(tl.int32)).to(tl.float32))
+    tl.store(out + at, f + mask.to(tl.int32) * 2 + same.to(tl.int32))
+    tl.store(out + 96 + at, w.to(tl.float32))
+    tl.store(out + 32 + at, m.to(tl.float32) + (a * (one < 0) + (k > 0).to(tl.float32)) * (m == w.to(tl.int32)).to(tl.float32))
     tl.store(out + 64 + at, (m * 65537 * 65537).to(tl.float32))
 
 
@@ -119,7 +120,7 @@ def test_operators_make_what_triton_makes(monkeypatch: pytest.MonkeyPatch) -> No
     x[0, 1], y[2, 2], x[3, 3] = torch.nan, torch.inf, -0.0
     n = torch.randint(-9, 9, (8, 4), generator=draw, dtype=torch.int32)
     for scale in (1, 1 << 28):
-        ours, theirs = torch.zeros(96), torch.zeros(96)
+        ours, theirs = torch.zeros(128), torch.zeros(128)
         assert all(getattr(tl.tensor, name) is not theirs for name, theirs in fast_interpreter.OPERATED.items())
         operators_kernel[(1,)](x, y, n * scale, ours, 0.1, 3)
         with monkeypatch.context() as patch:
