@@ -25,6 +25,18 @@ def test_links_stay_on_the_site(tmp_path: Path) -> None:
             assert "://" in target or (page.parent / target).is_file(), f"{page.relative_to(folder)}: {target}"
 
 
+def test_lists_begin_behind_an_empty_line(tmp_path: Path) -> None:
+    """Python's Markdown takes an item that follows a paragraph's line for a part of it."""
+    text = "Words:\n- one\n  goes on\n- two\n\n  still\n- three\nMore\n1. first\n```\na\n- code\n```\n"
+    wanted = "Words:\n\n- one\n  goes on\n- two\n\n  still\n- three\nMore\n\n1. first\n```\na\n- code\n```\n"
+    assert site.spaced(text) == wanted == site.spaced(wanted)
+    site.assemble(tmp_path / "docs")
+    index = (tmp_path / "docs" / "index.md").read_text()
+    assert "\n\n- [vLLM](vllm.md)" in index and index.replace("\n\n", "\n") == site.turned(
+        (ROOT / "README.md").read_text(), ""
+    ).replace("\n\n", "\n")
+
+
 def test_every_page_is_in_the_navigation() -> None:
     named = set(re.findall(r": (\S+\.md)$", (ROOT / "packaging" / "mkdocs.yml").read_text(), re.MULTILINE))
     assert named == {path.name for path in (ROOT / "docs").glob("*.md")} | set(site.PAGES.values()) | {"notes/README.md"}
