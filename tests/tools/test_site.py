@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import kvfold
@@ -44,6 +46,12 @@ def test_every_page_is_in_the_navigation() -> None:
 
 def test_the_api_page_has_what_is_public() -> None:
     text = (ROOT / "docs" / "api.md").read_text()
-    named = {name for name in re.findall(r"^::: kvfold\.([\w.]+)$", text, re.MULTILINE)} | set(re.findall(r"`(V4\w+)`", text))
+    asked = re.findall(r"^::: kvfold\.([\w.]+)$", text, re.MULTILINE)
+    named = {re.sub(r"^(\w+)\.\1$", r"\1", name) for name in asked} | set(re.findall(r"`(V4\w+)`", text))
+    for name in asked:  # a function and not the module of its name, on whose page all of that module would stand
+        *path, last = name.split(".")
+        module = importlib.import_module(".".join(["kvfold", *path])) if len(path) == 1 and path[0] == last else None
+        assert module is None or callable(getattr(module, last))
+        assert name in ("parallel", "training", "reference", "ops") or f"kvfold.{name}" not in sys.modules, name
     public = set(kvfold.__all__) - {"__version__"} | {"parallel"} | {f"training.{name}" for name in training.__all__}
     assert named == public, named ^ public
