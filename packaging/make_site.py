@@ -21,6 +21,7 @@ PAGES = {
     "CHANGELOG.md": "CHANGELOG.md",
     "CONTRIBUTING.md": "CONTRIBUTING.md",
 }
+ITEM = re.compile(r"(?:[-*]|\d+\.) ")
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)(#[^)]*)?\)")
 
 
@@ -28,10 +29,24 @@ def assemble(folder: Path) -> None:
     """The site's sources: docs/ as it is, and the pages beside it with their links turned."""
     shutil.copytree(ROOT / "docs", folder)
     for source, target in PAGES.items():
-        (folder / target).write_text(turned((ROOT / source).read_text(), ""))
+        (folder / target).write_text(spaced(turned((ROOT / source).read_text(), "")))
     for page in folder.rglob("*.md"):
         if page.name not in PAGES.values():
-            page.write_text(turned(page.read_text(), page.relative_to(folder).parent.as_posix()))
+            page.write_text(spaced(turned(page.read_text(), page.relative_to(folder).parent.as_posix())))
+
+
+def spaced(text: str) -> str:
+    """With an empty line before each list: forges begin one behind a paragraph's last line, this Markdown goes on with it."""
+    lines: list[str] = []
+    code = inside = False  # a fenced block; a list
+    for line in text.split("\n"):
+        code ^= line.lstrip().startswith("```")
+        item = not code and ITEM.match(line) is not None
+        if item and not inside and lines and lines[-1].strip():
+            lines.append("")
+        inside = item or (inside and (not line.strip() or line.startswith(" ")))
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def turned(text: str, place: str) -> str:

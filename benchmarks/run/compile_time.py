@@ -1,4 +1,4 @@
-"""Times Triton's compiler kernel by kernel, without a GPU: the set V4 of `kvfold warmup`, and each other row of the table once.
+"""Times Triton's compiler kernel by kernel, without a GPU: the set v4 of `kvfold warmup`, and each other row of the table once.
 
 python -m benchmarks.run.compile_time --out benchmarks/results/compile.jsonl
                                       [--target sm_90] [--only WORDS,WORDS] [--commit COMMIT] [--note WORDS]
@@ -6,8 +6,9 @@ python -m benchmarks.run.compile_time --out benchmarks/results/compile.jsonl
 One kernel at a time, into a cache of its own. Seconds: those of a core (`cpu_s`), with ptxas; those that Triton's compiler took
 by the clock (`s`), more where others use the machine, and of these its coalescing pass (`coalesce_s`), by the timer of its
 pass manager. What the pass has to do: `operations` of the kernel before
-the pass, and those of them that read or write a block of memory (`accesses`). set: whether the kernel is one of the set V4,
-which has each step twice: those for norm weights in bf16, and all but one of the plans of a ratio, are left out here.
+the pass, and those of them that read or write a block of memory (`accesses`). set: whether the kernel is one of the set v4,
+which has each step twice: those for norm weights in bf16, and all but one of the plans of a ratio, are left out here. Then each
+row of the table of projections, for V4-Pro, and training's kernels for 65,536 rows of bf16.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ import triton
 
 from kvfold.backend_triton import table
 from kvfold.backend_triton.build import Variant
-from kvfold.backend_triton.keys import PairKey
+from kvfold.backend_triton.keys import PairKey, ProjectKey
 from kvfold.backend_triton.variants import variant_of
-from kvfold.precompile.combinations import FORMATS, TARGETS, combinations
+from kvfold.precompile.combinations import FORMATS, TARGETS, combinations, of_training
 from kvfold.precompile.sets import SETS
 from kvfold.precompile.wanted import keys_of
 from kvfold.precompile.warmup import warmup
+from kvfold.precompile.words import words_of
+from kvfold.spec import V4_CSA, V4_HCA, V4_INDEXER
 
 ROOT = Path(__file__).parents[2]
 TIMER = "MLIR_ENABLE_TIMING"  # Triton prints a table of its passes' seconds to stderr
@@ -58,9 +61,17 @@ def wanted() -> Iterator[tuple[str, Variant, bool]]:
                 yield named[key], variant, True
     for one in combinations(formats=(FORMATS["fp8_ds_mla"], FORMATS["indexer_mxfp4"])):
         variant = one.variant(True)
-        if one.config in table.CONFIGS and (row := (variant.kernel, one.config)) not in rows:
+        known = one.config in table.CONFIGS or one.kind == "restore"
+        if known and (row := (variant.kernel, one.config)) not in rows:
             rows.add(row)
             yield one.name, variant, False
+    keys, _ = keys_of(defaults | {"specs": (V4_HCA, V4_CSA), "formats": (), "max_new_tokens": (), "hidden_dims": (7168,)})
+    projections = {key.config: key for key in keys if isinstance(key, ProjectKey) and key.tensors == 1 and key.sums is not None}
+    for key in projections.values():
+        yield " ".join(words_of(key)), variant_of(key, True, True), False
+    for training in of_training((V4_HCA, V4_CSA, V4_INDEXER), (None,), (torch.bfloat16,), (1 << 16,)):
+        if not training.wanted.apart:
+            yield training.name, training.variant(True), False
 
 
 def measure(variant: Variant, target: str) -> dict[str, float | int]:

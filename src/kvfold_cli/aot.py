@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from .explain import parse_spec
 from .failures import stop, wrong_arguments
+from .sets import calls_of
 from .show import make_console, make_progress, print_table
 
 
@@ -18,13 +19,18 @@ def aot(
     out: Annotated[Path, typer.Argument(help="Folder for the binaries, kernels.json and kernels.txt.")],
     spec: Annotated[
         list[str] | None,
-        typer.Option(help="Repeated: hca, csa, indexer, fields, or table for one of each width; default: hca, csa, indexer."),
+        typer.Option(
+            help="Repeated: hca, csa, indexer, fields, or table, one of each width; default: the first three, with --set none."
+        ),
     ] = None,
     fmt: Annotated[
         list[str] | None,
         typer.Option("--format", help="Repeated: a record format, or rows for pooled rows without a cache; default: all."),
     ] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="Repeated: of kv_score, bf16 or fp32; default: bf16.")] = None,
+    calls: Annotated[
+        list[str] | None, typer.Option("--set", help="Repeated: an engine's calls, as of kvfold prebuild.")
+    ] = None,
     train: Annotated[list[int] | None, typer.Option(help="Repeated: also for training, with so many rows of kv_score.")] = None,
     strict: Annotated[
         bool | None,
@@ -46,7 +52,7 @@ def aot(
     for name in dtype or ():
         if name not in dtypes:
             raise typer.BadParameter(f"--dtype must be bf16 or fp32, got {name!r}")
-    specs = [one for text in spec or ("hca", "csa", "indexer") for one in _specs(text)]
+    specs = [one for text in spec or (() if calls else ("hca", "csa", "indexer")) for one in _specs(text)]
     formats = [None if name == "rows" else name for name in fmt or ("rows", *FORMATS)]
     with make_progress(console) as progress:
         task = progress.add_task("", total=None)
@@ -57,7 +63,7 @@ def aot(
         try:
             with wrong_arguments(TypeError, ValueError):
                 how = {"dtypes": [dtypes[name] for name in dtype or ("bf16",)], "training": train or (), "strict": strict,
-                       "workers": workers}  # fmt: skip
+                       "calls": calls_of(calls or ()), "workers": workers}  # fmt: skip
                 report = compile_all(target, out, specs, formats, progress=show, **how)
         except (ImportError, RuntimeError) as error:
             raise stop(str(error), "kvfold aot") from None

@@ -6,6 +6,7 @@ import json
 import time
 from collections import Counter
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,7 +39,7 @@ def verify(
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, max=256, help="Of --random: processes; default: on a GPU the cores, 16 at most."),
+        typer.Option(min=1, max=256, help="Processes; default: on a GPU one for each core, 16 at most; on a CPU 1."),
     ] = None,
     out: Annotated[Path | None, typer.Option("--json", help="File for all results.")] = None,
 ) -> None:
@@ -54,8 +55,8 @@ def verify(
     check_device(device)
     if backend is None:
         backend = "triton" if device == "cuda" or _interpreted() else "torch"
-    if random is None and (seed, first, workers) != (None, None, None):
-        raise typer.BadParameter("--seed, --first and --workers are for --random N")
+    if random is None and (seed, first) != (None, None):
+        raise typer.BadParameter("--seed and --first are for --random N")
     if random is not None and (quick or only):
         raise typer.BadParameter("--quick and --only are for verify without --random")
     if out is not None:
@@ -68,7 +69,8 @@ def verify(
         workers = (None if device == "cuda" else 1) if workers is None else workers
         found, failed = _run_random(console, about, random, seed or 0, device, backend, first or 0, workers)
     else:
-        found, failed = _run_list(console, about, device, backend, quick, only)
+        workers = 1 if workers is None and device == "cpu" else workers
+        found, failed = _run_list(console, about, device, backend, quick, only, workers)
     if out is not None:
         with write_atomically(out) as beside:
             beside.write_text(json.dumps(about | {"seconds": round(time.perf_counter() - begin)} | found, indent=1) + "\n")
@@ -77,27 +79,36 @@ def verify(
 
 
 def _run_list(
-    console: Console, about: dict[str, str], device: str, backend: str, quick: bool, only: str
+    console: Console, about: dict[str, str], device: str, backend: str, quick: bool, only: str, workers: int | None
 ) -> tuple[dict[str, Any], int]:
-    """The list of cases; results as plain values, and how many failed."""
+    """The list of cases; results as plain values, and how many failed. workers: 1 for this process, None for all cores."""
+    from kvfold.precompile.choices import check_workers
+    from kvfold.verify.apart import groups, verify_apart
     from kvfold.verify.cases import list_cases
     from kvfold.verify.cases import verify as run
 
+    listed = partial(list_cases, device, backend=backend, quick=quick)
     with wrong_arguments(ValueError):
-        cases = [case for case in list_cases(device, backend=backend, quick=quick) if only in f"{case.group}: {case.name}"]
+        whole = listed()
+    numbers = [i for i, case in enumerate(whole) if only in f"{case.group}: {case.name}"]
+    cases = [whole[i] for i in numbers]
     if not cases:
         raise typer.BadParameter(f"--only must be in the line of some case, got {only!r}")
-    _headline(console, f"{len(cases)} cases", about)
-    results = []
+    to_run = [i for i in numbers if not whole[i].skip]  # what is skipped takes no time
+    workers = min(check_workers(workers), len(groups(whole, to_run)))
+    _headline(console, f"{len(cases)} cases", about, f", {workers} processes" * (workers > 1))
+    results, begin = [], time.perf_counter()
     with make_progress(console) as progress:
-        task = progress.add_task("", total=sum(not case.skip for case in cases))  # what is skipped takes no time
-        for result in run(cases):
+        task = progress.add_task("", total=len(to_run))
+        for result in verify_apart(listed, to_run, workers) if workers > 1 else run(whole[i] for i in to_run):
             results.append(result)
-            if not result.skipped:
-                progress.update(task, advance=1, description=escape(result.name))
-                _show(console, result, about["backend"])
+            progress.update(task, advance=1, description=escape(result.name))
+            _show(console, result, about["backend"])
+    lost = len(to_run) - len(results)
+    order = {(case.group, case.name): i for i, case in enumerate(cases)}
+    results = sorted([*results, *run(case for case in cases if case.skip)], key=lambda r: order[r.group, r.name])
     failed, skipped = sum(bool(r.problem) for r in results), Counter(r.skipped for r in results if r.skipped)
-    ran, seconds = len(results) - skipped.total(), sum(r.seconds for r in results)
+    ran = len(results) - skipped.total()
     left = [f"{count} skipped: {reason}" for reason, count in skipped.items()]
     if not ran:
         raise stop(f"nothing was run; {', '.join(left)}", "kvfold verify")
@@ -105,10 +116,11 @@ def _run_list(
         console.print(line, style="yellow", highlight=False, soft_wrap=True)
     print_table(console, "", ("cases", "passed", "failed", "skipped", "backend"), _summary(results, about["backend"]))
     verdict = f"[bold red]{failed} of {ran} failed[/]" if failed else f"[green]all {ran} passed[/]"
-    console.print(f"{verdict} on backend {about['backend']} in {seconds:.0f} s", highlight=False)
+    rest = f"; {lost} were not run, as the device is lost" if lost else ""
+    console.print(f"{verdict} on backend {about['backend']} in {time.perf_counter() - begin:.0f} s{rest}", highlight=False)
     ran_on = {True: "", False: about["backend"]}
     rows = [asdict(result) | {"passed": result.passed, "backend": ran_on[bool(result.skipped)]} for result in results]
-    return {"failed": failed, "skipped": skipped.total(), "results": rows}, failed
+    return {"failed": failed, "skipped": skipped.total(), "not run": lost, "results": rows}, failed
 
 
 def _summary(results: list[Result], backend: str) -> list[tuple[str, ...]]:
@@ -157,9 +169,9 @@ def _run_random(
     return summary(outcomes, seed, cases), failed
 
 
-def _headline(console: Console, what: str, about: dict[str, str]) -> None:
+def _headline(console: Console, what: str, about: dict[str, str], how: str = "") -> None:
     versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "triton", "kvfold"))
-    print_text(console, f"{what} on {about['device']}, backend {about['backend']}, {versions}")
+    print_text(console, f"{what} on {about['device']}, backend {about['backend']}, {versions}{how}")
 
 
 def _interpreted() -> bool:

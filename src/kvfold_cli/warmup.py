@@ -12,13 +12,14 @@ from rich.console import Console
 from rich.markup import escape
 
 from .failures import stop, wrong_arguments
+from .sets import NAMES, calls_of
 from .show import make_console, make_progress, print_text
 
-SET = typer.Option("--set", help="Which calls: v4, layers of DeepSeek-V4 in FoldState, decode and prompts; v4-project.")
+SET = typer.Option("--set", help=f"Repeated: whose calls, {NAMES}; default: v4.")
 
 
 def warmup(
-    calls: Annotated[str, SET] = "v4",
+    calls: Annotated[list[str] | None, SET] = None,
     prebuilt: Annotated[list[Path] | None, typer.Option(help="Repeated: a folder of kvfold prebuild.")] = None,
     device: Annotated[str | None, typer.Option(help="Default: the current GPU.")] = None,
     workers: Annotated[int | None, typer.Option(help="Threads that compile; default: one for each core, 16 at most.")] = None,
@@ -32,7 +33,7 @@ def warmup(
         with wrong_arguments(TypeError, ValueError):
             for folder in prebuilt or ():
                 use_prebuilt(folder)
-            for what in _set(calls):
+            for what in calls_of(calls or ["v4"]):
                 with _bar(console) as show:
                     built += compile_and_load(**what, device=device, workers=workers, progress=show)
     except RuntimeError as error:
@@ -45,7 +46,7 @@ def warmup(
 def prebuild(
     target: Annotated[str, typer.Argument(help="sm_80, sm_89, sm_90, sm_100, sm_103, sm_120, gfx942 or gfx950.")],
     out: Annotated[Path, typer.Argument(help="Folder for the package.")],
-    calls: Annotated[str, SET] = "v4",
+    calls: Annotated[list[str] | None, SET] = None,
     multiprocessors: Annotated[int, typer.Option(help="Of the GPU; 132 are those of an H100 SXM and an H200.")] = 132,
     workers: Annotated[int | None, typer.Option(help="Processes that compile; default: one for each core, 16 at most.")] = None,
 ) -> None:
@@ -55,18 +56,12 @@ def prebuild(
     console = make_console()
     try:
         with wrong_arguments(TypeError, ValueError), _bar(console) as show:
-            count = compile_all(target, out, _set(calls), multiprocessors=multiprocessors, workers=workers, progress=show)
+            count = compile_all(
+                target, out, calls_of(calls or ["v4"]), multiprocessors=multiprocessors, workers=workers, progress=show
+            )
     except RuntimeError as error:
         raise stop(str(error), "kvfold prebuild") from None
     print_text(console, f"{count} kernels in {out}")
-
-
-def _set(name: str) -> tuple:
-    from kvfold.precompile.sets import SETS
-
-    if name not in SETS:
-        raise typer.BadParameter(f"--set must be one of {', '.join(SETS)}, got {name!r}")
-    return SETS[name]
 
 
 @contextmanager

@@ -33,8 +33,6 @@ def sample() -> list[tuple[Combination, str]]:
     """A combination and a target for each format, and more: every kernel, format and target at least once."""
     every, targets = list(combinations()), list(TARGETS)
     chosen = [(next(c for c in every if c.kind == "fold" and c.fmt is None), "sm_80")]
-    # Slices of fold rows take 20 s of a core: once is enough.
-    chosen.append((next(c for c in every if c.kind == "fold" and c.fmt is not None and c.config.slice), "sm_100"))
     few = {
         "plan": ("sm_90", "gfx942"),
         "window": ("sm_80", "gfx950"),
@@ -44,14 +42,14 @@ def sample() -> list[tuple[Combination, str]]:
     for kind, wanted in few.items():
         some = [c for c in every if c.kind == kind]
         chosen += [(some[i * (len(some) - 1) // max(len(wanted) - 1, 1)], target) for i, target in enumerate(wanted)]
-    # Each target has a step over a FoldState, by turns of both kinds and for short and long steps; the other formats `store`,
-    # which finishes entries by the same code and compiles in a fifth of the time.
+    # Each target has a step over a FoldState: of both kinds, short and long ones, and where it is the same code the short one
+    # over fold rows, which compiles in a fifth of the time; the other formats `store`, which finishes entries as they do.
+    # test_configs.py has every row of the table.
+    costly = {1: ("rows", False), 3: ("rows", True), 5: ("fold", True), 7: ("rows", False)}
     for i, name in enumerate(FORMATS):
-        turn, kind = i // 2, ("fold", "rows")[i % 2] if i < len(targets) else "store"
+        kind, long = costly.get(i, ("fold", False)) if i < len(targets) else ("store", False)
         fitting = [c for c in every if c.kind == kind and c.fmt is not None and c.fmt.name == name]
-        fitting = [c for c in fitting if kind != "fold" or c.config.ahead < 16]  # which take as long; test_configs.py has them
-        if kind != "store":
-            fitting = [c for c in fitting if bool(c.config.programs) == bool((i + turn) % 2)]
+        fitting = [c for c in fitting if bool(c.config.programs) == long and c.config.ahead <= 8]
         chosen.append((fitting[i % len(fitting)], targets[i % len(targets)]))
     return chosen
 

@@ -20,7 +20,7 @@ import triton
 from test_aot import python
 
 import kvfold
-from kvfold import V4_INDEXER
+from kvfold import V4_INDEXER, V41_MAIN_R1
 from kvfold.backend_triton import launcher, prebuilt
 from kvfold.backend_triton.build import INTERPRETED, KERNELS, Variant
 from kvfold.backend_triton.keys import RestoreKey, plan_key
@@ -30,6 +30,10 @@ from kvfold.precompile.sets import SETS
 
 TARGET = TARGETS["sm_90"]
 SMALL = {"specs": (V4_INDEXER,), "formats": (None,), "max_new_tokens": (), "states": ("fold",)}  # the plan's kernels alone
+STORE = {
+    "specs": (V41_MAIN_R1,), "formats": ("bf16",), "max_new_tokens": (), "states": (), "plans": (), "rows": (torch.bfloat16,),
+    "norm_weight_dtypes": (None,), "slot_dtypes": (torch.int64,), "pdl": False,
+}  # fmt: skip
 VARIANT = variant_of(plan_key(4, 1, False, False), True, False)
 
 compiles = pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted: see test_where_kernels_compile")
@@ -363,7 +367,7 @@ def test_a_package_is_replaced(tmp_path: Path, made: Path) -> None:
     changed.write_bytes(b"mine")
     with pytest.raises(ValueError, match="calls must have one kernel at least"):
         kvfold.prebuild("sm_90", folder, [], workers=1)
-    kernels = kvfold.prebuild("sm_90", folder, [SMALL | {"plans": ("engine",)}], workers=1)
+    kernels = kvfold.prebuild("sm_90", folder, [STORE], workers=1)
     names = {one.sha256 for one in prebuilt.read(folder).kernels.values()}
     assert kernels == len(prebuilt.read(folder).kernels)
     assert {p.name for p in folder.iterdir()} == names | {prebuilt.MANIFEST, "notes.txt", changed.name}

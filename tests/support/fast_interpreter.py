@@ -14,6 +14,14 @@ import triton.language as tl
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
+COMPARISONS = (np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal)
+OPERATORS = {
+    "__add__": np.add, "__sub__": np.subtract, "__mul__": np.multiply, "__lt__": np.less, "__le__": np.less_equal,
+    "__gt__": np.greater, "__ge__": np.greater_equal, "__eq__": np.equal, "__ne__": np.not_equal,
+    "__and__": np.bitwise_and, "__or__": np.bitwise_or,
+}  # fmt: skip
+BOOL = ("int1",)
+SWAPPED = {"__radd__": np.add, "__rsub__": np.subtract, "__rmul__": np.multiply}
 PLAIN = ("fp32", "int32", "int64")  # two operands of one of these stay what they are
 DTYPES: dict[str, np.dtype] = {}
 COMMON: dict[tuple[str, bool, str, bool, bool], tl.dtype] = {}
@@ -26,6 +34,9 @@ def install() -> None:
         return
     for owner, name, ours in REPLACED:
         setattr(owner, name, ours)
+    for names, swapped in ((OPERATORS, False), (SWAPPED, True)):
+        for name, function in names.items():
+            setattr(tl.tensor, name, operator(name, function, swapped=swapped))
     for name, value in LAZY.items():
         setattr(tl.tensor, name, value)
         value.__set_name__(tl.tensor, name)
@@ -79,6 +90,66 @@ def check_types(self, lhs: Any, rhs: Any, *given: Any, **more: Any) -> tuple[tl.
     return ORIGINAL["check_types"](self, lhs, rhs, *given, **more)
 
 
+def patch_attr(owner: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+    """A builtin that is called with the interpreter's semantic: by one function, where Triton has three around it."""
+    inner, semantic = getattr(member, "__wrapped__", None), interpreter.interpreter_semantic
+    if inner is None:
+        ORIGINAL["patch_attr"](owner, name, member, builder, scope)
+        return
+
+    def call(*args: Any, _semantic: Any = None, **kwargs: Any) -> Any:
+        return inner(*args, _semantic=semantic, **kwargs)
+
+    scope.set_attr(owner, name, call)
+
+
+def operator(name: str, function: np.ufunc, *, swapped: bool = False) -> Any:
+    """An operator of tensors: of two of one plain dtype, or of one and a number, what numpy makes of their data at once."""
+    original, compares = OPERATED[name], function in COMPARISONS
+    plain = BOOL if function in (np.bitwise_and, np.bitwise_or) else PLAIN
+
+    def run(self: tl.tensor, other: Any, _semantic: Any = None) -> Any:
+        value = other.value if other.__class__ is tl.constexpr else other
+        kind, given = self.type, operand(self, value) if self.dtype.name in plain else None
+        if given is None:
+            return original(self, other, _semantic=interpreter.interpreter_semantic)
+        data, theirs = given
+        if theirs is not None:
+            kind = theirs
+        mine = self.handle.data
+        out = function(data, mine) if swapped else function(mine, data)
+        return tl.tensor(interpreter.TensorHandle(out, self.dtype), bool_like(kind) if compares else kind)
+
+    return run
+
+
+def operand(self: tl.tensor, value: Any) -> tuple[Any, tl.dtype | None] | None:
+    """The data of what a tensor is combined with, and its type if that is the result's; None for what is to be converted."""
+    name, cls = self.dtype.name, value.__class__
+    if cls is tl.tensor:
+        if value.dtype.name != name or (name == "int1" and not self.handle.data.dtype == value.handle.data.dtype == np.bool_):
+            return None
+        left, right = self.type, value.type
+        if left is right or not right.is_block():
+            return value.handle.data, None
+        if not left.is_block():
+            return value.handle.data, right
+        return (value.handle.data, None) if left.shape.values == right.shape.values else None
+    if name == "fp32":
+        return (np.float32(value), None) if cls is float or (cls is int and abs(value) < 1 << 24) else None
+    if cls is int and name != "int1" and abs(value) < 1 << 31:
+        return (np.int32 if name == "int32" else np.int64)(value), None
+    return None
+
+
+def bool_like(kind: tl.dtype) -> tl.dtype:
+    """What a comparison of such values has."""
+    found = kind.__dict__.get("bool_like")
+    if found is None:
+        found = kind.bool_like = kind.with_element_ty(tl.int1)
+    return found
+
+
 def common_type(self, left: tl.dtype, left_scalar: bool, right: tl.dtype, right_scalar: bool, divides: bool) -> tl.dtype:
     """Works out once what two dtypes become."""
     key = left.name, left_scalar, right.name, right_scalar, divides
@@ -125,6 +196,7 @@ def sizes(kind: tl.dtype) -> tuple[int, ...]:
 # Whose, what, and by what.
 REPLACED = (
     (interpreter, "_patch_lang", patch_lang),
+    (interpreter, "_patch_attr", patch_attr),
     (interpreter, "_get_np_dtype", get_np_dtype),
     (interpreter.ReduceOps, "generic_reduce", generic_reduce),
     (TritonSemantic, "binary_op_sanitize_overflow_impl", check_overflow),
@@ -135,4 +207,5 @@ REPLACED = (
     (tl.block_type, "__init__", make_block_type),
     (tl.dtype, "__eq__", equal),
 )
+OPERATED = {name: getattr(tl.tensor, name) for name in (*OPERATORS, *SWAPPED)}
 ORIGINAL = {ours.__name__: getattr(owner, name, None) for owner, name, ours in REPLACED}

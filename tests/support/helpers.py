@@ -216,16 +216,19 @@ class Engine:
 
     def snapshot(self) -> tuple[Tensor, Tensor, Tensor]:
         """Copies of the bits of state rows, tags and cache."""
-        return bits(self.state.rows).clone(), self.state.positions.clone(), self.cache.storage.clone()
+        return tuple(tensor.clone() for tensor in self.live())
+
+    def live(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The bits of state rows, tags and cache, where they are."""
+        return bits(self.state.rows), self.state.positions, self.cache.storage
 
     def check_untouched(self, before: tuple[Tensor, Tensor, Tensor], slots: list[int], targets: list[int]) -> None:
         """All but these state slots and cache slots is as it was in a snapshot."""
-        rows, tags, storage = self.snapshot()
-        others = torch.ones(self.state.num_slots, dtype=torch.bool)
-        others[[slot for slot in slots if 0 <= slot < self.state.num_slots]] = False
-        others = others.to(rows.device)
-        assert torch.equal(rows[others], before[0][others]), "the state rows of another slot changed"
-        assert torch.equal(tags[others], before[1][others]), "the tags of another slot changed"
+        rows, tags, storage = self.live()
+        own = [slot for slot in slots if 0 <= slot < self.state.num_slots]
+        for now, expected, what in ((rows, before[0], "state rows"), (tags, before[1], "tags")):
+            expected[own] = now[own]
+            assert torch.equal(now, expected), f"the {what} of another slot changed"
         page, byte = self._record_bytes(targets)
         expected = before[2]
         expected[page, byte] = storage[page, byte]

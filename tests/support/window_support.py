@@ -224,13 +224,17 @@ class WindowEngine(Engine):
 
     def snapshot(self) -> tuple[Tensor, Tensor, Tensor]:
         """Copies of the bits of both pools and of the cache."""
-        return bits(self.state.kv).clone(), bits(self.state.score).clone(), self.cache.storage.clone()
+        return tuple(tensor.clone() for tensor in self.live())
+
+    def live(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The bits of both pools and of the cache, where they are."""
+        return bits(self.state.kv), bits(self.state.score), self.cache.storage
 
     def check_change(
         self, before: tuple[Tensor, Tensor, Tensor], batch: list[tuple[int, int, Tensor]], change: Change, targets: list[int]
     ) -> None:
         """Since a snapshot, the rows of `change` became what they must be, these cache slots changed, and nothing else did."""
-        now = self.snapshot()
+        now = self.live()
         for pool, name in ((VALUE, "value"), (SCORE, "score")):
             for b, (_, start, tokens) in enumerate(batch):
                 rows = [(page, row, token) for which, page, row, owner, token in change.rows if (which, owner) == (pool, b)]
@@ -241,10 +245,10 @@ class WindowEngine(Engine):
                     # Which NaN an fp32 sum is differs between devices.
                     same = rows.isnan() & self.pools[pool][where].isnan() & (rows.dtype == torch.float32)
                     before[pool][where] = torch.where(same, now[pool][where], bits(rows))
-            for tensor in (before[pool], now[pool]):
-                tensor[self.scratch] = 0
-            differing = (before[pool] != now[pool]).any(dim=2).nonzero().tolist()
-            assert not differing, f"rows (page, row) {differing} of the {name} pool are not what they must be"
+            before[pool][self.scratch] = now[pool][self.scratch]
+            if not torch.equal(before[pool], now[pool]):
+                differing = (before[pool] != now[pool]).any(dim=2).nonzero().tolist()
+                raise AssertionError(f"rows (page, row) {differing} of the {name} pool are not what they must be")
         page, byte = self._record_bytes(targets)
         before[2][page, byte] = now[2][page, byte]
         assert torch.equal(before[2], now[2]), "cache bytes of another entry changed"

@@ -20,6 +20,7 @@ from kvfold.backend_triton import prebuilt
 from kvfold.precompile.combinations import TARGETS
 from kvfold.precompile.sets import SETS
 from kvfold_cli.app import app
+from kvfold_cli.sets import NAMES
 
 ROOT = Path(__file__).parents[2]
 
@@ -99,9 +100,17 @@ def test_prebuild_compiles_a_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert done.exit_code == 0 and "7 kernels in" in done.output
     target, folder, calls, more = given[0]
     assert (target, folder, calls, more["multiprocessors"]) == ("sm_90", tmp_path, SETS["v4"], 114)
-    for command in (("warmup", "--set", "v5"), ("prebuild", "sm_90", tmp_path, "--set", "v5")):
-        assert call(*command).exit_code == 2
-    assert len(given) == 1
+    call("prebuild", "sm_90", tmp_path, "--set", "vllm", "--set", "v4", "--set", "vllm")
+    assert given[1][2] == (*SETS["vllm"], *SETS["v4"])
+    for command in (("warmup",), ("prebuild", "sm_90", tmp_path), ("aot", "sm_90", tmp_path)):
+        failed = call(*command, "--set", "v5")
+        assert failed.exit_code == 2 and "--set must be" in failed.output
+    assert len(given) == 2
+
+
+def test_help_names_the_sets_without_torch() -> None:
+    assert NAMES.replace(" or ", ", ").split(", ") == list(SETS)
+    assert all(name in " ".join(call("prebuild", "--help").output.split()) for name in SETS)
 
 
 def wheel(folder: Path, out: Path) -> subprocess.CompletedProcess:

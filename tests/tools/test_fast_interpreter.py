@@ -31,6 +31,8 @@ def reduce_kernel(x, out, AXIS: tl.constexpr, KEEP: tl.constexpr):
 def as_triton_does(patch: pytest.MonkeyPatch) -> None:
     for owner, name, ours in fast_interpreter.REPLACED:
         patch.setattr(owner, name, fast_interpreter.ORIGINAL[ours.__name__])
+    for name, theirs in fast_interpreter.OPERATED.items():
+        patch.setattr(tl.tensor, name, theirs)
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -92,3 +94,36 @@ def test_other_operations_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) ->
 def test_all_is_replaced() -> None:
     for owner, name, ours in fast_interpreter.REPLACED:
         assert getattr(owner, name) is ours, name
+
+
+@triton.jit
+def operators_kernel(x, y, n, out, F: tl.constexpr, I: tl.constexpr):
+    """Every operator that is replaced: of blocks, of a block and a scalar, of blocks of other shapes, and of numbers."""
+    i, j = tl.arange(0, 8), tl.arange(0, 4)
+    at = i[:, None] * 4 + j[None, :]
+    a, b, k, one = tl.load(x + at), tl.load(y + at), tl.load(n + at), tl.load(x)
+    row, wide = tl.load(x + j)[None, :], k.to(tl.int64)
+    f = (a + b - one) * row + F * a - (F - b) + (one - a) + 3 * b - (2 - a) + (1.5 - one)
+    m = (k + I) * 3 - (I - k) + (7 - k) * k + (k - tl.load(n))
+    w = (wide + I) * wide - (5 - wide) + 2 * wide + (wide + k)
+    mask = ((a < b) & (k >= I)) | ((b > 0.5) & (wide != k)) | (f == a) | (k <= 2) & (one > a)
+    same = ((k == I) | (wide < 3)) & (a == a)
+    tl.store(out + at, f + mask.to(tl.int32) * 2 + same.to(tl.int32))
+    tl.store(out + 96 + at, w.to(tl.float32))
+    tl.store(out + 32 + at, m.to(tl.float32) + (a * (one < 0) + (k > 0).to(tl.float32)) * (m == w.to(tl.int32)).to(tl.float32))
+    tl.store(out + 64 + at, (m * 65537 * 65537).to(tl.float32))
+
+
+def test_operators_make_what_triton_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(8, 4, generator=draw) * 10 for _ in range(2))
+    x[0, 1], y[2, 2], x[3, 3] = torch.nan, torch.inf, -0.0
+    n = torch.randint(-9, 9, (8, 4), generator=draw, dtype=torch.int32)
+    for scale in (1, 1 << 28):
+        ours, theirs = torch.zeros(128), torch.zeros(128)
+        assert all(getattr(tl.tensor, name) is not theirs for name, theirs in fast_interpreter.OPERATED.items())
+        operators_kernel[(1,)](x, y, n * scale, ours, 0.1, 3)
+        with monkeypatch.context() as patch:
+            as_triton_does(patch)
+            operators_kernel[(1,)](x, y, n * scale, theirs, 0.1, 3)
+        assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32)) and len(ours.unique()) > 40

@@ -56,7 +56,29 @@ def check_metadata(metadata: email.message.Message) -> None:
     assert metadata["Version"] == kvfold.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
-    assert metadata.get_payload().startswith("# kvfold")
+    page = metadata.get_payload()
+    assert page.startswith("# kvfold\n\nFiles that this page names are in the source distribution")
+    assert not re.findall(r"\]\((?!https?://)", page) and "![" not in page and len(page.splitlines()) > 80
+    assert metadata.get_all("Project-URL") is None  # no address that is not there
+
+
+def test_a_page_elsewhere_has_links_where_there_is_an_address() -> None:
+    sys.path.insert(0, str(ROOT / "packaging"))
+    try:
+        from description import described
+    finally:
+        sys.path.pop(0)
+    text = "# name\n\nOf [a page](docs/a.md#b), [here](#c) and [there](https://there/x).\n\n![picture](docs/p.svg)\n\nEnd\n"
+    assert described(text, "").endswith("\n\nOf a page, here and [there](https://there/x).\n\nEnd\n")
+    found = described(text, "https://forge/")
+    for link in ("[a page](https://forge/docs/a.md#b)", "![picture](https://forge/docs/p.svg)", "(https://forge/README.md#c)"):
+        assert link in found
+
+
+def test_every_folder_of_tests_is_run() -> None:
+    """`make test` runs all but the engines' own classes."""
+    listed = set(re.findall(r'"tests/(\w+)"', (ROOT / "pyproject.toml").read_text()))
+    assert listed == {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")} - {"engines"}
 
 
 def test_source_distribution_holds_what_git_does(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import kvfold
@@ -25,6 +27,18 @@ def test_links_stay_on_the_site(tmp_path: Path) -> None:
             assert "://" in target or (page.parent / target).is_file(), f"{page.relative_to(folder)}: {target}"
 
 
+def test_lists_begin_behind_an_empty_line(tmp_path: Path) -> None:
+    """Python's Markdown takes an item that follows a paragraph's line for a part of it."""
+    text = "Words:\n- one\n  goes on\n- two\n\n  still\n- three\nMore\n1. first\n```\na\n- code\n```\n"
+    wanted = "Words:\n\n- one\n  goes on\n- two\n\n  still\n- three\nMore\n\n1. first\n```\na\n- code\n```\n"
+    assert site.spaced(text) == wanted == site.spaced(wanted)
+    site.assemble(tmp_path / "docs")
+    index = (tmp_path / "docs" / "index.md").read_text()
+    assert "\n\n- [vLLM](vllm.md)" in index and index.replace("\n\n", "\n") == site.turned(
+        (ROOT / "README.md").read_text(), ""
+    ).replace("\n\n", "\n")
+
+
 def test_every_page_is_in_the_navigation() -> None:
     named = set(re.findall(r": (\S+\.md)$", (ROOT / "packaging" / "mkdocs.yml").read_text(), re.MULTILINE))
     assert named == {path.name for path in (ROOT / "docs").glob("*.md")} | set(site.PAGES.values()) | {"notes/README.md"}
@@ -32,6 +46,12 @@ def test_every_page_is_in_the_navigation() -> None:
 
 def test_the_api_page_has_what_is_public() -> None:
     text = (ROOT / "docs" / "api.md").read_text()
-    named = {name for name in re.findall(r"^::: kvfold\.([\w.]+)$", text, re.MULTILINE)} | set(re.findall(r"`(V4\w+)`", text))
+    asked = re.findall(r"^::: kvfold\.([\w.]+)$", text, re.MULTILINE)
+    named = {re.sub(r"^(\w+)\.\1$", r"\1", name) for name in asked} | set(re.findall(r"`(V4\w+)`", text))
+    for name in asked:  # a function and not the module of its name, on whose page all of that module would stand
+        *path, last = name.split(".")
+        module = importlib.import_module(".".join(["kvfold", *path])) if len(path) == 1 and path[0] == last else None
+        assert module is None or callable(getattr(module, last))
+        assert name in ("parallel", "training", "reference", "ops") or f"kvfold.{name}" not in sys.modules, name
     public = set(kvfold.__all__) - {"__version__"} | {"parallel"} | {f"training.{name}" for name in training.__all__}
     assert named == public, named ^ public

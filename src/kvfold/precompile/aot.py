@@ -8,10 +8,10 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,12 +19,12 @@ from ..arguments.checks import check_int, check_switch, check_type
 from ..contract import INT32_MAX
 from ..spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
 from ..storage.formats import FORMATS
+from .asked import asked_of
 from .choices import FLOATS, check_all, check_choices, check_formats, check_workers, defined_for, processes, several
 from .report import AotKernel, AotReport
 
 if TYPE_CHECKING:
-    from .combinations import Combination
-    from .training import TrainingKernel
+    from .combinations import Kernel
 
 JSON, TABLE = "kernels.json", "kernels.txt"
 OURS = re.compile(r"kernels\.txt|\w[\w.+-]*\.(cubin|hsaco)")  # names that `aot` gives, and no paths
@@ -40,6 +40,7 @@ def aot(
     *,
     dtypes: Iterable[torch.dtype] = (torch.bfloat16,),
     training: Iterable[int] = (),
+    calls: Iterable[Mapping[str, Any]] = (),
     strict: bool | None = None,
     workers: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
@@ -58,8 +59,8 @@ def aot(
     gate there is a kernel with latents and one without for each format. `store` without a plan is compiled for slots and
     positions in int64, for one cache and for one more of plain rows. All of it with fp32 state, weights and pooled rows,
     addresses that are multiples of 16 and, on sm_90 and newer, as dependent launches. Not compiled: other dtypes of those and
-    other launches, what of the above comes together otherwise (`warmup` has all of it), and `store` again for a spec that
-    differs in the ratio alone.
+    other launches, what of the above comes together otherwise, `project_compress`, and `store` again for a spec that differs
+    in the ratio alone. `calls` is for all of these, and for exactly what an engine needs.
     Default: what DeepSeek-V4 has, about 200 kernels and several minutes of two cores. An engine names its formats.
 
     Args:
@@ -75,6 +76,9 @@ def aot(
         training: rows of kv_score that `training.compress` gets, if it is to be compiled for; forward and backward, the formats
             as those of fake quantization. Without a format values and scores are one tensor and two; weights are fp32, and
             what can be left to its default is.
+        calls: of `warmup`, each by its arguments, as for `prebuild`; without `training`. What calls like these need, for
+            addresses that are multiples of 16, and as dependent launches where they may be, is compiled as well, or with
+            `specs=()` alone.
         strict: True allows no spills (`Resources.spilled`), False all. Default: on sm_90 what the kernel's row of the table was
             measured with (`Config.spills`; 0 for most), whatever the dtype and whatever Triton compiles it now; on other
             targets, where no row was measured, all.
@@ -97,7 +101,8 @@ def aot(
         raise TypeError(f"out_dir must be a path, got {type(out_dir).__name__}")
     specs, names = check_all("specs", specs, CompressorSpec), check_formats("formats", formats)
     dtypes = check_choices("dtypes", dtypes, FLOATS)
-    for name, given in (("specs", specs), ("formats", names), ("dtypes", dtypes)):
+    asked = asked_of(calls)
+    for name, given in (("specs", specs or asked), ("formats", names or not specs), ("dtypes", dtypes or not specs)):
         if not given:
             raise ValueError(f"{name} must have one at least, got none")
     defined_for(specs, names)
@@ -109,6 +114,7 @@ def aot(
 
     from ..backend_triton.build import INTERPRETED
     from . import combinations as kernels
+    from .calls import kernels_of
 
     if target not in kernels.TARGETS:
         raise ValueError(f"target must be one of {', '.join(kernels.TARGETS)}, got {target!r}")
@@ -117,6 +123,7 @@ def aot(
     folder = Path(os.path.realpath(out_dir))
     old, kept = _earlier(folder, target)
     wanted = [*kernels.combinations(specs, names, dtypes), *kernels.of_training(specs, names, dtypes, tokens)]
+    wanted += kernels_of(asked)
     for name in (*(kernels.file_of(one, target) for one in wanted), TABLE):
         if name not in old and os.path.lexists(folder / name):
             raise ValueError(f"out_dir must not have a {name} that aot did not write or that was changed since, got {folder}")
@@ -142,9 +149,7 @@ def aot(
     return report
 
 
-def _compile(
-    wanted: list[Combination | TrainingKernel], target: str, folder: Path, strict: bool | None, workers: int
-) -> Iterator[AotKernel | str]:
+def _compile(wanted: list[Kernel], target: str, folder: Path, strict: bool | None, workers: int) -> Iterator[AotKernel | str]:
     """What each became, in order."""
     attempt, workers = partial(_attempt, target, folder, strict), min(workers, len(wanted))
     if workers == 1:
@@ -154,7 +159,7 @@ def _compile(
         yield from pool.map(attempt, wanted)
 
 
-def _attempt(target: str, folder: Path, strict: bool | None, one: Combination | TrainingKernel) -> AotKernel | str:
+def _attempt(target: str, folder: Path, strict: bool | None, one: Kernel) -> AotKernel | str:
     """The kernel, or why it did not compile."""
     from . import combinations as kernels
 

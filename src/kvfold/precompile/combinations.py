@@ -41,10 +41,12 @@ from ..spec import V4_CSA, V4_HCA, V4_INDEXER, V41_INDEX_K, V41_MAIN_R1, V41_MAI
 from ..storage.fold_state import state_kind
 from ..storage.formats import FORMATS, RecordFormat
 from ..storage.snapshots import Snapshots
+from .calls import CallKernel
 from .choices import fits
 from .report import AotKernel
 from .resources import resources
 from .training import TrainingKernel, training_kernels
+from .words import config_words, spec_words
 
 TARGETS = {
     **{f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100, 103, 120)},
@@ -94,14 +96,12 @@ class Combination:
     @property
     def name(self) -> str:
         """Says all that kernels of one selection can differ in, so no two have the same."""
-        parts = [self.kind, *_spec_words(self.spec)]
+        parts = [self.kind, *spec_words(self.spec)]
         if self.config is not None:
             record = self.fmt.name if self.fmt is not None else "rows"
-            parts += [record, f"ahead{self.config.ahead}", f"warps{self.config.num_warps}"]
-            parts += [f"n{self.config.max_new_tokens}"] if self.config.max_new_tokens < ANY else []
-            parts += [f"windows{self.config.bucket:g}"] if self.config.bucket < ANY else []
+            parts += [record, *config_words(self.config)]
         if self.other is not None:
-            parts += [*_spec_words(self.other[0]), self.other[1].name]
+            parts += [*spec_words(self.other[0]), self.other[1].name]
         if self.kind in ("window", "restore"):
             parts += [f"page{self.page_size}"]
         parts += ["slots"] * self.placed + ["no_norm"] * (not self.normed) + [self.tables] * (self.tables != "plain")
@@ -144,12 +144,7 @@ class Combination:
         return PairKey(*found) if self.other else found[0]
 
 
-def _spec_words(spec: CompressorSpec) -> list[str]:
-    """What it is; of what V4 compressors have in common, only what is otherwise."""
-    words = [f"hd{spec.head_dim}", f"R{spec.ratio}"]
-    words += ["overlap"] * spec.overlap + ["hadamard"] * spec.hadamard + ["no_ape"] * (not spec.has_ape)
-    words += [f"rope{spec.rope_dim}"] * (spec.rope_dim != V4_HCA.rope_dim)
-    return words + [f"eps{spec.norm_eps}"] * (spec.norm_eps != V4_HCA.norm_eps)
+Kernel = Combination | TrainingKernel | CallKernel
 
 
 def combinations(
@@ -221,7 +216,7 @@ def of_training(
     tokens: tuple[int, ...],
 ) -> Iterator[TrainingKernel]:
     """Every kernel of training calls with so many rows of kv_score."""
-    words = tuple((spec, tuple(_spec_words(spec))) for spec in specs)
+    words = tuple((spec, tuple(spec_words(spec))) for spec in specs)
     return training_kernels(words, formats, dtypes, tokens)
 
 
@@ -265,7 +260,7 @@ def _stores_alike(spec: CompressorSpec, other: CompressorSpec) -> bool:
     return spec == replace(other, ratio=spec.ratio, overlap=spec.overlap, has_ape=spec.has_ape, gate=spec.gate)
 
 
-def compile_one(combination: Combination | TrainingKernel, target: str) -> CompiledKernel:
+def compile_one(combination: Kernel, target: str) -> CompiledKernel:
     """For a name of `TARGETS`."""
     return combination.variant(dependent(target)).compile(TARGETS[target])
 
@@ -275,12 +270,12 @@ def dependent(target: str) -> bool:
     return TARGETS[target].backend == "cuda" and TARGETS[target].arch >= 90
 
 
-def file_of(combination: Combination | TrainingKernel, target: str) -> str:
+def file_of(combination: Kernel, target: str) -> str:
     end = "cubin" if TARGETS[target].backend == "cuda" else "hsaco"
     return f"{combination.name.replace(' ', '-')}.{end}"
 
 
-def build(combination: Combination | TrainingKernel, target: str, folder: Path, allowed: int | None) -> AotKernel:
+def build(combination: Kernel, target: str, folder: Path, allowed: int | None) -> AotKernel:
     """Compiles, writes the binary under the kernel's name into `folder`, and says all about it."""
     gpu, variant, path = TARGETS[target], combination.variant(dependent(target)), folder / file_of(combination, target)
     compiled = variant.compile(gpu)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 import shutil
@@ -16,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
 from ..arguments.checks import check_int, check_type
-from .choices import check_progress, check_workers, processes, several
-from .wanted import keys_of
-from .warmup import warmup
+from .asked import asked_of
+from .choices import check_progress, check_workers, processes
 
 if TYPE_CHECKING:
     from ..backend_triton.build import Variant
@@ -68,7 +66,7 @@ def prebuild(
     check_int("multiprocessors", multiprocessors, 1, 1 << 16)
     workers = check_workers(workers)
     check_progress(progress)
-    asked = [keys_of(_complete(i, call)) for i, call in enumerate(several("calls", calls))]
+    asked = asked_of(calls)
 
     from ..backend_triton import prebuilt
     from ..backend_triton.build import INTERPRETED
@@ -134,21 +132,6 @@ def use_prebuilt(folder: str | os.PathLike[str]) -> int:
     if package.damaged:
         raise ValueError(f"folder must be a package of prebuild, got {package.folder}: {package.damaged}")
     return len(package.kernels)
-
-
-def _complete(i: int, call: Mapping[str, Any]) -> dict[str, Any]:
-    """One of `calls` with the defaults of `warmup`."""
-    name = f"calls[{i}]"
-    if not isinstance(call, Mapping):
-        raise TypeError(f"{name} must have arguments of warmup by name, got {type(call).__name__}")
-    if others := sorted(call.keys() & {"device", "workers", "progress"}):
-        raise ValueError(f"{name} must say what calls will be, and not {', '.join(others)}")
-    try:
-        bound = inspect.signature(warmup).bind(**call)
-    except TypeError as error:
-        raise TypeError(f"{name} must have arguments of warmup: {error}") from None
-    bound.apply_defaults()
-    return bound.arguments
 
 
 def _earlier(folder: Path) -> set[str]:
