@@ -120,9 +120,27 @@ def test_fused_hands_on_one_layer_a_call(monkeypatch: pytest.MonkeyPatch) -> Non
         assert given[0] is step.hidden and given[1] is layer.projection
         if layer.ratio == 128:
             assert given[2:] == (plan, own.own[0].state, own.own[0].cache)
-            assert named.keys() == {"spec", "ape", "norm_weight", "rope"}
+            assert named.keys() == {"spec", "ape", "norm_weight", "rope", "round_kv_score"}
         else:
-            assert given[3] is plan and [one.state for one in given[2]] == [b.state for b in own.own] and not named
+            assert given[3] is plan and [one.state for one in given[2]] == [b.state for b in own.own]
+            assert named.keys() == {"round_kv_score"}
+        assert named["round_kv_score"] is True  # as torch.mm gives bf16
+
+
+def test_fused_makes_the_step() -> None:
+    """The calls themselves, whose states keep rows of bf16: what they fold is what `apart` folds, but for its order of sums."""
+    torch.manual_seed(0)
+    wide = TINY._replace(hidden_dim=256)
+    step = model_calls.WholeStep(StepCase(wide, 2, 4), model_calls.projections(wide, DEVICE), DEVICE)
+    fused, apart = step.make_set(), step.make_set()
+    for one, other in zip(fused, apart, strict=True):
+        for mine, its in zip(one.own, other.own, strict=True):
+            mine.state.rows.copy_(its.state.rows)
+    step.check(step.call("fused", fused))
+    step.check(step.call("apart", apart))
+    for one, other in zip(fused, apart, strict=True):
+        for mine, its in zip(one.own, other.own, strict=True):
+            torch.testing.assert_close(mine.state.rows, its.state.rows, rtol=0.02, atol=0.02)
 
 
 @pytest.fixture
