@@ -25,9 +25,10 @@ aot: $(READY)
 	failed=; for target in $(TARGETS); do $(BIN)/kvfold aot $$target build/aot/$$target --spec table --no-strict || failed=1; done; [ -z "$$failed" ]
 
 # The kernels of DeepSeek-V4's calls for an H100 or H200, compiled for whichever Triton is here: a package in build/kernels and a
-# wheel of it in dist/kernels. A minute on 16 cores, 10 on 2; no GPU.
+# wheel of it in dist/kernels. A minute on 16 cores, 10 on 2; no GPU. SETS: whose calls, as of `kvfold prebuild --set`.
+SETS := v4
 kernels: $(READY)
-	$(BIN)/kvfold prebuild sm_90 build/kernels/sm_90
+	$(BIN)/kvfold prebuild sm_90 build/kernels/sm_90 $(addprefix --set ,$(SETS))
 	$(BIN)/python packaging/kernels.py build/kernels dist/kernels
 
 # What the benchmarks call, compiled by every older Triton that the package takes, each in an environment with nothing else of its
