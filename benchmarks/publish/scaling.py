@@ -49,7 +49,8 @@ def parts(rows: Rows) -> str:
     def body(device: str) -> tuple[str, Rows]:
         two = [row for row in measured.of(rows, "parallel", device).values() if _recorded(row)]
         most = max((row.get("exchange_us", 0.0) for row in two), default=0.0)
-        used = sorted(measured.of(rows, "parallel_alone", device).values(), key=lambda row: row["case"].startswith("train"))
+        used = [*measured.of(rows, "parallel_alone", device).values()]
+        used.sort(key=lambda row: (row["variant"].endswith("no graph"), row["case"].startswith("train")))  # stable
         lines = [_part_line(row, most) for row in used]
         return measured.markdown(PARTS_HEADER, lines) + "\n" + PARTS_EXPLAINED.format(us=most), used
 
@@ -58,7 +59,7 @@ def parts(rows: Rows) -> str:
 
 def _part_line(row: dict, message_us: float) -> tuple[str, ...]:
     words, tokens = _words(row)
-    gpus, layout = row["variant"].split()
+    gpus, _, layout = row["variant"].partition(" ")
     whole, part = row["one_us"], row["part_us"]
     more = part + row["messages"] * message_us
     gathered = f"{row['gathered'] / 1e3:,.0f}" if row["gathered"] else "-"

@@ -1,13 +1,14 @@
 """Times on one GPU what each rank of several has to do, by itself, beside the whole: for shares of more GPUs than there are.
 
 python -m benchmarks.run.parallel_alone --out benchmarks/results/parallel.jsonl
-         [--ranks 2,4] [--tokens 1048576] [--training-tokens 262144] [--only SUBSTRING] [--layout contiguous,zigzag]
+         [--ranks 2,4] [--tokens 1048576] [--training-tokens 262144] [--only SUBSTRING] [--layout contiguous,zigzag] [--eager]
 
-The cases of `benchmarks.run.parallel`, in CUDA graphs. Ranks are in one process and make their steps one after the other; what
-they send each other is kept (`lib/ranks.py`), until all has the bits of the whole, which is checked. Then each rank's step is
-timed: all that its GPU would do, with copies on the device for what it receives, and no time for what it sends. `part_us`: of
-the slowest rank, `parts` of each. `messages`, `bytes`, `gathered`: exchanges of a step, bytes that a rank sends in them, and
-in all-gathers, of sums of weights; the most of any rank. These are parts of a time on several GPUs, and no such time.
+The cases of `benchmarks.run.parallel`, in CUDA graphs, or `--eager`, where the host's time is in it. Ranks are in one process
+and make their steps one after the other; what they send each other is kept (`lib/ranks.py`), until all has the bits of the
+whole, which is checked. Then each rank's step is timed: all that its GPU would do, with copies on the device for what it
+receives, and no time for what it sends. `part_us`: of the slowest rank, `parts` of each. `messages`, `bytes`, `gathered`:
+exchanges of a step, bytes that a rank sends in them, and in all-gathers, of sums of weights; the most of any rank. These are
+parts of a time on several GPUs, and no such time.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def measure(case: Case, tokens: int, sizes: Sequence[int], layouts: Sequence[str
             assert not any(int(one.errors) for one in plans)
             for i, c in enumerate(whole):
                 assert torch.equal(reduce(torch.bitwise_or, (mine[i].cache.storage for mine in made)), c.cache.storage)
-            what = {"bench": "parallel_alone", "case": f"{case.name} s{tokens}", "variant": f"{size} {layout}"}
+            what = {"bench": "parallel_alone", "case": f"{case.name} s{tokens}", "variant": _variant(size, layout, timer)}
             rows.append(what | figures)
     return rows
 
@@ -84,6 +85,10 @@ def step_of(cp: ContextParallel, mail: Mail, compressors: list[kvfold.Compressor
         cp.compress(compressors, plan)
 
     return step
+
+
+def _variant(size: int, layout: str, timer: Timer) -> str:
+    return f"{size} {layout}" + ("" if timer.graph else ", no graph")
 
 
 def of_rank(c: kvfold.Compressor, own: torch.Tensor) -> kvfold.Compressor:
@@ -123,8 +128,8 @@ def measure_training(case: Case, tokens: int, sizes: Sequence[int], layouts: Seq
                 found = one()
                 of = wanted[0][made], wanted[1][own], *wanted[2:]
                 assert all(torch.equal(x, y) for x, y in zip(found, of, strict=True)), "a rank has other bits than the whole"
-            what = {"bench": "parallel_alone", "case": f"train {case.name} s{tokens}", "variant": f"{size} {layout}"}
-            rows.append(what | timed(ranks, steps, timer, one_us))
+            what = {"bench": "parallel_alone", "case": f"train {case.name} s{tokens}"}
+            rows.append(what | {"variant": _variant(size, layout, timer)} | timed(ranks, steps, timer, one_us))
     return rows
 
 
@@ -149,13 +154,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", default="", help="cases whose name has this in it")
     parser.add_argument("--layout", default="contiguous,zigzag", help="separated by commas (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--eager", action="store_true", help="record no CUDA graphs")
     return parser.parse_args(arguments)
 
 
 def main() -> int:
     args, rows, failed = parse(), [], 0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    timer = Timer(device, args.repeats, graph=True)
+    timer = Timer(device, args.repeats, not args.eager)
     sizes, layouts = [int(size) for size in args.ranks.split(",")], args.layout.split(",")
     todo = [(measure_training, case) for case in CASES if args.training_tokens and len(case.compressors) == 1]
     todo += [(measure, case) for case in CASES if args.tokens]
