@@ -1,6 +1,6 @@
 """Installs kvfold as a new user does, and uses it: `python packaging/smoke.py WHAT FOLDER [OUT]`, or `make wheel`.
 
-WHAT is a wheel, or a clone, such as this one. FOLDER becomes a virtual environment. Into it goes WHAT, then its extras, and what
+WHAT is a wheel, or a clone such as this. FOLDER becomes a virtual environment. Into it goes WHAT, then its extras, and what
 README.md shows is run after each, far from the repository. No GPU is needed; what needs one must say so. Exits with 1 at the
 first thing that is not as it should be. OUT gets a line of JSON for each step, with its seconds.
 """
