@@ -66,7 +66,7 @@ def wanted() -> Iterator[tuple[str, Variant, bool]]:
             rows.add(row)
             yield one.name, variant, False
     keys, _ = keys_of(defaults | {"specs": (V4_HCA, V4_CSA), "formats": (), "max_new_tokens": (), "hidden_dims": (7168,)})
-    projections = {key.config: key for key in keys if isinstance(key, ProjectKey) and key.tensors == 1 and key.sums is not None}
+    projections = {key.config: key for key in keys if isinstance(key, ProjectKey) and key.tensors == 1}
     for key in projections.values():
         yield " ".join(words_of(key)), variant_of(key, True, True), False
     for training in of_training((V4_HCA, V4_CSA, V4_INDEXER), (None,), (torch.bfloat16,), (1 << 16,)):

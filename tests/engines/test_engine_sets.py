@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-import sglang_world
 import test_sglang_v41 as test_sglang_v41_module
 import test_vllm_v41 as test_vllm_v41_module
 import torch
 from engines import vllm_cpu  # noqa: F401
-from sglang_world import ForwardMode, plugged
-from sglang_world import World as SglangWorld
-from sglang_world import config as sglang_config
 from test_sglang_v4 import DRAFTS, decode, extend, verify
 
+from benchmarks.lib import sglang_world
+from benchmarks.lib.sglang_world import ForwardMode, plugged
+from benchmarks.lib.sglang_world import World as SglangWorld
+from benchmarks.lib.sglang_world import config as sglang_config
 from benchmarks.lib.vllm_world import Layer, Sizes, Step, World, make_config
 from kvfold.backend_triton import launch
 from kvfold.backend_triton.keys import Key, StepKey, StoreKey, WindowKey

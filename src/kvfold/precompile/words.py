@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..backend_triton.keys import Key, PairKey, PlanKey, ProjectKey, RestoreKey, StepKey, StoreKey, Types, WindowKey
+from ..backend_triton.keys import AddKey, Key, PairKey, PlanKey, ProjectKey, RestoreKey, StepKey, StoreKey, Types, WindowKey
 from ..backend_triton.table import ANY, Config
 from ..spec import V4_HCA, CompressorSpec
 
@@ -37,13 +37,15 @@ def words_of(key: Key) -> list[str]:
         return ["restore", *spec_words(key.spec), f"state_{SHORT[key.state]}", f"rows{key.rows_per_page}"]
     if isinstance(key, ProjectKey):
         return _project(key)
+    if isinstance(key, AddKey):
+        return ["add", f"parts{key.parts}", f"sums_{SHORT[key.sums]}", *["rounded"] * key.rounded]
     if isinstance(key, StoreKey):
         places = [f"slots_{SHORT[key.slots]}", f"positions_{SHORT[key.positions]}"] if key.slots is not None else []
         also = ["also", key.also.name] if key.also is not None else []
         rows = [f"rows_{SHORT[key.rows]}", f"norm_{SHORT[key.norm_weight]}"]
         return ["store", *spec_words(key.spec), key.fmt.name, *rows, *places, *also]
     if isinstance(key, WindowKey):
-        how = ["one_page"] * key.one_page + [key.tables] * (key.tables != "plain")
+        how = [f"{key.pages}_page"] + [key.tables] * (key.tables != "plain")
         return ["window", *spec_words(key.spec), _record(key), *config_words(key.config), *_types(key.types), *how]
     return _step(key)
 
@@ -62,12 +64,12 @@ def _types(types: Types) -> list[str]:
     words = [f"kv_{SHORT[types.kv_score]}"] + ([f"state_{SHORT[types.state]}"] if types.state is not None else [])
     words += [f"rows_{SHORT[types.rows]}"] if types.rows is not None else []
     words += [f"norm_{SHORT[types.norm_weight]}"] if types.norm_weight is not None else []
-    flags = {"no_slots": not types.entry_slots, "latent": types.latent, "apart": types.apart, "rounded": types.rounded}
-    return [*words, *(name for name, on in flags.items() if on), *([f"parts{types.parts}"] if types.parts else [])]
+    flags = {"no_slots": not types.entry_slots, "latent": types.latent, "apart": types.apart}
+    return [*words, *(name for name, on in flags.items() if on)]
 
 
 def _project(key: ProjectKey) -> list[str]:
     row = key.config
     words = ["project", f"h{key.hidden_dim}", f"tensors{key.tensors}", f"tile{row.columns}x{row.tokens}x{row.depth}"]
     words += [f"parts{row.parts}", f"stages{row.stages}", f"warps{row.num_warps}"]
-    return [*words, f"kv_{SHORT[key.sums]}" if key.sums is not None else "in_parts", *["rounded"] * key.rounded]
+    return [*words, f"sums_{SHORT[key.sums]}", *["rounded"] * key.rounded]
