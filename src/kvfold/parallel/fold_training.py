@@ -51,8 +51,6 @@ def spread_all(x: Inputs, how: How, folds: CutFolds, rows: torch.Tensor, d_token
     """Puts the gradients of the rank's own tokens of these windows where they belong. x: of `small_tokens`."""
     found = spread(x, how, rows.transpose(0, 1).contiguous(), sums)
     if sums.ape is not None:  # shares are of the rank's own tokens
-        windows, places = folds.others
-        shares = sums.of_ape.rows[:, 2].long()[windows]
-        sums.ape.view(-1, how.spec.ratio, how.spec.channels)[shares, places] = 0.0
+        sums.ape.view(-1, how.spec.channels).index_fill_(0, folds.others_in(sums.of_ape), 0.0)
     for into, new in zip(d_tokens, found, strict=False):
         into[folds.own.of] = new[folds.own.at]

@@ -15,6 +15,7 @@ from ..spec import CompressorSpec
 from ..storage.fold_state import state_kind
 from ..storage.host import numbers_on
 from ..training import Packing
+from ..training.problem import Runs
 from ..training.table import Groups
 from .halo import CutPacking, Rows
 from .schedule import Reads, schedule
@@ -75,7 +76,7 @@ class CutFolds:
         heads: None where the rank owns no such window.
         packing: of a small tensor, `ratio` rows for each window that the rank has tokens of: those that it owns, in the order
             of `CutPacking.seams`, then those of each other rank, by rank. None where there are none.
-        own: the rank's tokens in the small tensor. others: int64, windows and places there of tokens that are elsewhere.
+        own: the rank's tokens in the small tensor.
         to, from_: what goes to ranks that have tokens of its windows, and comes from ranks that own windows of its tokens.
     """
 
@@ -94,8 +95,7 @@ class CutFolds:
                 of += range(segment.row + first - segment.start, segment.row + behind - segment.start)
         self.own = Rows(*(numbers_on(device, some, torch.int64) for some in (at, of)))
         others = sorted({*range(len(mine) * spec.ratio)} - {*at})
-        windows, places = ([x // spec.ratio for x in others], [x % spec.ratio for x in others])
-        self.others = tuple(numbers_on(device, some, torch.int64) for some in (windows, places))
+        self._others, self._others_in = numbers_on(device, others, torch.int64), None
         self.packing = self._packing(mine) if mine else None
         self.to, self.from_ = [], []
         for other in range(shards.ranks):
@@ -155,6 +155,17 @@ class CutFolds:
             blocks, shares = ([of(rank) for rank in range(cut.shards.ranks)] for of in (self.blocks, self.shares))
             self._dealt[groups] = deal(blocks, shares, cut.rank, groups, cut.windows, cut.device)
         return self._dealt[groups]
+
+    def others_in(self, runs: Runs) -> torch.Tensor:
+        """int64: which rows of ape's sums, `ratio` of each sum, are of tokens in the small tensor that are elsewhere.
+
+        Remembered, for the last `runs`: those of the small tensor's windows.
+        """
+        if self._others_in is None or self._others_in[0] is not runs.rows:
+            ratio, others = self._cut.ratio, self._others
+            shares = runs.rows[:, 2].long()[others // ratio]
+            self._others_in = runs.rows, shares * ratio + others % ratio
+        return self._others_in[1]
 
     def blocks(self, rank: int) -> list[Block]:
         """The windows that a rank has whole."""
