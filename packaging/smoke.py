@@ -95,7 +95,7 @@ def use(user: User, wheel: Path, text: Path) -> None:
 
 
 def version() -> str:
-    return re.search(r'"(.+)"$', (ROOT / "src" / "kvfold" / "_version.py").read_text(), re.MULTILINE)[1]
+    return re.search(r'^__version__ = "(.+)"$', (ROOT / "src" / "kvfold" / "_version.py").read_text(), re.MULTILINE)[1]
 
 
 def main(arguments: list[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -22,7 +22,7 @@ from kvfold.backend_triton import launch
 from kvfold.backend_triton.keys import Key, StepKey, StoreKey, WindowKey
 from kvfold.backend_triton.variants import variant_of
 from kvfold.integrations.sglang import low_ratio
-from kvfold.integrations.vllm import register, unregister
+from kvfold.integrations.vllm import config, register, unregister
 from kvfold.precompile.asked import asked_of
 from kvfold.precompile.sets import SETS
 from kvfold.storage.formats import FORMATS
@@ -57,31 +57,45 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[Key]]:
     unregister()
 
 
-def check(asked: set[Key], name: str) -> None:
+@pytest.fixture
+def described(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """What the plug-in of vLLM compiles when caches are first used."""
+    found: list[dict] = []
+
+    def compile_before(kv_score: torch.Tensor, backend: str | None, **what: object) -> None:
+        found.append({"dtypes": (kv_score.dtype,), "pdl": False} | what)
+
+    monkeypatch.setattr(config, "compile_before", compile_before)
+    return found
+
+
+def check(asked: set[Key], calls: Iterable[dict]) -> None:
     kinds = (StepKey, WindowKey, StoreKey)
     wanted = {plain(key) for key in asked if isinstance(key, kinds)}
-    found = {plain(key) for keys, _ in asked_of(SETS[name]) for key in keys if isinstance(key, kinds)}
+    found = {plain(key) for keys, _ in asked_of(calls) for key in keys if isinstance(key, kinds)}
     assert wanted and wanted <= found
 
 
 @pytest.mark.parametrize("state", ["window", "fold"])
-def test_vllm(asked: set[Key], state: str) -> None:
+def test_vllm(asked: set[Key], described: list[dict], state: str) -> None:
     register(state, backend="triton")
     sizes = Sizes()
     for ratio, width, fp4 in ((4, 512, False), (4, 128, False), (4, 128, True), (128, 512, False)):
-        config = make_config(sizes)
-        world = World([Layer(sizes, config, ratio, width, fp4=fp4)], config, sizes)
+        of_vllm = make_config(sizes)
+        world = World([Layer(sizes, of_vllm, ratio, width, fp4=fp4)], of_vllm, sizes)
         world.run((Step.of((0, 0, 9), (1, 0, 3)), Step.of((0, 9, 4, 3), (1, 3, 4, 1))))
-    check(asked, "vllm" if state == "window" else "vllm-fold")
+    check(asked, SETS["vllm" if state == "window" else "vllm-fold"])
+    check(asked, described)
 
 
-def test_vllm_v41(asked: set[Key], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_v41(asked: set[Key], described: list[dict]) -> None:
     test_vllm_v41_module.run_few("triton")
     sizes = Sizes()
-    config = make_config(sizes)
-    world = World([Layer(sizes, config, 1, record=584)], config, sizes)
+    of_vllm = make_config(sizes)
+    world = World([Layer(sizes, of_vllm, 1, record=584)], of_vllm, sizes)
     world.run((Step.of((0, 0, 9), (1, 0, 3)),))
-    check(asked, "vllm-v41")
+    check(asked, SETS["vllm-v41"])
+    check(asked, described)
 
 
 @pytest.mark.parametrize("state", ["pools", "fold"])
@@ -93,7 +107,7 @@ def test_sglang(asked: set[Key], state: str, monkeypatch: pytest.MonkeyPatch) ->
         extend(world, (1, 0, 6))
         verify(world, (1, 6))
         decode(world, (1, 9))
-    check(asked, "sglang" if state == "pools" else "sglang-fold")
+    check(asked, SETS["sglang" if state == "pools" else "sglang-fold"])
 
 
 @pytest.mark.parametrize("state", ["pools", "fold"])
@@ -105,4 +119,4 @@ def test_sglang_v41(asked: set[Key], state: str, monkeypatch: pytest.MonkeyPatch
         engine.backend.allocate(1, 20)
         engine.step(ForwardMode.EXTEND, (1, 0, 9))
         engine.step(ForwardMode.DECODE, (1, 9, 1))
-    check(asked, "sglang-v41" if state == "pools" else "sglang-v41-fold")
+    check(asked, SETS["sglang-v41" if state == "pools" else "sglang-v41-fold"])

@@ -96,8 +96,11 @@ class Compressor(theirs.DeepseekCompressor):
                 self._backend,
                 specs=(self._spec,),
                 formats=(self._cache.format.name,),
+                max_new_tokens=(),
+                norm_weight_dtypes=(None,),
                 rows=(latent.dtype,),
                 states=(),
+                plans=(),
                 slot_dtypes=(slots.dtype,),
                 position_dtypes=(positions.dtype,),
             )
