@@ -266,8 +266,8 @@ if __name__ == "__main__":
 _PAIR = "pair hd512 R4 overlap fp8_ds_mla {} hd128 R4 overlap hadamard {}"
 MOST = (
     "fold hd512 R128 fp8_block128 ahead8 warps8 windows2",
-    "fold hd512 R128 fp8_block128 ahead4 warps4",
-    "mean hd512 R128 fp8_ds_mla ahead4 warps4 apart",
+    "fold hd512 R128 nvfp4_trtllm ahead4 warps4 apart",
+    "mean hd512 R128 fp8_tensor ahead4 warps4 apart",
     "rows hd512 R4 overlap fp8_ds_mla ahead4 warps2 windows18",
     "rows hd512 R4 overlap mxfp4 ahead8 warps2 snapshots",
     _PAIR.format("ahead8 warps4 n8", "indexer_mxfp4_v41_sglang apart"),

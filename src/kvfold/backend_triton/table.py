@@ -123,7 +123,7 @@ ROWS: tuple[Row, ...] = (
     # Two programs to a multiprocessor, which fit by the bound on registers: note 0052.
     _row("fold", ANY, _WIDE, ahead=8, num_warps=8, registers=128, programs=2, bucket=2, spills=(4,)),
     # Many windows are as fast as their instructions, of which two side by side share some: note 0053.
-    _row("fold", ANY, _WIDE, ahead=4, num_warps=4, registers=128, programs=4, together=2, spills=(32,)),
+    _row("fold", ANY, _WIDE, ahead=4, num_warps=4, registers=128, programs=4, together=2, spills=(160,)),
     # Of a `MeanState`, as the same of fold rows, without slices.
     *(_scaled(_row("mean", most, ahead=most, num_warps=1)) for most in (1, 4, 8)),
     _scaled(_row("mean", ANY, _NARROW, _MIDDLE, ahead=8, num_warps=1, programs=16)),
