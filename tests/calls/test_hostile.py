@@ -1,4 +1,4 @@
-"""Hostile calls: 8,000 of a seed, and each ends with a result, a count or an error that names the argument.
+"""Hostile calls: 5,000 of a seed, and each ends with a result, a count or an error that names the argument.
 
 What a call is and what is a fault: hostile_call.py. A fault is printed with what makes it again.
 """
@@ -11,7 +11,7 @@ from support import hostile_run
 SEED = 24
 # Calls in all and of one test, which costs 3 seconds of its own and as many for imports of nested tensors; interpreted calls
 # cost twenty times as much.
-SHARES = {"torch": (7_800, 3_900), "interpreter": (200, 200), "cuda": (2_000, 1_000), "torch-cuda": (500, 500)}
+SHARES = {"torch": (4_800, 4_800), "interpreter": (200, 200), "cuda": (2_000, 1_000), "torch-cuda": (500, 500)}
 SHARDS = [(name, start, size) for name, (calls, size) in SHARES.items() for start in range(0, calls, size)]
 
 
