@@ -14,7 +14,7 @@ from ...spec import CompressorSpec
 from ...storage.cache import EntryCache
 from ...storage.formats import FORMATS, RecordFormat
 from ...store import store
-from .kept import cache_of, errors
+from .kept import cache_of, errors, once, place
 
 # By `cache_scale_type`; rows that are kept as they came have the format of their dtype.
 FORMATS_BY_TYPE = (None, "fp8_tensor_trtllm", "fp8_block128", "mxfp4", "nvfp4_trtllm")
@@ -106,10 +106,15 @@ def format_of(dtype: torch.dtype, cache_scale_type: int) -> RecordFormat:
 
 
 def rows_of_table(table: torch.Tensor, rope_dim: int, device: torch.device) -> torch.Tensor:
-    """fp32 `[max_pos, 2, rope_dim / 2]`, or that flat, as `[max_pos, rope_dim]`."""
-    shape = (None, rope_dim) if table.dim() == 2 else (None, 2, rope_dim // 2)
-    check_tensor("cos_sin_table", table, shape, (torch.float32,), device)
-    return table.view(-1, rope_dim)
+    """fp32 `[max_pos, 2, rope_dim / 2]`, or that flat, as `[max_pos, rope_dim]`: the same tensor in every call, as calls whose
+    tensors are those of the last one are not checked whole."""
+
+    def make() -> torch.Tensor:
+        shape = (None, rope_dim) if table.dim() == 2 else (None, 2, rope_dim // 2)
+        check_tensor("cos_sin_table", table, shape, (torch.float32,), device)
+        return table.detach().view(-1, rope_dim)
+
+    return once(("rope", place(table), rope_dim, table.is_neg(), table.device == device), make, device)
 
 
 @lru_cache(maxsize=64)
