@@ -35,7 +35,7 @@ def gradients(ranks: list[tuple[ContextParallel, Mail]], device: torch.device, s
 
         def step() -> list[torch.Tensor]:
             begin()
-            entries = call(leaves[0], spec=spec, ape=leaves[1], norm_weight=leaves[2], rope=rope)
+            entries = call(leaves[0], spec=spec, ape=leaves[1], norm_weight=leaves[2], rope=rope).mul_(1)  # may be written to
             return [entries.detach(), *torch.autograd.grad(entries, leaves, of)]
 
         return step

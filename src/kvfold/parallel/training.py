@@ -64,7 +64,7 @@ class Entries(torch.autograd.Function):
             kept.append(seams.kept)
         ctx.call, ctx.count = call, len(tokens)
         ctx.save_for_backward(ape, norm_weight, rope, *tokens, *small, *kept)
-        entries = entries[: packing.entries]
+        entries.resize_(packing.entries, call.spec.head_dim)  # not a slice: autograd lets nobody write to a view
         return entries if packing.order is None else entries[packing.order]
 
     @staticmethod
