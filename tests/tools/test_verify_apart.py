@@ -29,6 +29,10 @@ def lost() -> list[Case]:
     return [Case("a", "1: x", str), Case("a", "1: y", loses), Case("a", "1: z", str)]
 
 
+def both() -> list[Case]:
+    return [Case("a", "1: x", ends), Case("a", "1: y", loses), Case("a", "1: z", str)]
+
+
 def test_each_case_is_in_one_group_and_long_groups_begin_first() -> None:
     cases = LISTED()
     some = [i for i, case in enumerate(cases) if not case.skip]
@@ -49,3 +53,4 @@ def test_a_fault_ends_one_case_and_a_lost_device_all() -> None:
     found = {r.name: r.problem for r in verify_apart(faulty, range(4), 2)}
     assert found == {"1: x": "", "1: y": "a fault ended the process", "1: z": "", "2": ""}
     assert [r.name for r in verify_apart(lost, range(3), 1)] == ["1: x", "1: y"]
+    assert [r.name for r in verify_apart(both, range(3), 1)] == ["1: x", "1: y"]  # and of those that run by themselves

@@ -37,7 +37,7 @@ def verify_apart(listed: Callable[[], list[Case]], numbers: Sequence[int], worke
                         waiting.remove(jobs[job])
                         for result in results:
                             yield result
-                            if any(words in result.problem for words in LOST):
+                            if _lost(result):
                                 return
                 finally:
                     pool.shutdown(cancel_futures=True)
@@ -45,7 +45,10 @@ def verify_apart(listed: Callable[[], list[Case]], numbers: Sequence[int], worke
             # Whose fault it was is not told. What did not get done is run anew, and one of it, case by case, first.
             group = waiting.pop(0)
             for number in group:
-                yield from _alone(listed, cases[number], number)
+                result = _alone(listed, cases[number], number)
+                yield result
+                if _lost(result):
+                    return
 
 
 def groups(cases: Sequence[Case], numbers: Sequence[int]) -> list[Numbers]:
@@ -56,12 +59,16 @@ def groups(cases: Sequence[Case], numbers: Sequence[int]) -> list[Numbers]:
     return sorted(found.values(), key=lambda group: -len(group))
 
 
-def _alone(listed: Callable[[], list[Case]], case: Case, number: int) -> list[Result]:
+def _lost(result: Result) -> bool:
+    return any(words in result.problem for words in LOST)
+
+
+def _alone(listed: Callable[[], list[Case]], case: Case, number: int) -> Result:
     try:
         with processes(1) as pool:
-            return pool.submit(partial(_run, listed), [number]).result()
+            return pool.submit(partial(_run, listed), [number]).result()[0]
     except BrokenProcessPool:
-        return [Result(case.group, case.name, "", 0.0, "a fault ended the process")]
+        return Result(case.group, case.name, "", 0.0, "a fault ended the process")
 
 
 def _run(listed: Callable[[], list[Case]], numbers: Numbers) -> list[Result]:
