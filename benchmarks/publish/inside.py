@@ -52,4 +52,5 @@ def _cell(row: dict | None, own: dict | None) -> str:
         return ""
     slower = own is not None and row["us"] > own["us"]
     us = f"**{row['us']:,.1f}**" if slower else f"{row['us']:,.1f}"
-    return f"{us} ({row['launches']:.3g}; {row['host_us']:,.0f})"
+    launches = f"{row['launches']:.3g}" if "launches" in row else "?"
+    return f"{us} ({launches}; {row['host_us']:,.0f})"
