@@ -394,7 +394,7 @@ class Product:
 
     HIDDEN_DIM: numbers of a hidden state. CHUNK: that one chain of instructions sums. COLUMNS, TOKENS, DEPTH: of a tile.
     PARTS: programs that share a tile, a part of hidden_dim to each. STAGES: tiles under way at once. GROUP: rows
-    of tiles that programs take side by side. AHEAD: numbers whose weights are loaded before the wait.
+    of tiles that programs take side by side.
     """
 
     HIDDEN_DIM: int
@@ -405,7 +405,6 @@ class Product:
     PARTS: int
     STAGES: int
     GROUP: int
-    AHEAD: int = 0
 
 
 class Sequence(NamedTuple):

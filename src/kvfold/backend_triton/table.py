@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..contract import CHUNKS_OF_HIDDEN, HIDDEN_STEP, UnsupportedError, chunk_of_hidden
+from ..contract import HIDDEN_STEP, UnsupportedError
 from ..spec import CompressorSpec
 
 ANY = (1 << 31) - 1
@@ -171,8 +171,6 @@ class Tiling:
         stages: of `depth` numbers that are under way at once; fewer on a GPU that has not the room.
         num_warps: per program. Any value gives the same bits.
         group: rows of tiles, of tokens, that programs take side by side. Any value gives the same bits.
-        ahead: numbers at the end of a part, a power of two, whose weights are on their way before the launch before is done.
-            Any value gives the same bits.
     """
 
     max_tokens: int
@@ -184,20 +182,10 @@ class Tiling:
     num_warps: int
     max_columns: int = ANY
     group: int = 1
-    ahead: int = 0
 
     def tiles(self, tokens: int, columns: int) -> int:
         """Of a call, each of which `parts` programs share."""
         return -(-columns // self.columns) * -(-tokens // self.tokens)
-
-    def ahead_for(self, hidden_dim: int) -> int:
-        """Of one hidden_dim: fewer where a chunk has not so many, none where some chunk is short."""
-        chunk, ahead = chunk_of_hidden(hidden_dim), self.ahead
-        if self.parts == 1 or hidden_dim != CHUNKS_OF_HIDDEN * chunk:
-            return 0
-        while ahead and (ahead >= chunk or (chunk - ahead) % self.depth_for(chunk)):
-            ahead //= 2
-        return ahead
 
     def depth_for(self, chunk: int) -> int:
         """No tile is of two chunks."""

@@ -152,17 +152,7 @@ def project_variant(key: ProjectKey) -> Variant:
     )
     depth = config.depth_for(chunk)
     stages = config.stages * (config.depth // depth)
-    made = Product(
-        key.hidden_dim,
-        chunk,
-        config.columns,
-        config.tokens,
-        depth,
-        config.parts,
-        stages,
-        config.group,
-        config.ahead_for(key.hidden_dim),
-    )
+    made = Product(key.hidden_dim, chunk, config.columns, config.tokens, depth, config.parts, stages, config.group)
     return _variant("project", arguments, config.num_warps, HOW=Schedule(ROUNDED=key.rounded), P=made)
 
 

@@ -68,30 +68,22 @@ def product(w_at, x_at, there, k, acc, HOW: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def chunk_of(w_at, x_at, there, chunk, last, HOW: tl.constexpr, P: tl.constexpr):
-    """The sums of a chunk of hidden_dim. A loop of its own, so that an instruction need not wait for the one before it.
-
-    last: the weights of its last numbers, where they are there already; else None.
-    """
-    TILES: tl.constexpr = (P.CHUNK if last is None else P.CHUNK - P.AHEAD) // P.DEPTH
+def chunk_of(w_at, x_at, there, chunk, HOW: tl.constexpr, P: tl.constexpr):
+    """The sums of a chunk of hidden_dim. A loop of its own, so that an instruction need not wait for the one before it."""
+    TILES: tl.constexpr = P.CHUNK // P.DEPTH
     ROOM: tl.constexpr = HOW.TARGET.SHARED_BYTES // ((P.COLUMNS + P.TOKENS) * P.DEPTH * 2)  # for tiles under way
     STAGES: tl.constexpr = P.STAGES if P.STAGES < ROOM else ROOM
     acc = tl.zeros((P.COLUMNS, P.TOKENS), tl.float32)
-    if last is not None:
-        x = tl.load(x_at[:, None] + ((chunk + 1) * P.CHUNK - P.AHEAD + tl.arange(0, P.AHEAD))[None, :], mask=there[:, None])
     for i in tl.range(0, TILES, num_stages=STAGES):
         acc = product(w_at, x_at, there, chunk * P.CHUNK + i * P.DEPTH, acc, HOW, P)
-    if last is not None:
-        # Masked only here, behind the loop, so that its loads need not wait for these.
-        acc = tl.dot(last, tl.trans(tl.where(there[:, None], x, 0.0)), acc)
     return acc
 
 
 @triton.jit
-def pair_of(w_at, x_at, there, pair, last, HOW: tl.constexpr, P: tl.constexpr):
-    """The sums of two chunks. last: of the second one, as of `chunk_of`."""
-    first = chunk_of(w_at, x_at, there, 2 * pair, None, HOW, P)
-    return added(chunk_of(w_at, x_at, there, 2 * pair + 1, last, HOW, P), first)
+def pair_of(w_at, x_at, there, pair, HOW: tl.constexpr, P: tl.constexpr):
+    """The sums of two chunks."""
+    first = chunk_of(w_at, x_at, there, 2 * pair, HOW, P)
+    return added(chunk_of(w_at, x_at, there, 2 * pair + 1, HOW, P), first)
 
 
 @triton.jit
@@ -126,24 +118,19 @@ def project_kernel(
     w_at = weight_rows(weights, tl.minimum(column, weights.columns - 1), P.HIDDEN_DIM)
     x_at = hidden.rows + token.to(tl.int64) * hidden.stride
     there = token < hidden.count
-    part = tl.program_id(0) // tiles
-    last = None
-    if P.AHEAD > 0 and HOW.TARGET.BF16_PRODUCTS:
-        # Nobody writes weights: these are on their way while the launch before still runs.
-        d = (part + 1) * (P.HIDDEN_DIM // P.PARTS) - P.AHEAD + tl.arange(0, P.AHEAD)
-        last = tl.load(w_at[:, None] + d[None, :])
     wait_for_inputs(HOW.PDL)
     at = sums.rows + column[:, None] + token.to(tl.int64)[None, :] * sums.stride
     if P.PARTS == 1:
         total = tl.zeros((P.COLUMNS, P.TOKENS), tl.float32)
         for pair in range(PAIRS):
-            total += pair_of(w_at, x_at, there, pair, None, HOW, P)
+            total += pair_of(w_at, x_at, there, pair, HOW, P)
         x = rounded_to(total, sums.rows.dtype.element_ty, HOW)
     else:
+        part = tl.program_id(0) // tiles
         if P.PARTS == CHUNKS:
-            x = chunk_of(w_at, x_at, there, part, last, HOW, P)
+            x = chunk_of(w_at, x_at, there, part, HOW, P)
         else:
-            x = pair_of(w_at, x_at, there, part, last, HOW, P)
+            x = pair_of(w_at, x_at, there, part, HOW, P)
         at += part.to(tl.int64) * sums.step
     tl.store(at, x, mask=(column < weights.columns)[:, None] & there[None, :])
 
