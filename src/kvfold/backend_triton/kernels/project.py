@@ -5,7 +5,7 @@ in pairs, and the pairs in order (contract.py). Columns are the rows of these in
 one instruction serves one token and many; which tile a token is in changes nothing of what is added to what.
 
 Programs that share a tile leave their parts of it in memory, and a launch of its own adds them up: over the whole GPU, where
-the last program of a tile would do so alone (note 0076).
+the last program of a tile would do so alone (notes 0076, 0079).
 """
 
 import triton
