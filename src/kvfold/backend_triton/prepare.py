@@ -30,6 +30,8 @@ SECONDS = {
     "plan": 0.8, "step": 2.6, "pair": 18.2, "window": 4.6, "store": 0.3, "restore": 0.1, "project": 0.8,
     "train_forward": 1.1, "train_finish": 0.3, "train_spread": 0.5, "train_sum": 0.4, "train_again": 1.9,
 }  # fmt: skip
+# Of that is Python, which threads do one after the other: on the host of an H200, by `warmup v4`, cold, in first_call.jsonl.
+IN_TURN = 0.7
 
 
 def ways(dependent: bool) -> list[tuple[bool, bool]]:
@@ -79,7 +81,7 @@ def expected(variants: Collection[Variant], target: GPUTarget, workers: int) -> 
     words = f"{len(variants)} kernels, {len(variants) - len(others)} of them prebuilt"
     if not others:
         return words
-    seconds = max(sum(others) / workers, max(others))
+    seconds = max(sum(others) / workers, max(others), IN_TURN * len(others))
     return f"{words}; the others take about {max(round(seconds), 1)} s of {workers} cores if Triton's cache has none of them"
 
 

@@ -217,7 +217,7 @@ def check_config(lab: Lab, config: Config, state: torch.dtype, rows: torch.dtype
     spec = inputs[1]["spec"]
     whole = lab.engine(inputs, kind=config.kind, dtype=state)
     short = bound < whole.lengths[0]
-    steps = drafts(whole.lengths, bound, spec.ratio - 1) if short else chunks(whole.lengths)
+    steps = drafts(whole.lengths, bound, max(spec.ratio - 1, 1)) if short else chunks(whole.lengths)
     cut = lab.engine(inputs, kind=config.kind, dtype=state, most=bound if short else DRAFTS)
     run_checked(cut, [*steps[:1], *(step._replace(bound=bound) for step in steps[1:])])
     return same_as_prefill(cut, whole)
