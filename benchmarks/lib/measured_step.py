@@ -54,7 +54,7 @@ def engine_cells(cases: list[StepCase], found: list[Found], peer: str) -> list[s
 
 
 def our_cells(found: list[Found], variant: str) -> list[str]:
-    """Bold where one launch is slower than `torch.mm` and a call of `compress`."""
+    """Bold where `project_compress` is slower than `torch.mm` and a call of `compress`."""
     cells = []
     for ours in found:
         row, apart = ours.get(variant), ours.get("apart")
@@ -81,7 +81,7 @@ def short(rows: Rows, folder: str) -> str:
     said = (
         "A whole step of V4-Pro: projections and compressors of its 61 layers, 4 new tokens for each sequence. Of engines:\n"
         "`torch.mm` and their recorded kernels ([how](docs/performance.md)); `+`: at least."
-    ) + (" **Bold**: one launch is slower.\n" if any("fused" in one for one in found) else "\n")
+    ) + (" **Bold**: slower than the row below.\n" if any("fused" in one for one in found) else "\n")
     table = step_table(cases, found, SHORT, {"": "`torch.mm`, then the fastest engine's kernels"})
     return f"{said}{measured.taken(used)}\n\n{table}\n![A whole step]({folder}/step-{measured.slug(device)}.svg)\n"
 
