@@ -229,8 +229,8 @@ def test_the_benchmark_imports_no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     from benchmarks.run import adapters
 
-    (case,) = (case for case in adapters.cases([16], ["HCA"]) if case.name == "HCA b16 n4 spread")
-    assert case.starts[0] == 508 and case.starts[15] == 508 - 120
+    (case,) = (case for case in adapters.cases([16], ["HCA"]) if case.name == "HCA b16 n1 spread")
+    assert case.starts[0] == 511 and case.starts[15] == 511 - 120
     assert (adapters.SHAPES["step"].count(128), adapters.SHAPES["step"].count(4)) == (31, 30)
     with pytest.raises(SystemExit):
         adapters.parse(["--shapes", "CSA,MLA"])
