@@ -16,8 +16,8 @@ The engine's own classes, metadata and pages, in a CUDA graph: its kernels, and 
 and in brackets launches and the host's microseconds without a graph; of one layer, or of `step`: V4-Pro's 31 layers of ratio
 128 and 30 of ratio 4 with indexers. `hit`: every sequence ends a window of 128, `spread`: one of them does. In vLLM and SGLang
 kvfold's launches are ordinary ones, and plans are updated before; TensorRT-LLM's have that in them, once for a ratio and width.
-A wait for the GPU or an allocation in kvfold's would have been an error. At commits 8a70ea2 and ce6eac5 a profiler counted
-launches, behind which both sides' figures are somewhat too high. **Bold**: kvfold is slower (`benchmarks/run/adapters.py`).
+A wait for the GPU or an allocation in kvfold's would have been an error. **Bold**: kvfold is slower
+(`benchmarks/run/adapters.py`).
 """
 
 
@@ -27,7 +27,8 @@ def inside(rows: Rows) -> str:
         return ""
 
     def body(device: str) -> tuple[str, Rows]:
-        used = [row for row in rows if (row["bench"], row["device"]) == ("adapters", device) and "us" in row]
+        taken = [row for row in rows if (row["bench"], row["device"]) == ("adapters", device) and "us" in row]
+        used = [*{(row["engine"], row["case"], row["variant"]): row for row in taken}.values()]  # the last of each
         tables = []
         for engine, ways in WAYS.items():
             found = {(row["case"], row["variant"]): row for row in used if row["engine"] == engine}
