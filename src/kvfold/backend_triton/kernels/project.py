@@ -23,13 +23,13 @@ STEP = tl.constexpr(contract.HIDDEN_STEP)
 
 @triton.jit
 def weight_rows(weights, column, HIDDEN_DIM: tl.constexpr):
-    """Where the rows of these columns begin."""
+    """Where the rows of these columns begin. Gaps by multiplying: of a selection Triton forgets that it is aligned."""
     at = column.to(tl.int64) * HIDDEN_DIM
     if weights.cut_1 is not None:
-        at += tl.where(column >= weights.cut_1, weights.gap_1, 0)
+        at += (column >= weights.cut_1).to(tl.int64) * weights.gap_1
     if weights.cut_2 is not None:
-        at += tl.where(column >= weights.cut_2, weights.gap_2, 0)
-        at += tl.where(column >= weights.cut_3, weights.gap_3, 0)
+        at += (column >= weights.cut_2).to(tl.int64) * weights.gap_2
+        at += (column >= weights.cut_3).to(tl.int64) * weights.gap_3
     return weights.rows + at
 
 
