@@ -89,7 +89,7 @@ def test_many() -> None:
         (weights[:1], given, TypeError, "weight must be"),
         (weights[::-1], given, ValueError, r"weight\[0\] must have shape"),
         (torch.cat(weights)[1:], given, ValueError, "weight must have shape"),
-        (weights, given[:1], TypeError, "weight must be a torch.Tensor, or a sequence of 1"),
+        (weights, given[:1], TypeError, "weight must be a torch.Tensor or a kvfold.ScaledWeight, or a sequence of 1"),
         (weights, [], ValueError, "compressors must hold"),
         (weights, [given[0], given[0]], ValueError, ""),
         (weights, [(torch.empty(3, WIDTH), *given[0][1:]), given[1]], ValueError, r"compressors\[0\]: kv_score must have"),
