@@ -77,6 +77,7 @@ WHOLE_PLAN = (
 # Which argument of a call an operator's argument belongs to, where names differ.
 OWNERS = {
     "scores": "kv_score", "storage": "cache", "scales": "cache", "cache_scale": "cache",
+    "weights": "weight", "weight_scales": "weight", "kv_scores": "kv_score",
     "kv": "state", "score": "state", "positions": "state", "state_rows": "state",
     "snapshot_rows": "snapshots", "snapshot_positions": "snapshots",
     "also_storage": "also", "also_scales": "also", **{text.split()[-1]: "plan" for text in FOLD_PLAN + TABLES},
@@ -190,8 +191,8 @@ def _call(operator: torch._ops.OpOverloadPacket, *args: object) -> None:
     """Calls an operator. Outside of torch.compile it is one over fake tensors, and takes no others unless their mode does."""
     fake = None if torch.compiler.is_compiling() else next((x for x in args if isinstance(x, FakeTensor)), None)
     if fake is not None and not fake.fake_mode.allow_non_fake_inputs:
-        for argument, x in zip(operator.default._schema.arguments, args, strict=True):
-            if isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor):
+        for argument, given in zip(operator.default._schema.arguments, args, strict=True):
+            if any(isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor) for x in tree_leaves(given)):
                 name = OWNERS.get(argument.name, argument.name)
                 raise TypeError(f"{name} must be of FakeTensors like the others, got a real one ({argument.name})")
     operator(*args)

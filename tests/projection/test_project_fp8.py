@@ -15,6 +15,8 @@ import kvfold
 from kvfold import ScaledWeight, reference
 from kvfold.backend_triton import launch_product, table
 from kvfold.contract import projected_worst
+from kvfold.testing import Engine, ProjectedEngine, drafts, make_weights
+from kvfold.verify.project import check_cut, hidden_of, kv_score_of, scaled_of
 
 WIDE = replace(FOLD, head_dim=128)  # 256 rows: two blocks, and all codes
 SPECS = {"fold": FOLD, "rows": ROWS, "ungated": ONE, "wide": WIDE}
@@ -174,6 +176,17 @@ def test_two_compressors(path: str, form: str, backend: Backend, monkeypatch: py
     kvfold.project_compress_many(hidden, weights, made, plan, backend=backend.name)
     assert int(plan.errors) == 0
     assert all(torch.equal(one.records(0), records) and records.any() for one, records in zip(both, right, strict=True))
+
+
+@pytest.mark.parametrize("name", ["fold", "rows"])
+def test_an_engine(name: str, backend: Backend) -> None:
+    """Decoding with rejected drafts, from hidden states on: to the bit what one `compress` of the kv_score in bf16 gives."""
+    spec, device, lengths = SPECS[name], backend.device, (37, 19)
+    weights = make_weights(spec, max(lengths), "normal", torch.Generator().manual_seed(1), torch.float32, device)
+    hidden, weight = hidden_of(lengths, 320, device), scaled_of(spec, 320, device)
+    inputs = [kv_score_of(text, weight.dequantized(), weights, backend.name) for text in hidden], weights
+    cut = ProjectedEngine.make(*inputs, fmt="fp32", backend=backend.name).begin(hidden, weight)
+    check_cut(cut, Engine.make(*inputs, fmt="fp32", backend=backend.name), drafts(lengths, 4, 9))
 
 
 @pytest.mark.parametrize("width", [256, 448, 4096])

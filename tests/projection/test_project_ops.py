@@ -85,6 +85,18 @@ def test_fake(fp8: bool) -> None:
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+def test_real_tensors_beside_fake_ones(fp8: bool) -> None:
+    """Are refused by name, in lists too."""
+    one = Projected(FOLD, BACKENDS["torch"], 256)
+    weight, kv_score = scaled_weight(FOLD.kv_score_width, 256) if fp8 else one.weight, torch.empty(4, FOLD.kv_score_width)
+    mode = FakeTensorMode()
+    hidden, kv_score = (mode.from_tensor(x) for x in (hidden_states(4, 256), kv_score))
+    with pytest.raises(TypeError, match=r"^weight must be of FakeTensors like the others, got a real one \(weights\)"):
+        given = one.plan([(0, 0, 4)]), one.state, one.cache
+        kvfold.project_compress(hidden, weight, *given, kv_score=kv_score, **one.given)
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 def test_opcheck(fp8: bool) -> None:
     """The operator says of itself what it mutates, by torch's own checks."""
     weight = scaled_weight(64, 256)
