@@ -42,6 +42,13 @@ def same(one: Tensor, other: Tensor) -> bool:
     return bool(((one.view(bits) == other.view(bits)) | (one.isnan() & other.isnan())).all())
 
 
+def odd(codes: Tensor) -> Tensor:
+    """A copy that begins at an odd address."""
+    room = torch.empty(codes.numel() + 1, dtype=torch.uint8, device=codes.device)[1:]
+    room.copy_(codes.view(torch.uint8).flatten())
+    return room.view(codes.shape).view(codes.dtype)
+
+
 def kv_score(one: Projected, hidden: Tensor, weight: object) -> Tensor:
     found = torch.empty(len(hidden), one.spec.kv_score_width, device=one.backend.device)
     one.step(hidden, [(0, 0, len(hidden))], weight, kv_score=found)
@@ -132,11 +139,11 @@ def test_every_number_of_tokens(backend: Backend) -> None:
         assert same(kv_score(one, hidden[-count:], weight), right[-count:])
 
 
-@pytest.mark.parametrize("form", ["two", "far"])
+@pytest.mark.parametrize("form", ["two", "far", "odd", "same"])
 @pytest.mark.parametrize("path", ["tile", "launch"])
 @pytest.mark.parametrize("name", ["fold", "wide"])
 def test_two_tensors(name: str, path: str, form: str, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values and scores; blocks of both begin at their own first rows."""
+    """Values and scores; blocks of both begin at their own first rows. Codes at odd addresses; one tensor as both."""
     if path == "launch":
         monkeypatch.setattr(table, "SCALED", ())
     spec = SPECS[name]
@@ -145,6 +152,10 @@ def test_two_tensors(name: str, path: str, form: str, backend: Backend, monkeypa
         weights = moved(scaled_weight(2 * half, 448), backend.device).split([half, half])
     else:
         weights = tuple(moved(scaled_weight(half, 448, seed), backend.device) for seed in (1, 2))
+    if form == "odd":
+        weights = tuple(weight._replace(codes=odd(weight.codes)) for weight in weights)
+    if form == "same":
+        weights = weights[:1] * 2
     for given in (weights, weights[::-1]):
         found = kv_score(one, hidden, given)
         assert same(found, kv_score(one, hidden, tuple(weight.dequantized() for weight in given)))
