@@ -15,6 +15,7 @@ OURS = (
     ("`torch.mm`", "projections"),
     ("`torch.mm`, then kvfold", "apart"),
     ("`project_compress`", "fused"),
+    ("`project_compress`, FP8 weights", "fused-fp8"),
 )
 SHORT = ("`project_compress`", "fused"), ("`torch.mm`, then `compress`", "apart")
 PRO = models.MODELS[1]
@@ -58,7 +59,7 @@ def our_cells(found: list[Found], variant: str) -> list[str]:
     cells = []
     for ours in found:
         row, apart = ours.get(variant), ours.get("apart")
-        slower = row and variant == "fused" and apart and row["us"] > apart["us"]
+        slower = row and variant.startswith("fused") and apart and row["us"] > apart["us"]
         cells.append((f"**{row['us']:,.0f}**" if slower else f"{row['us']:,.0f}") if row else "")
     return cells
 
@@ -109,8 +110,9 @@ def whole(rows: Rows) -> str:
         told = share(rows, device) if peers else ""
         return "\n".join(filter(None, (*parts, prompt, told))), used + prompt_rows
 
-    fused = any((row["bench"], row["variant"]) == ("step", "fused") for row in rows)
-    return f"## A whole step\n\n{INTRODUCTION}\n{FUSED if fused else ''}{measured.sections(rows, ('step',), body)}\n"
+    variants = {row["variant"] for row in rows if row["bench"] == "step"}
+    said = (FUSED if "fused" in variants else "") + (FP8 if "fused-fp8" in variants else "")
+    return f"## A whole step\n\n{INTRODUCTION}\n{said}{measured.sections(rows, ('step',), body)}\n"
 
 
 INTRODUCTION = """\
@@ -131,6 +133,13 @@ sequences end a window of 4, which counts as none. Such sums are marked `+`: the
 
 FUSED = """\
 `project_compress`: projection and compressor of a layer in one call. **Bold**: it is slower than `torch.mm` and `compress`.
+
+"""
+
+
+FP8 = """\
+FP8 weights: codes and scales of the same layers (`kvfold.ScaledWeight`), half as many bytes of weights; the last line and
+`torch.mm` are of weights in bf16.
 
 """
 

@@ -14,7 +14,7 @@ from .calls import Buffers, Step, Weights
 from .models import AnyCase, Model, StepCase
 from .protocol import Case
 
-PARTS = ("updates", "compressors", "projections", "apart", "fused")
+PARTS = ("updates", "compressors", "projections", "apart", "fused", "fused-fp8")
 Call = Callable[[], None]
 
 
@@ -29,6 +29,14 @@ class Layer(NamedTuple):
     ratio: int
     projection: torch.Tensor
     compressors: list[Weights]
+
+
+def in_fp8(weight: torch.Tensor) -> kvfold.ScaledWeight:
+    """A projection of `projections` in FP8, whose numbers are alike in all blocks; so are its scales."""
+    rows, width = weight.shape
+    scale = width**-0.5 / 64  # codes up to seven times as large as the root of their mean square
+    scales = torch.full((-(-rows // 128), -(-width // 128)), scale, device=weight.device)
+    return kvfold.ScaledWeight((weight.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scales)
 
 
 class LayerSet(NamedTuple):
@@ -60,6 +68,7 @@ class WholeStep:
             Layer(layer.ratio, weight, [self._own(given) for given in self.steps[layer.ratio].weights])
             for layer, weight in zip(case.layers, weights, strict=True)
         ]
+        self.scaled: list[kvfold.ScaledWeight] = []  # of the layers, in FP8, once a step of them is asked for
 
     def _own(self, given: Weights) -> Weights:
         """Weights of one layer; rotations are of the model."""
@@ -81,13 +90,15 @@ class WholeStep:
         layers = list(zip(self.layers, buffers, strict=True))
         updated = isinstance(self.case, StepCase) and part != "projections"
         found = [self._update(step) for step in self.steps.values()] if updated else []
-        for layer, own in layers if part != "updates" else []:
+        if part == "fused-fp8" and not self.scaled:
+            self.scaled += [in_fp8(layer.projection) for layer in self.layers]
+        for i, (layer, own) in enumerate(layers) if part != "updates" else []:
             if part in ("projections", "apart"):
                 found.append(self._project(layer, own))
             if part in ("compressors", "apart"):
                 found.append(self._compress(layer, own))
-            if part == "fused":
-                found.append(self._fused(layer, own))
+            if part in ("fused", "fused-fp8"):
+                found.append(self._fused(layer, own, layer.projection if part == "fused" else self.scaled[i]))
 
         def step() -> None:
             for one in found:
@@ -121,9 +132,9 @@ class WholeStep:
         given = {"spec": one.spec, **layer.compressors[0]._asdict()}
         return lambda: kvfold.compress(one.kv_score, step.plan, one.state, one.cache, **given)
 
-    def _fused(self, layer: Layer, own: LayerSet) -> Call:
+    def _fused(self, layer: Layer, own: LayerSet, weight: torch.Tensor | kvfold.ScaledWeight) -> Call:
         # Rounded as torch.mm's, which is bf16.
-        step, weight = self.steps[layer.ratio], layer.projection
+        step = self.steps[layer.ratio]
         made = [
             kvfold.Compressor(None, b.state, b.cache, spec, *weights)
             for b, spec, weights in zip(own.own, step.specs, layer.compressors, strict=True)

@@ -14,6 +14,8 @@ import re
 import sys
 from pathlib import Path
 
+from kvfold.backend_triton.table import SCALED, TILINGS
+
 from ..lib import measured, measured_step, protocol
 from ..lib.measured import Rows
 from . import architecture, inside, layouts, operators, plot, scaling
@@ -52,7 +54,8 @@ def parts(rows: Rows) -> dict[str, str]:
         "formats": layouts.formats_table(),
         "pages": layouts.pages(),
         "configs": layouts.configs_table(),
-        "tilings": layouts.tilings_table(),
+        "tilings": layouts.tilings_table(TILINGS),
+        "scaled": layouts.tilings_table(SCALED),
         "states": layouts.states_table(),
         "speed": measured.speed(short),
         "decode": measured.decode_summary(rows) + _links(rows, "decode"),

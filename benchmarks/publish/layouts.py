@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kvfold import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec, FoldState, Snapshots
-from kvfold.backend_triton.table import COLUMNS, TILING_COLUMNS, in_words, tilings_in_words
+from kvfold.backend_triton.table import COLUMNS, TILING_COLUMNS, Tiling, in_words, tilings_in_words
 from kvfold.storage.fold_state import state_kind
 from kvfold.storage.formats import FORMATS, RecordFormat
 
@@ -125,9 +125,9 @@ def configs_table() -> str:
     return markdown(COLUMNS, in_words())
 
 
-def tilings_table() -> str:
-    """The rows for projections, in order."""
-    return markdown(TILING_COLUMNS, tilings_in_words())
+def tilings_table(rows: tuple[Tiling, ...]) -> str:
+    """Rows for projections, in order."""
+    return markdown(TILING_COLUMNS, tilings_in_words(rows))
 
 
 def states_table() -> str:

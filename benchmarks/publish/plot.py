@@ -38,6 +38,7 @@ STYLES = {
 GREY = {"marker": "x", "linestyle": "--"}
 WHOLE = (  # of a whole step: its lines
     ("project_compress: projection and compressor of a layer in one call", "fused", {"color": "#3d8b40", "marker": "s"}),
+    ("the same, weights in FP8", "fused-fp8", {"color": "#3d8b40", "marker": "s", "linestyle": "--"}),
     ("torch.mm, then kvfold", "apart", {"color": "#1f6f8b", "marker": "o"}),
     ("torch.mm alone", "projections", {"color": "#b5651d", "marker": "^"}),
     ("kvfold's plans and compressors alone", "compressors", {"color": "#1f6f8b", "marker": "o", "linestyle": "--"}),

@@ -6,7 +6,8 @@ V4-Flash and V4-Pro, 1 to 256 sequences, 1 and 4 new tokens each, at all phases.
 caches; one CUDA graph holds whole steps, over sets of states and caches that are together four times the L2 cache (at most 8:
 one sequence stays warm). Variants: `updates`, both plans; `compressors`, those and `kvfold.compress` in all layers;
 `projections`, `torch.mm` in all layers, main and indexer of a layer in one; `apart`, all of that; `fused`, updates and
-`kvfold.project_compress`. Cases `r128` and `r4`: a prompt of 64k tokens, by one layer. floor_us: `bytes` at what an H200 reads.
+`kvfold.project_compress`; `fused-fp8`, the same with weights in FP8.
+Cases `r128` and `r4`: a prompt of 64k tokens, by one layer. floor_us: `bytes` at what an H200 reads.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args.variants = args.variants.split(",")
     if not set(args.variants) <= set(PARTS):
         parser.error(f"--variants must be of {', '.join(PARTS)}, got {','.join(args.variants)}")
-    if args.variants == ["fused"] and model_calls.missing():
-        parser.error(f"--variants fused cannot be timed: {model_calls.missing()}")
+    if all(name.startswith("fused") for name in args.variants) and model_calls.missing():
+        parser.error(f"--variants {','.join(args.variants)} cannot be timed: {model_calls.missing()}")
     return args
 
 
@@ -49,7 +50,7 @@ def chosen(args: argparse.Namespace) -> list[AnyCase]:
 def parts_of(case: AnyCase, variants: list[str]) -> list[str]:
     """What is timed of a case; without `fused` where there is none."""
     able = PARTS if isinstance(case, StepCase) else PROMPT_PARTS
-    return [part for part in able if part in variants and not (part == "fused" and model_calls.missing())]
+    return [part for part in able if part in variants and not (part.startswith("fused") and model_calls.missing())]
 
 
 def set_count(case: AnyCase) -> int:
@@ -85,7 +86,8 @@ def cells(case: AnyCase, rows: list[dict]) -> list[str]:
     """Of one case, under HEADER. A `+`: at least, as not all that makes it up was recorded."""
     us = {row["variant"]: row["us"] for row in rows}
     found = [case.name, *(f"{us[part]:.1f}" if part in us else "" for part in PARTS)]
-    found.append(next((f"{row['floor_us']:.1f}" for row in reversed(rows) if "floor_us" in row), ""))
+    floors = [row["floor_us"] for row in rows if "floor_us" in row and row["variant"] != "fused-fp8"]
+    found.append(f"{floors[-1]:.1f}" if floors else "")
     for peer in models.ENGINES:
         known = isinstance(case, StepCase) and "projections" in us and protocol.peers()
         other = models.engine_us(case, peer) if known else None

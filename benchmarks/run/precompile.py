@@ -16,6 +16,7 @@ import triton
 import kvfold
 from kvfold.backend_triton.keys import (
     AddKey,
+    DequantizeKey,
     Key,
     PairKey,
     ProjectKey,
@@ -28,7 +29,7 @@ from kvfold.backend_triton.keys import (
     store_key,
     window_key,
 )
-from kvfold.backend_triton.table import BUCKETS, MULTIPROCESSORS, TILINGS, item_bucket, pair_buckets
+from kvfold.backend_triton.table import BUCKETS, MULTIPROCESSORS, SCALED, TILINGS, item_bucket, pair_buckets
 from kvfold.backend_triton.variants import variant_of
 from kvfold.precompile.combinations import TARGETS
 from kvfold.storage.fold_state import state_kind
@@ -138,12 +139,14 @@ def project_keys() -> dict[str, Key]:
     """Of the calls of `project_compress` and `project_compress_many` in a step of V4, by both models' hidden_dim."""
     found: dict[str, Key] = {}
     stored = ((FP32, False), (BF16, True))
-    for width, (i, config), (sums, rounded) in product(HIDDEN_DIMS, enumerate(TILINGS), stored):
+    rows = [(config, False) for config in TILINGS] + [(config, True) for config in SCALED]
+    for width, (i, (config, fp8)), (sums, rounded) in product(HIDDEN_DIMS, enumerate(rows), stored):
         if config.parts == 1 or not rounded:
             for tensors in (1, 2):
-                found[f"project h{width} row {i} {sums} {tensors}"] = ProjectKey(width, config, tensors, sums, rounded)
+                found[f"project h{width} row {i} {sums} {tensors}"] = ProjectKey(width, config, tensors, sums, rounded, fp8)
         if config.parts > 1:
             found[f"project sum of {config.parts} {sums}"] = AddKey(config.parts, sums, rounded)
+    found |= {f"project h{width} before {n}": DequantizeKey(width, n) for width, n in product(HIDDEN_DIMS, (1, 2))}
     main, indexer = FORMATS["fp8_ds_mla"], FORMATS["indexer_mxfp4"]
     for new, batch in product((1, 4), (1, 16, 64, 256)):
         types = (FP32, FP32, None, FP32, True)

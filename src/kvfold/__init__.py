@@ -18,6 +18,7 @@ from .storage.fold_state import FoldState, carry_bytes
 from .storage.mean_state import MeanState
 from .storage.snapshots import Snapshots
 from .storage.step import Compressor
+from .storage.weights import ScaledWeight
 from .storage.window_state import WindowState
 from .store import store
 
@@ -34,6 +35,7 @@ __all__ = [
     "EntryCache",
     "FoldState",
     "MeanState",
+    "ScaledWeight",
     "Snapshots",
     "StepPlan",
     "UnsupportedError",

@@ -18,9 +18,10 @@ from .storage.fold_state import FoldState
 from .storage.mean_state import MeanState
 from .storage.snapshots import Snapshots
 from .storage.step import NO_OUTPUTS, Compressor, Outputs
+from .storage.weights import Weight
 from .storage.window_state import WindowState
 
-Weight = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+Weights = Weight | tuple[Weight, Weight]
 
 
 def compress(
@@ -109,7 +110,7 @@ def compress_many(
 
 def project_compress(
     hidden: torch.Tensor,
-    weight: Weight,
+    weight: Weights,
     plan: StepPlan,
     state: FoldState | MeanState | WindowState | None,
     cache: EntryCache | None,
@@ -134,8 +135,8 @@ def project_compress(
         hidden: bf16 `[T, hidden_dim]`, a row for each new token, sequence-major as `plan.cu_seqlens` says. hidden_dim is a
             multiple of 64 and at least 256. The last dimension is contiguous, the row stride free.
         weight: bf16 `[2 * channels, hidden_dim]`, contiguous: the rows of the values, then those of the scores; or the two as
-            tensors of their own, `[channels, hidden_dim]` each (a checkpoint's wkv and wgate); without a gate values alone. Not
-            written by the launch right before the call.
+            tensors of their own, `[channels, hidden_dim]` each (a checkpoint's wkv and wgate); without a gate values alone. For
+            each tensor a `ScaledWeight` may stand, in FP8, if it does for both. Not written by the launch right before.
         plan, state, cache, spec, ape, norm_weight, rope, rows, latent, snapshots: as for `compress`.
         kv_score: mutated if given: fp32 or bf16 `[T, 2 * channels]`, receives what was folded. Without it, it need not exist.
         round_kv_score: whether kv_score is rounded to bf16 before it is folded, as where an engine's projection gives bf16.
@@ -154,7 +155,7 @@ def project_compress(
 
 def project_compress_many(
     hidden: torch.Tensor,
-    weight: torch.Tensor | Sequence[Weight],
+    weight: Weight | Sequence[Weights],
     compressors: Sequence[Compressor | tuple],
     plan: StepPlan,
     *,
@@ -169,7 +170,8 @@ def project_compress_many(
     Args:
         hidden: as for `project_compress`.
         weight: bf16 `[sum of 2 * channels, hidden_dim]`, the weights of each compressor behind those of the one before, which
-            is fastest; or a sequence with what `project_compress` takes for each.
+            is fastest; or a sequence with what `project_compress` takes for each, all in bf16 or all in FP8. One `ScaledWeight`
+            may stand for both where the rows of the first are a multiple of 128.
         compressors: as for `compress_many`, where `kv_score` is None or receives what was folded.
         plan: as for `compress_many`.
         round_kv_score, backend, pdl: as for `project_compress`.

@@ -17,6 +17,7 @@ ROWS_AT_ONCE = 4
 # The order of the sums of a projection. hidden_dim is cut into CHUNKS_OF_HIDDEN chunks of a multiple of HIDDEN_STEP, the last
 # of which may be shorter or empty. Each is summed by itself, in fp32; then chunks 2i and 2i + 1; then these pairs in order.
 CHUNKS_OF_HIDDEN, HIDDEN_STEP, LEAST_HIDDEN = 8, 64, 256
+SCALE_BLOCK = 128  # rows, and numbers of hidden_dim, that share a scale of a weight in FP8
 
 
 class UnsupportedError(ValueError, NotImplementedError):

@@ -26,6 +26,7 @@ from .storage.mean_state import MeanState
 from .storage.remembered import check_made
 from .storage.snapshots import Snapshots
 from .storage.step import LIVE, Compressor, Hits, Lengths, Outputs, Placed, PlanData, Projection
+from .storage.weights import ScaledWeight
 from .storage.window_state import WindowState
 
 # Operators are global to a process: each copy of the package, loaded under a name of its own, has its own.
@@ -61,7 +62,8 @@ OUTPUTS = ("Tensor!? rows", "Tensor!? latent")
 HOW = ("str? backend", "bool? pdl")
 KEPT = ("Tensor snapshot_rows", "Tensor snapshot_positions", "SymInt page_size")  # SNAPSHOTS that are there, and only read
 HIDDEN = (
-    "Tensor hidden", "Tensor[] weights", "SymInt[] tensors", "Tensor![] kv_scores", "bool round_kv_score",
+    "Tensor hidden", "Tensor[] weights", "Tensor[] weight_scales", "SymInt[] tensors", "Tensor![] kv_scores",
+    "bool round_kv_score",
 )  # fmt: skip
 HITS = ("Tensor slots", "Tensor pages", "Tensor start_pos", "Tensor! errors", "str? backend")
 WHOLE_PLAN = (
@@ -75,6 +77,7 @@ WHOLE_PLAN = (
 # Which argument of a call an operator's argument belongs to, where names differ.
 OWNERS = {
     "scores": "kv_score", "storage": "cache", "scales": "cache", "cache_scale": "cache",
+    "weights": "weight", "weight_scales": "weight", "kv_scores": "kv_score",
     "kv": "state", "score": "state", "positions": "state", "state_rows": "state",
     "snapshot_rows": "snapshots", "snapshot_positions": "snapshots",
     "also_storage": "also", "also_scales": "also", **{text.split()[-1]: "plan" for text in FOLD_PLAN + TABLES},
@@ -118,8 +121,11 @@ def project(
 ) -> None:
     """`kvfold.project_compress`, or of several compressors, while it is traced: its product, and `compress` behind it."""
     made = with_room(p, compressors)
-    weights, lengths = [weight for weights in p.weights for weight in weights], [len(weights) for weights in p.weights]
-    _call(OPS.project, p.hidden, weights, lengths, [c.kv_score for c in made], p.round_kv_score, backend, pdl)
+    weights, scales = [weight for weights in p.weights for weight in weights], []
+    if p.scaled:
+        scales, weights = [weight.scales for weight in weights], [weight.codes for weight in weights]
+    lengths = [len(each) for each in p.weights]
+    _call(OPS.project, p.hidden, weights, scales, lengths, [c.kv_score for c in made], p.round_kv_score, backend, pdl)
     if len(made) == 1:
         compress(made[0], plan, out, backend, pdl)
     else:
@@ -185,8 +191,8 @@ def _call(operator: torch._ops.OpOverloadPacket, *args: object) -> None:
     """Calls an operator. Outside of torch.compile it is one over fake tensors, and takes no others unless their mode does."""
     fake = None if torch.compiler.is_compiling() else next((x for x in args if isinstance(x, FakeTensor)), None)
     if fake is not None and not fake.fake_mode.allow_non_fake_inputs:
-        for argument, x in zip(operator.default._schema.arguments, args, strict=True):
-            if isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor):
+        for argument, given in zip(operator.default._schema.arguments, args, strict=True):
+            if any(isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor) for x in tree_leaves(given)):
                 name = OWNERS.get(argument.name, argument.name)
                 raise TypeError(f"{name} must be of FakeTensors like the others, got a real one ({argument.name})")
     operator(*args)
@@ -396,8 +402,12 @@ def _store_placed(*args: object) -> None:
     run_placed(Placed(rows, slots, positions, caches, spec, *weights, errors), *how)
 
 
-def _project(hidden: torch.Tensor, weights: list, tensors: list, kv_scores: list, round_kv_score: bool, *how: object) -> None:
-    parts = _cut(weights, *(range(count) for count in tensors))
+def _project(
+    hidden: torch.Tensor, weights: list, scales: list, tensors: list, kv_scores: list, round_kv_score: bool, *how: object
+) -> None:
+    """scales: of weights in FP8, which are codes then."""
+    given = list(map(ScaledWeight, weights, scales)) if scales else weights
+    parts = _cut(given, *(range(count) for count in tensors))
     run_product(Projection(hidden, tuple(tuple(part) for part in parts), round_kv_score), kv_scores, *how)
 
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import typer
 
-NAMES = "v4, v4-project, vllm, vllm-fold, vllm-v41, sglang, sglang-fold, sglang-v41 or sglang-v41-fold"  # known without torch
+NAMES = (  # known without torch
+    "v4, v4-project, v4-project-fp8, vllm, vllm-fold, vllm-v41, sglang, sglang-fold, sglang-v41 or sglang-v41-fold"
+)
 
 
 def calls_of(names: Iterable[str]) -> tuple[dict[str, Any], ...]:

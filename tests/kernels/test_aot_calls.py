@@ -10,7 +10,7 @@ import pytest
 from test_aot import python
 
 import kvfold
-from kvfold.backend_triton.keys import ProjectKey, RestoreKey, StoreKey, WindowKey
+from kvfold.backend_triton.keys import DequantizeKey, ProjectKey, RestoreKey, StoreKey, WindowKey
 from kvfold.precompile.asked import asked_of
 from kvfold.precompile.calls import CallKernel, kernels_of
 from kvfold.precompile.combinations import combinations
@@ -39,6 +39,7 @@ def test_a_set_has_the_kernels_of_its_calls(name: str) -> None:
     variants = {CallKernel(*one).variant(True) for one in wanted}
     assert {one.variant(True) for one in found} == variants
     kinds = {"v4-project": ProjectKey, "vllm": WindowKey, "vllm-v41": StoreKey, "sglang": WindowKey, "sglang-fold": RestoreKey}
+    kinds["v4-project-fp8"] = DequantizeKey
     if name in kinds:
         assert any(isinstance(one.key, kinds[name]) for one in found)
     if name.startswith("vllm"):

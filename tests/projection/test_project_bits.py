@@ -91,6 +91,12 @@ def test_every_form(form: str, backend: Backend) -> None:
         assert torch.equal(one.run(hidden, [4] * 5, **more), right)
 
 
+def test_one_tensor_as_both(backend: Backend) -> None:
+    one, other, hidden = Projected(FOLD, backend), Projected(FOLD, backend), hidden_states(20, 512)
+    values = one.weight[:32]
+    assert torch.equal(one.run(hidden, [20], weight=(values, values)), other.run(hidden, [20], weight=torch.cat([values] * 2)))
+
+
 @pytest.mark.parametrize("form", ["stacked", "list", "tuples", "asked"])
 @pytest.mark.parametrize("cuts", [[20], [1] * 6, [4] * 5], ids=["prompt", "one", "drafts"])
 def test_two_compressors(form: str, cuts: list[int], backend: Backend) -> None:

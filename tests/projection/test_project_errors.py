@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import BACKENDS
-from support.project_support import FOLD, NARROW, ROWS, Projected, hidden_states
+from support.project_support import FOLD, NARROW, ROWS, Projected, hidden_states, scaled_weight
 
 import kvfold
+from kvfold import ScaledWeight
 
 CPU = BACKENDS["torch"]
 WIDTH = FOLD.kv_score_width
@@ -26,6 +27,11 @@ def wrong(one: Projected) -> dict[str, tuple[type, str, dict]]:
     of_state = {"kv_score": one.state.rows.view(-1)[: 4 * WIDTH].view(4, WIDTH)}
     of_kv_score = {"kv_score": torch.zeros(4, WIDTH), "rows": "of kv_score"}
     in_bf16 = {"kv_score": torch.empty(4, WIDTH, dtype=torch.bfloat16)}
+    codes, scales = fp8 = scaled_weight(WIDTH, 512)
+    half = scaled_weight(WIDTH // 2, 512)
+    long_scales = torch.ones(4 * WIDTH)
+    over_scales = {"weight": ScaledWeight(codes, long_scales[:4].view(1, 4)), "kv_score": long_scales.view(4, WIDTH)}
+    over_codes = {"weight": fp8, "kv_score": codes.view(torch.float32).view(-1)[: 4 * WIDTH].view(4, WIDTH)}
     return {
         "no tensor": (TypeError, "hidden must be", {"hidden": [1]}),
         "fp32": (TypeError, "hidden must be", {"hidden": hidden.float()}),
@@ -40,6 +46,42 @@ def wrong(one: Projected) -> dict[str, tuple[type, str, dict]]:
         "three weights": (TypeError, "weight must be", {"weight": (weight, weight, weight)}),
         "halves": (ValueError, r"weight\[1\] must have shape", {"weight": (weight[:32], weight[:16])}),
         "no weight": (TypeError, "weight must be", {"weight": None}),
+        "codes without scales": (TypeError, "weight must be torch.bfloat16, or a kvfold.ScaledWeight", {"weight": codes}),
+        "a plain tuple": (TypeError, r"weight\[0\] must be torch.bfloat16, or", {"weight": (half.codes, half.scales)}),
+        "one of each": (TypeError, "weight must be of one kind", {"weight": (half, weight[: WIDTH // 2])}),
+        "no codes": (TypeError, "weight.codes must be a torch.Tensor", {"weight": ScaledWeight(None, scales)}),
+        "no scales": (TypeError, "weight.scales must be a torch.Tensor", {"weight": ScaledWeight(codes, 1.0)}),
+        "codes in e5m2": (
+            TypeError,
+            "weight.codes must be torch.float8_e4m3fn",
+            {"weight": ScaledWeight(codes.view(torch.float8_e5m2), scales)},
+        ),
+        "codes as bytes": (TypeError, "weight.codes must be", {"weight": ScaledWeight(codes.view(torch.uint8), scales)}),
+        "scales in bf16": (
+            TypeError,
+            "weight.scales must be torch.float32",
+            {"weight": ScaledWeight(codes, scales.bfloat16())},
+        ),
+        "codes too narrow": (ValueError, "weight.codes must have shape", {"weight": ScaledWeight(codes[:, :448], scales)}),
+        "a scale per row": (ValueError, "weight.scales must have shape", {"weight": ScaledWeight(codes, torch.ones(WIDTH, 1))}),
+        "one scale": (ValueError, "weight.scales must have shape", {"weight": ScaledWeight(codes, torch.ones(1))}),
+        "codes apart": (
+            ValueError,
+            "weight.codes must be contiguous",
+            {"weight": ScaledWeight(codes.t().contiguous().t(), scales)},
+        ),
+        "scales apart": (
+            ValueError,
+            "weight.scales must be contiguous",
+            {"weight": ScaledWeight(codes, torch.ones(4, 2)[:, :1].t())},
+        ),
+        "scales of a half": (
+            ValueError,
+            r"weight\[1\].scales must have shape",
+            {"weight": (half, half._replace(scales=torch.ones(1, 3)))},
+        ),
+        "kv_score over codes": (ValueError, "kv_score must not share memory with weight.codes", over_codes),
+        "kv_score over scales": (ValueError, "kv_score must not share memory with weight.scales", over_scales),
         "kv_score too short": (ValueError, "kv_score must have 4 rows", {"kv_score": torch.empty(3, WIDTH)}),
         "kv_score too narrow": (ValueError, "kv_score must have shape", {"kv_score": torch.empty(4, WIDTH - 1)}),
         "kv_score in two": (TypeError, "kv_score must be", {"kv_score": (torch.empty(4, 32), torch.empty(4, 32))}),
@@ -85,11 +127,19 @@ def test_many() -> None:
     both = [Projected(ROWS, CPU), Projected(NARROW, CPU)]
     given = [(None, one.state, one.cache, *one.given.values()) for one in both]
     weights, hidden, plan = [one.weight for one in both], hidden_states(4, 512), both[0].plan([(0, 0, 4)])
+    scaled = [scaled_weight(one.spec.kv_score_width, 512) for one in both]
+    stacked, turned = (ScaledWeight(*map(torch.cat, zip(*order, strict=True))) for order in (scaled, scaled[::-1]))
     for weight, compressors, kind, message in (
         (weights[:1], given, TypeError, "weight must be"),
         (weights[::-1], given, ValueError, r"weight\[0\] must have shape"),
         (torch.cat(weights)[1:], given, ValueError, "weight must have shape"),
-        (weights, given[:1], TypeError, "weight must be a torch.Tensor, or a sequence of 1"),
+        (weights, given[:1], TypeError, "weight must be a torch.Tensor or a kvfold.ScaledWeight, or a sequence of 1"),
+        (scaled[:1], given, TypeError, "weight must be"),
+        ([scaled[0], weights[1]], given, TypeError, "weight must be of one kind"),
+        (scaled[::-1], given, ValueError, r"weight\[0\].codes must have shape"),
+        ([scaled[0], (scaled[1], scaled[1])], given, ValueError, r"weight\[1\]\[0\].codes must have shape"),
+        (stacked._replace(scales=stacked.scales[1:]), given, ValueError, "weight.scales must have shape"),
+        (turned, given[::-1], ValueError, "weight must have a multiple of 128 rows for each compressor but the last"),
         (weights, [], ValueError, "compressors must hold"),
         (weights, [given[0], given[0]], ValueError, ""),
         (weights, [(torch.empty(3, WIDTH), *given[0][1:]), given[1]], ValueError, r"compressors\[0\]: kv_score must have"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import BACKENDS
 from support.helpers import Backend
-from support.project_support import FOLD, NARROW, ROWS, SPECS, Projected, hidden_states
+from support.project_support import FOLD, NARROW, ROWS, SPECS, Projected, hidden_states, moved, scaled_weight
 from torch._subclasses import FakeTensorMode
 
 import kvfold
@@ -17,11 +17,20 @@ def anew() -> None:
     torch._dynamo.reset()
 
 
+def use_fp8(*layers: Projected) -> None:
+    for i, one in enumerate(layers):
+        one.weight = moved(scaled_weight(one.spec.kv_score_width, 256, i), one.backend.device)
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("name", SPECS)
-def test_compiled(name: str, backend: Backend) -> None:
+def test_compiled(name: str, fp8: bool, backend: Backend) -> None:
     """A prompt, and a step behind it, in whole graphs; with a kv_score of the caller's and without."""
     hidden = hidden_states(20, 256).to(backend.device)
     eager, traced = Projected(SPECS[name], backend, 256), Projected(SPECS[name], backend, 256)
+    if fp8:
+        use_fp8(eager)
+        traced.weight = eager.weight
 
     def call(hidden, plan, state, cache, kv_score):
         kvfold.project_compress(
@@ -39,12 +48,18 @@ def test_compiled(name: str, backend: Backend) -> None:
     assert torch.equal(traced.records(0), eager.records(0)) and eager.records(0).any()
 
 
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("stacked", [False, True])
-def test_two_compiled(stacked: bool, backend: Backend) -> None:
+def test_two_compiled(stacked: bool, fp8: bool, backend: Backend) -> None:
     hidden = hidden_states(20, 256).to(backend.device)
     eager, traced = ([Projected(spec, backend, 256) for spec in (ROWS, NARROW)] for _ in range(2))
+    if fp8:
+        use_fp8(*eager)
+        use_fp8(*traced)
     weights = [one.weight for one in traced]
-    weight = torch.cat(weights) if stacked else weights
+    weight = weights
+    if stacked:
+        weight = kvfold.ScaledWeight(*map(torch.cat, zip(*weights, strict=True))) if fp8 else torch.cat(weights)
     plan = traced[0].plan([(0, 0, 20)])
 
     def call(hidden, plan, states, caches):
@@ -58,9 +73,35 @@ def test_two_compiled(stacked: bool, backend: Backend) -> None:
         assert torch.equal(one.records(0), other.records(0)) and one.records(0).any()
 
 
-def test_fake() -> None:
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+def test_fake(fp8: bool) -> None:
     """Of tensors without memory nothing is made."""
     with FakeTensorMode():
         one = Projected(FOLD, BACKENDS["torch"], 256)
         plan = one.plan([(0, 0, 4)])
-        kvfold.project_compress(hidden_states(4, 256), one.weight, plan, one.state, one.cache, **one.given)
+        made = kvfold.ScaledWeight(torch.empty(FOLD.kv_score_width, 256, dtype=torch.float8_e4m3fn), torch.empty(1, 2))
+        weight = made if fp8 else one.weight
+        kvfold.project_compress(hidden_states(4, 256), weight, plan, one.state, one.cache, **one.given)
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+def test_real_tensors_beside_fake_ones(fp8: bool) -> None:
+    """Are refused by name, in lists too."""
+    one = Projected(FOLD, BACKENDS["torch"], 256)
+    weight, kv_score = scaled_weight(FOLD.kv_score_width, 256) if fp8 else one.weight, torch.empty(4, FOLD.kv_score_width)
+    mode = FakeTensorMode()
+    hidden, kv_score = (mode.from_tensor(x) for x in (hidden_states(4, 256), kv_score))
+    with pytest.raises(TypeError, match=r"^weight must be of FakeTensors like the others, got a real one \(weights\)"):
+        given = one.plan([(0, 0, 4)]), one.state, one.cache
+        kvfold.project_compress(hidden, weight, *given, kv_score=kv_score, **one.given)
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+def test_opcheck(fp8: bool) -> None:
+    """The operator says of itself what it mutates, by torch's own checks."""
+    weight = scaled_weight(64, 256)
+    weights, scales = ([weight.codes], [weight.scales]) if fp8 else ([weight.dequantized()], [])
+    given = hidden_states(3, 256), weights, scales, [1], [torch.zeros(3, 64)], False, "torch", None
+    tests = "test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static"
+    # The first compares all arguments by sums, which torch has not for FP8.
+    torch.library.opcheck(torch.ops.kvfold.project.default, given, test_utils=tests[fp8:])

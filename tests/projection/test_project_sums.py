@@ -46,9 +46,13 @@ def chains(text: str) -> list[bool]:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("row", range(len(table.TILINGS)))
-def test_every_chain_begins_from_zero(row: int, width: int, texts: dict[str, str]) -> None:
-    text, parts = texts[f"{row} {width}"], table.TILINGS[row].parts
+@pytest.mark.parametrize(
+    ("row", "parts"),
+    [(f"{i}", row.parts) for i, row in enumerate(table.TILINGS)]
+    + [(f"fp8 {i}", row.parts) for i, row in enumerate(table.SCALED)],
+)
+def test_every_chain_begins_from_zero(row: str, parts: int, width: int, texts: dict[str, str]) -> None:
+    text = texts[f"{row} {width}"]
     found = chains(text)
     assert len(found) == (1 if parts == 8 else 2) and all(found)
     assert len(re.findall(r"(?:arith\.addf|math\.fma) .*: tensor<\d+x\d+xf32>", text)) == ADDED[parts]

@@ -9,13 +9,13 @@ from itertools import product
 import pytest
 import torch
 from conftest import BACKENDS
-from support.project_support import FOLD, NARROW, ONE, ROWS, Projected, hidden_states
+from support.project_support import FOLD, NARROW, ONE, ROWS, Projected, hidden_states, moved, scaled_weight
 
 import kvfold
 from kvfold import CompressorSpec
 from kvfold.backend_triton import launch, launch_product, table
 from kvfold.backend_triton import prepare as preparing
-from kvfold.backend_triton.keys import AddKey, Key, PairKey, ProjectKey, StepKey
+from kvfold.backend_triton.keys import AddKey, DequantizeKey, Key, PairKey, ProjectKey, StepKey
 
 FP32, BF16, WIDTH = torch.float32, torch.bfloat16, 256
 COUNTS = (3, 20)  # tokens of a step
@@ -29,8 +29,9 @@ class Asked:
         self.prepared: set[Key] = set()
         self.keys: set[Key] = set()
         self.backend = BACKENDS["cuda" if torch.cuda.is_available() else "interpreter"]
-        # One row with parts and one without, for the two counts.
+        # One row with parts and one without, for the two counts; of weights in FP8 one, so that more are made bf16 before.
         patch.setattr(table, "TILINGS", (table.TILINGS[0], table.TILINGS[-1]))
+        patch.setattr(table, "SCALED", (table.SCALED[1],))
         patch.setattr(preparing, "prepare", lambda keys, *rest: self.prepared.update(keys) or 1)
         patch.setattr(sys.modules["kvfold.precompile.warmup"], "_gpu", lambda *_: torch.device("cuda", 0))
         for module in (launch, launch_product):
@@ -47,17 +48,24 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
 
 def kinds(keys: set[Key]) -> set[tuple]:
     """Without rows of the tables, which follow from sizes."""
-    of = {(key.tensors, key.sums, key.rounded) for key in keys if isinstance(key, ProjectKey)}
-    return of | {(key.sums, key.rounded) for key in keys if isinstance(key, AddKey)}
+    of = {(key.tensors, key.sums, key.rounded, key.scaled) for key in keys if isinstance(key, ProjectKey)}
+    of |= {(key.sums, key.rounded) for key in keys if isinstance(key, AddKey)}
+    return of | {("dequantize", key.tensors) for key in keys if isinstance(key, DequantizeKey)}
 
 
+@pytest.mark.parametrize("kept", ["bf16", "fp8"])
 @pytest.mark.parametrize("spec", [FOLD, LONG, ROWS, ONE], ids=["fold", "long", "rows", "ungated"])
-def test_one(asked: Asked, spec: CompressorSpec) -> None:
+def test_one(asked: Asked, spec: CompressorSpec, kept: str) -> None:
     """With a kv_score of the caller's and without, rounded or not, by a weight and by two; and nothing else is prepared."""
-    kvfold.warmup([spec], ["fp32"], dtypes=(), max_new_tokens=(3, 32), hidden_dims=(WIDTH,), round_kv_score=(False, True))
+    how = {"hidden_dims": (WIDTH,), "weights": (kept,), "round_kv_score": (False, True)}
+    kvfold.warmup([spec], ["fp32"], dtypes=(), max_new_tokens=(3, 32), **how)
     one = asked.layer(spec)
     half = spec.kv_score_width // 2
-    weights = [one.weight, (one.weight[:half], one.weight[half:])][: 1 + spec.gate]
+    if kept == "fp8":
+        made = [moved(scaled_weight(rows, WIDTH), one.backend.device) for rows in (2 * half, half)]
+        weights = [made[0], (made[1], made[1])][: 1 + spec.gate]
+    else:
+        weights = [one.weight, (one.weight[:half], one.weight[half:])][: 1 + spec.gate]
     for count, weight, rounded, dtype in product(COUNTS, weights, (False, True), (None, FP32, BF16)):
         if rounded or dtype is not BF16:
             kv_score = (
@@ -69,13 +77,19 @@ def test_one(asked: Asked, spec: CompressorSpec) -> None:
     assert kinds(asked.prepared) == kinds(asked.keys)
 
 
-def test_two(asked: Asked) -> None:
+@pytest.mark.parametrize("kept", ["bf16", "fp8"])
+def test_two(asked: Asked, kept: str) -> None:
     pair, device = ((ROWS, "fp32"), (NARROW, "fp32")), asked.backend.device
-    kvfold.warmup([], [], dtypes=(), max_new_tokens=(20,), many=[pair], hidden_dims=(WIDTH,))
+    kvfold.warmup([], [], dtypes=(), max_new_tokens=(20,), many=[pair], hidden_dims=(WIDTH,), weights=(kept,))
     both = [asked.layer(spec) for spec, _ in pair]
-    weights = [one.weight for one in both]
-    halves = [tuple(one.weight.chunk(2)) for one in both]
-    for count, weight, given in product(COUNTS, (torch.cat(weights), weights, halves), (False, True)):
+    if kept == "fp8":
+        stacked = moved(scaled_weight(sum(spec.kv_score_width for spec, _ in pair), WIDTH), device)
+        weights = [moved(scaled_weight(spec.kv_score_width, WIDTH), device) for spec, _ in pair]
+        halves = [(moved(scaled_weight(spec.channels, WIDTH), device),) * 2 for spec, _ in pair]
+    else:
+        weights = [one.weight for one in both]
+        stacked, halves = torch.cat(weights), [tuple(one.weight.chunk(2)) for one in both]
+    for count, weight, given in product(COUNTS, (stacked, weights, halves), (False, True)):
         made = []
         for one in both:
             kv_score = torch.empty(count, one.spec.kv_score_width, device=device) if given else None
@@ -91,6 +105,8 @@ def test_two(asked: Asked) -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"^hidden_dims must be a multiple of 64 and at least 256"):
         kvfold.warmup([FOLD], [None], hidden_dims=(100,))
+    with pytest.raises(ValueError, match=r"^weights must be among"):
+        kvfold.warmup([FOLD], [None], weights=("fp4",))
     with pytest.raises(ValueError, match=r"^round_kv_score must be among"):
         kvfold.warmup([FOLD], [None], round_kv_score=(None,))
 

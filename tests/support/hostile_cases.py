@@ -59,8 +59,8 @@ ATTRIBUTES = {
 CALLERS = ("errors", "entry_slots", "state_slots", "snapshot_table", "cache_block_table", "rows", "positions", "kv", "score",
            "storage", "scales", "pages")  # fmt: skip
 WEIGHTS = {
-    "compress": 22, "project_compress": 9, "compress_many": 9, "store": 13, "store, placed": 10, "restore": 12,
-    "StepPlan.update": 13,
+    "compress": 22, "project_compress": 9, "project_compress, fp8": 6, "compress_many": 9, "store": 13, "store, placed": 10,
+    "restore": 12, "StepPlan.update": 13,
     "EntryCache.read": 8, "EntryCache.raw": 3, "EntryCache.from_blocks": 6, "Snapshots.of": 4, "FoldState.history_of": 2,
     "mark_static": 2, "check": 1.2, "dump": 0.5, "check, placed": 0.6, "dump, placed": 0.3,
     "training.compress": 9, "training.compress, two": 5, "compress_backward": 7, "Packing.build": 4,
@@ -68,8 +68,8 @@ WEIGHTS = {
 
 # What is to be seen on the interpreter, and on a GPU beside that; the rest is the same on every backend.
 ON_THE_DEVICE = ("StepPlan.update", "EntryCache.read", "Snapshots.of", "check", "Packing.build")
-LAUNCHING = ("compress", "project_compress", "compress_many", "store", "store, placed", "restore", "training.compress",
-             "training.compress, two", "compress_backward")  # fmt: skip
+LAUNCHING = ("compress", "project_compress", "project_compress, fp8", "compress_many", "store", "store, placed", "restore",
+             "training.compress", "training.compress, two", "compress_backward")  # fmt: skip
 PLAIN_SHARE, LATER_SHARE = 0.15, 0.08
 
 

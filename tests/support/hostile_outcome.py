@@ -55,6 +55,7 @@ RELATED: dict[str, tuple[str, ...]] = {
     "kv_score": ("state", "rows", "packing", "ape", "norm_weight", "d_entries"),
     "hidden": ("weight", "kv_score"),
     "weight": ("hidden",),
+    "codes": ("hidden",),
     "round_kv_score": ("kv_score", "state"),
     "state": ("plan", "kv_score", "snapshots", "spec"),
     "cache": ("plan", "entry_slots", "slots", "slot"),

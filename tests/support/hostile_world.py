@@ -18,7 +18,7 @@ from torch import Tensor
 
 import kvfold
 from kvfold import EntryCache, FoldState, Snapshots, StepPlan, WindowState, training
-from kvfold.contract import LEAST_HIDDEN
+from kvfold.contract import LEAST_HIDDEN, SCALE_BLOCK
 
 OBJECTS = ("state", "cache", "snapshots", "plan")
 COMPRESSOR = ("kv_score", "state", "cache", "spec", "ape", "norm_weight", "rope", "snapshots")
@@ -55,6 +55,12 @@ def _compress(given: dict[str, Any]) -> None:
 def _project(given: dict[str, Any]) -> None:
     positional, named = _named(given, "hidden", "weight", "plan", "state", "cache")
     kvfold.project_compress(*positional, **named)
+
+
+def _project_fp8(given: dict[str, Any]) -> None:
+    weight = kvfold.ScaledWeight(given["weight.codes"], given["weight.scales"])
+    positional, named = _named(given, "hidden", "weight.codes", "weight.scales", "plan", "state", "cache")
+    kvfold.project_compress(positional[0], weight, *positional[3:], **named)
 
 
 def _many(given: dict[str, Any]) -> None:
@@ -169,6 +175,11 @@ FUNCTIONS: dict[str, Function] = {
         "compress", ALL_KINDS, ("hidden", "weight", *COMPRESSOR, "plan", "rows", "latent", "round_kv_score", *_HOW), _project,
         (*_WRITTEN, "kv_score"),
     ),
+    "project_compress, fp8": Function(
+        "compress", ALL_KINDS,
+        ("hidden", "weight.codes", "weight.scales", *COMPRESSOR, "plan", "rows", "latent", "round_kv_score", *_HOW),
+        _project_fp8, (*_WRITTEN, "kv_score"),
+    ),
     "compress_many": Function(
         "many", FOLD_KINDS, ("compressors", *(f"{i}.{name}" for i in (0, 1) for name in COMPRESSOR), "plan", *_HOW), _many,
         tuple(f"{i}.{name}" for i in (0, 1) for name in ("state", "cache", "snapshots")),
@@ -246,7 +257,12 @@ class HostileWorld(World):
         """Hidden states in place of kv_score, which receives what is made of them."""
         count, columns = self.leaves["kv_score"].shape
         hidden, weight = torch.ones(count, LEAST_HIDDEN), torch.ones(columns, LEAST_HIDDEN) / 64
-        self.leaves |= {"hidden": self.put(hidden.bfloat16()), "weight": self.put(weight.bfloat16())}
+        self.leaves |= {"hidden": self.put(hidden.bfloat16())}
+        if "weight" in self.function.arguments:
+            self.leaves |= {"weight": self.put(weight.bfloat16())}
+        else:
+            scales = torch.full((-(-columns // SCALE_BLOCK), LEAST_HIDDEN // SCALE_BLOCK), 0.5)
+            self.leaves |= {"weight.codes": self.put(weight.to(torch.float8_e4m3fn)), "weight.scales": self.put(scales)}
         self.leaves |= {"kv_score": self.put(torch.zeros(count, columns)), "round_kv_score": False}
 
     def _train(self) -> None:

@@ -30,6 +30,19 @@ def weight_of(spec: CompressorSpec, width: int, seed: int = 0) -> Tensor:
     return (torch.randn(spec.kv_score_width, width, generator=generator) / width**0.5).bfloat16()
 
 
+def scaled_weight(rows: int, width: int, seed: int = 0) -> kvfold.ScaledWeight:
+    """All finite codes, subnormal ones too, and scales that are no powers of two, all of them different."""
+    generator = torch.Generator().manual_seed(200 + seed)
+    codes = torch.randint(0, 256, (rows, width), generator=generator, dtype=torch.uint8)
+    codes[(codes & 0x7F) == 0x7F] = 0
+    scales = 2e-3 * torch.rand(-(-rows // 128), -(-width // 128), generator=generator) / width**0.5 + 1e-6
+    return kvfold.ScaledWeight(codes.view(torch.float8_e4m3fn), scales)
+
+
+def moved(weight: kvfold.ScaledWeight, device: torch.device) -> kvfold.ScaledWeight:
+    return kvfold.ScaledWeight(*(x.to(device) for x in weight))
+
+
 class Projected:
     """One compressor with its weight, a state of two slots and a cache of `WINDOWS` entries for each."""
 

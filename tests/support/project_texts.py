@@ -41,6 +41,11 @@ def text_of(key: ProjectKey | AddKey) -> str:
 def main(widths: list[int]) -> None:
     rows = [(row, width) for row in range(len(table.TILINGS)) for width in widths]
     found = {f"{row} {width}": text_of(ProjectKey(width, table.TILINGS[row], 1, torch.float32)) for row, width in rows}
+    rows = [(row, width) for row in range(len(table.SCALED)) for width in widths]
+    found |= {
+        f"fp8 {row} {width}": text_of(ProjectKey(width, table.SCALED[row], 1, torch.float32, False, True))
+        for row, width in rows
+    }
     found |= {f"sum of {parts}": text_of(AddKey(parts, torch.float32)) for parts in (4, 8)}
     project.added = plus  # what kernels must not do
     found["plus"] = text_of(ProjectKey(512, replace(table.TILINGS[-1], depth=64), 1, torch.float32))

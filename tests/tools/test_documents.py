@@ -226,6 +226,10 @@ def test_a_step_stands_beside_what_engines_do() -> None:
     apart = documents.parts(step_rows(fused=False))
     assert not any("in one call" in text or "**Bold**" in text for text in (apart["step"], apart["whole_step"]))
     assert "| `torch.mm`, then `compress` | 1,000 |" in apart["step"]
+    in_fp8 = [*rows, *(dict(one, variant="fused-fp8", us=500.0, floor_us=200.0) for one in rows if one["variant"] == "fused")]
+    whole = documents.parts(in_fp8)["whole_step"]
+    assert "| `project_compress`, FP8 weights | 500 | 500 | 500 | 500 |" in whole and "kvfold.ScaledWeight" in whole
+    assert "| weights, states and caches moved once | 346 |" in whole and "FP8" not in made["whole_step"]
     panels = plot.step_panels(rows, H200, True)
     assert [panel.title.partition(":")[0] for panel in panels] == ["V4-Pro", "V4-Flash"]
     assert {len(one.points) for panel in panels for one in panel.series} == {4, 2}  # of engines, what was recorded whole

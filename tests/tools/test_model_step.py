@@ -38,6 +38,7 @@ def test_the_floor_is_weights_states_and_caches_without_kv_score() -> None:
     weights, kv_score = 64 * (1024 + 2 * 2560) * 2, 8 * (1024 + 2 * 2560) * 2
     moved = models.compress_traffic(case).total
     assert models.floor_bytes(case, "projections") == weights and models.floor_bytes(case, "compressors") == moved
+    assert models.floor_bytes(case, "fused") - models.floor_bytes(case, "fused-fp8") == weights // 2
     assert models.floor_bytes(case, "fused") == models.floor_bytes(case, "apart") == weights + moved - kv_score
     prompt = PromptCase(TINY, 128, 256)
     read = 256 * 64 * 2 + 64 * 1024 * 2
@@ -143,6 +144,25 @@ def test_fused_makes_the_step() -> None:
             torch.testing.assert_close(mine.state.rows, its.state.rows, rtol=0.02, atol=0.02)
 
 
+def test_fused_in_fp8_makes_the_step_of_what_its_weights_stand_for() -> None:
+    torch.manual_seed(0)
+    wide = TINY._replace(hidden_dim=256)
+    step = model_calls.WholeStep(StepCase(wide, 2, 4), model_calls.projections(wide, DEVICE), DEVICE)
+    fp8, fused = step.make_set(), step.make_set()
+    for one, other in zip(fp8, fused, strict=True):
+        for mine, its in zip(one.own, other.own, strict=True):
+            mine.state.rows.copy_(its.state.rows)
+    step.check(step.call("fused-fp8", fp8))
+    for layer, scaled in zip(step.layers, step.scaled, strict=True):
+        error = (scaled.dequantized() - layer.projection).norm() / layer.projection.norm()
+        assert 0 < error < 0.04
+        layer.projection.copy_(scaled.dequantized())
+    step.check(step.call("fused", fused))
+    for one, other in zip(fp8, fused, strict=True):
+        assert all(torch.equal(mine.state.rows, its.state.rows) for mine, its in zip(one.own, other.own, strict=True))
+        assert all(torch.equal(mine.cache.storage, its.cache.storage) for mine, its in zip(one.own, other.own, strict=True))
+
+
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two cases of a small model; calls are made and take 2 us each."""
@@ -178,7 +198,7 @@ def test_what_fails_is_counted_and_the_rest_goes_on(small: None, monkeypatch: py
     monkeypatch.setattr(kvfold, "project_compress", broken, raising=False)
     monkeypatch.setattr(kvfold, "project_compress_many", broken, raising=False)
     rows, failed = model_step.run(model_step.parse([]), DEVICE)
-    assert failed == 2 and len(rows) == 7
+    assert failed == 4 and len(rows) == 7
 
 
 def test_it_is_said_that_fused_is_missing(

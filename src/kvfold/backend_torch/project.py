@@ -8,6 +8,7 @@ import torch
 
 from ..contract import CHUNKS_OF_HIDDEN, chunk_of_hidden
 from ..storage.step import Projection
+from ..storage.weights import ScaledWeight
 
 _AT_ONCE = 64  # tokens, so that their sums stay in a cache
 
@@ -16,7 +17,8 @@ _AT_ONCE = 64  # tokens, so that their sums stay in a cache
 def product_torch(p: Projection, kv_scores: Sequence[torch.Tensor]) -> None:
     """Writes kv_score of each compressor. Every operation is one of elements: which tokens come together changes no bit."""
     for weights, kv_score in zip(p.weights, kv_scores, strict=True):
-        rows = torch.cat(weights).t().float().contiguous()  # [hidden_dim, columns]
+        numbers = [w.dequantized() if isinstance(w, ScaledWeight) else w for w in weights]
+        rows = torch.cat(numbers).t().float().contiguous()  # [hidden_dim, columns]
         for hidden, out in zip(p.hidden.split(_AT_ONCE), kv_score.split(_AT_ONCE), strict=True):
             sums = project_tokens(hidden.float(), rows)
             out.copy_(sums.bfloat16() if p.round_kv_score else sums)

@@ -171,7 +171,8 @@ class Hidden(NamedTuple):
 class Weights(NamedTuple):
     """Of a projection: a row for each of the `columns` of its sums, in up to four tensors one behind the other.
 
-    cut_1, gap_1: from column `cut_1` on, how many elements further a row lies than if it stood behind the one before.
+    cut_1, gap_1: from column `cut_1` on, how many elements further a row lies than if it stood behind the one before. scales:
+    where rows are codes, of the first tensor; scales_1: how many elements behind these are those from `cut_1` on.
     """
 
     rows: Annotated[Any, "*bf16"] = None
@@ -182,6 +183,10 @@ class Weights(NamedTuple):
     gap_2: Stride = None
     cut_3: Int = None
     gap_3: Stride = None
+    scales: Annotated[Any, LOOSE + "*fp32"] = None
+    scales_1: Long = None
+    scales_2: Long = None
+    scales_3: Long = None
 
 
 class Sums(NamedTuple):
@@ -394,7 +399,7 @@ class Product:
 
     HIDDEN_DIM: numbers of a hidden state. CHUNK: that one chain of instructions sums. COLUMNS, TOKENS, DEPTH: of a tile.
     PARTS: programs that share a tile, a part of hidden_dim to each. STAGES: tiles under way at once. GROUP: rows
-    of tiles that programs take side by side.
+    of tiles that programs take side by side. SCALED: whether weights are codes with scales.
     """
 
     HIDDEN_DIM: int
@@ -405,6 +410,7 @@ class Product:
     PARTS: int
     STAGES: int
     GROUP: int
+    SCALED: bool
 
 
 class Sequence(NamedTuple):

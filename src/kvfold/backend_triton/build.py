@@ -16,7 +16,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from .args import LOOSE, STRIDE, Schedule, Target
-from .kernels import entry, plan, project, restore, window
+from .kernels import entry, plan, project, restore, weights, window
 from .table import MULTIPROCESSORS
 
 KERNELS = {
@@ -28,6 +28,7 @@ KERNELS = {
     "restore": restore.restore_kernel,
     "project": project.project_kernel,
     "project_add": project.add_kernel,
+    "dequantize": weights.dequantize_kernel,
 }
 INTERPRETED = not isinstance(entry.step_kernel, JITFunction)
 

@@ -107,7 +107,8 @@ class PlanKey(NamedTuple):
 class ProjectKey(NamedTuple):
     """Of a projection. tensors: that weights are in, 1, 2 or 4.
 
-    sums: the dtype of kv_score, or of its parts where it has several; rounded: to bf16 in any dtype.
+    sums: the dtype of kv_score, or of its parts where it has several; rounded: to bf16 in any dtype. scaled: whether weights
+    are in FP8.
     """
 
     hidden_dim: int
@@ -115,6 +116,7 @@ class ProjectKey(NamedTuple):
     tensors: int
     sums: torch.dtype
     rounded: bool = False
+    scaled: bool = False
 
 
 class AddKey(NamedTuple):
@@ -125,7 +127,14 @@ class AddKey(NamedTuple):
     rounded: bool = False
 
 
-Key = StepKey | PairKey | WindowKey | StoreKey | RestoreKey | PlanKey | ProjectKey | AddKey
+class DequantizeKey(NamedTuple):
+    """Of the launch that makes weights in bf16 of those in FP8. tensors: as of `ProjectKey`."""
+
+    hidden_dim: int
+    tensors: int
+
+
+Key = StepKey | PairKey | WindowKey | StoreKey | RestoreKey | PlanKey | ProjectKey | AddKey | DequantizeKey
 
 
 def step_key(
@@ -286,15 +295,21 @@ def window_keys(
 
 
 def project_keys(
-    columns: int, hidden_dims: Iterable[int], rounds: Iterable[bool], tensors: tuple[int, ...]
-) -> Iterator[ProjectKey | AddKey]:
-    """Of kv_score of so many columns. rounds: whether it is rounded to bf16. tensors: as of `ProjectKey`."""
+    columns: int, hidden_dims: Iterable[int], rounds: Iterable[bool], tensors: tuple[int, ...], weights: Iterable[str]
+) -> Iterator[ProjectKey | AddKey | DequantizeKey]:
+    """Of kv_score of so many columns. rounds: whether it is rounded to bf16. tensors: as of `ProjectKey`. weights: "bf16" and
+    "fp8"."""
     stored = [(torch.float32, rounded) for rounded in rounds] + [(torch.bfloat16, True) for rounded in rounds if rounded]
-    for width, config in product(hidden_dims, tilings(columns)):
-        if config.parts > 1:
-            yield from (AddKey(config.parts, *kind) for kind in stored)
-        kinds = stored if config.parts == 1 else [(torch.float32, False)]
-        yield from (ProjectKey(width, config, count, *kind) for count, kind in product(tensors, kinds))
+    for width, kept in product(hidden_dims, weights):
+        for config, scaled in tilings(columns, kept == "fp8"):
+            counts = tensors
+            if kept == "fp8" and not scaled:
+                yield from (DequantizeKey(width, count) for count in tensors)
+                counts = (1,)  # what that makes
+            if config.parts > 1:
+                yield from (AddKey(config.parts, *kind) for kind in stored)
+            kinds = stored if config.parts == 1 else [(torch.float32, False)]
+            yield from (ProjectKey(width, config, count, *kind, scaled) for count, kind in product(counts, kinds))
 
 
 def restore_keys(spec: CompressorSpec, w: Wanted) -> Iterator[RestoreKey]:

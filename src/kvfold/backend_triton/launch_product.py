@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 
 from ..storage.step import Projection
+from ..storage.weights import ScaledWeight, Weight
 from . import args
 from .args import flat
-from .keys import AddKey, ProjectKey
-from .launcher import launcher_of, pack, supports_pdl
-from .table import Tiling, tiling
-from .variants import ADDED_AT_ONCE
+from .keys import AddKey, DequantizeKey, ProjectKey
+from .launcher import address, launcher_of, pack, supports_pdl
+from .table import Tiling, scaled_tiling, tiling
+from .variants import ADDED_AT_ONCE, DEQUANTIZED_AT_ONCE
 
 
 def product_triton(p: Projection, kv_scores: Sequence[torch.Tensor], pdl: bool) -> None:
@@ -37,8 +38,10 @@ def side_by_side(kv_scores: Sequence[torch.Tensor]) -> torch.Tensor | None:
     return first.as_strided((first.shape[0], columns), (stride, 1)) if columns <= stride else None
 
 
-def _product(p: Projection, weights: tuple[torch.Tensor, ...], kv_score: torch.Tensor, pdl: bool) -> None:
-    config = tiling(*kv_score.shape)
+def _product(p: Projection, weights: tuple[Weight, ...], kv_score: torch.Tensor, pdl: bool) -> None:
+    config = scaled_tiling(*kv_score.shape) if p.scaled else tiling(*kv_score.shape)
+    if config is None:
+        weights, config = (dequantize(weights, pdl),), tiling(*kv_score.shape)
     if config.parts == 1:
         project(p.hidden, weights, kv_score, config, pdl, p.round_kv_score)
         return
@@ -47,18 +50,27 @@ def _product(p: Projection, weights: tuple[torch.Tensor, ...], kv_score: torch.T
     add(parts, kv_score, pdl, p.round_kv_score)
 
 
+def dequantize(weights: tuple[Weight, ...], pdl: bool) -> torch.Tensor:
+    """One launch that makes bf16 of weights in FP8, one behind the other."""
+    given = _weights(weights)
+    width = given.rows.shape[1]
+    made = torch.empty(given.columns, width, dtype=torch.bfloat16, device=given.rows.device)
+    values, bits = pack(*flat((given, made)))
+    launcher = launcher_of(DequantizeKey(width, _tensors(weights)), made.device)
+    launcher(given.columns * -(-width // DEQUANTIZED_AT_ONCE), values, bits | _gaps(given), pdl)
+    return made
+
+
 def project(
-    hidden: torch.Tensor, weights: tuple[torch.Tensor, ...], out: torch.Tensor, config: Tiling, pdl: bool, rounded: bool = False
+    hidden: torch.Tensor, weights: tuple[Weight, ...], out: torch.Tensor, config: Tiling, pdl: bool, rounded: bool = False
 ) -> None:
     """One launch of the product. out: kv_score, or where there are parts all of them, fp32 `[parts, T, columns]`."""
     count, columns = out.shape[-2:]
     sums = args.Sums(out, out.stride(-2), out.stride(0) if config.parts > 1 else None)
     groups = args.ProjectArguments(args.Hidden(hidden, hidden.stride(0), count), _weights(weights), sums)
-    tensors = 1 if len(weights) == 1 else 2 if len(weights) == 2 else 4
     values, bits = pack(*flat(groups))
-    for stride in (groups.hidden.stride, sums.stride, sums.step, *groups.weights[3::2]):
-        bits |= stride or 0
-    key = ProjectKey(hidden.shape[1], config, tensors, out.dtype, rounded)
+    bits |= groups.hidden.stride | sums.stride | (sums.step or 0) | _gaps(groups.weights)
+    key = ProjectKey(hidden.shape[1], config, _tensors(weights), out.dtype, rounded, isinstance(weights[0], ScaledWeight))
     launcher_of(key, hidden.device)(config.tiles(count, columns) * config.parts, values, bits, pdl)
 
 
@@ -71,14 +83,30 @@ def add(parts: torch.Tensor, kv_score: torch.Tensor, pdl: bool, rounded: bool) -
     launcher(count * -(-columns // ADDED_AT_ONCE), values, bits | given.stride | given.step | made.stride, pdl)
 
 
-def _weights(weights: tuple[torch.Tensor, ...]) -> args.Weights:
+def _weights(weights: tuple[Weight, ...]) -> args.Weights:
     """Up to four tensors: from the first one's row 0 a column's row lies as far as their sizes say, and a gap for each cut."""
+    scales = [weight.scales for weight in weights if isinstance(weight, ScaledWeight)]
+    rows = [weight.codes.view(torch.uint8) if isinstance(weight, ScaledWeight) else weight for weight in weights]
     cuts: list[int | None] = []
-    end, columns = weights[0].data_ptr(), 0
-    for weight in weights:
-        if weight is not weights[0]:
-            cuts += [columns, (weight.data_ptr() - end) // 2]
+    end, columns = rows[0].data_ptr(), 0
+    for i, weight in enumerate(rows):
+        if i:
+            cuts += [columns, (weight.data_ptr() - end) // weight.element_size()]
         end, columns = weight.data_ptr() + weight.nbytes, columns + weight.shape[0]
     if len(weights) == 3:
         cuts += [columns, 0]
-    return args.Weights(weights[0], columns, *cuts, *[None] * (6 - len(cuts)))
+    found = args.Weights(rows[0], columns, *cuts)
+    if not scales:
+        return found
+    away = [(x.data_ptr() - scales[0].data_ptr()) // x.element_size() for x in scales[1:]] + [0] * (len(scales) == 3)
+    return found._replace(scales=address(scales[0]), **{f"scales_{i}": at for i, at in enumerate(away, 1)})
+
+
+def _tensors(weights: tuple[Weight, ...]) -> int:
+    """That a kernel is compiled for."""
+    return len(weights) if len(weights) < 3 else 4
+
+
+def _gaps(weights: args.Weights) -> int:
+    """All of them, or-ed."""
+    return (weights.gap_1 or 0) | (weights.gap_2 or 0) | (weights.gap_3 or 0)

@@ -204,14 +204,34 @@ TILINGS: tuple[Tiling, ...] = (
 )
 
 
+# Of weights in FP8, which each tile makes bf16 of its own. Longer steps than these serve have a launch that does so once, and
+# then the rows above.
+SCALED: tuple[Tiling, ...] = (
+    Tiling(16, columns=64, tokens=16, depth=128, parts=8, stages=8, num_warps=4, max_columns=1024),
+    Tiling(16, columns=64, tokens=16, depth=128, parts=8, stages=3, num_warps=4),
+    Tiling(64, columns=64, tokens=64, depth=128, parts=8, stages=4, num_warps=4, max_columns=1024),
+    Tiling(64, columns=64, tokens=64, depth=64, parts=8, stages=3, num_warps=4),
+)
+
+
 def tiling(tokens: int, columns: int) -> Tiling:
     """The row that serves a step of so many tokens, of kv_score of so many columns."""
     return next(row for row in TILINGS if tokens <= row.max_tokens and columns <= row.max_columns)
 
 
-def tilings(columns: int) -> tuple[Tiling, ...]:
-    """Those that serve some step."""
-    return tuple(dict.fromkeys(tiling(row.max_tokens, columns) for row in TILINGS))
+def scaled_tiling(tokens: int, columns: int) -> Tiling | None:
+    """The same of weights in FP8; None where they are made bf16 before."""
+    return next((row for row in SCALED if tokens <= row.max_tokens and columns <= row.max_columns), None)
+
+
+def tilings(columns: int, scaled: bool = False) -> tuple[tuple[Tiling, bool], ...]:
+    """Those that serve some step, and whether of weights in FP8. scaled: whether those of calls are."""
+    if not scaled:
+        return tuple(dict.fromkeys((tiling(row.max_tokens, columns), False) for row in TILINGS))
+    found = [scaled_tiling(row.max_tokens, columns) for row in SCALED]
+    longer = [row.max_tokens for row in TILINGS if scaled_tiling(row.max_tokens, columns) is None]
+    rows = [(row, True) for row in found if row is not None] + [(tiling(tokens, columns), False) for tokens in longer]
+    return tuple(dict.fromkeys(rows))
 
 
 def item_bucket(windows: int, multiprocessors: int, buckets: tuple[float, ...] = BUCKETS) -> float:
@@ -260,15 +280,15 @@ COLUMNS = (
 TILING_COLUMNS = ("tokens of a step", "columns of kv_score", "columns", "tokens", "depth", "parts", "stages", "warps", "group")
 
 
-def tilings_in_words() -> list[tuple[str, ...]]:
-    """`TILINGS` for readers, by `TILING_COLUMNS`."""
+def tilings_in_words(rows: Iterable[Tiling]) -> list[tuple[str, ...]]:
+    """`TILINGS` or `SCALED` for readers, by `TILING_COLUMNS`."""
     return [
         (
             _most(t.max_tokens),
             _most(t.max_columns),
             *map(str, (t.columns, t.tokens, t.depth, t.parts, t.stages, t.num_warps, t.group)),
         )
-        for t in TILINGS
+        for t in rows
     ]
 
 

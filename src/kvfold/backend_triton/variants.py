@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..contract import LANES, ROWS_OF_A_LANE, chunk_of_hidden
+from ..contract import LANES, ROWS_OF_A_LANE, SCALE_BLOCK, chunk_of_hidden
 from ..spec import CompressorSpec
 from ..storage.fold_state import state_kind
 from ..storage.formats import FORMATS, RecordFormat
@@ -18,11 +18,12 @@ from .build import Variant
 from .kernels.plan import NUM_WARPS, SCAN
 from .kernels.plan_items import SEQUENCES
 from .kernels.plan_metadata import SCAN_METADATA, WARPS_METADATA
-from .keys import AddKey, Key, PairKey, PlanKey, ProjectKey, RestoreKey, StepKey, StoreKey, Types, WindowKey
+from .keys import AddKey, DequantizeKey, Key, PairKey, PlanKey, ProjectKey, RestoreKey, StepKey, StoreKey, Types, WindowKey
 from .table import MULTIPROCESSORS, Config
 
 INDICES = {torch.int32: LOOSE + "*i32", torch.int64: LOOSE + "*i64", None: None}
 ADDED_AT_ONCE = 512  # numbers of kv_score whose parts a program adds up
+DEQUANTIZED_AT_ONCE = 2048  # numbers of a weight's row that a program makes
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", None: None}
 
 
@@ -143,17 +144,30 @@ def plan_variant(key: PlanKey) -> Variant:
 
 def project_variant(key: ProjectKey) -> Variant:
     config, chunk = key.config, chunk_of_hidden(key.hidden_dim)
-    absent = ["cut_1", "gap_1"] * (key.tensors < 2) + ["cut_2", "gap_2", "cut_3", "gap_3"] * (key.tensors < 4)
     sums = types_of(args.Sums, rows=POINTERS[key.sums])
     arguments = args.ProjectArguments(
         types_of(args.Hidden),
-        types_of(args.Weights)._replace(**dict.fromkeys(absent)),
+        _weights(key.tensors, key.scaled),
         sums if config.parts > 1 else sums._replace(step=None),
     )
     depth = config.depth_for(chunk)
     stages = config.stages * (config.depth // depth)
-    made = Product(key.hidden_dim, chunk, config.columns, config.tokens, depth, config.parts, stages, config.group)
+    made = Product(key.hidden_dim, chunk, config.columns, config.tokens, depth, config.parts, stages, config.group, key.scaled)
     return _variant("project", arguments, config.num_warps, HOW=Schedule(ROUNDED=key.rounded), P=made)
+
+
+def _weights(tensors: int, scaled: bool) -> args.Weights:
+    absent = ["cut_1", "gap_1", "scales_1"] * (tensors < 2)
+    absent += ["cut_2", "gap_2", "scales_2", "cut_3", "gap_3", "scales_3"] * (tensors < 4)
+    absent += ["scales", "scales_1", "scales_2", "scales_3"] * (not scaled)
+    return types_of(args.Weights, rows="*u8" if scaled else "*bf16")._replace(**dict.fromkeys(absent))
+
+
+def dequantize_variant(key: DequantizeKey) -> Variant:
+    arguments = (_weights(key.tensors, True), "*bf16")
+    return _variant(
+        "dequantize", arguments, 4, HOW=Schedule(), HIDDEN_DIM=key.hidden_dim, BLOCKS=DEQUANTIZED_AT_ONCE // SCALE_BLOCK
+    )
 
 
 def add_variant(key: AddKey) -> Variant:
@@ -171,6 +185,7 @@ VARIANTS: dict[type, Callable[[Any], Variant]] = {
     PlanKey: plan_variant,
     ProjectKey: project_variant,
     AddKey: add_variant,
+    DequantizeKey: dequantize_variant,
 }
 
 

@@ -18,13 +18,15 @@ from ..arguments.checks import (
     check_type,
 )
 from ..arguments.overlap import Place, check_apart, extent
-from ..contract import check_hidden_dim
+from ..contract import SCALE_BLOCK, check_hidden_dim
 from ..spec import CompressorSpec, check_spec
 from ..storage.fold_state import FoldState
 from ..storage.step import Compressor, Outputs, PlanData, Projection, owner_of
+from ..storage.weights import ScaledWeight, Weight, blocks_of, tensors_of
 from .checks import check_room, check_tokens, choose_backend
 
-_BF16 = (torch.bfloat16,)
+_BF16, _CODES, _FP32 = (torch.bfloat16,), (torch.float8_e4m3fn,), (torch.float32,)
+_WEIGHT = "a torch.Tensor or a kvfold.ScaledWeight"
 
 
 def projection_of(
@@ -39,24 +41,39 @@ def projection_of(
         check_spec(f"compressors[{i}]: spec" if many else "spec", spec)
     check_memory("hidden", hidden, fake=True)
     check_shape("hidden", hidden, (None, None))
-    if isinstance(weight, torch.Tensor):
+    if isinstance(weight, (torch.Tensor, ScaledWeight)):
         widths = [spec.kv_score_width for spec in specs]
-        check_memory("weight", weight, fake=True)
-        check_shape("weight", weight, (sum(widths), hidden.shape[1]))
+        for (name, x), shape in zip(tensors_of("weight", weight), _shapes(sum(widths), hidden.shape[1]), strict=False):
+            check_memory(name, x, fake=True)
+            check_shape(name, x, shape)
+        if isinstance(weight, ScaledWeight) and any(width % SCALE_BLOCK for width in widths[:-1]):
+            raise ValueError(
+                f"weight must have a multiple of {SCALE_BLOCK} rows for each compressor but the last where all have one "
+                f"kvfold.ScaledWeight, as blocks begin at a compressor's first row, got {widths}; pass a sequence of weights"
+            )
         return Projection(hidden, tuple((part,) for part in weight.split(widths)), round_kv_score, weight)
     if not many:
-        return Projection(hidden, (_parts("weight", weight),), round_kv_score)
-    if not isinstance(weight, (list, tuple)) or len(weight) != len(specs):
-        raise TypeError(f"weight must be a torch.Tensor, or a sequence of {len(specs)}, got {_told(weight)}")
-    return Projection(hidden, tuple(_parts(f"weight[{i}]", given) for i, given in enumerate(weight)), round_kv_score)
+        found = (_parts("weight", weight),)
+    elif not isinstance(weight, (list, tuple)) or len(weight) != len(specs):
+        raise TypeError(f"weight must be {_WEIGHT}, or a sequence of {len(specs)}, got {_told(weight)}")
+    else:
+        found = tuple(_parts(f"weight[{i}]", given) for i, given in enumerate(weight))
+    if len({isinstance(x, ScaledWeight) for parts in found for x in parts}) > 1:
+        raise TypeError("weight must be of one kind, all torch.Tensors or all kvfold.ScaledWeights, got both")
+    return Projection(hidden, found, round_kv_score)
 
 
-def _parts(name: str, given: object) -> tuple[torch.Tensor, ...]:
-    if isinstance(given, torch.Tensor):
+def _parts(name: str, given: object) -> tuple[Weight, ...]:
+    if isinstance(given, (torch.Tensor, ScaledWeight)):
         return (given,)
-    if not isinstance(given, tuple) or len(given) != 2 or not all(isinstance(x, torch.Tensor) for x in given):
-        raise TypeError(f"{name} must be a torch.Tensor, or a tuple of two, of values and of scores, got {_told(given)}")
+    if not isinstance(given, tuple) or len(given) != 2 or not all(isinstance(x, (torch.Tensor, ScaledWeight)) for x in given):
+        raise TypeError(f"{name} must be {_WEIGHT}, or a tuple of two, of values and of scores, got {_told(given)}")
     return given
+
+
+def _shapes(rows: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of a weight in bf16 or of codes; and of scales."""
+    return (rows, width), (blocks_of(rows), blocks_of(width))
 
 
 def _name(argument: str, i: int, of: Sequence[object]) -> str:
@@ -84,11 +101,16 @@ def check_product(p: Projection, kv_scores: Sequence[torch.Tensor]) -> None:
     """Checks the weights that make kv_score of checked hidden states, and what receives it."""
     for i, x in enumerate(kv_scores):
         _check_kv_score(_name("kv_score", i, kv_scores), x, p)
+    accepted = (_CODES, _FP32) if p.scaled else (_BF16,)
     for name, weight, columns in _named(p, [x.shape[1] for x in kv_scores]):
-        check_tensor(name, weight, (columns, p.hidden.shape[1]), _BF16, p.hidden.device)
+        each = zip(tensors_of(name, weight), _shapes(columns, p.hidden.shape[1]), accepted, strict=False)
+        for (one, x), shape, dtypes in each:
+            if not p.scaled and getattr(x, "dtype", None) is torch.float8_e4m3fn:
+                raise TypeError(f"{name} must be torch.bfloat16, or a kvfold.ScaledWeight, got {x.dtype} without scales")
+            check_tensor(one, x, shape, dtypes, p.hidden.device)
 
 
-def _named(p: Projection, widths: Sequence[int]) -> list[tuple[str, torch.Tensor, int]]:
+def _named(p: Projection, widths: Sequence[int]) -> list[tuple[str, Weight, int]]:
     """Weights, with the names that errors have for them, and how many rows they must have."""
     if p.stacked is not None:
         return [("weight", p.stacked, sum(widths))]
@@ -142,7 +164,8 @@ def with_room(p: Projection, compressors: Sequence[Compressor]) -> list[Compress
 def check_projected(p: Projection, compressors: Sequence[Compressor], plan: PlanData, out: Outputs) -> None:
     """Checks that what a call writes shares no byte with hidden states, weights, and a kv_score that was given."""
     named = _named(p, [c.spec.kv_score_width for c in compressors])
-    read = [Place("hidden", p.hidden), *(Place(name, weight) for name, weight, _ in named)]
+    read = [Place("hidden", p.hidden)]
+    read += [Place(one, x) for name, weight, _ in named for one, x in tensors_of(name, weight)]
     written = [Place("kv_score", c.kv_score, True) for c in compressors if c.kv_score is not None]
     for c in compressors:
         met = owner_of(c, plan)._layer.plans[id(plan)]

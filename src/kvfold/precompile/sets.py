@@ -29,6 +29,10 @@ def _projected(norm: torch.dtype) -> dict[str, Any]:
     return _v4(norm) | {"dtypes": (), "hidden_dims": (4096, 7168)}
 
 
+def _projected_fp8(norm: torch.dtype) -> dict[str, Any]:
+    return _projected(norm) | {"weights": ("fp8",)}
+
+
 def _vllm(fold: bool) -> Calls:
     """V4 in vLLM, by kvfold's plug-in (docs/vllm.md): kv_score in fp32, blocks of 4 and 8 raw rows, index keys that are not
     rotated. fold: ratio 128 in fold rows."""
@@ -95,10 +99,11 @@ def _plans(*specs: object) -> dict[str, Any]:
     return {"specs": specs, "formats": (None,), "max_new_tokens": (), "states": ("window",), "plans": ("engine",)}
 
 
-# By name, the arguments of each call of `warmup`. "v4" and "v4-project" are for norm weights in bf16 and in fp32.
+# By name, the arguments of each call of `warmup`. Those of "v4" are for norm weights in bf16 and in fp32.
 SETS: dict[str, Calls] = {
     "v4": (_v4(BF16), _v4(FP32)),
     "v4-project": (_projected(BF16), _projected(FP32)),
+    "v4-project-fp8": (_projected_fp8(BF16), _projected_fp8(FP32)),
     "vllm": _vllm(fold=False),
     "vllm-fold": _vllm(fold=True),
     "vllm-v41": _vllm_v41(),

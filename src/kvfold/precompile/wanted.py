@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..backend_triton.keys import Key
 
 STATES = ("fold", "mean", "window")
+WEIGHTS = ("bf16", "fp8")
 PLANS = ("plain", "engine", "ring")  # as `backend_triton.keys.TABLES`, which imports triton
 
 
@@ -46,6 +47,7 @@ def keys_of(calls: dict[str, Any]) -> tuple[list[Key], Callable[[Key], bool]]:
     together = [check_formats(f"also[{i}]", pair) for i, pair in enumerate(several("also", calls["also"]))]
     pairs = [_pair(i, pair) for i, pair in enumerate(several("many", calls["many"]))]
     hidden_dims, rounded = several("hidden_dims", calls["hidden_dims"]), choices("round_kv_score", (False, True))
+    weights = choices("weights", WEIGHTS)
     for width in hidden_dims:
         check_int("hidden_dims", width, 1, INT32_MAX)
         check_hidden_dim("hidden_dims", width)
@@ -76,12 +78,12 @@ def keys_of(calls: dict[str, Any]) -> tuple[list[Key], Callable[[Key], bool]]:
     for spec, fmt, second, some in stored:
         found += keys.store_keys(spec, fmt, w, some, second)
     for spec in specs:
-        found += keys.project_keys(spec.kv_score_width, hidden_dims, rounded, (1, 2) if spec.gate else (1,))
+        found += keys.project_keys(spec.kv_score_width, hidden_dims, rounded, (1, 2) if spec.gate else (1,), weights)
     for pair in pairs:
         found += keys.pair_keys(pair, w)
-        found += keys.project_keys(sum(spec.kv_score_width for spec, _ in pair), hidden_dims, rounded, (2, 4))
+        found += keys.project_keys(sum(spec.kv_score_width for spec, _ in pair), hidden_dims, rounded, (2, 4), weights)
         for spec, _ in pair:  # where each has a kv_score of its own
-            found += keys.project_keys(spec.kv_score_width, hidden_dims, rounded, (1, 2))
+            found += keys.project_keys(spec.kv_score_width, hidden_dims, rounded, (1, 2), weights)
     if True in snapshots:
         for spec in dict.fromkeys((*(specs if "fold" in states else ()), *paired)):
             found += keys.restore_keys(spec, w) if spec.gate else ()

@@ -33,6 +33,7 @@ def warmup(
     position_dtypes: Iterable[torch.dtype] = (torch.int64,),
     also: Iterable[tuple[str, str]] = (),
     hidden_dims: Iterable[int] = (),
+    weights: Iterable[str] = ("bf16",),
     round_kv_score: Iterable[bool] = (False,),
     training: Iterable[int] = (),
     round_rows: Iterable[bool | None] = (None,),
@@ -83,6 +84,7 @@ def warmup(
         also: pairs of formats, of `cache` and of `also`, that `store` without a plan gets together.
         hidden_dims: numbers of the hidden states that `project_compress` gets for specs, and `project_compress_many` for many.
             `dtypes` need not name what these make of them; with `dtypes=()` there is nothing for other kv_score.
+        weights: of these calls: `"bf16"`, `"fp8"` for `ScaledWeight`, or both.
         round_kv_score: as these calls have it: False, True or both.
         training: rows of kv_score that `training.compress` gets, forward and backward: those numbers of rows and no others.
             `formats` are those of fake quantization then, None for calls without; dtypes, `norm_weight_dtypes`, `latents` and
@@ -111,7 +113,8 @@ def warmup(
         "apart": apart,
         "page_sizes": page_sizes, "many": many, "snapshots": snapshots, "plans": plans, "round_inputs": round_inputs,
         "slot_dtypes": slot_dtypes, "position_dtypes": position_dtypes, "also": also, "hidden_dims": hidden_dims,
-        "round_kv_score": round_kv_score, "training": training, "round_rows": round_rows, "out_dtypes": out_dtypes, "pdl": pdl,
+        "weights": weights, "round_kv_score": round_kv_score, "training": training, "round_rows": round_rows,
+        "out_dtypes": out_dtypes, "pdl": pdl,
     }  # fmt: skip
     keys, dependent = keys_of(calls)
     workers = check_workers(workers)

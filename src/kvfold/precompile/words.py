@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from ..backend_triton.keys import AddKey, Key, PairKey, PlanKey, ProjectKey, RestoreKey, StepKey, StoreKey, Types, WindowKey
+from ..backend_triton.keys import (
+    AddKey,
+    DequantizeKey,
+    Key,
+    PairKey,
+    PlanKey,
+    ProjectKey,
+    RestoreKey,
+    StepKey,
+    StoreKey,
+    Types,
+    WindowKey,
+)
 from ..backend_triton.table import ANY, Config
 from ..spec import V4_HCA, CompressorSpec
 
@@ -39,6 +51,8 @@ def words_of(key: Key) -> list[str]:
         return _project(key)
     if isinstance(key, AddKey):
         return ["add", f"parts{key.parts}", f"sums_{SHORT[key.sums]}", *["rounded"] * key.rounded]
+    if isinstance(key, DequantizeKey):
+        return ["dequantize", f"h{key.hidden_dim}", f"tensors{key.tensors}"]
     if isinstance(key, StoreKey):
         places = [f"slots_{SHORT[key.slots]}", f"positions_{SHORT[key.positions]}"] if key.slots is not None else []
         also = ["also", key.also.name] if key.also is not None else []
@@ -72,4 +86,4 @@ def _project(key: ProjectKey) -> list[str]:
     row = key.config
     words = ["project", f"h{key.hidden_dim}", f"tensors{key.tensors}", f"tile{row.columns}x{row.tokens}x{row.depth}"]
     words += [f"parts{row.parts}", f"stages{row.stages}", f"warps{row.num_warps}"]
-    return [*words, f"sums_{SHORT[key.sums]}", *["rounded"] * key.rounded]
+    return [*words, f"sums_{SHORT[key.sums]}", *["rounded"] * key.rounded, *["fp8"] * key.scaled]

@@ -17,6 +17,7 @@ from .fold_state import FoldState
 from .mean_state import MeanState
 from .remembered import Checked, Layer, where
 from .snapshots import MOST_PAGE, Snapshots
+from .weights import ScaledWeight, Weight
 from .window_state import WindowState
 
 # Plans in use by the address of their items, so that an operator (ops.py) can tell whose plan it was given the tensors of.
@@ -84,13 +85,19 @@ NO_OUTPUTS = Outputs()
 class Projection(NamedTuple):
     """What kv_score is made of, and to what it is rounded; the arguments are those of `project_compress`.
 
-    weights: of each compressor, one tensor or two. stacked: the one tensor that holds those of all, where there is one.
+    weights: of each compressor, one or two, all in bf16 or all in FP8. stacked: the one that holds those of all, where there is
+    one.
     """
 
     hidden: torch.Tensor
-    weights: tuple[tuple[torch.Tensor, ...], ...]
+    weights: tuple[tuple[Weight, ...], ...]
     round_kv_score: bool
-    stacked: torch.Tensor | None = None
+    stacked: Weight | None = None
+
+    @property
+    def scaled(self) -> bool:
+        """Whether weights are in FP8."""
+        return isinstance(self.weights[0][0], ScaledWeight)
 
     @property
     def sums_in(self) -> torch.dtype:

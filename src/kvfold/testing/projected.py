@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..compress import project_compress
+from ..storage.weights import Weight
 from .engine import Engine, Step
 
 
@@ -21,9 +22,9 @@ class ProjectedEngine(Engine):
     """
 
     hidden: Sequence[Tensor]
-    weight: Tensor | tuple[Tensor, Tensor]
+    weight: Weight | tuple[Weight, Weight]
 
-    def begin(self, hidden: Sequence[Tensor], weight: Tensor | tuple[Tensor, Tensor]) -> ProjectedEngine:
+    def begin(self, hidden: Sequence[Tensor], weight: Weight | tuple[Weight, Weight]) -> ProjectedEngine:
         """Sets what `tokens` are made of."""
         self.hidden, self.weight = hidden, weight
         return self

@@ -26,7 +26,7 @@ from ..testing.projected import ProjectedEngine
 from ..testing.told import Told
 from .case import Mismatch, close, close_to_fp64, normed, packed, same, same_records, untouched
 from .project import check_cut as check_projected_cut
-from .project import check_kv_score, hidden_of, kv_score_of, weight_of
+from .project import check_kv_score, check_scaled, hidden_of, kv_score_of, scaled_of, weight_of
 from .training import check_training
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -209,6 +209,7 @@ def _equivalence_cases(lab: Lab) -> Iterator[Case]:
     for label, preset in (("hca", V4_HCA), ("csa", V4_CSA), ("indexer", V4_INDEXER)):
         yield Case("training", label, partial(check_gradients, lab, lab.spec(preset)))
         yield Case("projection", label, partial(check_projection, lab, lab.spec(preset)))
+        yield Case("projection", f"{label}: weights in FP8", partial(check_fp8, lab, lab.spec(preset)))
 
 
 def check_config(lab: Lab, config: Config, state: torch.dtype, rows: torch.dtype) -> str:
@@ -396,6 +397,14 @@ def check_projection(lab: Lab, spec: CompressorSpec) -> str:
     cut = ProjectedEngine.make(*inputs, fmt=fmt, backend=lab.backend)
     check_projected_cut(cut.begin(hidden, weight), lab.engine(inputs), drafts(cut.lengths, DRAFTS, spec.ratio + 1))
     return f"{worst:.1e} of the bound, bits equal"
+
+
+def check_fp8(lab: Lab, spec: CompressorSpec) -> str:
+    """Weights in FP8 against those in bf16 that they stand for, in batches of any size."""
+    tokens, weights = lab.inputs(spec)
+    width = 7168 if lab.real else 320
+    hidden = torch.cat(hidden_of([len(text) for text in tokens], width, lab.device))
+    return f"{check_scaled(hidden, scaled_of(spec, width, lab.device), weights, lab.backend):.1e} of the bound, bits equal"
 
 
 def run_checked(engine: Engine, steps: list[Step]) -> None:

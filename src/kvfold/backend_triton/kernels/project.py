@@ -15,22 +15,11 @@ from ... import contract
 from ..args import Hidden, Sums, Weights
 from .pdl import wait_for_inputs
 from .record import bf16_bits, bf16_value
+from .weights import BLOCK, scale_rows, scaled, weight_rows
 
 CHUNKS = tl.constexpr(contract.CHUNKS_OF_HIDDEN)
 PAIRS = tl.constexpr(contract.CHUNKS_OF_HIDDEN // 2)
 STEP = tl.constexpr(contract.HIDDEN_STEP)
-
-
-@triton.jit
-def weight_rows(weights, column, HIDDEN_DIM: tl.constexpr):
-    """Where the rows of these columns begin."""
-    at = column.to(tl.int64) * HIDDEN_DIM
-    if weights.cut_1 is not None:
-        at += tl.where(column >= weights.cut_1, weights.gap_1, 0)
-    if weights.cut_2 is not None:
-        at += tl.where(column >= weights.cut_2, weights.gap_2, 0)
-        at += tl.where(column >= weights.cut_3, weights.gap_3, 0)
-    return weights.rows + at
 
 
 @triton.jit
@@ -40,50 +29,59 @@ def added(a, b):
 
 
 @triton.jit
-def tiles_at(w_at, x_at, there, k, DEPTH: tl.constexpr, P: tl.constexpr):
+def tiles_at(w_at, s_at, x_at, there, k, DEPTH: tl.constexpr, HOW: tl.constexpr, P: tl.constexpr):
     """DEPTH numbers from `k` on of weights and of hidden states, a row for each column and each token that is `there`."""
     d = k + tl.arange(0, DEPTH)
     if P.CHUNK * CHUNKS == P.HIDDEN_DIM:
         w = tl.load(w_at[:, None] + d[None, :])
         x = tl.load(x_at[:, None] + d[None, :], mask=there[:, None], other=0.0)
+        if P.SCALED:
+            # One scale for each column: a tile of DEPTH begins at a multiple of DEPTH, which divides a block.
+            w = scaled(w, tl.load(s_at + k // BLOCK)[:, None], HOW.TARGET)
     else:
         inside = (d < P.HIDDEN_DIM)[None, :]
-        w = tl.load(w_at[:, None] + d[None, :], mask=inside, other=0.0)
+        w = tl.load(w_at[:, None] + d[None, :], mask=inside, other=0)
         x = tl.load(x_at[:, None] + d[None, :], mask=there[:, None] & inside, other=0.0)
+        if P.SCALED:
+            w = scaled(w, tl.load(s_at + tl.minimum(k, P.HIDDEN_DIM - 1) // BLOCK)[:, None], HOW.TARGET)
+            w = tl.where(inside, w, 0.0)  # a scale may be infinite
     return w, x
 
 
 @triton.jit
-def product(w_at, x_at, there, k, acc, HOW: tl.constexpr, P: tl.constexpr):
+def product(w_at, s_at, x_at, there, k, acc, HOW: tl.constexpr, P: tl.constexpr):
     """Adds DEPTH numbers of hidden states, from `k` on, times their weights to `acc`, `[COLUMNS, TOKENS]`."""
     if HOW.TARGET.BF16_PRODUCTS:
-        w, x = tiles_at(w_at, x_at, there, k, P.DEPTH, P)
+        w, x = tiles_at(w_at, s_at, x_at, there, k, P.DEPTH, HOW, P)
         acc = tl.dot(w, tl.trans(x), acc)
     else:
         # The interpreter's own product has another order of sums for every shape; this one has the same for every depth.
         for i in tl.static_range(0, P.DEPTH, STEP):
-            w, x = tiles_at(w_at, x_at, there, k + i, STEP, P)
-            acc += tl.sum(w.to(tl.float32)[:, None, :] * x.to(tl.float32)[None, :, :], axis=2)
+            w, x = tiles_at(w_at, s_at, x_at, there, k + i, STEP, HOW, P)
+            if not P.SCALED:
+                w = bf16_value(w.to(tl.int16, bitcast=True))  # the interpreter's own cast gets subnormal numbers wrong
+            acc += tl.sum(w[:, None, :] * bf16_value(x.to(tl.int16, bitcast=True))[None, :, :], axis=2)
     return acc
 
 
 @triton.jit
-def chunk_of(w_at, x_at, there, chunk, HOW: tl.constexpr, P: tl.constexpr):
+def chunk_of(w_at, s_at, x_at, there, chunk, HOW: tl.constexpr, P: tl.constexpr):
     """The sums of a chunk of hidden_dim. A loop of its own, so that an instruction need not wait for the one before it."""
     TILES: tl.constexpr = P.CHUNK // P.DEPTH
-    ROOM: tl.constexpr = HOW.TARGET.SHARED_BYTES // ((P.COLUMNS + P.TOKENS) * P.DEPTH * 2)  # for tiles under way
+    BYTES: tl.constexpr = (P.COLUMNS * (1 if P.SCALED else 2) + P.TOKENS * 2) * P.DEPTH
+    ROOM: tl.constexpr = HOW.TARGET.SHARED_BYTES // BYTES  # for tiles under way
     STAGES: tl.constexpr = P.STAGES if P.STAGES < ROOM else ROOM
     acc = tl.zeros((P.COLUMNS, P.TOKENS), tl.float32)
     for i in tl.range(0, TILES, num_stages=STAGES):
-        acc = product(w_at, x_at, there, chunk * P.CHUNK + i * P.DEPTH, acc, HOW, P)
+        acc = product(w_at, s_at, x_at, there, chunk * P.CHUNK + i * P.DEPTH, acc, HOW, P)
     return acc
 
 
 @triton.jit
-def pair_of(w_at, x_at, there, pair, HOW: tl.constexpr, P: tl.constexpr):
+def pair_of(w_at, s_at, x_at, there, pair, HOW: tl.constexpr, P: tl.constexpr):
     """The sums of two chunks."""
-    first = chunk_of(w_at, x_at, there, 2 * pair, HOW, P)
-    return added(chunk_of(w_at, x_at, there, 2 * pair + 1, HOW, P), first)
+    first = chunk_of(w_at, s_at, x_at, there, 2 * pair, HOW, P)
+    return added(chunk_of(w_at, s_at, x_at, there, 2 * pair + 1, HOW, P), first)
 
 
 @triton.jit
@@ -99,14 +97,15 @@ def place_of(tile, across, along, P: tl.constexpr):
 def project_kernel(
     hidden_rows, hidden_stride, hidden_count,
     weights_rows, weights_columns, weights_cut_1, weights_gap_1, weights_cut_2, weights_gap_2, weights_cut_3, weights_gap_3,
-    sums_rows, sums_stride, sums_step,
+    weights_scales, weights_scales_1, weights_scales_2, weights_scales_3, sums_rows, sums_stride, sums_step,
     HOW: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """A program: the sums of one tile over a part of hidden_dim, or over all of it."""
     hidden = Hidden(hidden_rows, hidden_stride, hidden_count)
     weights = Weights(
-        weights_rows, weights_columns, weights_cut_1, weights_gap_1, weights_cut_2, weights_gap_2, weights_cut_3, weights_gap_3
-    )
+        weights_rows, weights_columns, weights_cut_1, weights_gap_1, weights_cut_2, weights_gap_2, weights_cut_3, weights_gap_3,
+        weights_scales, weights_scales_1, weights_scales_2, weights_scales_3,
+    )  # fmt: skip
     sums = Sums(sums_rows, sums_stride, sums_step)
     across = tl.cdiv(weights.columns, P.COLUMNS)
     along = tl.cdiv(hidden.count, P.TOKENS)
@@ -115,7 +114,10 @@ def project_kernel(
     column += tl.arange(0, P.COLUMNS)
     token += tl.arange(0, P.TOKENS)
     # Beyond the last column that one is taken again, and not stored.
-    w_at = weight_rows(weights, tl.minimum(column, weights.columns - 1), P.HIDDEN_DIM)
+    read = tl.minimum(column, weights.columns - 1)
+    w_at, s_at = weight_rows(weights, read, P.HIDDEN_DIM), None
+    if P.SCALED:
+        s_at = scale_rows(weights, read, P.HIDDEN_DIM)
     x_at = hidden.rows + token.to(tl.int64) * hidden.stride
     there = token < hidden.count
     wait_for_inputs(HOW.PDL)
@@ -123,14 +125,14 @@ def project_kernel(
     if P.PARTS == 1:
         total = tl.zeros((P.COLUMNS, P.TOKENS), tl.float32)
         for pair in range(PAIRS):
-            total += pair_of(w_at, x_at, there, pair, HOW, P)
+            total += pair_of(w_at, s_at, x_at, there, pair, HOW, P)
         x = rounded_to(total, sums.rows.dtype.element_ty, HOW)
     else:
         part = tl.program_id(0) // tiles
         if P.PARTS == CHUNKS:
-            x = chunk_of(w_at, x_at, there, part, HOW, P)
+            x = chunk_of(w_at, s_at, x_at, there, part, HOW, P)
         else:
-            x = pair_of(w_at, x_at, there, part, HOW, P)
+            x = pair_of(w_at, s_at, x_at, there, part, HOW, P)
         at += part.to(tl.int64) * sums.step
     tl.store(at, x, mask=(column < weights.columns)[:, None] & there[None, :])
 

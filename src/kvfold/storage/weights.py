@@ -1,0 +1,52 @@
+"""`ScaledWeight`: a projection's weight as FP8 codes and scales."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from ..contract import SCALE_BLOCK
+
+
+class ScaledWeight(NamedTuple):
+    """A projection's weight in FP8: e4m3 codes, and a scale for each block of 128 x 128 of them, as checkpoints have it.
+
+    `project_compress` takes it wherever it takes a weight in bf16. A number of it is `bf16(fp32(code) * scale)`: one product
+    in fp32, then rounded to the nearest bf16, ties to even. So each result has the bits of the call with `dequantized()`.
+
+    Attributes:
+        codes: `torch.float8_e4m3fn [rows, hidden_dim]`, contiguous: a checkpoint's `weight`. 0x7F and 0xFF are NaN.
+        scales: fp32 `[ceil(rows / 128), ceil(hidden_dim / 128)]`, contiguous: a checkpoint's `weight_scale_inv` or `scale`;
+            one in e8m0 becomes fp32 by `scale.float()`, once when it is loaded. Any fp32 numbers.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+    def dequantized(self) -> torch.Tensor:
+        """What its numbers are: bf16 `[rows, hidden_dim]`, a new tensor."""
+        rows, width = self.codes.shape
+        by_row = self.scales.repeat_interleave(SCALE_BLOCK, 0)[:rows]
+        return (self.codes.float() * by_row.repeat_interleave(SCALE_BLOCK, 1)[:, :width]).bfloat16()
+
+    def split(self, rows: Sequence[int]) -> tuple[ScaledWeight, ...]:
+        """Views of so many rows each; all but the last are a multiple of 128."""
+        blocks = [blocks_of(count) for count in rows]
+        return tuple(map(ScaledWeight, self.codes.split(list(rows)), self.scales.split(blocks)))
+
+
+Weight = torch.Tensor | ScaledWeight
+
+
+def blocks_of(count: int) -> int:
+    """Blocks of 128 that so many rows or numbers begin."""
+    return -(-count // SCALE_BLOCK)
+
+
+def tensors_of(name: str, weight: Weight) -> tuple[tuple[str, torch.Tensor], ...]:
+    """The tensors of a weight, with the names that errors have for them."""
+    if isinstance(weight, ScaledWeight):
+        return (f"{name}.codes", weight.codes), (f"{name}.scales", weight.scales)
+    return ((name, weight),)
