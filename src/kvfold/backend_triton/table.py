@@ -209,8 +209,7 @@ TILINGS: tuple[Tiling, ...] = (
 SCALED: tuple[Tiling, ...] = (
     Tiling(16, columns=64, tokens=16, depth=128, parts=8, stages=8, num_warps=4, max_columns=1024),
     Tiling(16, columns=64, tokens=16, depth=128, parts=8, stages=3, num_warps=4),
-    Tiling(64, columns=64, tokens=64, depth=128, parts=8, stages=4, num_warps=4, max_columns=1024),
-    Tiling(64, columns=64, tokens=64, depth=64, parts=8, stages=3, num_warps=4),
+    Tiling(64, columns=64, tokens=64, depth=64, parts=8, stages=4, num_warps=4),
 )
 
 
