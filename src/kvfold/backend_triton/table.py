@@ -192,14 +192,14 @@ class Tiling:
         return self.depth if chunk % self.depth == 0 else HIDDEN_STEP
 
 
-# Notes 0076 and 0079.
+# Notes 0076, 0079 and 0081.
 TILINGS: tuple[Tiling, ...] = (
-    Tiling(16, columns=64, tokens=16, depth=128, parts=8, stages=5, num_warps=4, max_columns=1024),
-    Tiling(16, columns=64, tokens=16, depth=128, parts=8, stages=2, num_warps=4),
+    Tiling(16, columns=64, tokens=16, depth=128, parts=8, stages=6, num_warps=4, max_columns=1024),
+    Tiling(16, columns=64, tokens=16, depth=128, parts=8, stages=3, num_warps=4),
     Tiling(64, columns=64, tokens=64, depth=128, parts=8, stages=4, num_warps=4, max_columns=1024),
-    Tiling(64, columns=64, tokens=64, depth=64, parts=8, stages=3, num_warps=4),
-    Tiling(512, columns=128, tokens=64, depth=64, parts=4, stages=4, num_warps=8, max_columns=1024),
-    Tiling(512, columns=64, tokens=128, depth=64, parts=4, stages=4, num_warps=8),
+    Tiling(64, columns=64, tokens=64, depth=64, parts=8, stages=4, num_warps=4),
+    Tiling(512, columns=128, tokens=64, depth=64, parts=4, stages=5, num_warps=8, max_columns=1024),
+    Tiling(512, columns=64, tokens=128, depth=64, parts=4, stages=4, num_warps=4),
     Tiling(ANY, columns=128, tokens=128, depth=64, parts=1, stages=4, num_warps=8, group=8),
 )
 
