@@ -52,16 +52,17 @@ def aot(
     calls load, in all the ways that they are launched.
 
     Which kernels: every row of the table of configurations that a spec can reach, so any `max_new_tokens` and number of
-    windows, over `FoldState` and `WindowState`, `store`, `restore` and `StepPlan.update`; `compress_many` where `specs` has
-    both `V4_CSA` and `V4_INDEXER`: each indexer format with `fp8_ds_mla`, or where `formats` has not that one, with every main
-    format. Steps that leave snapshots, take values and scores from two tensors, or, without ape, leave latents are compiled
-    without a cache if None is among the formats, else with each; so are rings and tables of an engine's metadata. Without a
-    gate there is a kernel with latents and one without for each format. `store` without a plan is compiled for slots and
-    positions in int64, for one cache and for one more of plain rows. All of it with fp32 state, weights and pooled rows,
-    addresses that are multiples of 16 and, on sm_90 and newer, as dependent launches. Not compiled: other dtypes of those and
-    other launches, what of the above comes together otherwise, `project_compress`, and `store` again for a spec that differs
-    in the ratio alone. `calls` is for all of these, and for exactly what an engine needs.
-    Default: what DeepSeek-V4 has, about 200 kernels and several minutes of two cores. An engine names its formats.
+    windows, over `FoldState`, and over `WindowState` with pages of any size; `store`, `restore` and `StepPlan.update`;
+    `compress_many` where `specs` has both `V4_CSA` and `V4_INDEXER`: each indexer format with `fp8_ds_mla`, or where `formats`
+    has not that one, with every main format. Steps that leave snapshots, take values and scores from two tensors, or, without
+    ape, leave latents are compiled without a cache if None is among the formats, else with each; so are rings and tables of an
+    engine's metadata, of any of these pages. Without a gate there is a kernel with latents and one without for each format.
+    `store` without a plan is compiled for slots and positions in int64, for one cache and for one more of plain rows. All of it
+    with fp32 state, weights and pooled rows, plans with entry slots, addresses that are multiples of 16 and, on sm_90 and
+    newer, as dependent launches. Not compiled: other dtypes of those and other launches, what of the above comes together
+    otherwise, `project_compress`, and `store` again for a spec that differs in the ratio alone. `calls` is for all of these,
+    and for exactly what an engine needs.
+    Default: what DeepSeek-V4 has, about 1,000 kernels and half an hour of two cores. An engine names its formats.
 
     Args:
         target: sm_80, sm_89, sm_90, sm_100, sm_103, sm_120, gfx942 or gfx950.

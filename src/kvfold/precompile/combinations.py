@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -28,6 +28,7 @@ from ..backend_triton.keys import (
     RestoreKey,
     Types,
     kind_of,
+    page_sizes,
     plan_key,
     snapshot_rows,
     step_key,
@@ -181,30 +182,23 @@ def _all(
                     yield Combination("ungated", spec, fmt, config, dtype=dtype)
                     yield Combination("ungated", spec, fmt, config, latent=True, dtype=dtype)
                 continue
+            few = (None,) if None in fitting else fitting
             if config.kind == "mean":
-                for dtype, fmt, apart in product(dtypes, (None,) if None in fitting else fitting, (False, True)):
+                for dtype, fmt, apart in product(dtypes, few, (False, True)):
                     yield Combination("mean", spec, fmt, config, apart=apart, dtype=dtype)
                 continue
+            latents = (False,) if spec.has_ape else (False, True)  # as in V4.1, whose index keys are made of them
             for dtype in dtypes:
+                if config.kind == "window":
+                    yield from _windows(Combination("window", spec, config=config, dtype=dtype), fitting, few, latents)
+                    continue
                 for fmt in fitting:
-                    page_size = spec.ratio if config.kind == "window" and fmt is not None else 1
-                    yield Combination(config.kind, spec, fmt, config, page_size=page_size, dtype=dtype)
-                # How tables are read has nothing to do with the format.
-                for tables in TABLES[1:] if config.kind == "window" else ():
-                    for fmt in (None,) if None in fitting else fitting[-1:]:
-                        yield Combination("window", spec, fmt, config, page_size=1, dtype=dtype, tables=tables)
+                    yield Combination(config.kind, spec, fmt, config, dtype=dtype)
                 # With snapshots a call takes the row for many windows (`step_key`).
-                for fmt in (None,) if None in fitting else fitting:
-                    if config.kind != "window" and config.bucket == ANY and any(snapshot_rows(spec)):
-                        yield Combination(config.kind, spec, fmt, config, snapshots=True, dtype=dtype)
-                for fmt in (None,) if None in fitting else fitting:
-                    yield Combination(config.kind, spec, fmt, config, apart=True, dtype=dtype)
-                if not spec.has_ape:  # as in V4.1, whose index keys are made of latents
-                    for apart, fmt in product((False, True), (None,) if None in fitting else fitting):
-                        yield Combination(config.kind, spec, fmt, config, latent=True, apart=apart, dtype=dtype)
-                    both = {"latent": True, "apart": True, "dtype": dtype}
-                    for tables in TABLES[1:] if config.kind == "window" and None in fitting else ():
-                        yield Combination("window", spec, None, config, tables=tables, **both)
+                for fmt in few if config.bucket == ANY and any(snapshot_rows(spec)) else ():
+                    yield Combination(config.kind, spec, fmt, config, snapshots=True, dtype=dtype)
+                for latent, apart, fmt in product(latents, (False, True), few):
+                    yield Combination(config.kind, spec, fmt, config, latent=latent, apart=apart, dtype=dtype)
                 if (config.kind, spec) == ("rows", V4_CSA) and V4_INDEXER in specs:
                     yield from _pairs(config, formats, dtype)
 
@@ -218,6 +212,17 @@ def of_training(
     """Every kernel of training calls with so many rows of kv_score."""
     words = tuple((spec, tuple(spec_words(spec))) for spec in specs)
     return training_kernels(words, formats, dtypes, tokens)
+
+
+def _windows(
+    one: Combination, formats: list[RecordFormat | None], few: Sequence[RecordFormat | None], latents: tuple[bool, ...]
+) -> Iterator[Combination]:
+    """How windows lie on pages with every format, and with all else that a call may have without a cache, or with `few`."""
+    sizes = page_sizes(one.spec)
+    for page_size, fmt in product(sizes, formats):
+        yield replace(one, page_size=page_size, fmt=fmt)
+    for page_size, tables, latent, apart, fmt in product(sizes, TABLES, latents, (False, True), few):
+        yield replace(one, page_size=page_size, tables=tables, latent=latent, apart=apart, fmt=fmt)
 
 
 def _stores(spec: CompressorSpec, formats: list[RecordFormat], config: Config) -> Iterator[Combination]:
