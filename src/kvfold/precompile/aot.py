@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -22,12 +20,14 @@ from ..storage.formats import FORMATS
 from .asked import asked_of
 from .choices import FLOATS, check_all, check_choices, check_formats, check_workers, defined_for, processes, several
 from .report import AotKernel, AotReport
+from .unfinished import unfinished
 
 if TYPE_CHECKING:
     from .combinations import Kernel
 
 JSON, TABLE = "kernels.json", "kernels.txt"
 OURS = re.compile(r"kernels\.txt|\w[\w.+-]*\.(cubin|hsaco)")  # names that `aot` gives, and no paths
+MADE = re.compile(rf"{OURS.pattern}|kernels\.json")
 MOST_JSON = 1 << 26  # bytes; of all kernels of V4 it has half a megabyte
 MEASURED = "sm_90"  # where rows of the table were chosen by measurement, and so what they spill
 
@@ -129,8 +129,7 @@ def aot(
         if name not in old and os.path.lexists(folder / name):
             raise ValueError(f"out_dir must not have a {name} that aot did not write or that was changed since, got {folder}")
     folder.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=".aot-", dir=folder))
-    try:
+    with unfinished(folder, ".aot-", MADE) as beside:
         became: dict[str, AotKernel | str] = {}
         for one, found in zip(wanted, _compile(wanted, target, beside, strict, workers), strict=True):
             became[one.name] = found
@@ -145,8 +144,6 @@ def aot(
             (folder / name).unlink(missing_ok=True)
         for name in (*(kernel.file for kernel in made), TABLE, JSON):
             os.replace(beside / name, folder / name)  # takes the place of a link, and follows none
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return report
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import as_completed
 from functools import partial
@@ -17,11 +16,13 @@ from .._version import __version__
 from ..arguments.checks import check_int, check_type
 from .asked import asked_of
 from .choices import check_progress, check_workers, processes
+from .unfinished import unfinished
 
 if TYPE_CHECKING:
     from ..backend_triton.build import Variant
     from ..backend_triton.prebuilt import Binary
 
+OURS = re.compile(r"[0-9a-f]{64}|prebuilt\.json")  # names of a package's files
 MULTIPROCESSORS = 132  # of an H100 SXM, an H200 and a GH200
 
 
@@ -43,8 +44,8 @@ def prebuild(
 
     Args:
         target: as of `aot`.
-        out_dir: the folder, made if it is not there. An earlier package in it is replaced when all is compiled; other files
-            are left alone.
+        out_dir: the folder, made if it is not there. An earlier package in it is replaced when all is compiled, what a run
+            that was killed left in `.prebuild-*` is removed, and other files are left alone.
         calls: for each call of `warmup` its arguments by name, but for `device`, `workers` and `progress`.
         multiprocessors: of the GPU; kernels for many windows know it.
         workers: processes that compile at once, as of `aot`. They are spawned: a script calls this under `if __name__ ==
@@ -88,8 +89,7 @@ def prebuild(
     if not wanted:
         raise ValueError("calls must have one kernel at least, got none")
     folder.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=".prebuild-", dir=folder))
-    try:
+    with unfinished(folder, ".prebuild-", OURS) as beside:
         found: dict[str, Binary] = {}
         for variant, made in _compile(list(wanted), target, beside, workers):
             found |= made
@@ -100,8 +100,6 @@ def prebuild(
         (beside / prebuilt.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         for name in (*{kernel.sha256 for kernel in found.values()}, prebuilt.MANIFEST):
             os.replace(beside / name, folder / name)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     for name in before - {kernel.sha256 for kernel in found.values()}:
         (folder / name).unlink(missing_ok=True)
     return len(found)

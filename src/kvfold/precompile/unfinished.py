@@ -1,0 +1,39 @@
+"""Where `aot` and `prebuild` make files before these take their places."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def unfinished(folder: Path, prefix: str, ours: re.Pattern[str]) -> Iterator[Path]:
+    """A new folder in `folder`, removed at the end with what is still in it; and before, those that killed runs left.
+
+    Each run holds a shared lock on `folder`, which ends with its process: who gets the lock alone knows that no run lives.
+
+    ours: names of files that a run makes. A folder with anything else in it is left alone.
+    """
+    import fcntl  # which Windows has not, where kvfold can be imported all the same
+
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # another run lives, or this file system has no locks, so nothing is removed
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for left in folder.glob(f"{prefix}*"):
+                if left.is_dir() and not left.is_symlink() and all(ours.fullmatch(name) for name in os.listdir(left)):
+                    shutil.rmtree(left)
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        made = Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
+        try:
+            yield made
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+    finally:
+        os.close(lock)
