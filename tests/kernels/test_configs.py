@@ -143,7 +143,7 @@ if __name__ == "__main__":
     build = partial(aot.build, target="sm_90", folder=Path(sys.argv[1]), allowed=None)
     with ProcessPoolExecutor(2, get_context("fork")) as pool:
         for c, kernel in zip(chosen, pool.map(build, chosen)):
-            print(aot.configs.CONFIGS.index(c.config), kernel.bytes, kernel.resources.spilled)
+            print(aot.table.CONFIGS.index(c.config), kernel.bytes, kernel.resources.spilled)
 """
 
 

@@ -1,7 +1,7 @@
 """Ahead-of-time compilation, for GPUs that need not be there: which kernels there are, and one of them to a file.
 
-What is compiled follows the tables: every row of `configs.CONFIGS`, for each spec that it serves, with every format defined
-for that spec.
+What is compiled follows the table: every row of `table.CONFIGS`, for each spec that it serves, with every format defined for
+that spec.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
 from .._version import __version__
-from ..backend_triton import table as configs
+from ..backend_triton import table
 from ..backend_triton.build import Variant
 from ..backend_triton.keys import (
     TABLES,
@@ -118,7 +118,7 @@ class Combination:
         return self.config.spills if self.other is None else self.config.pair_spills
 
     def variant(self, pdl: bool = False) -> Variant:
-        """As dispatch builds it for fp32 state, weights and, without a cache, rows."""
+        """As calls get it for fp32 state, weights and, without a cache, rows."""
         return variant_of(self.key(), True, pdl)
 
     def key(self) -> Key:
@@ -153,7 +153,7 @@ def combinations(
     formats: tuple[RecordFormat | None, ...] = (None, *FORMATS.values()),
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,),
 ) -> Iterator[Combination]:
-    """Every kernel that dispatch can choose for these, but for the dtypes of state and weights: each once."""
+    """Every kernel that calls over these can get, but for the dtypes of state and weights: each once."""
     found: dict[Key, Combination] = {}
     for one in _all(specs, formats, dtypes):
         found.setdefault(one.key(), one)
@@ -170,7 +170,7 @@ def _all(
         # Pages of fold rows may end inside windows.
         for page_size in (spec.ratio, 1) if state_kind(spec) == "fold" else (spec.ratio,):
             yield Combination("restore", spec, page_size=page_size)
-    for config in configs.CONFIGS:
+    for config in table.CONFIGS:
         for i, spec in enumerate(specs):
             if not reaches(config, spec):
                 continue
