@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from kvfold.precompile.unfinished import unfinished
+from kvfold.precompile.files import unfinished
 
 OURS = re.compile(r"\d")
 KILLED = """
 import os, re, signal, sys
 from pathlib import Path
-from kvfold.precompile.unfinished import unfinished
+from kvfold.precompile.files import unfinished
 
 with unfinished(Path(sys.argv[1]), ".made-", re.compile("x")) as made:
     (made / "1").touch()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -19,8 +18,8 @@ from ..spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
 from ..storage.formats import FORMATS
 from .asked import asked_of
 from .choices import FLOATS, check_all, check_choices, check_formats, check_workers, defined_for, processes, several
+from .files import has_digest, is_file, unfinished
 from .report import AotKernel, AotReport
-from .unfinished import unfinished
 
 if TYPE_CHECKING:
     from .combinations import Kernel
@@ -161,7 +160,9 @@ def _attempt(target: str, folder: Path, strict: bool | None, one: Kernel) -> Aot
     """The kernel, or why it did not compile."""
     from . import combinations as kernels
 
-    allowed = {None: one.spills if target == MEASURED else None, True: 0, False: None}[strict]
+    allowed = 0 if strict else None
+    if strict is None and target == MEASURED:
+        allowed = one.spills
     try:
         return kernels.build(one, target, folder, allowed)
     except Exception as error:  # whatever a compiler raises: the others shall be compiled
@@ -175,7 +176,7 @@ def _earlier(folder: Path, target: str) -> tuple[list[str], list[str]]:
     if not os.path.lexists(folder / JSON):
         return [], []
     foreign = f"out_dir must be a folder without other {JSON}, got {folder} with one that aot did not write"
-    if not _is_file(folder / JSON) or (folder / JSON).stat().st_size > MOST_JSON:
+    if not is_file(folder / JSON) or (folder / JSON).stat().st_size > MOST_JSON:
         raise ValueError(foreign)
     try:
         report = json.loads((folder / JSON).read_text())
@@ -188,14 +189,5 @@ def _earlier(folder: Path, target: str) -> tuple[list[str], list[str]]:
     if was != target:
         raise ValueError(f"out_dir must be another for each target, got {folder}, where the kernels of {was} are")
     there = [name for name in recorded if OURS.fullmatch(name) and os.path.lexists(folder / name)]
-    same = [name for name in there if _is_file(folder / name) and _digest(folder / name) == recorded[name]]
+    same = [name for name in there if has_digest(folder / name, recorded[name])]
     return same, [name for name in there if name not in same]
-
-
-def _is_file(path: Path) -> bool:
-    """Whether it is a regular file, and no link to one."""
-    return path.is_file() and not path.is_symlink()
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,7 +1,8 @@
-"""Where `aot` and `prebuild` make files before these take their places."""
+"""Files in the folders of `aot` and `prebuild`: in the making, and of earlier runs."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -37,3 +38,13 @@ def unfinished(folder: Path, prefix: str, ours: re.Pattern[str]) -> Iterator[Pat
             shutil.rmtree(made, ignore_errors=True)
     finally:
         os.close(lock)
+
+
+def is_file(path: Path) -> bool:
+    """Whether it is a regular file, and no link to one."""
+    return path.is_file() and not path.is_symlink()
+
+
+def has_digest(path: Path, sha256: str) -> bool:
+    """Whether it is a regular file of that digest."""
+    return is_file(path) and hashlib.sha256(path.read_bytes()).hexdigest() == sha256
