@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..arguments.checks import check_int, check_switch, check_type
+from ..backend_triton import keys
+from ..backend_triton.keys import Key
 from ..contract import INT32_MAX, check_hidden_dim
 from ..spec import CompressorSpec
 from ..storage.formats import RecordFormat
 from .choices import FLOATS, INDICES, check_all, check_choices, check_formats, defined_for, fits, several
 
-if TYPE_CHECKING:
-    from ..backend_triton.keys import Key
-
 STATES = ("fold", "mean", "window")
-PLANS = ("plain", "engine", "ring")  # as `backend_triton.keys.TABLES`, which imports triton
 
 
 def keys_of(calls: dict[str, Any]) -> tuple[list[Key], Callable[[Key], bool]]:
@@ -33,7 +31,7 @@ def keys_of(calls: dict[str, Any]) -> tuple[list[Key], Callable[[Key], bool]]:
     state_dtypes, states = choices("state_dtypes", FLOATS), choices("states", STATES)
     rows = choices("rows", (None, *FLOATS))
     snapshots, latents, apart = (choices(name, (False, True)) for name in ("snapshots", "latents", "apart"))
-    plans = choices("plans", PLANS)
+    plans = choices("plans", keys.TABLES)
     rows_of_training = several("training", calls["training"])
     for tokens in rows_of_training:
         check_int("training", tokens, 0, INT32_MAX)
@@ -58,7 +56,6 @@ def keys_of(calls: dict[str, Any]) -> tuple[list[Key], Callable[[Key], bool]]:
     chosen = defined_for(specs, names)
     stored = [one for i, pair in enumerate(together) for one in _stored(i, pair, specs)]
 
-    from ..backend_triton import keys
     from ..training.keys import Calls, TrainingKey, training_keys
 
     w = keys.Wanted(
