@@ -42,7 +42,7 @@ from ..spec import V4_CSA, V4_HCA, V4_INDEXER, V41_INDEX_K, V41_MAIN_R1, V41_MAI
 from ..storage.fold_state import state_kind
 from ..storage.formats import FORMATS, RecordFormat
 from ..storage.snapshots import Snapshots
-from .calls import CallKernel
+from .calls import CallKernel, spills_of
 from .choices import fits
 from .report import AotKernel
 from .resources import resources
@@ -112,10 +112,7 @@ class Combination:
 
     @property
     def spills(self) -> int:
-        """Bytes that a thread may spill on sm_90, by the row of the table."""
-        if self.config is None:
-            return 0
-        return self.config.spills if self.other is None else self.config.pair_spills
+        return spills_of(self.key())
 
     def variant(self, pdl: bool = False) -> Variant:
         """As calls get it for fp32 state, weights and, without a cache, rows."""
