@@ -70,7 +70,7 @@ def wanted() -> Iterator[tuple[str, Variant, bool]]:
     for key in projections.values():
         yield " ".join(words_of(key)), variant_of(key, True, True), False
     for training in of_training((V4_HCA, V4_CSA, V4_INDEXER), (None,), (torch.bfloat16,), (1 << 16,)):
-        if not training.wanted.apart:
+        if not training.key.apart:
             yield training.name, training.variant(True), False
 
 

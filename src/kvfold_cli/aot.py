@@ -52,7 +52,8 @@ def aot(
     for name in dtype or ():
         if name not in dtypes:
             raise typer.BadParameter(f"--dtype must be bf16 or fp32, got {name!r}")
-    specs = [one for text in spec or (() if calls else ("hca", "csa", "indexer")) for one in _specs(text)]
+    default = () if calls else ("hca", "csa", "indexer")
+    specs = [one for text in spec or default for one in _specs(text)]
     formats = [None if name == "rows" else name for name in fmt or ("rows", *FORMATS)]
     with make_progress(console) as progress:
         task = progress.add_task("", total=None)
@@ -62,9 +63,18 @@ def aot(
 
         try:
             with wrong_arguments(TypeError, ValueError):
-                how = {"dtypes": [dtypes[name] for name in dtype or ("bf16",)], "training": train or (), "strict": strict,
-                       "calls": calls_of(calls or ()), "workers": workers}  # fmt: skip
-                report = compile_all(target, out, specs, formats, progress=show, **how)
+                report = compile_all(
+                    target,
+                    out,
+                    specs,
+                    formats,
+                    dtypes=[dtypes[name] for name in dtype or ("bf16",)],
+                    training=train or (),
+                    calls=calls_of(calls or ()),
+                    strict=strict,
+                    workers=workers,
+                    progress=show,
+                )
         except (ImportError, RuntimeError) as error:
             raise stop(str(error), "kvfold aot") from None
     print_table(console, f"Kernels for {report.target}", COLUMNS, [kernel.cells() for kernel in report.kernels])

@@ -14,8 +14,6 @@ import typer
 from .failures import stop
 
 PACKAGE = Path(__file__).parents[1] / "kvfold"
-
-
 MODULES = {
     "decode": "run.decode",
     "prefill": "run.prefill",

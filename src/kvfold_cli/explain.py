@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from kvfold.spec import CompressorSpec
 
 SHOWN = 12  # rows of a table before its middle is left out
-
-
 State = Enum("State", {"fold": "fold", "window": "window"})
 
 

@@ -18,7 +18,7 @@ KINDS = {
     "window": "raw rows in pages",
     "store": "pooled rows that are stored",
 }
-FORMATS = (
+FORMAT_COLUMNS = (
     "format", "head_dim", "bytes", "element", "scales", "source", "page of 64", "tail at", "floor", "pad", "bf16 first",
     "e2m1 ties",
 )  # fmt: skip
@@ -42,7 +42,7 @@ def info(
     if kernels:
         _print_kernels(console)
     if formats:
-        print_table(console, "Record formats", FORMATS, _formats())
+        print_table(console, "Record formats", FORMAT_COLUMNS, _formats())
 
 
 def _print_kernels(console: Console) -> None:
@@ -56,12 +56,12 @@ def _print_kernels(console: Console) -> None:
 
 def _names() -> Rows:
     """Who writes which formats; one that several write is said of each."""
-    from kvfold.storage.formats import FORMATS as formats
+    from kvfold.storage.formats import FORMATS
 
     found: dict[str, list[str]] = {engine + version: [] for engine in ENGINES for version in (" V4", " V4.1")} | {
         "any engine": []
     }
-    for fmt in formats.values():
+    for fmt in FORMATS.values():
         version = " V4.1" if "V4.1" in fmt.source or "V41" in fmt.source else " V4"
         for engine in [name + version for name in ENGINES if name in fmt.source] or ["any engine"]:
             found[engine].append(fmt.name)
@@ -116,10 +116,10 @@ def _packages() -> Rows:
 
 def _formats() -> Rows:
     from kvfold.spec import V4_HCA, V4_INDEXER
-    from kvfold.storage.formats import FORMATS as formats
+    from kvfold.storage.formats import FORMATS
 
     rows = []
-    for fmt in formats.values():
+    for fmt in FORMATS.values():
         spec = V4_HCA if not fmt.head_dims or 512 in fmt.head_dims else V4_INDEXER
         element = f"{fmt.element}, rotated bf16" if fmt.rotated_bf16 else fmt.element
         scales = {"none": "none", "static": "one per cache"}.get(fmt.scale, f"{fmt.scale} per {fmt.group}")

@@ -117,11 +117,8 @@ def _run_list(
     for line in left:
         console.print(line, style="yellow", highlight=False, soft_wrap=True)
     print_table(console, "", ("cases", "passed", "failed", "skipped", "backend"), _summary(results, about["backend"]))
-    verdict = f"[bold red]{failed} of {ran} failed[/]" if failed else f"[green]all {ran} passed[/]"
-    rest = f"; {lost} were not run, as the device is lost" if lost else ""
-    console.print(f"{verdict} on backend {about['backend']} in {time.perf_counter() - begin:.0f} s{rest}", highlight=False)
-    ran_on = {True: "", False: about["backend"]}
-    rows = [asdict(result) | {"passed": result.passed, "backend": ran_on[bool(result.skipped)]} for result in results]
+    _print_verdict(console, failed, ran, lost, f"on backend {about['backend']} in {time.perf_counter() - begin:.0f} s")
+    rows = [asdict(r) | {"passed": r.passed, "backend": "" if r.skipped else about["backend"]} for r in results]
     return {"failed": failed, "skipped": skipped.total(), "not run": lost, "results": rows}, failed
 
 
@@ -165,10 +162,15 @@ def _run_random(
                 console.print(f"     {outcome.problem}", style="red", soft_wrap=True, highlight=False, markup=False)
                 console.print(outcome.program, soft_wrap=True, highlight=False, markup=False)
     failed, left = sum(not outcome.passed for outcome in outcomes), cases - len(outcomes)
-    verdict = f"[bold red]{failed} of {len(outcomes)} failed[/]" if failed else f"[green]all {len(outcomes)} passed[/]"
-    rest = f"; {left} were not run, as the device is lost" if left else ""
-    console.print(f"{verdict} on backend {about['backend']}{rest}", highlight=False, soft_wrap=True)
+    _print_verdict(console, failed, len(outcomes), left, f"on backend {about['backend']}")
     return summary(outcomes, seed, cases), failed
+
+
+def _print_verdict(console: Console, failed: int, ran: int, lost: int, where: str) -> None:
+    """The last line. lost: cases that were not run, as the device is lost."""
+    verdict = f"[bold red]{failed} of {ran} failed[/]" if failed else f"[green]all {ran} passed[/]"
+    rest = f"; {lost} were not run, as the device is lost" if lost else ""
+    console.print(f"{verdict} {where}{rest}", highlight=False, soft_wrap=True)
 
 
 def _headline(console: Console, what: str, about: dict[str, str], how: str = "") -> None:

@@ -194,11 +194,15 @@ def test_plans_are_few(backend):
 def test_compressors_of_all_widths_share_scratch(backend, order, monkeypatch):
     """An indexer counts items that are drawn; entries of fold rows are shared in slices, which are as wide as they are."""
 
-    def checked(scratch, entries, head_dim):
-        found = scratch_of(scratch, entries, head_dim)
-        asked.append(entries * head_dim)
-        assert found[0].numel() >= asked[-1] and found[1].numel() >= entries
-        return found
+    def checked(scratch, slices, draws, entries, head_dim):
+        rows, tickets = scratch_of(scratch, slices, draws, entries, head_dim)
+        if slices > 1:
+            asked.append(entries * head_dim)
+            assert rows.numel() >= asked[-1] and tickets.numel() >= entries
+        elif draws:
+            asked.append(0)
+            assert rows is None and tickets.numel() >= 1
+        return rows, tickets
 
     asked, scratch_of = [], again.scratch_of
     monkeypatch.setattr(again, "scratch_of", checked)

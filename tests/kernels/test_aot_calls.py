@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 from test_aot import python
 
 import kvfold
-from kvfold.backend_triton.keys import DequantizeKey, ProjectKey, RestoreKey, StoreKey, WindowKey
+from kvfold import V4_CSA, V4_HCA, V41_MAIN_R2, CompressorSpec
+from kvfold.backend_triton.keys import DequantizeKey, ProjectKey, RestoreKey, StoreKey, WindowKey, pages_of
 from kvfold.precompile.asked import asked_of
 from kvfold.precompile.calls import CallKernel, kernels_of
+from kvfold.precompile.choices import fits
 from kvfold.precompile.combinations import combinations
 from kvfold.precompile.sets import SETS
+from kvfold.storage.formats import FORMATS
 
 
 def kernels(name: str) -> list[CallKernel]:
@@ -44,6 +49,34 @@ def test_a_set_has_the_kernels_of_its_calls(name: str) -> None:
         assert any(isinstance(one.key, kinds[name]) for one in found)
     if name.startswith("vllm"):
         assert not any(one.dependent for one in found)
+    for one in (one for one in found if isinstance(one.key, WindowKey)):
+        assert one.spills == (one.key.config.spills if one.key.tables == "plain" else one.key.config.engine_spills)
+
+
+SPECS = {"hca": V4_HCA, "csa": V4_CSA, "v41-r2": V41_MAIN_R2, "overlap": CompressorSpec(256, 128, overlap=True)}
+
+
+@pytest.mark.parametrize("fmt", ["bf16", None])
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_a_spec_has_every_kernel_over_a_window_state(spec: CompressorSpec, fmt: str | None) -> None:
+    """That calls over pages of any size, with any plan, get by their keys: with entry slots, and of fp32 what may be fp32."""
+    call = {"specs": (spec,), "formats": (fmt,), "max_new_tokens": (1, 4, 8, 9, 8192), "states": ("window",)}
+    call |= {"plans": ("plain", "engine", "ring"), "apart": (False, True)}
+    outs = [{"rows": (torch.float32 if fmt is None else None,)}] + [{"latents": (True,)}] * (not spec.has_ape)
+    wanted = {key for keys, _ in asked_of([call | out for out in outs]) for key in keys if isinstance(key, WindowKey)}
+    found = {one.key() for one in combinations((spec,), (FORMATS.get(fmt),)) if one.kind == "window"}
+    assert found == {key for key in wanted if key.types.entry_slots}
+    lanes = spec.ratio == 128 and not spec.overlap
+    assert {key.pages for key in found} == {"one", "any", *["lanes"] * lanes}
+
+
+def test_every_format_is_compiled_for_every_kind_of_pages() -> None:
+    """Also where pooled rows without a cache stand for all formats in the other ways of a call."""
+    found = [one.key() for one in combinations((V4_HCA, V4_CSA)) if one.kind == "window"]
+    for spec in (V4_HCA, V4_CSA):
+        formats = {fmt for fmt in (None, *FORMATS.values()) if fits(spec, fmt)}
+        wanted = set(product(formats, {pages_of(spec, size) for size in (1, 8, 128)}))
+        assert {(key.fmt, key.pages) for key in found if key.spec == spec and key.tables == "plain"} == wanted
 
 
 FEW = """

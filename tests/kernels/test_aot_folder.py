@@ -19,6 +19,8 @@ from kvfold.precompile import combinations as kernels
 def test_files_of_an_earlier_report_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake(monkeypatch, {})
     (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / ".aot-left").mkdir()  # by a run that was killed
+    (tmp_path / ".aot-left" / "x.cubin").write_bytes(b"half")
     kvfold.aot("sm_90", tmp_path, [V4_INDEXER], ["bf16"], workers=1)
     report = run("sm_90", tmp_path)
     written = {kernel.file for kernel in report.kernels}

@@ -25,7 +25,7 @@ def test_every_kernel_has_a_name_of_its_own() -> None:
     every = list(of_training(SPECS, (None, *FORMATS.values()), BOTH, (8192, 65536)))
     assert len({one.name for one in every}) == len({one.variant() for one in every}) == len(every)
     assert {one.config.kernel for one in every} == set(KERNELS)
-    forward = {(one.wanted.spec, one.fmt) for one in every if one.config.kernel == "forward"}
+    forward = {(one.key.spec, one.fmt) for one in every if one.config.kernel == "forward"}
     for fmt in FORMATS.values():
         for spec in SPECS:
             fits = not fmt.head_dims or spec.head_dim in fmt.head_dims
@@ -40,8 +40,8 @@ def test_warmup_would_prepare_all_of_it() -> None:
     keys = {
         key for spec in (V4_HCA, V41_MAIN_R2) for fmt in (None, FORMATS["mxfp4"]) for key in training_keys(spec, fmt, calls)
     }
-    assert {one.wanted for one in every} <= keys
-    assert {one.wanted.latent for one in every if one.wanted.spec == V41_MAIN_R2} == {False, True}
+    assert {one.key for one in every} <= keys
+    assert {one.key.latent for one in every if one.key.spec == V41_MAIN_R2} == {False, True}
 
 
 def test_every_row_of_the_table_serves_a_call() -> None:
@@ -91,13 +91,13 @@ long, short = CompressorSpec(128, 16), CompressorSpec(64, 2, overlap=True, hadam
 odd = CompressorSpec(64, 5, overlap=True, has_ape=False)  # whose fold is kept, though its rows are folded in groups
 every = [
     *kernels.of_training((long,), (FORMATS["mxfp4"],), bf16, (160,)),
-    *(one for one in kernels.of_training((short,), (None,), bf16, (160,)) if one.wanted.apart),
+    *(one for one in kernels.of_training((short,), (None,), bf16, (160,)) if one.key.apart),
     *kernels.of_training((short,), (FORMATS["fp8_tensor"],), bf16, (160,)),
-    *(one for one in kernels.of_training((odd,), (None,), bf16, (160,)) if one.wanted.apart and one.wanted.latent),
+    *(one for one in kernels.of_training((odd,), (None,), bf16, (160,)) if one.key.apart and one.key.latent),
 ]
 def first(kernel, **wanted):
     fitting = [one for one in every if one.config.kernel == kernel]
-    return next(one for one in fitting if all(getattr(one.wanted, name) == value for name, value in wanted.items()))
+    return next(one for one in fitting if all(getattr(one.key, name) == value for name, value in wanted.items()))
 targets = dict(zip(kernels.TARGETS, (
     [first("read", spec=short)], [first("forward", spec=short)], every, [first("spread")], [first("sum")], [first("finish")],
     [first("forward", spec=long)], [first("read", spec=long)],

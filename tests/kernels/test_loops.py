@@ -53,9 +53,8 @@ for kernel in lost, looked_at, of_now:
 
 ALL = """
 import json
-from dataclasses import replace
 import torch
-from kvfold.backend_triton.keys import AddKey, DequantizeKey, ProjectKey, pages_of
+from kvfold.backend_triton.keys import AddKey, DequantizeKey, ProjectKey
 from kvfold.backend_triton.table import SCALED, TILINGS
 from kvfold.backend_triton.variants import variant_of
 from kvfold.precompile.combinations import SPECS, TARGETS, combinations
@@ -67,9 +66,9 @@ from support.training_support import SPECS as SMALL
 
 keys = {}
 for one in combinations():  # one of each kind, of short steps and of long ones
-    keys.setdefault((one.kind, one.config and one.config.max_new_tokens, one.snapshots, one.tables), one.key())
-    if one.kind == "window" and pages_of(one.spec, 8) == "lanes":
-        keys.setdefault(("lanes", one.config.max_new_tokens, one.tables), replace(one, page_size=8).key())
+    key = one.key()
+    pages = getattr(key, "pages", None)
+    keys.setdefault((one.kind, one.config and one.config.max_new_tokens, one.snapshots, one.tables, pages), key)
 keys |= {("project", row): ProjectKey(7168, row, 4, torch.float32) for row in TILINGS}
 keys |= {("project fp8", row): ProjectKey(7168, row, 4, torch.float32, False, True) for row in SCALED}
 keys |= {"add": AddKey(8, torch.float32), "dequantize": DequantizeKey(7168, 4)}

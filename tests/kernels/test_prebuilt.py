@@ -360,8 +360,10 @@ print(prebuilt.INSTALLED in sys.modules)
 
 @compiles
 def test_a_package_is_replaced(tmp_path: Path, made: Path) -> None:
-    """Binaries of the earlier one that are as they were go; other files stay."""
+    """Binaries of the earlier one that are as they were go, and what a killed run left; other files stay."""
     folder = Path(shutil.copytree(made, tmp_path / "package"))
+    (folder / ".prebuild-left").mkdir()
+    (folder / ".prebuild-left" / ("0" * 64)).write_bytes(b"half")
     (folder / "notes.txt").write_text("mine")
     changed = next(p for p in folder.iterdir() if len(p.name) == 64)
     changed.write_bytes(b"mine")

@@ -209,8 +209,12 @@ def test_help_imports_no_torch(name):
     assert "Usage: kvfold" in said and said.endswith("imported:\n"), said
 
 
+def test_the_version_imports_no_torch():
+    assert run_help("--version") == f"kvfold {kvfold.__version__}\nimported:\n"
+
+
 def test_other_commands_import_torch():
-    assert re.search("^imported: kvfold torch", run_help("--version"), re.MULTILINE)
+    assert re.search("^imported: kvfold torch", run_help("explain", "hca", "--start", "0", "--new", "1"), re.MULTILINE)
 
 
 def run_help(*arguments):

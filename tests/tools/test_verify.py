@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -175,6 +176,19 @@ def test_a_backend_that_breaks_is_a_result_and_the_others_run() -> None:
     found = list(verify([Case("a", "b", broken), Case("a", "c", lambda: "1.0e-07")]))
     assert [r.passed for r in found] == [False, True]
     assert found[0].problem == "RuntimeError: does not compile" and found[0].seconds >= 0
+
+
+def test_a_case_that_leaves_has_failed_and_an_interrupt_ends_all() -> None:
+    def leaves() -> str:
+        sys.exit("out of patience")
+
+    def interrupted() -> str:
+        raise KeyboardInterrupt
+
+    cases = [Case("a", "b", leaves), Case("a", "c", str), Case("a", "d", interrupted), Case("a", "e", str)]
+    with pytest.raises(KeyboardInterrupt):
+        list(verify(cases[2:]))
+    assert [(r.name, r.problem) for r in verify(cases[:2])] == [("b", "SystemExit: out of patience"), ("c", "")]
 
 
 def test_other_states_and_pairs_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:

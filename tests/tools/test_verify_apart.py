@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from functools import partial
 
 from kvfold.verify.apart import groups, verify_apart
@@ -21,12 +22,20 @@ def loses() -> str:
     raise RuntimeError("CUDA error: an illegal memory access")
 
 
+def leaves() -> str:
+    sys.exit("out of patience")
+
+
 def faulty() -> list[Case]:
     return [Case("a", "1: x", str), Case("a", "1: y", ends), Case("a", "1: z", str), Case("b", "2", str)]
 
 
 def lost() -> list[Case]:
     return [Case("a", "1: x", str), Case("a", "1: y", loses), Case("a", "1: z", str)]
+
+
+def leaving() -> list[Case]:
+    return [Case("a", "1: x", leaves), Case("a", "1: y", str), Case("b", "2", str)]
 
 
 def both() -> list[Case]:
@@ -47,6 +56,11 @@ def test_processes_find_what_one_does() -> None:
     some = [i for i, case in enumerate(cases) if case.name.startswith(("indexer_mxfp4 hd", "v41-r1, no state"))]
     found = {(r.group, r.name): r.figure for r in verify_apart(LISTED, some, 2) if r.passed}
     assert found == {(cases[i].group, cases[i].name): cases[i].run() for i in some} and len(found) == 5
+
+
+def test_no_case_ends_the_run_by_leaving() -> None:
+    found = {r.name: r.problem for r in verify_apart(leaving, range(3), 1)}
+    assert found == {"1: x": "SystemExit: out of patience", "1: y": "", "2": ""}
 
 
 def test_a_fault_ends_one_case_and_a_lost_device_all() -> None:

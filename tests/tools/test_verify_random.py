@@ -311,6 +311,14 @@ def test_a_fault_ends_one_case(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Case 4" in found[0].program and found[1].program == ""
 
 
+def test_a_case_that_leaves_has_failed_and_an_interrupt_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {1: "raise SystemExit(3)", 2: "raise KeyboardInterrupt"}
+    monkeypatch.setattr(verify_run, "program", lambda case, place: texts.get(case.index, ""))
+    assert [(o.problem, o.program) for o in verify_random(2)] == [("", ""), ("SystemExit: 3", texts[1])]
+    with pytest.raises(KeyboardInterrupt):
+        list(verify_random(3))
+
+
 def test_nothing_follows_a_lost_device(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(case: RandomCase, place: Place) -> Outcome:
         return Outcome(case.index, labels(case), 0.0, "RuntimeError: CUDA error: an illegal memory access" * (case.index == 2))

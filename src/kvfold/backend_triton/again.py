@@ -67,11 +67,7 @@ class Again:
         state: rows and tags, mutated. entries: contiguous, mutated: one of them is a page.
         """
         chosen, (ape, norm_weight, rope) = self.chosen, weights
-        workspace = arrivals = None
-        if chosen.slices > 1:
-            workspace, arrivals = scratch_of(scratch, plan.entry_capacity, self.head_dim)
-        elif chosen.draws[0]:
-            _, arrivals = scratch_of(scratch, 1, 0)
+        workspace, arrivals = scratch_of(scratch, chosen.slices, chosen.draws[0], plan.entry_capacity, self.head_dim)
         first, stride = value.data_ptr(), value.stride(0)
         apart = (score.data_ptr() - first) // value.element_size()
         brought = (

@@ -167,6 +167,12 @@ def pages_of(spec: CompressorSpec, page_size: int) -> str:
     return lanes if page_size % LANES == 0 and spec.ratio % LANES == 0 and not spec.overlap else many
 
 
+def page_sizes(spec: CompressorSpec) -> tuple[int, ...]:
+    """A page size for each of `PAGES` that a spec can have, the largest first."""
+    found = {pages_of(spec, size): size for size in (LANES, 1, spec.ratio)}
+    return tuple(sorted(found.values(), reverse=True))
+
+
 def store_key(
     spec: CompressorSpec, fmt: RecordFormat, types: tuple[torch.dtype | None, ...], also: RecordFormat | None = None
 ) -> StoreKey:
@@ -289,7 +295,7 @@ def window_keys(
     spec: CompressorSpec, fmt: RecordFormat | None, w: Wanted, rows: torch.dtype | None, pages: tuple[int, ...] | None
 ) -> Iterator[WindowKey]:
     """pages: sizes; None: any. What matters of one is how windows lie on it (`pages_of`)."""
-    for dtype, state, bound, page in product(w.dtypes, w.state_dtypes, w.steps, pages or (spec.ratio, LANES, 1)):
+    for dtype, state, bound, page in product(w.dtypes, w.state_dtypes, w.steps, pages or page_sizes(spec)):
         for finish, apart, tables in product(w.finishes(fmt), w.apart, w.tables):
             yield window_key(spec, fmt, bound, (dtype, state, rows, *finish, apart), page, tables)
 

@@ -399,12 +399,8 @@ def argument_places(kernel: str, brought: tuple[str, ...]) -> tuple[tuple[int, .
 
 def _brought(c: Compressor, plan: PlanData, out: Outputs, slices: int, draws: bool) -> tuple[tuple, int]:
     """What a call of one compressor brings: its tokens, the scratch that its programs need, and where rows go; its strides."""
-    workspace = arrivals = apart = skew = None
-    if slices > 1:
-        workspace, arrivals = scratch_of(c.state, plan.entry_capacity, c.spec.head_dim)
-    elif draws:  # from the count of the items that were drawn (kernels/items.py)
-        _, arrivals = scratch_of(c.state, 1, 0)
-    value, score = c.value, c.score
+    workspace, arrivals = scratch_of(c.state, slices, draws, plan.entry_capacity, c.spec.head_dim)
+    value, score, apart, skew = c.value, c.score, None, None
     strides = stride = value.stride(0)
     if score is not None:
         apart = (score.data_ptr() - value.data_ptr()) // value.element_size()
@@ -476,19 +472,26 @@ def _output(
     )
 
 
-def scratch_of(state: FoldState | WindowState, entries: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pooled rows in the making, as words of 8 bytes, and tickets drawn for each (kernels/slices.py): zero between calls.
+def scratch_of(
+    state: FoldState | WindowState | None, slices: int, draws: bool, entries: int, head_dim: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """What a call's programs tell each other, zero between calls; None for what they have not to tell.
+
+    With several `slices` to an entry, its pooled row in the making, as words of 8 bytes, and the tickets drawn for it
+    (kernels/slices.py); where programs draw items, the count of those that were drawn (kernels/items.py).
 
     Made by the first call of a size and kept by the state, outgrown ones too, as a CUDA graph may have recorded them. Calls of
     several widths may share it (`again.Scratch`), so it is as large as the largest of each.
     """
-    last, sizes = state._workspaces[-1] if state._workspaces else None, (entries * head_dim, entries)
-    if last is None or last[0].numel() < sizes[0] or last[1].numel() < sizes[1] or last[0].device != state.device:
-        words, tickets = sizes if last is None else (max(x.numel(), n) for x, n in zip(last, sizes, strict=True))
+    if slices == 1 and not draws:
+        return None, None
+    sizes = (entries * head_dim, entries) if slices > 1 else (0, 1)
+    found = state._workspaces[-1] if state._workspaces else None
+    if found is None or found[0].numel() < sizes[0] or found[1].numel() < sizes[1] or found[0].device != state.device:
+        words, tickets = sizes if found is None else (max(x.numel(), n) for x, n in zip(found, sizes, strict=True))
         rows = torch.zeros(words, dtype=torch.int64, device=state.device)
-        made = rows, torch.zeros(tickets, dtype=torch.int32, device=state.device)
-        if rows.is_cuda and torch.cuda.is_current_stream_capturing():
-            state._recorded.append(made)  # zeroed by replays of the graph and by nothing else, so for this call in it alone
-            return made
-        state._workspaces.append(made)
-    return state._workspaces[-1]
+        found = rows, torch.zeros(tickets, dtype=torch.int32, device=state.device)
+        # What a graph records is zeroed by its replays and by nothing else, so it is for this call in the graph alone.
+        recorded = rows.is_cuda and torch.cuda.is_current_stream_capturing()
+        (state._recorded if recorded else state._workspaces).append(found)
+    return found[0] if slices > 1 else None, found[1]

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -21,6 +18,7 @@ from ..spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
 from ..storage.formats import FORMATS
 from .asked import asked_of
 from .choices import FLOATS, check_all, check_choices, check_formats, check_workers, defined_for, processes, several
+from .files import has_digest, is_file, unfinished
 from .report import AotKernel, AotReport
 
 if TYPE_CHECKING:
@@ -28,6 +26,7 @@ if TYPE_CHECKING:
 
 JSON, TABLE = "kernels.json", "kernels.txt"
 OURS = re.compile(r"kernels\.txt|\w[\w.+-]*\.(cubin|hsaco)")  # names that `aot` gives, and no paths
+MADE = re.compile(rf"{OURS.pattern}|kernels\.json")
 MOST_JSON = 1 << 26  # bytes; of all kernels of V4 it has half a megabyte
 MEASURED = "sm_90"  # where rows of the table were chosen by measurement, and so what they spill
 
@@ -52,16 +51,17 @@ def aot(
     calls load, in all the ways that they are launched.
 
     Which kernels: every row of the table of configurations that a spec can reach, so any `max_new_tokens` and number of
-    windows, over `FoldState` and `WindowState`, `store`, `restore` and `StepPlan.update`; `compress_many` where `specs` has
-    both `V4_CSA` and `V4_INDEXER`: each indexer format with `fp8_ds_mla`, or where `formats` has not that one, with every main
-    format. Steps that leave snapshots, take values and scores from two tensors, or, without ape, leave latents are compiled
-    without a cache if None is among the formats, else with each; so are rings and tables of an engine's metadata. Without a
-    gate there is a kernel with latents and one without for each format. `store` without a plan is compiled for slots and
-    positions in int64, for one cache and for one more of plain rows. All of it with fp32 state, weights and pooled rows,
-    addresses that are multiples of 16 and, on sm_90 and newer, as dependent launches. Not compiled: other dtypes of those and
-    other launches, what of the above comes together otherwise, `project_compress`, and `store` again for a spec that differs
-    in the ratio alone. `calls` is for all of these, and for exactly what an engine needs.
-    Default: what DeepSeek-V4 has, about 200 kernels and several minutes of two cores. An engine names its formats.
+    windows, over `FoldState`, and over `WindowState` with pages of any size; `store`, `restore` and `StepPlan.update`;
+    `compress_many` where `specs` has both `V4_CSA` and `V4_INDEXER`: each indexer format with `fp8_ds_mla`, or where `formats`
+    has not that one, with every main format. Steps that leave snapshots, take values and scores from two tensors, or, without
+    ape, leave latents are compiled without a cache if None is among the formats, else with each; so are rings and tables of an
+    engine's metadata, of any of these pages. Without a gate there is a kernel with latents and one without for each format.
+    `store` without a plan is compiled for slots and positions in int64, for one cache and for one more of plain rows. All of it
+    with fp32 state, weights and pooled rows, plans with entry slots, addresses that are multiples of 16 and, on sm_90 and
+    newer, as dependent launches. Not compiled: other dtypes of those and other launches, what of the above comes together
+    otherwise, `project_compress`, and `store` again for a spec that differs in the ratio alone. `calls` is for all of these,
+    and for exactly what an engine needs.
+    Default: what DeepSeek-V4 has, about 1,000 kernels and half an hour of two cores. An engine names its formats.
 
     Args:
         target: sm_80, sm_89, sm_90, sm_100, sm_103, sm_120, gfx942 or gfx950.
@@ -128,8 +128,7 @@ def aot(
         if name not in old and os.path.lexists(folder / name):
             raise ValueError(f"out_dir must not have a {name} that aot did not write or that was changed since, got {folder}")
     folder.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=".aot-", dir=folder))
-    try:
+    with unfinished(folder, ".aot-", MADE) as beside:
         became: dict[str, AotKernel | str] = {}
         for one, found in zip(wanted, _compile(wanted, target, beside, strict, workers), strict=True):
             became[one.name] = found
@@ -144,8 +143,6 @@ def aot(
             (folder / name).unlink(missing_ok=True)
         for name in (*(kernel.file for kernel in made), TABLE, JSON):
             os.replace(beside / name, folder / name)  # takes the place of a link, and follows none
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return report
 
 
@@ -163,7 +160,9 @@ def _attempt(target: str, folder: Path, strict: bool | None, one: Kernel) -> Aot
     """The kernel, or why it did not compile."""
     from . import combinations as kernels
 
-    allowed = {None: one.spills if target == MEASURED else None, True: 0, False: None}[strict]
+    allowed = 0 if strict else None
+    if strict is None and target == MEASURED:
+        allowed = one.spills
     try:
         return kernels.build(one, target, folder, allowed)
     except Exception as error:  # whatever a compiler raises: the others shall be compiled
@@ -177,7 +176,7 @@ def _earlier(folder: Path, target: str) -> tuple[list[str], list[str]]:
     if not os.path.lexists(folder / JSON):
         return [], []
     foreign = f"out_dir must be a folder without other {JSON}, got {folder} with one that aot did not write"
-    if not _is_file(folder / JSON) or (folder / JSON).stat().st_size > MOST_JSON:
+    if not is_file(folder / JSON) or (folder / JSON).stat().st_size > MOST_JSON:
         raise ValueError(foreign)
     try:
         report = json.loads((folder / JSON).read_text())
@@ -190,14 +189,5 @@ def _earlier(folder: Path, target: str) -> tuple[list[str], list[str]]:
     if was != target:
         raise ValueError(f"out_dir must be another for each target, got {folder}, where the kernels of {was} are")
     there = [name for name in recorded if OURS.fullmatch(name) and os.path.lexists(folder / name)]
-    same = [name for name in there if _is_file(folder / name) and _digest(folder / name) == recorded[name]]
+    same = [name for name in there if has_digest(folder / name, recorded[name])]
     return same, [name for name in there if name not in same]
-
-
-def _is_file(path: Path) -> bool:
-    """Whether it is a regular file, and no link to one."""
-    return path.is_file() and not path.is_symlink()
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

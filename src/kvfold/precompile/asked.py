@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..backend_triton.keys import Key
 from .choices import several
 from .wanted import keys_of
 from .warmup import warmup
-
-if TYPE_CHECKING:
-    from ..backend_triton.keys import Key
 
 
 def asked_of(calls: Iterable[Mapping[str, Any]]) -> list[tuple[list[Key], Callable[[Key], bool]]]:

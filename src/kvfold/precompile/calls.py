@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ..backend_triton.build import Variant
-from ..backend_triton.keys import Key, PairKey, PlanKey, RestoreKey
+from ..backend_triton.keys import Key, PairKey, PlanKey, RestoreKey, WindowKey
 from ..backend_triton.variants import variant_of
 from ..training.variants import TrainingKey
 from .words import words_of
@@ -26,13 +26,19 @@ class CallKernel:
 
     @property
     def spills(self) -> int:
-        """Bytes that a thread may spill on sm_90, by the row of the table."""
-        if isinstance(self.key, PairKey):
-            return self.key.first.config.pair_spills
-        return getattr(getattr(self.key, "config", None), "spills", 0)
+        return spills_of(self.key)
 
     def variant(self, pdl: bool = False) -> Variant:
         return variant_of(self.key, True, pdl and self.dependent)
+
+
+def spills_of(key: Key) -> int:
+    """Bytes that a thread may spill on sm_90, by the row of the table."""
+    if isinstance(key, PairKey):
+        return key.first.config.pair_spills
+    if isinstance(key, WindowKey) and key.tables != "plain":
+        return key.config.engine_spills
+    return getattr(getattr(key, "config", None), "spills", 0)
 
 
 def kernels_of(asked: Iterable[tuple[list[Key], Callable[[Key], bool]]]) -> list[CallKernel]:

@@ -1,14 +1,14 @@
 """Ahead-of-time compilation, for GPUs that need not be there: which kernels there are, and one of them to a file.
 
-What is compiled follows the tables: every row of `configs.CONFIGS`, for each spec that it serves, with every format defined
-for that spec.
+What is compiled follows the table: every row of `table.CONFIGS`, for each spec that it serves, with every format defined for
+that spec.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
 from .._version import __version__
-from ..backend_triton import table as configs
+from ..backend_triton import table
 from ..backend_triton.build import Variant
 from ..backend_triton.keys import (
     TABLES,
@@ -28,6 +28,7 @@ from ..backend_triton.keys import (
     RestoreKey,
     Types,
     kind_of,
+    page_sizes,
     plan_key,
     snapshot_rows,
     step_key,
@@ -41,7 +42,7 @@ from ..spec import V4_CSA, V4_HCA, V4_INDEXER, V41_INDEX_K, V41_MAIN_R1, V41_MAI
 from ..storage.fold_state import state_kind
 from ..storage.formats import FORMATS, RecordFormat
 from ..storage.snapshots import Snapshots
-from .calls import CallKernel
+from .calls import CallKernel, spills_of
 from .choices import fits
 from .report import AotKernel
 from .resources import resources
@@ -111,13 +112,10 @@ class Combination:
 
     @property
     def spills(self) -> int:
-        """Bytes that a thread may spill on sm_90, by the row of the table."""
-        if self.config is None:
-            return 0
-        return self.config.spills if self.other is None else self.config.pair_spills
+        return spills_of(self.key())
 
     def variant(self, pdl: bool = False) -> Variant:
-        """As dispatch builds it for fp32 state, weights and, without a cache, rows."""
+        """As calls get it for fp32 state, weights and, without a cache, rows."""
         return variant_of(self.key(), True, pdl)
 
     def key(self) -> Key:
@@ -152,7 +150,7 @@ def combinations(
     formats: tuple[RecordFormat | None, ...] = (None, *FORMATS.values()),
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,),
 ) -> Iterator[Combination]:
-    """Every kernel that dispatch can choose for these, but for the dtypes of state and weights: each once."""
+    """Every kernel that calls over these can get, but for the dtypes of state and weights: each once."""
     found: dict[Key, Combination] = {}
     for one in _all(specs, formats, dtypes):
         found.setdefault(one.key(), one)
@@ -169,7 +167,7 @@ def _all(
         # Pages of fold rows may end inside windows.
         for page_size in (spec.ratio, 1) if state_kind(spec) == "fold" else (spec.ratio,):
             yield Combination("restore", spec, page_size=page_size)
-    for config in configs.CONFIGS:
+    for config in table.CONFIGS:
         for i, spec in enumerate(specs):
             if not reaches(config, spec):
                 continue
@@ -181,30 +179,23 @@ def _all(
                     yield Combination("ungated", spec, fmt, config, dtype=dtype)
                     yield Combination("ungated", spec, fmt, config, latent=True, dtype=dtype)
                 continue
+            few = (None,) if None in fitting else fitting
             if config.kind == "mean":
-                for dtype, fmt, apart in product(dtypes, (None,) if None in fitting else fitting, (False, True)):
+                for dtype, fmt, apart in product(dtypes, few, (False, True)):
                     yield Combination("mean", spec, fmt, config, apart=apart, dtype=dtype)
                 continue
+            latents = (False,) if spec.has_ape else (False, True)  # as in V4.1, whose index keys are made of them
             for dtype in dtypes:
+                if config.kind == "window":
+                    yield from _windows(Combination("window", spec, config=config, dtype=dtype), fitting, few, latents)
+                    continue
                 for fmt in fitting:
-                    page_size = spec.ratio if config.kind == "window" and fmt is not None else 1
-                    yield Combination(config.kind, spec, fmt, config, page_size=page_size, dtype=dtype)
-                # How tables are read has nothing to do with the format.
-                for tables in TABLES[1:] if config.kind == "window" else ():
-                    for fmt in (None,) if None in fitting else fitting[-1:]:
-                        yield Combination("window", spec, fmt, config, page_size=1, dtype=dtype, tables=tables)
+                    yield Combination(config.kind, spec, fmt, config, dtype=dtype)
                 # With snapshots a call takes the row for many windows (`step_key`).
-                for fmt in (None,) if None in fitting else fitting:
-                    if config.kind != "window" and config.bucket == ANY and any(snapshot_rows(spec)):
-                        yield Combination(config.kind, spec, fmt, config, snapshots=True, dtype=dtype)
-                for fmt in (None,) if None in fitting else fitting:
-                    yield Combination(config.kind, spec, fmt, config, apart=True, dtype=dtype)
-                if not spec.has_ape:  # as in V4.1, whose index keys are made of latents
-                    for apart, fmt in product((False, True), (None,) if None in fitting else fitting):
-                        yield Combination(config.kind, spec, fmt, config, latent=True, apart=apart, dtype=dtype)
-                    both = {"latent": True, "apart": True, "dtype": dtype}
-                    for tables in TABLES[1:] if config.kind == "window" and None in fitting else ():
-                        yield Combination("window", spec, None, config, tables=tables, **both)
+                for fmt in few if config.bucket == ANY and any(snapshot_rows(spec)) else ():
+                    yield Combination(config.kind, spec, fmt, config, snapshots=True, dtype=dtype)
+                for latent, apart, fmt in product(latents, (False, True), few):
+                    yield Combination(config.kind, spec, fmt, config, latent=latent, apart=apart, dtype=dtype)
                 if (config.kind, spec) == ("rows", V4_CSA) and V4_INDEXER in specs:
                     yield from _pairs(config, formats, dtype)
 
@@ -218,6 +209,17 @@ def of_training(
     """Every kernel of training calls with so many rows of kv_score."""
     words = tuple((spec, tuple(spec_words(spec))) for spec in specs)
     return training_kernels(words, formats, dtypes, tokens)
+
+
+def _windows(
+    one: Combination, formats: list[RecordFormat | None], few: Sequence[RecordFormat | None], latents: tuple[bool, ...]
+) -> Iterator[Combination]:
+    """How windows lie on pages with every format, and with all else that a call may have without a cache, or with `few`."""
+    sizes = page_sizes(one.spec)
+    for page_size, fmt in product(sizes, formats):
+        yield replace(one, page_size=page_size, fmt=fmt)
+    for page_size, tables, latent, apart, fmt in product(sizes, TABLES, latents, (False, True), few):
+        yield replace(one, page_size=page_size, tables=tables, latent=latent, apart=apart, fmt=fmt)
 
 
 def _stores(spec: CompressorSpec, formats: list[RecordFormat], config: Config) -> Iterator[Combination]:

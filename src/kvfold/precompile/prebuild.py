@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import shutil
-import tempfile
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import as_completed
 from functools import partial
@@ -15,14 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
 from ..arguments.checks import check_int, check_type
+from ..backend_triton.table import MULTIPROCESSORS
 from .asked import asked_of
 from .choices import check_progress, check_workers, processes
+from .files import has_digest, unfinished
 
 if TYPE_CHECKING:
     from ..backend_triton.build import Variant
     from ..backend_triton.prebuilt import Binary
 
-MULTIPROCESSORS = 132  # of an H100 SXM, an H200 and a GH200
+OURS = re.compile(r"[0-9a-f]{64}|prebuilt\.json")  # names of a package's files
 
 
 def prebuild(
@@ -43,10 +43,10 @@ def prebuild(
 
     Args:
         target: as of `aot`.
-        out_dir: the folder, made if it is not there. An earlier package in it is replaced when all is compiled; other files
-            are left alone.
+        out_dir: the folder, made if it is not there. An earlier package in it is replaced when all is compiled, what a run
+            that was killed left in `.prebuild-*` is removed, and other files are left alone.
         calls: for each call of `warmup` its arguments by name, but for `device`, `workers` and `progress`.
-        multiprocessors: of the GPU; kernels for many windows know it.
+        multiprocessors: of the GPU; kernels for many windows know it. Default: 132, of an H100 SXM, an H200 and a GH200.
         workers: processes that compile at once, as of `aot`. They are spawned: a script calls this under `if __name__ ==
             "__main__"`.
         progress: called after each kernel with how many are done, of how many, and a name.
@@ -88,8 +88,7 @@ def prebuild(
     if not wanted:
         raise ValueError("calls must have one kernel at least, got none")
     folder.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=".prebuild-", dir=folder))
-    try:
+    with unfinished(folder, ".prebuild-", OURS) as beside:
         found: dict[str, Binary] = {}
         for variant, made in _compile(list(wanted), target, beside, workers):
             found |= made
@@ -100,8 +99,6 @@ def prebuild(
         (beside / prebuilt.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         for name in (*{kernel.sha256 for kernel in found.values()}, prebuilt.MANIFEST):
             os.replace(beside / name, folder / name)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     for name in before - {kernel.sha256 for kernel in found.values()}:
         (folder / name).unlink(missing_ok=True)
     return len(found)
@@ -145,28 +142,24 @@ def _earlier(folder: Path) -> set[str]:
     package = prebuilt.read(folder)
     if package.damaged:
         raise ValueError(f"out_dir must be a folder without other {prebuilt.MANIFEST}, got {folder}: {package.damaged}")
-    return {kernel.sha256 for kernel in package.kernels.values() if _is(folder / kernel.sha256, kernel.sha256)}
-
-
-def _is(path: Path, sha256: str) -> bool:
-    return path.is_file() and not path.is_symlink() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+    return {kernel.sha256 for kernel in package.kernels.values() if has_digest(folder / kernel.sha256, kernel.sha256)}
 
 
 def _compile(wanted: list[Variant], target: str, folder: Path, workers: int) -> Iterator[tuple[Variant, dict[str, Binary]]]:
     """What each became, as they come."""
-    one, workers = partial(_one, target, folder), min(workers, len(wanted))
+    build, workers = partial(_build, target, folder), min(workers, len(wanted))
     if workers == 1:
-        yield from ((variant, one(variant)) for variant in wanted)
+        yield from ((variant, build(variant)) for variant in wanted)
         return
     with processes(workers) as pool:
-        jobs = {pool.submit(one, variant): variant for variant in wanted}
+        jobs = {pool.submit(build, variant): variant for variant in wanted}
         try:
             yield from ((jobs[job], job.result()) for job in as_completed(jobs))
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _one(target: str, folder: Path, variant: Variant) -> dict[str, Binary]:
+def _build(target: str, folder: Path, variant: Variant) -> dict[str, Binary]:
     """Compiles one kernel and writes its binary."""
     from ..backend_triton import prebuilt
     from .combinations import TARGETS

@@ -24,12 +24,12 @@ class TrainingKernel:
 
     words: tuple[str, ...]
     fmt: RecordFormat | None
-    wanted: TrainingKey
+    key: TrainingKey
 
     @property
     def name(self) -> str:
         """Says all that kernels of one selection can differ in, so no two have the same."""
-        key, config = self.wanted, self.wanted.config
+        key, config = self.key, self.config
         kernel, forward = config.kernel, config.kernel in ("forward", "entries", "read")
         parts = [f"train_{kernel}", *self.words]
         if forward:
@@ -47,7 +47,7 @@ class TrainingKernel:
 
     @property
     def config(self) -> Config:
-        return self.wanted.config
+        return self.key.config
 
     @property
     def spills(self) -> int:
@@ -55,7 +55,7 @@ class TrainingKernel:
         return self.config.spills
 
     def variant(self, pdl: bool = False) -> Variant:
-        return variant_of(self.wanted, True, pdl)
+        return variant_of(self.key, True, pdl)
 
 
 def training_kernels(

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from itertools import product
+from typing import Any
 
 import torch
 
 from ..arguments.checks import check_int, check_switch, check_type
+from ..backend_triton import keys
+from ..backend_triton.keys import Key
 from ..contract import INT32_MAX, check_hidden_dim
 from ..spec import CompressorSpec
 from ..storage.formats import RecordFormat
 from .choices import FLOATS, INDICES, check_all, check_choices, check_formats, defined_for, fits, several
 
-if TYPE_CHECKING:
-    from ..backend_triton.keys import Key
-
 STATES = ("fold", "mean", "window")
 WEIGHTS = ("bf16", "fp8")
-PLANS = ("plain", "engine", "ring")  # as `backend_triton.keys.TABLES`, which imports triton
 
 
 def keys_of(calls: dict[str, Any]) -> tuple[list[Key], Callable[[Key], bool]]:
@@ -33,7 +32,7 @@ def keys_of(calls: dict[str, Any]) -> tuple[list[Key], Callable[[Key], bool]]:
     state_dtypes, states = choices("state_dtypes", FLOATS), choices("states", STATES)
     rows = choices("rows", (None, *FLOATS))
     snapshots, latents, apart = (choices(name, (False, True)) for name in ("snapshots", "latents", "apart"))
-    plans = choices("plans", PLANS)
+    plans = choices("plans", keys.TABLES)
     rows_of_training = several("training", calls["training"])
     for tokens in rows_of_training:
         check_int("training", tokens, 0, INT32_MAX)
@@ -42,7 +41,7 @@ def keys_of(calls: dict[str, Any]) -> tuple[list[Key], Callable[[Key], bool]]:
     pages = None if calls["page_sizes"] is None else several("page_sizes", calls["page_sizes"])
     for name, sizes in (("max_new_tokens", steps), ("page_sizes", pages or ())):
         for size in sizes:
-            check_int(name, size, 1, (1 << 31) - 1)
+            check_int(name, size, 1, INT32_MAX)
     slots, positions = choices("slot_dtypes", INDICES), choices("position_dtypes", INDICES)
     together = [check_formats(f"also[{i}]", pair) for i, pair in enumerate(several("also", calls["also"]))]
     pairs = [_pair(i, pair) for i, pair in enumerate(several("many", calls["many"]))]
@@ -52,14 +51,13 @@ def keys_of(calls: dict[str, Any]) -> tuple[list[Key], Callable[[Key], bool]]:
         check_int("hidden_dims", width, 1, INT32_MAX)
         check_hidden_dim("hidden_dims", width)
     if hidden_dims:  # what projections make
-        dtypes = tuple(dict.fromkeys((*dtypes, *(torch.bfloat16 if some else torch.float32 for some in rounded))))
+        dtypes = tuple(dict.fromkeys((*dtypes, *(torch.bfloat16 if to_bf16 else torch.float32 for to_bf16 in rounded))))
     pdl, round_inputs = calls["pdl"], calls["round_inputs"]
     check_switch("pdl", pdl)
     check_type("round_inputs", round_inputs, bool)
     chosen = defined_for(specs, names)
-    stored = [(*one, some) for i, pair in enumerate(together) for one in _stored(i, pair, specs) for some in rows]
+    stored = [one for i, pair in enumerate(together) for one in _stored(i, pair, specs)]
 
-    from ..backend_triton import keys
     from ..training.keys import Calls, TrainingKey, training_keys
 
     w = keys.Wanted(
@@ -70,13 +68,13 @@ def keys_of(calls: dict[str, Any]) -> tuple[list[Key], Callable[[Key], bool]]:
     if not all(spec.gate for spec in specs):
         found += keys.plan_keys({1}, STATES, plans)  # with slots or without
     for spec, fmt in chosen:
-        for some in rows:
-            found += keys.store_keys(spec, fmt, w, some)
-            found += keys.step_keys(spec, fmt, w, some) if "fold" in states or not spec.gate else ()
-            found += keys.mean_keys(spec, fmt, w, some) if "mean" in states else ()
-            found += keys.window_keys(spec, fmt, w, some, pages) if "window" in states and spec.gate else ()
-    for spec, fmt, second, some in stored:
-        found += keys.store_keys(spec, fmt, w, some, second)
+        for dtype in rows:
+            found += keys.store_keys(spec, fmt, w, dtype)
+            found += keys.step_keys(spec, fmt, w, dtype) if "fold" in states or not spec.gate else ()
+            found += keys.mean_keys(spec, fmt, w, dtype) if "mean" in states else ()
+            found += keys.window_keys(spec, fmt, w, dtype, pages) if "window" in states and spec.gate else ()
+    for (spec, fmt, second), dtype in product(stored, rows):
+        found += keys.store_keys(spec, fmt, w, dtype, second)
     for spec in specs:
         found += keys.project_keys(spec.kv_score_width, hidden_dims, rounded, (1, 2) if spec.gate else (1,), weights)
     for pair in pairs:

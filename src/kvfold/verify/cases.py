@@ -75,7 +75,7 @@ class Result:
 
 
 def verify(cases: Iterable[Case]) -> Iterator[Result]:
-    """Runs cases one by one. An error in one is its result, and the others run all the same."""
+    """Runs cases one by one. An error in one, or a call that would exit, is its result, and the others run all the same."""
     for case in cases:
         if case.skip:
             yield Result(case.group, case.name, "", 0.0, skipped=case.skip)
@@ -85,7 +85,7 @@ def verify(cases: Iterable[Case]) -> Iterator[Result]:
             figure = case.run()
         except Mismatch as error:
             problem = str(error)
-        except Exception as error:  # a kernel that does not compile here is what the user wants to know
+        except (Exception, SystemExit) as error:  # a kernel that does not compile here is what the user wants to know
             problem = f"{type(error).__name__}: {error}"
         yield Result(case.group, case.name, figure, time.perf_counter() - begin, problem)
 

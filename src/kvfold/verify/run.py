@@ -122,7 +122,7 @@ def run_case(case: RandomCase, place: Place) -> Outcome:
         exec(compile(text, f"case {case.index} of seed {case.seed}", "exec"), {"__name__": "kvfold_case"})
     except (Mismatch, AssertionError) as error:
         problem = str(error)
-    except Exception as error:  # whatever a call raises where it should not is what is looked for
+    except (Exception, SystemExit) as error:  # whatever a call raises where it should not is what is looked for
         problem = f"{type(error).__name__}: {error}"
     return Outcome(case.index, labels(case), time.perf_counter() - begin, problem, text if problem else "")
 
