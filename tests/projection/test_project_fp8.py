@@ -218,6 +218,15 @@ def test_input_rows_in_bf16(backend: Backend) -> None:
     assert torch.equal(kept.run(hidden, [4] * 5, weight=weight, round_kv_score=True), right)
 
 
+@pytest.mark.parametrize("rows", [[64, 256], [128, 64], [128, 256]])
+def test_a_weight_is_split_where_blocks_begin(rows: list[int]) -> None:
+    """And nowhere else, where its numbers would get scales of other blocks."""
+    weight = scaled_weight(320, 256)
+    assert torch.equal(torch.cat([part.dequantized() for part in weight.split([128, 128, 64])]), weight.dequantized())
+    with pytest.raises(ValueError, match=r"^rows must be"):
+        weight.split(rows)
+
+
 def test_tests_draw_what_differs() -> None:
     """Codes of all kinds, scales of all blocks, and weights of every seed are not alike."""
     weight = scaled_weight(256, 448)
