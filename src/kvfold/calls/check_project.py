@@ -108,6 +108,8 @@ def check_product(p: Projection, kv_scores: Sequence[torch.Tensor]) -> None:
             if not p.scaled and getattr(x, "dtype", None) is torch.float8_e4m3fn:
                 raise TypeError(f"{name} must be torch.bfloat16, or a kvfold.ScaledWeight, got {x.dtype} without scales")
             check_tensor(one, x, shape, dtypes, p.hidden.device)
+            if x.data_ptr() % x.element_size():  # kernels count in elements from one tensor to the next
+                raise ValueError(f"{one} must begin at a multiple of its element size, {x.element_size()} bytes")
 
 
 def _named(p: Projection, widths: Sequence[int]) -> list[tuple[str, Weight, int]]:
