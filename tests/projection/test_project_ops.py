@@ -96,6 +96,18 @@ def test_real_tensors_beside_fake_ones(fp8: bool) -> None:
         kvfold.project_compress(hidden, weight, *given, kv_score=kv_score, **one.given)
 
 
+def test_what_is_no_tensor_is_named() -> None:
+    """In a trace, too, whose operator takes lists of tensors."""
+    with FakeTensorMode():
+        one = Projected(FOLD, BACKENDS["torch"], 256)
+        half = kvfold.ScaledWeight(torch.empty(32, 256, dtype=torch.float8_e4m3fn), torch.empty(1, 2))
+        for i, name in ((0, "codes"), (1, "scales")):
+            weight = [half, half]
+            weight[i] = half._replace(**{name: None})
+            with pytest.raises(TypeError, match=rf"^weight\[{i}\]\.{name} must be a Tensor, got NoneType"):
+                one.step(hidden_states(4, 256), [(0, 0, 4)], tuple(weight))
+
+
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 def test_opcheck(fp8: bool) -> None:
     """The operator says of itself what it mutates, by torch's own checks."""

@@ -112,6 +112,13 @@ def check_product(p: Projection, kv_scores: Sequence[torch.Tensor]) -> None:
                 raise ValueError(f"{one} must begin at a multiple of its element size, {x.element_size()} bytes")
 
 
+def check_tensors(p: Projection, widths: Sequence[int]) -> None:
+    """Names what is no tensor in a weight, which an operator cannot."""
+    for name, weight, _ in _named(p, widths):
+        for one, x in tensors_of(name, weight):
+            check_type(one, x, torch.Tensor)
+
+
 def _named(p: Projection, widths: Sequence[int]) -> list[tuple[str, Weight, int]]:
     """Weights, with the names that errors have for them, and how many rows they must have."""
     if p.stacked is not None:
