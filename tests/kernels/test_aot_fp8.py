@@ -53,6 +53,23 @@ for row in TILINGS:
             found += set(re.findall(r"cp\\.async\\.c[ag]|ld\\.global(?:\\.c[ag])?", compiled.asm["ptx"]))
 print(json.dumps(found))
 """
+TOO_DEEP = """
+from dataclasses import replace
+import torch
+from triton.compiler.errors import CompilationError
+from kvfold.backend_triton.keys import ProjectKey
+from kvfold.backend_triton.table import SCALED
+from kvfold.backend_triton.variants import variant_of
+from kvfold.precompile.combinations import TARGETS
+
+for scaled in (False, True):
+    key = ProjectKey(8192, replace(SCALED[0], depth=256, stages=2), 1, torch.float32, False, scaled)
+    try:
+        variant_of(key, True, True).compile(TARGETS["sm_90"])
+        print("compiled")
+    except CompilationError:
+        print("refused")
+"""
 ROOM = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64, "gfx950": 160}
 
 
@@ -74,3 +91,8 @@ def test_they_compile(target: str, tmp_path: Path) -> None:
 def test_weights_made_by_the_launch_before_are_read_past_the_l1_cache(tmp_path: Path) -> None:
     """It may hold what stood there before, as the product starts early (`pdl.load_plan`)."""
     assert set(json.loads(python(tmp_path, PAST_L1))) == {"cp.async.cg", "ld.global.cg"}
+
+
+def test_a_tile_of_two_blocks_is_refused(tmp_path: Path) -> None:
+    """In FP8, as it has one scale for each column."""
+    assert python(tmp_path, TOO_DEEP).split() == ["compiled", "refused"]

@@ -34,12 +34,12 @@ def tiles_at(w_at, s_at, x_at, there, k, DEPTH: tl.constexpr, HOW: tl.constexpr,
 
     Past the L1 cache, as the launch before this one may have made the weights (weights.py): see `pdl.load_plan`.
     """
+    tl.static_assert(not P.SCALED or BLOCK % DEPTH == 0, "a tile has one scale for each column")
     d = k + tl.arange(0, DEPTH)
     if P.CHUNK * CHUNKS == P.HIDDEN_DIM:
         w = tl.load(w_at[:, None] + d[None, :], cache_modifier=".cg")
         x = tl.load(x_at[:, None] + d[None, :], mask=there[:, None], other=0.0, cache_modifier=".cg")
         if P.SCALED:
-            # One scale for each column: a tile of DEPTH begins at a multiple of DEPTH, which divides a block.
             w = scaled(w, tl.load(s_at + k // BLOCK)[:, None], HOW.TARGET)
     else:
         inside = (d < P.HIDDEN_DIM)[None, :]
