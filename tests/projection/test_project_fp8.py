@@ -143,7 +143,7 @@ def test_every_number_of_tokens(backend: Backend) -> None:
 @pytest.mark.parametrize("path", ["tile", "launch"])
 @pytest.mark.parametrize("name", ["fold", "wide"])
 def test_two_tensors(name: str, path: str, form: str, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values and scores; blocks of both begin at their own first rows. Codes at odd addresses; one tensor as both."""
+    """Values and scores; blocks of both begin at their own first rows. Codes of one at an odd address; one tensor as both."""
     if path == "launch":
         monkeypatch.setattr(table, "SCALED", ())
     spec = SPECS[name]
@@ -153,7 +153,7 @@ def test_two_tensors(name: str, path: str, form: str, backend: Backend, monkeypa
     else:
         weights = tuple(moved(scaled_weight(half, 448, seed), backend.device) for seed in (1, 2))
     if form == "odd":
-        weights = tuple(weight._replace(codes=odd(weight.codes)) for weight in weights)
+        weights = weights[0], weights[1]._replace(codes=odd(weights[1].codes))
     if form == "same":
         weights = weights[:1] * 2
     for given in (weights, weights[::-1]):
