@@ -14,7 +14,9 @@ from torch import Tensor
 import kvfold
 from kvfold import ScaledWeight, reference
 from kvfold.backend_triton import launch_product, table
+from kvfold.backend_triton.keys import AddKey, DequantizeKey, ProjectKey
 from kvfold.contract import projected_worst
+from kvfold.storage.step import Projection
 from kvfold.testing import Engine, ProjectedEngine, drafts, make_weights
 from kvfold.verify.project import check_cut, hidden_of, kv_score_of, scaled_of
 
@@ -126,6 +128,20 @@ def test_every_row_of_the_table(row: int, backend: Backend, monkeypatch: pytest.
         with monkeypatch.context() as patch:
             patch.setattr(table, "SCALED", tuple(rows[row : row + 1]))
             assert same(kv_score(one, hidden, weight), right)
+
+
+@pytest.mark.parametrize(
+    ("count", "launches"),
+    [(64, "product add"), (65, "dequantize product add"), (512, "dequantize product add"), (513, "dequantize product")],
+)
+def test_launches(count: int, launches: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As docs/projection.md has them, before `compress`."""
+    found: list[str] = []
+    names = {ProjectKey: "product", AddKey: "add", DequantizeKey: "dequantize"}
+    monkeypatch.setattr(launch_product, "launcher_of", lambda key, device: found.append(names[type(key)]) or (lambda *_: None))
+    p = Projection(hidden_states(count, 512), ((scaled_weight(1024, 512),),), False)
+    launch_product.product_triton(p, [torch.empty(count, 1024)], False)
+    assert " ".join(found) == launches
 
 
 def test_every_number_of_tokens(backend: Backend) -> None:
