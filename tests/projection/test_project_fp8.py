@@ -24,6 +24,7 @@ WIDE = replace(FOLD, head_dim=128)  # 256 rows: two blocks, and all codes
 SPECS = {"fold": FOLD, "rows": ROWS, "ungated": ONE, "wide": WIDE}
 CUTS = ([24], [1] * 24, [4] * 6, [3, 8, 1, 12])
 SCALES = (1.0, 0.7, -1.5, 0.0, -0.0, 3e38, 2.0**-126, 1e-41, 1.4e-45, torch.inf, -torch.inf, torch.nan)
+SCALES += (1 + 2**-8, 1 + 3 * 2**-8)  # of which products lie in the middle of two numbers in bf16
 
 
 def numbers(codes: Tensor, scales: Tensor) -> Tensor:
