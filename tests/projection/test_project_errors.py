@@ -94,6 +94,8 @@ def wrong(one: Projected) -> dict[str, tuple[type, str, dict]]:
             {"weight": (half, half._replace(scales=shifted(half.scales)))},
         ),
         "between elements": (ValueError, "weight must begin at a multiple of its element size", {"weight": shifted(weight)}),
+        "elsewhere": (ValueError, "weight must be on cpu", {"weight": weight.to("meta")}),
+        "scales elsewhere": (ValueError, "weight.scales must be on cpu", {"weight": fp8._replace(scales=scales.to("meta"))}),
         "kv_score over codes": (ValueError, "kv_score must not share memory with weight.codes", over_codes),
         "kv_score over scales": (ValueError, "kv_score must not share memory with weight.scales", over_scales),
         "kv_score too short": (ValueError, "kv_score must have 4 rows", {"kv_score": torch.empty(3, WIDTH)}),

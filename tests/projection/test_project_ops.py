@@ -49,8 +49,9 @@ def test_compiled(name: str, fp8: bool, backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
-@pytest.mark.parametrize("stacked", [False, True])
-def test_two_compiled(stacked: bool, fp8: bool, backend: Backend) -> None:
+@pytest.mark.parametrize("form", ["list", "stacked", "halves"])
+def test_two_compiled(form: str, fp8: bool, backend: Backend) -> None:
+    """By a weight for each, by one for both, and by values and scores of one of them apart."""
     hidden = hidden_states(20, 256).to(backend.device)
     eager, traced = ([Projected(spec, backend, 256) for spec in (ROWS, NARROW)] for _ in range(2))
     if fp8:
@@ -58,7 +59,12 @@ def test_two_compiled(stacked: bool, fp8: bool, backend: Backend) -> None:
         use_fp8(*traced)
     weights = [one.weight for one in traced]
     weight = weights
-    if stacked:
+    if form == "halves":
+        halves = [scaled_weight(NARROW.channels, 256, i) for i in (3, 4)]
+        kept = tuple(moved(half, backend.device) if fp8 else half.dequantized().to(backend.device) for half in halves)
+        weight = [weights[0], kept]
+        eager[1].weight = kept
+    if form == "stacked":
         weight = kvfold.ScaledWeight(*map(torch.cat, zip(*weights, strict=True))) if fp8 else torch.cat(weights)
     plan = traced[0].plan([(0, 0, 20)])
 
