@@ -135,8 +135,8 @@ def project_compress(
         hidden: bf16 `[T, hidden_dim]`, a row for each new token, sequence-major as `plan.cu_seqlens` says. hidden_dim is a
             multiple of 64 and at least 256. The last dimension is contiguous, the row stride free.
         weight: bf16 `[2 * channels, hidden_dim]`, contiguous: the rows of the values, then those of the scores; or the two as
-            tensors of their own, `[channels, hidden_dim]` each (a checkpoint's wkv and wgate); without a gate values alone. For
-            each tensor a `ScaledWeight` may stand, in FP8, if it does for both. Not written by the launch right before.
+            tensors of their own, `[channels, hidden_dim]` each (a checkpoint's wkv and wgate); without a gate values alone. Or
+            each is a `ScaledWeight`, in FP8. Not written by the launch right before.
         plan, state, cache, spec, ape, norm_weight, rope, rows, latent, snapshots: as for `compress`.
         kv_score: mutated if given: fp32 or bf16 `[T, 2 * channels]`, receives what was folded. Without it, it need not exist.
         round_kv_score: whether kv_score is rounded to bf16 before it is folded, as where an engine's projection gives bf16.

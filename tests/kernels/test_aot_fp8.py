@@ -36,6 +36,40 @@ for what, key in keys.items():
     ]
 print(json.dumps(found))
 """
+PAST_L1 = """
+import json
+import re
+import torch
+from kvfold.backend_triton.keys import ProjectKey
+from kvfold.backend_triton.table import TILINGS, scaled_tiling
+from kvfold.backend_triton.variants import variant_of
+from kvfold.precompile.combinations import TARGETS
+
+found = []
+for row in TILINGS:
+    if scaled_tiling(row.max_tokens, 1024) is None:
+        for width, aligned in ((512, True), (1024, False), (1024, True)):  # a chunk of one tile has no stages
+            compiled = variant_of(ProjectKey(width, row, 1, torch.float32), aligned, True).compile(TARGETS["sm_90"])
+            found += set(re.findall(r"cp\\.async\\.c[ag]|ld\\.global(?:\\.c[ag])?", compiled.asm["ptx"]))
+print(json.dumps(found))
+"""
+TOO_DEEP = """
+from dataclasses import replace
+import torch
+from triton.compiler.errors import CompilationError
+from kvfold.backend_triton.keys import ProjectKey
+from kvfold.backend_triton.table import SCALED
+from kvfold.backend_triton.variants import variant_of
+from kvfold.precompile.combinations import TARGETS
+
+for scaled in (False, True):
+    key = ProjectKey(8192, replace(SCALED[0], depth=256, stages=2), 1, torch.float32, False, scaled)
+    try:
+        variant_of(key, True, True).compile(TARGETS["sm_90"])
+        print("compiled")
+    except CompilationError:
+        print("refused")
+"""
 ROOM = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64, "gfx950": 160}
 
 
@@ -52,3 +86,13 @@ def test_they_compile(target: str, tmp_path: Path) -> None:
         for kind in ("codes", "bf16"):
             (one, two, four) = (found[f"{kind} {n}"][2:] for n in (1, 2, 4))
             assert one == two == four and one[0] > 2 and one[1] == 0  # asynchronous, in stages
+
+
+def test_weights_made_by_the_launch_before_are_read_past_the_l1_cache(tmp_path: Path) -> None:
+    """It may hold what stood there before, as the product starts early (`pdl.load_plan`)."""
+    assert set(json.loads(python(tmp_path, PAST_L1))) == {"cp.async.cg", "ld.global.cg"}
+
+
+def test_a_tile_of_two_blocks_is_refused(tmp_path: Path) -> None:
+    """In FP8, as it has one scale for each column."""
+    assert python(tmp_path, TOO_DEEP).split() == ["compiled", "refused"]

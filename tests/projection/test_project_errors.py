@@ -14,6 +14,14 @@ CPU = BACKENDS["torch"]
 WIDTH = FOLD.kv_score_width
 
 
+def shifted(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that begins one byte behind a multiple of its element size."""
+    raw = tensor.contiguous().view(torch.uint8).flatten()
+    room = torch.zeros(len(raw) + 9, dtype=torch.uint8)
+    room[9:] = raw
+    return torch.frombuffer(room.numpy(), dtype=tensor.dtype, offset=9).view(tensor.shape)
+
+
 def wrong(one: Projected) -> dict[str, tuple[type, str, dict]]:
     """Of each case the error, how its message begins, and the arguments that are other than in a good call."""
     hidden, weight = hidden_states(4, 512), one.weight
@@ -80,6 +88,14 @@ def wrong(one: Projected) -> dict[str, tuple[type, str, dict]]:
             r"weight\[1\].scales must have shape",
             {"weight": (half, half._replace(scales=torch.ones(1, 3)))},
         ),
+        "scales between elements": (
+            ValueError,
+            r"weight\[1\].scales must begin at a multiple of its element size, 4 bytes",
+            {"weight": (half, half._replace(scales=shifted(half.scales)))},
+        ),
+        "between elements": (ValueError, "weight must begin at a multiple of its element size", {"weight": shifted(weight)}),
+        "elsewhere": (ValueError, "weight must be on cpu", {"weight": weight.to("meta")}),
+        "scales elsewhere": (ValueError, "weight.scales must be on cpu", {"weight": fp8._replace(scales=scales.to("meta"))}),
         "kv_score over codes": (ValueError, "kv_score must not share memory with weight.codes", over_codes),
         "kv_score over scales": (ValueError, "kv_score must not share memory with weight.scales", over_scales),
         "kv_score too short": (ValueError, "kv_score must have 4 rows", {"kv_score": torch.empty(3, WIDTH)}),

@@ -14,7 +14,9 @@ from torch import Tensor
 import kvfold
 from kvfold import ScaledWeight, reference
 from kvfold.backend_triton import launch_product, table
+from kvfold.backend_triton.keys import AddKey, DequantizeKey, ProjectKey
 from kvfold.contract import projected_worst
+from kvfold.storage.step import Projection
 from kvfold.testing import Engine, ProjectedEngine, drafts, make_weights
 from kvfold.verify.project import check_cut, hidden_of, kv_score_of, scaled_of
 
@@ -22,6 +24,7 @@ WIDE = replace(FOLD, head_dim=128)  # 256 rows: two blocks, and all codes
 SPECS = {"fold": FOLD, "rows": ROWS, "ungated": ONE, "wide": WIDE}
 CUTS = ([24], [1] * 24, [4] * 6, [3, 8, 1, 12])
 SCALES = (1.0, 0.7, -1.5, 0.0, -0.0, 3e38, 2.0**-126, 1e-41, 1.4e-45, torch.inf, -torch.inf, torch.nan)
+SCALES += (1 + 2**-8, 1 + 3 * 2**-8)  # of which products lie in the middle of two numbers in bf16
 
 
 def numbers(codes: Tensor, scales: Tensor) -> Tensor:
@@ -128,6 +131,20 @@ def test_every_row_of_the_table(row: int, backend: Backend, monkeypatch: pytest.
             assert same(kv_score(one, hidden, weight), right)
 
 
+@pytest.mark.parametrize(
+    ("count", "launches"),
+    [(64, "product add"), (65, "dequantize product add"), (512, "dequantize product add"), (513, "dequantize product")],
+)
+def test_launches(count: int, launches: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As docs/projection.md has them, before `compress`."""
+    found: list[str] = []
+    names = {ProjectKey: "product", AddKey: "add", DequantizeKey: "dequantize"}
+    monkeypatch.setattr(launch_product, "launcher_of", lambda key, device: found.append(names[type(key)]) or (lambda *_: None))
+    p = Projection(hidden_states(count, 512), ((scaled_weight(1024, 512),),), False)
+    launch_product.product_triton(p, [torch.empty(count, 1024)], False)
+    assert " ".join(found) == launches
+
+
 def test_every_number_of_tokens(backend: Backend) -> None:
     """On both sides of where the weight is made bf16 before."""
     counts = (1, 17, 64, 65) if backend.slow or backend.name == "torch" else (1, 16, 17, 64, 65, 513, 2049)
@@ -143,7 +160,7 @@ def test_every_number_of_tokens(backend: Backend) -> None:
 @pytest.mark.parametrize("path", ["tile", "launch"])
 @pytest.mark.parametrize("name", ["fold", "wide"])
 def test_two_tensors(name: str, path: str, form: str, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values and scores; blocks of both begin at their own first rows. Codes at odd addresses; one tensor as both."""
+    """Values and scores; blocks of both begin at their own first rows. Codes of one at an odd address; one tensor as both."""
     if path == "launch":
         monkeypatch.setattr(table, "SCALED", ())
     spec = SPECS[name]
@@ -153,7 +170,7 @@ def test_two_tensors(name: str, path: str, form: str, backend: Backend, monkeypa
     else:
         weights = tuple(moved(scaled_weight(half, 448, seed), backend.device) for seed in (1, 2))
     if form == "odd":
-        weights = tuple(weight._replace(codes=odd(weight.codes)) for weight in weights)
+        weights = weights[0], weights[1]._replace(codes=odd(weights[1].codes))
     if form == "same":
         weights = weights[:1] * 2
     for given in (weights, weights[::-1]):
@@ -216,6 +233,16 @@ def test_input_rows_in_bf16(backend: Backend) -> None:
     right = Projected(ROWS, backend).run(hidden, [20], weight=weight.dequantized(), round_kv_score=True)
     kept = Projected(ROWS, backend, kept=torch.bfloat16)
     assert torch.equal(kept.run(hidden, [4] * 5, weight=weight, round_kv_score=True), right)
+
+
+@pytest.mark.parametrize("rows", [[64, 256], [128, 64], [128, 256]])
+def test_a_weight_is_split_where_blocks_begin(rows: list[int]) -> None:
+    """And nowhere else, where its numbers would get scales of other blocks."""
+    weight = scaled_weight(320, 256)
+    for all_rows in ([256, 64], [128, 192], [320]):
+        assert torch.equal(torch.cat([part.dequantized() for part in weight.split(all_rows)]), weight.dequantized())
+    with pytest.raises(ValueError, match=r"^rows must be"):
+        weight.split(rows)
 
 
 def test_tests_draw_what_differs() -> None:

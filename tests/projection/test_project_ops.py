@@ -49,8 +49,9 @@ def test_compiled(name: str, fp8: bool, backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
-@pytest.mark.parametrize("stacked", [False, True])
-def test_two_compiled(stacked: bool, fp8: bool, backend: Backend) -> None:
+@pytest.mark.parametrize("form", ["list", "stacked", "halves"])
+def test_two_compiled(form: str, fp8: bool, backend: Backend) -> None:
+    """By a weight for each, by one for both, and by values and scores of one of them apart."""
     hidden = hidden_states(20, 256).to(backend.device)
     eager, traced = ([Projected(spec, backend, 256) for spec in (ROWS, NARROW)] for _ in range(2))
     if fp8:
@@ -58,7 +59,12 @@ def test_two_compiled(stacked: bool, fp8: bool, backend: Backend) -> None:
         use_fp8(*traced)
     weights = [one.weight for one in traced]
     weight = weights
-    if stacked:
+    if form == "halves":
+        halves = [scaled_weight(NARROW.channels, 256, i) for i in (3, 4)]
+        kept = tuple(moved(half, backend.device) if fp8 else half.dequantized().to(backend.device) for half in halves)
+        weight = [weights[0], kept]
+        eager[1].weight = kept
+    if form == "stacked":
         weight = kvfold.ScaledWeight(*map(torch.cat, zip(*weights, strict=True))) if fp8 else torch.cat(weights)
     plan = traced[0].plan([(0, 0, 20)])
 
@@ -94,6 +100,18 @@ def test_real_tensors_beside_fake_ones(fp8: bool) -> None:
     with pytest.raises(TypeError, match=r"^weight must be of FakeTensors like the others, got a real one \(weights\)"):
         given = one.plan([(0, 0, 4)]), one.state, one.cache
         kvfold.project_compress(hidden, weight, *given, kv_score=kv_score, **one.given)
+
+
+def test_what_is_no_tensor_is_named() -> None:
+    """In a trace, too, whose operator takes lists of tensors."""
+    with FakeTensorMode():
+        one = Projected(FOLD, BACKENDS["torch"], 256)
+        half = kvfold.ScaledWeight(torch.empty(32, 256, dtype=torch.float8_e4m3fn), torch.empty(1, 2))
+        for i, name in ((0, "codes"), (1, "scales")):
+            weight = [half, half]
+            weight[i] = half._replace(**{name: None})
+            with pytest.raises(TypeError, match=rf"^weight\[{i}\]\.{name} must be a Tensor, got NoneType"):
+                one.step(hidden_states(4, 256), [(0, 0, 4)], tuple(weight))
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])

@@ -103,6 +103,12 @@ def test_lengths() -> None:
         assert not long, f"{page.name}: {long[0][:60]}"
 
 
+def test_the_design_names_all_operators() -> None:
+    defined = re.findall(r'^_define\("(\w+)"', (ROOT / "src" / "kvfold" / "ops.py").read_text(), re.MULTILINE)
+    said = (ROOT / "DESIGN.md").read_text().split("\n## Operators\n")[1].partition("(`ops.py`")[0]
+    assert set(re.findall(r"`(\w+)`", said)) == set(defined) and len(defined) > 8
+
+
 def test_tests_that_guard_are_collected(request: pytest.FixtureRequest) -> None:
     """Each mistake names a test, and pytest collects every one that is named."""
     parts = (ROOT / "docs" / "mistakes.md").read_text().split("\n## ")[1:]

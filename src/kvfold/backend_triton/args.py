@@ -171,8 +171,9 @@ class Hidden(NamedTuple):
 class Weights(NamedTuple):
     """Of a projection: a row for each of the `columns` of its sums, in up to four tensors one behind the other.
 
-    cut_1, gap_1: from column `cut_1` on, how many elements further a row lies than if it stood behind the one before. scales:
-    where rows are codes, of the first tensor; scales_1: how many elements behind these are those from `cut_1` on.
+    cut_1, gap_1: from column `cut_1` on, how many elements further a row lies than if it stood behind the one before.
+    scales, scales_1: where rows are codes, the scales of the first tensor, and how many elements behind them those of the
+    tensor at `cut_1` begin.
     """
 
     rows: Annotated[Any, "*bf16"] = None

@@ -170,7 +170,8 @@ class Tiling:
     Attributes:
         columns, tokens: of kv_score, in a tile, which is a program's. Columns are at least 64, so that Hopper has one kind of
             instruction for all of them; any value then gives the same bits.
-        depth: numbers of hidden states and weights that a tile takes at once. Any value gives the same bits.
+        depth: numbers of hidden states and weights that a tile takes at once. Any value gives the same bits; of weights in FP8
+            it divides a block.
         parts: programs that share a tile, a part of hidden_dim each: 8, 4 or 1. Any of these gives the same bits.
         stages: of `depth` numbers that are under way at once; fewer on a GPU that has not the room.
         num_warps: per program. Any value gives the same bits.
@@ -228,7 +229,8 @@ def scaled_tiling(tokens: int, columns: int) -> Tiling | None:
 
 
 def tilings(columns: int, scaled: bool = False) -> tuple[tuple[Tiling, bool], ...]:
-    """Those that serve some step, and whether of weights in FP8. scaled: whether those of calls are."""
+    """Those that serve some step, and whether over weights in FP8. scaled: whether calls have such weights, which longer steps
+    make bf16 first."""
     if not scaled:
         return tuple(dict.fromkeys((tiling(row.max_tokens, columns), False) for row in TILINGS))
     found = [scaled_tiling(row.max_tokens, columns) for row in SCALED]

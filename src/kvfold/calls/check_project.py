@@ -108,6 +108,15 @@ def check_product(p: Projection, kv_scores: Sequence[torch.Tensor]) -> None:
             if not p.scaled and getattr(x, "dtype", None) is torch.float8_e4m3fn:
                 raise TypeError(f"{name} must be torch.bfloat16, or a kvfold.ScaledWeight, got {x.dtype} without scales")
             check_tensor(one, x, shape, dtypes, p.hidden.device)
+            if x.data_ptr() % x.element_size():  # kernels count in elements from one tensor to the next
+                raise ValueError(f"{one} must begin at a multiple of its element size, {x.element_size()} bytes")
+
+
+def check_tensors(p: Projection, widths: Sequence[int]) -> None:
+    """Names what is no tensor in a weight, which an operator cannot."""
+    for name, weight, _ in _named(p, widths):
+        for one, x in tensors_of(name, weight):
+            check_type(one, x, torch.Tensor)
 
 
 def _named(p: Projection, widths: Sequence[int]) -> list[tuple[str, Weight, int]]:

@@ -99,7 +99,7 @@ def _plans(*specs: object) -> dict[str, Any]:
     return {"specs": specs, "formats": (None,), "max_new_tokens": (), "states": ("window",), "plans": ("engine",)}
 
 
-# By name, the arguments of each call of `warmup`. Those of "v4" are for norm weights in bf16 and in fp32.
+# By name, the arguments of each call of `warmup`. Those that begin with "v4" are for norm weights in bf16 and in fp32.
 SETS: dict[str, Calls] = {
     "v4": (_v4(BF16), _v4(FP32)),
     "v4-project": (_projected(BF16), _projected(FP32)),

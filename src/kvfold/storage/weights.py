@@ -32,7 +32,16 @@ class ScaledWeight(NamedTuple):
         return (self.codes.float() * by_row.repeat_interleave(SCALE_BLOCK, 1)[:, :width]).bfloat16()
 
     def split(self, rows: Sequence[int]) -> tuple[ScaledWeight, ...]:
-        """Views of so many rows each; all but the last are a multiple of 128."""
+        """Views of so many rows each.
+
+        Raises:
+            ValueError: where a part but the last has no multiple of 128 rows, so that blocks would begin elsewhere, or where
+                the parts are not all rows.
+        """
+        if sum(rows) != len(self.codes) or any(count % SCALE_BLOCK for count in rows[:-1]):
+            raise ValueError(
+                f"rows must be {len(self.codes)} in all, and multiples of {SCALE_BLOCK} but for the last, got {list(rows)}"
+            )
         blocks = [blocks_of(count) for count in rows]
         return tuple(map(ScaledWeight, self.codes.split(list(rows)), self.scales.split(blocks)))
 

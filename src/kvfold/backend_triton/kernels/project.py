@@ -30,18 +30,21 @@ def added(a, b):
 
 @triton.jit
 def tiles_at(w_at, s_at, x_at, there, k, DEPTH: tl.constexpr, HOW: tl.constexpr, P: tl.constexpr):
-    """DEPTH numbers from `k` on of weights and of hidden states, a row for each column and each token that is `there`."""
+    """DEPTH numbers from `k` on of weights and of hidden states, a row for each column and each token that is `there`.
+
+    Past the L1 cache, as the launch before this one may have made the weights (weights.py): see `pdl.load_plan`.
+    """
+    tl.static_assert(not P.SCALED or BLOCK % DEPTH == 0, "a tile has one scale for each column")
     d = k + tl.arange(0, DEPTH)
     if P.CHUNK * CHUNKS == P.HIDDEN_DIM:
-        w = tl.load(w_at[:, None] + d[None, :])
-        x = tl.load(x_at[:, None] + d[None, :], mask=there[:, None], other=0.0)
+        w = tl.load(w_at[:, None] + d[None, :], cache_modifier=".cg")
+        x = tl.load(x_at[:, None] + d[None, :], mask=there[:, None], other=0.0, cache_modifier=".cg")
         if P.SCALED:
-            # One scale for each column: a tile of DEPTH begins at a multiple of DEPTH, which divides a block.
             w = scaled(w, tl.load(s_at + k // BLOCK)[:, None], HOW.TARGET)
     else:
         inside = (d < P.HIDDEN_DIM)[None, :]
-        w = tl.load(w_at[:, None] + d[None, :], mask=inside, other=0)
-        x = tl.load(x_at[:, None] + d[None, :], mask=there[:, None] & inside, other=0.0)
+        w = tl.load(w_at[:, None] + d[None, :], mask=inside, other=0, cache_modifier=".cg")
+        x = tl.load(x_at[:, None] + d[None, :], mask=there[:, None] & inside, other=0.0, cache_modifier=".cg")
         if P.SCALED:
             w = scaled(w, tl.load(s_at + tl.minimum(k, P.HIDDEN_DIM - 1) // BLOCK)[:, None], HOW.TARGET)
             w = tl.where(inside, w, 0.0)  # a scale may be infinite
