@@ -176,6 +176,7 @@ class Tiling:
         stages: of `depth` numbers that are under way at once; fewer on a GPU that has not the room.
         num_warps: per program. Any value gives the same bits.
         group: rows of tiles, of tokens, that programs take side by side. Any value gives the same bits.
+        spills: as of `Config`: of tiles that are not in parts, at the ends of chunks, where a thread has three sums of its own.
     """
 
     max_tokens: int
@@ -187,6 +188,7 @@ class Tiling:
     num_warps: int
     max_columns: int = ANY
     group: int = 1
+    spills: int = 0
 
     def tiles(self, tokens: int, columns: int) -> int:
         """Of a call, each of which `parts` programs share."""
@@ -205,7 +207,7 @@ TILINGS: tuple[Tiling, ...] = (
     Tiling(64, columns=64, tokens=64, depth=64, parts=8, stages=4, num_warps=4),
     Tiling(512, columns=128, tokens=64, depth=64, parts=4, stages=5, num_warps=8, max_columns=1024),
     Tiling(512, columns=64, tokens=128, depth=64, parts=4, stages=4, num_warps=4),
-    Tiling(ANY, columns=128, tokens=128, depth=64, parts=1, stages=4, num_warps=8, group=8),
+    Tiling(ANY, columns=128, tokens=128, depth=64, parts=1, stages=4, num_warps=8, group=8, spills=96),
 )
 
 
