@@ -52,6 +52,9 @@ BAD = {
     "scale without format": ({"cache_scale": torch.ones(1)}, "cache_scale must be None without fake_quant"),
     "scale for none": ({"fake_quant": "bf16", "cache_scale": torch.ones(1)}, "cache_scale must be None as format"),
     "scale": ({"fake_quant": "fp8_tensor", "cache_scale": torch.ones(2)}, "cache_scale must have shape"),
+    "learned scale": (
+        {"fake_quant": "fp8_tensor", "cache_scale": torch.ones(1, requires_grad=True)}, "cache_scale must not require",
+    ),
     "backend": ({"backend": "cuda"}, "backend must be one of"),
     "fp64 records": (
         {"kv_score": rows(dtype=FP64), "ape": torch.zeros(4, 64).double(), "norm_weight": torch.ones(32).double(),
@@ -80,6 +83,16 @@ def test_behind_a_good_call(changed: dict, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         compress(**good | changed)
     compress(**good)
+
+
+@pytest.mark.parametrize("name", ["rope", "cache_scale"])
+def test_what_is_learned_from_a_later_step_on(name: str) -> None:
+    problem = Problem.make(SPECS["csa"], lengths=[12], spare=0)
+    given = problem.given(CPU) | {"fake_quant": "fp8_tensor", "cache_scale": torch.ones(1)}
+    compress(problem.kv_score, problem.packing(CPU.device), **given)
+    given[name].requires_grad_()
+    with pytest.raises(ValueError, match=f"{name} must not require a gradient"):
+        compress(problem.kv_score, problem.packing(CPU.device), **given)
 
 
 def test_a_packing_that_changed() -> None:
