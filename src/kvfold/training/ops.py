@@ -154,6 +154,11 @@ def _differentiate(ctx, d_entries: torch.Tensor, d_latent: torch.Tensor, _d_kept
     return tuple(of.get(name) if is_tensor else None for name, is_tensor in zip(named, ctx.tensors, strict=True))
 
 
+def _refuse(ctx, *gradients: torch.Tensor) -> tuple:
+    """Without it, gradients of gradients would leave out, without a word, what goes through this call."""
+    raise RuntimeError("trying to differentiate kvfold.training.compress twice: it is differentiable once")
+
+
 def _define(name: str, arguments: tuple[str, ...], results: int, run: Callable, fake: Callable) -> str:
     name = f"{NAMESPACE}::{name}"
     schema = f"({', '.join(arguments)}) -> ({', '.join(['Tensor'] * results)})"
@@ -165,7 +170,8 @@ def _define(name: str, arguments: tuple[str, ...], results: int, run: Callable, 
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _NAME = _define("train_compress", INPUTS, 3, _forward, _fake_forward)
-_define(
+_NAME_OF_BACKWARD = _define(
     "train_compress_backward", ("Tensor d_entries", "Tensor d_latent", "Tensor kept", *INPUTS), 4, _backward, _fake_backward
 )
 torch.library.register_autograd(_NAME, _differentiate, setup_context=_setup, lib=_LIBRARY)
+torch.library.register_autograd(_NAME_OF_BACKWARD, _refuse, lib=_LIBRARY)
