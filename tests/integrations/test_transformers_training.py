@@ -44,6 +44,20 @@ def test_gradients_are_those_of_transformers(pair, how):
     assert len(worst) > 20 and max(worst.values()) < 1e-5, worst
 
 
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("cached", [True, False])
+def test_compiled_as_a_whole(pair, train, cached):
+    model = pair[0].train(train)
+    want = gradients(model, use_cache=cached)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    model.zero_grad()
+    compiled(TOKENS, labels=TOKENS, use_cache=cached).loss.backward()
+    got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert max(off(got[name], x) for name, x in want.items()) < 1e-5
+    assert not any(x.any() for name, x in got.items() if name not in want)  # zeros where eager code has none: torch's way
+
+
 @pytest.mark.parametrize("length", [1, 3, 5])
 def test_prompts_shorter_than_a_window(pair, length):
     """Of which several have tokens for one together."""

@@ -41,8 +41,14 @@ class Shape(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def _spec(head_dim: int, ratio: int, overlap: bool, rope_dim: int, norm_eps: float) -> CompressorSpec:
+def _known_spec(*shape: Any) -> CompressorSpec:
+    head_dim, ratio, overlap, rope_dim, norm_eps = shape
     return CompressorSpec(head_dim=head_dim, ratio=ratio, overlap=overlap, rope_dim=rope_dim, norm_eps=norm_eps)
+
+
+@torch.compiler.assume_constant_result  # torch.compile does not trace the json by which a spec tells what it is
+def _spec(head_dim: int, ratio: int, overlap: bool, rope_dim: int, norm_eps: float) -> CompressorSpec:
+    return _known_spec(head_dim, ratio, overlap, rope_dim, norm_eps)
 
 
 def shape_of(part: Any) -> Shape:
