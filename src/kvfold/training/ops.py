@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch._subclasses import FakeTensor
 
-from ..arguments.checks import check_type
+from ..arguments.checks import check_type, makes_fakes
 from ..ops import NAMESPACE
 from ..spec import CompressorSpec
 from ..storage.formats import FORMATS, RecordFormat, get_format
@@ -60,7 +60,7 @@ def compress(
 
 def _check_fakes(tensors: tuple[torch.Tensor | None, ...]) -> None:
     """Outside of their mode, where torch would turn real tensors into such, fake ones stand beside fake ones only."""
-    if torch.compiler.is_compiling() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+    if torch.compiler.is_compiling() or makes_fakes():
         return
     names = "kv_score", "kv_score[1]", "packing", "ape", "norm_weight", "rope", "cache_scale"
     for name, tensor in zip(names, tensors, strict=True):
