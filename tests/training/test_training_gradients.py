@@ -174,6 +174,23 @@ def test_rows_that_overlap(backend: Backend, name: str, stride: int) -> None:
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("name", ["csa", "hca"])
+def test_incoming_gradients_of_any_strides(backend: Backend, name: str) -> None:
+    """As of a sum, which are one number seen many times, and as of a transposed result."""
+    problem = Problem.make(SPECS[name])
+    count, width = len(problem.kv_score) // problem.spec.ratio, problem.spec.head_dim
+    one = torch.full((1, 1), 0.5, device=backend.device).expand(count, width)
+    other = torch.randn(width, count, generator=torch.Generator().manual_seed(2)).to(backend.device).t()
+    for incoming in ((one, other), (other, one)):
+        found = []
+        for given in (incoming, [g.contiguous() for g in incoming]):
+            rows = problem.tokens(backend.device).clone().requires_grad_()
+            results = compress(rows, problem.packing(backend.device), **problem.given(backend), latent=True)
+            torch.autograd.backward(results, given)
+            found.append(rows.grad)
+        assert torch.equal(*found)
+
+
 def test_a_loss_of_latents_alone(backend: Backend) -> None:
     """Or of entries alone: what has no gradient counts as zeros."""
     problem = Problem.make(SPECS["csa"])

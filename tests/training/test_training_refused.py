@@ -104,6 +104,14 @@ def test_a_packing_that_changed() -> None:
         compress(torch.zeros(48, 128), packing, **given)
 
 
+def test_scores_at_half_an_element() -> None:
+    """Kernels reach them from the values, in whole elements."""
+    problem = Problem.make(SPECS["csa"], lengths=[12], spare=0)
+    score = torch.frombuffer(bytearray(12 * 64 * 4 + 2), dtype=torch.float32, offset=2).view(12, 64)
+    with pytest.raises(ValueError, match=r"kv_score\[1\] must begin at a multiple of its element size"):
+        compress((rows(64), score), problem.packing(CPU.device), **problem.given(CPU))
+
+
 def test_scores_without_a_gate() -> None:
     problem = Problem.make(SPECS["v41-r1"], lengths=[4], spare=0)
     with pytest.raises(ValueError, match="kv_score must be values alone"):
