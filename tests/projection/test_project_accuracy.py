@@ -33,3 +33,19 @@ def test_entries(name: str, backend: Backend) -> None:
     entries = one.entries(hidden)
     rows = one.cache.read(torch.arange(len(entries), device=backend.device)).cpu().double()
     assert (rows - entries).abs().max() < 2e-5 * entries.abs().max()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_with_its_token(value: float, backend: Backend) -> None:
+    """All of its kv_score, and no bit of another token's, in the same tile or not; nor a token behind the last one."""
+    good, found = hidden_states(21, 512), []
+    bad = torch.full((25, 512), torch.nan).bfloat16()
+    bad[:21] = good
+    bad[5, 100] = value
+    for hidden in (good, bad[:21]):
+        one = Projected(SPECS["rows"], backend)
+        found.append(torch.empty(21, one.spec.kv_score_width, device=backend.device))
+        one.step(hidden, [(0, 0, 21)], kv_score=found[-1])
+    others = torch.arange(21, device=backend.device) != 5
+    assert torch.equal(found[0][others], found[1][others])
+    assert not found[1][5].isfinite().any()
