@@ -350,3 +350,18 @@ def test_a_crop_that_failed_halfway_is_not_gone_on_from():
     assert [layer.get_seq_length() for layer in cache.layers] == [10, 30, 30]
     with pytest.raises(UnsupportedError, match="layers hold 10, 30, 30 tokens"):
         step(model, ids(1), cache)
+
+
+def test_an_interrupted_call_is_told_of(model):
+    """Ctrl-C runs no hooks, so the cache stays half-way; a step on it is refused and says why."""
+    cache = begun(model, TOKENS[:, :21])
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[0].mlp.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        step(model, TOKENS[:, 21:24], cache)
+    handle.remove()
+    with pytest.raises(UnsupportedError, match=r"layers hold 24, 21 tokens, as after .* a call that was interrupted"):
+        step(model, TOKENS[:, 21:24], cache)
