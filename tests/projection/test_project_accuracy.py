@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from support.helpers import Backend
-from support.project_support import SPECS, Projected, hidden_states
+from support.project_support import SPECS, Projected, hidden_states, weight_of
 
 from kvfold import reference
+from kvfold.backend_torch.project import project_tokens
 from kvfold.contract import projected_worst
 
 
@@ -23,6 +24,21 @@ def test_kv_score(width: int, count: int, backend: Backend) -> None:
     most = hidden.double().abs() @ weight.double().abs().T
     error = (kv_score.cpu().double() - reference.projected(hidden, weight)).abs()
     assert (error <= projected_worst(width) * most).all()
+
+
+@pytest.mark.parametrize("width", [320, 1088])
+def test_the_order_of_sums(width: int) -> None:
+    """The torch backend's, number by number: chunks, pairs of chunks, and the pairs in turn. Products of bf16 are exact."""
+    hidden, weight = hidden_states(3, width).float(), weight_of(SPECS["rows"], width).float().t()
+    chunk, total = -(-width // 8 // 64) * 64, torch.zeros(3, weight.shape[1])
+    for first in range(0, 8 * chunk, 2 * chunk):
+        pair = []
+        for start in (first, first + chunk):
+            pair.append(torch.zeros_like(total))
+            for i in range(start, min(start + chunk, width)):
+                pair[-1] = pair[-1] + hidden[:, i, None] * weight[i]
+        total = total + (pair[0] + pair[1])
+    assert torch.equal(project_tokens(hidden, weight), total)
 
 
 @pytest.mark.parametrize("name", SPECS)
