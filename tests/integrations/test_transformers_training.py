@@ -95,6 +95,18 @@ def test_a_model_learns_and_can_be_unpatched(pair):
     assert off(model(TOKENS).logits.detach(), patched) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["kv_proj.weight", "gate_proj.weight", "position_bias", "kv_norm.weight"])
+def test_one_part_of_a_compressor_is_trained(pair, name):
+    """All else is frozen, also what comes before."""
+    found = []
+    for model in pair:
+        model.requires_grad_(False)
+        weight = compressors(model)[0].get_parameter(name).requires_grad_()
+        model(TOKENS, labels=TOKENS).loss.backward()
+        found.append(weight.grad)
+    assert off(*found) < 1e-5 and found[1].any()
+
+
 def test_the_gradient_of_an_input_in_train_mode(pair):
     found = []
     for model in pair:
