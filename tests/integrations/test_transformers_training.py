@@ -58,6 +58,18 @@ def test_compiled_as_a_whole(pair, train, cached):
     assert not any(x.any() for name, x in got.items() if name not in want)  # zeros where eager code has none: torch's way
 
 
+def test_compiled_again_for_another_epsilon(pair):
+    """Of which torch makes a variable from the second one on."""
+    model, _ = pair
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for eps in (1e-6, 0.25, 0.5):
+        for part in compressors(model):
+            part.kv_norm.variance_epsilon = eps
+        got, want = (call(TOKENS, use_cache=False).logits.detach() for call in (compiled, model))
+        assert off(got, want) < 1e-5
+
+
 @pytest.mark.parametrize("length", [1, 3, 5])
 def test_prompts_shorter_than_a_window(pair, length):
     """Of which several have tokens for one together."""
