@@ -6,6 +6,7 @@ a request's state costs it: with vLLM if that is installed, else with what `make
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +27,8 @@ def describe() -> None:
     if ENGINES.is_dir():
         sys.path += [str(ENGINES / "vllm"), str(ENGINES / "packages")]
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif find_spec("vllm") is None:
+        sys.exit("vLLM is not here: `pip install vllm==0.33.0`, or `make engines` in a clone of kvfold")
     import torch
     from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
     from vllm.models.deepseek_v4 import attention, compressor

@@ -44,14 +44,14 @@ def nothing_refused() -> Any:
 def make_layer(layer_id: int, freqs: torch.Tensor) -> Any:
     """SGLang's compressor and the part of its indexer that makes keys; projections are looked up."""
     draw, ratio = torch.Generator().manual_seed(layer_id), RATIOS[layer_id]
-    compressor = dsv41_sparse.DeepseekV41Compressor(16, 512, ratio, 1e-19, fused_compress=False)
+    compressor = dsv41_sparse.DeepseekV41Compressor(16, 512, ratio, 0.03, fused_compress=False)  # to be seen in records
     compressor.norm.weight.data.copy_(1 + 0.1 * torch.randn(512, generator=draw))
     compressor.project = (lambda x: x.chunk(2, dim=1)) if ratio == 2 else (lambda x: (x[:, :512].bfloat16(), None))
     indexer = dsv41_sparse.DeepseekV41Indexer.__new__(dsv41_sparse.DeepseekV41Indexer)
     nn.Module.__init__(indexer)
     indexer.owns_k, indexer.index_head_dim, indexer.rope_head_dim = True, 128, 64
     indexer.wk = indexer.forward_wk = Linear(torch.randn(128, 512, generator=draw).bfloat16() / 22)
-    indexer.k_norm = dsv41_sparse.RMSNorm(128, 1e-6)
+    indexer.k_norm = dsv41_sparse.RMSNorm(128, 0.05)
     return SimpleNamespace(
         layer_id=layer_id, compress_ratio=ratio, compressor=compressor, indexer=indexer, freqs_cis=freqs, rope_head_dim=64
     )

@@ -15,7 +15,7 @@ from vllm.v1.core.kv_cache_planning import get_kv_cache_groups
 from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
 from vllm.v1.kv_cache_interface import KVCacheGroupSpec, KVCacheSpec, MLAAttentionSpec, SlidingWindowMLASpec
 
-from benchmarks.lib.vllm_world import BLOCK, Layer, Sizes, Step, World, make_config
+from benchmarks.lib.vllm_world import BLOCK, Layer, Memory, Sizes, Step, World, make_config
 from kvfold.integrations.vllm import UnsupportedError, refused, register, unregister
 
 # Prompts whole and in chunks, beside decoding; 1 and 4 new tokens, of which drafts are rejected; padding of requests and
@@ -86,6 +86,31 @@ def test_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(config, "recorded", lambda context, x: plans.Recorded.PIECE)
     check(run("C4 mxfp4"), wanted)
+
+
+def move(layer: Layer) -> None:
+    """The pages of a layer in other memory, as vLLM makes its caches anew; what was there is no one's."""
+    old, count = (layer.caches, layer.states), len(layer.caches.bytes)
+    pool = torch.cat([memory.bytes for memory in old])
+    for memory, name, own in zip(old, ("caches", "states"), (slice(count), slice(count, None)), strict=True):
+        made = Memory(pool, own, memory.view.shape[1:], memory.view.dtype)
+        made.before = memory.before
+        memory.bytes.fill_(0xA5)
+        setattr(layer, name, made)
+    layer.compressor.state_cache.bind_kv_cache(layer.states.view[:, None])
+    layer.config.compilation_config.static_forward_context[layer.name].kv_cache = layer.caches.view
+
+
+def test_pages_in_other_memory() -> None:
+    wanted = theirs("C4 mxfp4")
+    register()
+    config = make_config(SIZES)
+    world = World([Layer(SIZES, config, 4, 128, fp4=True)], config, SIZES)
+    world.run(BEFORE)
+    move(world.layers[0])
+    world.hit(3, 0, BLOCK)
+    world.run(HIT)
+    check(world, wanted)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,15 @@ def test_example(script: str, device: str) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert LAST.get(script, "") in done.stdout.splitlines()[-1]
+
+
+def test_without_vllm(tmp_path: Path) -> None:
+    """A newcomer is told what is missing, where neither vLLM nor the folder of `make engines` is."""
+    if find_spec("vllm") is not None:
+        pytest.skip("vLLM is installed")
+    script = shutil.copy(ROOT / "examples" / "vllm_plugin.py", tmp_path / "script.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1 and "make engines" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_they_are_there() -> None:

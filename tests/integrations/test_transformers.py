@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", minversion="5.17")
-from support.transformers_support import LAYERS, LAYERS_MOVE, NAMES, close, ids, run, theirs, tiny
+from support.transformers_support import LAYERS, LAYERS_MOVE, NAMES, TWO, close, ids, run, theirs, tiny
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, StaticLayer
 
@@ -56,6 +56,17 @@ def test_logits_and_entries_agree(patched, cuts, batch):
 @pytest.mark.parametrize("length", [1, 3, 16, 67])
 def test_without_a_cache(patched, length):
     close(run(patched, ids(length, 2), use_cache=False)[0], theirs(patched, ids(length, 2), use_cache=False)[0])
+
+
+@pytest.mark.parametrize("length", [15, 16, 19, 20, 23])
+def test_as_many_entries_as_may_be_picked_and_more(length):
+    """Of ratio 4, and three of them: up to there kvfold scores none. Which of equal scores are picked depends on cuts."""
+    model = tiny(index_topk=3, layer_types=TWO)
+    cuts = (), range(1, length)
+    wanted = [run(model, ids(length), cut)[0] for cut in cuts]
+    patch(model)
+    for cut, want in zip(cuts, wanted, strict=True):
+        close(run(model, ids(length), cut)[0], want)
 
 
 def test_compressor_outputs_and_top_k(model):
@@ -153,9 +164,9 @@ def test_inference_mode_and_back(patched):
     cache = DynamicCache(config=patched.config)
     with torch.inference_mode():
         first = patched(tokens[:, :17].clone(), past_key_values=cache).logits
-    with torch.no_grad():
-        second = patched(tokens[:, 17:], past_key_values=cache).logits
-    close(torch.cat([first, second], 1), theirs(patched, tokens)[0])
+    with torch.no_grad():  # tokens one by one, which are written into what was made in there
+        rest = [patched(token[:, None], past_key_values=cache).logits for token in tokens[:, 17:].unbind(1)]
+    close(torch.cat([first, *rest], 1), theirs(patched, tokens)[0])
 
 
 @pytest.mark.parametrize("accepted", [0, 1, 2, 3, 4, 5])

@@ -135,6 +135,17 @@ def test_training_what_comes_before_a_compressor_behind_a_filled_cache_is_refuse
         model(TOKENS[:, 21:], past_key_values=cache)
 
 
+@pytest.mark.parametrize("name", ["kv_proj", "gate_proj"])
+def test_training_what_a_hook_adds_to_a_projection_is_refused(model, name):
+    """It is no parameter of the compressor, and the gradient of it would be lost likewise."""
+    cache = begun(model, TOKENS[:, :21])
+    model.requires_grad_(False).train()
+    scale = torch.ones(1, requires_grad=True)
+    getattr(compressors(model)[0], name).register_forward_hook(lambda module, args, out: out * scale)
+    with pytest.raises(UnsupportedError, match=f"gradients.* {name}"):
+        model(TOKENS[:, 21:], past_key_values=cache)
+
+
 def test_eval_mode_behind_a_filled_cache_runs_detached(model):
     """As from_pretrained gives a model: all parameters require a gradient and nobody wants one."""
     cache = DynamicCache(config=model.config)
@@ -223,6 +234,21 @@ def test_crop_takes_the_end_of_the_last_step_back(model, removed):
     sequence = torch.cat([TOKENS[:, :30], TOKENS[:, 10 : 15 - removed], TOKENS[:, 30:]], 1)
     got = step(model, TOKENS[:, 30:], cache)
     close(got, run(model, sequence)[0][:, 35 - removed :])
+
+
+def test_a_rewind_behind_a_selection(model):
+    """Keys from before the step, which only a rewind reads, follow the rows, too."""
+    cache = begun(model, TOKENS[:, :21])
+    step(model, TOKENS[:, 21:25], cache)
+    cache.batch_select_indices(torch.tensor([1, 0]))
+    rewind(cache, 22)
+    close(step(model, TOKENS[[1, 0], 22:], cache), run(model, TOKENS[[1, 0]], [21, 22])[0][:, 22:])
+
+
+def test_a_cache_that_was_reset_is_anyones(model):
+    cache = begun(model, TOKENS[:, :21])
+    cache.reset()
+    assert torch.equal(step(unpatched(model), TOKENS, cache), run(unpatched(model), TOKENS)[0])
 
 
 def test_a_second_rewind_reaches_as_far_as_the_state_does(model):
@@ -350,3 +376,18 @@ def test_a_crop_that_failed_halfway_is_not_gone_on_from():
     assert [layer.get_seq_length() for layer in cache.layers] == [10, 30, 30]
     with pytest.raises(UnsupportedError, match="layers hold 10, 30, 30 tokens"):
         step(model, ids(1), cache)
+
+
+def test_an_interrupted_call_is_told_of(model):
+    """Ctrl-C runs no hooks, so the cache stays half-way; a step on it is refused and says why."""
+    cache = begun(model, TOKENS[:, :21])
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[0].mlp.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        step(model, TOKENS[:, 21:24], cache)
+    handle.remove()
+    with pytest.raises(UnsupportedError, match=r"layers hold 24, 21 tokens, as after .* a call that was interrupted"):
+        step(model, TOKENS[:, 21:24], cache)

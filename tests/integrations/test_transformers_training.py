@@ -44,6 +44,32 @@ def test_gradients_are_those_of_transformers(pair, how):
     assert len(worst) > 20 and max(worst.values()) < 1e-5, worst
 
 
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("cached", [True, False])
+def test_compiled_as_a_whole(pair, train, cached):
+    model = pair[0].train(train)
+    want = gradients(model, use_cache=cached)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    model.zero_grad()
+    compiled(TOKENS, labels=TOKENS, use_cache=cached).loss.backward()
+    got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert max(off(got[name], x) for name, x in want.items()) < 1e-5
+    assert not any(x.any() for name, x in got.items() if name not in want)  # zeros where eager code has none: torch's way
+
+
+def test_compiled_again_for_another_epsilon(pair):
+    """Of which torch makes a variable from the second one on."""
+    model, _ = pair
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for eps in (1e-6, 0.25, 0.5):
+        for part in compressors(model):
+            part.kv_norm.variance_epsilon = eps
+        got, want = (call(TOKENS, use_cache=False).logits.detach() for call in (compiled, model))
+        assert off(got, want) < 1e-5
+
+
 @pytest.mark.parametrize("length", [1, 3, 5])
 def test_prompts_shorter_than_a_window(pair, length):
     """Of which several have tokens for one together."""
@@ -79,6 +105,18 @@ def test_a_model_learns_and_can_be_unpatched(pair):
     patched = model.eval()(TOKENS).logits.detach()
     unpatch(model)
     assert off(model(TOKENS).logits.detach(), patched) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["kv_proj.weight", "gate_proj.weight", "position_bias", "kv_norm.weight"])
+def test_one_part_of_a_compressor_is_trained(pair, name):
+    """All else is frozen, also what comes before."""
+    found = []
+    for model in pair:
+        model.requires_grad_(False)
+        weight = compressors(model)[0].get_parameter(name).requires_grad_()
+        model(TOKENS, labels=TOKENS).loss.backward()
+        found.append(weight.grad)
+    assert off(*found) < 1e-5 and found[1].any()
 
 
 def test_the_gradient_of_an_input_in_train_mode(pair):

@@ -16,6 +16,7 @@ pytest.importorskip("transformers", minversion="5.17")
 import contextlib
 
 from support.transformers_support import NAMES, TWO, begun, close, compressors, ids, run, step, tiny, two_patched, unpatched
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
@@ -293,3 +294,16 @@ def test_weights_that_are_not_there():
     for mine, other in zip(model.modules(), source.modules(), strict=True):
         mine._buffers.update(other._buffers)
     close(run(model, TOKENS)[0], run(source, TOKENS)[0])
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_fake_tensors_leave_nothing_behind(gradient):
+    """A run under `FakeTensorMode`, as tools estimate memory by, and then a real one of the same shape."""
+    tokens = ids(37, 3)  # a shape that no other test has
+    with torch.set_grad_enabled(gradient):
+        patched = tiny(torch.bfloat16, TWO)
+        patch(patched)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert isinstance(patched(tokens).logits, FakeTensor)
+        logits = patched(tokens).logits
+    assert type(logits) is torch.Tensor and logits.isfinite().all()

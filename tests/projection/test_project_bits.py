@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.helpers import Backend
-from support.project_support import FOLD, NARROW, ROWS, SPECS, Projected, hidden_states, weight_of
+from support.project_support import FOLD, NARROW, ROWS, SPECS, Projected, apart, hidden_states, weight_of
 
 import kvfold
 from kvfold.backend_triton import table
@@ -74,7 +74,7 @@ def test_every_row_of_the_table(row: int, backend: Backend, monkeypatch: pytest.
             assert torch.equal(Projected(ROWS, backend, width).run(hidden, [5]), right)
 
 
-@pytest.mark.parametrize("form", ["two", "far", "kv_score", "bf16"])
+@pytest.mark.parametrize("form", ["two", "far", "turned", "kv_score", "bf16"])
 def test_every_form(form: str, backend: Backend) -> None:
     """The weight in two tensors, behind each other or not in memory; and with a kv_score of the caller's."""
     hidden, rounded = hidden_states(20, 512), form == "bf16"
@@ -82,9 +82,10 @@ def test_every_form(form: str, backend: Backend) -> None:
         right = Projected(spec, backend).run(hidden, [4] * 5, round_kv_score=rounded)
         one, half = Projected(spec, backend), spec.channels
         more: dict = {"round_kv_score": rounded}
-        if form in ("two", "far"):
-            values, scores = one.weight[:half], one.weight[half:]
-            more["weight"] = (values, scores if form == "two" else scores.clone())
+        if form == "two":
+            more["weight"] = one.weight[:half], one.weight[half:]
+        elif form in ("far", "turned"):
+            more["weight"] = apart(one.weight, form == "turned")
         else:
             dtype = torch.bfloat16 if rounded else torch.float32
             more["kv_score"] = torch.empty(4, spec.kv_score_width, dtype=dtype, device=backend.device)
@@ -108,7 +109,7 @@ def test_two_compressors(form: str, cuts: list[int], backend: Backend) -> None:
     if form == "stacked":
         weights = torch.cat(weights)
     elif form == "tuples":
-        weights = [(one.weight[: one.spec.channels], one.weight[one.spec.channels :].clone()) for one in both]
+        weights = [apart(one.weight, turned) for one, turned in zip(both, (False, True), strict=True)]
     at = 0
     for count in cuts:
         plan = both[0].plan([(0, at, count)])

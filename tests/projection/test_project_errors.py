@@ -112,6 +112,11 @@ def wrong(one: Projected) -> dict[str, tuple[type, str, dict]]:
             "kv_score must not share memory with hidden",
             over,
         ),
+        "hidden over state": (
+            ValueError,
+            "hidden must not share memory with state",
+            {"hidden": one.state.rows.view(torch.bfloat16).view(-1)[: 4 * 512].view(4, 512)},
+        ),
         "kv_score over state": (ValueError, "kv_score must not share memory with state", of_state),
         "rows over kv_score": (ValueError, "rows must not share memory with kv_score", of_kv_score),
         "spec": (TypeError, "spec must be", {"spec": 4}),
@@ -137,6 +142,21 @@ def test_a_state_in_bf16_wants_rounding() -> None:
     one = Projected(ROWS, CPU, kept=torch.bfloat16)
     with pytest.raises(TypeError, match=r"^round_kv_score must be True"):
         one.step(hidden_states(4, 512), [(0, 0, 4)])
+
+
+def test_kv_scores_over_each_other() -> None:
+    """Of two compressors; side by side in one tensor they are apart."""
+    both, room = [Projected(ROWS, CPU), Projected(NARROW, CPU)], torch.empty(4, 192)
+    plan = both[0].plan([(0, 0, 4)])
+    for first in (100, 128):
+        kv_scores = room[:, :128], room[:, first : first + 64]
+        given = [(kv_score, one.state, one.cache, *one.given.values()) for one, kv_score in zip(both, kv_scores, strict=True)]
+        call = [hidden_states(4, 512), [one.weight for one in both], given, plan]
+        if first == 128:
+            kvfold.project_compress_many(*call, backend="torch")
+            continue
+        with pytest.raises(ValueError, match=r"^kv_score must not share memory with kv_score"):
+            kvfold.project_compress_many(*call, backend="torch")
 
 
 def test_many() -> None:

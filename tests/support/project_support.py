@@ -43,6 +43,15 @@ def moved(weight: kvfold.ScaledWeight, device: torch.device) -> kvfold.ScaledWei
     return kvfold.ScaledWeight(*(x.to(device) for x in weight))
 
 
+def apart(weight: Tensor, turned: bool = False) -> tuple[Tensor, Tensor]:
+    """Values and scores as tensors of their own, with NaN between them, where the other half would be of one tensor. turned:
+    scores before values."""
+    half = len(weight) // 2
+    room = torch.full((3 * half, weight.shape[1]), torch.nan, dtype=weight.dtype, device=weight.device)
+    values, scores = (room[2 * half :], room[:half]) if turned else (room[:half], room[2 * half :])
+    return values.copy_(weight[:half]), scores.copy_(weight[half:])
+
+
 class Projected:
     """One compressor with its weight, a state of two slots and a cache of `WINDOWS` entries for each."""
 

@@ -94,7 +94,7 @@ def test_fake_quantization_is_what_is_read_of_the_records(backend: Backend, name
     problem = Problem.make(spec, BF16, [5, 1, 2])
     scale = torch.tensor([0.25], device=backend.device) if fmt.takes_scale else None
     given = problem.given(backend) | {"fake_quant": name, "cache_scale": scale, "out_dtype": FP32}
-    rows = problem.tokens(backend.device).requires_grad_()
+    rows = problem.tokens(backend.device).clone().requires_grad_()
     entries = compress(rows, problem.packing(backend.device), **given)
     n = problem.windows
     want = served(problem, backend, name, 5, 0.25 if fmt.takes_scale else 1.0)
@@ -102,10 +102,21 @@ def test_fake_quantization_is_what_is_read_of_the_records(backend: Backend, name
     # The gradient is that without quantization: roundings pass it.
     g = problem.incoming().nan_to_num(0.0).to(entries)
     entries.backward(g)
-    plain = problem.tokens(backend.device).requires_grad_()
+    plain = problem.tokens(backend.device).clone().requires_grad_()
     given |= {"fake_quant": None, "cache_scale": None, "round_rows": fmt.round_rows}
     compress(plain, problem.packing(backend.device), **given).backward(g)
     assert torch.equal(rows.grad, plain.grad)
+
+
+@pytest.mark.parametrize("name", ["fp8_tensor", "indexer_fp8_v41"])
+def test_rounding_that_is_asked_for_beside_a_format(backend: Backend, name: str) -> None:
+    """It stands in for the format's own."""
+    fmt, problem = FORMATS[name], Problem.make(CompressorSpec(128, 2, rope_dim=64), BF16, [5, 1, 2])
+    given, other = problem.given(backend) | {"out_dtype": FP32}, not fmt.round_rows
+    cases = {"fake_quant": fmt, "round_rows": other}, {"fake_quant": replace(fmt, round_rows=other)}, {"fake_quant": fmt}
+    packing, tokens = problem.packing(backend.device), problem.tokens(backend.device)
+    asked, own, default = (compress_forward(tokens, packing, **given, **case).entries for case in cases)
+    assert torch.equal(asked, own) and not torch.equal(asked, default)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -12,7 +12,7 @@ from support.training_support import REAL, SPECS, Problem, off, run, same
 from kvfold import reference
 from kvfold.training import compress
 
-# What fp32 sums and exponentials leave; and the rounding of a gradient to bf16, 2**-9 of each number at most.
+# What fp32 sums and exponentials leave; and the rounding of a gradient to bf16, 2**-8 of each at most, half that as a norm.
 EXACT, ROUNDED = 1e-6, 2e-3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 each_spec = pytest.mark.parametrize("name", SPECS)
@@ -159,6 +159,36 @@ def test_gradients_have_the_dtype_of_their_input(backend: Backend) -> None:
     assert entries.dtype == torch.bfloat16
     entries.float().square().sum().backward()
     assert rows.grad.dtype == given["norm_weight"].grad.dtype == torch.bfloat16 and given["ape"].grad is None
+
+
+@pytest.mark.parametrize("name", ["csa", "hca"])
+@pytest.mark.parametrize("stride", [0, 1])
+def test_rows_that_overlap(backend: Backend, name: str, stride: int) -> None:
+    """Any row stride will do. Torch's own choice of strides for a gradient of fewer tokens than channels is columns here."""
+    problem = Problem.make(SPECS[name], lengths=[2 * SPECS[name].ratio + 1], spare=0)
+    width, found = problem.spec.kv_score_width, []
+    rows = problem.kv_score.to(backend.device).as_strided((problem.lengths[0], width), (stride, 1))
+    for leaf in (rows.detach().requires_grad_(), rows.contiguous().requires_grad_()):
+        entries = compress(leaf, problem.packing(backend.device), **problem.given(backend))
+        found.append(torch.autograd.grad(entries.square().sum(), leaf)[0])
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("name", ["csa", "hca"])
+def test_incoming_gradients_of_any_strides(backend: Backend, name: str) -> None:
+    """As of a sum, which are one number seen many times, and as of a transposed result."""
+    problem = Problem.make(SPECS[name])
+    count, width = len(problem.kv_score) // problem.spec.ratio, problem.spec.head_dim
+    one = torch.full((1, 1), 0.5, device=backend.device).expand(count, width)
+    other = torch.randn(width, count, generator=torch.Generator().manual_seed(2)).to(backend.device).t()
+    for incoming in ((one, other), (other, one)):
+        found = []
+        for given in (incoming, [g.contiguous() for g in incoming]):
+            rows = problem.tokens(backend.device).clone().requires_grad_()
+            results = compress(rows, problem.packing(backend.device), **problem.given(backend), latent=True)
+            torch.autograd.backward(results, given)
+            found.append(rows.grad)
+        assert torch.equal(*found)
 
 
 def test_a_loss_of_latents_alone(backend: Backend) -> None:

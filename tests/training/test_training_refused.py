@@ -52,6 +52,9 @@ BAD = {
     "scale without format": ({"cache_scale": torch.ones(1)}, "cache_scale must be None without fake_quant"),
     "scale for none": ({"fake_quant": "bf16", "cache_scale": torch.ones(1)}, "cache_scale must be None as format"),
     "scale": ({"fake_quant": "fp8_tensor", "cache_scale": torch.ones(2)}, "cache_scale must have shape"),
+    "learned scale": (
+        {"fake_quant": "fp8_tensor", "cache_scale": torch.ones(1, requires_grad=True)}, "cache_scale must not require",
+    ),
     "backend": ({"backend": "cuda"}, "backend must be one of"),
     "fp64 records": (
         {"kv_score": rows(dtype=FP64), "ape": torch.zeros(4, 64).double(), "norm_weight": torch.ones(32).double(),
@@ -82,6 +85,16 @@ def test_behind_a_good_call(changed: dict, message: str) -> None:
     compress(**good)
 
 
+@pytest.mark.parametrize("name", ["rope", "cache_scale"])
+def test_what_is_learned_from_a_later_step_on(name: str) -> None:
+    problem = Problem.make(SPECS["csa"], lengths=[12], spare=0)
+    given = problem.given(CPU) | {"fake_quant": "fp8_tensor", "cache_scale": torch.ones(1)}
+    compress(problem.kv_score, problem.packing(CPU.device), **given)
+    given[name].requires_grad_()
+    with pytest.raises(ValueError, match=f"{name} must not require a gradient"):
+        compress(problem.kv_score, problem.packing(CPU.device), **given)
+
+
 def test_a_packing_that_changed() -> None:
     problem = Problem.make(SPECS["csa"], lengths=[12], spare=0)
     given, packing = problem.given(CPU), problem.packing(CPU.device)
@@ -89,6 +102,14 @@ def test_a_packing_that_changed() -> None:
     packing.tokens = 48
     with pytest.raises(ValueError, match="packing must have a piece for each of 12 entries"):
         compress(torch.zeros(48, 128), packing, **given)
+
+
+def test_scores_at_half_an_element() -> None:
+    """Kernels reach them from the values, in whole elements."""
+    problem = Problem.make(SPECS["csa"], lengths=[12], spare=0)
+    score = torch.frombuffer(bytearray(12 * 64 * 4 + 2), dtype=torch.float32, offset=2).view(12, 64)
+    with pytest.raises(ValueError, match=r"kv_score\[1\] must begin at a multiple of its element size"):
+        compress((rows(64), score), problem.packing(CPU.device), **problem.given(CPU))
 
 
 def test_scores_without_a_gate() -> None:
@@ -142,10 +163,16 @@ def test_transforms_of_torch_func_are_refused() -> None:
             transform(loss)(rows)
 
 
-def test_a_second_derivative_is_refused() -> None:
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+def test_a_second_derivative_is_refused(how: str) -> None:
+    """Also of the operator: it would be wrong by all that goes through the call."""
     problem = Problem.make(SPECS["csa"], lengths=[12], spare=0)
-    rows = problem.kv_score.requires_grad_()
-    entries = compress(rows, problem.packing(CPU.device), **problem.given(CPU))
+    rows, packing, given = problem.kv_score.requires_grad_(), problem.packing(CPU.device), problem.given(CPU)
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return compress(x, packing, **given)
+
+    entries = (call if how == "eager" else torch.compile(call, fullgraph=True, backend="eager"))(rows)
     (first,) = torch.autograd.grad(entries.square().sum(), rows, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match=r"once_differentiable|it is differentiable once"):
         first.sum().backward()

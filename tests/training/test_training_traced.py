@@ -30,11 +30,17 @@ def operands(problem: Problem, place: Backend, pair: bool, latent: bool, fmt: st
 
 @each_place
 @pytest.mark.parametrize(
-    "name, pair, latent, fmt",
-    [("csa", False, True, ""), ("hca", True, False, ""), ("v41-r1", False, False, ""), ("csa", False, False, "mxfp4")],
+    "name, pair, latent, fmt, dtype",
+    [
+        ("csa", False, True, "", torch.float32),
+        ("hca", True, False, "", torch.float32),
+        ("hca", False, True, "", torch.bfloat16),
+        ("v41-r1", False, False, "", torch.float32),
+        ("csa", False, False, "mxfp4", torch.float32),
+    ],
 )
-def test_opcheck(place: Backend, name: str, pair: bool, latent: bool, fmt: str) -> None:
-    problem = Problem.make(SPECS[name], spare=0)
+def test_opcheck(place: Backend, name: str, pair: bool, latent: bool, fmt: str, dtype: torch.dtype) -> None:
+    problem = Problem.make(SPECS[name], dtype, spare=0)
     found = torch.library.opcheck(ops.OPS.train_compress.default, operands(problem, place, pair, latent, fmt))
     assert len(found) == 4 and set(found.values()) == {"SUCCESS"}
 

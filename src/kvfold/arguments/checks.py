@@ -12,6 +12,11 @@ def traced(tensor: object) -> bool:
     return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
 
 
+def makes_fakes() -> bool:
+    """Whether operations make `FakeTensor`s now, of real tensors too: what is made then must not be kept for later."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
 def name_of(kind: type) -> str:
     """The name that users know a class by."""
     return getattr(kind, "_called", kind.__name__)
@@ -154,7 +159,7 @@ def check_eager(name: str) -> None:
     """That operations of torch write to plain tensors here: neither inside of a transform nor under a mode for fake ones."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise ValueError(f"{name} must be given outside of transforms of torch.func, got a call inside of one")
-    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+    if makes_fakes():
         raise ValueError(f"{name} must be given outside of FakeTensorMode, as it is a real tensor; got a call inside of it")
 
 

@@ -52,7 +52,8 @@ def compress(
             with `fake_quant` as the format says. Of fp32 without `fake_quant` nothing is rounded.
         out_dtype: bf16 or fp32, of entries and latents. Default: that of kv_score.
         fake_quant: a record format, or its name: entries become what an attention kernel reads of their records.
-        cache_scale: fp32 `[1]`, the scale of the cache that `fake_quant` stands for, where the format takes one; None for 1.
+        cache_scale: fp32 `[1]`, the scale of the cache that `fake_quant` stands for, where the format takes one; None for 1; no
+            gradient.
         latent: whether to return latents, too.
         backend: as for `kvfold.compress`.
 

@@ -55,7 +55,7 @@ def check_call(
     asked = _Asked(spec, value.dtype, value.device, score is None, round_rows, out_dtype, fake_quant, latent, backend)
     weights = x.ape, norm_weight, x.rope, cache_scale
     known = _layers.get(id(norm_weight))
-    if known is None or not known[0].same(asked, weights) or (x.rope is not None and x.rope.requires_grad):
+    if known is None or not known[0].same(asked, weights) or _asks(x.rope) or _asks(cache_scale):
         how = check_rest(x, spec, round_rows, out_dtype, fake_quant, latent, backend)
         if len(_layers) >= MOST_LAYERS:
             _layers.clear()
@@ -68,6 +68,11 @@ def check_call(
             "Packing.build takes max_seqlen"
         )
     return x, known[1]
+
+
+def _asks(tensor: object) -> bool:
+    """Whether it is a tensor that requires a gradient."""
+    return isinstance(tensor, torch.Tensor) and tensor.requires_grad
 
 
 class _Asked(tuple):
@@ -164,7 +169,7 @@ def check_rest(
     check_tensor("norm_weight", x.norm_weight, (spec.head_dim,), own if exact else (*own, torch.bfloat16), value.device)
     if spec.rope_dim:
         check_tensor("rope", x.rope, (None, spec.rope_dim), (torch.float32,), value.device)
-        if x.rope.requires_grad:
+        if _asks(x.rope):
             raise ValueError("rope must not require a gradient: there is none")
     for name, switch in (("round_rows", round_rows), ("latent", latent)):
         if not isinstance(switch, bool) and (switch is not None or name == "latent"):
@@ -190,6 +195,8 @@ def _check_scale(scale: torch.Tensor | None, fmt: RecordFormat | None, device: t
         what = "without fake_quant" if fmt is None else f"as format {fmt.name!r} takes none"
         raise ValueError(f"cache_scale must be None {what}, got a {type(scale).__name__}")
     check_tensor("cache_scale", scale, (1,), (torch.float32,), device)
+    if _asks(scale):
+        raise ValueError("cache_scale must not require a gradient: there is none")
 
 
 def check_gradients(

@@ -91,7 +91,7 @@ def backward_triton(
     capacity, head_dim = x.value.shape[0] // spec.ratio, spec.head_dim
     chosen, pdl = _launches(x, how, capacity, given is not None), supports_pdl(device)
     of_ape, of_weight = chosen.again or chosen.spread, chosen.again or chosen.finish
-    d_value, d_score = torch.empty_like(x.value), None if x.score is None else torch.empty_like(x.score)
+    d_value, d_score = _dense_like(x.value), _dense_like(x.score)
     # The groups' sums for ape and for norm_weight, then gradients of pooled rows: multiples of 16 numbers, as entries have.
     pooled = 0 if chosen.again is not None else capacity * head_dim
     if given is None:
@@ -172,7 +172,7 @@ def pull_triton(x: Inputs, how: How, kept: torch.Tensor, d_entries: torch.Tensor
 def spread_triton(x: Inputs, how: How, rows: torch.Tensor, sums: Sums) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The other half, of `rows` `[3, capacity, head_dim]`: one launch. Goes on with the sums for ape."""
     device, capacity = x.value.device, how.capacity(x)
-    d_value, d_score = torch.empty_like(x.value), None if x.score is None else torch.empty_like(x.score)
+    d_value, d_score = _dense_like(x.value), _dense_like(x.score)
     pieces, pieces_bits = _pieces(x, capacity)
     tokens, bits = _tokens(x.value, x.score, x.ape)
     gradients, gradients_bits = _tokens(d_value, d_score, None)
@@ -208,6 +208,11 @@ def total_triton(
     ape, weight = address(ape), address(norm_weight)
     _sum(_launches(x, how, capacity, True).sum, ape, weight, d_ape, d_norm_weight, _bits(ape, weight), supports_pdl(device))
     return d_ape, d_norm_weight
+
+
+def _dense_like(x: torch.Tensor | None) -> torch.Tensor | None:
+    """Rows one behind the other: kept strides may be columns, where rows of the input overlap."""
+    return None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _new_weights(x: Inputs, spec: CompressorSpec) -> tuple[torch.Tensor | None, torch.Tensor]:

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch._subclasses import FakeTensor
 
-from ..arguments.checks import check_type
+from ..arguments.checks import check_type, makes_fakes
 from ..ops import NAMESPACE
 from ..spec import CompressorSpec
 from ..storage.formats import FORMATS, RecordFormat, get_format
@@ -60,7 +60,7 @@ def compress(
 
 def _check_fakes(tensors: tuple[torch.Tensor | None, ...]) -> None:
     """Outside of their mode, where torch would turn real tensors into such, fake ones stand beside fake ones only."""
-    if torch.compiler.is_compiling() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+    if torch.compiler.is_compiling() or makes_fakes():
         return
     names = "kv_score", "kv_score[1]", "packing", "ape", "norm_weight", "rope", "cache_scale"
     for name, tensor in zip(names, tensors, strict=True):
@@ -154,6 +154,11 @@ def _differentiate(ctx, d_entries: torch.Tensor, d_latent: torch.Tensor, _d_kept
     return tuple(of.get(name) if is_tensor else None for name, is_tensor in zip(named, ctx.tensors, strict=True))
 
 
+def _refuse(ctx, *gradients: torch.Tensor) -> tuple:
+    """Without it, gradients of gradients would leave out, without a word, what goes through this call."""
+    raise RuntimeError("trying to differentiate kvfold.training.compress twice: it is differentiable once")
+
+
 def _define(name: str, arguments: tuple[str, ...], results: int, run: Callable, fake: Callable) -> str:
     name = f"{NAMESPACE}::{name}"
     schema = f"({', '.join(arguments)}) -> ({', '.join(['Tensor'] * results)})"
@@ -165,7 +170,8 @@ def _define(name: str, arguments: tuple[str, ...], results: int, run: Callable, 
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _NAME = _define("train_compress", INPUTS, 3, _forward, _fake_forward)
-_define(
+_NAME_OF_BACKWARD = _define(
     "train_compress_backward", ("Tensor d_entries", "Tensor d_latent", "Tensor kept", *INPUTS), 4, _backward, _fake_backward
 )
 torch.library.register_autograd(_NAME, _differentiate, setup_context=_setup, lib=_LIBRARY)
+torch.library.register_autograd(_NAME_OF_BACKWARD, _refuse, lib=_LIBRARY)

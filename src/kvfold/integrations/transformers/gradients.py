@@ -7,18 +7,21 @@ from typing import Any
 
 import torch
 
+from ...arguments.checks import makes_fakes
 from ...contract import UnsupportedError
 from ...training import Packing, compress
 from . import weights
 from .cache import check_dtypes
 
 
-@functools.lru_cache(maxsize=16)
 def _packing(ratio: int, device: torch.device, batch: int, new: int) -> Packing:
     """Of sequences of one length: the same for all layers and steps."""
     with torch.no_grad():
         cu_seqlens = torch.arange(batch + 1, device=device) * new
         return Packing.build(cu_seqlens, batch * new, ratio, max_seqlen=new)
+
+
+_known_packing = functools.lru_cache(maxsize=16)(_packing)
 
 
 def wanted(part: Any, kv: torch.Tensor, gate: torch.Tensor) -> bool:
@@ -49,7 +52,7 @@ def entries(part: Any, kv: torch.Tensor, gate: torch.Tensor, rope: torch.Tensor,
     table = rope.repeat_interleave(spec.ratio, 0)  # by position
     found = compress(
         (kv.flatten(0, 1), gate.flatten(0, 1)),
-        _packing(spec.ratio, kv.device, batch, new),
+        (_packing if torch.compiler.is_compiling() or makes_fakes() else _known_packing)(spec.ratio, kv.device, batch, new),
         spec=spec,
         ape=part.position_bias.float(),
         norm_weight=weight.float() if weight.dtype is torch.float16 else weight,

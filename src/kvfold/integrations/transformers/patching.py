@@ -220,10 +220,11 @@ def _before_step(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None
 
 
 def _check_lengths(lengths: list[int]) -> None:
-    """A crop goes layer by layer; one that a layer refused leaves those before it shorter."""
+    """A crop goes layer by layer, and a step does: one that ends halfway, by Ctrl-C too, leaves layers behind each other."""
     if len({*lengths}) > 1:
         held = ", ".join(map(str, lengths))
-        raise UnsupportedError(f"a cache whose layers hold {held} tokens, as after a crop that failed: start with a new cache")
+        after = "as after a crop that failed or a call that was interrupted"
+        raise UnsupportedError(f"a cache whose layers hold {held} tokens, {after}: start with a new cache")
 
 
 def _after_step(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:

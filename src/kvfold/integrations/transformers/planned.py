@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ...arguments.checks import check_real_memory, check_tensor
+from ...arguments.checks import check_real_memory, check_tensor, makes_fakes
 from ...compress import compress
 from ...plan import StepPlan
 from ...spec import CompressorSpec
@@ -244,6 +244,8 @@ _thread = _OfThread()
 
 
 def kept_on(device: torch.device) -> _Kept:
+    if makes_fakes():
+        return _Kept(device)
     place = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     found = _thread.streams.get(place)
     if found is None:

@@ -37,12 +37,19 @@ class Shape(NamedTuple):
     rope_dim: int
 
     def spec(self, norm_eps: float) -> CompressorSpec:
+        if torch.compiler.is_compiling():  # in hex: another number would be a variable of the next graph, and no constant
+            return _constant_spec(*self, norm_eps.hex())
         return _spec(*self, norm_eps)
 
 
 @functools.lru_cache(maxsize=256)
 def _spec(head_dim: int, ratio: int, overlap: bool, rope_dim: int, norm_eps: float) -> CompressorSpec:
     return CompressorSpec(head_dim=head_dim, ratio=ratio, overlap=overlap, rope_dim=rope_dim, norm_eps=norm_eps)
+
+
+@torch.compiler.assume_constant_result  # what is not traced: the json by which a spec tells what it is
+def _constant_spec(head_dim: int, ratio: int, overlap: bool, rope_dim: int, norm_eps: str) -> CompressorSpec:
+    return _spec(head_dim, ratio, overlap, rope_dim, float.fromhex(norm_eps))
 
 
 def shape_of(part: Any) -> Shape:
