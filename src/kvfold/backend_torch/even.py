@@ -84,14 +84,13 @@ def _fold(
             state = rows[:, (start - 1) % ring].clone()[:, None].unbind(2)
         else:
             state = empty_fold(batch, windows, spec.head_dim, device=kv.device)
-        steps = iter((fold_step(state, k[:, :, 0], s[:, :, 0]),)) if length == 1 else fold_steps(state, k, s)
-        for j, state in enumerate(steps):
+        for j, (m, sums) in enumerate(fold_steps(state, k, s)):
             for window in range(windows):
                 x = start + at + window * ratio + j
                 if x >= start + new - ring and (x + 1) % ratio:  # no step goes on from a window's end
-                    torch.stack([part[:, window] for part in state], 1, out=rows[:, x % ring])
+                    torch.stack([part[:, window] for part in (m, *sums)], 1, out=rows[:, x % ring])
         if (place + length) % ratio == 0:
-            pooled.append(state[2] / state[1])
+            pooled.append(sums[1] / sums[0])
         at = stop
     return torch.cat(pooled, 1) if pooled else None
 

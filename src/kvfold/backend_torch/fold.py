@@ -52,19 +52,21 @@ def fold_step(state: State, k: torch.Tensor, s: torch.Tensor) -> State:
     return torch.where(rises, s, m), l * alpha + beta, a * alpha + beta * k
 
 
-def fold_steps(state: State, k: torch.Tensor, s: torch.Tensor) -> Iterator[State]:
-    """The state after each row of `k` and `s` `[.., rows, head_dim]`, as `fold_step` makes it, until the next."""
+def fold_steps(state: State, k: torch.Tensor, s: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """m, and `[l, a]`, after each row of `k` and `s` `[.., rows, head_dim]`, as `fold_step` makes them, until the next."""
     m, l, a = state
     sums, at_once = torch.stack((l, a)), max(1, _IN_CACHE // max(m.numel(), 1))
     for ks, ss in zip(k.split(at_once, -2), s.split(at_once, -2), strict=True):
-        maxima = [m]
-        for score in ss.unbind(-2):
-            maxima.append(torch.where(score > maxima[-1], score, maxima[-1]))
-        _, alphas, betas = _weights(torch.stack(maxima[:-1], -2), ss)
+        before = torch.empty_like(ss)
+        maxima = [*before.unbind(-2), torch.empty_like(m)]
+        maxima[0].copy_(m)
+        for score, m, into in zip(ss.unbind(-2), maxima, maxima[1:], strict=False):
+            torch.where(score > m, score, m, out=into)
+        _, alphas, betas = _weights(before, ss)
         added = torch.stack((betas, betas * ks))
         for m, alpha, new in zip(maxima[1:], alphas.unbind(-2), added.unbind(-2), strict=True):
             sums.mul_(alpha).add_(new)
-            yield m, *sums
+            yield m, sums
 
 
 def fold_group(state: State | None, ks: torch.Tensor, ss: torch.Tensor) -> State:
