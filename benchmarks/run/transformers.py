@@ -6,7 +6,8 @@ python -m benchmarks.run.transformers --out benchmarks/results/transformers.json
 Both models make the same calls in turn. `ms` is per call of the whole model: each call's fastest repeat, and of these the mean
 over the calls of a case, so that what else runs on the machine counts little and a step that ends a window counts. On a CPU it
 is one thread's own time. On a GPU, where a step takes as long as its launches, decoding is the last 64 of the same 128 steps,
-of which one ends a window of 128. bytes are what all tensors of a cache show, without what they are views of. graphs: of
+of which one ends a window of 128. "in compressors": what of it they take, which is all that a patch replaces, on a CPU.
+bytes are what all tensors of a cache show, without what they are views of. graphs: of
 `torch.compile` over a prompt and 40 steps of one token, on a CPU; -1 where `fullgraph=True` gave up, as there were too many.
 Each row is printed and written when it is there, those that are asked for most first; on a GPU no case begins after a minute.
 """
@@ -17,6 +18,7 @@ import copy
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -33,6 +35,7 @@ PROMPT, STEPS = 1024, 128
 REPEATS = {"cpu": 8, "cuda": 3}
 SECONDS = 60  # on a GPU no case begins behind that
 LENGTHS = (2000, 4000)
+Measure = Callable[[Any, torch.Tensor, Any], float]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -56,11 +59,27 @@ def call(model: Any, tokens: torch.Tensor, cache: Any) -> float:
     return 1e3 * (time.perf_counter() - begin)
 
 
+def in_compressors(model: Any, tokens: torch.Tensor, cache: Any) -> float:
+    """Milliseconds of a call on a CPU that its compressors take, with all hooks of theirs."""
+    times = []
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if name.endswith(".compressor"):
+                begin = module.register_forward_pre_hook(lambda *_: times.append(-time.process_time()), prepend=True)
+                end = module.register_forward_hook(lambda *_: times.append(time.process_time()))
+                hooks.callback(begin.remove)
+                hooks.callback(end.remove)
+        model(tokens, past_key_values=cache)
+    return 1e3 * sum(times)
+
+
 def new_cache(model: Any) -> Any:
     return DynamicCache(config=model.config)
 
 
-def timed(both: dict[str, Any], prompt: torch.Tensor | None, pieces: list[torch.Tensor], repeats: int) -> dict[str, float]:
+def timed(
+    both: dict[str, Any], prompt: torch.Tensor | None, pieces: list[torch.Tensor], repeats: int, measure: Measure = call
+) -> dict[str, float]:
     """The mean over `pieces` of each one's fastest call, by side; behind `prompt`, which is not timed."""
     begun = {side: new_cache(model) for side, model in both.items()}
     for side, model in both.items():
@@ -71,7 +90,7 @@ def timed(both: dict[str, Any], prompt: torch.Tensor | None, pieces: list[torch.
         caches = {side: copy.deepcopy(cache) for side, cache in begun.items()}
         for i, piece in enumerate(pieces):
             for side, model in both.items():
-                best[side][i] = min(best[side][i], call(model, piece, caches[side]))
+                best[side][i] = min(best[side][i], measure(model, piece, caches[side]))
     return {side: sum(times) / len(times) for side, times in best.items()}
 
 
@@ -150,6 +169,11 @@ def main() -> None:
         add(f"{name} decode {PROMPT}", "ms", lambda: timed(both, ahead, behind, repeats))
         add(f"{name} prefill {PROMPT}", "ms", lambda: timed(both, None, [prompt], repeats))
         add(f"{name} chunks {PROMPT}", "ms", lambda: timed(both, None, chunks(prompt), repeats))
+        if args.device == "cpu":
+            inside = {"prefill": [prompt], "chunks": chunks(prompt)}
+            for case, pieces in inside.items():
+                of = f"{name} {case} {PROMPT} in compressors"
+                add(of, "ms", lambda pieces=pieces: timed(both, None, pieces, repeats, in_compressors))
 
     def add_bytes(name: str, both: dict[str, Any]) -> None:
         caches = {side: new_cache(model) for side, model in both.items()}
