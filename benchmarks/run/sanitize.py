@@ -45,6 +45,8 @@ TESTS = {
         "tests/projection/test_project_bits.py::test_every_form",
         "tests/projection/test_project_bits.py::test_two_compressors",
         "tests/projection/test_project_bits.py::test_what_it_leaves_alone",
+        *(f"tests/projection/test_project_fp8.py::test_{name}"
+          for name in ("every_row_of_the_table", "two_tensors", "two_compressors")),
     ),
     # Forward and backward of packed sequences: ratios 1 to 128, windows that programs share, records.
     "training": (
