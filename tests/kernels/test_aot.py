@@ -79,7 +79,7 @@ def test_every_row_of_the_tables_is_compiled() -> None:
     every = list(combinations())
     assert len({c.key() for c in every}) == len({c.name for c in every}) == len(every)
     # Training and TensorRT-LLM are asked for by arguments of their own; `aot` does not know projections, `prebuild` does.
-    others = ("train_", "trtllm_", "project")
+    others = ("train_", "trtllm_", "project", "dequantize")
     assert {c.kind for c in every} == KINDS
     assert {c.variant().kernel for c in every} == {k for k in KERNELS if not k.startswith(others)}
     assert {c.config for c in every} == {*CONFIGS, None}
