@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from .arguments.checks import check_type
-from .calls.check_project import check_tensors, with_room
+from .calls.check_project import check_traced, with_room
 from .calls.run import run_compress, run_many, run_placed, run_product, run_restore, run_store, run_update
 from .spec import CompressorSpec, check_spec
 from .storage.cache import EntryCache
@@ -120,7 +120,7 @@ def project(
     p: Projection, compressors: Sequence[Compressor], plan: PlanData, out: Outputs, backend: str | None, pdl: bool | None
 ) -> None:
     """`kvfold.project_compress`, or of several compressors, while it is traced: its product, and `compress` behind it."""
-    check_tensors(p, [c.spec.kv_score_width for c in compressors])
+    check_traced(p, [c.spec.kv_score_width for c in compressors])
     made = with_room(p, compressors)
     weights, scales = [weight for weights in p.weights for weight in weights], []
     if p.scaled:

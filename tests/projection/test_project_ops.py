@@ -114,6 +114,23 @@ def test_what_is_no_tensor_is_named() -> None:
                 one.step(hidden_states(4, 256), [(0, 0, 4)], tuple(weight))
 
 
+def test_shapes_and_dtypes_are_checked_in_a_trace() -> None:
+    """Of two tensors, too, before anything runs."""
+    with FakeTensorMode():
+        one = Projected(FOLD, BACKENDS["torch"], 256)
+        half, codes = torch.empty(32, 256, dtype=torch.bfloat16), torch.empty(32, 256, dtype=torch.float8_e4m3fn)
+        scaled = kvfold.ScaledWeight(codes, torch.empty(1, 2))
+        for weight, error, words in (
+            ((half, half[:31]), ValueError, r"weight\[1\] must have shape \[32, 256\], got \[31, 256\]"),
+            ((half, half.float()), TypeError, r"weight\[1\] must be torch.bfloat16, got torch.float32"),
+            ((codes, half), TypeError, r"weight\[0\] must be torch.bfloat16, or a kvfold.ScaledWeight, got .* without scales"),
+            ((scaled, scaled._replace(scales=torch.empty(2, 2))), ValueError, r"weight\[1\].scales must have shape \[1, 2\]"),
+            ((scaled._replace(codes=half), scaled), TypeError, r"weight\[0\].codes must be torch.float8_e4m3fn, got"),
+        ):
+            with pytest.raises(error, match=f"^{words}"):
+                one.step(hidden_states(4, 256), [(0, 0, 4)], weight)
+
+
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 def test_opcheck(fp8: bool) -> None:
     """The operator says of itself what it mutates, by torch's own checks."""

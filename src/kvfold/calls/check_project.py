@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 import torch
@@ -101,22 +101,29 @@ def check_product(p: Projection, kv_scores: Sequence[torch.Tensor]) -> None:
     """Checks the weights that make kv_score of checked hidden states, and what receives it."""
     for i, x in enumerate(kv_scores):
         _check_kv_score(_name("kv_score", i, kv_scores), x, p)
+    for name, x, shape, dtypes in _tensors(p, [x.shape[1] for x in kv_scores]):
+        check_tensor(name, x, shape, dtypes, p.hidden.device)
+        if x.data_ptr() % x.element_size():  # kernels count in elements from one tensor to the next
+            raise ValueError(f"{name} must begin at a multiple of its element size, {x.element_size()} bytes")
+
+
+def check_traced(p: Projection, widths: Sequence[int]) -> None:
+    """Checks of weights what a trace shows, whose operator does not look at them before it runs."""
+    for name, x, shape, dtypes in _tensors(p, widths):
+        check_type(name, x, torch.Tensor)
+        check_dtype(name, x, dtypes)
+        check_shape(name, x, shape)
+
+
+def _tensors(p: Projection, widths: Sequence[int]) -> Iterator[tuple[str, torch.Tensor, tuple[int, int], tuple]]:
+    """Tensors of weights, with the names that errors have for them, and the shapes and dtypes that they must have."""
     accepted = (_CODES, _FP32) if p.scaled else (_BF16,)
-    for name, weight, columns in _named(p, [x.shape[1] for x in kv_scores]):
-        each = zip(tensors_of(name, weight), _shapes(columns, p.hidden.shape[1]), accepted, strict=False)
+    for name, weight, rows in _named(p, widths):
+        each = zip(tensors_of(name, weight), _shapes(rows, p.hidden.shape[1]), accepted, strict=False)
         for (one, x), shape, dtypes in each:
             if not p.scaled and getattr(x, "dtype", None) is torch.float8_e4m3fn:
                 raise TypeError(f"{name} must be torch.bfloat16, or a kvfold.ScaledWeight, got {x.dtype} without scales")
-            check_tensor(one, x, shape, dtypes, p.hidden.device)
-            if x.data_ptr() % x.element_size():  # kernels count in elements from one tensor to the next
-                raise ValueError(f"{one} must begin at a multiple of its element size, {x.element_size()} bytes")
-
-
-def check_tensors(p: Projection, widths: Sequence[int]) -> None:
-    """Names what is no tensor in a weight, which an operator cannot."""
-    for name, weight, _ in _named(p, widths):
-        for one, x in tensors_of(name, weight):
-            check_type(one, x, torch.Tensor)
+            yield one, x, shape, dtypes
 
 
 def _named(p: Projection, widths: Sequence[int]) -> list[tuple[str, Weight, int]]:
