@@ -61,9 +61,9 @@ def product(w_at, s_at, x_at, there, k, acc, HOW: tl.constexpr, P: tl.constexpr)
         # The interpreter's own product has another order of sums for every shape; this one has the same for every depth.
         for i in tl.static_range(0, P.DEPTH, STEP):
             w, x = tiles_at(w_at, s_at, x_at, there, k + i, STEP, HOW, P)
-            if not P.SCALED:
-                w = bf16_value(w.to(tl.int16, bitcast=True))  # the interpreter's own cast gets subnormal numbers wrong
-            acc += tl.sum(w[:, None, :] * bf16_value(x.to(tl.int16, bitcast=True))[None, :, :], axis=2)
+            # Its own cast gets subnormal numbers wrong.
+            w, x = bf16_value(w.to(tl.int16, bitcast=True)), bf16_value(x.to(tl.int16, bitcast=True))
+            acc += tl.sum(w[:, None, :] * x[None, :, :], axis=2)
     return acc
 
 

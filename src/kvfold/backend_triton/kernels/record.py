@@ -48,6 +48,14 @@ def e4m3_value(code):
 
 
 @triton.jit
+def e4m3_number(code):
+    """fp32 of any e4m3fn code."""
+    magnitude = code & 0x7F
+    bits = tl.where(magnitude == 0x7F, 0x7FF00000, e4m3_value(magnitude).to(tl.int32, bitcast=True))
+    return (bits | (code & 0x80) << 24).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def e2m1_bits(x, TIES_TO_ZERO: tl.constexpr = False, UNSIGNED_ZERO: tl.constexpr = False):
     """e2m1 of fp32 as int32, saturating at 6: ties to even with the sign of zero kept, or toward zero without it.
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from ... import contract
 from ..args import Weights
 from .pdl import wait_for_inputs
-from .record import bf16_bits, bf16_value
+from .record import bf16_bits, e4m3_number
 
 BLOCK = tl.constexpr(contract.SCALE_BLOCK)
 
@@ -44,27 +44,16 @@ def scale_rows(weights, column, HIDDEN_DIM: tl.constexpr):
 
 
 @triton.jit
-def e4m3_numbers(code):
-    """fp32 of e4m3fn codes (uint8), by their bits: as those of fp32 they are 2**-120 times as large, subnormal ones too."""
-    c = code.to(tl.int32)
-    bits = (c & 0x80) << 24 | (c & 0x7F) << 20
-    bits = tl.where((c & 0x7F) == 0x7F, 0x7FC00000, bits)  # NaN
-    return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2**120: exact
-
-
-@triton.jit
 def scaled(code, scale, TARGET: tl.constexpr):
-    """bf16 of e4m3fn codes (uint8) times their scales; under the interpreter, whose products are in fp32, as fp32."""
+    """bf16 of e4m3fn codes (uint8) times their scales."""
     if TARGET.E4M3_CONVERSION:
         x = code.to(tl.float8e4nv, bitcast=True).to(tl.float32) * scale
     else:
-        x = e4m3_numbers(code) * scale
+        x = e4m3_number(code.to(tl.int32)) * scale
     if TARGET.BF16_CONVERSION:
-        w = x.to(tl.bfloat16)
-    elif TARGET.BF16_PRODUCTS:
-        w = bf16_bits(x).to(tl.bfloat16, bitcast=True)
+        w = x.to(tl.bfloat16)  # not by `bf16_bits`, which makes every NaN the same one, number by number
     else:
-        w = bf16_value(bf16_bits(x))
+        w = bf16_bits(x).to(tl.bfloat16, bitcast=True)
     return w
 
 
@@ -89,6 +78,4 @@ def dequantize_kernel(
     code = tl.load(weight_rows(weights, column, HIDDEN_DIM) + d, mask=there, other=0)
     scale = tl.load(scale_rows(weights, column, HIDDEN_DIM) + block, mask=block * BLOCK < HIDDEN_DIM, other=0.0)
     w = scaled(code, scale[:, None], HOW.TARGET)
-    if not HOW.TARGET.BF16_PRODUCTS:
-        w = bf16_bits(w).to(tl.bfloat16, bitcast=True)
     tl.store(made_rows + column.to(tl.int64) * HIDDEN_DIM + d, w, mask=there)

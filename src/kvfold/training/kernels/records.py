@@ -5,17 +5,9 @@ import triton.language as tl
 
 from ...backend_triton.args import Output
 from ...backend_triton.kernels.pdl import wait_for_inputs
-from ...backend_triton.kernels.record import bf16_value, e2m1_value, e4m3_value, load_scale, tail_address
+from ...backend_triton.kernels.record import bf16_value, e2m1_value, e4m3_number, load_scale, tail_address
 from ..args import Pieces
 from .tokens import load_piece, put
-
-
-@triton.jit
-def e4m3_number(code):
-    """fp32 of any e4m3fn code."""
-    magnitude = code & 0x7F
-    bits = tl.where(magnitude == 0x7F, 0x7FF00000, e4m3_value(magnitude).to(tl.int32, bitcast=True))
-    return (bits | (code & 0x80) << 24).to(tl.float32, bitcast=True)
 
 
 @triton.jit
