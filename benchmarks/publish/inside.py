@@ -27,8 +27,7 @@ def inside(rows: Rows) -> str:
         return ""
 
     def body(device: str) -> tuple[str, Rows]:
-        taken = [row for row in rows if (row["bench"], row["device"]) == ("adapters", device) and "us" in row]
-        used = [*{(row["engine"], row["case"], row["variant"]): row for row in taken}.values()]  # the last of each
+        used = [row for row in rows if (row["bench"], row["device"]) == ("adapters", device) and "us" in row]
         tables = []
         for engine, ways in WAYS.items():
             found = {(row["case"], row["variant"]): row for row in used if row["engine"] == engine}
