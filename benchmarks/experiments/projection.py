@@ -27,9 +27,10 @@ from kvfold import ScaledWeight
 from kvfold.backend_triton.keys import AddKey, DequantizeKey, Key, ProjectKey
 from kvfold.backend_triton.launch_product import add, dequantize, project
 from kvfold.backend_triton.table import SCALED, TILINGS, Tiling, scaled_tiling, tiling
-from kvfold.storage.weights import Weight
+from kvfold.storage.weights import Weight, blocks_of
 
 from ..lib import protocol
+from ..lib.model_calls import in_fp8
 from ..run.precompile import compile_all
 
 LAYERS, BANDWIDTH = 31, 4.5e12
@@ -98,10 +99,9 @@ def numbers(shape: tuple[int, int], generator: torch.Generator | None = None, sc
     weight = torch.randn(columns, width, generator=generator, device="cuda") / width**0.5
     if not scaled:
         return weight.bfloat16()
-    scales = torch.rand(-(-columns // 128), -(-width // 128), generator=generator, device="cuda") / 200 / width**0.5 + 1e-6
+    scales = torch.rand(blocks_of(columns), blocks_of(width), generator=generator, device="cuda") / 200 / width**0.5 + 1e-6
     scales[::2] = 2.0 ** scales[::2].log2().round()
-    by_row = scales.repeat_interleave(128, 0)[:columns].repeat_interleave(128, 1)[:, :width]
-    return ScaledWeight((weight / by_row).clamp(-448, 448).to(torch.float8_e4m3fn), scales)
+    return in_fp8(weight, scales)
 
 
 class Product:
@@ -158,6 +158,15 @@ def check(shape: tuple[int, int], counts: list[int], sweep: bool, scaled: bool) 
     return found | {"differ": differ[:8]}
 
 
+def timed(hidden: torch.Tensor, weights: list[Weight], config: Tiling, replays: int, **how: bool) -> dict:
+    """Of a layer, by a row and as `Product` is told how; or why it cannot be."""
+    try:
+        call = Product(hidden, weights[0], config, **how)
+        return {"us": round(protocol.time_graph([call.of_layer(w) for w in weights], replays), 2)}
+    except Exception as error:  # a row that the device has no room for
+        return {"us": None, "error": str(error)[:80]}
+
+
 def scaled_figures(shape: tuple[int, int], tokens: int, sweep: bool) -> Iterator[dict]:
     """Of weights in FP8: every row, "before", the table's row over weights in bf16, and `torch.mm`."""
     columns, width = shape
@@ -174,13 +183,7 @@ def scaled_figures(shape: tuple[int, int], tokens: int, sweep: bool) -> Iterator
     ways += [(str(config), scaled, config, False) for config in rows(tokens, sweep, True)]
     for how, weights, config, before in ways:
         told = {"how": how, "table": config == scaled_tiling(tokens, columns) and weights is scaled}
-        try:
-            call = Product(hidden, weights[0], config, before=before)
-            us = protocol.time_graph([call.of_layer(w) for w in weights], replays)
-        except Exception as error:  # a row that the device has no room for
-            yield same | told | {"us": None, "error": str(error)[:80]}
-            continue
-        yield same | told | {"us": round(us, 2)}
+        yield same | told | timed(hidden, weights, config, replays, before=before)
 
 
 def figures(shape: tuple[int, int], tokens: int, sweep: bool) -> Iterator[dict]:
@@ -197,13 +200,7 @@ def figures(shape: tuple[int, int], tokens: int, sweep: bool) -> Iterator[dict]:
         if alone and config.parts == 1:
             continue
         told = {"how": str(config), "alone": alone, "table": config == tiling(tokens, columns)}
-        try:
-            call = Product(hidden, weights[0], config, alone)
-            us = protocol.time_graph([call.of_layer(w) for w in weights], rounds)
-        except Exception as error:  # a row that the device has no room for
-            yield same | told | {"us": None, "error": str(error)[:80]}
-            continue
-        yield same | told | {"us": round(us, 2)}
+        yield same | told | timed(hidden, weights, config, rounds, alone=alone)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 import kvfold
+from kvfold.storage.weights import blocks_of, of_each
 
 from . import models
 from .calls import Buffers, Step, Weights
@@ -31,12 +32,14 @@ class Layer(NamedTuple):
     compressors: list[Weights]
 
 
-def in_fp8(weight: torch.Tensor) -> kvfold.ScaledWeight:
-    """A projection of `projections` in FP8, whose numbers are alike in all blocks; so are its scales."""
+def in_fp8(weight: torch.Tensor, scales: torch.Tensor | None = None) -> kvfold.ScaledWeight:
+    """A weight in FP8. scales: of its blocks; without them it is one of `projections`, whose blocks are all alike."""
     rows, width = weight.shape
-    scale = width**-0.5 / 64  # codes up to seven times as large as the root of their mean square
-    scales = torch.full((-(-rows // 128), -(-width // 128)), scale, device=weight.device)
-    return kvfold.ScaledWeight((weight.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scales)
+    if scales is None:
+        # Codes up to seven times as large as the root of their mean square.
+        scales = torch.full((blocks_of(rows), blocks_of(width)), width**-0.5 / 64, device=weight.device)
+    codes = (weight.float() / of_each(scales, rows, width)).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return kvfold.ScaledWeight(codes, scales)
 
 
 class LayerSet(NamedTuple):

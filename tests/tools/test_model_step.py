@@ -128,15 +128,21 @@ def test_fused_hands_on_one_layer_a_call(monkeypatch: pytest.MonkeyPatch) -> Non
         assert named["round_kv_score"] is True  # as torch.mm gives bf16
 
 
-def test_fused_makes_the_step() -> None:
-    """The calls themselves, whose states keep rows of bf16: what they fold is what `apart` folds, but for its order of sums."""
+def step_and_sets() -> tuple[model_calls.WholeStep, list, list]:
+    """A step of a small model, and two sets whose states have the same rows."""
     torch.manual_seed(0)
     wide = TINY._replace(hidden_dim=256)
     step = model_calls.WholeStep(StepCase(wide, 2, 4), model_calls.projections(wide, DEVICE), DEVICE)
-    fused, apart = step.make_set(), step.make_set()
-    for one, other in zip(fused, apart, strict=True):
+    first, second = step.make_set(), step.make_set()
+    for one, other in zip(first, second, strict=True):
         for mine, its in zip(one.own, other.own, strict=True):
             mine.state.rows.copy_(its.state.rows)
+    return step, first, second
+
+
+def test_fused_makes_the_step() -> None:
+    """The calls themselves, whose states keep rows of bf16: what they fold is what `apart` folds, but for its order of sums."""
+    step, fused, apart = step_and_sets()
     step.check(step.call("fused", fused))
     step.check(step.call("apart", apart))
     for one, other in zip(fused, apart, strict=True):
@@ -145,13 +151,7 @@ def test_fused_makes_the_step() -> None:
 
 
 def test_fused_in_fp8_makes_the_step_of_what_its_weights_stand_for() -> None:
-    torch.manual_seed(0)
-    wide = TINY._replace(hidden_dim=256)
-    step = model_calls.WholeStep(StepCase(wide, 2, 4), model_calls.projections(wide, DEVICE), DEVICE)
-    fp8, fused = step.make_set(), step.make_set()
-    for one, other in zip(fp8, fused, strict=True):
-        for mine, its in zip(one.own, other.own, strict=True):
-            mine.state.rows.copy_(its.state.rows)
+    step, fp8, fused = step_and_sets()
     step.check(step.call("fused-fp8", fp8))
     for layer, scaled in zip(step.layers, step.scaled, strict=True):
         error = (scaled.dequantized() - layer.projection).norm() / layer.projection.norm()

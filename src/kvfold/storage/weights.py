@@ -27,9 +27,7 @@ class ScaledWeight(NamedTuple):
 
     def dequantized(self) -> torch.Tensor:
         """What its numbers are: bf16 `[rows, hidden_dim]`, a new tensor."""
-        rows, width = self.codes.shape
-        by_row = self.scales.repeat_interleave(SCALE_BLOCK, 0)[:rows]
-        return (self.codes.float() * by_row.repeat_interleave(SCALE_BLOCK, 1)[:, :width]).bfloat16()
+        return (self.codes.float() * of_each(self.scales, *self.codes.shape)).bfloat16()
 
     def split(self, rows: Sequence[int]) -> tuple[ScaledWeight, ...]:
         """Views of so many rows each.
@@ -47,6 +45,11 @@ class ScaledWeight(NamedTuple):
 
 
 Weight = torch.Tensor | ScaledWeight
+
+
+def of_each(scales: torch.Tensor, rows: int, width: int) -> torch.Tensor:
+    """The scale of each number of a weight `[rows, width]`."""
+    return scales.repeat_interleave(SCALE_BLOCK, 0)[:rows].repeat_interleave(SCALE_BLOCK, 1)[:, :width]
 
 
 def blocks_of(count: int) -> int:
