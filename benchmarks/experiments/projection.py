@@ -41,8 +41,11 @@ LONG = 8192  # tokens of a prompt
 FEW: dict[int, tuple[tuple[int, ...], ...]] = {
     16: ((128, 16, 64, 4, 6, 4), (64, 8, 128, 8, 5, 4)),
     64: ((64, 64, 128, 8, 4, 4), (64, 64, 64, 4, 6, 4), (128, 64, 64, 8, 4, 8)),
-    512: ((128, 64, 64, 4, 4, 8), (64, 128, 64, 4, 4, 8), (128, 128, 64, 8, 3, 8), (128, 128, 64, 4, 3, 8)),
-    LONG: ((128, 128, 64, 1, 6, 8), (128, 128, 128, 1, 3, 8)),
+    2048: (
+        (64, 128, 64, 4, 4, 4), (64, 128, 64, 1, 4, 4), (128, 128, 64, 1, 3, 8), (128, 128, 64, 4, 3, 8),
+        (128, 64, 64, 1, 4, 4), (128, 64, 64, 1, 4, 8), (64, 64, 64, 1, 6, 4), (64, 64, 64, 4, 6, 4), (64, 64, 64, 4, 3, 4),
+    ),
+    LONG: ((128, 128, 64, 1, 3, 8), (64, 128, 64, 1, 4, 4), (128, 128, 32, 1, 6, 8)),
 }  # fmt: skip
 
 
@@ -67,20 +70,26 @@ def other_scaled(tokens: int) -> Iterator[Tiling]:
             yield Tiling(tokens, columns, wide, depth, parts, stages, columns // 16)
 
 
+def chunks_in_a_loop(parts: int) -> int:
+    """Of hidden_dim, tiles of which are under way at once."""
+    return 1 if parts == 8 else 2
+
+
 def others(tokens: int) -> Iterator[Tiling]:
     """Rows that could serve a step of so many tokens."""
     if tokens <= 64:
         wide = max(16, tokens)
         for depth, parts, columns in product((64, 128), (8, 4), (64, 128)):
-            each = (columns + wide) * depth * 2
+            each = (columns + wide) * depth * 2 * chunks_in_a_loop(parts)
             for room in (56, 110, 220):  # KiB, so that 4, 2 or 1 programs have room on a multiprocessor
                 stages = min(room * 1024 // each, 14 * 128 // depth)
                 for warps in (4, 8):
                     if stages >= 2 and warps * 16 <= columns * 2:
                         yield Tiling(tokens, columns, wide, depth, parts, stages, warps)
         return
-    for (columns, wide), parts, room in product(((64, 64), (64, 128), (128, 64), (128, 128), (128, 256)), (8, 4), (110, 220)):
-        stages = min(room * 1024 // ((columns + wide) * 128), 14)
+    sizes = ((64, 64), (64, 128), (128, 64), (128, 128), (128, 256))
+    for (columns, wide), parts, room in product(sizes, (8, 4, 1), (110, 220)):
+        stages = min(room * 1024 // ((columns + wide) * chunks_in_a_loop(parts) * 128), 14)
         if stages >= 2:
             yield Tiling(tokens, columns, wide, 64, parts, stages, 8 if columns * wide > 4096 else 4)
 

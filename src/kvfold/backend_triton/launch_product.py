@@ -11,8 +11,8 @@ from ..storage.weights import ScaledWeight, Weight
 from . import args
 from .args import flat
 from .keys import AddKey, DequantizeKey, ProjectKey
-from .launcher import address, launcher_of, pack, supports_pdl
-from .table import Tiling, scaled_tiling, tiling
+from .launcher import address, launcher_of, multiprocessors, pack, supports_pdl
+from .table import Tiling, scaled_tiling, tiling, whole_rounds
 from .variants import ADDED_AT_ONCE, DEQUANTIZED_AT_ONCE
 
 
@@ -39,15 +39,29 @@ def side_by_side(kv_scores: Sequence[torch.Tensor]) -> torch.Tensor | None:
 
 
 def _product(p: Projection, weights: tuple[Weight, ...], kv_score: torch.Tensor, pdl: bool) -> None:
-    config = scaled_tiling(*kv_score.shape) if p.scaled else tiling(*kv_score.shape)
-    if config is None:
-        weights, config = (dequantize(weights, pdl),), tiling(*kv_score.shape)
+    (count, columns), here = kv_score.shape, multiprocessors(kv_score.device)
+    if p.scaled:
+        config = scaled_tiling(count, columns)
+        if config is not None:
+            _rows(p.hidden, weights, kv_score, config, pdl, p.round_kv_score)
+            return
+        weights = (dequantize(weights, pdl),)
+    cut = whole_rounds(count, columns, here)
+    for hidden, out in ((p.hidden[:cut], kv_score[:cut]), (p.hidden[cut:], kv_score[cut:])):
+        if len(out):
+            _rows(hidden, weights, out, tiling(len(out), columns, here), pdl, p.round_kv_score)
+
+
+def _rows(
+    hidden: torch.Tensor, weights: tuple[Weight, ...], kv_score: torch.Tensor, config: Tiling, pdl: bool, rounded: bool
+) -> None:
+    """kv_score of these hidden states, by this row of the table: a launch, and where there are parts one that adds them."""
     if config.parts == 1:
-        project(p.hidden, weights, kv_score, config, pdl, p.round_kv_score)
+        project(hidden, weights, kv_score, config, pdl, rounded)
         return
     parts = torch.empty((config.parts, *kv_score.shape), dtype=torch.float32, device=kv_score.device)
-    project(p.hidden, weights, parts, config, pdl)
-    add(parts, kv_score, pdl, p.round_kv_score)
+    project(hidden, weights, parts, config, pdl)
+    add(parts, kv_score, pdl, rounded)
 
 
 def dequantize(weights: tuple[Weight, ...], pdl: bool) -> torch.Tensor:

@@ -165,7 +165,7 @@ CONFIGS: Row = tuple(config for row in ROWS for config in row)
 @dataclass(frozen=True)
 class Tiling:
     """A row of the table of projections. It serves steps of up to `max_tokens` tokens and kv_score of up to `max_columns`; of
-    several, the first one.
+    several, the first one. Rows that have a `round` serve what others do not: a step takes the one that is soonest done.
 
     Attributes:
         columns, tokens: of kv_score, in a tile, which is a program's. Columns are at least 64, so that Hopper has one kind of
@@ -173,10 +173,12 @@ class Tiling:
         depth: numbers of hidden states and weights that a tile takes at once. Any value gives the same bits; of weights in FP8
             it divides a block.
         parts: programs that share a tile, a part of hidden_dim each: 8, 4 or 1. Any of these gives the same bits.
-        stages: of `depth` numbers that are under way at once; fewer on a GPU that has not the room.
+        stages: of `depth` numbers that are under way at once, of each of two chunks where parts are 4 or 1; fewer on a GPU that
+            has not the room.
         num_warps: per program. Any value gives the same bits.
         group: rows of tiles, of tokens, that programs take side by side. Any value gives the same bits.
-        spills: as of `Config`: of tiles that are not in parts, at the ends of chunks, where a thread has three sums of its own.
+        round: microseconds that a program to each multiprocessor takes, with its part of what follows, on an H200 at a
+            hidden_dim of 7168. What counts is how rows compare.
     """
 
     max_tokens: int
@@ -188,26 +190,30 @@ class Tiling:
     num_warps: int
     max_columns: int = ANY
     group: int = 1
-    spills: int = 0
+    round: float = 0
 
     def tiles(self, tokens: int, columns: int) -> int:
         """Of a call, each of which `parts` programs share."""
         return -(-columns // self.columns) * -(-tokens // self.tokens)
+
+    def time(self, tokens: int, columns: int, multiprocessors: int) -> float:
+        """Of a call, by whole rounds."""
+        return self.round * -(-self.tiles(tokens, columns) * self.parts // multiprocessors)
 
     def depth_for(self, chunk: int) -> int:
         """No tile is of two chunks."""
         return self.depth if chunk % self.depth == 0 else HIDDEN_STEP
 
 
-# Notes 0076, 0079 and 0081.
+# Notes 0076, 0079, 0081 and 0082.
 TILINGS: tuple[Tiling, ...] = (
     Tiling(16, columns=64, tokens=16, depth=128, parts=8, stages=6, num_warps=4, max_columns=1024),
     Tiling(16, columns=64, tokens=16, depth=128, parts=8, stages=3, num_warps=4),
     Tiling(64, columns=64, tokens=64, depth=128, parts=8, stages=4, num_warps=4, max_columns=1024),
     Tiling(64, columns=64, tokens=64, depth=64, parts=8, stages=4, num_warps=4),
-    Tiling(512, columns=128, tokens=64, depth=64, parts=4, stages=5, num_warps=8, max_columns=1024),
-    Tiling(512, columns=64, tokens=128, depth=64, parts=4, stages=4, num_warps=4),
-    Tiling(ANY, columns=128, tokens=128, depth=64, parts=1, stages=4, num_warps=8, group=8, spills=96),
+    Tiling(ANY, columns=64, tokens=128, depth=64, parts=4, stages=4, num_warps=4, round=12.4),
+    Tiling(ANY, columns=64, tokens=128, depth=64, parts=1, stages=4, num_warps=4, round=33.5),
+    Tiling(ANY, columns=128, tokens=128, depth=64, parts=1, stages=3, num_warps=8, group=8, round=55),
 )
 
 
@@ -220,9 +226,29 @@ SCALED: tuple[Tiling, ...] = (
 )
 
 
-def tiling(tokens: int, columns: int) -> Tiling:
+def tiling(tokens: int, columns: int, multiprocessors: int = MULTIPROCESSORS) -> Tiling:
     """The row that serves a step of so many tokens, of kv_score of so many columns."""
-    return next(row for row in TILINGS if tokens <= row.max_tokens and columns <= row.max_columns)
+    first = next(row for row in TILINGS if tokens <= row.max_tokens and columns <= row.max_columns)
+    if not first.round:
+        return first
+    return min((row for row in TILINGS if row.round), key=lambda row: row.time(tokens, columns, multiprocessors))
+
+
+def whole_rounds(tokens: int, columns: int, multiprocessors: int = MULTIPROCESSORS) -> int:
+    """Tokens from which on a step is sooner done as another one, as those before fill rounds of the last row; 0 for none."""
+    last = TILINGS[-1]
+    across = last.tiles(1, columns)
+    rounds = last.tiles(tokens, columns) // multiprocessors
+    cut = rounds * multiprocessors // across * last.tokens
+    if not last.round or not 0 < cut < tokens:
+        return 0
+
+    def soonest(count: int) -> float:
+        return min(row.time(count, columns, multiprocessors) for row in TILINGS if row.round)
+
+    # By a twentieth at least, as there is a launch more.
+    sooner = last.time(cut, columns, multiprocessors) + soonest(tokens - cut) < 0.95 * soonest(tokens)
+    return cut if sooner else 0
 
 
 def scaled_tiling(tokens: int, columns: int) -> Tiling | None:
@@ -233,11 +259,11 @@ def scaled_tiling(tokens: int, columns: int) -> Tiling | None:
 def tilings(columns: int, scaled: bool = False) -> tuple[tuple[Tiling, bool], ...]:
     """Those that serve some step, and whether over weights in FP8. scaled: whether calls have such weights, which longer steps
     make bf16 first."""
-    if not scaled:
-        return tuple(dict.fromkeys((tiling(row.max_tokens, columns), False) for row in TILINGS))
-    found = [scaled_tiling(row.max_tokens, columns) for row in SCALED]
-    longer = [row.max_tokens for row in TILINGS if scaled_tiling(row.max_tokens, columns) is None]
-    rows = [(row, True) for row in found if row is not None] + [(tiling(tokens, columns), False) for tokens in longer]
+    found = [tiling(row.max_tokens, columns) for row in TILINGS if not row.round] + [row for row in TILINGS if row.round]
+    rows = [(row, False) for row in found if not scaled or scaled_tiling(row.max_tokens, columns) is None]
+    if scaled:
+        of_codes = [scaled_tiling(row.max_tokens, columns) for row in SCALED]
+        rows = [(row, True) for row in of_codes if row is not None] + rows
     return tuple(dict.fromkeys(rows))
 
 
@@ -284,7 +310,9 @@ COLUMNS = (
 )  # fmt: skip
 
 
-TILING_COLUMNS = ("tokens of a step", "columns of kv_score", "columns", "tokens", "depth", "parts", "stages", "warps", "group")
+TILING_COLUMNS = (
+    "tokens of a step", "columns of kv_score", "columns", "tokens", "depth", "parts", "stages", "warps", "group", "round",
+)  # fmt: skip
 
 
 def tilings_in_words(rows: Iterable[Tiling]) -> list[tuple[str, ...]]:
@@ -293,7 +321,7 @@ def tilings_in_words(rows: Iterable[Tiling]) -> list[tuple[str, ...]]:
         (
             _most(t.max_tokens),
             _most(t.max_columns),
-            *map(str, (t.columns, t.tokens, t.depth, t.parts, t.stages, t.num_warps, t.group)),
+            *map(str, (t.columns, t.tokens, t.depth, t.parts, t.stages, t.num_warps, t.group, t.round or "-")),
         )
         for t in rows
     ]

@@ -52,14 +52,14 @@ def tiles_at(w_at, s_at, x_at, there, k, DEPTH: tl.constexpr, HOW: tl.constexpr,
 
 
 @triton.jit
-def product(w_at, s_at, x_at, there, k, acc, HOW: tl.constexpr, P: tl.constexpr):
+def product(w_at, s_at, x_at, there, k, acc, DEPTH: tl.constexpr, HOW: tl.constexpr, P: tl.constexpr):
     """Adds DEPTH numbers of hidden states, from `k` on, times their weights to `acc`, `[COLUMNS, TOKENS]`."""
     if HOW.TARGET.BF16_PRODUCTS:
-        w, x = tiles_at(w_at, s_at, x_at, there, k, P.DEPTH, HOW, P)
+        w, x = tiles_at(w_at, s_at, x_at, there, k, DEPTH, HOW, P)
         acc = tl.dot(w, tl.trans(x), acc)
     else:
         # The interpreter's own product has another order of sums for every shape; this one has the same for every depth.
-        for i in tl.static_range(0, P.DEPTH, STEP):
+        for i in tl.static_range(0, DEPTH, STEP):
             w, x = tiles_at(w_at, s_at, x_at, there, k + i, STEP, HOW, P)
             # Its own cast gets subnormal numbers wrong.
             w, x = bf16_value(w.to(tl.int16, bitcast=True)), bf16_value(x.to(tl.int16, bitcast=True))
@@ -76,15 +76,25 @@ def chunk_of(w_at, s_at, x_at, there, chunk, HOW: tl.constexpr, P: tl.constexpr)
     STAGES: tl.constexpr = P.STAGES if P.STAGES < ROOM else ROOM
     acc = tl.zeros((P.COLUMNS, P.TOKENS), tl.float32)
     for i in tl.range(0, TILES, num_stages=STAGES):
-        acc = product(w_at, s_at, x_at, there, chunk * P.CHUNK + i * P.DEPTH, acc, HOW, P)
+        acc = product(w_at, s_at, x_at, there, chunk * P.CHUNK + i * P.DEPTH, acc, P.DEPTH, HOW, P)
     return acc
 
 
 @triton.jit
 def pair_of(w_at, s_at, x_at, there, pair, HOW: tl.constexpr, P: tl.constexpr):
-    """The sums of two chunks."""
-    first = chunk_of(w_at, s_at, x_at, there, 2 * pair, HOW, P)
-    return added(chunk_of(w_at, s_at, x_at, there, 2 * pair + 1, HOW, P), first)
+    """The sums of two chunks, by one loop: at the end of each loop matrix units wait for memory (note 0082)."""
+    BYTES: tl.constexpr = 2 * (P.COLUMNS * (1 if P.SCALED else 2) + P.TOKENS * 2)  # of one number of each chunk
+    ROOMY: tl.constexpr = 2 * BYTES * P.DEPTH <= HOW.TARGET.SHARED_BYTES or not HOW.TARGET.BF16_PRODUCTS
+    DEPTH: tl.constexpr = P.DEPTH if ROOMY else P.DEPTH // 2  # so that tiles are under way while others are used
+    ROOM: tl.constexpr = HOW.TARGET.SHARED_BYTES // (BYTES * DEPTH)
+    STAGES: tl.constexpr = P.STAGES if P.STAGES < ROOM else ROOM
+    first = tl.zeros((P.COLUMNS, P.TOKENS), tl.float32)
+    second = tl.zeros((P.COLUMNS, P.TOKENS), tl.float32)
+    for i in tl.range(0, P.CHUNK // DEPTH, num_stages=STAGES):
+        k = 2 * pair * P.CHUNK + i * DEPTH
+        first = product(w_at, s_at, x_at, there, k, first, DEPTH, HOW, P)
+        second = product(w_at, s_at, x_at, there, k + P.CHUNK, second, DEPTH, HOW, P)
+    return added(second, first)
 
 
 @triton.jit
