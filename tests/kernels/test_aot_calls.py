@@ -49,6 +49,8 @@ def test_a_set_has_the_kernels_of_its_calls(name: str) -> None:
         assert any(isinstance(one.key, kinds[name]) for one in found)
     if name.startswith("vllm"):
         assert not any(one.dependent for one in found)
+    for one in (one for one in found if isinstance(one.key, ProjectKey)):
+        assert one.spills == one.key.config.spills and (one.spills > 0) == (one.key.config.parts == 1)
     for one in (one for one in found if isinstance(one.key, WindowKey)):
         assert one.spills == (one.key.config.spills if one.key.tables == "plain" else one.key.config.engine_spills)
 

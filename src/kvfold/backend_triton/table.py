@@ -179,6 +179,7 @@ class Tiling:
         group: rows of tiles, of tokens, that programs take side by side. Any value gives the same bits.
         round: microseconds that a program to each multiprocessor takes, with its part of what follows, on an H200 at a
             hidden_dim of 7168. What counts is how rows compare.
+        spills: as of `Config`: of tiles that are not in parts, at the ends of loops, where a thread has three sums of its own.
     """
 
     max_tokens: int
@@ -191,6 +192,7 @@ class Tiling:
     max_columns: int = ANY
     group: int = 1
     round: float = 0
+    spills: int = 0
 
     def tiles(self, tokens: int, columns: int) -> int:
         """Of a call, each of which `parts` programs share."""
@@ -212,8 +214,8 @@ TILINGS: tuple[Tiling, ...] = (
     Tiling(64, columns=64, tokens=64, depth=128, parts=8, stages=4, num_warps=4, max_columns=1024),
     Tiling(64, columns=64, tokens=64, depth=64, parts=8, stages=4, num_warps=4),
     Tiling(ANY, columns=64, tokens=128, depth=64, parts=4, stages=4, num_warps=4, round=12.4),
-    Tiling(ANY, columns=64, tokens=128, depth=64, parts=1, stages=4, num_warps=4, round=33.5),
-    Tiling(ANY, columns=128, tokens=128, depth=64, parts=1, stages=3, num_warps=8, group=8, round=55),
+    Tiling(ANY, columns=64, tokens=128, depth=64, parts=1, stages=4, num_warps=4, round=33.5, spills=132),
+    Tiling(ANY, columns=128, tokens=128, depth=64, parts=1, stages=3, num_warps=8, group=8, round=55, spills=16),
 )
 
 

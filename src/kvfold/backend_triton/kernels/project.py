@@ -84,7 +84,7 @@ def chunk_of(w_at, s_at, x_at, there, chunk, HOW: tl.constexpr, P: tl.constexpr)
 def pair_of(w_at, s_at, x_at, there, pair, HOW: tl.constexpr, P: tl.constexpr):
     """The sums of two chunks, by one loop: at the end of each loop matrix units wait for memory (note 0082)."""
     BYTES: tl.constexpr = 2 * (P.COLUMNS * (1 if P.SCALED else 2) + P.TOKENS * 2)  # of one number of each chunk
-    ROOMY: tl.constexpr = 2 * BYTES * P.DEPTH <= HOW.TARGET.SHARED_BYTES or not HOW.TARGET.BF16_PRODUCTS
+    ROOMY: tl.constexpr = 3 * BYTES * P.DEPTH <= HOW.TARGET.SHARED_BYTES or not HOW.TARGET.BF16_PRODUCTS
     DEPTH: tl.constexpr = P.DEPTH if ROOMY else P.DEPTH // 2  # so that tiles are under way while others are used
     ROOM: tl.constexpr = HOW.TARGET.SHARED_BYTES // (BYTES * DEPTH)
     STAGES: tl.constexpr = P.STAGES if P.STAGES < ROOM else ROOM
