@@ -187,3 +187,15 @@ def test_a_recorded_step_reads_it() -> None:
         tensor.fill_(value)
         graph.replay()
         assert torch.equal(call.cache.pages.cpu(), Call(gpu, "fp8_tensor", value).compress())
+
+
+@pytest.mark.parametrize("call", ["compress", "store"])
+def test_a_scale_whose_memory_is_gone(backend: Backend, call: str) -> None:
+    """Refused by name, also by a layer that has stored with it: reading it would end the process."""
+    scale = torch.full((1,), NUMBER, device=backend.device)
+    one = Call(backend, TAKING[0], scale)
+    one.compress()
+    one.store()
+    scale.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="cache: scale must have its memory"):
+        getattr(one, call)()

@@ -95,9 +95,10 @@ class EntryCache(Checked):
         self.scale_tensor = self._check_scale()
         self._named = FORMATS.get(fmt.name) == fmt  # so an operator (ops.py) can be told it by its name
         self._tensors = (self.pages,) if self.scale_pages is None else (self.pages, self.scale_pages)
-        self._layer: Layer | None = None  # what the last `store` got with this cache: store.py
+        self._layer: Layer | None = None  # what the last `store` got with this cache: calls/checks.py
 
     def _watch(self) -> tuple[torch.Tensor, ...]:
+        """The scale too: kernels get its address as a number."""
         return self._tensors if self.scale_tensor is None else (*self._tensors, self.scale_tensor)
 
     def _check_scale(self) -> torch.Tensor | None:

@@ -80,9 +80,13 @@ class Checked:
         """Checks the attributes together and sets `_tensors`. Raises TypeError and ValueError, which name an attribute."""
         raise NotImplementedError
 
+    def _watch(self) -> tuple[torch.Tensor, ...]:
+        """The tensors whose memory must stay where it is."""
+        return self._tensors
+
     def _validate(self) -> None:
         self._check()
-        self._watched = self._tensors if self._watched_on_gpu or not self._tensors[0].is_cuda else ()
+        self._watched = self._watch() if self._watched_on_gpu or not self._tensors[0].is_cuda else ()
         fake = any(isinstance(x, FakeTensor) for x in self._tensors)
         self._addresses = None if fake else where(self._watched)
         self._token = object()
