@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from support.helpers import Backend
-from support.project_support import FOLD, NARROW, ROWS, SPECS, Projected, apart, hidden_states, weight_of
+from support.project_support import FOLD, NARROW, ROWS, SPECS, Projected, apart
 
 import kvfold
 from kvfold.backend_triton import table
+from kvfold.testing.projected import make_hidden, make_weight
 
 CUTS = ([24], [1] * 24, [4] * 6, [3, 8, 1, 12], [23, 1])
 
@@ -19,7 +20,7 @@ CUTS = ([24], [1] * 24, [4] * 6, [3, 8, 1, 12], [23, 1])
 @pytest.mark.parametrize("rounded", [False, True], ids=["", "rounded"])
 def test_every_cut(name: str, rounded: bool, backend: Backend) -> None:
     """Prefill, chunks and decode, which take other tiles of the product and other kernels behind it."""
-    hidden = hidden_states(24, 512)
+    hidden = make_hidden(24, 512)
     found = [Projected(SPECS[name], backend).run(hidden, cuts, round_kv_score=rounded) for cuts in CUTS]
     assert all(torch.equal(one, found[0]) for one in found[1:])
     assert found[0].any()
@@ -28,7 +29,7 @@ def test_every_cut(name: str, rounded: bool, backend: Backend) -> None:
 @pytest.mark.parametrize("name", ["fold", "rows"])
 def test_whoever_else_is_in_the_batch(name: str, backend: Backend) -> None:
     """A sequence alone, and beside one that is before it, at another position and of another length."""
-    hidden, other = hidden_states(20, 576, 1), hidden_states(40, 576, 2)
+    hidden, other = make_hidden(20, 576, 1), make_hidden(40, 576, 2)
     alone = Projected(SPECS[name], backend, 576).run(hidden, [20])
     beside = Projected(SPECS[name], backend, 576)
     beside.step(other[:9], [(1, 0, 9)])
@@ -47,7 +48,7 @@ def test_kv_score_is_the_same_in_every_tile(backend: Backend) -> None:
     else:
         counts = (1, 16, 17, 33, 65) if backend.slow else (1, 16, 17, 33, 65, 129, 513, 2049, 5000)
     one = Projected(replace(FOLD, ratio=4096), backend, 512)
-    hidden = hidden_states(counts[-1], 512).to(backend.device)
+    hidden = make_hidden(counts[-1], 512).to(backend.device)
     one.state = kvfold.FoldState.allocate(one.spec, 2, counts[-1], device=backend.device)
     found = []
     for count in counts:
@@ -66,7 +67,7 @@ def test_every_row_of_the_table(row: int, backend: Backend, monkeypatch: pytest.
         pytest.skip("it has no table")
     # The interpreter's sums are those of the depth of a tile, which is 64 for these.
     for width in (320, 448) if backend.slow else (320, 448, 832, 4096):
-        hidden = hidden_states(5, width)
+        hidden = make_hidden(5, width)
         hidden[2] = 0
         right = Projected(ROWS, backend, width).run(hidden, [5])
         with monkeypatch.context() as patch:
@@ -77,7 +78,7 @@ def test_every_row_of_the_table(row: int, backend: Backend, monkeypatch: pytest.
 @pytest.mark.parametrize("form", ["two", "far", "turned", "kv_score", "bf16"])
 def test_every_form(form: str, backend: Backend) -> None:
     """The weight in two tensors, behind each other or not in memory; and with a kv_score of the caller's."""
-    hidden, rounded = hidden_states(20, 512), form == "bf16"
+    hidden, rounded = make_hidden(20, 512), form == "bf16"
     for spec in (FOLD, ROWS):
         right = Projected(spec, backend).run(hidden, [4] * 5, round_kv_score=rounded)
         one, half = Projected(spec, backend), spec.channels
@@ -93,7 +94,7 @@ def test_every_form(form: str, backend: Backend) -> None:
 
 
 def test_one_tensor_as_both(backend: Backend) -> None:
-    one, other, hidden = Projected(FOLD, backend), Projected(FOLD, backend), hidden_states(20, 512)
+    one, other, hidden = Projected(FOLD, backend), Projected(FOLD, backend), make_hidden(20, 512)
     values = one.weight[:32]
     assert torch.equal(one.run(hidden, [20], weight=(values, values)), other.run(hidden, [20], weight=torch.cat([values] * 2)))
 
@@ -102,7 +103,7 @@ def test_one_tensor_as_both(backend: Backend) -> None:
 @pytest.mark.parametrize("cuts", [[20], [1] * 6, [4] * 5], ids=["prompt", "one", "drafts"])
 def test_two_compressors(form: str, cuts: list[int], backend: Backend) -> None:
     """Main and indexer at once, as each by itself."""
-    specs, hidden = (ROWS, NARROW), hidden_states(20, 512)
+    specs, hidden = (ROWS, NARROW), make_hidden(20, 512)
     right = [Projected(spec, backend).run(hidden, cuts) for spec in specs]
     both = [Projected(spec, backend) for spec in specs]
     weights: object = [one.weight for one in both]
@@ -125,7 +126,7 @@ def test_two_compressors(form: str, cuts: list[int], backend: Backend) -> None:
 
 def test_rounded_as_compress_would_be_given_it(backend: Backend) -> None:
     """What is folded is kv_score as it comes back: `compress` of that gives the same records."""
-    hidden = hidden_states(20, 512)
+    hidden = make_hidden(20, 512)
     for spec, dtype in ((FOLD, torch.float32), (ROWS, torch.bfloat16), (ROWS, torch.float32)):
         one, other = Projected(spec, backend), Projected(spec, backend)
         kv_score = torch.empty(20, spec.kv_score_width, dtype=dtype, device=backend.device)
@@ -137,14 +138,14 @@ def test_rounded_as_compress_would_be_given_it(backend: Backend) -> None:
 
 
 def test_input_rows_in_bf16(backend: Backend) -> None:
-    hidden = hidden_states(20, 512)
+    hidden = make_hidden(20, 512)
     right = Projected(ROWS, backend).run(hidden, [20], round_kv_score=True)
     assert torch.equal(Projected(ROWS, backend, kept=torch.bfloat16).run(hidden, [4] * 5, round_kv_score=True), right)
 
 
 def test_other_states(backend: Backend) -> None:
     """A `MeanState`, and no state: `compress` of the same kv_score."""
-    hidden = hidden_states(20, 512).to(backend.device)
+    hidden = make_hidden(20, 512).to(backend.device)
     one, other = Projected(FOLD, backend), Projected(FOLD, backend)
     for each in (one, other):
         each.state = kvfold.MeanState.allocate(FOLD, 2, device=backend.device)
@@ -160,11 +161,11 @@ def test_what_it_leaves_alone(backend: Backend) -> None:
     """Rows of kv_score beyond its columns; nothing happens without tokens."""
     one = Projected(FOLD, backend)
     room = torch.full((6, FOLD.kv_score_width + 16), 7.0, device=backend.device)
-    one.step(hidden_states(4, 512), [(0, 0, 4)], kv_score=room[1:5, :64])
+    one.step(make_hidden(4, 512), [(0, 0, 4)], kv_score=room[1:5, :64])
     assert (room[0] == 7).all() and (room[5] == 7).all() and (room[:, 64:] == 7).all()
     assert not (room[1:5, :64] == 7).any()
 
 
 def test_weights_of_every_seed_differ() -> None:
     """What the tests above compare is not all alike."""
-    assert not torch.equal(weight_of(FOLD, 512), weight_of(FOLD, 512, 1))
+    assert not torch.equal(make_weight(FOLD.kv_score_width, 512), make_weight(FOLD.kv_score_width, 512, 1))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import BACKENDS
-from support.project_support import FOLD, NARROW, ROWS, Projected, hidden_states, scaled_weight
+from support.project_support import FOLD, NARROW, ROWS, Projected
 
 import kvfold
 from kvfold import ScaledWeight
+from kvfold.testing.projected import make_hidden, make_scaled_weight
 
 CPU = BACKENDS["torch"]
 WIDTH = FOLD.kv_score_width
@@ -24,7 +25,7 @@ def shifted(tensor: torch.Tensor) -> torch.Tensor:
 
 def wrong(one: Projected) -> dict[str, tuple[type, str, dict]]:
     """Of each case the error, how its message begins, and the arguments that are other than in a good call."""
-    hidden, weight = hidden_states(4, 512), one.weight
+    hidden, weight = make_hidden(4, 512), one.weight
     long = torch.zeros(WIDTH + 8, 512, dtype=torch.bfloat16)
     shared = torch.zeros(4 * 512 * 2, dtype=torch.uint8)
     odd, narrow = ({"hidden": hidden[:, :n], "weight": weight[:, :n].contiguous()} for n in (500, 192))
@@ -35,8 +36,8 @@ def wrong(one: Projected) -> dict[str, tuple[type, str, dict]]:
     of_state = {"kv_score": one.state.rows.view(-1)[: 4 * WIDTH].view(4, WIDTH)}
     of_kv_score = {"kv_score": torch.zeros(4, WIDTH), "rows": "of kv_score"}
     in_bf16 = {"kv_score": torch.empty(4, WIDTH, dtype=torch.bfloat16)}
-    codes, scales = fp8 = scaled_weight(WIDTH, 512)
-    half = scaled_weight(WIDTH // 2, 512)
+    codes, scales = fp8 = make_scaled_weight(WIDTH, 512)
+    half = make_scaled_weight(WIDTH // 2, 512)
     long_scales = torch.ones(4 * WIDTH)
     over_scales = {"weight": ScaledWeight(codes, long_scales[:4].view(1, 4)), "kv_score": long_scales.view(4, WIDTH)}
     over_codes = {"weight": fp8, "kv_score": codes.view(torch.float32).view(-1)[: 4 * WIDTH].view(4, WIDTH)}
@@ -131,7 +132,7 @@ def test_one(case: str) -> None:
     plan = one.plan([(0, 14, 4)])
     if changed.get("rows") == "of kv_score":
         changed["rows"] = changed["kv_score"].view(-1)[:32].view(1, 32)
-    given = {"hidden": hidden_states(4, 512), "weight": one.weight, "backend": "torch", **one.given} | changed
+    given = {"hidden": make_hidden(4, 512), "weight": one.weight, "backend": "torch", **one.given} | changed
     before = [x.clone() for x in (one.state.rows, one.state.positions, one.cache.storage)]
     with pytest.raises(kind, match=f"^{message}"):
         kvfold.project_compress(given.pop("hidden"), given.pop("weight"), plan, one.state, one.cache, **given)
@@ -141,7 +142,7 @@ def test_one(case: str) -> None:
 def test_a_state_in_bf16_wants_rounding() -> None:
     one = Projected(ROWS, CPU, kept=torch.bfloat16)
     with pytest.raises(TypeError, match=r"^round_kv_score must be True"):
-        one.step(hidden_states(4, 512), [(0, 0, 4)])
+        one.step(make_hidden(4, 512), [(0, 0, 4)])
 
 
 def test_kv_scores_over_each_other() -> None:
@@ -151,7 +152,7 @@ def test_kv_scores_over_each_other() -> None:
     for first in (100, 128):
         kv_scores = room[:, :128], room[:, first : first + 64]
         given = [(kv_score, one.state, one.cache, *one.given.values()) for one, kv_score in zip(both, kv_scores, strict=True)]
-        call = [hidden_states(4, 512), [one.weight for one in both], given, plan]
+        call = [make_hidden(4, 512), [one.weight for one in both], given, plan]
         if first == 128:
             kvfold.project_compress_many(*call, backend="torch")
             continue
@@ -162,8 +163,8 @@ def test_kv_scores_over_each_other() -> None:
 def test_many() -> None:
     both = [Projected(ROWS, CPU), Projected(NARROW, CPU)]
     given = [(None, one.state, one.cache, *one.given.values()) for one in both]
-    weights, hidden, plan = [one.weight for one in both], hidden_states(4, 512), both[0].plan([(0, 0, 4)])
-    scaled = [scaled_weight(one.spec.kv_score_width, 512) for one in both]
+    weights, hidden, plan = [one.weight for one in both], make_hidden(4, 512), both[0].plan([(0, 0, 4)])
+    scaled = [make_scaled_weight(one.spec.kv_score_width, 512) for one in both]
     stacked, turned = (ScaledWeight(*map(torch.cat, zip(*order, strict=True))) for order in (scaled, scaled[::-1]))
     for weight, compressors, kind, message in (
         (weights[:1], given, TypeError, "weight must be"),

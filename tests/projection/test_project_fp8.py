@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import BACKENDS
 from support.helpers import Backend
-from support.project_support import FOLD, NARROW, ONE, ROWS, Projected, hidden_states, moved, scaled_weight
+from support.project_support import FOLD, NARROW, ONE, ROWS, Projected, moved
 from torch import Tensor
 
 import kvfold
@@ -18,7 +18,8 @@ from kvfold.backend_triton.keys import AddKey, DequantizeKey, ProjectKey
 from kvfold.contract import projected_worst
 from kvfold.storage.step import Projection
 from kvfold.testing import Engine, ProjectedEngine, drafts, make_weights
-from kvfold.verify.project import check_cut, hidden_of, kv_score_of, scaled_of
+from kvfold.testing.projected import make_hidden, make_scaled_weight
+from kvfold.verify.project import check_cut, kv_score_of
 
 WIDE = replace(FOLD, head_dim=128)  # 256 rows: two blocks, and all codes
 SPECS = {"fold": FOLD, "rows": ROWS, "ungated": ONE, "wide": WIDE}
@@ -106,8 +107,8 @@ def test_nothing_is_multiplied_by_an_infinite_scale(width: int, backend: Backend
 @pytest.mark.parametrize("name", SPECS)
 def test_every_cut(name: str, backend: Backend) -> None:
     """Prefill, chunks and decode: the entries of the weight in bf16."""
-    spec, hidden = SPECS[name], hidden_states(24, 512)
-    weight = moved(scaled_weight(spec.kv_score_width, 512), backend.device)
+    spec, hidden = SPECS[name], make_hidden(24, 512)
+    weight = make_scaled_weight(spec.kv_score_width, 512, device=backend.device)
     right = Projected(spec, backend).run(hidden, [24], weight=weight.dequantized())
     assert right.any()
     for cuts in CUTS[: 2 if backend.slow else None]:
@@ -122,9 +123,9 @@ def test_every_row_of_the_table(row: int, backend: Backend, monkeypatch: pytest.
         pytest.skip("it has no table")
     rows = [replace(one, max_tokens=table.ANY, max_columns=table.ANY) for one in table.SCALED]
     for width in (320, 448) if backend.slow else (320, 448, 832, 960, 4096):
-        hidden = hidden_states(5, width)
+        hidden = make_hidden(5, width)
         hidden[2] = 0
-        one, weight = Projected(WIDE, backend, width), moved(scaled_weight(256, width), backend.device)
+        one, weight = Projected(WIDE, backend, width), make_scaled_weight(256, width, device=backend.device)
         right = kv_score(one, hidden, weight.dequantized())
         with monkeypatch.context() as patch:
             patch.setattr(table, "SCALED", tuple(rows[row : row + 1]))
@@ -140,7 +141,7 @@ def test_launches(count: int, launches: str, monkeypatch: pytest.MonkeyPatch) ->
     found: list[str] = []
     names = {ProjectKey: "product", AddKey: "add", DequantizeKey: "dequantize"}
     monkeypatch.setattr(launch_product, "launcher_of", lambda key, device: found.append(names[type(key)]) or (lambda *_: None))
-    p = Projection(hidden_states(count, 512), ((scaled_weight(1024, 512),),), False)
+    p = Projection(make_hidden(count, 512), ((make_scaled_weight(1024, 512),),), False)
     launch_product.product_triton(p, [torch.empty(count, 1024)], False)
     assert " ".join(found) == launches
 
@@ -150,7 +151,7 @@ def test_every_number_of_tokens(backend: Backend) -> None:
     counts = (1, 17, 64, 65) if backend.slow or backend.name == "torch" else (1, 16, 17, 64, 65, 513, 2049)
     one = Projected(replace(FOLD, ratio=4096), backend)
     one.state = kvfold.FoldState.allocate(one.spec, 2, counts[-1], device=backend.device)
-    hidden, weight = hidden_states(counts[-1], 512), moved(scaled_weight(64, 512), backend.device)
+    hidden, weight = make_hidden(counts[-1], 512), make_scaled_weight(64, 512, device=backend.device)
     right = kv_score(one, hidden, weight.dequantized())
     for count in counts:
         assert same(kv_score(one, hidden[-count:], weight), right[-count:])
@@ -164,11 +165,11 @@ def test_two_tensors(name: str, path: str, form: str, backend: Backend, monkeypa
     if path == "launch":
         monkeypatch.setattr(table, "SCALED", ())
     spec = SPECS[name]
-    one, half, hidden = Projected(spec, backend, 448), spec.channels, hidden_states(9, 448)
+    one, half, hidden = Projected(spec, backend, 448), spec.channels, make_hidden(9, 448)
     if form == "two" and half % 128 == 0:
-        weights = moved(scaled_weight(2 * half, 448), backend.device).split([half, half])
+        weights = make_scaled_weight(2 * half, 448, device=backend.device).split([half, half])
     else:
-        weights = tuple(moved(scaled_weight(half, 448, seed), backend.device) for seed in (1, 2))
+        weights = tuple(make_scaled_weight(half, 448, seed, device=backend.device) for seed in (1, 2))
     if form == "odd":
         weights = weights[0], weights[1]._replace(codes=odd(weights[1].codes))
     if form == "same":
@@ -184,14 +185,14 @@ def test_two_compressors(path: str, form: str, backend: Backend, monkeypatch: py
     """Main and indexer at once, as in bf16: the second's rows are half a block."""
     if path == "launch":
         monkeypatch.setattr(table, "SCALED", ())
-    both, hidden = [Projected(spec, backend, 320) for spec in (ROWS, NARROW)], hidden_states(10, 320).to(backend.device)
-    weights: object = [moved(scaled_weight(one.spec.kv_score_width, 320, i), backend.device) for i, one in enumerate(both)]
+    both, hidden = [Projected(spec, backend, 320) for spec in (ROWS, NARROW)], make_hidden(10, 320).to(backend.device)
+    weights: object = [make_scaled_weight(one.spec.kv_score_width, 320, i, device=backend.device) for i, one in enumerate(both)]
     in_bf16: object = [weight.dequantized() for weight in weights]
     right = [one.run(hidden, [10], weight=weight) for one, weight in zip(both, in_bf16, strict=True)]
     if form == "stacked":
         weights = ScaledWeight(*(torch.cat(parts) for parts in zip(*weights, strict=True)))
     elif form == "tuples":
-        weights = [tuple(moved(scaled_weight(one.spec.channels, 320, i), backend.device) for i in (3, 4)) for one in both]
+        weights = [tuple(make_scaled_weight(one.spec.channels, 320, i, device=backend.device) for i in (3, 4)) for one in both]
         stood = [torch.cat([half.dequantized() for half in pair]) for pair in weights]
         right = [one.run(hidden, [10], weight=weight) for one, weight in zip(both, stood, strict=True)]
     for one in both:
@@ -211,7 +212,8 @@ def test_an_engine(name: str, backend: Backend) -> None:
     """Decoding with rejected drafts, from hidden states on: to the bit what one `compress` of the kv_score in bf16 gives."""
     spec, device, lengths = SPECS[name], backend.device, (37, 19)
     weights = make_weights(spec, max(lengths), "normal", torch.Generator().manual_seed(1), torch.float32, device)
-    hidden, weight = hidden_of(lengths, 320, device), scaled_of(spec, 320, device)
+    hidden = make_hidden(sum(lengths), 320, device=device).split(lengths)
+    weight = make_scaled_weight(spec.kv_score_width, 320, device=device)
     inputs = [kv_score_of(text, weight.dequantized(), weights, backend.name) for text in hidden], weights
     cut = ProjectedEngine.make(*inputs, fmt="fp32", backend=backend.name).begin(hidden, weight)
     check_cut(cut, Engine.make(*inputs, fmt="fp32", backend=backend.name), drafts(lengths, 4, 9))
@@ -220,7 +222,7 @@ def test_an_engine(name: str, backend: Backend) -> None:
 @pytest.mark.parametrize("width", [256, 448, 4096])
 def test_accuracy(width: int, backend: Backend) -> None:
     """Within the bound of docs/numerics.md of what fp64 makes of the numbers that codes and scales stand for."""
-    weight, hidden = scaled_weight(256, width), hidden_states(3, width)
+    weight, hidden = make_scaled_weight(256, width), make_hidden(3, width)
     found = kv_score(Projected(WIDE, backend, width), hidden, moved(weight, backend.device)).cpu().double()
     stood = numbers(*weight)
     most = hidden.double().abs() @ stood.double().abs().T
@@ -229,7 +231,7 @@ def test_accuracy(width: int, backend: Backend) -> None:
 
 
 def test_input_rows_in_bf16(backend: Backend) -> None:
-    hidden, weight = hidden_states(20, 512), moved(scaled_weight(128, 512), backend.device)
+    hidden, weight = make_hidden(20, 512), make_scaled_weight(128, 512, device=backend.device)
     right = Projected(ROWS, backend).run(hidden, [20], weight=weight.dequantized(), round_kv_score=True)
     kept = Projected(ROWS, backend, kept=torch.bfloat16)
     assert torch.equal(kept.run(hidden, [4] * 5, weight=weight, round_kv_score=True), right)
@@ -238,7 +240,7 @@ def test_input_rows_in_bf16(backend: Backend) -> None:
 @pytest.mark.parametrize("rows", [[64, 256], [128, 64], [128, 256]])
 def test_a_weight_is_split_where_blocks_begin(rows: list[int]) -> None:
     """And nowhere else, where its numbers would get scales of other blocks."""
-    weight = scaled_weight(320, 256)
+    weight = make_scaled_weight(320, 256)
     for all_rows in ([256, 64], [128, 192], [320]):
         assert torch.equal(torch.cat([part.dequantized() for part in weight.split(all_rows)]), weight.dequantized())
     with pytest.raises(ValueError, match=r"^rows must be"):
@@ -247,7 +249,7 @@ def test_a_weight_is_split_where_blocks_begin(rows: list[int]) -> None:
 
 def test_tests_draw_what_differs() -> None:
     """Codes of all kinds, scales of all blocks, and weights of every seed are not alike."""
-    weight = scaled_weight(256, 448)
+    weight = make_scaled_weight(256, 448)
     assert len(weight.codes.view(torch.uint8).unique()) == 254 and len(weight.scales.unique()) == 8
-    assert not torch.equal(weight.scales, scaled_weight(256, 448, 1).scales)
+    assert not torch.equal(weight.scales, make_scaled_weight(256, 448, 1).scales)
     assert BACKENDS["torch"].device == weight.codes.device

@@ -9,8 +9,9 @@ from support.project_support import SPECS
 
 from kvfold.testing import Engine, ProjectedEngine, Step, chunks, drafts, make_weights
 from kvfold.testing.engine import prefill
+from kvfold.testing.projected import make_hidden, make_weight
 from kvfold.verify.case import same
-from kvfold.verify.project import hidden_of, kv_score_of, weight_of
+from kvfold.verify.project import kv_score_of
 
 LENGTHS, WIDTH = (41, 19, 33), 320
 STEPS = {
@@ -38,7 +39,8 @@ def test_histories(name: str, history: str, kind: str, backend: Backend) -> None
         pytest.skip("the interpreter would take minutes")
     device = torch.device(backend.device)
     weights = make_weights(spec, max(LENGTHS), "normal", torch.Generator().manual_seed(1), torch.float32, device)
-    hidden, weight = hidden_of(LENGTHS, WIDTH, device), weight_of(spec, WIDTH, device)
+    hidden = make_hidden(sum(LENGTHS), WIDTH, device=device).split(LENGTHS)
+    weight = make_weight(spec.kv_score_width, WIDTH, device=device)
     tokens = [kv_score_of(text, weight, weights, backend.name) for text in hidden]
     how = {"kind": kind, "fmt": "fp32", "backend": backend.name}
     cut = ProjectedEngine.make(tokens, weights, **how).begin(hidden, weight)

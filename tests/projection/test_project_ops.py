@@ -6,10 +6,11 @@ import pytest
 import torch
 from conftest import BACKENDS
 from support.helpers import Backend
-from support.project_support import FOLD, NARROW, ROWS, SPECS, Projected, hidden_states, moved, scaled_weight
+from support.project_support import FOLD, NARROW, ROWS, SPECS, Projected, moved
 from torch._subclasses import FakeTensorMode
 
 import kvfold
+from kvfold.testing.projected import make_hidden, make_scaled_weight
 
 
 @pytest.fixture(autouse=True)
@@ -19,14 +20,14 @@ def anew() -> None:
 
 def use_fp8(*layers: Projected) -> None:
     for i, one in enumerate(layers):
-        one.weight = moved(scaled_weight(one.spec.kv_score_width, 256, i), one.backend.device)
+        one.weight = make_scaled_weight(one.spec.kv_score_width, 256, i, device=one.backend.device)
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("name", SPECS)
 def test_compiled(name: str, fp8: bool, backend: Backend) -> None:
     """A prompt, and a step behind it, in whole graphs; with a kv_score of the caller's and without."""
-    hidden = hidden_states(20, 256).to(backend.device)
+    hidden = make_hidden(20, 256).to(backend.device)
     eager, traced = Projected(SPECS[name], backend, 256), Projected(SPECS[name], backend, 256)
     if fp8:
         use_fp8(eager)
@@ -52,7 +53,7 @@ def test_compiled(name: str, fp8: bool, backend: Backend) -> None:
 @pytest.mark.parametrize("form", ["list", "stacked", "halves"])
 def test_two_compiled(form: str, fp8: bool, backend: Backend) -> None:
     """By a weight for each, by one for both, and by values and scores of one of them apart."""
-    hidden = hidden_states(20, 256).to(backend.device)
+    hidden = make_hidden(20, 256).to(backend.device)
     eager, traced = ([Projected(spec, backend, 256) for spec in (ROWS, NARROW)] for _ in range(2))
     if fp8:
         use_fp8(*eager)
@@ -60,7 +61,7 @@ def test_two_compiled(form: str, fp8: bool, backend: Backend) -> None:
     weights = [one.weight for one in traced]
     weight = weights
     if form == "halves":
-        halves = [scaled_weight(NARROW.channels, 256, i) for i in (3, 4)]
+        halves = [make_scaled_weight(NARROW.channels, 256, i) for i in (3, 4)]
         kept = tuple(moved(half, backend.device) if fp8 else half.dequantized().to(backend.device) for half in halves)
         weight = [weights[0], kept]
         eager[1].weight = kept
@@ -87,16 +88,16 @@ def test_fake(fp8: bool) -> None:
         plan = one.plan([(0, 0, 4)])
         made = kvfold.ScaledWeight(torch.empty(FOLD.kv_score_width, 256, dtype=torch.float8_e4m3fn), torch.empty(1, 2))
         weight = made if fp8 else one.weight
-        kvfold.project_compress(hidden_states(4, 256), weight, plan, one.state, one.cache, **one.given)
+        kvfold.project_compress(make_hidden(4, 256), weight, plan, one.state, one.cache, **one.given)
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 def test_real_tensors_beside_fake_ones(fp8: bool) -> None:
     """Are refused by name, in lists too."""
     one = Projected(FOLD, BACKENDS["torch"], 256)
-    weight, kv_score = scaled_weight(FOLD.kv_score_width, 256) if fp8 else one.weight, torch.empty(4, FOLD.kv_score_width)
+    weight, kv_score = make_scaled_weight(FOLD.kv_score_width, 256) if fp8 else one.weight, torch.empty(4, FOLD.kv_score_width)
     mode = FakeTensorMode()
-    hidden, kv_score = (mode.from_tensor(x) for x in (hidden_states(4, 256), kv_score))
+    hidden, kv_score = (mode.from_tensor(x) for x in (make_hidden(4, 256), kv_score))
     with pytest.raises(TypeError, match=r"^weight must be of FakeTensors like the others, got a real one \(weights\)"):
         given = one.plan([(0, 0, 4)]), one.state, one.cache
         kvfold.project_compress(hidden, weight, *given, kv_score=kv_score, **one.given)
@@ -111,7 +112,7 @@ def test_what_is_no_tensor_is_named() -> None:
             weight = [half, half]
             weight[i] = half._replace(**{name: None})
             with pytest.raises(TypeError, match=rf"^weight\[{i}\]\.{name} must be a Tensor, got NoneType"):
-                one.step(hidden_states(4, 256), [(0, 0, 4)], tuple(weight))
+                one.step(make_hidden(4, 256), [(0, 0, 4)], tuple(weight))
 
 
 def test_shapes_and_dtypes_are_checked_in_a_trace() -> None:
@@ -128,15 +129,15 @@ def test_shapes_and_dtypes_are_checked_in_a_trace() -> None:
             ((scaled._replace(codes=half), scaled), TypeError, r"weight\[0\].codes must be torch.float8_e4m3fn, got"),
         ):
             with pytest.raises(error, match=f"^{words}"):
-                one.step(hidden_states(4, 256), [(0, 0, 4)], weight)
+                one.step(make_hidden(4, 256), [(0, 0, 4)], weight)
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 def test_opcheck(fp8: bool) -> None:
     """The operator says of itself what it mutates, by torch's own checks."""
-    weight = scaled_weight(64, 256)
+    weight = make_scaled_weight(64, 256)
     weights, scales = ([weight.codes], [weight.scales]) if fp8 else ([weight.dequantized()], [])
-    given = hidden_states(3, 256), weights, scales, [1], [torch.zeros(3, 64)], False, "torch", None
+    given = make_hidden(3, 256), weights, scales, [1], [torch.zeros(3, 64)], False, "torch", None
     tests = "test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static"
     # The first compares all arguments by sums, which torch has not for FP8.
     torch.library.opcheck(torch.ops.kvfold.project.default, given, test_utils=tests[fp8:])

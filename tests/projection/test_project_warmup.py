@@ -9,13 +9,14 @@ from itertools import product
 import pytest
 import torch
 from conftest import BACKENDS
-from support.project_support import FOLD, NARROW, ONE, ROWS, Projected, hidden_states, moved, scaled_weight
+from support.project_support import FOLD, NARROW, ONE, ROWS, Projected
 
 import kvfold
 from kvfold import CompressorSpec
 from kvfold.backend_triton import launch, launch_product, table
 from kvfold.backend_triton import prepare as preparing
 from kvfold.backend_triton.keys import AddKey, DequantizeKey, Key, PairKey, ProjectKey, StepKey
+from kvfold.testing.projected import make_hidden, make_scaled_weight
 
 FP32, BF16, WIDTH = torch.float32, torch.bfloat16, 256
 COUNTS = (3, 20)  # tokens of a step
@@ -62,7 +63,7 @@ def test_one(asked: Asked, spec: CompressorSpec, kept: str) -> None:
     one = asked.layer(spec)
     half = spec.kv_score_width // 2
     if kept == "fp8":
-        made = [moved(scaled_weight(rows, WIDTH), one.backend.device) for rows in (2 * half, half)]
+        made = [make_scaled_weight(rows, WIDTH, device=one.backend.device) for rows in (2 * half, half)]
         weights = [made[0], (made[1], made[1])][: 1 + spec.gate]
     else:
         weights = [one.weight, (one.weight[:half], one.weight[half:])][: 1 + spec.gate]
@@ -71,7 +72,7 @@ def test_one(asked: Asked, spec: CompressorSpec, kept: str) -> None:
             kv_score = (
                 None if dtype is None else torch.empty(count, spec.kv_score_width, dtype=dtype, device=one.backend.device)
             )
-            one.step(hidden_states(count, WIDTH), [(0, 0, count)], weight, kv_score=kv_score, round_kv_score=rounded)
+            one.step(make_hidden(count, WIDTH), [(0, 0, count)], weight, kv_score=kv_score, round_kv_score=rounded)
     assert asked.keys <= asked.prepared
     assert any(isinstance(key, StepKey) for key in asked.keys) and any(isinstance(key, AddKey) for key in asked.keys)
     assert kinds(asked.prepared) == kinds(asked.keys)
@@ -83,9 +84,9 @@ def test_two(asked: Asked, kept: str) -> None:
     kvfold.warmup([], [], dtypes=(), max_new_tokens=(20,), many=[pair], hidden_dims=(WIDTH,), weights=(kept,))
     both = [asked.layer(spec) for spec, _ in pair]
     if kept == "fp8":
-        stacked = moved(scaled_weight(sum(spec.kv_score_width for spec, _ in pair), WIDTH), device)
-        weights = [moved(scaled_weight(spec.kv_score_width, WIDTH), device) for spec, _ in pair]
-        halves = [(moved(scaled_weight(spec.channels, WIDTH), device),) * 2 for spec, _ in pair]
+        stacked = make_scaled_weight(sum(spec.kv_score_width for spec, _ in pair), WIDTH, device=device)
+        weights = [make_scaled_weight(spec.kv_score_width, WIDTH, device=device) for spec, _ in pair]
+        halves = [(make_scaled_weight(spec.channels, WIDTH, device=device),) * 2 for spec, _ in pair]
     else:
         weights = [one.weight for one in both]
         stacked, halves = torch.cat(weights), [tuple(one.weight.chunk(2)) for one in both]
@@ -96,7 +97,7 @@ def test_two(asked: Asked, kept: str) -> None:
             made.append((kv_score, one.state, one.cache, *one.given.values()))
         plan = both[0].plan([(0, 0, count)])
         plan.max_new_tokens = 20
-        hidden = hidden_states(count, WIDTH).to(device)
+        hidden = make_hidden(count, WIDTH).to(device)
         kvfold.project_compress_many(hidden, weight, made, plan, backend=asked.backend.name)
     assert asked.keys <= asked.prepared and any(isinstance(key, PairKey) for key in asked.keys)
     assert kinds(asked.keys) == kinds(asked.prepared)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import kvfold
 from kvfold import CompressorSpec, reference
+from kvfold.testing.projected import make_weight
 
 from .helpers import Backend, Weights
 
@@ -19,24 +20,6 @@ TWO = CompressorSpec(head_dim=32, ratio=2, rope_dim=8, has_ape=False)
 ONE = CompressorSpec(head_dim=32, ratio=1, rope_dim=8, has_ape=False, gate=False)
 SPECS = {"fold": FOLD, "rows": ROWS, "ratio 2": TWO, "ungated": ONE}
 MOST, WINDOWS = 32, 40  # new tokens of a step and entries of a sequence
-
-
-def hidden_states(count: int, width: int, seed: int = 0) -> Tensor:
-    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed)).bfloat16()
-
-
-def weight_of(spec: CompressorSpec, width: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(100 + seed)
-    return (torch.randn(spec.kv_score_width, width, generator=generator) / width**0.5).bfloat16()
-
-
-def scaled_weight(rows: int, width: int, seed: int = 0) -> kvfold.ScaledWeight:
-    """All finite codes, subnormal ones too, and scales that are no powers of two, all of them different."""
-    generator = torch.Generator().manual_seed(200 + seed)
-    codes = torch.randint(0, 256, (rows, width), generator=generator, dtype=torch.uint8)
-    codes[(codes & 0x7F) == 0x7F] = 0
-    scales = 2e-3 * torch.rand(-(-rows // 128), -(-width // 128), generator=generator) / width**0.5 + 1e-6
-    return kvfold.ScaledWeight(codes.view(torch.float8_e4m3fn), scales)
 
 
 def moved(weight: kvfold.ScaledWeight, device: torch.device) -> kvfold.ScaledWeight:
@@ -57,7 +40,7 @@ class Projected:
 
     def __init__(self, spec: CompressorSpec, backend: Backend, width: int = 512, *, kept: torch.dtype = torch.float32) -> None:
         self.spec, self.backend, device = spec, backend, backend.device
-        self.weight = weight_of(spec, width).to(device)
+        self.weight = make_weight(spec.kv_score_width, width, device=device)
         weights = Weights.make(spec, max_positions=WINDOWS * spec.ratio)
         self.given = {
             "spec": spec,

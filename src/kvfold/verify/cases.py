@@ -22,11 +22,11 @@ from ..spec import V4_CSA, V4_HCA, V4_INDEXER, V41_INDEX_K, V41_MAIN_R1, V41_MAI
 from ..storage.formats import FORMATS
 from ..testing.data import make_cache, make_state, make_tokens, make_weights
 from ..testing.engine import Engine, Step, chunks, drafts, prefill, run_many
-from ..testing.projected import ProjectedEngine
+from ..testing.projected import ProjectedEngine, make_hidden, make_scaled_weight, make_weight
 from ..testing.told import Told
 from .case import Mismatch, close, close_to_fp64, normed, packed, same, same_records, untouched
 from .project import check_cut as check_projected_cut
-from .project import check_kv_score, check_scaled, hidden_of, kv_score_of, scaled_of, weight_of
+from .project import check_kv_score, check_scaled, kv_score_of
 from .training import check_training
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -390,8 +390,9 @@ def check_projection(lab: Lab, spec: CompressorSpec) -> str:
     """From hidden states on: kv_score against fp64, and decoding with drafts to the bit of a prefill."""
     tokens, weights = lab.inputs(spec)
     width = 7168 if lab.real else 256
-    hidden, weight = hidden_of([len(text) for text in tokens], width, lab.device), weight_of(spec, width, lab.device)
-    worst = check_kv_score(torch.cat(hidden), weight, weights, lab.backend)
+    lengths, weight = [len(text) for text in tokens], make_weight(spec.kv_score_width, width, device=lab.device)
+    packed = make_hidden(sum(lengths), width, device=lab.device)
+    worst, hidden = check_kv_score(packed, weight, weights, lab.backend), packed.split(lengths)
     inputs = [kv_score_of(text, weight, weights, lab.backend) for text in hidden], weights
     fmt = "indexer_mxfp4" if spec.head_dim == 128 else "fp8_ds_mla"
     cut = ProjectedEngine.make(*inputs, fmt=fmt, backend=lab.backend)
@@ -403,8 +404,9 @@ def check_fp8(lab: Lab, spec: CompressorSpec) -> str:
     """Weights in FP8 against those in bf16 that they stand for, in batches of any size."""
     tokens, weights = lab.inputs(spec)
     width = 7168 if lab.real else 320
-    hidden = torch.cat(hidden_of([len(text) for text in tokens], width, lab.device))
-    return f"{check_scaled(hidden, scaled_of(spec, width, lab.device), weights, lab.backend):.1e} of the bound, bits equal"
+    hidden = make_hidden(sum(map(len, tokens)), width, device=lab.device)
+    weight = make_scaled_weight(spec.kv_score_width, width, device=lab.device)
+    return f"{check_scaled(hidden, weight, weights, lab.backend):.1e} of the bound, bits equal"
 
 
 def run_checked(engine: Engine, steps: list[Step]) -> None:

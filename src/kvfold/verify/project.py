@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -11,33 +9,13 @@ from .. import reference
 from ..compress import project_compress
 from ..contract import projected_worst
 from ..plan import StepPlan
-from ..spec import CompressorSpec
 from ..storage.fold_state import FoldState
-from ..storage.weights import ScaledWeight, Weight, blocks_of
+from ..storage.weights import ScaledWeight, Weight
 from ..testing.engine import Engine, prefill
 from ..testing.projected import ProjectedEngine
 from .case import Mismatch, same
 
 CUTS = (1, 5, 33)  # tokens of calls whose kv_score is compared, besides all at once: other tiles
-
-
-def hidden_of(lengths: Sequence[int], width: int, device: torch.device) -> list[Tensor]:
-    draw = torch.Generator().manual_seed(5)
-    return [torch.randn(n, width, generator=draw).bfloat16().to(device) for n in lengths]
-
-
-def weight_of(spec: CompressorSpec, width: int, device: torch.device) -> Tensor:
-    draw = torch.Generator().manual_seed(6)
-    return (torch.randn(spec.kv_score_width, width, generator=draw) / width**0.5).bfloat16().to(device)
-
-
-def scaled_of(spec: CompressorSpec, width: int, device: torch.device) -> ScaledWeight:
-    """Of all finite codes, and scales that are no powers of two."""
-    draw, rows = torch.Generator().manual_seed(7), spec.kv_score_width
-    codes = torch.randint(0, 256, (rows, width), generator=draw, dtype=torch.uint8)
-    codes[(codes & 0x7F) == 0x7F] = 0
-    scales = torch.rand(blocks_of(rows), blocks_of(width), generator=draw) / 256 / width**0.5 + 1e-6
-    return ScaledWeight(codes.view(torch.float8_e4m3fn).to(device), scales.to(device))
 
 
 def kv_score_of(hidden: Tensor, weight: Weight, weights: dict, backend: str) -> Tensor:
@@ -52,8 +30,10 @@ def kv_score_of(hidden: Tensor, weight: Weight, weights: dict, backend: str) -> 
 
 
 def check_kv_score(hidden: Tensor, weight: Tensor, weights: dict, backend: str) -> float:
-    """Raises Mismatch unless it is within the bound of fp64, and each row the same in every batch. Returns the largest error,
-    over that bound."""
+    """Raises Mismatch unless kv_score is within its bound of fp64 and each row has the same bits in every batch.
+
+    Returns the largest error as a fraction of that bound.
+    """
     found = kv_score_of(hidden, weight, weights, backend)
     most = hidden.double().abs() @ weight.double().abs().T * projected_worst(hidden.shape[1])
     worst = float(((found.double() - reference.projected(hidden, weight)).abs() / most).max())
@@ -66,8 +46,10 @@ def check_kv_score(hidden: Tensor, weight: Tensor, weights: dict, backend: str) 
 
 
 def check_scaled(hidden: Tensor, weight: ScaledWeight, weights: dict, backend: str) -> float:
-    """Raises Mismatch unless kv_score of a weight in FP8 has in every batch the bits of the weight in bf16 that it stands for.
-    Else as `check_kv_score` of that."""
+    """Raises Mismatch unless kv_score by a weight in FP8 has, in every batch, the bits of the bf16 weight that it stands for.
+
+    Otherwise as `check_kv_score` of that bf16 weight.
+    """
     stood = weight.dequantized()
     right = kv_score_of(hidden, stood, weights, backend)
     for count in (len(hidden), *CUTS):
