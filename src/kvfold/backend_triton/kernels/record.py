@@ -184,13 +184,69 @@ def tail_address(record, page, number, row, cache, FMT: tl.constexpr):
 
 
 @triton.jit
+def scale_groups(v, tail, scale, wanted, SPEC: tl.constexpr, FMT: tl.constexpr, MAX: tl.constexpr, COUNT: tl.constexpr):
+    """Stores the scale of each group to `tail`, and pad bytes. Returns the values as they are encoded, divided by their scales.
+
+    scale, wanted, COUNT: as of `store_record`. PAD is how many pad bytes to zero.
+    """
+    QUANTIZED: tl.constexpr = SPEC.HEAD_DIM - (SPEC.ROPE_DIM if FMT.ROTATED_BF16 else 0)
+    WORDS: tl.constexpr = FMT.SCALE == "fp32" or FMT.SCALE == "pow2" or FMT.SCALE == "ue8m0x4"
+    tail_scales = tail.to(tl.pointer_type(tl.int32)) if WORDS else tail
+    magnitude = magnitudes(v)
+    if FMT.GROUP == COUNT * SPEC.HEAD_DIM:
+        # One group for the whole entry: its scale is a scalar.
+        stored, factor = group_scale(tl.max(magnitude, axis=0), scale, MAX, FMT)
+        tl.store(tail_scales, stored.to(tail_scales.dtype.element_ty))
+        v = tl.div_rn(v, factor) if FMT.DIVIDE else v * factor
+    else:
+        GROUPS: tl.constexpr = SPEC.HEAD_DIM // FMT.GROUP
+        amax = tl.max(tl.reshape(magnitude, (COUNT * GROUPS, FMT.GROUP)), axis=1)
+        stored, factor = group_scale(amax, scale, MAX, FMT)
+        codes = abreast(stored.to(tail_scales.dtype.element_ty), GROUPS, COUNT)
+        # One scale of an entry is spread over 16 threads, of which one stores it: else it goes through shared memory.
+        SAME: tl.constexpr = 16 if COUNT > 1 and GROUPS == 1 else GROUPS
+        group = span(SAME, COUNT)
+        live = wherever(group < QUANTIZED // FMT.GROUP, wanted, COUNT)
+        if SAME > GROUPS:
+            codes = tl.broadcast_to(codes, (COUNT, SAME))
+        tl.store(tail_scales + group, codes, mask=live)
+        grouped = tl.reshape(v, (COUNT * GROUPS, FMT.GROUP))
+        grouped = tl.div_rn(grouped, factor[:, None]) if FMT.DIVIDE else grouped * factor[:, None]
+        v = tl.reshape(grouped, (COUNT * SPEC.HEAD_DIM,))
+    if FMT.PAD > 0:
+        pad = tail + (FMT.TAIL_BYTES - FMT.PAD) + span(FMT.PAD, COUNT)
+        tl.store(pad, abreast(tl.zeros((COUNT * FMT.PAD,), tl.uint8), FMT.PAD, COUNT), mask=wanted)
+    return v
+
+
+@triton.jit
+def store_codes(v, record, wanted, SPEC: tl.constexpr, FMT: tl.constexpr, TARGET: tl.constexpr, COUNT: tl.constexpr):
+    """Encodes scaled values in e4m3 or e2m1, and stores those that are not kept as bf16."""
+    QUANTIZED: tl.constexpr = SPEC.HEAD_DIM - (SPEC.ROPE_DIM if FMT.ROTATED_BF16 else 0)
+    if FMT.ELEMENT == "e4m3":
+        if TARGET.E4M3_CONVERSION:
+            # One instruction for two channels where e4m3_bits takes fifteen for one; the same bytes, NaN and all.
+            code = v.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        else:
+            code = e4m3_bits(v).to(tl.uint8)
+        c = span(SPEC.HEAD_DIM, COUNT)
+        tl.store(record + c, abreast(code, SPEC.HEAD_DIM, COUNT), mask=wherever(c < QUANTIZED, wanted, COUNT))
+    else:
+        code = e2m1_bits(v, FMT.TIES_TO_ZERO, FMT.UNSIGNED_ZERO)
+        low, high = tl.split(tl.reshape(code, (COUNT * SPEC.HEAD_DIM // 2, 2)))
+        pairs = abreast((low | (high << 4)).to(tl.uint8), SPEC.HEAD_DIM // 2, COUNT)
+        pair = span(SPEC.HEAD_DIM // 2, COUNT)
+        tl.store(record + pair, pairs, mask=wherever(pair < QUANTIZED // 2, wanted, COUNT) if FMT.ROTATED_BF16 else wanted)
+
+
+@triton.jit
 def store_record(
     y, slot, scale, cache, SPEC: tl.constexpr, FMT: tl.constexpr, TARGET: tl.constexpr, COUNT: tl.constexpr = 1,
     wanted=None,
 ):  # fmt: skip
-    """Writes one record and its tail, or those of COUNT slots, as they are `wanted`, whose rows stand side by side in `y`.
+    """Writes one record and its tail. With COUNT above 1: those slots' records that are `wanted`, rows side by side in `y`.
 
-    `scale` is what `load_scale` gave. `scales` is None where tails are in the page; PAD is how many pad bytes to zero.
+    scale: what `load_scale` gave. `cache.scales` is None where tails are in the page.
     """
     c = span(SPEC.HEAD_DIM, COUNT)
     # In 32 bits, which all slots of a cache fit: a division of 64 is 100 instructions and a branch.
@@ -205,8 +261,6 @@ def store_record(
         bits = abreast(bf16_bits(y, TARGET.BF16_CONVERSION), SPEC.HEAD_DIM, COUNT)
         tl.store(record.to(tl.pointer_type(tl.int16)) + c, bits, mask=wanted)
     else:
-        MAX: tl.constexpr = 448.0 if FMT.ELEMENT == "e4m3" else 6.0
-        QUANTIZED: tl.constexpr = SPEC.HEAD_DIM - (SPEC.ROPE_DIM if FMT.ROTATED_BF16 else 0)
         rounded = bf16_bits(y, TARGET.BF16_CONVERSION)
         v = bf16_value(rounded) if FMT.ROUND_VALUES else y
         if FMT.FP4_FIRST != "":
@@ -215,47 +269,12 @@ def store_record(
         if FMT.SCALE == "static":
             v = v * tl.div_rn(1.0, scale)
         else:
+            MAX: tl.constexpr = 448.0 if FMT.ELEMENT == "e4m3" else 6.0
             tail = tail_address(record, page, number, row, cache, FMT)
-            WORDS: tl.constexpr = FMT.SCALE == "fp32" or FMT.SCALE == "pow2" or FMT.SCALE == "ue8m0x4"
-            tail_scales = tail.to(tl.pointer_type(tl.int32)) if WORDS else tail
-            magnitude = magnitudes(v)
-            if FMT.GROUP == COUNT * SPEC.HEAD_DIM:
-                # One group for the whole entry: its scale is a scalar.
-                stored, factor = group_scale(tl.max(magnitude, axis=0), scale, MAX, FMT)
-                tl.store(tail_scales, stored.to(tail_scales.dtype.element_ty))
-                v = tl.div_rn(v, factor) if FMT.DIVIDE else v * factor
-            else:
-                GROUPS: tl.constexpr = SPEC.HEAD_DIM // FMT.GROUP
-                amax = tl.max(tl.reshape(magnitude, (COUNT * GROUPS, FMT.GROUP)), axis=1)
-                stored, factor = group_scale(amax, scale, MAX, FMT)
-                codes = abreast(stored.to(tail_scales.dtype.element_ty), GROUPS, COUNT)
-                # One scale of an entry is spread over 16 threads, of which one stores it: else it goes through shared memory.
-                SAME: tl.constexpr = 16 if COUNT > 1 and GROUPS == 1 else GROUPS
-                group = span(SAME, COUNT)
-                live = wherever(group < QUANTIZED // FMT.GROUP, wanted, COUNT)
-                if SAME > GROUPS:
-                    codes = tl.broadcast_to(codes, (COUNT, SAME))
-                tl.store(tail_scales + group, codes, mask=live)
-                grouped = tl.reshape(v, (COUNT * GROUPS, FMT.GROUP))
-                grouped = tl.div_rn(grouped, factor[:, None]) if FMT.DIVIDE else grouped * factor[:, None]
-                v = tl.reshape(grouped, (COUNT * SPEC.HEAD_DIM,))
-            if FMT.PAD > 0:
-                pad = tail + (FMT.TAIL_BYTES - FMT.PAD) + span(FMT.PAD, COUNT)
-                tl.store(pad, abreast(tl.zeros((COUNT * FMT.PAD,), tl.uint8), FMT.PAD, COUNT), mask=wanted)
-        if FMT.ELEMENT == "e4m3":
-            if TARGET.E4M3_CONVERSION:
-                # One instruction for two channels where e4m3_bits takes fifteen for one; the same bytes, NaN and all.
-                code = v.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-            else:
-                code = e4m3_bits(v).to(tl.uint8)
-            tl.store(record + c, abreast(code, SPEC.HEAD_DIM, COUNT), mask=wherever(c < QUANTIZED, wanted, COUNT))
-        else:
-            code = e2m1_bits(v, FMT.TIES_TO_ZERO, FMT.UNSIGNED_ZERO)
-            low, high = tl.split(tl.reshape(code, (COUNT * SPEC.HEAD_DIM // 2, 2)))
-            pairs = abreast((low | (high << 4)).to(tl.uint8), SPEC.HEAD_DIM // 2, COUNT)
-            pair = span(SPEC.HEAD_DIM // 2, COUNT)
-            tl.store(record + pair, pairs, mask=wherever(pair < QUANTIZED // 2, wanted, COUNT) if FMT.ROTATED_BF16 else wanted)
+            v = scale_groups(v, tail, scale, wanted, SPEC, FMT, MAX, COUNT)
+        store_codes(v, record, wanted, SPEC, FMT, TARGET, COUNT)
         if FMT.ROTATED_BF16:
+            QUANTIZED: tl.constexpr = SPEC.HEAD_DIM - SPEC.ROPE_DIM
             rotated = (record + FMT.ROTATED_AT).to(tl.pointer_type(tl.int16))
             there = wherever(c >= QUANTIZED, wanted, COUNT)
             tl.store(rotated + (c - QUANTIZED), abreast(rounded, SPEC.HEAD_DIM, COUNT), mask=there)

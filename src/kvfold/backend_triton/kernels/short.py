@@ -73,7 +73,7 @@ def fold_tokens(m, l, a, ks, ss, x0, stop, home, seq, snap, SPEC: tl.constexpr, 
         kept = (x < stop) & (x >= seq.end - seq.ring)
         # Masks let the tokens of a step overlap; one token has no other, and a branch is faster.
         if AHEAD > 1 or kept:
-            place = place_at(seq, x, home)
+            place = place_at(seq, home)
             keep_fold(m, l, a, x, place, kept, seq, SPEC, SPEC.HEAD_DIM)
         home = tl.where(home + 1 == seq.ring, 0, home + 1)
     return m, l, a

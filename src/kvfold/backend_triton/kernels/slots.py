@@ -53,10 +53,10 @@ def check_history(history, seq):
 
 
 @triton.jit
-def place_at(seq, x, home):
-    """The row to write position `x` to, whose home is `home`: that, or the spare row if this step reads what is there.
+def place_at(seq, home):
+    """The row to write the position with this home to: the home, or the spare row if this step reads what is there.
 
-    It reads no tag that the launch writes, so it can be called for many rows before the first is stored: a load behind each
+    It reads no tag that the launch writes, so it can be called for many rows before the first is stored. A load after each
     store would cost a memory latency for every row.
     """
     # A step of up to max_new_tokens cannot reach round to its own history, and need not look.
@@ -69,8 +69,8 @@ def places_from(seq, x0, COUNT: tl.constexpr):
     """`place_at` of each of COUNT positions from `x0` on: one division is enough, and the next home follows."""
     places = ()
     home = x0 % seq.ring
-    for i in tl.static_range(COUNT):
-        places = places + (place_at(seq, x0 + i, home),)
+    for _i in tl.static_range(COUNT):
+        places = places + (place_at(seq, home),)
         home = tl.where(home + 1 == seq.ring, 0, home + 1)
     return places
 
