@@ -286,7 +286,7 @@ def _plan_of(attributes: tuple[str, ...], values: Sequence, whole: bool = False)
 
 
 @lru_cache(maxsize=256)
-def _spec_of(text: str) -> CompressorSpec:
+def spec_of(text: str) -> CompressorSpec:
     return CompressorSpec(*json.loads(text))
 
 
@@ -336,7 +336,7 @@ def _compressor_of(args: Sequence, kind: str) -> tuple[Compressor, list]:
     value, score, *held = args[: -len(ONE)]
     kv_score = value if score is None else (value, score)
     (text,), flat_cache, weights = _cut(args[-len(ONE) :], SPEC, CACHE, WEIGHTS)
-    spec = _spec_of(text)
+    spec = spec_of(text)
     cache, memory = _cache_of(spec, *flat_cache), _memory(kind, text, flat_cache[2], value.device)
     if kind == "window":
         # It makes the scratch of its one call, where it needs any: a CUDA graph then has it in its own memory.
@@ -361,7 +361,7 @@ def _compress(*args: object) -> None:
 
 def _compress_ungated(*args: object) -> None:
     flat, tokens, (text,), cache, weights, out, how = _cut(args, PLAN, TOKENS, SPEC, CACHE, WEIGHTS, OUTPUTS, HOW)
-    plan, spec = _plan_of(_PLAN, flat), _spec_of(text)
+    plan, spec = _plan_of(_PLAN, flat), spec_of(text)
     c = Compressor(tokens[0] if tokens[1] is None else tuple(tokens), None, _cache_of(spec, *cache), spec, *weights)
     _run(plan, lambda: run_compress(c, plan, Outputs(*out), *how))
 
@@ -390,14 +390,14 @@ def _compress_many(*args: object) -> None:
 
 def _store(rows: torch.Tensor, *args: object) -> None:
     flat, (text,), cache, weights, how = _cut(args, PLAN, SPEC, CACHE, WEIGHTS[1:], HOW)
-    plan, spec = _plan_of(_PLAN, flat), _spec_of(text)
+    plan, spec = _plan_of(_PLAN, flat), spec_of(text)
     c = Compressor(rows, None, _cache_of(spec, *cache), spec, None, *weights)
     _run(plan, lambda: run_store(c, plan, *how))
 
 
 def _store_placed(*args: object) -> None:
     places, (text,), cache, second, weights, how = _cut(args, PLACES, SPEC, CACHE, CACHE, WEIGHTS[1:], HOW)
-    (rows, slots, positions, errors), spec = places, _spec_of(text)
+    (rows, slots, positions, errors), spec = places, spec_of(text)
     also = _cache_of(spec, *second)
     caches = (_cache_of(spec, *cache), also)[: 1 if also is None else 2]
     run_placed(Placed(rows, slots, positions, caches, spec, *weights, errors), *how)
@@ -414,7 +414,7 @@ def _project(
 
 def _restore(*args: object) -> None:
     (text,), state, kept, (*hits, backend) = _cut(args, SPEC, STATE, KEPT, HITS)
-    spec = _spec_of(text)
+    spec = spec_of(text)
     run_restore(_state_of(spec, *state), Snapshots(spec, *kept), Hits(*hits), backend)
 
 

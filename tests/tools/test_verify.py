@@ -147,8 +147,8 @@ def test_state_rows_that_are_not_written_fail(monkeypatch: pytest.MonkeyPatch, k
 
 def test_reading_what_a_former_owner_left_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """A history that does not stop at the first token of a sequence."""
-    real = backend_torch._masked
-    monkeypatch.setattr(backend_torch, "_masked", lambda live, k, s: real(torch.ones_like(live), k, s))
+    real = backend_torch.masked
+    monkeypatch.setattr(backend_torch, "masked", lambda live, k, s: real(torch.ones_like(live), k, s))
     assert "sequence 0, window 0" in problem_of("csa FoldState: slots of an owner")
 
 

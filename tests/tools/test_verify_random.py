@@ -124,13 +124,13 @@ def test_random_cases_pass(backend: Backend) -> None:
 
 def one_masked_row_is_plus_zero(patch: pytest.MonkeyPatch) -> None:
     """Only in a call of one window, so that the sign of a zero depends on the cut."""
-    real = backend_torch._masked
+    real = backend_torch.masked
 
     def masked(live, k, s):
         k, s = real(live, k, s)
         return (torch.where(live[:, None], k, 0.0) if len(live) == 1 else k), s
 
-    patch.setattr(backend_torch, "_masked", masked)
+    patch.setattr(backend_torch, "masked", masked)
 
 
 def one_byte_of_a_record(patch: pytest.MonkeyPatch) -> None:
@@ -237,7 +237,7 @@ def the_second_cache_is_left_out(patch: pytest.MonkeyPatch) -> None:
 
 def inputs_are_not_rounded(patch: pytest.MonkeyPatch) -> None:
     """Those of the step itself, which then differ from what the state keeps of them."""
-    patch.setattr(backend_torch, "bf16_bits", lambda x: (x * 1.01).bfloat16().view(torch.int16))
+    patch.setattr(backend_torch, "to_bf16", lambda x: (x * 1.01).bfloat16())
 
 
 def dropped_entries_are_written(patch: pytest.MonkeyPatch) -> None:

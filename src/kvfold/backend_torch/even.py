@@ -12,7 +12,7 @@ from ..contract import ROWS_AT_ONCE
 from ..spec import CompressorSpec
 from ..storage.fold_state import state_kind
 from ..storage.formats import FORMATS
-from ..storage.pack import bf16_bits
+from ..storage.pack import to_bf16
 from .finish import norm, turn
 from .fold import empty_fold, fold_group, fold_step, fold_steps
 
@@ -60,7 +60,7 @@ def step_even(
     y = norm(pooled.reshape(-1, width), spec, norm_weight, fmt)
     y = turn(y, spec, rope.repeat(batch, 1), None, fmt).view(pooled.shape)
     first = start // spec.ratio
-    entries[:, first : first + done] = y if entries.dtype == torch.float32 else bf16_bits(y).view(torch.bfloat16)
+    entries[:, first : first + done] = y if entries.dtype == torch.float32 else to_bf16(y)
 
 
 def _fold(

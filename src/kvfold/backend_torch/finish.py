@@ -6,7 +6,7 @@ import torch
 
 from ..spec import CompressorSpec
 from ..storage.formats import RecordFormat
-from ..storage.pack import bf16_bits, pack_records
+from ..storage.pack import pack_records, to_bf16
 from ..storage.step import Compressor, Outputs, Placed, PlanData
 from .items import Items
 
@@ -92,12 +92,12 @@ def emit(pooled: torch.Tensor, items: Items, plan: PlanData, c: Compressor, out:
         return
     y = pooled[kept]
     if out.rows is not None:
-        out.rows[entry[kept]] = bf16_bits(y).view(torch.bfloat16) if out.rows.dtype == torch.bfloat16 else y
+        out.rows[entry[kept]] = to_bf16(y) if out.rows.dtype == torch.bfloat16 else y
     if cache is None and out.latent is None:
         return
     y = norm(y, spec, c.norm_weight, None if cache is None else cache.format)
     if out.latent is not None:
-        out.latent[entry[kept]] = bf16_bits(y).view(torch.bfloat16)
+        out.latent[entry[kept]] = to_bf16(y)
     if cache is not None:
         pack_records(cache, slot[kept], turn(y, spec, rope, position[kept], cache.format))
 

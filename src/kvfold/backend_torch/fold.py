@@ -11,7 +11,7 @@ import torch
 from ..contract import ROWS_AT_ONCE
 from ..spec import CompressorSpec
 from ..storage.fold_state import FoldState
-from ..storage.pack import bf16_bits
+from ..storage.pack import to_bf16
 from ..storage.snapshots import Snapshots
 from ..storage.step import Compressor, Outputs, PlanData
 from .finish import emit
@@ -92,7 +92,7 @@ def compress_torch(c: Compressor, plan: PlanData, out: Outputs) -> None:
     """`compress` over a `FoldState` or without a state, after its arguments were checked."""
     c = c.joined()
     if c.state is not None and c.state.round_inputs:
-        c = c._replace(kv_score=bf16_bits(c.kv_score.float()).view(torch.bfloat16))
+        c = c._replace(kv_score=to_bf16(c.kv_score.float()))
     kv_score, state, spec = c.kv_score, c.state, c.spec
     if state is None:
         _compress_ungated(c, plan, out)
@@ -141,7 +141,7 @@ class _Kept(NamedTuple):
         return _Kept(*(column[mask] for column in self))
 
 
-def _masked(live: torch.Tensor, k: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def masked(live: torch.Tensor, k: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A token that is not there: -inf weighs nothing, and adding -0 changes no bit, not even the sign of a zero."""
     return torch.where(live[:, None], k, -0.0), torch.where(live[:, None], s, -torch.inf)
 
@@ -166,7 +166,7 @@ def _fold_items(c: Compressor, items: Items, plan: PlanData) -> torch.Tensor:
         live, x = i < count, position + i
         row = torch.where(live, items.token + x - items.start, 0)
         k, s = kv_score[row].float().split(spec.channels, dim=1)
-        state = fold_step(state, *_masked(live, k, s + c.ape[x % spec.ratio]))
+        state = fold_step(state, *masked(live, k, s + c.ape[x % spec.ratio]))
         item = (live & ((x >= items.end - held.ring) | _of_snapshots(c, x))).nonzero()[:, 0]
         x = x[item]
         # No step resumes from the end of a window: that row is not kept, only what stood there is gone.
@@ -199,7 +199,7 @@ def _fold_rows(c: Compressor, items: Items, plan: PlanData) -> torch.Tensor:
             live = torch.cat([part[:, half] for part in live.split(spec.channels, dim=1)], dim=1)
             kept = places.data[torch.where(old, places.row(place, x), 0)].float()
             k, s = torch.where(old[:, None], kept, live).split(spec.head_dim, dim=1)
-            k, s = _masked(x >= 0, k, s + c.ape[x % spec.ratio][:, half])
+            k, s = masked(x >= 0, k, s + c.ape[x % spec.ratio][:, half])
             ks.append(k)
             ss.append(s)
         for j in range(0, spec.window_rows, ROWS_AT_ONCE):

@@ -6,7 +6,7 @@ import torch
 
 from ..storage.step import Compressor, Outputs, PlanData
 from .finish import emit
-from .fold import LOWEST, fold_step
+from .fold import LOWEST, fold_step, masked
 from .items import Items
 
 
@@ -32,8 +32,7 @@ def compress_mean_torch(c: Compressor, plan: PlanData, out: Outputs) -> None:
         live, x = i < count, position + i
         row = torch.where(live, items.token + x - items.start, 0)
         k, s = kv_score[row].float().split(spec.channels, dim=1)
-        # A token that is not there: -inf weighs nothing, and adding -0 changes no bit, not even the sign of a zero.
-        fold = fold_step(fold, torch.where(live[:, None], k, -0.0), torch.where(live[:, None], s + ape[x % ratio], -torch.inf))
+        fold = fold_step(fold, *masked(live, k, s + ape[x % ratio]))
         wanted = live & (x % ratio != ratio - 1) & (state.banks > 0 or x == items.end - 1)
         item = wanted.nonzero()[:, 0]
         bank = x[item] - items.start[item] + 1 if state.banks else torch.zeros_like(item)

@@ -8,7 +8,7 @@ from functools import reduce
 import torch
 
 from ..spec import CompressorSpec
-from ..storage.pack import bf16_bits
+from ..storage.pack import to_bf16
 from ..storage.step import Compressor, Outputs, PlanData
 from ..storage.window_state import WindowState
 from .finish import emit, slots_of
@@ -78,7 +78,7 @@ def _new_rows(c: Compressor, token: torch.Tensor, position: torch.Tensor) -> tup
         s = s + c.ape[position % c.spec.ratio]
     if c.state.dtype == torch.float32:
         return k, s
-    return bf16_bits(k).view(torch.bfloat16), bf16_bits(s).view(torch.bfloat16)
+    return to_bf16(k), to_bf16(s)
 
 
 def window_positions(items: Items, spec: CompressorSpec) -> tuple[torch.Tensor, torch.Tensor]:

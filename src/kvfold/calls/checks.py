@@ -65,12 +65,14 @@ def compressors_of(compressors: Sequence[Compressor | tuple]) -> list[Compressor
         raise TypeError(f"compressors must be a sequence, got {type(compressors).__name__}")
     if not 1 <= len(compressors) <= 2:
         raise ValueError(f"compressors must hold one or two, got {len(compressors)}")
-    made = []
-    for i, one in enumerate(compressors):
-        if not isinstance(one, tuple) or len(one) not in (len(Compressor._fields) - 1, len(Compressor._fields)):
-            raise TypeError(f"compressors[{i}] must be a tuple {Compressor._fields}, the last of which may be missing")
-        made.append(Compressor(*one))
-    return made
+    return [compressor_of(f"compressors[{i}]", one) for i, one in enumerate(compressors)]
+
+
+def compressor_of(name: str, given: Compressor | tuple) -> Compressor:
+    """One of `compressors`, by name; its contents are checked later."""
+    if not isinstance(given, tuple) or len(given) not in (len(Compressor._fields) - 1, len(Compressor._fields)):
+        raise TypeError(f"{name} must be a tuple {Compressor._fields}, the last of which may be missing")
+    return Compressor(*given)
 
 
 def check_compress(c: Compressor, plan: PlanData, out: Outputs, backend: str | None) -> str:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..arguments.checks import check_memory, check_shape, check_type, usable_device
+from ..calls.checks import compressor_of
 from ..contract import UnsupportedError
 from ..spec import CompressorSpec, check_spec
 from ..storage.fold_state import FoldState
@@ -309,9 +310,7 @@ class ContextParallel:
         made = []
         for i, one in enumerate(compressors):
             name = f"compressors[{i}]"
-            if not isinstance(one, tuple) or len(one) not in (len(Compressor._fields) - 1, len(Compressor._fields)):
-                raise TypeError(f"{name} must be a tuple {Compressor._fields}, the last of which may be missing")
-            c = Compressor(*one)
+            c = compressor_of(name, one)
             made.append(c)
             check_spec(f"{name}: spec", c.spec)
             if Reads.of(c.spec) != plan.reads:

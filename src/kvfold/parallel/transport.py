@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ class Transport:
     def __init__(self, group: dist.ProcessGroup | None, timeout: timedelta | None) -> None:
         self.group, self.timeout = group, timeout
         self.rank, self.size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        self._others = [rank for rank in range(self.size) if rank != self.rank]
         self.on_host = group is None or "nccl" not in str(dist.get_backend(group))
 
     @property
@@ -47,12 +49,10 @@ class Transport:
         if not operations:
             return
         ranks = sorted({parcel.rank for _, parcel in operations})
-        try:
+        with _answered_by(ranks, what):
             works = dist.batch_isend_irecv(
                 [dist.P2POp(call, parcel.data, group=self.group, group_peer=parcel.rank) for call, parcel in operations]
             )
-        except RuntimeError as error:
-            raise _unanswered(ranks, what, error) from error
         for i, work in enumerate(works):
             waited_for = [operations[i][1].rank] if len(works) == len(operations) else ranks
             self._wait(work, waited_for, what)
@@ -62,23 +62,17 @@ class Transport:
         if self.size == 1:
             return data[None]
         found = data.new_empty(self.size, *data.shape)
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        try:
+        with _answered_by(self._others, what):
             work = _all_gather(found.view(-1), data, group=self.group, async_op=True)
-        except RuntimeError as error:
-            raise _unanswered(others, what, error) from error
-        self._wait(work, others, what)
+        self._wait(work, self._others, what)
         return found
 
     def reduce(self, data: torch.Tensor, what: str) -> torch.Tensor:
         """The sum over all ranks, added in whatever order the group does it. `data` is written."""
         if self.size > 1:
-            others = [rank for rank in range(self.size) if rank != self.rank]
-            try:
+            with _answered_by(self._others, what):
                 work = dist.all_reduce(data, group=self.group, async_op=True)
-            except RuntimeError as error:
-                raise _unanswered(others, what, error) from error
-            self._wait(work, others, what)
+            self._wait(work, self._others, what)
         return data
 
     def agree(self, **arguments: object) -> None:
@@ -96,14 +90,12 @@ class Transport:
                 )
 
     def _wait(self, work: dist.Work, ranks: list[int], what: str) -> None:
-        try:
+        with _answered_by(ranks, what):
             # With a timeout of its own NCCL would hold up the host; its group's watchdog looks after it.
             if self.on_host and self.timeout is not None:
                 work.wait(self.timeout)
             else:
                 work.wait()
-        except RuntimeError as error:
-            raise _unanswered(ranks, what, error) from error
 
 
 def _short(value: object) -> str:
@@ -111,6 +103,11 @@ def _short(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def _unanswered(ranks: list[int], what: str, error: RuntimeError) -> RankError:
-    who = f"rank {ranks[0]}" if len(ranks) == 1 else f"one of ranks {ranks}"
-    return RankError(f"{who} did not answer, for {what}: {str(error).splitlines()[0]}")
+@contextmanager
+def _answered_by(ranks: list[int], what: str) -> Iterator[None]:
+    """An error of torch.distributed becomes a `RankError`, which names these ranks and what they were asked for."""
+    try:
+        yield
+    except RuntimeError as error:
+        who = f"rank {ranks[0]}" if len(ranks) == 1 else f"one of ranks {ranks}"
+        raise RankError(f"{who} did not answer, for {what}: {str(error).splitlines()[0]}") from error

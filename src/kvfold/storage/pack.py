@@ -143,6 +143,11 @@ def bf16_bits(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x.isnan(), 0x7FC0, x.bfloat16().view(torch.int16))
 
 
+def to_bf16(x: torch.Tensor) -> torch.Tensor:
+    """fp32 rounded to bf16 as `bf16_bits` does it: what is stored must not depend on torch's NaN."""
+    return bf16_bits(x).view(torch.bfloat16)
+
+
 def e4m3_bytes(x: torch.Tensor) -> torch.Tensor:
     """uint8 codes of fp32: nearest even, saturating at 448, NaN as 0x7F."""
     codes = x.clamp(-448.0, 448.0).to(torch.float8_e4m3fn).view(torch.uint8)

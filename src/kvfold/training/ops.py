@@ -5,15 +5,13 @@ An operator takes tensors and plain values, and makes the call with all its chec
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
 import torch
 from torch._subclasses import FakeTensor
 
 from ..arguments.checks import check_type, makes_fakes
-from ..ops import NAMESPACE
+from ..ops import NAMESPACE, spec_of
 from ..spec import CompressorSpec
 from ..storage.formats import FORMATS, RecordFormat, get_format
 from .checks import check_call, check_gradients, check_packing
@@ -68,17 +66,12 @@ def _check_fakes(tensors: tuple[torch.Tensor | None, ...]) -> None:
             raise TypeError(f"{name} must be a FakeTensor like kv_score, got a {type(tensor).__name__}")
 
 
-@lru_cache(maxsize=256)
-def _spec_of(text: str) -> CompressorSpec:
-    return CompressorSpec(*json.loads(text))
-
-
 def _call_of(
     value, score, pieces, ape, norm_weight, rope, cache_scale, tokens, max_seqlen, spec, round_rows, out_dtype, fake_quant,
     latent, backend,
 ) -> tuple[Inputs, How]:  # fmt: skip
     """The call that these arguments stand for, checked."""
-    spec = _spec_of(spec)
+    spec = spec_of(spec)
     return check_call(
         value if score is None else (value, score),
         Packing(tokens, spec.ratio, max_seqlen, pieces[:0, 0], pieces),
@@ -114,7 +107,7 @@ def _named(args: Sequence[object]) -> dict[str, object]:
 def _fake_how(named: dict) -> How:
     """What shapes and dtypes of results follow from."""
     out_dtype, fmt = named["out_dtype"] or named["value"].dtype, FORMATS.get(named["fake_quant"])
-    return How(_spec_of(named["spec"]), False, out_dtype, fmt, named["latent"], "")
+    return How(spec_of(named["spec"]), False, out_dtype, fmt, named["latent"], "")
 
 
 def _fake_forward(*args: object) -> tuple[torch.Tensor, ...]:
@@ -128,7 +121,7 @@ def _fake_forward(*args: object) -> tuple[torch.Tensor, ...]:
 
 def _fake_backward(d_entries: torch.Tensor, d_latent: torch.Tensor, kept: torch.Tensor, *args: object) -> tuple:
     named = _named(args)
-    value, score, spec = named["value"], named["score"], _spec_of(named["spec"])
+    value, score, spec = named["value"], named["score"], spec_of(named["spec"])
 
     def gradient(x: torch.Tensor | None) -> torch.Tensor:
         return kept.new_empty(0) if x is None else value.new_empty(x.shape)

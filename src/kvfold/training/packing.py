@@ -11,7 +11,6 @@ from ..arguments.checks import check_int, check_memory, check_numbers
 from ..contract import INT32_MAX, MOST_POSITIONS
 
 MOST_PIECES = (1 << 28) - 1  # kernels find a piece by an int32 of its numbers
-PIECE_FIELDS = ("token", "window", "rest", "begin")  # of a row of `Packing.pieces`
 
 
 class Packing:

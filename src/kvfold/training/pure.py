@@ -17,7 +17,7 @@ from ..backend_torch.fold import LOG2_E, LOWEST, State, exp2, fold_group, fold_s
 from ..contract import ROWS_AT_ONCE
 from ..spec import CompressorSpec
 from ..storage.fold_state import state_kind
-from ..storage.pack import bf16_bits, pack_records, unpack_records
+from ..storage.pack import pack_records, to_bf16, unpack_records
 from .problem import Entries, Gradients, How, Inputs, Sums, scratch_records
 from .pure_sums import blocks, go_on, new_sums, total_torch
 
@@ -65,7 +65,7 @@ def _fold_on(
     for j in range(spec.ratio):
         there = ((j >= begin) & (j < end))[:, None]
         at = torch.where(there[:, 0], token + j - begin, token)
-        k, s = value[at].to(_wide(x)), score[at].to(_wide(x))
+        k, s = value[at].to(x.wide), score[at].to(x.wide)
         new = fold_step(state, k, s if x.ape is None else s + x.ape[j])
         state = tuple(torch.where(there, after, before) for after, before in zip(new, state, strict=True))
     return state
@@ -180,7 +180,7 @@ def pool(x: Inputs, how: How) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
         y = next(rows).k
         return y, y, y
     shape = how.capacity(x), spec.head_dim
-    zeros = torch.zeros(shape, dtype=_wide(x), device=x.value.device)
+    zeros = torch.zeros(shape, dtype=x.wide, device=x.value.device)
     if zeros.dtype == torch.float64:  # to check gradients by: the plain formula
         found = [*rows]
         score = torch.stack([row.s for row in found])
@@ -211,10 +211,10 @@ def _rows(x: Inputs, spec: CompressorSpec) -> Iterator[Row]:
         at = torch.where(live, pieces[:, 0] + (j - before), 0)
         half = slice(0, spec.head_dim) if j < before else slice(spec.channels - spec.head_dim, spec.channels)
         # What is not there weighs nothing, and adding -0 changes no bit.
-        k = torch.where(live[:, None], value[at, half].to(_wide(x)), -0.0)
+        k = torch.where(live[:, None], value[at, half].to(x.wide), -0.0)
         s = k
         if spec.gate:
-            s = score[at, half].to(_wide(x))
+            s = score[at, half].to(x.wide)
             s = torch.where(live[:, None], s if x.ape is None else s + x.ape[j % spec.ratio, half], -math.inf)
         yield Row(live, at, half, k, s)
 
@@ -235,10 +235,6 @@ def _rotations(x: Inputs) -> torch.Tensor | None:
     return x.rope if x.rope is None or len(x.rope) else x.rope.new_zeros(1, x.rope.shape[1])
 
 
-def _wide(x: Inputs) -> torch.dtype:
-    return torch.float64 if x.value.dtype == torch.float64 else torch.float32
-
-
 def _narrow(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Rounded to nearest even, with one NaN."""
-    return bf16_bits(y).view(torch.bfloat16) if dtype == torch.bfloat16 else y.to(dtype)
+    return to_bf16(y) if dtype == torch.bfloat16 else y.to(dtype)

@@ -12,7 +12,7 @@ from ..debug.exact import exact_rows
 from ..debug.records import EPILOGUE, latents_explained
 from ..storage.cache import EntryCache
 from ..storage.fold_state import FoldState
-from ..storage.pack import bf16_bits
+from ..storage.pack import to_bf16
 from ..storage.step import Compressor
 from ..testing.data import make_cache
 from ..testing.engine import UNWRITTEN, Engine
@@ -51,7 +51,7 @@ def same(engine: Engine, whole: Engine, since: tuple[int, int] | None = None) ->
         asked += [("latent", engine.latents[b], whole.latents[b])] * (engine.latent and whole.latent)
         for what, got, want in asked:
             if got.dtype == torch.bfloat16 and want.dtype == torch.float32:
-                want = bf16_bits(want).view(torch.bfloat16)
+                want = to_bf16(want)
             if engine.addressing != "none":
                 want = torch.where(slots[:, None] >= 0, want, torch.full_like(want, UNWRITTEN))
             bits = torch.int16 if got.dtype == torch.bfloat16 else torch.int32
