@@ -1,4 +1,4 @@
-"""`compress` and `compress_many`: a step's new tokens of one compressor, or of two; and both from the hidden states on."""
+"""`compress` and `compress_many`: a step's new tokens, for one compressor or two. `project_*`: the same from hidden states."""
 
 from __future__ import annotations
 
@@ -44,39 +44,39 @@ def compress(
 
     Prefill, chunks, decode with any number of new tokens, mixtures of these and padding are all this one call, and give
     the same bits. Everything after the projection happens here: pooling, RMSNorm, RoPE, Hadamard, quantization and store.
-    There is no gradient: tensors that require one are taken as they are. What is mutated shares no byte with another argument.
+    No gradient is made; tensors that require one are accepted. A mutated argument must share no byte with any other.
 
     Args:
-        kv_score: bf16 or fp32 `[T, 2 * channels]`, rows `[K | S]` (overlap: `[K.lo K.hi S.lo S.hi]`), sequence-major as
-            `plan.cu_seqlens` says; or two tensors `(K, S)` of one dtype, `[T, channels]` each; without a gate `[T, channels]`,
-            rows `K`. The last dimension is contiguous, the row stride of each free. Rows behind the last sequence are not read.
-        plan: of this step, for `spec.ratio`, with state slots for a `FoldState` or a `MeanState` and block tables for a
-            `WindowState`; with either or neither where there is no state.
-        state: mutated. `FoldState`: what a later step may read. `MeanState`: the row of each sequence
-            that ends inside of a window, or its banks; the step must start where the last one ended. `WindowState`: the rows of
-            all its positions. One call at a time may use a state object; to use pools on two streams at once, wrap them twice.
-            None if and only if `spec.gate` is false.
-        cache: mutated: one record per entry, at `plan.entry_slots`. None leaves out all that follows the pooling, but for
+        kv_score: the projection's output, bf16 or fp32. One tensor `[T, 2 * channels]`, rows `[K | S]` (with overlap
+            `[K.lo K.hi S.lo S.hi]`); or two tensors `(K, S)` of one dtype, `[T, channels]` each; or, without a gate,
+            `[T, channels]`, rows `K`. Rows are in the order of `plan.cu_seqlens`. The last dimension is contiguous, the row
+            stride is free. Rows after the last sequence are not read.
+        plan: the plan of this step, for `spec.ratio`. It has state slots for a `FoldState` or a `MeanState`, and block tables
+            for a `WindowState`. Without a state it may have either or neither.
+        state: mutated; None if and only if `spec.gate` is false. Of a `FoldState` all that a later step may read is written;
+            of a `MeanState` the row of each sequence that ends inside a window, or its banks; of a `WindowState` the rows of
+            all new positions. Over a `MeanState` a step must start where the last one ended. Only one call at a time may use
+            a state object: to use the same pools on two streams at once, wrap them twice.
+        cache: mutated: one record per entry, at `plan.entry_slots`. With None the call ends after the pooling, except for
             `latent`.
-        spec: the compressor; the one that `state` and `cache` were made for.
+        spec: the compressor, the same that `state` and `cache` were made for.
         ape: fp32 `[ratio, channels]`; None if and only if `spec.has_ape` is false.
         norm_weight: fp32 or bf16 `[head_dim]`; may be None with neither a cache nor `latent`.
         rope: fp32 `[max_pos, rope_dim]`, cosines then sines; an entry is rotated by the position of its window's first
             token. May be None without a cache or with `rope_dim` 0.
-        rows: mutated if given: bf16 or fp32 `[E, head_dim]`, row e receives the pooled row of entry e before the norm. Rows of
-            entries that do not exist or are dropped stay as they are. Of a plan with `cu_rows` it may have any length; an entry
-            whose place lies behind it is refused.
-        latent: mutated if given: bf16 `[E, head_dim]`, row e receives entry e behind RMSNorm and before RoPE, rounded to bf16
-            (of V4.1: what the row of the index key is made of). Its pooled row is rounded to bf16 before where the cache's
-            format has `round_rows`. Otherwise as `rows`, and like all that a call writes there for whatever is launched
-            behind it, dependents too.
+        rows: mutated if given: bf16 or fp32 `[E, head_dim]`. Row e receives the pooled row of entry e, before the norm. Rows
+            without an entry, or whose entry is dropped, stay as they are. If the plan has `cu_rows`, `rows` may have any
+            length; an entry whose place lies beyond it is refused.
+        latent: mutated if given: bf16 `[E, head_dim]`. Row e receives entry e after RMSNorm and before RoPE, rounded to bf16.
+            (In V4.1 the index key is made of it.) If the cache's format has `round_rows`, the pooled row is rounded to bf16
+            before the norm. Otherwise as `rows`. Kernels launched later see it, dependent launches too.
         snapshots: mutated if given, for a `FoldState` and a plan with a `snapshot_table`: new rows of this step that belong to
-            the snapshot of a page are written there too. A page whose end several steps reach gets its rows from all of them.
+            the snapshot of a page are written there too. If several steps reach the end of a page, each writes its own rows.
         backend: `"triton"` (CUDA or HIP tensors; CPU tensors under Triton's interpreter) or `"torch"` (any device).
             Default: triton for CUDA and HIP tensors, torch for others.
-        pdl: whether the kernel may be launched while the one before it on the stream still runs (programmatic dependent
-            launch, sm_90 and newer); it waits before it reads anything that one can have written but ape, norm_weight,
-            rope and what the plan was built from. Same bits. Default: where it is known to help.
+        pdl: whether the kernel may start while the one before it on the stream still runs (programmatic dependent launch,
+            sm_90 and newer). Before it waits for that one, it reads only ape, norm_weight, rope and what the plan was built
+            from. Same bits. Default: where it is known to help.
 
     Raises:
         TypeError, ValueError: naming the argument; nothing has been written then. What depends on data (a slot beyond
@@ -95,9 +95,9 @@ def compress_many(
     The bits are those of one `compress` for each.
 
     Args:
-        compressors: `(kv_score, state, cache, spec, ape, norm_weight, rope)` for each, and `snapshots` behind them where there
-            are any; states all `FoldState`. They share the plan, and so the ratio, the state slots, the entry slots and the
-            snapshot table; no two share a state, a cache or snapshots.
+        compressors: a tuple `(kv_score, state, cache, spec, ape, norm_weight, rope)` for each, with `snapshots` as an optional
+            eighth element. All states are `FoldState`s. The compressors share the plan, and so the ratio, the state slots, the
+            entry slots and the snapshot table. No two share a state, a cache or snapshots.
         plan, backend, pdl: as for `compress`.
 
     Raises:
@@ -127,20 +127,20 @@ def project_compress(
     backend: str | None = None,
     pdl: bool | None = None,
 ) -> None:
-    """`compress` of `hidden @ weight.T`, summed in fp32 in one order: a hidden state gives the same bits in every batch.
+    """`compress` of `hidden @ weight.T`. The sums are in fp32 and in one fixed order: a token has the same bits in every batch.
 
-    So the promise of `compress` begins with the hidden states: prefill, chunks and decode give the same entries, to the bit.
+    So the promise of `compress` starts at the hidden states: prefill, chunks and decode give the same entries, to the bit.
 
     Args:
-        hidden: bf16 `[T, hidden_dim]`, a row for each new token, sequence-major as `plan.cu_seqlens` says. hidden_dim is a
-            multiple of 64 and at least 256. The last dimension is contiguous, the row stride free.
-        weight: bf16 `[2 * channels, hidden_dim]`, contiguous: the rows of the values, then those of the scores; or the two as
-            tensors of their own, `[channels, hidden_dim]` each (a checkpoint's wkv and wgate); without a gate values alone. Or
-            each is a `ScaledWeight`, in FP8. Not written by the launch right before.
+        hidden: bf16 `[T, hidden_dim]`, a row for each new token, in the order of `plan.cu_seqlens`. hidden_dim is a multiple
+            of 64 and at least 256. The last dimension is contiguous, the row stride is free.
+        weight: bf16 `[2 * channels, hidden_dim]`, contiguous: the rows that make values, then those that make scores. Or a
+            tuple of the two, `[channels, hidden_dim]` each (a checkpoint's wkv and wgate). Without a gate only the values'
+            rows. Each tensor may be a `ScaledWeight` instead, in FP8. The launch right before must not write it.
         plan, state, cache, spec, ape, norm_weight, rope, rows, latent, snapshots: as for `compress`.
-        kv_score: mutated if given: fp32 or bf16 `[T, 2 * channels]`, receives what was folded. Without it, it need not exist.
-        round_kv_score: whether kv_score is rounded to bf16 before it is folded, as where an engine's projection gives bf16.
-            It must be where `kv_score` is bf16, and where `state` keeps input rows in bf16 without `round_inputs`.
+        kv_score: mutated if given: fp32 or bf16 `[T, 2 * channels]`, receives what was folded.
+        round_kv_score: whether kv_score is rounded to bf16 before it is folded, as in an engine whose projection gives bf16.
+            It must be True if `kv_score` is bf16, or if `state` keeps input rows in bf16 without `round_inputs`.
         backend, pdl: as for `compress`.
 
     Raises:
@@ -169,10 +169,10 @@ def project_compress_many(
 
     Args:
         hidden: as for `project_compress`.
-        weight: bf16 `[sum of 2 * channels, hidden_dim]`, the weights of each compressor behind those of the one before, which
-            is fastest; or a sequence with what `project_compress` takes for each, all in bf16 or all in FP8. One `ScaledWeight`
-            may stand for both where the rows of the first are a multiple of 128.
-        compressors: as for `compress_many`, where `kv_score` is None or receives what was folded.
+        weight: bf16 `[sum of 2 * channels, hidden_dim]`, the compressors' weights one after the other: this is fastest. Or a
+            sequence with what `project_compress` takes for each, all in bf16 or all in FP8. A single `ScaledWeight` may hold
+            both if the first compressor's rows are a multiple of 128.
+        compressors: as for `compress_many`, but each `kv_score` is None, or receives what was folded.
         plan: as for `compress_many`.
         round_kv_score, backend, pdl: as for `project_compress`.
 

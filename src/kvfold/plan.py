@@ -1,4 +1,4 @@
-"""`StepPlan`: what depends on the step and not on the layer, computed once on the device."""
+"""`StepPlan`: all that depends on the step and not on the layer, computed once on the device."""
 
 from __future__ import annotations
 
@@ -11,26 +11,25 @@ from .storage.step import LIVE, Lengths, PlanData
 
 
 class StepPlan(PlanData):
-    """Who adds which tokens in a step, and which windows that touches. Build it with `StepPlan.build`.
+    """Which sequences add which tokens in a step, and which windows that touches. Build it with `StepPlan.build`.
 
     Attributes:
-        start_pos: int32 `[B]`, tokens that each sequence had before the step. The plan's own copy; of numbers beyond int32 the
-            nearest that is one.
-        cu_seqlens: int32 `[B + 1]`, offsets of each sequence's new tokens in `kv_score`. The plan's own copy, likewise.
+        start_pos: int32 `[B]`, tokens that each sequence had before the step. The plan's own copy, clamped to int32.
+        cu_seqlens: int32 `[B + 1]`, offsets of each sequence's new tokens in `kv_score`. The plan's own copy, clamped too.
         state_slots: `[B]`, the caller's tensor; None with block tables, and where there is no state.
-        block_tables: the caller's tensors, of value and of score pages; None with state slots.
+        block_tables: the caller's tensors, of value pages and of score pages; None with state slots.
         page_size: rows per page of the state; None with state slots.
         snapshot_table: int32 `[B, S]`, the caller's tensor, or None: where the snapshots of pages go.
         snapshot_page_size: positions per page of `snapshot_table`; None without one.
-        entry_slots: int64 `[E]`, cache slot of each entry, -1 for none: the caller's tensor if that is contiguous int64, else
-            the plan's own, filled by `update`; None if nothing says where entries go. Places that the step gives no entry say
-            nothing with `cu_rows`, and are -1 without.
+        entry_slots: int64 `[E]`, the cache slot of each entry, -1 for none. It is the caller's tensor if that is contiguous
+            int64, else the plan's own, which `update` fills. None if nothing says where entries go. A place without an entry
+            is -1; with `cu_rows` it has no meaning.
         cu_entries: int32 `[B + 1]`: sequence b ends `cu_entries[b + 1] - cu_entries[b]` windows, of which window
             `start_pos[b] // ratio + i` is entry `cu_entries[b] + i`, or `cu_rows[b] + i`.
         token_slots, cu_rows: the caller's tensors, or None.
-        items: int32 `[I, 8]`, one row for each window touched (`ITEM_FIELDS`); the first `num_items[0]` rows count. Without
-            state slots `slot` is the sequence index, the row of the tables.
-        entry_items: int32 `[E]`, the index in `items` of each entry of the step in order, -1 behind the last one.
+        items: int32 `[I, 8]`, the work items: a row for each window touched (`ITEM_FIELDS`). The first `num_items[0]` rows
+            count. Without state slots the field `slot` is the sequence index, which is the row of the tables.
+        entry_items: int32 `[E]`, the index in `items` of each entry of the step in order; -1 after the last one.
         errors: int32 `[1]`, sequences and entries refused since the caller last zeroed it (DESIGN.md, Plan); the caller's
             tensor if one was given.
         entry_capacity, item_capacity: E and I, known to the host.
@@ -65,48 +64,49 @@ class StepPlan(PlanData):
     ) -> StepPlan:
         """Plans one step for all layers whose compressor has this ratio.
 
-        Numbers are int32 or int64, in tensors of any stride below 2 GiB; rows of tables have theirs side by side.
-        (`snapshot_table` is contiguous int32.) All tensors must be written before this call or `update`, and all but
-        `start_pos`, `seq_lens` and `cu_seqlens`, which are copied, left alone until the last call of the step is done.
+        Tensors are int32 or int64, of any stride below 2 GiB; each row of a table is contiguous. (`snapshot_table` is
+        contiguous int32.) All must be written before this call or `update`. `start_pos`, `seq_lens` and `cu_seqlens` are
+        copied; all others must stay unchanged until the last call of the step is done.
 
         Args:
             ratio: tokens per window.
-            start_pos: `[B]`, tokens that each sequence already has; drafts are rejected by making it smaller.
+            start_pos: `[B]`, tokens that each sequence already has. To reject drafts, make it smaller.
             cu_seqlens: `[B + 1]`, not decreasing: sequence b brings rows `[cu_seqlens[b], cu_seqlens[b + 1])` of `kv_score`. It
-                may begin above 0, as behind the prompts of a batch; rows before are not read. Equal neighbours make a sequence
-                absent from the step.
+                may start above 0; rows before are not read. A sequence without rows is absent from the step.
             max_new_tokens: host bound on any sequence's new tokens.
             seq_lens: instead of `start_pos`, which is then None: `[B]`, tokens that each sequence has after the step.
-            state_slots: `[B]`, the slot of each sequence in a `FoldState`; -1 makes it absent. No two of a step share a slot:
-                nothing counts that, results are undefined, and `kvfold.check` names it.
+            state_slots: `[B]`, the slot of each sequence in a `FoldState` or a `MeanState`; -1 makes it absent. Two sequences
+                of a step must not share a slot: that is not counted as an error, and results are undefined. `kvfold.check`
+                finds it.
             block_tables: for a `WindowState`, instead of `state_slots`: `[B, P1]` of value pages and `[B, P2]` of score pages.
                 Position p of a sequence is row `p % page_size` of page `table[b, p // page_size]`; -1 where there is no page.
             page_size: with `block_tables`: positions per page.
-            ring: with `block_tables`, both of width P: position p is on page `table[b, p // page_size % P]`, so that a sequence
-                keeps its last `P * page_size` positions. A step of n tokens can be taken back to any position in it if those
-                are at least n more than the rows of a window less 1; with as many rows as that, it goes on from its end alone.
+            ring: with `block_tables`, both of width P: position p is on page `table[b, p // page_size % P]`, so a sequence
+                keeps its last `P * page_size` positions. They must be at least `window_rows - 1`; then a sequence can go on
+                from its end. With n more, a step of n tokens can also be taken back to any position in it.
             entry_slots: `[E]`, the cache slot for each entry of the step, in the order of `cu_entries`; -1 drops it.
             cache_block_table: `[B, Q]`, instead of `entry_slots`: entry w of a sequence is row `w % rows_per_page` of page
                 `table[b, w // rows_per_page]`; a page of -1 drops the entry.
             rows_per_page: with `cache_block_table`: entries per page, the same as the cache's.
-            token_slots: `[T]`, instead of `entry_slots`: a cache slot for each row of `kv_score`. An entry goes to that of its
-                window's last token; it is dropped if that is `no_slot` or negative, and refused if there is none.
-            no_slot: with `token_slots`: what means no slot, -1 or 0.
+            token_slots: `[T]`, instead of `entry_slots`: a cache slot for each row of `kv_score`, an engine's slot mapping. An
+                entry goes to the slot of its window's last token. It is dropped if that is `no_slot` or negative, and refused
+                if the tensor has no such row.
+            no_slot: with `token_slots`: the number that means no slot, -1 or 0.
             null_page: a page of `block_tables` and `cache_block_table` that means the same as -1: no page.
             null_slot: a slot of `state_slots` that means the same as -1: an absent sequence.
-            max_tokens: host bound on the new tokens of all sequences together (default `B * max_new_tokens`); it sizes
+            max_tokens: host bound on the new tokens of all sequences together (default `B * max_new_tokens`). It sizes
                 the plan, so give it when one prompt is long and the rest are short.
-            cu_rows: `[B + 1]`, places of entries that do not stand one behind the other: entry i of sequence b is number
-                `cu_rows[b] + i` in `rows` and `entry_slots`. What is in places without an entry stays as it is. Entries of a
-                sequence are refused where `cu_rows[b + 1]` leaves no room for all of them, or `cu_rows[b]` for those before,
-                or goes back behind any before it.
+            cu_rows: `[B + 1]`, for entries that are not packed: entry i of sequence b has place `cu_rows[b] + i` in `rows` and
+                `entry_slots`. Places without an entry are not written. A sequence's entries are refused if they do not fit
+                before `cu_rows[b + 1]`, if `cu_rows[b]` is less than the number of entries before them, or if it is less than
+                any earlier `cu_rows`.
             max_rows: with `cu_rows`: host bound on places (default `B * ceil(max_new_tokens / ratio)`). With `entry_slots` it
-                is as many as those.
-            snapshot_table: int32 `[B, S]`: page k of a sequence, which has positions `[k, k + 1) * snapshot_page_size`, leaves
-                its snapshot in row `table[b, k]` of the `Snapshots` that a call gets; -1 or a page beyond S leaves none. No two
-                pages of a step leave it in the same row.
+                is their number.
+            snapshot_table: int32 `[B, S]`: page k of a sequence, positions `[k, k + 1) * snapshot_page_size`, leaves its
+                snapshot in row `table[b, k]` of the `Snapshots` that a call gets. -1, or a page beyond S, leaves none. Two
+                pages of a step must not use the same row.
             snapshot_page_size: with `snapshot_table`: positions per page.
-            errors: int32 `[1]`, to count in, instead of a tensor of the plan's own; plans may share it. It is not zeroed.
+            errors: int32 `[1]`, to count in, instead of a tensor of the plan's own. Plans may share it. It is not zeroed.
 
         Raises:
             TypeError, ValueError: naming the argument.
@@ -132,13 +132,12 @@ class StepPlan(PlanData):
     ) -> None:
         """Plans another step in place: same batch size and bounds, other lengths, slots and pages.
 
-        Runs on the device without synchronizing, so it can be captured in a CUDA graph. What `build` was given is read again:
-        write new contents into slots, tables, `token_slots` and `cu_rows` before the call, and leave them until the last call
-        of the step is done. Data that makes no sense, such as numbers beyond int32, is counted in `errors`.
+        Runs on the device without synchronizing, so a CUDA graph can capture it. The tensors that `build` was given are read
+        again: write new contents into slots, tables, `token_slots` and `cu_rows` before the call, and do not change them until
+        the last call of the step is done. Invalid data, such as numbers beyond int32, is counted in `errors`.
 
         Args:
-            start_pos: `[B]`, or instead seq_lens: `[B]`; cu_seqlens: `[B + 1]`, as for `build`. Copied, so free again after the
-                call.
+            start_pos: `[B]`, or instead seq_lens: `[B]`; cu_seqlens: `[B + 1]`, as for `build`. They are copied.
 
         Raises:
             TypeError, ValueError: naming the argument.

@@ -1,4 +1,4 @@
-"""`restore`: a prefix hit; snapshots become the state of slots."""
+"""`restore`: on a prefix-cache hit, snapshots become the state of slots."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def restore(
 ) -> None:
     """Copies snapshot `pages[i]` into slot `slots[i]`, so that the slot's next step can start at `start_pos[i]`; one launch.
 
-    `compress` from there gives the same bits as if the slot had seen the whole sequence. What else the slot held is forgotten:
-    it need not be cleared before. Does not synchronize with the host.
+    `compress` from there gives the same bits as if the slot had seen the whole sequence. Whatever else the slot held is gone,
+    so it need not be cleared first. Does not synchronize with the host.
 
     Args:
         state: mutated: the rows and tags of the slots.
         snapshots: of the same spec and dtype as `state`.
         slots: int32 `[n]`, no two the same; -1 for nothing to do.
-        pages: int32 `[n]`, the snapshot of the page that ends at `start_pos[i]`. Not looked at where a step that starts there
-            reads nothing, which is at the end of a window without overlap.
+        pages: int32 `[n]`, the snapshot of the page that ends at `start_pos[i]`. Not read if a step that starts there reads
+            no state, as at the end of a window without overlap.
         start_pos: int32 `[n]`, multiples of `snapshots.page_size`; 0 for nothing to do.
-        errors: int32 `[1]`, mutated: grows by one for each i that is refused: a slot, page or start that cannot be, or a
-            snapshot that is not of this start. The slot has forgotten its former owner then, so that a step which needs a row
-            of it is refused as well; a slot that cannot be leaves all slots as they were.
+        errors: int32 `[1]`, mutated: grows by one for each i that is refused: an impossible slot, page or start, or a snapshot
+            that was taken at another position. The slot is emptied then, so a step that needs its history is refused too. An
+            impossible slot leaves all slots as they were.
         backend: as for `compress`.
 
     Raises:

@@ -15,13 +15,13 @@ class CompressorSpec:
     Args:
         head_dim: width of an entry, in channels; a power of two from 16 to 4096.
         ratio: tokens per window, from 1 to 4096.
-        overlap: an entry also takes the `lo` half of every token of the window before (the R = 4 layers of V4).
-        has_ape: a bias `ape[t % ratio]` is added to the score row of token t (V4.1 has none).
+        overlap: an entry also takes the `lo` half of every token of the window before (V4's layers of ratio 4).
+        has_ape: whether a bias `ape[t % ratio]` is added to the score row of token t (V4.1 has none).
         rope_dim: how many of an entry's last channels are rotated; even, 0 to leave out RoPE.
         norm_eps: epsilon of RMSNorm, added to the mean square; from 2**-126, the smallest normal fp32, to below 1.
-        hadamard: rotate the whole entry by a Hadamard matrix after RoPE (the reference's indexer does).
-        gate: whether tokens bring scores. False is for windows of one token, which have nothing to weigh: `kv_score` is the
-            values alone, an entry is its token's row, and there is no state. Needs ratio 1, no overlap and no ape.
+        hadamard: whether the whole entry is multiplied by a Hadamard matrix after RoPE (the reference's indexer does that).
+        gate: whether tokens have scores. False is for windows of one token, which need no weights: `kv_score` holds values
+            only, an entry is its token's row, and there is no state. Needs ratio 1, no overlap and no ape.
 
     Raises:
         TypeError, ValueError: naming the field.
@@ -56,7 +56,7 @@ class CompressorSpec:
             if not self.gate and getattr(self, name) != wanted:
                 have = f"without a gate, as there are no scores, got {getattr(self, name)}"
                 raise ValueError(f"{name} must be {wanted} {have}")
-        # What an operator is told of the spec (ops.py): a string, as torch.compile would make variables of its numbers.
+        # How an operator gets the spec (ops.py): as a string, since torch.compile would turn its numbers into variables.
         object.__setattr__(self, "_text", json.dumps(astuple(self)))
 
     @property
@@ -76,7 +76,7 @@ class CompressorSpec:
 
 
 def check_spec(name: str, spec: object) -> None:
-    """A spec that was made, and not only allocated."""
+    """Raises unless this is a `CompressorSpec` that its constructor made, not one from `__new__` alone."""
     if not isinstance(spec, CompressorSpec):
         check_type(name, spec, CompressorSpec)
     if "_text" not in spec.__dict__:

@@ -1,4 +1,4 @@
-"""`store`: the second stage alone, for engines that pool in a launch of their own."""
+"""`store`: what `compress` does after the pooling, for engines that pool in a launch of their own."""
 
 from __future__ import annotations
 
@@ -65,25 +65,27 @@ def store(
 ) -> None:
     """RMSNorm, RoPE, Hadamard, quantization and store of pooled rows, in one launch: what `compress` does after pooling.
 
-    Two forms: `store(rows, plan, cache, ...)` for the entries of a plan, and `store(rows, cache, slots=..., positions=...,
-    ...)` for rows whose places the caller knows, in any order and of any sequences. Both give the same bytes for the same row,
-    place and position. From fp32 rows that `compress(..., rows=rows)` made, they are the bytes of `compress` with the cache.
+    There are two forms. `store(rows, plan, cache, ...)` stores the entries of a plan. `store(rows, cache, slots=...,
+    positions=..., ...)` stores rows whose slots the caller knows, in any order and of any sequences. Both give the same bytes
+    for the same row, slot and position. From the fp32 rows of `compress(..., rows=rows)` they make the bytes that `compress`
+    with the cache makes.
 
     Args:
-        rows: bf16 or fp32. With a plan `[E, head_dim]`, row e is the pooled row of entry e; rows of entries that do not exist
-            are not read. Without, `[n, head_dim]`, the last dimension contiguous, the row stride free.
-        plan: of this step; `plan.entry_slots` says where each entry goes, -1 skips it. Without a plan the cache stands here.
+        rows: bf16 or fp32. With a plan: `[E, head_dim]`, row e is the pooled row of entry e; rows without an entry are not
+            read. Without a plan: `[n, head_dim]`, the last dimension contiguous, the row stride free.
+        plan: the plan of this step; `plan.entry_slots` says where each entry goes, -1 skips it. In the second form the cache
+            stands here.
         cache: mutated: one record per entry or row.
-        slots: int32 or int64 `[n]`, the cache slot of each row; negative skips it, and the row is not read. No two of a call
-            are the same.
-        positions: int32 or int64 `[n]`, the position that RoPE turns a row by: that of its window's first token. None, or not
-            read, where the spec has no RoPE.
-        norm_weight: as for `compress`. Without a plan None leaves out the norm, as for rows that have had theirs.
+        slots: int32 or int64 `[n]`, the cache slot of each row, all different. A negative slot skips its row, which is not
+            read.
+        positions: int32 or int64 `[n]`, the position by which RoPE rotates each row: that of its window's first token. May be
+            None, and is not read, if the spec has no RoPE.
+        norm_weight: as for `compress`. Without a plan, None leaves out the norm, for rows that are normed already.
         also: without a plan: one more cache, of any format, whose records of the same rows go to the same slots; mutated.
-        errors: without a plan: int32 `[1]`, mutated: grows by one for each row that is refused by either cache: a slot beyond
-            it, or a position below 0 or beyond the RoPE table. Default: refused rows are skipped all the same.
-        spec, rope, backend, pdl: as for `compress`. Without a plan the kernel reads slots, positions and rows behind its wait:
-            the launch before may have made them.
+        errors: without a plan: int32 `[1]`, mutated: grows by one for each row that either cache refuses, for a slot beyond
+            the cache or a position outside the RoPE table. Refused rows are skipped with or without it.
+        spec, rope, backend, pdl: as for `compress`. Without a plan the kernel reads slots, positions and rows after its wait,
+            so the launch before may have made them.
 
     Raises:
         TypeError, ValueError: naming the argument; nothing has been written then. With a plan, an entry slot outside the cache,
