@@ -1,4 +1,4 @@
-"""`EntryCache`: an engine's pages, of records in one format."""
+"""`EntryCache`: pages of records in one format, usually an engine's own memory."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ class EntryCache(Checked):
         storage: the tensor given, `[num_pages, ...]`.
         scales: the second buffer of formats that keep scales apart, uint8 `[num_pages, rows_per_page * tail_bytes]`; else None.
         pages: the memory of `storage` as uint8 `[num_pages, page_bytes]`.
-        scale: formats with one scale per cache: what values are divided by; `nvfp4_trtllm`: the global factor g. 1 for the
-            others.
+        scale: the scale of the whole cache. Formats with one scale per cache divide values by it; for `nvfp4_trtllm` it is the
+            global factor g. 1 for formats that take none.
         scale_tensor: the same as kernels read it, fp32 `[1]` on the cache's device; None for formats that take none.
-        format, spec, rows_per_page. page_bytes: of a page with its padding, as far as `storage` has it.
+        format, spec, rows_per_page: as given.
+        page_bytes: bytes of a page, with as much of the format's padding as `storage` has.
     """
 
     pages: torch.Tensor
@@ -51,14 +52,14 @@ class EntryCache(Checked):
         """Wraps an engine's page tensor.
 
         Args:
-            storage: `[num_pages, ...]` of any integer dtype, which stand for bytes, or of the floating dtype that the format's
-                `element` is: bfloat16, float32, float8_e4m3fn (as engines also view pages that hold more than
-                e4m3), float4_e2m1fn_x2. No other: e4m3 is OCP's, and the codes of float8_e4m3fnuz are other numbers. Each page
-                is dense and holds its records, with or without the format's padding; pages may lie further apart than that.
-            scales: `[num_pages, ...]` likewise, if and only if the format keeps scales in a buffer of their own; as floats
-                float8_e8m0fnu, float8_e4m3fn or float32, as the format's `scale` is.
-            scale: a number from 2**-126 to 2**126; 1 unless the format takes one, see the class. Or fp32 of one element on the
-                cache's device, which every store reads when it runs and nobody checks: it should be such a number then.
+            storage: `[num_pages, ...]`. Of any integer dtype, whose elements are taken as bytes; or of the floating dtype of
+                the format's `element`: bfloat16, float32, float8_e4m3fn (which engines use also where a page holds more than
+                e4m3) or float4_e2m1fn_x2. No other dtype: e4m3 is OCP's, and codes of float8_e4m3fnuz mean other numbers. Each
+                page is dense and holds its records, with or without the format's padding. Pages may lie further apart.
+            scales: `[num_pages, ...]` likewise, if and only if the format keeps scales in a buffer of their own. If floating:
+                float8_e8m0fnu, float8_e4m3fn or float32, to match the format's `scale`.
+            scale: a number from 2**-126 to 2**126; 1 unless the format takes one, see the class. Or an fp32 tensor of one
+                element on the cache's device: every store reads it when it runs, and its value is not checked.
 
         Raises:
             TypeError, ValueError: naming the argument.
@@ -130,7 +131,7 @@ class EntryCache(Checked):
         return own
 
     def __reduce__(self) -> tuple:
-        """Copies and pickles are made anew, as `pages` must be a view of their own storage."""
+        """Copies and pickles are rebuilt, as `pages` must be a view of their own storage."""
         return _made_again, (self.scales, self.scale, self.storage, self.format, self.rows_per_page, self.spec)
 
     @classmethod
@@ -166,10 +167,10 @@ class EntryCache(Checked):
         """Wraps an engine's view of its blocks, `[blocks, rows, record]`: each block is a page of `rows` records.
 
         Args:
-            view: of the dtypes that `EntryCache` takes. What a page is follows from the format, from `rows` and from how far
-                the blocks lie apart, `stride(0)`, which may be any that holds the records; padding behind them is the engine's.
-                Rows are dense. Where tails stand behind the records of a page the last size is a label that engines give, as
-                584, and no address follows from it; elsewhere it is the bytes from one record to the next.
+            view: of the dtypes that `EntryCache` takes. The page follows from the format, from `rows` and from the distance of
+                blocks, `stride(0)`. That may be any that holds the records; padding after them is the engine's. Rows are
+                dense. If tails come after the records of a page, the last size is only the engine's label, such as 584, and
+                not used for addresses. Otherwise it is the bytes from one record to the next.
             scales, scale: as `EntryCache` takes them.
 
         Raises:
@@ -225,7 +226,7 @@ class EntryCache(Checked):
         return self.storage.device
 
     def read(self, slots: torch.Tensor) -> torch.Tensor:
-        """Entries as numbers.
+        """Entries as numbers, dequantized.
 
         Args:
             slots: int32 or int64 `[n]`, flat row indices from 0 to `num_slots - 1`, on the cache's device.
@@ -249,8 +250,8 @@ class EntryCache(Checked):
         """The named fields of one record, copied, in their own types.
 
         Returns:
-            `values` (bf16, fp32 or e4m3 `[n]`; e2m1: uint8 codes 0..15, one per channel), then, where the format has them,
-            `rotated` (bf16 `[rope_dim]`), `scales` (fp32, e4m3, or uint8 ue8m0 codes, one per group or four) and `pad` (uint8).
+            `values` (bf16, fp32 or e4m3 `[n]`; e2m1: uint8 codes 0..15, one per channel). Then, if the format has them:
+            `rotated` (bf16 `[rope_dim]`), `scales` (fp32, e4m3, or uint8 ue8m0 codes, one or four per group), `pad` (uint8).
         """
         check_made("cache", self, EntryCache)
         check_int("slot", slot, 0, self.num_slots - 1)
@@ -294,7 +295,7 @@ _FLOATS = {
 
 
 def _check_page_dtype(name: str, pages: torch.Tensor, encoding: str) -> None:
-    """That elements or scales of this encoding can be in them: integers hold any; floats must be of it."""
+    """Checks that pages of this dtype can hold this encoding: integers hold any, floats must be of the encoding's dtype."""
     if pages.dtype not in [getattr(torch, dtype, None) for dtype in (*_INTEGERS, _FLOATS[encoding])]:
         raise TypeError(
             f"{name} must be of an integer dtype, as torch.uint8, or of torch.{_FLOATS[encoding]}, since it holds {encoding}, "
@@ -324,5 +325,5 @@ def _byte_pages(name: str, storage: torch.Tensor, encoding: str, least: int, mos
     pages = flat.view(torch.uint8)
     if have * item > most:
         pages = pages[:, :most]
-    check_memory(name, pages, fake=True)  # a view made inside of a transform is none of plain memory
+    check_memory(name, pages, fake=True)  # inside a transform of torch.func even a view of a plain tensor is not plain
     return pages

@@ -38,22 +38,25 @@ def state_kind(spec: CompressorSpec) -> str:
 class FoldState(RememberingState):
     """State of up to `num_slots` sequences for one compressor of one layer.
 
-    Slots may lie any distance apart, rows and tags each: in tensors of their own (`allocate`) or in an engine's pages (`over`).
+    There are two kinds (`kind`). `"fold"` keeps fold rows: the running maximum, sum of weights and weighted sum after a token.
+    `"rows"` keeps input rows: `kv_score` as it came. Slots may lie any distance apart, in tensors of their own (`allocate`) or
+    in an engine's pages (`over`).
 
     Attributes:
-        rows: `fold`: fp32 `[num_slots, ring + 1, 3, head_dim]`, the running maximum, sum of weights and weighted sum after the
-            token; the last row is spare. `rows`: fp32 or bf16 `[num_slots, half rows, 2 * head_dim]`, the value and the score
-            of half a `kv_score` row as they came: first places of `ratio` lo rows each (with overlap), then places of
-            `ratio - 1` hi or whole rows (of ratio 1 of one row, which nobody uses).
-        positions: int32. `fold`: `[num_slots, ring + 1]`, the position that each row stands for, -1 for none. `rows`:
-            `[num_slots, places]`, the last position of the window whose rows, from its first one on, are in a place. `held`
+        rows: `fold`: fp32 `[num_slots, ring + 1, 3, head_dim]`, the three numbers of a fold row for each channel; the last row
+            is spare. `rows`: fp32 or bf16 `[num_slots, half rows, 2 * head_dim]`, value and score of half a `kv_score` row.
+            First come places of `ratio` lo rows each (with overlap), then places of `ratio - 1` hi or whole rows (at ratio 1
+            of one unused row).
+        positions: int32, the tags. `fold`: `[num_slots, ring + 1]`, the position that each row stands for, -1 for none.
+            `rows`: `[num_slots, places]`: a place holds the rows of one window, from its first position to this one. `held`
             says it row by row.
-        ring: `fold`: position x lives in row `x % ring`, or in the spare row if its home was being read by the very step that
-            wrote it. `rows`: how many windows the longest rewindable step can begin.
-        places: `rows`: how many places there are of lo rows, and of hi or whole rows. Window w lives in place `w % n` of n, or
-            n // 2 further when that was being read by the very step that wrote it. `fold`: (0, 0).
+        ring: `fold`: position x lives in row `x % ring`, its home; or in the spare row, if the step that wrote it was reading
+            its home. `rows`: how many windows the longest rewindable step can begin.
+        places: `rows`: how many places there are for lo rows, and for hi or whole rows. Window w lives in place `w % n` of n;
+            or n // 2 further, if the step that wrote it was reading that place. `fold`: (0, 0).
         max_new_tokens: a step of up to this many tokens can be rewound to any position inside it.
-        round_inputs: whether it rounds fp32 `kv_score` to the bf16 that it keeps; else it takes bf16 alone.
+        round_inputs: whether the state accepts fp32 `kv_score` and rounds it to the bf16 that it keeps; without it a bf16
+            state accepts bf16 alone.
         pages: uint8 `[num_slots, ...]`, the engine's pages (`over`) of which `rows` and `positions` are views, else None.
 
     Copying `rows[slot]` and `positions[slot]` moves a sequence to another slot, state or machine.
@@ -112,14 +115,14 @@ class FoldState(RememberingState):
         Args:
             num_slots: how many sequences it can hold.
             max_new_tokens: longest step that must be rewindable to any position inside it (drafts + 1). Longer steps are
-                fine; they can be rewound to their start and, over fold rows, to any of their last `max_new_tokens` positions,
-                over input rows to any position of their last window. With `n + 2 * ratio`, over input rows, the last n
-                positions of a sequence can be taken back however many steps they came in, or how long these were.
-            dtype: of the kept input rows, for specs that keep them (`kind == "rows"`): fp32 takes bf16 and fp32
-                `kv_score`, both exactly; bf16 takes bf16 only, in half the memory. Fold rows are always fp32.
-            round_inputs: with bf16: takes fp32 `kv_score` as well, and rounds it to bf16, values and scores, before anything
-                else: when it is kept, and when it is used at once. So results are those of `kv_score.bfloat16()`, to the bit,
-                however the sequence is cut. How far that may be from fp32: docs/numerics.md.
+                allowed. They can be rewound to their start and, over fold rows, to any of their last `max_new_tokens`
+                positions, or, over input rows, to any position of their last window. Over input rows, `n + 2 * ratio` makes
+                the last n positions of a sequence rewindable, however many steps they came in and however long these were.
+            dtype: of the kept input rows, for specs that keep them (`kind == "rows"`). fp32 accepts bf16 and fp32
+                `kv_score`, both exactly; bf16 accepts bf16 only, in half the memory. Fold rows are always fp32.
+            round_inputs: with bf16: accept fp32 `kv_score` as well, and round values and scores to bf16 before anything else,
+                whether they are kept or used at once. So results are those of `kv_score.bfloat16()`, to the bit, however the
+                sequence is cut. How far that may be from fp32: docs/numerics.md.
 
         Raises:
             TypeError, ValueError: naming the argument; `UnsupportedError` for fold rows in bf16.
@@ -138,20 +141,20 @@ class FoldState(RememberingState):
         round_inputs: bool = False,
         fresh: bool = False,
     ) -> FoldState:
-        """A state inside of an engine's pages: slot s is page s, its rows at the page's begin and its tags behind them.
+        """A state inside an engine's pages: slot s is page s, with its rows at the start and its tags after them.
 
-        A page that held anything else must be forgotten before its owner's first step: the caller makes the tags of all pages
-        -1 by `fresh=True`, or those of the pages that a sequence is given by `forget(slots)`, in a CUDA graph too. Rows need
-        nothing, not even where they hold NaN. Later owners of the slot need nothing either, as of any state.
+        A page that held anything else must be emptied before its first owner's first step. Either `fresh=True` sets the tags
+        of all pages to -1, or `forget(slots)` those of the pages that a sequence is given; a CUDA graph can capture that. The
+        rows need nothing, even if they hold NaN. Later owners of a slot need nothing, as in any state.
 
-        Which page is whose only the engine's tables say, so a call does not mind that other states over such pages, or caches,
-        have the same bytes.
+        Only the engine's tables say which page belongs to whom. So a call accepts other states and caches over the same pages.
 
         Args:
-            pages: of any dtype, `[num_slots, ...]`, each contiguous and of `page_bytes` bytes at least, at multiples of 4
-                bytes, any distance apart. At multiples of 64 bytes accesses are 16 bytes wide, which is faster. Mutated.
+            pages: mutated; `[num_slots, ...]` of any dtype. Each page is contiguous, has at least `page_bytes` bytes and starts
+                at a multiple of 4 bytes; pages may lie any distance apart. At multiples of 64 bytes accesses are 16 bytes
+                wide, which is faster.
             max_new_tokens, dtype, round_inputs: as for `allocate`.
-            fresh: whether to make all tags -1 here; nothing else is written.
+            fresh: whether to set all tags to -1 here; nothing else is written.
 
         Raises:
             TypeError, ValueError: naming the argument, before anything is written; `UnsupportedError` for fold rows in bf16.
@@ -188,7 +191,7 @@ class FoldState(RememberingState):
         return -(-(of_rows + 4 * tags) // 64) * 64
 
     def __reduce_ex__(self, protocol: int) -> tuple | str:
-        """In pages, copies and pickles are made anew, as rows and tags must be views of their own pages."""
+        """In pages, copies and pickles are rebuilt, as rows and tags must be views of their own pages."""
         if self.pages is None:
             return super().__reduce_ex__(protocol)
         how = {"dtype": self.rows.dtype, "round_inputs": self.round_inputs}
@@ -217,15 +220,15 @@ class FoldState(RememberingState):
         return self.rows[:1].nbytes + self.positions[:1].nbytes
 
     def forget(self, slots: torch.Tensor) -> None:
-        """Makes these slots empty: a step that needs a row of a former owner is refused then.
+        """Empties these slots: a step that needs a row of a former owner is then refused.
 
-        No slot has to be forgotten before its next owner starts at position 0, or anywhere by `restore`. Forget it where an
-        owner may start elsewhere by mistake: rows are known by their positions, and not by whose they are. And forget a page of
-        an engine (`over`) that held something else. Writes the tags of these slots alone. Does not synchronize with the host,
-        so it can be captured in a CUDA graph.
+        That is not needed before an owner starts at position 0, or after `restore`. It is needed if an owner might start
+        elsewhere by mistake, since rows are identified by position and not by owner; and for an engine's page (`over`) that
+        held something else. Writes only the tags of these slots. Does not synchronize with the host, so a CUDA graph can
+        capture it.
 
         Args:
-            slots: int32 or int64 `[n]`, on the device of the state. Those outside of the state, -1 among them, are passed over.
+            slots: int32 or int64 `[n]`, on the device of the state. Slots outside the state, such as -1, are ignored.
 
         Raises:
             TypeError, ValueError: naming `slots`.

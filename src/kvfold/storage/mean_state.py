@@ -1,4 +1,4 @@
-"""`MeanState`: an engine's online pool, one row of maximum, sum and mean for each sequence, used in place."""
+"""`MeanState`: SGLang's online pool, one row of maximum, sum and mean for each sequence, used in place."""
 
 from __future__ import annotations
 
@@ -12,29 +12,28 @@ from ..spec import CompressorSpec, check_spec
 from .fold_state import MOST_RATIO_OF_ROWS, state_kind
 from .remembered import RememberingState, dtype_name
 
-MOST_BANKS = 8  # the longest step of which all tokens are ahead at once
+MOST_BANKS = 8  # the longest step that a kernel for short steps takes
 
 
 class MeanState(RememberingState):
     """The rows that SGLang's online compression keeps, one for each sequence, in its own pool.
 
-    The row of a sequence of n tokens stands for those of its open window, positions `[n - n % ratio, n)`: per channel the
-    largest score, the sum of weights relative to it, and the weighted mean. Where n is a multiple of `ratio` there is no open
-    window: the row is neither read nor written, so that a slot needs no clearing between owners, whatever it holds. A row that
-    was cleared (-inf, 0, 0) is one of no tokens.
+    The row of a sequence of n tokens sums up its open window, positions `[n - n % ratio, n)`: per channel the largest score,
+    the sum of weights relative to it, and the weighted mean. If n is a multiple of `ratio` there is no open window. Then the
+    row is neither read nor written, so a slot needs no clearing between owners. A cleared row (-inf, 0, 0) means no tokens.
 
-    Nothing in the row says how long the sequence is. **A step must start where the last one ended**; of one that starts
-    elsewhere inside a window nobody can tell, and its entry is wrong. So there is no rewinding but to the begin of a window, no
-    prefix is shared inside of one, and a step is not made twice: neither to warm up, unless over slots that belong to nobody,
-    nor by a CUDA graph that is replayed without new tokens. `FoldState` has none of these limits.
+    The row does not say how long the sequence is. **A step must start where the last one ended.** A step that starts elsewhere
+    inside a window cannot be detected, and makes a wrong entry. So a sequence can be rewound only to the start of a window, and
+    a prefix cannot be shared inside one. Nor may a step run twice: not as a warm-up, except over slots that belong to nobody,
+    and not by replaying a CUDA graph without new tokens. `FoldState` has none of these limits.
 
-    With banks, as for drafts, a step reads the row and leaves it as it is; what the sequence would be after k new tokens goes
-    to bank k, where that length is no multiple of `ratio`. Such a step can be made again. It accepts nothing: before the next
-    step the engine copies the bank of as many tokens as it accepted over the row. Two states over one pool, with banks and
-    without, do both kinds of steps: `MeanState(spec, pool)` and `MeanState(spec, pool[0])`.
+    Banks are for drafts. A step over banks reads the row and does not change it. The row after k new tokens goes to bank k,
+    unless that length is a multiple of `ratio`. Such a step can run again. It accepts nothing: before the next step the engine
+    copies, over the row, the bank of as many tokens as it accepted. Two states over one pool, with banks and without, serve
+    both kinds of steps: `MeanState(spec, pool)` and `MeanState(spec, pool[0])`.
 
-    Entries are within `contract.pooled_bound` of the exact ones, and more with each step that goes on inside of a window
-    (docs/numerics.md). The same cuts of a sequence give the same bits; others do not.
+    Entries are within `contract.pooled_bound` of the exact ones, plus a little for each step that goes on inside a window
+    (docs/numerics.md). The same cuts of a sequence give the same bits; other cuts do not.
 
     Attributes:
         rows: fp32 `[num_slots, 3 * head_dim]`, or `[1 + banks, num_slots, 3 * head_dim]`. Mutated by `compress`.
@@ -48,9 +47,9 @@ class MeanState(RememberingState):
         """Wraps an engine's pool; nothing is written.
 
         Args:
-            spec: without overlap and of a ratio above 8, those of which a `FoldState` keeps fold rows (`V4_HCA`).
-            rows: as above. Rows are contiguous. Slots may lie any distance apart, banks a whole number of slots, so that a pool
-                of `(1 + banks) * num_slots` rows is `pool.view(1 + banks, num_slots, -1)`.
+            spec: without overlap and of a ratio above 8: a spec for which a `FoldState` keeps fold rows (`V4_HCA`).
+            rows: as above. Each row is contiguous. Slots may lie any distance apart, and banks a whole number of slots. So a
+                pool of `(1 + banks) * num_slots` rows becomes `pool.view(1 + banks, num_slots, -1)`.
 
         Raises:
             TypeError, ValueError: naming the argument; `UnsupportedError` for other specs, and for rows in bf16.
@@ -114,7 +113,7 @@ class MeanState(RememberingState):
 
     @property
     def row_stride(self) -> int:
-        """Elements from slot to slot; of a single one torch gives any number, so that its banks count as slots."""
+        """Elements from slot to slot. For a single slot torch's stride may be anything, so its banks count as slots."""
         if self.num_slots > 1:
             return self.rows.stride(-2)
         return self.rows.stride(0) if self.banks else 0

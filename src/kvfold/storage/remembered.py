@@ -1,4 +1,4 @@
-"""What calls are made with again and again, and what is remembered of it, so that the next call is cheap."""
+"""Objects that many calls share, and what is remembered about them, so that the next call need not check them again."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def row_bytes(*tensors: torch.Tensor) -> int:
 
 
 class Checked:
-    """Base of states, caches, snapshots and plans: checked whole when made, and again when something about them changed.
+    """Base of states, caches, snapshots and plans: checked as a whole when made, and again after a change.
 
     Attributes:
-        _token: stands for the attributes as they were checked; None where one was set since, or where nobody made the object.
-        _tensors: all memory that it stands for.
-        _watched, _addresses: those that every call looks for, and where they were; no list for `FakeTensor`s. Dtypes, sizes and
-            strides that a tensor changes in place are seen on a CPU alone: on a GPU it keeps them while the object has it.
+        _token: identifies the attributes as they were checked; None after one was set, or if no constructor ran.
+        _tensors: all memory that the object covers.
+        _watched, _addresses: the tensors whose addresses every call compares, and these addresses; None for `FakeTensor`s. On
+            a CPU also dtypes, sizes and strides are compared. On a GPU a tensor must keep them while the object holds it.
     """
 
     _token: object | None = None
@@ -59,7 +59,7 @@ class Checked:
             _set(self, "_token", None)
 
     def __repr__(self) -> str:
-        """One line that tells what it is, from no tensor's contents; of an object that is half-built, what is known."""
+        """One line about the object, without reading any tensor's contents; for a half-built object, what is known."""
         known: list[str] = []
         try:
             for name, value in self._facts():
@@ -73,7 +73,7 @@ class Checked:
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, object]:
-        """What copies and pickles take: they are checked again, and remember nothing, as their memory is their own."""
+        """What copies and pickles take along: nothing that is remembered, as they have memory of their own."""
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
     def _check(self) -> None:
@@ -93,7 +93,7 @@ class Checked:
 
 
 def check_made(name: str, value: object, kind: type[Checked]) -> None:
-    """An object of this kind, whose attributes fit together and whose memory is there."""
+    """Raises unless `value` is of this kind, its attributes fit together and its memory is there."""
     check_type(name, value, kind)
     if value._token is not None and value._addresses == where(value._watched):
         return
@@ -108,7 +108,7 @@ def check_made(name: str, value: object, kind: type[Checked]) -> None:
 
 
 class RememberingState(Checked):
-    """A state, over which calls of one layer are made again and again."""
+    """A state: it remembers what the calls of its layer have in common."""
 
     _workspaces: list  # scratch of the kernels, made once and kept for the next call: backend_triton/launch.py
     _recorded: list  # the same for calls that made theirs while they were recorded in a CUDA graph
@@ -131,10 +131,10 @@ class RememberingState(Checked):
 
 
 class Layer:
-    """What a state, or the cache of a `store`, gets in every step: other objects and weights, and where all of it is.
+    """What comes with a state, or with the cache of a `store`, in every step: other objects, weights, and all addresses.
 
-    It is checked once, and again when an object has another token or a weight is not the same tensor at the same address and of
-    the same dtype: a module that is cast twice may come back to its first address.
+    It is checked once, and again if an object has another token, or a weight is another tensor, address or dtype. (A module
+    that is cast twice may come back to its first address.)
     """
 
     __slots__ = ("bounds", "dtypes", "plans", "prepared", "tokens", "weights", "where")
@@ -185,7 +185,7 @@ class Layer:
 
 @dataclass(slots=True, eq=False)
 class Met:
-    """A layer and a plan together: what their tensors span, and the room between it where those of the last call lay."""
+    """A layer and a plan together: the memory that their tensors span, and the gaps in which the last call's tensors lay."""
 
     token: object
     bounds: list[int]

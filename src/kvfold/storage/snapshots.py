@@ -1,4 +1,4 @@
-"""`Snapshots`: what a prefix cache keeps of a compressor's state, so that a sequence can start at the end of any page."""
+"""`Snapshots`: what a prefix cache keeps of a compressor's state, so that a sequence can resume at the end of any page."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ MOST_PAGE = 1 << 30  # positions per page: the end of the page of any position t
 class Snapshots(Checked):
     """The snapshots of one compressor of one layer, one for each page of an engine's prefix cache.
 
-    Page k of a sequence has positions `[k * page_size, (k + 1) * page_size)`. Its snapshot is what a step that starts at its
-    end reads from a `FoldState`: for fold rows the row of its last position, unless that ends a window; for input rows with
-    overlap the lo rows of its last `ratio` positions, position x in row `x % ratio`; otherwise nothing.
+    Page k of a sequence has positions `[k * page_size, (k + 1) * page_size)`. Its snapshot is what a step that starts at the
+    page's end reads from a `FoldState`. For fold rows that is the row of the last position, unless that ends a window. For
+    input rows with overlap it is the lo rows of the last `ratio` positions, position x in row `x % ratio`. Otherwise nothing.
 
     Attributes:
         rows: fp32 `[num_pages, rows_per_page, 3 * head_dim]`, fold rows `(m, l, a)`, or `[num_pages, rows_per_page,
             2 * head_dim]`, lo rows in the dtype of the state. Mutated by `compress`.
         positions: int32 `[num_pages, rows_per_page]`, the position that each row stands for, -1 for none. Mutated with `rows`.
         page_size: positions per page.
-        rows_per_page: 0 where every page ends with nothing to keep, as with ratio 128 and pages of 128: no step writes then.
+        rows_per_page: 0 if no page has anything to keep, as with ratio 128 and pages of 128; then no step writes.
 
     Copying `rows[page]` and `positions[page]` moves a snapshot to another page, pool or machine.
     """
@@ -95,7 +95,7 @@ class Snapshots(Checked):
         return self.rows_per_page * (self.rows.shape[2] * self.rows.element_size() + self.positions.element_size())
 
     def of(self, positions: torch.Tensor) -> torch.Tensor:
-        """Whether each of `positions` has a row in the snapshot of its page; any integer dtype, bool of the same shape.
+        """Whether each of `positions` (any integer dtype) has a row in the snapshot of its page: bool of the same shape.
 
         Raises:
             TypeError, ValueError: naming `positions`.

@@ -25,9 +25,9 @@ LIVE: weakref.WeakValueDictionary[int, PlanData] = weakref.WeakValueDictionary()
 
 
 class Compressor(NamedTuple):
-    """One compressor's part of a step, as `compress_many` takes it; the arguments are those of `compress`.
+    """One compressor's part of a step, as `compress_many` takes it; the fields are the arguments of `compress`.
 
-    Without a state are one whose spec has no gate, and that of a `store`, whose `kv_score` are the pooled rows.
+    It has no state if its spec has no gate, or if it stands for a `store`, whose pooled rows are in `kv_score`.
     """
 
     kv_score: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -53,7 +53,7 @@ class Compressor(NamedTuple):
 
     @property
     def value(self) -> torch.Tensor:
-        """The one that says dtype, device and how many tokens there are."""
+        """The tensor with the values (and often the scores): it has the tokens' dtype, device and number."""
         given = self.kv_score
         return given[0] if given.__class__ is tuple and given else given  # type: ignore[return-value]
 
@@ -64,7 +64,7 @@ class Compressor(NamedTuple):
         return given[1] if given.__class__ is tuple else None
 
     def joined(self) -> Compressor:
-        """With values and scores in one tensor, which is new where they were two."""
+        """The same with values and scores in one tensor; a new one if they were two."""
         return self if self.score is None else self._replace(kv_score=torch.cat(self.kv_score, dim=1))
 
     @property
@@ -73,7 +73,7 @@ class Compressor(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What `compress` writes of its entries besides their records; the arguments are its own."""
+    """What `compress` writes besides records; the fields are its arguments."""
 
     rows: torch.Tensor | None = None
     latent: torch.Tensor | None = None
@@ -83,10 +83,10 @@ NO_OUTPUTS = Outputs()
 
 
 class Projection(NamedTuple):
-    """What kv_score is made of, and to what it is rounded; the arguments are those of `project_compress`.
+    """What kv_score is made from, and whether it is rounded; the fields are arguments of `project_compress`.
 
-    weights: of each compressor, one or two, all in bf16 or all in FP8. stacked: the one that holds those of all, where there is
-    one.
+    weights: for each compressor its one or two weights, all in bf16 or all in FP8. stacked: the weight that holds those of all
+    compressors, if there is one.
     """
 
     hidden: torch.Tensor
@@ -101,12 +101,12 @@ class Projection(NamedTuple):
 
     @property
     def sums_in(self) -> torch.dtype:
-        """The dtype of a kv_score that nobody asked for."""
+        """The dtype of a kv_score that the caller did not give."""
         return torch.bfloat16 if self.round_kv_score else torch.float32
 
 
 class Hits(NamedTuple):
-    """What `restore` is to do, slot by slot; the arguments are its own."""
+    """What `restore` is to do, slot by slot; the fields are its arguments."""
 
     slots: torch.Tensor
     pages: torch.Tensor
@@ -115,7 +115,7 @@ class Hits(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """Finished rows, each with its place in one cache or two: what `store` takes without a plan; the arguments are its own."""
+    """Rows, each with its slot in one cache or two: what `store` takes without a plan; the fields are its arguments."""
 
     rows: torch.Tensor
     slots: torch.Tensor
@@ -128,7 +128,7 @@ class Placed(NamedTuple):
 
 
 class Lengths(NamedTuple):
-    """What a step adds: how long each sequence is, before it or with `totals` after it, and the offsets of the new tokens."""
+    """What a step adds. given: the length of each sequence before the step, or after it with `totals`."""
 
     given: torch.Tensor
     cu_seqlens: torch.Tensor
@@ -148,7 +148,7 @@ class Lengths(NamedTuple):
 
 
 class PlanData(Checked):
-    """The bounds and tensors of a `StepPlan`, which says what they are; an operator's plan of one call is this alone."""
+    """The bounds and tensors of a `StepPlan`, documented there. An operator makes one of these for its single call (ops.py)."""
 
     ratio: int
     max_new_tokens: int
@@ -358,11 +358,11 @@ class PlanData(Checked):
             check_int(name, size, 1, most)
 
     def rows_shape(self, spec: CompressorSpec) -> tuple[int | None, int]:
-        """What pooled rows must be like: for all entries there may be, or with places of the caller's of any length."""
+        """The shape that pooled rows must have: a row for each possible entry, or, with `cu_rows`, of any length."""
         return None if self.reserved else self.entry_capacity, spec.head_dim
 
     def room(self, *outputs: torch.Tensor | None) -> int:
-        """Places of entries in a call with these outputs, None for one without: an entry behind them is refused."""
+        """How many places for entries a call with these outputs has (None: no such output); an entry beyond is refused."""
         room = self.entry_capacity
         for x in outputs:  # every call comes here: no generators
             if x is not None:
@@ -371,12 +371,12 @@ class PlanData(Checked):
 
     @property
     def fills_slots(self) -> bool:
-        """Whether `update` writes `entry_slots`, which else are the caller's, or nobody's."""
+        """Whether `update` writes `entry_slots`. If not, they are the caller's, or there are none."""
         return self.cache_block_table is not None or self.token_slots is not None or self.slots_given is not None
 
     @property
     def metadata(self) -> bool:
-        """Whether `update` takes what only an engine's metadata has, and so its kernel for that."""
+        """Whether `update` needs the kernel that reads an engine's metadata: other dtypes, strides and sources of slots."""
         more = (self.token_slots, self.slots_given, self.cu_rows, self.null_page, self.null_slot)
         return any(x is not None for x in more) or not (side_by_side(self.state_slots) and side_by_side(self.cache_block_table))
 
@@ -401,7 +401,7 @@ class PlanData(Checked):
 
     @property
     def knows(self) -> str:
-        """What it knows of where the state is, for messages."""
+        """How the plan addresses the state, for error messages."""
         return next((x for x in ("state_slots", "block_tables") if getattr(self, x) is not None), "neither")
 
     @property

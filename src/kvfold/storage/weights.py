@@ -11,30 +11,30 @@ from ..contract import SCALE_BLOCK
 
 
 class ScaledWeight(NamedTuple):
-    """A projection's weight in FP8: e4m3 codes, and a scale for each block of 128 x 128 of them, as checkpoints have it.
+    """A projection's weight in FP8, as checkpoints have it: e4m3 codes, and a scale for each block of 128 x 128 of them.
 
-    `project_compress` takes it wherever it takes a weight in bf16. A number of it is `bf16(fp32(code) * scale)`: one product
-    in fp32, then rounded to the nearest bf16, ties to even. So each result has the bits of the call with `dequantized()`.
+    `project_compress` takes it wherever it takes a bf16 weight. Its numbers are `bf16(fp32(code) * scale)`: one product in
+    fp32, rounded to the nearest bf16, ties to even. So each result has the bits of the call with `dequantized()`.
 
     Attributes:
         codes: `torch.float8_e4m3fn [rows, hidden_dim]`, contiguous: a checkpoint's `weight`. 0x7F and 0xFF are NaN.
-        scales: fp32 `[ceil(rows / 128), ceil(hidden_dim / 128)]`, contiguous: a checkpoint's `weight_scale_inv` or `scale`;
-            one in e8m0 becomes fp32 by `scale.float()`, once when it is loaded. Any fp32 numbers.
+        scales: fp32 `[ceil(rows / 128), ceil(hidden_dim / 128)]`, contiguous: a checkpoint's `weight_scale_inv` or `scale`.
+            Convert e8m0 by `scale.float()` once, at load. Any fp32 values.
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
 
     def dequantized(self) -> torch.Tensor:
-        """What its numbers are: bf16 `[rows, hidden_dim]`, a new tensor."""
+        """The weight's numbers: bf16 `[rows, hidden_dim]`, a new tensor."""
         return (self.codes.float() * of_each(self.scales, *self.codes.shape)).bfloat16()
 
     def split(self, rows: Sequence[int]) -> tuple[ScaledWeight, ...]:
-        """Views of so many rows each.
+        """Views of `rows[0]` rows, then `rows[1]`, and so on.
 
         Raises:
-            ValueError: where a part but the last has no multiple of 128 rows, so that blocks would begin elsewhere, or where
-                the parts are not all rows.
+            ValueError: if a part other than the last is not a multiple of 128 rows, which would cut a block; or if the parts
+                do not add up to all rows.
         """
         if sum(rows) != len(self.codes) or any(count % SCALE_BLOCK for count in rows[:-1]):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""`WindowState`: the paged raw rows that serving engines keep, one value row and one score row per position."""
+"""`WindowState`: paged raw rows as serving engines keep them, one value row and one score row per position."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ class WindowState(RememberingState):
     `score_table[b, p // page_size]` of `score`; the tables are the plan's. Stored are the value row `K` and the score row with
     its bias, `S + ape[p % ratio]` added in fp32, both rounded to the dtype of the state.
 
-    A row is kept until it is overwritten, so drafts are rejected by calling again with a smaller `start_pos`, and a prefix is
-    shared by sharing its pages. Nothing is read that a call did not write: old contents do not matter, not even NaN. There are
-    no tags: only the engine knows whether the row of an earlier position is still there; -1 in its tables says "no page".
-    The pages of an `EntryCache` may be of the same allocation: whose page is which only the engine's tables say, so that a
-    shared byte is no mistake there, as it is between any two other tensors of a call.
+    A row is kept until it is overwritten. So drafts are rejected by calling again with a smaller `start_pos`, and a prefix is
+    shared by sharing its pages. A call reads only what calls wrote: old contents do not matter, not even NaN. There are no
+    tags: only the engine knows whether the row of an earlier position is still there, and -1 in its tables means "no page".
+    The pages of an `EntryCache` may be in the same allocation. Only the engine's tables say which page is whose, so shared
+    bytes are accepted there, unlike between any two other tensors of a call.
 
-    The bits of an entry depend on no cut of its sequence, batch, order, table or page size. The rows of a window are summed in
-    an order that the compiler makes of the width of memory accesses, so on a GPU there is one such promise for calls in which
-    every tensor's address (bytes) and every stride (elements) of `kv_score`, pools and cache is a multiple of 16, as an
-    allocator makes them, and one for the others. Between the two, pooled rows differ by rounding, each within
+    The bits of an entry do not depend on how its sequence was cut, nor on batch, order, table or page size. On a GPU this holds
+    separately for aligned calls and for all others. A call is aligned if every tensor's address (bytes) and every stride
+    (elements) of `kv_score`, pools and cache is a multiple of 16, as allocators make them: the width of memory accesses decides
+    in which order the compiler sums the rows of a window. Pooled rows of the two differ by rounding, each within
     `contract.pooled_bound` of the exact one. (`FoldState` has no such condition.) A channel whose largest score in a window is
-    beyond 2**30 in size may be NaN.
+    beyond 2**30 in magnitude may be NaN.
 
     Attributes:
         kv, score: fp32 or bf16 `[pages, page_size, channels]`, each with its own number of pages. Mutated by `compress`.
@@ -82,7 +82,7 @@ class WindowState(RememberingState):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> WindowState:
-        """Two pools of `num_pages` pages each, with whatever the memory held: nothing is read before it is written.
+        """Two pools of `num_pages` pages each, uninitialized: nothing is read before it is written.
 
         Args:
             page_size: positions per page, at least 1; no relation to the ratio is needed.
