@@ -1,4 +1,4 @@
-"""Numbers on which all backends, tests and tools agree, and the error that says what no kernel serves."""
+"""Numbers on which all backends, tests and tools agree, and the error for what no kernel serves."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def check_hidden_dim(name: str, width: int) -> None:
 def pooled_bound(window_rows: int) -> float:
     """How far a pooled row, or a fold row, may be from the exact one: the norm of the difference over the norm of the row.
 
-    It is for rows that do not cancel, whose norm is not small beside that of the weighted mean of |values|, and of which the
-    rounding errors do not go one way in all channels; `pooled_worst` asks for neither.
+    It assumes two things: the row does not cancel (its norm is not small beside that of the weighted mean of |values|), and
+    rounding errors do not all have one sign. `pooled_worst` assumes neither.
 
     Args:
         window_rows: tokens that the row is made of, `CompressorSpec.window_rows`.
@@ -52,7 +52,7 @@ def pooled_bound(window_rows: int) -> float:
 def pooled_worst(window_rows: int) -> float:
     """How far a channel of a pooled row can be from the exact one, over the weighted mean of |values| in its window.
 
-    That mean is the pooled row of `|K|` with the same scores. The bound is of roundings alone, whatever values and scores are.
+    That mean is the pooled row of `|K|` with the same scores. The bound holds for any values and scores.
 
     Args:
         window_rows: tokens that the row is made of, `CompressorSpec.window_rows`.
@@ -63,7 +63,7 @@ def pooled_worst(window_rows: int) -> float:
 
 
 def projected_worst(hidden_dim: int) -> float:
-    """How far a number of kv_score can be from the exact one, over the sum of the magnitudes of what it is a sum of.
+    """How far a number of kv_score can be from the exact one, over the sum of the magnitudes of its products.
 
     Args:
         hidden_dim: numbers of a hidden state.
@@ -75,10 +75,10 @@ def projected_worst(hidden_dim: int) -> float:
 
 
 def resumed_bound(steps: int) -> float:
-    """By how much more a pooled row over a `MeanState` may be off, over the same as `pooled_bound` and `pooled_worst`.
+    """What to add to `pooled_bound` or `pooled_worst` for a pooled row over a `MeanState`.
 
     Args:
-        steps: how many began inside of the row's window, each of which read the row that another one wrote.
+        steps: how many steps started inside the row's window, and so read a row that another step wrote.
 
     Source: docs/numerics.md, Accuracy.
     """

@@ -1,8 +1,8 @@
-"""The calls as operators of torch, `torch.ops.kvfold.*`: what `torch.compile` and `FakeTensor`s see of them.
+"""The calls as operators of torch, `torch.ops.kvfold.*`: what `torch.compile` and `FakeTensor`s see.
 
-User code calls `kvfold.compress` and the others; while they are traced they come here, at all other times they go straight
-to the launch. An operator takes tensors and plain values, builds the light objects round them and makes the eager call, with
-all its checks. What is mutated is in the schemas; nothing is returned, so a fake call has nothing to do.
+User code calls `kvfold.compress` and the other functions. While they are traced they call an operator; otherwise they go
+straight to the launch. An operator takes tensors and plain values, builds the light objects around them and makes the eager
+call, with all its checks. The schemas say what is mutated. Nothing is returned, so a fake call has nothing to do.
 """
 
 from __future__ import annotations
@@ -172,12 +172,15 @@ def update(plan: PlanData, lengths: Lengths) -> None:
 
 
 def mark_static(*things: FoldState | MeanState | WindowState | EntryCache | Snapshots | PlanData | torch.Tensor) -> None:
-    """Says that these live as long as the compiled code: `torch.compile(mode="reduce-overhead")` needs it.
+    """Promises that these keep their addresses while compiled code runs: `torch.compile(mode="reduce-overhead")` needs it.
 
-    CUDA graphs are left out by torch, with a warning, when a graph mutates an input that may be elsewhere at the next call.
-    What hangs on the compiled `nn.Module`, its parameters and buffers and also states and caches that are attributes, is known
-    to stay. Arguments are not until they are marked: plans that are updated in place, and states, caches, snapshots and
-    `rows` that come with a call. One that moves all the same costs a new recording.
+    torch skips CUDA graphs, with a warning, if a graph mutates an input whose address may change before the next call. It
+    trusts what belongs to the compiled `nn.Module`: parameters, buffers, and states and caches that are attributes. Arguments
+    must be marked: plans that are updated in place, and states, caches, snapshots and `rows` that come with a call. If one
+    moves all the same, the graph is recorded again.
+
+    Raises:
+        TypeError: naming the argument that is none of these.
     """
     for i, thing in enumerate(things):
         if not isinstance(thing, (FoldState, MeanState, WindowState, EntryCache, Snapshots, PlanData, torch.Tensor)):

@@ -1,4 +1,4 @@
-"""Record formats: the bytes that one entry becomes in a page of the cache, and what goes together in one."""
+"""Record formats: the bytes that one entry becomes in a page of the cache, and which fields of a format go together."""
 
 from __future__ import annotations
 
@@ -29,45 +29,45 @@ _SWITCHES = (
 class RecordFormat:
     """One record layout, to the byte: the value that drives every writer, reader and test.
 
-    A page of N rows has N records, then (or in a second buffer) N tails. A record is the quantized channels, then the rotated
-    ones if they stay bf16; a tail is the scales of its record, then pad bytes. An interleaved record has its tail between the
-    two, and the page nothing behind the records. A format of your own is made like those of `FORMATS`, or from one of them by
-    `dataclasses.replace`.
+    A page of N rows has N records and then, or in a second buffer, N tails. A record is the quantized channels, then the
+    rotated channels if they stay bf16. A tail is the scales of its record, then pad bytes. An interleaved record has its tail
+    between the two, and then nothing follows the records of a page. Make a format of your own like those of `FORMATS`, or from
+    one of them by `dataclasses.replace`.
 
     Attributes:
         name: the public name.
         source: whose bytes these are.
         element: encoding of the quantized (or only) channels: `"bf16"`, `"fp32"`, `"e4m3"` or `"e2m1"` (two to a byte, the even
-            channel in the low nibble). bf16 and fp32 go with `page_align`, `round_rows`, `round_normed`, `head_dims` and
-            `rope_dim` only.
-        group: channels that share a scale, a power of two; 0 when there are no scales in the record.
+            channel in the low nibble). With bf16 and fp32 only `page_align`, `round_rows`, `round_normed`, `head_dims` and
+            `rope_dim` may be set.
+        group: channels that share a scale, a power of two; 0 if the record has no scales.
         scale: `"none"`, `"static"` (one number per cache), or in the tail as `"ue8m0"` (power of two, exponent + 127),
-            `"ue8m0x4"` (four such bytes, equal), `"pow2"` (power of two as fp32), `"fp32"` or `"e4m3"`.
-        floor, floor_on: the least value of the group's largest magnitude (`"amax"`) or of the scale itself (`"scale"`). 0 for
-            none, which scales of fp32, and of e4m3 floored on amax, can do without.
-        rotated_bf16: the last `rope_dim` channels are kept as bf16.
-        pad: bytes behind the scales of a tail. pad_written: whether the writer zeroes them (a power of two of them) or leaves
-            them.
+            `"ue8m0x4"` (four equal ue8m0 bytes), `"pow2"` (power of two as fp32), `"fp32"` or `"e4m3"`.
+        floor, floor_on: the least value of the group's largest magnitude (`"amax"`) or of the scale itself (`"scale"`). 0 means
+            no floor, which only scales of fp32, and of e4m3 floored on amax, may have.
+        rotated_bf16: whether the last `rope_dim` channels stay bf16.
+        pad: bytes after the scales of a tail. pad_written: whether the writer zeroes them (then a power of two of them) or
+            leaves them alone.
         page_align: the page is rounded up to a multiple of this many bytes, itself 1 or a multiple of `alignment`.
-        separate: tails are in a buffer of their own, `EntryCache.scales`.
-        interleaved: a tail stands in its record, behind the values and before the rotated channels.
-        round_rows, round_normed, round_values: pooled rows are rounded to bf16 before the norm; normed rows before the
+        separate: whether tails are in a buffer of their own, `EntryCache.scales`.
+        interleaved: whether a tail is in its record, after the values and before the rotated channels.
+        round_rows, round_normed, round_values: what is rounded to bf16: pooled rows before the norm; normed rows before the
             rotation; values before they are quantized.
-        fp4_first: what all channels, rotated ones too, are rounded to before they are quantized: `""` for nothing, `"nvfp4"`
-            for e2m1 in groups of 16 with scales of e4m3, from 2**-9, `"mxfp4"` for e2m1 in groups of 32 with powers of two.
-            Ties to even; -0 becomes 0, and a small negative value -0. Of values that are rounded to bf16.
-        ties_to_zero: e2m1 ties go toward zero and -0 becomes 0, instead of ties to even and -0 kept. unsigned_zero: -0 becomes
-            0, and so does a small negative value; ties as ever.
-        nearest_scale: of e2m1, a power-of-two scale is the nearest one to amax / 6 by its logarithm, and what it does not hold
-            saturates, instead of the least that holds amax.
-        zero_small: groups whose e4m3 scale is rounded to 0 become zeros with their signs, and there is no `EntryCache.scale`,
-            instead of saturating.
-        divide: values are divided by the scale, where it is e4m3 and floored itself; otherwise multiplied by its inverse, which
-            differs in the last bit unless the scale is a power of two.
+        fp4_first: a rounding of all channels, rotated ones too, before they are quantized: `""` for none, `"nvfp4"` for e2m1 in
+            groups of 16 with e4m3 scales of at least 2**-9, `"mxfp4"` for e2m1 in groups of 32 with power-of-two scales. Ties
+            to even; -0 becomes 0, and a small negative value -0. Needs `round_values`.
+        ties_to_zero: e2m1 ties go toward zero and -0 becomes 0. Otherwise ties go to even and -0 is kept.
+        unsigned_zero: in e2m1, -0 and values that round to it become 0; ties go to even.
+        nearest_scale: for e2m1, take the power of two whose logarithm is nearest to that of amax / 6, and saturate what exceeds
+            it. Otherwise take the least power of two that holds amax.
+        zero_small: a group whose e4m3 scale rounds to 0 becomes zeros with their signs, and there is no `EntryCache.scale`.
+            Otherwise the group saturates.
+        divide: whether values are divided by the scale; exactly for e4m3 scales that are floored themselves. Otherwise they are
+            multiplied by its inverse, which differs in the last bit unless the scale is a power of two.
         head_dims, rope_dim: what the layout is defined for; empty and None for any.
 
     Raises:
-        TypeError, ValueError: naming the field, when fields do not go together. What is made can be stored and read.
+        TypeError, ValueError: naming the field, if fields do not go together. Every format that exists can be stored and read.
     """
 
     name: str
@@ -127,7 +127,7 @@ class RecordFormat:
 
     @property
     def element_max(self) -> float:
-        """Largest magnitude of the element encoding, to which scales map a group's largest; 0 for bf16 and fp32."""
+        """Largest magnitude of the element encoding, to which a scale maps its group's largest value; 0 for bf16 and fp32."""
         return ELEMENT_MAX.get(self.element, 0.0)
 
     @property
@@ -184,7 +184,7 @@ class RecordFormat:
         return 2 * spec.rope_dim if self.rotated_bf16 else 0
 
     def rotated_at(self, spec: CompressorSpec) -> int:
-        """The byte of a record where these begin."""
+        """The byte of a record where the channels that stay bf16 start."""
         return self.values_bytes(spec) + (self.tail_bytes(spec) if self.interleaved else 0)
 
     def row_bytes(self, spec: CompressorSpec) -> int:
@@ -204,7 +204,7 @@ class RecordFormat:
         return rows_per_page * (self.row_bytes(spec) if self.separate else self.record_bytes(spec))
 
     def page_bytes(self, spec: CompressorSpec, rows_per_page: int) -> int:
-        """The same with its padding."""
+        """Bytes of such a page with its padding."""
         return -(-self.used_bytes(spec, rows_per_page) // self.page_align) * self.page_align
 
 

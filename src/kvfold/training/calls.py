@@ -1,4 +1,4 @@
-"""The public calls: `compress`, with a gradient, and its two halves for those who have an autograd of their own."""
+"""The public calls: `compress`, with a gradient, and its forward and backward for code with its own autograd."""
 
 from __future__ import annotations
 
@@ -32,35 +32,35 @@ def compress(
     latent: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """The entries of packed sequences from their first tokens on, with gradients of kv_score, ape and norm_weight.
+    """The entries of packed sequences, each from its first token on, with gradients for kv_score, ape and norm_weight.
 
-    Entries, before they are rounded to `out_dtype`, have the bits that `kvfold.compress` on the same backend gives of the same
-    tokens, however it is called. Gradients are deterministic and have the same bits in every run; those of kv_score do not
-    depend on what else is packed. Nothing is mutated.
+    Before they are rounded to `out_dtype`, entries have the bits that `kvfold.compress` on the same backend makes from the
+    same tokens, however it is called. Gradients are deterministic: the same bits in every run. The gradient of kv_score does
+    not depend on what else is packed. Nothing is mutated.
 
     Args:
         kv_score: bf16 or fp32 (with the torch backend fp64 too) `[T, 2 * channels]`, rows `[K | S]`; or two tensors `(K, S)` of
             one dtype, `[T, channels]` each; without a gate `[T, channels]`, rows `K`. The last dimension is contiguous, the row
-            stride of each free. Its gradient has its dtype: one tensor, or two.
-        packing: which rows are whose, for T tokens and `spec.ratio`.
+            stride free. The gradient has the same dtype, and is one tensor or two likewise.
+        packing: which rows belong to which sequence, for T tokens and `spec.ratio`.
         spec: the compressor.
         ape: fp32 `[ratio, channels]`; None if and only if `spec.has_ape` is false.
         norm_weight: fp32 or bf16 `[head_dim]`.
         rope: fp32 `[max_pos, rope_dim]`, cosines then sines, with a row for the first token of every window that a sequence may
-            have; no gradient. Not read with `rope_dim` 0.
-        round_rows: whether pooled rows are rounded to bf16 before the norm, as trainers do. Default: where kv_score is bf16;
-            with `fake_quant` as the format says. Of fp32 without `fake_quant` nothing is rounded.
-        out_dtype: bf16 or fp32, of entries and latents. Default: that of kv_score.
-        fake_quant: a record format, or its name: entries become what an attention kernel reads of their records.
-        cache_scale: fp32 `[1]`, the scale of the cache that `fake_quant` stands for, where the format takes one; None for 1; no
-            gradient.
-        latent: whether to return latents, too.
+            have. It gets no gradient. Not read with `rope_dim` 0.
+        round_rows: whether pooled rows are rounded to bf16 before the norm, as trainers do. Default: if kv_score is bf16; with
+            `fake_quant`, as the format says. With fp32 and no `fake_quant` nothing is rounded.
+        out_dtype: bf16 or fp32, the dtype of entries and latents. Default: that of kv_score.
+        fake_quant: a record format, or its name: entries become what an attention kernel reads from their records.
+        cache_scale: fp32 `[1]`, the scale of the cache that `fake_quant` imitates, if the format takes one; None for 1. It gets
+            no gradient.
+        latent: whether to return latents too.
         backend: as for `kvfold.compress`.
 
     Returns:
-        Entries `[T // ratio, head_dim]`, in the order of `packing.cu_entries`, zeros behind the last one. With `latent` also
-        the same rows behind RMSNorm and before RoPE. Both depend on all inputs in the eyes of autograd, also where they are
-        empty. Roundings and quantization pass gradients as they are.
+        Entries `[T // ratio, head_dim]`, in the order of `packing.cu_entries`; rows after the last one are zeros. With `latent`
+        also the same rows after RMSNorm and before RoPE. To autograd both depend on all inputs, even if they are empty.
+        Roundings and quantization pass gradients through unchanged (straight-through).
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -103,9 +103,9 @@ def compress_forward(
     latent: bool = False,
     backend: str | None = None,
 ) -> Entries:
-    """`compress` without autograd: what it gives, and what `compress_backward` needs besides the inputs.
+    """`compress` without autograd: its results, and what `compress_backward` needs besides the inputs.
 
-    Arguments, errors: as for `compress`.
+    Arguments and errors: as for `compress`.
     """
     x, how = check_call(
         kv_score,
@@ -143,14 +143,14 @@ def compress_backward(
     """The gradients of a `compress_forward` with these arguments.
 
     Args:
-        d_entries: `[T // ratio, head_dim]` in `out_dtype`, the gradient of the entries; rows without one are not read.
+        d_entries: `[T // ratio, head_dim]` in `out_dtype`, the gradient of the entries; rows without an entry are not read.
         kept: `Entries.kept` of the forward.
-        d_latent: likewise of latents, if the forward gave any.
+        d_latent: the same for latents, if the forward returned any.
         kv_score, packing, spec, ape, norm_weight, rope, round_rows, out_dtype, fake_quant, backend: as the forward had them.
 
     Returns:
-        Gradients of kv_score, one tensor or two, in its dtype; of ape and norm_weight in fp32. New tensors, written in whole:
-        rows of no window are zeros.
+        Gradients of kv_score, one tensor or two, in its dtype; of ape and norm_weight in fp32. They are new tensors; rows that
+        belong to no window are zeros.
 
     Raises:
         TypeError, ValueError: naming the argument.

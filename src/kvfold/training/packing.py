@@ -16,20 +16,20 @@ MOST_PIECES = (1 << 28) - 1  # kernels find a piece by an int32 of its numbers
 class Packing:
     """The windows of packed sequences, on the device of `cu_seqlens`. Made by `build`, and not mutated by any call.
 
-    Entries are sequence-major: entry `cu_entries[b] + w` is window w of sequence b. Tokens behind the last full window of a
-    sequence make none. There are `capacity` rows of entries, whatever the lengths are; those behind the last entry are zeros.
+    Entries are sequence-major: entry `cu_entries[b] + w` is window w of sequence b. Tokens after the last full window of a
+    sequence make none. There are `capacity` rows of entries, whatever the lengths are; rows after the last entry are zeros.
 
     Attributes:
         tokens: rows of kv_score.
-        ratio: of the compressors.
+        ratio: that of the compressors.
         capacity: rows of entries, `tokens // ratio`.
         max_seqlen: the bound on a sequence's length that `build` was given, or `tokens`.
-        cu_entries: int32 `[B + 1]`, entries before each sequence, and in all.
-        pieces: int32 `[capacity + B + 2, 4]`. Row n, if `window` is not -1, is entry n: window `window` of its sequence, which
-            begins at row `token` of kv_score; `rest` is 1 where no window of the sequence follows. Rows behind these have
-            `window` -1 and are `rest` tokens from `token` on that are of no window. `build` puts each token in one piece; the
-            gradient of a token that other pieces leave out, or name twice, is undefined. `begin` is 0; of a window that is cut
-            over GPUs it is the place of its first token that is here.
+        cu_entries: int32 `[B + 1]`, entries before each sequence, and the total.
+        pieces: int32 `[capacity + B + 2, 4]`, columns `token`, `window`, `rest`, `begin`. If `window` is not -1, row n is entry
+            n: window `window` of its sequence, whose first token is row `token` of kv_score; `rest` is 1 if no window of the
+            sequence follows. After these come rows with `window` -1: `rest` tokens from `token` on that belong to no window.
+            Each token is in exactly one piece; otherwise its gradient would be undefined. `begin` is 0, but for a window that
+            is cut over GPUs: then it is the place in the window of the first token that is here.
     """
 
     tokens: int
@@ -48,13 +48,13 @@ class Packing:
         """From the offsets of packed sequences. Nothing waits for the device; a CUDA graph can record it.
 
         Args:
-            cu_seqlens: int32 or int64 `[B + 1]`, B from 1 on: sequence b has rows `[cu_seqlens[b], cu_seqlens[b + 1])` of
-                kv_score. It begins with 0 and does not fall; nobody reads it on the host, so other offsets are cut to such:
-                none below the one before it, none beyond `tokens`. Rows before the first and behind the last are of no window.
-            tokens: rows of kv_score, padding counted.
-            ratio: tokens of a window.
-            max_seqlen: at least the length of every sequence, by which calls check that the RoPE table is long enough; what
-                tokens a sequence has beyond it make no entries. Default: `tokens`.
+            cu_seqlens: int32 or int64 `[B + 1]`, B at least 1: sequence b has rows `[cu_seqlens[b], cu_seqlens[b + 1])` of
+                kv_score. Offsets must start at 0 and not decrease. The host does not read them, so wrong ones are not refused
+                but clamped: none below the one before it, none beyond `tokens`. Rows outside all sequences make no entries.
+            tokens: rows of kv_score, padding included.
+            ratio: tokens per window.
+            max_seqlen: an upper bound on every sequence's length, by which calls check that the RoPE table is long enough.
+                Tokens beyond it make no entries. Default: `tokens`.
 
         Raises:
             TypeError, ValueError: naming the argument.

@@ -95,12 +95,12 @@ def _record(fmt: RecordFormat | None, out_dtype: torch.dtype, round_rows: bool) 
 
 
 class Entries(NamedTuple):
-    """What the forward gives.
+    """The results of the forward.
 
     entries: `[capacity, head_dim]` in `out_dtype`. latent: the same before RoPE; without `latent=True` an empty tensor.
-    kept: what the backward takes besides the inputs, fp32: `[3, capacity, head_dim]`, the largest score, the inverse of the
-    sum of weights and the pooled row of each channel, zeros where there is no entry; of windows of up to 8 tokens an empty
-    tensor.
+    kept: what the backward needs besides the inputs, fp32 `[3, capacity, head_dim]`: for each channel the largest score, the
+    inverse of the sum of weights, and the pooled value; zeros where there is no entry. An empty tensor for windows of up to 8
+    tokens, which the backward folds again.
     """
 
     entries: torch.Tensor
@@ -115,10 +115,10 @@ class Entries(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What the backward gives.
+    """The results of the backward.
 
-    value: as kv_score, or as the first of two tensors. score: as the second, or None. ape, norm_weight: fp32, whatever the
-    dtype of the parameter; ape None where there is none.
+    value: the gradient of kv_score, or of the first of its two tensors. score: that of the second, or None. ape, norm_weight:
+    fp32, whatever the dtype of the parameter; ape is None if the spec has none.
     """
 
     value: torch.Tensor
