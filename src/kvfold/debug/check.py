@@ -1,4 +1,4 @@
-"""`check`: is a call right, and where is it first wrong."""
+"""`check`: whether a call is right, and where it first goes wrong."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class Report:
     """What `check` found. `differences` has one for each sequence, window and stage, in that order.
 
     Attributes:
-        entries, referenced: entries that were made, and those of them that were compared with the fp64 reference; of
-            `compress_many` those of both compressors.
+        entries, referenced: how many entries were made, and how many of them were compared with the fp64 reference; for
+            `compress_many` of both compressors together.
         errors: sequences and entries that the step refused, when its plan was made and by the call.
         sequences: sequences of the step that no compressor refused, whose state and entries were compared; 0 without a plan.
-        rows: of a `store` without a plan: its rows that were stored and compared.
-        refusals: why, one for each of `errors` that the rules explain.
-        undefined: what the step has no right to ask for and nobody counts, as two sequences in one state slot: whatever was
-            compared then, the next run may give something else.
+        rows: for a `store` without a plan: its rows that were stored and compared.
+        refusals: the reasons, one for each of `errors` that the rules explain.
+        undefined: misuse that no counter shows, such as two sequences in one state slot. Whatever was compared, the next run
+            may give something else.
     """
 
     backend: str
@@ -56,12 +56,12 @@ class Report:
 
     @property
     def equal(self) -> bool:
-        """Whether something was compared, nothing refused or undefined, and no difference found."""
+        """Whether something was compared, nothing was refused or undefined, and no difference was found."""
         return self.headline == "equal"
 
     @property
     def headline(self) -> str:
-        """In one line; "equal" only if the whole step was compared and is right."""
+        """The verdict in one line: "equal" only if the whole step was compared and is right."""
         if self.undefined:
             return "NOT COMPARABLE"
         if self.differences:
@@ -126,20 +126,21 @@ def check(
     Takes the arguments of `compress`, as named here, of `compress_many`, `check(compressors, plan)`, or of `store`,
     `check(rows, plan, cache, spec=..., norm_weight=..., rope=...)` and `check(rows, cache, slots=..., positions=..., ...)`.
 
-    The report's `headline` is "equal" only if something was compared, nothing refused and no difference found. Every refusal
-    has its reason (`refusals`), and what the step may not ask for is named though nobody counts it (`undefined`).
+    The report's `headline` is "equal" only if something was compared, nothing was refused and no difference was found. Every
+    refusal comes with its reason (`refusals`). Misuse that no counter shows is named too (`undefined`).
 
-    Entries of sequences that start at 0, or whose history is given, are compared with the fp64 reference too. Nothing of the
-    caller's is written. Takes two or three times the memory of what the call writes, and synchronizes with the host.
+    Entries of sequences that start at 0, or whose history is given, are also compared with the fp64 reference. The caller's
+    tensors are not written. `check` takes two or three times the memory of what the call writes, and synchronizes with the
+    host.
 
-    Differences within the bounds are none: a pooled or fold row may differ by 2e-6 of its norm, a record or a latent by what
-    the rounding of fp32 operations behind the pooling explains, given the pooled row of this very call. Input rows are copied,
-    and so are compared to the bit, in snapshots too. NaN and infinities are compared as docs/numerics.md says.
+    Small differences are accepted. A pooled row or a fold row may differ by 2e-6 of its norm. A record or a latent may differ
+    by what rounding of the fp32 operations after the pooling explains, given the pooled row of this very call. Input rows are
+    copies, and so are compared to the bit, in snapshots too. NaN and infinities are compared as docs/numerics.md says.
 
     Args:
-        full_history: of `compress`: for each sequence of the plan the `kv_score` rows of its positions before this step, as
-            one tensor `[start_pos[b], spec.kv_score_width]`, or None where they are not known.
-        The others are those of the call.
+        full_history: for `compress`: for each sequence of the plan the `kv_score` rows of its positions before this step, as
+            one tensor `[start_pos[b], spec.kv_score_width]`, or None if they are not known.
+        All others are those of the call.
 
     Raises:
         TypeError, ValueError: as the call does, and naming `full_history`.

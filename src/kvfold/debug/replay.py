@@ -45,29 +45,28 @@ def dump(
     full_history: Sequence[torch.Tensor | None] | None = None,
     whole: bool = False,
 ) -> None:
-    """Writes the inputs of a call to a safetensors file, from which `replay` makes the call elsewhere; before the call.
+    """Writes the inputs of a call to a safetensors file, from which `replay` makes the call elsewhere. Use it before the call.
 
     Takes the arguments of `compress`, as named here, of `compress_many`, `dump(path, compressors, plan)`, or of `store`,
-    `dump(path, rows, plan, cache, spec=..., norm_weight=..., rope=...)` and `dump(path, rows, cache, slots=..., ...)`. Nothing
-    of the caller's is written. Synchronizes with the host, so it cannot be captured in a CUDA graph or traced.
+    `dump(path, rows, plan, cache, spec=..., norm_weight=..., rope=...)` and `dump(path, rows, cache, slots=..., ...)`. The
+    caller's tensors are not written. Synchronizes with the host, so a CUDA graph cannot capture it and it cannot be traced.
 
-    The file has the bits of every input, how it lies in memory, the plan as it is, options, versions and the device's name;
-    nothing of the model but `ape`, `norm_weight` and `rope`. Of what is larger than a step it has what the call touches, under
-    the numbers that it has in the caller's tensors: the state slots of the plan, the pages of a `WindowState` that have the
-    step's positions or the rows that it reads, cache pages and snapshots that it writes to, and the rows of `rope` for the
-    windows of the step. So its size is that of `kv_score` and the plan, `state.bytes_per_slot` for each sequence, and a page
-    for each entry at most. For 4 tokens of 64 sequences of a ratio-4 layer of V4, with a bf16 state and pages of 37 KB,
-    that is 10 MB.
+    The file has the bits and the memory layout of every input, the plan as it is, options, versions and the device's name. Of
+    the model it has only `ape`, `norm_weight` and `rope`. Of tensors that are larger than a step it has only what the call
+    touches, with its original indices: the state slots of the plan, the pages of a `WindowState` that the step reads or
+    writes, the cache pages and snapshots that it writes, and the rows of `rope` for its windows. So the file's size is that of
+    `kv_score` and the plan, plus `state.bytes_per_slot` for each sequence, plus at most a page for each entry. For 4 tokens of
+    64 sequences of a ratio-4 layer of V4, with a bf16 state and pages of 37 KB, that is 10 MB.
 
     Args:
-        path: of the file. It is replaced when the new one is whole.
-        full_history: as for `check`, and kept for it.
-        whole: keeps all slots, pages and rows: for a call that may read or write where it should not.
-        The others are those of the call.
+        path: of the file. An existing file is replaced once the new one is complete.
+        full_history: as for `check`; it is kept in the file.
+        whole: keep all slots, pages and rows: for a call that may read or write where it should not.
+        All others are those of the call.
 
     Raises:
         TypeError, ValueError: as the call does, and naming `path`, `pdl`, `whole` or `full_history`; no file has been written.
-        OSError: where no file can be written; none is left behind.
+        OSError: the file cannot be written; no partial file is left.
         RuntimeError: in a CUDA graph's capture, or traced.
         ImportError: without safetensors (`pip install "kvfold[debug]"`).
     """
@@ -89,13 +88,13 @@ class Replay:
 
     Attributes:
         name: `"compress"`, `"compress_many"` or `"store"`.
-        plan: the call's, with `errors` as the call left it; None of a `store` without one.
-        compressors: what the call was given, as `compress_many` takes it; state, cache and snapshots as the call left them.
-            Of `store` it is one for each cache, without state, whose `kv_score` are the pooled rows.
-        rows, latent: the pooled and the normed rows, where the call had these arguments.
-        backend, device: of this call.
+        plan: the call's plan, with `errors` as the call left it; None for a `store` without one.
+        compressors: the arguments of the call, as `compress_many` takes them; state, cache and snapshots as the call left them.
+            For `store` there is one for each cache, without a state, whose `kv_score` is the pooled rows.
+        rows, latent: the pooled and the normed rows, if the call had these arguments.
+        backend, device: those of this call.
         errors: sequences and entries that it refused.
-        about: what the file says of the call, its versions and its device.
+        about: what the file says about the original call, its versions and its device.
     """
 
     def __init__(self, path: str | os.PathLike, call: Call, about: dict, max_bytes: int | None) -> None:
@@ -161,23 +160,23 @@ def replay(
 ) -> Replay:
     """Makes the call of a file of `dump` again, on tensors with the same contents, sizes, strides and alignment.
 
-    Gaps between pages are closed. What the file does not have, as the call does not touch it, is zero, without tags.
+    Gaps between pages are closed. What the call does not touch is not in the file; here it is zero, without tags.
 
-    The file may be anybody's: whatever it says is checked before anything is made of it, work items too, and it runs no code.
-    Reading takes time and memory in proportion to its size; the call takes up to `max_bytes`, and time in proportion to that.
+    The file need not be trusted: everything in it is checked before use, work items too, and it runs no code. Reading takes
+    time and memory in proportion to its size. The call takes up to `max_bytes`, and time in proportion to that.
 
     Args:
         path: of the file.
         device: a GPU or the CPU; default: a GPU where there is one. It needs the memory of the whole state and cache.
         backend: as for `compress`; default: that of the dumped call on the same type of device, else that of the device.
-        max_bytes: most memory for the call's tensors, whose pools are of the size that they were dumped from, and for what the
-            torch backend makes of its windows. Default: 2 GiB and 1024 times the file's size, but no more than half of the
-            memory that the device has (of a GPU: that is free). A call that takes more is refused, with what it takes.
+        max_bytes: most memory for the call's tensors (pools have their original size) and for what the torch backend makes of
+            its windows. Default: 2 GiB plus 1024 times the file's size, but at most half of the device's memory (on a GPU: of
+            its free memory). A call that needs more is refused, with the number of bytes that it needs.
 
     Raises:
         TypeError, ValueError: naming `path`, for a file that is damaged, of another format version or not of `dump`, and the
             field in it that is wrong; naming `max_bytes`, with what is too large; naming `backend` or `device`.
-        OSError: for no file, or one that may not be read.
+        OSError: there is no such file, or it may not be read.
         ImportError: without safetensors (`pip install "kvfold[debug]"`).
     """
     if max_bytes is not None:

@@ -1,4 +1,4 @@
-"""`Carry`: what a step needs of all tokens before it, as plain tensors that can be sent; out of a `FoldState` and into one."""
+"""`Carry`: what a step needs of all tokens before it, as plain tensors to send; taken from a `FoldState` and put into one."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .spots import parts_of, spots_of
 
 
 class Carry(NamedTuple):
-    """What the steps of n sequences read that start at `positions`; `kvfold.carry_bytes` says how large one is.
+    """What steps of n sequences read that start at `positions`; `kvfold.carry_bytes` says how large one is.
 
-    rows: `[n, r, width]`. Of a `fold` state fp32 `[n, 1, 3 * head_dim]`: the row `(m, l, a)` of the position before. Of a
-        `rows` state, in its dtype, `[n, r, 2 * head_dim]`, value and score of half rows as they came: with overlap first the
-        `ratio` lo rows of the window before, then the lo rows of the window that the step begins in; last its hi rows, without
-        overlap its whole ones. These are `ratio - 1` each, and those before the position count. Where every position begins a
-        window, r may be `ratio` with overlap, and 0 without.
-    positions: int32 `[n]`: where the step starts; -1 where the state did not hold its history.
+    rows: `[n, r, width]`. From a `fold` state fp32 `[n, 1, 3 * head_dim]`: the row `(m, l, a)` of the position before. From a
+        `rows` state, in its dtype, `[n, r, 2 * head_dim]`, value and score of half rows as they came. With overlap these are
+        the `ratio` lo rows of the window before, then the lo rows and the hi rows of the window that the step starts in,
+        `ratio - 1` each; without overlap the `ratio - 1` whole rows of that window. Of that window only rows before the
+        position count. If every position starts a window, r may be `ratio` with overlap and 0 without.
+    positions: int32 `[n]`: where the step starts; -1 if the state did not hold its history.
     """
 
     rows: torch.Tensor
@@ -40,9 +40,9 @@ def take_carry(state: FoldState, slots: torch.Tensor, positions: torch.Tensor, o
     """What steps of these slots read that start at `positions`. Does not synchronize with the host.
 
     Args:
-        slots: int32 or int64 `[n]`. One outside of the state gives a carry of position -1.
-        positions: int32 or int64 `[n]`. Where the slot does not hold the history of its position, the carry's is -1.
-        out: mutated if given: the carry that is returned. Rows that no step reads are written, too.
+        slots: int32 or int64 `[n]`. A slot outside the state gives a carry of position -1.
+        positions: int32 or int64 `[n]`. If a slot does not hold the history of its position, the carry's position is -1.
+        out: mutated if given: the carry that is returned. Rows that no step reads are written too.
 
     Raises:
         TypeError, ValueError: naming the argument; nothing has been written then.
@@ -58,14 +58,14 @@ def take_carry(state: FoldState, slots: torch.Tensor, positions: torch.Tensor, o
 
 
 def put_carry(state: FoldState, slots: torch.Tensor, positions: torch.Tensor, carry: Carry) -> None:
-    """Makes slots such that steps may start at `positions`: they hold the carry and nothing else, as after `restore`.
+    """Puts carries into slots, so that steps can start at `positions`. As after `restore`, a slot then holds nothing else.
 
-    A slot whose carry is of another position holds nothing then: a step that needs its history is refused, and counted in
+    A slot whose carry is of another position is emptied: a step that needs its history is refused, and counted in
     `plan.errors`. Does not synchronize with the host.
 
     Args:
         state: mutated: the rows and tags of the slots.
-        slots: int32 or int64 `[n]`, no two the same. Those outside of the state are passed over.
+        slots: int32 or int64 `[n]`, all different. Slots outside the state are ignored.
         positions: int32 or int64 `[n]`.
         carry: of the spec and dtype of `state`.
 
@@ -81,7 +81,7 @@ def put_carry(state: FoldState, slots: torch.Tensor, positions: torch.Tensor, ca
 
 
 def redirect(there: torch.Tensor) -> torch.Tensor:
-    """int64 `[n]`: i where `there[i]`, else the first that is there, if any: to write that again is to write nothing."""
+    """int64 `[n]`: i if `there[i]`, else the first index that is there (0 if none is): writing that again changes nothing."""
     return torch.where(there, torch.arange(len(there), device=there.device), there.int().argmax(0, keepdim=True))
 
 

@@ -1,4 +1,4 @@
-"""`ContextParallel`: the calls of a rank."""
+"""`ContextParallel`: the calls that every rank makes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ContextParallel:
 
     Attributes:
         rank, size: of this process in the group, and how many there are.
-        layout: which chunks a rank has, by default: "contiguous" or "zigzag".
+        layout: the layout that `split` uses: "contiguous" or "zigzag".
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class ContextParallel:
         """Sends nothing.
 
         Args:
-            group: the processes: a group of torch.distributed, a device mesh of one dimension, or None for all processes; for
-                this one alone where torch.distributed is not initialized.
+            group: the processes: a group of torch.distributed, or a device mesh of one dimension. None means all processes, or
+                this one alone if torch.distributed is not initialized.
             layout: "contiguous" or "zigzag"; see `Shards.build`.
             timeout: how long to wait for another rank. Default, and always with NCCL: the timeout of the group.
 
@@ -88,13 +88,13 @@ class ContextParallel:
         each: bool = False,
         cuts: Sequence[int] | None = None,
     ) -> Shards:
-        """`Shards.build` for this group, after all ranks have said that they mean the same. Waits for them.
+        """`Shards.build` for this group; first all ranks check that they have the same arguments. Waits for them.
 
         Args: as for `Shards.build`.
 
         Raises:
-            TypeError, ValueError: naming the argument. RankError: naming the argument that is another on other ranks, or the
-                rank that does not answer.
+            TypeError, ValueError: naming the argument. RankError: naming the argument that differs on other ranks, or the rank
+                that does not answer.
         """
         shards = Shards.build(lengths, self.size, layout=self.layout, start_pos=start_pos, each=each, cuts=cuts)
         self._transport.agree(layout=self.layout, lengths=shards.lengths, start_pos=shards.start_pos, cuts=shards.segments)
@@ -121,16 +121,16 @@ class ContextParallel:
     ) -> ParallelPlan:
         """This rank's part of a step, for all compressors of one ratio and overlap. Sends nothing.
 
-        Slots and tables are this rank's own, of all sequences of the step: another rank's may be others. They are read here,
-        and not again.
+        Slots and tables cover all sequences of the step, in this rank's own states and caches; other ranks may have other
+        numbers. They are read here once.
 
         Args:
-            shards: of the step.
-            spec: any of the compressors: its ratio, its overlap and whether it has a gate count.
+            shards: those of the step.
+            spec: any of the compressors; only its ratio, its overlap and whether it has a gate matter.
             device: of the tokens; default that of the slots or the table, else torch's.
             state_slots: the slot of each sequence in the states, on the host, all different; default 0, 1, ...
             entry_slots: int32 or int64 `[E]`: the cache slot of each entry of the step, in the order of one process: by
-                sequence, then by window. -1 drops it, and must do so on all ranks.
+                sequence, then by window. -1 drops the entry, and must be -1 on all ranks.
             cache_block_table: int32 or int64 `[B, Q]`, instead: as for `StepPlan.build`.
             rows_per_page: with `cache_block_table`: entries per page, the same as the cache's.
             errors: int32 `[1]`, to count in; default a new one.
@@ -165,22 +165,22 @@ class ContextParallel:
     ) -> None:
         """`kvfold.compress` of a step that is cut over the ranks, for one compressor or more; every rank calls it.
 
-        Writes the entries that this rank owns to its caches, with the bits of one process; and to its states what the next step
-        needs of the sequences that end here. `gather` gives both to all ranks. What ranks send each other of all these
-        compressors goes in one message. Results on a GPU are there in the order of the stream; gloo makes the host wait.
+        Writes the entries that this rank owns to its caches, with the bits of one process. Writes to its states what the next
+        step needs of the sequences that end on this rank. `gather` gives both to all ranks. One message between two ranks
+        carries all these compressors. On a GPU results follow the order of the stream; gloo makes the host wait.
 
         Args:
-            compressors: `(kv_score, state, cache, spec, ape, norm_weight, rope)` for each, in the same order on every rank;
-                `kv_score` are the rank's own tokens in the order of `plan.shards`, `state` a `FoldState`, or None without a
-                gate. Two that have states are one launch, as by `compress_many`. Snapshots are refused.
-            plan: of this step, for their ratio and overlap.
+            compressors: `(kv_score, state, cache, spec, ape, norm_weight, rope)` for each, in the same order on every rank.
+                `kv_score` holds the rank's own tokens in the order of `plan.shards`. `state` is a `FoldState`, or None without
+                a gate. Two compressors with states are one launch, as in `compress_many`. Snapshots are refused.
+            plan: the plan of this step, for their ratio and overlap.
             backend, pdl: as for `kvfold.compress`.
 
         Raises:
             TypeError, ValueError: naming the argument, `compressors[i]` before it.
-            RankError: naming the ranks that did not answer: no entry and no state has been written then, as the exchange comes
-                first; with NCCL it is the group's watchdog that ends the process. Compressors that are others on other ranks
-                are named when a list is first seen.
+            RankError: naming the ranks that did not answer. No entry and no state has been written then, as the exchange comes
+                first. (With NCCL the group's watchdog ends the process instead.) Or naming compressors that differ on other
+                ranks; that is checked when a list is first seen.
         """
         made = self._checked(compressors, plan)
         self._agree(made)
@@ -200,8 +200,8 @@ class ContextParallel:
     def gather(self, compressors: Sequence[Compressor | tuple], plan: ParallelPlan) -> None:
         """Gives every rank the entries and the states that `compress` made, in one all-gather; every rank calls it.
 
-        Records go as bytes, each to the slot that the rank's own plan has for the entry. `plan.errors` then counts what was
-        refused on any rank.
+        Records are sent as bytes. Each rank stores them at the slots of its own plan. `plan.errors` then counts what any
+        rank refused.
 
         Args:
             compressors, plan: as `compress` had them. Mutated: caches and states.
@@ -219,8 +219,8 @@ class ContextParallel:
         """For training: this rank's part of packed sequences, for all compressors of one ratio and overlap. Sends nothing.
 
         Args:
-            shards: of whole sequences, without `start_pos`.
-            spec: any of the compressors: its ratio and its overlap count.
+            shards: those of whole sequences, without `start_pos`.
+            spec: any of the compressors; only its ratio and its overlap matter.
             device: of the tokens; default torch's.
 
         Raises:
@@ -255,13 +255,13 @@ class ContextParallel:
             packing: for `spec`.
             spec, ape, norm_weight, rope, round_rows, out_dtype, fake_quant, cache_scale, backend: as for `training.compress`,
                 the same on all ranks.
-            weights: the gradients of ape and norm_weight. "gather": of all ranks, added in the order of one process, of which
-                they have the bits. "reduce": by an all-reduce, which is cheaper and agrees to rounding. "own": the rank's part
-                alone, for trainers that add over the group themselves.
+            weights: how the gradients of ape and norm_weight are summed over ranks. "gather": in the order of one process, with
+                its bits. "reduce": by an all-reduce, which is cheaper and agrees to rounding. "own": not at all, for trainers
+                that reduce over the group themselves.
 
         Returns:
             `[packing.entries, head_dim]`: the entries of the windows that end in the rank's tokens, by segment, then by window.
-            It depends on all inputs in the eyes of autograd, also where it is empty.
+            To autograd it depends on all inputs, even if it is empty.
 
         Raises:
             TypeError, ValueError: naming the argument. RankError: naming the ranks that did not answer.
@@ -287,12 +287,12 @@ class ContextParallel:
         """The entries of all ranks, where attention wants them; every rank calls it, and its backward.
 
         Args:
-            entries: what `entries` gave.
-            packing: as it had it.
+            entries: the result of `entries`.
+            packing: the same as there.
 
         Returns:
-            `[E, head_dim]` in the order of one process: by sequence, then by window. The gradient of an entry is the sum of
-            those that it has on all ranks, added in fp32 in their order.
+            `[E, head_dim]` in the order of one process: by sequence, then by window. The gradient of an entry is the sum of its
+            gradients on all ranks, added in fp32 in the order of ranks.
 
         Raises:
             TypeError, ValueError: naming the argument. RankError: naming the ranks that did not answer.
@@ -330,7 +330,7 @@ class ContextParallel:
         return made
 
     def _agree(self, compressors: Sequence[Compressor]) -> None:
-        """Once for each such list, as messages of other sizes would never arrive."""
+        """Checks once, for each list of compressors, that all ranks have the same: a message of another size never arrives."""
         what = repr([(c.spec, c.state and c.state.rows.dtype, c.cache and c.cache.format) for c in compressors])
         if what not in self._agreed:
             self._transport.agree(compressors=what)

@@ -30,13 +30,13 @@ class Segment(NamedTuple):
 class Shards:
     """Which tokens each rank has of a step of packed sequences. Made by `build`.
 
-    A rank's tokens are its segments, one behind the other. A window, and so its entry, belongs to the rank that has its last
+    A rank's tokens are its segments, one after the other. A window, and so its entry, belongs to the rank that has its last
     token.
 
     Attributes:
         ranks: how many there are.
         lengths: new tokens of each sequence. start_pos: tokens that each had before the step.
-        segments: of each rank, in the order of its tokens. None is empty; a rank may have none.
+        segments: for each rank its segments, in the order of its tokens. No segment is empty; a rank may have none.
     """
 
     ranks: int
@@ -62,14 +62,14 @@ class Shards:
         """Cuts a packed batch for `ranks` ranks.
 
         Args:
-            lengths: new tokens of each sequence, on the host. Sequences lie one behind the other.
+            lengths: new tokens of each sequence, on the host, in the order of the packed batch.
             ranks: how many ranks, n.
             layout: "contiguous": n chunks, rank i has chunk i. "zigzag": 2n chunks, rank i has chunks i and 2n - 1 - i, so that
                 every rank has as much causal attention to do.
             start_pos: tokens that each sequence already has; default none.
-            each: each sequence is cut into chunks by itself, and a rank has its chunks sequence by sequence. By default the
-                batch as a whole is cut.
-            cuts: where chunks end, if not at equal parts: numbers of tokens `[0, ..., all]` of the whole batch, one more than
+            each: whether each sequence is cut into chunks by itself; a rank then has its chunks sequence by sequence. By
+                default the batch as a whole is cut.
+            cuts: where to cut, if not into equal chunks: offsets `[0, ..., all tokens]` in the packed batch, one more than
                 there are chunks, not decreasing. Chunks may be empty, or shorter than a window. Not with `each`.
 
         Raises:
@@ -104,7 +104,7 @@ class Shards:
         return sum(segment.end - segment.start for segment in self.segments[rank])
 
     def windows(self, rank: int, ratio: int) -> list[tuple[int, range]]:
-        """Of each segment of a rank, its sequence and the windows that it owns: those that end in it."""
+        """For each segment of a rank: its sequence, and the windows that it owns, which are those that end in it."""
         return [(s.sequence, range(s.start // ratio, s.end // ratio)) for s in self.segments[rank]]
 
     def windows_before(self, ratio: int) -> list[int]:
@@ -118,7 +118,7 @@ class Shards:
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
     def before(self) -> dict[Segment, Segment]:
-        """The segment that each one goes on from, where one of this step does."""
+        """For each segment the one that it continues, if that is part of this step."""
         ends = {(s.sequence, s.end): s for own in self.segments for s in own}
         found = {s: ends.get((s.sequence, s.start)) for own in self.segments for s in own}
         return {s: left for s, left in found.items() if left is not None}

@@ -46,55 +46,59 @@ def aot(
 ) -> AotReport:
     """Compiles every kernel of the table that calls over these can get, writes the binaries and a report, and finds spills.
 
-    For looking into kernels (`cuobjdump -sass`, `nvdisasm`), for comparing versions of kvfold and Triton, and for knowing
-    before deployment that all compile and none spills. Without a GPU. They are not for loading: `prebuild` makes a package that
-    calls load, in all the ways that they are launched.
+    Use it to look into kernels (`cuobjdump -sass`, `nvdisasm`), to compare versions of kvfold and Triton, and to know before
+    deployment that every kernel compiles and none spills. It needs no GPU. The files are not for loading: for that `prebuild`
+    makes a package, with every way in which kernels are launched.
 
-    Which kernels: every row of the table of configurations that a spec can reach, so any `max_new_tokens` and number of
-    windows, over `FoldState`, and over `WindowState` with pages of any size; `store`, `restore` and `StepPlan.update`;
-    `compress_many` where `specs` has both `V4_CSA` and `V4_INDEXER`: each indexer format with `fp8_ds_mla`, or where `formats`
-    has not that one, with every main format. Steps that leave snapshots, take values and scores from two tensors, or, without
-    ape, leave latents are compiled without a cache if None is among the formats, else with each; so are rings and tables of an
-    engine's metadata, of any of these pages. Without a gate there is a kernel with latents and one without for each format.
-    `store` without a plan is compiled for slots and positions in int64, for one cache and for one more of plain rows. All of it
-    with fp32 state, weights and pooled rows, plans with entry slots, addresses that are multiples of 16 and, on sm_90 and
-    newer, as dependent launches. Not compiled: other dtypes of those and other launches, what of the above comes together
-    otherwise, `project_compress`, and `store` again for a spec that differs in the ratio alone. `calls` is for all of these,
-    and for exactly what an engine needs.
-    Default: what DeepSeek-V4 has, about 1,000 kernels and half an hour of two cores. An engine names its formats.
+    What is compiled, by default all that DeepSeek-V4 has (about 1,000 kernels, half an hour on two cores):
+
+    - every row of the table of configurations that a spec can reach, so any `max_new_tokens` and any number of windows, over
+      `FoldState`, and over `WindowState` with pages of any size;
+    - `store`, `restore` and `StepPlan.update`. `store` without a plan has int64 slots and positions, and one cache, or that
+      and a second one of plain rows;
+    - `compress_many`, if `specs` has both `V4_CSA` and `V4_INDEXER`: each indexer format with `fp8_ds_mla`, or with every main
+      format if `formats` lacks that one;
+    - steps with snapshots, with values and scores in two tensors, or (specs without ape) with latents; and rings and an
+      engine's tables: without a cache if None is among the formats, else with each format;
+    - without a gate, for each format a kernel with latents and one without.
+
+    All of these have fp32 state, weights and pooled rows, plans with entry slots, addresses that are multiples of 16 and, on
+    sm_90 and newer, dependent launches. Not compiled: other dtypes and launches, other combinations of the above,
+    `project_compress`, and a second `store` for a spec that differs only in the ratio. `calls` adds any of these, and names
+    exactly what an engine needs.
 
     Args:
         target: sm_80, sm_89, sm_90, sm_100, sm_103, sm_120, gfx942 or gfx950.
-        out_dir: the folder for the files, made if it is not there. All files come when all is compiled: a `.cubin` or `.hsaco`
-            for each kernel, under its name, `kernels.json` (`AotReport.to_json`) and `kernels.txt`, the table. Names and
-            numbers are stable. A cubin has in it, for profilers, the lines and the folder of kvfold's sources: its sha256 is
-            the same only for the same ones. Files of an earlier call for this target are removed, by the names and hashes in
-            its `kernels.json`; those that were changed since are kept, and the report says so (`kept`).
+        out_dir: the folder for the files, created if missing. Files appear only when everything is compiled: a `.cubin` or
+            `.hsaco` for each kernel, under its name, `kernels.json` (`AotReport.to_json`) and `kernels.txt`, the table. Names
+            and numbers are stable. For profilers a cubin contains line numbers and the folder of kvfold's sources, so its
+            sha256 is the same only for the same sources in the same folder. Files of an earlier call for this target are
+            removed, by the names and hashes in its `kernels.json`. Those that were changed since are kept and reported
+            (`kept`).
         specs: the compressors.
         formats: names of record formats, or None for pooled rows without a cache, each for every spec that it is defined for.
         dtypes: of `kv_score`: bf16, fp32 or both.
-        training: rows of kv_score that `training.compress` gets, if it is to be compiled for; forward and backward, the formats
-            as those of fake quantization. Without a format values and scores are one tensor and two; weights are fp32, and
-            what can be left to its default is.
-        calls: of `warmup`, each by its arguments, as for `prebuild`; without `training`. What calls like these need, for
-            addresses that are multiples of 16, and as dependent launches where they may be, is compiled as well, or with
-            `specs=()` alone.
-        strict: True allows no spills (`Resources.spilled`), False all. Default: on sm_90 what the kernel's row of the table was
-            measured with (`Config.spills`; 0 for most), whatever the dtype and whatever Triton compiles it now; on other
-            targets, where no row was measured, all.
-        workers: processes that compile at once, from 1 to 256; with 1 it is this one. Default: the cores that this process may
-            use, 16 at most. They are spawned: a script calls this under `if __name__ == "__main__"`.
-        progress: called after each kernel with how many are done, of how many, and a name.
+        training: numbers of kv_score rows for which `training.compress` is compiled too, forward and backward, with `formats`
+            as fake quantization. Without a format it is compiled for values and scores in one tensor and in two. Weights are
+            fp32; other arguments have their defaults.
+        calls: arguments of calls of `warmup`, as for `prebuild`, without `training`. What such calls need is compiled too (or
+            alone, with `specs=()`), for addresses that are multiples of 16 and as dependent launches where possible.
+        strict: True allows no spills (`Resources.spilled`), False any. Default: on sm_90 as many bytes as the kernel's row of
+            the table was measured with (`Config.spills`; 0 for most), for any dtype and any Triton; on other targets, where no
+            row was measured, any.
+        workers: processes that compile at once, from 1 to 256; with 1 it is this process. Default: the cores that this process
+            may use, 16 at most. They are spawned: a script calls this under `if __name__ == "__main__"`.
+        progress: called after each kernel with the number done, the total, and the kernel's name.
 
     Returns:
         The report: `passed`, `spilling`, `failed`, and all kernels. A kernel that does not compile is in `failed`; the
         others are written.
 
     Raises:
-        TypeError, ValueError: naming the argument, before anything is compiled or written; also where a file would have to be
-            replaced that was not written by `aot`, or was changed since.
-        OSError: a file cannot be written. The folder is as it was then, but for what a full disk ends between two of its files.
-        RuntimeError: kernels are interpreted, or a process that compiled was ended from outside, as for want of memory.
+        TypeError, ValueError: naming the argument, before anything is compiled or written; also if a file would have to be
+            replaced that `aot` did not write, or that was changed since.
+        OSError: a file cannot be written. The folder is then as it was, unless the disk became full between two files.
+        RuntimeError: kernels are interpreted, or a compiling process was killed, for example for lack of memory.
     """
     check_type("target", target, str)
     if not isinstance(out_dir, (str, os.PathLike)):

@@ -36,28 +36,29 @@ def prebuild(
 ) -> int:
     """Compiles what `warmup` would compile into a package, a folder of data, without a GPU.
 
-    A package is for one target with so many multiprocessors, this version of Triton, its assembler, and these sources of
-    kvfold's device code. Where any of that differs nothing of it is loaded: a warning says what, and kernels are compiled.
-    Machines find it by `use_prebuilt`, or installed as a wheel (docs/commands.md). Load only packages that you trust: a
-    kernel is code that the GPU runs, with the rights of the process.
+    A package is for one target, one number of multiprocessors, one version of Triton with its assembler, and one version of
+    kvfold's device code. If any of these differs, nothing of it is loaded: a warning says what differs, and kernels are
+    compiled. Machines find a package by `use_prebuilt`, or installed as a wheel (docs/commands.md). Load only packages that you
+    trust: a kernel is code that the GPU runs, with the rights of the process.
 
     Args:
         target: as of `aot`.
-        out_dir: the folder, made if it is not there. An earlier package in it is replaced when all is compiled, what a run
-            that was killed left in `.prebuild-*` is removed, and other files are left alone.
-        calls: for each call of `warmup` its arguments by name, but for `device`, `workers` and `progress`.
-        multiprocessors: of the GPU; kernels for many windows know it. Default: 132, of an H100 SXM, an H200 and a GH200.
+        out_dir: the folder, created if missing. An earlier package in it is replaced when everything is compiled. What a
+            killed run left in `.prebuild-*` is removed. Other files are left alone.
+        calls: for each call of `warmup` its arguments by name, without `device`, `workers` and `progress`.
+        multiprocessors: of the GPU; kernels for many windows are compiled for it. Default: 132, as an H100 SXM, an H200 and a
+            GH200 have.
         workers: processes that compile at once, as of `aot`. They are spawned: a script calls this under `if __name__ ==
             "__main__"`.
-        progress: called after each kernel with how many are done, of how many, and a name.
+        progress: called after each kernel with the number done, the total, and the kernel's name.
 
     Returns:
         How many kernels the package has.
 
     Raises:
         TypeError, ValueError: naming the argument, before anything is compiled or written.
-        RuntimeError: kernels are interpreted, or a process that compiled was ended from outside. And whatever Triton raises for
-            a kernel that does not compile; then the folder is as it was.
+        RuntimeError: kernels are interpreted, or a compiling process was killed. And whatever Triton raises for a kernel that
+            does not compile; the folder is then as it was.
         OSError: a file cannot be written.
     """
     check_type("target", target, str)
@@ -105,19 +106,19 @@ def prebuild(
 
 
 def use_prebuilt(folder: str | os.PathLike[str]) -> int:
-    """Adds a package of `prebuild` for this process: kernels that are needed from now on come from it if it is for this GPU.
+    """Adds a package of `prebuild` to this process: kernels needed from now on come from it, if it is for this GPU.
 
-    Packages that are installed as wheels need no call. Load only packages that you trust: a kernel is code that the GPU runs.
-    What is not for this machine is compiled, as is a kernel whose file was changed; a warning says so, once.
+    Packages installed as wheels need no call. Load only packages that you trust: a kernel is code that the GPU runs. If the
+    package is for another machine, or the file of a kernel was changed, kernels are compiled; a warning says so, once.
 
     Args:
-        folder: with `prebuilt.json` in it. It must stay where it is.
+        folder: the folder of the package, with `prebuilt.json` in it. It must stay in place.
 
     Returns:
-        How many kernels it has, for whichever GPU. `kvfold info` says whether they are for this one.
+        How many kernels the package has. `kvfold info` says whether they are for this GPU.
 
     Raises:
-        TypeError, ValueError: it is no package, or a damaged one.
+        TypeError, ValueError: the folder is not a package, or a damaged one.
     """
     if not isinstance(folder, (str, os.PathLike)):
         raise TypeError(f"folder must be a path, got {type(folder).__name__}")

@@ -61,50 +61,50 @@ def warmup(
         )
 
     Args:
-        specs: the compressors; every one with every other choice below. Those without a gate have no state, whatever `states`.
-        formats: names of record formats, or None for calls without a cache. A spec is left out of formats that are not
-            defined for it; a format that is for none of the specs is a mistake.
-        dtypes: of `kv_score`.
+        specs: the compressors. Each is combined with every choice below. Specs without a gate have no state, whatever `states`.
+        formats: names of record formats, or None for calls without a cache. Each is combined with the specs that it is defined
+            for; a format for none of the specs is an error.
+        dtypes: dtypes of `kv_score`.
         max_new_tokens: the bounds that plans are built with.
-        states: `"fold"` for `FoldState`, `"mean"` for `MeanState`, where a spec can have one, `"window"` for `WindowState`.
-        state_dtypes: of input rows that a `FoldState` keeps, and of a `WindowState`.
-        norm_weight_dtypes: of the norm weight; None for `store` without a norm.
+        states: `"fold"` for `FoldState`, `"mean"` for `MeanState` (for specs that can have one), `"window"` for `WindowState`.
+        state_dtypes: dtypes of the input rows that a `FoldState` keeps, and of a `WindowState`.
+        norm_weight_dtypes: dtypes of the norm weight; None for `store` without a norm.
         rows: dtypes of `compress(rows=...)`, None for calls without. `store` is compiled for those that are not None.
         latents: whether `compress` gets `latent`: True, False or both.
         apart: whether `kv_score` comes as two tensors: True, False or both.
-        page_sizes: of `WindowState`s; default: any.
+        page_sizes: page sizes of `WindowState`s; default: any.
         many: pairs of (spec, format) that `compress_many` gets together, over `FoldState`s.
         snapshots: whether calls over `FoldState`s get `snapshots`: True, False or both. With True `restore` is compiled too.
-        plans: what plans are built with. `"plain"`: nothing below. `"engine"`: any of `seq_lens`, `token_slots`, `null_page`,
-            `null_slot`, `cu_rows`, int64, or numbers that are strided. `"ring"`: `ring=True`, whatever else; name the others
-            too that come with it. Of calls over `FoldState`s it changes nothing.
+        plans: how plans are built. `"plain"`: with none of the following. `"engine"`: with `seq_lens`, `token_slots`,
+            `null_page`, `null_slot`, `cu_rows`, int64 or strided tensors. `"ring"`: with `ring=True` and anything else; name
+            also which of the others such plans are. For calls over `FoldState`s it makes no difference.
         round_inputs: whether a `FoldState` in bf16 gets fp32 `kv_score`, which it rounds.
-        slot_dtypes: of `slots` in `store` without a plan: int32, int64 or both. Default: `store` is compiled with a plan alone.
-        position_dtypes: of `positions` there.
+        slot_dtypes: dtypes of `slots` in `store` without a plan: int32, int64 or both. Default: only `store` with a plan.
+        position_dtypes: dtypes of `positions` there.
         also: pairs of formats, of `cache` and of `also`, that `store` without a plan gets together.
-        hidden_dims: numbers of the hidden states that `project_compress` gets for specs, and `project_compress_many` for many.
-            `dtypes` need not name what these make of them; with `dtypes=()` there is nothing for other kv_score.
-        weights: of these calls: `"bf16"`, `"fp8"` for `ScaledWeight`, or both.
+        hidden_dims: widths of the hidden states that `project_compress` gets for `specs`, and `project_compress_many` for
+            `many`. The dtype of the kv_score that they make is added to `dtypes`; with `dtypes=()` it is the only one.
+        weights: how weights of these calls are stored: `"bf16"`, `"fp8"` for `ScaledWeight`, or both.
         round_kv_score: as these calls have it: False, True or both.
-        training: rows of kv_score that `training.compress` gets, forward and backward: those numbers of rows and no others.
-            `formats` are those of fake quantization then, None for calls without; dtypes, `norm_weight_dtypes`, `latents` and
-            `apart` are of these calls too. With `max_new_tokens=()` nothing is compiled for `compress` itself.
-        round_rows, out_dtypes: of these calls, None for the default.
-        pdl: as the calls will have it. False leaves out the kernels that are launched as dependents. Those of training are.
+        training: numbers of kv_score rows that `training.compress` gets, forward and backward; no others are compiled. For
+            these calls `formats` are those of fake quantization, None for calls without; `dtypes`, `norm_weight_dtypes`,
+            `latents` and `apart` apply too. With `max_new_tokens=()` nothing is compiled for `compress` itself.
+        round_rows, out_dtypes: as these training calls have them, None for the default.
+        pdl: as the calls will have it. False leaves out the kernels for dependent launches, but for those of training.
         device: default: the current one.
-        workers: threads that compile at once, from 1 to 256; with 1 one kernel after the other. Default: the cores that this
-            process may use, 16 at most. For AMD it is one.
-        progress: called with how many kernels are done, of how many, and words: before the first one how many are prebuilt and
-            how many seconds the others take if Triton's cache has none of them; after each its name. Not called where all were
-            there.
+        workers: threads that compile at once, from 1 to 256. Default: the cores that this process may use, 16 at most. Always
+            one on AMD.
+        progress: called with the number of kernels done, their total, and a text. Before the first kernel the text says how
+            many are prebuilt and how many seconds the others take if Triton's cache has none of them; then it is the kernel's
+            name. Not called if nothing was missing.
 
     Returns:
-        How many kernels were compiled, or loaded from a package; 0 when all were there.
+        How many kernels were compiled, or loaded from a package; 0 if nothing was missing.
 
     Raises:
-        Whatever Triton does for a kernel that does not compile. Those that were loaded before stay, and nothing is begun after.
-        TypeError, ValueError: naming the argument, before anything is compiled; `UnsupportedError` where no kernel is
-            configured for a spec.
+        Whatever Triton raises for a kernel that does not compile. Kernels loaded before stay; no more are started.
+        TypeError, ValueError: naming the argument, before anything is compiled; `UnsupportedError` if no kernel is configured
+            for a spec.
         RuntimeError: there is no GPU, or kernels are interpreted.
     """
     calls = {

@@ -1,4 +1,4 @@
-"""A miniature engine, to test a use of kvfold without a model: sequences with slots and pages, cut into steps in any way."""
+"""A miniature engine for tests without a model: sequences with slots and pages, cut into steps in any way."""
 
 from .data import make_cache, make_pools, make_state, make_tokens, make_weights
 from .engine import Engine, Part, Step, chunks, drafts, prefill, run_many

@@ -1,4 +1,4 @@
-"""Seeded tokens and weights of a compressor, and its state and cache as a careless engine leaves them: full of NaN."""
+"""Seeded tokens and weights of a compressor; and states and caches full of NaN, as memory may be that an engine reuses."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def make_tokens(
 ) -> list[Tensor]:
     """kv_score rows `[n, spec.kv_score_width]` of each sequence, drawn on the CPU: the same on every machine.
 
-    values: "normal"; "peaked", scores of which one outweighs the rest; "tied", all scores 0; "masked", many scores -inf, but
-    not all of a window; "hidden", more of them, and so entries that are NaN; "zeros", masked too, and half of all channels
-    only 0 and -0, mostly -0.
+    values: "normal"; "peaked": one score of a window outweighs the rest; "tied": all scores are 0; "masked": many scores are
+    -inf, but never all of a window; "hidden": sometimes all of a window, whose entry is then NaN; "zeros": as "masked", and in
+    half of the channels all values are 0 or, mostly, -0.
     """
     found = []
     for n in lengths:
@@ -63,7 +63,7 @@ def make_state(
     round_inputs: bool = False,
     gap: int | None = None,
 ) -> FoldState:
-    """A `FoldState` whose rows are NaN. gap: it lies in an engine's pages, with so many bytes behind each."""
+    """A `FoldState` whose rows are NaN. gap: put it in an engine's pages, with so many unused bytes after each."""
     how = {"dtype": dtype, "round_inputs": round_inputs}
     if gap is None:
         state = FoldState.allocate(spec, slots, max_new_tokens, device=device, **how)
@@ -101,7 +101,7 @@ def make_cache(
     gap: int = 0,
     blocks: bool = False,
 ) -> EntryCache:
-    """A cache of bytes `UNTOUCHED`, `gap` more of them behind each page. `blocks`: made of an engine's view of them."""
+    """A cache of bytes `UNTOUCHED`, with `gap` more of them after each page. blocks: made by `EntryCache.from_blocks`."""
     known = FORMATS[fmt]
     sizes = known.page_bytes(spec, rows_per_page), rows_per_page * known.tail_bytes(spec)
     wide = [torch.full((pages, size + gap), UNTOUCHED, dtype=torch.uint8, device=device)[:, :size] for size in sizes]

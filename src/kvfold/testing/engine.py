@@ -1,4 +1,4 @@
-"""`Engine`: what a serving engine keeps for one compressor, and the steps that it takes."""
+"""`Engine`: what a serving engine keeps for one compressor, and how it takes steps."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class Step(NamedTuple):
 
     Attributes:
         bound: the plan's `max_new_tokens`.
-        absent: numbers of new tokens of padding sequences, which come last and have no slot and no page.
+        absent: for each padding sequence its number of new tokens. They come last, and have no slot and no page.
         behind: padding rows of kv_score after the last sequence.
-        loose: the plan has room for as many tokens as `bound` allows, and not just for those of the step.
+        loose: whether the plan has room for as many tokens as `bound` allows, and not only for those of the step.
     """
 
     bound: int
@@ -53,7 +53,7 @@ class Step(NamedTuple):
 
     @classmethod
     def of(cls, *parts: Sequence[int]) -> Step:
-        """Of parts `(sequence, start, new, kept)`, or `(sequence, start, new)` of which all tokens are kept."""
+        """A step of parts `(sequence, start, new, kept)`, or `(sequence, start, new)` if all tokens are kept."""
         found = tuple(Part(*(*part, part[2])[:4]) for part in parts)
         return cls(max(part.new for part in found), found)
 
@@ -64,7 +64,7 @@ def prefill(lengths: Sequence[int]) -> list[Step]:
 
 
 def chunks(lengths: Sequence[int]) -> list[Step]:
-    """Each sequence in pieces of its own; who is done waits, without tokens, for the others."""
+    """Each sequence in pieces of its own; one that is done stays in the batch without new tokens."""
     draw, at, found = random.Random(sum(lengths)), [0] * len(lengths), []
     while any(x < n for x, n in zip(at, lengths, strict=True)):
         sizes = [min(draw.randint(1, max(2, n // 3)), n - x) for x, n in zip(at, lengths, strict=True)]
@@ -74,7 +74,7 @@ def chunks(lengths: Sequence[int]) -> list[Step]:
 
 
 def drafts(lengths: Sequence[int], new: int, first: int) -> list[Step]:
-    """A prompt of `first` tokens, then steps of `new`, of which 0, 1, ..., `new` are accepted in turn; with `new` 1 all are."""
+    """A prompt of `first` tokens, then steps of `new`, of which 0, 1, ..., `new` are accepted in turn; all if `new` is 1."""
     at = [min(first, n) for n in lengths]
     found, turn = prefill(at), 0
     while any(x < n for x, n in zip(at, lengths, strict=True)):
@@ -86,24 +86,24 @@ def drafts(lengths: Sequence[int], new: int, first: int) -> list[Step]:
 
 
 class Engine:
-    """Some sequences over one compressor's state and cache. `run` takes steps; `pooled` and `entries` are what came of them.
+    """Some sequences over one compressor's state and cache. `run` takes steps; `pooled` and `entries` hold the results.
 
     Args:
-        tokens: kv_score rows `[length, spec.kv_score_width]` of each sequence.
+        tokens: for each sequence its kv_score rows `[length, spec.kv_score_width]`.
         weights: spec, ape, norm_weight and rope, as `compress` takes them.
         state: None for a spec without a gate.
-        slots: the sequences' slots in a `FoldState`.
-        kv, score: their pages of a `WindowState`, instead. freed: pages that a step does not read are -1 in its tables.
-            ring: they are rings.
-        pages: their pages of the cache, -1 for none. entries: how plans are told of them, "table", "slots", "tokens" for a slot
-            of each token, or "none".
-        told: how plans are told of all else.
-        snapshots: and snapshot_pages, the sequences' pages of them.
-        rows: the dtype of pooled rows; None for calls that do not ask for any. latent: whether they ask for normed ones.
-        beside: columns left and right of kv_score in a wider tensor. two: values and scores are two tensors.
+        slots: for each sequence its slot in a `FoldState` or `MeanState`.
+        kv, score: for each sequence its pages in a `WindowState`, instead of slots. freed: whether pages that a step does not
+            read are -1 in its tables. ring: whether the pages are rings.
+        pages: for each sequence its pages of the cache, -1 for none.
+        entries: how plans say where entries go: "table", "slots", "tokens" (a slot for each token), or "none".
+        told: how plans get everything else.
+        snapshots, snapshot_pages: a pool of snapshots, and for each sequence its pages in it.
+        rows: the dtype of pooled rows that calls ask for, or None. latent: whether calls ask for normed rows.
+        beside: columns left and right of kv_score in a wider tensor. two: whether values and scores are two tensors.
 
     Attributes:
-        pooled, latents: by sequence `[windows, head_dim]`, the last pooled and normed row of each window.
+        pooled, latents: for each sequence `[windows, head_dim]`, the latest pooled and normed row of each window.
     """
 
     def __init__(
@@ -157,12 +157,12 @@ class Engine:
         backend: str | None = None,
         **options: object,
     ) -> Engine:
-        """With state and cache of its own, full of NaN.
+        """Makes the engine with a state and a cache of its own, full of NaN.
 
-        kind: "fold" for a `FoldState`, "mean" for a `MeanState`, over which no step may reject a token, "window" for a
-            `WindowState` of pages of `page_size`; of no matter without a gate. dtype: of its rows.
+        kind: "fold" for a `FoldState`; "mean" for a `MeanState`, over which no step may reject a token; "window" for a
+            `WindowState` with pages of `page_size`. Ignored without a gate. dtype: of the state's rows.
         most: new tokens of the longest step of which some may be rejected.
-        shuffled: slots and pages are, and not given out in order from 0.
+        shuffled: whether slots and pages are in random order, and not counted from 0.
         """
         shuffle, spec, device, first = random.Random(3), weights["spec"], tokens[0].device, int(told.null == 0)
 
@@ -207,10 +207,10 @@ class Engine:
         return [self.cache.read(torch.tensor(some, dtype=torch.int64, device=self.device)) for some in self.entry_slots]
 
     def run(self, steps: Sequence[Step], *, wrong: bool = False) -> None:
-        """Takes steps. wrong: all tokens are NaN, as of a former owner of the slots and pages.
+        """Takes steps. wrong: make all tokens NaN, to act as a former owner of the slots and pages.
 
         Raises:
-            AssertionError: something was refused, or a pooled row written that is of no entry.
+            AssertionError: something was refused, or a pooled row without an entry was written.
         """
         for step in map(Step._make, steps):
             _check_taken(self.take(step, wrong=wrong), step)
@@ -246,7 +246,7 @@ class Engine:
             raise AssertionError("a row of no entry was written")
 
     def _places(self, step: Step) -> list[int]:
-        """The place of the first entry of each sequence of a step, and the one behind all of them."""
+        """The place of the first entry of each sequence of a step, and the place after the last entry."""
         gap, at, ratio, found = max(self.told.reserved, 0), 0, self.spec.ratio, []
         for _, start, new, _ in step.parts:
             found.append(at + gap)
@@ -254,7 +254,7 @@ class Engine:
         return [*found, *[at] * (len(step.absent) + 1)]
 
     def hit(self, sequence: int, end: int, slot: int) -> None:
-        """A prefix hit: a sequence goes on in another slot, from its snapshot of position `end`, where a page ends."""
+        """A prefix-cache hit: a sequence goes on in another slot, from its snapshot at position `end`, where a page ends."""
         errors = torch.zeros(1, dtype=torch.int32, device=self.device)
         page = self.snapshot_pages[sequence][end // self.snapshots.page_size - 1]
         restore(self.state, self.snapshots, *map(self._ints, ([slot], [page], [end])), errors, backend=self.backend)
@@ -274,7 +274,7 @@ class Engine:
             raise AssertionError(f"{int(plan.errors)} entries were refused")
 
     def store_placed(self, pooled: Sequence[Tensor], also: Sequence[EntryCache] = (), *, norm: bool = True) -> None:
-        """The same without a plan, and the last sequence first. also: as for `store`. norm: whether the rows still need it."""
+        """`store` without a plan, rows in reverse order. also: as for `store`. norm: whether the rows still need the norm."""
         ratio, rows = self.weights["spec"].ratio, [row for some in pooled for row in some]
         slots = [slot for some, kept in zip(self.entry_slots, pooled, strict=True) for slot in some[: len(kept)]]
         positions = [window * ratio for some in pooled for window in range(len(some))]

@@ -1,4 +1,4 @@
-"""`Told`: how an engine's plans are told of a step, where its numbers are not as kvfold would have them."""
+"""`Told`: in which form an engine gives a step's lengths, slots and pages to its plans."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 
 class Told(NamedTuple):
-    """The numbers that `StepPlan.build` gets.
+    """The form of the tensors that `StepPlan.build` gets.
 
     Attributes:
-        totals: lengths are those after the step, `seq_lens`.
-        wide: numbers are int64.
-        apart: so many elements from one number, or row of a table, to the next, beyond what they take.
+        totals: whether lengths are those after the step, `seq_lens`.
+        wide: whether tensors are int64.
+        apart: unused elements after each number, or after each row of a table.
         before: rows of kv_score before those of the first sequence.
-        reserved: -1 for entries one behind the other; else so many free places before those of each sequence, by `cu_rows`.
-        null: what stands for no page and no slot: -1, or 0, which is then nobody's.
+        reserved: -1 for packed entries; else `cu_rows`, with so many free places before the entries of each sequence.
+        null: the number that means no page and no slot: -1, or 0, which then belongs to nobody.
     """
 
     totals: bool = False
@@ -29,7 +29,7 @@ class Told(NamedTuple):
     null: int = -1
 
     def numbers(self, values: Sequence, device: torch.device | str) -> Tensor:
-        """Numbers `[n]` or a table `[n, m]`, as the engine keeps them."""
+        """A tensor `[n]` or a table `[n, m]` of these values, as the engine keeps it."""
         x = torch.tensor(values, dtype=torch.int64 if self.wide else torch.int32, device=device)
         if not self.apart:
             return x
