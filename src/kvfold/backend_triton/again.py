@@ -27,7 +27,7 @@ _BROUGHT = (
 
 
 class Scratch:
-    """What programs of a launch tell each other, shared by states whose calls come one behind the other on one stream."""
+    """Memory by which programs of a launch communicate, shared by states whose calls follow each other on one stream."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -62,7 +62,8 @@ class Again:
         scratch: Scratch,
         pdl: bool | None,
     ) -> None:
-        """windows: that the call may touch. value, score: `[T, channels]`, contiguous. weights: ape in fp32, norm weight, rope.
+        """windows: how many the call may touch. value, score: `[T, channels]`, contiguous. weights: ape in fp32, norm weight,
+        rope.
 
         state: rows and tags, mutated. entries: contiguous, mutated: one of them is a page.
         """
@@ -86,12 +87,12 @@ class Again:
 
 
 def count(plan: PlanData, tokens: int) -> tuple[int, float]:
-    """Most windows of a call with so many tokens, and their bucket."""
+    """The most windows that a call with so many tokens can touch, and their bucket."""
     windows = most_windows(plan, tokens)
     return windows, item_bucket(windows, multiprocessors(plan.items.device))
 
 
 def update(plan: PlanData, start_pos: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
-    """`StepPlan.update` of a plan on a GPU with lengths like those that it was built from, which are nothing that it writes."""
+    """`StepPlan.update` of a plan on a GPU, with lengths of the kinds it was built from, in memory that it does not write."""
     plan.fresh = True
     update_on_gpu(plan, start_pos, cu_seqlens)

@@ -1,7 +1,7 @@
-"""What kernels are given: run-time arguments grouped by what they are of, and what is compiled in.
+"""What kernels are given: run-time arguments, grouped by what they describe, and what is compiled in.
 
-A kernel takes numbers and addresses one by one and groups them again. Launches fill in the same groups with tensors and
-numbers, variants with types; `flat` puts them in the order of the kernel's parameters. Defaults are for what a call has not.
+A kernel takes numbers and addresses one by one and groups them again. Launches fill these groups with tensors and numbers,
+variants with types; `flat` puts them in the order of the kernel's parameters. Defaults are for what a call lacks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Bytes = Annotated[Any, "*u8"]
 
 
 class Plan(NamedTuple):
-    """The work of a step, of a `StepPlan`: work items, how many, each entry's cache slot, entries, and the count of errors."""
+    """The work of a step, from a `StepPlan`: work items, how many, each entry's cache slot, entries, and the error count."""
 
     items: Ints
     num_items: Ints
@@ -44,7 +44,7 @@ class SnapshotTable(NamedTuple):
 class Tokens(NamedTuple):
     """The step's new tokens: `count` rows of `kv_score`, `stride` elements apart, and the bias of their scores.
 
-    apart, skew: where scores have a tensor of their own: kernels/tokens.py.
+    apart, skew: for scores in a tensor of their own, see kernels/tokens.py.
     """
 
     kv_score: Floats = None
@@ -58,8 +58,8 @@ class Tokens(NamedTuple):
 class State(NamedTuple):
     """A `FoldState`: rows, tags, the number of slots, and its `ring`.
 
-    stride, pitch: elements from a slot's first row to the next slot's, and from its first tag to the next slot's. Of a
-    `MeanState`, which has no tags: `ring` banks behind the rows, `pitch` slots from bank to bank.
+    stride, pitch: elements from a slot's first row to the next slot's, and from its first tag to the next slot's. A `MeanState`
+    has no tags: there `ring` banks follow the rows, and `pitch` is the slots from bank to bank.
     """
 
     rows: Floats = None
@@ -73,7 +73,7 @@ class State(NamedTuple):
 class Snapshots(NamedTuple):
     """Snapshots of a `FoldState`: rows, the position that each stands for, and how many snapshots there are.
 
-    stride, pitch: as of `State`, from snapshot to snapshot.
+    stride, pitch: as in `State`, from snapshot to snapshot.
     """
 
     rows: Floats = None
@@ -84,7 +84,7 @@ class Snapshots(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """What programs of a launch tell each other: pooled channels, and tickets drawn (kernels/slices.py, kernels/items.py)."""
+    """Memory by which programs of a launch communicate: pooled channels, and tickets (kernels/slices.py, kernels/items.py)."""
 
     workspace: Longs = None
     arrivals: Ints = None
@@ -112,7 +112,7 @@ class Output(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Of `store` without a plan: the cache slot and the position of each row."""
+    """For `store` without a plan: the cache slot and the position of each row."""
 
     slots: Any = None
     positions: Any = None
@@ -121,7 +121,7 @@ class Places(NamedTuple):
 class Pool(NamedTuple):
     """One of the two pools of a `WindowState`, of values or of scores, and its block table `[sequences, width]`.
 
-    step: of the table, as of `Numbers`.
+    step: that of the table, as in `Numbers`.
     """
 
     rows: Floats
@@ -137,7 +137,7 @@ class Item(NamedTuple):
     """A work item: one window of one sequence in this step.
 
     window: its number in the sequence. start, end: the step's positions of the sequence, `[start, end)`. token: the row of
-    `kv_score` of position `start`. slot: of the state. entry: its number in the step, -1 where the window does not end.
+    `kv_score` of position `start`. slot: in the state. entry: its number in the step, -1 where the window does not end.
     sequence: its number in the batch.
     """
 
@@ -151,7 +151,7 @@ class Item(NamedTuple):
 
 
 class Compressor(NamedTuple):
-    """One compressor, over a `FoldState` or without a state: what kernels take behind the plan and its `SnapshotTable`."""
+    """One compressor, over a `FoldState` or without a state: what kernels take after the plan and its `SnapshotTable`."""
 
     tokens: Tokens
     state: State
@@ -169,11 +169,11 @@ class Hidden(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Of a projection: a row for each of the `columns` of its sums, in up to four tensors one behind the other.
+    """Weights of a projection: a row for each of the `columns` of its sums, in up to four tensors, one after the other.
 
-    cut_1, gap_1: from column `cut_1` on, how many elements further a row lies than if it stood behind the one before.
-    scales, scales_1: where rows are codes, the scales of the first tensor, and how many elements behind them those of the
-    tensor at `cut_1` begin.
+    cut_1, gap_1: from column `cut_1` on, rows lie `gap_1` elements further than if they followed the row before. scales,
+    scales_1: where rows are codes, the scales of the first tensor, and how many elements after them those of the tensor at
+    `cut_1` begin.
     """
 
     rows: Annotated[Any, "*bf16"] = None
@@ -191,7 +191,7 @@ class Weights(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Where a projection goes: rows of kv_score, `stride` elements apart, or of parts of it, `step` apart from each other."""
+    """Results of a projection: rows of kv_score, `stride` elements apart, or parts of it, which are `step` elements apart."""
 
     rows: Floats = None
     stride: Stride = 0
@@ -199,7 +199,7 @@ class Sums(NamedTuple):
 
 
 class ProjectArguments(NamedTuple):
-    """Of the product of `project_compress`."""
+    """Arguments of the product of `project_compress`."""
 
     hidden: Hidden
     weights: Weights
@@ -207,7 +207,7 @@ class ProjectArguments(NamedTuple):
 
 
 class AddArguments(NamedTuple):
-    """Of the sum of a projection's parts."""
+    """Arguments of the sum of a projection's parts."""
 
     parts: Sums
     columns: Int
@@ -215,10 +215,10 @@ class AddArguments(NamedTuple):
 
 
 class WindowArguments(NamedTuple):
-    """Of `compress` over a `WindowState`.
+    """Arguments of `compress` over a `WindowState`.
 
-    null_page: None for tables with a step of None, else what means none, besides -1. ring: positions that a sequence's pages
-    hold, whose table is a ring; None where it is none.
+    null_page: the number that means no page, besides -1; None where tables have a step of None. ring: how many positions a
+    sequence's pages hold, where its table is a ring, else None.
     """
 
     plan: Plan
@@ -236,7 +236,7 @@ class WindowArguments(NamedTuple):
 
 
 class RestoreArguments(NamedTuple):
-    """Of `restore`: for each i, the slot and the snapshot of its last page before `start_pos`."""
+    """Arguments of `restore`: for each i, the slot and the snapshot of its last page before `start_pos`."""
 
     state: State
     snapshots: Snapshots
@@ -248,7 +248,7 @@ class RestoreArguments(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """Numbers that an engine keeps: int32 side by side where `step` is None, else int32 or int64.
+    """Numbers that an engine keeps: contiguous int32 where `step` is None, else int32 or int64 at any stride.
 
     step: twice the 32-bit words from one number, or one row of a table, to the next, and 1 more where they are int64.
     """
@@ -258,11 +258,12 @@ class Numbers(NamedTuple):
 
 
 class Metadata(NamedTuple):
-    """What only an engine's metadata has: Nones in a plain plan, else numbers all of them.
+    """What only an engine's metadata has: all None in a plain plan, and all numbers in any other.
 
-    totals: 1 where lengths are those after the step. by_slot: 1 where sequences have state slots. null_slot, null_page: what
-    means none, besides -1. source: what says where entries go, a table (1), slots of tokens (2) or of entries (3), `num_slots`
-    of them; 0 for nothing. no_slot: what means none of a token. reserved: 1 where entries have the places of `cu_rows`.
+    totals: 1 where lengths are those after the step. by_slot: 1 where sequences have state slots. null_slot, null_page: the
+    number that means none, besides -1. source: what says where entries go, a table (1), slots of tokens (2) or of entries (3),
+    `num_slots` of them; 0 for nothing. no_slot: the token slot that means none. reserved: 1 where entries have the places of
+    `cu_rows`.
     """
 
     totals: Int = None
@@ -278,7 +279,7 @@ class Metadata(NamedTuple):
 
 
 class PlanArguments(NamedTuple):
-    """Of `StepPlan.update`: what it is given, the plan's own tensors, and the cache's block table."""
+    """Arguments of `StepPlan.update`: what it is given, the plan's own tensors, and the cache's block table."""
 
     lengths: Numbers
     cu_seqlens: Numbers
@@ -304,20 +305,20 @@ class PlanArguments(NamedTuple):
 
 
 def types_of(kind: type, **changed: Any) -> Any:
-    """One of the classes above, filled with the types of its fields, but for those that are `changed`."""
+    """One of the classes above, filled with the types of its fields, except for those in `changed`."""
     hints = get_type_hints(kind, include_extras=True)
     types = {name: hint.__metadata__[0] if hasattr(hint, "__metadata__") else types_of(hint) for name, hint in hints.items()}
     return kind(**types | changed)
 
 
 def flat(group: Any) -> list:
-    """The values of a group in order, those of its parts in their places."""
+    """The values of a group in order, with those of nested groups in their places."""
     return [x for part in group for x in (flat(part) if isinstance(part, tuple) else (part,))]
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A `CompressorSpec` and the kind, "" for none, of its state, as compiled in. LOG2: of HEAD_DIM."""
+    """A `CompressorSpec` and the kind of its state, "" for none, as compiled in. LOG2: the logarithm of HEAD_DIM."""
 
     RATIO: int
     HEAD_DIM: int
@@ -358,13 +359,13 @@ class Format:
 
 @dataclass(frozen=True)
 class Target:
-    """Facts of a GPU that kernels choose by. As they stand here, of none in particular: what Triton's interpreter gets.
+    """Facts of a GPU that kernels choose by. The defaults are for no GPU in particular: what Triton's interpreter gets.
 
     BF16_CONVERSION, E4M3_CONVERSION: it has an instruction that rounds fp32 to the nearest bf16 or e4m3.
     FAST_DIVISION: it has a division in two instructions for divisors that are neither tiny nor huge.
     COHERENT_STORES: other programs of the same launch see a plain store while it runs (NVIDIA's memory model).
-    INLINE_PTX: it runs PTX.
-    BF16_PRODUCTS: its matrix units take bf16 as it is. SHARED_BYTES: of shared memory that a program may have.
+    INLINE_PTX: it runs PTX. BF16_PRODUCTS: its matrix units take bf16 as it is.
+    SHARED_BYTES: shared memory that a program may have.
     """
 
     BF16_CONVERSION: bool = False
@@ -379,10 +380,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How the work is cut: of a row of the table (`table.Config`), which says what each means.
+    """How the work is cut, from a row of the table; `table.Config` says what each field means.
 
-    SLICE: channels of a program's part of an entry. PDL: launched as a dependent of the launch before it. MULTIPROCESSORS: of
-    the GPU. ROUNDED: whether a projection is, to bf16 in any dtype.
+    SLICE: channels of a program's part of an entry. PDL: launched as a dependent of the launch before it. MULTIPROCESSORS: how
+    many the GPU has. ROUNDED: whether a projection is rounded to bf16, whatever dtype it is stored in.
     """
 
     AHEAD: int = 0
@@ -396,11 +397,11 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Product:
-    """How a projection is cut, of a row of its table (`table.Tiling`), and the order of its sums.
+    """How a projection is cut, from a row of its table (`table.Tiling`), and the order of its sums.
 
-    HIDDEN_DIM: numbers of a hidden state. CHUNK: that one chain of instructions sums. COLUMNS, TOKENS, DEPTH: of a tile.
-    PARTS: programs that share a tile, a part of hidden_dim to each. STAGES: tiles under way at once. GROUP: rows
-    of tiles that programs take side by side. SCALED: whether weights are codes with scales.
+    HIDDEN_DIM: numbers of a hidden state. CHUNK: how many of them one chain of instructions sums. COLUMNS, TOKENS, DEPTH: those
+    of a tile. PARTS: programs that share a tile, a part of hidden_dim to each. STAGES: tiles under way at once. GROUP: rows of
+    tiles that programs take side by side. SCALED: whether weights are codes with scales.
     """
 
     HIDDEN_DIM: int
@@ -429,14 +430,14 @@ class Sequence(NamedTuple):
 
 
 class History(NamedTuple):
-    """Of fold rows: the tags of the home of the last position before a step, and of the spare row."""
+    """Tags of fold rows: of the home of the last position before a step, and of the spare row."""
 
     home: object
     spare: object
 
 
 class Tags(NamedTuple):
-    """Of input rows: the tags of the two places of all that a step may read (kernels/places.py)."""
+    """Tags of input rows: of both places of everything that a step may read (kernels/places.py)."""
 
     before_home: object
     before_other: object
@@ -458,9 +459,9 @@ class Live(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """Of input rows: the places of what a step reads, -1 for what it does not.
+    """Places of the input rows that a step reads, -1 for those that it does not.
 
-    before: of the lo rows of the window before the one that it starts in. lo, hi: of rows of that window itself.
+    before: lo rows of the window before the one that it starts in. lo, hi: rows of that window itself.
     """
 
     before: object
@@ -471,8 +472,8 @@ class Kept(NamedTuple):
 class Opened(NamedTuple):
     """A window of fold rows that is being folded, and whose it is.
 
-    live: where its first token would stand in kv_score. apart: of that token, as in `Tokens`. `[begin, stop)`: its new tokens,
-    counted from its first position `x0`. first: whether it is the first one of its sequence in this step.
+    live: where its first token would stand in kv_score. apart: that of this token, as in `Tokens`. `[begin, stop)`: its new
+    tokens, counted from its first position `x0`. first: whether it is the first one of its sequence in this step.
     """
 
     live: object

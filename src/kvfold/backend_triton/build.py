@@ -34,7 +34,7 @@ INTERPRETED = not isinstance(entry.step_kernel, JITFunction)
 
 
 def facts_of(target: GPUTarget) -> Target:
-    """What kernels for this GPU choose by."""
+    """The facts of this GPU that kernels choose by."""
     nvidia = target.backend == "cuda"
     return Target(
         BF16_CONVERSION=nvidia,
@@ -58,7 +58,7 @@ def _shared_bytes(target: GPUTarget) -> int:
 
 @dataclass(frozen=True)
 class Variant:
-    """One of `KERNELS` as it is compiled.
+    """One of `KERNELS`, with all that it is compiled for.
 
     arguments: the type of each run-time argument in order, as in args.py; None for those that this variant leaves out.
     constants: compile-time arguments by name. registers: bound on registers per thread, 0 for none. aligned: whether every
@@ -75,7 +75,7 @@ class Variant:
     multiprocessors: int = MULTIPROCESSORS
 
     def compile(self, target: GPUTarget | None = None) -> CompiledKernel:
-        """For `target`, or for the current device."""
+        """Compiles it for `target`, or for the current device."""
         target = target or triton.runtime.driver.active.get_current_target()
         return triton.compile(self.source_for(target), target=target, options=self.options_for(target))
 
@@ -92,14 +92,14 @@ class Variant:
         return ASTSource(kernel, signature, constants, aligned)
 
     def options_for(self, target: GPUTarget) -> dict[str, object]:
-        """Of the compiler. The bits must not depend on what it fuses; the fused operations are written out."""
+        """Options of the compiler. The bits must not depend on what it fuses, so fused operations are written out."""
         options: dict[str, object] = {"num_warps": self.num_warps, "enable_fp_fusion": False, "launch_pdl": self.pdl}
         if self.registers and target.backend == "cuda":
             options["maxnreg"] = self.registers
         return options
 
     def constants_for(self, target: GPUTarget) -> dict[str, object]:
-        """Compile-time arguments, with what is known of the launch and of the GPU; None for arguments that are left out."""
+        """Compile-time arguments, with facts of the launch and of the GPU; None for arguments that are left out."""
         names = zip(KERNELS[self.kernel].arg_names, self.arguments, strict=False)  # the constants stand behind
         constants = {name: None for name, kind in names if kind is None} | dict(self.constants)
         for name, value in constants.items():

@@ -1,6 +1,6 @@
-"""Which kernel a call needs: keys, by which launchers are found. Launches make them of calls, `warmup` of what calls will be.
+"""Which kernel a call needs: keys, by which launchers are found. Launches make them from calls, `warmup` from calls to come.
 
-A key names all that its kernel depends on, but for the alignment of tensors and dependent launch. Keys of two kinds are never
+A key names all that its kernel depends on, except the alignment of tensors and dependent launch. Keys of two kinds are never
 equal: they differ in length, in types, or in the kind of the table's row.
 """
 
@@ -20,7 +20,7 @@ from .table import ANY, BUCKETS, Config, Tiling, choose, pair_buckets, tilings
 
 
 class Types(NamedTuple):
-    """Dtypes of a call's tensors, None for those that it has not; whether its plan has entry slots, and it latents.
+    """Dtypes of a call's tensors, None for those that it lacks; whether its plan has entry slots, and the call latents.
 
     apart: values and scores are two tensors.
     """
@@ -35,7 +35,7 @@ class Types(NamedTuple):
 
 
 class StepKey(NamedTuple):
-    """Of `compress` over a `FoldState` or a `MeanState`, or without a state. snapshots: whether it leaves any."""
+    """For `compress` over a `FoldState` or a `MeanState`, or without a state. snapshots: whether it takes any."""
 
     spec: CompressorSpec
     fmt: RecordFormat | None
@@ -45,14 +45,14 @@ class StepKey(NamedTuple):
 
 
 class PairKey(NamedTuple):
-    """Of `compress_many`."""
+    """For `compress_many`."""
 
     first: StepKey
     second: StepKey
 
 
 class WindowKey(NamedTuple):
-    """Of `compress` over a `WindowState`.
+    """For `compress` over a `WindowState`.
 
     pages: one of `PAGES`. tables: one of `TABLES`.
     """
@@ -74,7 +74,7 @@ PAGES = ("one", "lanes", "any")
 
 
 class StoreKey(NamedTuple):
-    """Of `store`. rows: dtype of the pooled rows. Without a plan: slots, positions: dtypes; also: the second cache's format."""
+    """For `store`. rows: dtype of pooled rows. Without a plan: slots, positions: dtypes; also: the second cache's format."""
 
     spec: CompressorSpec
     fmt: RecordFormat
@@ -87,7 +87,7 @@ class StoreKey(NamedTuple):
 
 
 class RestoreKey(NamedTuple):
-    """Of `restore`. state: dtype of its rows. rows_per_page: of a snapshot."""
+    """For `restore`. state: dtype of its rows. rows_per_page: rows of a snapshot."""
 
     spec: CompressorSpec
     state: torch.dtype
@@ -95,7 +95,9 @@ class RestoreKey(NamedTuple):
 
 
 class PlanKey(NamedTuple):
-    """Of `StepPlan.update`. windows: of a sequence that one program takes. metadata: an engine's (`args.Metadata`)."""
+    """For `StepPlan.update`. windows: how many of a sequence one program takes. metadata: whether there is any
+    (`args.Metadata`).
+    """
 
     ratio: int
     windows: int
@@ -105,7 +107,7 @@ class PlanKey(NamedTuple):
 
 
 class ProjectKey(NamedTuple):
-    """Of a projection. tensors: that weights are in, 1, 2 or 4.
+    """For a projection. tensors: how many hold the weights, 1, 2 or 4.
 
     sums: the dtype of kv_score, or of its parts where it has several; rounded: to bf16 in any dtype. scaled: whether weights
     are in FP8.
@@ -120,7 +122,7 @@ class ProjectKey(NamedTuple):
 
 
 class AddKey(NamedTuple):
-    """Of the sum of a projection's parts. sums, rounded: as of `ProjectKey`."""
+    """For the sum of a projection's parts. sums, rounded: as in `ProjectKey`."""
 
     parts: int
     sums: torch.dtype
@@ -128,7 +130,7 @@ class AddKey(NamedTuple):
 
 
 class DequantizeKey(NamedTuple):
-    """Of the launch that makes weights in bf16 of those in FP8. tensors: as of `ProjectKey`."""
+    """For the launch that makes bf16 of weights in FP8. tensors: as in `ProjectKey`."""
 
     hidden_dim: int
     tensors: int
@@ -146,8 +148,9 @@ def step_key(
     snapshots: bool = False,
     bucket: float = ANY,
 ) -> StepKey:
-    """Of a call whose windows are of this `bucket`, of a plan for `max_new_tokens`. kind: of the state, or "store". types: as
-    `Types`."""
+    """For a call whose windows are in this `bucket`, with a plan for `max_new_tokens`. kind: that of the state, or "store".
+    types: as in `Types`.
+    """
     # Snapshots take the row for many windows, which has whole rows. No item of fold rows is longer than a window.
     bound = max_new_tokens if kind == "rows" else min(max_new_tokens, spec.ratio)
     return StepKey(spec, fmt, choose(kind, spec, bound, ANY if snapshots else bucket), Types(*types), snapshots)
@@ -176,17 +179,17 @@ def page_sizes(spec: CompressorSpec) -> tuple[int, ...]:
 def store_key(
     spec: CompressorSpec, fmt: RecordFormat, types: tuple[torch.dtype | None, ...], also: RecordFormat | None = None
 ) -> StoreKey:
-    """types: of the pooled rows and the norm weight; without a plan, of slots and positions as well."""
+    """types: those of the pooled rows and the norm weight; without a plan, of slots and positions as well."""
     return StoreKey(spec, fmt, choose("store", spec, 1), *(*types, None, None)[:4], also)
 
 
 def kind_of(spec: CompressorSpec) -> str:
-    """Of the row of the table for a `FoldState`; without a gate for what is left of a call then."""
+    """The kind of the table's row for a `FoldState`; without a gate "store", which is all that is left of a call."""
     return state_kind(spec) if spec.gate else "store"
 
 
 def plan_key(ratio: int, windows_per_sequence: int, no_slots: bool, no_table: bool, metadata: bool = False) -> PlanKey:
-    """With an engine's metadata one kernel is for all that there may be."""
+    """With an engine's metadata, one kernel serves all that it may contain."""
     windows = windows_per_program(windows_per_sequence)
     return PlanKey(ratio, windows, False, False, True) if metadata else PlanKey(ratio, windows, no_slots, no_table)
 
@@ -197,7 +200,7 @@ def windows_per_program(windows_per_sequence: int) -> int:
 
 
 class Wanted(NamedTuple):
-    """What `warmup` makes keys of all kinds for."""
+    """What `warmup` makes keys for."""
 
     dtypes: tuple[torch.dtype, ...]
     steps: tuple[int, ...]
@@ -212,7 +215,7 @@ class Wanted(NamedTuple):
     apart: tuple[bool, ...] = (False,)
 
     def finishes(self, fmt: RecordFormat | None) -> list[tuple[torch.dtype | None, bool, bool]]:
-        """Of `Types` norm weight, entry slots and latents.
+        """Combinations of norm weight, entry slots and latents, as in `Types`.
 
         Without entry slots there can be no cache; without that only latents need the norm weight.
         """
@@ -233,7 +236,7 @@ class Wanted(NamedTuple):
 
 
 def plan_keys(ratios: set[int], states: tuple[str, ...], tables: tuple[str, ...]) -> Iterator[PlanKey]:
-    """For both widths of the kernel: a plan of any length has one of them. A ring alone needs no kernel of its own here."""
+    """Both widths of the kernel: a plan of any length has one of them. A ring needs no plan kernel of its own."""
     for ratio, windows, kind in product(sorted(ratios), (1, 1 << 20), tables):
         for state, no_table in product(states, (False, True)):
             yield plan_key(ratio, windows, state == "window", no_table, kind == "engine")
@@ -253,7 +256,7 @@ def store_keys(
 
 
 def mean_keys(spec: CompressorSpec, fmt: RecordFormat | None, w: Wanted, rows: torch.dtype | None) -> Iterator[StepKey]:
-    """Over a `MeanState`, of specs that can have one."""
+    """Keys over a `MeanState`, for specs that can have one."""
     if not spec.gate or state_kind(spec) != "fold":
         return
     for dtype, bound, finish, apart, bucket in product(w.dtypes, w.steps, w.finishes(fmt), w.apart, BUCKETS):
@@ -303,8 +306,9 @@ def window_keys(
 def project_keys(
     columns: int, hidden_dims: Iterable[int], rounds: Iterable[bool], tensors: tuple[int, ...], weights: Iterable[str]
 ) -> Iterator[ProjectKey | AddKey | DequantizeKey]:
-    """Of kv_score of so many columns. rounds: whether it is rounded to bf16. tensors: as of `ProjectKey`. weights: "bf16" and
-    "fp8"."""
+    """Keys for kv_score of so many columns. rounds: whether it is rounded to bf16. tensors: as in `ProjectKey`. weights: "bf16"
+    and "fp8".
+    """
     stored = [(torch.float32, rounded) for rounded in rounds] + [(torch.bfloat16, True) for rounded in rounds if rounded]
     for width, kept in product(hidden_dims, weights):
         for config, scaled in tilings(columns, kept == "fp8"):

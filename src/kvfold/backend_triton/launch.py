@@ -1,7 +1,7 @@
 """From checked arguments to one kernel launch.
 
-What a call of one layer and one plan launches, and all that is the same from call to call, is prepared once (`Prepared`) and
-remembered by the layer (`storage/remembered.Met`): each call fills in its tokens and scratch.
+What a call of one layer with one plan launches, and all that is the same from call to call, is prepared once (`Prepared`) and
+remembered by the layer (`storage/remembered.Met`); each call fills in its tokens and scratch.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _TOTALS = KERNELS["plan"].arg_names.index("totals")
 class Chosen(NamedTuple):
     """Which kernel calls launch, and how.
 
-    A state remembers the last one, for calls with new plans and caches, as an operator's are: hashing a key takes long.
+    A state remembers the last one, for calls with new plans and caches, as operators make them: hashing a key takes long.
     """
 
     wanted: tuple  # what its key was made of
@@ -71,7 +71,7 @@ class Chosen(NamedTuple):
 
 @dataclass(frozen=True)
 class Prepared:
-    """A call of one layer and one plan: what it asked for, what it launches, and its arguments, packed."""
+    """A call of one layer with one plan: its arguments as given, what it launches, and its arguments as packed."""
 
     asked: tuple
     chosen: Chosen
@@ -80,7 +80,7 @@ class Prepared:
     bits: int
 
     def launch(self, grid: int, brought: tuple, strides: int, pdl: bool) -> None:
-        """brought: values for `places`, None for what is not there, as it is in `values`. strides: of them, or-ed."""
+        """brought: values for `places`, None for those that are None in `values`. strides: theirs, or-ed."""
         values, bits = self.values.copy(), self.bits | strides
         for place, value in zip(self.places, brought):  # noqa: B905 (every call comes here)
             if value is not None:
@@ -92,7 +92,7 @@ class Prepared:
 
 
 def compress_triton(c: Compressor, plan: PlanData, out: Outputs, pdl: bool | None) -> None:
-    """`compress` but over a `WindowState`, after its arguments were checked: one launch on the current stream."""
+    """`compress`, except over a `WindowState`, after its arguments were checked: one launch on the current stream."""
     if plan.item_capacity == 0:
         return
     met, value = owner_of(c, plan)._layer.plans[id(plan)], c.value
@@ -213,7 +213,7 @@ def restore_triton(state: FoldState, snapshots: Snapshots, hits: Hits) -> None:
 
 
 def update_on_gpu(plan: PlanData, given: torch.Tensor, cu_seqlens: torch.Tensor, totals: bool = False) -> None:
-    """`StepPlan.update` after its arguments were checked, for a batch that is not empty. given, totals: as of `Lengths`."""
+    """`StepPlan.update` after its arguments were checked, for a batch that is not empty. given, totals: as in `Lengths`."""
     of_engine = totals or not (side_by_side(given) and side_by_side(cu_seqlens)) or plan.metadata
     known = plan._prepared
     if known is None or known[0] is not plan._token or known[1] != of_engine or plan._token is None:
@@ -234,7 +234,7 @@ def update_on_gpu(plan: PlanData, given: torch.Tensor, cu_seqlens: torch.Tensor,
 
 
 def _update_arguments(plan: PlanData, of_engine: bool) -> list:
-    """All but the lengths, which every update brings. What an engine's plan has not gets an address all the same."""
+    """All arguments but the lengths, which each update brings. What an engine's plan lacks still gets an address."""
     table, entry_slots, metadata = plan.cache_block_table, plan.entry_slots, args.Metadata()
     if of_engine:
         entry_slots, metadata = plan.errors if entry_slots is None else entry_slots, _metadata(plan)
@@ -272,7 +272,7 @@ def _update_arguments(plan: PlanData, of_engine: bool) -> list:
 
 
 def _metadata(plan: PlanData) -> args.Metadata:
-    """What an engine's metadata says, but for `totals`; -1 for what means none and is not there."""
+    """What an engine's metadata says, except `totals`; -1 for numbers that mean none, where there are none."""
     sources = (plan.cache_block_table, TABLE), (plan.token_slots, TOKENS), (plan.slots_given, ENTRIES)
     source = next((kind.value for tensor, kind in sources if tensor is not None), 0)
     slots = plan.slots_given if plan.token_slots is None else plan.token_slots
@@ -291,7 +291,7 @@ def _metadata(plan: PlanData) -> args.Metadata:
 
 
 def _numbers(x: torch.Tensor) -> args.Numbers:
-    """Numbers, or rows of numbers, of any dtype and stride that `checks.check_numbers` lets pass."""
+    """Numbers, or rows of numbers, of any dtype and stride that `checks.check_numbers` accepts."""
     wide = x.dtype == torch.int64
     return args.Numbers(x, 2 * x.stride(0) * (1 + wide) + wide)
 
@@ -363,12 +363,12 @@ def _format(c: Compressor) -> RecordFormat | None:
 
 
 def _keeps(snapshots: Snapshots | None) -> bool:
-    """Whether a page has anything to keep: else the kernel is the one without snapshots."""
+    """Whether a page has anything to keep; if not, the kernel is the one without snapshots."""
     return snapshots is not None and snapshots.rows_per_page > 0
 
 
 def _count(met: Met, plan: PlanData, tokens: int, kinds: tuple[str, ...] = ()) -> tuple[int, float]:
-    """Most windows of a call with so many tokens, and their bucket; remembered. kinds: of its states, where they are two."""
+    """The most windows of a call with so many tokens, and their bucket; remembered. kinds: those of its states, if two."""
     known = met.counted
     if known[0] != tokens or known[1] != kinds:
         grid = most_windows(plan, tokens)
@@ -378,7 +378,7 @@ def _count(met: Met, plan: PlanData, tokens: int, kinds: tuple[str, ...] = ()) -
 
 
 def most_windows(plan: PlanData, tokens: int) -> int:
-    """At least one, as a program counts sequences whose tokens an empty kv_score does not have."""
+    """At least one, as a program has to count sequences whose tokens are missing from an empty kv_score."""
     return max(1, min(plan.item_capacity, plan.items_for(tokens)))
 
 
@@ -414,14 +414,14 @@ def _plan(plan: PlanData) -> args.Plan:
 
 
 def _snap_table(plan: PlanData, *compressors: Compressor) -> args.SnapshotTable:
-    """The plan's table of snapshots, where one of these leaves any."""
+    """The plan's table of snapshots, if one of these compressors takes any."""
     if not any(_keeps(c.snapshots) for c in compressors):
         return args.SnapshotTable()
     return args.SnapshotTable(plan.snapshot_table, plan.snapshot_table.shape[1], plan.snapshot_page_size)
 
 
 def _compressor(c: Compressor, out: Outputs) -> args.Compressor:
-    """Without what a call brings."""
+    """All of it but what a call brings."""
     output = _output(c.cache, c.spec, c.norm_weight, c.rope, out)
     return args.Compressor(args.Tokens(ape=c.ape), _state(c.state), _snapshots(c.snapshots), args.Scratch(), output)
 
@@ -442,7 +442,7 @@ def _snapshots(snapshots: Snapshots | None) -> args.Snapshots:
 
 
 def _steps(*pools: torch.Tensor) -> list[int]:
-    """From slot to slot or page to page; of a single one torch gives any number, which may be no multiple of 16."""
+    """Strides from slot to slot or page to page; 0 for a single one, whose stride in torch may be no multiple of 16."""
     return [pool.stride(0) if pool.shape[0] > 1 else 0 for pool in pools]
 
 
@@ -453,7 +453,7 @@ def _output(
     rope: torch.Tensor | None,
     out: Outputs,
 ) -> args.Output:
-    """Without `out`, which a call brings; the norm weight is there for the cache, and for latents."""
+    """All of it but `out`, which a call brings; the norm weight is there for the cache, and for latents."""
     if cache is None:
         return args.Output(norm_weight=None if out.latent is None else norm_weight)
     rope = rope if spec.rope_dim > 0 else None
@@ -475,10 +475,10 @@ def _output(
 def scratch_of(
     state: FoldState | WindowState | None, slices: int, draws: bool, entries: int, head_dim: int
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """What a call's programs tell each other, zero between calls; None for what they have not to tell.
+    """Memory by which a call's programs communicate, zero between calls; None for what they do not need.
 
-    With several `slices` to an entry, its pooled row in the making, as words of 8 bytes, and the tickets drawn for it
-    (kernels/slices.py); where programs draw items, the count of those that were drawn (kernels/items.py).
+    With several `slices` to an entry: its pooled row so far, as words of 8 bytes, and the tickets drawn for it
+    (kernels/slices.py). Where programs draw items: how many were drawn (kernels/items.py).
 
     Made by the first call of a size and kept by the state, outgrown ones too, as a CUDA graph may have recorded them. Calls of
     several widths may share it (`again.Scratch`), so it is as large as the largest of each.

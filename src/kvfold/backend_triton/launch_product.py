@@ -1,4 +1,4 @@
-"""From checked arguments to the launches that make kv_score of hidden states."""
+"""From checked arguments to the launches that make kv_score from hidden states."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .variants import ADDED_AT_ONCE, DEQUANTIZED_AT_ONCE
 
 
 def product_triton(p: Projection, kv_scores: Sequence[torch.Tensor], pdl: bool) -> None:
-    """kv_score of each compressor: at once for all that are side by side."""
+    """Makes kv_score of each compressor, all in one product where they are side by side."""
     pdl = pdl and supports_pdl(p.hidden.device)
     whole = side_by_side(kv_scores)
     if whole is not None and len(kv_scores) > 1:
@@ -65,7 +65,7 @@ def _rows(
 
 
 def dequantize(weights: tuple[Weight, ...], pdl: bool) -> torch.Tensor:
-    """One launch that makes bf16 of weights in FP8, one behind the other."""
+    """One launch that makes bf16 of weights in FP8, one tensor after the other."""
     given = _weights(weights)
     width = given.rows.shape[1]
     made = torch.empty(given.columns, width, dtype=torch.bfloat16, device=given.rows.device)
@@ -78,7 +78,7 @@ def dequantize(weights: tuple[Weight, ...], pdl: bool) -> torch.Tensor:
 def project(
     hidden: torch.Tensor, weights: tuple[Weight, ...], out: torch.Tensor, config: Tiling, pdl: bool, rounded: bool = False
 ) -> None:
-    """One launch of the product. out: kv_score, or where there are parts all of them, fp32 `[parts, T, columns]`."""
+    """One launch of the product. out: kv_score, or its parts where there are several, fp32 `[parts, T, columns]`."""
     count, columns = out.shape[-2:]
     sums = args.Sums(out, out.stride(-2), out.stride(0) if config.parts > 1 else None)
     groups = args.ProjectArguments(args.Hidden(hidden, hidden.stride(0), count), _weights(weights), sums)
@@ -89,7 +89,7 @@ def project(
 
 
 def add(parts: torch.Tensor, kv_score: torch.Tensor, pdl: bool, rounded: bool) -> None:
-    """One launch that makes kv_score of its parts."""
+    """One launch that makes kv_score from its parts."""
     count, columns = kv_score.shape
     given, made = args.Sums(parts, parts.stride(1), parts.stride(0)), args.Sums(kv_score, kv_score.stride(0))
     values, bits = pack(*flat(args.AddArguments(given, columns, made)))
@@ -117,10 +117,10 @@ def _weights(weights: tuple[Weight, ...]) -> args.Weights:
 
 
 def _tensors(weights: tuple[Weight, ...]) -> int:
-    """That a kernel is compiled for."""
+    """How many tensors of weights a kernel is compiled for."""
     return len(weights) if len(weights) < 3 else 4
 
 
 def _gaps(weights: args.Weights) -> int:
-    """All of them, or-ed."""
+    """All gaps, or-ed."""
     return (weights.gap_1 or 0) | (weights.gap_2 or 0) | (weights.gap_3 or 0)

@@ -1,4 +1,4 @@
-"""Launching compiled kernels, in few microseconds of host time."""
+"""Launching compiled kernels, in a few microseconds of host time."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _hooked() -> bool:
 
 
 class Launcher:
-    """Launches the kernels of one key on one device: the same calls in the four variants of aligned and dependent.
+    """Launches the kernels of one key on one device, in four variants: aligned or not, dependent or not.
 
     A state or a plan keeps the launcher of its last call, as hashing a key takes long (docs/notes/0011).
     """
@@ -112,12 +112,12 @@ class Launcher:
 
 
 def make(variant: Variant, target: GPUTarget) -> CompiledKernel:
-    """From a package, or else by Triton."""
+    """Takes the kernel from a package, or has Triton compile it."""
     return prebuilt.load(variant, target) or variant.compile(target)
 
 
 def launcher_of(key: Key, device: torch.device) -> Launcher:
-    """The one launcher of a key, which names what a kernel depends on as `variants.variant_of` takes it."""
+    """The one launcher of a key, which has all that a kernel depends on, as `variants.variant_of` takes it."""
     found = _launchers.get((device.index, key))
     if found is None:
         found = _launchers.setdefault((device.index, key), Launcher(key, device))  # one for all threads
@@ -125,7 +125,7 @@ def launcher_of(key: Key, device: torch.device) -> Launcher:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; of a CPU, where kernels are interpreted, a number that stands in."""
+    """How many a GPU has; for a CPU, where kernels are interpreted, a number that stands in."""
     return _count_multiprocessors(device.index or 0) if device.type == "cuda" else MULTIPROCESSORS
 
 

@@ -1,8 +1,8 @@
-"""Kernels that were compiled elsewhere: packages are found and checked, and their binaries become what Triton's compiler gives.
+"""Kernels that were compiled elsewhere: finds and checks packages, and makes of their binaries what Triton's compiler returns.
 
-A package is a folder of data: `prebuilt.json`, and each binary in a file that is named by its sha256. It is taken whole or not
-at all: only for the same GPU target and number of multiprocessors, Triton, assembler and sources of kvfold's device code. A
-kernel in it has a key of all else that its code depends on. What does not fit is compiled.
+A package is a folder of data: `prebuilt.json`, and each binary in a file named by its sha256. It is used as a whole or not at
+all: only with the same GPU target, number of multiprocessors, Triton, assembler and sources of kvfold's device code. The key of
+a kernel in it has all else that its code depends on. What does not fit is compiled.
 """
 
 from __future__ import annotations
@@ -59,12 +59,14 @@ WORDS = Facts("the target", "the number of multiprocessors", "Triton", "the asse
 
 
 class Damaged(Exception):
-    """A file of a package is not as it must be; says which."""
+    """A file of a package is damaged; the message says which."""
 
 
 @dataclass(frozen=True)
 class Binary:
-    """sha256: of the file, and its name. name: of the kernel in it. made: what the compiler said of it, in bytes."""
+    """sha256: that of the file, which is its name. name: that of the kernel in it. made: what the compiler said of it, in
+    bytes.
+    """
 
     sha256: str
     name: str
@@ -73,7 +75,7 @@ class Binary:
 
 @dataclass(frozen=True)
 class Package:
-    """folder: where it is. kernels: by their keys. damaged: why nothing of it can be used, "" if it can."""
+    """folder: where it is. kernels: by their keys. damaged: why nothing of it can be used, "" if it can be."""
 
     folder: Path
     facts: Facts | None = None
@@ -81,7 +83,7 @@ class Package:
     damaged: str = ""
 
     def refused(self, here: Facts) -> str:
-        """Why it is not for `here`, "" if it is."""
+        """Why this package is not for `here`, "" if it is."""
         if self.facts is None:
             return self.damaged
         differing = [
@@ -93,19 +95,19 @@ class Package:
 
 
 def facts_of(target: GPUTarget, multiprocessors: int) -> Facts:
-    """Of kernels that are compiled here."""
+    """The facts of kernels that are compiled here."""
     arch = f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
     return Facts(arch, multiprocessors, triton.__version__, _assembler(target), sources())
 
 
 def without_gpu(facts: Facts) -> Facts:
-    """What there is here, for a GPU that is taken to be the right one."""
+    """The facts here, for a GPU that is taken to be the right one."""
     return facts._replace(triton=triton.__version__, sources=sources())
 
 
 @cache
 def _assembler(target: GPUTarget) -> str:
-    """As Triton's own cache knows it, without the copyright."""
+    """The assembler's version as Triton's own cache has it, without the copyright."""
     words = " ".join(str(make_backend(target).hash()).split())
     return words.partition(" release ")[2] or words
 
@@ -123,7 +125,7 @@ def source_files() -> list[Path]:
 
 @cache
 def own_sources(kernel: str) -> str:
-    """Of a kernel that is not in `SOURCES`: of the folder where it is and of the one above, which have its device code."""
+    """The same for a kernel that is not in `SOURCES`: of its folder and of the one above, which have its device code."""
     return _digest(own_files(kernel))
 
 
@@ -143,7 +145,7 @@ def _digest(files: list[Path]) -> str:
 
 
 def key_of(variant: Variant, target: GPUTarget) -> str:
-    """Of a variant and all that the compiler is told for it here, by options and by environment variables."""
+    """The key of a variant, with all options and environment variables that the compiler gets for it here."""
     told = make_backend(target).parse_options(variant.options_for(target)).hash()
     environment = sorted(get_cache_invalidating_env_vars().items())
     key = FORM, variant, own_sources(variant.kernel), told, environment
@@ -151,7 +153,7 @@ def key_of(variant: Variant, target: GPUTarget) -> str:
 
 
 def binary_of(compiled: CompiledKernel, variant: Variant, target: GPUTarget) -> tuple[Binary, bytes]:
-    """What of a compiled kernel a package keeps: the binary, and what no option of the compiler says."""
+    """What a package keeps of a compiled kernel: the binary, and what does not follow from the compiler's options."""
     backend = make_backend(target)
     options = _plain(backend.parse_options(variant.options_for(target)).__dict__)
     made = {
@@ -172,12 +174,12 @@ def manifest_of(facts: Facts, kernels: dict[str, Binary], about: dict[str, objec
 
 
 def _digest_of(rows: dict[str, Any]) -> str:
-    """Of all that a manifest says of its kernels: a number that was changed there would be launched with."""
+    """The hash of all that a manifest says of its kernels: a launch would use a number that was changed there."""
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
 def read(folder: Path) -> Package:
-    """A package, or why it is none; its binaries are read when they are needed."""
+    """A package, or why it cannot be used; its binaries are read when they are needed."""
     try:
         given = json.loads(_bytes(folder / MANIFEST, MOST_MANIFEST))
         if not isinstance(given, dict) or type(given.get("form")) is not int or given["form"] != FORM:
@@ -220,7 +222,7 @@ def _is_made(name: str, value: object) -> bool:
 
 
 def _bytes(path: Path, most: int) -> bytes:
-    """Of a regular file; a link's, too, as environments may be made of links."""
+    """The bytes of a regular file, or of one behind a link, as environments may be made of links."""
     try:
         if not path.is_file():
             raise Damaged(f"{path.name} is missing")
@@ -244,7 +246,7 @@ def use(folder: str | os.PathLike[str]) -> Package:
 
 
 def packages() -> list[Package]:
-    """All that were named, and below every place of `INSTALLED`, in the order in which they are asked."""
+    """All packages, in the order in which they are asked: those that were named, then those below each place of `INSTALLED`."""
     with _lock:
         folders = list(_folders)
     return [_read_once(folder) for folder in dict.fromkeys((*folders, *_installed()))]
@@ -263,7 +265,7 @@ def _read_once(folder: Path) -> Package:
 
 
 def fitting(target: GPUTarget, multiprocessors: int) -> list[Package]:
-    """The packages whose kernels may be loaded. Says so where there are some and none is."""
+    """The packages whose kernels may be loaded. Warns if there are packages but none fits."""
     found = packages()
     if not found:
         return []
@@ -300,20 +302,20 @@ def load(variant: Variant, target: GPUTarget) -> CompiledKernel | None:
 
 
 def covers(variant: Variant, target: GPUTarget) -> bool:
-    """Whether `load` will find it, unless a file is damaged."""
+    """Whether `load` will find this kernel, unless a file is damaged."""
     found = [] if watched() else fitting(target, variant.multiprocessors)
     return bool(found) and any(key_of(variant, target) in package.kernels for package in found)
 
 
 def watched() -> bool:
-    """Whether somebody wants to see or change what Triton compiles: then it must."""
+    """Whether somebody wants to see or change what Triton compiles: then it has to compile."""
     knobs = triton.knobs
     hook = getattr(knobs.runtime, "add_stages_inspection_hook", None)
     return bool(knobs.compilation.always_compile or knobs.compilation.override or knobs.compilation.dump_ir or hook)
 
 
 def _compiled(package: Package, key: str, variant: Variant, target: GPUTarget) -> CompiledKernel:
-    """As `triton.compile` makes it of files of its cache: here of copies, so that what was checked is what is read."""
+    """As `triton.compile` makes it from files of its cache; here from copies, so that what was checked is what is read."""
     one, backend = package.kernels[key], make_backend(target)
     options = backend.parse_options(variant.options_for(target)).__dict__
     if taken := sorted(one.made.keys() & {*options, "hash", "target", "name", "triton_version"}):
@@ -338,7 +340,7 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _say(words: str) -> None:
-    """Once in a process."""
+    """Warns, once in a process."""
     with _lock:
         if words in _said:
             return

@@ -35,7 +35,7 @@ IN_TURN = 0.7
 
 
 def ways(dependent: bool) -> list[tuple[bool, bool]]:
-    """Aligned or not, and as a dependent too where calls may be."""
+    """The ways to launch: aligned or not, and dependent as well as ordinary where calls may be dependents."""
     return [*product((True, False), (False, True)[: 1 + dependent])]
 
 
@@ -49,7 +49,7 @@ def prepare(
     """Builds what calls may need for each key, in all `ways`; `dependent` says of a key whether its calls may be dependents.
 
     Kernels are made in `workers` threads, and loaded in this one as they come. When one does not compile, those that were
-    loaded can be launched, and what was not begun is left. Returns how many were built here, or came from packages.
+    loaded can be launched, and the rest is not started. Returns how many were built here, or came from packages.
     """
     count = multiprocessors(device)
     missing: dict[Variant, list[Launcher]] = {}  # some keys differ in what their kernels do not depend on
@@ -76,7 +76,7 @@ def prepare(
 
 
 def expected(variants: Collection[Variant], target: GPUTarget, workers: int) -> str:
-    """How many are prebuilt, and about how long the others take."""
+    """How many kernels are prebuilt, and about how long the others take."""
     others = [SECONDS.get(variant.kernel, 1.0) for variant in variants if not prebuilt.covers(variant, target)]
     words = f"{len(variants)} kernels, {len(variants) - len(others)} of them prebuilt"
     if not others:
@@ -86,8 +86,9 @@ def expected(variants: Collection[Variant], target: GPUTarget, workers: int) -> 
 
 
 def _apart(variants: Iterable[Variant]) -> list[Variant]:
-    """Those with the same arguments far from each other: Triton up to 3.6 compiles the host's code for each kind of arguments
-    once, and a thread that needs what another one compiles waits."""
+    """Puts kernels with the same arguments far apart: Triton up to 3.6 compiles the host's code once for each kind of
+    arguments, and a thread that needs what another one compiles waits.
+    """
     before: Counter[object] = Counter()
 
     def turn(variant: Variant) -> int:

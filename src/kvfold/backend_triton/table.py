@@ -20,10 +20,10 @@ BUCKETS = (0.5, 1, 1.5, 2, 18, ANY)  # calls are bucketed by windows per multipr
 
 @dataclass(frozen=True)
 class Config:
-    """A row of the table. It serves a call of its `kind` inside its bounds; of several, the first one.
+    """A row of the table. It serves calls of its `kind` within its bounds, if no row before it does.
 
     Attributes:
-        kind: of the state, `"fold"`, `"mean"`, `"rows"` or `"window"`; or `"store"`, which has none.
+        kind: that of the state, `"fold"`, `"mean"`, `"rows"` or `"window"`; or `"store"`, which has none.
         head_dims: narrowest and widest entry it serves.
         window_rows: fewest and most tokens per entry (`spec.window_rows`).
         max_new_tokens: longest step of a sequence, by the plan's bound.
@@ -34,15 +34,15 @@ class Config:
         registers: bound on registers per thread, so that more programs share a multiprocessor; 0 for none.
         programs: most programs per multiprocessor, each of which takes work in turn; 0 for one per work item, which has all
             its loads under way before the first use, so that `ahead` holds a step.
-        together: with `programs`, `"fold"` and `"rows"`: windows that a program folds side by side; of `"rows"`, where all rows
-            of a window are ahead.
-        pair_programs: `programs` of each of two compressors in one launch, of which this is the first one's row, where
-            `programs` would have two windows each or less; 0 for `programs`.
+        together: with `programs`, `"fold"` and `"rows"`: windows that a program folds side by side; for `"rows"`, only where
+            all rows of a window are ahead.
+        pair_programs: `programs` for each of two compressors in one launch whose first one has this row, where `programs`
+            would have at most two windows each; 0 for `programs`.
         bucket: most windows of a call, per multiprocessor.
         prompt: `"window"`: a program that pools rows that are all new also writes them. Any value gives the same bits.
-        spills, pair_spills, engine_spills: bytes that a thread may spill on sm_90, alone, as the first of two in one launch,
-            and over a `WindowState` with an engine's tables or rings: what the worst kernel does, kv_score in bf16, under
-            `SPILLS_TRITON`. Only rows that bound registers may: they were fastest so.
+        spills, pair_spills, engine_spills: bytes that a thread may spill on sm_90: alone, as the first of two in one launch,
+            and over a `WindowState` with an engine's tables or rings. It is what the worst kernel spills with bf16 kv_score,
+            under `SPILLS_TRITON`. Only rows that bound registers may spill: they were fastest so.
     """
 
     kind: str
@@ -94,7 +94,7 @@ def _row(
     engine_spills: Sequence[int] = (),
     **how: Any,
 ) -> Row:
-    """A row for these widths, or for all. spills, engine_spills: of each, if any spills."""
+    """A row for these widths, or rows for all. spills, engine_spills: those of each width, if any spills."""
     widths = widths or tuple(_WARPS)
     none = (0,) * len(widths)
     return tuple(
@@ -104,7 +104,7 @@ def _row(
 
 
 def _scaled(row: Row) -> Row:
-    """The rule for widths: for 256 channels twice and for more four times the warps, and as many times fewer programs."""
+    """The rule for widths: 256 channels take two times and more take four times the warps, and as many times fewer programs."""
     return tuple(
         replace(c, num_warps=c.num_warps * _WARPS[c.head_dims], programs=c.programs // _WARPS[c.head_dims]) for c in row
     )
@@ -164,22 +164,22 @@ CONFIGS: Row = tuple(config for row in ROWS for config in row)
 
 @dataclass(frozen=True)
 class Tiling:
-    """A row of the table of projections. It serves steps of up to `max_tokens` tokens and kv_score of up to `max_columns`; of
-    several, the first one. Rows that have a `round` serve what others do not: a step takes the one that is soonest done.
+    """A row of the table of projections. It serves steps of up to `max_tokens` tokens and kv_score of up to `max_columns`
+    columns, if no row before it does. Rows with a `round` serve all other steps: a step takes the one that is done soonest.
 
     Attributes:
-        columns, tokens: of kv_score, in a tile, which is a program's. Columns are at least 64, so that Hopper has one kind of
-            instruction for all of them; any value then gives the same bits.
-        depth: numbers of hidden states and weights that a tile takes at once. Any value gives the same bits; of weights in FP8
-            it divides a block.
-        parts: programs that share a tile, a part of hidden_dim each: 8, 4 or 1. Any of these gives the same bits.
-        stages: of `depth` numbers that are under way at once, of each of two chunks where parts are 4 or 1; fewer on a GPU that
-            has not the room.
+        columns, tokens: those of kv_score in a tile, the work of one program. Columns are at least 64, so that Hopper uses one
+            kind of instruction for all; any such value gives the same bits.
+        depth: numbers of hidden states and weights that a tile takes at once. Any value gives the same bits; with weights in
+            FP8 it divides a block.
+        parts: programs that share a tile, with a part of hidden_dim each: 8, 4 or 1. Any of these gives the same bits.
+        stages: how many times `depth` numbers are under way at once, of each of two chunks where parts are 4 or 1; fewer on a
+            GPU without enough shared memory.
         num_warps: per program. Any value gives the same bits.
         group: rows of tiles, of tokens, that programs take side by side. Any value gives the same bits.
-        round: microseconds that a program to each multiprocessor takes, with its part of what follows, on an H200 at a
-            hidden_dim of 7168. What counts is how rows compare.
-        spills: as of `Config`: of tiles that are not in parts, at the ends of loops, where a thread has three sums of its own.
+        round: microseconds that one program on each multiprocessor takes, with its part of what follows, on an H200 at a
+            hidden_dim of 7168. Only how rows compare matters.
+        spills: as in `Config`. Tiles without parts spill at the ends of loops, where a thread has three sums of its own.
     """
 
     max_tokens: int
@@ -195,15 +195,15 @@ class Tiling:
     spills: int = 0
 
     def tiles(self, tokens: int, columns: int) -> int:
-        """Of a call, each of which `parts` programs share."""
+        """How many tiles a call has, each shared by `parts` programs."""
         return -(-columns // self.columns) * -(-tokens // self.tokens)
 
     def time(self, tokens: int, columns: int, multiprocessors: int) -> float:
-        """Of a call, by whole rounds."""
+        """Microseconds of a call, by whole rounds."""
         return self.round * -(-self.tiles(tokens, columns) * self.parts // multiprocessors)
 
     def depth_for(self, chunk: int) -> int:
-        """No tile is of two chunks."""
+        """The depth for this hidden_dim: no tile may cross from one chunk into the next."""
         return self.depth if chunk % self.depth == 0 else HIDDEN_STEP
 
 
@@ -229,7 +229,7 @@ SCALED: tuple[Tiling, ...] = (
 
 
 def tiling(tokens: int, columns: int, multiprocessors: int = MULTIPROCESSORS) -> Tiling:
-    """The row that serves a step of so many tokens, of kv_score of so many columns."""
+    """The row that serves a step of so many tokens and kv_score of so many columns."""
     first = next(row for row in TILINGS if tokens <= row.max_tokens and columns <= row.max_columns)
     if not first.round:
         return first
@@ -237,7 +237,7 @@ def tiling(tokens: int, columns: int, multiprocessors: int = MULTIPROCESSORS) ->
 
 
 def whole_rounds(tokens: int, columns: int, multiprocessors: int = MULTIPROCESSORS) -> int:
-    """Tokens from which on a step is sooner done as another one, as those before fill rounds of the last row; 0 for none."""
+    """The tokens to cut from a step, which fill rounds of the last row, where that saves time; 0 for none."""
     last = TILINGS[-1]
     across = last.tiles(1, columns)
     rounds = last.tiles(tokens, columns) // multiprocessors
@@ -254,13 +254,14 @@ def whole_rounds(tokens: int, columns: int, multiprocessors: int = MULTIPROCESSO
 
 
 def scaled_tiling(tokens: int, columns: int) -> Tiling | None:
-    """The same of weights in FP8; None where they are made bf16 before."""
+    """The same for weights in FP8; None where they are made bf16 before."""
     return next((row for row in SCALED if tokens <= row.max_tokens and columns <= row.max_columns), None)
 
 
 def tilings(columns: int, scaled: bool = False) -> tuple[tuple[Tiling, bool], ...]:
-    """Those that serve some step, and whether over weights in FP8. scaled: whether calls have such weights, which longer steps
-    make bf16 first."""
+    """All rows that serve some step, each with whether it is for weights in FP8. scaled: whether calls have such weights, which
+    longer steps make bf16 first.
+    """
     found = [tiling(row.max_tokens, columns) for row in TILINGS if not row.round] + [row for row in TILINGS if row.round]
     rows = [(row, False) for row in found if not scaled or scaled_tiling(row.max_tokens, columns) is None]
     if scaled:
@@ -275,15 +276,15 @@ def item_bucket(windows: int, multiprocessors: int, buckets: tuple[float, ...] =
 
 
 def pair_buckets(kinds: set[str]) -> tuple[float, ...]:
-    """Those of two compressors in one launch, whose states are of these `kinds`.
+    """The buckets of two compressors in one launch, whose states are of these `kinds`.
 
-    Fold rows of few windows are shared in slices, and a pair's kernel has no workspace for them.
+    Few windows of fold rows would be shared in slices, for which a pair's kernel has no workspace.
     """
     return BUCKETS if kinds == {"rows"} else (ANY,)
 
 
 def choose(kind: str, spec: CompressorSpec, max_new_tokens: int, bucket: float = ANY) -> Config:
-    """The first row of the table that serves a call. bucket: of its windows (`item_bucket`).
+    """The first row of the table that serves a call. bucket: that of its windows (`item_bucket`).
 
     Raises:
         UnsupportedError: there is none.
@@ -335,7 +336,7 @@ def in_words() -> list[tuple[str, ...]]:
 
 
 def _in_words(row: Row, c: Config) -> tuple[str, ...]:
-    """c: the narrowest of the row."""
+    """c: the config of the row's narrowest width."""
     programs, spills = "-" if c.kind == "store" else "one each", "-"
     if c.programs:
         programs = _each(one.programs for one in row) + (f" ({c.pair_programs})" if c.pair_programs else "")

@@ -213,7 +213,7 @@ def _tokens(spec: CompressorSpec, types: Types) -> args.Tokens:
 
 
 def _compressor(key: StepKey, slices: int) -> args.Compressor:
-    """slices: programs that share an entry."""
+    """slices: how many programs share an entry."""
     pointer = POINTERS[key.types.state]
     scratch = types_of(args.Scratch)
     if slices == 1:
@@ -247,7 +247,7 @@ def _output(
 
 
 def _constants(key: StepKey, slices: int) -> dict[str, object]:
-    """Of one compressor over a `FoldState` or a `MeanState`, or without a state."""
+    """Constants of one compressor over a `FoldState` or a `MeanState`, or without a state."""
     spec, config, kind = key.spec, key.config, key.config.kind if key.spec.gate else ""
     ahead = config.ahead if kind in ("fold", "mean") else min(config.ahead, spec.window_rows)
     together = config.together if kind == "fold" or draws_items(spec, config) else 1
@@ -264,12 +264,12 @@ def spec_of(spec: CompressorSpec) -> Spec:
 
 
 def format_of(fmt: RecordFormat | None, spec: CompressorSpec) -> Format:
-    """Without a cache nothing of a format is compiled in; any value serves, and one value means one kernel."""
+    """Without a cache nothing of a format is compiled in; any value would do, and a fixed one means one kernel."""
     return Format(**(fmt or FORMATS["bf16"]).constants(spec))
 
 
 def draws_items(spec: CompressorSpec, config: Config) -> bool:
-    """Whether programs draw the last of their items (kernels/items.py): in long steps over rows that are all ahead."""
+    """Whether programs draw the last of their items (kernels/items.py): in long steps whose rows are all ahead."""
     return config.kind == "rows" and config.programs > 0 and config.ahead >= spec.window_rows
 
 
