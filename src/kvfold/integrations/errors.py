@@ -6,7 +6,7 @@ import torch
 
 
 class Errors(dict[torch.device, torch.Tensor]):
-    """By device an int32 `[1]`, which is `errors` of plans there. It is made when it is first asked for: not in a graph."""
+    """For each device an int32 `[1]`, the `errors` of all plans there. Made on first use, which must not be in a graph."""
 
     def __missing__(self, device: torch.device) -> torch.Tensor:
         with torch.inference_mode(False):  # it outlives the step that makes it
@@ -14,5 +14,5 @@ class Errors(dict[torch.device, torch.Tensor]):
         return made
 
     def total(self) -> int:
-        """Over all devices. Waits for them."""
+        """The sum over all devices. Waits for them."""
         return sum(int(count) for count in self.values())

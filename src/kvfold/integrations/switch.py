@@ -1,6 +1,6 @@
 """Which engines kvfold plugs itself into: asked for by the environment variable `KVFOLD_ENGINES`, and done.
 
-`KVFOLD_ENGINES=vllm`, or with the state that `register` takes behind it: `KVFOLD_ENGINES=vllm:fold,sglang`.
+`KVFOLD_ENGINES=vllm`, or with the state that `register` takes after the name: `KVFOLD_ENGINES=vllm:fold,sglang`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ ON: dict[str, str] = {}
 
 
 def asked_for(engine: str) -> bool:
-    """Whether `KVFOLD_ENGINES`, names with commas between them, has this engine; a name of none is a `ValueError`."""
+    """Whether `KVFOLD_ENGINES`, names separated by commas, has this engine; an unknown name is a `ValueError`."""
     return engine in _asked()
 
 
 def state_for(engine: str, states: tuple[str, ...]) -> str:
-    """The state that `KVFOLD_ENGINES` has behind the engine's name; the first of `states` where it has none.
+    """The state that `KVFOLD_ENGINES` has after the engine's name; the first of `states` if it has none.
 
     Raises:
         ValueError: it is none of `states`.
@@ -32,7 +32,7 @@ def state_for(engine: str, states: tuple[str, ...]) -> str:
 
 
 def _asked() -> dict[str, str]:
-    """By the name of an engine the state behind it, "" for none."""
+    """The state after each engine's name, "" for none."""
     asked = [name.strip().partition(":") for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
     for name, _, _ in asked:
         if name not in ENGINES:

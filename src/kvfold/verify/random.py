@@ -82,7 +82,7 @@ class Shape:
 
     @property
     def nobodys(self) -> int:
-        """Pages and slots at the begin of each pool that are nobody's, as their number means none."""
+        """Pages and slots at the start of each pool that belong to nobody, as their number means none."""
         return int(self.told.null == 0)
 
 

@@ -1,7 +1,7 @@
 """What is made once for tensors at the same addresses, so that a call allocates nothing and a CUDA graph may record it.
 
-An operator is given tensors, and not what kvfold makes of them: states, plans and caches. TensorRT-LLM passes the same buffers
-in every step, or the same parts of them, so each of these objects is found again by where its tensors are.
+An operator is given tensors, not the states, plans and caches that kvfold makes of them. TensorRT-LLM passes the same buffers
+in every step, or the same parts of them, so each of these objects is found again by the addresses of its tensors.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def recorded(device: torch.device) -> bool:
 
 
 def forget() -> None:
-    """Lets go of all states, plans and caches, and of the buffers that they are of: before an engine makes its pools anew.
+    """Drops all states, plans and caches, and with them their buffers. Call it before an engine allocates its pools again.
 
-    CUDA graphs that were recorded before must not be replayed behind this. It is as if `step` had never been called.
+    CUDA graphs that were recorded before must not be replayed after it. It is as if `step` had never been called.
     """
     global _steps
     _steps = 0
@@ -84,10 +84,11 @@ class Shared:
 
 
 def step() -> None:
-    """Says that a step begins: until the next one, metadata at the same addresses stays what it is.
+    """Says that a step begins: until the next call, metadata at the same addresses does not change.
 
-    Then one plan update serves all layers of a ratio. Call it at the top of the model's forward, which a CUDA graph records
-    too, and again behind whatever changes metadata in it. Until it is called for the first time every call updates its plan.
+    Then one plan update serves all layers of a ratio. Call it at the top of the model's forward, where a CUDA graph records it
+    too, and again after anything that changes metadata inside. Until it is called for the first time, every operator updates
+    its plan.
     """
     global _steps
     _steps += 1
@@ -112,7 +113,7 @@ def bucket(count: int) -> int:
 
 
 def state_of(paged_kv: torch.Tensor, paged_score: torch.Tensor, page_size: int, channels: int) -> WindowState:
-    """The two pools as a state, whatever shape they came in: their rows stand one behind the other."""
+    """The two pools as a state, whatever their shape: their rows are contiguous."""
 
     def make() -> WindowState:
         return WindowState(*(_pages(name, x, page_size, channels) for name, x in pools))
@@ -133,7 +134,7 @@ def _pages(name: str, pool: torch.Tensor, page_size: int, channels: int) -> torc
 
 
 class Lengths(NamedTuple):
-    """What a step adds. name: "start_pos" or "seq_lens", which `given` are."""
+    """Lengths of a step. name: whether `given` are "start_pos" or "seq_lens"."""
 
     name: str
     given: torch.Tensor
@@ -150,8 +151,9 @@ def plan_of(
 ) -> StepPlan:
     """A plan for this step, updated: by one launch, or by none if another layer was given the same in the same step.
 
-    What a plan has of a step is all layers'; each has its block tables, and so a plan of its own over the same memory. Layers
-    of another width have other memory, as an engine runs an indexer's compressor on a stream beside the main one's.
+    All layers share what a plan has of a step; each has its own block tables, and so a plan of its own over the same memory.
+    Layers of another width have other memory, as an engine may run an indexer's compressor on another stream than the main
+    one's.
     """
     device, ratio, options = lengths.given.device, spec.ratio, {"page_size": page_size, **more}
     described = tuple((name, place(x) if isinstance(x, torch.Tensor) else x) for name, x in options.items())
@@ -180,7 +182,7 @@ def cache_of(
     scales: torch.Tensor | None,
     scale: float | torch.Tensor,
 ) -> EntryCache:
-    """The blocks of a cache; in a format that keeps scales apart they stand behind the values of each block, or in `scales`."""
+    """The blocks of a cache; in a format that keeps scales apart, these follow the values of each block, or are in `scales`."""
 
     def make() -> EntryCache:
         block = fmt.page_bytes(spec, tokens_per_block)  # of values, where scales are apart

@@ -49,14 +49,14 @@ def schemas(nvfp4: bool = False) -> dict[str, str]:
 
 
 def register(*, replace: bool = False, nvfp4: bool = False) -> None:
-    """Makes `torch.ops.trtllm.compressor_*` kvfold's, for CUDA and CPU tensors. Once more does nothing.
+    """Makes `torch.ops.trtllm.compressor_*` kvfold's, for CUDA and CPU tensors. A second call does nothing.
 
-    Import `tensorrt_llm` before, if it is there at all: torch lets nobody define an operator twice, so afterwards its import
-    fails.
+    If `tensorrt_llm` is installed, import it before: torch lets nobody define an operator twice, so its import would fail
+    afterwards.
 
     Args:
         replace: take over operators that another library has defined; their schemas stay as they are.
-        nvfp4: where nobody has defined them: the schema that can store NVFP4.
+        nvfp4: if nobody has defined them, use the schema that can store NVFP4.
 
     Raises:
         RuntimeError: an operator is defined, and `replace` is false; or it takes an argument that kvfold does not know.
@@ -102,7 +102,7 @@ def unregister() -> None:
 
 
 def _defined(name: str) -> torch._C.FunctionSchema | None:
-    """The schema of an operator, by whomever it was defined."""
+    """The schema of an operator, whoever defined it."""
     found = torch._C._jit_get_schemas_for_operator(f"{NAMESPACE}::{name}")
     return found[0] if found else None
 

@@ -51,8 +51,8 @@ def paged_kv_compress(
         kv_score: bf16 or fp32 `[T, 2 * channels]`. paged_kv, paged_score: mutated, fp32 or bf16 pages of `page_size` rows.
         output: mutated, bf16 or fp32 `[n, head_dim]`: entry i of request b is row `cu_kv_comp[b] + i`; others stay as they are.
         kv_lens: int32 `[B]`, tokens of each request with the new ones. cu_seq_lens, cu_kv_comp: int32 `[B + 1]`.
-        new_tokens_per_seq: looked at for its type alone: request b brings rows `[cu_seq_lens[b], cu_seq_lens[b + 1])`, of which
-            there must be as many as it says.
+        new_tokens_per_seq: only its type is checked: request b brings rows `[cu_seq_lens[b], cu_seq_lens[b + 1])`, whose number
+            it must be.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -89,7 +89,7 @@ def prefill_reduction(
 ) -> None:
     """Context: the same for prompts and their chunks, of any length. Request b had `start_pos[b]` tokens before.
 
-    `kv_lens` is what that and `cu_seq_lens` say anyhow, and not read; `max_outputs`, most entries of a request, is not needed.
+    `kv_lens` follows from that and `cu_seq_lens`, and is not read; `max_outputs`, most entries of a request, is not needed.
     """
     check_int("batch_size", batch_size, 0, 1 << 24)
     pools = Pools(paged_kv, paged_score, block_table_kv, block_table_score, page_size)
@@ -135,7 +135,7 @@ def first_rows(name: str, x: torch.Tensor, count: int, device: torch.device) -> 
 
 
 def tables_of(pools: Pools, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows of the requests of both block tables."""
+    """The rows of both block tables that belong to the requests."""
     check_rows("block_table_kv", pools.block_table_kv, batch)
     check_rows("block_table_score", pools.block_table_score, batch)
     return pools.block_table_kv[:batch], pools.block_table_score[:batch]
@@ -150,5 +150,5 @@ def check_rows(name: str, x: torch.Tensor, least: int) -> None:
 def pooling_spec(
     head_dim: int, ratio: int, rope_dim: int = 0, norm_eps: float = 1e-6, hadamard: bool = False
 ) -> CompressorSpec:
-    """TensorRT-LLM's compressors: windows overlap at ratio 4, and ape is always there, be it of zeros."""
+    """TensorRT-LLM's compressors: windows overlap at ratio 4, and there always is an ape, even if it is all zeros."""
     return CompressorSpec(head_dim, ratio, overlap=ratio == 4, rope_dim=rope_dim, norm_eps=norm_eps, hadamard=hadamard)

@@ -63,16 +63,16 @@ def postprocess_scatter(
 
     Args:
         kv_comp: bf16 `[n, head_dim]`; fp32 with `cache_scale_type` 0. rms_weight: `[head_dim]`, bf16 or fp32.
-        kv_out: mutated if given, as `kv_comp`: rows that are finished, before they are quantized.
+        kv_out: mutated if given, like `kv_comp`: the finished rows, before they are quantized.
         cos_sin_table: fp32 `[max_pos, 2, rope_dim / 2]`. position_ids: int32 `[n]`.
         kv_cache: mutated: contiguous blocks of `tokens_per_block` records. block_offsets: int32 `[B, width]`.
         num_outputs, start_pos: int32 `[B]`. cu_kv_comp: int32 `[B + 1]`. compressed_mask: bool `[n]`.
         cache_scale_type: 0 plain, 1 fp8 of scale 1, 2 fp8 with a scale for 128 values, 3 MXFP4, 4 NVFP4.
-        quant_output, scale_output: mutated if given, of types 2 and 3: codes and scales of each row, `[n, ...]`, both or none.
-        kv_cache_scale, nvfp4_global_scale: of type 4: blocks of scales, mutated, and the factor that goes with them.
+        quant_output, scale_output: mutated if given, for types 2 and 3: codes and scales of each row, `[n, ...]`, both or none.
+        kv_cache_scale, nvfp4_global_scale: for type 4: blocks of scales, mutated, and the factor that goes with them.
 
     Raises:
-        TypeError, ValueError: naming the argument; `UnsupportedError` for what TensorRT-LLM has and kvfold has not.
+        TypeError, ValueError: naming the argument; `UnsupportedError` for what TensorRT-LLM has and kvfold lacks.
     """
     if kv_comp.dim() != 2:
         raise ValueError(f"kv_comp must have shape [n, head_dim], got {list(kv_comp.shape)}")
@@ -119,7 +119,7 @@ def rows_of_table(table: torch.Tensor, rope_dim: int, device: torch.device) -> t
 
 @lru_cache(maxsize=64)
 def finishing_spec(head_dim: int, nope_dim: int, rope_dim: int, eps: float, hadamard: bool) -> CompressorSpec:
-    """Of rows that are finished one by one: the operator is not told what the ratio was."""
+    """A spec for rows that are finished one by one: the operator is not told what the ratio was."""
     if nope_dim + rope_dim != head_dim:
         raise ValueError(f"nope_dim and rope_dim must add up to {head_dim}, as wide as kv_comp, got {nope_dim} and {rope_dim}")
     return CompressorSpec(head_dim, 1, has_ape=False, rope_dim=rope_dim, norm_eps=eps, hadamard=hadamard, gate=False)

@@ -1,4 +1,4 @@
-"""`compress_records`: what TensorRT-LLM's `Compressor.forward` does behind its projection, as a plan update and one launch."""
+"""`compress_records`: what TensorRT-LLM's `Compressor.forward` does after its projection, as a plan update and one launch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def compress_records(
 ) -> None:
     """Stores the rows of all new tokens, of prompts, chunks and generation at once, and the records of all windows that end.
 
-    The bytes are those of the operators, one behind the other. Between pooling and norm rows are rounded to bf16, as there.
+    The bytes are those of the operators, one after the other: rows are rounded to bf16 between pooling and norm, as there.
 
     Args:
         kv_score: bf16 or fp32 `[T, 2 * channels]`, the projection of the step's tokens.
@@ -42,9 +42,9 @@ def compress_records(
         cos_sin_table: fp32 `[max_pos, 2, rope_dim / 2]`.
         kv_lens: int32 `[B]`, tokens of each request with the new ones. cu_seq_lens: int32 `[B + 1]`.
         block_table: int32 `[B, width]`, blocks of `kv_cache`; -1 drops what would go there.
-        max_new_tokens: most of one request, where that is known: 1 to 4 in generation, which has kernels of its own.
-        scale: of type 1: what values are divided by, or fp32 `[1]` on the device; of type 4: the global factor.
-        kv_cache_scale: of type 4: blocks of scales, mutated.
+        max_new_tokens: most new tokens of one request, if known: 1 to 4 in generation, which has kernels of its own.
+        scale: for type 1 the number that values are divided by, or fp32 `[1]` on the device; for type 4 the global factor.
+        kv_cache_scale: for type 4 blocks of scales, mutated.
 
     Raises:
         TypeError, ValueError: naming the argument.

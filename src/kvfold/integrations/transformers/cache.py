@@ -214,6 +214,6 @@ class LayerFold:
             return
         raise UnsupportedError(
             f"a rewind from {self.length} to {length} tokens: kvfold can go back by up to max_new_tokens="
-            f"{self.max_new_tokens}, an argument of patch(), and, if that is more than 1, to the begin of the last step, here"
+            f"{self.max_new_tokens}, an argument of patch(), and, if that is more than 1, to the start of the last step, here"
             f" {self.step_start}"
         )

@@ -3,7 +3,7 @@
 A patched compressor runs transformers' own forward, but hands it a stand-in for the cache layer. There transformers gives away
 the projected rows and asks for the entries so far; the stand-in folds the rows with kvfold and answers with a view of storage.
 Projections and block bias stay transformers' own, whatever its version, and so does the indexer's top-k where it has a choice.
-A hook does that and not the class, as tools like accelerate replace the forward of a module.
+A hook does this and not the class, as tools like accelerate replace the forward of a module.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class _PoolingLayer:
 
 
 class _Kvfold:
-    """What both compressors have beside transformers' own."""
+    """What both compressors add to transformers' own."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -209,7 +209,7 @@ def switch_on(module: nn.Module, hook: CompressorHook) -> None:
 
 
 def switch_off(module: nn.Module) -> None:
-    """The opposite."""
+    """Undoes `switch_on`."""
     for handle in module.__dict__.pop(MARK):
         handle.remove()
     for one in weights.parts(module).values():
@@ -217,7 +217,7 @@ def switch_off(module: nn.Module) -> None:
 
 
 def check_options(backend: str | None, max_new_tokens: int) -> None:
-    """Refuses options of `patch` and `register` that are none."""
+    """Refuses invalid options of `patch` and `register`."""
     if backend not in (None, "torch", "triton"):
         raise ValueError(f"backend must be None, 'torch' or 'triton', got {backend!r}")
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:

@@ -1,11 +1,11 @@
 """kvfold inside Hugging Face transformers: `patch(model)` and `register()` let DeepSeek-V4's compressors pool with kvfold.
 
-How close the result is. In fp32 both compute the same mean up to summation order. In bf16 (unit roundoff u = 2^-8)
-transformers rounds the softmax weights, their products with the values, and the sum, each by at most u relative, so a pooled
-channel is off by at most `3u * sum_j w_j |k_j|`, plus second order. With `kappa = ||sum_j w_j |k_j||| / ||sum_j w_j k_j||`
-(both norms over the channels of a row; 1 without cancellation) that is `3 kappa u` of the row's norm. RMSNorm scales a row and
-keeps relative error, to first order. Behind it transformers rounds the normed row, the cosines and the sines, and the rotated
-row, kvfold only the last: 4u. Together, for a norm weight of one (otherwise times its largest over its root mean square):
+How close the result is. In fp32 both compute the same mean up to summation order. In bf16 (unit roundoff u = 2^-8) transformers
+rounds the softmax weights, their products with the values, and the sum, each by at most u relative, so a pooled channel is off
+by at most `3u * sum_j w_j |k_j|`, plus second order. With `kappa = ||sum_j w_j |k_j||| / ||sum_j w_j k_j||` (both norms over
+the channels of a row; 1 without cancellation) that is `3 kappa u` of the row's norm. RMSNorm scales a row and keeps relative
+error, to first order. After it transformers rounds the normed row, the cosines and the sines, and the rotated row, kvfold only
+the last: 4u. Together, for a norm weight of one (otherwise times its largest over its root mean square):
 
     ||entry_kvfold - entry_transformers|| <= (3 kappa + 4) u ||entry||
 
@@ -48,13 +48,13 @@ def patch(model: nn.Module, *, backend: str | None = None, max_new_tokens: int =
     Works with `model(...)` and `model.generate(...)`, greedy, sampling and beam search, with and without a cache, and under
     `torch.compile(fullgraph=True)`. Threads may use one patched model at once, each with caches of its own. Patched models and
     their caches can be copied, pickled and saved. Weights are read at every call, so the model may be cast, moved, loaded,
-    edited and offloaded as before; a changed `position_bias` holds for windows that begin later. A call that fails leaves the
-    cache that it was given as it was, but for a compiled one.
+    edited and offloaded as before; a changed `position_bias` holds for windows that begin later. A call that fails leaves its
+    cache as it was, unless the call is compiled.
 
-    Padding is what it is in transformers: it is pooled like any token.
+    Padding is pooled like any token, as in transformers.
 
-    Gradients: whole sequences have them (`kvfold.training`), in train and in eval mode. A step from a filled cache has none
-    through its compressors: in train mode it is refused where one would be lost, in eval mode it runs detached.
+    Whole sequences have gradients (`kvfold.training`), in train and in eval mode. A step from a filled cache has none through
+    its compressors: in train mode it is refused where a gradient would be lost, in eval mode it runs detached.
 
     Limits, each refused with an `UnsupportedError`: fp16 projections (bf16 and fp32 are supported); static and quantized
     caches; rotary embeddings that change with the sequence length; weights on the meta device that no hook loads when their
@@ -109,11 +109,12 @@ def unpatch(model: nn.Module) -> None:
 
 
 def register(*, backend: str | None = None, max_new_tokens: int = 1) -> None:
-    """DeepSeek-V4 models that are made from now on, by `from_pretrained`, `from_config` or their class, pool with kvfold.
+    """Makes DeepSeek-V4 models pool with kvfold that are created from now on, by `from_pretrained`, `from_config` or their
+    class.
 
-    They are as after `patch`, but for one thing: a call that fails may leave its cache changed, as transformers' own do. The
-    classes are registered with `transformers.monkey_patching`, where that is there, and in the table by which attention layers
-    make their compressors. A second call changes the arguments, which are those of `patch`.
+    They are as after `patch`, except that a call that fails may leave its cache changed, as transformers' own do. The classes
+    are registered with `transformers.monkey_patching`, if this version has it, and in the table by which attention layers make
+    their compressors. A second call changes the arguments, which are those of `patch`.
 
     Raises:
         ValueError: naming the argument; another class is registered for one of the compressors.
@@ -129,7 +130,7 @@ def register(*, backend: str | None = None, max_new_tokens: int = 1) -> None:
 
 
 def unregister() -> None:
-    """Takes `register` back. Models that were made before stay as they are; `unpatch(model)` changes them.
+    """Takes `register` back. Models that exist stay as they are; `unpatch(model)` changes them.
 
     Raises:
         ValueError: nothing is registered.
@@ -220,7 +221,7 @@ def _before_step(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None
 
 
 def _check_lengths(lengths: list[int]) -> None:
-    """A crop goes layer by layer, and a step does: one that ends halfway, by Ctrl-C too, leaves layers behind each other."""
+    """Refuses layers of different lengths: a crop or a step goes layer by layer, and may have ended halfway, by Ctrl-C too."""
     if len({*lengths}) > 1:
         held = ", ".join(map(str, lengths))
         after = "as after a crop that failed or a call that was interrupted"

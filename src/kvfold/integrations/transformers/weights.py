@@ -84,7 +84,7 @@ def norm_weight(part: Any, device: torch.device) -> torch.Tensor:
 
 
 def entry_dtype(part: Any, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What dtype the module's norm makes of rows of `dtype`: versions of transformers differ where its weight is fp32."""
+    """The dtype that the module's norm gives for rows of `dtype`: versions of transformers differ where its weight is fp32."""
     norm = part.kv_norm
     # Of a norm that nobody has changed it is known; hooks, and a forward of its own, may do as they like.
     plain = not (torch.compiler.is_compiling() or norm._forward_hooks or norm._forward_pre_hooks or "forward" in norm.__dict__)
@@ -163,7 +163,7 @@ def rope_table(rotary_emb: nn.Module, positions: torch.Tensor, layer_type: str =
 def rope_rows(part: Any, start: int, end: int, device: torch.device) -> torch.Tensor:
     """fp32 `[n, rope_dim]`: the rotations, as they are now, of the entries of the `n` windows that end in `start .. end - 1`.
 
-    While it is traced, of as many as could end in so many tokens: that no step needs a graph of its own.
+    While traced, of as many windows as could end in so many tokens, so that no step needs a graph of its own.
     """
     ratio, rotary, kind = part.compress_rate, part.rotary_emb, part.rope_layer_type
     name = f"{kind}_inv_freq"
