@@ -1,4 +1,4 @@
-"""The torch backend for sequences that go on together: all of a batch at one position, which the host knows.
+"""The torch backend for a batch whose sequences are all at one position, which the host knows.
 
 No plan, no slots, no tags: a row's place follows from its position, so a step of one token is a few small operations. The fold,
 the norm and the rotation are those of `compress`, and so are the bits of the entries. For adapters on a CPU.
@@ -20,7 +20,7 @@ _ELEMENTS = 1 << 18  # of values that are worked on at once: they stay in a core
 
 
 def even_shape(spec: CompressorSpec, max_new_tokens: int) -> tuple[int, ...]:
-    """The shape of a sequence's rows, of which the last `max_new_tokens` positions can be taken back.
+    """The shape of a sequence's rows, with which the last `max_new_tokens` positions can be taken back.
 
     Position x is in row `x % rows`. A row is `(m, l, a)` after the token, fp32 `[3, head_dim]`, or the input row `[K | S]`.
     """
@@ -41,9 +41,9 @@ def step_even(
     norm_weight: torch.Tensor,
     rope: torch.Tensor,
 ) -> None:
-    """Folds the tokens of a step and writes the entries of the windows that end in it. To be called where no gradient is made.
+    """Folds the tokens of a step and writes the entries of the windows that end in it. Call it without autograd.
 
-    A step may be as long as it likes; only the history of the last `max_new_tokens` positions is there behind it.
+    A step may have any length; after it, only the history of its last `max_new_tokens` positions is there.
 
     Args:
         kv, gate: bf16 or fp32 `[batch, new, channels]`; start: the position of the first.
@@ -66,7 +66,7 @@ def step_even(
 def _fold(
     kv: torch.Tensor, gate: torch.Tensor, start: int, rows: torch.Tensor, spec: CompressorSpec, ape: torch.Tensor
 ) -> torch.Tensor | None:
-    """Over fold rows: what is left of the window under way, whole windows side by side, and the begin of the next."""
+    """Over fold rows: the rest of the current window, whole windows side by side, and the start of the next."""
     (batch, new), ratio, ring = kv.shape[:2], spec.ratio, rows.shape[1]
     if new == 1:
         return _fold_one(kv[:, 0], gate[:, 0], start, rows, spec, ape[start % ratio])
@@ -143,7 +143,7 @@ def _pool(
 
 
 def _straight(begin: int, end: int, held: int) -> list[tuple[int, int]]:
-    """Positions from `begin` to `end`, at most `held`, in pieces that lie one behind the other."""
+    """Positions from `begin` to `end`, at most `held`, in pieces whose rows are contiguous."""
     turn_at = (begin // held + 1) * held
     pieces = [(begin, min(end, turn_at)), (turn_at, end)]
     return [(a, b) for a, b in pieces if b > a]

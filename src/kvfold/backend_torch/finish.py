@@ -28,13 +28,13 @@ def finish(
 ) -> torch.Tensor:
     """RMSNorm, RoPE and Hadamard of pooled rows: fp32 `[n, head_dim]` and int64 `[n]` to fp32 `[n, head_dim]`.
 
-    Rounded to bf16 on the way where `fmt` says so, and else not. weight: None leaves out the norm.
+    Rounds to bf16 on the way only where `fmt` says so. weight: None leaves out the norm.
     """
     return turn(norm(y, spec, weight, fmt), spec, table, positions, fmt)
 
 
 def norm(y: torch.Tensor, spec: CompressorSpec, weight: torch.Tensor | None, fmt: RecordFormat | None = None) -> torch.Tensor:
-    """RMSNorm, of rows that are rounded to bf16 before where `fmt` says so."""
+    """RMSNorm of rows, which are rounded to bf16 before if `fmt` says so."""
     y = y.bfloat16().float() if fmt is not None and fmt.round_rows else y
     if weight is None:
         return y
@@ -45,7 +45,7 @@ def norm(y: torch.Tensor, spec: CompressorSpec, weight: torch.Tensor | None, fmt
 def turn(
     y: torch.Tensor, spec: CompressorSpec, table: torch.Tensor | None, positions: torch.Tensor | None, fmt: RecordFormat
 ) -> torch.Tensor:
-    """RoPE and Hadamard, of rows that are rounded to bf16 before where `fmt` says so. positions: None for row by row."""
+    """RoPE and Hadamard of rows, which are rounded to bf16 before if `fmt` says so. positions: None for row by row."""
     y = y.bfloat16().float() if fmt.round_normed else y
     if spec.rope_dim:
         cos, sin = (table if positions is None else table[positions]).chunk(2, dim=1)
@@ -72,9 +72,9 @@ def slots_of(items: Items, plan: PlanData) -> torch.Tensor:
 
 
 def emit(pooled: torch.Tensor, items: Items, plan: PlanData, c: Compressor, out: Outputs, room: int | None = None) -> None:
-    """Delivers the pooled rows of the items whose window ends: to the cache, if any, and to what there is of `out`.
+    """Delivers the pooled rows of the items whose window ends: to the cache, if any, and to the outputs given in `out`.
 
-    room: places of entries, by default those that plan and `out` have.
+    room: how many places for entries there are; by default as many as plan and `out` have.
     """
     cache, spec, rope = c.cache, c.spec, c.rope
     entry, position = items.entry, items.window * spec.ratio

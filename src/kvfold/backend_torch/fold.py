@@ -27,7 +27,7 @@ _IN_CACHE = 1 << 16  # elements that several operations in turn go over
 def exp2(x: torch.Tensor) -> torch.Tensor:
     """2 ** x for x <= 0, fp32 to fp32: rounded once, from fp64.
 
-    `torch.exp2` on a CPU gives the elements behind a thread's last full vector other last bits than the same elements
+    On a CPU, `torch.exp2` gives the elements after a thread's last full vector other last bits than the same elements
     elsewhere, and so an entry other bits in another batch. `torch.exp` does not.
     """
     return x.double().mul_(_LN_2).exp_().float()
@@ -37,7 +37,7 @@ State = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # (m, l, a)
 
 
 def _weights(m: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Where a score `s` is above the maximum before it, what the sums before are multiplied by, and what the token is."""
+    """Whether a score `s` is above the maximum before it, the factor for the sums before, and that for the token."""
     d = s - m
     rises = d > 0
     e = exp2(d.abs_().mul_(-LOG2_E))
@@ -45,7 +45,7 @@ def _weights(m: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 
 def fold_step(state: State, k: torch.Tensor, s: torch.Tensor) -> State:
-    """Folds value `k` with score `s` (ape added) into `(m, l, a)`, which is kept; fp32, elementwise."""
+    """Folds value `k` with score `s` (ape added) into `(m, l, a)`, which is not changed; fp32, elementwise."""
     m, l, a = state
     rises, alpha, beta = _weights(m, s)
     # Not `torch.maximum`, whose sign of a zero differs behind a thread's last full vector.
@@ -72,7 +72,7 @@ def fold_steps(state: State, k: torch.Tensor, s: torch.Tensor) -> Iterator[tuple
 def fold_group(state: State | None, ks: torch.Tensor, ss: torch.Tensor) -> State:
     """Folds rows with values `ks` and scores `ss` (ape added), `[.., rows, head_dim]`, into `(m, l, a)` at once; fp32.
 
-    state: None before the first rows, which is `(LOWEST, 0, -0)`: the first product is then what it is without a sum.
+    state: None before the first rows, for `(LOWEST, 0, -0)`: adding the first product to -0 gives that product.
     """
     # A NaN is a maximum here and none on a GPU; either way sum and entry are NaN.
     top = ss.amax(-2)
@@ -220,7 +220,7 @@ def _fold_rows(c: Compressor, items: Items, plan: PlanData) -> torch.Tensor:
 
 
 def _store_half(new: _Kept, items: Items, places: Places, history: list[torch.Tensor]) -> None:
-    """Keeps lo rows, or hi or whole ones, of the window that the history is of and of the last windows of each step."""
+    """Keeps lo rows, or hi or whole ones, of the window that continues the history and of the last windows of each step."""
     own = (items.window == items.start // places.ratio) & (items.start % places.ratio > 0)
     begun = ~own & (items.window > (items.end - 1) // places.ratio - places.half)
     place, empty = places.choose(items.slot, items.window, *history)
@@ -238,7 +238,7 @@ def _of_snapshots(c: Compressor, position: torch.Tensor) -> torch.Tensor:
 
 
 def _store_snapshots(new: _Kept, items: Items, plan: PlanData, snapshots: Snapshots) -> None:
-    """Writes those of the rows that belong to the snapshot of a page, each where the plan's table says."""
+    """Writes the rows that belong to the snapshot of a page, each where the plan's table says."""
     table, size = plan.snapshot_table, snapshots.page_size
     new = new.where(snapshots.of(new.position) & (new.position // size < table.shape[1]))
     target = table[items.sequence[new.item], new.position // size].long()

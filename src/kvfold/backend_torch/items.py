@@ -39,7 +39,7 @@ class Items:
 
 
 class Flat:
-    """Rows `[slots, rows per slot, ...]`, wherever the slots lie, by one number: `slot * rows per slot + row`."""
+    """Rows `[slots, rows per slot, ...]`, wherever slots lie, addressed by one number: `slot * rows per slot + row`."""
 
     def __init__(self, pool: torch.Tensor) -> None:
         self.pool = pool
@@ -85,8 +85,8 @@ class FoldRows:
 class Places:
     """The places of one kind of rows in a `FoldState` of input rows: lo rows, or hi and whole ones.
 
-    A place is a number, flat over all slots; -1 is none. first_row, first_tag: of the first place in a slot. kept: rows of a
-    place.
+    A place is a number, flat over all slots; -1 is none. first_row, first_tag: those of the first place in a slot. kept: rows
+    of a place.
     """
 
     def __init__(self, state: FoldState, hi: bool) -> None:
@@ -148,7 +148,7 @@ class StateRows:
 
 
 def missing(state: FoldState, slot: int, start: int) -> list[int]:
-    """Positions of which a slot lacks a row, or half of it, that a step from `start` reads."""
+    """Positions whose row, or half of it, a step from `start` reads but the slot lacks."""
     need = torch.arange(history_start(state.spec, start), start, device=state.device)
     slots = torch.full_like(need, slot)
     if state.kind == "fold":

@@ -12,7 +12,7 @@ INT32_MIN = -INT32_MAX - 1
 
 @torch.inference_mode()
 def update_torch(plan: PlanData, given: torch.Tensor, cu_seqlens: torch.Tensor, totals: bool = False) -> None:
-    """`StepPlan.update` after its arguments were checked, for a batch that is not empty. given, totals: as of `Lengths`."""
+    """`StepPlan.update` after its arguments were checked, for a batch that is not empty. given, totals: as in `Lengths`."""
     ratio, device = plan.ratio, plan.start_pos.device
     start, offsets = given.long(), cu_seqlens.long()
     token, length = offsets[:-1], offsets[1:] - offsets[:-1]
@@ -62,7 +62,9 @@ def update_torch(plan: PlanData, given: torch.Tensor, cu_seqlens: torch.Tensor, 
 
 
 def _first_places(plan: PlanData) -> torch.Tensor:
-    """The place of each sequence's first entry: one that no output has where they do not fit, so that calls refuse them."""
+    """The place of each sequence's first entry; where its entries do not fit, one that no output has, so that calls refuse
+    them.
+    """
     numbers = plan.cu_entries.long()
     if plan.cu_rows is None:
         return numbers[:-1]
@@ -76,7 +78,7 @@ def _first_places(plan: PlanData) -> torch.Tensor:
 def _fill_entry_slots(
     plan: PlanData, sequence: torch.Tensor, window: torch.Tensor, last_token: torch.Tensor, entry: torch.Tensor
 ) -> None:
-    """Writes the cache slots of these entries, and counts those of which nobody says any."""
+    """Writes the cache slots of these entries, and counts those that have none."""
     table, rows = plan.cache_block_table, plan.rows_per_page
     if table is not None:
         column = window.div(rows, rounding_mode="floor")
@@ -96,7 +98,7 @@ def _fill_entry_slots(
 
 
 def _look_up(table: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a table says, -1 behind its last column, and where there is such a column."""
+    """What a table says, -1 beyond its last column, and whether there is such a column."""
     known = column < table.shape[1]
     if not table.shape[1]:
         return torch.full_like(column, -1), known

@@ -15,7 +15,7 @@ _AT_ONCE = 64  # tokens, so that their sums stay in a cache
 
 @torch.no_grad()
 def product_torch(p: Projection, kv_scores: Sequence[torch.Tensor]) -> None:
-    """Writes kv_score of each compressor. Every operation is one of elements: which tokens come together changes no bit."""
+    """Writes kv_score of each compressor. Every operation is elementwise, so which tokens come together changes no bit."""
     for weights, kv_score in zip(p.weights, kv_scores, strict=True):
         numbers = [w.dequantized() if isinstance(w, ScaledWeight) else w for w in weights]
         rows = torch.cat(numbers).t().float().contiguous()  # [hidden_dim, columns]

@@ -48,8 +48,8 @@ class Pages:
 def compress_window_torch(c: Compressor, plan: PlanData, out: Outputs) -> None:
     """`compress` over a `WindowState`, after its arguments were checked.
 
-    An item counts once in `plan.errors` when its tables name a page that cannot be, for a row to read or to write, and
-    otherwise when the entry is wanted and an old row of its window has no page. A new row that has no page is not kept.
+    An item counts once in `plan.errors` if its tables name an impossible page for a row to read or write; otherwise also if the
+    entry is wanted and an old row of its window has no page. A new row that has no page is not kept.
     """
     c = c.joined()
     kv_score, state, spec = c.kv_score, c.state, c.spec
@@ -82,14 +82,14 @@ def _new_rows(c: Compressor, token: torch.Tensor, position: torch.Tensor) -> tup
 
 
 def window_positions(items: Items, spec: CompressorSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions `[n, window_rows]` of which an entry is made, and which of them are old: they must be read from pages."""
+    """Positions `[n, window_rows]` from which an entry is made, and which of them are old, so that pages must have them."""
     first = (items.window - int(spec.overlap)) * spec.ratio
     position = first[:, None] + torch.arange(spec.window_rows, device=first.device)
     return position, (position >= 0) & (position < items.start[:, None])
 
 
 def _check_old_rows(items: Items, value: Pages, score: Pages, spec: CompressorSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whether each item's window has an old row without a page, and one of which a table is wrong."""
+    """Whether each item's window has an old row without a page, and one for which a table is wrong."""
     position, old = window_positions(items, spec)
     missing = bad = torch.zeros_like(old)
     for pages in (value, score):
@@ -99,7 +99,7 @@ def _check_old_rows(items: Items, value: Pages, score: Pages, spec: CompressorSp
 
 
 def _pool(items: Items, c: Compressor, value: Pages, score: Pages) -> torch.Tensor:
-    """fp32 `[n, head_dim]`: the softmax-weighted means of windows of which all old rows are there.
+    """fp32 `[n, head_dim]`: the softmax-weighted means of windows whose old rows are all there.
 
     Maximum and sums run over the rows in position order, elementwise over items, so that no bit depends on the batch.
     """
@@ -128,9 +128,9 @@ def _pool(items: Items, c: Compressor, value: Pages, score: Pages) -> torch.Tens
 
 
 def _write(items: Items, c: Compressor, value: Pages, score: Pages, ring: int) -> torch.Tensor:
-    """Keeps the new rows of each item where they have a page; whether a table was wrong for one of them.
+    """Keeps the new rows of each item where they have a page; returns whether a table was wrong for one of them.
 
-    ring: of so many positions the last ones are kept; 0: all.
+    ring: only so many last positions are kept; 0: all.
     """
     item, x = items.new_tokens(c.spec.ratio)
     if ring:

@@ -10,7 +10,7 @@ Singles = Annotated[Any, "*fp32"]
 
 
 class Pieces(NamedTuple):
-    """Of a `Packing`: `count` pieces, of which the first `capacity` may be windows."""
+    """Pieces of a `Packing`: `count` of them, of which the first `capacity` may be windows."""
 
     rows: Ints
     count: Int
@@ -35,8 +35,8 @@ class Incoming(NamedTuple):
 class Parts(NamedTuple):
     """Sums of each group of windows, for ape `[groups, ratio * channels]` and for norm_weight `[groups, head_dim]`.
 
-    each: windows of a group, which follow each other. runs: `[groups, 4]` instead, its first window, that behind its last one,
-    and whose sum it goes on with; `each` is then how many windows there are in all.
+    each: consecutive windows of a group. runs: `[groups, 4]` instead, with the first window of each group, the one after its
+    last, and the group whose sum it continues; `each` is then how many windows there are in all.
     """
 
     ape: Singles = None
@@ -47,7 +47,9 @@ class Parts(NamedTuple):
 
 
 class Group(NamedTuple):
-    """What a group takes: `own` windows from `first` on; of pieces from `behind` on every `groups`-th. at: which sum is its."""
+    """What a group takes: `own` windows from `first` on, and every `groups`-th piece from `behind` on. at: which sum is its
+    own.
+    """
 
     first: Any
     own: Any

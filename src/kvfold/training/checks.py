@@ -41,9 +41,9 @@ def check_call(
     latent: bool,
     backend: str | None,
 ) -> tuple[Inputs, How]:
-    """Checks the arguments of the forward; what they mean.
+    """Checks the arguments of the forward; returns what they mean.
 
-    What a layer passes in every step is checked once, and again when something about it changed.
+    What a layer passes in every step is checked once, and again when something about it has changed.
     """
     check_packing(packing, spec)
     value, score = check_tokens(kv_score, spec, backend)
@@ -76,7 +76,7 @@ def _asks(tensor: object) -> bool:
 
 
 class _Asked(tuple):
-    """What a call is asked for besides its tensors: the same only if each part is the same object, or device."""
+    """What a call is given besides its tensors; equal only if each part is the same object, or the same device."""
 
     __slots__ = ()
     __hash__ = None
@@ -106,7 +106,7 @@ def _check_pieces(packing: Packing, value: torch.Tensor, spec: CompressorSpec) -
 
 
 def check_packing(packing: Packing, spec: CompressorSpec) -> None:
-    """Checks the two, and that one is for the other: also before an operator is given what is left of them."""
+    """Checks both, and that the packing is for this ratio; also called before an operator gets only parts of them."""
     check_spec("spec", spec)
     check_type("packing", packing, Packing)
     if "pieces" not in packing.__dict__:
@@ -116,7 +116,7 @@ def check_packing(packing: Packing, spec: CompressorSpec) -> None:
 
 
 def check_tokens(kv_score: object, spec: CompressorSpec, backend: str | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Values and scores, of one tensor or of two."""
+    """Values and scores, from one tensor or two."""
     if not isinstance(kv_score, tuple):
         _check_part("kv_score", kv_score, (None, spec.kv_score_width), backend)
         return kv_score, None
@@ -158,7 +158,7 @@ def check_rest(
     latent: bool,
     backend: str | None,
 ) -> How:
-    """All but the tokens: also what an operator is given."""
+    """Checks all but the tokens; also what an operator is given."""
     value, exact = x.value, x.value.dtype == torch.float64
     chosen = choose_backend(backend, "kv_score", value)
     own = (torch.float64,) if exact else (torch.float32,)
@@ -202,7 +202,7 @@ def _check_scale(scale: torch.Tensor | None, fmt: RecordFormat | None, device: t
 def check_gradients(
     x: Inputs, how: How, kept: torch.Tensor, d_entries: torch.Tensor, d_latent: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Checks what a backward is given besides the inputs; the gradients as the backends take them."""
+    """Checks what a backward is given besides the inputs; returns the gradients as the backends take them."""
     check_tensor("kept", kept, how.kept_shape(x), (x.wide,), x.value.device)
     d_entries = _check_gradient("d_entries", d_entries, x, how)
     if not how.latent:
@@ -213,7 +213,7 @@ def check_gradients(
 
 
 def _check_gradient(name: str, gradient: torch.Tensor, x: Inputs, how: How) -> torch.Tensor:
-    """Checked, then contiguous: a copy of another shape could be of any size."""
+    """Checked first and then made contiguous, as a copy of a wrong shape could have any size."""
     check_memory(name, gradient)
     check_dtype(name, gradient, (how.out_dtype,))
     check_shape(name, gradient, (how.capacity(x), how.spec.head_dim))

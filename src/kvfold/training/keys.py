@@ -19,7 +19,7 @@ _FORWARD = ("forward", "entries", "folded", "read")
 
 
 def keys_of(how: How, types: tuple, capacity: int, runs: bool = False) -> dict[str, TrainingKey]:
-    """The key of each launch of a call, by the name of its kernel; of the launch that is not made there is none.
+    """The key of each launch of a call, by the name of its kernel; launches that are not made have none.
 
     types: dtype of kv_score, whether it is two tensors, dtype of norm_weight. runs: whether the backward is given `Runs`.
     """
@@ -41,7 +41,7 @@ def keys_of(how: How, types: tuple, capacity: int, runs: bool = False) -> dict[s
 
 
 class Calls(NamedTuple):
-    """Training calls to come: every one of each with every one of the others.
+    """Training calls to come: all combinations of these.
 
     tokens: rows of kv_score. round_rows, out_dtypes: as `compress` is given them, so None for its default.
     """
@@ -56,7 +56,7 @@ class Calls(NamedTuple):
 
 
 def training_keys(spec: CompressorSpec, fmt: RecordFormat | None, calls: Calls) -> Iterator[TrainingKey]:
-    """fmt: of fake quantization, None without."""
+    """fmt: that of fake quantization, or None."""
     for dtype, norm, latent in product(calls.dtypes, calls.norms, calls.latents):
         for apart, rounds, out in product(calls.apart if spec.gate else (False,), calls.round_rows, calls.out_dtypes):
             how = How(spec, rounds_rows(rounds, fmt, dtype), out or dtype, fmt, latent, "triton")

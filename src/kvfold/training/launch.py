@@ -26,8 +26,9 @@ class Launch(NamedTuple):
 
 
 class Launches(NamedTuple):
-    """All of a call. None: entries, where programs have whole windows; read, without fake quantization; again, or finish and
-    spread; fold, tail and folded, without `Runs`, and the last two without fold rows."""
+    """All launches of a call. These may be None: entries, if programs have whole windows; read, without fake quantization;
+    either again, or finish and spread; fold, tail and folded without `Runs`, and the last two without fold rows.
+    """
 
     forward: Launch
     entries: Launch | None
@@ -42,8 +43,9 @@ class Launches(NamedTuple):
 
 
 def forward_triton(x: Inputs, how: How, out: torch.Tensor | None = None) -> Entries:
-    """Entries, latents and the kept fold, None where there are none, after the arguments were checked: one launch; one more
-    where programs share windows, and one with fake quantization, which reads the records. out: for the entries."""
+    """Entries, latents and the kept fold, or None, after the arguments were checked. One launch; one more where programs share
+    windows, and one with fake quantization, which reads the records. out: memory for the entries.
+    """
     spec, device = how.spec, x.value.device
     capacity = x.value.shape[0] // spec.ratio
     kept = torch.empty((3, capacity, spec.head_dim), dtype=torch.float32, device=device) if how.keeps else None
@@ -85,8 +87,9 @@ def backward_triton(
     d_latent: torch.Tensor | None,
     given: Sums | None = None,
 ) -> Gradients:
-    """The gradients of all inputs, after the arguments were checked: two launches, or three where the fold was kept; one less
-    with sums that are given, which are gone on with and not added."""
+    """The gradients of all inputs, after the arguments were checked. Two launches, or three where the fold was kept; one less
+    if sums are given, which are continued and not yet added.
+    """
     spec, device = how.spec, x.value.device
     capacity, head_dim = x.value.shape[0] // spec.ratio, spec.head_dim
     chosen, pdl = _launches(x, how, capacity, given is not None), supports_pdl(device)
@@ -141,7 +144,7 @@ def tail_triton(x: Inputs, how: How, tails: torch.Tensor, folds: torch.Tensor, o
 
 
 def finish_triton(x: Inputs, how: How, live: Inputs, folds: torch.Tensor) -> Entries:
-    """Entries of windows that go on from fold rows, and what is kept of them: one launch; one more with fake quantization."""
+    """Entries of windows that continue from fold rows, and what is kept of them: one launch, or two with fake quantization."""
     spec, device, capacity = how.spec, x.value.device, how.capacity(x)
     kept = torch.empty(how.kept_shape(x), dtype=torch.float32, device=device)
     entries = torch.empty(capacity, spec.head_dim, dtype=how.out_dtype, device=device)
@@ -158,7 +161,7 @@ def finish_triton(x: Inputs, how: How, live: Inputs, folds: torch.Tensor) -> Ent
 
 
 def pull_triton(x: Inputs, how: How, kept: torch.Tensor, d_entries: torch.Tensor, sums: Sums) -> torch.Tensor:
-    """The first half of the backward, where the fold was kept: one launch. Goes on with the sums for norm_weight."""
+    """The first half of the backward, where the fold was kept: one launch. Continues the sums for norm_weight."""
     device, capacity = x.value.device, how.capacity(x)
     pooled = torch.empty(capacity, how.spec.head_dim, dtype=torch.float32, device=device)
     (pieces, pieces_bits), (finish, finish_bits) = _pieces(x, capacity), _finish(x)
@@ -170,7 +173,7 @@ def pull_triton(x: Inputs, how: How, kept: torch.Tensor, d_entries: torch.Tensor
 
 
 def spread_triton(x: Inputs, how: How, rows: torch.Tensor, sums: Sums) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The other half, of `rows` `[3, capacity, head_dim]`: one launch. Goes on with the sums for ape."""
+    """The other half, from `rows` `[3, capacity, head_dim]`: one launch. Continues the sums for ape."""
     device, capacity = x.value.device, how.capacity(x)
     d_value, d_score = _dense_like(x.value), _dense_like(x.score)
     pieces, pieces_bits = _pieces(x, capacity)
@@ -185,7 +188,7 @@ def spread_triton(x: Inputs, how: How, rows: torch.Tensor, sums: Sums) -> tuple[
 
 
 def _runs(ape: torch.Tensor | None, weight: torch.Tensor | None, runs: Runs) -> Parts:
-    """Sums that a launch goes on with."""
+    """Sums that a launch continues."""
     return Parts(address(ape), address(weight), runs.rows.shape[0], runs.windows, address(runs.rows))
 
 
@@ -202,7 +205,7 @@ def fold_triton(x: Inputs, how: How, sums: torch.Tensor, recipe: Recipe, out: to
 def total_triton(
     x: Inputs, how: How, capacity: int, ape: torch.Tensor | None, norm_weight: torch.Tensor
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """The gradients of weights, of the sums of all blocks: one launch."""
+    """The gradients of weights, from the sums of all blocks: one launch."""
     device = x.value.device
     d_ape, d_norm_weight = _new_weights(x, how.spec)
     ape, weight = address(ape), address(norm_weight)
@@ -233,7 +236,7 @@ def _launches(x: Inputs, how: How, capacity: int, runs: bool = False) -> Launche
 
 @lru_cache(maxsize=1024)
 def launches_of(how: How, types: tuple, capacity: int, device: torch.device, runs: bool = False) -> Launches:
-    """Remembered, as hashing a key takes longer than a launch."""
+    """The launches of a call; remembered, as hashing keys takes longer than a launch."""
     found = {}
     for kernel, key in keys_of(how, types, capacity, runs).items():
         found[kernel] = Launch(launcher_of(key, device), key.groups, each_of(key.groups or 1, capacity), tiles_of(key))
@@ -241,13 +244,14 @@ def launches_of(how: How, types: tuple, capacity: int, device: torch.device, run
 
 
 def _launch(launch: Launch, count: int, values: tuple, bits: int, pdl: bool) -> None:
-    """A program, or `tiles` of them, for each of `count`. Dependent launches wait for all before, and read past the L1 cache
-    what those may have written."""
+    """Launches a program, or `tiles` of them, for each of `count`. Dependent launches wait for all earlier ones, and read past
+    the L1 cache what those may have written.
+    """
     launch.launcher(count * launch.tiles, values, bits, pdl)
 
 
 def _bits(*values: object) -> int:
-    """Addresses, or-ed; of tensors of interpreted kernels none."""
+    """Addresses, or-ed; 0 for the tensors of interpreted kernels."""
     bits = 0
     for value in values:
         if value.__class__ is int:
@@ -256,7 +260,7 @@ def _bits(*values: object) -> int:
 
 
 def _part(scratch: torch.Tensor, at: int) -> object:
-    """Where number `at` of a new tensor is."""
+    """The part of a new tensor that begins with number `at`."""
     return scratch[at:] if INTERPRETED else scratch.data_ptr() + 4 * at
 
 
@@ -269,7 +273,7 @@ def _pieces(x: Inputs, capacity: int) -> tuple[tuple, int]:
 
 
 def _finish(x: Inputs) -> tuple[tuple, int]:
-    """Norm weight, RoPE table and its length; and the addresses, or-ed."""
+    """Norm weight, RoPE table and its length; and their addresses, or-ed."""
     length = 0 if x.rope is None else x.rope.shape[0]
     if INTERPRETED:
         return (x.norm_weight, x.rope, length), 0

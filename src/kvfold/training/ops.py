@@ -70,7 +70,7 @@ def _call_of(
     value, score, pieces, ape, norm_weight, rope, cache_scale, tokens, max_seqlen, spec, round_rows, out_dtype, fake_quant,
     latent, backend,
 ) -> tuple[Inputs, How]:  # fmt: skip
-    """The call that these arguments stand for, checked."""
+    """The call that these arguments describe, checked."""
     spec = spec_of(spec)
     return check_call(
         value if score is None else (value, score),
@@ -105,7 +105,7 @@ def _named(args: Sequence[object]) -> dict[str, object]:
 
 
 def _fake_how(named: dict) -> How:
-    """What shapes and dtypes of results follow from."""
+    """What the shapes and dtypes of results follow from."""
     out_dtype, fmt = named["out_dtype"] or named["value"].dtype, FORMATS.get(named["fake_quant"])
     return How(spec_of(named["spec"]), False, out_dtype, fmt, named["latent"], "")
 
@@ -148,7 +148,7 @@ def _differentiate(ctx, d_entries: torch.Tensor, d_latent: torch.Tensor, _d_kept
 
 
 def _refuse(ctx, *gradients: torch.Tensor) -> tuple:
-    """Without it, gradients of gradients would leave out, without a word, what goes through this call."""
+    """Without this, gradients of gradients would silently leave out what goes through this call."""
     raise RuntimeError("trying to differentiate kvfold.training.compress twice: it is differentiable once")
 
 

@@ -150,7 +150,7 @@ def store_kernel(
     also_scales_stride, also_rows_per_page, also_num_slots, also_scale,
     HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr, ALSO: tl.constexpr,
 ):  # fmt: skip
-    """`store`, of pooled rows that somebody else made: a program for each work item, or for each row that has its place."""
+    """`store`, for rows that were pooled elsewhere: a program for each work item or, without a plan, for each row."""
     plan = Plan(plan_items, plan_num_items, plan_entry_slots, plan_entry_capacity, plan_errors)
     output = Output(
         output_rows, output_latent, output_norm_weight, output_rope, output_max_position, output_pages, output_page_stride,
@@ -169,7 +169,7 @@ def store_kernel(
 
 @triton.jit
 def store_entry(plan, pooled, output, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr):
-    """The entry of a work item whose window ends."""
+    """Stores the entry of a work item whose window ends."""
     pid = tl.program_id(0)
     item = load_item(plan.items, pid)
     position = item.window * SPEC.RATIO
@@ -188,7 +188,7 @@ def store_entry(plan, pooled, output, HOW: tl.constexpr, SPEC: tl.constexpr, FMT
 def store_placed(
     places, errors, pooled, stride, output, also, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr, ALSO: tl.constexpr
 ):
-    """A row, at its slot of one cache or of two."""
+    """Stores a row at its slot of one cache or two."""
     wait_for_inputs(HOW.PDL)  # slots and positions may be of the launch before
     pid = tl.program_id(0).to(tl.int64)
     slot = tl.load(places.slots + pid).to(tl.int64)

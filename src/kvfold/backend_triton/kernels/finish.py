@@ -1,6 +1,6 @@
 """From a pooled row in registers to a finished entry: RMSNorm, RoPE, Hadamard; and its delivery.
 
-COUNT entries of one sequence in a row can go side by side; vectors.py says how.
+COUNT consecutive entries of one sequence can be finished side by side; vectors.py says how.
 """
 
 import triton
@@ -12,7 +12,7 @@ from .vectors import abreast, channels, flat, numbers, span
 
 @triton.jit
 def tree_sum(x, LENGTH: tl.constexpr, LOG2: tl.constexpr, COUNT: tl.constexpr):
-    """Sum of `[LENGTH]`, COUNT times, by pairing neighbours LOG2 times: the same bits for every number of warps."""
+    """Sum of `[LENGTH]`, for COUNT of them, by pairing neighbours LOG2 times: the same bits for every number of warps."""
     for i in tl.static_range(LOG2):
         x = tl.sum(tl.reshape(x, ((COUNT * LENGTH) >> (i + 1), 2)), axis=1)
     return tl.sum(x, axis=0) if COUNT == 1 else tl.reshape(x, (COUNT, 1))
@@ -27,7 +27,7 @@ def rms_norm(y, weight, SPEC: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def load_rotation(cache, position, SPEC: tl.constexpr, COUNT: tl.constexpr):
-    """Cosine and sine of each channel pair; 1 and 0 for pairs that are not rotated, and behind the end of the table."""
+    """Cosine and sine of each channel pair; 1 and 0 for pairs that are not rotated, and beyond the end of the table."""
     pair = span(SPEC.HEAD_DIM // 2, COUNT) - (SPEC.HEAD_DIM - SPEC.ROPE_DIM) // 2
     rotated = pair >= tl.where(position < cache.max_position, 0, SPEC.HEAD_DIM)
     row = cache.rope + position.to(tl.int64) * SPEC.ROPE_DIM + pair
@@ -64,7 +64,7 @@ def hadamard(y, SPEC: tl.constexpr, COUNT: tl.constexpr):
 def entry_address(entry, position, plan, cache, SPEC: tl.constexpr):
     """The cache slot of entry `entry` (-1: none), norm weight, cosines and sines: all that may be read before the wait.
 
-    What the slot says is checked behind the wait (`slot_valid`): looking at it here would make the wait wait.
+    The slot is checked after the wait (`slot_valid`): looking at it here would stall before the wait.
     """
     weight, cos, sin = load_finish(position, cache, SPEC)
     return entry_slot(entry, plan), weight, cos, sin
@@ -128,7 +128,9 @@ def emit(
     y, entry, slot, weight, cos, sin, cache, SPEC: tl.constexpr, FMT: tl.constexpr, TARGET: tl.constexpr,
     COUNT: tl.constexpr = 1, wanted=None,
 ):  # fmt: skip
-    """Delivers pooled row `y` as entry `entry` of the plan to all outputs that there are; or COUNT of them, as `wanted`."""
+    """Delivers pooled row `y` as entry `entry` of the plan to all outputs that are given; with COUNT above 1, those that are
+    `wanted`.
+    """
     if cache.rows is not None:
         store_row(cache.rows, y, entry, wanted, SPEC.HEAD_DIM, TARGET, COUNT)
     if cache.pages is not None:

@@ -20,7 +20,7 @@ def load_number(at, there, other):
 
 @triton.jit
 def load_item(items, index, there=None):
-    """A work item; of one that is not `there` no tokens and no entry."""
+    """A work item; one that is not `there` has no tokens and no entry."""
     item = items + index * 8
     window = load_number(item, there, 0)
     start = load_number(item + 1, there, 0)
@@ -34,10 +34,10 @@ def load_item(items, index, there=None):
 
 @triton.jit
 def item_after(item, items, index, programs, total, RATIO: tl.constexpr):
-    """Item `index` of `total`, by its being `programs` behind `item`.
+    """Item `index` of `total`, which is `programs` items after `item`.
 
-    The plan has the windows of a sequence one behind the other, so within one there is nothing to read: no registers hold the
-    next item while a window is folded, and nobody waits for it.
+    The plan has the windows of a sequence one after the other, so within a sequence there is nothing to read: no registers hold
+    the next item while a window is folded, and nothing waits for it.
     """
     window, start, end, token, slot, entry, sequence = item
     after = window + programs
@@ -51,14 +51,16 @@ def item_after(item, items, index, programs, total, RATIO: tl.constexpr):
 
 @triton.jit
 def dealt_items(total, programs):
-    """How many of `total` items are dealt out, as many to each program; or one to each, of which some may not be there."""
+    """How many of `total` items are dealt out, the same number to each program: at least one, although with few items it may
+    not exist.
+    """
     rounds = total // programs
     return tl.maximum(rounds - rounds // 5, 1) * programs
 
 
 @triton.jit
 def draw_item(arrivals, after, dealt, total):
-    """Whether, for item `after`, a program draws another, and the ticket for it, which `next_index` reads."""
+    """Whether a program has to draw for its item `after`, and the ticket for it, which `next_index` reads."""
     drawn = (after >= dealt) & (dealt < total)
     return drawn, draw_ticket(arrivals, 0, drawn, 128)  # 2 warps at most, of 64 threads on AMD
 
@@ -79,7 +81,7 @@ def next_index(arrivals, drawn, ticket, after, dealt, total, programs):
 
 @triton.jit
 def pause(cycles):
-    """Returns so many cycles of a multiprocessor's clock later. Of NVIDIA alone."""
+    """Returns so many cycles of a multiprocessor's clock later. NVIDIA only."""
     tl.inline_asm_elementwise(
         "{ .reg .u32 begin, now; .reg .pred early; mov.u32 begin, %clock; AGAIN: mov.u32 now, %clock;"
         " sub.u32 now, now, begin; setp.lt.u32 early, now, $1; @early bra AGAIN; mov.b32 $0, 0; }",

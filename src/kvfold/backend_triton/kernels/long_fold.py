@@ -53,7 +53,7 @@ def open_window(item, there, c0, errors, tokens, st, SPEC: tl.constexpr, SLICE: 
 
 @triton.jit
 def load_stretch(at, apart, tokens, ape, left, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr):
-    """Rows of ape, values and scores, unconverted, of the first `left` of AHEAD tokens; all point at the first."""
+    """Rows of ape, values and scores, unconverted, of the first `left` of AHEAD tokens; addresses are those of the first."""
     theres = ()
     twice = ()
     ats = ()
@@ -70,7 +70,7 @@ def load_stretch(at, apart, tokens, ape, left, AHEAD: tl.constexpr, HEAD_DIM: tl
 
 @triton.jit
 def load_ape(ape, theres, AHEAD: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr):
-    """AHEAD rows of ape, which points at the first; of zeros without it. theres: of each row, or None."""
+    """AHEAD rows of ape, which points at the first; zeros without ape. theres: whether each row is there, or None for all."""
     ats = ()
     rows = ()
     for i in tl.static_range(AHEAD):
@@ -99,11 +99,11 @@ def no_tokens(kv_score, AHEAD: tl.constexpr, SLICE: tl.constexpr):
 
 @triton.jit
 def load_tokens_ahead(ats, windows, tokens, j0, HOW: tl.constexpr, SPEC: tl.constexpr):
-    """As `load_stretch`, of tokens that are all there: without masks, which were half of a long prompt's instructions.
+    """As `load_stretch`, for tokens that are all there: without masks, which were half of a long prompt's instructions.
 
-    ats, windows: of each window. j0: the first token's place; `ape` points at place 0, and `apart` counts from there.
+    ats, windows: one of each window. j0: the first token's place; `ape` points at place 0, and `apart` counts from there.
 
-    Past the L1 cache, which is better used for rows of ape.
+    Loads past the L1 cache, which is better used for rows of ape.
     """
     AHEAD: tl.constexpr = HOW.AHEAD
     both = ()
@@ -119,9 +119,9 @@ def load_tokens_ahead(ats, windows, tokens, j0, HOW: tl.constexpr, SPEC: tl.cons
 
 @triton.jit
 def fold_stretches(ms, ls, as_, windows, lo, stretches, more, tokens, HOW: tl.constexpr, SPEC: tl.constexpr):
-    """Folds `stretches` (not 0) of AHEAD tokens from place `lo` on, in all of `windows` side by side: ape is loaded once.
+    """Folds `stretches` (at least 1) of AHEAD tokens from place `lo` on, in all of `windows` side by side: ape is loaded once.
 
-    Returns the folds, and the next stretch, which is loaded where there are `more` tokens.
+    Returns the folds, and the next stretch, which is loaded if there are `more` tokens.
     """
     AHEAD: tl.constexpr = HOW.AHEAD
     W: tl.constexpr = len(windows)
@@ -165,7 +165,7 @@ def fold_stretches(ms, ls, as_, windows, lo, stretches, more, tokens, HOW: tl.co
 def fold_rest(m, l, a, loaded, early, mine, begin, seq, tokens, snap, HOW: tl.constexpr, SPEC: tl.constexpr):
     """Folds tokens from place `begin` on, and stores the rows that the state or a snapshot keeps; returns the pooled row.
 
-    loaded: the first stretch, if it is there `early`; or None.
+    loaded: the first stretch, valid if `early`; or None.
     """
     AHEAD: tl.constexpr = HOW.AHEAD
     due = next_page_end(snap, mine.x0 + begin)
@@ -195,9 +195,9 @@ def deliver_entry(
     y, entry, position, needs, ticket, c0, scratch, plan, cache, TARGET: tl.constexpr, SLICE: tl.constexpr,
     SPEC: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
-    """Finishes and stores an entry that is there and wanted, and counts one that is refused.
+    """Finishes and stores an entry that exists and is wanted, and counts one that is refused.
 
-    y: the pooled row; None where programs that share it have written their slices. needs: of `entry_address`.
+    y: the pooled row; None where the programs that share it have written their slices. needs: what `entry_address` gave.
     """
     cache_slot, weight, cos, sin = needs
     deliver, refused = slot_valid(entry, cache_slot, position, plan.entry_capacity, cache, SPEC.ROPE_DIM)

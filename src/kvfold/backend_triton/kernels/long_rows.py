@@ -24,7 +24,7 @@ from .vectors import scalar
 def take_item(
     item, biases, plan, snap_table, one, LIVE: tl.constexpr, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr
 ):
-    """One work item. LIVE: whether windows without old rows are many, and get code of their own."""
+    """One work item. LIVE: whether windows without old rows are frequent, and get code of their own."""
     tokens, st, snaps, _scratch, cache = one
     window, start, end, token, slot, entry, sequence = item
     first = window == start // SPEC.RATIO

@@ -21,7 +21,7 @@ from .vectors import numbers
 
 @triton.jit
 def go_together(item, entry_capacity, one, SPEC: tl.constexpr, COUNT: tl.constexpr):
-    """Whether the COUNT windows from `item` on are all one sequence's, end in this call, and have no old rows."""
+    """Whether the COUNT windows from `item` on all belong to one sequence, end in this call, and have no old rows."""
     st = one.state
     window, start, end, token, slot, entry, _ = item
     able = (window > start // SPEC.RATIO) & ((window - SPEC.OVERLAP) * SPEC.RATIO >= start)
@@ -34,7 +34,7 @@ def go_together(item, entry_capacity, one, SPEC: tl.constexpr, COUNT: tl.constex
 
 @triton.jit
 def take_items(item, plan, one, HOW: tl.constexpr, SPEC: tl.constexpr, COUNT: tl.constexpr, FMT: tl.constexpr):
-    """The COUNT windows from `item` on, which `go_together`."""
+    """Takes the COUNT windows from `item` on, which `go_together`."""
     ROWS: tl.constexpr = SPEC.RATIO * (1 + SPEC.OVERLAP)
     tokens, st, _snaps, _scratch, cache = one
     window, start, end, token, slot, entry, _ = item
@@ -64,7 +64,7 @@ def take_items(item, plan, one, HOW: tl.constexpr, SPEC: tl.constexpr, COUNT: tl
 
 @triton.jit
 def narrow_rows_step(pid, programs, plan, snap_table, one, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr):
-    """Program `pid` of `programs`, each of which takes TOGETHER items in a row at a time; without snapshots."""
+    """Program `pid` of `programs`, each of which takes TOGETHER consecutive items at a time; without snapshots."""
     COUNT: tl.constexpr = HOW.TOGETHER
     arrivals = one.scratch.arrivals
     total = load_plan(plan.num_items)

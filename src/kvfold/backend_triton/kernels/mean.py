@@ -1,8 +1,8 @@
 """A step over a `MeanState`: one row of maximum, sum and mean for each sequence, read and written in place.
 
-Of a sequence that goes on in an open window only its first work item reads the row, and only the window that is open after the
-step writes it. Where these are two windows one program folds both, so that nobody waits: it reads before it writes. With banks
-no step writes what it reads.
+If a sequence continues an open window, only its first work item reads the row, and only the window that is open after the step
+writes it. Where these are two windows, one program folds both, reading before it writes, so that no program waits for another.
+With banks no step writes what it reads.
 """
 
 import triton
@@ -22,7 +22,7 @@ from .tokens import apart_from, gap_of
 
 @triton.jit
 def load_mean(row, resumes, SPEC: tl.constexpr):
-    """`(m, l, a)` of the row where a window is gone on with; of no tokens where it begins."""
+    """`(m, l, a)` of the row where a window continues; that of no tokens where a window begins."""
     old = spread(resumes, SPEC.HEAD_DIM)
     m, l, _a = empty_fold(SPEC.HEAD_DIM)
     at = row + tl.arange(0, SPEC.HEAD_DIM)
@@ -34,7 +34,7 @@ def load_mean(row, resumes, SPEC: tl.constexpr):
 
 @triton.jit
 def keep_mean(m, l, a, row, SPEC: tl.constexpr):
-    """Stores a row; of no tokens, or of masked ones alone, a cleared one."""
+    """Stores a row; a cleared one where it has no tokens, or only masked ones."""
     tl.debug_barrier()  # where a row is narrow several threads have read a channel, of which one stores it
     empty = l == 0.0
     at = row + tl.arange(0, SPEC.HEAD_DIM)
@@ -44,7 +44,7 @@ def keep_mean(m, l, a, row, SPEC: tl.constexpr):
 
 @triton.jit
 def whose_windows(item, first, st, SPEC: tl.constexpr):
-    """Whether a work item goes on with the row, also folds the window that is open in the end, and leaves it to another one."""
+    """Whether a work item continues from the row; also folds the window that is open in the end; leaves it to another one."""
     window, start, end, _token, _slot, _entry, _sequence = item
     inside = start % SPEC.RATIO != 0
     open_window = end // SPEC.RATIO
@@ -71,7 +71,7 @@ def fold_new(m, l, a, ks, ss, x0, low, high, row, st, start, end, SPEC: tl.const
 
 @triton.jit
 def prefetch_mean(live, tokens, row, begin, stop, resumes, SPEC: tl.constexpr, AHEAD: tl.constexpr):
-    """What a short step loads: the row, and positions `[begin, stop)`, AHEAD at most."""
+    """Fetches what a short step loads: the row, and positions `[begin, stop)`, AHEAD at most."""
     LINES: tl.constexpr = (SPEC.HEAD_DIM * 4 + 127) // 128
     STEP: tl.constexpr = 128 if SPEC.HEAD_DIM >= 32 else SPEC.HEAD_DIM * 4
     e = tl.arange(0, 4 * LINES)
@@ -124,7 +124,7 @@ def short_mean_step(pid, plan, one, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: 
 
 @triton.jit
 def fold_window(m, l, a, mine, tokens, HOW: tl.constexpr, SPEC: tl.constexpr):
-    """Folds all new tokens of a window, in stretches that are all there and a last one that is not."""
+    """Folds all new tokens of a window, in full stretches and a partial last one."""
     stretches = tl.maximum(mine.stop - mine.begin, 0) // HOW.AHEAD
     if stretches > 0:
         ms, ls, as_, _behind = fold_stretches((m,), (l,), (a,), (mine,), mine.begin, stretches, 0, tokens, HOW, SPEC)

@@ -1,11 +1,12 @@
 """Loads and stores of several blocks, for code that is unrolled over rows, in a form that is compiled quickly.
 
-Triton's coalescing pass asks of every access what its address is made of, of all of that what else is made of it, and so on:
-work that grows with accesses times operations squared, and was most of what a large kernel took to compile. It does not ask
-where an address is carried round a loop. So accesses stand in a loop of one turn, whose bounds Triton does not know and LLVM
-does: the machine code has no loop (docs/notes/0074).
+For every access, Triton's coalescing pass follows what its address is made of, what else is made of that, and so on: work that
+grows with accesses times operations squared, and was most of the time to compile a large kernel. It stops where an address is
+carried around a loop. So accesses stand in a loop of one turn, whose bounds LLVM knows and Triton does not: the machine code
+has no loop (docs/notes/0074).
 
-Not for fp32 beside bf16 where a thread has 8 channels: by itself the pass gives a thread 4 of them, and then converts.
+Not for fp32 beside bf16 where a thread has 8 channels: left to itself, the pass gives a thread 4 of them there, and then
+converts.
 """
 
 import triton
@@ -14,14 +15,15 @@ import triton.language as tl
 
 @triton.jit
 def unseen_zero():
-    """0, by its lowest bit, which Triton does not follow. As a bound of loops; times 64 also as a step of addresses, of which
-    Triton then knows that they stay aligned."""
+    """0, by its lowest bit, which Triton does not follow. Used as a bound of loops, and times 64 as a step of addresses, which
+    Triton then knows to stay aligned.
+    """
     return tl.program_id(0) * 2 & 1
 
 
 @triton.jit
 def blank_blocks(ats):
-    """What loads from these addresses stand in for."""
+    """Blocks that loads from these addresses replace."""
     blocks = ()
     for i in tl.static_range(len(ats)):
         blocks = blocks + (tl.zeros(ats[i].shape, ats[i].dtype.element_ty),)
@@ -38,7 +40,7 @@ def move_blocks(ats, by):
 
 @triton.jit
 def load_blocks(ats, theres, others, PAST_L1: tl.constexpr = False):
-    """The blocks at addresses `ats`. theres, others: the mask of each, and what stands where it is false; None: no masks."""
+    """The blocks at addresses `ats`. theres, others: the mask of each, and the value where it is false; None: no masks."""
     CACHE: tl.constexpr = ".cg" if PAST_L1 else ""
     zero = unseen_zero()
     blocks = blank_blocks(ats)

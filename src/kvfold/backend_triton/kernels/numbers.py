@@ -1,4 +1,4 @@
-"""int32 or int64 numbers of an engine, any distance apart, which one kernel reads: as 32-bit words."""
+"""An engine's int32 or int64 numbers, at any stride, which one kernel reads as 32-bit words."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,9 @@ import triton.language as tl
 
 @triton.jit
 def where_set(mask, flag):
-    """`mask` where the number `flag` is 1 and not 0. Not by `&`: of a mask and a scalar the interpreter makes an integer."""
+    """`mask` if the number `flag` is 1, and false if it is 0. Not by `&`: the interpreter makes an integer of a mask and a
+    scalar.
+    """
     return mask.to(tl.int32) * flag.to(tl.int32) != 0
 
 
@@ -21,7 +23,7 @@ def load_words(words, step, mask, other, CACHE: tl.constexpr):
 
 @triton.jit
 def load_numbers(numbers, i, mask, other):
-    """Numbers `i`: int64, or the int32 that they are where they stand side by side."""
+    """Numbers `i`: int64, or int32 where they are contiguous int32."""
     if numbers.step is None:
         number = tl.load(numbers.at + i, mask=mask, other=other)
     else:
@@ -32,7 +34,7 @@ def load_numbers(numbers, i, mask, other):
 
 @triton.jit
 def load_row_numbers(numbers, row, column, mask, other, CACHE: tl.constexpr):
-    """int64: numbers of a table, whose rows are as far apart as `numbers.step` says and whose columns stand side by side."""
+    """int64: numbers of a table whose rows are as far apart as `numbers.step` says and whose columns are contiguous."""
     step = numbers.step
     at = row.to(tl.int64) * (step // 2) + column.to(tl.int64) * (1 + step % 2)
     return load_words(numbers.at.to(tl.pointer_type(tl.int32)) + at, step, mask, other, CACHE)

@@ -20,7 +20,7 @@ def wait_for_inputs(PDL: tl.constexpr):
 
 @triton.jit
 def load_plan(pointer):
-    """A number of the plan, past the L1 cache.
+    """Loads a number of the plan, past the L1 cache.
 
     The L1 of a multiprocessor may still hold the plan of the step before: nothing empties it for a kernel that starts early.
     """

@@ -1,10 +1,10 @@
 """Where the input rows of a window live: the rules of DESIGN.md (State), for kernels.
 
 A slot has places of lo rows (with overlap), then places of hi or whole rows, and a tag for each: the last position of the
-window whose rows, from its first one on, are there. Of each kind there are two times `half`: a window has a home and, `half`
-further, one other place. What a step reads are its history: lo rows of the window before its first, and lo and hi rows of that
-one itself. Programs of one launch call these at the same time, and find the same: the only tag of the history that a launch
-changes is that of a window which goes on, and then both the old and the new one say that the history is there.
+window whose rows, from its first one on, are there. There are two times `half` places of each kind: a window has a home and,
+`half` further, one other place. What a step reads is its history: lo rows of the window before its first, and lo and hi rows of
+that window itself. Programs of one launch call these at the same time and find the same: the only tag of the history that a
+launch changes is that of a window that continues, and both its old and its new tag say that the history is there.
 """
 
 import triton
@@ -16,7 +16,7 @@ from .vectors import scalar
 
 @triton.jit
 def lo_half(seq):
-    """How far the two places of a window are apart, for lo rows; of hi or whole rows `seq.ring`."""
+    """How far apart the two places of a window are, for lo rows; for hi or whole rows it is `seq.ring`."""
     return tl.maximum(seq.ring, 2)
 
 
@@ -46,7 +46,7 @@ def home_before(seq, home):
 
 @triton.jit
 def home_back(seq, home, windows, SPEC: tl.constexpr):
-    """The home of the window so many before, which are few."""
+    """The home of the window that lies `windows`, a small number, before."""
     home -= windows
     while home < 0:
         home += 2 * (lo_half(seq) if SPEC.OVERLAP else seq.ring)
@@ -61,13 +61,13 @@ def other_place(place, half):
 
 @triton.jit
 def lo_row(place, SPEC: tl.constexpr):
-    """The row of a slot that a place of lo rows begins with."""
+    """The first row, in its slot, of a place of lo rows."""
     return place * SPEC.RATIO
 
 
 @triton.jit
 def hi_row(seq, place, SPEC: tl.constexpr):
-    """The same of hi or whole rows. The last one of a window is not kept: no step reads it."""
+    """The same for hi or whole rows. The last one of a window is not kept: no step reads it."""
     KEPT: tl.constexpr = SPEC.RATIO - 1 if SPEC.RATIO > 1 else 1
     return lo_places(seq, SPEC) * SPEC.RATIO + place * KEPT
 
@@ -95,7 +95,7 @@ def load_tags(seq, home, SPEC: tl.constexpr):
 
 @triton.jit
 def found_place(home, half, at_home, at_other, wanted, least, most):
-    """Where a `wanted` window is whose last position there is from `least` to `most`: -1 if not wanted, -2 if nowhere."""
+    """The place that holds a window with a tag from `least` to `most`: -1 if it is not `wanted`, -2 if there is none."""
     found = tl.where((at_other >= least) & (at_other <= most), other_place(home, half), -2)
     found = tl.where((at_home >= least) & (at_home <= most), home, found)
     return tl.where(wanted, found, -1)
@@ -126,7 +126,7 @@ def find_history(tags, seq, home, SPEC: tl.constexpr):
 
 @triton.jit
 def look_up(seq, SPEC: tl.constexpr):
-    """`find_history` from the beginning, for long steps: most find all at home, and go round the rest."""
+    """`find_history` from the beginning, for long steps: most find everything at home, and skip the rest."""
     home = home_of(seq, seq.start // SPEC.RATIO, SPEC)
     x0 = seq.start - seq.start % SPEC.RATIO
     own = x0 < seq.start
@@ -149,9 +149,9 @@ def look_up(seq, SPEC: tl.constexpr):
 
 @triton.jit
 def new_place(home, half, one, other):
-    """Where a window goes that begins in the step, and a place to empty, or -1: `one` and `other` are of the history.
+    """Where a window goes that begins in the step, and a place to empty, or -1. one, other: places of the history.
 
-    Its home, unless that is of the history. What else is in its other place is of another timeline, or not needed any more.
+    It goes to its home, unless the history is there. Anything else in its other place is stale or of another timeline.
     """
     away = other_place(home, half)
     taken = (home == one) | (home == other)
@@ -161,7 +161,7 @@ def new_place(home, half, one, other):
 
 @triton.jit
 def is_kept(seq, window, SPEC: tl.constexpr):
-    """Whether the step keeps anything of one of its windows: of the one that the history is of, and of the last ones."""
+    """Whether the step keeps anything of one of its windows: the one that continues the history, and the last ones."""
     most = lo_half(seq) if SPEC.OVERLAP else seq.ring
     own = (window == seq.start // SPEC.RATIO) & (seq.start % SPEC.RATIO > 0)
     return own | ((seq.end - 1) // SPEC.RATIO - window < most)
@@ -171,8 +171,8 @@ def is_kept(seq, window, SPEC: tl.constexpr):
 def places_to_keep(seq, window, home, kept, SPEC: tl.constexpr):
     """Where the step keeps lo and hi (or whole) rows of one of its windows, -1 if not, and two places to empty, or -1.
 
-    home: of the window. kept: of `find_history`. A window that the history is of goes on in its places; of others the last
-    ones are kept, as many as have different pairs of places.
+    home: that of the window. kept: what `find_history` gave. A window that continues the history stays in its places; of the
+    others the last ones are kept, as many as there are pairs of places.
     """
     own = (window == seq.start // SPEC.RATIO) & (seq.start % SPEC.RATIO > 0)
     behind = (seq.end - 1) // SPEC.RATIO - window  # windows of the step behind this one
@@ -192,7 +192,7 @@ def places_to_keep(seq, window, home, kept, SPEC: tl.constexpr):
 
 @triton.jit
 def keep_tags(seq, lo_place, hi_place, lo_empty, hi_empty, last, SPEC: tl.constexpr):
-    """Says that the rows of a window up to position `last` are in its places, and empties others."""
+    """Tags a window's places with position `last`, up to which its rows are there, and empties others."""
     tags = seq.tags + lo_places(seq, SPEC)
     tl.store(tags + hi_place, last, mask=hi_place >= 0)
     tl.store(tags + hi_empty, -1, mask=hi_empty >= 0)

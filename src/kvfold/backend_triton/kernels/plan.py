@@ -16,7 +16,7 @@ NUM_WARPS = 4
 
 @triton.jit
 def count_sequences(given, b, RATIO: tl.constexpr):
-    """Windows touched, entries made and whether refused, for sequences `b`: the rules of `StepPlan.update`."""
+    """Windows touched, entries made, and whether refused, for sequences `b`: the rules of `StepPlan.update`."""
     inside = b < given.batch
     start = load_numbers(given.lengths, b, inside, 0).to(tl.int64)
     token = load_numbers(given.cu_seqlens, b, inside, 0).to(tl.int64)
@@ -42,7 +42,7 @@ def plan_plain(
     given, own, table, table_width, rows_per_page, chunk, num_chunks, part, b,
     RATIO: tl.constexpr, SEQUENCES: tl.constexpr, WINDOWS: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
-    """Without metadata, after which nothing but int32 side by side is read."""
+    """The plan without metadata: it reads contiguous int32 only."""
     batch = given.batch
     windows, entries, wrong, start, end, token, slot = count_sequences(given, b, RATIO)
     inside = b < batch

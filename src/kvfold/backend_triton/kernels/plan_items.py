@@ -1,4 +1,4 @@
-"""What a plan with metadata and one without have in common: what they are given, what they write, and work items."""
+"""What plans with and without metadata have in common: what they are given, what they write, and work items."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INT32_MAX = tl.constexpr(contract.INT32_MAX)
 class Given(NamedTuple):
     """What `update` is given of each of `batch` sequences, and the plan's bounds.
 
-    first_row: of kv_score that the step has. metadata: of None in a plain plan.
+    first_row: the first row of kv_score that belongs to the step. metadata: all None in a plain plan.
     """
 
     lengths: Any
@@ -47,7 +47,7 @@ class Written(NamedTuple):
 
 @triton.jit
 def store_items(items, index, used, window, start, end, token, slot, entry, b):
-    """Work items `index`, `[sequences, windows]`, where they are `used`. start, end, token, slot, b: of the sequences."""
+    """Work items `index`, `[sequences, windows]`, where they are `used`. start, end, token, slot, b: those of the sequences."""
     item = items + index.to(tl.int64) * 8
     zero = tl.zeros(index.shape, tl.int32)
     tl.store(item, window, mask=used)

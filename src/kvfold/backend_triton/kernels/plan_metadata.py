@@ -1,7 +1,7 @@
 """`StepPlan.update` with an engine's metadata: numbers of any width and stride, other sources of slots, reserved places.
 
-Here time is instructions and latencies that wait for each other, one after the other: a launch has few programs. So all that
-depends on a sequence's number alone is asked for at once, by loads without masks, and cache slots before anything is summed.
+A launch has few programs, so its time is a chain of instructions and latencies. Hence everything that depends only on a
+sequence's number is loaded at once, without masks, and cache slots before anything is summed.
 """
 
 import triton
@@ -17,7 +17,9 @@ WARPS_METADATA = 4
 
 @triton.jit
 def bytes_apart(numbers):
-    """From one number, or row of them, to the next; below 2**31 (`check_numbers`), so that an address is one instruction."""
+    """Bytes from one number, or row of numbers, to the next; below 2**31 (`check_numbers`), so that an address is one
+    instruction.
+    """
     return numbers.step.to(tl.int32) // 2 * 4
 
 
@@ -35,13 +37,13 @@ def joined(low, high, wide):
 
 @triton.jit
 def address_of(at, i, apart):
-    """Address of a word of numbers `i`, int32 as `apart`, the bytes between them, is. at: of number 0."""
+    """Address of a word of numbers `i`, which are int32 like `apart`, the bytes between them. at: the address of number 0."""
     return (at.to(tl.pointer_type(tl.int8)) + i.to(tl.int64) * apart.to(tl.int64)).to(tl.pointer_type(tl.int32))
 
 
 @triton.jit
 def load_given(numbers, i, there):
-    """Both words of numbers `i`, which are all in the tensor; of one that is not `there`, 0 and not 1, those of its first."""
+    """Both words of numbers `i`, all of which are in the tensor; those of its first number where `there` is 0 instead of 1."""
     at, apart = numbers.at.to(tl.pointer_type(tl.int32)), bytes_apart(numbers) * there
     # Of an int32 the same word twice: no mask, for which there are too few registers to ask for all at once.
     return tl.load(address_of(at, i, apart)), tl.load(address_of(at + is_wide(numbers) * there, i, apart))
@@ -49,7 +51,7 @@ def load_given(numbers, i, there):
 
 @triton.jit
 def load_sequences(given, b):
-    """What the engine says of sequences `b`, as words; of those behind the batch, what it says of the last one."""
+    """What the engine says of sequences `b`, as words; sequences beyond the batch get what it says of the last one."""
     i = tl.minimum(b, given.batch - 1)
     more = given.metadata
     return (
@@ -68,10 +70,10 @@ def start_of(given, loaded):
 
 @triton.jit
 def count_loaded(given, loaded, b, inside, RATIO: tl.constexpr):
-    """Windows touched, entries made and whether refused, of what `load_sequences` found: the rules of `StepPlan.update`.
+    """Windows touched, entries made, and whether refused, from what `load_sequences` found: the rules of `StepPlan.update`.
 
-    One comparison without signs is for both bounds of a number. Behind it start, end and token are int32, which say nothing
-    of a sequence without windows.
+    One unsigned comparison checks both bounds of a number. After it start, end and token are int32, which mean nothing for a
+    sequence without windows.
     """
     more = given.metadata
     start, length = start_of(given, loaded)
@@ -97,7 +99,7 @@ def count_loaded(given, loaded, b, inside, RATIO: tl.constexpr):
 
 @triton.jit
 def place_of(low, high, numbers):
-    """A place as an int32 that all comparisons with places find on the same side."""
+    """A place as an int32 that compares with all other places as the place itself does."""
     return tl.maximum(tl.minimum(joined(low, high, is_wide(numbers)), MOST_POSITIONS + 1), -1).to(tl.int32)
 
 
@@ -108,10 +110,10 @@ def larger(a, b):
 
 @triton.jit
 def first_places(place, behind, numbers, entries, farthest):
-    """The place of each sequence's first entry; where they do not fit, one that no output has.
+    """The place of each sequence's first entry; where its entries do not fit, one that no output has.
 
-    place, behind: where a sequence's places begin and end. numbers: entries before. farthest: the largest place that a sequence
-    before these begins at, which none goes back behind.
+    place, behind: where a sequence's places begin and end. numbers: entries before. farthest: the largest place at which a
+    sequence before these begins; no sequence may begin before that.
     """
     behind = tl.minimum(behind, MOST_POSITIONS)
     highest = tl.maximum(tl.associative_scan(place, 0, larger), farthest)
@@ -121,9 +123,9 @@ def first_places(place, behind, numbers, entries, farthest):
 
 @triton.jit
 def load_slots(b, window, last_token, complete, table, table_width, rows_per_page, metadata):
-    """Words of what says where entries go, which of them there are, and an entry's row in its page.
+    """Words of whatever says where entries go, which of them exist, and an entry's row in its page.
 
-    Of entries that are `complete`, by a table or by tokens. last_token: rows of kv_score.
+    For entries that are `complete`, by a table or by tokens. last_token: rows of kv_score.
     """
     if metadata.source == TABLE:
         column = window // rows_per_page
@@ -143,7 +145,7 @@ def load_slots(b, window, last_token, complete, table, table_width, rows_per_pag
 
 @triton.jit
 def slots_of(low, high, known, row, made, table, rows_per_page, metadata):
-    """Cache slots of what `load_slots` found, and which of the entries that are `made` nobody has any for."""
+    """Cache slots from what `load_slots` found, and which of the entries that are `made` have none."""
     by_table = metadata.source == TABLE
     number = joined(low, high, tl.where(by_table, is_wide(table), is_wide(metadata.slots)))
     number = tl.where(known & (number != tl.where(by_table, metadata.null_page, metadata.no_slot)), number, -1)
@@ -158,10 +160,10 @@ def plan_part(
     given, loaded, limits, first, counts, own, pages, chunk, num_chunks, part, b,
     RATIO: tl.constexpr, SEQUENCES: tl.constexpr, WINDOWS: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
-    """WINDOWS windows of each of a program's sequences, from `part * WINDOWS` on.
+    """Plans WINDOWS windows of each of a program's sequences, from `part * WINDOWS` on.
 
-    loaded, first: of `load_sequences`, for these sequences and for the first SCAN of all. limits: words of the places behind.
-    counts: of `count_loaded`. pages: the block table, its width, and the rows of a page.
+    loaded, first: what `load_sequences` gave, for these sequences and for the first SCAN of all. limits: words of the places
+    where they end. counts: what `count_loaded` gave. pages: the block table, its width, and the rows of a page.
     """
     metadata, batch = given.metadata, given.batch
     windows, entries, wrong, start, end, token, slot = counts
@@ -236,7 +238,9 @@ def plan_engine(
     given, own, table, table_width, rows_per_page, chunk, num_chunks, part, b,
     RATIO: tl.constexpr, SEQUENCES: tl.constexpr, WINDOWS: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
-    """`plan_part`, but for parts behind the longest sequence, which have nothing to do. The last chunk's clear entries."""
+    """`plan_part`, except for parts beyond the longest sequence, which have nothing to do; those of the last chunk clear
+    entries.
+    """
     loaded = load_sequences(given, b)
     limits = load_given(given.metadata.cu_rows, tl.minimum(b, given.batch - 1) + 1, given.metadata.reserved)
     first = load_sequences(given, tl.arange(0, SCAN))

@@ -1,6 +1,6 @@
 """Prefetches to the L2 cache, while the launch before still runs.
 
-A dependent launch may read nothing before its wait that a kernel in flight may write; but a prefetch reads nothing. All
+Before its wait a dependent launch may read nothing that a kernel in flight may write. But a prefetch reads nothing. All
 multiprocessors share the L2 cache, so a load finds what was written after the prefetch too. Only what the launch will load is
 fetched, so every address is inside the tensors given.
 """
@@ -25,8 +25,8 @@ def prefetch_lines(at, wanted):
 def prefetch_pieces(at, wanted, SIZE: tl.constexpr):
     """Fetches SIZE bytes, a multiple of 16, from each of the addresses `at`, int64, that is `wanted`.
 
-    By the engine of bulk copies, which leaves the load units free: better for many rows, later than `prefetch_lines` for a
-    single line (docs/notes/0026).
+    Uses the engine for bulk copies, which leaves the load units free: better for many rows, but a single line arrives later
+    than by `prefetch_lines` (docs/notes/0026).
     """
     tl.inline_asm_elementwise(
         "{ .reg .pred p; .reg .b64 a; and.b64 a, $1, -16; setp.ne.b32 p, $2, 0;"
@@ -37,7 +37,9 @@ def prefetch_pieces(at, wanted, SIZE: tl.constexpr):
 
 @triton.jit
 def prefetch_fold(live, tokens, seq, last, begin, stop, resumes, HOW: tl.constexpr, SPEC: tl.constexpr):
-    """What a short step over fold rows loads: the row at home `last`, tags, and positions `[begin, stop)`, AHEAD at most."""
+    """Fetches what a short step over fold rows loads: the row at home `last`, tags, and positions `[begin, stop)`, AHEAD at
+    most.
+    """
     LINES: tl.constexpr = (SPEC.HEAD_DIM * 4 + 127) // 128
     STEP: tl.constexpr = 128 if SPEC.HEAD_DIM >= 32 else SPEC.HEAD_DIM * 4
     e = tl.arange(0, 4 * LINES)
@@ -51,7 +53,7 @@ def prefetch_fold(live, tokens, seq, last, begin, stop, resumes, HOW: tl.constex
 
 @triton.jit
 def prefetch_tokens(live, tokens, begin, stop, AHEAD: tl.constexpr, CHANNELS: tl.constexpr):
-    """Rows of kv_score at positions `[begin, stop)`, AHEAD at most; `live` points at position 0."""
+    """Fetches rows of kv_score at positions `[begin, stop)`, AHEAD at most; `live` points at position 0."""
     BYTES: tl.constexpr = live.dtype.element_ty.primitive_bitwidth // 8
     # Values and scores in one piece, or in two.
     PARTS: tl.constexpr = 1 if tokens.skew is None else 2
@@ -66,9 +68,10 @@ def prefetch_tokens(live, tokens, begin, stop, AHEAD: tl.constexpr, CHANNELS: tl
 
 @triton.jit
 def prefetch_rows(live, tokens, seq, window, begin, stop, home, ends, SPEC: tl.constexpr):
-    """What a short step over input rows loads: the new rows of a window, and if it `ends` the old ones, from their homes.
+    """Fetches what a short step over input rows loads: the new rows of a window, and if it `ends` the old ones, from their
+    homes.
 
-    home: of the window.
+    home: that of the window.
     """
     CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
     BYTES: tl.constexpr = seq.rows.dtype.element_ty.primitive_bitwidth // 8
@@ -94,9 +97,10 @@ def prefetch_rows(live, tokens, seq, window, begin, stop, home, ends, SPEC: tl.c
 def prefetch_window(
     pool, page_size, item, c0, before, this, SPEC: tl.constexpr, SLICE: tl.constexpr, PIECES: tl.constexpr
 ):  # fmt: skip
-    """Channels `[c0, c0 + SLICE)` of the old rows of a window that has page `this`, and `before` for the window before.
+    """Fetches channels `[c0, c0 + SLICE)` of the old rows of a window on page `this`, and on page `before` for the window
+    before.
 
-    PIECES: of each row as one piece.
+    PIECES: each row as one piece.
     """
     BYTES: tl.constexpr = pool.rows.dtype.element_ty.primitive_bitwidth // 8
     SIZE: tl.constexpr = SLICE * BYTES if PIECES else 128
@@ -120,7 +124,7 @@ def prefetch_window(
 
 @triton.jit
 def prefetch_item(item, there, c0, tokens, SPEC: tl.constexpr, SLICE: tl.constexpr):
-    """The new tokens of a work item, of its first 128: channels `[c0, c0 + SLICE)` without overlap, or whole rows."""
+    """Fetches the first 128 new tokens of a work item: channels `[c0, c0 + SLICE)` without overlap, or whole rows."""
     window, start, end, token, _, _, _ = item
     BYTES: tl.constexpr = tokens.kv_score.dtype.element_ty.primitive_bitwidth // 8
     # Values and scores, or both at once.

@@ -1,11 +1,11 @@
-"""From hidden states to kv_score, each number of it by one order of sums, whatever tokens it comes with.
+"""From hidden states to kv_score, with one order of sums for each number, whatever tokens it comes with.
 
 hidden_dim is cut into 8 chunks. A chunk is summed by one chain of matrix instructions, from its first number on; then chunks
-in pairs, and the pairs in order (contract.py). Columns are the rows of these instructions and tokens their columns, so that
-one instruction serves one token and many; which tile a token is in changes nothing of what is added to what.
+are added in pairs, and the pairs in order (contract.py). Columns are the rows of these instructions and tokens their columns,
+so that the same instruction serves one token and many. The tile of a token does not change what is added to what.
 
-Programs that share a tile leave their parts of it in memory, and a launch of its own adds them up: over the whole GPU, where
-the last program of a tile would do so alone (notes 0076, 0079).
+Programs that share a tile write their parts of it to memory, and another launch adds them up: that uses the whole GPU, where
+the last program of each tile would work alone (notes 0076, 0079).
 """
 
 import triton
@@ -24,7 +24,7 @@ STEP = tl.constexpr(contract.HIDDEN_STEP)
 
 @triton.jit
 def added(a, b):
-    """a + b of two sums of products. Written as `+`, Triton may let the instructions of `a` begin from `b` and not from 0."""
+    """a + b of two sums of products. With `+`, Triton may start the instructions of `a` from `b` instead of 0."""
     return tl.fma(a, tl.full(a.shape, 1.0, tl.float32), b)
 
 
@@ -32,7 +32,7 @@ def added(a, b):
 def tiles_at(w_at, s_at, x_at, there, k, DEPTH: tl.constexpr, HOW: tl.constexpr, P: tl.constexpr):
     """DEPTH numbers from `k` on of weights and of hidden states, a row for each column and each token that is `there`.
 
-    Past the L1 cache, as the launch before this one may have made the weights (weights.py): see `pdl.load_plan`.
+    Loads past the L1 cache, as the launch before may have made the weights (weights.py): see `pdl.load_plan`.
     """
     tl.static_assert(not P.SCALED or BLOCK % DEPTH == 0, "a tile has one scale for each column")
     d = k + tl.arange(0, DEPTH)
@@ -99,7 +99,7 @@ def pair_of(w_at, s_at, x_at, there, pair, HOW: tl.constexpr, P: tl.constexpr):
 
 @triton.jit
 def place_of(tile, across, along, P: tl.constexpr):
-    """Which columns and tokens a tile has: GROUP rows of tiles at a time, so that what is on the GPU at once shares more."""
+    """The columns and tokens of a tile: GROUP rows of tiles at a time, so that tiles that run at once share more inputs."""
     group = tile // (P.GROUP * across)
     height = tl.minimum(along - group * P.GROUP, P.GROUP)
     within = tile % (P.GROUP * across)
@@ -113,7 +113,7 @@ def project_kernel(
     weights_scales, weights_scales_1, weights_scales_2, weights_scales_3, sums_rows, sums_stride, sums_step,
     HOW: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """A program: the sums of one tile over a part of hidden_dim, or over all of it."""
+    """One program makes the sums of one tile over a part of hidden_dim, or over all of it."""
     hidden = Hidden(hidden_rows, hidden_stride, hidden_count)
     weights = Weights(
         weights_rows, weights_columns, weights_cut_1, weights_gap_1, weights_cut_2, weights_gap_2, weights_cut_3, weights_gap_3,
@@ -176,7 +176,7 @@ def add_kernel(
 
 @triton.jit
 def rounded_to(x, KIND: tl.constexpr, HOW: tl.constexpr):
-    """fp32 as it is stored in dtype KIND; where HOW rounds, to the nearest bf16 first."""
+    """fp32 as it is stored in dtype KIND; first rounded to the nearest bf16 if HOW says so."""
     if tl.bfloat16 == KIND:
         x = bf16_bits(x, HOW.TARGET.BF16_CONVERSION).to(tl.bfloat16, bitcast=True)
     elif HOW.ROUNDED:

@@ -84,13 +84,13 @@ def e2m1_value(code):
 
 @triton.jit
 def magnitudes(v):
-    """Of which the largest chooses a scale: a NaN has no say in that of its neighbours."""
+    """Magnitudes, whose largest sets the scale; 0 for a NaN, which must not set that of its neighbours."""
     return tl.where(v == v, tl.abs(v), 0.0)
 
 
 @triton.jit
 def through_fp4(v, KIND: tl.constexpr, LENGTH: tl.constexpr):
-    """What is left of values in fp4 (`RecordFormat.fp4_first`): a NaN, and otherwise codes times scales."""
+    """Values after a way through fp4 (`RecordFormat.fp4_first`): codes times scales, and NaN where they were."""
     GROUP: tl.constexpr = 16 if KIND == "nvfp4" else 32
     grouped = tl.reshape(v, (LENGTH // GROUP, GROUP))
     amax = tl.max(magnitudes(grouped), axis=1)
@@ -108,7 +108,7 @@ def through_fp4(v, KIND: tl.constexpr, LENGTH: tl.constexpr):
 
 @triton.jit
 def power_of_two(amax, MAX: tl.constexpr, NEAREST: tl.constexpr):
-    """The ue8m0 code of a scale: the least that takes amax to MAX or below, or the nearest one (to 6) by its logarithm.
+    """The ue8m0 code of a scale: the smallest that takes amax to MAX or below, or the nearest one (to 6) by its logarithm.
 
     Exact, and without a division. MAX is 1.75 * 2**8 or 1.5 * 2**2, so the exponent goes up by one where the mantissa of amax
     is above that of MAX; and for the nearest from the mantissa of 6 / sqrt(2) on.
@@ -125,7 +125,7 @@ def power_of_two(amax, MAX: tl.constexpr, NEAREST: tl.constexpr):
 
 @triton.jit
 def group_scale(amax, cache_scale, MAX: tl.constexpr, FMT: tl.constexpr):
-    """The stored scale of each group (int32: its byte, or its bits as fp32) and what values are multiplied by or divided by."""
+    """The stored scale of each group (int32: its byte, or its bits as fp32), and the factor or divisor of its values."""
     if FMT.FLOOR_ON_SCALE == 0:
         amax = tl.maximum(amax, FMT.FLOOR)
     if FMT.SCALE == "e4m3":
@@ -164,7 +164,7 @@ def group_scale(amax, cache_scale, MAX: tl.constexpr, FMT: tl.constexpr):
 
 @triton.jit
 def load_scale(cache):
-    """The scale of the whole cache; None for formats that have none. Past the L1 cache, as `pdl.load_plan`."""
+    """The scale of the whole cache; None for formats that have none. Loads past the L1 cache, as `pdl.load_plan`."""
     scale = None
     if cache.scale is not None:
         scale = tl.load(cache.scale.to(tl.pointer_type(tl.float32)), cache_modifier=".cg")
@@ -173,7 +173,7 @@ def load_scale(cache):
 
 @triton.jit
 def tail_address(record, page, number, row, cache, FMT: tl.constexpr):
-    """Where the scales of a record are: behind its values, in a buffer of their own, or behind all records of its page."""
+    """Where the scales of a record are: after its values, in a buffer of their own, or after all records of its page."""
     if FMT.INTERLEAVED:
         tail = record + FMT.VALUES_BYTES
     elif cache.scales is not None:
@@ -244,7 +244,7 @@ def store_record(
     y, slot, scale, cache, SPEC: tl.constexpr, FMT: tl.constexpr, TARGET: tl.constexpr, COUNT: tl.constexpr = 1,
     wanted=None,
 ):  # fmt: skip
-    """Writes one record and its tail. With COUNT above 1: those slots' records that are `wanted`, rows side by side in `y`.
+    """Writes one record and its tail. With COUNT above 1, those that are `wanted`, whose rows are side by side in `y`.
 
     scale: what `load_scale` gave. `cache.scales` is None where tails are in the page.
     """

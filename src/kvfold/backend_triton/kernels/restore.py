@@ -20,8 +20,9 @@ def restore_kernel(
 ):  # fmt: skip
     """One program for each row of each snapshot; the first of them sets the slot's tags, to -1 if it is refused.
 
-    ROWS: of a snapshot, each PARTS * PART elements. All programs of a snapshot agree on whether it is refused, as they look
-    at arguments and tags of the snapshot, which none of them writes. The slot's tags are written by one and read by none.
+    ROWS: rows of a snapshot, each of PARTS * PART elements. All programs of a snapshot agree on whether it is refused, as they
+    look at arguments and at tags of the snapshot, which none of them writes. The slot's tags are written by one and read by
+    none.
     """
     i = tl.program_id(0) // ROWS if ROWS > 1 else tl.program_id(0)
     r = tl.program_id(0) % ROWS if ROWS > 1 else scalar(0)

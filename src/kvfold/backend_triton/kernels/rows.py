@@ -1,4 +1,4 @@
-"""Windows of input rows, as a `FoldState` keeps them where that is cheaper: pooling one, and keeping new rows."""
+"""Windows of input rows, which a `FoldState` keeps where that is cheaper: pooling one, and keeping new rows."""
 
 import triton
 import triton.language as tl
@@ -22,7 +22,7 @@ def as_kept(x, KEPT: tl.constexpr, BF16_CONVERSION: tl.constexpr = False):
 def load_biases(ape, j0, wanted, SPEC: tl.constexpr, AHEAD: tl.constexpr, COUNT: tl.constexpr = 1):
     """ape of rows `[j0, j0 + AHEAD)` of a window. With overlap the window before gives its lo half, this one its hi half.
 
-    wanted: nothing is read where it is false; None: it is read.
+    wanted: if false nothing is read; None means true.
     """
     ROWS: tl.constexpr = SPEC.RATIO * (1 + SPEC.OVERLAP)
     biases = ()
@@ -49,8 +49,8 @@ def load_window(
 ):  # fmt: skip
     """Values and raw scores of rows `[j0, j0 + AHEAD)` of a window that ends here: old ones from the state, new ones live.
 
-    SOURCE: "live" is for windows without old rows, "old" for others. lo, hi: the places of old lo rows of the window before,
-    and of old hi or whole rows of the window itself; any where there are none.
+    SOURCE: "live" for windows without old rows, "old" for others. lo, hi: the places of old lo rows of the window before, and
+    of old hi or whole rows of the window itself; any number where there are none.
     """
     KEPT: tl.constexpr = seq.rows.dtype.element_ty
     SAME: tl.constexpr = tokens.kv_score.dtype.element_ty == KEPT
@@ -113,7 +113,7 @@ def load_live(
 ):  # fmt: skip
     """Values and raw scores, not yet converted, of rows `[J0, J0 + ROWS)` of a window whose rows are all new, at once.
 
-    KEPT: as in `as_kept`. COUNT: of windows in a row from `window` on, side by side.
+    KEPT: as in `as_kept`. COUNT: how many windows, from `window` on, side by side.
     """
     ks = ()
     ss = ()
@@ -145,7 +145,7 @@ def fold_some(
     m, l, a, ks, ss, ape, biases, j0, FIRST: tl.constexpr, AT: tl.constexpr, ROWS: tl.constexpr, SPEC: tl.constexpr,
     COUNT: tl.constexpr,
 ):  # fmt: skip
-    """Folds the group of rows `[AT, AT + ROWS)` of those that stand in `ks` and `ss`, which are a window's from `j0` on."""
+    """Folds the group of rows `[AT, AT + ROWS)` of `ks` and `ss`, which are those of a window from `j0` on."""
     if biases is None:
         own = load_biases(ape, j0 + AT, None, SPEC, ROWS, COUNT)
     group_ks = ()
@@ -161,7 +161,7 @@ def fold_some(
 def fold_part(
     m, l, a, ks, ss, ape, biases, j0, FIRST: tl.constexpr, SPEC: tl.constexpr, AHEAD: tl.constexpr, COUNT: tl.constexpr = 1,
 ):  # fmt: skip
-    """Folds rows `[j0, j0 + AHEAD)` of a window, a group at a time. FIRST: no row was folded yet."""
+    """Folds rows `[j0, j0 + AHEAD)` of a window, a group at a time. FIRST: no row has been folded yet."""
     for g in tl.static_range(0, AHEAD, ROWS_AT_ONCE):
         m, l, a = fold_some(
             m, l, a, ks, ss, ape, biases, j0, FIRST and g == 0, g, ROWS_AT_ONCE if g + ROWS_AT_ONCE <= AHEAD else AHEAD - g,
@@ -174,7 +174,7 @@ def fold_part(
 def pool_window(
     live, tokens, biases, seq, window, lo, hi, SOURCE: tl.constexpr, HOW: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
-    """The pooled row of a window. biases: ape of its rows, if it has no more than AHEAD; None: not loaded yet.
+    """The pooled row of a window. biases: ape of its rows, if it has at most AHEAD; None: not loaded yet.
 
     lo, hi, SOURCE: as in `load_window`.
     """
@@ -234,7 +234,7 @@ def keep_row(copy, seq, i, wanted, lo_place, hi_place, SPEC: tl.constexpr):
 def keep_window(live, tokens, seq, window, begin, stop, SPEC: tl.constexpr, COUNT: tl.constexpr):
     """Keeps what the state wants of new positions `[begin, stop)` of a window; COUNT rows are loaded at once.
 
-    Looks the history up itself: few windows are kept, and what was found before would take registers from all.
+    Looks the history up again: few windows are kept, and keeping what was found before would cost all of them registers.
     """
     LENGTH: tl.constexpr = 2 * SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
     _held, kept = look_up(seq, SPEC)

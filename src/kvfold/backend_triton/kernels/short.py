@@ -23,9 +23,9 @@ from .tokens import apart_from, gap
 
 @triton.jit
 def token_addresses(live, tokens, x0, stop, SPEC: tl.constexpr, AHEAD: tl.constexpr):
-    """Where values of positions `[x0, x0 + AHEAD)` are, `gap` of each, which are there (before `stop`), and their ape.
+    """Addresses of values at positions `[x0, x0 + AHEAD)`, the `gap` of each, which are there (before `stop`), and their ape.
 
-    `live` points at position 0. Called before the wait, to have less behind it.
+    `live` points at position 0. Called before the wait, so that less is left to do after it.
     """
     c = tl.arange(0, SPEC.HEAD_DIM)
     ats = ()
@@ -47,7 +47,7 @@ def token_addresses(live, tokens, x0, stop, SPEC: tl.constexpr, AHEAD: tl.conste
 
 @triton.jit
 def load_tokens(ats, gaps, wanted, biases):
-    """Values, and scores with ape, of what `token_addresses` found."""
+    """Values, and scores with ape, at what `token_addresses` found."""
     both = ()
     theres = ()
     for i in tl.static_range(len(ats)):
@@ -64,7 +64,7 @@ def load_tokens(ats, gaps, wanted, biases):
 
 @triton.jit
 def fold_tokens(m, l, a, ks, ss, x0, stop, home, seq, snap, SPEC: tl.constexpr, AHEAD: tl.constexpr):
-    """Folds positions `[x0, stop)`, AHEAD at most, and stores the rows that the state or a snapshot keeps. home: of `x0`."""
+    """Folds positions `[x0, stop)`, AHEAD at most, and stores the rows that the state or a snapshot keeps. home: for `x0`."""
     due = next_page_end(snap, x0)
     for i in tl.static_range(AHEAD):
         m, l, a = fold_step(m, l, a, ks[i], ss[i])
@@ -115,7 +115,7 @@ def fold_item(live, tokens, seq, begin, stop, place, last, first, snap, HOW: tl.
 def pool_item(live, tokens, seq, window, home, ends, HOW: tl.constexpr, SPEC: tl.constexpr):
     """State of input rows: pools all rows of a window, whose home is `home`, if it `ends` here, old ones from the state.
 
-    Returns the pooled row, whether the sequence could go on, and where the rows are that the step reads.
+    Returns the pooled row, whether the sequence could go on, and the places of the rows that the step reads.
     """
     biases = load_biases(tokens.ape, 0, ends, SPEC, HOW.AHEAD)
     further = window - seq.start // SPEC.RATIO
@@ -219,7 +219,7 @@ def ungated_step(pid, plan, tokens, cache, HOW: tl.constexpr, SPEC: tl.constexpr
 def count_overflow(plan, programs, RATIO: tl.constexpr):
     """Counts the sequences whose first item has no program.
 
-    The grid is sized by the rows of kv_score. More items than that means sequences that end behind them.
+    The grid is sized by the rows of kv_score. More items than that means sequences that end beyond those rows.
     """
     total = load_plan(plan.num_items)
     for i in range(programs, total):

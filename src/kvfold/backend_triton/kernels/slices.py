@@ -1,4 +1,4 @@
-"""Pooled rows whose channels several programs share: one of them finishes the entry.
+"""Pooled rows whose channels are shared by several programs, one of which finishes the entry.
 
 Each slice is written as 64-bit words with a ready bit. A program draws a ticket before its last slice of an entry. The one with
 the last ticket polls the words of all and finishes the entry: no fence, no atomic after the work. It waits only for programs
@@ -54,7 +54,9 @@ def take_slices(workspace, arrivals, entry, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def share_entries(num_entries, programs, SLICES: tl.constexpr):
-    """As many programs to an entry as leave one part to each of them: one that has several looks up its rows once."""
+    """How many parts an entry has, and slices a part: as many parts as leave one to each program, since each part looks up
+    rows.
+    """
     parts = scalar(SLICES)
     span = scalar(1)
     while (parts > 1) & (num_entries * parts > programs):
@@ -67,7 +69,7 @@ def share_entries(num_entries, programs, SLICES: tl.constexpr):
 def first_work(pid, programs, num_entries, parts, SLICES: tl.constexpr):
     """The first part of an entry and the first work item of a program.
 
-    Programs start in order, so those at the front get the longer way, which is pooling where it has slices.
+    Programs start in order, so those at the front get the longer work, which is pooling where it has slices.
     """
     task = programs - 1 - pid
     front = pid

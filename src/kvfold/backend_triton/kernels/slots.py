@@ -24,7 +24,7 @@ def sequence_of(st, slot, start, end, SPEC: tl.constexpr, c0=0):
 
 @triton.jit
 def first_read(start, SPEC: tl.constexpr):
-    """The first position before `start` whose row a step from `start` on reads; `start` where it reads none."""
+    """The first position before `start` whose row a step from `start` reads; `start` if it reads none."""
     if SPEC.KIND == "fold":
         h0 = tl.where(start % SPEC.RATIO == 0, start, start - 1)
     else:
@@ -40,13 +40,13 @@ def last_home(seq):
 
 @triton.jit
 def load_history(seq, last):
-    """What the tags say of the last position before the step. last: of `last_home`."""
+    """What the tags say of the last position before the step. last: what `last_home` gave."""
     return History(tl.load(seq.tags + last), tl.load(seq.tags + seq.ring))
 
 
 @triton.jit
 def check_history(history, seq):
-    """Whether the row that the step reads is there, if it reads one, and whether it is the spare one."""
+    """Whether the row that the step reads, if any, is there, and whether it is the spare one."""
     wanted = seq.h0 < seq.start
     moved = wanted & (history.home != seq.start - 1)
     return (moved == 0) | (history.spare == seq.start - 1), moved
@@ -77,7 +77,7 @@ def places_from(seq, x0, COUNT: tl.constexpr):
 
 @triton.jit
 def retire_row(seq, history):
-    """Frees a spare row of another timeline or out of the ring. One program per sequence, any time in the launch."""
+    """Frees a spare row of another timeline or out of the ring. Called by one program per sequence, at any time."""
     spare = history.spare
     stale = (spare >= seq.start) | ((spare >= 0) & (spare < seq.end - seq.ring) & (spare < seq.h0))
     # If the history sits at home and the step comes round to it, a program of this launch writes the spare row now: hands off.
@@ -90,7 +90,7 @@ def retire_row(seq, history):
 def keep_fold(m, l, a, x, place, wanted, seq, SPEC: tl.constexpr, SLICE: tl.constexpr):
     """Stores the fold row after position `x` where it is `wanted`, SLICE channels of it from where `seq.rows` points.
 
-    By masks and not by branches, between which nothing of two tokens can overlap. `place`: of `place_at`, looked up before.
+    By masks, as the work of two tokens cannot overlap across branches. `place`: what `place_at` gave before.
     """
     # No step resumes from the end of a window: that row is not kept, only what stood there is gone.
     kept = wanted & (x % SPEC.RATIO != SPEC.RATIO - 1)

@@ -1,6 +1,6 @@
-"""Snapshots of prefix-cache pages: what a step copies out.
+"""Snapshots of prefix-cache pages: what a step copies to them.
 
-A step's programs get all that they need in one `Snap`, or None if no snapshots are taken: then nothing of this is compiled in.
+A step's programs get all that they need in one `Snap`, or None if no snapshots are taken; then none of this is compiled in.
 """
 
 import triton
@@ -37,7 +37,7 @@ def next_page_end(snap, x):
 def snapshot_fold(m, l, a, x, due, stop, snap, SPEC: tl.constexpr):
     """Stores the fold row after new position x where x is `due`, the last of a page. Returns which one is due next.
 
-    Not where x ends a window: a step that starts there reads nothing.
+    Nothing is stored where x ends a window: a step that starts after it reads nothing.
     """
     if snap is not None:
         page_size = snap.table.page_size

@@ -1,7 +1,7 @@
-"""Where the scores of a step's tokens are: behind the values of each row, or in a tensor of their own.
+"""Where the scores of a step's tokens are: after the values in each row, or in a tensor of their own.
 
-Of two tensors, a score is `apart` elements behind its value in the first row, and `skew` elements more with each row. So who
-has the address of a value finds the score by a sum, and where rows hold both nothing is compiled in.
+With two tensors, a score is `apart` elements after its value in the first row, and `skew` elements more with each row. So the
+address of a value gives that of the score by a sum; where rows hold both, none of this is compiled in.
 """
 
 import triton
@@ -14,7 +14,7 @@ from .vectors import scalar
 def apart_from(tokens, row):
     """`apart` of the same tokens counted from row `row` on; any number where rows hold both.
 
-    Not all of `Tokens`: no function may return what has None in it (Triton 3.6).
+    It does not return `Tokens`: no function may return a tuple with None in it (Triton 3.6).
     """
     return 0 if tokens.skew is None else gap(tokens, row, 0)
 
@@ -39,7 +39,7 @@ def gaps(tokens, x, CHANNELS: tl.constexpr):
 
 @triton.jit
 def whole_row(at, tokens, x, CHANNELS: tl.constexpr):
-    """Addresses of value and score of token `x`. at: what they are where the score stands behind the value."""
+    """Addresses of value and score of token `x`. at: what they are if the score follows the value."""
     if tokens.skew is not None:
         at += tl.where(tl.arange(0, 2 * CHANNELS) < CHANNELS, 0, gap(tokens, x, CHANNELS) - CHANNELS)
     return at

@@ -1,4 +1,4 @@
-"""Vectors over COUNT small entries of one sequence, which stand in a row: a warp has too little to do for one of them.
+"""Vectors over COUNT small consecutive entries of one sequence: a single one gives a warp too little to do.
 
 Values of their channels are flat, `[COUNT * LENGTH]`; a number of each entry is `[COUNT, 1]`, and addresses are
 `[COUNT, LENGTH]`, by which a thread whose channels are of one entry reads and writes them at once. With COUNT 1 the shapes are
@@ -49,5 +49,5 @@ def wherever(mask, wanted, COUNT: tl.constexpr):
 
 @triton.jit
 def scalar(x):
-    """`x` as an int32 tensor, also where it is a number to Python."""
+    """`x` as an int32 tensor, also where it is a Python number."""
     return tl.full((), 0, tl.int32) + x

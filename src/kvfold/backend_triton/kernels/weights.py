@@ -1,7 +1,7 @@
-"""Weights of a projection: where the rows of its columns are, and what codes in FP8 stand for.
+"""Weights of a projection: where the rows of its columns are, and which numbers FP8 codes stand for.
 
-A number is the code's times the scale of its block of 128 x 128, as one product in fp32, then rounded to the nearest bf16. Who
-makes it, the product as it takes a tile or a launch before it, changes no bit.
+A number is the code's times the scale of its block of 128 x 128, as one product in fp32, then rounded to the nearest bf16.
+Whether the product makes it as it takes a tile, or a launch before it, changes no bit.
 """
 
 import triton
@@ -17,7 +17,7 @@ BLOCK = tl.constexpr(contract.SCALE_BLOCK)
 
 @triton.jit
 def weight_rows(weights, column, HIDDEN_DIM: tl.constexpr):
-    """Where the rows of these columns begin. Gaps by multiplying: of a selection Triton forgets that it is aligned."""
+    """Where the rows of these columns begin. Gaps are added by a product, as Triton forgets the alignment of a selection."""
     at = column.to(tl.int64) * HIDDEN_DIM
     if weights.cut_1 is not None:
         at += (column >= weights.cut_1).to(tl.int64) * weights.gap_1
@@ -63,7 +63,7 @@ def dequantize_kernel(
     weights_scales, weights_scales_1, weights_scales_2, weights_scales_3, made_rows,
     HOW: tl.constexpr, HIDDEN_DIM: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Weights in bf16, `[columns, HIDDEN_DIM]`, of codes and scales: a program for BLOCKS blocks of a row."""
+    """Makes bf16 weights, `[columns, HIDDEN_DIM]`, from codes and scales: a program for BLOCKS blocks of a row."""
     weights = Weights(
         weights_rows, weights_columns, weights_cut_1, weights_gap_1, weights_cut_2, weights_gap_2, weights_cut_3, weights_gap_3,
         weights_scales, weights_scales_1, weights_scales_2, weights_scales_3,

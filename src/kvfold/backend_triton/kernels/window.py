@@ -1,14 +1,13 @@
 """A step over `WindowState`: stores the raw rows of new tokens, and pools every window that ends, in parallel.
 
 A program has two kinds of work. It takes entries, or some slices of channels of one (`pool_slice`): old rows come from the
-pages and new ones from kv_score, so that nobody waits for what another program stores. And it takes work items, whose new rows
+pages and new ones from kv_score, so that no program waits for what another one stores. And it takes work items, whose new rows
 it stores on their pages. Entries are dealt from one end of the grid and work items from the other, so that a program has both
-only where there is much of both. Where several programs share an entry, one of them finishes it (slices.py); which one changes
-no bit.
+only if there is much of both. Where several programs share an entry, one of them finishes it (slices.py); which one it is
+changes no bit.
 
-Two kinds of new rows are stored by the program that pools them, and by nobody else: in a long step (PROMPT) those of windows
-that are all new, so that these are read once (`all_rows_new`); in a short one (JOIN) the last rows of a window on one page
-(`last_rows_new`).
+Two kinds of new rows are stored only by the program that pools them: in a long step (PROMPT) those of windows that are all new,
+so that they are read once (`all_rows_new`); in a short one (JOIN) the last rows of a window on one page (`last_rows_new`).
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ class Launch(NamedTuple):
 class Faults(NamedTuple):
     """What is wrong with an entry: old rows with a bad page, old rows with no page, whether it is refused for its slot.
 
-    wanted: an entry whose rows have no page counts as an error only if somebody wants it.
+    wanted: an entry whose rows have no page counts as an error only if it is delivered to something.
     """
 
     bad: Any
@@ -55,7 +54,7 @@ class Faults(NamedTuple):
 
 
 class Shares(NamedTuple):
-    """How entries are dealt out: `parts` of each, `tasks` in all, and a part is `span` slices of channels."""
+    """How entries are dealt out: each in `parts`, which are `tasks` in all, and of which one is `span` slices of channels."""
 
     parts: Any
     span: Any
@@ -66,7 +65,7 @@ class Shares(NamedTuple):
 def write_rows(launch, item, begin, stop, halves, readers, AHEAD: tl.constexpr, SPEC: tl.constexpr, tiling):
     """Stores the rows of new positions `[begin, stop)`; returns how many have a bad page.
 
-    halves: of rows with overlap, the lo ones (0), the hi ones (1) or both (2); None is both too. readers: of a ring.
+    halves: for rows with overlap, the lo ones (0), the hi ones (1) or both (2, or None). readers: only for a ring.
     """
     CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
     pools = launch.pools
@@ -123,9 +122,9 @@ def write_rows(launch, item, begin, stop, halves, readers, AHEAD: tl.constexpr, 
 
 @triton.jit
 def find_page(pools, pool, window, item, there, SPEC: tl.constexpr, ALWAYS: tl.constexpr):
-    """The page of a window whose rows lie on one (-1: none, or not needed); whether an old row lacks it; whether it is bad.
+    """The page of a window whose rows share one (-1: none, or not needed); whether an old row lacks it; whether it is bad.
 
-    ALWAYS: needed for new rows too.
+    ALWAYS: it is needed for new rows, too.
     """
     x = window * SPEC.RATIO
     old = there & (item.start > x)
@@ -135,7 +134,7 @@ def find_page(pools, pool, window, item, there, SPEC: tl.constexpr, ALWAYS: tl.c
 
 @triton.jit
 def load_entry(launch, number, there, SPEC: tl.constexpr, tiling):
-    """Its work item, its cache slot, and its `Pages` where windows lie on one: nothing that a kernel in flight writes."""
+    """An entry's work item, cache slot and, where windows lie on one page, `Pages`: nothing that a kernel in flight writes."""
     plan = launch.plan
     pools = launch.pools
     index = tl.load(launch.entry_items + number, mask=there, other=0, cache_modifier=".cg")
@@ -170,24 +169,24 @@ def load_entry(launch, number, there, SPEC: tl.constexpr, tiling):
 
 @triton.jit
 def all_rows_new(window, start, entry, entry_capacity, SPEC: tl.constexpr):
-    """Whether all rows that the entry of a window is pooled of are new: the program that pools them stores them."""
+    """Whether all rows that a window's entry is pooled from are new: then the program that pools them stores them."""
     return (entry >= 0) & (entry < entry_capacity) & (start <= tl.maximum(window - SPEC.OVERLAP, 0) * SPEC.RATIO)
 
 
 @triton.jit
 def last_rows_new(window, start, entry, entry_capacity, RATIO: tl.constexpr, LANES: tl.constexpr):
-    """Whether of a window that ends only some of the last LANES rows are new: who pools it stores them, on one page.
+    """Whether a window ends here and only some of its last LANES rows are new: the program that pools it stores them.
 
-    If that page is missing, nobody can store them.
+    If their page is missing, they cannot be stored.
     """
     return (entry >= 0) & (entry < entry_capacity) & (start > window * RATIO) & (start >= window * RATIO + RATIO - LANES)
 
 
 @triton.jit
 def rows_left(item, entry_capacity, SPEC: tl.constexpr):
-    """Whether the new rows of a window, or their hi halves, and whether the lo halves, are left for the work item to store.
+    """Whether the work item has to store a window's new rows (with overlap their hi halves), and whether their lo halves.
 
-    The lo halves belong to the window behind it.
+    The lo halves belong to the next window.
     """
     own = all_rows_new(item.window, item.start, item.entry, entry_capacity, SPEC) == 0
     lo = own
@@ -216,7 +215,7 @@ def next_item(launch, index, total, programs, SPEC: tl.constexpr, PROMPT: tl.con
 
 @triton.jit
 def check_item(item, there, launch, SPEC: tl.constexpr, tiling):
-    """The `Faults` of a work item's entry, if it has one. Before the wait: a kernel in flight writes nothing of it."""
+    """The `Faults` of a work item's entry, if it has one. Called before the wait: no kernel in flight writes what it reads."""
     plan = launch.plan
     missing = tl.zeros((), tl.int32)
     bad = tl.zeros((), tl.int32)
@@ -235,7 +234,7 @@ def check_item(item, there, launch, SPEC: tl.constexpr, tiling):
 
 @triton.jit
 def write_item(item, faults, readers, launch, HOW: tl.constexpr, SPEC: tl.constexpr, tiling):
-    """Stores the new rows of a work item that are left to it, and counts what is wrong with it."""
+    """Stores the new rows that are left to a work item, and counts what is wrong with it."""
     window, start, end, token, _slot, entry, _sequence = item
     bad, missing, wanted, wrong = faults
     capacity = launch.plan.entry_capacity
@@ -271,7 +270,7 @@ def write_item(item, faults, readers, launch, HOW: tl.constexpr, SPEC: tl.conste
 
 @triton.jit
 def write_items(index, item, faults, total, programs, launch, HOW: tl.constexpr, SPEC: tl.constexpr, tiling):
-    """Work item `index`, which is `item`, and those behind it in steps of `programs`."""
+    """Work item `index`, which is `item`, and those after it in steps of `programs`."""
     while index < total:
         readers = None
         if launch.pools.ring is not None:
@@ -303,7 +302,7 @@ def prefetch_entry(item, pages, task, shares, launch, HOW: tl.constexpr, SPEC: t
 def pool_part(
     item, slot, pages, task, turn, shares, launch, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr, tiling
 ):  # fmt: skip
-    """One slice of an entry, slice `turn` of part `task`; and the whole entry, where this is the last part of it."""
+    """Pools one slice of an entry, slice `turn` of part `task`, and finishes the entry if this was its last part."""
     SLICES: tl.constexpr = SPEC.HEAD_DIM // HOW.SLICE
     window, start, end, token, _slot, entry, _sequence = item
     plan = launch.plan
@@ -352,7 +351,7 @@ def pool_part(
 def pool_entries(
     task, item, slot, pages, shares, programs, launch, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr, tiling
 ):  # fmt: skip
-    """Part `task`, whose entry has this item, slot and pages, and those behind it in steps of `programs`.
+    """Pools part `task`, whose entry has this item, slot and pages, and those after it in steps of `programs`.
 
     How the loop is written decides registers and instructions (docs/notes/0031-the-loop-over-entries.md).
     """
@@ -376,7 +375,7 @@ def run_program(
     front, total, task, shares, programs, launch, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr, tiling,
     POOLS: tl.constexpr,
 ):  # fmt: skip
-    """A program whose first work item is `front` of `total` and whose first part of an entry is `task`. POOLS: it has such."""
+    """A program whose first work item is `front` of `total`, and whose first part of an entry is `task`, if it POOLS."""
     SLICES: tl.constexpr = SPEC.HEAD_DIM // HOW.SLICE
     tokens = launch.tokens
     index = next_item(launch, front, total, programs, SPEC, tiling.PROMPT)

@@ -1,9 +1,9 @@
-"""Raw rows in rings: who stores a new row in the place of an old one that this launch still reads.
+"""Raw rows in rings: which program stores a new row in the place of an old one that this launch still reads.
 
-A ring of `ring` rows keeps the last positions of a sequence, so of a longer step only those are stored, each in a place of its
-own. What may be there is an old row that a first window of the step, or with overlap one of the first two, is pooled of. Then
-whoever pools that window stores the new row, after it has read the old one; all others are stored as ever. With overlap that
-goes for the halves of rows, each of which one window reads.
+A ring of `ring` rows keeps the last positions of a sequence, so a longer step stores only those, each in a place of its own.
+Such a place may hold an old row from which the first window of the step, or with overlap one of the first two, is pooled. Then
+the program that pools that window stores the new row, after it has read the old one; all others are stored as usual. With
+overlap this is decided for each half of a row, as one window reads it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .window_rows import find_pages, store_rounded
 
 
 class Readers(NamedTuple):
-    """Whether the first window of a sequence's step, and the one behind it, are pooled in this launch and hold up new rows."""
+    """Whether the first window of a sequence's step, and the one after it, are pooled in this launch and hold up new rows."""
 
     first: Any
     behind: Any
@@ -63,7 +63,7 @@ def holds_up(item, launch, SPEC: tl.constexpr):
 
 @triton.jit
 def store_held_up(item, c0, launch, SPEC: tl.constexpr, tiling):
-    """Stores SLICE channels of the new rows that are left to the entry of an item, whose old rows were read."""
+    """Stores SLICE channels of the new rows that are left to the entry of an item; its old rows have been read."""
     CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
     pools = launch.pools
     tokens = launch.tokens

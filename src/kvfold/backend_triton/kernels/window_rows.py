@@ -17,7 +17,7 @@ from .tokens import gaps
 class Pools(NamedTuple):
     """A `WindowState`: the `Pool` of values and that of scores, whose pages hold `page_size` positions each.
 
-    null_page, ring: as of `args.WindowArguments`.
+    null_page, ring: as in `args.WindowArguments`.
     """
 
     kv: Any
@@ -28,7 +28,7 @@ class Pools(NamedTuple):
 
 
 class Pages(NamedTuple):
-    """The pages of a window whose rows lie on one page, and of the window before it, in both pools; -1: none.
+    """The pages, in both pools, of a window whose rows share a page, and of the window before it; -1: none.
 
     absent: an old row has no page. bad: a row of this window has a page outside its pool or table.
     """
@@ -47,8 +47,8 @@ class Tiling(NamedTuple):
     TILE: rows in flight at once. LANES: sums side by side; row j belongs to lane j % LANES. GROUP: rows of a lane that are
     weighed against one maximum. SLICE: channels of a part of an entry. ONE_PAGE: a window lies on one page. LANE_PAGES: it does
     not, but each LANES of its rows do. PROMPT: for long steps, where windows that are all new are common. ALIGNED: rows of
-    kv_score begin at multiples of 16 bytes. JOIN: of how many last rows of a window the new ones are stored by who pools it; 0:
-    of none.
+    kv_score begin at multiples of 16 bytes. JOIN: among how many last rows of a window the program that pools it stores the new
+    ones; 0 for none.
     """
 
     TILE: Any
@@ -81,7 +81,7 @@ def find_pages(pools, pool, sequence, x, wanted):
 
 @triton.jit
 def check_window(pools, item, SPEC: tl.constexpr, tiling):
-    """How many old rows of a window have no page, and how many a bad one; of a window on one page, whether it has any such."""
+    """How many old rows of a window have no page, and how many a bad one; for a window on one page, whether there are any."""
     missing = tl.zeros((), tl.int32)
     bad = tl.zeros((), tl.int32)
     STEP: tl.constexpr = SPEC.RATIO if tiling.ONE_PAGE else tiling.LANES if tiling.LANE_PAGES else 1
@@ -127,8 +127,8 @@ def put_new_rows(k, s, tokens, item, j, x, c, new, RATIO: tl.constexpr, CHANNELS
 
 @triton.jit
 def load_lane_pages(pools, pool, sequence, x0, COUNT: tl.constexpr, LANES: tl.constexpr):
-    """What the table has for each LANES rows from position `x0` on, which share a page, as int32; its last column for those
-    behind. Scalars, and nothing is done with any before all are on their way.
+    """The table's pages for each LANES rows from position `x0` on, which share a page, as int32; beyond the table those of its
+    last column. They are scalars, all loaded before the first is used.
     """
     words = pool.table + sequence.to(tl.int64) * pool.width
     apart = 1
@@ -149,7 +149,7 @@ def load_lane_pages(pools, pool, sequence, x0, COUNT: tl.constexpr, LANES: tl.co
 
 @triton.jit
 def lane_rows(pool, page, row):
-    """Where row `row` of a page of `load_lane_pages` begins; of page 0 where that is not in the pool."""
+    """Where row `row` of a page of `load_lane_pages` begins; of page 0 if that page is not in the pool."""
     page = tl.where(page.to(tl.uint32) < pool.num_pages.to(tl.uint32), page, 0)
     # A page spans less than 2**31 elements.
     return pool.rows + page.to(tl.int64) * pool.page_stride + row * pool.row_stride.to(tl.int32)
@@ -161,10 +161,10 @@ def load_page_rows(
 ):  # fmt: skip
     """Rows `[j0, j0 + TILE)` of a window, of which only some of the last LANES are new: the usual decode.
 
-    The window lies on one page, or each LANES of its rows do, of which those without one are read from page 0. All are loaded,
-    and new ones put over what was there: without masks a tile takes half the instructions.
+    The window lies on one page, or each LANES of its rows do; rows without a page are read from page 0. All are loaded, and new
+    ones replace what was there: without masks a tile takes half the instructions.
 
-    mine: the new ones are stored too, on the one page.
+    mine: the new rows are stored as well, on the one page.
     """
     LANES: tl.constexpr = tiling.LANES
     c = c0 + tl.arange(0, tiling.SLICE)[None, :]
@@ -248,7 +248,7 @@ def load_new_rows(tokens, item, c0, j0, SPEC: tl.constexpr, tiling, BF16: tl.con
 
 @triton.jit
 def store_new_rows(pool, page_size, before, this, xs, window, c0, j0, SPEC: tl.constexpr, tiling):
-    """Stores what `load_new_rows` loaded on its pages, `this` and that of the window `before`, of which either may be -1."""
+    """Stores what `load_new_rows` loaded on its pages: `this`, and that of the window `before`. Either may be -1."""
     LANES: tl.constexpr = tiling.LANES
     c = c0 + tl.arange(0, tiling.SLICE)[None, :]
     lane = tl.arange(0, LANES)
@@ -323,7 +323,7 @@ def load_any_rows(
 def weigh_rows(r, l, a, ks, ss, GROUP: tl.constexpr):
     """Takes rows, GROUP at a time, into each lane's sums: `l` of weights `exp2(s * LOG2_E - r)`, `a` of weighted values.
 
-    `r`, the largest score in units of the exponent, is rounded; that changes nothing, as lanes are compared by it as it is.
+    `r`, the largest score in units of the exponent, is rounded. That is harmless, as lanes are compared by the rounded `r`.
     """
     if GROUP == 1:  # the window is one tile, which `pool_slice` weighs as a whole
         r = ss[0]
@@ -352,7 +352,7 @@ def add_pairs(a, b, c, d):
 
 @triton.jit
 def add_lanes(r, l, a, r_1, l_1, a_1):
-    """Two lanes in one. Which is which changes no bit, as products are not fused into sums."""
+    """Adds two lanes. Their order changes no bit, as products are not fused into sums."""
     top = tl.maximum(r, r_1)
     e = tl.exp2(r - top)
     e_1 = tl.exp2(r_1 - top)
@@ -363,7 +363,7 @@ def add_lanes(r, l, a, r_1, l_1, a_1):
 def sum_lanes(r, l, a, LANES: tl.constexpr, SLICE: tl.constexpr):
     """Sums of `[LANES, SLICE]` over lanes, by pairing neighbours: the same bits however threads share the work.
 
-    r: as in `weigh_rows`; None where all lanes have the same.
+    r: as in `weigh_rows`; None if all lanes have the same.
     """
     for i in tl.static_range(10):
         if (LANES >> i) > 1:
@@ -385,7 +385,7 @@ def pool_slice(
 
     Each lane sums its rows one after the other; then the lanes are summed, and nothing crosses threads before that.
 
-    mine: the new rows of the window are stored here (window.py says when).
+    mine: the new rows of the window are stored here, too (window.py says when).
     """
     LANES: tl.constexpr = tiling.LANES
     GROUP: tl.constexpr = tiling.GROUP

@@ -1,6 +1,6 @@
-"""The backward of short windows: a program folds each of its windows again and has all that it needs in registers.
+"""The backward of short windows: a program folds each of its windows again, and has everything it needs in registers.
 
-No atomics: who adds up the gradients of ape and norm_weight is a group of windows, and `sums.py` adds the groups.
+There are no atomics: each group of windows sums gradients of ape and norm_weight, and `sums.py` adds the groups.
 """
 
 import triton
@@ -29,7 +29,9 @@ from .tokens import (
 
 @triton.jit
 def widen_again(x, INLINE_PTX: tl.constexpr):
-    """`widen` of numbers that were widened before, new to the compiler: else it holds those, in twice the registers."""
+    """`widen` of numbers that were widened before, hidden from the compiler, which would else keep those, in twice the
+    registers.
+    """
     if INLINE_PTX and x.dtype == tl.bfloat16:
         bits = tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
@@ -43,7 +45,7 @@ def widen_again(x, INLINE_PTX: tl.constexpr):
 
 @triton.jit
 def fold_more(m, l, a, weights, ks, ss, ape, AT: tl.constexpr, N: tl.constexpr, SPEC: tl.constexpr):
-    """Folds the group of N rows from AT on behind those that are folded, and adds its weights to theirs."""
+    """Folds the group of N rows from AT on after those that are folded already, and appends its weights to theirs."""
     biases = load_biases(ape, AT, None, SPEC, N)
     group_ks = ()
     group_ss = ()
@@ -63,9 +65,9 @@ def fold_more(m, l, a, weights, ks, ss, ape, AT: tl.constexpr, N: tl.constexpr, 
 
 @triton.jit
 def fold_again(ks, ss, ape, SPEC: tl.constexpr, ROWS: tl.constexpr):
-    """The sum of weights and the pooled sum of a window's ROWS rows as the forward has them, and the weight of each row.
+    """The sum of weights and the pooled sum of a window's ROWS rows, as the forward makes them, and the weight of each row.
 
-    Weights stay in registers: making them twice was a fifth of the kernel's instructions.
+    Weights stay in registers: to make them twice was a fifth of the kernel's instructions.
     """
     m, l, a = empty_group(SPEC.HEAD_DIM)
     weights = ()
@@ -78,9 +80,9 @@ def fold_again(ks, ss, ape, SPEC: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def spread_window(ks, y, dy, weights, sums, piece, gradients, SPEC: tl.constexpr, TARGET: tl.constexpr):
-    """Writes the gradients of a window's tokens; returns `sums` with those of its scores, row by row.
+    """Writes the gradients of a window's tokens; returns `sums` plus those of its scores, row by row.
 
-    dy: of the pooled row, divided by the sum of weights.
+    dy: the gradient of the pooled row, divided by the sum of weights.
     """
     CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
     BEFORE: tl.constexpr = SPEC.RATIO * SPEC.OVERLAP
@@ -103,7 +105,7 @@ def spread_window(ks, y, dy, weights, sums, piece, gradients, SPEC: tl.constexpr
 
 @triton.jit
 def put_no_lo(piece, gradients, SPEC: tl.constexpr):
-    """Zeros for the lo half of a window's tokens, which no window behind it takes."""
+    """Stores zeros as the gradients of the lo half of a window's tokens, which no next window takes."""
     CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
     zeros = tl.zeros((SPEC.HEAD_DIM,), gradients.kv_score.dtype.element_ty)
     for i in tl.static_range(SPEC.RATIO):
@@ -123,7 +125,7 @@ def train_again_kernel(
     parts_ape, parts_weight, parts_groups, parts_each, parts_runs,
     FETCH: tl.constexpr, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
-    """A group takes windows that follow each other, then tokens of no window, whose gradients are zeros."""
+    """Each group takes consecutive windows, then tokens of no window, whose gradients are zeros."""
     wait_for_inputs(HOW.PDL)
     group = tl.program_id(0)
     pieces = Pieces(pieces_rows, pieces_count, pieces_capacity)

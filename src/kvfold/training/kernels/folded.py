@@ -1,6 +1,6 @@
-"""Windows that lie on several GPUs: the fold of the tokens here behind that of those on the left, and entries of it.
+"""Windows that lie on several GPUs: continues the fold of the tokens on the left with those here, and makes entries of it.
 
-A program for each window. Tokens are folded one behind the other, as `compress` folds them.
+There is a program for each window. Tokens are folded one after the other, as `compress` folds them.
 """
 
 import triton
@@ -46,7 +46,7 @@ def train_tail_kernel(
     tails, tokens_kv_score, tokens_stride, tokens_count, tokens_ape, tokens_apart, tokens_skew, folds, out,
     HOW: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
-    """Writes row n of `out`: the fold of tail n, behind that of a row of `folds` or behind none (`problem.TAIL_FIELDS`)."""
+    """Writes row n of `out`: the fold of tail n, which continues a row of `folds` or starts anew (`problem.TAIL_FIELDS`)."""
     wait_for_inputs(HOW.PDL)
     n = tl.program_id(0)
     token = tl.load(tails + n * 4, cache_modifier=".cg")
@@ -74,7 +74,9 @@ def train_folded_kernel(
     kept_rows, kept_plane,
     HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
-    """Entry n behind fold row n of `[n, 3, HEAD_DIM]`. All pieces are windows, and say where in them their tokens begin."""
+    """Makes entry n, which continues fold row n of `[n, 3, HEAD_DIM]`. All pieces are windows, with the place of their first
+    token.
+    """
     wait_for_inputs(HOW.PDL)
     n = tl.program_id(0)
     piece = load_piece(Pieces(pieces_rows, pieces_count, pieces_capacity), n)

@@ -1,7 +1,7 @@
 """Entries of packed sequences: a program for each, which folds its window as `compress` does and finishes it likewise.
 
-Where windows are few and long, several programs share the channels of one. What the backward keeps has the pooled row, so a
-second launch makes the entry of that: it needs all channels.
+Where windows are few and long, several programs share the channels of one. An entry needs all channels, so a second launch
+makes it from the pooled row, which is kept for the backward anyway.
 """
 
 import triton
@@ -72,7 +72,7 @@ def keep(kept, slot, c0, m, inverse, y, HOW: tl.constexpr, SPEC: tl.constexpr):
 
 @triton.jit
 def deliver(y, piece, n, output, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr):
-    """Makes entry n of pooled row `y`. Entry n is row n, or record n: plain rows are records of one page."""
+    """Makes entry n from pooled row `y`. Entry n is row n, or record n: plain rows are records of one page."""
     weight, cos, sin = load_finish(piece.window * SPEC.RATIO, output, SPEC)
     emit(y, n, n.to(tl.int64), weight, cos, sin, output, SPEC, FMT, HOW.TARGET)
 
@@ -94,7 +94,7 @@ def train_forward_kernel(
     kept_rows, kept_plane,
     HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
-    """SLICE channels of a window, which are kept; and where that is all of them the entry."""
+    """Folds SLICE channels of a window and keeps them; if these are all channels, also makes the entry."""
     wait_for_inputs(HOW.PDL)
     SLICES: tl.constexpr = SPEC.HEAD_DIM // HOW.SLICE
     n = tl.program_id(0) // SLICES
@@ -137,7 +137,7 @@ def train_entries_kernel(
     kept_rows, kept_plane,
     HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
-    """Entries of pooled rows that the launch before kept."""
+    """Makes entries from pooled rows that the launch before kept."""
     wait_for_inputs(HOW.PDL)
     n = tl.program_id(0)
     piece = load_piece(Pieces(pieces_rows, pieces_count, pieces_capacity), n)

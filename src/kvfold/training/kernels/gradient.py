@@ -9,7 +9,7 @@ from ...backend_triton.kernels.record import bf16_bits, bf16_value
 
 @triton.jit
 def load_incoming(incoming, n, SPEC: tl.constexpr):
-    """Gradients of entry n and of its latent, fp32; zeros for a latent that nobody asked for."""
+    """Gradients of entry n and of its latent, fp32; zeros for a latent that was not asked for."""
     at = n.to(tl.int64) * SPEC.HEAD_DIM + tl.arange(0, SPEC.HEAD_DIM)
     g = tl.load(incoming.entries + at, cache_modifier=".cg").to(tl.float32)
     g_latent = tl.zeros((SPEC.HEAD_DIM,), tl.float32)
@@ -20,7 +20,7 @@ def load_incoming(incoming, n, SPEC: tl.constexpr):
 
 @triton.jit
 def tree_sums(a, b, LENGTH: tl.constexpr, LOG2: tl.constexpr):
-    """`tree_sum` of both, in as many steps as of one: each step waits for all warps."""
+    """`tree_sum` of both, in as many steps as for one: each step waits for all warps."""
     x = tl.join(a, b)
     for i in tl.static_range(LOG2):
         x = tl.sum(tl.reshape(x, (LENGTH >> (i + 1), 2, 2)), axis=1)
@@ -32,7 +32,7 @@ def tree_sums(a, b, LENGTH: tl.constexpr, LOG2: tl.constexpr):
 def pull_back(g, g_latent, y, finish, SPEC: tl.constexpr, FMT: tl.constexpr, TARGET: tl.constexpr):
     """The gradient of pooled row `y`, and the entry's share of norm_weight's. Roundings pass gradients as they are.
 
-    finish: of `load_finish`.
+    finish: what `load_finish` gave.
     """
     weight, cos, sin = finish
     if SPEC.HADAMARD:  # its own transpose

@@ -23,7 +23,7 @@ def train_finish_kernel(
     parts_ape, parts_weight, parts_groups, parts_each, parts_runs,
     HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
-    """A group takes entries that follow each other. Writes gradients of pooled rows, divided by the sums of weights."""
+    """Each group takes consecutive entries. Writes gradients of pooled rows, divided by the sums of weights."""
     wait_for_inputs(HOW.PDL)
     group = tl.program_id(0)
     pieces = Pieces(pieces_rows, pieces_count, pieces_capacity)
@@ -55,7 +55,7 @@ def train_finish_kernel(
 
 @triton.jit
 def put_tile(gradients, token, j, rows, c, dk, ds, SPEC: tl.constexpr, TARGET: tl.constexpr):
-    """Stores gradients of tokens `token + j`, `[rows, channels]`, where `rows` says so; None: of all."""
+    """Stores gradients of tokens `token + j`, `[rows, channels]`, where `rows` says so; None: all of them."""
     CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
     to = gradients.kv_score + (token + j)[:, None].to(tl.int64) * gradients.stride + c[None, :]
     mask = None if rows is None else tl.broadcast_to(rows[:, None], dk.shape)
@@ -88,7 +88,7 @@ def train_spread_kernel(
     parts_ape, parts_weight, parts_groups, parts_each, parts_runs,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, FETCH: tl.constexpr, HOW: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
-    """ROWS tokens of a window and COLUMNS channels of each, of the windows of a group; and tokens of no window.
+    """ROWS tokens of each window of a group, COLUMNS channels of each token; and tokens of no window.
 
     With overlap the first half of a window's rows are the lo halves of the tokens of the window before.
     """

@@ -1,4 +1,4 @@
-"""What an attention kernel reads of records: the way back from `store_record`, in the operations of `storage.pack`."""
+"""What an attention kernel reads from records: the inverse of `store_record`, in the operations of `storage.pack`."""
 
 import triton
 import triton.language as tl
@@ -12,7 +12,7 @@ from .tokens import load_piece, put
 
 @triton.jit
 def load_factors(record, page, number, row, c, inside, scale, cache, FMT: tl.constexpr):
-    """What the value of each of the channels `c` is multiplied by, where they are `inside` the quantized ones."""
+    """The factor of each of the channels `c`, where they are `inside` the quantized ones."""
     tail = tail_address(record, page, number, row, cache, FMT)
     group = c // FMT.GROUP
     if FMT.SCALE == "fp32" or FMT.SCALE == "pow2":
@@ -67,7 +67,7 @@ def train_read_kernel(
     output_scales, output_scales_stride, output_rows_per_page, output_num_slots, output_scale,
     entries, HOW: tl.constexpr, SPEC: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
-    """Entry n of record n, which the launch before wrote; zeros where there is no entry."""
+    """Reads entry n from record n, which the launch before wrote; zeros where there is no entry."""
     wait_for_inputs(HOW.PDL)
     n = tl.program_id(0)
     piece = load_piece(Pieces(pieces_rows, pieces_count, pieces_capacity), n)

@@ -1,7 +1,7 @@
 """The gradients of ape and norm_weight: the groups' sums, added in an order that the number of groups alone decides.
 
-Groups that follow each other are a block, whose sums are added in order; then blocks are added by a tree of neighbours. So who
-has only some of the windows can add what is whole: `train_fold_kernel`, for `problem.Recipe`.
+Consecutive groups are a block, whose sums are added in order; then a tree of neighbours adds the blocks. So a rank with some of
+the windows can add the groups and blocks that it has whole: `train_fold_kernel`, for `problem.Recipe`.
 """
 
 import triton
@@ -39,7 +39,7 @@ def sum_columns(parts, width, out, c, GROUPS: tl.constexpr, TILE: tl.constexpr, 
 
 @triton.jit
 def train_fold_kernel(sums, rows, items, width, out, COLUMNS: tl.constexpr, HOW: tl.constexpr, SPEC: tl.constexpr):
-    """COLUMNS columns of a row of `problem.Recipe`, whose sums are `width` numbers each."""
+    """Adds COLUMNS columns of a row of `problem.Recipe`, whose sums are `width` numbers each."""
     wait_for_inputs(HOW.PDL)
     tiles = (width + COLUMNS - 1) // COLUMNS
     row = tl.program_id(0) // tiles
@@ -64,7 +64,7 @@ def train_sum_kernel(
     GROUPS: tl.constexpr, TILE: tl.constexpr, LOG2_TILE: tl.constexpr, WEIGHT_GROUPS: tl.constexpr, WEIGHT_TILE: tl.constexpr,
     LOG2_WEIGHT_TILE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, HOW: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
-    """Programs of COLUMNS columns: those of ape, WIDTH in all, then those of norm_weight."""
+    """Adds COLUMNS columns in each program: first those of ape, WIDTH in all, then those of norm_weight."""
     wait_for_inputs(HOW.PDL)
     BLOCKS: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
     block = tl.program_id(0)

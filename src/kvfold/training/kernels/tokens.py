@@ -1,4 +1,4 @@
-"""Pieces of a packing, and tokens of windows all of which are there: how they are read, and how their gradients are written."""
+"""Pieces of a packing, and tokens of whole windows: how they are read, and how their gradients are written."""
 
 import triton
 import triton.language as tl
@@ -12,7 +12,7 @@ from ..args import Group, Piece
 
 @triton.jit
 def load_piece(pieces, n):
-    """Past the L1 cache, as all that launches before may have written: see `pdl.load_plan`."""
+    """Loads piece n past the L1 cache, like all that earlier launches may have written: see `pdl.load_plan`."""
     at = pieces.rows + n * 4
     return Piece(
         tl.load(at, cache_modifier=".cg"), tl.load(at + 1, cache_modifier=".cg"), tl.load(at + 2, cache_modifier=".cg")
@@ -21,7 +21,7 @@ def load_piece(pieces, n):
 
 @triton.jit
 def load_next_piece(pieces, n):
-    """Piece n; behind the last one, a piece of no tokens."""
+    """Piece n; after the last one, a piece of no tokens."""
     token, window, rest = load_piece(pieces, tl.minimum(n, pieces.count - 1))
     there = n < pieces.count
     return Piece(token, tl.where(there, window, -1), tl.where(there, rest, 0))
@@ -45,7 +45,7 @@ def load_group(parts, pieces, group):
 
 @triton.jit
 def count_pieces(taken, pieces, parts):
-    """Of a group, those of no window counted."""
+    """How many pieces a group has, those of no window included."""
     return taken.own + (tl.maximum(pieces.count - taken.behind, 0) + parts.groups - 1) // parts.groups
 
 
@@ -57,7 +57,7 @@ def nth_piece(i, taken, parts):
 
 @triton.jit
 def begin_sum(at, parts, mask):
-    """What a sum begins with: zeros, or what a launch before left. mask: of a tile; None for all."""
+    """What a sum starts from: zeros, or what an earlier launch left. mask: that of a tile; None for all."""
     if parts.runs is None:
         sums = tl.zeros(at.shape, tl.float32)
     elif mask is None:
@@ -69,7 +69,7 @@ def begin_sum(at, parts, mask):
 
 @triton.jit
 def put(at, x, mask, BF16_CONVERSION: tl.constexpr, STREAM: tl.constexpr = False):
-    """Stores fp32, rounded to nearest even where `at` points at bf16; any NaN will do for one. STREAM: first to leave L2."""
+    """Stores fp32, rounded to nearest even if `at` points at bf16; a NaN may become any NaN. STREAM: first to leave L2."""
     CACHE: tl.constexpr = ".cs" if STREAM else ""
     if at.dtype.element_ty == tl.bfloat16 and BF16_CONVERSION:
         tl.store(at, x.to(tl.bfloat16), mask=mask, cache_modifier=CACHE)
@@ -81,7 +81,7 @@ def put(at, x, mask, BF16_CONVERSION: tl.constexpr, STREAM: tl.constexpr = False
 
 @triton.jit
 def put_zeros(gradients, first, count, SPEC: tl.constexpr):
-    """Zeros as the gradients of `count` tokens from `first` on, up to a window of them."""
+    """Stores zeros as the gradients of `count` tokens from `first` on, at most a window of them."""
     CHANNELS: tl.constexpr = SPEC.HEAD_DIM * (1 + SPEC.OVERLAP)
     WIDTH: tl.constexpr = CHANNELS if SPEC.KIND == "" else 2 * CHANNELS
     # Not `range(0, count)`: Triton 3.6 takes the bound of an inner loop for what it was before the loop around it (note 0070).
