@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import Any
 
@@ -21,8 +21,10 @@ WEIGHTS = ("bf16", "fp8")
 
 
 def keys_of(calls: dict[str, Any]) -> tuple[list[Key], Callable[[Key], bool]]:
-    """Of calls that `warmup` describes, by all of its arguments that do; and which of them may be dependents, where there are
-    such. Raises as `warmup` does."""
+    """The keys of all calls that these arguments of `warmup` describe, and whether a key's calls may be dependent launches.
+
+    Raises as `warmup` does.
+    """
     specs, names = check_all("specs", calls["specs"], CompressorSpec), check_formats("formats", calls["formats"])
 
     def choices(name: str, accepted: tuple) -> tuple:
@@ -33,22 +35,16 @@ def keys_of(calls: dict[str, Any]) -> tuple[list[Key], Callable[[Key], bool]]:
     rows = choices("rows", (None, *FLOATS))
     snapshots, latents, apart = (choices(name, (False, True)) for name in ("snapshots", "latents", "apart"))
     plans = choices("plans", keys.TABLES)
-    rows_of_training = several("training", calls["training"])
-    for tokens in rows_of_training:
-        check_int("training", tokens, 0, INT32_MAX)
+    rows_of_training = _numbers(calls, "training", 0)
     rounds, outs = choices("round_rows", (None, False, True)), choices("out_dtypes", (None, *FLOATS))
-    steps = several("max_new_tokens", calls["max_new_tokens"])
-    pages = None if calls["page_sizes"] is None else several("page_sizes", calls["page_sizes"])
-    for name, sizes in (("max_new_tokens", steps), ("page_sizes", pages or ())):
-        for size in sizes:
-            check_int(name, size, 1, INT32_MAX)
+    steps = _numbers(calls, "max_new_tokens", 1)
+    pages = None if calls["page_sizes"] is None else _numbers(calls, "page_sizes", 1)
     slots, positions = choices("slot_dtypes", INDICES), choices("position_dtypes", INDICES)
     together = [check_formats(f"also[{i}]", pair) for i, pair in enumerate(several("also", calls["also"]))]
     pairs = [_pair(i, pair) for i, pair in enumerate(several("many", calls["many"]))]
-    hidden_dims, rounded = several("hidden_dims", calls["hidden_dims"]), choices("round_kv_score", (False, True))
+    hidden_dims, rounded = _numbers(calls, "hidden_dims", 1), choices("round_kv_score", (False, True))
     weights = choices("weights", WEIGHTS)
     for width in hidden_dims:
-        check_int("hidden_dims", width, 1, INT32_MAX)
         check_hidden_dim("hidden_dims", width)
     if hidden_dims:  # what projections make
         dtypes = tuple(dict.fromkeys((*dtypes, *(torch.bfloat16 if to_bf16 else torch.float32 for to_bf16 in rounded))))
@@ -67,21 +63,14 @@ def keys_of(calls: dict[str, Any]) -> tuple[list[Key], Callable[[Key], bool]]:
     found = [*keys.plan_keys({spec.ratio for spec in (*specs, *paired) if spec.gate}, states, plans)]
     if not all(spec.gate for spec in specs):
         found += keys.plan_keys({1}, STATES, plans)  # with slots or without
-    for spec, fmt in chosen:
-        for dtype in rows:
-            found += keys.store_keys(spec, fmt, w, dtype)
-            found += keys.step_keys(spec, fmt, w, dtype) if "fold" in states or not spec.gate else ()
-            found += keys.mean_keys(spec, fmt, w, dtype) if "mean" in states else ()
-            found += keys.window_keys(spec, fmt, w, dtype, pages) if "window" in states and spec.gate else ()
+    for (spec, fmt), dtype in product(chosen, rows):
+        found += _entry_keys(spec, fmt, w, dtype, states, pages)
     for (spec, fmt, second), dtype in product(stored, rows):
         found += keys.store_keys(spec, fmt, w, dtype, second)
-    for spec in specs:
-        found += keys.project_keys(spec.kv_score_width, hidden_dims, rounded, (1, 2) if spec.gate else (1,), weights)
     for pair in pairs:
         found += keys.pair_keys(pair, w)
-        found += keys.project_keys(sum(spec.kv_score_width for spec, _ in pair), hidden_dims, rounded, (2, 4), weights)
-        for spec, _ in pair:  # where each has a kv_score of its own
-            found += keys.project_keys(spec.kv_score_width, hidden_dims, rounded, (1, 2), weights)
+    for width, tensors in _projections(specs, pairs):
+        found += keys.project_keys(width, hidden_dims, rounded, tensors, weights)
     if True in snapshots:
         for spec in dict.fromkeys((*(specs if "fold" in states else ()), *paired)):
             found += keys.restore_keys(spec, w) if spec.gate else ()
@@ -93,6 +82,36 @@ def keys_of(calls: dict[str, Any]) -> tuple[list[Key], Callable[[Key], bool]]:
         return isinstance(key, TrainingKey) or (pdl is not False and not isinstance(key, (keys.PlanKey, keys.RestoreKey)))
 
     return found, dependent
+
+
+def _numbers(calls: dict[str, Any], name: str, least: int) -> tuple:
+    found = several(name, calls[name])
+    for number in found:
+        check_int(name, number, least, INT32_MAX)
+    return found
+
+
+def _entry_keys(
+    spec: CompressorSpec, fmt: RecordFormat | None, w: keys.Wanted, rows: torch.dtype | None, states: tuple, pages: tuple | None
+) -> Iterator[Key]:
+    """Keys of `store` and of `compress` over each kind of state. rows: dtype of pooled rows, if calls ask for them."""
+    yield from keys.store_keys(spec, fmt, w, rows)
+    if "fold" in states or not spec.gate:
+        yield from keys.step_keys(spec, fmt, w, rows)
+    if "mean" in states:
+        yield from keys.mean_keys(spec, fmt, w, rows)
+    if "window" in states and spec.gate:
+        yield from keys.window_keys(spec, fmt, w, rows, pages)
+
+
+def _projections(specs: Sequence[CompressorSpec], pairs: Sequence) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """Columns of kv_score of each product, and how many tensors its weights may be in."""
+    for spec in specs:
+        yield spec.kv_score_width, (1, 2) if spec.gate else (1,)
+    for pair in pairs:
+        yield sum(spec.kv_score_width for spec, _ in pair), (2, 4)
+        for spec, _ in pair:  # where each has a kv_score of its own
+            yield spec.kv_score_width, (1, 2)
 
 
 def _tables(plans: tuple[str, ...]) -> tuple[str, ...]:
