@@ -70,8 +70,8 @@ def use(user: User, wheel: Path, text: Path) -> None:
     user.install(str(wheel))
     user.run("python", "-c", where, says=("from site-packages",))
     user.run("python", "-c", example, says=("tensor(",))
-    user.run("kvfold", "info", exits=1, says=("pip install 'kvfold[cli]'",), lines=1)
-    user.run("python", "-m", "kvfold", exits=1, says=("pip install 'kvfold[cli]'",), lines=1)
+    user.run("kvfold", "info", exits=2, says=("pip install 'kvfold[cli]'",), lines=1)
+    user.run("python", "-m", "kvfold", exits=2, says=("pip install 'kvfold[cli]'",), lines=1)
 
     user.install(f"{wheel}[cli]")
     user.run("kvfold", "--version", says=(version(),))

@@ -8,7 +8,8 @@ def main() -> None:
     try:
         from .app import app
     except ImportError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        sys.exit(2)  # of what cannot run (`failures.WRONG`, which needs the extra); 1 is a check that failed
     except KeyboardInterrupt:
         print("kvfold: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from .explain import parse_spec
 from .failures import stop, wrong_arguments
 from .sets import calls_of
-from .show import make_console, make_progress, print_table
+from .show import count_kernels, make_console, print_table
 
 
 def aot(
@@ -55,28 +54,22 @@ def aot(
     default = () if calls else ("hca", "csa", "indexer")
     specs = [one for text in spec or default for one in _specs(text)]
     formats = [None if name == "rows" else name for name in fmt or ("rows", *FORMATS)]
-    with make_progress(console) as progress:
-        task = progress.add_task("", total=None)
-
-        def show(done: int, total: int, name: str) -> None:
-            progress.update(task, completed=done, total=total, description=escape(name))
-
-        try:
-            with wrong_arguments(TypeError, ValueError):
-                report = compile_all(
-                    target,
-                    out,
-                    specs,
-                    formats,
-                    dtypes=[dtypes[name] for name in dtype or ("bf16",)],
-                    training=train or (),
-                    calls=calls_of(calls or ()),
-                    strict=strict,
-                    workers=workers,
-                    progress=show,
-                )
-        except (ImportError, RuntimeError) as error:
-            raise stop(str(error), "kvfold aot") from None
+    try:
+        with wrong_arguments(TypeError, ValueError), count_kernels(console) as show:
+            report = compile_all(
+                target,
+                out,
+                specs,
+                formats,
+                dtypes=[dtypes[name] for name in dtype or ("bf16",)],
+                training=train or (),
+                calls=calls_of(calls or ()),
+                strict=strict,
+                workers=workers,
+                progress=show,
+            )
+    except (ImportError, RuntimeError) as error:
+        raise stop(str(error), "kvfold aot") from None
     print_table(console, f"Kernels for {report.target}", COLUMNS, [kernel.cells() for kernel in report.kernels])
     console.print(str(report), style=None if report.passed else "red", soft_wrap=True, highlight=False, markup=False)
     console.print(f"Files: {report.folder}", soft_wrap=True, highlight=False, markup=False)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
@@ -27,6 +29,25 @@ def make_progress(console: Console) -> Progress:
     room = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # a long name would push the others out
     what = TextColumn("{task.description}", table_column=room)
     return Progress(*counts, what, console=console, transient=True, expand=True, disable=not console.is_terminal)
+
+
+@contextmanager
+def count_kernels(console: Console) -> Iterator[Callable[[int, int, str], None]]:
+    """What `progress=` of the calls that compile is given: a bar; in a file or a pipe a line for kernel 1 and each tenth.
+
+    What is said before the first kernel stays.
+    """
+    with make_progress(console) as progress:
+        task = progress.add_task("", total=None)
+
+        def show(done: int, total: int, words: str) -> None:
+            if not done:
+                print_text(console, words)
+            elif not console.is_terminal and (done == 1 or done * 10 // total > (done - 1) * 10 // total):
+                print_text(console, f"{done} of {total} kernels")
+            progress.update(task, completed=done, total=total, description=escape(words if done else ""))
+
+        yield show
 
 
 def check_device(device: str) -> None:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from .failures import stop, wrong_arguments
 from .sets import NAMES, calls_of
-from .show import make_console, make_progress, print_text
+from .show import count_kernels, make_console, print_text
 
 SET = typer.Option("--set", help=f"Repeated: whose calls, {NAMES}; default: v4.")
 
@@ -34,7 +30,7 @@ def warmup(
             for folder in prebuilt or ():
                 use_prebuilt(folder)
             for what in calls_of(calls or ["v4"]):
-                with _bar(console) as show:
+                with count_kernels(console) as show:
                     built += compile_and_load(**what, device=device, workers=workers, progress=show)
     except RuntimeError as error:
         raise stop(str(error), "kvfold warmup") from None
@@ -55,24 +51,10 @@ def prebuild(
 
     console = make_console()
     try:
-        with wrong_arguments(TypeError, ValueError), _bar(console) as show:
+        with wrong_arguments(TypeError, ValueError), count_kernels(console) as show:
             count = compile_all(
                 target, out, calls_of(calls or ["v4"]), multiprocessors=multiprocessors, workers=workers, progress=show
             )
     except RuntimeError as error:
         raise stop(str(error), "kvfold prebuild") from None
     print_text(console, f"{count} kernels in {out}")
-
-
-@contextmanager
-def _bar(console: Console) -> Iterator[Callable[[int, int, str], None]]:
-    """For `progress`. What is said before the first kernel stays."""
-    with make_progress(console) as progress:
-        task = progress.add_task("", total=None)
-
-        def show(done: int, total: int, words: str) -> None:
-            if not done:
-                print_text(console, words)
-            progress.update(task, completed=done, total=total, description=escape(words if done else ""))
-
-        yield show

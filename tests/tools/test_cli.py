@@ -189,7 +189,7 @@ def test_python_m_kvfold_and_missing_extras():
     assert "demo" in subprocess.run([*run, "--help"], capture_output=True, text=True, check=True).stdout
     hide = "import sys; sys.modules['typer'] = None; from kvfold_cli.__main__ import main; main()"
     missing = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True)
-    assert missing.returncode == 1 and "pip install 'kvfold[cli]'" in missing.stderr and "Traceback" not in missing.stderr
+    assert missing.returncode == 2 and "pip install 'kvfold[cli]'" in missing.stderr and "Traceback" not in missing.stderr
 
 
 HELP = """

@@ -85,7 +85,7 @@ def test_warmup_says_what_it_did(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr(sys.modules["kvfold.precompile.warmup"], "warmup", warmup)
     done = call("warmup", "--workers", 3)
     assert done.exit_code == 0, done.output
-    assert "about 3 s" in done.output and "4 kernels, 0 of them prebuilt" in done.output
+    assert "about 3 s\n1 of 2 kernels\n" in done.output and "4 kernels, 0 of them prebuilt" in done.output
     assert given == [{**calls, "device": None, "workers": 3} for calls in SETS["v4"]]
     failed = call("warmup", "--prebuilt", tmp_path)
     assert failed.exit_code == 2 and len(given) == 2
