@@ -25,7 +25,7 @@ def test_a_right_call_is_equal_in_every_format(fmt: str) -> None:
     call = Call(name, fmt)
     report = call.check(full_history=call.history)
     assert report.equal, report
-    assert (report.entries, report.referenced, report.errors) == (3, 3, 0)
+    assert (bool(report), report.entries, report.referenced, report.errors) == (True, 3, 3, 0)
 
 
 @pytest.mark.parametrize("window", [False, True])

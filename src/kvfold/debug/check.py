@@ -31,7 +31,7 @@ STAGES = ("plan", "errors", "pooled row", "latent", "record bytes", "read-back v
 
 @dataclass(frozen=True)
 class Report:
-    """What `check` found. `differences` has one for each sequence, window and stage, in that order.
+    """What `check` found; true if `equal`. `differences` has one for each sequence, window and stage, in that order.
 
     Attributes:
         entries, referenced: how many entries were made, and how many of them were compared with the fp64 reference; for
@@ -88,6 +88,9 @@ class Report:
         said += [f"{more} more refused, for reasons that the rules of the plan do not explain"] * (more > 0)
         said += [f"{-more} of these not counted in errors"] * (more < 0)
         return tuple(said)
+
+    def __bool__(self) -> bool:
+        return self.equal
 
     def __str__(self) -> str:
         lines = [f"kvfold.check, backend {self.backend}: {self.headline}"]

@@ -72,7 +72,7 @@ class AotKernel:
 
 @dataclass(frozen=True)
 class AotReport:
-    """What `aot` did; `folder/kernels.json` has all of it, `folder/kernels.txt` is `table()`.
+    """What `aot` did; true if `passed`. `folder/kernels.json` has all of it, `folder/kernels.txt` is `table()`.
 
     Attributes:
         target: as it was asked for.
@@ -99,6 +99,9 @@ class AotReport:
     def passed(self) -> bool:
         """Whether every kernel compiled and none spills more than it may."""
         return not self.failed and not self.spilling
+
+    def __bool__(self) -> bool:
+        return self.passed
 
     def table(self) -> str:
         """One line for each kernel, the failed ones behind."""
