@@ -80,7 +80,7 @@ SPOILED: dict[str, tuple[str, Callable[[Call], dict[str, Any]]]] = {
     "plan: ratio": ("plan", lambda c: {"plan": c.plan(128)}),
     "plan: type": ("plan", lambda c: {"plan": None}),
     "plan: no entry slots": (
-        "plan",
+        "plan must have entry_slots, token_slots or a cache_block_table",
         lambda c: {"plan": c.plan(4, entry_slots=None), "rows": None},
     ),
     "state: type": ("state", lambda c: {"state": c.engine.state.rows}),

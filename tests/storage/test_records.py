@@ -50,8 +50,10 @@ def test_get_format() -> None:
     assert get_format("bf16") is FORMATS["bf16"] and get_format(FORMATS["mxfp4"]) is FORMATS["mxfp4"]
     with pytest.raises(ValueError, match=r"fp8_ds_mla_sglang.*'fp7'"):
         get_format("fp7")
-    with pytest.raises(TypeError, match="fmt"):
+    with pytest.raises(TypeError, match=r"^fmt must be the name of a record format, or a RecordFormat, got int$"):
         get_format(8)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^fake_quant must be one of"):
+        get_format("fp7", "fake_quant")
 
 
 def test_slots_fit_32_bits() -> None:

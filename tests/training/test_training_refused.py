@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from kvfold.training import Packing, compress, compress_backward, compress_forward
 
 CPU = Backend("torch", torch.device("cpu"))
-BF16, FP64 = torch.bfloat16, torch.float64
+BF16, FP64, FP8 = torch.bfloat16, torch.float64, torch.float8_e4m3fn
 
 
 def rows(width: int = 128, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -47,7 +47,8 @@ BAD = {
     "rounding": ({"round_rows": 1}, "round_rows must be a bool"),
     "latent": ({"latent": None}, "latent must be a bool"),
     "out in fp16": ({"out_dtype": torch.float16}, "out_dtype must be one of"),
-    "format": ({"fake_quant": "fp7"}, "fmt must be one of"),
+    "format": ({"fake_quant": "fp7"}, "fake_quant must be one of"),
+    "format by its dtype": ({"fake_quant": FP8}, "fake_quant must be the name of a record format, .* got dtype"),
     "format of other entries": ({"fake_quant": "fp8_ds_mla"}, "is defined for head_dim"),
     "scale without format": ({"cache_scale": torch.ones(1)}, "cache_scale must be None without fake_quant"),
     "scale for none": ({"fake_quant": "bf16", "cache_scale": torch.ones(1)}, "cache_scale must be None as format"),

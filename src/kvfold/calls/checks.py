@@ -302,7 +302,7 @@ def _check_plan(c: Compressor, plan: PlanData) -> None:
     check_device("plan", plan.items, c.device)
     if c.cache is not None:
         if plan.entry_slots is None:
-            raise ValueError("plan must have entry_slots or a cache_block_table when a cache is given, got neither")
+            raise ValueError("plan must have entry_slots, token_slots or a cache_block_table when a cache is given, got none")
         # Without a table the caller made the slots, for pages that only the cache knows.
         have, want = plan.rows_per_page, c.cache.rows_per_page
         if have is not None and have != want:

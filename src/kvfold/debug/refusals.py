@@ -95,11 +95,12 @@ def sequences(plan: StepPlan) -> Iterator[tuple[int, int, int, int, str]]:
     for b, (slot, start) in enumerate(zip(slots, plan.start_pos.tolist(), strict=True)):
         token, behind = offsets[b : b + 2]
         new, rows = behind - token, f"kv_score rows {token} to {behind - 1}"
+        short = f"seq_lens[{b}] is {start + new}, less than its {new} new tokens"
         if slot in (-1, plan.null_slot) or new == 0:
             continue
         rules = (
             (slot < -1, f"state_slots[{b}] is {slot}; slots count from 0, and -1 leaves a sequence out"),
-            (start < 0, f"start_pos[{b}] is {start}, below 0"),
+            (start < 0, f"start_pos[{b}] is {start}, below 0, or {short}"),
             (new < 0, f"cu_seqlens goes back from {token} to {behind} at [{b + 1}], which is {new} new tokens"),
             (new > plan.max_new_tokens, f"it has {new} new tokens, more than the plan's max_new_tokens={plan.max_new_tokens}"),
             (token < 0, f"cu_seqlens[{b}] is {token}, below 0"),
@@ -168,6 +169,7 @@ def _page_refusals(c: Compressor, plan: StepPlan, items: Items, room: int) -> tu
         missing, unread = _page_reasons(c.state, tables, b, old, plan.ring)
         _, unwritten = _page_reasons(c.state, tables, b, new, plan.ring)
         wanted = entry >= room or slots is None or slots[entry] >= 0
+        unwritten = unwritten and f"{unwritten}; so not all of its new rows are stored"
         reason = unread or unwritten or (missing if wanted else "")
         if reason:
             found.append(Refusal(b, window, reason))

@@ -396,13 +396,14 @@ _TABLE = (
 FORMATS: dict[str, RecordFormat] = {fmt.name: fmt for fmt in _TABLE}
 
 
-def get_format(fmt: str | RecordFormat) -> RecordFormat:
-    """The format of that name (or `fmt` itself). Raises ValueError listing the known names."""
+def get_format(fmt: str | RecordFormat, argument: str = "fmt") -> RecordFormat:
+    """The format of that name (or `fmt` itself). Raises ValueError naming the argument and listing the known names."""
     if isinstance(fmt, RecordFormat):
         if "name" not in fmt.__dict__:
-            raise ValueError("fmt must be made by RecordFormat(...), got one without fields")
+            raise ValueError(f"{argument} must be made by RecordFormat(...), got one without fields")
         return fmt
-    check_type("fmt", fmt, str)
+    if not isinstance(fmt, str):
+        raise TypeError(f"{argument} must be the name of a record format, or a RecordFormat, got {type(fmt).__name__}")
     if fmt not in FORMATS:
-        raise ValueError(f"fmt must be one of {sorted(FORMATS)}, got {fmt!r}")
+        raise ValueError(f"{argument} must be one of {sorted(FORMATS)}, got {fmt!r}")
     return FORMATS[fmt]

@@ -27,10 +27,11 @@ LIVE: weakref.WeakValueDictionary[int, PlanData] = weakref.WeakValueDictionary()
 class Compressor(NamedTuple):
     """One compressor's part of a step, as `compress_many` takes it; the fields are the arguments of `compress`.
 
-    It has no state if its spec has no gate, or if it stands for a `store`, whose pooled rows are in `kv_score`.
+    It has no state if its spec has no gate, or if it stands for a `store`, whose pooled rows are in `kv_score`. `kv_score` may
+    be None only for `project_compress_many`.
     """
 
-    kv_score: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+    kv_score: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None
     state: FoldState | MeanState | WindowState | None
     cache: EntryCache | None
     spec: CompressorSpec

@@ -179,7 +179,7 @@ def check_rest(
     accepted = (torch.float64,) if exact else _FLOATS
     if not isinstance(out_dtype, torch.dtype) or out_dtype not in accepted:
         raise TypeError(f"out_dtype must be one of {accepted} for kv_score of {value.dtype}, got {out_dtype}")
-    fmt = None if fake_quant is None else get_format(fake_quant)
+    fmt = None if fake_quant is None else get_format(fake_quant, "fake_quant")
     if fmt is not None:
         if exact:
             raise ValueError("fake_quant must be None for kv_score of torch.float64, which no record is made of")

@@ -46,7 +46,7 @@ def compress(
     check_type("kv_score", value, torch.Tensor)
     name = ""
     if fake_quant is not None:
-        fmt = get_format(fake_quant)
+        fmt = get_format(fake_quant, "fake_quant")
         name = fmt.name
         if FORMATS.get(name) != fmt:
             raise ValueError(f"fake_quant must be a format of kvfold.storage.formats.FORMATS when it is traced, got {name!r}")
