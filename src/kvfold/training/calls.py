@@ -44,8 +44,8 @@ def compress(
             stride free. The gradient has the same dtype, and is one tensor or two likewise.
         packing: which rows belong to which sequence, for T tokens and `spec.ratio`.
         spec: the compressor.
-        ape: fp32 `[ratio, channels]`; None if and only if `spec.has_ape` is false.
-        norm_weight: fp32 or bf16 `[head_dim]`.
+        ape: fp32 (fp64 where kv_score is) `[ratio, channels]`; None if and only if `spec.has_ape` is false.
+        norm_weight: fp32 or bf16 (fp64 where kv_score is) `[head_dim]`.
         rope: fp32 `[max_pos, rope_dim]`, cosines then sines, with a row for the first token of every window that a sequence may
             have. It gets no gradient. Not read with `rope_dim` 0.
         round_rows: whether pooled rows are rounded to bf16 before the norm, as trainers do. Default: if kv_score is bf16; with
