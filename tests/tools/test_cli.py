@@ -367,7 +367,8 @@ def test_a_check_that_is_not_equal_is_no_success(tmp_path):
     kvfold.dump(path, *made.args, **made.weights)
     result = call("replay", path, "--device", "cpu", "--check")
     assert result.exit_code == 1 and "REFUSED: 1 of 2 sequences" in result.output, result.output
-    assert "sequence 0 is refused: state slot 2 holds no row of positions 0 to 5, which a start at 6 needs" in result.output
+    reason = "state slot 2 holds no row of positions 0 to 5, which a start at 6 needs; it is empty"
+    assert f"sequence 0 is refused: {reason}" in result.output
     args, named = made.engine.arguments(Step(4, (), absent=(4, 4)))
     kvfold.dump(path, *args, **named)
     result = call("replay", path, "--device", "cpu", "--check")

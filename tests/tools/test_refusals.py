@@ -175,7 +175,30 @@ def rope_short(step: Step) -> str:
 def row_missing(step: Step) -> str:
     step.start[1], step.state.positions[0] = 3, -1
     what = "position 2" if step.kind == "fold" else "positions 0 to 2"
-    return f"sequence 1 is refused: state slot 0 holds no row of {what}, which a start at 3 needs"
+    return f"sequence 1 is refused: state slot 0 holds no row of {what}, which a start at 3 needs; it is empty"
+
+
+def start_beyond(step: Step) -> str:
+    after(step, 0)
+    step.start[1] = start = 10 * step.spec.ratio + 1
+    gone = f"position {start - 1}" if step.kind == "fold" else f"positions {start - 5} to {start - 1}"
+    needs = f"state slot 0 holds no row of {gone}, which a start at {start} needs"
+    return f"sequence 1 is refused: {needs}; its last one is of {step.new - 1}"
+
+
+def start_too_early(step: Step) -> str:
+    """Behind two long steps, of which the first one's start is no longer held."""
+    long = 3 * step.spec.ratio + 1
+    step.ends, step.max_tokens, step.kv_rows, step.most = [0, long, 2 * long, 3 * long], 3 * long, 3 * long, long
+    step.entry_slots = [-1] * 12
+    step.check()
+    step.start = [long] * 3
+    step.check()
+    step.start[1] = start = step.spec.ratio + 1
+    gone = f"position {start - 1}" if step.kind == "fold" else f"positions 0 to {start - 1}"
+    needs = f"state slot 0 holds no row of {gone}, which a start at {start} needs"
+    most = f"the state is made for max_new_tokens={step.new}"
+    return f"sequence 1 is refused: {needs}; its last one is of {2 * long - 1}, and {most}"
 
 
 def snapshot_beyond(step: Step) -> str:
@@ -220,7 +243,7 @@ ANY = (
     negative_start, too_long, beyond_max_tokens, goes_back, below_the_first_token, beyond_2_to_the_30, cache_page_below,
     cache_page_beyond, cache_table_short, entry_slot_below, entry_slot_beyond, entry_beyond, kv_score_short, rope_short,
 )  # fmt: skip
-SLOTS = (slot_below, slot_beyond, row_missing)
+SLOTS = (slot_below, slot_beyond, row_missing, start_beyond, start_too_early)
 REFUSED = {"window": (*ANY, block_page_beyond, block_page_below, block_table_short, block_page_missing)}
 REFUSED |= {"rows": (*ANY, *SLOTS, snapshot_beyond, snapshot_below), "fold": (*ANY, *SLOTS, snapshot_beyond, snapshot_below)}
 

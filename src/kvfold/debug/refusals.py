@@ -149,7 +149,15 @@ def _sequence_refusals(c: Compressor, items: Items) -> Iterator[Refusal]:
             gone = missing(state, slot, start)
             if gone:
                 which = f"position {gone[0]}" if len(gone) == 1 else f"positions {gone[0]} to {gone[-1]}"
-                yield Refusal(b, -1, f"state slot {slot} holds no row of {which}, which a start at {start} needs")
+                holds = _what_it_holds(state, slot, start)
+                yield Refusal(b, -1, f"state slot {slot} holds no row of {which}, which a start at {start} needs; {holds}")
+
+
+def _what_it_holds(state: FoldState, slot: int, start: int) -> str:
+    last = int(state.positions[slot].max())
+    if last < start:
+        return f"its last one is of {last}" if last >= 0 else "it is empty"
+    return f"its last one is of {last}, and the state is made for max_new_tokens={state.max_new_tokens}"
 
 
 def _page_refusals(c: Compressor, plan: StepPlan, items: Items, room: int) -> tuple[list[Refusal], list[bool]]:
