@@ -39,7 +39,7 @@ def ints(values: list[int]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
-class Compressor:
+class Kept:
     """One compressor of one layer: its weights and what it keeps. A page has one number, in all caches and for its snapshot."""
 
     def __init__(self, spec: kvfold.CompressorSpec, fmt: str, draw: torch.Generator) -> None:
@@ -165,7 +165,7 @@ class Engine:
     def __init__(self) -> None:
         draw = torch.Generator().manual_seed(0)
         kinds = [[(V4_HCA, MAIN)], [(V4_CSA, MAIN), (V4_INDEXER, KEYS)]] * LAYERS
-        self.layers = [[Compressor(*kind, draw) for kind in layer] for layer in kinds]
+        self.layers = [[Kept(*kind, draw) for kind in layer] for layer in kinds]
         self.compressors = [c for layer in self.layers for c in layer]
         self.errors, self.pages, self.slots = ints([0]), Pages(), list(range(SLOTS))
         self.waiting: list[Request] = []

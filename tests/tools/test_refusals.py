@@ -18,7 +18,7 @@ from kvfold.testing import make_cache, make_pools, make_state, make_tokens, make
 ROWS = CompressorSpec(head_dim=16, ratio=4, overlap=True, rope_dim=8)
 FOLD = CompressorSpec(head_dim=16, ratio=16, rope_dim=8)
 SPECS = {"rows": ROWS, "fold": FOLD, "window": ROWS}
-UNSTORED = "so not all of its new rows are stored"
+UNSTORED, UNKEPT = "so not all of its new rows are stored", "so only that of the page is not kept"
 
 
 class Step:
@@ -203,12 +203,12 @@ def start_too_early(step: Step) -> str:
 
 def snapshot_beyond(step: Step) -> str:
     step.snapshot_table = [[-1], [2], [-1]]
-    return "window 0 of sequence 1 is refused: snapshot_table[1, 0] is 2, and there are 2 snapshots"
+    return f"window 0 of sequence 1 is refused: snapshot_table[1, 0] is 2, and there are 2 snapshots; {UNKEPT}"
 
 
 def snapshot_below(step: Step) -> str:
     step.snapshot_table = [[-1], [-9], [-1]]
-    return "window 0 of sequence 1 is refused: snapshot_table[1, 0] is -9, and there are 2 snapshots"
+    return f"window 0 of sequence 1 is refused: snapshot_table[1, 0] is -9, and there are 2 snapshots; {UNKEPT}"
 
 
 def block_page_beyond(step: Step) -> str:

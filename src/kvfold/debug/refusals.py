@@ -216,7 +216,8 @@ def _snapshot_refusals(snapshots: Snapshots, plan: StepPlan, items: Items) -> It
         for k, page in snapshot_pages(snapshots, plan, b, start, end):
             ends = (k + 1) * snapshots.page_size
             if ends <= end and not -1 <= page < snapshots.num_pages:
-                reason = f"snapshot_table[{b}, {k}] is {page}, and there are {snapshots.num_pages} snapshots"
+                there = f"there are {snapshots.num_pages} snapshots; so only that of the page is not kept"
+                reason = f"snapshot_table[{b}, {k}] is {page}, and {there}"
                 yield Refusal(b, (ends - 1) // plan.ratio, reason)
 
 
