@@ -54,4 +54,5 @@ def test_the_api_page_has_what_is_public() -> None:
         assert module is None or callable(getattr(module, last))
         assert name in ("parallel", "training", "reference", "ops") or f"kvfold.{name}" not in sys.modules, name
     public = set(kvfold.__all__) - {"__version__"} | {"parallel"} | {f"training.{name}" for name in training.__all__}
+    public |= {"debug.check.Report", "debug.replay.Replay"}  # what `check` and `replay` return
     assert named == public, named ^ public

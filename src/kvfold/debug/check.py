@@ -31,7 +31,7 @@ STAGES = ("plan", "errors", "pooled row", "latent", "record bytes", "read-back v
 
 @dataclass(frozen=True)
 class Report:
-    """What `check` found; true if `equal`. `differences` has one for each sequence, window and stage, in that order.
+    """What `check` returns; true if `equal`. `differences` has one for each sequence, window and stage, in that order.
 
     Attributes:
         entries, referenced: how many entries were made, and how many of them were compared with the fp64 reference; for
