@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .failures import wrong_arguments
+from .failures import stop, wrong_arguments
 from .show import make_console
 
 
@@ -28,10 +28,13 @@ def replay(
     from kvfold.debug.replay import replay as again
 
     console = make_console()
-    with wrong_arguments(ImportError, OSError, RuntimeError, TypeError, ValueError):
-        if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"--device must be cpu (no GPU here), got {device!r}")
-        made = again(file, device=device, backend=backend, max_bytes=max_bytes)
+    try:
+        with wrong_arguments(RuntimeError, TypeError, ValueError):
+            if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
+                raise ValueError(f"--device must be cpu (no GPU here), got {device!r}")
+            made = again(file, device=device, backend=backend, max_bytes=max_bytes)
+    except ImportError as error:  # the extra is missing
+        raise stop(str(error), "kvfold replay") from None
     console.print(str(made), soft_wrap=True, highlight=False, markup=False)
     if check:
         report = made.check()

@@ -354,6 +354,13 @@ def test_replay_says_what_a_call_was(tmp_path, monkeypatch):
     assert call("replay", path, "--device", "cpu").exit_code == 0
     result = call("replay", path, "--device", "cpu", "--max-bytes", "1000")
     assert result.exit_code == 2 and "max_bytes must be at least" in result.output, result.output
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "safetensors", None)
+        result = call("replay", path)
+    need = "kvfold replay: kvfold.dump and kvfold.replay need safetensors and numpy: pip install 'kvfold[debug]'\n"
+    assert (result.exit_code, result.stderr) == (2, need)
+    gone = tmp_path / "none"
+    assert call("replay", gone).stderr == f"kvfold replay: {gone}: No such file or directory\n"
     path.write_bytes(path.read_bytes()[:-1])
     for args, words in (([path], "is damaged"), ([tmp_path / "none"], "none"), ([path, "--device", "tpu"], "tpu")):
         result = call("replay", *args)
