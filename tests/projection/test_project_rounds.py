@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from support.helpers import Backend
-from support.project_support import Projected, hidden_states
+from support.project_support import Projected
 
 from kvfold import CompressorSpec
 from kvfold.backend_triton import launch_product
 from kvfold.backend_triton.table import TILINGS, tiling, tilings, whole_rounds
+from kvfold.testing.projected import make_hidden
 
 SPEC = CompressorSpec(head_dim=64, ratio=128, rope_dim=8)  # of 128 columns
 ROUNDS = [row for row in TILINGS if row.round]
@@ -60,7 +61,7 @@ def kv_score_of(count: int, width: int, multiprocessors: int, backend: Backend) 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch_product, "multiprocessors", lambda device: multiprocessors)
         patch.setattr(launch_product, "project", lambda *how: taken.append(len(how[0])) or project(*how))
-        Projected(SPEC, backend, width).step(hidden_states(count, width), [(0, 0, count)], kv_score=kv_score)
+        Projected(SPEC, backend, width).step(make_hidden(count, width), [(0, 0, count)], kv_score=kv_score)
     return kv_score.view(torch.int32), taken
 
 
