@@ -306,6 +306,22 @@ def test_a_package_says_nothing_that_is_known_here(package: Path, name: str) -> 
 
 
 @compiles
+def test_environments_may_share_tritons_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that another one compiled says where its libraries lie there; it is found by what is in them."""
+    there = str(tmp_path / "libdevice.10.bc")
+    shutil.copy(Path(triton.__file__).parent / "backends/nvidia/lib/libdevice.10.bc", there)
+    alone = prebuilt.binary_of(VARIANT.compile(TARGET), VARIANT, TARGET)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "shared"))
+    with monkeypatch.context() as other:
+        own = Variant.options_for
+        other.setattr(Variant, "options_for", lambda *of: {**own(*of), "extern_libs": {"libdevice": there}})
+        VARIANT.compile(TARGET)
+    compiled = VARIANT.compile(TARGET)
+    assert there in repr(compiled.metadata)
+    assert prebuilt.binary_of(compiled, VARIANT, TARGET) == alone
+
+
+@compiles
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Triton's __del__ of what it did not make
 @pytest.mark.parametrize("said", [{}, {"shared": 16, "_x": 1}, {"shared": 16, "class": 1}], ids=["none", "_x", "class"])
 def test_what_triton_cannot_read_is_compiled(package: Path, said: dict) -> None:

@@ -39,6 +39,10 @@ SOURCES = (
     "backend_triton/kernels", "backend_triton/args.py", "backend_triton/table.py", "backend_triton/build.py", "contract.py",
 )  # fmt: skip
 
+# Of metadata: what is known where it is loaded. Where libraries lie is of the environment that compiled, which of two that share
+# Triton's cache may be the other one; what is in them its cache and `key_of` know.
+ELSEWHERE = ("hash", "target", "triton_version", "name", "extern_libs")
+
 loaded = 0  # how many kernels came from packages
 _folders: list[Path] = []  # that `use` named
 _lock = threading.Lock()
@@ -159,7 +163,7 @@ def binary_of(compiled: CompiledKernel, variant: Variant, target: GPUTarget) -> 
     made = {
         name: value
         for name, value in _plain(compiled.metadata._asdict()).items()
-        if name not in ("hash", "target", "triton_version", "name") and options.get(name, ...) != value
+        if name not in ELSEWHERE and options.get(name, ...) != value
     }
     if made.pop("tensordesc_meta", []) or not all(_is_made(*one) for one in made.items()) or made.keys() & options.keys():
         raise RuntimeError(f"a kernel cannot be kept whose metadata by Triton {triton.__version__} has {made}")

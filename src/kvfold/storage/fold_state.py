@@ -114,11 +114,11 @@ class FoldState(RememberingState):
 
         Args:
             num_slots: how many sequences it can hold.
-            max_new_tokens: longest step that must be rewindable to any position inside it (drafts + 1). Longer steps are
-                allowed. They can be rewound to their start and, over fold rows, to any of their last `max_new_tokens`
-                positions, or, over input rows, to any position of their last window. With n over fold rows, or
-                `n + 2 * ratio` over input rows, the last n positions of a sequence can be taken back, however many steps they
-                came in and however long these were.
+            max_new_tokens: longest step that must be rewindable to any position inside it (drafts + 1), at most 2**20, and such
+                that a slot has fewer than 2**31 numbers. Longer steps are allowed. They can be rewound to their start and, over
+                fold rows, to any of their last `max_new_tokens` positions, or, over input rows, to any position of their last
+                window. With n over fold rows, or `n + 2 * ratio` over input rows, the last n positions of a sequence can be
+                taken back, however many steps they came in and however long these were.
             dtype: of the kept input rows, for specs that keep them (`kind == "rows"`). fp32 accepts bf16 and fp32
                 `kv_score`, both exactly; bf16 accepts bf16 only, in half the memory. Fold rows are always fp32.
             round_inputs: with bf16: accept fp32 `kv_score` as well, and round values and scores to bf16 before anything else,
@@ -283,9 +283,16 @@ def _shapes(spec: CompressorSpec, max_new_tokens: int) -> tuple[tuple[int, ...],
     """The shape of a slot's rows, and how many tags it has."""
     ring = ring_of(spec, max_new_tokens)
     if state_kind(spec) == "fold":
-        return (ring + 1, 3, spec.head_dim), ring + 1
-    lo, hi = places_of(spec, ring)
-    return (lo * spec.ratio + hi * max(spec.ratio - 1, 1), 2 * spec.head_dim), lo + hi
+        shape, tags = (ring + 1, 3, spec.head_dim), ring + 1
+    else:
+        lo, hi = places_of(spec, ring)
+        shape, tags = (lo * spec.ratio + hi * max(spec.ratio - 1, 1), 2 * spec.head_dim), lo + hi
+    if math.prod(shape) > INT32_MAX:  # kernels find a row of a slot in 32 bits
+        raise ValueError(
+            f"max_new_tokens must leave a slot below 2**31 numbers, got {max_new_tokens}, which takes {math.prod(shape)} of "
+            f"{spec}; longer steps are fine over a smaller state"
+        )
+    return shape, tags
 
 
 def _slot(spec: CompressorSpec, max_new_tokens: int, dtype: torch.dtype) -> tuple[tuple[int, ...], int, int]:
