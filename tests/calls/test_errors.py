@@ -11,7 +11,7 @@ import torch
 from support.helpers import SPECS, Backend, Engine, make_tokens
 
 import kvfold
-from kvfold import CompressorSpec, EntryCache, FoldState, StepPlan
+from kvfold import CompressorSpec, EntryCache, FoldState, StepPlan, WindowState
 
 SPEC = SPECS["csa"]
 OTHER = SPECS["indexer"]
@@ -323,3 +323,20 @@ def test_more_than_kernels_can_count() -> None:
     call = Call(Backend("torch", torch.device("cpu")))
     with raises("kv_score", ValueError):
         call.spoiled(kv_score=torch.zeros(1, 2048).expand(1 << 31, -1))
+    for spec, most in ((kvfold.V4_CSA, 599_184), (CompressorSpec(head_dim=1024, ratio=128), 699_048)):
+        largest = FoldState.allocate(spec, 1, most, device="meta")
+        assert largest.rows[0].numel() <= 2**31 - 1
+        with raises("max_new_tokens", ValueError):
+            FoldState.allocate(spec, 1, most + 1, device="meta")
+        with raises("max_new_tokens", ValueError):
+            FoldState.page_bytes(spec, most + 1)
+        with raises("max_new_tokens", ValueError):
+            FoldState(spec, largest.rows, largest.positions, most + 1)
+    stride = (2**31 - 512) // 7
+    for apart in (stride, stride + 1):
+        pool = torch.empty_strided((1, 8, 512), (0, apart, 1), device="meta")
+        if apart == stride:
+            WindowState(pool, pool.clone())
+        else:
+            with raises("kv", ValueError):
+                WindowState(pool, pool.clone())

@@ -39,8 +39,8 @@ SOURCES = (
     "backend_triton/kernels", "backend_triton/args.py", "backend_triton/table.py", "backend_triton/build.py", "contract.py",
 )  # fmt: skip
 
-# Of metadata: what is known where it is loaded. Where libraries lie is of the environment that compiled, which of two that share
-# Triton's cache may be the other one; what is in them its cache and `key_of` know.
+# Of metadata: what is known where it is loaded. Where libraries lie is of the environment that compiled, which of two that
+# share Triton's cache may be the other one; what is in them its cache and `key_of` know.
 ELSEWHERE = ("hash", "target", "triton_version", "name", "extern_libs")
 
 loaded = 0  # how many kernels came from packages

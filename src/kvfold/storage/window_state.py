@@ -140,5 +140,5 @@ def _check_strides(name: str, pool: torch.Tensor) -> None:
         if stride < span:
             raise ValueError(f"{name} must have rows that do not overlap, got strides {tuple(pool.stride())}")
         span = stride * (size - 1) + span
-    if pool.stride(1) * (pool.shape[1] - 1) >= 1 << 31:
+    if pool.stride(1) * (pool.shape[1] - 1) + pool.shape[2] > 1 << 31:
         raise ValueError(f"{name} must have pages that span less than 2**31 elements, got strides {tuple(pool.stride())}")
