@@ -434,3 +434,27 @@ def test_bad_calls(backend: Backend) -> None:
         with pytest.raises(UnsupportedError, match="state must be a FoldState or a WindowState for check and dump"):
             look(tokens, plan, pool.state, None, **rest)
     assert pool.whole.isnan().all() and int(plan.errors) == 0
+
+
+@pytest.mark.parametrize("banks", [0, 6])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_is_the_callers(backend: Backend, banks: int, dtype: torch.dtype) -> None:
+    """Engines set it while they load a model: a pool is fp32 all the same, and what a step makes of it has the same bits."""
+    spec = CompressorSpec(head_dim=16, ratio=16, rope_dim=8, has_ape=False)
+    kv_score, slot = make_tokens(spec, 6, seed=5).to(backend.device), torch.zeros(1, dtype=torch.int32, device=backend.device)
+    found = []
+    for default in (torch.float32, dtype):
+        torch.set_default_dtype(default)
+        try:
+            state = MeanState.allocate(spec, 1, banks, device=backend.device)
+            state.rows.view(-1, 3, 16)[0] = torch.linspace(0.5, 2, 48, dtype=torch.float32, device=backend.device).view(3, 16)
+            rows = torch.zeros(1, 16, dtype=torch.float32, device=backend.device)
+            plan = StepPlan.build(16, slot + 11, torch.cat((slot, slot + 6)), 6, state_slots=slot)
+            kvfold.compress(
+                kv_score, plan, state, None, spec=spec, ape=None, norm_weight=None, rope=None, rows=rows, backend=backend.name
+            )
+            assert int(plan.errors) == 0
+            found.append(torch.cat((state.rows.flatten(), rows.flatten())))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert found[1].dtype == torch.float32 and torch.equal(bits(found[0]), bits(found[1]))

@@ -100,3 +100,20 @@ def test_the_arguments_of_a_step_are_those_of_a_call(backend: Backend, kind: str
         assert counted == list(range(len(counted)))
     report = check(*args, **named, backend=backend.name)
     assert report.equal and report.entries == 2, report
+
+
+@pytest.mark.parametrize("values", ["normal", "zeros", "masked"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_changes_no_draw(dtype: torch.dtype, values: str) -> None:
+    found = []
+    for default in (torch.float32, dtype):
+        torch.set_default_dtype(default)
+        try:
+            draw = torch.Generator().manual_seed(3)
+            weights = make_weights(LONG, 9, values, draw, torch.float32, torch.device("cpu"))
+            tokens = make_tokens(LONG, LENGTHS, values, draw, torch.float32, torch.device("cpu"))
+            found.append([*tokens, *(weights[name] for name in ("ape", "norm_weight", "rope"))])
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(bits(one), bits(other))

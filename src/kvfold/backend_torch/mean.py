@@ -22,11 +22,11 @@ def compress_mean_torch(c: Compressor, plan: PlanData, out: Outputs) -> None:
     if items.window.numel() == 0:
         return
     banks = state.rows if state.banks else state.rows[None]
-    ape = torch.zeros(ratio, spec.channels, device=kv_score.device) if c.ape is None else c.ape
+    ape = torch.zeros(ratio, spec.channels, dtype=torch.float32, device=kv_score.device) if c.ape is None else c.ape
     position = torch.maximum(items.start, items.window * ratio)
     count = torch.minimum(items.end, (items.window + 1) * ratio) - position
     resumes = ((position == items.start) & (items.start % ratio != 0))[:, None]
-    nothing = _to_mean(*torch.zeros(3, 1, spec.head_dim, device=kv_score.device))
+    nothing = _to_mean(*torch.zeros(3, 1, spec.head_dim, dtype=torch.float32, device=kv_score.device))
     fold, kept = _from_mean(torch.where(resumes, banks[0][items.slot], nothing)), []
     for i in range(int(count.max())):
         live, x = i < count, position + i

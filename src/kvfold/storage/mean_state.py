@@ -98,7 +98,7 @@ class MeanState(RememberingState):
         check_int("num_slots", num_slots, 0, INT32_MAX)
         check_int("banks", banks, 0, MOST_BANKS)
         shape = (num_slots, 3 * spec.head_dim)
-        rows = torch.zeros((1 + banks, *shape) if banks else shape, device=usable_device("device", device))
+        rows = torch.zeros((1 + banks, *shape) if banks else shape, dtype=torch.float32, device=usable_device("device", device))
         rows[..., : spec.head_dim] = -torch.inf
         return cls(spec, rows)
 

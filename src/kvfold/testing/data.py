@@ -30,14 +30,16 @@ def make_tokens(
     """
     found = []
     for n in lengths:
-        k, s = torch.randn(n, 2 * spec.channels, generator=draw).split(spec.channels, dim=1)
-        mask = torch.rand(s.shape, generator=draw) < {"masked": 0.5, "zeros": 0.4, "hidden": 0.7}.get(values, 0)
+        k, s = torch.randn(n, 2 * spec.channels, generator=draw, dtype=torch.float32).split(spec.channels, dim=1)
+        mask = torch.rand(s.shape, generator=draw, dtype=torch.float32) < {"masked": 0.5, "zeros": 0.4, "hidden": 0.7}.get(
+            values, 0
+        )
         if values != "hidden":
             mask[:: spec.ratio] = False
         s = torch.zeros_like(s) if values == "tied" else 8 * s if values == "peaked" else s
         if values == "zeros":
-            zeros = torch.where(torch.rand(k.shape, generator=draw) < 0.9, -0.0, 0.0)
-            k = torch.where(torch.rand(spec.channels, generator=draw) < 0.5, zeros, k)
+            zeros = torch.where(torch.rand(k.shape, generator=draw, dtype=torch.float32) < 0.9, torch.full_like(k, -0.0), 0.0)
+            k = torch.where(torch.rand(spec.channels, generator=draw, dtype=torch.float32) < 0.5, zeros, k)
         s = s.masked_fill(mask, -torch.inf)
         found.append((torch.cat((k, s), dim=1) if spec.gate else k).to(device, dtype))
     return found
@@ -47,8 +49,8 @@ def make_weights(
     spec: CompressorSpec, length: int, values: str, draw: torch.Generator, norm_dtype: torch.dtype, device: Device
 ) -> dict[str, CompressorSpec | Tensor | None]:
     """spec, ape, norm_weight and rope, as `compress` takes them; `length`: tokens of the longest sequence."""
-    ape = torch.randn(spec.ratio, spec.channels, generator=draw) * (values != "tied")
-    norm_weight = (1 + 0.2 * torch.randn(spec.head_dim, generator=draw)).to(device, norm_dtype)
+    ape = torch.randn(spec.ratio, spec.channels, generator=draw, dtype=torch.float32) * (values != "tied")
+    norm_weight = (1 + 0.2 * torch.randn(spec.head_dim, generator=draw, dtype=torch.float32)).to(device, norm_dtype)
     rope = reference.rope_table(length + 1, spec.rope_dim).to(device) if spec.rope_dim else None
     return {"spec": spec, "ape": ape.to(device) if spec.has_ape else None, "norm_weight": norm_weight, "rope": rope}
 
@@ -77,7 +79,7 @@ def make_state(
 
 def make_means(spec: CompressorSpec, slots: int, device: Device) -> MeanState:
     """A `MeanState` of NaN."""
-    return MeanState(spec, torch.full((slots, 3 * spec.head_dim), torch.nan, device=device))
+    return MeanState(spec, torch.full((slots, 3 * spec.head_dim), torch.nan, dtype=torch.float32, device=device))
 
 
 def make_pools(

@@ -24,7 +24,7 @@ def kv_score_of(hidden: Tensor, weight: Weight, weights: dict, backend: str) -> 
     zero = torch.zeros(1, dtype=torch.int32, device=device)
     plan = StepPlan.build(spec.ratio, zero, zero.new_tensor([0, count]), count, state_slots=zero if spec.gate else None)
     state = FoldState.allocate(spec, 1, 1, device=device) if spec.gate else None
-    kv_score = torch.empty(count, spec.kv_score_width, device=device)
+    kv_score = torch.empty(count, spec.kv_score_width, dtype=torch.float32, device=device)
     project_compress(hidden, weight, plan, state, None, kv_score=kv_score, backend=backend, **weights)
     return kv_score
 

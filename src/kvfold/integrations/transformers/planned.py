@@ -191,7 +191,7 @@ class _Kept:
         if table is None or len(table) < end:
             with torch.inference_mode(False):
                 room = max(_LEAST_TABLE, 1 << (end - 1).bit_length())
-                table = self.tables[spec.rope_dim] = torch.empty(room, spec.rope_dim, device=self.device)
+                table = self.tables[spec.rope_dim] = torch.empty(room, spec.rope_dim, dtype=torch.float32, device=self.device)
         if rope is not None:
             ratio = spec.ratio
             table[start // ratio * ratio : end // ratio * ratio : ratio] = rope

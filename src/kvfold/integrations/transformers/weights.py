@@ -170,7 +170,7 @@ def rope_rows(part: Any, start: int, end: int, device: torch.device) -> torch.Te
     first, traced = start // ratio, torch.compiler.is_compiling()
     count = -((start - end) // ratio) if traced else end // ratio - first
     if not count:
-        return torch.empty(0, 2 * getattr(rotary, name).numel(), device=device)
+        return torch.empty(0, 2 * getattr(rotary, name).numel(), dtype=torch.float32, device=device)
     if traced:
         positions = (torch.arange(count, device=device) + first) * ratio
     else:
