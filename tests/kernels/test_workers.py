@@ -1,4 +1,4 @@
-"""Processes that compile end with the one that asked for it, however that ends."""
+"""Processes that compile end with the one that asked for it, however that ends, and say nothing of their own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 WAITING = """
 import os
 import time
-from kvfold.precompile.choices import processes
+from kvfold.precompile.workers import processes
 
 if __name__ == "__main__":
     with processes(2) as pool:
@@ -53,3 +54,43 @@ def test_nothing_is_left_of_a_run_that_was_ended(how: signal.Signals, tmp_path: 
             run.kill()
             for pid in filter(alive, workers):
                 os.kill(pid, signal.SIGKILL)
+
+
+BUSY = """
+import os
+import time
+from kvfold.precompile.workers import processes
+
+if __name__ == "__main__":
+    try:
+        with processes(2) as pool:
+            if {begun}:
+                print("ready", *{{pool.submit(os.getpid).result() for _ in range(4)}}, flush=True)
+            jobs = pool.map(time.sleep, [300] * 9)
+            print("ready", flush=True)
+            list(jobs)
+    except KeyboardInterrupt:
+        print("interrupted")
+"""
+
+
+@pytest.mark.parametrize("begun", [True, False], ids=["at work", "beginning"])
+def test_a_terminal_interrupts_all_of_them_and_one_says_so(begun: bool, tmp_path: Path) -> None:
+    """As ctrl-C does: at work, and while they begin."""
+    script = tmp_path / "busy.py"
+    script.write_text(BUSY.format(begun=begun))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        [sys.executable, str(script)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background inherits that it is ignored
+    ) as run:  # fmt: skip
+        try:
+            for _ in range(1 + begun):
+                assert run.stdout is not None and run.stdout.readline().startswith("ready")
+            os.killpg(run.pid, signal.SIGINT)
+            said, errors = run.communicate(timeout=60)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)
+    assert (said, errors) == ("interrupted\n", "")

@@ -17,9 +17,10 @@ from ..contract import INT32_MAX
 from ..spec import V4_CSA, V4_HCA, V4_INDEXER, CompressorSpec
 from ..storage.formats import FORMATS
 from .asked import asked_of
-from .choices import FLOATS, check_all, check_choices, check_formats, check_workers, defined_for, processes, several
+from .choices import FLOATS, check_all, check_choices, check_formats, check_workers, defined_for, several
 from .files import has_digest, is_file, unfinished
 from .report import AotKernel, AotReport
+from .workers import processes
 
 if TYPE_CHECKING:
     from .combinations import Kernel

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context, parent_process
-from multiprocessing.process import BaseProcess
 
 import torch
 
@@ -79,20 +75,3 @@ def check_workers(workers: int | None) -> int:
 def check_progress(progress: Callable | None) -> None:
     if progress is not None and not callable(progress):
         raise TypeError(f"progress must be a function or None, got {type(progress).__name__}")
-
-
-def processes(workers: int) -> ProcessPoolExecutor:
-    """Spawned: forked, they would have the locks of a caller's threads, and its CUDA. They end when this process does."""
-    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=_end_with_parent)
-
-
-def _end_with_parent() -> None:
-    """Who waits for work holds both ends of its pipe, and so never hears of a parent that was killed."""
-    parent = parent_process()
-    if parent is not None:
-        threading.Thread(target=_wait_and_end, args=(parent,), daemon=True).start()
-
-
-def _wait_and_end(parent: BaseProcess) -> None:
-    parent.join()
-    os._exit(1)

@@ -15,8 +15,9 @@ from .._version import __version__
 from ..arguments.checks import check_int, check_type
 from ..backend_triton.table import MULTIPROCESSORS
 from .asked import asked_of
-from .choices import check_progress, check_workers, processes
+from .choices import check_progress, check_workers
 from .files import has_digest, unfinished
+from .workers import processes
 
 if TYPE_CHECKING:
     from ..backend_triton.build import Variant

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from ..precompile.choices import processes
+from ..precompile.workers import processes
 from .cases import Case, Result, verify
 from .run import LOST
 

@@ -14,7 +14,8 @@ import torch
 
 from ..arguments.checks import check_int
 from ..calls.checks import choose_backend
-from ..precompile.choices import check_workers, processes
+from ..precompile.choices import check_workers
+from ..precompile.workers import processes
 from ..testing.told import Told
 from .case import Mismatch
 from .program import Place, program
