@@ -34,7 +34,7 @@ def aot(
     strict: Annotated[
         bool | None,
         typer.Option(
-            "--strict/--no-strict", help="Any spill fails, or none; default: on sm_90 what is not in the table fails."
+            "--strict/--no-strict", help="Any spill fails, or none; default: on sm_90 by Triton 3.6 what is not in the table."
         ),
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that compile; default: one for each core, 16 at most.")] = None,

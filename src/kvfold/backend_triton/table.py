@@ -13,7 +13,7 @@ from ..contract import HIDDEN_STEP, UnsupportedError
 from ..spec import CompressorSpec
 
 ANY = (1 << 31) - 1
-SPILLS_TRITON = "3.6"  # that rows were measured with; another may spill more, which `kvfold aot` then says
+SPILLS_TRITON = "3.6"  # that rows were measured with; another may spill more
 MULTIPROCESSORS = 132  # of an H100 and an H200; stands in where there is no device to ask
 BUCKETS = (0.5, 1, 1.5, 2, 18, ANY)  # calls are bucketed by windows per multiprocessor, so that few kernels serve all of them
 

@@ -84,9 +84,9 @@ def aot(
             fp32; other arguments have their defaults.
         calls: arguments of calls of `warmup`, as for `prebuild`, without `training`. What such calls need is compiled too (or
             alone, with `specs=()`), for addresses that are multiples of 16 and as dependent launches where possible.
-        strict: True allows no spills (`Resources.spilled`), False any. Default: on sm_90 as many bytes as the kernel's row of
-            the table was measured with (`Config.spills`; 0 for most), for any dtype and any Triton; on other targets, where no
-            row was measured, any.
+        strict: True allows no spills (`Resources.spilled`), False any. Default: on sm_90 under Triton 3.6 as many bytes as the
+            kernel's row of the table was measured with (`Config.spills`; 0 for most), for any dtype; on other targets and
+            under another Triton, where no row was measured, any.
         workers: processes that compile at once, from 1 to 256; with 1 it is this process. Default: the cores that this process
             may use, 16 at most. They are spawned: a script calls this under `if __name__ == "__main__"`.
         progress: called after each kernel with the number done, the total, and the kernel's name.
@@ -166,12 +166,21 @@ def _attempt(target: str, folder: Path, strict: bool | None, one: Kernel) -> Aot
     from . import combinations as kernels
 
     allowed = 0 if strict else None
-    if strict is None and target == MEASURED:
+    if strict is None and target == MEASURED and is_measured_triton():
         allowed = one.spills
     try:
         return kernels.build(one, target, folder, allowed)
     except Exception as error:  # whatever a compiler raises: the others shall be compiled
         return f"{type(error).__name__}: {error}"
+
+
+def is_measured_triton() -> bool:
+    """Whether rows of the table say what the Triton that is installed spills."""
+    import triton
+
+    from ..backend_triton.table import SPILLS_TRITON
+
+    return triton.__version__.startswith(f"{SPILLS_TRITON}.")
 
 
 def _earlier(folder: Path, target: str) -> tuple[list[str], list[str]]:

@@ -116,8 +116,10 @@ class AotReport:
     def __str__(self) -> str:
         """What is wrong, or that nothing is."""
         total, spill = len(self.kernels) + len(self.failed), [k for k in self.kernels if k.resources.spilled]
-        lines = [f"{self.target}: {len(self.kernels)} of {total} kernels compiled, {len(spill)} spill, "
-                 f"{len(self.spilling)} of them more than they may"]  # fmt: skip
+        judged = f"{len(self.spilling)} of them more than they may"
+        if all(kernel.allowed is None for kernel in self.kernels):
+            judged = "which fails nothing here"
+        lines = [f"{self.target}: {len(self.kernels)} of {total} kernels compiled, {len(spill)} spill, {judged}"]
         lines += [f"{name} failed: {why}" for name, why in self.failed.items()]
         lines += [f"{k.name} spills {k.resources.spilled} bytes, {k.allowed} are allowed" for k in self.spilling]
         lines += [f"{name} was changed since aot wrote it, and was kept" for name in self.kept]
