@@ -25,7 +25,7 @@ import torch
 import transformers
 from transformers import DynamicCache
 
-from kvfold.demo.model import build_model
+from kvfold.demo.model import build_model, step
 from kvfold.integrations.transformers import patch
 
 from ..lib import protocol, table
@@ -50,11 +50,11 @@ def call(model: Any, tokens: torch.Tensor, cache: Any) -> float:
     """Milliseconds of a call."""
     if not tokens.is_cuda:
         begin = time.process_time()
-        model(tokens, past_key_values=cache)
+        step(model, tokens, cache)
         return 1e3 * (time.process_time() - begin)
     torch.cuda.synchronize()
     begin = time.perf_counter()
-    model(tokens, past_key_values=cache)
+    step(model, tokens, cache)
     torch.cuda.synchronize()
     return 1e3 * (time.perf_counter() - begin)
 
@@ -69,7 +69,7 @@ def in_compressors(model: Any, tokens: torch.Tensor, cache: Any) -> float:
                 end = module.register_forward_hook(lambda *_: times.append(time.process_time()))
                 hooks.callback(begin.remove)
                 hooks.callback(end.remove)
-        model(tokens, past_key_values=cache)
+        step(model, tokens, cache)
     return 1e3 * sum(times)
 
 
@@ -84,7 +84,7 @@ def timed(
     begun = {side: new_cache(model) for side, model in both.items()}
     for side, model in both.items():
         if prompt is not None:
-            model(prompt, past_key_values=begun[side])
+            step(model, prompt, begun[side])
     best = {side: [float("inf")] * len(pieces) for side in both}
     for _ in range(repeats):
         caches = {side: copy.deepcopy(cache) for side, cache in begun.items()}
@@ -129,7 +129,7 @@ def graphs(model: Any, tokens: torch.Tensor) -> int:
     compiled, cache = torch.compile(model, fullgraph=True, backend="eager"), new_cache(model)
     try:
         for piece in tokens[:, :340].split([300] + [1] * 40, 1):
-            compiled(piece, past_key_values=cache)
+            step(compiled, piece, cache)
     except torch._dynamo.exc.FailOnRecompileLimitHit:
         return -1
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -180,7 +180,7 @@ def main() -> None:
         for before, length in zip((0, *LENGTHS), LENGTHS, strict=False):
             if args.only in f"{name} cache {length}":
                 for side, model in both.items():
-                    model(tokens[:, before:length], past_key_values=caches[side])
+                    step(model, tokens[:, before:length], caches[side])
                 add(f"{name} cache {length}", "bytes", lambda: {side: cache_bytes(c) for side, c in caches.items()})
 
     made = {name: models(args.device, dtype) for name, dtype in DTYPES.items()}

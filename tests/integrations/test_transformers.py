@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", minversion="5.17")
-from support.transformers_support import LAYERS, LAYERS_MOVE, NAMES, TWO, close, ids, run, theirs, tiny
+from support.transformers_support import CACHE, LAYERS, LAYERS_MOVE, NAMES, TWO, close, ids, run, theirs, tiny
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, StaticLayer
 
@@ -152,10 +152,10 @@ def test_new_cache_is_a_new_sequence_and_reset_too(patched):
     if LAYERS_MOVE:
         cache.reset()
         with torch.no_grad():
-            assert torch.equal(patched(tokens[:, :20], past_key_values=cache).logits, want[:, :20])
+            assert torch.equal(patched(tokens[:, :20], **{CACHE: cache}).logits, want[:, :20])
     more = ids(6, seed=6).to(patched.device)
     with torch.no_grad():  # the copy went on from where it was, by itself
-        got = patched(more, past_key_values=copied).logits
+        got = patched(more, **{CACHE: copied}).logits
     close(got, run(patched, torch.cat([tokens, more], 1))[0][:, -6:])
 
 
@@ -163,9 +163,9 @@ def test_inference_mode_and_back(patched):
     tokens = ids(40).to(patched.device)
     cache = DynamicCache(config=patched.config)
     with torch.inference_mode():
-        first = patched(tokens[:, :17].clone(), past_key_values=cache).logits
+        first = patched(tokens[:, :17].clone(), **{CACHE: cache}).logits
     with torch.no_grad():  # tokens one by one, which are written into what was made in there
-        rest = [patched(token[:, None], past_key_values=cache).logits for token in tokens[:, 17:].unbind(1)]
+        rest = [patched(token[:, None], **{CACHE: cache}).logits for token in tokens[:, 17:].unbind(1)]
     close(torch.cat([first, *rest], 1), theirs(patched, tokens)[0])
 
 
@@ -183,11 +183,11 @@ def test_rewind(two, monkeypatch, where, start, accepted):
     want, plain = run(model, tokens, range(start, start + 12))
     with torch.no_grad():
         cache = DynamicCache(config=model.config)
-        model(tokens[:, :start], past_key_values=cache)
-        model(drafts, past_key_values=cache)
+        model(tokens[:, :start], **{CACHE: cache})
+        model(drafts, **{CACHE: cache})
         rewind(cache, start + accepted)
         assert cache.get_seq_length() == start + accepted
-        got = torch.cat([model(t[None], past_key_values=cache).logits for t in tokens[:, start + accepted :].T], 1)
+        got = torch.cat([model(t[None], **{CACHE: cache}).logits for t in tokens[:, start + accepted :].T], 1)
     close(got, want[:, start + accepted :])
     for layer, name in NAMES:
         close(entries(cache, layer, name), entries(plain, layer, name), 1e-5)
@@ -206,7 +206,7 @@ def test_rewind_reaches_the_start_of_a_long_step_and_no_further():
         rewind(cache, 51)
     rewind(cache, 20)
     with torch.no_grad():
-        assert torch.equal(model(tokens[:, 20:50], past_key_values=cache).logits, want[:, 20:])
+        assert torch.equal(model(tokens[:, 20:50], **{CACHE: cache}).logits, want[:, 20:])
 
 
 def test_rewind_refuses_a_sliding_layer_that_has_forgotten(patched):
@@ -220,11 +220,11 @@ def test_sliding_layer_that_records_its_past_is_rewound(patched):
     tokens = ids(40).to(patched.device)
     cache = DynamicCache(config=patched.config)
     with torch.no_grad():
-        patched(tokens[:, :30], past_key_values=cache)
+        patched(tokens[:, :30], **{CACHE: cache})
         cache.layers[2].activate_past_recording()
-        patched(torch.cat([tokens[:, 30:31], ids(3, seed=8).to(patched.device)], 1), past_key_values=cache)
+        patched(torch.cat([tokens[:, 30:31], ids(3, seed=8).to(patched.device)], 1), **{CACHE: cache})
         rewind(cache, 31)
-        got = patched(tokens[:, 31:], past_key_values=cache).logits
+        got = patched(tokens[:, 31:], **{CACHE: cache}).logits
     close(got, run(patched, tokens)[0][:, 31:])
 
 
@@ -309,10 +309,10 @@ def test_refusals(patched):
         patch(torch.nn.Linear(2, 2))
     with torch.no_grad():
         with pytest.raises(UnsupportedError, match="cache layer of type DynamicLayer"):
-            patched(tokens, past_key_values=DynamicCache())
+            patched(tokens, **{CACHE: DynamicCache()})
         static = Cache(layers=[StaticLayer(max_cache_len=64) for _ in LAYERS])
         with pytest.raises(UnsupportedError, match="cache layer of type StaticLayer"):
-            patched(tokens, past_key_values=static)
+            patched(tokens, **{CACHE: static})
 
 
 def test_caches_do_not_cross_over(model):
@@ -320,12 +320,12 @@ def test_caches_do_not_cross_over(model):
     patch(model)
     try:
         with pytest.raises(UnsupportedError, match="already holds 20 tokens of which kvfold saw 0"), torch.no_grad():
-            model(ids(1).to(model.device), past_key_values=theirs_cache)
+            model(ids(1).to(model.device), **{CACHE: theirs_cache})
         ours = run(model, ids(20))[1]
     finally:
         unpatch(model)
     with pytest.raises(UnsupportedError, match="start with a new cache"), torch.no_grad():
-        model(ids(1).to(model.device), past_key_values=ours)
+        model(ids(1).to(model.device), **{CACHE: ours})
 
 
 def test_wrong_geometry_and_half_precision():

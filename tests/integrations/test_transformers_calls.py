@@ -1,13 +1,25 @@
 """Calls of a patched model in every form: casts and changes between them, gradients, selections, and what is refused."""
 
 import copy
-import inspect
 
 import pytest
 import torch
 
 pytest.importorskip("transformers", minversion="5.17")
-from support.transformers_support import LAYERS, TWO, begun, close, compressors, ids, run, step, tiny, two_patched, unpatched
+from support.transformers_support import (
+    CACHE,
+    LAYERS,
+    TWO,
+    begun,
+    close,
+    compressors,
+    ids,
+    run,
+    step,
+    tiny,
+    two_patched,
+    unpatched,
+)
 from transformers import DynamicCache
 
 from kvfold.integrations.transformers import UnsupportedError, entries, patch, rewind
@@ -116,13 +128,13 @@ def test_training_a_compressor_behind_a_filled_cache_is_refused_by_name(model, n
     """What came before is kept without its gradient."""
     cache, filled = begun(model, TOKENS[:, :21]), {"use_cache": True}
     model.requires_grad_(False).train()
-    model(TOKENS[:, 21:], past_key_values=copy.deepcopy(cache), **filled)  # nothing asks for a gradient
+    model(TOKENS[:, 21:], **{CACHE: copy.deepcopy(cache)}, **filled)  # nothing asks for a gradient
     model.lm_head.requires_grad_()
-    model(TOKENS[:, 21:], past_key_values=copy.deepcopy(cache), **filled).logits.sum().backward()  # nor is one lost here
+    model(TOKENS[:, 21:], **{CACHE: copy.deepcopy(cache)}, **filled).logits.sum().backward()  # nor is one lost here
     assert model.lm_head.weight.grad is not None
     compressors(model)[1].get_parameter(name).requires_grad_()
     with pytest.raises(UnsupportedError, match=f"gradients.* {name}"):
-        model(TOKENS[:, 21:], past_key_values=cache, **filled)
+        model(TOKENS[:, 21:], **{CACHE: cache}, **filled)
     with torch.no_grad():
         close(model(TOKENS).logits, run(unpatched(model), TOKENS)[0])
     close(model.eval()(TOKENS).logits, run(unpatched(model), TOKENS)[0])
@@ -132,7 +144,7 @@ def test_training_what_comes_before_a_compressor_behind_a_filled_cache_is_refuse
     cache = begun(model, TOKENS[:, :21])
     model.requires_grad_(False).train().model.embed_tokens.requires_grad_()
     with pytest.raises(UnsupportedError, match=r"gradients.* hidden_states"):
-        model(TOKENS[:, 21:], past_key_values=cache)
+        model(TOKENS[:, 21:], **{CACHE: cache})
 
 
 @pytest.mark.parametrize("name", ["kv_proj", "gate_proj"])
@@ -143,18 +155,18 @@ def test_training_what_a_hook_adds_to_a_projection_is_refused(model, name):
     scale = torch.ones(1, requires_grad=True)
     getattr(compressors(model)[0], name).register_forward_hook(lambda module, args, out: out * scale)
     with pytest.raises(UnsupportedError, match=f"gradients.* {name}"):
-        model(TOKENS[:, 21:], past_key_values=cache)
+        model(TOKENS[:, 21:], **{CACHE: cache})
 
 
 def test_eval_mode_behind_a_filled_cache_runs_detached(model):
     """As from_pretrained gives a model: all parameters require a gradient and nobody wants one."""
     cache = DynamicCache(config=model.config)
-    logits = [model(piece, past_key_values=cache).logits for piece in (TOKENS[:, :21], TOKENS[:, 21:])]
+    logits = [model(piece, **{CACHE: cache}).logits for piece in (TOKENS[:, :21], TOKENS[:, 21:])]
     close(torch.cat(logits, 1).detach(), run(model, TOKENS)[0])
     logits[1].sum().backward()
     assert model.lm_head.weight.grad is not None
     with pytest.raises(UnsupportedError, match=r"gradients.* inputs_embeds"):
-        model(inputs_embeds=model.model.embed_tokens(TOKENS), past_key_values=cache)
+        model(inputs_embeds=model.model.embed_tokens(TOKENS), **{CACHE: cache})
 
 
 def test_eval_mode_has_gradients_of_whole_sequences(model):
@@ -162,7 +174,7 @@ def test_eval_mode_has_gradients_of_whole_sequences(model):
     found = []
     for one in (model, unpatched(model)):
         embeds, cache = one.model.embed_tokens(TOKENS).detach().requires_grad_(), DynamicCache(config=model.config)
-        one(inputs_embeds=embeds, past_key_values=cache).logits.sin().sum().backward()
+        one(inputs_embeds=embeds, **{CACHE: cache}).logits.sin().sum().backward()
         found.append(
             [embeds.grad, *(parameter.grad for parameter in compressors(one)[0].parameters()), step(one, TOKENS, cache)]
         )
@@ -172,10 +184,23 @@ def test_eval_mode_has_gradients_of_whole_sequences(model):
 
 # Calls in every form
 
+OLD_NAME = pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
 
+
+@OLD_NAME
+@pytest.mark.parametrize("name", [None, CACHE, "past_key_values"])
+def test_a_model_takes_its_cache_by_place_and_by_both_names(model, name):
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        for piece in (TOKENS[:, :21], TOKENS[:, 21:]):
+            got = model(piece, **{name: cache}) if name else model(piece, None, None, cache)
+    assert torch.equal(got.logits, run(model, TOKENS, [21])[0][:, 21:])
+    assert got[CACHE] is cache and entries(cache, 1).shape[1] == TOKENS.shape[1] // 4
+
+
+@OLD_NAME
 def test_a_compressor_takes_its_arguments_in_any_form(model):
     plain = unpatched(model)
-    cached = "cache" if "cache" in inspect.signature(compressors(model)[0].forward).parameters else "past_key_values"
     hidden, residual, positions = torch.randn(2, 20, 32), torch.randn(2, 20, 16), torch.arange(20)[None]
     named = {"hidden_states": hidden, "q_residual": residual, "position_ids": positions}
     with torch.no_grad():
@@ -183,9 +208,9 @@ def test_a_compressor_takes_its_arguments_in_any_form(model):
             want = compressors(plain)[index](hidden, residual, positions, DynamicCache(config=model.config), index)
             for arguments, keywords in (
                 ((hidden, residual, positions, DynamicCache(config=model.config), index), {}),
-                ((hidden, residual, positions), {cached: DynamicCache(config=model.config), "layer_idx": index}),
+                ((hidden, residual, positions), {CACHE: DynamicCache(config=model.config), "layer_idx": index}),
                 ((), named | {"past_key_values": DynamicCache(config=model.config), "layer_idx": index}),
-                ((hidden,), dict(list(named.items())[1:]) | {cached: None, "layer_idx": index}),
+                ((hidden,), dict(list(named.items())[1:]) | {CACHE: None, "layer_idx": index}),
             ):
                 got = compressors(model)[index](*arguments, **keywords)
                 for mine, their in zip(got, want, strict=True):
@@ -210,7 +235,7 @@ def test_selected_rows_go_on(model, chosen, mode):
     rows = tokens[chosen]
     cache = DynamicCache(config=model.config)
     with mode():
-        model(tokens[:, :21], past_key_values=cache)
+        model(tokens[:, :21], **{CACHE: cache})
         cache.batch_select_indices(chosen)
         cache.batch_repeat_interleave(2)
     got = step(model, rows[:, 21:].repeat_interleave(2, 0), cache)
@@ -293,13 +318,13 @@ def _same(a, b):
 
 def _batch(model, cache):
     with torch.no_grad():
-        model(TOKENS[:1, 21:], past_key_values=cache)
+        model(TOKENS[:1, 21:], **{CACHE: cache})
 
 
 def _training(model, cache):
     model.train()
     try:
-        model(TOKENS[:, 21:], past_key_values=cache)
+        model(TOKENS[:, 21:], **{CACHE: cache})
     finally:
         model.eval()
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("transformers", minversion="5.17")
-from support.transformers_support import TWO, close, compressors, ids, run, tiny
+from support.transformers_support import CACHE, TWO, close, compressors, ids, run, tiny
 from support.transformers_support import step as step_of
 from transformers import DynamicCache
 
@@ -262,7 +262,7 @@ def test_a_model_over_kernels(backend):
         want = run(plain, tokens, [13, 17, 18, 19, 20])[0]
         with torch.inference_mode():
             cache = DynamicCache(config=model.config)
-            got = [model(tokens[:, :13].clone(), past_key_values=cache).logits]
+            got = [model(tokens[:, :13].clone(), **{CACHE: cache}).logits]
         copied = copy.deepcopy(cache)
         for one in (copied, cache):  # the second has the same tokens in other memory
             rest = [step_of(model, piece, one) for piece in tokens[:, 13:].split([4, 1, 1, 1, 20], 1)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", minversion="5.17")
-from support.transformers_support import TWO, begun, close, compressors, ids, run, tiny, two_patched, unpatched
+from support.transformers_support import CACHE, TWO, begun, close, compressors, ids, run, tiny, two_patched, unpatched
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -31,7 +31,7 @@ from transformers import DynamicCache
 model, tokens, want = torch.load(sys.argv[1], weights_only=False)
 with torch.no_grad():
     cache = DynamicCache(config=model.config)
-    got = [model(piece, past_key_values=cache).logits for piece in (tokens[:, :21], tokens[:, 21:])]
+    got = [model(piece, None, None, cache).logits for piece in (tokens[:, :21], tokens[:, 21:])]
 assert torch.equal(torch.cat(got, 1), want)
 print(type(model.model.layers[0].self_attn.compressor).__name__)
 """
@@ -93,7 +93,7 @@ def test_compiled_as_a_whole(model):
     compiled, cache = torch.compile(model, fullgraph=True, backend="eager"), begun(model, tokens[:, :40])
     for fold in (fold for layer in cache.layers for fold in layer.kvfold.folds.values()):  # room, as a compiled prompt makes
         fold.storage = torch.nn.functional.pad(fold.storage, (0, 0, 0, 20))
-    got = [compiled(token[:, None], past_key_values=cache).logits for token in tokens[:, 40:].unbind(1)]
+    got = [compiled(token[:, None], **{CACHE: cache}).logits for token in tokens[:, 40:].unbind(1)]
     close(torch.cat(got, 1), want)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
@@ -196,7 +196,7 @@ def test_without_drafts_nothing_is_kept_to_take_back(model):
     with pytest.raises(UnsupportedError, match="max_new_tokens=1"):
         rewind(cache, 30)
     rewind(cache, 0)
-    assert torch.equal(run(made, TOKENS)[0], made(TOKENS, past_key_values=cache).logits.detach())
+    assert torch.equal(run(made, TOKENS)[0], made(TOKENS, **{CACHE: cache}).logits.detach())
 
 
 def test_caches_made_of_another_copys_classes(model):
@@ -213,7 +213,7 @@ def test_caches_made_of_another_copys_classes(model):
         filled = DynamicCache(config=model.config)
         filled.layers[0].kvfold = object()
         with pytest.raises(UnsupportedError, match="another copy of kvfold"):
-            model(TOKENS, past_key_values=filled)
+            model(TOKENS, **{CACHE: filled})
     finally:
         cache_utils.DYNAMIC_LAYER_TYPE_MAPPING.update(before)
 
@@ -224,4 +224,4 @@ def test_a_cache_from_before_kvfold_was_imported(model):
     kinds = [v4.DeepseekV4HCACache if "HCA" in type(layer).__name__ else v4.DeepseekV4CSACache for layer in cache.layers]
     cache.layers = [kind(model.config) for kind in kinds]
     with torch.no_grad():
-        assert torch.equal(model(TOKENS, past_key_values=cache).logits, run(model, TOKENS)[0])
+        assert torch.equal(model(TOKENS, **{CACHE: cache}).logits, run(model, TOKENS)[0])

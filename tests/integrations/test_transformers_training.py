@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("transformers", minversion="5.17")
 from support.training_support import off
-from support.transformers_support import TWO, compressors, ids, tiny
+from support.transformers_support import CACHE, TWO, compressors, ids, tiny
 
 from kvfold import reference
 from kvfold.integrations.transformers import entries, patch, unpatch
@@ -89,7 +89,7 @@ def test_entries_of_train_mode_have_the_bits_of_eval_mode(pair):
         cache = model.train(mode)(TOKENS, use_cache=True)
         handle.remove()
     assert torch.equal(*found)
-    assert torch.equal(found[1][:, 0], entries(cache.past_key_values, 1))
+    assert torch.equal(found[1][:, 0], entries(cache[CACHE], 1))
 
 
 def test_a_model_learns_and_can_be_unpatched(pair):

@@ -15,7 +15,20 @@ import torch
 pytest.importorskip("transformers", minversion="5.17")
 import contextlib
 
-from support.transformers_support import NAMES, TWO, begun, close, compressors, ids, run, step, tiny, two_patched, unpatched
+from support.transformers_support import (
+    CACHE,
+    NAMES,
+    TWO,
+    begun,
+    close,
+    compressors,
+    ids,
+    run,
+    step,
+    tiny,
+    two_patched,
+    unpatched,
+)
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
@@ -53,7 +66,7 @@ def _eager(model):
 
 
 def _generated(model):
-    return model.generate(TOKENS, max_new_tokens=4, num_beams=2, return_dict_in_generate=True).past_key_values
+    return model.generate(TOKENS, max_new_tokens=4, num_beams=2, return_dict_in_generate=True)[CACHE]
 
 
 def _failed(model):

@@ -1,6 +1,7 @@
 """A small DeepSeek-V4 of transformers, and how the tests call it."""
 
 import copy
+from inspect import signature
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4 as v4
 from kvfold.integrations.transformers import patch, unpatch
 
 BOUND = 1e-4
+# How a model calls its cache: `past_key_values` before transformers renamed it, which warns of the old name since.
+CACHE = "cache" if "cache" in signature(DeepseekV4ForCausalLM.forward).parameters else "past_key_values"
 # transformers 5.17 reorders and resets the sliding keys of a cache and forgets its compressors; 5.23 does both.
 LAYERS_MOVE = "reorder_cache" in vars(v4.DeepseekV4HCACache)
 LAYERS = ["heavily_compressed_attention", "compressed_sparse_attention", "sliding_attention"]
@@ -81,7 +84,7 @@ def run(model, tokens, cuts=(), use_cache=True):
     """Logits of every token, the sequence fed in pieces that end at `cuts`, and the cache."""
     cache = DynamicCache(config=model.config) if use_cache else None
     pieces = torch.tensor_split(tokens.to(model.device), list(cuts), dim=1)
-    logits = [model(piece, past_key_values=cache, use_cache=use_cache).logits for piece in pieces]
+    logits = [model(piece, **{CACHE: cache}, use_cache=use_cache).logits for piece in pieces]
     return torch.cat(logits, dim=1), cache
 
 
@@ -102,7 +105,7 @@ def compressors(model):
 def step(model, tokens, cache, **options):
     """Logits of tokens that go behind those in the cache."""
     with torch.no_grad():
-        return model(tokens, past_key_values=cache, **options).logits
+        return model(tokens, **{CACHE: cache}, **options).logits
 
 
 def begun(model, tokens):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
@@ -50,3 +52,8 @@ def build_model(seed: int, device: str) -> DeepseekV4ForCausalLM:
                 elif name == "lm_head.weight" or (".compressor" in name and name.endswith("gate_proj.weight")):
                     parameter.normal_(std=2.0 * config.hidden_size**-0.5)
     return model.to(device)
+
+
+def step(model: Any, tokens: torch.Tensor, cache: Any) -> torch.Tensor:
+    """Logits `[batch, new, vocab]` of tokens behind those in the cache, which is mutated."""
+    return model(tokens, None, None, cache).logits  # by place: its name is not the same in all versions

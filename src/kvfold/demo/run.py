@@ -17,7 +17,7 @@ from ..spec import CompressorSpec
 from ..storage.fold_state import FoldState
 from ..storage.formats import FORMATS
 from ..testing.engine import Engine, Part, Step
-from .model import build_model
+from .model import build_model, step
 
 FEWEST_TOKENS = 1500
 MOST_TOKENS = 1536
@@ -176,7 +176,7 @@ def _read(
     for piece in tokens.split(lengths, dim=1):
         wait()
         began = time.perf_counter()
-        logits.append(model(piece, past_key_values=cache).logits[0])
+        logits.append(step(model, piece, cache)[0])
         wait()
         milliseconds.append(1e3 * (time.perf_counter() - began))
         for index, layer in enumerate(cache.layers):
@@ -254,13 +254,13 @@ def _decode_with_drafts(model: Any, tokens: torch.Tensor, result: Result, seed: 
 
     draw = torch.Generator().manual_seed(seed)
     cache, want, differences = DynamicCache(config=model.config), result.ours["decode"].logits, []
-    model(tokens[:, : result.prefilled], past_key_values=cache)
+    step(model, tokens[:, : result.prefilled], cache)
     advance(result.prefilled)
     for start, new, accepted in result.steps:
         piece = tokens[:, start : start + new].clone()
         wrong = torch.randint(1, 256, (new - accepted,), generator=draw).to(tokens.device)
         piece[0, accepted:] = (piece[0, accepted:] + wrong) % 256
-        logits = model(piece, past_key_values=cache).logits[0, :accepted]
+        logits = step(model, piece, cache)[0, :accepted]
         differences.append(largest(logits, want[start : start + accepted]))
         rewind(cache, start + accepted)
         advance(accepted)
