@@ -33,7 +33,7 @@ kernels: $(READY)
 
 # What the benchmarks call, compiled by every older Triton that the package takes, each in an environment with nothing else of its
 # own; 1 to 4 minutes each.
-OLDER := 3.5 3.6 3.7
+OLDER := 3.5 3.6 3.7 3.8
 tritons: $(READY)
 	for version in $(OLDER); do \
 		place=build/triton-$$version; \

@@ -338,7 +338,7 @@ def weigh_rows(r, l, a, ks, ss, GROUP: tl.constexpr):
             l *= before
             a *= before
             for i in tl.static_range(GROUP):
-                e = tl.exp2(tl.fma(ss[first + i], LOG2_E + tl.zeros_like(r), -new_r))
+                e = tl.exp2(tl.fma(ss[first + i], tl.zeros_like(r) + LOG2_E, -new_r))
                 l += e
                 a = tl.fma(e, ks[first + i], a)
             r = new_r
@@ -444,6 +444,6 @@ def pool_slice(
     else:  # the window is one tile
         top = tl.maximum(tl.max(r, axis=0), LOWEST)
         # One operation instead of two. What rounding -top * LOG2_E changes, it changes in all weights alike.
-        e = tl.exp2(tl.fma(r, LOG2_E + tl.zeros_like(r), (top * -LOG2_E)[None, :] + tl.zeros_like(r)))
+        e = tl.exp2(tl.fma(r, tl.zeros_like(r) + LOG2_E, (top * -LOG2_E)[None, :] + tl.zeros_like(r)))
         l, a = sum_lanes(None, e, e * a, LANES, SLICE)
     return quotient(a, l, FAST_DIVISION), absent
