@@ -91,7 +91,8 @@ def entry_dtype(part: Any, dtype: torch.dtype, device: torch.device) -> torch.dt
     case = type(norm).forward, dtype, norm.weight.dtype
     found = _ENTRY_DTYPES.get(case) if plain else None
     if found is None:
-        found = norm(torch.zeros(1, part.head_dim, dtype=dtype, device=device)).dtype
+        with torch.no_grad():  # checkpointing counts what a step saves, and there is no second one of this
+            found = norm(torch.zeros(1, part.head_dim, dtype=dtype, device=device)).dtype
         if plain:
             _ENTRY_DTYPES[case] = found
     return found
