@@ -89,6 +89,7 @@ def test_of_tensors_without_memory() -> None:
         assert repr(one) in {line.replace("device=?", f"device={device}") for device in ("meta", "cpu")}
 
 
+@pytest.mark.filterwarnings("error")  # torch warns of a fake tensor's address
 def test_fake_objects_as_they_are_made() -> None:
     with FakeTensorMode():
         assert "num_slots=2" in repr(FoldState.allocate(V4_INDEXER, 2, 1))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+from torch._subclasses import FakeTensor
 
 from ..arguments.checks import check_device, check_dtype, check_int, check_memory, check_type, usable_device
 from ..arguments.overlap import Place, check_apart
@@ -318,7 +319,8 @@ def _byte_pages(name: str, storage: torch.Tensor, encoding: str, least: int, mos
         raise ValueError(f"{name} must be dense within a page, got strides {tuple(storage.stride())}")
     if num_pages > 1 and storage.stride(0) < have:
         raise ValueError(f"{name} must have pages that do not overlap, got strides {tuple(storage.stride())}")
-    if storage.data_ptr() % unit or (num_pages > 1 and storage.stride(0) * item % unit):
+    address = 0 if isinstance(storage, FakeTensor) else storage.data_ptr()
+    if address % unit or (num_pages > 1 and storage.stride(0) * item % unit):
         raise ValueError(f"{name} must have pages that start at a multiple of {unit} bytes")
     flat = storage.detach()
     flat = flat.view(num_pages, have) if dense else flat.as_strided((num_pages, have), (storage.stride(0), 1))
