@@ -96,6 +96,25 @@ def test_fake_objects_as_they_are_made() -> None:
         assert "format=indexer_mxfp4" in repr(EntryCache.allocate("indexer_mxfp4", 2, 8, V4_INDEXER))
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("which", ["cache", "blocks", "state"])
+def test_fake_pages_of_an_engine(which: str) -> None:
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # torch warns of a fake tensor's address, by default once for a process
+    try:
+        with FakeTensorMode():
+            pages = torch.zeros(2, FoldState.page_bytes(V4_HCA, 8), dtype=torch.uint8)
+            blocks = torch.zeros(2, 64, 584, dtype=torch.uint8)
+            made = {
+                "cache": lambda: EntryCache(blocks, "fp8_ds_mla", 64, V4_HCA),
+                "blocks": lambda: EntryCache.from_blocks(blocks, "fp8_ds_mla", V4_HCA),
+                "state": lambda: FoldState.over(pages, V4_HCA, 8, fresh=True),
+            }
+            assert made[which]().device.type == "cpu"
+    finally:
+        torch.set_warn_always(before)
+
+
 def test_inside_of_what_torch_compiles() -> None:
     """A backend of torch.compile sees fake tensors; a state over them is printed, with sizes that are symbols too."""
     said = []

@@ -17,6 +17,11 @@ def makes_fakes() -> bool:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
+def address_of(tensor: torch.Tensor) -> int:
+    """Where a tensor begins; 0 for a `FakeTensor`, which is nowhere: torch warns of asking it."""
+    return 0 if isinstance(tensor, FakeTensor) else tensor.data_ptr()
+
+
 def name_of(kind: type) -> str:
     """The name that users know a class by."""
     return getattr(kind, "_called", kind.__name__)

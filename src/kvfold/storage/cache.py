@@ -6,9 +6,8 @@ import math
 from collections.abc import Iterator
 
 import torch
-from torch._subclasses import FakeTensor
 
-from ..arguments.checks import check_device, check_dtype, check_int, check_memory, check_type, usable_device
+from ..arguments.checks import address_of, check_device, check_dtype, check_int, check_memory, check_type, usable_device
 from ..arguments.overlap import Place, check_apart
 from ..contract import INT32_MAX
 from ..spec import CompressorSpec, check_spec
@@ -195,7 +194,7 @@ class EntryCache(Checked):
         if blocks > 1 and view.stride(0) * item < used:
             raise ValueError(f"view must have blocks that lie {used} bytes apart or more in format {fmt.name!r}, {sizes}")
         apart = view.stride(0) * item if blocks > 1 else used
-        if view.data_ptr() % fmt.alignment or apart % fmt.alignment:
+        if address_of(view) % fmt.alignment or apart % fmt.alignment:
             raise ValueError(f"view must have blocks that start at a multiple of {fmt.alignment} bytes, {sizes}")
         if fmt.separate:
             check_memory("scales", scales, fake=True)
@@ -319,8 +318,7 @@ def _byte_pages(name: str, storage: torch.Tensor, encoding: str, least: int, mos
         raise ValueError(f"{name} must be dense within a page, got strides {tuple(storage.stride())}")
     if num_pages > 1 and storage.stride(0) < have:
         raise ValueError(f"{name} must have pages that do not overlap, got strides {tuple(storage.stride())}")
-    address = 0 if isinstance(storage, FakeTensor) else storage.data_ptr()
-    if address % unit or (num_pages > 1 and storage.stride(0) * item % unit):
+    if address_of(storage) % unit or (num_pages > 1 and storage.stride(0) * item % unit):
         raise ValueError(f"{name} must have pages that start at a multiple of {unit} bytes")
     flat = storage.detach()
     flat = flat.view(num_pages, have) if dense else flat.as_strided((num_pages, have), (storage.stride(0), 1))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..arguments.checks import (
+    address_of,
     check_dense,
     check_device,
     check_dtype,
@@ -173,7 +174,7 @@ class FoldState(RememberingState):
         have = pages[0].numel()
         if have * item < need:
             raise ValueError(f"pages must have at least {need} bytes each, got {have * item}")
-        begins = pages.data_ptr(), pages.storage_offset() * item, pages.stride(0) * item * (count > 1)
+        begins = address_of(pages), pages.storage_offset() * item, pages.stride(0) * item * (count > 1)
         if any(at % 4 for at in begins):
             raise ValueError("pages must start at multiples of 4 bytes, of memory and of their storage")
         stride = pages.stride(0) if count > 1 else need // item  # of one page a stride says nothing
