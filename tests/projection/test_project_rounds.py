@@ -9,8 +9,10 @@ from support.project_support import Projected
 
 from kvfold import CompressorSpec
 from kvfold.backend_triton import launch_product
+from kvfold.backend_triton.keys import project_keys
 from kvfold.backend_triton.table import TILINGS, tiling, tilings, whole_rounds
-from kvfold.testing.projected import make_hidden
+from kvfold.storage.step import Projection
+from kvfold.testing.projected import make_hidden, make_scaled_weight, make_weight
 
 SPEC = CompressorSpec(head_dim=64, ratio=128, rope_dim=8)  # of 128 columns
 ROUNDS = [row for row in TILINGS if row.round]
@@ -54,23 +56,49 @@ def test_steps_of_v4_pro() -> None:
     assert [tiling(256, columns, 132).parts for columns in (1024, 2560)] == [4, 1]
 
 
-def kv_score_of(count: int, width: int, multiprocessors: int, backend: Backend) -> tuple[torch.Tensor, list[int]]:
-    """By a GPU of so many; and the tokens of each product."""
+@pytest.mark.parametrize("scaled", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("columns", [128, 1024, 2560])
+def test_steps_of_any_length_ask_for_kernels_that_warmup_makes(columns: int, scaled: bool) -> None:
+    """Also for the few tokens that a cut leaves: with weights in FP8 these asked for rows of bf16 weights."""
+    width, asked, cuts = 256, set(), set()
+    made = make_scaled_weight(columns, width) if scaled else make_weight(columns, width)
+    prepared = set(project_keys(columns, (width,), (False,), (1,), ("fp8" if scaled else "bf16",)))
+    most = 2600
+    hidden, kv_score = torch.empty(most, width, dtype=torch.bfloat16), torch.empty(most, columns)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch_product, "launcher_of", lambda key, device: asked.add(key) or (lambda *how: None))
+        for gpu in (16, 132):
+            patch.setattr(launch_product, "multiprocessors", lambda device, gpu=gpu: gpu)
+            for count in (*range(0, 200), *range(200, most, 37), 769, 770, 832, 833, 2049, 2112, 2113):
+                cut = whole_rounds(count, columns, gpu)
+                cuts |= {0 < count - cut <= 64} if cut else set()
+                step = Projection(hidden[:count], ((made,),), round_kv_score=False)
+                launch_product.product_triton(step, (kv_score[:count],), pdl=False)
+    assert cuts == {True, False}
+    assert asked == prepared
+
+
+def kv_score_of(
+    count: int, width: int, multiprocessors: int, backend: Backend, scaled: bool = False
+) -> tuple[torch.Tensor, list[int]]:
+    """By a GPU of so many; and the tokens of each product. scaled: by a weight in FP8."""
+    weight = make_scaled_weight(128, width, device=backend.device) if scaled else None
     taken, kv_score = [], torch.full((count, 128), torch.nan, device=backend.device)
     project = launch_product.project
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch_product, "multiprocessors", lambda device: multiprocessors)
         patch.setattr(launch_product, "project", lambda *how: taken.append(len(how[0])) or project(*how))
-        Projected(SPEC, backend, width).step(make_hidden(count, width), [(0, 0, count)], kv_score=kv_score)
+        Projected(SPEC, backend, width).step(make_hidden(count, width), [(0, 0, count)], weight, kv_score=kv_score)
     return kv_score.view(torch.int32), taken
 
 
-def test_a_step_that_is_cut_has_the_same_bits(backend: Backend) -> None:
+@pytest.mark.parametrize("scaled", [False, True], ids=["bf16", "fp8"])
+def test_a_step_that_is_cut_has_the_same_bits(scaled: bool, backend: Backend) -> None:
     """Of 128 columns on a GPU of two multiprocessors: a round is two tiles of 128 tokens."""
     if backend.name == "torch":
         pytest.skip("it has no table")
     for count, cut in ((260, 256),) if backend.slow else ((260, 256), (300, 256), (513, 512), (600, 512)):
-        right, whole = kv_score_of(count, 256, 132, backend)
-        found, parts = kv_score_of(count, 256, 2, backend)
+        right, whole = kv_score_of(count, 256, 132, backend, scaled)
+        found, parts = kv_score_of(count, 256, 2, backend, scaled)
         assert (whole, parts) == ([count], [cut, count - cut])
         assert torch.equal(found, right) and not right.view(torch.float32).isnan().any()

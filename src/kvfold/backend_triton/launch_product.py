@@ -40,16 +40,16 @@ def side_by_side(kv_scores: Sequence[torch.Tensor]) -> torch.Tensor | None:
 
 def _product(p: Projection, weights: tuple[Weight, ...], kv_score: torch.Tensor, pdl: bool) -> None:
     (count, columns), here = kv_score.shape, multiprocessors(kv_score.device)
-    if p.scaled:
-        config = scaled_tiling(count, columns)
-        if config is not None:
-            _rows(p.hidden, weights, kv_score, config, pdl, p.round_kv_score)
-            return
-        weights = (dequantize(weights, pdl),)
+    in_bf16 = weights
+    if p.scaled and scaled_tiling(count, columns) is None:
+        in_bf16 = (dequantize(weights, pdl),)
     cut = whole_rounds(count, columns, here)
     for hidden, out in ((p.hidden[:cut], kv_score[:cut]), (p.hidden[cut:], kv_score[cut:])):
         if len(out):
-            _rows(hidden, weights, out, tiling(len(out), columns, here), pdl, p.round_kv_score)
+            # Few tokens that a cut leaves take the kernel of a step of so many, which `warmup` makes.
+            of_codes = scaled_tiling(len(out), columns) if p.scaled else None
+            config = of_codes or tiling(len(out), columns, here)
+            _rows(hidden, weights if of_codes else in_bf16, out, config, pdl, p.round_kv_score)
 
 
 def _rows(
