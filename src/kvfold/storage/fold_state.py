@@ -119,7 +119,8 @@ class FoldState(RememberingState):
                 that a slot has fewer than 2**31 numbers. Longer steps are allowed. They can be rewound to their start and, over
                 fold rows, to any of their last `max_new_tokens` positions, or, over input rows, to any position of their last
                 window. With n over fold rows, or `n + 2 * ratio` over input rows, the last n positions of a sequence can be
-                taken back, however many steps they came in and however long these were.
+                taken back, however many steps they came in and however long these were. They count from the furthest position
+                that it reached, rejected ones too.
             dtype: of the kept input rows, for specs that keep them (`kind == "rows"`). fp32 accepts bf16 and fp32
                 `kv_score`, both exactly; bf16 accepts bf16 only, in half the memory. Fold rows are always fp32.
             round_inputs: with bf16: accept fp32 `kv_score` as well, and round values and scores to bf16 before anything else,
