@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.helpers import SPECS, Backend, Engine, Weights, bits, make_tokens, norm_error
+from support.helpers import SPECS, Backend, Engine, Weights, bits, make_tokens
 from support.window_support import WindowEngine, cut, run
 from torch import Tensor
 
@@ -16,7 +16,6 @@ import kvfold
 from kvfold import CompressorSpec
 from kvfold.backend_triton import table as configs
 from kvfold.backend_triton.table import CONFIGS, MULTIPROCESSORS
-from kvfold.contract import pooled_bound
 
 NARROW = CompressorSpec(head_dim=128, ratio=128)
 SIXTEEN = CompressorSpec(head_dim=128, ratio=16)
@@ -317,11 +316,7 @@ def test_pages_on_one_scratch_page(backend: Backend, spec: CompressorSpec) -> No
 
 @pytest.mark.parametrize("spec", [SPECS["indexer"], NARROW], ids=["4-overlap", "128"])
 def test_the_row_strides_are_free(backend: Backend, spec: CompressorSpec) -> None:
-    """kv_score as a column slice of a wider projection, and a step that is repeated.
-
-    The rows kept are the same. An entry has the same bits in all calls with aligned tensors and strides, and in all others;
-    between the two its sum may round otherwise (`WindowState`).
-    """
+    """kv_score as a column slice of a wider projection, and a step that is repeated: the same bits, aligned or not."""
     whole = Whole(spec, backend, make_tokens(spec, spec.ratio + 3, seed=58), torch.float32)
     engine = whole.engine(num_sequences=1, page_size=8)
     plan = engine.step([(0, 0, whole.tokens)]).plan
@@ -338,13 +333,9 @@ def test_the_row_strides_are_free(backend: Backend, spec: CompressorSpec) -> Non
             assert torch.equal(was, now)
         return rows.cpu()
 
-    for left, right in ((0, 16), (16, 0), (32, 48))[: 1 if backend.slow else 3]:
+    for left, right in ((0, 16), (8, 16), (1, 2), (16, 0), (32, 48), (16, 8), (3, 0))[: 3 if backend.slow else 7]:
         whole.check_pooled({0: pooled(left, right)[0]})
         whole.check(engine, 0, 0, 1)
-    other = pooled(8, 16)
-    assert norm_error(other, engine.reference(whole.tokens)[:1]) <= pooled_bound(engine.spec.window_rows)
-    for left, right in ((1, 2), (16, 8), (3, 0))[: 1 if backend.slow else 3]:
-        assert torch.equal(bits(pooled(left, right)), bits(other)), f"{left} columns before, {right} behind"
 
 
 @pytest.mark.parametrize("spec", [SPECS["indexer"], SIXTEEN], ids=["4-overlap", "16"])

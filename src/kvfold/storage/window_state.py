@@ -29,12 +29,8 @@ class WindowState(RememberingState):
     The pages of an `EntryCache` may be in the same allocation. Only the engine's tables say which page is whose, so shared
     bytes are accepted there, unlike between any two other tensors of a call.
 
-    The bits of an entry do not depend on how its sequence was cut, nor on batch, order, table or page size. On a GPU this holds
-    separately for aligned calls and for all others. A call is aligned if every tensor's address (bytes) and every stride
-    (elements) of `kv_score`, pools and cache is a multiple of 16, as allocators make them: the width of memory accesses decides
-    in which order the compiler sums the rows of a window. Pooled rows of the two differ by rounding, each within
-    `contract.pooled_bound` of the exact one. (`FoldState` has no such condition.) A channel whose largest score in a window is
-    beyond 2**30 in magnitude may be NaN.
+    The bits of an entry do not depend on how its sequence was cut, nor on batch, order, table, page size, strides or alignment.
+    They do depend on the dtype of the rows. A channel whose largest score in a window is beyond 2**30 in magnitude may be NaN.
 
     Attributes:
         kv, score: fp32 or bf16 `[pages, page_size, channels]`, each with its own number of pages. Mutated by `compress`.
