@@ -24,6 +24,7 @@ from kvfold.backend_triton.build import KERNELS
 from kvfold.backend_triton.table import CONFIGS, SPILLS_TRITON, choose
 from kvfold.precompile.aot import is_measured_triton
 from kvfold.precompile.combinations import SPECS, TARGETS, Combination, combinations
+from kvfold.precompile.report import AotReport
 from kvfold.precompile.resources import _stored
 from kvfold.storage.formats import FORMATS
 
@@ -259,6 +260,15 @@ def test_under_another_triton_spills_are_told_and_fail_nothing(
     assert report.passed and any(kernel.resources.spilled == 5000 for kernel in report.kernels)
     assert "which fails nothing here" in str(report)
     assert not run("sm_90", tmp_path, strict=True)
+
+
+def test_a_report_of_nothing_that_compiled(tmp_path: Path) -> None:
+    """It does not say that spills fail nothing, where nothing says so."""
+    report = AotReport("sm_90", tmp_path, {}, (), {"one": "it does not compile"})
+    assert not report and str(report).splitlines() == [
+        "sm_90: 0 of 1 kernels compiled, 0 spill, 0 of them more than they may",
+        "one failed: it does not compile",
+    ]
 
 
 def test_only_rows_that_bound_registers_may_spill() -> None:

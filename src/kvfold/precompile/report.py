@@ -117,7 +117,7 @@ class AotReport:
         """What is wrong, or that nothing is."""
         total, spill = len(self.kernels) + len(self.failed), [k for k in self.kernels if k.resources.spilled]
         judged = f"{len(self.spilling)} of them more than they may"
-        if all(kernel.allowed is None for kernel in self.kernels):
+        if self.kernels and all(kernel.allowed is None for kernel in self.kernels):
             judged = "which fails nothing here"
         lines = [f"{self.target}: {len(self.kernels)} of {total} kernels compiled, {len(spill)} spill, {judged}"]
         lines += [f"{name} failed: {why}" for name, why in self.failed.items()]
