@@ -43,13 +43,14 @@ def _product(p: Projection, weights: tuple[Weight, ...], kv_score: torch.Tensor,
     in_bf16 = weights
     if p.scaled and scaled_tiling(count, columns) is None:
         in_bf16 = (dequantize(weights, pdl),)
-    cut = whole_rounds(count, columns, here)
-    for hidden, out in ((p.hidden[:cut], kv_score[:cut]), (p.hidden[cut:], kv_score[cut:])):
-        if len(out):
-            # Few tokens that a cut leaves take the kernel of a step of so many, which `warmup` makes.
-            of_codes = scaled_tiling(len(out), columns) if p.scaled else None
-            config = of_codes or tiling(len(out), columns, here)
-            _rows(hidden, weights if of_codes else in_bf16, out, config, pdl, p.round_kv_score)
+    steps, cut = [(p.hidden, kv_score)], whole_rounds(count, columns, here)
+    if cut:
+        steps = [(p.hidden[:cut], kv_score[:cut]), (p.hidden[cut:], kv_score[cut:])]
+    for hidden, out in steps:
+        # Few tokens that a cut leaves take the kernel of a step of so many, which `warmup` makes.
+        of_codes = scaled_tiling(len(out), columns) if p.scaled else None
+        config = of_codes or tiling(len(out), columns, here)
+        _rows(hidden, weights if of_codes else in_bf16, out, config, pdl, p.round_kv_score)
 
 
 def _rows(

@@ -231,8 +231,11 @@ SCALED: tuple[Tiling, ...] = (
 def tiling(tokens: int, columns: int, multiprocessors: int = MULTIPROCESSORS) -> Tiling:
     """The row that serves a step of so many tokens and kv_score of so many columns."""
     first = next(row for row in TILINGS if tokens <= row.max_tokens and columns <= row.max_columns)
-    if not first.round:
-        return first
+    return _soonest(tokens, columns, multiprocessors) if first.round else first
+
+
+def _soonest(tokens: int, columns: int, multiprocessors: int) -> Tiling:
+    """Of the rows that have a `round` the one that is soonest done."""
     return min((row for row in TILINGS if row.round), key=lambda row: row.time(tokens, columns, multiprocessors))
 
 
@@ -245,12 +248,11 @@ def whole_rounds(tokens: int, columns: int, multiprocessors: int = MULTIPROCESSO
     if not last.round or not 0 < cut < tokens:
         return 0
 
-    def soonest(count: int) -> float:
-        return min(row.time(count, columns, multiprocessors) for row in TILINGS if row.round)
-
+    now, rest = (
+        _soonest(count, columns, multiprocessors).time(count, columns, multiprocessors) for count in (tokens, tokens - cut)
+    )
     # By a twentieth at least, as there is a launch more.
-    sooner = last.time(cut, columns, multiprocessors) + soonest(tokens - cut) < 0.95 * soonest(tokens)
-    return cut if sooner else 0
+    return cut if last.time(cut, columns, multiprocessors) + rest < 0.95 * now else 0
 
 
 def scaled_tiling(tokens: int, columns: int) -> Tiling | None:
@@ -262,7 +264,7 @@ def tilings(columns: int, scaled: bool = False) -> tuple[tuple[Tiling, bool], ..
     """All rows that serve some step, each with whether it is for weights in FP8. scaled: whether calls have such weights, which
     longer steps make bf16 first.
     """
-    found = [tiling(row.max_tokens, columns) for row in TILINGS if not row.round] + [row for row in TILINGS if row.round]
+    found = [row if row.round else tiling(row.max_tokens, columns) for row in TILINGS]
     rows = [(row, False) for row in found if not scaled or scaled_tiling(row.max_tokens, columns) is None]
     if scaled:
         of_codes = [scaled_tiling(row.max_tokens, columns) for row in SCALED]
