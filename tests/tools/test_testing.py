@@ -10,6 +10,7 @@ from kvfold import CompressorSpec, Snapshots, check, reference
 from kvfold.contract import pooled_bound
 from kvfold.testing import Engine, Step, chunks, drafts, make_tokens, make_weights, prefill, run_many
 from kvfold.testing.engine import UNWRITTEN
+from kvfold.testing.projected import make_hidden, make_scaled_weight, make_weight
 
 LENGTHS = [37, 20, 9]
 LONG = CompressorSpec(head_dim=16, ratio=16, rope_dim=8)
@@ -117,3 +118,16 @@ def test_the_default_dtype_changes_no_draw(dtype: torch.dtype, values: str) -> N
             torch.set_default_dtype(torch.float32)
     for one, other in zip(*found, strict=True):
         assert torch.equal(bits(one), bits(other))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_changes_no_draw_of_a_projection(dtype: torch.dtype) -> None:
+    found = []
+    for default in (torch.float32, dtype):
+        torch.set_default_dtype(default)
+        try:
+            found.append([make_hidden(5, 256), make_weight(64, 256), *make_scaled_weight(64, 256)])
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for one, other in zip(*found, strict=True):
+        assert one.dtype is other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8))

@@ -15,13 +15,14 @@ from .engine import Engine, Step
 
 def make_hidden(count: int, width: int, seed: int = 0, device: Device = "cpu") -> Tensor:
     """Hidden states, bf16 `[count, width]`, drawn on the CPU: the same on every machine."""
-    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed)).bfloat16().to(device)
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(count, width, generator=draw, dtype=torch.float32).bfloat16().to(device)
 
 
 def make_weight(rows: int, width: int, seed: int = 0, device: Device = "cpu") -> Tensor:
     """A projection's weight, bf16 `[rows, width]`, which makes numbers of about 1 from those of `make_hidden`."""
     draw = torch.Generator().manual_seed(100 + seed)
-    return (torch.randn(rows, width, generator=draw) / width**0.5).bfloat16().to(device)
+    return (torch.randn(rows, width, generator=draw, dtype=torch.float32) / width**0.5).bfloat16().to(device)
 
 
 def make_scaled_weight(rows: int, width: int, seed: int = 0, device: Device = "cpu") -> ScaledWeight:
@@ -29,7 +30,8 @@ def make_scaled_weight(rows: int, width: int, seed: int = 0, device: Device = "c
     draw = torch.Generator().manual_seed(200 + seed)
     codes = torch.randint(0, 256, (rows, width), generator=draw, dtype=torch.uint8)
     codes[(codes & 0x7F) == 0x7F] = 0  # NaN
-    scales = 2e-3 * torch.rand(blocks_of(rows), blocks_of(width), generator=draw) / width**0.5 + 1e-6
+    scales = torch.rand(blocks_of(rows), blocks_of(width), generator=draw, dtype=torch.float32)
+    scales = 2e-3 * scales / width**0.5 + 1e-6
     return ScaledWeight(codes.view(torch.float8_e4m3fn).to(device), scales.to(device))
 
 

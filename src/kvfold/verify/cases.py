@@ -348,7 +348,8 @@ def check_index_keys(lab: Lab, spec: CompressorSpec) -> str:
     normed(main)
     again.store_placed(main.latents, norm=False)
     packed(again, main.latents, norm=False)
-    weight = torch.randn(512, 128, generator=torch.Generator().manual_seed(9)).to(lab.device) / 512**0.5
+    draw = torch.Generator().manual_seed(9)
+    weight = torch.randn(512, 128, generator=draw, dtype=torch.float32).to(lab.device) / 512**0.5
     rows = [(some.float() @ weight).bfloat16() for some in main.latents]
     keys = lab.engine(lab.inputs(replace(V41_INDEX_K, ratio=spec.ratio, gate=spec.gate)))
     other = make_cache("bf16", keys.spec, keys.cache.num_pages, keys.rows_per_page, lab.device)
